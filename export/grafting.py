@@ -6,7 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from pastkey.contract.bundle import Bundle
+from pastkey.contract.bundle import CacheShift
 from pastkey.errors import ContractError
 
 from .bundle_writer import Decoder
@@ -35,13 +35,20 @@ def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[
     return source, observation, choose_graph(config.graph, config.target, observation)
 
 
-def decoder_of(source: Source, observation: Observation, bundle: Bundle, hidden_size: int | None) -> Decoder:
-    """Returns the decoder of a float32 bundle that was written before."""
-    choice = GraphChoice(bundle.manifest.graph, bundle.manifest.graph_reason)
+def decoder_of(
+    source: Source,
+    observation: Observation,
+    choice: GraphChoice,
+    model: ir.Model,
+    hidden_size: int | None,
+    shift: CacheShift | None,
+) -> Decoder:
+    """Returns the decoder of a float32 graph that was made before."""
     if isinstance(source.module, GivenDecoder):
         _, observation = source.module.graph(choice.graph, observation)
-    model = ir.load(bundle.all_logits_graph)
-    return Decoder(source, model, observation, choice, observation.padding, hidden_size, bundle.manifest.shift)
+    if choice.graph == "fused":
+        choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
+    return Decoder(source, model, observation, choice, observation.padding, hidden_size, shift)
 
 
 def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:
@@ -56,11 +63,10 @@ def grafted(source: Source, observation: Observation, choice: GraphChoice, progr
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
-        choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
     clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
     head = output_head(model)
     width = None if head is None else hidden_size(head)
-    return Decoder(source, model, observation, choice, observation.padding, width, shift)
+    return decoder_of(source, observation, choice, model, width, shift)
 
 
 def require_head(decoder: Decoder, config: ExportConfig) -> None:

@@ -18,15 +18,14 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError, ParityError
-from pastkey.files.memory import shown_bytes
+from pastkey.errors import ParityError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .graph.write.embedding_rows import give_embedding_back
 from .measure.metrics import relative_difference
 from .progress import Progress
-from .resources import MAX_ORT_BYTES
+from .resources import require_ort_size
 
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
 _TOKENS = 9  # tokens of the text that both files are run on
@@ -45,11 +44,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
     graph, operators = bundle.path / names.ORT_GRAPH, bundle.path / names.ORT_OPERATORS
     model = ir.load(bundle.last_logits_graph)
     weights = sum(path.stat().st_size for path in graph.parent.iterdir() if names.is_weights_file(path.name))
-    if weights >= MAX_ORT_BYTES:
-        raise InputError(
-            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {shown_bytes(weights)}: "
-            "leave out --format ort"
-        )
+    require_ort_size(weights, bundle.manifest.precision)
     give_embedding_back(model, graph.parent)
     source = graph.with_name("ort_source.onnx")  # beside the weights file that it names
     with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".ort-") as made:

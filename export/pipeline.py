@@ -31,6 +31,7 @@ from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter
+from .export_cache import unbound
 from .generation.write import write_generation
 from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
@@ -55,7 +56,7 @@ from .settings import STATIC_CHUNK, ExportConfig, ExportOptions, split_factory
 from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
-from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Steps, identity, require_unchanged
+from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Identity, Steps, identity, require_unchanged
 
 
 @dataclass(frozen=True)
@@ -133,23 +134,28 @@ def export_found(
             f"removed the finished steps of an earlier export to {out}, from which --resume would have gone on"
         )
     _refuse_early(module_or_path, out, config)
-    if config.resume and isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
+    if isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)
-    source = _open(module_or_path, out, config, progress)
-    before = identity(module_or_path, config)  # now that links out of its folder are refused
+    source, before = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     with whole_folder(out, force=config.force, resume=config.resume) as folder:
-        steps = Steps(folder, config, before, progress)
-        if (known := steps.found(FP32)) is None:
+        steps = Steps(folder, config, before, progress, choice.graph)
+        record, proof = steps.found(FP32), None
+        if record is not None:
+            model = ir.load(_written(_beside(folder, config), record)[0].all_logits_graph)
+        elif (found := steps.cache.graph(source.module)) is not None:
+            model, record = found
+            proof = Verification.from_json(record["verification"])
+        if record is None:
             decoder = grafted(source, observation, choice, progress)
         else:
-            fp32, _ = _written(_beside(folder, config), known)
-            decoder = decoder_of(source, observation, fp32, known["hidden_size"])
+            shift = parse_manifest(folder, record["manifest"]).shift
+            decoder = decoder_of(source, observation, choice, model, record["hidden_size"], shift)
         require_masks(decoder, config)
         require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)
-        artifacts = _make_artifacts(writer, folder, calibration, steps)
+        artifacts = _make_artifacts(writer, folder, calibration, steps, proof)
         last = artifacts[-1]
         if config.format == "ort":
             write_ort_format(last.bundle, progress)
@@ -186,13 +192,19 @@ class Artifact:
     sensitivity: Sensitivity | None = None
 
 
-def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] | None, steps: Steps) -> list[Artifact]:
-    """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`."""
+def _make_artifacts(
+    writer: BundleWriter, folder: Path, calibration: list[int] | None, steps: Steps, proof: Verification | None
+) -> list[Artifact]:
+    """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`.
+
+    `proof` is that of the float32 graph, if an earlier export made it.
+    """
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = _beside(folder, config)
     known = steps.found(FP32)
     if known is None:
+        graph = unbound(writer.decoder.model, writer.decoder.source.module) if proof is None else None
         fp32, weight_bytes = writer.write(writer.decoder.model, beside)
     else:
         fp32, weight_bytes = _written(beside, known)
@@ -200,9 +212,11 @@ def _make_artifacts(writer: BundleWriter, folder: Path, calibration: list[int] |
     if short:
         writer = dataclasses.replace(writer, short=short[0])
     if known is None:
-        made = Artifact(fp32, weight_bytes, writer.verify(fp32))
+        made = Artifact(fp32, weight_bytes, proof or writer.verify(fp32))
         record = {"hidden_size": writer.decoder.hidden_size, "verification": made.verification.to_json()}
-        steps.finish(FP32, _record(fp32, weight_bytes) | record, beside)
+        record |= _record(fp32, weight_bytes)
+        steps.finish(FP32, record, beside)
+        steps.cache.keep_graph(graph, record)
     else:
         made = Artifact(fp32, weight_bytes, Verification.from_json(known["verification"]))
     artifacts = [made]
@@ -248,17 +262,19 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
 
 def _open(
     module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
-) -> Source:
+) -> tuple[Source, Identity | None]:
+    """Returns the source, and its identity before its weights were read."""
     progress.stage("open the source")
 
-    said, written = False, resumable_bytes(out) if config.resume else 0
+    said, before, written = False, None, resumable_bytes(out) if config.resume else 0
 
     def check(weights: int, resident_bytes: int, allocated: int = 0) -> None:
-        nonlocal said
+        nonlocal said, before
         needed = needs(weights, config, resident_bytes=resident_bytes)
         require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
+            before = identity(module_or_path, config)  # now that links out of its folder are refused
         said = True
 
     source = open_source(
@@ -279,7 +295,7 @@ def _open(
     weights = parameters(source.module)
     require_files(source.module, config)
     check(weights, source.resident_bytes, allocated=source.resident_bytes)
-    return source
+    return source, before
 
 
 def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
@@ -375,10 +391,14 @@ def _calibration_text(
         if calibration is None:
             return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
         return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
-    progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-    text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
-    steps.finish(TEXT, text.to_json())
-    return text
+    known = steps.cache.text()
+    if known is None:
+        progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
+        text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
+        known = text.to_json()
+        steps.cache.keep_text(known)
+    steps.finish(TEXT, known)
+    return CalibrationText.from_json(known)
 
 
 def _make_quantized(

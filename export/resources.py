@@ -78,14 +78,25 @@ def require_files(module: nn.Module, config: ExportConfig) -> None:
     """
     bits, shard_size = PRECISIONS[config.precision].bits, config.shard_bytes
     largest = max((p.numel() * bits // 8 for p in module.parameters()), default=0)
-    if shard_size is not None and largest >= shard_size:
+    if shard_size is not None:
+        require_below(shard_size, largest, f" in {config.precision}")
+    if config.format == "ort":
+        require_ort_size(parameters(module) * bits // 8, config.precision)
+
+
+def require_below(shard_size: int, weight_bytes: int, note: str = "") -> None:
+    """Raises InputError if one weight does not fit into a file smaller than `shard_size`. `note` follows its size."""
+    if weight_bytes >= shard_size:
         raise InputError(
-            f"a weight takes {_shown(largest)} in {config.precision}, and each weights file is to be smaller than "
+            f"a weight takes {_shown(weight_bytes)}{note}, and each weights file is to be smaller than "
             f"{_shown(shard_size)}: a weight is never split, give a larger --shard-size"
         )
-    whole = parameters(module) * bits // 8
-    if config.format == "ort" and whole >= MAX_ORT_BYTES:
+
+
+def require_ort_size(weight_bytes: int, precision: str) -> None:
+    """Raises InputError if weights of so many bytes do not fit into a file in the ORT format."""
+    if weight_bytes >= MAX_ORT_BYTES:
         raise InputError(
-            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {_shown(whole)} in "
-            f"{config.precision}: leave out --format ort"
+            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {_shown(weight_bytes)} in "
+            f"{precision}: leave out --format ort"
         )

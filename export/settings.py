@@ -74,6 +74,8 @@ class ExportOptions(TypedDict, total=False):
     - `chunk` (64): Tokens of a prefill run of the static graph.
     - `resume` (False): Goes on from the finished steps of an export to the same folder that was killed, or that failed
       with `resume`. An export that fails with it leaves its finished steps. For sources in files, not modules.
+    - `cache` (True): Takes the float32 graph with its proof, and the model's own text, from an earlier export of the
+      same source, and keeps them for the next one: at most 200 MB, in the user's cache folder.
     - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
     - `shard_size` (None): Splits the weights of a graph into files smaller than this, in bytes or as "2GB": browsers
       and 32-bit devices read no larger ones.
@@ -101,6 +103,7 @@ class ExportOptions(TypedDict, total=False):
     allow_fallback: bool
     chunk: int | None
     resume: bool
+    cache: bool
     quick: bool
     shard_size: int | str | None
 
@@ -135,6 +138,7 @@ class ExportConfig:
     allow_fallback: bool = False
     chunk: int | None = None  # None: STATIC_CHUNK
     resume: bool = False
+    cache: bool = True
     quick: bool = False
     shard_size: int | str | None = None
 

@@ -1,8 +1,8 @@
 """The finished steps of an export, from which `--resume` goes on after a kill or a failure.
 
 They are files of the unfinished folder, each step with a record in its STEPS. A record has the step's key: the sha256
-of the source's identity, pastkey's version, and the options that the step depends on. A step with another key, and all
-steps after it, are made again.
+of the source's identity, the program, and the options that the step depends on. A step with another key, and all steps
+after it, are made again. Entries of the cache have keys of the same kind.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import pastkey
@@ -24,7 +26,9 @@ from pastkey.contract.source_files import source_files
 from pastkey.errors import InputError, IntegrityError
 from pastkey.files.durable import STEPS, sync_tree, write_json
 from pastkey.files.folder import hub_id, read_json
+from pastkey.runtime.providers.ort import onnxruntime
 
+from .export_cache import ExportCache
 from .progress import Progress
 from .settings import ExportConfig, split_factory
 from .source.hub import HubModel
@@ -35,8 +39,13 @@ _SHOWN = {FP32: "the float32 graph", TEXT: "the calibration text", QUANTIZED: "t
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
 # Options that no step depends on, and those that only the steps from this one on depend on.
-_NO_STEP = ("force", "resume", "network", "format", "generate", "provider_options", "session_options", "allow_fallback")
+_NO_STEP = (
+    "force", "resume", "cache", "network", "format", "generate", "provider_options", "session_options",
+    "allow_fallback",
+)  # fmt: skip
 _FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
+# Options, some of which name files, that the float32 graph and its proof do not depend on once its form is known.
+_NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos")
 
 Identity = dict[str, Any]
 
@@ -91,12 +100,26 @@ def require_unchanged(source: nn.Module | str | Path | HubModel, config: ExportC
 
 
 class Steps:
-    """The finished steps of the export in a folder. Without an identity of the source there are none."""
+    """The finished steps of the export in a folder. Without an identity of the source there are none.
 
-    def __init__(self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress) -> None:
-        """Removes everything from the folder that belongs to no step of this source and these options."""
+    Attributes:
+        cache: What earlier exports kept for this one.
+    """
+
+    def __init__(
+        self, folder: Path, config: ExportConfig, source: Identity | None, progress: Progress, graph: str = ""
+    ) -> None:
+        """Removes everything from the folder that belongs to no step of this source and these options.
+
+        `graph` is the form of the float32 graph.
+        """
         self._folder, self._records, self._synced = folder, folder / STEPS, config.resume
         self._keys = {} if source is None else _keys(config, source)
+        self.cache = ExportCache(progress)
+        if config.cache and source is not None:
+            # A text of --calibration is read from its own file.
+            text = self._keys[TEXT] if config.calibration is None else None
+            self.cache = ExportCache(progress, graph=_graph_key(config, source, graph), text=text)
         self._found: dict[str, dict[str, Any]] = {}
         for name, key in self._keys.items():
             record = self._read(name)
@@ -150,14 +173,35 @@ class Steps:
 
 def _keys(config: ExportConfig, source: Identity) -> dict[str, str]:
     """Returns the key of each step of an export."""
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
-    later = {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
-    if config.precision == "fp32":  # it is the bundle itself
-        options |= later
-    first = [pastkey.__version__, source, options, config.precision == "fp32"]
+    options, later = _options(config)
+    first = [_program(), source, options, later if config.precision == "fp32" else None]  # then it is the bundle itself
     text = [*first, [later[name] for name in _FROM_TEXT]]
     quantized = [*text, [later[name] for name in _FROM_QUANTIZED]]
     return {name: _hash(key) for name, key in ((FP32, first), (TEXT, text), (QUANTIZED, quantized))}
+
+
+def _graph_key(config: ExportConfig, source: Identity, graph: str) -> str:
+    """Returns the key of the float32 graph and its proof, for every precision and target that it is made for."""
+    options, _ = _options(config)
+    own = {name: value for name, value in options.items() if name not in _NOT_OF_GRAPH}
+    files = {name: state for name, state in source.items() if not name.startswith("--")}
+    return _hash([_program(), files, own, graph])
+
+
+def _options(config: ExportConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options that the first step depends on, and those that only later ones do."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
+    return options, {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
+
+
+def _program() -> list[str]:
+    """Returns what makes the steps: pastkey, its code while a version is developed, and the libraries below it."""
+    code = _hash([file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.rglob("*.py"))])
+    found: list[str] = [pastkey.__version__, code, torch.__version__, onnxruntime.__version__]
+    for library in ("onnxscript", "transformers", "gguf"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(importlib.metadata.version(library))
+    return found
 
 
 def _hash(content: object) -> str:

@@ -89,9 +89,12 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what a load remembers out of the home folder."""
+    """Keeps what a load remembers out of the home folder. Exports keep nothing: a test must not depend on another."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "pastkey").mkdir()
+    (cache / "pastkey" / "exports").touch()  # a file in place of their folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
 
 

@@ -114,24 +114,24 @@ class StoredWeight(ir.LazyTensor):
 
     def __init__(self, stored: Stored, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
         """`strides` and `offset` are in elements."""
-        self.stored, self._view = stored, (shape, strides, offset)
+        self.stored, self.view = stored, (shape, strides, offset)
         super().__init__(self._read, ir.DataType.FLOAT, ir.Shape(shape))
 
     def _read(self) -> ir.TensorProtocol:
-        return ir.Tensor(torch.as_strided(read(self.stored), *self._view).numpy())
+        return ir.Tensor(torch.as_strided(read(self.stored), *self.view).numpy())
 
     def transposed(self) -> StoredWeight:
         """Returns the transpose of this matrix, which is as little read."""
-        shape, strides, offset = self._view
+        shape, strides, offset = self.view
         return StoredWeight(self.stored, shape[::-1], strides[::-1], offset)
 
     def is_same(self, other: object) -> bool:
         """Whether the other tensor is the same view of the same stored tensor."""
-        return isinstance(other, StoredWeight) and (other.stored, other._view) == (self.stored, self._view)
+        return isinstance(other, StoredWeight) and (other.stored, other.view) == (self.stored, self.view)
 
     def sample(self, places: np.ndarray) -> np.ndarray:
         """Returns the elements at places (N,) of the flattened view."""
-        shape, strides, offset = self._view
+        shape, strides, offset = self.view
         index = np.unravel_index(places, shape)
         flat = sum((i * step for i, step in zip(index, strides, strict=True)), start=np.full(len(places), offset))
         return np.asarray(self.stored.elements(torch.from_numpy(flat)))

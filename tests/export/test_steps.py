@@ -21,6 +21,7 @@ from pastkey.export import export, grafting, pipeline
 from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.export.progress import Progress
 from pastkey.export.settings import ExportConfig
+from pastkey.export.source import pretrained
 from pastkey.export.steps import FP32, QUANTIZED, TEXT, Steps, identity, require_unchanged
 from pastkey.files.durable import STEPS
 
@@ -252,3 +253,20 @@ def test_a_source_that_changes_under_an_export_is_refused(tmp_path: Path) -> Non
     # A checkpoint was read as a whole, and training goes on.
     (source / names.MANIFEST).write_text(json.dumps({}))
     require_unchanged(source, config, before)
+
+
+def test_a_source_that_changes_while_its_weights_are_read_is_refused(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = pretrained._load
+
+    def load(*args: Any, **options: Any) -> Any:
+        loaded = original(*args, **options)
+        os.utime(llama_folder / "model.safetensors", ns=(1, 1))
+        return loaded
+
+    monkeypatch.setattr(pretrained, "_load", load)
+    config = ExportConfig()
+    _, before = pipeline._open(llama_folder, tmp_path / "bundle", config, Progress())
+    with pytest.raises(IntegrityError, match=r"changed while it was exported \(model\.safetensors\)"):
+        require_unchanged(llama_folder, config, before)

@@ -13,6 +13,8 @@ from pastkey.contract import names
 from pastkey.errors import InputError
 from pastkey.files.memory import shown_bytes
 
+from ...resources import require_below
+
 # Smaller weights stay in the graph: onnxruntime needs shapes and axes there for shape inference.
 INLINE_BYTES = 1024
 _ALIGNMENT = 64  # bytes; a cache line
@@ -66,11 +68,7 @@ class WeightsFile:
         start = -(-self._end // alignment) * alignment
         if self._shard_size is None or start + length < self._shard_size:
             return start
-        if length >= self._shard_size:
-            raise InputError(
-                f"a weight takes {shown_bytes(length)}, and each weights file is to be smaller than "
-                f"{shown_bytes(self._shard_size)}: a weight is never split, give a larger --shard-size"
-            )
+        require_below(self._shard_size, length)
         if self._shard + 1 == names.MAX_SHARDS:
             raise InputError(
                 f"files smaller than {shown_bytes(self._shard_size)} would be more than the {names.MAX_SHARDS} that "

@@ -1,0 +1,148 @@
+"""What exports keep in the user's cache folder, so that a second export of a source starts at quantization.
+
+An entry is one file, named by its key (`steps.py`): the float32 graph with its proof, or the text that the model wrote.
+Weights that stay in the source's files are not in it: the graph names the parameter of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from torch import nn
+
+from pastkey.errors import InputError
+from pastkey.files.durable import write_whole
+from pastkey.files.folder import user_cache_file
+
+from .graph.stored import Stored, StoredWeight, stored_weights
+from .progress import Progress
+
+MOST_BYTES = 200_000_000  # of all entries
+_MOST_IN_MEMORY = 20_000_000  # bytes of weights that stay in no file, such as norms; merged experts take more
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
+
+
+class ExportCache:
+    """The entries of one export. A damaged one counts as missing, and one that cannot be written is not kept."""
+
+    def __init__(self, progress: Progress, *, graph: str | None = None, text: str | None = None) -> None:
+        """`graph` and `text` are the keys of the entries; one without a key is neither read nor written."""
+        self._progress, self._keys = progress, {_GRAPH: graph, _TEXT: text}
+        self._folder = user_cache_file("exports")
+
+    def graph(self, module: nn.Module) -> tuple[ir.Model, dict[str, Any]] | None:
+        """Returns the float32 graph over the stored weights of this module, and its record."""
+        entry = self._read(_GRAPH)
+        if entry is None:
+            return None
+        record, _, graph = entry.partition(b"\0")
+        model = _bound(graph, module)
+        if model is None:
+            return None
+        self._say_taken(_GRAPH)
+        return model, json.loads(record)
+
+    def keep_graph(self, graph: bytes | None, record: dict[str, Any]) -> None:
+        """Keeps what `unbound` returned."""
+        if graph is not None:
+            self._write(_GRAPH, json.dumps(record).encode() + b"\0" + graph)
+
+    def text(self) -> Any:
+        """Returns the record of the calibration text, or None."""
+        entry = self._read(_TEXT)
+        if entry is None:
+            return None
+        self._say_taken(_TEXT)
+        return json.loads(entry)
+
+    def keep_text(self, record: dict[str, Any]) -> None:
+        """Keeps the record of a calibration text."""
+        self._write(_TEXT, json.dumps(record).encode())
+
+    def _read(self, what: str) -> bytes | None:
+        """Returns an entry, which is then the most recently used one."""
+        key = self._keys[what]
+        if self._folder is None or key is None:
+            return None
+        try:
+            content = (self._folder / key).read_bytes()
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            os.utime(self._folder / key)
+        digest, entry = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        return entry if hashlib.sha256(entry).digest() == digest else None
+
+    def _write(self, what: str, entry: bytes) -> None:
+        """Writes an entry. Removes the least recently used ones, and what killed exports left, beyond MOST_BYTES."""
+        key, size = self._keys[what], _DIGEST_BYTES + len(entry)
+        if self._folder is None or key is None or size > MOST_BYTES:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._folder / key, hashlib.sha256(entry).digest() + entry)
+            states = {file: file.stat() for file in self._folder.iterdir()}
+            held = 0
+            for file in sorted(states, key=lambda file: states[file].st_mtime_ns, reverse=True):
+                held += states[file].st_size
+                if held > MOST_BYTES:
+                    file.unlink(missing_ok=True)
+        except (OSError, InputError):  # no room or no right to write, or another export removed a file meanwhile
+            return
+        shown = f"{-(-size // 1000):,} KB in {self._folder}"
+        self._progress.say(f"kept {what} for the next export of this source: {shown}; --no-cache keeps nothing")
+
+    def _say_taken(self, what: str) -> None:
+        self._progress.say(f"took {what} from an earlier export, in {self._folder}; --no-cache makes it again")
+
+
+def unbound(model: ir.Model, module: nn.Module) -> bytes | None:
+    """Returns the graph without the module's stored weights. None if it has none, or the others are too large.
+
+    A stored weight is an external tensor whose location is JSON: the parameter, and the view of it as in StoredWeight.
+    """
+    names = {id(stored): name for name, stored in _stored(module).items()}
+    tensors = {value: value.const_value for value in model.graph.initializers.values()}
+    stored = {value: tensor for value, tensor in tensors.items() if isinstance(tensor, StoredWeight)}
+    others = sum(tensor.nbytes for value, tensor in tensors.items() if tensor is not None and value not in stored)
+    if not stored or others > _MOST_IN_MEMORY or any(id(tensor.stored) not in names for tensor in stored.values()):
+        return None
+    try:
+        for value, tensor in stored.items():
+            place = json.dumps([names[id(tensor.stored)], *tensor.view])
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(place, None, None, tensor.dtype, shape=shape, name=str(value.name))
+        graph: bytes = ir.to_proto(model).SerializeToString()
+    finally:
+        for value, tensor in stored.items():
+            value.const_value = tensor
+    return graph
+
+
+def _bound(graph: bytes, module: nn.Module) -> ir.Model | None:
+    """Returns the graph over the module's stored weights. None if one of them is not stored."""
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(graph))
+    stored = _stored(module)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            parameter, shape, strides, offset = json.loads(str(value.const_value.location))
+            if parameter not in stored:  # such as a dequantized one that the disk had no room for
+                return None
+            value.const_value = StoredWeight(stored[parameter], tuple(shape), tuple(strides), offset)
+            value.const_value.name = value.name
+    return model
+
+
+def _stored(module: nn.Module) -> dict[str, Stored]:
+    """Returns the stored tensors of the module by the names of its parameters."""
+    weights = stored_weights(module)
+    if weights is None:
+        return {}
+    return {name: stored for name, tensor in module.named_parameters() if (stored := weights.of(tensor)) is not None}

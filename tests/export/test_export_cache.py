@@ -1,0 +1,230 @@
+"""A second export of the same source takes the float32 graph, its proof and the model's own text from the first.
+
+Tiny models, of which every matrix counts as large here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+import pastkey
+from pastkey.export import export, export_cache, grafting, pipeline
+from pastkey.export.export_cache import ExportCache, unbound
+from pastkey.export.graph.stored import StoredWeight, stored_weights
+from pastkey.export.settings import ExportConfig
+from pastkey.export.source import stored_tensors
+from pastkey.export.source.open import open_source
+from pastkey.export.steps import Steps
+
+from .decoders import Plain
+from .test_steps import Heard
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+
+@pytest.fixture(autouse=True)
+def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_tensors, "LARGE", 1000)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's folder of this test, which is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "pastkey" / "exports"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def stored_bytes(folder: Path) -> int:
+    return (folder / "model.safetensors").stat().st_size
+
+
+# --- exports ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(
+    saved_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(saved_llama, tmp_path / "expected", target="webgpu", cache=False)
+    assert not folder.exists()
+    export(saved_llama, tmp_path / "fp32", "fp32", progress=(heard := Heard()))
+    (graph,) = files(folder).values()
+    assert len(graph) < 100_000 < stored_bytes(saved_llama)
+    assert heard.said[-1] == (
+        "kept the float32 graph with its proof for the next export of this source: "
+        f"{-(-len(graph) // 1000)} KB in {folder}; --no-cache keeps nothing"
+    )
+
+    def again(*_: object, **__: object) -> Any:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(grafting, "trace", again)
+    export(saved_llama, tmp_path / "int8", target="webgpu", progress=(heard := Heard()))
+    assert files(tmp_path / "int8") == files(tmp_path / "expected")
+    assert f"took the float32 graph with its proof from an earlier export, in {folder}" in " ".join(heard.said)
+    assert [stage for stage in heard.stages if "fp32" in stage] == ["write fp32 weights"]
+    assert len(files(folder)) == 2
+    # The text of the same precision, whatever follows.
+    monkeypatch.setattr(pipeline, "calibration_text", again)
+    export(saved_llama, tmp_path / "bounded", target="webgpu", max_kl=10)
+    with pytest.raises(AssertionError, match="made again"):
+        export(saved_llama, tmp_path / "int4", "int4", target="webgpu")
+    with pytest.raises(AssertionError, match="made again"):
+        export(saved_llama, tmp_path / "traced", cache=False)
+    assert len(files(folder)) == 2
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+def graph_of(module: Any) -> ir.Model:
+    """A graph whose initializers are the parameters of the module, and the transposes of its matrices."""
+    weights = stored_weights(module)
+    values = []
+    for name, parameter in module.named_parameters():
+        held = None if weights is None else weights.weight(parameter)
+        tensor = ir.Tensor(parameter.detach().numpy()) if held is None else held
+        forms = {name: tensor}
+        if isinstance(tensor, StoredWeight):
+            forms[f"{name}_transposed"] = tensor.transposed()
+        for own, form in forms.items():
+            form.name = own
+            values.append(ir.Value(name=own, shape=form.shape, type=ir.TensorType(form.dtype), const_value=form))
+    graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21})
+    return ir.Model(graph, ir_version=10)
+
+
+def cache_of(key: str = "a") -> ExportCache:
+    return ExportCache(Heard(), graph=key)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_graph_is_bound_to_the_weights_of_the_source_that_is_open(
+    kind: str, saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved_llama
+    if kind == "gguf":
+        pytest.importorskip("gguf", reason="gguf is not installed")
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+        from .source.test_gguf import write_gguf
+
+        source = write_gguf(tmp_path / "tiny.gguf", quantized=True)
+    module = open_source(source).module
+    model = graph_of(module)
+    initializers = model.graph.initializers
+    cache_of().keep_graph(unbound(model, module), {"of": kind})
+    found = cache_of().graph(open_source(source).module)
+    assert found is not None
+    assert found[1] == {"of": kind}
+    assert list(found[0].graph.initializers) == list(initializers)
+    stored = 0
+    for name, value in found[0].graph.initializers.items():
+        stored += isinstance(value.const_value, StoredWeight)
+        assert np.array_equal(value.const_value.numpy(), initializers[name].const_value.numpy())
+    assert stored == 2 * sum(parameter.dim() == 2 for parameter in module.parameters())
+    # As where the disk has no room for dequantized weights.
+    monkeypatch.setattr(stored_tensors, "LARGE", 1 << 40)
+    assert cache_of().graph(open_source(source).module) is None
+
+
+def test_large_weights_in_memory_are_not_kept(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unbound(graph_of(Plain()), Plain()) is None
+    module = open_source(saved_llama).module
+    assert unbound(graph_of(module), module) is not None
+    norms = sum(parameter.nbytes for parameter in module.parameters() if parameter.dim() == 1)
+    monkeypatch.setattr(export_cache, "_MOST_IN_MEMORY", norms - 1)
+    assert unbound(graph_of(module), module) is None
+
+
+# --- entries ------------------------------------------------------------------------------------------------------
+TEXT = {"source": "own"}
+
+
+def text_cache(key: str = "a") -> ExportCache:
+    return ExportCache(Heard(), text=key)
+
+
+@pytest.mark.parametrize("spoilt", [lambda entry: entry[:-1], lambda entry: b"x" + entry[1:], lambda entry: b""])
+def test_a_damaged_entry_is_made_again(spoilt: Callable[[bytes], bytes], folder: Path) -> None:
+    text_cache().keep_text(TEXT)
+    assert text_cache().text() == TEXT
+    assert text_cache("b").text() is None
+    (folder / "a").write_bytes(spoilt((folder / "a").read_bytes()))
+    assert text_cache().text() is None
+    text_cache().keep_text(TEXT)
+    assert text_cache().text() == TEXT
+
+
+def test_the_least_recently_used_entries_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, key in enumerate("abc"):
+        text_cache(key).keep_text(TEXT)
+        os.utime(folder / key, (100 - age, 100 - age))
+    (folder / ".d.0123abcd.partial").write_bytes(b"x")  # a killed export's
+    os.utime(folder / ".d.0123abcd.partial", (0, 0))
+    size = (folder / "a").stat().st_size
+    monkeypatch.setattr(export_cache, "MOST_BYTES", 3 * size)
+    assert text_cache("c").text() == TEXT  # now the most recently used one
+    text_cache("e").keep_text(TEXT)
+    assert set(files(folder)) == {"a", "c", "e"}
+    cache = text_cache("f")
+    cache.keep_text({"source": "x" * 4 * size})
+    assert set(files(folder)) == {"a", "c", "e"}
+    assert cache.text() is None
+
+
+@pytest.mark.parametrize("place", ["no home", "a file", "no key"])
+def test_a_cache_that_cannot_be_is_silent(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if place == "no home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    elif place == "a file":
+        folder.parent.mkdir(parents=True)
+        folder.touch()
+    heard = Heard()
+    cache = ExportCache(heard, text=None if place == "no key" else "a")
+    cache.keep_text(TEXT)
+    assert cache.text() is None
+    assert not heard.said
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+def cached(folder: Path, source: dict[str, Any] | None, config: ExportConfig) -> tuple[bool, bool]:
+    """Whether an export finds a graph and a text."""
+    cache = Steps(folder, config, source, Heard()).cache
+    return cache.graph(Plain()) is not None, cache.text() is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"force": True, "generate": True, "resume": True}, (True, True)),
+        ({"max_kl": 0.1, "shard_size": "2GB"}, (True, True)),
+        ({"precision": "int4"}, (True, False)),
+        ({"precision": "fp32"}, (True, False)),
+        ({"calibration": "other"}, (True, False)),
+        ({"target": "webgpu", "eos": 3, "chat_template": "other.jinja"}, (True, False)),
+        ({"quick": True}, (False, False)),
+        ({"context_length": 16}, (False, False)),
+        ({"cache": False}, (False, False)),
+    ],
+)
+def test_an_entry_is_of_one_source_program_and_options(
+    options: dict[str, Any], found: tuple[bool, bool], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Steps(tmp_path / "first", ExportConfig(), {"a": 1}, Heard()).cache
+    graph = ir.to_proto(graph_of(Plain())).SerializeToString()
+    first.keep_graph(graph, {})
+    first.keep_text(TEXT)
+    assert cached(tmp_path / "second", {"a": 1}, ExportConfig(**options)) == found
+    assert cached(tmp_path / "second", {"a": 2}, ExportConfig(**options)) == (False, False)
+    assert cached(tmp_path / "second", None, ExportConfig(**options)) == (False, False)
+    monkeypatch.setattr(pastkey, "__version__", "0")
+    assert cached(tmp_path / "second", {"a": 1}, ExportConfig(**options)) == (False, False)
