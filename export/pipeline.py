@@ -268,9 +268,9 @@ def _open(
 
     said, before, written = False, None, resumable_bytes(out) if config.resume else 0
 
-    def check(weights: int, resident_bytes: int, allocated: int = 0) -> None:
+    def check(weights: int, resident_bytes: int, temporary_bytes: int, allocated: int = 0) -> None:
         nonlocal said, before
-        needed = needs(weights, config, resident_bytes=resident_bytes)
+        needed = needs(weights, config, resident_bytes=resident_bytes, temporary_bytes=temporary_bytes)
         require_room(out, needed, allocated=allocated, written=written)
         if not said:
             progress.say(str(needed))
@@ -294,7 +294,7 @@ def _open(
         progress.warn(sentence)
     weights = parameters(source.module)
     require_files(source.module, config)
-    check(weights, source.resident_bytes, allocated=source.resident_bytes)
+    check(weights, source.resident_bytes, 0, allocated=source.resident_bytes)
     return source, before
 
 

@@ -33,8 +33,11 @@ class Needs:
         return f"{self.weights:,} weights need about {_shown(self.disk)} of disk and {_shown(self.memory)} of memory"
 
 
-def needs(weights: int, config: ExportConfig, *, resident_bytes: int) -> Needs:
-    """Estimates an export of so many weights. `resident_bytes` of them are in memory, as those of a module in hand."""
+def needs(weights: int, config: ExportConfig, *, resident_bytes: int, temporary_bytes: int = 0) -> Needs:
+    """Estimates an export of so many weights.
+
+    `resident_bytes` of them are in memory, as those of a module in hand, and `temporary_bytes` go to a temporary file.
+    """
     row = PRECISIONS[config.precision]
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
     if config.format == "ort":  # the weights a second time, beside the float32 graph
@@ -43,7 +46,7 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int) -> Needs:
     if config.static or config.format == "ort" or config.measures_each_matrix:
         memory += _BYTES_WHOLE
     # Resident matrices are transposed in memory; those of a file when they are written.
-    return Needs(weights, disk * weights, _BASE_BYTES + 2 * resident_bytes + memory * weights)
+    return Needs(weights, disk * weights + temporary_bytes, _BASE_BYTES + 2 * resident_bytes + memory * weights)
 
 
 def parameters(module: nn.Module) -> int:

@@ -81,7 +81,7 @@ def open_onnx(
         )
     refuse_links(folder, _read_of(folder, path))
     given = read_given(path)
-    before_loading(given.weights, 4 * given.weights)
+    before_loading(given.weights, 4 * given.weights, 0)
     content = read_json(folder / names.CONFIG)
     if content.get("is_encoder_decoder") is True:
         raise InputError(f"{folder} holds an encoder-decoder: only decoders can be exported")

@@ -148,7 +148,7 @@ def _open_hub(
     found.fetch_small(progress, code=trust_remote_code)
     check_config(found.folder, found, trust_remote_code=trust_remote_code)
     weights = sum(found.weights().values()) // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
-    before_loading(weights, 0)
+    before_loading(weights, 0, 0)
     found.fetch_weights(progress)
     opened = open_folder(
         found.folder,

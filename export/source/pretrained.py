@@ -69,7 +69,7 @@ def open_folder(
     check_weights(folder, content)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // stored_bytes_per_weight(content)
     check_sizes(folder, content)
-    before_loading(weights, 0)
+    before_loading(weights, 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
@@ -96,7 +96,7 @@ def open_gguf(
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
-    before_loading(weights, 0)
+    before_loading(weights, 0, 4 * weights)
     with _transformers(file) as library, read_once():
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model, stored = _load(library, file.parent, named=file, **options)

@@ -43,11 +43,12 @@ class Source:
         return resident_bytes(self.module)
 
 
-# Receives the number of weights in a file, and how many bytes of them will be in memory; may refuse to load so many.
-BeforeLoading = Callable[[int, int], None]
+# Receives the number of weights in a file, how many bytes of them will be in memory, and how many in a temporary file.
+# May refuse to load so many.
+BeforeLoading = Callable[[int, int, int], None]
 
 
-def allowed(weights: int, resident_bytes: int) -> None:
+def allowed(weights: int, resident_bytes: int, temporary_bytes: int) -> None:
     """Allows any number of weights."""
 
 

@@ -68,6 +68,13 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(
                 resources.require_room(tmp_path, needed)
 
 
+def test_a_temporary_file_is_a_part_of_the_disk() -> None:
+    plain, with_file = (
+        resources.needs(10**9, ExportConfig("int8"), resident_bytes=0, temporary_bytes=size) for size in (0, 4 * 10**9)
+    )
+    assert with_file.disk - plain.disk == 4 * 10**9
+
+
 def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

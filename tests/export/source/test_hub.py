@@ -314,11 +314,11 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
-    def refuse(weights: int, resident_bytes: int) -> None:
-        raise ResourceError(f"{weights} weights, {resident_bytes} bytes of them in memory")
+    def refuse(weights: int, resident_bytes: int, temporary_bytes: int) -> None:
+        raise ResourceError(f"{weights} weights, {resident_bytes} bytes of them in memory, {temporary_bytes} on disk")
 
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
-    with pytest.raises(ResourceError, match="800000 weights, 0 bytes of them in memory"):
+    with pytest.raises(ResourceError, match="800000 weights, 0 bytes of them in memory, 0 on disk"):
         open_source(NAME, network=True, before_loading=refuse)
     assert not [line for line in hub.asked if "safetensors" in line]
 
