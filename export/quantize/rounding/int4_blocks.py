@@ -20,10 +20,12 @@ from .blocks import Blocks, encode_scales
 
 BITS = 4
 _TOP = 15
-_SHRINKS = np.linspace(1, 0.5, 16).tolist()  # of a block's range: clipping may cost less than coarser steps
+_STEP = 1 / 30
+_SHRINKS = [1 - _STEP * n for n in range(16)]  # of a block's range: clipping may cost less than coarser steps
 # Added to the Hessian's diagonal, relative to its mean. It is large, since texts differ from the calibration text.
 _DAMPING = 0.2
 _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a core's cache
+_OUTPUTS = 512  # of a matrix, spread over all, that tr(W H W^T) is summed over
 _LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
@@ -31,7 +33,7 @@ class Rounded(NamedTuple):
     """A matrix W (N, K) in 4 bits, and how far its product with the text's activations is from the exact one."""
 
     blocks: Blocks
-    error: float  # tr(E H E^T) / tr(W H W^T), E = W - rounded W; the first H is damped
+    error: float  # tr(E H E^T) / tr(W H W^T), E = W - rounded W; the first H is damped, the second sum over some rows
 
 
 class Gptq:
@@ -41,7 +43,7 @@ class Gptq:
         """`hessian`: (K, K) float32: X^T X over the activations X (T, K) that the matrices are multiplied with."""
         if not np.isfinite(hessian).all():  # squares of activations beyond 1e19 overflow float32: weight all alike
             hessian = np.eye(len(hessian), dtype=np.float32)
-        self._hessian = torch.from_numpy(np.asarray(hessian, np.float32))
+        self._hessian = torch.from_numpy(hessian)
         self._order = np.argsort(-hessian.diagonal(), kind="stable")
         self._factor = _compensation(hessian, self._order)  # (K, K)
 
@@ -60,8 +62,9 @@ class Gptq:
         )
         rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
         numbers[:, self._order] = rounded.T
-        weights = torch.from_numpy(np.ascontiguousarray(matrix))
-        whole = float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten()))
+        some = matrix[:: max(1, len(matrix) // _OUTPUTS)]
+        weights = torch.from_numpy(np.ascontiguousarray(some))
+        whole = float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten())) * len(matrix) / len(some)
         relative = error / whole if 0 < whole < np.inf else 0.0
         return Rounded(grid.blocks(numbers, columns, block_size), relative)
 
@@ -130,37 +133,45 @@ def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
     """
     # With J the reversal, H^-1 = U^T U for U = J L^-1 J, L the lower factor of J H J: half the work of an inverse.
     backwards = np.ascontiguousarray(order[::-1])
-    damped = torch.from_numpy(hessian[np.ix_(backwards, backwards)]).double()
+    damped = torch.from_numpy(hessian[np.ix_(backwards, backwards)])
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)  # 1: no activation was ever nonzero
-    lower = torch.linalg.cholesky(damped)
-    del damped  # 1 GB for 11,000 columns
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order), dtype=torch.float64), upper=False)
-    return np.ascontiguousarray(inverse.float().numpy()[::-1, ::-1])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:  # in float32, of a Hessian whose largest number is many times its mean
+        lower = torch.linalg.cholesky(damped.double()).float()
+    del damped  # 0.5 GB for 11,000 columns
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order)), upper=False)
+    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1])
 
 
 def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scales and zero points (N, blocks) that minimise squared error times importance, (N, blocks, size)."""
+    """Returns scales and zero points (N, blocks) that minimise squared error times importance, (N, blocks, size).
+
+    First tries every shrink with the middle zero point, then its neighbours around the best shrink.
+    """
     tiny = torch.finfo(torch.float32).tiny
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     widest = ((high - low) / _TOP).clamp(min=tiny)
     middle = (-low / widest).round().clamp(0, _TOP)
-    best, scales, zeros = torch.full_like(low, torch.inf), widest, middle
+    important = padded * importance
+    best = [torch.full_like(low, -torch.inf), widest, middle, torch.ones_like(low)]  # gain, scale, zero point, shrink
+
+    def attempt(shrink: Tensor, zero: Tensor) -> None:
+        numbers = _centred(padded, widest * shrink, zero)
+        # The best scale of these integers q is sum(w q) / sum(q q), and takes this much of the error of q = 0.
+        above, below = (important * numbers).sum(2), (numbers.square_() * importance).sum(2).clamp(min=tiny)
+        scale = torch.where(above > 0, above / below, widest * shrink)
+        gain = above * scale
+        found, better = (gain, scale.clamp(min=tiny), zero, shrink), gain > best[0]
+        best[:] = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+
     for shrink in _SHRINKS:
-        for shift in (0, -1, 1):
-            zero, scale = (middle + shift).clamp(0, _TOP), widest * shrink
-            numbers = _centred(padded, scale, zero)
-            # Compute the best scale for these integers, then the integers again.
-            weighted = numbers * importance
-            above, below = (weighted * padded).sum(2), (weighted * numbers).sum(2)
-            scale = torch.where(above > 0, above / below.clamp(min=tiny), scale).clamp(min=tiny)
-            errors = padded - _centred(padded, scale, zero) * scale[..., None]
-            error = (errors.square_() * importance).sum(2)
-            better = error < best
-            best, scales, zeros = (
-                torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros))
-            )
-    return scales, zeros
+        attempt(torch.full_like(low, shrink), middle)
+    chosen = best[3]  # of each block
+    for step in (0, -_STEP, _STEP):
+        for shift in (-1, 1):
+            attempt(chosen + step, (middle + shift).clamp(0, _TOP))
+    return best[1], best[2]
 
 
 def _centred(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

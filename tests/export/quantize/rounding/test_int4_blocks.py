@@ -52,7 +52,8 @@ def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost
 
 def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> None:
     matrix, _ = drawn(5, 64)
-    found, alone = (Gptq(h).round(matrix, 32).blocks for h in (np.full((64, 64), np.inf), np.eye(64)))
+    hessians = [np.full((64, 64), np.inf, np.float32), np.eye(64, dtype=np.float32)]
+    found, alone = (Gptq(hessian).round(matrix, 32).blocks for hessian in hessians)
     np.testing.assert_array_equal(dequantize(found), dequantize(alone))
 
 
