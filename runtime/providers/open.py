@@ -60,6 +60,7 @@ def open_session(
             it.
         IntegrityError: The graph cannot be loaded or differs from the manifest.
         InputError: A session option is unknown to onnxruntime or controlled by pastkey.
+        MemoryError: There is too little memory for the weights.
     """
     if not is_unicode(str(path)):
         raise InputError(f"{path} is not UTF-8, and onnxruntime takes no other path: rename the folder")
@@ -106,6 +107,8 @@ def open_session(
                 raise ep.takes_nothing(*wanted.providers[0]) from error
             raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
         reason = first_line(error)
+        if "bad_alloc" in reason or "allocate memory" in reason:
+            raise MemoryError(f"onnxruntime has too little memory to load {path}: {reason}") from error
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             remedy = ep.remedy(name, manifest.target)

@@ -76,6 +76,19 @@ def test_a_graph_that_is_none_is_one_sentence(bundle: Bundle, tmp_path: Path) ->
         Engine(replace(bundle, path=copy))
 
 
+def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*_: object) -> None:
+        raise ort.OrtError[0](
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
+        )
+
+    monkeypatch.setattr(opening, "_create", create)
+    with pytest.raises(MemoryError, match=r"too little memory to load .*pastkey\.onnx: .*bad_alloc"):
+        Engine(bundle)
+
+
 def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) -> None:
     with pytest.raises(MissingExtraError, match=r"needs onnxruntime 99\.1\.0.*pip install --upgrade onnxruntime"):
         Engine(with_manifest(bundle, min_onnxruntime="99.1.0"))
