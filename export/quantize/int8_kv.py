@@ -18,7 +18,8 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import first_line
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME
+from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM, MIN_ONNXRUNTIME, CachePair
+from pastkey.runtime.engine.caches.kv import KVCache
 from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.values import parse_version
 
@@ -75,10 +76,21 @@ def _decoded(bundle: Bundle, ids: Ids, prompt: int, int8_kv_from: int | None, pr
     """Returns the logits of the tokens behind the first `prompt` of `ids`, decoded one by one."""
     engine, logits = Engine(bundle, int8_kv_from=int8_kv_from), list[Logits]()
     engine.prefill(ids[:prompt])
+    if int8_kv_from is not None:
+        _close_float32(engine)
     for token in ids[prompt:]:
         logits.append(engine.decode(int(token)))
         progress.advance(len(logits), ids.size - prompt)
     return np.stack(logits)
+
+
+def _close_float32(engine: Engine) -> None:
+    """Closes the session that has prefilled, before that of the int8-KV graph opens: each holds all weights."""
+    assert isinstance(engine.cache, CachePair)
+    assert isinstance(engine.cache.float32, KVCache)
+    engine.cache.float32.close()
+    engine.graph.sessions.clear()
+    engine.graph.onnx = None
 
 
 def _write_int8_kv_graph(bundle: Bundle, windows: Sequence[Ids], progress: Progress) -> None:

@@ -89,6 +89,10 @@ class KVCache:
         self.length = 0  # tokens per sequence, padding included
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the session go. `arrays` stay, and no run may follow."""
         # The session goes last: the other order segfaults on WebGPU.
         for name in ("_values", "binding", "_other_binding", "onnx"):
             vars(self).pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_an_int8_cache_is_close_to_a_float32_one(bundle: Bundle) -> None:
     np.testing.assert_array_equal(rounded[:10], exact[:10])  # tokens 20 to 29
     assert np.abs(rounded[10:] - exact[10:]).max() > 0
     assert kl_divergence(exact, rounded) < 1e-3
+
+
+def test_the_session_that_prefilled_is_gone_when_int8_decodes(bundle: Bundle) -> None:
+    expected = decoded(Engine(bundle, int8_kv_from=1))
+    engine = Engine(bundle, int8_kv_from=1)
+    session = weakref.ref(engine.onnx)
+    engine.prefill(IDS[:20])
+    int8_kv._close_float32(engine)
+    assert session() is None
+    np.testing.assert_array_equal([engine.decode(int(token)) for token in IDS[20:]], expected)
 
 
 @pytest.mark.slow
