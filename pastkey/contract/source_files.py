@@ -8,8 +8,8 @@ from pathlib import Path
 from . import names
 
 # Of a folder. It may hold other files that change, such as a log of this export.
-_ENDINGS = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".onnx*")
-_READ = (*(f"[!.]*{ending}" for ending in _ENDINGS), "onnx/*", "additional_chat_templates/*")
+_ENDINGS = (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".py", ".onnx*")
+_READ = (*(f"[!.]*{end}" for end in _ENDINGS), "vocab.txt", "merges.txt", "onnx/*", "additional_chat_templates/*")
 _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)
 
 
