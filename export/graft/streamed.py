@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pastkey.files.memory import require_memory_for
+
 from ..graph.stored import Stored, StoredWeights, read, stored_weights
 
 
@@ -121,9 +123,11 @@ def streaming(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def load(module: nn.Module) -> None:
-    """Reads all weights into memory, for code that cannot do without."""
+    """Reads all weights into memory, for code that cannot do without. Raises ResourceError if they do not fit."""
     weights = stored_weights(module)
     if weights is not None:
+        needed = sum(parameter.nbytes for parameter, _ in weights.parameters(module))
+        require_memory_for("all weights", needed)
         for parameter, stored in weights.parameters(module):
             parameter.data = read(stored)
         weights.forget()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,16 @@ from ..graph.stored import StoredWeights
 from . import stored_tensors
 from .stored_tensors import Mapped, StoredTensor
 
-_ON_DISK = "/var/tmp"  # on many systems /tmp is in memory
+
+def _folder() -> str:
+    """Returns the folder of the temporary file: on many systems /tmp is in memory."""
+    on_disk = "TMPDIR" not in os.environ and Path("/var/tmp").is_dir()
+    return "/var/tmp" if on_disk else tempfile.gettempdir()
+
+
+def has_room(weights: int) -> bool:
+    """Whether the temporary file has room for so many weights."""
+    return shutil.disk_usage(_folder()).free > 4 * weights
 
 
 @contextlib.contextmanager
@@ -95,8 +105,7 @@ class TemporaryWeights:
     """A temporary file of float32 tensors."""
 
     def __init__(self) -> None:
-        on_disk = "TMPDIR" not in os.environ and Path(_ON_DISK).is_dir()
-        self._file = tempfile.TemporaryFile(dir=_ON_DISK if on_disk else None)  # noqa: SIM115  # until it is collected
+        self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115  # until it is collected
 
     def add(self, array: np.ndarray) -> StoredTensor:
         """Writes an array. Raises OSError if the disk is full."""

@@ -29,7 +29,7 @@ from pastkey.values import is_int
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from ..quiet import quiet
-from .gguf_tensors import dequantized_to_disk, read_once
+from .gguf_tensors import dequantized_to_disk, has_room, read_once
 from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
 from .stored_weights import (
@@ -39,7 +39,6 @@ from .stored_weights import (
     check_sizes,
     check_weights,
     has_tokenizer,
-    stored_bytes_per_weight,
 )
 from .tokenizers.tokenizer import read_tokenizer
 
@@ -67,9 +66,7 @@ def open_folder(
     code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // stored_bytes_per_weight(content)
-    check_sizes(folder, content)
-    before_loading(weights, 0, 0)
+    before_loading(check_sizes(folder, content), 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
@@ -96,7 +93,8 @@ def open_gguf(
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
-    before_loading(weights, 0, 4 * weights)
+    in_file = 4 * weights if has_room(weights) else 0
+    before_loading(weights, 4 * weights - in_file, in_file)
     with _transformers(file) as library, read_once():
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         model, stored = _load(library, file.parent, named=file, **options)

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class _Reader:
             for name, tensor in tensors.items()
             if tensor.dtype in _DTYPES and tensor.elements * 4 >= LARGE
         }
+        self._empty = {name: tensor.shape for name, tensor in tensors.items() if not tensor.elements}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._opened, name)
@@ -135,17 +136,19 @@ class _Reader:
 
     def get_slice(self, name: str) -> Any:
         opened, stored = self._opened.get_slice(name), self._large.get(name)
-        return opened if stored is None else _Slice(opened, stored, self._weights)
+        if name in self._empty:  # safetensors cannot slice it, so that nobody would say its name and shape
+            return _Slice(opened, lambda: torch.empty(self._empty[name]))
+        return opened if stored is None else _Slice(opened, lambda: self._weights.hollow(stored))
 
 
 class _Slice:
-    """A large weight as safetensors' slices are: its sizes, and its content when it is indexed."""
+    """A weight as safetensors' slices are: its sizes, and its content when it is indexed."""
 
-    def __init__(self, opened: Any, stored: StoredTensor, weights: StoredWeights) -> None:
-        self._opened, self._stored, self._weights = opened, stored, weights
+    def __init__(self, opened: Any, content: Callable[[], Tensor]) -> None:
+        self._opened, self._content = opened, content
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._opened, name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._weights.hollow(self._stored)[index]
+        return self._content()[index]

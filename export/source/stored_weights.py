@@ -119,9 +119,9 @@ def _check_shards(index: Path, listed: Mapping[str, str], headers: Mapping[str, 
                 )
 
 
-def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises InputError if the configuration asks for layers and matrices far beyond what the files hold."""
-    headers = [read_header(file) for file in folder.glob(f"*{_SAFETENSORS}")]
+def check_sizes(folder: Path, config: Mapping[str, Any]) -> int:
+    """Returns the number of weights. Raises InputError if the configuration asks for far more than the files hold."""
+    headers = [read_header(file) for file in _read_of(folder, config)]
     tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
     for own in (config, *(part for part in config.values() if isinstance(part, dict))):
         sizes = {name: _largest_size(own, keys) for name, keys in SIZES.items()}
@@ -133,6 +133,18 @@ def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights beside"
                 f" it hold ({told}): one of the two is another model's"
             )
+    return elements
+
+
+def _read_of(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+    """Returns the safetensors files that transformers reads. Beside them, some folders hold all weights once more."""
+    named = folder / (config.get("transformers_weights") or names.WEIGHTS)
+    index = named if named.name.endswith(_INDEX) else folder / f"model{_INDEX}"
+    if named != index and named.is_file():
+        return [named]
+    if index.is_file():
+        return [folder / shard for shard in set(read_json(index)["weight_map"].values())]
+    return list(folder.glob(f"*{_SAFETENSORS}"))
 
 
 def _largest_size(config: Mapping[str, Any], keys: Sequence[str]) -> int:

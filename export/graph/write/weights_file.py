@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,8 +120,13 @@ def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
 
 
 def save_with_weights(model: ir.Model, path: Path) -> None:
-    """Saves a graph with a weights file of its own, without changing the model."""
-    ir.save(model, path, external_data=names.weights_file(path.name), size_threshold_bytes=INLINE_BYTES)
+    """Saves a graph with a weights file of its own, without changing the model. Raises OSError."""
+    try:
+        ir.save(model, path, external_data=names.weights_file(path.name), size_threshold_bytes=INLINE_BYTES)
+    except OSError as error:
+        if error.errno is None:  # numpy's, of which a full disk is only "8192 requested and 2304 written"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def remove_with_weights(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,9 +139,13 @@ def test_large_weights_go_to_the_disk_if_it_has_room(
 
     if not room:
         monkeypatch.setattr(TemporaryWeights, "add", full)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
     monkeypatch.setattr(stored_tensors, "LARGE", 1000)
     file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
-    module = open_source(file).module
+    told: list[tuple[int, int, int]] = []
+    module = open_source(file, before_loading=lambda *sizes: told.append(sizes)).module
+    ((number, *places),) = told
+    assert places == ([0, 4 * number] if room else [4 * number, 0])
     weights = stored_weights(module)
     assert len(list(weights.parameters(module)) if weights else []) == (2 + 7 * LAYERS if room else 0)
     ids = torch.tensor([PROMPT])

@@ -72,6 +72,15 @@ def test_a_tensor_of_an_unknown_type(llama_folder: Path, refusal: Callable[..., 
     )
 
 
+def test_a_tensor_without_numbers(llama_folder: Path, refusal: Callable[..., str]) -> None:
+    file = llama_folder / names.WEIGHTS
+    tensors = safetensors.torch.load_file(file)
+    empty = {"model.norm.weight": tensors["model.norm.weight"][:0], "unused": torch.zeros(0)}
+    safetensors.torch.save_file(tensors | empty, file, metadata={"format": "pt"})
+    assert "the weight model.norm.weight of" in (sentence := refusal(file.parent))
+    assert "has shape (0,) and its config.json asks for" in sentence
+
+
 @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 takes the embedding")
 def test_tied_weights_that_are_saved_twice_and_differ(tmp_path: Path, refusal: Callable[..., str]) -> None:
     folder = tmp_path / "model"
@@ -250,6 +259,13 @@ def test_a_configuration_of_more_than_the_files_hold(
     sentence = refusal(llama_folder)
     assert "config.json asks for more than the" in sentence
     assert "one of the two is another model's" in sentence
+
+
+def test_the_weights_are_those_of_the_files_that_transformers_reads(llama_folder: Path) -> None:
+    told: list[int] = []
+    shutil.copy(llama_folder / names.WEIGHTS, llama_folder / "consolidated.safetensors")
+    model = open_source(change(llama_folder, dtype="bfloat16"), before_loading=lambda weights, *_: told.append(weights))
+    assert told == [sum(parameter.numel() for parameter in model.module.parameters())]
 
 
 # --- links --------------------------------------------------------------------------------------------------------

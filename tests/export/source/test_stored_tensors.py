@@ -19,7 +19,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import IntegrityError, ParityError
+from pastkey.errors import IntegrityError, ParityError, ResourceError
 from pastkey.export import export
 from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import natively, observe, run_uncached
@@ -31,6 +31,7 @@ from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
+from pastkey.files import memory
 
 from ...shared import ROOT, divided
 from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, build
@@ -209,6 +210,13 @@ def test_a_weight_that_is_bound_to_another_tensor_is_found(
     monkeypatch.setattr(StoredWeights, "weight", swapped)
     with pytest.raises(ParityError, match="does not compute what its source computes"):
         export(saved_llama, tmp_path / "bundle", "fp32")
+
+
+def test_weights_that_do_not_fit_are_not_loaded(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = open_source(saved_llama).module
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match="reading all weights takes about"):
+        load(module)
 
 
 @pytest.mark.slow

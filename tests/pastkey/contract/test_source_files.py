@@ -8,10 +8,22 @@ from pastkey.contract.source_files import source_files
 
 
 def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neighbours(tmp_path: Path) -> None:
-    for name in ("a.gguf", "b[1].gguf", "config.json", "tokenizer.json", ".hidden", "onnx/model.onnx", "runs/log"):
+    graph = {"model.onnx", "model.onnx_data"}
+    plain = {"config.json", "merges.txt"}
+    for name in (
+        "a.gguf",
+        "b[1].gguf",
+        "nohup.out",
+        "log.txt",
+        ".config.json",
+        "onnx/model.onnx",
+        "runs/a.json",
+        *graph,
+        *plain,
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    plain = {"a.gguf", "b[1].gguf", "config.json", "tokenizer.json"}
-    assert set(source_files(tmp_path)) == {*plain, str(Path("onnx", "model.onnx"))}
-    assert set(source_files(tmp_path / "b[1].gguf")) == plain - {"a.gguf"}
+    assert set(source_files(tmp_path)) == {*plain, *graph, str(Path("onnx", "model.onnx"))}
+    assert set(source_files(tmp_path / "b[1].gguf")) == {"config.json", "b[1].gguf"}
+    assert set(source_files(tmp_path / "model.onnx")) == {"config.json", *graph}
     assert source_files(tmp_path)["config.json"] == tmp_path / "config.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,22 @@ def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_the
     assert not isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
     remove_with_weights(path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_a_weight_that_the_disk_has_no_room_for_is_an_error_with_its_number(tmp_path: Path) -> None:
+    import resource
+
+    weight = np.ones((200, 200), np.float32)
+    model = model_of("g (float[1,200] x, float[200,200] w) => (float[1,200] y) { y = MatMul(x, w) }", w=weight)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (weight.nbytes // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_with_weights(model, tmp_path / "probe.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_small_weight_of_another_file_is_copied_into_the_graph(tmp_path: Path) -> None:
