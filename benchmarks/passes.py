@@ -136,4 +136,5 @@ def _reader(graph: str | bytes) -> str:
     if isinstance(graph, bytes):
         return _PART
     path = Path(graph)
-    return f"float32 {path.name}" if ".fp32" in path.parts else path.name
+    of_float32 = ".fp32" in [folder.name for folder in list(path.parents)[:2]]  # not a folder in it, of a text in int8
+    return f"float32 {path.name}" if of_float32 else path.name

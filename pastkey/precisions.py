@@ -52,7 +52,7 @@ class Precision:
 _ROWS = (
     Precision(
         "int8", 8, "onnx/model_quantized.onnx", "q8",
-        golden_limit=5e-2, memory_bytes=4, disk_bytes=10, calibration_windows=12, max_kl=0.5, decode_kl=2,
+        golden_limit=5e-2, memory_bytes=3, disk_bytes=10, calibration_windows=12, max_kl=0.5, decode_kl=2,
     ),
     Precision(
         "int4", 4, "onnx/model_q4.onnx", "q4",
