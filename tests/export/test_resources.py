@@ -58,13 +58,13 @@ def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeyp
 def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = resources.needs(10**8, ExportConfig("int8"), resident_bytes=0)
+    needed = resources.needs(10**9, ExportConfig("int8"), resident_bytes=0)
     for free, fits in ((needed.memory, True), (needed.memory - 1, False), (None, True)):
         monkeypatch.setattr(resources, "available_memory", lambda free=free: free)
         if fits:
             resources.require_room(tmp_path, needed)
         else:
-            with pytest.raises(ResourceError, match=r"100,000,000 weights takes about [\d.]+ GB of memory"):
+            with pytest.raises(ResourceError, match=r"1,000,000,000 weights takes about [\d.]+ GB of memory"):
                 resources.require_room(tmp_path, needed)
 
 
