@@ -136,5 +136,5 @@ def _reader(graph: str | bytes) -> str:
     if isinstance(graph, bytes):
         return _PART
     path = Path(graph)
-    of_float32 = ".fp32" in [folder.name for folder in list(path.parents)[:2]]  # not a folder in it, of a text in int8
-    return f"float32 {path.name}" if of_float32 else path.name
+    # A folder inside .fp32 holds the int8 graph that writes the own text.
+    return f"float32 {path.name}" if path.parent.parent.name == ".fp32" else path.name

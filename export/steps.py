@@ -115,11 +115,11 @@ class Steps:
         """
         self._folder, self._records, self._synced = folder, folder / STEPS, config.resume
         self._keys = {} if source is None else _keys(config, source)
-        self.cache = ExportCache(progress)
+        of_graph = of_text = None
         if config.cache and source is not None:
-            # A text of --calibration is read from its own file.
-            text = self._keys[TEXT] if config.calibration is None else None
-            self.cache = ExportCache(progress, graph=_graph_key(config, source, graph), text=text)
+            of_graph = _graph_key(config, source, graph)
+            of_text = self._keys[TEXT] if config.calibration is None else None  # else it is read from the user's file
+        self.cache = ExportCache(progress, graph=of_graph, text=of_text)
         self._found: dict[str, dict[str, Any]] = {}
         for name, key in self._keys.items():
             record = self._read(name)

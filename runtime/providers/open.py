@@ -107,8 +107,6 @@ def open_session(
                 raise ep.takes_nothing(*wanted.providers[0]) from error
             raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
         reason = first_line(error)
-        if "bad_alloc" in reason or "allocate memory" in reason:
-            raise MemoryError(f"onnxruntime has too little memory to load {path}: {reason}") from error
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             remedy = ep.remedy(name, manifest.target)
@@ -116,6 +114,8 @@ def open_session(
             if manifest.compiled is not None:
                 again = f"it was compiled for {manifest.compiled}: compile it again"
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error
+        if "bad_alloc" in reason or "allocate memory" in reason:
+            raise MemoryError(f"onnxruntime has too little memory to load {path}: {reason}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
     if wanted.tells and (left := assigned(session, path).get(ep.CPU)):

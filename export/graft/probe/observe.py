@@ -291,9 +291,9 @@ def _tracking(module: nn.Module, stack: list[str]) -> Iterator[None]:
 def require_finite(module: nn.Module) -> None:
     """Raises NumericsError for a weight that holds NaN or infinity."""
     for path, parameter in module.named_parameters():
-        # A sum needs no memory; that of finite weights may overflow.
-        sound = not parameter.is_floating_point() or bool(parameter.detach().sum().isfinite())
-        if not sound and not bool(torch.isfinite(parameter).all()):
+        if not parameter.is_floating_point() or bool(parameter.detach().sum().isfinite()):  # which needs no memory
+            continue
+        if not bool(torch.isfinite(parameter).all()):  # finite weights may have a sum that is not
             raise NumericsError(
                 f"the weight {path_in(module, path)} of {name_of(module)} holds NaN or infinity: training went wrong"
             )

@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ..rounding.blocks import choose_block_size, round_trip
+from ..rounding.blocks import choose_block_size, round_trip, some_outputs
 from ..rounding.matrices import add_lazy_weight, lazy
 from ..rounding.workers import one_thread_each, parts_of
 from .smoothing_groups import ChannelWeight, Group
@@ -30,7 +30,6 @@ from .smoothing_groups import ChannelWeight, Group
 _STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85)
 # Scales are between 1 / this and this: a channel that is silent on the calibration text may be loud on another.
 _MAX_SCALE = 100.0
-_OUTPUTS = 512  # of each matrix that an exponent's error is summed over, spread over all
 _FLOOR = 1e-5  # relative to the largest channel: the minimum, so that a channel of zeros also has a scale
 
 
@@ -138,15 +137,14 @@ def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
             rounded = torch.from_numpy(round_trip(divided[:, order], block))
             candidates.append(_Candidate(strength, scales, order, rounded))
 
-    def errors_of(every: int, matrix: np.ndarray, part: slice) -> list[float]:
+    def errors_of(matrix: np.ndarray, each: float, part: slice) -> list[float]:
         weights = np.ascontiguousarray(matrix[part].copy("K"))
         exact = torch.from_numpy(rows) @ torch.from_numpy(weights).T
-        return [every * _error(candidate, weights, exact, block) for candidate in candidates]
+        return [each * _error(candidate, weights, exact, block) for candidate in candidates]
 
     # Work is divided into rows of the matrices, so that few are in memory as they become.
     with one_thread_each() as pool:
-        looked_at = [(every, matrix[::every]) for matrix in matrices for every in (max(1, len(matrix) // _OUTPUTS),)]
-        parts = [(*found, part) for found in looked_at for part in parts_of(len(found[1]))]
+        parts = [(some, each, part) for some, each in map(some_outputs, matrices) for part in parts_of(len(some))]
         errors = np.sum(list(pool.map(errors_of, *zip(*parts, strict=True))), axis=0)
     possible = [(error, found) for error, found in zip(errors, candidates, strict=True) if error < np.inf]
     if not possible:

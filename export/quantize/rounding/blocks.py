@@ -21,6 +21,7 @@ from .workers import for_each_part
 
 ZERO = 128  # the stored value of an int8 weight of 0
 _BLOCK_SIZES = (32, 16)
+_SOME_OUTPUTS = 512
 _LARGEST_CODE = np.float32(255)
 
 
@@ -87,6 +88,12 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
 
     for_each_part(choose, rows)
     return Blocks(make, scale_codes, row_scales, columns, block_size)
+
+
+def some_outputs(matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns some rows of a matrix (N, K), spread over all, and how many of all each of them stands for."""
+    some = matrix[:: max(1, len(matrix) // _SOME_OUTPUTS)]
+    return some, len(matrix) / len(some)
 
 
 def round_trip(rows: np.ndarray, block_size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, encode_scales
+from .blocks import Blocks, encode_scales, some_outputs
 
 BITS = 4
 _TOP = 15
@@ -25,7 +25,6 @@ _SHRINKS = [1 - _STEP * n for n in range(16)]  # of a block's range: clipping ma
 # Added to the Hessian's diagonal, relative to its mean. It is large, since texts differ from the calibration text.
 _DAMPING = 0.2
 _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a core's cache
-_OUTPUTS = 512  # of a matrix, spread over all, that tr(W H W^T) is summed over
 _LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
 
 
@@ -33,7 +32,7 @@ class Rounded(NamedTuple):
     """A matrix W (N, K) in 4 bits, and how far its product with the text's activations is from the exact one."""
 
     blocks: Blocks
-    error: float  # tr(E H E^T) / tr(W H W^T), E = W - rounded W; the first H is damped, the second sum over some rows
+    error: float  # tr(E H E^T) / tr(W H W^T), E = W - rounded W; the first H is damped, the second term estimated
 
 
 class Gptq:
@@ -62,9 +61,9 @@ class Gptq:
         )
         rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
         numbers[:, self._order] = rounded.T
-        some = matrix[:: max(1, len(matrix) // _OUTPUTS)]
+        some, each = some_outputs(matrix)
         weights = torch.from_numpy(np.ascontiguousarray(some))
-        whole = float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten())) * len(matrix) / len(some)
+        whole = each * float(torch.vdot((weights @ self._hessian).flatten(), weights.flatten()))
         relative = error / whole if 0 < whole < np.inf else 0.0
         return Rounded(grid.blocks(numbers, columns, block_size), relative)
 
@@ -136,9 +135,7 @@ def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
     damped = torch.from_numpy(hessian[np.ix_(backwards, backwards)])
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)  # 1: no activation was ever nonzero
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # in float32, of a Hessian whose largest number is many times its mean
-        lower = torch.linalg.cholesky(damped.double()).float()
+    lower = torch.linalg.cholesky(damped)
     del damped  # 0.5 GB for 11,000 columns
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order)), upper=False)
     return np.ascontiguousarray(inverse.numpy()[::-1, ::-1])
