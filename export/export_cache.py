@@ -24,7 +24,7 @@ from .graph.stored import Stored, StoredWeight, stored_weights
 from .progress import Progress
 
 MOST_BYTES = 200_000_000  # of all entries
-_MOST_IN_MEMORY = 20_000_000  # bytes of weights that stay in no file, such as norms; merged experts take more
+_MOST_IN_MEMORY = 50_000_000  # bytes of weights in memory, as small matrices are; merged experts take more
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
 
