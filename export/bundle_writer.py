@@ -197,7 +197,7 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     like = "fp32" if exact else manifest.precision
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
-    engine = Engine(bundle, providers="cpu", session_options=_session_options(manifest.precision))
+    engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
     return Golden.computed(engine, rows, PRECISIONS[like].golden_limit)
 
 

@@ -57,6 +57,7 @@ from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
 from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Identity, Steps, identity, require_unchanged
+from .upgrade import add_native_graph
 
 
 @dataclass(frozen=True)
@@ -425,7 +426,8 @@ def _make_quantized(
     quality = made.quality
     if config.target == "cpu" and not config.quick:
         quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
+    bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
     if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
         measured = "" if precision == "int8" else " (measured with int8)"
         progress.warn(f"on this CPU {precision} MatMuls take {kernels.note}{measured}")
-    return Artifact(made.bundle, made.weight_bytes, verification, quality, made.sensitivity)
+    return Artifact(bundle, made.weight_bytes, verification, quality, made.sensitivity)

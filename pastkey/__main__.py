@@ -45,6 +45,7 @@ COMMANDS = {
     "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
     "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),
+    "upgrade": ("export.upgrade", "add the graph for the native kernels to a bundle: docs/native.md"),
     "sign": ("runtime.commands.sign", "sign a bundle with your key"),
     "devices": ("runtime.commands.devices", "list the execution providers of this machine"),
 }

@@ -30,6 +30,7 @@ class _Further(TypedDict, total=False):
     key: str | Path | None
     allow_fallback: bool | None
     session_options: SessionSettings | None
+    native: bool | None
     max_memory: int | None
     prefix_bytes: int | None
     max_batch: int | None
@@ -85,6 +86,7 @@ def load(
     key: str | Path | None = None,
     allow_fallback: bool | None = False,
     session_options: SessionSettings | None = None,
+    native: bool | None = None,
     max_memory: int | None = None,
     prefix_bytes: int | None = PREFIX_BYTES,
     max_batch: int | None = MAX_ROWS,
@@ -111,6 +113,9 @@ def load(
         session_options: Settings of onnxruntime.SessionOptions: attributes by their names, {"enable_cpu_mem_arena":
             False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names with a dot,
             {"session.use_env_allocators": "1"}. Settings that pastkey controls, such as threads, are an error.
+        native: Whether pastkey's kernel library runs the bundle: docs/native.md. None uses it where it is installed
+            and the bundle has a graph for it, unless the environment variable PASTKEY_NATIVE is 0. True raises a
+            ProviderError where it cannot be used. False uses onnxruntime's own kernels.
         max_memory: Limit in bytes for all caches of the model. A call that might need more raises ResourceError before
             it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
@@ -140,6 +145,7 @@ def load(
         "threads": threads,
         "allow_fallback": or_default(allow_fallback, False),
         "session_options": session_options,
+        "native": native,
     }
     require(trust is not None, "trust", trust, "True or False")
     sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
@@ -162,6 +168,7 @@ def load(
                 "key": None if key is None else str(as_path(key, "key", "the path of a PEM file").absolute()),
                 "allow_fallback": placement["allow_fallback"],
                 "session_options": None if session_options is None else dict(session_options),
+                "native": native,
                 "max_memory": None if max_memory is None else int(max_memory),
                 "prefix_bytes": int(prefix_bytes),
                 "max_batch": int(max_batch),

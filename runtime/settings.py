@@ -156,6 +156,7 @@ class PlacementOptions(TypedDict, total=False):
     threads: int | None
     allow_fallback: bool
     session_options: SessionSettings | None
+    native: bool | None
 
 
 class SessionOptions(ChatOptions, total=False):
@@ -294,6 +295,7 @@ _VALID: dict[str, tuple[Check, str]] = {
         lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
         'a mapping of names to values such as {"enable_cpu_mem_arena": False}',
     ),
+    "native": (_is(bool), "True, False or None"),
     "verify": (_is(bool), "True, False or None"),
     "trust": _SWITCH,
     "max_memory": _SIZE,

@@ -4,6 +4,7 @@ bundle/  pastkey.json                       this manifest
          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
          onnx/pastkey.onnx                                logits of the last positions, for `generate`
+         onnx/pastkey_native.onnx                         the same for pastkey's kernel library
          onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
          onnx/*.onnx_data                                 the weights, once
          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
@@ -33,7 +34,8 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision. 4: quick.
-FORMAT_VERSION = 4
+# 5: native.
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Manifest:
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: Size | None = None  # H, if pastkey's own graph outputs the last hidden states
+    native: Size | None = None  # version of pastkey's own operators, if there is a graph for the kernel library
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -160,6 +163,11 @@ class Bundle:
         return path if path.is_file() else None
 
     @property
+    def native_graph(self) -> Path | None:
+        """The graph for pastkey's kernel library, or None for a bundle without one."""
+        return None if self.manifest.native is None else self.path / names.NATIVE_GRAPH
+
+    @property
     def tokenizer(self) -> Path | None:
         """tokenizer.json, or None for a bundle without a tokenizer."""
         return self.path / names.TOKENIZER if names.TOKENIZER in self.manifest.files else None
@@ -180,7 +188,8 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
     bundle = read_bundle(path)
     folder, manifest = bundle.path, bundle.manifest
     own = bundle.static_graphs if manifest.graph == "static" else (bundle.last_logits_graph,)
-    for needed in (bundle.all_logits_graph, *own):
+    native = () if bundle.native_graph is None else (bundle.native_graph,)
+    for needed in (bundle.all_logits_graph, *own, *native):
         if needed.relative_to(folder).as_posix() not in manifest.files:
             raise IntegrityError(f"{folder / names.MANIFEST} does not list {needed.relative_to(folder).as_posix()}")
     for file in bundle.all_logits_graph.parent.glob("*"):

@@ -117,6 +117,10 @@ GOLDEN: Final = "golden_logits.npz"  # logits that a device must reproduce befor
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 # The same with an int8 cache, of which decoding after a long text reads a quarter of the bytes. Optional.
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
+# The same by the operators of pastkey's kernel library, over the same weights. Optional.
+NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
+NATIVE_DOMAIN: Final = "pastkey"  # of these operators
+NATIVE_OPERATORS: Final = 1  # their version
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.
 ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"

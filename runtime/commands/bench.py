@@ -96,6 +96,8 @@ def bench(
         prefill_seconds.append(between - started)
         decode_seconds.append(time.perf_counter() - between)
 
+    own = engine.graph.native is None
+    kernels = int8_kernels_of(bundle.manifest.precision, engine.providers[0]) if own else None
     settings = {
         "prompt_tokens": prompt,
         "new_tokens": new,
@@ -105,6 +107,7 @@ def bench(
         "precision": bundle.manifest.precision,
         "provider": engine.providers[0],
         "threads": engine.graph.threads,
+        "kernels": engine.graph.kernels,
         "onnxruntime": onnxruntime.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -120,7 +123,7 @@ def bench(
         decode_tokens_per_second=new / statistics.median(decode_seconds) if new else None,
         load_seconds=load_seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        int8_kernels=int8_kernels_of(bundle.manifest.precision, engine.providers[0]),
+        int8_kernels=kernels,
         settings=settings,
     )
 

@@ -81,16 +81,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..providers.int8_kernels import int8_kernels
+    from ..providers.native import native_kernels
     from ..providers.ort import onnxruntime
     from ..providers.placement import overlapping
 
-    rows, kernels = devices(), int8_kernels()
+    rows, kernels, native = devices(), int8_kernels(), native_kernels()
     if arguments.json:
         print_json(
             {
                 "onnxruntime": onnxruntime.__version__,
                 "devices": [dataclasses.asdict(row) for row in rows],
                 "int8_kernels": dataclasses.asdict(kernels),
+                "native_kernels": None if native is None else dataclasses.asdict(native),
             }
         )
         return 0
@@ -101,6 +103,8 @@ def _run(arguments: argparse.Namespace) -> int:
         told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
         print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
     print(f"int8 MatMuls on this CPU: {kernels.note}")
+    if native is not None:
+        print(f"native kernels: {native.refused or native}")
     if sentence := overlapping():
         say(f"note: {sentence}")
     return 0

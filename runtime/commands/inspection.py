@@ -58,6 +58,7 @@ class Inspection:
     overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
+    kernels: str  # what runs the graph: the native kernels or onnxruntime
     golden_logits: str | None = None  # on a device other than the CPU: right, prefill wrong, or wrong
     refusal: str | None = None  # the sentence of `run`, where it refuses the bundle on this device
 
@@ -109,7 +110,9 @@ def inspect(
             compiled = (f"{file.removesuffix('.onnx')}_", ".bin")
             binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
             shares += read_shares(profile, assigned(session, graph), file, binary)
-        kernels = int8_kernels_of(manifest.precision, engine.providers[0])
+        kernels = None
+        if engine.graph.native is None:
+            kernels = int8_kernels_of(manifest.precision, engine.providers[0])
     golden_logits = refusal = None
     if not on_cpu:
         try:
@@ -126,6 +129,7 @@ def inspect(
         overflow=_overflow(engine.graph),
         shares=tuple(shares),
         int8_kernels=kernels,
+        kernels=engine.graph.kernels,
         golden_logits=golden_logits,
         refusal=refusal,
     )
@@ -214,8 +218,9 @@ def print_inspection(inspection: Inspection) -> None:
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
         parts = "?" if share.parts is None else share.parts
         print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
+    print(f"\nkernels: {inspection.kernels}")
     if inspection.int8_kernels is not None:
-        print(f"\nint8 MatMuls here: {inspection.int8_kernels.note}")
+        print(f"int8 MatMuls here: {inspection.int8_kernels.note}")
     if inspection.golden_logits is not None:
         print(f"\ngolden logits on this device: {inspection.golden_logits}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):

@@ -19,6 +19,7 @@ from pastkey.providers import Provider
 from pastkey.values import parse_version
 
 from ..providers import placement as ep
+from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from ..settings import Choice, PlacementOptions, SessionSettings, require_valid
@@ -72,6 +73,7 @@ class DecoderGraph:
         threads: Threads within an operator; 0 if onnxruntime chooses.
         one_by_one: Whether tokens are run one by one, on a device that computes only single tokens right.
         asked: The given providers and session options.
+        native: The kernel library that runs the graph, or None if onnxruntime's own kernels do.
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
@@ -86,6 +88,7 @@ class DecoderGraph:
         threads: int | None = None,
         allow_fallback: bool = False,
         session_options: SessionSettings | None = None,
+        native: bool | None = None,
         profile_prefix: Path | None = None,
         int8_kv_from: int | None = INT8_KV_FROM,
     ) -> None:
@@ -101,6 +104,7 @@ class DecoderGraph:
             allow_fallback: Whether the CPU may run operators that a requested provider does not take. Without it, a
                 provider that is known to run whole graphs must run all of this one.
             session_options: See `load`.
+            native: See `load`.
             profile_prefix: If given, onnxruntime records where each operator ran, in one file per graph whose name
                 starts with this prefix.
             int8_kv_from: Length of the cache from which a single sequence decodes with an int8 KV cache, if the bundle
@@ -119,8 +123,11 @@ class DecoderGraph:
         self.fused = manifest.graph == "fused"
         # The graph for other programs sums a mask, which a device leaves to the CPU; ours returns all logits as well.
         elsewhere = ep.resolve(providers, manifest.target).providers[0][0] != ep.CPU
+        self.native = kernels_for(bundle, providers, native)
         own = not self.every or (self.fused and elsewhere)
         path = bundle.last_logits_graph if own else bundle.all_logits_graph
+        if self.native is not None and bundle.native_graph is not None:
+            path = bundle.native_graph  # of every position as well
         open_graph = functools.partial(
             open_session,
             manifest=manifest,
@@ -129,6 +136,7 @@ class DecoderGraph:
             allow_fallback=allow_fallback,
             session_options=session_options,
             profile_prefix=profile_prefix,
+            library="" if self.native is None else self.native.library,
         )
         if manifest.static is not None:
             path = bundle.static_graphs[1]
@@ -146,13 +154,15 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        int8 = bundle.int8_kv_graph if not self.every and profile_prefix is None else None
+        plain = not self.every and profile_prefix is None and self.native is None
+        int8 = bundle.int8_kv_graph if plain else None
         # Absolute, since it opens later and the working directory may change.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
         self.int8_kv_from = int8_kv_from
         self.one_by_one = False
         # Whether a run stores the scores of all its tokens and columns.
-        self._stores_scores = not self.fused or parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
+        old = self.native is None and parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
+        self._stores_scores = not self.fused or old
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
 
     def new_cache(self) -> CachePair | StaticGraphs:
@@ -173,6 +183,11 @@ class DecoderGraph:
         """The session of the int8-KV graph, shared by all caches. It opens at the first use."""
         assert self._open_int8 is not None
         return self._open_int8()
+
+    @property
+    def kernels(self) -> str:
+        """What runs the graph: pastkey's kernel library with its level, or onnxruntime."""
+        return f"onnxruntime {onnxruntime.__version__}" if self.native is None else str(self.native)
 
     @property
     def provider(self) -> Provider:

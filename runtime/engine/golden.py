@@ -97,18 +97,25 @@ class Golden:
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
-    """Checks a bundle once on the engine's device, unless that is the CPU. A file in the user's cache keeps the result.
+    """Checks a bundle once on the engine's device, unless that is the CPU with onnxruntime's own kernels.
+
+    A file in the user's cache keeps the result.
 
     If only a prefill is wrong, the engine falls back to one token at a time, with a FallbackWarning. Raises
     ProviderError if the device computes other logits.
     """
-    if engine.providers[0] == ep.CPU:
+    native = engine.graph.native
+    if engine.providers[0] == ep.CPU and native is None:
         return
     memory = _Memory(engine, bundle)
     one_by_one = memory.one_by_one
     if one_by_one is None:
         golden = Golden.of(bundle)
-        one_by_one = _takes_one_by_one(engine, golden)
+        if native is None:
+            one_by_one = _takes_one_by_one(engine, golden)
+        else:
+            _require_native(engine, golden)
+            one_by_one = False
         memory.keep(one_by_one)
     if one_by_one:
         engine.graph.one_by_one = True
@@ -121,6 +128,16 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
             stacklevel=2,
         )
     engine.reset()
+
+
+def _require_native(engine: Engine, golden: Golden) -> None:
+    """Raises ProviderError if the native kernels compute other logits on this CPU."""
+    off = max(_differences(engine, golden))
+    if off > golden.limit:
+        raise ProviderError(
+            f"the native kernels ({engine.graph.kernels}) compute other logits on this CPU: off by {off:.1e} of the "
+            f"largest (limit {golden.limit:.0e}): load the bundle with native=False, or set PASTKEY_NATIVE=0"
+        )
 
 
 def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
@@ -218,4 +235,5 @@ def _surroundings(engine: Engine) -> list[Any]:
     chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
     options = [engine.onnx.get_provider_options(), *engine.graph.asked]
     system = [platform.platform(), hardware, cards, drivers, chosen]
-    return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system]
+    kernels = engine.graph.kernels
+    return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system, kernels]

@@ -148,6 +148,11 @@ class LanguageModel:
         """An engine over the graph, for its properties. Raises InputError if the model is closed."""
         return self.parts.require_open()
 
+    @property
+    def kernels(self) -> str:
+        """What runs the model: "pastkey-kernels 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
+        return self.parts.engine.graph.kernels
+
     def session(self) -> Session:
         """Begins a session: a sequence with its own KV cache. Each appended or generated token is computed once.
 

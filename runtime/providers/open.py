@@ -39,6 +39,7 @@ def open_session(
     allow_fallback: bool = False,
     session_options: SessionSettings | None = None,
     profile_prefix: Path | None = None,
+    library: str = "",
 ) -> Any:
     """Opens one graph of a bundle.
 
@@ -50,6 +51,7 @@ def open_session(
         allow_fallback: See `providers.resolve`.
         session_options: See `session_options`.
         profile_prefix: If given, onnxruntime records where each operator ran, in a file with this name prefix.
+        library: Absolute path of a library with the graph's own operators, pastkey's.
 
     Returns:
         The onnxruntime.InferenceSession.
@@ -87,6 +89,8 @@ def open_session(
 
     def options(entries: Mapping[str, str]) -> Any:
         made = _options(linked, threads, entries, given)
+        if library:
+            made.register_custom_ops_library(library)
         if profile_prefix is not None:
             made.enable_profiling = True
             made.profile_file_prefix = f"{profile_prefix}_{path.stem}"  # else graphs of one second share a file

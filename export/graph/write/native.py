@@ -1,0 +1,323 @@
+"""The native graph: the last-logits graph by the operators of pastkey's kernel library (`kernels/`), same weights.
+
+1. MatMulNBits with 8 bits in blocks of 32   -> MatMulInt8, by the scale codes and row scales as they are stored
+2. the two terms of the output head          -> one MatMulInt8
+3. a bias and SiLU or GELU behind, or gating -> in the same node
+4. a norm in front, with its residual sum    -> NormMatMulInt8
+5. GroupQueryAttention                       -> DecoderAttention
+
+A node without a kernel stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from pastkey.contract import names
+
+from ..edit import (
+    CONTRIB_DOMAIN,
+    NodeBuilder,
+    add_tensor,
+    producer,
+    replace_node,
+    replace_value,
+    shape_of,
+    sole_consumer,
+    weight,
+)
+
+_BLOCK = 32
+_ZERO_POINT_INPUT = 3  # of MatMulNBits; group indices and a bias follow
+_NORMS = {  # operator -> whether it adds a residual, and its norm
+    "SimplifiedLayerNormalization": (False, "rms"),
+    "SkipSimplifiedLayerNormalization": (True, "rms"),
+    "LayerNormalization": (False, "layer"),
+    "SkipLayerNormalization": (True, "layer"),
+}
+_EPSILON = {False: 1e-5, True: 1e-12}  # defaults without and with a residual
+_SUM = 3  # output of a norm with a residual
+# Inputs of GroupQueryAttention: DecoderAttention has those before _POSITIONS, and head_sink.
+_POSITIONS, _HEAD_SINK = 9, 11
+_ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap",
+              "smooth_softmax")  # fmt: skip
+
+
+def write_native_graph(last_logits: Path, path: Path) -> bool:
+    """Writes the native graph of a last-logits graph beside it. Returns False if no node of it has a kernel."""
+    model = ir.load(last_logits)
+    found = to_native(model)
+    if found:
+        ir.save(model, path)
+    return found
+
+
+def to_native(model: ir.Model) -> bool:
+    """Replaces the nodes that have a kernel. Returns whether there was any."""
+    matmuls = [node for node in model.graph if _is_int8_matmul(node)]
+    for node in matmuls:
+        _replace_matmul(model, node)
+    attention = [node for node in model.graph if _is_attention(node)]
+    for node in attention:
+        _replace_attention(model, node)
+    if not matmuls and not attention:
+        return False
+    _compute_scales_apart(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
+    return True
+
+
+# --- scales -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Scales:
+    """Rows of a table of scales: codes times row scales."""
+
+    codes: ir.Value
+    row_scales: ir.Value
+    first: int
+    rows: int
+
+    def take(self, model: ir.Model) -> tuple[ir.Value, ir.Value]:
+        """The initializers of these rows alone, over the same bytes."""
+        return _rows_of(model, self.codes, self.first, self.rows), _rows_of(
+            model, self.row_scales, self.first, self.rows
+        )
+
+
+def _scales_of(value: ir.Value | None) -> _Scales | None:
+    """What a value that `rounding.rewrite` computes is made of, or None for any other."""
+    first, rows = 0, None
+    if (split := producer(value, "Split")) is not None:
+        sizes = weight(split.inputs[1])
+        if sizes is None:
+            return None
+        place = list(split.outputs).index(value)
+        first, rows = int(sizes[:place].sum()), int(sizes[place])
+        value = split.inputs[0]
+    product = producer(value, "Mul")
+    cast = None if product is None else producer(product.inputs[0], "Cast")
+    if product is None or cast is None:
+        return None
+    codes, row_scales = cast.inputs[0], product.inputs[1]
+    shape = shape_of(codes)
+    if codes is None or row_scales is None or shape is None or shape_of(row_scales) is None:
+        return None
+    return _Scales(codes, row_scales, first, shape[0] if rows is None else rows)
+
+
+def _rows_of(model: ir.Model, value: ir.Value, first: int, rows: int) -> ir.Value:
+    """Rows of an initializer as one of its own, over the same bytes of the weights file."""
+    tensor = value.const_value
+    assert tensor is not None
+    shape = tensor.shape.numpy()
+    if rows == shape[0]:
+        return value
+    name = f"{value.name}.{first}"
+    if (known := model.graph.initializers.get(name)) is not None:
+        return known
+    if not isinstance(tensor, ir.ExternalTensor):
+        return add_tensor(model, name, ir.Tensor(tensor.numpy()[first : first + rows].copy()))
+    size = math.prod(shape[1:]) * tensor.dtype.itemsize
+    part = ir.ExternalTensor(
+        tensor.location,
+        (tensor.offset or 0) + first * int(size),
+        rows * int(size),
+        tensor.dtype,
+        shape=ir.Shape((rows, *shape[1:])),
+        name=name,
+        base_dir=tensor.base_dir,
+    )
+    return add_tensor(model, name, part)
+
+
+def _compute_scales_apart(model: ir.Model) -> None:
+    """Lets each remaining node compute the scales that it reads, not those of all matrices of a table."""
+    for node in tuple(model.graph):
+        for index, value in enumerate(node.inputs):
+            found = None if node.op_type in ("Cast", "Mul", "Split") else _scales_of(value)
+            if found is None:
+                continue
+            (codes, row_scales), builder = found.take(model), NodeBuilder(model, f"{node.name}_scales")
+            if node.op_type == "Gather" and index == 0:
+                parts = [builder.add("Gather", part, node.inputs[1], axis=0) for part in (codes, row_scales)]
+                builder.add("Mul", builder.add("Cast", parts[0], to=ir.DataType.FLOAT), parts[1])
+                replace_node(model, node, *builder.nodes)
+            else:
+                whole = builder.add("Mul", builder.add("Cast", codes, to=ir.DataType.FLOAT), row_scales)
+                model.graph.insert_before(node, builder.nodes)
+                node.replace_input_with(index, whole)
+
+
+# --- matrices -----------------------------------------------------------------------------------------------------
+def _is_int8_matmul(node: ir.Node) -> bool:
+    if node.op_type != "MatMulNBits" or node.domain != CONTRIB_DOMAIN:
+        return False
+    plain = all(value is None for value in node.inputs[_ZERO_POINT_INPUT:])
+    sizes = [_integer(node, name) for name in ("bits", "block_size")]
+    whole = _integer(node, "K") % _BLOCK == 0
+    return plain and sizes == [8, _BLOCK] and whole and _stored_scales(node.inputs[2]) is not None
+
+
+def _stored_scales(value: ir.Value | None) -> _Scales | ir.Value | None:
+    """Scales as stored: in two tables, or one float32 for each block."""
+    return value if shape_of(value) is not None else _scales_of(value)
+
+
+def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
+    """Applies rules 1 to 4."""
+    scales = _stored_scales(node.inputs[2])
+    stored = [scales, None] if isinstance(scales, ir.Value) else list(scales.take(model))  # type: ignore[union-attr]
+    x, last, attributes = node.inputs[0], node, dict[str, Any]()
+    if (terms := _two_terms(node)) is not None:
+        x, last = terms
+        attributes["terms"] = 2
+    bias = None
+    if (total := sole_consumer(last.outputs[0])) is not None and (vector := _bias(total, _integer(node, "N"))):
+        last, bias = total, vector
+    if (after := _activation(last)) is not None:
+        last, attributes = after[0], attributes | after[1]
+    weights = [node.inputs[1], *stored, bias]
+    norm = _norm(x, node)
+    if norm is None:
+        new = ir.node("MatMulInt8", _trimmed([x, *weights]), attributes, domain=names.NATIVE_DOMAIN, name=node.name)
+        replace_node(model, last, new)
+        return
+    residual, kind = _NORMS[norm.op_type]
+    values = list(norm.inputs) + [None] * 4
+    inputs = [values[0], values[1], *values[2:4]] if residual else [values[0], None, *values[1:3]]
+    epsilon = norm.attributes.get_float("epsilon", _EPSILON[residual])
+    attributes |= {"norm": kind, "epsilon": epsilon}
+    total = norm.outputs[_SUM] if len(norm.outputs) > _SUM and norm.outputs[_SUM].uses() else None
+    new = ir.node(
+        "NormMatMulInt8",
+        _trimmed([*inputs, *weights]),
+        attributes,
+        domain=names.NATIVE_DOMAIN,
+        num_outputs=1 if total is None else 2,
+        name=node.name,
+    )
+    _insert(model, last, norm, new, total)
+
+
+def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: ir.Value | None) -> None:
+    """Puts `new` in the place of `norm`, whose sum it computes, and of `last`, whose result it computes."""
+    model.graph.insert_before(norm, new)
+    replace_value(model, last.outputs[0], new.outputs[0])
+    if total is not None:
+        replace_value(model, total, new.outputs[1])
+
+
+def _two_terms(node: ir.Node) -> tuple[ir.Value, ir.Node] | None:
+    """Matches rule 2: what `rounding.rewrite` makes of the output head. Returns its input and its last node."""
+    both, parts = producer(node.inputs[0], "Concat"), sole_consumer(node.outputs[0])
+    if both is None or parts is None or parts.op_type != "Split" or len(both.inputs) != 2:
+        return None
+    rest = producer(both.inputs[1], "Sub")
+    if rest is None or rest.inputs[1] is not both.inputs[0] or rest.inputs[0] is None:
+        return None
+    readers = {reader for output in parts.outputs for reader, _ in output.uses()}
+    if len(parts.outputs) != 2 or len(readers) != 1:
+        return None
+    total = readers.pop()
+    return (rest.inputs[0], total) if total.op_type == "Add" else None
+
+
+def _bias(node: ir.Node, columns: int) -> ir.Value | None:
+    """The vector that an Add adds to a product of so many columns."""
+    if node.op_type != "Add":
+        return None
+    return next((value for value in node.inputs if shape_of(value) == (columns,)), None)
+
+
+def _activation(node: ir.Node) -> tuple[ir.Node, dict[str, Any]] | None:
+    """Matches rule 3 behind `node`. Returns the last node and the attributes."""
+    value = node.outputs[0]
+    parts = sole_consumer(value)
+    if parts is not None and parts.op_type == "Split" and _halves(parts):
+        for gate in (0, 1):
+            acted = _acted(parts.outputs[gate])
+            if acted is None or (product := sole_consumer(acted[0].outputs[0])) is None:
+                continue
+            other = parts.outputs[1 - gate]
+            if product.op_type == "Mul" and other in product.inputs and sole_consumer(other) is product:
+                return product, {"activation": acted[1], "gate": gate}
+        return None
+    acted = _acted(value)
+    return None if acted is None else (acted[0], {"activation": acted[1]})
+
+
+def _acted(value: ir.Value) -> tuple[ir.Node, str] | None:
+    """The last node of SiLU or GELU of a value that nothing else reads, and the activation's name."""
+    readers = [node for node, _ in value.uses()]
+    if len(readers) == 1 and readers[0].op_type == "Gelu" and readers[0].domain == "":
+        tanh = readers[0].attributes.get_string("approximate", "none") == "tanh"
+        return readers[0], "gelu_tanh" if tanh else "gelu"
+    sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
+    if sigmoid is None or len(readers) != 2:
+        return None
+    product = sole_consumer(sigmoid.outputs[0])
+    if product is None or product.op_type != "Mul" or product not in readers:
+        return None
+    return product, "silu"
+
+
+def _halves(split: ir.Node) -> bool:
+    """Whether a Split has two equal outputs on the last axis."""
+    sizes = weight(split.inputs[1]) if len(split.inputs) > 1 else None
+    equal = sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1]
+    return split.attributes.get_int("axis", 0) == -1 and len(split.outputs) == 2 and equal
+
+
+def _norm(x: ir.Value | None, reader: ir.Node) -> ir.Node | None:
+    """Matches rule 4: the norm whose result only `reader` reads, by constants of one number for each channel."""
+    node = None if x is None else x.producer()
+    if node is None or node.op_type not in _NORMS or sole_consumer(node.outputs[0]) is not reader:
+        return None
+    residual, kind = _NORMS[node.op_type]
+    vectors = list(node.inputs[2 if residual else 1 :])
+    constants = [value for value in vectors if value is not None]
+    extra = vectors[2 if kind == "layer" else 1 :]  # a bias that is added to the residual
+    sized = all(shape_of(value) == (_integer(reader, "K"),) for value in constants)
+    unread = all(not output.uses() for output in node.outputs[1:_SUM])
+    last = node.attributes.get_int("axis", -1) == -1
+    return node if sized and unread and last and constants and not any(extra) else None
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+def _is_attention(node: ir.Node) -> bool:
+    if node.op_type != "GroupQueryAttention" or len(node.inputs) <= _POSITIONS - 3:
+        return False
+    further = [value for index, value in enumerate(node.inputs) if index >= _POSITIONS and index != _HEAD_SINK]
+    return not any(further) and set(node.attributes) <= set(_ATTENTION) and len(node.outputs) == 3
+
+
+def _replace_attention(model: ir.Model, node: ir.Node) -> None:
+    """Applies rule 5."""
+    values = [*node.inputs, *[None] * (_HEAD_SINK + 1)]
+    inputs = _trimmed([*values[:_POSITIONS], values[_HEAD_SINK]])
+    new = ir.node(
+        "DecoderAttention",
+        inputs,
+        dict(node.attributes),
+        domain=names.NATIVE_DOMAIN,
+        num_outputs=len(node.outputs),
+        name=node.name,
+    )
+    replace_node(model, node, new)
+
+
+def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    while inputs[-1] is None:
+        inputs.pop()
+    return inputs
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    return int(node.attributes.get_int(name, 0))

@@ -1,0 +1,91 @@
+"""pastkey's kernel library, an optional package: the operators of a bundle's native graph, on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import ProviderError, first_line
+
+from ..settings import Choice
+from . import placement as ep
+
+_PACKAGE = "pastkey_kernels"
+_SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """An installed kernel library."""
+
+    version: str  # of its package; "" if that cannot be imported
+    operators: int = 0  # version of its operators
+    level: str = ""  # the instructions in use, such as "avx512"
+    library: str = ""  # its absolute path
+    refused: str = ""  # why it cannot be used here
+
+    def __str__(self) -> str:
+        return f"pastkey-kernels {self.version}, {self.level}"
+
+
+@functools.cache
+def native_kernels() -> NativeKernels | None:
+    """The kernel library of this Python, or None without one. Its code runs, but onnxruntime does not load it yet."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return None
+    version, operators = "", 0
+    try:
+        package = importlib.import_module(_PACKAGE)
+        version, operators, library = package.__version__, package.OPERATOR_VERSION, package.library_path()
+        of_level = ctypes.CDLL(library).pastkey_kernels_level
+        of_level.restype = ctypes.c_char_p
+        level = of_level()
+    except (OSError, ImportError, AttributeError) as error:
+        return NativeKernels(version, operators, refused=f"it cannot be loaded: {first_line(error)}")
+    if level is None:
+        forced = os.environ.get("PASTKEY_KERNELS")
+        return NativeKernels(
+            version, operators, refused=f"PASTKEY_KERNELS is {forced!r}, which this CPU or this build lacks"
+        )
+    return NativeKernels(version, operators, level.decode(), library)
+
+
+def kernels_for(
+    bundle: Bundle, providers: Choice | Sequence[Choice] | None, asked: bool | None
+) -> NativeKernels | None:
+    """The kernels that run a bundle, or None if onnxruntime's own do.
+
+    Args:
+        bundle: The bundle.
+        providers: As in `load`.
+        asked: Whether they must (True), may (None) or must not (False) be used. The environment variable PASTKEY_NATIVE
+            set to 0 makes False of None.
+
+    Raises:
+        ProviderError: They must be used and cannot.
+    """
+    if asked is False or (asked is None and os.environ.get(_SWITCH) == "0"):
+        return None
+    first = ep.resolve(providers, bundle.manifest.target, bundle.manifest.graph).providers[0][0]
+    why, found = "", None
+    if bundle.native_graph is None:
+        why = f"{bundle.path} has no native graph: make a bundle with one by  pastkey upgrade {bundle.path} --out NEW"
+    elif first != ep.CPU:
+        why = f"they run on the CPU, and the provider is {ep.short_name(first)!r}"
+    elif (found := native_kernels()) is None:
+        why = "the package pastkey-kernels is not installed: docs/native.md says how to build it"
+    elif found.refused:
+        why = found.refused
+    elif found.operators != bundle.manifest.native:
+        why = (
+            f"the installed pastkey-kernels has version {found.operators} of the operators, and the bundle needs "
+            f"{bundle.manifest.native}"
+        )
+    if why and asked:
+        raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")
+    return None if why else found
