@@ -1,0 +1,71 @@
+// What the operators call, and each instruction set implements: tables of plain functions. The files of the instruction
+// sets are compiled with flags of their own, so they share no inline function, template or container of the standard
+// library: the linker would keep one copy of it, with instructions that another processor lacks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pastkey {
+
+constexpr size_t kBlock = 32;      // weights along K with one scale
+constexpr size_t kMaxRows = 32;    // rows of X that a call of multiply takes
+constexpr size_t kTileRows = 32;   // rows of X and of W that a call of multiply_tile takes
+
+// W [n, blocks, 32], as com.microsoft.MatMulNBits stores int8 weights: unsigned, zero point 128, at any address.
+struct Weights {
+  const uint8_t* codes;        // [n, blocks, 32]
+  const uint8_t* scale_codes;  // [n, blocks], a block's scale in units of its row's; or nullptr
+  const float* scales;         // [n, blocks], where scale_codes is nullptr
+  const float* row_scales;     // [n], or nullptr
+  const float* bias;           // [n], or nullptr
+  size_t n;
+  size_t blocks;  // K / 32
+};
+
+// Rows of X rounded to int8, one after the other. With two terms a row is followed by what its rounding left.
+struct Rounded {
+  int8_t* q;       // [rows * terms, blocks, 32]
+  int32_t* start;  // [rows * terms, blocks]: -128 * the sum of the block's q, since weights are unsigned
+  float* scale;    // [rows * terms, blocks]: NaN where the block has a NaN or an infinity
+};
+
+enum class Activation { none, silu, gelu, gelu_tanh };
+
+// The sum over a row's blocks is the same sequence of operations everywhere, so its bits are those of every level and
+// number of rows:   d = sum of the 32 products, exact;   acc = fma(float(d) * scale of x, scale of w, acc)
+// Then, with two terms, acc of the first + acc of the second; * row scale; + bias.
+struct MatMulKernels {
+  // x [blocks * 32] -> a row of Rounded, and what rounding left to `rest`, which may be x or nullptr.
+  void (*round)(const float* x, size_t blocks, int8_t* q, int32_t* start, float* scale, float* rest);
+  // y[i * stride + j] for rows i of X, at most kMaxRows, and `count` rows of W from `first`.
+  void (*multiply)(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
+                   size_t stride);
+  // y[i] = act(x[i]), times other[i] where that is not nullptr. y may be x.
+  void (*activate)(Activation activation, const float* x, const float* other, float* y, size_t n);
+  // sum = x + skip (each may be nullptr); y = (sum - mean if centered) / deviation * gamma + beta (may be nullptr).
+  // n is a multiple of 32.
+  void (*normalize)(bool centered, const float* x, const float* skip, const float* gamma, const float* beta,
+                    float epsilon, size_t n, float* sum, float* y);
+};
+
+// Many rows, in bf16 by tiles of 32 x 32 results.
+struct TileKernels {
+  // 16 rows of x [rows, blocks * 32] -> `packed` of packed_rows_size(blocks, terms) bytes; rows past `rows` are zero.
+  void (*pack_rows)(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed);
+  // 32 rows of W from `first`, `count` of them there -> `packed` of packed_weights_size(blocks) bytes.
+  void (*pack_weights)(const Weights& w, size_t first, size_t count, uint8_t* packed);
+  // y[32][32], with row scale and bias, for 16 or 32 packed rows of x. Only between begin and end, on one thread.
+  void (*multiply_tile)(const Weights& w, const uint8_t* weights, const uint8_t* x, bool second, size_t terms,
+                        size_t first, size_t count, float* y);
+  void (*begin)();
+  void (*end)();
+};
+
+constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }
+constexpr size_t packed_weights_size(size_t blocks) { return kTileRows * blocks * kBlock * 2; }
+
+extern const MatMulKernels portable_matmul, avx2_matmul, avx_vnni_matmul, avx512_matmul;
+extern const TileKernels amx_tiles;
+
+}  // namespace pastkey

@@ -1,0 +1,15 @@
+// The operators of domain "pastkey".
+#pragma once
+
+#include <vector>
+
+#include "onnxruntime_c_api.h"
+
+namespace pastkey {
+
+const OrtCustomOp* matmul_int8();
+const OrtCustomOp* norm_matmul_int8();
+
+inline std::vector<const OrtCustomOp*> operators() { return {matmul_int8(), norm_matmul_int8()}; }
+
+}  // namespace pastkey

@@ -1,0 +1,78 @@
+"""Runs graphs of the native operators, each level of the kernels in a process of its own.
+
+As a program: `python running.py FOLDER` runs the cases there, see `run_at`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, and what it is run with: the rows of `feeds`, one after the other."""
+
+    model: bytes
+    feeds: Sequence[Mapping[str, Array]]
+    threads: int = 1
+
+
+@dataclass
+class Outcome:
+    """The outputs of each of a case's feeds, or the message of the error that opening or a run raised."""
+
+    outputs: list[list[Array]] = field(default_factory=list)
+    error: str = ""
+
+
+def run_at(level: str, cases: Sequence[Case], folder: Path) -> list[Outcome] | None:
+    """The outcomes at a level; None where this machine does not have it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases").write_bytes(pickle.dumps([(case.model, list(case.feeds), case.threads) for case in cases]))
+    environment = {**os.environ, "PASTKEY_KERNELS": level, "ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    if "does not support" in done.stderr:
+        return None
+    assert done.returncode == 0, done.stderr
+    return [Outcome(*outcome) for outcome in pickle.loads((folder / "outcomes").read_bytes())]
+
+
+def main(folder: Path) -> None:
+    import onnxruntime as ort
+    from pastkey_kernels import library_path
+
+    ort.set_default_logger_severity(4)
+    outcomes = []
+    for model, feeds, threads in pickle.loads((folder / "cases").read_bytes()):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.register_custom_ops_library(library_path())
+        outcome = Outcome()
+        try:
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            for feed in feeds:
+                outcome.outputs.append([np.asarray(output) for output in session.run(None, feed)])
+        except Exception as error:
+            outcome.error = str(error)
+        outcomes.append((outcome.outputs, outcome.error))
+    (folder / "outcomes").write_bytes(pickle.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
