@@ -22,6 +22,7 @@ from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
+from pastkey.runtime.providers.native import native_kernels
 from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.runtime.settings import SessionSettings
 
@@ -156,6 +157,9 @@ class BundleWriter:
         target = bundle.manifest.target
         row = TARGETS[target]
         if row.short == "cpu":
+            if bundle.native_graph is not None and (kernels := native_kernels()) is not None and not kernels.refused:
+                self.progress.stage(f"prove the bundle on {kernels}")
+                require_golden(Engine(bundle), bundle)
             return
         config = self.config
         options = dict(config.provider_options or ())

@@ -48,10 +48,8 @@ def native_kernels() -> NativeKernels | None:
     except (OSError, ImportError, AttributeError) as error:
         return NativeKernels(version, operators, refused=f"it cannot be loaded: {first_line(error)}")
     if level is None:
-        forced = os.environ.get("PASTKEY_KERNELS")
-        return NativeKernels(
-            version, operators, refused=f"PASTKEY_KERNELS is {forced!r}, which this CPU or this build lacks"
-        )
+        refused = f"PASTKEY_KERNELS is {os.environ.get('PASTKEY_KERNELS')!r}, a level that this CPU or this build lacks"
+        return NativeKernels(version, operators, refused=refused)
     return NativeKernels(version, operators, level.decode(), library)
 
 
