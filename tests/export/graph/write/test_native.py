@@ -1,0 +1,148 @@
+"""The native graph has the kernel library's operators in the place of onnxruntime's, and computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey.contract import names
+from pastkey.export.graph.write.last_logits import keep_last_positions
+from pastkey.export.graph.write.native import to_native
+from pastkey.export.graph.write.output_head import take_head
+from pastkey.export.graph.write.weights_file import WeightsFile
+from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.runtime.providers.ort import onnxruntime
+
+from ...small_graphs import model_of, run_model
+
+BUILT = importlib.util.find_spec("pastkey_kernels") is not None
+RNG = np.random.default_rng(0)
+K, N = 64, 96
+WEIGHTS = {
+    "w": RNG.normal(size=(K, N)).astype(np.float32),
+    "v": RNG.normal(size=(K, K)).astype(np.float32),
+    "b": RNG.normal(size=N).astype(np.float32),
+    "g": RNG.normal(size=K).astype(np.float32),
+    "halves": np.array([N // 2, N // 2]),
+}
+TEXT = f"""g (float[batch_size,sequence_length,{K}] x, float[{K},{N}] w, float[{K},{K}] v, float[{N}] b, float[{K}] g,
+int64[2] halves) => (float[batch_size,sequence_length,n] y) {{{{ {{}} }}}}"""
+MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
+
+
+@pytest.mark.parametrize(
+    ("body", "operator", "attributes"),
+    [
+        ("y = MatMul(x, w)", MATMUL, {}),
+        ("p = MatMul(x, w) y = Add(p, b)", MATMUL, {}),
+        ("p = MatMul(x, w) s = Sigmoid(p) y = Mul(p, s)", MATMUL, {"activation": "silu"}),
+        ("p = MatMul(x, w) q = Add(p, b) y = Gelu(q)", MATMUL, {"activation": "gelu"}),
+        (
+            "p = MatMul(x, w) i, j = Split <axis = -1> (p, halves) s = Sigmoid(i) a = Mul(i, s) y = Mul(a, j)",
+            MATMUL,
+            {"activation": "silu", "gate": 0},
+        ),
+        (
+            'p = MatMul(x, w) i, j = Split <axis = -1> (p, halves) a = Gelu <approximate = "tanh"> (j) y = Mul(i, a)',
+            MATMUL,
+            {"activation": "gelu_tanh", "gate": 1},
+        ),
+        ("n = LayerNormalization <epsilon = 0.01> (x, g, g) y = MatMul(n, w)", NORM, {"norm": "layer"}),
+        ("n = SimplifiedLayerNormalization <epsilon = 0.01> (x, g) y = MatMul(n, w)", NORM, {"norm": "rms"}),
+        (
+            "r = Neg(x) n, e, f, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.01> (x, r, g) "
+            "p = MatMul(n, w) q = MatMul(s, w) y = Add(p, q)",
+            NORM,
+            {"norm": "rms"},
+        ),
+    ],
+)
+def test_a_node_takes_in_what_stands_around_it(body: str, operator: str, attributes: dict[str, object]) -> None:
+    model = model_of(TEXT.format(body), **WEIGHTS)
+    quantize(model)
+    x = RNG.normal(size=(2, 3, K)).astype(np.float32)
+    (expected,) = run_model(model, x=x)
+    assert to_native(model)
+    node = next(node for node in model.graph if node.op_type == operator)
+    found = {name: attribute.value for name, attribute in node.attributes.items() if name != "epsilon"}
+    assert found == attributes
+    assert node.domain == names.NATIVE_DOMAIN
+    assert not {"MatMulNBits", "Sigmoid", "Gelu"} & {node.op_type for node in model.graph}
+    if operator == NORM:
+        assert node.attributes["epsilon"].value == pytest.approx(0.01)
+    if BUILT:
+        np.testing.assert_allclose(_run_native(model, x=x), expected, rtol=2e-5, atol=2e-4)
+
+
+def _run_native(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
+    import pastkey_kernels
+
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(pastkey_kernels.library_path())
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    (found,) = session.run(None, inputs)
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "p = MatMul(x, w) s = Sigmoid(p) a = Mul(p, s) y = Add(a, p)",  # the product is read once more
+        "n = SimplifiedLayerNormalization (x, g) p = MatMul(n, w) q = Neg(n) r = MatMul(q, w) y = Add(p, r)",
+    ],
+)
+def test_what_others_read_stays(body: str) -> None:
+    model = model_of(TEXT.format(body), **WEIGHTS)
+    quantize(model)
+    before = [node.op_type for node in model.graph if node.op_type in ("Sigmoid", "SimplifiedLayerNormalization")]
+    to_native(model)
+    assert {node.op_type for node in model.graph} >= {*before, MATMUL}
+
+
+def test_both_terms_of_the_head_are_one_node() -> None:
+    model = model_of(TEXT.replace("] y)", "] logits)").format("h = Neg(x) logits = MatMul(h, w)"), **WEIGHTS)
+    quantize(model)
+    keep_last_positions(model, take_head(model))
+    x = RNG.normal(size=(2, 3, K)).astype(np.float32)
+    inputs = {"x": x, names.LOGITS_START: np.array([-2])}
+    (expected,) = run_model(model, **inputs)
+    to_native(model)
+    operators = [node.op_type for node in model.graph]
+    assert operators == ["Neg", "Slice", MATMUL]
+    assert model.graph[2].attributes["terms"].value == 2
+    if BUILT:
+        np.testing.assert_allclose(_run_native(model, **inputs), expected, rtol=2e-5, atol=2e-4)
+
+
+def test_scales_are_read_where_they_lie(tmp_path: Path) -> None:
+    """Two matrices share a table of scales in the weights file: each node has its own rows of it."""
+    model = model_of(TEXT.format("p = MatMul(x, v) y = MatMul(p, w)"), **WEIGHTS)
+    quantize(model)
+    inline = [value for value in model.graph.initializers.values() if "scale" in str(value.name)]
+    file = WeightsFile.of(tmp_path / "model.onnx")
+    for value in inline:  # though they are small
+        tensor = value.const_value
+        assert tensor is not None
+        name, offset = file.place(tensor.tobytes())
+        value.const_value = ir.ExternalTensor(
+            name, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name, base_dir=tmp_path
+        )
+    stored = {str(value.name): value.const_value.numpy() for value in inline}  # type: ignore[union-attr]
+    to_native(model)
+    first, second = (node for node in model.graph if node.op_type == MATMUL)
+    for place, what in ((2, "scale_codes"), (3, "row_scales")):
+        (whole,) = (array for name, array in stored.items() if what in name)
+        parts = [node.inputs[place].const_value for node in (first, second)]
+        assert all(isinstance(part, ir.ExternalTensor) for part in parts)
+        np.testing.assert_array_equal(np.concatenate([part.numpy() for part in parts]), whole)
+
+
+def test_a_matrix_in_blocks_of_16_stays() -> None:
+    model = model_of("g (float[m,48] x, float[48,9] w) => (float[m,9] y) { y = MatMul(x, w) }", w=np.ones((48, 9), "f"))
+    quantize(model)
+    assert [node.op_type for node in model.graph if node.op_type.startswith("MatMul")] == ["MatMulNBits"]
+    assert not to_native(model)
