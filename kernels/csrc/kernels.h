@@ -9,7 +9,7 @@
 namespace pastkey {
 
 constexpr size_t kBlock = 32;      // weights along K with one scale
-constexpr size_t kMaxRows = 32;    // rows of X that a call of multiply takes
+constexpr size_t kMaxRows = 32;    // rows times terms that a call of multiply takes
 constexpr size_t kTileRows = 32;   // rows of X and of W that a call of multiply_tile takes
 
 // W [n, blocks, 32], as com.microsoft.MatMulNBits stores int8 weights: unsigned, zero point 128, at any address.
@@ -33,12 +33,14 @@ struct Rounded {
 enum class Activation { none, silu, gelu, gelu_tanh };
 
 // The sum over a row's blocks is the same sequence of operations everywhere, so its bits are those of every level and
-// number of rows:   d = sum of the 32 products, exact;   acc = fma(float(d) * scale of x, scale of w, acc)
-// Then, with two terms, acc of the first + acc of the second; * row scale; + bias.
+// number of rows:   d = sum of block b's 32 products, exact;
+//                   acc[b % 4] = fma(float(d) * scale of x, scale of w, acc[b % 4]);
+//                   sum = (acc[0] + acc[2]) + (acc[1] + acc[3])
+// Then, with two terms, the first's sum + the second's; * row scale; + bias.
 struct MatMulKernels {
   // x [blocks * 32] -> a row of Rounded, and what rounding left to `rest`, which may be x or nullptr.
   void (*round)(const float* x, size_t blocks, int8_t* q, int32_t* start, float* scale, float* rest);
-  // y[i * stride + j] for rows i of X, at most kMaxRows, and `count` rows of W from `first`.
+  // y[i * stride + j] for rows i of X, at most kMaxRows / terms, and `count` rows of W from `first`.
   void (*multiply)(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
                    size_t stride);
   // y[i] = act(x[i]), times other[i] where that is not nullptr. y may be x.

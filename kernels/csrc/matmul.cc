@@ -122,8 +122,8 @@ class Product {
     const size_t bytes = k() * (gate_ >= 0 ? 2 : 1), step = std::max<size_t>(16, kTaskBytes / bytes / 16 * 16);
     context.parallel_for((columns() + step - 1) / step, [&](size_t task) {
       const size_t first = task * step, count = std::min(step, columns() - first);
-      for (size_t i = 0; i < m; i += kMaxRows) {
-        const size_t at = i * terms_ * w_.blocks, n = std::min(kMaxRows, m - i);
+      for (size_t i = 0; i < m; i += kMaxRows / terms_) {
+        const size_t at = i * terms_ * w_.blocks, n = std::min(kMaxRows / terms_, m - i);
         const Rounded part{rounded.q + at * kBlock, rounded.start + at, rounded.scale + at};
         multiply(part, n, first, count, y + i * columns() + first);
       }
@@ -147,7 +147,7 @@ class Product {
     return value;
   }
 
-  // At most kMaxRows rows, and columns of Y from `first`.
+  // At most kMaxRows / terms_ rows, and columns of Y from `first`.
   void multiply(const Rounded& x, size_t rows, size_t first, size_t count, float* y) const {
     if (gate_ < 0) {
       kernels_.multiply(w_, x, rows, terms_, first, count, y, columns());

@@ -9,7 +9,8 @@ namespace pastkey {
 
 const OrtCustomOp* matmul_int8();
 const OrtCustomOp* norm_matmul_int8();
+const OrtCustomOp* decoder_attention();
 
-inline std::vector<const OrtCustomOp*> operators() { return {matmul_int8(), norm_matmul_int8()}; }
+inline std::vector<const OrtCustomOp*> operators() { return {matmul_int8(), norm_matmul_int8(), decoder_attention()}; }
 
 }  // namespace pastkey

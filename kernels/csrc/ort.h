@@ -348,6 +348,10 @@ const OrtCustomOp* custom_op() {
     o.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
       return Kernel::kOutputs[i].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     };
+    // Outputs of any type need a function for their types. They stay what the graph declares, and the kernel checks them.
+    for (const Slot& output : Kernel::kOutputs)
+      if (output.type == kAnyType)
+        o.InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext*) -> OrtStatusPtr { return nullptr; };
     o.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
     o.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
     o.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };

@@ -10,15 +10,15 @@ namespace {
 #include "elementwise.inl"
 
 float row_sum(const Weights& w, size_t row, const int8_t* q, const float* scale) {
-  float acc = 0;
+  float acc[4] = {};
   for (size_t b = 0; b < w.blocks; b++) {
     const size_t at = row * w.blocks + b;
     int32_t dot = 0;
     for (size_t i = 0; i < kBlock; i++) dot += (w.codes[at * kBlock + i] - 128) * q[b * kBlock + i];
     const float weight_scale = w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
-    acc = std::fma(static_cast<float>(dot) * scale[b], weight_scale, acc);
+    acc[b % 4] = std::fma(static_cast<float>(dot) * scale[b], weight_scale, acc[b % 4]);
   }
-  return acc;
+  return (acc[0] + acc[2]) + (acc[1] + acc[3]);
 }
 
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,

@@ -1,0 +1,48 @@
+// What DecoderAttention's operator (attention.cc) and its functions for each instruction set share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pastkey {
+
+// A row's keys are summed in parts that start at multiples of kAttentionPart and are merged in order. What a part holds
+// depends on positions only, so a row has the same bits in any step, in any batch and on any number of threads.
+constexpr size_t kAttentionPart = 128;
+constexpr size_t kAttentionRows = 32;         // the most rows of one call
+constexpr size_t kAttentionMaxHeadSize = 256;  // a head size is a multiple of 16
+
+enum class CacheType { float32, float16, int8 };
+
+// Query rows that share one key head.
+struct AttentionRows {
+  size_t count;        // at most kAttentionRows
+  size_t head_size;    // D
+  const float* query;  // [count, D], rotated and scaled
+  const size_t* from;  // [count]: a row sees the keys [from, to)
+  const size_t* to;
+  const char* keys;    // the first token's; int8: D codes and their scale, a float
+  const char* values;
+  CacheType cache;
+  float softcap;  // 0: none
+};
+
+// Softmax's state of rows: the largest score, the sum of exp(score - largest) and the values weighted by them.
+struct AttentionSums {
+  float* top;     // [count], at first -infinity
+  float* sum;     // [count], at first 0
+  float* values;  // [count, D], at first 0
+};
+
+struct AttentionKernels {
+  // Adds the keys of one part.
+  void (*attend)(const AttentionRows& rows, size_t part, const AttentionSums& sums);
+  // Adds the sums of a later part, computed by themselves, to those of one row: the same bits as attend.
+  void (*merge)(size_t head_size, const AttentionSums& part, const AttentionSums& sums);
+  // Writes one row of the output. sink: a score that takes part in softmax's sum only, or null.
+  void (*finish)(size_t head_size, const AttentionSums& sums, const float* sink, float* y);
+};
+
+extern const AttentionKernels portable_attention, avx2_attention, avx512_attention;
+
+}  // namespace pastkey

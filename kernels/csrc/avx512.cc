@@ -1,0 +1,289 @@
+// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row. More
+// rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four weights of each row.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pastkey {
+namespace {
+
+#include "elementwise.inl"
+
+constexpr size_t kChunk = 32;      // blocks of a panel: 16 KB of weights
+constexpr size_t kAhead = 6144;    // bytes between the weights that are read and those that are prefetched
+constexpr size_t kByRows = 2;      // rows of X that are multiplied without a panel
+
+// Where the weights are that will be read kAhead bytes later, when `together` rows are read side by side.
+class Ahead {
+ public:
+  Ahead(size_t k, size_t together)
+      : k_(k), skip_((together - 1) * k), groups_(kAhead / (together * k) * together * k),
+        columns_(kAhead % (together * k) / together / 64 * 64) {}
+  size_t operator()(size_t at) const {
+    const size_t column = at + columns_;
+    return groups_ + (column < k_ ? column : column + skip_);
+  }
+
+ private:
+  size_t k_, skip_, groups_, columns_;
+};
+
+// Scales of `n` (at most 4) blocks of a row.
+inline uint32_t load_codes(const uint8_t* p, size_t n) {
+  uint32_t codes = 0;
+  if (n == 4) std::memcpy(&codes, p, 4);
+  else
+    for (size_t i = 0; i < n; i++) codes |= static_cast<uint32_t>(p[i]) << (8 * i);
+  return codes;
+}
+
+// Scales of `n` (at most 4) blocks of four rows: lane 4 * block + row.
+inline __m512 load_scales(const Weights& w, const size_t* rows, size_t b, size_t n) {
+  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  if (w.scale_codes) {
+    uint32_t codes[4];
+    for (int r = 0; r < 4; r++) codes[r] = load_codes(w.scale_codes + rows[r] * w.blocks + b, n);
+    const __m128i bytes = _mm_setr_epi32(static_cast<int>(codes[0]), static_cast<int>(codes[1]),
+                                         static_cast<int>(codes[2]), static_cast<int>(codes[3]));
+    return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(turn, _mm512_cvtepu8_epi32(bytes)));
+  }
+  const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
+  __m128 four[4];
+  for (int r = 0; r < 4; r++) four[r] = _mm_maskz_loadu_ps(mask, w.scales + rows[r] * w.blocks + b);
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(four[2]), four[3], 1);
+  return _mm512_permutexvar_ps(turn, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+}
+
+// In each lane of 128 bits, the sums of the four rows' lanes.
+inline __m512i add_lanes(const __m512i* v) {
+  const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+  const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
+template <int M>
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
+                          __m128* out) {
+  const size_t k = w.blocks * kBlock;
+  const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  size_t rows[4];
+  for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
+  __m512 acc[M];
+  for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+  for (size_t b = 0; b < w.blocks; b += 4) {
+    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4, at = b * kBlock;
+    const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
+    const __mmask16 lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
+    const __mmask8 blocks = static_cast<__mmask8>((1u << n) - 1);
+    __m512i codes[2][4];
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * k;
+      codes[0][r] = _mm512_maskz_loadu_epi8(first, p + at);
+      codes[1][r] = _mm512_maskz_loadu_epi8(second, p + at + 64);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at + 64)), _MM_HINT_T0);
+    }
+    const __m512 scales = load_scales(w, rows, b, n);
+    for (int m = 0; m < M; m++) {
+      const size_t in = (from + m) * w.blocks + b;
+      const __m512i q0 = _mm512_maskz_loadu_epi8(first, x.q + in * kBlock);
+      const __m512i q1 = _mm512_maskz_loadu_epi8(second, x.q + in * kBlock + 64);
+      __m512i d0[4], d1[4];
+      for (int r = 0; r < 4; r++) {
+        d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
+        d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
+      }
+      const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
+      const __m512i start = _mm512_permutexvar_epi32(
+          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(blocks, x.start + in)));
+      const __m512 scale =
+          _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(blocks, x.scale + in)));
+      const __m512i d = _mm512_add_epi32(
+          start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), scale), scales, acc[m], lanes);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(acc[m]), _mm512_extractf32x8_ps(acc[m], 1));
+    out[m] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+}
+
+template <int M>
+void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
+             size_t stride) {
+  const Ahead ahead(w.blocks * kBlock, 4);
+  for (size_t j = 0; j < count; j += 4) {
+    const size_t there = count - j < 4 ? count - j : 4;
+    const __mmask8 mask = static_cast<__mmask8>((1u << there) - 1);
+    for (size_t i = 0; i < rows * terms; i += M) {
+      __m128 sums[M];
+      multiply_rows<M>(w, x, i, first + j, there, ahead, sums);
+      for (size_t m = 0; m < M; m += terms) {
+        __m128 sum = terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m];
+        if (w.row_scales) sum = _mm_mul_ps(sum, _mm_maskz_loadu_ps(mask, w.row_scales + first + j));
+        if (w.bias) sum = _mm_add_ps(sum, _mm_maskz_loadu_ps(mask, w.bias + first + j));
+        _mm_mask_storeu_ps(y + (i + m) / terms * stride + j, mask, sum);
+      }
+    }
+  }
+}
+
+struct Panel {
+  __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
+  __m512 scales[kChunk];
+};
+
+// 16 registers of 16 numbers: lane j of register i becomes lane i of register j.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// `n` blocks from b0 of 16 rows of W.
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+  const size_t k = w.blocks * kBlock;
+  const uint8_t* p = w.codes + row * k;
+  for (size_t b = 0; b < n; b++) {
+    const size_t at = (b0 + b) * kBlock;
+    if (at % 64 == 0)
+      for (size_t r = 0; r < 16; r++)
+        _mm_prefetch(reinterpret_cast<const char*>(p + r * k + ahead(at)), _MM_HINT_T0);
+    for (size_t h = 0; h < 2; h++) {
+      __m512i v[4], t[4];
+      for (size_t i = 0; i < 4; i++) {  // rows i, 4 + i, 8 + i, 12 + i
+        const uint8_t* from = p + i * k + at + 16 * h;
+        const __m128i* q[4];
+        for (size_t lane = 0; lane < 4; lane++) q[lane] = reinterpret_cast<const __m128i*>(from + 4 * lane * k);
+        v[i] = _mm512_castsi128_si512(_mm_loadu_si128(q[0]));
+        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x00f0, _mm_loadu_si128(q[1]));
+        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x0f00, _mm_loadu_si128(q[2]));
+        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0xf000, _mm_loadu_si128(q[3]));
+      }
+      for (int i = 0; i < 2; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; i++) {
+        panel.codes[b][4 * h + 2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        panel.codes[b][4 * h + 2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      }
+    }
+  }
+  for (size_t b = 0; b < n; b += 16) {
+    const size_t some = n - b < 16 ? n - b : 16;
+    const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
+    __m512i v[16];
+    for (size_t r = 0; r < 16; r++) {
+      const size_t at = (row + r) * w.blocks + b0 + b;
+      v[r] = _mm512_castps_si512(
+          w.scale_codes
+              ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.scale_codes + at)))
+              : _mm512_maskz_loadu_ps(mask, w.scales + at));
+    }
+    transpose(v);
+    for (size_t i = 0; i < some; i++) panel.scales[b + i] = _mm512_castsi512_ps(v[i]);
+  }
+}
+
+inline __m512i broadcast(const int8_t* four) {
+  int32_t value;
+  std::memcpy(&value, four, 4);
+  return _mm512_set1_epi32(value);
+}
+
+// acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
+template <int M>
+inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
+                           __m512 (*acc)[kMaxRows]) {
+  for (size_t chain = 0; chain < 4; chain++) {
+    __m512 sums[M];
+    for (int m = 0; m < M; m++) sums[m] = acc[chain][from + m];
+    for (size_t b = chain; b < n; b += 4) {
+      const __m512 scales = panel.scales[b];
+      for (int m = 0; m < M; m++) {
+        const size_t in = (from + m) * blocks + b0 + b;
+        __m512i d = _mm512_set1_epi32(x.start[in]);
+        for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
+        sums[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in])), scales, sums[m]);
+      }
+    }
+    for (int m = 0; m < M; m++) acc[chain][from + m] = sums[m];
+  }
+}
+
+// 16 rows of W
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
+              size_t stride) {
+  Panel panel;
+  __m512 acc[4][kMaxRows];
+  const size_t all = rows * terms;
+  for (size_t chain = 0; chain < 4; chain++)
+    for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
+  for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
+    const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
+    fill_panel(w, row, b0, n, ahead, panel);
+    size_t i = 0;
+    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
+  }
+  const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
+  const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
+  for (size_t i = 0; i < rows; i++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t t = 0; t < terms; t++) {
+      const size_t at = i * terms + t;
+      const __m512 term =
+          _mm512_add_ps(_mm512_add_ps(acc[0][at], acc[2][at]), _mm512_add_ps(acc[1][at], acc[3][at]));
+      sum = t ? _mm512_add_ps(sum, term) : term;
+    }
+    if (w.row_scales) sum = _mm512_mul_ps(sum, row_scale);
+    if (w.bias) sum = _mm512_add_ps(sum, bias);
+    _mm512_storeu_ps(y + i * stride, sum);
+  }
+}
+
+void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
+              size_t stride) {
+  size_t j = 0;
+  if (rows * terms > kByRows) {
+    const Ahead ahead(w.blocks * kBlock, 16);
+    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+  }
+  if (j == count) return;
+  if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+}
+
+}  // namespace
+
+const MatMulKernels avx512_matmul = {round_row, multiply, activate, normalize};
+
+}  // namespace pastkey

@@ -1,0 +1,134 @@
+"""Graphs of one MatMulInt8 or NormMatMulInt8, beside what they should compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import helper, numpy_helper
+
+from .running import Array
+
+FLOAT = 1
+OPSETS = [helper.make_opsetid(*pair) for pair in (("", 20), ("com.microsoft", 1), ("pastkey", 1))]
+
+
+def graph(
+    nodes: list[Any],
+    weights: dict[str, Array],
+    inputs: dict[str, list[Any]],
+    outputs: list[str],
+    types: dict[str, int] | None = None,
+) -> bytes:
+    """The ModelProto of `nodes`. Inputs are float32 but for what `types` says."""
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    made = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, FLOAT, None) for name in outputs],
+        initializers,
+    )
+    model: bytes = helper.make_model(made, opset_imports=OPSETS, ir_version=10).SerializeToString()
+    return model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the operators take as W [N, K / 32, 32], scales [N, K / 32], row scales [N, 1] and bias [N]."""
+
+    codes: Array
+    scale_codes: Array
+    row_scales: Array
+    bias: Array
+
+    @staticmethod
+    def draw(n: int, k: int) -> Weights:
+        rng = np.random.default_rng(n * 10007 + k)
+        return Weights(
+            rng.integers(0, 256, (n, k // 32, 32), dtype=np.uint8),
+            rng.integers(1, 256, (n, k // 32), dtype=np.uint8),
+            (rng.random((n, 1)) * 1e-4 + 1e-5).astype(np.float32),
+            rng.standard_normal(n).astype(np.float32),
+        )
+
+    @property
+    def scales(self) -> Array:
+        return (self.scale_codes * self.row_scales).astype(np.float32)
+
+    @property
+    def matrix(self) -> Array:
+        """float64 [N, K]"""
+        scales = self.scale_codes * self.row_scales.astype(np.float64)
+        return ((self.codes.astype(np.float64) - 128) * scales[..., None]).reshape(len(self.codes), -1)
+
+    def named(self, float_scales: bool = False, bias: bool = False) -> dict[str, Array]:
+        """The initializers of a node, by the names that `arguments` uses."""
+        scales = {"scales": self.scales} if float_scales else {"codes": self.scale_codes, "row_scales": self.row_scales}
+        return {"w": self.codes, **scales, **({"bias": self.bias} if bias else {})}
+
+
+def arguments(weights: dict[str, Array]) -> list[str]:
+    """The inputs of a node from W on."""
+    scales = ["scales", ""] if "scales" in weights else ["codes", "row_scales"]
+    return ["w", *scales, *(["bias"] if "bias" in weights else [])]
+
+
+def matmul(weights: dict[str, Array], **attributes: Any) -> bytes:
+    node = helper.make_node("MatMulInt8", ["x", *arguments(weights)], ["y"], domain="pastkey", **attributes)
+    return graph([node], weights, {"x": ["m", "k"]}, ["y"])
+
+
+def norm_matmul(weights: dict[str, Array], *, skip: bool, beta: bool, summed: bool, **attributes: Any) -> bytes:
+    """`weights` has gamma, and beta where `beta`."""
+    names = ["x", "skip" if skip else "", "gamma", "beta" if beta else "", *arguments(weights)]
+    outputs = ["y", "s"] if summed else ["y"]
+    node = helper.make_node("NormMatMulInt8", names, outputs, domain="pastkey", **attributes)
+    inputs = {"x": ["m", "k"], **({"skip": ["m", "k"]} if skip else {})}
+    return graph([node], weights, inputs, outputs)
+
+
+def matmul_nbits(weights: Weights) -> bytes:
+    n, blocks, _ = weights.codes.shape
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "w", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=blocks * 32,
+        N=n,
+        bits=8,
+        block_size=32,
+        accuracy_level=4,
+    )
+    return graph([node], {"w": weights.codes, "scales": weights.scales}, {"x": ["m", "k"]}, ["y"])
+
+
+def activate(name: str, x: Array) -> Array:
+    """In float64."""
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu":
+        return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x
+
+
+def gated(y: Array, activation: str, gate: int) -> Array:
+    """What the attributes `activation` and `gate` make of the product `y` [M, N], in float64."""
+    if gate < 0:
+        return activate(activation, y)
+    halves = np.split(y, 2, axis=1)
+    return activate(activation, halves[gate]) * halves[1 - gate]
+
+
+def normalize(x: Array, gamma: Array, beta: Array | None, norm: str, epsilon: float) -> Array:
+    """In float64."""
+    x = x.astype(np.float64)
+    if norm == "layer":
+        x = x - x.mean(axis=1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + epsilon) * gamma
+    return x if beta is None else x + beta
