@@ -14,11 +14,11 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
-from pastkey.precisions import PRECISIONS
 from pastkey.providers import Provider
 from pastkey.values import parse_version
 
 from ..providers import placement as ep
+from ..providers.cache_form import cache_form
 from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
@@ -74,6 +74,7 @@ class DecoderGraph:
         one_by_one: Whether tokens are run one by one, on a device that computes only single tokens right.
         asked: The given providers and session options.
         native: The kernel library that runs the graph, or None if onnxruntime's own kernels do.
+        cache_form: The form of the KV cache.
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
@@ -142,6 +143,7 @@ class DecoderGraph:
             path = bundle.static_graphs[1]
         self.onnx = open_graph(path)
         self.sessions = {path: self.onnx}
+        self.cache_form = cache_form(self.onnx, manifest, path)
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self.takes_mask = names.ATTENTION_MASK in self._inputs
@@ -172,6 +174,7 @@ class DecoderGraph:
         return CachePair(
             self.onnx,
             self.manifest,
+            self.cache_form,
             provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
             open_int8=None if self._open_int8 is None else lambda: self._int8_graph,
@@ -214,7 +217,7 @@ class DecoderGraph:
             and not self.every
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
-            and PRECISIONS[self.manifest.precision].cache_bytes == 4
+            and self.cache_form.dtype is not np.float16
             and self.provider.device == "cpu"
         )
 
@@ -241,10 +244,8 @@ class DecoderGraph:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of the cache per token of one sequence, in float32, or in float16 with float16 weights."""
-        size = PRECISIONS[self.manifest.precision].cache_bytes
-        layers = self.manifest.layers
-        return sum(size * layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
+        """Bytes of the cache per token of one sequence."""
+        return self.cache_form.bytes_per_token
 
     def cache_bytes(self, tokens: int) -> int:
         """Largest size in bytes of the cache of one sequence of `tokens`.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Manifest
+from pastkey.contract.bundle import KVGeometry, Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, MissingExtraError, ProviderError, first_line
 from pastkey.files.reading import reading
 from pastkey.precisions import PRECISIONS
@@ -21,6 +21,7 @@ from pastkey.values import is_unicode, parse_version, shown
 
 from ..settings import Choice, SessionSettings
 from . import placement as ep
+from .cache_form import CacheForm, cache_form
 from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .parts import assigned
@@ -202,7 +203,10 @@ def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     """Raises IntegrityError if a tensor differs between graph and manifest, with both shapes."""
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
-    expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
+    if manifest.static:
+        expected = _expected_static(session, manifest, path)
+    else:
+        expected = _expected(found, manifest, path, cache_form(session, manifest, path))
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
@@ -219,12 +223,12 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
 Shapes = dict[str, list[int | str]]
 
 
-def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path) -> Shapes:
+def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path, form: CacheForm) -> Shapes:
     expected: Shapes = {
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
-    expected |= _expected_cache(manifest, names.BATCH, names.PAST, names.TOTAL)
+    expected |= _expected_cache(form.layers, names.BATCH, names.PAST, names.TOTAL)
     for i, state in enumerate(manifest.states):
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
@@ -254,15 +258,15 @@ def _expected_static(session: Any, manifest: Manifest, path: Path) -> Shapes:
     given = {value.name: list(value.shape) for value in session.get_inputs()}
     expected = {name: shape for name, shape in inputs.items() if name in given}
     expected |= {name: shape for name, shape in given.items() if name in tables}
-    expected |= _expected_cache(manifest, 1, past, tokens)
+    expected |= _expected_cache(manifest.layers, 1, past, tokens)
     expected[names.LOGITS] = [1, tokens, manifest.vocab_size]
     return expected
 
 
-def _expected_cache(manifest: Manifest, batch: int | str, past: int | str, present: int | str) -> Shapes:
+def _expected_cache(layers: Sequence[KVGeometry], batch: int | str, past: int | str, present: int | str) -> Shapes:
     """The shapes of keys and values. `past`, `present`: the numbers of tokens in inputs and outputs."""
     expected: Shapes = {}
-    for i, layer in enumerate(manifest.layers):
+    for i, layer in enumerate(layers):
         expected[names.past_key(i)] = [batch, layer.kv_heads, past, layer.key_head_size]
         expected[names.present_key(i)] = [batch, layer.kv_heads, present, layer.key_head_size]
         expected[names.past_value(i)] = [batch, layer.kv_heads, past, layer.value_head_size]

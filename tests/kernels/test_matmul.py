@@ -16,7 +16,9 @@ MANY = 70  # rows
 DECODE_ROWS = 8  # up to so many have the bits of one
 EPSILON = 1e-5
 GATES = [("silu", 0), ("silu", -1), ("gelu", 1), ("gelu", -1), ("gelu_tanh", 0), ("gelu_tanh", -1), ("", 1)]
-NORMS = [(norm, skip, beta, summed) for norm in ("rms", "layer") for skip in (0, 1) for beta in (0, 1) for summed in (0, 1)]
+NORMS = [
+    (norm, skip, beta, summed) for norm in ("rms", "layer") for skip in (0, 1) for beta in (0, 1) for summed in (0, 1)
+]
 
 
 def rows(k: int, count: int = MANY) -> Array:
@@ -60,7 +62,9 @@ def cases() -> dict[Any, Case]:
     for norm, skip, beta, summed in NORMS:
         weights = Weights.draw(34, 160)
         rng = np.random.default_rng(7)
-        scales = {"gamma": rng.random(160).astype(np.float32)} | ({"beta": weights.bias[:1].repeat(160)} if beta else {})
+        scales = {"gamma": rng.random(160).astype(np.float32)} | (
+            {"beta": weights.bias[:1].repeat(160)} if beta else {}
+        )
         model = norm_matmul(
             weights.named() | scales, skip=bool(skip), beta=bool(beta), summed=bool(summed), norm=norm, epsilon=EPSILON
         )
@@ -174,9 +178,7 @@ def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: st
 
 @each_level
 @pytest.mark.parametrize(("activation", "gate"), GATES)
-def test_activations_and_gates_are_those_of_float64(
-    outcomes: Outcomes, level: str, activation: str, gate: int
-) -> None:
+def test_activations_and_gates_are_those_of_float64(outcomes: Outcomes, level: str, activation: str, gate: int) -> None:
     found = outcomes(level)
     for n, k in ((34, 160), (200, 576)):
         weights = Weights.draw(n, k)

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from pastkey.contract import names
+from pastkey.contract.bundle import SCALE_BYTES
 
 from ..edit import (
     CONTRIB_DOMAIN,
@@ -49,17 +50,20 @@ _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interle
               "smooth_softmax")  # fmt: skip
 
 
-def write_native_graph(last_logits: Path, path: Path) -> bool:
+def write_native_graph(last_logits: Path, path: Path, *, int8_cache: bool) -> bool:
     """Writes the native graph of a last-logits graph beside it. Returns False if no node of it has a kernel."""
     model = ir.load(last_logits)
-    found = to_native(model)
+    found = to_native(model, int8_cache=int8_cache)
     if found:
         ir.save(model, path)
     return found
 
 
-def to_native(model: ir.Model) -> bool:
-    """Replaces the nodes that have a kernel. Returns whether there was any."""
+def to_native(model: ir.Model, *, int8_cache: bool = False) -> bool:
+    """Replaces the nodes that have a kernel. Returns whether there was any.
+
+    `int8_cache`: whether keys and values are cached in int8, if all attention has a kernel.
+    """
     matmuls = [node for node in model.graph if _is_int8_matmul(node)]
     for node in matmuls:
         _replace_matmul(model, node)
@@ -68,6 +72,8 @@ def to_native(model: ir.Model) -> bool:
         _replace_attention(model, node)
     if not matmuls and not attention:
         return False
+    if int8_cache:
+        _cache_in_int8(model)
     _compute_scales_apart(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
@@ -311,6 +317,21 @@ def _replace_attention(model: ir.Model, node: ir.Node) -> None:
         name=node.name,
     )
     replace_node(model, node, new)
+
+
+def _cache_in_int8(model: ir.Model) -> None:
+    """Changes the type of the cache to int8 rows with a scale, if only DecoderAttention reads it."""
+    ends = (names.PAST_PREFIX, names.PRESENT_PREFIX)
+    cached = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
+    nodes = {node for value in cached for node in (*value.consumers(), value.producer()) if node is not None}
+    if any(node.op_type != "DecoderAttention" for node in nodes):
+        return
+    for value in cached:
+        assert value.shape is not None
+        *before, size = value.shape
+        assert isinstance(size, int)
+        value.shape = ir.Shape([*before, size + SCALE_BYTES])
+        value.type = ir.TensorType(ir.DataType.INT8)
 
 
 def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:

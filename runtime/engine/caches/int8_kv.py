@@ -19,10 +19,12 @@ from pastkey.contract.bundle import Manifest
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.values import parse_version
 
+from ...providers.cache_form import CacheForm
 from ...providers.ort import onnxruntime
 from ...settings import MAX_DRAFT_TOKENS
 from ..shift import Moved
 from .fixed import FixedKVCache
+from .int8_rows import decoded, encoded
 from .kv import KVCache
 
 Rows = npt.NDArray[Any]
@@ -46,6 +48,7 @@ class CachePair:
         self,
         onnx: Any,
         manifest: Manifest,
+        form: CacheForm,
         *,
         provider: Provider = PROVIDERS["cpu"],
         device_id: int = 0,
@@ -57,6 +60,7 @@ class CachePair:
         Args:
             onnx: The onnxruntime.InferenceSession of a graph with a float32 cache.
             manifest: The bundle's manifest.
+            form: The form of the cache.
             provider: The table row of the execution provider.
             device_id: Index of the device.
             open_int8: Opens the session of the int8-KV graph, at the first token that it decodes; None without such a
@@ -66,24 +70,22 @@ class CachePair:
         shared = manifest.graph == "fused"
         context = manifest.context_length
         states = manifest.states
-        kind = next(value.type for value in onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX))
-        dtype = np.float16 if kind == "tensor(float16)" else np.float32
         self.float32: KVCache | FixedKVCache
         if provider.fixed_shapes and not shared and manifest.padding and not states:  # a hole is padding
-            self.float32 = FixedKVCache(onnx, manifest.layers, context_length=context, dtype=dtype)
+            self.float32 = FixedKVCache(onnx, form.layers, context_length=context, dtype=form.dtype)
         else:
             self.float32 = KVCache(
                 onnx,
-                manifest.layers,
+                form.layers,
                 shared=shared,
                 context_length=context,
                 provider=provider,
                 device_id=device_id,
-                dtype=dtype,
+                dtype=form.dtype,
                 states=states,
             )
         self.int8: KVCache | None = None
-        self._manifest = manifest
+        self._manifest, self._scaled = manifest, form.scaled
         self._open_int8 = open_int8
         new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
         able = open_int8 is not None and new and shared and provider.device == "cpu"
@@ -112,7 +114,7 @@ class CachePair:
         self._dequantize()
         if self.int8 is not None:
             self.int8.trim(min(start, self.int8.length))
-        self.float32.drop(start, end, moved)
+        self.float32.drop(start, end, _of_codes(moved) if self._scaled else moved)
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocates room at once for `tokens` that several runs prefill in each of `batch` sequences."""
@@ -184,6 +186,17 @@ class CachePair:
             for name in (names.past_key, names.past_value)
         ]
         return KVCache(onnx, layers, shared=True, context_length=self._manifest.context_length, dtype=np.int8)
+
+
+def _of_codes(moved: Moved) -> Moved:
+    """`moved` for rows that are stored as codes with a scale."""
+
+    def codes_moved(index: int, rows: Rows) -> Rows:
+        before = decoded(rows)
+        after = moved(index, before)
+        return rows if after is before else encoded(after)
+
+    return codes_moved
 
 
 def _copy(

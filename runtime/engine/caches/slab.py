@@ -42,7 +42,7 @@ class Slab:
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
         self._bound = 0  # number of bound rows
-        layers = graph.manifest.layers
+        layers = graph.cache_form.layers
         sizes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_head_size, layer.value_head_size)]
         self._sizes = sizes  # K, D
         self._past = [name(i) for i in range(len(layers)) for name in (names.past_key, names.past_value)]
@@ -164,7 +164,7 @@ class Slab:
         before: list[npt.NDArray[Any] | None] = [*self._arrays] or [None] * len(self._sizes)
         self._arrays, self._bound = [], 0
         for index, (heads, size) in enumerate(self._sizes):
-            grown = np.zeros((self._rows, heads, self._capacity, size), np.float32)
+            grown = np.zeros((self._rows, heads, self._capacity, size), self._graph.cache_form.dtype)
             for row, member in enumerate(self.members):
                 if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row and returns later
                     _cache(member).place(index, grown[row : row + 1])
