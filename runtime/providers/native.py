@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError, first_line
@@ -15,7 +17,7 @@ from pastkey.errors import ProviderError, first_line
 from ..settings import Choice
 from . import placement as ep
 
-_PACKAGE = "pastkey_kernels"
+_DISTRIBUTION, _PACKAGE = "pastkey-kernels", "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
 
 
@@ -42,6 +44,10 @@ def native_kernels() -> NativeKernels | None:
     try:
         package = importlib.import_module(_PACKAGE)
         version, operators, library = package.__version__, package.OPERATOR_VERSION, package.library_path()
+        if (short := _missing_bytes(library)) != 0:  # to load it would end the process
+            return NativeKernels(
+                version, operators, refused=f"{library} was cut short by {short} bytes: install it again"
+            )
         of_level = ctypes.CDLL(library).pastkey_kernels_level
         of_level.restype = ctypes.c_char_p
         level = of_level()
@@ -51,6 +57,16 @@ def native_kernels() -> NativeKernels | None:
         refused = f"PASTKEY_KERNELS is {os.environ.get('PASTKEY_KERNELS')!r}, a level that this CPU or this build lacks"
         return NativeKernels(version, operators, refused=refused)
     return NativeKernels(version, operators, level.decode(), library)
+
+
+def _missing_bytes(library: str) -> int:
+    """How many bytes the file has fewer than its wheel says; 0 without a wheel."""
+    try:
+        files = importlib.metadata.files(_DISTRIBUTION) or ()
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    recorded = next((file.size for file in files if file.name == Path(library).name), None)
+    return 0 if recorded is None else recorded - Path(library).stat().st_size
 
 
 def kernels_for(

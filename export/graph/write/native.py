@@ -100,7 +100,7 @@ class _Scales:
 def _scales_of(value: ir.Value | None) -> _Scales | None:
     """What a value that `rounding.rewrite` computes is made of, or None for any other."""
     first, rows = 0, None
-    if (split := producer(value, "Split")) is not None:
+    if value is not None and (split := producer(value, "Split")) is not None:
         sizes = weight(split.inputs[1])
         if sizes is None:
             return None
@@ -185,8 +185,8 @@ def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
         x, last = terms
         attributes["terms"] = 2
     bias = None
-    if (total := sole_consumer(last.outputs[0])) is not None and (vector := _bias(total, _integer(node, "N"))):
-        last, bias = total, vector
+    if (added := sole_consumer(last.outputs[0])) is not None and (vector := _bias(added, _integer(node, "N"))):
+        last, bias = added, vector
     if (after := _activation(last)) is not None:
         last, attributes = after[0], attributes | after[1]
     weights = [node.inputs[1], *stored, bias]
@@ -200,16 +200,16 @@ def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
     inputs = [values[0], values[1], *values[2:4]] if residual else [values[0], None, *values[1:3]]
     epsilon = norm.attributes.get_float("epsilon", _EPSILON[residual])
     attributes |= {"norm": kind, "epsilon": epsilon}
-    total = norm.outputs[_SUM] if len(norm.outputs) > _SUM and norm.outputs[_SUM].uses() else None
+    summed = norm.outputs[_SUM] if len(norm.outputs) > _SUM and norm.outputs[_SUM].uses() else None
     new = ir.node(
         "NormMatMulInt8",
         _trimmed([*inputs, *weights]),
         attributes,
         domain=names.NATIVE_DOMAIN,
-        num_outputs=1 if total is None else 2,
+        num_outputs=1 if summed is None else 2,
         name=node.name,
     )
-    _insert(model, last, norm, new, total)
+    _insert(model, last, norm, new, summed)
 
 
 def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: ir.Value | None) -> None:

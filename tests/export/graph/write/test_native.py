@@ -129,9 +129,15 @@ def test_scales_are_read_where_they_lie(tmp_path: Path) -> None:
         assert tensor is not None
         name, offset = file.place(tensor.tobytes())
         value.const_value = ir.ExternalTensor(
-            name, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name, base_dir=tmp_path
+            name,
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=str(value.name),
+            base_dir=tmp_path,
         )
-    stored = {str(value.name): value.const_value.numpy() for value in inline}  # type: ignore[union-attr]
+    stored = {str(value.name): value.const_value.numpy() for value in inline}
     to_native(model)
     first, second = (node for node in model.graph if node.op_type == MATMUL)
     for place, what in ((2, "scale_codes"), (3, "row_scales")):

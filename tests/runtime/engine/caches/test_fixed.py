@@ -108,7 +108,7 @@ def test_where_a_hole_is_no_padding_the_cache_concatenates(
     fields: dict[str, Any], standard_bundle: Bundle, fixed: Engine
 ) -> None:
     manifest = dataclasses.replace(standard_bundle.manifest, **fields)
-    assert isinstance(CachePair(fixed.onnx, manifest, provider=FIXED).float32, KVCache)
+    assert isinstance(CachePair(fixed.onnx, manifest, fixed.graph.cache_form, provider=FIXED).float32, KVCache)
 
 
 def test_fixed_rows_say_what_they_cannot() -> None:

@@ -1,0 +1,121 @@
+"""The kernel library is used where it is installed, fits, and has a graph; elsewhere onnxruntime's kernels run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import ProviderError
+from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
+
+PACKAGE = "pastkey_kernels"
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Installs a package of the name, of this source, in the place of any other."""
+
+    def install(source: str) -> None:
+        folder = tmp_path / PACKAGE
+        folder.mkdir()
+        (folder / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    installed = {name: module for name, module in sys.modules.items() if name == PACKAGE}
+    sys.modules.pop(PACKAGE, None)
+    native_kernels.cache_clear()
+    yield install
+    native_kernels.cache_clear()
+    sys.modules.pop(PACKAGE, None)
+    sys.modules.update(installed)
+
+
+def package(library: str, operators: int = 1) -> str:
+    return (
+        f"__version__ = '0.1.0'\nOPERATOR_VERSION = {operators}\n"
+        f"def library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
+    )
+
+
+@pytest.fixture
+def bundle(fused_bundle: Bundle) -> Bundle:
+    return dataclasses.replace(fused_bundle, manifest=dataclasses.replace(fused_bundle.manifest, native=1))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (package("library.so"), "it cannot be loaded: "),
+        ("raise ImportError('no module of its own')", "it cannot be loaded: no module of its own"),
+        ("", "it cannot be loaded: module 'pastkey_kernels' has no attribute '__version__'"),
+    ],
+    ids=["no library", "no import", "another package"],
+)
+def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, install: Install, bundle: Bundle) -> None:
+    install(source)
+    found = native_kernels()
+    assert found is not None
+    assert found.refused.startswith(words)
+    assert kernels_for(bundle, None, None) is None
+    with pytest.raises(
+        ProviderError, match="native is True, and the native kernels cannot be used: it cannot be loaded"
+    ):
+        kernels_for(bundle, None, True)
+
+
+def test_a_library_that_is_cut_short_says_so(tmp_path: Path, install: Install) -> None:
+    install(package("library.so"))
+    whole = importlib.util.find_spec("_ctypes")
+    assert whole is not None
+    (tmp_path / PACKAGE / "library.so").write_bytes(b"\x7fELF" + bytes(100))
+    found = native_kernels()
+    assert found is not None
+    assert found.refused.startswith("it cannot be loaded: ")
+
+
+def test_operators_of_another_version_are_left_alone(
+    install: Install, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pastkey.runtime.providers.native.native_kernels", lambda: NativeKernels("0.2.0", 2, "avx2", "/library.so")
+    )
+    assert kernels_for(bundle, None, None) is None
+    with pytest.raises(ProviderError, match="has version 2 of the operators, and the bundle needs 1"):
+        kernels_for(bundle, None, True)
+
+
+def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    assert kernels_for(bundle, None, None) is here
+    assert kernels_for(bundle, None, False) is None
+    monkeypatch.setenv("PASTKEY_NATIVE", "0")
+    assert kernels_for(bundle, None, None) is None
+    assert kernels_for(bundle, None, True) is here
+    plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
+    with pytest.raises(ProviderError, match=r"has no native graph: make a bundle with one by  pastkey upgrade "):
+        kernels_for(plain, None, True)
+
+
+def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: None)
+    assert kernels_for(bundle, None, None) is None
+    with pytest.raises(ProviderError, match=r"pastkey-kernels is not installed: docs/native.md"):
+        kernels_for(bundle, None, True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
+def test_the_installed_library_says_its_level() -> None:
+    native_kernels.cache_clear()
+    found = native_kernels()
+    assert found is not None
+    assert not found.refused
+    assert found.level in ("portable", "avx2", "avx_vnni", "avx512", "amx")
+    assert str(found) == f"pastkey-kernels {found.version}, {found.level}"
