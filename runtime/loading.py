@@ -115,7 +115,7 @@ def load(
             {"session.use_env_allocators": "1"}. Settings that pastkey controls, such as threads, are an error.
         native: Whether pastkey's kernel library runs the bundle: docs/native.md. None uses it where it is installed
             and the bundle has a graph for it, unless the environment variable PASTKEY_NATIVE is 0. True raises a
-            ProviderError where it cannot be used. False uses onnxruntime's own kernels.
+            ProviderError where it cannot be used. False, and None with `trust=False`, use onnxruntime's.
         max_memory: Limit in bytes for all caches of the model. A call that might need more raises ResourceError before
             it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
@@ -168,7 +168,7 @@ def load(
                 "key": None if key is None else str(as_path(key, "key", "the path of a PEM file").absolute()),
                 "allow_fallback": placement["allow_fallback"],
                 "session_options": None if session_options is None else dict(session_options),
-                "native": native,
+                "native": or_default(native, False),
                 "max_memory": None if max_memory is None else int(max_memory),
                 "prefix_bytes": int(prefix_bytes),
                 "max_batch": int(max_batch),
