@@ -13,6 +13,7 @@ from pastkey.contract.bundle import Bundle, open_bundle, read_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
+from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.flags import BUNDLE
 
 
@@ -66,7 +67,7 @@ def add_native_graph(bundle: Bundle) -> Bundle:
     from .graph.write.native import write_native_graph
 
     manifest = bundle.manifest
-    able = manifest.graph == "fused" and bundle.last_logits_graph.is_file()
+    able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and bundle.last_logits_graph.is_file()
     # An int8 cache costs little where the export has measured that, for a context in which it is faster.
     int8_cache = bundle.int8_kv_graph is not None
     path = bundle.path / names.NATIVE_GRAPH

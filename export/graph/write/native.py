@@ -45,7 +45,8 @@ _NORMS = {  # operator -> whether it adds a residual, and its norm
 _EPSILON = {False: 1e-5, True: 1e-12}  # defaults without and with a residual
 _SUM = 3  # output of a norm with a residual
 # Inputs of GroupQueryAttention: DecoderAttention has those before _POSITIONS, and head_sink.
-_POSITIONS, _HEAD_SINK = 9, 11
+_PAST, _POSITIONS, _HEAD_SINK = 3, 9, 11
+_HEAD_SIZES = range(32, 257, 16)
 _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap",
               "smooth_softmax")  # fmt: skip
 
@@ -301,7 +302,10 @@ def _is_attention(node: ir.Node) -> bool:
     if node.op_type != "GroupQueryAttention" or len(node.inputs) <= _POSITIONS - 3:
         return False
     further = [value for index, value in enumerate(node.inputs) if index >= _POSITIONS and index != _HEAD_SINK]
-    return not any(further) and set(node.attributes) <= set(_ATTENTION) and len(node.outputs) == 3
+    past = node.inputs[_PAST]
+    size = None if past is None or past.shape is None else past.shape[-1]
+    plain = not any(further) and set(node.attributes) <= set(_ATTENTION) and len(node.outputs) == 3
+    return plain and isinstance(size, int) and size in _HEAD_SIZES
 
 
 def _replace_attention(model: ir.Model, node: ir.Node) -> None:

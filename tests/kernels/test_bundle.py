@@ -1,0 +1,142 @@
+"""A bundle on the native kernels: the same model, whatever runs beside it, and however its cache is held."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pastkey
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.errors import InputError, ProviderError
+from pastkey.export import export
+from pastkey.export.upgrade import upgrade
+from pastkey.runtime import Engine
+from pastkey.runtime.engine import golden
+from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
+from pastkey.runtime.model.language_model import LanguageModel
+
+from ..export.decoders import gpt2, llama
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": INT8_KV_FROM + 64,
+}
+KINDS = {"llama": llama, "gpt2": gpt2}
+IDS = np.random.default_rng(0).integers(0, 61, 80)
+
+
+@pytest.fixture(scope="module", params=["llama-int8-cache", "llama", "gpt2"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With an int8 cache where the context is long."""
+    kind, _, long = request.param.partition("-")
+    folder = tmp_path_factory.mktemp(request.param) / "bundle"
+    export(KINDS[kind](**SIZES), folder, context_length=INT8_KV_FROM + 64 if long else 128, cache=False)
+    made = open_bundle(folder)
+    assert made.manifest.native == 1
+    return made
+
+
+@pytest.fixture
+def lm(bundle: Bundle) -> Iterator[LanguageModel]:
+    with pastkey.load(bundle.path, native=True) as loaded:
+        assert loaded.kernels.startswith("pastkey-kernels")
+        yield loaded
+
+
+def test_every_path_computes_nearly_what_onnxruntimes_kernels_compute(bundle: Bundle) -> None:
+    ordinary, native = Engine(bundle, native=False, int8_kv_from=None), Engine(bundle, native=True)
+    assert ordinary.graph.kernels.startswith("onnxruntime")
+    assert (native.graph.cache_form.dtype is np.int8) == (bundle.int8_kv_graph is not None)
+    for chunks in ([80], [40, 40], [78, 1, 1], [1] * 80, [3, 70, 7]):
+        found = []
+        for engine in (ordinary, native):
+            engine.reset()
+            start = 0
+            for size in chunks:
+                logits = engine.prefill(IDS[start : start + size])
+                start += size
+            found.append(logits)
+        off = np.abs(found[0] - found[1]).max() / np.abs(found[0]).max()
+        assert 0 < off < 3e-2
+
+
+def test_a_token_has_the_same_logits_alone_and_among_others(lm: LanguageModel) -> None:
+    """Drafts and batches do not change a text: up to eight rows take the path of one."""
+    prompts = [IDS[start : start + 20].tolist() for start in range(0, 50, 10)]
+    alone = [lm.generate(prompt, max_new_tokens=24, prompt_lookup=False).ids for prompt in prompts]
+    assert [found.ids for found in lm.generate(prompts, max_new_tokens=24)] == alone
+    assert [lm.generate(prompt, max_new_tokens=24).ids for prompt in prompts] == alone
+
+
+def test_a_prefix_is_reused(lm: LanguageModel) -> None:
+    prompt = IDS[:40].tolist()
+    expected = lm.generate(prompt, max_new_tokens=8, prompt_lookup=False).ids
+    for _ in range(2):
+        assert lm.generate(prompt, max_new_tokens=8, prompt_lookup=False, reuse_prefix=True).ids == expected
+
+
+def test_a_text_goes_on_behind_the_context(bundle: Bundle, tmp_path: Path) -> None:
+    if bundle.manifest.shift is None or bundle.manifest.shift.refused or bundle.int8_kv_graph is None:
+        pytest.skip("positions are learned, or the cache is in float32")
+    with pastkey.load(bundle.path, native=True) as lm, pastkey.load(bundle.path, native=False) as ordinary:
+        prompt = np.random.default_rng(1).integers(0, 61, INT8_KV_FROM + 60).tolist()
+        texts = [model.generate(prompt, max_new_tokens=8, context_overflow="shift").ids for model in (lm, ordinary)]
+        assert len(texts[0]) == 8
+        assert texts[0][:4] == texts[1][:4]
+
+
+def test_a_session_is_read_by_the_other_kernels(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "session.npz"
+    with pastkey.load(bundle.path, native=True) as lm, pastkey.load(bundle.path, native=False) as ordinary:
+        for writer, reader in ((lm, ordinary), (ordinary, lm), (lm, lm)):
+            session = writer.session()
+            session.append(IDS[:30].tolist())
+            session.save(file)
+            expected = session.generate(max_new_tokens=4).ids
+            read = reader.load_session(file)
+            assert read.ids == IDS[:30].tolist()
+            assert read.generate(max_new_tokens=4).ids == expected
+
+
+def test_an_upgrade_adds_what_an_export_writes(bundle: Bundle, tmp_path: Path) -> None:
+    older = dataclasses.replace(bundle.manifest, native=None)
+    copy = upgrade(bundle.path, tmp_path / "copy")
+    assert {name: r.sha256 for name, r in copy.manifest.files.items()} == {
+        name: r.sha256 for name, r in bundle.manifest.files.items()
+    }
+    assert dataclasses.replace(copy.manifest, native=None) == older
+    with pytest.raises(InputError, match="is what is to be upgraded, and would be replaced"):
+        upgrade(bundle.path, bundle.path)
+
+
+def test_an_untrusted_bundle_may_run_on_them(bundle: Bundle, lm: LanguageModel) -> None:
+    expected = lm.generate([1, 2, 3], max_new_tokens=6).ids
+    with pastkey.load(bundle.path, trust=False, native=True) as untrusted:
+        assert untrusted.generate([1, 2, 3], max_new_tokens=6).ids == expected
+
+
+def test_other_logits_are_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = golden.Golden.of(bundle)
+    wrong = dataclasses.replace(computed, logits=computed.logits + 1)
+    monkeypatch.setattr(golden.Golden, "of", lambda bundle: wrong)
+    monkeypatch.setattr(golden._Memory, "keep", lambda *_: None)
+    monkeypatch.setattr(golden, "user_cache_file", lambda name: None)
+    with pytest.raises(ProviderError, match=r"compute other logits on this CPU: off by .* load the bundle with "):
+        pastkey.load(bundle.path, native=True)
+
+
+def test_float32_has_no_kernel(tmp_path: Path) -> None:
+    export(llama(**SIZES), tmp_path / "fp32", precision="fp32", context_length=64, cache=False)
+    with pytest.raises(InputError, match="kernels are for int8 and int4 weights"):
+        upgrade(tmp_path / "fp32", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert names.NATIVE_GRAPH not in open_bundle(tmp_path / "fp32").manifest.files
