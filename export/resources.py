@@ -16,7 +16,7 @@ from pastkey.precisions import PRECISIONS
 from .settings import ExportConfig
 
 MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
-_BASE_BYTES = 600 << 20  # Python, torch and onnxruntime themselves
+_BASE_BYTES = 900 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
 _BYTES_WHOLE = 12  # further memory per weight of what holds whole graphs: static ones, ORT's, matrices one by one
 

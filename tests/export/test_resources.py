@@ -48,7 +48,7 @@ def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeyp
     weights = 10**3
     needed = resources.needs(weights, ExportConfig("int8"), resident_bytes=4 * weights)
     assert needed.memory - resources.needs(weights, ExportConfig("int8"), resident_bytes=0).memory == 8 * weights
-    assert str(needed) == "1,000 weights need about 0 MB of disk and 629 MB of memory"
+    assert str(needed) == "1,000 weights need about 0 MB of disk and 944 MB of memory"
     monkeypatch.setattr(resources, "available_memory", lambda: needed.memory - 4 * weights)
     resources.require_room(tmp_path, needed, allocated=4 * weights)
     with pytest.raises(ResourceError, match="of memory and"):
