@@ -68,10 +68,9 @@ def add_native_graph(bundle: Bundle) -> Bundle:
 
     manifest = bundle.manifest
     able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and bundle.last_logits_graph.is_file()
-    # An int8 cache costs little where the export has measured that, for a context in which it is faster.
-    int8_cache = bundle.int8_kv_graph is not None
+    # The int8-KV graph is there where an int8 cache costs little, and a context is long enough for it.
     path = bundle.path / names.NATIVE_GRAPH
-    found = able and write_native_graph(bundle.last_logits_graph, path, int8_cache=int8_cache)
+    found = able and write_native_graph(bundle.last_logits_graph, path, bundle.int8_kv_graph)
     native = names.NATIVE_OPERATORS if found else None
     return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native))
 

@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
     print(f"int8 MatMuls on this CPU: {kernels.note}")
     if native is not None:
-        print(f"native kernels: {native.refused or native}")
+        print(f"native kernels: {native.refused or f'{native.version}, {native.level}'}")
     if sentence := overlapping():
         say(f"note: {sentence}")
     return 0

@@ -150,7 +150,7 @@ class LanguageModel:
 
     @property
     def kernels(self) -> str:
-        """What runs the model: "pastkey-kernels 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
+        """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
     def session(self) -> Session:

@@ -32,7 +32,7 @@ class NativeKernels:
     refused: str = ""  # why it cannot be used here
 
     def __str__(self) -> str:
-        return f"pastkey-kernels {self.version}, {self.level}"
+        return f"native {self.version}, {self.level}"
 
 
 @functools.cache
@@ -92,12 +92,12 @@ def kernels_for(
     elif first != ep.CPU:
         why = f"they run on the CPU, and the provider is {ep.short_name(first)!r}"
     elif (found := native_kernels()) is None:
-        why = "the package pastkey-kernels is not installed: docs/native.md says how to build it"
+        why = "the kernel library is not installed: in a checkout of pastkey, type  pip install ./kernels"
     elif found.refused:
         why = found.refused
     elif found.operators != bundle.manifest.native:
         why = (
-            f"the installed pastkey-kernels has version {found.operators} of the operators, and the bundle needs "
+            f"the installed library has version {found.operators} of the operators, and the bundle needs "
             f"{bundle.manifest.native}"
         )
     if why and asked:

@@ -48,7 +48,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def lm(bundle: Bundle) -> Iterator[LanguageModel]:
     with pastkey.load(bundle.path, native=True) as loaded:
-        assert loaded.kernels.startswith("pastkey-kernels")
+        assert loaded.kernels.startswith("native ")
         yield loaded
 
 

@@ -85,7 +85,7 @@ class CachePair:
                 states=states,
             )
         self.int8: KVCache | None = None
-        self._manifest, self._scaled = manifest, form.scaled
+        self._manifest, self._key_scales = manifest, form.key_scales
         self._open_int8 = open_int8
         new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
         able = open_int8 is not None and new and shared and provider.device == "cpu"
@@ -114,7 +114,7 @@ class CachePair:
         self._dequantize()
         if self.int8 is not None:
             self.int8.trim(min(start, self.int8.length))
-        self.float32.drop(start, end, _of_codes(moved) if self._scaled else moved)
+        self.float32.drop(start, end, _of_codes(moved, self._key_scales) if self._key_scales else moved)
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocates room at once for `tokens` that several runs prefill in each of `batch` sequences."""
@@ -188,13 +188,14 @@ class CachePair:
         return KVCache(onnx, layers, shared=True, context_length=self._manifest.context_length, dtype=np.int8)
 
 
-def _of_codes(moved: Moved) -> Moved:
-    """`moved` for rows that are stored as codes with a scale."""
+def _of_codes(moved: Moved, key_scales: Sequence[Rows]) -> Moved:
+    """`moved` for rows that are stored as codes with a scale. Values do not change."""
 
     def codes_moved(index: int, rows: Rows) -> Rows:
-        before = decoded(rows)
-        after = moved(index, before)
-        return rows if after is before else encoded(after)
+        if index % 2:
+            return rows
+        scales = key_scales[index // 2]
+        return encoded(moved(index, decoded(rows) * scales) / scales)
 
     return codes_moved
 

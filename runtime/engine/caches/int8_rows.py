@@ -1,4 +1,7 @@
-"""Rows of the native graph's int8 cache: D codes, then the row's scale as a float32, max |x| / 127."""
+"""Rows of the native graph's int8 cache: D codes, then the row's scale as a float32, max |x| / 127.
+
+Channels of keys differ in size, so keys are divided by a scale for each channel first.
+"""
 
 from __future__ import annotations
 

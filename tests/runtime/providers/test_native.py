@@ -108,7 +108,7 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatc
 def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: None)
     assert kernels_for(bundle, None, None) is None
-    with pytest.raises(ProviderError, match=r"pastkey-kernels is not installed: docs/native.md"):
+    with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
         kernels_for(bundle, None, True)
 
 
@@ -119,4 +119,4 @@ def test_the_installed_library_says_its_level() -> None:
     assert found is not None
     assert not found.refused
     assert found.level in ("portable", "avx2", "avx_vnni", "avx512", "amx")
-    assert str(found) == f"pastkey-kernels {found.version}, {found.level}"
+    assert str(found) == f"native {found.version}, {found.level}"
