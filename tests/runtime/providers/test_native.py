@@ -28,6 +28,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (folder / "__init__.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
 
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     installed = {name: module for name, module in sys.modules.items() if name == PACKAGE}
     sys.modules.pop(PACKAGE, None)
     native_kernels.cache_clear()
@@ -93,6 +94,7 @@ def test_operators_of_another_version_are_left_alone(
 
 
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
     assert kernels_for(bundle, None, None) is here
