@@ -110,7 +110,7 @@ def _scales_of(value: ir.Value | None) -> _Scales | None:
     """What a value that `rounding.rewrite` computes is made of, or None for any other."""
     first, rows = 0, None
     if value is not None and (split := producer(value, "Split")) is not None:
-        sizes = weight(split.inputs[1])
+        sizes = weight(split.inputs[1]) if len(split.inputs) > 1 else None
         if sizes is None:
             return None
         place = list(split.outputs).index(value)
