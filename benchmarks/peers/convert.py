@@ -24,6 +24,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers.int8_kernels import int8_kernels
+from pastkey.runtime.providers.native import native_kernels
 
 from .engines import FILES, WORKERS, Engine, Files, Prepared
 
@@ -82,7 +83,11 @@ def versions_of(runtime: str, python: Path) -> dict[str, str]:
     if done.returncode:
         raise BenchmarkError(f"{python} does not know its packages: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, str] = json.loads(done.stdout)
-    return {"pastkey": own_version()} | found if runtime == "pastkey" else found
+    if runtime != "pastkey":
+        return found
+    kernels = native_kernels()
+    native = {} if kernels is None else {"native kernels": f"{kernels.version}, {kernels.level}"}
+    return {"pastkey": own_version()} | native | found
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from pastkey.runtime import Engine, Generation, LanguageModel, Request
 
 class Pastkey:
     prompt_lookup = True  # as `generate` has it
+    native: bool | None = None  # as `load` has it
 
     def __init__(self, model: str, threads: int, context: int) -> None:
         self._bundle = open_bundle(model)
         self._threads = threads
-        self._session = Engine(self._bundle, threads=threads)
+        self._session = Engine(self._bundle, threads=threads, native=self.native)
         self._tokens: Iterator[int] = iter(())
 
     def start(self, ids: list[int], length: int) -> int:
@@ -31,7 +32,7 @@ class Pastkey:
         return next(self._tokens)
 
     def logits(self, ids: list[int]) -> Any:
-        common = Engine(self._bundle, graph="all_logits", threads=self._threads)
+        common = Engine(self._bundle, graph="all_logits", threads=self._threads, native=self.native)
         return common.forward([ids])[0]
 
 
@@ -39,6 +40,12 @@ class TokenByToken(Pastkey):
     """A step for each token, as the other engines decode."""
 
     prompt_lookup = False
+
+
+class OnnxruntimeKernels(TokenByToken):
+    """The same without pastkey's own kernels."""
+
+    native = False
 
 
 class Streams:
@@ -64,4 +71,4 @@ class StepStreams(Streams):
 
 
 if __name__ == "__main__":
-    serve(tokens=Pastkey, steps=TokenByToken, streams=Streams, step_streams=StepStreams)
+    serve(tokens=Pastkey, steps=TokenByToken, ort=OnnxruntimeKernels, streams=Streams, step_streams=StepStreams)
