@@ -201,7 +201,8 @@ def own_version() -> str:
     """pastkey's version and a digest of its source, which a version number does not tell apart."""
     content = hashlib.sha256()
     for folder in ("pastkey", "train", "export", "runtime", "kernels"):
-        for file in sorted([file for ending in ("*.py", "*.cc", "*.inl", "*.h") for file in (ROOT / folder).rglob(ending)]):
+        sources = [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".cc", ".inl", ".h")]
+        for file in sorted(sources):
             content.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return f"{pastkey.__version__} (source {content.hexdigest()[:8]})"
 
