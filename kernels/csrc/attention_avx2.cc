@@ -14,7 +14,7 @@ struct Vec {
 using Lanes = __m256;
 using Quad = __m256;
 
-constexpr size_t keys_at_once(size_t rows) { return rows > 2 ? 1 : 4 / rows; }
+constexpr size_t keys_at_once(size_t rows) { return rows == 4 ? 1 : rows == 1 ? 4 : 2; }
 constexpr size_t columns_at_once(size_t rows) { return rows > 2 ? 1 : 4 / rows; }
 inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
