@@ -166,33 +166,30 @@ inline void transpose(__m512i* r) {
 }
 
 // `n` blocks from b0 of 16 rows of W.
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
   const size_t k = w.blocks * kBlock;
-  const uint8_t* p = w.codes + row * k;
   for (size_t b = 0; b < n; b++) {
-    const size_t at = (b0 + b) * kBlock;
-    if (at % 64 == 0)
-      for (size_t r = 0; r < 16; r++)
-        _mm_prefetch(reinterpret_cast<const char*>(p + r * k + ahead(at)), _MM_HINT_T0);
+    const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
+    __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
     for (size_t h = 0; h < 2; h++) {
       __m512i v[4], t[4];
-      for (size_t i = 0; i < 4; i++) {  // rows i, 4 + i, 8 + i, 12 + i
-        const uint8_t* from = p + i * k + at + 16 * h;
-        const __m128i* q[4];
-        for (size_t lane = 0; lane < 4; lane++) q[lane] = reinterpret_cast<const __m128i*>(from + 4 * lane * k);
-        v[i] = _mm512_castsi128_si512(_mm_loadu_si128(q[0]));
-        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x00f0, _mm_loadu_si128(q[1]));
-        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x0f00, _mm_loadu_si128(q[2]));
-        v[i] = _mm512_mask_broadcast_i32x4(v[i], 0xf000, _mm_loadu_si128(q[3]));
+      for (size_t i = 0; i < 4; i++) {
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + (8 * h + i) * k));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + (8 * h + i + 4) * k));
+        v[i] = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(low), 0xf0, high);
       }
       for (int i = 0; i < 2; i++) {
         t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
       }
       for (int i = 0; i < 2; i++) {
-        panel.codes[b][4 * h + 2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        panel.codes[b][4 * h + 2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        turned[h][2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        turned[h][2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
       }
+    }
+    for (int i = 0; i < 4; i++) {
+      panel.codes[b][i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0x88);
+      panel.codes[b][4 + i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0xdd);
     }
   }
   for (size_t b = 0; b < n; b += 16) {
@@ -217,15 +214,20 @@ inline __m512i broadcast(const int8_t* four) {
   return _mm512_set1_epi32(value);
 }
 
-// acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
+// acc[chain][m] of M rows of x from `from`, over the blocks of the panel. Meanwhile the weights of the next panel, 16
+// rows of k bytes from `next`, come from memory.
 template <int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
-                           __m512 (*acc)[kMaxRows]) {
+                           const uint8_t* next, __m512 (*acc)[kMaxRows]) {
   for (size_t chain = 0; chain < 4; chain++) {
     __m512 sums[M];
     for (int m = 0; m < M; m++) sums[m] = acc[chain][from + m];
     for (size_t b = chain; b < n; b += 4) {
       const __m512 scales = panel.scales[b];
+      if (from == 0)  // a block of 16 rows is 8 lines of 64 bytes
+        for (size_t r = 0; r < 8; r++)
+          _mm_prefetch(reinterpret_cast<const char*>(next + (8 * (b % 2) + r) * blocks * kBlock + b / 2 * 64),
+                       _MM_HINT_T0);
       for (int m = 0; m < M; m++) {
         const size_t in = (from + m) * blocks + b0 + b;
         __m512i d = _mm512_set1_epi32(x.start[in]);
@@ -238,8 +240,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 }
 
 // 16 rows of W
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
-              size_t stride) {
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
   Panel panel;
   __m512 acc[4][kMaxRows];
   const size_t all = rows * terms;
@@ -247,12 +248,13 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    fill_panel(w, row, b0, n, ahead, panel);
+    fill_panel(w, row, b0, n, panel);
+    const uint8_t* next = w.codes + (b0 + n < w.blocks ? row * w.blocks + b0 + n : (row + 16) * w.blocks) * kBlock;
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, next, acc);
+    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, next, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, next, acc), i += 2;
+    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, next, acc);
   }
   const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
   const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
@@ -273,10 +275,8 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * kBlock, 16);
-    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
-  }
+  if (rows * terms > kByRows)
+    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);

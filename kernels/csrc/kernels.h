@@ -55,9 +55,10 @@ struct MatMulKernels {
 struct TileKernels {
   // 16 rows of x [rows, blocks * 32] -> `packed` of packed_rows_size(blocks, terms) bytes; rows past `rows` are zero.
   void (*pack_rows)(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed);
-  // 32 rows of W from `first`, `count` of them there -> `packed` of packed_weights_size(blocks) bytes.
-  void (*pack_weights)(const Weights& w, size_t first, size_t count, uint8_t* packed);
-  // y[32][32], with row scale and bias, for 16 or 32 packed rows of x. Only between begin and end, on one thread.
+  // 32 rows of W from `first`, `count` of them there -> `packed` of packed_weights_size(blocks, terms) bytes.
+  void (*pack_weights)(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed);
+  // y[32 rows of x][32], with row scale and bias; without `second` there are 16 rows of x, and 16 of y mean nothing.
+  // Only between begin and end, on one thread. Packed memory is aligned to 64 bytes.
   void (*multiply_tile)(const Weights& w, const uint8_t* weights, const uint8_t* x, bool second, size_t terms,
                         size_t first, size_t count, float* y);
   void (*begin)();
@@ -65,7 +66,7 @@ struct TileKernels {
 };
 
 constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }
-constexpr size_t packed_weights_size(size_t blocks) { return kTileRows * blocks * kBlock * 2; }
+constexpr size_t packed_weights_size(size_t blocks, size_t terms) { return kTileRows * blocks * kBlock * 2 * terms; }
 
 extern const MatMulKernels portable_matmul, avx2_matmul, avx_vnni_matmul, avx512_matmul;
 extern const TileKernels amx_tiles;

@@ -177,7 +177,7 @@ class Product {
     context.parallel_for(groups, [&](size_t g) {
       tiles_->pack_rows(x + g * kHalf * k(), std::min(kHalf, m - g * kHalf), w_.blocks, terms_, rows + g * group_size);
     });
-    const size_t halves = gate_ >= 0 ? 2 : 1, weights_size = packed_weights_size(w_.blocks);
+    const size_t halves = gate_ >= 0 ? 2 : 1, weights_size = packed_weights_size(w_.blocks, terms_);
     std::atomic<bool> out_of_memory{false};
     context.parallel_for((columns() + kTileRows - 1) / kTileRows, [&](size_t task) {
       const size_t first = task * kTileRows, count = std::min(kTileRows, columns() - first);
@@ -187,7 +187,7 @@ class Product {
         return;
       }
       for (size_t h = 0; h < halves; h++)
-        tiles_->pack_weights(w_, h * columns() + first, count, panel.data() + h * weights_size);
+        tiles_->pack_weights(w_, h * columns() + first, count, terms_, panel.data() + h * weights_size);
       alignas(64) float tile[2][kTileRows * kTileRows];
       tiles_->begin();
       for (size_t i = 0; i < m; i += kTileRows) {

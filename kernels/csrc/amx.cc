@@ -1,0 +1,170 @@
+// Prefill by AMX-BF16. Weights become bf16 panel by panel in the cache: 32 rows of W, as they lie, times 16 rows of X
+// whose pairs along K stand side by side. int8 tiles would have to leave the tile registers after every block of 32 for
+// its scale; in bf16 (code * integer is exact to 2^-9) they need not, and X is more exact than in int8.
+// With two terms, W and X are sums of two bf16 numbers each, and the product of the two small ones is left out.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pastkey {
+namespace {
+
+// 16 registers of 16 numbers: lane j of register i becomes lane i of register j.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+inline __m512i to_bf16(__m512 low, __m512 high) {
+  const __m512bh pair = _mm512_cvtne2ps_pbh(high, low);
+  __m512i bits;
+  std::memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// What is left of 32 floats after `bits`, their bf16.
+inline void subtract_bf16(__m512& low, __m512& high, __m512i bits) {
+  const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
+  const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
+  low = _mm512_sub_ps(low, _mm512_castsi512_ps(first));
+  high = _mm512_sub_ps(high, _mm512_castsi512_ps(second));
+}
+
+// packed [terms][blocks][16 pairs of K][16 rows][2]
+void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed) {
+  const size_t k = blocks * kBlock;
+  for (size_t b = 0; b < blocks; b++) {
+    __m512i parts[2][16];
+    for (size_t r = 0; r < 16; r++) {
+      __m512 low = _mm512_setzero_ps(), high = low;
+      if (r < rows) {
+        low = _mm512_loadu_ps(x + r * k + b * kBlock);
+        high = _mm512_loadu_ps(x + r * k + b * kBlock + 16);
+      }
+      for (size_t t = 0; t < terms; t++) {
+        parts[t][r] = to_bf16(low, high);
+        subtract_bf16(low, high, parts[t][r]);
+      }
+    }
+    for (size_t t = 0; t < terms; t++) {
+      transpose(parts[t]);
+      for (size_t i = 0; i < 16; i++)
+        _mm512_store_si512(packed + (t * blocks + b) * 1024 + i * 64, parts[t][i]);
+    }
+  }
+}
+
+// packed [terms][blocks][32 rows][32]
+void pack_weights(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed) {
+  const __m512 zero_point = _mm512_set1_ps(128.f);
+  const size_t k = w.blocks * kBlock, term = w.blocks * 2048;
+  for (size_t r = 0; r < kTileRows; r++)
+    for (size_t b = 0; b < w.blocks; b++) {
+      uint8_t* to = packed + b * 2048 + r * 64;
+      if (r >= count) {
+        for (size_t t = 0; t < terms; t++) _mm512_store_si512(to + t * term, _mm512_setzero_si512());
+        continue;
+      }
+      const size_t at = (first + r) * w.blocks + b;
+      const uint8_t* p = w.codes + at * kBlock;
+      _mm_prefetch(reinterpret_cast<const char*>(p + kTileRows * k), _MM_HINT_T1);
+      const __m512 scale = _mm512_set1_ps(w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at]);
+      const __m512i codes0 = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      const __m512i codes1 = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
+      __m512 low = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes0), zero_point), scale);
+      __m512 high = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes1), zero_point), scale);
+      for (size_t t = 0; t < terms; t++) {
+        const __m512i bits = to_bf16(low, high);
+        _mm512_store_si512(to + t * term, bits);
+        subtract_bf16(low, high, bits);
+      }
+    }
+}
+
+// tiles 0 to 3 += 32 rows of weights times 32 rows of x, over all blocks
+inline void multiply_blocks(const uint8_t* weights, const uint8_t* x0, const uint8_t* x1, size_t blocks) {
+  for (size_t b = 0; b < blocks; b++) {
+    _tile_loadd(4, weights + b * 2048, 64);
+    _tile_loadd(5, weights + b * 2048 + 1024, 64);
+    _tile_loadd(6, x0 + b * 1024, 64);
+    _tile_loadd(7, x1 + b * 1024, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, bool second, size_t terms, size_t first,
+                   size_t count, float* y) {
+  const size_t size = w.blocks * 1024;
+  const uint8_t* x1 = second ? x + size * terms : x;  // whose results nobody reads
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  multiply_blocks(weights, x, x1, w.blocks);
+  if (terms == 2) {
+    multiply_blocks(weights, x + size, x1 + size, w.blocks);
+    multiply_blocks(weights + 2 * size, x, x1, w.blocks);
+  }
+  alignas(64) float tiles[2][2][16][16];  // [half of the weights' rows][half of x's][row of W][row of x]
+  _tile_stored(0, tiles[0][0], 64);
+  _tile_stored(1, tiles[0][1], 64);
+  _tile_stored(2, tiles[1][0], 64);
+  _tile_stored(3, tiles[1][1], 64);
+  for (size_t h = 0; h < 2 && 16 * h < count; h++) {
+    const size_t there = count - 16 * h < 16 ? count - 16 * h : 16, row = first + 16 * h;
+    const __mmask16 mask = static_cast<__mmask16>((1u << there) - 1);
+    const __m512 scale = w.row_scales ? _mm512_maskz_loadu_ps(mask, w.row_scales + row) : _mm512_set1_ps(1.f);
+    const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + row) : _mm512_setzero_ps();
+    for (size_t g = 0; g < 2; g++) {
+      __m512i t[16];
+      for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(tiles[h][g][i]);
+      transpose(t);
+      for (size_t i = 0; i < 16; i++)
+        _mm512_storeu_ps(y + (16 * g + i) * kTileRows + 16 * h,
+                         _mm512_fmadd_ps(_mm512_castsi512_ps(t[i]), scale, bias));
+    }
+  }
+}
+
+void begin() {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } configuration;
+  for (int i = 0; i < 8; i++) configuration.row_bytes[i] = 64, configuration.rows[i] = 16;
+  _tile_loadconfig(&configuration);
+}
+
+void end() { _tile_release(); }
+
+}  // namespace
+
+const TileKernels amx_tiles = {pack_rows, pack_weights, multiply_tile, begin, end};
+
+}  // namespace pastkey
