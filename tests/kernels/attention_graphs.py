@@ -19,7 +19,6 @@ INPUTS = [
     "head_sink",
 ]
 IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
 
 def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **attributes: Any) -> bytes:
@@ -33,7 +32,6 @@ def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **a
     domain = "pastkey" if native else "com.microsoft"
     outputs = ["y", *IN_PLACE]
     node = helper.make_node(operator, names, outputs, domain=domain, **attributes)
-    cache = helper.np_dtype_to_tensor_dtype(feed["past_key"].dtype)
     graph = helper.make_graph(
         [node],
         "attention",
@@ -42,7 +40,10 @@ def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **a
             for name, array in feed.items()
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 3)]
-        + [helper.make_tensor_value_info(name, cache, [None] * 4) for name in IN_PLACE],
+        + [
+            helper.make_tensor_value_info(present, helper.np_dtype_to_tensor_dtype(feed[past].dtype), None)
+            for present, past in IN_PLACE.items()
+        ],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(domain, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()

@@ -66,7 +66,13 @@ def bound_run(session: Any, feed: Mapping[str, Array], in_place: Mapping[str, st
             binding.bind_ortvalue_output(output.name, values[in_place[output.name]])
         else:
             binding.bind_output(output.name)
-    session.run_with_iobinding(binding)
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        for name in in_place.values():
+            if name in values and values[name].numpy().tobytes() != feed[name].tobytes():
+                raise RuntimeError(f"{name} has changed") from error
+        raise
     return [np.array(value.numpy()) for value in binding.get_outputs()]
 
 

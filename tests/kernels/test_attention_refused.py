@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
 }
 # Name -> outputs in the buffers of inputs.
 ELSEWHERE: dict[str, dict[str, str]] = {
-    "present elsewhere": {"y": "y"},
+    "present elsewhere": {"neither": "past_key"},
     "present_value elsewhere": {"present_key": "past_key"},
     "present_key elsewhere": {"present_value": "past_value"},
     "present exchanged": {"present_key": "past_value", "present_value": "past_key"},
@@ -127,6 +127,6 @@ def test_each_is_refused_with_a_sentence(level: str, tmp_path_factory: pytest.Te
     wrong = {
         name: (message, outcome.error)
         for name, message, outcome in zip([*REFUSED, *ELSEWHERE], expected, found, strict=True)
-        if f"DecoderAttention: " not in outcome.error or message not in outcome.error
+        if "DecoderAttention: " not in outcome.error or message not in outcome.error
     }
     assert wrong == {}
