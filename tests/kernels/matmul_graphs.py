@@ -18,16 +18,16 @@ OPSETS = [helper.make_opsetid(*pair) for pair in (("", 20), ("com.microsoft", 1)
 def graph(
     nodes: list[Any],
     weights: dict[str, Array],
-    inputs: dict[str, list[Any]],
+    inputs: list[str],
     outputs: list[str],
     types: dict[str, int] | None = None,
 ) -> bytes:
-    """The ModelProto of `nodes`. Inputs are float32 but for what `types` says."""
+    """The ModelProto of `nodes`. Inputs are float32 but for what `types` says, and of any shape."""
     initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     made = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), None) for name in inputs],
         [helper.make_tensor_value_info(name, FLOAT, None) for name in outputs],
         initializers,
     )
@@ -78,7 +78,21 @@ def arguments(weights: dict[str, Array]) -> list[str]:
 
 def matmul(weights: dict[str, Array], **attributes: Any) -> bytes:
     node = helper.make_node("MatMulInt8", ["x", *arguments(weights)], ["y"], domain="pastkey", **attributes)
-    return graph([node], weights, {"x": ["m", "k"]}, ["y"])
+    return graph([node], weights, ["x"], ["y"])
+
+
+def compared(weights: Weights, bias: bool) -> bytes:
+    """MatMulNBits without the bias, then MatMulInt8 by codes and by float scales, with one term and with two."""
+    n, blocks, _ = weights.codes.shape
+    sizes = {"K": blocks * 32, "N": n, "bits": 8, "block_size": 32, "accuracy_level": 4}
+    nodes = [helper.make_node("MatMulNBits", ["x", "w", "scales"], ["nbits"], domain="com.microsoft", **sizes)]
+    for float_scales in (False, True):
+        inputs = ["x", *arguments(weights.named(float_scales, bias))]
+        for terms in (1, 2):
+            output = f"y{terms}{float_scales}"
+            nodes.append(helper.make_node("MatMulInt8", inputs, [output], domain="pastkey", terms=terms))
+    initializers = weights.named(bias=bias) | weights.named(float_scales=True)
+    return graph(nodes, initializers, ["x"], [node.output[0] for node in nodes])
 
 
 def norm_matmul(weights: dict[str, Array], *, skip: bool, beta: bool, summed: bool, **attributes: Any) -> bytes:
@@ -86,24 +100,7 @@ def norm_matmul(weights: dict[str, Array], *, skip: bool, beta: bool, summed: bo
     names = ["x", "skip" if skip else "", "gamma", "beta" if beta else "", *arguments(weights)]
     outputs = ["y", "s"] if summed else ["y"]
     node = helper.make_node("NormMatMulInt8", names, outputs, domain="pastkey", **attributes)
-    inputs = {"x": ["m", "k"], **({"skip": ["m", "k"]} if skip else {})}
-    return graph([node], weights, inputs, outputs)
-
-
-def matmul_nbits(weights: Weights) -> bytes:
-    n, blocks, _ = weights.codes.shape
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "w", "scales"],
-        ["y"],
-        domain="com.microsoft",
-        K=blocks * 32,
-        N=n,
-        bits=8,
-        block_size=32,
-        accuracy_level=4,
-    )
-    return graph([node], {"w": weights.codes, "scales": weights.scales}, {"x": ["m", "k"]}, ["y"])
+    return graph([node], weights, ["x", "skip"] if skip else ["x"], outputs)
 
 
 def activate(name: str, x: Array) -> Array:

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .matmul_graphs import Weights, gated, matmul, matmul_nbits, norm_matmul, normalize
+from .matmul_graphs import Weights, compared, gated, matmul, norm_matmul, normalize
 from .running import LEVELS, Array, Case, Outcome, run_at
 
 SHAPES = [(n, 32 * blocks) for blocks in (1, 3, 5, 17) for n in (1, 17, 33, 100)] + [(96, 1536)]
 MANY = 70  # rows
 DECODE_ROWS = 8  # up to so many have the bits of one
 EPSILON = 1e-5
+THREADED = (700, 544)  # several tasks
 GATES = [("silu", 0), ("silu", -1), ("gelu", 1), ("gelu", -1), ("gelu_tanh", 0), ("gelu_tanh", -1), ("", 1)]
-NORMS = [(norm, skip, beta, summed) for norm in ("rms", "layer") for skip in (0, 1) for beta in (0, 1) for summed in (0, 1)]
+NORMS = [
+    (norm, skip, beta, summed) for norm in ("rms", "layer") for skip in (0, 1) for beta in (0, 1) for summed in (0, 1)
+]
 
 
 def rows(k: int, count: int = MANY) -> Array:
@@ -41,26 +44,33 @@ def special(k: int) -> Array:
     return x
 
 
+def sparse(k: int) -> Array:
+    """Rows with a value in each block, whose products with int8 weights are nearly exact."""
+    x = np.zeros((MANY, k), np.float32)
+    x[:, 5::32] = np.linspace(-12, 12, MANY)[:, None]
+    return x
+
+
 def cases() -> dict[Any, Case]:
     made: dict[Any, Case] = {}
     for n, k in SHAPES:
-        weights = Weights.draw(n, k)
-        x = slices(rows(k))
-        made["nbits", n, k] = Case(matmul_nbits(weights), x)
-        for terms in (1, 2):
-            for kind in ("codes", "floats"):
-                model = matmul(weights.named(kind == "floats", bias=n == 33), terms=terms)
-                made[kind, n, k, terms] = Case(model, x)
-        for threads in (2, 3, 4):
-            made["threads", n, k, threads] = Case(matmul(weights.named(bias=n == 33)), x, threads)
+        made["compared", n, k] = Case(compared(Weights.draw(n, k), bias=n == 33), slices(rows(k)))
+    for threads in (1, 2, 3, 4):
+        n, k = THREADED
+        for gate in (-1, 0):
+            made["threads", gate, threads] = Case(
+                matmul(Weights.draw(n, k).named(), gate=gate), slices(rows(k)), threads
+            )
     for activation, gate in GATES:
-        for n, k in ((34, 160), (200, 576)):
+        for n, k in ((34, 32), (200, 64)):
             model = matmul(Weights.draw(n, k).named(bias=True), activation=activation, gate=gate, terms=2)
-            made["gate", activation, gate, n, k] = Case(model, slices(rows(k)), threads=2)
+            made["gate", activation, gate, n, k] = Case(model, slices(sparse(k)), threads=2)
     for norm, skip, beta, summed in NORMS:
         weights = Weights.draw(34, 160)
         rng = np.random.default_rng(7)
-        scales = {"gamma": rng.random(160).astype(np.float32)} | ({"beta": weights.bias[:1].repeat(160)} if beta else {})
+        scales = {"gamma": rng.random(160).astype(np.float32)} | (
+            {"beta": weights.bias[:1].repeat(160)} if beta else {}
+        )
         model = norm_matmul(
             weights.named() | scales, skip=bool(skip), beta=bool(beta), summed=bool(summed), norm=norm, epsilon=EPSILON
         )
@@ -117,31 +127,40 @@ def by_tiles(level: str, m: int) -> bool:
 def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: str) -> None:
     found, reference = outcomes(level), outcomes("portable")
     for key, case in CASES.items():
-        if key[0] == "nbits":
-            continue
         for feed, ours, theirs in zip(case.feeds, found[key].outputs, reference[key].outputs, strict=True):
             if not by_tiles(level, len(feed["x"])):
-                assert same(ours, theirs), (key, len(feed["x"]))
+                first = key[0] == "compared"  # onnxruntime's own, whose sums may differ by level
+                assert same(ours[first:], theirs[first:]), (key, len(feed["x"]))
 
 
 @each_level
-def test_a_row_has_the_same_bits_among_others_and_with_any_number_of_threads(outcomes: Outcomes, level: str) -> None:
+def test_a_row_has_the_same_bits_among_others(outcomes: Outcomes, level: str) -> None:
     found = outcomes(level)
     for key, case in CASES.items():
-        if key[0] in ("nbits", "special", "empty"):
+        if key[0] in ("special", "empty"):
             continue
-        all_rows, tiled = found[key].outputs[11], found[key].outputs[9]
-        for feed, outputs in zip(case.feeds[:12], found[key].outputs, strict=False):
-            m = len(feed["x"])
-            whole = tiled if by_tiles(level, m) else found[key].outputs[7]
-            count = min(m, len(whole[0]))
-            assert same([y[:count] for y in outputs], [y[:count] for y in whole]), (key, m)
-            if not by_tiles(level, MANY):
-                assert same(outputs, [y[:m] for y in all_rows]), (key, m)
-        assert same(found[key].outputs[12], [y[4:5] for y in found[key].outputs[7]]), key
-    for _, n, k, threads in [key for key in CASES if key[0] == "threads"]:
-        one = found["codes", n, k, 1].outputs
-        assert all(map(same, found["threads", n, k, threads].outputs, one)), (n, k, threads)
+        outputs = [output[key[0] == "compared" :] for output in found[key].outputs]
+        alone = [[y[i : i + 1] for i in range(len(y))] for y in outputs[7]]  # of 8 rows
+        assert same(outputs[12], [y[4] for y in alone]), key
+        for m in range(1, 9):
+            assert same(outputs[m - 1], [y[:m] for y in outputs[7]]), (key, m)
+        whole = outputs[11]
+        for m, few in [(9, outputs[8]), (31, outputs[9]), (33, outputs[10])]:
+            assert same(few, [y[:m] for y in whole]), (key, m)
+        if not by_tiles(level, MANY):
+            assert same(outputs[7], [y[:8] for y in whole]), key
+        assert len(case.feeds) == len(outputs)
+
+
+@each_level
+def test_bits_are_the_same_for_any_number_of_threads(outcomes: Outcomes, level: str) -> None:
+    found = outcomes(level)
+    for gate in (-1, 0):
+        for threads in (2, 3, 4):
+            for ours, one in zip(
+                found["threads", gate, threads].outputs, found["threads", gate, 1].outputs, strict=True
+            ):
+                assert same(ours, one), (gate, threads, len(one[0]))
 
 
 @each_level
@@ -149,42 +168,34 @@ def test_decoding_is_as_matmul_nbits(outcomes: Outcomes, level: str) -> None:
     found = outcomes(level)
     for n, k in [shape for shape in SHAPES if shape[0] > 1]:  # the sum of a lone column may nearly cancel
         bias = Weights.draw(n, k).bias if n == 33 else 0
-        for m in range(DECODE_ROWS):
-            expected = found["nbits", n, k].outputs[m][0]
-            for kind in ("codes", "floats"):
-                assert error(found[kind, n, k, 1].outputs[m][0], expected + bias) < 2e-6, (kind, n, k, m)
+        for expected, codes, _, floats, _ in found["compared", n, k].outputs[:DECODE_ROWS]:
+            assert error(codes, expected + bias) < 2e-6, (n, k, len(codes))
+            assert error(floats, expected + bias) < 2e-6, (n, k, len(codes))
 
 
 @each_level
 def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: str) -> None:
     found = outcomes(level)
     for n, k in SHAPES:
-        weights = Weights.draw(n, k)
-        exact = rows(k).astype(np.float64) @ weights.matrix.T + (weights.bias if n == 33 else 0)
-        for kind in ("codes", "floats"):
-            for feed, (y,) in zip(CASES[kind, n, k, 1].feeds[:12], found[kind, n, k, 1].outputs, strict=False):
-                m = len(feed["x"])
-                scale = np.abs(rows(k)[:m]).max(axis=1, keepdims=True) * np.abs(weights.matrix).max() * k**0.5
-                assert np.all(np.abs(y - exact[:m]) <= 1.5e-2 * scale), (kind, n, k, m)
-            for feed, (y,) in zip(CASES[kind, n, k, 2].feeds[:12], found[kind, n, k, 2].outputs, strict=False):
-                m = len(feed["x"])
-                scale = np.abs(rows(k)[:m]).max(axis=1, keepdims=True) * np.abs(weights.matrix).max() * k**0.5
-                assert np.all(np.abs(y - exact[:m]) <= 5e-5 * scale + 1e-6), (kind, n, k, m)
+        weights, x = Weights.draw(n, k), rows(k)
+        exact = x.astype(np.float64) @ weights.matrix.T + (weights.bias if n == 33 else 0)
+        scale = np.abs(x).max(axis=1, keepdims=True) * np.abs(weights.matrix).max() * k**0.5
+        for _, codes, codes_twice, floats, floats_twice in found["compared", n, k].outputs[:12]:
+            m = len(codes)
+            for y, tolerance in ((codes, 1.5e-2), (floats, 1.5e-2), (codes_twice, 5e-5), (floats_twice, 5e-5)):
+                assert np.all(np.abs(y - exact[:m]) <= tolerance * scale[:m] + 1e-6), (n, k, m, tolerance)
 
 
 @each_level
 @pytest.mark.parametrize(("activation", "gate"), GATES)
-def test_activations_and_gates_are_those_of_float64(
-    outcomes: Outcomes, level: str, activation: str, gate: int
-) -> None:
+def test_activations_and_gates_are_those_of_float64(outcomes: Outcomes, level: str, activation: str, gate: int) -> None:
     found = outcomes(level)
-    for n, k in ((34, 160), (200, 576)):
-        weights = Weights.draw(n, k)
-        exact = rows(k).astype(np.float64) @ weights.matrix.T + weights.bias
+    for n, k in ((34, 32), (200, 64)):
+        weights, x = Weights.draw(n, k), sparse(k)
+        product = x.astype(np.float64) @ weights.matrix.T + weights.bias
         for (y,) in found["gate", activation, gate, n, k].outputs[:12]:
-            with np.errstate(over="ignore"):
-                expected = gated(exact[: len(y)], activation, gate)
-            assert error(y, expected) < 3e-4, (n, k, len(y))
+            expected = gated(product[: len(y)], activation, gate)
+            assert error(y, expected) < (5e-5 if by_tiles(level, len(y)) else 3e-6), (n, k, len(y))
 
 
 @each_level

@@ -1,0 +1,247 @@
+// AVX2, and with PASTKEY_USE_VNNI the same with vpdpbusd: included by the file of either. One or two rows of X take W by
+// four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned in
+// the L1 cache, so that a register has four weights of each row.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pastkey {
+namespace {
+
+#include "elementwise.inl"
+
+constexpr size_t kRows = 8;      // of a panel
+constexpr size_t kChunk = 32;    // blocks of a panel: 8 KB of weights
+constexpr size_t kAhead = 6144;  // bytes between the weights that are read and those that are prefetched
+constexpr size_t kByRows = 2;    // rows of X that are multiplied without a panel
+
+// Weights as they are multiplied, acc + weights * q in sums of four, and what a block's sum starts from.
+#if defined(PASTKEY_USE_VNNI)
+inline __m256i prepare(__m256i codes) { return codes; }
+inline __m256i dot(__m256i acc, __m256i weights, __m256i q) { return _mm256_dpbusd_avx_epi32(acc, weights, q); }
+constexpr bool kStarts = true;
+#else
+// vpmaddubsw takes unsigned times signed bytes, and saturates sums of two at 2^15: |w| q with w's sign moved to q stays
+// below 128 * 127 * 2.
+inline __m256i prepare(__m256i codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
+inline __m256i dot(__m256i acc, __m256i weights, __m256i q) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(q, weights));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+constexpr bool kStarts = false;
+#endif
+
+// Where the weights are that will be read kAhead bytes later, when four rows are read side by side.
+class Ahead {
+ public:
+  explicit Ahead(size_t k)
+      : k_(k), groups_(kAhead / (4 * k) * 4 * k), columns_(kAhead % (4 * k) / 4 / 64 * 64) {}
+  size_t operator()(size_t at) const {
+    const size_t column = at + columns_;
+    return groups_ + (column < k_ ? column : column + 3 * k_);
+  }
+
+ private:
+  size_t k_, groups_, columns_;
+};
+
+inline float load_scale(const Weights& w, size_t at) {
+  return w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
+}
+
+// In each half, the sums of the four rows' halves.
+inline __m256i add_lanes(const __m256i* v) {
+  const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+  const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
+inline __m256 pair(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
+
+// out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
+template <int M>
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
+                          __m128* out) {
+  const size_t k = w.blocks * kBlock;
+  size_t rows[4];
+  for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
+  __m256 acc[2][M];  // chains 0 | 1 and 2 | 3
+  for (int m = 0; m < M; m++) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
+  for (size_t b = 0; b < w.blocks; b += 2) {
+    const bool both = b + 1 < w.blocks;
+    const size_t next = both ? b + 1 : b;
+    __m256i weights[2][4];
+    __m128 scales[2];
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * k;
+      weights[0][r] = prepare(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + b * kBlock)));
+      weights[1][r] = prepare(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + next * kBlock)));
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * kBlock)), _MM_HINT_T0);
+    }
+    for (int i = 0; i < 2; i++) {
+      const size_t at = i ? next : b;
+      scales[i] = _mm_setr_ps(load_scale(w, rows[0] * w.blocks + at), load_scale(w, rows[1] * w.blocks + at),
+                              load_scale(w, rows[2] * w.blocks + at), load_scale(w, rows[3] * w.blocks + at));
+    }
+    for (int m = 0; m < M; m++) {
+      const size_t first = (from + m) * w.blocks + b, second = (from + m) * w.blocks + next;
+      const __m256i q0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.q + first * kBlock));
+      const __m256i q1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.q + second * kBlock));
+      __m256i d0[4], d1[4];
+      for (int r = 0; r < 4; r++) {
+        d0[r] = dot(_mm256_setzero_si256(), weights[0][r], q0);
+        d1[r] = dot(_mm256_setzero_si256(), weights[1][r], q1);
+      }
+      const __m256i s0 = add_lanes(d0), s1 = add_lanes(d1);
+      __m256i d = _mm256_add_epi32(_mm256_permute2x128_si256(s0, s1, 0x20), _mm256_permute2x128_si256(s0, s1, 0x31));
+      if (kStarts)
+        d = _mm256_add_epi32(d, _mm256_setr_m128i(_mm_set1_epi32(x.start[first]), _mm_set1_epi32(x.start[second])));
+      const __m256 scale = pair(_mm_set1_ps(x.scale[first]), _mm_set1_ps(x.scale[second]));
+      __m256& sum = acc[b / 2 % 2][m];
+      const __m256 more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(d), scale), pair(scales[0], scales[1]), sum);
+      sum = both ? more : _mm256_blend_ps(sum, more, 0x0f);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    const __m256 sum = _mm256_add_ps(acc[0][m], acc[1][m]);
+    out[m] = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+  }
+}
+
+template <int M>
+void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
+             size_t stride) {
+  const Ahead ahead(w.blocks * kBlock);
+  for (size_t j = 0; j < count; j += 4) {
+    const size_t there = count - j < 4 ? count - j : 4;
+    for (size_t i = 0; i < rows * terms; i += M) {
+      __m128 sums[M];
+      multiply_rows<M>(w, x, i, first + j, there, ahead, sums);
+      for (size_t m = 0; m < M; m += terms) {
+        float sum[4];
+        _mm_storeu_ps(sum, terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m]);
+        for (size_t r = 0; r < there; r++) {
+          if (w.row_scales) sum[r] *= w.row_scales[first + j + r];
+          if (w.bias) sum[r] += w.bias[first + j + r];
+          y[(i + m) / terms * stride + j + r] = sum[r];
+        }
+      }
+    }
+  }
+}
+
+struct Panel {
+  __m256i weights[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
+  __m256 scales[kChunk];
+};
+
+// `n` blocks from b0 of 8 rows of W.
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+  const size_t k = w.blocks * kBlock;
+  for (size_t b = 0; b < n; b++) {
+    const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
+    for (size_t h = 0; h < 2; h++) {
+      __m256i v[4], t[4];
+      for (size_t i = 0; i < 4; i++) {
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * k + 16 * h));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + (4 + i) * k + 16 * h));
+        v[i] = prepare(_mm256_setr_m128i(low, high));
+      }
+      for (int i = 0; i < 2; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; i++) {
+        panel.weights[b][4 * h + 2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        panel.weights[b][4 * h + 2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      }
+    }
+    float scales[kRows];
+    for (size_t r = 0; r < kRows; r++) scales[r] = load_scale(w, (row + r) * w.blocks + b0 + b);
+    panel.scales[b] = _mm256_loadu_ps(scales);
+  }
+}
+
+inline __m256i broadcast(const int8_t* four) {
+  int32_t value;
+  std::memcpy(&value, four, 4);
+  return _mm256_set1_epi32(value);
+}
+
+// acc[chain][m] of M rows of x from `from`, over the blocks of the panel. Meanwhile the weights of the next panel, 8
+// rows of k bytes from `next`, come from memory.
+template <int M>
+inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
+                           const uint8_t* next, __m256 (*acc)[kMaxRows]) {
+  for (size_t chain = 0; chain < 4; chain++) {
+    __m256 sums[M];
+    for (int m = 0; m < M; m++) sums[m] = acc[chain][from + m];
+    for (size_t b = chain; b < n; b += 4) {
+      if (from == 0)  // a block of 8 rows is 4 lines of 64 bytes
+        for (size_t r = 0; r < 4; r++)
+          _mm_prefetch(reinterpret_cast<const char*>(next + (4 * (b % 2) + r) * blocks * kBlock + b / 2 * 64),
+                       _MM_HINT_T0);
+      __m256i d[M];
+      for (int m = 0; m < M; m++)
+        d[m] = kStarts ? _mm256_set1_epi32(x.start[(from + m) * blocks + b0 + b]) : _mm256_setzero_si256();
+      for (int j = 0; j < 8; j++) {
+        const __m256i weights = panel.weights[b][j];
+        for (int m = 0; m < M; m++)
+          d[m] = dot(d[m], weights, broadcast(x.q + ((from + m) * blocks + b0 + b) * kBlock + 4 * j));
+      }
+      for (int m = 0; m < M; m++)
+        sums[m] = _mm256_fmadd_ps(
+            _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[(from + m) * blocks + b0 + b])),
+            panel.scales[b], sums[m]);
+    }
+    for (int m = 0; m < M; m++) acc[chain][from + m] = sums[m];
+  }
+}
+
+// 8 rows of W
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+  Panel panel;
+  __m256 acc[4][kMaxRows];
+  const size_t all = rows * terms;
+  for (size_t chain = 0; chain < 4; chain++)
+    for (size_t i = 0; i < all; i++) acc[chain][i] = _mm256_setzero_ps();
+  for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
+    const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
+    fill_panel(w, row, b0, n, panel);
+    const uint8_t* next = w.codes + (b0 + n < w.blocks ? row * w.blocks + b0 + n : (row + kRows) * w.blocks) * kBlock;
+    size_t i = 0;
+    for (; i + 4 <= all; i += 4) multiply_panel<4>(panel, x, i, w.blocks, b0, n, next, acc);
+    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, next, acc), i += 2;
+    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, next, acc);
+  }
+  const __m256 row_scale = w.row_scales ? _mm256_loadu_ps(w.row_scales + row) : _mm256_setzero_ps();
+  const __m256 bias = w.bias ? _mm256_loadu_ps(w.bias + row) : _mm256_setzero_ps();
+  for (size_t i = 0; i < rows; i++) {
+    __m256 sum = _mm256_setzero_ps();
+    for (size_t t = 0; t < terms; t++) {
+      const size_t at = i * terms + t;
+      const __m256 term =
+          _mm256_add_ps(_mm256_add_ps(acc[0][at], acc[2][at]), _mm256_add_ps(acc[1][at], acc[3][at]));
+      sum = t ? _mm256_add_ps(sum, term) : term;
+    }
+    if (w.row_scales) sum = _mm256_mul_ps(sum, row_scale);
+    if (w.bias) sum = _mm256_add_ps(sum, bias);
+    _mm256_storeu_ps(y + i * stride, sum);
+  }
+}
+
+void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
+              size_t stride) {
+  size_t j = 0;
+  if (rows * terms > kByRows)
+    for (; j + kRows <= count; j += kRows) by_panel(w, x, rows, terms, first + j, y + j, stride);
+  if (j == count) return;
+  if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+}
+
+}  // namespace
+}  // namespace pastkey

@@ -1,0 +1,8 @@
+#define PASTKEY_USE_VNNI
+#include "avx2.inl"
+
+namespace pastkey {
+
+const MatMulKernels avx_vnni_matmul = {round_row, multiply, activate, normalize};
+
+}  // namespace pastkey
