@@ -1,5 +1,5 @@
-// DecoderAttention: rotation, the write into the cache and attention, as com.microsoft.GroupQueryAttention over one buffer
-// that is past and present. Here are the checks and how the work is divided; attention.inl has the sums.
+// DecoderAttention: rotation, the write into the cache and attention, as com.microsoft.GroupQueryAttention over one
+// buffer that is past and present. Here are the checks and how the work is divided; attention.inl has the sums.
 #include "attention.h"
 
 #include <algorithm>
@@ -189,7 +189,8 @@ struct DecoderAttention::Call {
 };
 
 DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
-  const Tensor query = context.required_input(0, "query"), key = context.input(1, "key"), value = context.input(2, "value");
+  const Tensor query = context.required_input(0, "query");
+  const Tensor key = context.input(1, "key"), value = context.input(2, "value");
   const Tensor past_key = context.required_input(3, "past_key"), past_value = context.required_input(4, "past_value");
   const Tensor seqlens_k = context.required_input(5, "seqlens_k");
   const Tensor total = context.required_input(6, "total_sequence_length");
@@ -222,7 +223,8 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   c.tokens = static_cast<size_t>(query.shape[1]), c.d = static_cast<size_t>(d);
 
   c.query = {query.data<float>(), static_cast<size_t>(query.shape[2])};
-  if (static_cast<bool>(key) != static_cast<bool>(value)) refuse("one of key and value is missing, expected both or none");
+  if (static_cast<bool>(key) != static_cast<bool>(value))
+    refuse("one of key and value is missing, expected both or none");
   if (key) {
     const Shape expected = {query.shape[0], query.shape[1], kv_heads * d};
     for (const Tensor* tensor : {&key, &value})
@@ -317,7 +319,8 @@ void DecoderAttention::compute(const Context& context) const {
     }
   });
 
-  // A tile: up to kAttentionRows queries of one row b and one key head g, token by token, all heads of a token together.
+  // A tile: up to kAttentionRows queries of one row b and one key head g, token by token, all heads of a token
+  // together.
   struct Tile {
     size_t b, g, begin, count;  // queries [begin, begin + count)
     size_t part, parts;         // its keys' parts [part, part + parts)
@@ -357,7 +360,8 @@ void DecoderAttention::compute(const Context& context) const {
     std::optional<Scratch> copy;
     if (tile.count > kFewRows) copy.emplace(allocator_, kAttentionPart * d * sizeof(float));
     const AttentionRows rows = {tile.count,      d,       query,    from, to, c.keys + head,
-                                c.values + head, c.cache, softcap_, copy ? reinterpret_cast<float*>(copy->data()) : nullptr};
+                                c.values + head, c.cache, softcap_,
+                                copy ? reinterpret_cast<float*>(copy->data()) : nullptr};
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);
   };
   auto finish = [&](const Tile& tile, size_t r, const AttentionSums& sums) {

@@ -1,10 +1,11 @@
-// Attention in terms of 16 float lanes. each instruction set's file defines the lanes in an unnamed namespace and includes
-// this file there, so each has its own copy and all do the same operations in the same order: they give the same bits.
+// Attention in terms of 16 float lanes. Each instruction set's file defines the lanes in an unnamed namespace and
+// includes this file there, so each has a copy of its own. All do the same operations in the same order: the same bits.
 //
-// Needed: Vec (16 floats) with zero, set1, load (of float, uint16_t as float16, int8_t), store, add, sub, mul, div, max, fma,
-// exp2_bits, zero_below, reduce_max, reduce_add; Lanes fold(Vec); Quad fold4(Lanes[4]); Vec fold16(Quad[4]); prefetch;
-// constexpr keys_at_once(R), columns_at_once(R): how many sums the registers hold.
-// A sum of lanes adds those 8 apart first, then 4, 2 and 1.
+// Vec: 16 floats. zero, set1, load (of float, of uint16_t as float16, of int8_t), store, add, sub, mul, div, max
+// (the second where one is NaN), fma, sign (1 or -1), exp2_bits, zero_below, reduce_max and reduce_add. Sums of lanes add
+// those 8 apart first, then 4, 2 and 1, in three steps that take several vectors at once: fold (Vec -> Lanes), fold4
+// (4 Lanes -> Quad) and fold16 (4 Quads -> a Vec of 16 sums). keys_at_once(R) and columns_at_once(R) say how many sums
+// the registers hold beside R rows.
 
 constexpr size_t kPart = kAttentionPart;
 constexpr size_t kPrefetchBytes = 4096;  // hardware stops at pages
@@ -62,8 +63,8 @@ struct Rows {
   const char* row(size_t j) const { return data + j * row_bytes<T>(d); }
 };
 
-// Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them are
-// not read; what stands in their places means nothing.
+// Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them
+// are not read; what stands in their places means nothing.
 template <class T, size_t R>
 void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to, float softcap, float* scores) {
   const size_t d = keys.d, stride = row_bytes<T>(d);
@@ -279,7 +280,8 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
     top[r] = -kInfinity, sum[r] = 0;
     if (seen) sum[r] = softmax_weights(weights + r * kPart, ranges.from[r], ranges.to[r], values.scales, top + r);
   }
-  for (size_t r = 0; r < a.count; r += 16) merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
+  for (size_t r = 0; r < a.count; r += 16)
+    merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
 
   if (a.copy) {
     const Rows<float> copy = copied(values, begin, end, a.copy);

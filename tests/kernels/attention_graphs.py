@@ -32,6 +32,7 @@ def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **a
     domain = "pastkey" if native else "com.microsoft"
     outputs = ["y", *IN_PLACE]
     node = helper.make_node(operator, names, outputs, domain=domain, **attributes)
+    cache = helper.np_dtype_to_tensor_dtype(feed["past_value"].dtype)  # as onnxruntime infers it
     graph = helper.make_graph(
         [node],
         "attention",
@@ -40,10 +41,7 @@ def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **a
             for name, array in feed.items()
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 3)]
-        + [
-            helper.make_tensor_value_info(present, helper.np_dtype_to_tensor_dtype(feed[past].dtype), None)
-            for present, past in IN_PLACE.items()
-        ],
+        + [helper.make_tensor_value_info(name, cache, None) for name in IN_PLACE],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(domain, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
@@ -91,7 +89,7 @@ def draw(
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape).astype(np.float32)
 
-    feed = {"query": normal(batch, new, width) * np.float32(size)}
+    feed: dict[str, Array] = {"query": normal(batch, new, width) * np.float32(size)}
     if not packed:
         feed |= {name: normal(batch, new, g * d) for name in ("key", "value")}
     feed |= {name: stored(normal(batch, g, total + 9, d), form) for name in ("past_key", "past_value")}

@@ -14,9 +14,10 @@ from .running import LEVELS, Array, Case, Outcome, run_at
 FORMS = ("float32", "float16", "int8")
 WINDOWS = (1, 2, 100, 127, 128, 129, 1000)
 
+NONE: dict[str, Any] = {}  # attributes
 # Name -> inputs and attributes. GroupQueryAttention computes the same.
 SAME: dict[str, tuple[dict[str, Array], dict[str, Any]]] = {
-    f"{heads} heads of {d}, {name}": (draw([length], new, heads, d, rotary=rotary, packed=packed), {})
+    f"{heads} heads of {d}, {name}": (draw([length], new, heads, d, rotary=rotary, packed=packed), NONE)
     for heads in ((2, 2), (9, 3), (8, 1))
     for d in (32, 48, 64, 80, 96, 128, 256)
     for name, length, new, rotary, packed in (
@@ -64,7 +65,8 @@ def step(feed: dict[str, Array], i: int, keys: Array, values: Array) -> dict[str
     """Token i of a prompt alone, over a cache."""
     return feed | {
         "query": feed["query"][:, i : i + 1],
-        **{"past_key": keys, "past_value": values},
+        "past_key": keys,
+        "past_value": values,
         "seqlens_k": np.full_like(feed["seqlens_k"], i),
         "total_sequence_length": np.array(i + 1, np.int32),
     }
@@ -203,9 +205,7 @@ def test_any_number_of_threads_gives_the_same_bits(outcomes: Outcomes, level: st
 @each_level
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [-1, 130])
-def test_a_token_alone_has_the_bits_it_has_in_a_prompt(
-    outcomes: Outcomes, level: str, form: str, window: int
-) -> None:
+def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes: Outcomes, level: str, form: str, window: int) -> None:
     found = outcomes(level)
     whole, keys, values = found["prompt", form, window].outputs[0]
     for i, (y, *cache) in zip(ALONE, found["alone", form, window].outputs, strict=True):
