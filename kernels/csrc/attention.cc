@@ -1,5 +1,5 @@
-// DecoderAttention: rotation, the write into the cache and attention, as com.microsoft.GroupQueryAttention over one buffer
-// that is past and present. Here are the checks and how the work is divided; attention.inl has the sums.
+// DecoderAttention: rotation, the write into the cache and attention, as com.microsoft.GroupQueryAttention over one
+// buffer that is past and present. Here are the checks and how the work is divided; attention.inl has the sums.
 #include "attention.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "cpu.h"
 #include "operators.h"
@@ -18,6 +19,7 @@ namespace {
 constexpr size_t kFewTasks = 64;                  // fewer are divided into parts
 constexpr size_t kMostScratch = size_t{32} << 20;  // bytes of divided tasks' sums
 constexpr size_t kWriteTokens = 16;               // new tokens a task writes
+constexpr size_t kFewRows = 8;                    // more read a copy of a part
 constexpr int64_t kMostHeads = 1 << 16;
 
 const AttentionKernels& kernels() {
@@ -89,7 +91,7 @@ struct Rotary {
   size_t half = 0;
   bool interleaved = false;  // pairs are neighbours, not half a rotation apart
 
-  void rotate(const float* x, size_t d, size_t position, float* y) const {
+  void rotate(const float* x, size_t d, size_t position, float* __restrict y) const {
     const float *c = cos + position * half, *s = sin + position * half;
     if (interleaved) {
       for (size_t i = 0; i < half; i++) {
@@ -187,7 +189,8 @@ struct DecoderAttention::Call {
 };
 
 DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
-  const Tensor query = context.required_input(0, "query"), key = context.input(1, "key"), value = context.input(2, "value");
+  const Tensor query = context.required_input(0, "query");
+  const Tensor key = context.input(1, "key"), value = context.input(2, "value");
   const Tensor past_key = context.required_input(3, "past_key"), past_value = context.required_input(4, "past_value");
   const Tensor seqlens_k = context.required_input(5, "seqlens_k");
   const Tensor total = context.required_input(6, "total_sequence_length");
@@ -220,7 +223,8 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   c.tokens = static_cast<size_t>(query.shape[1]), c.d = static_cast<size_t>(d);
 
   c.query = {query.data<float>(), static_cast<size_t>(query.shape[2])};
-  if (static_cast<bool>(key) != static_cast<bool>(value)) refuse("one of key and value is missing, expected both or none");
+  if (static_cast<bool>(key) != static_cast<bool>(value))
+    refuse("one of key and value is missing, expected both or none");
   if (key) {
     const Shape expected = {query.shape[0], query.shape[1], kv_heads * d};
     for (const Tensor* tensor : {&key, &value})
@@ -315,7 +319,8 @@ void DecoderAttention::compute(const Context& context) const {
     }
   });
 
-  // A tile: up to kAttentionRows queries of one row b and one key head g, token by token, all heads of a token together.
+  // A tile: up to kAttentionRows queries of one row b and one key head g, token by token, all heads of a token
+  // together.
   struct Tile {
     size_t b, g, begin, count;  // queries [begin, begin + count)
     size_t part, parts;         // its keys' parts [part, part + parts)
@@ -333,8 +338,8 @@ void DecoderAttention::compute(const Context& context) const {
     return tile;
   };
   auto reset = [&](const AttentionSums& sums, size_t count) {
-    std::fill_n(sums.top, count, -INFINITY);
-    std::fill_n(sums.sum, count, 0.f);
+    std::fill_n(sums.top, kAttentionRows, -INFINITY);
+    std::fill_n(sums.sum, kAttentionRows, 0.f);
     std::fill_n(sums.values, count * d, 0.f);
   };
   // Adds parts [begin, end) to `sums`.
@@ -351,8 +356,12 @@ void DecoderAttention::compute(const Context& context) const {
       from[r] = window_ && to[r] > window_ ? to[r] - window_ : 0;
     }
     const size_t head = (tile.b * kv_heads_ + tile.g) * c.room * bytes;
-    const AttentionRows rows = {tile.count, d,       query, from, to, c.keys + head, c.values + head,
-                                c.cache,    softcap_};
+    // A copy of a part takes a store for each load: worth it where more than two passes read it.
+    std::optional<Scratch> copy;
+    if (tile.count > kFewRows) copy.emplace(allocator_, kAttentionPart * d * sizeof(float));
+    const AttentionRows rows = {tile.count,      d,       query,    from, to, c.keys + head,
+                                c.values + head, c.cache, softcap_,
+                                copy ? reinterpret_cast<float*>(copy->data()) : nullptr};
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);
   };
   auto finish = [&](const Tile& tile, size_t r, const AttentionSums& sums) {
@@ -364,7 +373,7 @@ void DecoderAttention::compute(const Context& context) const {
   size_t most_parts = 1;
   for (size_t task = 0; tasks < kFewTasks && task < tasks; task++)
     most_parts = std::max(most_parts, tile_of(task).parts);
-  const size_t rows = std::min(kAttentionRows, c.tokens * shared), sums_size = rows * (d + 2);
+  const size_t rows = std::min(kAttentionRows, c.tokens * shared), sums_size = 2 * kAttentionRows + rows * d;
   if (most_parts == 1 || tasks * most_parts > kMostScratch / (sums_size * sizeof(float))) {
     return context.parallel_for(tasks, [&](size_t task) {
       alignas(64) float values[kAttentionRows * kAttentionMaxHeadSize];
@@ -388,7 +397,7 @@ void DecoderAttention::compute(const Context& context) const {
     if (part >= tile.parts) return;
     auto sums_of = [&](size_t p, size_t r) {
       float* top = store + (task * most_parts + p) * sums_size;
-      return AttentionSums{top + r, top + rows + r, top + 2 * rows + r * d};
+      return AttentionSums{top + r, top + kAttentionRows + r, top + 2 * kAttentionRows + r * d};
     };
     reset(sums_of(part, 0), tile.count);
     attend(tile, tile.part + part, tile.part + part + 1, sums_of(part, 0));

@@ -25,12 +25,13 @@ struct AttentionRows {
   const char* values;
   CacheType cache;
   float softcap;  // 0: none
+  float* copy;    // [kAttentionPart, D], aligned to 64 bytes, or null: worth it where many rows read a part
 };
 
 // Softmax's state of rows: the largest score, the sum of exp(score - largest) and the values weighted by them.
 struct AttentionSums {
-  float* top;     // [count], at first -infinity
-  float* sum;     // [count], at first 0
+  float* top;     // [kAttentionRows], at first -infinity
+  float* sum;     // [kAttentionRows], at first 0
   float* values;  // [count, D], at first 0
 };
 

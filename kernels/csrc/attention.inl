@@ -1,10 +1,11 @@
-// Attention in terms of 16 float lanes. each instruction set's file defines the lanes in an unnamed namespace and includes
-// this file there, so each has its own copy and all do the same operations in the same order: they give the same bits.
+// Attention in terms of 16 float lanes. Each instruction set's file defines the lanes in an unnamed namespace and
+// includes this file there, so each has a copy of its own. All do the same operations in the same order: the same bits.
 //
-// Needed: Vec (16 floats) with zero, set1, load (of float, uint16_t as float16, int8_t), store, add, sub, mul, div, max, fma,
-// exp2_bits, zero_below, reduce_max, reduce_add; Lanes fold(Vec); Quad fold4(Lanes[4]); Vec fold16(Quad[4]); prefetch;
-// constexpr keys_at_once(R), columns_at_once(R): how many sums the registers hold.
-// A sum of lanes adds those 8 apart first, then 4, 2 and 1.
+// Vec: 16 floats. zero, set1, load (of float, of uint16_t as float16, of int8_t), store, add, sub, mul, div, max
+// (the second where one is NaN), fma, sign (1 or -1), exp2_bits, zero_below, reduce_max and reduce_add. Sums of lanes add
+// those 8 apart first, then 4, 2 and 1, in three steps that take several vectors at once: fold (Vec -> Lanes), fold4
+// (4 Lanes -> Quad) and fold16 (4 Quads -> a Vec of 16 sums). keys_at_once(R) and columns_at_once(R) say how many sums
+// the registers hold beside R rows.
 
 constexpr size_t kPart = kAttentionPart;
 constexpr size_t kPrefetchBytes = 4096;  // hardware stops at pages
@@ -13,6 +14,11 @@ constexpr float kInfinity = HUGE_VALF;
 // Not std::min and std::max: the linker could keep this instruction set's copy of those for the whole library.
 size_t least_of(size_t a, size_t b) { return a < b ? a : b; }
 size_t most_of(size_t a, size_t b) { return a > b ? a : b; }
+
+template <size_t N>
+struct Count {
+  static constexpr size_t value = N;
+};
 
 // exp(x) for x <= 0 or NaN, to 1e-7; 0 below -87, where floats become subnormal.
 Vec exp16(Vec x) {
@@ -44,32 +50,41 @@ Vec soft_cap(Vec x, float cap) {
 float shift_of(float top) { return top == -kInfinity ? 0.f : top; }
 
 template <class T>
-constexpr size_t extra_bytes() { return sizeof(T) == 1 ? sizeof(float) : 0; }
+constexpr size_t row_bytes(size_t d) { return d * sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0); }
 
-float row_scale(const char* row, size_t head_size) {
-  float scale;
-  memcpy(&scale, row + head_size, sizeof scale);
-  return scale;
-}
+// Keys or values of a part.
+template <class T>
+struct Rows {
+  const char* data;  // [128, row_bytes]
+  const float* scales;  // [128] or null
+  size_t d;
+  bool ahead;  // to ask for what lies behind, since these are read for the first time
 
-// Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them are
-// not read; what stands in their places means nothing.
+  const char* row(size_t j) const { return data + j * row_bytes<T>(d); }
+};
+
+// Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them
+// are not read; what stands in their places means nothing.
 template <class T, size_t R>
-void score_keys(const AttentionRows& a, const float* query, const char* keys, size_t from, size_t to, float* scores) {
-  const size_t d = a.head_size, stride = d * sizeof(T) + extra_bytes<T>();
+void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to, float softcap, float* scores) {
+  const size_t d = keys.d, stride = row_bytes<T>(d);
   constexpr size_t K = keys_at_once(R);
   for (size_t block = from / 16 * 16; block < to; block += 16) {
-    const char* rows[16];
-    for (size_t j = 0; j < 16; j++) rows[j] = keys + least_of(most_of(block + j, from), to - 1) * stride;
+    const char* rows[16] = {};
+    const char* row = keys.row(most_of(block, from));
+    for (size_t j = 0; j < 16; j++) {
+      rows[j] = row;
+      if (block + j >= from && block + j + 1 < to) row += stride;
+    }
     Quad quads[R][4];
     for (size_t g = 0; g < 4; g++) {
+      if (keys.ahead)
+        for (size_t b = 0; b < 4 * stride; b += 64) prefetch(rows[4 * g] + kPrefetchBytes + b);
       Lanes lanes[R][4];
       for (size_t j = 0; j < 4; j += K) {
         Vec sums[R][K];
         for (size_t k = 0; k < K; k++) {
-          const char* row = rows[4 * g + j + k];
-          for (size_t b = 0; b < stride; b += 64) prefetch(row + kPrefetchBytes + b);
-          Vec key = load(reinterpret_cast<const T*>(row));
+          Vec key = load(reinterpret_cast<const T*>(rows[4 * g + j + k]));
           for (size_t r = 0; r < R; r++) sums[r][k] = mul(load(query + r * d), key);
         }
         for (size_t i = 16; i < d; i += 16) {
@@ -85,13 +100,10 @@ void score_keys(const AttentionRows& a, const float* query, const char* keys, si
       }
       for (size_t r = 0; r < R; r++) quads[r][g] = fold4(lanes[r]);
     }
-    float scales[16];
-    if (extra_bytes<T>())
-      for (size_t j = 0; j < 16; j++) scales[j] = row_scale(rows[j], d);
     for (size_t r = 0; r < R; r++) {
       Vec s = fold16(quads[r]);
-      if (extra_bytes<T>()) s = mul(s, load(scales));
-      if (a.softcap > 0) s = soft_cap(s, a.softcap);
+      if (keys.scales) s = mul(s, load(keys.scales + block));
+      if (softcap > 0) s = soft_cap(s, softcap);
       store(scores + r * kPart + block, s);
     }
   }
@@ -115,97 +127,172 @@ float softmax_weights(float* scores, size_t from, size_t to, const float* scales
   return reduce_add(sum);
 }
 
-// out [R, ld] += the values [from, to) of a part times their weights, C * 16 columns.
+// Sums and those of a later part: `before` and `now` are what they are multiplied with to have one top, the larger.
+void merge_tops(float* top, float* sum, const float* part_top, const float* part_sum, float* before, float* now) {
+  float most[16];
+  for (size_t i = 0; i < 16; i++) {
+    most[i] = top[i] > part_top[i] ? top[i] : part_top[i];
+    const float shift = shift_of(most[i]);
+    before[i] = top[i] - shift, now[i] = part_top[i] - shift;
+  }
+  Vec b = exp16(load(before)), n = exp16(load(now));
+  store(before, b), store(now, n), store(top, load(most));
+  store(sum, fma(load(part_sum), n, mul(load(sum), b)));
+}
+
+void merge_values(size_t d, const float* part, float before, float now, float* values) {
+  const Vec b = set1(before), n = set1(now);
+  for (size_t i = 0; i < d; i += 16) store(values + i, fma(load(part + i), n, mul(load(values + i), b)));
+}
+
+// out [R, d] += the values [from, to) of a part times their weights, in columns [i, i + C * 16).
 template <class T, size_t R, size_t C>
-void add_columns(const float* weights, const char* values, size_t stride, size_t from, size_t to, float* out, size_t ld) {
+void add_columns(const Rows<T>& values, const float* weights, size_t from, size_t to, size_t i, float* out) {
   Vec sums[R][C];
   for (size_t r = 0; r < R; r++)
-    for (size_t c = 0; c < C; c++) sums[r][c] = load(out + r * ld + c * 16);
+    for (size_t c = 0; c < C; c++) sums[r][c] = load(out + r * values.d + i + c * 16);
   for (size_t j = from; j < to; j++) {
-    const char* row = values + j * stride;
-    for (size_t b = 0; b < C * 16 * sizeof(T); b += 64) prefetch(row + kPrefetchBytes + b);
+    const T* row = reinterpret_cast<const T*>(values.row(j)) + i;
+    if (values.ahead)
+      for (size_t b = 0; b < C * 16 * sizeof(T); b += 64)
+        prefetch(reinterpret_cast<const char*>(row) + kPrefetchBytes + b);
     Vec value[C];
-    for (size_t c = 0; c < C; c++) value[c] = load(reinterpret_cast<const T*>(row) + c * 16);
+    for (size_t c = 0; c < C; c++) value[c] = load(row + c * 16);
     for (size_t r = 0; r < R; r++) {
       Vec w = set1(weights[r * kPart + j]);
       for (size_t c = 0; c < C; c++) sums[r][c] = fma(w, value[c], sums[r][c]);
     }
   }
   for (size_t r = 0; r < R; r++)
-    for (size_t c = 0; c < C; c++) store(out + r * ld + c * 16, sums[r][c]);
+    for (size_t c = 0; c < C; c++) store(out + r * values.d + i + c * 16, sums[r][c]);
 }
 
 template <class T, size_t R>
-void add_values(size_t d, const float* weights, const char* values, size_t from, size_t to, float* out) {
+void add_values(const Rows<T>& values, const float* weights, size_t from, size_t to, float* out) {
   if (from >= to) return;
-  const size_t stride = d * sizeof(T) + extra_bytes<T>();
   constexpr size_t C = columns_at_once(R);
   size_t i = 0;
-  for (; i + C * 16 <= d; i += C * 16)
-    add_columns<T, R, C>(weights, values + i * sizeof(T), stride, from, to, out + i, d);
-  for (; i < d; i += 16) add_columns<T, R, 1>(weights, values + i * sizeof(T), stride, from, to, out + i, d);
+  for (; i + C * 16 <= values.d; i += C * 16) add_columns<T, R, C>(values, weights, from, to, i, out);
+  for (; i < values.d; i += 16) add_columns<T, R, 1>(values, weights, from, to, i, out);
 }
 
-// Row r of `sums` and the sums of a later part.
-void merge_row(size_t d, float top, float sum, const float* values, const AttentionSums& sums, size_t r) {
-  const float most = sums.top[r] > top ? sums.top[r] : top, shift = shift_of(most);
-  float factors[16] = {sums.top[r] - shift, top - shift};
-  store(factors, exp16(load(factors)));
-  sums.top[r] = most;
-  sums.sum[r] = fmaf(sum, factors[1], sums.sum[r] * factors[0]);
-  float* out = sums.values + r * d;
-  const Vec before = set1(factors[0]), now = set1(factors[1]);
-  for (size_t i = 0; i < d; i += 16) store(out + i, fma(load(values + i), now, mul(load(out + i), before)));
-}
+// The keys [from, to) of a part that each row sees, and those that some row does, or all do.
+struct Ranges {
+  size_t from[kAttentionRows], to[kAttentionRows];
 
-// Rows [first, first + R) and the part's keys [from[r], to[r]).
-template <class T, size_t R>
-void attend_rows(const AttentionRows& a, size_t first, const size_t* from, const size_t* to, const char* keys,
-                const char* values, const float* value_scales, const AttentionSums& sums) {
-  const size_t d = a.head_size;
-  alignas(64) float weights[R * kPart];
-  alignas(64) float out[R * kAttentionMaxHeadSize];
-  size_t least = kPart, most = 0, begin = 0, end = kPart;  // keys that some row sees, and those that all do
-  for (size_t r = 0; r < R; r++) {
-    begin = most_of(begin, from[r]), end = least_of(end, to[r]);
-    if (from[r] < to[r]) least = least_of(least, from[r]), most = most_of(most, to[r]);
+  void any(size_t first, size_t count, size_t* begin, size_t* end) const {
+    *begin = kPart, *end = 0;
+    for (size_t r = first; r < first + count; r++)
+      if (from[r] < to[r]) *begin = least_of(*begin, from[r]), *end = most_of(*end, to[r]);
   }
-  if (least >= most) return;
-  score_keys<T, R>(a, a.query + first * d, keys, least, most, weights);
-  float top[R] = {}, sum[R] = {};
-  for (size_t r = 0; r < R; r++)
-    if (from[r] < to[r]) sum[r] = softmax_weights(weights + r * kPart, from[r], to[r], value_scales, top + r);
+  void all(size_t first, size_t count, size_t* begin, size_t* end) const {
+    *begin = 0, *end = kPart;
+    for (size_t r = first; r < first + count; r++) *begin = most_of(*begin, from[r]), *end = least_of(*end, to[r]);
+    if (*begin >= *end) *begin = *end = kPart;
+  }
+};
+
+template <class T, size_t R>
+void score_rows(const AttentionRows& a, Rows<T> keys, size_t first, const Ranges& ranges, float* weights) {
+  size_t begin, end;
+  ranges.any(first, R, &begin, &end);
+  keys.ahead &= first == 0;
+  if (begin < end)
+    score_keys<T, R>(keys, a.query + first * a.head_size, begin, end, a.softcap, weights + first * kPart);
+}
+
+// sums = sums * before + now * the part's: in the order of the keys, those that all rows see at once.
+template <class T, size_t R>
+void add_rows(Rows<T> values, size_t first, const Ranges& ranges, const float* weights, const float* before,
+              const float* now, float* sums) {
+  const size_t d = values.d;
+  alignas(64) float out[R * kAttentionMaxHeadSize];
   for (size_t i = 0; i < R * d; i += 16) store(out + i, zero());
-  if (begin >= end) begin = end = kPart;  // each row alone
+  size_t begin, end;
+  ranges.all(first, R, &begin, &end);
+  weights += first * kPart;
+  Rows<T> again = values;
+  again.ahead = false;
+  values.ahead &= first == 0;
   for (size_t r = 0; r < R; r++)
-    add_values<T, 1>(d, weights + r * kPart, values, from[r], least_of(begin, to[r]), out + r * d);
-  add_values<T, R>(d, weights, values, begin, end, out);
-  for (size_t r = 0; r < R; r++) add_values<T, 1>(d, weights + r * kPart, values, end, to[r], out + r * d);
+    add_values<T, 1>(again, weights + r * kPart, ranges.from[first + r], least_of(begin, ranges.to[first + r]),
+                     out + r * d);
+  add_values<T, R>(values, weights, begin, end, out);
   for (size_t r = 0; r < R; r++)
-    if (from[r] < to[r]) merge_row(d, top[r], sum[r], out + r * d, sums, first + r);
+    add_values<T, 1>(again, weights + r * kPart, end, ranges.to[first + r], out + r * d);
+  for (size_t r = 0; r < R; r++)
+    if (ranges.from[first + r] < ranges.to[first + r])
+      merge_values(d, out + r * d, before[first + r], now[first + r], sums + (first + r) * d);
+}
+
+// Calls f with 4, 3, 2 or 1 rows at once, and the first of them.
+template <class F>
+void each_rows(size_t count, const F& f) {
+  size_t r = 0;
+  for (; r + 4 <= count; r += 4) f(Count<4>(), r);
+  if (count - r == 3) f(Count<3>(), r);
+  if (count - r == 2) f(Count<2>(), r);
+  if (count - r == 1) f(Count<1>(), r);
+}
+
+// As floats without their scales, aligned: faster where many rows read them.
+template <class T>
+Rows<float> copied(const Rows<T>& rows, size_t from, size_t to, float* copy) {
+  for (size_t j = from; j < to; j++)
+    for (size_t i = 0; i < rows.d; i += 16)
+      store(copy + j * rows.d + i, load(reinterpret_cast<const T*>(rows.row(j)) + i));
+  return {reinterpret_cast<const char*>(copy), rows.scales, rows.d, false};
 }
 
 template <class T>
 void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums) {
-  const size_t start = part * kPart, stride = a.head_size * sizeof(T) + extra_bytes<T>();
-  const char* keys = a.keys + start * stride;
-  const char* values = a.values + start * stride;
-  size_t from[kAttentionRows], to[kAttentionRows], least = kPart, most = 0;
+  const size_t d = a.head_size, start = part * kPart, offset = start * row_bytes<T>(d);
+  Ranges ranges;
   for (size_t r = 0; r < a.count; r++) {
-    from[r] = most_of(a.from[r], start) - start;
-    to[r] = least_of(most_of(a.to[r], start) - start, kPart);
-    if (from[r] < to[r]) least = least_of(least, from[r]), most = most_of(most, to[r]);
+    ranges.from[r] = most_of(a.from[r], start) - start;
+    ranges.to[r] = least_of(most_of(a.to[r], start) - start, kPart);
   }
-  alignas(64) float scales[kPart] = {};
-  if (extra_bytes<T>())
-    for (size_t j = least; j < most; j++) scales[j] = row_scale(values + j * stride, a.head_size);
-  const float* used = extra_bytes<T>() ? scales : nullptr;
-  size_t r = 0;
-  for (; r + 4 <= a.count; r += 4) attend_rows<T, 4>(a, r, from + r, to + r, keys, values, used, sums);
-  const size_t left = a.count - r;
-  if (left == 3) attend_rows<T, 3>(a, r, from + r, to + r, keys, values, used, sums);
-  if (left == 2) attend_rows<T, 2>(a, r, from + r, to + r, keys, values, used, sums);
-  if (left == 1) attend_rows<T, 1>(a, r, from + r, to + r, keys, values, used, sums);
+  size_t begin, end;
+  ranges.any(0, a.count, &begin, &end);
+  if (begin >= end) return;
+
+  Rows<T> keys = {a.keys + offset, nullptr, d, true}, values = {a.values + offset, nullptr, d, true};
+  alignas(64) float key_scales[kPart] = {}, value_scales[kPart] = {};
+  if (sizeof(T) == 1) {
+    for (size_t j = begin; j < end; j++) {
+      memcpy(key_scales + j, keys.row(j) + d, sizeof(float));
+      memcpy(value_scales + j, values.row(j) + d, sizeof(float));
+    }
+    keys.scales = key_scales, values.scales = value_scales;
+  }
+
+  alignas(64) float weights[kAttentionRows * kPart];
+  if (a.copy) {
+    const Rows<float> copy = copied(keys, begin, end, a.copy);
+    each_rows(a.count, [&](auto n, size_t r) { score_rows<float, n.value>(a, copy, r, ranges, weights); });
+  } else {
+    each_rows(a.count, [&](auto n, size_t r) { score_rows<T, n.value>(a, keys, r, ranges, weights); });
+  }
+
+  float top[kAttentionRows], sum[kAttentionRows], before[kAttentionRows], now[kAttentionRows];
+  for (size_t r = 0; r < kAttentionRows; r++) {
+    const bool seen = r < a.count && ranges.from[r] < ranges.to[r];
+    top[r] = -kInfinity, sum[r] = 0;
+    if (seen) sum[r] = softmax_weights(weights + r * kPart, ranges.from[r], ranges.to[r], values.scales, top + r);
+  }
+  for (size_t r = 0; r < a.count; r += 16)
+    merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
+
+  if (a.copy) {
+    const Rows<float> copy = copied(values, begin, end, a.copy);
+    each_rows(a.count, [&](auto n, size_t r) {
+      add_rows<float, n.value>(copy, r, ranges, weights, before, now, sums.values);
+    });
+  } else {
+    each_rows(a.count, [&](auto n, size_t r) {
+      add_rows<T, n.value>(values, r, ranges, weights, before, now, sums.values);
+    });
+  }
 }
 
 void attend(const AttentionRows& a, size_t part, const AttentionSums& sums) {
@@ -217,18 +304,19 @@ void attend(const AttentionRows& a, size_t part, const AttentionSums& sums) {
 }
 
 void merge(size_t head_size, const AttentionSums& part, const AttentionSums& sums) {
-  merge_row(head_size, *part.top, *part.sum, part.values, sums, 0);
+  float top[16] = {*sums.top}, sum[16] = {*sums.sum}, before[16], now[16];
+  const float part_top[16] = {*part.top}, part_sum[16] = {*part.sum};
+  merge_tops(top, sum, part_top, part_sum, before, now);
+  *sums.top = top[0], *sums.sum = sum[0];
+  merge_values(head_size, part.values, before[0], now[0], sums.values);
 }
 
 void finish(size_t head_size, const AttentionSums& sums, const float* sink, float* y) {
-  float sum = *sums.sum, factor = 1;
+  float top[16] = {*sums.top}, sum[16] = {*sums.sum}, factor[16] = {1}, now[16];
   if (sink) {
-    const float most = *sums.top > *sink ? *sums.top : *sink, shift = shift_of(most);
-    float factors[16] = {*sums.top - shift, *sink - shift};
-    store(factors, exp16(load(factors)));
-    factor = factors[0];
-    sum = fmaf(sum, factor, factors[1]);
+    const float sinks[16] = {*sink}, ones[16] = {1};
+    merge_tops(top, sum, sinks, ones, factor, now);
   }
-  for (size_t i = 0; i < head_size; i += 16)
-    store(y + i, div(mul(load(sums.values + i), set1(factor)), set1(sum)));
+  const Vec f = set1(factor[0]), total = set1(sum[0]);
+  for (size_t i = 0; i < head_size; i += 16) store(y + i, div(mul(load(sums.values + i), f), total));
 }

@@ -14,7 +14,7 @@ struct Vec {
 using Lanes = __m256;
 using Quad = __m256;
 
-constexpr size_t keys_at_once(size_t rows) { return rows > 2 ? 1 : 4 / rows; }
+constexpr size_t keys_at_once(size_t rows) { return rows == 4 ? 1 : rows == 1 ? 4 : 2; }
 constexpr size_t columns_at_once(size_t rows) { return rows > 2 ? 1 : 4 / rows; }
 inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
@@ -52,7 +52,8 @@ inline Vec zero_below(Vec x, float least, Vec y) {
           _mm256_and_ps(_mm256_cmp_ps(x.hi, l, _CMP_NLT_UQ), y.hi)};
 }
 
-// Sums of lanes 8, 4, 2 and 1 apart, of two vectors in one operation: blend takes half of each, the other operand the rest.
+// Sums of lanes 8, 4, 2 and 1 apart, of two vectors in one operation: blend takes half of each, the other operand the
+// rest.
 inline Lanes fold(Vec a) { return _mm256_add_ps(a.lo, a.hi); }
 inline __m256 fold2(__m256 a, __m256 b) {
   return _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));

@@ -42,7 +42,8 @@ inline Vec zero_below(Vec x, float least, Vec y) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_NLT_UQ), y);
 }
 
-// Sums of lanes 8, 4, 2 and 1 apart, of two vectors in one operation: blend takes half of each, the other operand the rest.
+// Sums of lanes 8, 4, 2 and 1 apart, of two vectors in one operation: blend takes half of each, the other operand the
+// rest.
 inline Vec fold8(Vec a, Vec b) {
   return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
 }

@@ -61,7 +61,9 @@ Vec max(const Vec& a, const Vec& b) { return each([&](size_t i) { return a.v[i] 
 Vec fma(const Vec& a, const Vec& b, const Vec& c) {
   return each([&](size_t i) { return fmaf(a.v[i], b.v[i], c.v[i]); });
 }
-Vec sign(const Vec& a) { return each([&](size_t i) { return from_bits((bits_of(a.v[i]) & 0x80000000u) | 0x3f800000u); }); }
+Vec sign(const Vec& a) {
+  return each([&](size_t i) { return from_bits((bits_of(a.v[i]) & 0x80000000u) | 0x3f800000u); });
+}
 Vec exp2_bits(const Vec& a) { return each([&](size_t i) { return from_bits((bits_of(a.v[i]) << 23) + 0x3f800000u); }); }
 Vec zero_below(const Vec& x, float least, const Vec& y) {
   return each([&](size_t i) { return x.v[i] < least ? 0.f : y.v[i]; });

@@ -348,7 +348,8 @@ const OrtCustomOp* custom_op() {
     o.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) {
       return Kernel::kOutputs[i].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     };
-    // Outputs of any type need a function for their types. They stay what the graph declares, and the kernel checks them.
+    // onnxruntime asks for this function where outputs and more than one input are of any type. It then takes the
+    // type of the last of these inputs, and the kernel checks them.
     for (const Slot& output : Kernel::kOutputs)
       if (output.type == kAnyType)
         o.InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext*) -> OrtStatusPtr { return nullptr; };

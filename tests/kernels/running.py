@@ -28,6 +28,7 @@ class Case:
     model: bytes
     feeds: Sequence[Mapping[str, Array]]
     threads: int = 1
+    in_place: Mapping[str, str] = field(default_factory=dict)  # outputs in the buffers of inputs, which are copied
 
 
 @dataclass
@@ -41,7 +42,8 @@ class Outcome:
 def run_at(level: str, cases: Sequence[Case], folder: Path) -> list[Outcome] | None:
     """The outcomes at a level; None where this machine does not have it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases").write_bytes(pickle.dumps([(case.model, list(case.feeds), case.threads) for case in cases]))
+    given = [(case.model, list(case.feeds), case.threads, dict(case.in_place)) for case in cases]
+    (folder / "cases").write_bytes(pickle.dumps(given))
     environment = {**os.environ, "PASTKEY_KERNELS": level, "ORT_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
         [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
@@ -52,13 +54,35 @@ def run_at(level: str, cases: Sequence[Case], folder: Path) -> list[Outcome] | N
     return [Outcome(*outcome) for outcome in pickle.loads((folder / "outcomes").read_bytes())]
 
 
+def bound_run(session: Any, feed: Mapping[str, Array], in_place: Mapping[str, str]) -> list[Array]:
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array.copy()) for name, array in feed.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        if output.name in in_place:
+            binding.bind_ortvalue_output(output.name, values[in_place[output.name]])
+        else:
+            binding.bind_output(output.name)
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        for name in in_place.values():
+            if name in values and values[name].numpy().tobytes() != feed[name].tobytes():
+                raise RuntimeError(f"{name} has changed") from error
+        raise
+    return [np.array(value.numpy()) for value in binding.get_outputs()]
+
+
 def main(folder: Path) -> None:
     import onnxruntime as ort
     from pastkey_kernels import library_path
 
     ort.set_default_logger_severity(4)
     outcomes = []
-    for model, feeds, threads in pickle.loads((folder / "cases").read_bytes()):
+    for model, feeds, threads, in_place in pickle.loads((folder / "cases").read_bytes()):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -67,7 +91,7 @@ def main(folder: Path) -> None:
         try:
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             for feed in feeds:
-                outcome.outputs.append([np.asarray(output) for output in session.run(None, feed)])
+                outcome.outputs.append(bound_run(session, feed, in_place) if in_place else session.run(None, feed))
         except Exception as error:
             outcome.error = str(error)
         outcomes.append((outcome.outputs, outcome.error))

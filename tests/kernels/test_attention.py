@@ -1,0 +1,256 @@
+"""DecoderAttention against GroupQueryAttention, numpy and itself, at every level of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .attention_graphs import case, draw, in_numpy
+from .running import LEVELS, Array, Case, Outcome, run_at
+
+FORMS = ("float32", "float16", "int8")
+WINDOWS = (1, 2, 100, 127, 128, 129, 1000)
+
+NONE: dict[str, Any] = {}  # attributes
+# Name -> inputs and attributes. GroupQueryAttention computes the same.
+SAME: dict[str, tuple[dict[str, Array], dict[str, Any]]] = {
+    f"{heads} heads of {d}, {name}": (draw([length], new, heads, d, rotary=rotary, packed=packed), NONE)
+    for heads in ((2, 2), (9, 3), (8, 1))
+    for d in (32, 48, 64, 80, 96, 128, 256)
+    for name, length, new, rotary, packed in (
+        ("one token", 261, 1, d, True),
+        ("some tokens", 133, 5, d // 2 // 16 * 16, False),
+        ("a prompt", 37, 37, d, True),
+    )
+}
+SAME |= {
+    "rows of different lengths": (draw([260, 3, 130], 1, rotary=64), {}),
+    "a first prompt with padding": (draw([40, 1, 17], 40, rotary=64), {}),
+    "soft cap": (draw([150], 7, size=4), {"softcap": 5.0}),
+    "smooth softmax": (draw([150], 7), {"smooth_softmax": 1}),
+    "sinks": (draw([150], 7, sink=True), {}),
+    "window, soft cap and sinks": (draw([150], 3, sink=True), {"local_window_size": 20, "softcap": 30.0}),
+    "interleaved": (draw([150], 7, rotary=64), {"rotary_interleaved": 1}),
+    "interleaved in part": (draw([150], 7, rotary=32, packed=False), {"rotary_interleaved": 1, "scale": 0.3}),
+    "many heads": (draw([70], 3, (71, 1)), {}),
+} | {
+    f"window {w}, {new} tokens": (draw([length], new), {"local_window_size": w})
+    for w in WINDOWS
+    for length, new in ((300, 1), (140, 140))
+}
+LENGTHS = {"decode": ([300], 1), "drafts": ([300], 8), "rows": ([300, 9, 128], 1), "chunk": ([300], 40)}
+PROMPT = 290  # more than two parts of 128
+ALONE = (0, 1, 127, 128, 200, 289)
+
+
+def heads_of(feed: dict[str, Array]) -> tuple[int, int]:
+    g, d = feed["past_key"].shape[1], feed["past_key"].shape[3] - 4 * (feed["past_key"].dtype == np.int8)
+    width = feed["query"].shape[2] // d
+    return (width if "key" in feed else width - 2 * g), g
+
+
+def named(feed: dict[str, Array], attributes: dict[str, Any]) -> dict[str, Any]:
+    h, g = heads_of(feed)
+    return {"num_heads": h, "kv_num_heads": g, "do_rotary": int("cos" in feed)} | attributes
+
+
+def native(feeds: list[dict[str, Array]], threads: int = 1, **attributes: Any) -> Case:
+    return case(feeds, threads=threads, **named(feeds[0], attributes))
+
+
+def step(feed: dict[str, Array], i: int, keys: Array, values: Array) -> dict[str, Array]:
+    """Token i of a prompt alone, over a cache."""
+    return feed | {
+        "query": feed["query"][:, i : i + 1],
+        "past_key": keys,
+        "past_value": values,
+        "seqlens_k": np.full_like(feed["seqlens_k"], i),
+        "total_sequence_length": np.array(i + 1, np.int32),
+    }
+
+
+def special() -> dict[str, dict[str, Array]]:
+    """Inputs with NaN or infinity, 8 new tokens after 142 of 150."""
+    made = {name: draw([150], 8) for name in ("query", "inf query", "value", "key", "past", "beyond", "inf past")}
+    made["query"]["query"][0, 3, 5] = np.nan  # head 0
+    made["inf query"]["query"][0, 3, 5] = np.inf
+    made["value"]["query"][0, 3, 8 * 64] = np.nan  # key head 0: query heads 0, 1, 2
+    made["key"]["query"][0, 3, 6 * 64] = np.nan
+    made["past"]["past_value"][0, 1, 2, 7] = np.nan
+    made["inf past"]["past_key"][0, 1, 2, 7] = np.inf
+    made["beyond"]["past_key"][:, :, 150:] = np.nan
+    made["beyond"]["past_value"][:, :, 150:] = np.nan
+    for form in ("float16", "int8"):
+        made[f"value {form}"] = draw([150], 8, form=form)
+        made[f"value {form}"]["query"][0, 3, 8 * 64] = np.inf
+    return made
+
+
+def cases() -> dict[Any, Case]:
+    made: dict[Any, Case] = {("ours", name): native([feed], **attributes) for name, (feed, attributes) in SAME.items()}
+    for name, (feed, attributes) in SAME.items():
+        made["theirs", name] = case([feed], "GroupQueryAttention", **named(feed, attributes))
+    for form in FORMS:
+        for name, (lengths, new) in LENGTHS.items():
+            for threads in (1, 2, 3, 4):
+                made["form", form, name, threads] = native([draw(lengths, new, form=form)], threads)
+        for window in (-1, 130):
+            feed = draw([PROMPT], PROMPT, rotary=64, form=form)
+            made["prompt", form, window] = native([feed], local_window_size=window)
+    for name, feed in special().items():
+        made["special", name] = native([feed])
+    feed = draw([150], 8)
+    feed["past_key"][:, :, :130] = np.nan
+    feed["past_value"][:, :, :130] = np.nan
+    made["before the window",] = native([feed], local_window_size=13)
+    zeros = draw([150], 1, form="int8")
+    zeros["query"][..., 6 * 64 :] = 0
+    made["zeros",] = native([zeros])
+    tiny = draw([150], 1, form="float16")
+    tiny["query"][0, 0, 6 * 64 :] = 2.0 ** np.linspace(-30, 18, 256)
+    made["float16",] = native([tiny])
+    return made
+
+
+CASES = cases()
+Outcomes = Callable[[str], dict[Any, Outcome]]
+each_level = pytest.mark.parametrize("level", LEVELS)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The outcomes of all cases at a level, run once."""
+    known: dict[str, dict[Any, Outcome]] = {}
+
+    def run(level: str) -> dict[Any, Outcome]:
+        if level not in known:
+            folder = tmp_path_factory.mktemp(level)
+            first = run_at(level, list(CASES.values()), folder)
+            if first is None:
+                pytest.skip(f"this machine has no {level}")
+            assert [outcome.error for outcome in first if outcome.error] == []
+            found = dict(zip(CASES, first, strict=True))
+            steps = {}
+            for key, outcome in found.items():
+                if key[0] == "prompt":
+                    _, keys, values = outcome.outputs[0]
+                    feed = dict(CASES[key].feeds[0])
+                    alone = [step(feed, i, keys, values) for i in ALONE]
+                    steps["alone", *key[1:]] = native(alone, local_window_size=key[2])
+            second = run_at(level, list(steps.values()), folder)
+            assert second is not None
+            known[level] = found | dict(zip(steps, second, strict=True))
+        return known[level]
+
+    return run
+
+
+def same(a: Array, b: Array) -> bool:
+    """Bit for bit, but for the payload of NaN."""
+    if a.dtype == np.int8:
+        return np.array_equal(a, b)
+    return np.array_equal(a, b, equal_nan=True) and bool((np.signbit(a) == np.signbit(b))[~np.isnan(a)].all())
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_equals_group_query_attention(outcomes: Outcomes, name: str) -> None:
+    found = outcomes("portable")
+    feed = SAME[name][0]
+    ours, theirs = found["ours", name].outputs[0], found["theirs", name].outputs[0]
+    new = feed["query"].shape[1]
+    for b, last in enumerate(feed["seqlens_k"]):
+        real = min(last + 1, new)
+        past = last + 1 - real
+        assert np.abs(ours[0][b, :real] - theirs[0][b, :real]).max() < 5e-6
+        assert (ours[0][b, real:] == 0).all()  # padding
+        for given, mine, other in zip(("past_key", "past_value"), ours[1:], theirs[1:], strict=True):
+            assert np.abs(mine[b, :, : last + 1] - other[b, :, : last + 1]).max() < 1e-6
+            assert same(mine[b, :, :past], feed[given][b, :, :past])
+            assert same(mine[b, :, last + 1 :], feed[given][b, :, last + 1 :])
+
+
+@each_level
+def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: str) -> None:
+    found, reference = outcomes(level), outcomes("portable")
+    for key in reference:
+        if key[0] != "theirs":
+            for ours, theirs in zip(found[key].outputs, reference[key].outputs, strict=True):
+                assert all(map(same, ours, theirs)), key
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_form_of_the_cache_equals_numpy(outcomes: Outcomes, form: str, name: str) -> None:
+    feed = draw(*LENGTHS[name], form=form)
+    y, keys, values = outcomes("portable")["form", form, name, 1].outputs[0]
+    expected = in_numpy(feed, (6, 2), form)
+    assert np.abs(y - expected[0]).max() < 5e-6
+    assert same(keys, expected[1])
+    assert same(values, expected[2])
+
+
+@each_level
+def test_any_number_of_threads_gives_the_same_bits(outcomes: Outcomes, level: str) -> None:
+    found = outcomes(level)
+    for form in FORMS:
+        for name in LENGTHS:
+            one = found["form", form, name, 1].outputs[0]
+            for threads in (2, 3, 4):
+                assert all(map(same, found["form", form, name, threads].outputs[0], one)), (form, name, threads)
+
+
+@each_level
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [-1, 130])
+def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes: Outcomes, level: str, form: str, window: int) -> None:
+    found = outcomes(level)
+    whole, keys, values = found["prompt", form, window].outputs[0]
+    for i, (y, *cache) in zip(ALONE, found["alone", form, window].outputs, strict=True):
+        assert same(y[0, 0], whole[0, i])
+        assert same(cache[0], keys)
+        assert same(cache[1], values)
+
+
+def not_finite(found: dict[Any, Outcome], name: str) -> set[tuple[int, int]]:
+    """The new tokens and heads whose output is all NaN; the others are finite, or partly so."""
+    y = found["special", name].outputs[0][0][0].reshape(8, 6, 64)
+    return {(i, h) for i in range(8) for h in range(6) if np.isnan(y[i, h]).any()}
+
+
+@each_level
+def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes: Outcomes, level: str) -> None:
+    found = outcomes(level)
+    later = {(i, h) for i in range(3, 8) for h in range(3)}
+    assert not_finite(found, "query") == not_finite(found, "inf query") == {(3, 0)}
+    assert not_finite(found, "key") == later
+    assert not_finite(found, "value") == later
+    assert not_finite(found, "past") == {(i, h) for i in range(8) for h in range(3, 6)}
+    assert not_finite(found, "inf past") <= {(i, h) for i in range(8) for h in range(3, 6)} != set()
+    assert not_finite(found, "beyond") == set()
+    assert not_finite(found, "value int8") == later
+    y = found["special", "value float16"].outputs[0][0][0].reshape(8, 6, 64)
+    assert {(i, h) for i in range(8) for h in range(6) if not np.isfinite(y[i, h]).all()} == later
+
+
+@each_level
+def test_keys_before_the_window_are_not_read(outcomes: Outcomes, level: str) -> None:
+    assert np.isfinite(outcomes(level)["before the window",].outputs[0][0]).all()
+
+
+def test_a_row_of_zeros_has_the_scale_zero(outcomes: Outcomes) -> None:
+    y, keys, _ = outcomes("portable")["zeros",].outputs[0]
+    assert (keys[0, :, 149] == 0).all()
+    assert np.isfinite(y).all()
+
+
+def test_float16_is_rounded_to_even_from_subnormal_to_infinity(outcomes: Outcomes) -> None:
+    written = CASES["float16",].feeds[0]["query"][0, 0, 6 * 64 :].reshape(4, 64)
+    _, keys, values = outcomes("portable")["float16",].outputs[0]
+    with np.errstate(over="ignore"):
+        expected = written.astype(np.float16)
+    assert np.isinf(expected).any()
+    assert same(keys[0, :, 149], expected[:2])
+    assert same(values[0, :, 149], expected[2:])
