@@ -34,20 +34,7 @@ inline __m256i dot(__m256i acc, __m256i weights, __m256i q) {
 constexpr bool kStarts = false;
 #endif
 
-// Where the weights are that will be read kAhead bytes later, when `together` rows are read side by side.
-class Ahead {
- public:
-  Ahead(size_t k, size_t together)
-      : k_(k), skip_((together - 1) * k), groups_(kAhead / (together * k) * together * k),
-        columns_(kAhead % (together * k) / together / 64 * 64) {}
-  size_t operator()(size_t at) const {
-    const size_t column = at + columns_;
-    return groups_ + (column < k_ ? column : column + skip_);
-  }
-
- private:
-  size_t k_, skip_, groups_, columns_;
-};
+#include "ahead.inl"
 
 inline float load_scale(const Weights& w, size_t at) {
   return w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];

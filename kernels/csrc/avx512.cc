@@ -11,25 +11,13 @@ namespace pastkey {
 namespace {
 
 #include "elementwise.inl"
+#include "transpose16.inl"
 
 constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
 constexpr size_t kAhead = 6144;    // bytes between the weights that are read and those that are prefetched
 constexpr size_t kByRows = 2;      // rows of X that are multiplied without a panel
 
-// Where the weights are that will be read kAhead bytes later, when `together` rows are read side by side.
-class Ahead {
- public:
-  Ahead(size_t k, size_t together)
-      : k_(k), skip_((together - 1) * k), groups_(kAhead / (together * k) * together * k),
-        columns_(kAhead % (together * k) / together / 64 * 64) {}
-  size_t operator()(size_t at) const {
-    const size_t column = at + columns_;
-    return groups_ + (column < k_ ? column : column + skip_);
-  }
-
- private:
-  size_t k_, skip_, groups_, columns_;
-};
+#include "ahead.inl"
 
 // Scales of `n` (at most 4) blocks of a row.
 inline uint32_t load_codes(const uint8_t* p, size_t n) {
@@ -138,32 +126,6 @@ struct Panel {
   __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
   __m512 scales[16];         // of the block and those that follow up to a multiple of 16
 };
-
-// 16 registers of 16 numbers: lane j of register i becomes lane i of register j.
-inline void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
 
 // `n` blocks from b0 of 16 rows of W.
 inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
