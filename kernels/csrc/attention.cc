@@ -133,6 +133,7 @@ class DecoderAttention {
       optional(kFloat),    // cos [positions, at most D / 2]
       optional(kFloat),    // sin
       optional(kFloat),    // head_sink [H]
+      optional(kFloat),    // key_scale [G, D]: an int8 cache has keys / key_scale
   };
   static constexpr Slot kOutputs[] = {required(kFloat), required(kAnyType), required(kAnyType)};
 
@@ -184,6 +185,7 @@ struct DecoderAttention::Call {
   char *keys, *values;
   Rotary rotary;
   const float* sinks;
+  const float* key_scale;
   float* y;
   std::vector<size_t> past, real;  // of each row of the batch: tokens before, and new ones that are no padding
 };
@@ -195,6 +197,7 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   const Tensor seqlens_k = context.required_input(5, "seqlens_k");
   const Tensor total = context.required_input(6, "total_sequence_length");
   const Tensor cos = context.input(7, "cos"), sin = context.input(8, "sin"), sinks = context.input(9, "head_sink");
+  const Tensor key_scale = context.input(10, "key_scale");
   Call c{};
 
   switch (past_key.type) {
@@ -277,6 +280,11 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   if (sinks && sinks.size != heads_)
     refuse("head_sink is %s, expected [%lld]", to_string(sinks.shape).c_str(), static_cast<long long>(heads));
   c.sinks = sinks.data<float>();
+  if (key_scale && (c.cache != CacheType::int8 || key_scale.shape != Shape{kv_heads, d}))
+    refuse("key_scale is %s and past_key of %s, expected [%lld, %lld] for a cache of int8",
+           to_string(key_scale.shape).c_str(), to_string(past_key.type), static_cast<long long>(kv_heads),
+           static_cast<long long>(d));
+  c.key_scale = key_scale.data<float>();
 
   const Tensor y = context.output(0, {query.shape[0], query.shape[1], heads * d}, "output");
   const Tensor present_key = context.output(1, cache, "present_key");
@@ -313,6 +321,10 @@ void DecoderAttention::compute(const Context& context) const {
         const size_t place = ((b * kv_heads_ + g) * c.room + c.past[b] + i) * bytes;
         const float* key = c.key.data + (b * c.tokens + i) * c.key.width + g * d;
         if (do_rotary_) c.rotary.rotate(key, d, c.past[b] + i, rotated), key = rotated;
+        if (c.key_scale) {
+          for (size_t e = 0; e < d; e++) rotated[e] = key[e] / c.key_scale[g * d + e];
+          key = rotated;
+        }
         write_row(c.cache, key, d, c.keys + place);
         write_row(c.cache, c.value.data + (b * c.tokens + i) * c.value.width + g * d, d, c.values + place);
       }
@@ -352,6 +364,8 @@ void DecoderAttention::compute(const Context& context) const {
       float* q = query + r * d;
       if (do_rotary_) c.rotary.rotate(x, d, c.past[tile.b] + i, q), x = q;
       for (size_t e = 0; e < d; e++) q[e] = x[e] * scale;
+      if (c.key_scale)
+        for (size_t e = 0; e < d; e++) q[e] *= c.key_scale[tile.g * d + e];
       to[r] = c.past[tile.b] + i + 1;
       from[r] = window_ && to[r] > window_ ? to[r] - window_ : 0;
     }
