@@ -16,14 +16,14 @@ from .running import Array, Case
 
 INPUTS = [
     *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin"),
-    "head_sink",
+    *("head_sink", "key_scale"),
 ]
 IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
 
 
 def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **attributes: Any) -> bytes:
     """The operator with the inputs that are fed. Outputs: y, present_key, present_value."""
-    native = operator == "DecoderAttention"
+    native = operator == "DecoderAttention"  # key_scale is its own
     names = [name if name in feed else "" for name in INPUTS]
     if not native:
         names[9:9] = ["", ""]  # position_ids, attention_bias
@@ -77,6 +77,7 @@ def draw(
     rotary: int = 0,
     packed: bool = True,
     sink: bool = False,
+    key_scale: bool = False,
     size: float = 1,
     seed: int = 0,
 ) -> dict[str, Array]:
@@ -99,6 +100,8 @@ def draw(
         feed |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     if sink:
         feed["head_sink"] = normal(h)
+    if key_scale:
+        feed["key_scale"] = rng.uniform(0.1, 1, (g, d)).astype(np.float32)
     return feed
 
 
@@ -109,15 +112,17 @@ def in_numpy(feed: Mapping[str, Array], heads: tuple[int, int], form: str) -> tu
     d = width // (h + 2 * g)
     query, key, value = np.split(feed["query"].reshape(batch, new, -1, d), [h, h + g], axis=2)
     keys, values = feed["past_key"].copy(), feed["past_value"].copy()
+    channels = feed.get("key_scale", np.ones((g, d), np.float32))
     y = np.zeros((batch, new, h, d))
     for b, last in enumerate(feed["seqlens_k"]):
         past = last + 1 - new
-        keys[b, :, past : past + new] = stored(key[b].swapaxes(0, 1), form)
+        keys[b, :, past : past + new] = stored(key[b].swapaxes(0, 1) / channels[:, None], form)
         values[b, :, past : past + new] = stored(value[b].swapaxes(0, 1), form)
         for i in range(new):
             for head in range(h):
                 seen = slice(past + i + 1)
-                scores = read(keys)[b, head * g // h, seen] @ query[b, i, head].astype(np.float64) / np.sqrt(d)
+                asked = query[b, i, head].astype(np.float64) * channels[head * g // h]
+                scores = read(keys)[b, head * g // h, seen] @ asked / np.sqrt(d)
                 weights = np.exp(scores - scores.max())
                 y[b, i, head] = weights / weights.sum() @ read(values)[b, head * g // h, seen]
     return y.reshape(batch, new, h * d), keys, values

@@ -100,6 +100,8 @@ def cases() -> dict[Any, Case]:
         for window in (-1, 130):
             feed = draw([PROMPT], PROMPT, rotary=64, form=form)
             made["prompt", form, window] = native([feed], local_window_size=window)
+    for name, (lengths, new) in LENGTHS.items():
+        made["channels", name] = native([draw(lengths, new, form="int8", key_scale=True)])
     for name, feed in special().items():
         made["special", name] = native([feed])
     feed = draw([150], 8)
@@ -190,6 +192,15 @@ def test_every_form_of_the_cache_equals_numpy(outcomes: Outcomes, form: str, nam
     assert np.abs(y - expected[0]).max() < 5e-6
     assert same(keys, expected[1])
     assert same(values, expected[2])
+
+
+@each_level
+@pytest.mark.parametrize("name", LENGTHS)
+def test_an_int8_cache_has_keys_by_the_scales_of_their_channels(outcomes: Outcomes, level: str, name: str) -> None:
+    found = outcomes(level)["channels", name].outputs[0]
+    expected = in_numpy(draw(*LENGTHS[name], form="int8", key_scale=True), (6, 2), "int8")
+    assert np.abs(found[0] - expected[0]).max() < 5e-6
+    assert same(found[1], expected[1])
 
 
 @each_level

@@ -54,6 +54,8 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "scale NaN": (PLAIN, {"scale": float("nan")}, "scale is nan"),
     "soft cap below 0": (PLAIN, {"softcap": -1.0}, "softcap -1"),
     "soft cap infinite": (PLAIN, {"softcap": float("inf")}, "softcap inf"),
+    "key scales of float32": (PLAIN | {"key_scale": zeros(2, 64)}, {}, "key_scale is [2, 64] and past_key of float32"),
+    "key scales too short": (INT8 | {"key_scale": zeros(2, 63)}, {}, "key_scale is [2, 63]"),
     "do_rotary 2": (ROTATED, {"do_rotary": 2}, "do_rotary is 2"),
     "smooth_softmax 3": (PLAIN, {"smooth_softmax": 3}, "smooth_softmax is 3"),
     "rotary without tables": (PLAIN, {"do_rotary": 1}, "do_rotary is 1, cos is missing"),

@@ -339,7 +339,8 @@ def _cache_in_int8(model: ir.Model, int8_kv: Mapping[str, str]) -> None:
     """
     ends = (names.PAST_PREFIX, names.PRESENT_PREFIX)
     cached = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
-    nodes = {node for value in cached for node in (*value.consumers(), value.producer()) if node is not None}
+    readers = (node for value in cached for node in (*value.consumers(), value.producer()))
+    nodes = [node for node in dict.fromkeys(readers) if node is not None]
     if any(node.op_type != "DecoderAttention" for node in nodes):
         return
     for value in cached:
