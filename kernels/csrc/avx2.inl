@@ -1,6 +1,6 @@
-// AVX2, and with PASTKEY_USE_VNNI the same with vpdpbusd: included by the file of either. One or two rows of X take W by
-// four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned in
-// the L1 cache, so that a register has four weights of each row.
+// AVX2, and with PASTKEY_USE_VNNI the same with vpdpbusd: included by the file of either. One or two rows of X take W
+// by four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned
+// in the L1 cache, so that a register has four weights of each row.
 #include <immintrin.h>
 
 #include <cmath>
