@@ -78,7 +78,9 @@ def test_what_is_tested_elsewhere_is_tested_there() -> None:
 def test_the_rooms_of_the_tests_are_those_of_the_package() -> None:
     rooms = {init.parent.relative_to(ROOT) for folder in FOLDERS for init in (ROOT / folder).rglob("__init__.py")}
     tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
-    assert tested - rooms <= {Path(), Path("programs"), Path("fuzz"), Path("kernels")}, "a folder of tests without a room"
+    assert tested - rooms <= {Path(), Path("programs"), Path("fuzz"), Path("kernels")}, (
+        "a folder of tests without a room"
+    )
     assert rooms <= tested
 
 

@@ -11,31 +11,7 @@
 namespace pastkey {
 namespace {
 
-// 16 registers of 16 numbers: lane j of register i becomes lane i of register j.
-inline void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
+#include "transpose16.inl"
 
 inline __m512i to_bf16(__m512 low, __m512 high) {
   const __m512bh pair = _mm512_cvtne2ps_pbh(high, low);
@@ -80,8 +56,8 @@ void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t
 void pack_weights(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed) {
   const __m512 zero_point = _mm512_set1_ps(128.f);
   const size_t k = w.blocks * kBlock, term = w.blocks * 2048;
-  for (size_t r = 0; r < kTileRows; r++)
-    for (size_t b = 0; b < w.blocks; b++) {
+  for (size_t b = 0; b < w.blocks; b++)
+    for (size_t r = 0; r < kTileRows; r++) {
       uint8_t* to = packed + b * 2048 + r * 64;
       if (r >= count) {
         for (size_t t = 0; t < terms; t++) _mm512_store_si512(to + t * term, _mm512_setzero_si512());
@@ -117,10 +93,10 @@ inline void multiply_blocks(const uint8_t* weights, const uint8_t* x0, const uin
   }
 }
 
-void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, bool second, size_t terms, size_t first,
-                   size_t count, float* y) {
+void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms, size_t first,
+                   size_t count, float* y, size_t stride) {
   const size_t size = w.blocks * 1024;
-  const uint8_t* x1 = second ? x + size * terms : x;  // whose results nobody reads
+  const uint8_t* x1 = rows > 16 ? x + size * terms : x;  // then nobody reads its results
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -144,9 +120,9 @@ void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, b
       __m512i t[16];
       for (int i = 0; i < 16; i++) t[i] = _mm512_load_si512(tiles[h][g][i]);
       transpose(t);
-      for (size_t i = 0; i < 16; i++)
-        _mm512_storeu_ps(y + (16 * g + i) * kTileRows + 16 * h,
-                         _mm512_fmadd_ps(_mm512_castsi512_ps(t[i]), scale, bias));
+      for (size_t i = 0; i < 16 && 16 * g + i < rows; i++)
+        _mm512_mask_storeu_ps(y + (16 * g + i) * stride + 16 * h, mask,
+                              _mm512_fmadd_ps(_mm512_castsi512_ps(t[i]), scale, bias));
     }
   }
 }

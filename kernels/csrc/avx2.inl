@@ -1,6 +1,6 @@
-// AVX2, and with PASTKEY_USE_VNNI the same with vpdpbusd: included by the file of either. One or two rows of X take W by
-// four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned in
-// the L1 cache, so that a register has four weights of each row.
+// AVX2, and with PASTKEY_USE_VNNI the same with vpdpbusd: included by the file of either. One or two rows of X take W
+// by four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned
+// in the L1 cache, so that a register has four weights of each row.
 #include <immintrin.h>
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace {
 #include "elementwise.inl"
 
 constexpr size_t kRows = 8;      // of a panel
-constexpr size_t kChunk = 32;    // blocks of a panel: 8 KB of weights
+constexpr size_t kChunk = 4;     // blocks of a panel: few, so that multiplying goes on while memory is read
 constexpr size_t kAhead = 6144;  // bytes between the weights that are read and those that are prefetched
 constexpr size_t kByRows = 2;    // rows of X that are multiplied without a panel
 
@@ -34,19 +34,7 @@ inline __m256i dot(__m256i acc, __m256i weights, __m256i q) {
 constexpr bool kStarts = false;
 #endif
 
-// Where the weights are that will be read kAhead bytes later, when four rows are read side by side.
-class Ahead {
- public:
-  explicit Ahead(size_t k)
-      : k_(k), groups_(kAhead / (4 * k) * 4 * k), columns_(kAhead % (4 * k) / 4 / 64 * 64) {}
-  size_t operator()(size_t at) const {
-    const size_t column = at + columns_;
-    return groups_ + (column < k_ ? column : column + 3 * k_);
-  }
-
- private:
-  size_t k_, groups_, columns_;
-};
+#include "ahead.inl"
 
 inline float load_scale(const Weights& w, size_t at) {
   return w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
@@ -114,7 +102,7 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
 template <int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * kBlock);
+  const Ahead ahead(w.blocks * kBlock, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
@@ -139,10 +127,13 @@ struct Panel {
 };
 
 // `n` blocks from b0 of 8 rows of W.
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
+    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / 2 * 64);
+    for (size_t r = 0; r < 4; r++)  // a block of 8 rows is 4 lines of 64 bytes
+      _mm_prefetch(reinterpret_cast<const char*>(next + (4 * (b % 2) + r) * k), _MM_HINT_T0);
     for (size_t h = 0; h < 2; h++) {
       __m256i v[4], t[4];
       for (size_t i = 0; i < 4; i++) {
@@ -171,51 +162,40 @@ inline __m256i broadcast(const int8_t* four) {
   return _mm256_set1_epi32(value);
 }
 
-// acc[chain][m] of M rows of x from `from`, over the blocks of the panel. Meanwhile the weights of the next panel, 8
-// rows of k bytes from `next`, come from memory.
+// acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
 template <int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
-                           const uint8_t* next, __m256 (*acc)[kMaxRows]) {
-  for (size_t chain = 0; chain < 4; chain++) {
-    __m256 sums[M];
-    for (int m = 0; m < M; m++) sums[m] = acc[chain][from + m];
-    for (size_t b = chain; b < n; b += 4) {
-      if (from == 0)  // a block of 8 rows is 4 lines of 64 bytes
-        for (size_t r = 0; r < 4; r++)
-          _mm_prefetch(reinterpret_cast<const char*>(next + (4 * (b % 2) + r) * blocks * kBlock + b / 2 * 64),
-                       _MM_HINT_T0);
-      __m256i d[M];
-      for (int m = 0; m < M; m++)
-        d[m] = kStarts ? _mm256_set1_epi32(x.start[(from + m) * blocks + b0 + b]) : _mm256_setzero_si256();
-      for (int j = 0; j < 8; j++) {
-        const __m256i weights = panel.weights[b][j];
-        for (int m = 0; m < M; m++)
-          d[m] = dot(d[m], weights, broadcast(x.q + ((from + m) * blocks + b0 + b) * kBlock + 4 * j));
-      }
-      for (int m = 0; m < M; m++)
-        sums[m] = _mm256_fmadd_ps(
-            _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[(from + m) * blocks + b0 + b])),
-            panel.scales[b], sums[m]);
+                           __m256 (*acc)[kMaxRows]) {
+  for (size_t b = 0; b < n; b++) {
+    const size_t in = from * blocks + b0 + b;
+    __m256i d[M];
+    for (int m = 0; m < M; m++) d[m] = kStarts ? _mm256_set1_epi32(x.start[in + m * blocks]) : _mm256_setzero_si256();
+    for (int j = 0; j < 8; j++) {
+      const __m256i weights = panel.weights[b][j];
+      for (int m = 0; m < M; m++) d[m] = dot(d[m], weights, broadcast(x.q + (in + m * blocks) * kBlock + 4 * j));
     }
-    for (int m = 0; m < M; m++) acc[chain][from + m] = sums[m];
+    for (int m = 0; m < M; m++) {
+      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
+      acc[b][from + m] = _mm256_fmadd_ps(product, panel.scales[b], acc[b][from + m]);
+    }
   }
 }
 
 // 8 rows of W
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
+              size_t stride) {
   Panel panel;
-  __m256 acc[4][kMaxRows];
+  __m256 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
   for (size_t chain = 0; chain < 4; chain++)
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm256_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    fill_panel(w, row, b0, n, panel);
-    const uint8_t* next = w.codes + (b0 + n < w.blocks ? row * w.blocks + b0 + n : (row + kRows) * w.blocks) * kBlock;
+    fill_panel(w, row, b0, n, ahead, panel);
     size_t i = 0;
-    for (; i + 4 <= all; i += 4) multiply_panel<4>(panel, x, i, w.blocks, b0, n, next, acc);
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, next, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, next, acc);
+    for (; i + 4 <= all; i += 4) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
   }
   const __m256 row_scale = w.row_scales ? _mm256_loadu_ps(w.row_scales + row) : _mm256_setzero_ps();
   const __m256 bias = w.bias ? _mm256_loadu_ps(w.bias + row) : _mm256_setzero_ps();
@@ -236,8 +216,10 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kByRows)
-    for (; j + kRows <= count; j += kRows) by_panel(w, x, rows, terms, first + j, y + j, stride);
+  if (rows * terms > kByRows) {
+    const Ahead ahead(w.blocks * kBlock, kRows);
+    for (; j + kRows <= count; j += kRows) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+  }
   if (j == count) return;
   if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);

@@ -11,25 +11,13 @@ namespace pastkey {
 namespace {
 
 #include "elementwise.inl"
+#include "transpose16.inl"
 
-constexpr size_t kChunk = 32;      // blocks of a panel: 16 KB of weights
+constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
 constexpr size_t kAhead = 6144;    // bytes between the weights that are read and those that are prefetched
 constexpr size_t kByRows = 2;      // rows of X that are multiplied without a panel
 
-// Where the weights are that will be read kAhead bytes later, when `together` rows are read side by side.
-class Ahead {
- public:
-  Ahead(size_t k, size_t together)
-      : k_(k), skip_((together - 1) * k), groups_(kAhead / (together * k) * together * k),
-        columns_(kAhead % (together * k) / together / 64 * 64) {}
-  size_t operator()(size_t at) const {
-    const size_t column = at + columns_;
-    return groups_ + (column < k_ ? column : column + skip_);
-  }
-
- private:
-  size_t k_, skip_, groups_, columns_;
-};
+#include "ahead.inl"
 
 // Scales of `n` (at most 4) blocks of a row.
 inline uint32_t load_codes(const uint8_t* p, size_t n) {
@@ -136,40 +124,17 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 
 struct Panel {
   __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
-  __m512 scales[kChunk];
+  __m512 scales[16];         // of the block and those that follow up to a multiple of 16
 };
 
-// 16 registers of 16 numbers: lane j of register i becomes lane i of register j.
-inline void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
 // `n` blocks from b0 of 16 rows of W.
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
+    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / 2 * 64);
+    for (size_t r = 0; r < 8; r++)  // a block of 16 rows is 8 lines of 64 bytes
+      _mm_prefetch(reinterpret_cast<const char*>(next + (8 * (b % 2) + r) * k), _MM_HINT_T0);
     __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
     for (size_t h = 0; h < 2; h++) {
       __m512i v[4], t[4];
@@ -192,20 +157,21 @@ inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel&
       panel.codes[b][4 + i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0xdd);
     }
   }
-  for (size_t b = 0; b < n; b += 16) {
-    const size_t some = n - b < 16 ? n - b : 16;
-    const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
-    __m512i v[16];
-    for (size_t r = 0; r < 16; r++) {
-      const size_t at = (row + r) * w.blocks + b0 + b;
-      v[r] = _mm512_castps_si512(
-          w.scale_codes
-              ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.scale_codes + at)))
-              : _mm512_maskz_loadu_ps(mask, w.scales + at));
-    }
-    transpose(v);
-    for (size_t i = 0; i < some; i++) panel.scales[b + i] = _mm512_castsi512_ps(v[i]);
+}
+
+// Of at most 16 blocks from b0 of 16 rows of W.
+inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
+  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
+  const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
+  __m512i v[16];
+  for (size_t r = 0; r < 16; r++) {
+    const size_t at = (row + r) * w.blocks + b0;
+    v[r] = _mm512_castps_si512(
+        w.scale_codes ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.scale_codes + at)))
+                      : _mm512_maskz_loadu_ps(mask, w.scales + at));
   }
+  transpose(v);
+  for (size_t i = 0; i < 16; i++) panel.scales[i] = _mm512_castsi512_ps(v[i]);
 }
 
 inline __m512i broadcast(const int8_t* four) {
@@ -214,47 +180,39 @@ inline __m512i broadcast(const int8_t* four) {
   return _mm512_set1_epi32(value);
 }
 
-// acc[chain][m] of M rows of x from `from`, over the blocks of the panel. Meanwhile the weights of the next panel, 16
-// rows of k bytes from `next`, come from memory.
+// acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
 template <int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
-                           const uint8_t* next, __m512 (*acc)[kMaxRows]) {
-  for (size_t chain = 0; chain < 4; chain++) {
-    __m512 sums[M];
-    for (int m = 0; m < M; m++) sums[m] = acc[chain][from + m];
-    for (size_t b = chain; b < n; b += 4) {
-      const __m512 scales = panel.scales[b];
-      if (from == 0)  // a block of 16 rows is 8 lines of 64 bytes
-        for (size_t r = 0; r < 8; r++)
-          _mm_prefetch(reinterpret_cast<const char*>(next + (8 * (b % 2) + r) * blocks * kBlock + b / 2 * 64),
-                       _MM_HINT_T0);
-      for (int m = 0; m < M; m++) {
-        const size_t in = (from + m) * blocks + b0 + b;
-        __m512i d = _mm512_set1_epi32(x.start[in]);
-        for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
-        sums[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in])), scales, sums[m]);
-      }
+                           __m512 (*acc)[kMaxRows]) {
+  for (size_t b = 0; b < n; b++) {
+    const __m512 scales = panel.scales[(b0 + b) % 16];
+    for (int m = 0; m < M; m++) {
+      const size_t in = (from + m) * blocks + b0 + b;
+      __m512i d = _mm512_set1_epi32(x.start[in]);
+      for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in]));
+      acc[b][from + m] = _mm512_fmadd_ps(product, scales, acc[b][from + m]);
     }
-    for (int m = 0; m < M; m++) acc[chain][from + m] = sums[m];
   }
 }
 
 // 16 rows of W
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
+              size_t stride) {
   Panel panel;
-  __m512 acc[4][kMaxRows];
+  __m512 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
   for (size_t chain = 0; chain < 4; chain++)
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    fill_panel(w, row, b0, n, panel);
-    const uint8_t* next = w.codes + (b0 + n < w.blocks ? row * w.blocks + b0 + n : (row + 16) * w.blocks) * kBlock;
+    if (b0 % 16 == 0) fill_scales(w, row, b0, panel);
+    fill_panel(w, row, b0, n, ahead, panel);
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, next, acc);
-    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, next, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, next, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, next, acc);
+    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
   }
   const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
   const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
@@ -275,8 +233,10 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kByRows)
-    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, y + j, stride);
+  if (rows * terms > kByRows) {
+    const Ahead ahead(w.blocks * kBlock, 16);
+    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+  }
   if (j == count) return;
   if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);

@@ -57,10 +57,10 @@ struct TileKernels {
   void (*pack_rows)(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed);
   // 32 rows of W from `first`, `count` of them there -> `packed` of packed_weights_size(blocks, terms) bytes.
   void (*pack_weights)(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed);
-  // y[32 rows of x][32], with row scale and bias; without `second` there are 16 rows of x, and 16 of y mean nothing.
-  // Only between begin and end, on one thread. Packed memory is aligned to 64 bytes.
-  void (*multiply_tile)(const Weights& w, const uint8_t* weights, const uint8_t* x, bool second, size_t terms,
-                        size_t first, size_t count, float* y);
+  // y[i * stride + j], with row scale and bias, for `rows` (at most 32) packed rows of x and `count` rows of W from
+  // `first`. Only between begin and end, on one thread. Packed memory is aligned to 64 bytes.
+  void (*multiply_tile)(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms,
+                        size_t first, size_t count, float* y, size_t stride);
   void (*begin)();
   void (*end)();
 };

@@ -188,17 +188,23 @@ class Product {
       }
       for (size_t h = 0; h < halves; h++)
         tiles_->pack_weights(w_, h * columns() + first, count, terms_, panel.data() + h * weights_size);
-      alignas(64) float tile[2][kTileRows * kTileRows];
+      float tile[2][kTileRows * kTileRows];
       tiles_->begin();
       for (size_t i = 0; i < m; i += kTileRows) {
-        for (size_t h = 0; h < halves; h++)
-          tiles_->multiply_tile(w_, panel.data() + h * weights_size, rows + i / kHalf * group_size, i + kHalf < m,
-                                terms_, h * columns() + first, count, tile[h]);
-        const float* gate = tile[halves > 1 ? gate_ : 0];
-        const float* other = halves > 1 ? tile[1 - gate_] : nullptr;
-        for (size_t r = 0; r < std::min(kTileRows, m - i); r++)
-          kernels_.activate(activation_, gate + r * kTileRows, other ? other + r * kTileRows : nullptr,
-                            y + (i + r) * columns() + first, count);
+        const size_t n = std::min(kTileRows, m - i);
+        float* to = y + i * columns() + first;
+        auto multiply = [&](size_t h, float* product, size_t stride) {
+          tiles_->multiply_tile(w_, panel.data() + h * weights_size, rows + i / kHalf * group_size, n, terms_,
+                                h * columns() + first, count, product, stride);
+        };
+        if (halves == 1) multiply(0, to, columns());
+        else
+          for (size_t h = 0; h < 2; h++) multiply(h, tile[h], kTileRows);
+        if (halves == 1 && activation_ == Activation::none) continue;
+        for (size_t r = 0; r < n; r++, to += columns()) {
+          const float* other = halves == 1 ? nullptr : tile[1 - gate_] + r * kTileRows;
+          kernels_.activate(activation_, halves == 1 ? to : tile[gate_] + r * kTileRows, other, to, count);
+        }
       }
       tiles_->end();
     });

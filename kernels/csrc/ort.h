@@ -190,7 +190,8 @@ class KernelInfo {
   }
   std::string attribute(const char* name, const char* otherwise) const {
     size_t size = 0;  // with the zero at the end
-    if (!ok(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return absent(name, "a string"), otherwise;
+    if (!ok(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
+      return absent(name, "a string"), otherwise;
     std::string value(size, '\0');
     check(api_, api_->KernelInfoGetAttribute_string(info_, name, value.data(), &size));
     value.resize(size ? size - 1 : 0);
