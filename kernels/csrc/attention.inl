@@ -1,11 +1,11 @@
 // Attention in terms of 16 float lanes. Each instruction set's file defines the lanes in an unnamed namespace and
 // includes this file there, so each has a copy of its own. All do the same operations in the same order: the same bits.
 //
-// Vec: 16 floats. zero, set1, load (of float, of uint16_t as float16, of int8_t), store, add, sub, mul, div, max
-// (the second where one is NaN), fma, sign (1 or -1), exp2_bits, zero_below, reduce_max and reduce_add. Sums of lanes add
-// those 8 apart first, then 4, 2 and 1, in three steps that take several vectors at once: fold (Vec -> Lanes), fold4
-// (4 Lanes -> Quad) and fold16 (4 Quads -> a Vec of 16 sums). keys_at_once(R) and columns_at_once(R) say how many sums
-// the registers hold beside R rows.
+// Vec is 16 floats. It has zero, set1, load (of float, of uint16_t as float16, of int8_t), store, add, sub, mul, div,
+// max (the second where one is NaN), fma, sign (1 or -1), exp2_bits, zero_below, reduce_max and reduce_add. A sum of
+// lanes adds those 8 apart first, then 4, 2 and 1. Three steps do so for several vectors at once: fold (Vec -> Lanes),
+// fold4 (4 Lanes -> Quad) and fold16 (4 Quads -> a Vec of 16 sums). keys_at_once(R) and columns_at_once(R) say how many
+// sums the registers hold beside R rows.
 
 constexpr size_t kPart = kAttentionPart;
 constexpr size_t kPrefetchBytes = 4096;  // hardware stops at pages

@@ -14,9 +14,11 @@ from .running import LEVELS, Array, Case, Outcome, run_at
 FORMS = ("float32", "float16", "int8")
 WINDOWS = (1, 2, 100, 127, 128, 129, 1000)
 
-NONE: dict[str, Any] = {}  # attributes
-# Name -> inputs and attributes. GroupQueryAttention computes the same.
-SAME: dict[str, tuple[dict[str, Array], dict[str, Any]]] = {
+Inputs = tuple[dict[str, Array], dict[str, Any]]  # and attributes
+NONE: dict[str, Any] = {}
+
+# GroupQueryAttention computes the same, by name.
+HEADS: dict[str, Inputs] = {
     f"{heads} heads of {d}, {name}": (draw([length], new, heads, d, rotary=rotary, packed=packed), NONE)
     for heads in ((2, 2), (9, 3), (8, 1))
     for d in (32, 48, 64, 80, 96, 128, 256)
@@ -26,7 +28,7 @@ SAME: dict[str, tuple[dict[str, Array], dict[str, Any]]] = {
         ("a prompt", 37, 37, d, True),
     )
 }
-SAME |= {
+FEATURES: dict[str, Inputs] = {
     "rows of different lengths": (draw([260, 3, 130], 1, rotary=64), {}),
     "a first prompt with padding": (draw([40, 1, 17], 40, rotary=64), {}),
     "soft cap": (draw([150], 7, size=4), {"softcap": 5.0}),
@@ -36,11 +38,13 @@ SAME |= {
     "interleaved": (draw([150], 7, rotary=64), {"rotary_interleaved": 1}),
     "interleaved in part": (draw([150], 7, rotary=32, packed=False), {"rotary_interleaved": 1, "scale": 0.3}),
     "many heads": (draw([70], 3, (71, 1)), {}),
-} | {
+}
+WINDOWED: dict[str, Inputs] = {
     f"window {w}, {new} tokens": (draw([length], new), {"local_window_size": w})
     for w in WINDOWS
     for length, new in ((300, 1), (140, 140))
 }
+SAME = HEADS | FEATURES | WINDOWED
 LENGTHS = {"decode": ([300], 1), "drafts": ([300], 8), "rows": ([300, 9, 128], 1), "chunk": ([300], 40)}
 PROMPT = 290  # more than two parts of 128
 ALONE = (0, 1, 127, 128, 200, 289)
