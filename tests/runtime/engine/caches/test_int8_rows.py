@@ -12,7 +12,8 @@ def test_rows_are_read_as_they_were_written() -> None:
     rows[0, 1, 2] = 0
     rows[0, 0, 3] *= 1000
     stored = encoded(rows)
-    assert (stored.dtype, stored.shape) == (np.int8, (1, 2, 5, 36))
+    assert stored.dtype == np.int8
+    assert stored.shape == (1, 2, 5, 36)
     step = np.abs(rows).max(-1, keepdims=True) / 127
     assert (np.abs(decoded(stored) - rows) <= step / 2 * 1.001).all()
     np.testing.assert_array_equal(encoded(decoded(stored)), stored)
