@@ -39,6 +39,7 @@ from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
 from .measure.metrics import Ids
 from .measure.paths import short_texts
+from .measure.predictors import IN_PLACE
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, Progress, Recorder
@@ -209,7 +210,7 @@ def _make_artifacts(
         fp32, weight_bytes = writer.write(writer.decoder.model, beside)
     else:
         fp32, weight_bytes = _written(beside, known)
-    short = short_texts(Engine(fp32), _SHORT_TEXTS, progress) if config.quick else []
+    short = short_texts(Engine(fp32, session_options=IN_PLACE), _SHORT_TEXTS, progress) if config.quick else []
     if short:
         writer = dataclasses.replace(writer, short=short[0])
     if known is None:
