@@ -198,6 +198,11 @@ class DecoderGraph:
         return ep.row_of(self.providers[0])
 
     @property
+    def prefill_tokens(self) -> int:
+        """The fewest tokens of one sequence whose run takes the kernels of a prefill. Fewer differ in the last bits."""
+        return 9 if self.native is not None and self.native.level == "amx" else 2
+
+    @property
     def takes_padding(self) -> bool:
         """Whether sequences of different lengths may be run together."""
         fused_elsewhere = self.fused and (self.one_by_one or self.provider.misses_keys)

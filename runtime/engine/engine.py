@@ -35,8 +35,9 @@ class Engine:
         resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
         gone: Number of first tokens that were evicted, since all attention is local and no later token sees them. The
             cached tokens behind them have positions from 0 on.
-        exact_length: Number of first tokens that a prefill computed, in runs of two or more tokens of one sequence. A
-            token that is decoded alone or in a batch takes another kernel path, which differs in the last bits.
+        exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more of
+            one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in the
+            last bits.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
@@ -131,9 +132,9 @@ class Engine:
 
     @one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
-        """Trims the cache to the prefix that it shares with `ids` (T,), at most all of them but two.
+        """Trims the cache to the prefix that it shares with `ids` (T,), without the last tokens.
 
-        Running the last two tokens takes the kernel path of a prefill, so the logits equal those of a full prefill.
+        Running these takes the kernel path of a prefill, so the logits equal those of a full prefill.
 
         Args:
             ids: (T,).
@@ -161,10 +162,11 @@ class Engine:
         return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """Length of the prefix that `ids` (T,) share with the cache, without their last two (with states, one)."""
+        """Length of the prefix that `ids` (T,) share with the cache, without the last ones, which are a prefill."""
         require_valid({"ids": ids})
+        last = 1 if self.manifest.states else self.graph.prefill_tokens
         shared = 0
-        for mine, theirs in zip(self.cached_ids, ids[: len(ids) - (1 if self.manifest.states else 2)], strict=False):
+        for mine, theirs in zip(self.cached_ids, ids[: max(0, len(ids) - last)], strict=False):
             if mine != theirs:
                 break
             shared += 1
@@ -393,7 +395,7 @@ class Engine:
 
     def _take_in(self, start: int, ids: Ids, *, known: bool = True) -> None:
         """Records the tokens (B, T) of a run behind `start` others."""
-        if len(ids) == 1 and ids.size > 1 and self.exact_length == start:
+        if len(ids) == 1 and ids.size >= self.graph.prefill_tokens and self.exact_length == start:
             self.exact_length += ids.size
         if not known:
             self._ids = None
