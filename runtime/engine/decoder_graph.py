@@ -30,6 +30,7 @@ from .embedding import EmbeddingRows
 
 # Tokens per run of a prefill. Attention scores and activations grow with it; smaller and larger chunks are slower.
 PREFILL_CHUNK = 256
+NATIVE_CHUNK = 512  # of the native kernels, which convert all weights in each run
 # Limit of the scores (tokens * columns) of a run and a head, if attention stores them. From 1,024 columns on, chunks
 # shrink by halves, since some devices compile a graph anew for each number of tokens.
 SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
@@ -242,10 +243,14 @@ class DecoderGraph:
         return manifest.window if movable and manifest.static is None else None
 
     @property
+    def _chunk(self) -> int:
+        return PREFILL_CHUNK if self.native is None else NATIVE_CHUNK
+
+    @property
     def most_rows(self) -> int:
         """Largest number of cached tokens of one sequence: the context, or the sliding window plus a chunk."""
         context, window = self.manifest.context_length, self.droppable_window
-        return context if window is None else min(context, window + TRIMMABLE + PREFILL_CHUNK)
+        return context if window is None else min(context, window + TRIMMABLE + self._chunk)
 
     @property
     def bytes_per_token(self) -> int:
@@ -276,7 +281,7 @@ class DecoderGraph:
         if chunk_size is None and self.manifest.static is not None:
             return [tokens]
         if chunk_size is not None or not self._stores_scores:
-            return _evenly(tokens, chunk_size or PREFILL_CHUNK)
+            return _evenly(tokens, chunk_size or self._chunk)
         sizes = list[int]()
         columns, chunk = SCORES // PREFILL_CHUNK, PREFILL_CHUNK
         while tokens:
