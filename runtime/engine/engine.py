@@ -35,9 +35,9 @@ class Engine:
         resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
         gone: Number of first tokens that were evicted, since all attention is local and no later token sees them. The
             cached tokens behind them have positions from 0 on.
-        exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more of
-            one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in the
-            last bits.
+        exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more
+            of one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in
+            the last bits.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
