@@ -82,7 +82,7 @@ def _write(bundle: Bundle, path: Path, *, step: bool) -> None:
 def _expected(bundle: Bundle) -> list[tuple[list[int], SamplingConfig, list[int]]]:
     """Returns prompts, settings and the runtime's ids. Its session ends here: only one holds the weights at a time."""
     vocab, context = bundle.manifest.vocab_size, bundle.manifest.context_length
-    engine, rng = Engine(bundle, providers="cpu", threads=1), np.random.default_rng(0)
+    engine, rng = Engine(bundle, providers="cpu", threads=1, native=False), np.random.default_rng(0)
     found = []
     for case in _CASES:
         for _ in range(_PROMPTS):
@@ -107,7 +107,7 @@ def _require_equal(bundle: Bundle, whole: Path, step: Path | None) -> None:
 
 def _expected_texts(bundle: Bundle, codec: TextCodec) -> list[tuple[str, SamplingConfig, str]]:
     """As `_expected`, for the texts that the tokenizer can encode."""
-    engine, ends = Engine(bundle, providers="cpu", threads=1), bundle.manifest.eos_token_ids
+    engine, ends = Engine(bundle, providers="cpu", threads=1, native=False), bundle.manifest.eos_token_ids
     found = []
     for text in _TEXTS:
         try:
