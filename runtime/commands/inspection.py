@@ -59,7 +59,8 @@ class Inspection:
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     kernels: str  # what runs the graph: the native kernels or onnxruntime
-    golden_logits: str | None = None  # on a device other than the CPU: right, prefill wrong, or wrong
+    # On a device other than the CPU, or by native kernels: right, prefill wrong, or wrong.
+    golden_logits: str | None = None
     refusal: str | None = None  # the sentence of `run`, where it refuses the bundle on this device
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def inspect(
         if engine.graph.native is None:
             kernels = int8_kernels_of(manifest.precision, engine.providers[0])
     golden_logits = refusal = None
-    if not on_cpu:
+    if not on_cpu or engine.graph.native is not None:
         try:
             require_golden(engine, bundle)
             golden_logits = "prefill wrong" if engine.graph.one_by_one else "right"

@@ -66,7 +66,7 @@ class Golden:
         path = bundle.path / names.GOLDEN
         if names.GOLDEN not in bundle.manifest.files:
             limit = PRECISIONS[bundle.manifest.precision].golden_limit
-            return cls.computed(Engine(bundle, providers="cpu"), len(ENDS), limit)
+            return cls.computed(Engine(bundle, providers="cpu", native=False), len(ENDS), limit)
         try:
             with reading(path, "golden logits", but=(ValueError, LookupError)):
                 content = read_npz(path)

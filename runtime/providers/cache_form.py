@@ -49,7 +49,9 @@ def cache_form(session: Any, manifest: Manifest, path: Path) -> CacheForm:
         tuple(layer.in_int8 for layer in manifest.layers),
         dtype,
         tuple(
-            np.frombuffer(base64.b64decode(stored[names.past_key(i)]), "<f4").reshape(1, layer.kv_heads, 1, -1)
+            np.frombuffer(base64.b64decode(stored[names.past_key(i)]), "<f4").reshape(
+                1, layer.kv_heads, 1, layer.key_head_size
+            )
             for i, layer in enumerate(manifest.layers)
         ),
     )

@@ -44,7 +44,7 @@ def native_kernels() -> NativeKernels | None:
     try:
         package = importlib.import_module(_PACKAGE)
         version, operators, library = package.__version__, package.OPERATOR_VERSION, package.library_path()
-        if (short := _missing_bytes(library)) != 0:  # to load it would end the process
+        if (short := _missing_bytes(library)) > 0:  # to load it would end the process
             return NativeKernels(
                 version, operators, refused=f"{library} was cut short by {short} bytes: install it again"
             )
@@ -65,7 +65,8 @@ def _missing_bytes(library: str) -> int:
         files = importlib.metadata.files(_DISTRIBUTION) or ()
     except importlib.metadata.PackageNotFoundError:
         return 0
-    recorded = next((file.size for file in files if file.name == Path(library).name), None)
+    # Another copy may stand before that of the wheel on Python's path.
+    recorded = next((file.size for file in files if Path(file.locate()).resolve() == Path(library)), None)
     return 0 if recorded is None else recorded - Path(library).stat().st_size
 
 

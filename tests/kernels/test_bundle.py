@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,21 @@ def test_an_upgrade_adds_what_an_export_writes(bundle: Bundle, tmp_path: Path) -
     assert dataclasses.replace(copy.manifest, native=None) == older
     with pytest.raises(InputError, match="is what is to be upgraded, and would be replaced"):
         upgrade(bundle.path, bundle.path)
+
+
+@pytest.mark.parametrize("options", [{"generate": True}, {"format": "ort"}], ids=["generate", "ort"])
+def test_further_graphs_are_those_of_onnxruntimes_kernels(options: dict[str, Any], tmp_path: Path) -> None:
+    """They are made of the last-logits graph: the native one computes other texts where two logits nearly tie."""
+    export(llama(**SIZES), tmp_path / "bundle", context_length=128, quick=True, cache=False, **options)
+    assert open_bundle(tmp_path / "bundle").manifest.native == 1
+
+
+def test_golden_logits_are_never_the_native_kernels_own(bundle: Bundle) -> None:
+    """A bundle without any computes them at its first load."""
+    files = {name: record for name, record in bundle.manifest.files.items() if name != names.GOLDEN}
+    older = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files=files))
+    computed, stored = golden.Golden.of(older), golden.Golden.of(bundle)
+    assert np.array_equal(computed.logits[-1], stored.logits[-1])
 
 
 def test_an_untrusted_bundle_may_run_on_them(bundle: Bundle, lm: LanguageModel) -> None:

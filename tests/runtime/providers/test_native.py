@@ -69,17 +69,26 @@ def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, insta
         kernels_for(bundle, None, True)
 
 
-def test_a_library_that_is_cut_short_says_so(tmp_path: Path, install: Install) -> None:
-    """The loader would end the process by SIGBUS."""
+@pytest.mark.parametrize(
+    ("recorded", "cut"),
+    [(f"{PACKAGE}/library.so,sha256=0,1000", True), (f"{PACKAGE}/library.so,sha256=0,50", False),
+     ("elsewhere/library.so,sha256=0,1000", False)],
+    ids=["cut short", "longer", "a second"],
+)  # fmt: skip
+def test_a_library_that_is_cut_short_says_so(recorded: str, cut: bool, tmp_path: Path, install: Install) -> None:
+    """The loader would end the process by SIGBUS. Any other file is the loader's to judge."""
     install(package("library.so"))
     (tmp_path / PACKAGE / "library.so").write_bytes(b"\x7fELF" + bytes(96))
     wheel = tmp_path / "pastkey_kernels-0.1.0.dist-info"
     wheel.mkdir()
     (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: pastkey-kernels\nVersion: 0.1.0\n")
-    (wheel / "RECORD").write_text(f"{PACKAGE}/library.so,sha256=0,1000\n")
+    (wheel / "RECORD").write_text(recorded + "\n")
     found = native_kernels()
     assert found is not None
-    assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 900 bytes: install it again"
+    if cut:
+        assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 900 bytes: install it again"
+    else:
+        assert found.refused.startswith("it cannot be loaded: ")
 
 
 def test_operators_of_another_version_are_left_alone(
