@@ -184,7 +184,7 @@ def test_the_folder_holds_the_files_of_the_manifest_and_nothing_else(exported: E
     assert found == {*bundle.manifest.files, names.MANIFEST}
     assert found == {
         "pastkey.json", "config.json", "generation_config.json", "genai_config.json", "golden_logits.npz",
-        "onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data", "onnx/pastkey.onnx",
+        "onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data", "onnx/pastkey.onnx", "onnx/pastkey_native.onnx",
     }  # fmt: skip
     assert list(bundle.path.parent.iterdir()) == [bundle.path]
 

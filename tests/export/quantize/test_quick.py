@@ -12,7 +12,7 @@ import pytest
 
 from pastkey.__main__ import main
 from pastkey.contract import names
-from pastkey.contract.bundle import open_bundle
+from pastkey.contract.bundle import FORMAT_VERSION, open_bundle
 from pastkey.errors import IntegrityError, ParityError
 from pastkey.export import bundle_writer, export
 from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL
@@ -38,7 +38,7 @@ def test_a_quick_bundle_is_proved_and_says_what_it_is(
     bundle = open_bundle(report.path, verify=True)
     manifest = bundle.manifest
     assert manifest.quick
-    assert json.loads((report.path / names.MANIFEST).read_text())["format_version"] == 4
+    assert json.loads((report.path / names.MANIFEST).read_text())["format_version"] == FORMAT_VERSION
     assert (report.path / names.GOLDEN).is_file()
     assert bundle.int8_kv_graph is None
     parity = manifest.parity["fp32"]
