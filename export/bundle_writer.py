@@ -22,7 +22,7 @@ from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
-from pastkey.runtime.providers.native import native_kernels
+from pastkey.runtime.providers.native import kernels_for
 from pastkey.runtime.providers.ort import RunError, onnxruntime
 from pastkey.runtime.settings import SessionSettings
 
@@ -157,7 +157,7 @@ class BundleWriter:
         target = bundle.manifest.target
         row = TARGETS[target]
         if row.short == "cpu":
-            if bundle.native_graph is not None and (kernels := native_kernels()) is not None and not kernels.refused:
+            if (kernels := kernels_for(bundle, ep.CPU, None)) is not None:
                 self.progress.stage(f"prove the bundle on {kernels}")
                 require_golden(Engine(bundle), bundle)
             return

@@ -35,7 +35,8 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
     """
     from pastkey.runtime import Engine
     from pastkey.runtime.engine.golden import require_golden
-    from pastkey.runtime.providers.native import native_kernels
+    from pastkey.runtime.providers.native import kernels_for
+    from pastkey.runtime.providers.placement import CPU
 
     bundle, out = open_bundle(path), Path(out)
     if out.resolve() == bundle.path.resolve():
@@ -54,7 +55,7 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         records = parse_records(folder, file_records(folder, sorted(set(files))))
         made = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, files=records))
         write_json(folder / names.MANIFEST, made.manifest.to_json())
-        if (kernels := native_kernels()) is not None and not kernels.refused:
+        if kernels_for(made, CPU, None) is not None:
             require_golden(Engine(made, providers="cpu"), made)
     return read_bundle(out)
 

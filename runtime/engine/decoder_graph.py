@@ -124,9 +124,9 @@ class DecoderGraph:
         self.every = graph == "all_logits"
         self.fused = manifest.graph == "fused"
         # The graph for other programs sums a mask, which a device leaves to the CPU; ours returns all logits as well.
-        elsewhere = ep.resolve(providers, manifest.target).providers[0][0] != ep.CPU
-        self.native = kernels_for(bundle, providers, native)
-        own = not self.every or (self.fused and elsewhere)
+        first = ep.resolve(providers, manifest.target).providers[0][0]
+        self.native = kernels_for(bundle, first, native)
+        own = not self.every or (self.fused and first != ep.CPU)
         path = bundle.last_logits_graph if own else bundle.all_logits_graph
         if self.native is not None and bundle.native_graph is not None:
             path = bundle.native_graph  # of every position as well

@@ -7,14 +7,14 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError, first_line
+from pastkey.precisions import PRECISIONS
 
-from ..settings import Choice
 from . import placement as ep
 
 _DISTRIBUTION, _PACKAGE = "pastkey-kernels", "pastkey_kernels"
@@ -37,7 +37,7 @@ class NativeKernels:
 
 @functools.cache
 def native_kernels() -> NativeKernels | None:
-    """The kernel library of this Python, or None without one. Its code runs, but onnxruntime does not load it yet."""
+    """The kernel library of this Python, or None without one. Loads it, to ask for its level."""
     if importlib.util.find_spec(_PACKAGE) is None:
         return None
     version, operators = "", 0
@@ -70,14 +70,12 @@ def _missing_bytes(library: str) -> int:
     return 0 if recorded is None else recorded - Path(library).stat().st_size
 
 
-def kernels_for(
-    bundle: Bundle, providers: Choice | Sequence[Choice] | None, asked: bool | None
-) -> NativeKernels | None:
+def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
     """The kernels that run a bundle, or None if onnxruntime's own do.
 
     Args:
         bundle: The bundle.
-        providers: As in `load`.
+        provider: onnxruntime's name of the first execution provider.
         asked: Whether they must (True), may (None) or must not (False) be used. The environment variable PASTKEY_NATIVE
             set to 0 makes False of None.
 
@@ -86,20 +84,23 @@ def kernels_for(
     """
     if asked is False or (asked is None and os.environ.get(_SWITCH) == "0"):
         return None
-    first = ep.resolve(providers, bundle.manifest.target, bundle.manifest.graph).providers[0][0]
-    why, found = "", None
+    why, found, manifest = "", None, bundle.manifest
     if bundle.native_graph is None:
-        why = f"{bundle.path} has no native graph: make a bundle with one by  pastkey upgrade {bundle.path} --out NEW"
-    elif first != ep.CPU:
-        why = f"they run on the CPU, and the provider is {ep.short_name(first)!r}"
+        why = f"{bundle.path} has no native graph"
+        if PRECISIONS[manifest.precision].quantized and manifest.graph == "fused":
+            why += f": make a bundle with one by  pastkey upgrade {shlex.quote(str(bundle.path))} --out NEW"
+        else:
+            why += ", which is for int8 and int4 weights and the fused graph"
+    elif provider != ep.CPU:
+        why = f"they run on the CPU, and the provider is {ep.short_name(provider)!r}"
     elif (found := native_kernels()) is None:
         why = "the kernel library is not installed: in a checkout of pastkey, type  pip install ./kernels"
     elif found.refused:
         why = found.refused
-    elif found.operators != bundle.manifest.native:
+    elif found.operators != manifest.native:
         why = (
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
-            f"{bundle.manifest.native}"
+            f"{manifest.native}"
         )
     if why and asked:
         raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")

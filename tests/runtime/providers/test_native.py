@@ -13,6 +13,7 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
+from pastkey.runtime.providers.placement import CPU
 
 PACKAGE = "pastkey_kernels"
 Install = Callable[..., None]
@@ -64,9 +65,9 @@ def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, insta
     found = native_kernels()
     assert found is not None
     assert found.refused.startswith(words)
-    assert kernels_for(bundle, None, None) is None
+    assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match="True, and the native kernels cannot be used: it cannot be loaded"):
-        kernels_for(bundle, None, True)
+        kernels_for(bundle, CPU, True)
 
 
 @pytest.mark.parametrize(
@@ -97,30 +98,30 @@ def test_operators_of_another_version_are_left_alone(
     monkeypatch.setattr(
         "pastkey.runtime.providers.native.native_kernels", lambda: NativeKernels("0.2.0", 2, "avx2", "/library.so")
     )
-    assert kernels_for(bundle, None, None) is None
+    assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match="has version 2 of the operators, and the bundle needs 1"):
-        kernels_for(bundle, None, True)
+        kernels_for(bundle, CPU, True)
 
 
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
-    assert kernels_for(bundle, None, None) is here
-    assert kernels_for(bundle, None, False) is None
+    assert kernels_for(bundle, CPU, None) is here
+    assert kernels_for(bundle, CPU, False) is None
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
-    assert kernels_for(bundle, None, None) is None
-    assert kernels_for(bundle, None, True) is here
+    assert kernels_for(bundle, CPU, None) is None
+    assert kernels_for(bundle, CPU, True) is here
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
-    with pytest.raises(ProviderError, match=r"has no native graph: make a bundle with one by  pastkey upgrade "):
-        kernels_for(plain, None, True)
+    with pytest.raises(ProviderError, match=r"has no native graph"):
+        kernels_for(plain, CPU, True)
 
 
 def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: None)
-    assert kernels_for(bundle, None, None) is None
+    assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
-        kernels_for(bundle, None, True)
+        kernels_for(bundle, CPU, True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
