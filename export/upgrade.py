@@ -48,8 +48,9 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         made = add_native_graph(dataclasses.replace(bundle, path=folder))
         if made.manifest.native is None:
             raise InputError(
-                f"no operator of {bundle.path} has a native kernel: it has {bundle.manifest.precision} weights and the "
-                f"{bundle.manifest.graph} graph, and kernels are for int8 and int4 weights and the fused graph"
+                f"no operator of {bundle.path} has a native kernel: it has {bundle.manifest.precision} weights, the "
+                f"{bundle.manifest.graph} graph and the target {bundle.manifest.target}, and kernels are for int8 and "
+                "int4 weights, the fused graph and the target cpu"
             )
         files = [*bundle.manifest.files, names.NATIVE_GRAPH]
         records = parse_records(folder, file_records(folder, sorted(set(files))))
@@ -68,7 +69,7 @@ def add_native_graph(bundle: Bundle) -> Bundle:
     from .graph.write.native import write_native_graph
 
     manifest = bundle.manifest
-    able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and bundle.last_logits_graph.is_file()
+    able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and manifest.target == "cpu"
     # The int8-KV graph is there where an int8 cache costs little, and a context is long enough for it.
     path = bundle.path / names.NATIVE_GRAPH
     found = able and write_native_graph(bundle.last_logits_graph, path, bundle.int8_kv_graph)

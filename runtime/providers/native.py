@@ -87,10 +87,10 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
     why, found, manifest = "", None, bundle.manifest
     if bundle.native_graph is None:
         why = f"{bundle.path} has no native graph"
-        if PRECISIONS[manifest.precision].quantized and manifest.graph == "fused":
+        if PRECISIONS[manifest.precision].quantized and manifest.graph == "fused" and manifest.target == "cpu":
             why += f": make a bundle with one by  pastkey upgrade {shlex.quote(str(bundle.path))} --out NEW"
         else:
-            why += ", which is for int8 and int4 weights and the fused graph"
+            why += ", which is for int8 and int4 weights, the fused graph and the target cpu"
     elif provider != ep.CPU:
         why = f"they run on the CPU, and the provider is {ep.short_name(provider)!r}"
     elif (found := native_kernels()) is None:

@@ -51,6 +51,7 @@ _SUM = 3  # output of a norm with a residual
 # Inputs of GroupQueryAttention: DecoderAttention has those before _POSITIONS, and head_sink.
 _PAST, _POSITIONS, _HEAD_SINK = 3, 9, 11
 _KEY_SCALES = 10  # input of DecoderAttention
+_LEAST_SCALE = 1e-3  # of a channel that is 0 in the calibration text, and may not be in another
 _HEAD_SIZES = range(32, 257, 16)
 _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap",
               "smooth_softmax")  # fmt: skip
@@ -356,7 +357,7 @@ def _cache_in_int8(model: ir.Model, int8_kv: Mapping[str, str]) -> None:
         heads = key.shape[1]
         assert isinstance(heads, int)
         scales = np.frombuffer(base64.b64decode(int8_kv[str(key.name)]), "<f4").reshape(heads, -1)
-        relative = (scales / scales.max(1, keepdims=True)).astype(np.float32)
+        relative = np.maximum(scales / scales.max(1, keepdims=True), _LEAST_SCALE).astype(np.float32)
         model.metadata_props[str(key.name)] = base64.b64encode(relative.astype("<f4").tobytes()).decode()
         node.resize_inputs(_KEY_SCALES + 1)
         node.replace_input_with(_KEY_SCALES, add_weight(model, f"{key.name}.scales", relative))
