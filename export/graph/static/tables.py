@@ -65,10 +65,11 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
         first = part.run(np.arange(tokens)[None])
         if first.dtype != np.float32:  # integer arithmetic stays
             continue
-        axis = _token_axis(part, first, tokens)
-        starts = range(0, context_length, tokens)
-        parts = [part.run(np.minimum(np.arange(i, i + tokens), context_length - 1)[None]) for i in starts]
-        table = np.concatenate([np.moveaxis(rows, axis, 0) for rows in parts])[:context_length]
+        axis = _token_axis(part, first, tokens, context_length)
+        table = np.empty((context_length, *np.delete(first.shape, axis)), np.float32)
+        for start in (*range(0, context_length - tokens, tokens), context_length - tokens):
+            rows = part.run(np.arange(start, start + tokens)[None])
+            table[start : start + tokens] = np.moveaxis(rows, axis, 0)
         builder = NodeBuilder(model, f"position_table_{number}")
         stored = builder.constant("rows", table.reshape(context_length, -1))  # QNN fails at rows of several axes
         file.take_weight(stored)
@@ -83,11 +84,13 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
     common.RemoveUnusedNodesPass()(model)
 
 
-def _token_axis(part: Part, found: np.ndarray, tokens: int) -> int:
-    """Returns the axis that reverses with the positions; for one token, any axis of size 1."""
-    turned = part.run(np.arange(tokens)[::-1][None])
+def _token_axis(part: Part, found: np.ndarray, tokens: int, context_length: int) -> int:
+    """Returns the axis along which `found`, of positions 0 to tokens - 1, moves as the positions do."""
+    by = min(1, context_length - tokens)
+    moved = part.run(np.arange(by, by + tokens)[None])
     axes = [axis for axis, size in enumerate(found.shape) if size == tokens]
-    return next(axis for axis in axes if np.array_equal(np.flip(found, axis), turned))
+    same = range(tokens - by)
+    return next(axis for axis in axes if np.array_equal(found.take(np.add(same, by), axis), moved.take(same, axis)))
 
 
 # --- rows that the host reads -------------------------------------------------------------------------------------
