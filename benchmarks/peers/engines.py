@@ -57,10 +57,11 @@ class Engine(NamedTuple):
 # What quality is compared with.
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
+ORT = "load(native=False), generate(prompt_lookup=False)"
 ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey-int8"),
     Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", "generate(prompt_lookup=False)"),
-    Engine("pastkey-int8-ort", f"{STEPS}, onnxruntime's kernels", "pastkey-int8", "ort", "load(native=False)"),
+    Engine("pastkey-int8-ort", "pastkey int8, onnxruntime's kernels", "pastkey-int8", "ort", ORT),
     REFERENCE,
     Engine("genai-int8", "onnxruntime-genai int8", "genai-int8", rival=True),
     Engine("llama-q8_0", "llama.cpp Q8_0", "llama-q8_0", rival=True),

@@ -11,22 +11,7 @@
 namespace pastkey {
 namespace {
 
-#include "transpose16.inl"
-
-inline __m512i to_bf16(__m512 low, __m512 high) {
-  const __m512bh pair = _mm512_cvtne2ps_pbh(high, low);
-  __m512i bits;
-  std::memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-
-// What is left of 32 floats after `bits`, their bf16.
-inline void subtract_bf16(__m512& low, __m512& high, __m512i bits) {
-  const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
-  const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16);
-  low = _mm512_sub_ps(low, _mm512_castsi512_ps(first));
-  high = _mm512_sub_ps(high, _mm512_castsi512_ps(second));
-}
+#include "tiles.inl"
 
 // packed [terms][blocks][16 pairs of K][16 rows][2]
 void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed) {
@@ -79,28 +64,11 @@ void pack_weights(const Weights& w, size_t first, size_t count, size_t terms, ui
     }
 }
 
-// tiles 0 to 3 += 32 rows of weights times 32 rows of x, over all blocks
-inline void multiply_blocks(const uint8_t* weights, const uint8_t* x0, const uint8_t* x1, size_t blocks) {
-  for (size_t b = 0; b < blocks; b++) {
-    _tile_loadd(4, weights + b * 2048, 64);
-    _tile_loadd(5, weights + b * 2048 + 1024, 64);
-    _tile_loadd(6, x0 + b * 1024, 64);
-    _tile_loadd(7, x1 + b * 1024, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
 void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms, size_t first,
                    size_t count, float* y, size_t stride) {
   const size_t size = w.blocks * 1024;
   const uint8_t* x1 = rows > 16 ? x + size * terms : x;  // then nobody reads its results
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_tiles();
   multiply_blocks(weights, x, x1, w.blocks);
   if (terms == 2) {
     multiply_blocks(weights, x + size, x1 + size, w.blocks);
@@ -126,18 +94,6 @@ void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, s
     }
   }
 }
-
-void begin() {
-  struct {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } configuration;
-  for (int i = 0; i < 8; i++) configuration.row_bytes[i] = 64, configuration.rows[i] = 16;
-  _tile_loadconfig(&configuration);
-}
-
-void end() { _tile_release(); }
 
 }  // namespace
 

@@ -36,6 +36,14 @@ const AttentionKernels& kernels() {
   }
 }
 
+// For an int8 cache and steps of more rows than keep the bits of one.
+const AttentionTiles* tiles() {
+#if defined(PASTKEY_AMX)
+  if (level() == Level::amx) return &amx_attention_tiles;
+#endif
+  return nullptr;
+}
+
 size_t row_bytes(CacheType type, size_t head_size) {
   return type == CacheType::float32 ? head_size * 4 : type == CacheType::float16 ? head_size * 2 : head_size + 4;
 }
@@ -60,27 +68,15 @@ uint16_t to_float16(float x) {  // to nearest, ties to even
 }
 
 // Writes one row of the cache.
-void write_row(CacheType type, const float* x, size_t d, char* row) {
+void write_row(const AttentionKernels& kernel, CacheType type, const float* x, size_t d, char* row) {
+  if (type == CacheType::int8) return kernel.round(x, d, row);
   if (type == CacheType::float32) {
     std::memcpy(row, x, d * sizeof(float));
-  } else if (type == CacheType::float16) {
-    for (size_t i = 0; i < d; i++) {
-      const uint16_t half = to_float16(x[i]);
-      std::memcpy(row + 2 * i, &half, sizeof half);
-    }
-  } else {
-    float most = 0;
-    bool finite = true;
-    for (size_t i = 0; i < d; i++) {
-      const float size = std::fabs(x[i]);
-      finite &= size <= FLT_MAX;
-      most = size > most ? size : most;
-    }
-    // A row with NaN or infinity has the scale NaN, which all of its elements become. 127 / most must not overflow.
-    const bool zero = !finite || most < 1e-30f;
-    const float scale = !finite ? NAN : zero ? 0 : most / 127, inverse = zero ? 0 : 127 / most;
-    for (size_t i = 0; i < d; i++) row[i] = zero ? 0 : static_cast<char>(std::lrint(x[i] * inverse));
-    std::memcpy(row + d, &scale, sizeof scale);
+    return;
+  }
+  for (size_t i = 0; i < d; i++) {
+    const uint16_t half = to_float16(x[i]);
+    std::memcpy(row + 2 * i, &half, sizeof half);
   }
 }
 
@@ -304,6 +300,7 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
 void DecoderAttention::compute(const Context& context) const {
   const Call c = checked(context);
   const AttentionKernels& kernel = kernels();
+  const AttentionTiles* with_tiles = c.cache == CacheType::int8 && c.tokens > kDecodeRows ? tiles() : nullptr;
   const size_t d = c.d, bytes = row_bytes(c.cache, d), shared = heads_ / kv_heads_;
   const float scale = scale_ == 0 ? 1 / std::sqrt(static_cast<float>(d)) : scale_;
 
@@ -325,8 +322,8 @@ void DecoderAttention::compute(const Context& context) const {
           for (size_t e = 0; e < d; e++) rotated[e] = key[e] / c.key_scale[g * d + e];
           key = rotated;
         }
-        write_row(c.cache, key, d, c.keys + place);
-        write_row(c.cache, c.value.data + (b * c.tokens + i) * c.value.width + g * d, d, c.values + place);
+        write_row(kernel, c.cache, key, d, c.keys + place);
+        write_row(kernel, c.cache, c.value.data + (b * c.tokens + i) * c.value.width + g * d, d, c.values + place);
       }
     }
   });
@@ -372,11 +369,16 @@ void DecoderAttention::compute(const Context& context) const {
     const size_t head = (tile.b * kv_heads_ + tile.g) * c.room * bytes;
     // A copy of a part takes a store for each load: worth it where more than two passes read it.
     std::optional<Scratch> copy;
-    if (tile.count > kFewRows) copy.emplace(allocator_, kAttentionPart * d * sizeof(float));
+    if (with_tiles) copy.emplace(allocator_, with_tiles->size(d));
+    else if (tile.count > kFewRows) copy.emplace(allocator_, kAttentionPart * d * sizeof(float));
+    uint8_t* memory = copy ? copy->data() : nullptr;  // without memory: row by row
+    const AttentionTiles* by = memory ? with_tiles : nullptr;
     const AttentionRows rows = {tile.count,      d,       query,    from, to, c.keys + head,
                                 c.values + head, c.cache, softcap_,
-                                copy ? reinterpret_cast<float*>(copy->data()) : nullptr};
+                                with_tiles ? nullptr : reinterpret_cast<float*>(memory), by, memory};
+    if (by) by->begin(), by->pack_query(query, tile.count, d, memory);
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);
+    if (by) by->end();
   };
   auto finish = [&](const Tile& tile, size_t r, const AttentionSums& sums) {
     const size_t i = (tile.begin + r) / shared, h = tile.g * shared + (tile.begin + r) % shared;

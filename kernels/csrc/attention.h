@@ -14,6 +14,22 @@ constexpr size_t kAttentionMaxHeadSize = 256;  // a head size is a multiple of 1
 
 enum class CacheType { float32, float16, int8 };
 
+// Products of many rows with int8 keys and values by tiles; they are nullptr where there are none. Memory for them is
+// aligned to 64 bytes.
+struct AttentionTiles {
+  size_t (*size)(size_t head_size);  // bytes of `packed`
+  // query [count, D]; only between begin and end, on one thread, as score and add
+  void (*pack_query)(const float* query, size_t count, size_t head_size, uint8_t* packed);
+  // scores [kAttentionRows, kAttentionPart] = query * codes of the keys [begin, end), without the keys' scales. Of the
+  // blocks of 16 that hold these keys; what stands beside them means nothing.
+  void (*score)(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t* packed, float* scores);
+  // out [kAttentionRows, D] = weights [count, kAttentionPart] * codes of the values [begin, end), in blocks of 32
+  void (*add)(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
+              uint8_t* packed, float* out);
+  void (*begin)();
+  void (*end)();
+};
+
 // Query rows that share one key head.
 struct AttentionRows {
   size_t count;        // at most kAttentionRows
@@ -26,6 +42,8 @@ struct AttentionRows {
   CacheType cache;
   float softcap;  // 0: none
   float* copy;    // [kAttentionPart, D], aligned to 64 bytes, or null: worth it where many rows read a part
+  const AttentionTiles* tiles;  // or null
+  uint8_t* packed;              // of the tiles, with the query
 };
 
 // Softmax's state of rows: the largest score, the sum of exp(score - largest) and the values weighted by them.
@@ -36,6 +54,8 @@ struct AttentionSums {
 };
 
 struct AttentionKernels {
+  // Writes x [head_size] to a row of an int8 cache.
+  void (*round)(const float* x, size_t head_size, char* row);
   // Adds the keys of one part.
   void (*attend)(const AttentionRows& rows, size_t part, const AttentionSums& sums);
   // Adds the sums of a later part, computed by themselves, to those of one row: the same bits as attend.
@@ -44,6 +64,7 @@ struct AttentionKernels {
   void (*finish)(size_t head_size, const AttentionSums& sums, const float* sink, float* y);
 };
 
+extern const AttentionTiles amx_attention_tiles;
 extern const AttentionKernels portable_attention, avx2_attention, avx512_attention;
 
 }  // namespace pastkey

@@ -109,6 +109,22 @@ void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to,
   }
 }
 
+// What tiles leave undone of a row's scores [from, to).
+template <class T>
+void finish_scores(const Rows<T>& keys, size_t from, size_t to, float softcap, float* scores) {
+  for (size_t j = from / 16 * 16; j < to; j += 16) {
+    Vec s = mul(load(scores + j), load(keys.scales + j));
+    store(scores + j, softcap > 0 ? soft_cap(s, softcap) : s);
+  }
+}
+
+// Weights beside [from, to) become 0.
+void zero_outside(size_t from, size_t to, float* weights) {
+  if (from >= to) from = to = 0;
+  for (size_t j = 0; j < from; j++) weights[j] = 0;
+  for (size_t j = to; j < kPart; j++) weights[j] = 0;
+}
+
 // Scores [from, to) become exp(score - top); their sum. With scales, each is then multiplied by its value's.
 float softmax_weights(float* scores, size_t from, size_t to, const float* scales, float* top) {
   const size_t begin = from / 16 * 16, end = (to + 15) / 16 * 16;
@@ -267,7 +283,10 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   }
 
   alignas(64) float weights[kAttentionRows * kPart];
-  if (a.copy) {
+  if (a.tiles) {
+    a.tiles->score(d, keys.data, begin, end, a.packed, weights);
+    for (size_t r = 0; r < a.count; r++) finish_scores(keys, ranges.from[r], ranges.to[r], a.softcap, weights + r * kPart);
+  } else if (a.copy) {
     const Rows<float> copy = copied(keys, begin, end, a.copy);
     each_rows(a.count, [&](auto n, size_t r) { score_rows<float, n.value>(a, copy, r, ranges, weights); });
   } else {
@@ -283,7 +302,13 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   for (size_t r = 0; r < a.count; r += 16)
     merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
 
-  if (a.copy) {
+  if (a.tiles) {
+    alignas(64) float out[kAttentionRows * kAttentionMaxHeadSize];
+    for (size_t r = 0; r < a.count; r++) zero_outside(ranges.from[r], ranges.to[r], weights + r * kPart);
+    a.tiles->add(a.count, d, values.data, begin, end, weights, a.packed, out);
+    for (size_t r = 0; r < a.count; r++)
+      if (ranges.from[r] < ranges.to[r]) merge_values(d, out + r * d, before[r], now[r], sums.values + r * d);
+  } else if (a.copy) {
     const Rows<float> copy = copied(values, begin, end, a.copy);
     each_rows(a.count, [&](auto n, size_t r) {
       add_rows<float, n.value>(copy, r, ranges, weights, before, now, sums.values);
@@ -293,6 +318,28 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
       add_rows<T, n.value>(values, r, ranges, weights, before, now, sums.values);
     });
   }
+}
+
+// A row with NaN or infinity has the scale NaN, which all of its elements become. 127 / most must not overflow.
+void round(const float* x, size_t d, char* row) {
+  uint32_t most_bits = 0;
+  for (size_t i = 0; i < d; i++) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    most_bits = bits > most_bits ? bits : most_bits;
+  }
+  float most;
+  memcpy(&most, &most_bits, sizeof most);
+  const bool finite = most_bits < 0x7f800000, zero = !finite || most < 1e-30f;
+  const float scale = !finite ? NAN : zero ? 0 : most / 127, inverse = zero ? 0 : 127 / most;
+  for (size_t i = 0; i < d; i++) {
+    const float shifted = (zero ? 0 : x[i]) * inverse + 12582912.f;  // rounded, and in the low bits, as in exp16
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    row[i] = static_cast<char>(bits);
+  }
+  memcpy(row + d, &scale, sizeof scale);
 }
 
 void attend(const AttentionRows& a, size_t part, const AttentionSums& sums) {

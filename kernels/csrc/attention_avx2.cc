@@ -84,6 +84,6 @@ inline float reduce_max(Vec a) {
 
 }  // namespace
 
-const AttentionKernels avx2_attention = {attend, merge, finish};
+const AttentionKernels avx2_attention = {round, attend, merge, finish};
 
 }  // namespace pastkey

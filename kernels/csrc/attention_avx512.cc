@@ -74,6 +74,6 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 
 }  // namespace
 
-const AttentionKernels avx512_attention = {attend, merge, finish};
+const AttentionKernels avx512_attention = {round, attend, merge, finish};
 
 }  // namespace pastkey

@@ -92,6 +92,6 @@ float reduce_max(const Vec& a) {
 
 }  // namespace
 
-const AttentionKernels portable_attention = {attend, merge, finish};
+const AttentionKernels portable_attention = {round, attend, merge, finish};
 
 }  // namespace pastkey

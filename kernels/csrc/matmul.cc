@@ -10,7 +10,6 @@
 namespace pastkey {
 namespace {
 
-constexpr size_t kDecodeRows = 8;         // up to so many rows give the same bits as one, whatever the level
 constexpr size_t kTaskBytes = 96 * 1024;  // of weights that a task reads: some 10 us, a fraction of the L2 cache
 constexpr size_t kColumns = 64;           // columns of both halves that wait for their activation
 

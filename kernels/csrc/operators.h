@@ -7,6 +7,8 @@
 
 namespace pastkey {
 
+constexpr size_t kDecodeRows = 8;  // up to so many rows, or tokens, give the same bits as one, whatever the level
+
 const OrtCustomOp* matmul_int8();
 const OrtCustomOp* norm_matmul_int8();
 const OrtCustomOp* decoder_attention();
