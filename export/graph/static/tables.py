@@ -89,8 +89,8 @@ def _token_axis(part: Part, found: np.ndarray, tokens: int, context_length: int)
     by = min(1, context_length - tokens)
     moved = part.run(np.arange(by, by + tokens)[None])
     axes = [axis for axis, size in enumerate(found.shape) if size == tokens]
-    same = range(tokens - by)
-    return next(axis for axis in axes if np.array_equal(found.take(np.add(same, by), axis), moved.take(same, axis)))
+    kept = np.arange(tokens - by)
+    return next(axis for axis in axes if np.array_equal(found.take(kept + by, axis), moved.take(kept, axis)))
 
 
 # --- rows that the host reads -------------------------------------------------------------------------------------
