@@ -1,10 +1,11 @@
 """Prompt-lookup decoding: drafts the tokens that followed the last occurrence of the newest tokens.
 
 Decoding is bound by reading the weights: running four tokens at once costs 1.4 steps, and eight 1.8 (SmolLM2-135M int8,
-with the native kernels and with onnxruntime's). A draft token is accepted only if the sampler chooses it. Several tokens take another attention kernel path than
-one, which differs in the last bits. In float32 the output is the same. int8 amplifies the difference, so outputs may
-diverge where two tokens are nearly equally likely, and sampled ones sooner or later do. Names, phrases and code
-repeat often enough; if they do not, drafts are short and become rare as they are rejected.
+with the native kernels and with onnxruntime's). A draft token is accepted only if the sampler chooses it. Several
+tokens take another attention kernel path than one, which differs in the last bits. In float32 the output is the same.
+int8 amplifies the difference, so outputs may diverge where two tokens are nearly equally likely, and sampled ones
+sooner or later do. Names, phrases and code repeat often enough; if they do not, drafts are short and become rare as
+they are rejected.
 
 Prompt lookup decoding, A. Saxena, 2023, https://github.com/apoorvumang/prompt-lookup-decoding
 """
