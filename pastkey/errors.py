@@ -112,6 +112,7 @@ NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
     "check": ("onnx",),
+    "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
