@@ -52,7 +52,7 @@ async def serve(
         access_log=settings.access_log,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=60,
+        timeout_keep_alive=max(1, round(settings.receive_seconds)),
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     # uvicorn's messages of clients that send no HTTP, or go away, are of no use to a user.

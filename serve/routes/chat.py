@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion, LanguageModel
 
+from ..api.options import options_of
+from ..api.replies import ChatChoice, ChatReply, call_id, finish_reason, head, logprobs_of, new_id, usage_of
+from ..api.schemas import ChatBody, ConversationBody, NamedTool, parsed
 from ..errors import RequestError
 from ..events import DONE, PING, ahead, event, guarded
-from ..options import options_of
-from ..replies import ChatChoice, ChatReply, call_id, finish_reason, head, logprobs_of, new_id, usage_of
-from ..schemas import ChatBody, ConversationBody, NamedTool, parsed
 from ..service import Job, Running, Service
 
 

@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion, LanguageModel
 
+from ..api.options import options_of
+from ..api.replies import TextChoice, TextLogprobs, TextReply, finish_reason, head, new_id, text_logprobs, usage_of
+from ..api.schemas import CompletionBody, parsed
 from ..errors import RequestError
 from ..events import DONE, PING, ahead, event, guarded
-from ..options import options_of
-from ..replies import TextChoice, TextLogprobs, TextReply, finish_reason, head, new_id, text_logprobs, usage_of
-from ..schemas import CompletionBody, parsed
 from ..service import Job, Prompt, Running, Service
 
 MAX_TOKENS = 16  # OpenAI's default

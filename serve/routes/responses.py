@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion
 
+from ..api.replies import call_id, finish_reason, logprobs_of, new_id
+from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, parsed
 from ..errors import RequestError, body_of
 from ..events import DONE, PING, ahead, event
-from ..replies import call_id, finish_reason, logprobs_of, new_id
-from ..schemas import ChatBody, FlatChoice, ResponsesBody, parsed
 from ..service import Running, Service
 from .chat import job_of
 

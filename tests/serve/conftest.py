@@ -116,7 +116,7 @@ def data_of(response: http.client.HTTPResponse) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iterator[Served]:
-    """A server of a bundle on a free port of loopback, in a thread. The model is loaded when it is given to the test."""
+    """A server of a bundle on a free port of loopback, in a thread; a bundle is loaded by then."""
     given = ServerSettings(**{"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}} | settings)
     begun: list[tuple[Server, Service]] = []
 

@@ -6,8 +6,6 @@ import contextlib
 import http.client
 import json
 import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,26 +96,16 @@ def test_a_full_queue_is_a_429_that_says_when_to_ask_again(bundle: Path, monkeyp
 
 
 def test_requests_are_answered_in_the_order_of_their_arrival(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(bundle, max_concurrency=1, max_queue=8) as served:
-        gate, order = Gate(served.model, monkeypatch), []
-
-        def ask(number: int) -> None:
-            assert served.ask(PATH, body("abc", 2))[0] == 200
-            order.append(number)
-
-        threads = []
-        for number in range(6):
-            threads.append(threading.Thread(target=ask, args=(number,)))
-            threads[-1].start()
-            waiting.until(lambda: opened(served) == len(threads))
-        for number in range(6):
-            waiting.until(lambda: served.model.activity.running == 1)
-            while len(order) == number:
-                gate.release(1)
-                time.sleep(0.002)
-        for thread in threads:
-            thread.join()
-        assert order == list(range(6))
+    prompts = ["ab", "bcd", "cdef", "defgh", "efghil", "fghilmn"]  # each is prefilled in one run of its own length
+    with running(bundle, max_concurrency=1, max_queue=8) as served, ThreadPoolExecutor(6) as clients:
+        shapes = runs_of(served.model.require_open().graph, monkeypatch)
+        gate, found = Gate(served.model, monkeypatch), []
+        for prompt in prompts:
+            found.append(clients.submit(served.ask, PATH, body(prompt, 2, prompt_lookup=False)))
+            waiting.until(lambda: opened(served) == len(found))
+        gate.release(1000)
+        assert [one.result()[0] for one in found] == [200] * 6
+        assert [tokens for _, tokens in shapes if tokens > 1] == [2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.slow
