@@ -76,4 +76,4 @@ async def serve(
     task = asyncio.create_task(loading())
     await server.serve([listening])
     if task.done():
-        task.result().close()
+        await asyncio.to_thread(task.result().close)  # requests that were cut end meanwhile
