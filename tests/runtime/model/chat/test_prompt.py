@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.decoding.completion import completed
 
 from ...conftest import TEMPLATE, Tiny
 
@@ -37,7 +38,7 @@ def test_every_call_gives_the_answer_of_a_chat(lm: LanguageModel) -> None:
     assert stream.completion is not None
     assert stream.completion.text == expected.text
     prompt = lm.chat_prompt(MESSAGES)
-    assert [one.ids for one in lm.generate([prompt], **OPTIONS)] == [expected.ids]  # type: ignore[list-item]
+    assert [one.ids for one in completed(lm.stream_many([prompt], **OPTIONS))] == [expected.ids]
 
     async def asynchronous() -> None:
         assert (await lm.agenerate_chat(MESSAGES, **OPTIONS)).ids == expected.ids
