@@ -6,6 +6,7 @@ Every class is also the builtin a caller would catch. The command line prints th
 from __future__ import annotations
 
 import importlib.util
+import queue
 
 
 class PastkeyError(Exception):
@@ -68,6 +69,10 @@ class ResourceError(PastkeyError, OSError):
     """Not enough memory or disk for the work."""
 
 
+class QueueFullError(PastkeyError, queue.Full):
+    """More requests than a model's queue holds: ask again later."""
+
+
 class ProviderError(PastkeyError, ValueError):
     """An execution provider that is not available, or that refused the model."""
 
@@ -107,6 +112,7 @@ NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
     "check": ("onnx",),
+    "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }

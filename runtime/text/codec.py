@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import json
 import re
 import string
 import unicodedata
@@ -42,6 +43,7 @@ class TextCodec:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pieces: list[str] | None = None
+        self._byte_level: bool | None = None
         self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its text alone
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
@@ -155,6 +157,15 @@ class TextCodec:
             return bytes(_BYTE_OF[letter] for letter in piece)
         except KeyError:
             return piece.encode()
+
+    def written(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, for a program that shows single tokens; its name if it is special."""
+        if self._byte_level is None:
+            decoder = json.loads(self._tokenizer.to_str())["decoder"]
+            self._byte_level = '"ByteLevel"' in json.dumps(decoder)
+        if self._byte_level or self.is_byte(token):
+            return self.bytes_of(token)
+        return (self._tokenizer.id_to_token(token) or "").replace(_SPACE, " ").encode()
 
     def _encodes(self, word: str) -> bool:
         try:

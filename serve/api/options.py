@@ -1,0 +1,53 @@
+"""The fields of a request as the runtime's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import RequestError
+from .schemas import ChatBody, CompletionBody, ResponseFormat, Sampling
+
+# Fields that have the runtime's names and meaning.
+_SAME = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "penalty_last_n", "no_repeat_ngram_size",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+    "min_new_tokens", "stop_token_ids", "prompt_lookup", "json_schema", "regex", "grammar",
+)  # fmt: skip
+
+
+def options_of(body: Sampling, defaults: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """The options of a generation. `max_tokens`: of a request that sets no limit. Raises RequestError."""
+    options: dict[str, Any] = {"temperature": 1.0, **defaults}
+    options |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    if body.seed is not None and body.seed != -1:
+        options["seed"] = body.seed
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if stop := [text for text in stop if text]:
+        options["stop"] = stop
+    if body.logit_bias:
+        try:
+            options["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+        except ValueError:
+            raise RequestError("logit_bias maps token ids to numbers", param="logit_bias") from None
+    if body.ignore_eos:
+        options["eos_token_id"] = []
+    if isinstance(body, ChatBody | CompletionBody):
+        options |= _format(body.response_format)
+        limit = body.max_completion_tokens if isinstance(body, ChatBody) else None
+        limit = body.max_tokens if limit is None else limit
+        if limit is not None:
+            options["max_new_tokens"] = max_tokens if limit < 0 else limit
+    options.setdefault("max_new_tokens", max_tokens)
+    return options
+
+
+def _format(asked: ResponseFormat | None) -> dict[str, Any]:
+    """The constraint of a response_format."""
+    if asked is None or asked.type == "text":
+        return {}
+    if asked.type == "json_object":
+        return {"json_schema": asked.schema_ or {"type": "object"}}
+    if asked.json_schema is None:
+        raise RequestError("response_format has no json_schema", param="response_format.json_schema")
+    return {"json_schema": asked.json_schema.schema_}

@@ -1,0 +1,264 @@
+"""The bodies of requests. A null is the same as an absent field; an unknown field is an error that names it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
+
+from ..errors import RequestError
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Schema = dict[str, Any]
+
+
+class Body(BaseModel):
+    """Any request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+B = TypeVar("B", bound=Body)
+
+
+class Ignored(Body):
+    """Fields that cannot change the answer here: they are accepted and not read."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+    cache_prompt: Any = None
+    id_slot: Any = None
+    timings_per_token: Any = None
+    return_progress: Any = None
+    prediction: Any = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Any = None
+
+
+class Sampling(Ignored):
+    """How tokens are chosen. Fields with the runtime's names mean the same as there."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    repetition_penalty: float | None = None
+    penalty_last_n: int | None = None
+    no_repeat_ngram_size: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    min_new_tokens: int | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    prompt_lookup: bool | None = None
+    json_schema: Schema | None = None
+    regex: Text | None = None
+    grammar: Text | None = None
+
+
+class JsonSchema(BaseModel):
+    """The schema of a response_format."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class Message(BaseModel):
+    """A message. A chat template may read further fields."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class Function(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Text
+    description: str | None = None
+    parameters: Schema | None = None
+
+
+class ToolSpec(BaseModel):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    """The name of a function."""
+
+    name: Text
+
+
+class NamedTool(BaseModel):
+    """A tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ConversationBody(Ignored):
+    """Messages for a chat template."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[ToolSpec] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(Sampling, ConversationBody):
+    """POST /v1/chat/completions."""
+
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=-1)
+    max_completion_tokens: int | None = Field(None, ge=-1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+
+class CompletionBody(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=-1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    response_format: ResponseFormat | None = None
+
+
+class FlatTool(BaseModel):
+    """A function, in the form of Responses."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    name: Text
+    description: str | None = None
+    parameters: Schema | None = None
+
+
+class FlatChoice(BaseModel):
+    """A function that must be called."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class TextFormat(Body):
+    """The form of the text, in the form of Responses."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Body):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+    verbosity: Any = None
+
+
+class ResponsesBody(Ignored):
+    """POST /v1/responses. Nothing is stored: each request has the whole conversation."""
+
+    model: str | None = None
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    text: TextConfig | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    reasoning: Any = None
+
+
+class EmbeddingBody(Ignored):
+    """POST /v1/embeddings."""
+
+    model: str | None = None
+    input: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class TokenizeBody(Body):
+    """POST /tokenize."""
+
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
+
+
+def parsed(kind: type[B], body: bytes) -> B:
+    """A body as its model. Raises RequestError or pydantic's ValidationError."""
+    try:
+        found = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RequestError("the body is not a JSON object")
+    return kind.model_validate({name: value for name, value in found.items() if value is not None})

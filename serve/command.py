@@ -1,0 +1,156 @@
+"""`pastkey serve`: opens the port, loads the bundle, and answers until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pastkey.command import (
+    Command,
+    add_placement,
+    finite_float,
+    key_value,
+    natural_int,
+    placement_of,
+    positive_int,
+    say,
+)
+from pastkey.errors import InputError
+from pastkey.files.folder import read_text
+
+from .settings import ServerSettings, is_loopback
+
+if TYPE_CHECKING:
+    from pastkey.runtime import LanguageModel
+
+KEY = "PASTKEY_API_KEY"
+_DEFAULT = ServerSettings()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", help="a folder that pastkey export wrote")
+    add("--host", default=_DEFAULT.host, help="address to listen on (%(default)s)")
+    add("--port", metavar="N", type=natural_int, default=_DEFAULT.port, help="port, 0 for a free one (%(default)s)")
+    add("--api-key-file", metavar="FILE", help=f"keys that requests must have, one a line (or in ${KEY})")
+    add("--insecure", action="store_true", help="let other machines ask without a key")
+    add("--alias", metavar="NAME", action="append", help="name of the model (the folder's); may be repeated")
+    add("--max-concurrency", metavar="N", type=positive_int, help=_told("requests decoded together", "max_concurrency"))
+    add("--max-queue", metavar="N", type=natural_int, help=_told("requests that wait; more get 429", "max_queue"))
+    add("--timeout", metavar="SECONDS", type=finite_float, help=_told("longest time of a request", "timeout"))
+    add("--drain", metavar="SECONDS", type=finite_float, help=_told("time to end after SIGTERM", "drain_seconds"))
+    add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
+    add("--allow-origin", metavar="ORIGIN", action="append", default=[], help="an origin of web pages that may ask")
+    add(
+        "--default",
+        metavar="NAME=JSON",
+        dest="defaults",
+        type=key_value,
+        action="append",
+        default=[],
+        help="option of requests that do not set it, by the runtime's name: temperature=0.7, max_new_tokens=512",
+    )
+    add("--access-log", action="store_true", help="print a line for each request")
+    add("--max-memory", metavar="BYTES", type=lambda text: int(float(text)), help="limit of all KV caches (none)")
+    add("--draft", metavar="BUNDLE", help="smaller bundle of the same vocabulary that drafts tokens (none)")
+    add_placement(parser)
+
+
+def _told(what: str, name: str) -> str:
+    return f"{what} ({getattr(_DEFAULT, name):g})"
+
+
+def settings_of(arguments: argparse.Namespace) -> ServerSettings:
+    """The settings that the flags make. Raises InputError."""
+    given = {
+        "max_concurrency": arguments.max_concurrency,
+        "max_queue": arguments.max_queue,
+        "timeout": arguments.timeout,
+        "drain_seconds": arguments.drain,
+    }
+    return dataclasses.replace(
+        _DEFAULT,
+        host=arguments.host,
+        port=arguments.port,
+        keys=_keys(arguments.api_key_file),
+        insecure=arguments.insecure,
+        names=tuple(arguments.alias or [Path(arguments.bundle).resolve().name]),
+        allow_hosts=tuple(arguments.allow_host),
+        allow_origins=tuple(arguments.allow_origin),
+        access_log=arguments.access_log,
+        defaults=_defaults(arguments.defaults),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _keys(file: str | None) -> tuple[str, ...]:
+    text = os.environ.get(KEY, "") if file is None else read_text(Path(file))
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if file is not None and not keys:
+        raise InputError(f"{file} has no key: write one in a line")
+    return keys
+
+
+def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    from pastkey.runtime import ChatOptions, SamplingConfig
+
+    found: dict[str, Any] = {}
+    for name, text in pairs:
+        if name not in ChatOptions.__optional_keys__:
+            raise InputError(f"--default {name}={text} was given; docs/sampling.md lists the names of options")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            raise InputError(f"--default {name}={text} was given; a JSON value was expected") from None
+    SamplingConfig.of(found)  # raises for a value out of range
+    return found
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises InputError for a port in use, or an address that is not this machine's."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        used = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        why = "another program listens there" if used else error
+        raise InputError(
+            f"cannot listen on {host} port {port} ({why}): take another one with --port or --host"
+        ) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pastkey.runtime import load
+
+    from .server import run
+
+    settings = settings_of(arguments)
+    placement = placement_of(arguments)
+
+    def opened() -> LanguageModel:
+        return load(
+            arguments.bundle,
+            draft=arguments.draft,
+            max_memory=arguments.max_memory,
+            max_batch=settings.max_concurrency,
+            max_queue=settings.max_queue,
+            **placement,
+        )
+
+    with listen(settings.host, settings.port) as listening:
+        port = listening.getsockname()[1]
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+        say(f"pastkey serve: {settings.names[0]} at http://{shown}:{port}/v1")
+        if not settings.keys and not is_loopback(settings.host):
+            say("pastkey serve: every machine that reaches this address may ask (--insecure)")
+        run(settings, listening, opened)
+    return 0
+
+
+serve_command = Command(_add_arguments, _run)

@@ -1,0 +1,95 @@
+"""Server-sent events: what a stream sends, and its pings."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from .errors import body_of
+
+Item = TypeVar("Item")
+DONE = "data: [DONE]\n\n"
+PING = ": ping\n\n"
+
+
+def event(content: Any, name: str | None = None) -> str:
+    """An event with a JSON value."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends events until their end, or the client goes away, or takes nothing for `patience` seconds."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], patience: float, close: Callable[[], object]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._events, self._patience, self._close = events, patience, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See StreamingResponse."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()  # also where the first event was never asked for
+
+    async def stream_response(self, send: Send) -> None:
+        """See StreamingResponse."""
+
+        async def patiently(message: Message) -> None:
+            async with asyncio.timeout(self._patience):
+                await send(message)
+
+        async with contextlib.aclosing(self._events):
+            with contextlib.suppress(TimeoutError):  # uvicorn closes the connection of an incomplete response
+                await super().stream_response(patiently)
+
+
+async def ahead(source: AsyncIterator[Item], ping_seconds: float) -> AsyncGenerator[Item | None, None]:
+    """Reads a source as fast as it goes, so that a slow client keeps no place of another. None is time for a ping.
+
+    What is read ahead is bounded by the length of the text.
+    """
+    read: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+
+    async def pump() -> None:
+        try:
+            async for item in source:
+                read.put_nowait(item)
+            read.put_nowait(StopAsyncIteration())
+        except Exception as error:
+            read.put_nowait(error)
+
+    task = asyncio.create_task(pump())
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(ping_seconds):
+                    item = await read.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(item, StopAsyncIteration):
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        task.cancel()
+
+
+async def guarded(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """Ends a stream that fails with an event that has the error."""
+    async with contextlib.aclosing(events):
+        try:
+            async for text in events:
+                yield text
+        except Exception as error:
+            yield event(body_of(error)[1])

@@ -1,0 +1,62 @@
+"""The metrics page, by prometheus-client."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from pastkey.runtime import Activity
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_GAUGES = ("running", "waiting", "cache_bytes", "prefix_bytes", "cached_prefixes")
+
+
+class Metrics:
+    """The counters of one server.
+
+    Attributes:
+        requests: HTTP responses by route and status.
+        first_token: Seconds from a job's acceptance to its first token, with its time in the queue.
+        seconds: Seconds from a job's acceptance to its end.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        labels = ("route", "status")
+        self.requests = Counter("pastkey_http_requests", "HTTP responses.", labels, registry=self._registry)
+        self.first_token = Histogram(
+            "pastkey_time_to_first_token_seconds",
+            "Seconds from the acceptance of a request to its first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.seconds = Histogram(
+            "pastkey_request_seconds",
+            "Seconds from the acceptance of a request to its end.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def watch(self, activity: Callable[[], Activity]) -> None:
+        """Shows the activity of a model: `pastkey_running`, `pastkey_new_tokens_total` and the others."""
+        self._registry.register(_ModelCollector(activity))
+
+    def page(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _ModelCollector:
+    """Reads the activity of a model when the page is asked for."""
+
+    def __init__(self, activity: Callable[[], Activity]) -> None:
+        self._activity = activity
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus-client."""
+        for name, value in dataclasses.asdict(self._activity()).items():
+            kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
+            yield kind(f"pastkey_{name}", f"See Activity.{name} of pastkey.runtime.", value=value)

@@ -1,0 +1,71 @@
+"""What the server tells of itself: models, health, metrics, props."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import RequestError
+from ..service import Service
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    manifest = service.model.manifest
+    meta = {
+        "n_ctx_train": manifest.context_length,
+        "n_vocab": manifest.vocab_size,
+        "precision": manifest.precision,
+    }
+    names = list(service.settings.names)
+    told = {"id": name, "object": "model", "created": service.started, "owned_by": "pastkey"}
+    return {**told, "aliases": names, "meta": meta}
+
+
+async def models(service: Service, request: Request, raw: bytes) -> Response:
+    """Lists the model."""
+    del request, raw
+    return JSONResponse({"object": "list", "data": [_model(service, service.settings.names[0])]})
+
+
+async def model(service: Service, request: Request, raw: bytes) -> Response:
+    """Tells of the model by its name."""
+    del raw
+    return JSONResponse(_model(service, service.require_model(request.path_params["model"])))
+
+
+async def health(service: Service, request: Request, raw: bytes) -> Response:
+    """Says whether the model is loaded: 200, or 503 before."""
+    del request, raw
+    if service.model.closed:
+        raise RequestError("the model is closed", status=503)
+    return JSONResponse({"status": "ok"})
+
+
+async def metrics(service: Service, request: Request, raw: bytes) -> Response:
+    """Counters in Prometheus' text format."""
+    del request, raw
+    return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def props(service: Service, request: Request, raw: bytes) -> Response:
+    """Tells the limits and the chat template."""
+    del request, raw
+    found = service.model
+    try:
+        template = found.chat_format().source
+    except Exception:  # the bundle has none, or jinja2 is not installed
+        template = None
+    return JSONResponse(
+        {
+            "model": service.settings.names[0],
+            "context_length": found.manifest.context_length,
+            "total_slots": service.settings.max_concurrency,
+            "max_queue": service.settings.max_queue,
+            "chat_template": template,
+            "kernels": found.kernels,
+            "defaults": service.settings.defaults,
+        }
+    )

@@ -1,0 +1,79 @@
+"""Runs the application in uvicorn: loads the model meanwhile, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from pastkey.runtime import LanguageModel
+
+from .app import application
+from .connection import Connection
+from .service import Service
+from .settings import ServerSettings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends with success after SIGTERM: its requests were answered."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but SIGTERM is not raised again."""
+        with super().capture_signals():
+            yield
+            self._captured_signals = [number for number in self._captured_signals if number != signal.SIGTERM]
+
+
+def run(settings: ServerSettings, listening: socket.socket, load: Callable[[], LanguageModel]) -> None:
+    """Answers until SIGTERM or Ctrl-C. Raises what `load` raises."""
+    asyncio.run(serve(settings, listening, load))
+
+
+async def serve(
+    settings: ServerSettings,
+    listening: socket.socket,
+    load: Callable[[], LanguageModel],
+    started: Callable[[Server, Service], None] = lambda server, service: None,
+) -> None:
+    """Serves in a running event loop. `started` gets the server, whose `should_exit` ends it."""
+    service = Service(settings)
+    config = uvicorn.Config(
+        application(service),
+        http=type("Connection", (Connection,), {"header_seconds": settings.receive_seconds}),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=settings.access_log,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=max(1, round(settings.receive_seconds)),
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    # uvicorn's messages of clients that send no HTTP, or go away, are of no use to a user.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    access = logging.getLogger("uvicorn.access")
+    access.setLevel(logging.INFO if settings.access_log else logging.CRITICAL)
+    if settings.access_log and not access.handlers:
+        access.addHandler(logging.StreamHandler())
+    server = Server(config)
+    started(server, service)
+
+    async def loading() -> LanguageModel:
+        try:
+            model = await asyncio.to_thread(load)
+        except BaseException:
+            server.should_exit = True
+            raise
+        service.loaded(model)
+        return model
+
+    task = asyncio.create_task(loading())
+    await server.serve([listening])
+    if task.done():
+        await asyncio.to_thread(task.result().close)  # requests that were cut end meanwhile

@@ -1,0 +1,192 @@
+"""The loaded model behind the routes: opens a job, lets it wait for its place, and reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, LanguageModel
+
+from .errors import RequestError
+from .events import EventStream
+from .metrics import Metrics
+from .settings import ServerSettings
+
+T = TypeVar("T")
+Prompt = str | list[int] | ChatPrompt
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the model is asked for: `n` continuations of each prompt, with the runtime's options."""
+
+    prompts: Sequence[Prompt]
+    n: int
+    options: dict[str, Any]
+
+
+class Running:
+    """A job that was accepted: its chunks, and at the end its completions.
+
+    Attributes:
+        job: The job.
+        created: The time of its acceptance, in seconds since 1970.
+    """
+
+    def __init__(self, service: Service, job: Job, stream: AsyncStreamMany) -> None:
+        self.job, self.created = job, int(time.time())
+        self._service, self._stream = service, stream
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Pairs of a place and a chunk, once it is this job's turn. Closing it ends the job within one step."""
+        began, first = time.perf_counter(), True
+        async with self._stream, self._service.places:
+            async for pair in self._stream:
+                if first:
+                    self._service.metrics.first_token.observe(time.perf_counter() - began)
+                    first = False
+                yield pair
+        self._service.metrics.seconds.observe(time.perf_counter() - began)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions, by place, at the end."""
+        return [completion for completion in self._stream.completions if completion is not None]
+
+    async def completed(self, request: Request) -> list[Completion]:
+        """Reads it to its end. A client that goes away ends it."""
+
+        async def read() -> list[Completion]:
+            async with contextlib.aclosing(self.chunks()) as chunks:
+                async for _ in chunks:
+                    pass
+            return self.completions
+
+        try:
+            return await while_connected(request, read())
+        finally:
+            self._stream.close()
+
+    def streamed(self, events: AsyncGenerator[str, None]) -> EventStream:
+        """A response of events that read the chunks."""
+        return EventStream(events, self._service.settings.timeout, self._stream.close)
+
+
+class Service:
+    """The model of a server, once it is loaded.
+
+    Attributes:
+        settings: The server's.
+        places: Held by each job that is decoded; they are given in order of arrival.
+        metrics: The counters.
+        started: When it began, in seconds since 1970.
+        site: The files of the page, once they were asked for.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.places = asyncio.Semaphore(settings.max_concurrency)
+        self.metrics = Metrics()
+        self.started = int(time.time())
+        self.site: Mapping[str, Path | bytes] | None = None
+        self._model: LanguageModel | None = None
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model. Raises RequestError while it is loaded."""
+        if self._model is None:
+            raise RequestError("Loading model", status=503, code="model_loading")
+        return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is there."""
+        return self._model is not None
+
+    def loaded(self, model: LanguageModel) -> None:
+        """Takes the model."""
+        self._model = model
+        self.metrics.watch(lambda: model.activity)
+
+    @property
+    def fingerprint(self) -> str:
+        """A word that is another one for another bundle or runtime."""
+        manifest = self.model.manifest
+        return f"bundle-{manifest.precision}-{manifest.pastkey_version}"
+
+    def require_model(self, name: str | None) -> str:
+        """The model's name. Raises RequestError for another one."""
+        names = self.settings.names
+        if name and name not in names:
+            known = " or ".join(repr(one) for one in names)
+            raise RequestError(
+                f"the model {name!r} is not here; this server has {known}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return name or names[0]
+
+    async def open(self, make: Callable[[LanguageModel], Job]) -> Running:
+        """Makes a job in a thread, and opens it. Raises what is wrong with it, and QueueFullError."""
+        model = self.model
+
+        made: list[AsyncStreamMany] = []
+
+        def opened() -> Job:
+            job = make(model)
+            context = model.manifest.context_length
+            for prompt in job.prompts:
+                length = len(prompt.ids if isinstance(prompt, ChatPrompt) else model.prompt_ids(prompt))
+                if length > context:
+                    raise RequestError(
+                        f"the prompt has {length} tokens; this model's maximum context length is {context} tokens",
+                        param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
+                        code="context_length_exceeded",
+                    )
+            options = {**job.options, "timeout": self.settings.timeout, "reuse_prefix": True}
+            made.append(model.astream_many(job.prompts, job.n, **options))  # type: ignore[arg-type]
+            return job
+
+        try:
+            job = await run_in_threadpool(opened)
+        except BaseException:  # also a cancellation while the thread works
+            for stream in made:
+                stream.close()
+            raise
+        return Running(self, job, made[0])
+
+    def pieces(self, token: int) -> tuple[str, list[int]]:
+        """The text of one token, and its bytes."""
+        codec = self.model.tokenizer
+        written = b"" if codec is None else codec.written(token)
+        return written.decode(errors="replace"), list(written)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Awaits work, and cancels it when the client goes away. The body was read before."""
+    task = asyncio.ensure_future(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done():
+            raise RequestError("the client went away", status=499) from None
+        task.cancel()
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,67 @@
+"""The settings of a server, with their defaults. Standard library only, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import Any
+
+from pastkey.errors import InputError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server listens, whom it answers, and its limits.
+
+    Attributes:
+        host: The address that it listens on: a loopback one, unless there is a key.
+        port: 0 takes a free one.
+        keys: A request has one of these; empty for no key.
+        insecure: Allows another address than a loopback one without a key.
+        names: The model's names; the first one is told, requests may have any of them.
+        max_concurrency: The number of requests that are decoded together.
+        max_queue: The number of requests that wait for one of these places. One more gets the status 429.
+        timeout: Seconds from a request's first step; then its text ends. Also of a reader that takes nothing.
+        body_bytes: The size of a request.
+        receive_seconds: Seconds for a request's headers, and for its body.
+        ping_seconds: Seconds without an event after which a stream gets a comment.
+        drain_seconds: Seconds that running requests get after SIGTERM.
+        allow_hosts: Further names in the Host header.
+        allow_origins: Origins of web pages that may ask.
+        access_log: Prints a line for each request.
+        defaults: The options of a request that does not set them.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    insecure: bool = False
+    names: tuple[str, ...] = ()
+    max_concurrency: int = 16
+    max_queue: int = 256
+    timeout: float = 600.0
+    body_bytes: int = 10_000_000
+    receive_seconds: float = 60.0
+    ping_seconds: float = 15.0
+    drain_seconds: float = 30.0
+    allow_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
+    access_log: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.keys and not self.insecure and not is_loopback(self.host):
+            raise InputError(
+                f"--host {self.host} lets other machines ask, and no key is set: add --api-key-file FILE, set the "
+                "environment variable PASTKEY_API_KEY, or take --insecure"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in LOOPBACK
