@@ -114,12 +114,13 @@ def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises InputError for a port in use, or an address that is not this machine's."""
+    if port > 65535:  # getaddrinfo would take the rest of a division
+        raise InputError(f"cannot listen on {host} port {port}: a port is at most 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        used = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "another program listens there" if used else error
+    except OSError as error:
+        why = "another program listens there" if error.errno == errno.EADDRINUSE else error
         raise InputError(
             f"cannot listen on {host} port {port} ({why}): take another one with --port or --host"
         ) from None

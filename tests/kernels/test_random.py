@@ -29,9 +29,9 @@ def wrong_array(rng: Random, array: Array) -> Array:
     kind = rng.integers(6)
     if kind == 0:
         return array.astype(rng.choice(TYPES))
-    if kind == 1 and array.ndim:
+    if kind == 1 and array.size:
         axis = rng.integers(array.ndim)
-        return array.take(rng.integers(0, max(1, array.shape[axis]), rng.integers(0, array.shape[axis] + 3)), axis)
+        return array.take(rng.integers(0, array.shape[axis], rng.integers(0, array.shape[axis] + 3)), axis)
     if kind == 2:
         return array[None]
     if kind == 3:

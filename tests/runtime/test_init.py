@@ -30,7 +30,7 @@ def test_everything_that_is_offered_is_there() -> None:
     [
         ("pastkey", "sys", 60),  # 6 to 38 by what Python itself has imported at its start
         ("pastkey.runtime", "sys", 60),
-        ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 175),  # 73 of them pastkey's
+        ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 190),  # 80 of them pastkey's
     ],
 )
 def test_importing_brings_few_modules_beside_what_it_stands_on(module: str, before: str, limit: int) -> None:

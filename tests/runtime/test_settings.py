@@ -70,7 +70,8 @@ IDS: tuple[Any, ...] = ("ab", b"ab", {1: 2}, [True], [1.5], [-1], 1.5)
 WRONG: list[tuple[str, tuple[Any, ...]]] = [
     ("allow_fallback native verify trust prompt_logprobs prompt_lookup draft reuse_prefix exact", SWITCH),
     ("keep_special_tokens normalize special_tokens_as_text", SWITCH),
-    ("max_memory prefix_bytes max_batch chunk_size n max_new_tokens logprobs num_sink_tokens top_k seed", WHOLE),
+    ("max_memory prefix_bytes max_batch max_queue chunk_size n max_new_tokens logprobs", WHOLE),
+    ("num_sink_tokens top_k seed", WHOLE),
     ("penalty_last_n no_repeat_ngram_size dry_allowed_length dry_penalty_last_n min_new_tokens", WHOLE),
     ("forced_eos_token_id", WHOLE),
     ("threads length", (True, 1.5, "1")),
