@@ -6,6 +6,7 @@ Every class is also the builtin a caller would catch. The command line prints th
 from __future__ import annotations
 
 import importlib.util
+import queue
 
 
 class PastkeyError(Exception):
@@ -66,6 +67,10 @@ class NumericsError(PastkeyError, ArithmeticError):
 
 class ResourceError(PastkeyError, OSError):
     """Not enough memory or disk for the work."""
+
+
+class QueueFullError(PastkeyError, queue.Full):
+    """More requests than a model's queue holds: ask again later."""
 
 
 class ProviderError(PastkeyError, ValueError):

@@ -31,6 +31,8 @@ from pastkey.lazy import lazy_names
 if TYPE_CHECKING:
     from .bulk.generator import Generator as Generator
     from .decoding.asynchronous import AsyncStream as AsyncStream
+    from .decoding.asynchronous import AsyncStreamMany as AsyncStreamMany
+    from .decoding.batching.activity import Activity as Activity
     from .decoding.completion import Chunk as Chunk
     from .decoding.completion import Completion as Completion
     from .decoding.completion import ToolCall as ToolCall
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
     from .loading import load as load
     from .model.chat.answer_stream import AnswerStream as AnswerStream
     from .model.chat.chat import Chat as Chat
+    from .model.chat.chat_stream import ChatStream as ChatStream
+    from .model.chat.prompt import AnswerOptions as AnswerOptions
+    from .model.chat.prompt import ChatPrompt as ChatPrompt
+    from .model.chat.prompt import ConversationOptions as ConversationOptions
     from .model.language_model import LanguageModel as LanguageModel
     from .model.scoring import Score as Score
     from .model.session import Session as Session
@@ -54,12 +60,14 @@ if TYPE_CHECKING:
     from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
     from .settings import SamplingOptions as SamplingOptions
+    from .text.tool_call_stream import ToolCallDelta as ToolCallDelta
 else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
             ".bulk.generator": ["Generator"],
-            ".decoding.asynchronous": ["AsyncStream"],
+            ".decoding.asynchronous": ["AsyncStream", "AsyncStreamMany"],
+            ".decoding.batching.activity": ["Activity"],
             ".decoding.completion": ["Chunk", "Completion", "ToolCall"],
             ".decoding.generation": ["Generation"],
             ".decoding.request": ["Request"],
@@ -68,6 +76,8 @@ else:
             ".loading": ["aload", "load"],
             ".model.chat.answer_stream": ["AnswerStream"],
             ".model.chat.chat": ["Chat"],
+            ".model.chat.chat_stream": ["ChatStream"],
+            ".model.chat.prompt": ["AnswerOptions", "ChatPrompt", "ConversationOptions"],
             ".model.language_model": ["LanguageModel"],
             ".model.scoring": ["Score"],
             ".model.session": ["Session"],
@@ -76,5 +86,6 @@ else:
             ".sandbox.model": ["SandboxedModel"],
             ".sandbox.stream": ["SandboxedStream"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
+            ".text.tool_call_stream": ["ToolCallDelta"],
         },
     )

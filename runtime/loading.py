@@ -34,6 +34,7 @@ class _Further(TypedDict, total=False):
     max_memory: int | None
     prefix_bytes: int | None
     max_batch: int | None
+    max_queue: int | None
     draft: str | Path | bytes | Traversable | LanguageModel | None
 
 
@@ -90,6 +91,7 @@ def load(
     max_memory: int | None = None,
     prefix_bytes: int | None = PREFIX_BYTES,
     max_batch: int | None = MAX_ROWS,
+    max_queue: int | None = None,
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
     trust: bool = True,
     limits: Limits | None = None,
@@ -121,6 +123,9 @@ def load(
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
             prefix is evicted first.
         max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
+        max_queue: The largest number of requests that wait beside `max_batch` others. One more raises QueueFullError
+            at once. A request is a call, or a stream until its end; of a batch call, which is never cut, each prompt is
+            one. None for no limit.
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
             this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.
@@ -148,7 +153,7 @@ def load(
         "native": native,
     }
     require(trust is not None, "trust", trust, "True or False")
-    sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
+    sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, "max_queue": max_queue}
     require_valid({**placement, **sizes, "verify": verify, "trust": trust})
     if trust is not True or limits is not None:
         _require_untrusted(trust, providers, draft)
@@ -172,6 +177,7 @@ def load(
                 "max_memory": None if max_memory is None else int(max_memory),
                 "prefix_bytes": int(prefix_bytes),
                 "max_batch": int(max_batch),
+                "max_queue": None if max_queue is None else int(max_queue),
             },
         )
     given = given_as(path)
@@ -191,6 +197,7 @@ def load(
             max_memory=max_memory,
             prefix_bytes=prefix_bytes,
             max_batch=max_batch,
+            max_queue=max_queue,
             draft=drafts,
             temporary=temporary,
             **placement,

@@ -325,6 +325,7 @@ _VALID: dict[str, tuple[Check, str]] = {
     "max_memory": _SIZE,
     "prefix_bytes": _COUNT,
     "max_batch": _SIZE,
+    "max_queue": _COUNT,
     "chunk_size": _SIZE,
     "length": (is_int, "a whole number"),
     "ids": (is_collection, "a list of token ids"),

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .completion import Chunk, Completion
-from .stream import ChunkStream
+from .many import StreamMany
+from .stream import ChunkStream, Readable
 
 if TYPE_CHECKING:
     import asyncio
     from concurrent.futures import Executor
 
+Piece = TypeVar("Piece")
+Whole = TypeVar("Whole")
 
-class AsyncStream(AsyncIterator[Chunk]):
-    """Yields a Chunk for each new token, as Stream does. Only one task may read it."""
 
-    def __init__(self, stream: ChunkStream, executor: Executor) -> None:
+class AsyncReadable(AsyncIterator[Piece], Generic[Piece, Whole]):
+    """What asynchronous streams have in common. Only one task may read one."""
+
+    def __init__(self, stream: Readable[Piece, Whole], executor: Executor) -> None:
         self._stream, self._executor = stream, executor
 
-    @property
-    def completion(self) -> Completion | None:
-        """The completion, once the stream has ended; after `aclose`, of the yielded tokens."""
-        return self._stream.completion
-
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> Piece:
         import asyncio  # 15 ms that only applications with an event loop spend
 
         step = asyncio.get_running_loop().run_in_executor(self._executor, next, self._stream, None)
         try:
-            chunk = await asyncio.shield(step)
+            piece = await asyncio.shield(step)
         except asyncio.CancelledError:
             self.cancel()
             step.add_done_callback(self._end)
             raise
-        if chunk is None:
+        if piece is None:
             raise StopAsyncIteration
-        return chunk
+        return piece
 
     async def aclose(self) -> None:
         """Ends the stream within one step."""
@@ -45,6 +44,29 @@ class AsyncStream(AsyncIterator[Chunk]):
     def cancel(self) -> None:
         """Ends the stream within one step. The reader gets the end, with the tokens decoded so far."""
         self._stream.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    def _end(self, step: asyncio.Future[Any]) -> None:
+        """Closes the stream after the last step of a cancelled task."""
+        if not step.cancelled():
+            step.exception()  # marks it as retrieved, or asyncio would log it
+        self._stream.close()
+
+
+class AsyncStream(AsyncReadable[Chunk, Completion]):
+    """Yields a Chunk for each new token, as Stream does. Only one task may read it."""
+
+    _stream: ChunkStream
+
+    @property
+    def completion(self) -> Completion | None:
+        """The completion, once the stream has ended; after `aclose`, of the yielded tokens."""
+        return self._stream.completion
 
     async def completed(self) -> Completion:
         """Reads the stream to its end and returns the completion."""
@@ -56,14 +78,13 @@ class AsyncStream(AsyncIterator[Chunk]):
         assert self.completion is not None
         return self.completion
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()
+class AsyncStreamMany(AsyncReadable[tuple[int, Chunk], list[Completion]]):
+    """Yields pairs of a place and a Chunk, as StreamMany does. Only one task may read it."""
 
-    def _end(self, step: asyncio.Future[Chunk | None]) -> None:
-        """Closes the stream after the last step of a cancelled task."""
-        if not step.cancelled():
-            step.exception()  # marks it as retrieved, or asyncio would log it
-        self._stream.close()
+    _stream: StreamMany
+
+    @property
+    def completions(self) -> list[Completion | None]:
+        """The completions by place; None while one runs."""
+        return self._stream.completions

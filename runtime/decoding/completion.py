@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, TypeVar
 
 from ..sampling.log_probs import TokenLogprob
+from ..text.tool_call_stream import ToolCallDelta
 
 Result = TypeVar("Result")
 
@@ -32,11 +33,13 @@ class Chunk:
         text: Whole characters only. "" while a character or a stop string is incomplete, and without a tokenizer.
         ids: The token; empty for the rest of the text.
         logprobs: The token's log-probability, if `logprobs` was given.
+        tool_calls: The parts of tool calls that it wrote, in an answer with tools. They are not in `text`.
     """
 
     text: str
     ids: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Completion:
     """The result of one request.
 
     Attributes:
-        text: The text of `ids`, without special tokens by default. It ends before the stop string, and before an
-            incomplete character. "" without a tokenizer.
+        text: The text of `ids`, without special tokens by default. It ends before the stop string, before an
+            incomplete character, and before tool calls. "" without a tokenizer.
         ids: The new tokens, without the EOS token, including those of a stop string.
         finish_reason: "stop" for an EOS token or a met constraint, "stop_string" for one of `stop`, "length" for
             `max_new_tokens` or the end of the context, "deadline" for `timeout`, "cancelled" if the caller ended it.
@@ -55,7 +58,7 @@ class Completion:
         decode_seconds: Time for the other tokens. With concurrent requests, both include waiting.
         cached_tokens: Number of prompt tokens that were in the KV cache already.
         stop_string: The one of `stop` that ended the text, or None. Of two with the same beginning, the shorter one.
-        tool_calls: The function calls of a Chat's answer, in order.
+        tool_calls: The function calls of an answer with tools, in order.
         draft_tokens: Number of tokens that prompt lookup or the draft model drafted.
         accepted_tokens: Number of accepted draft tokens.
         logprobs: Log-probabilities of `ids`, if `logprobs` was given.

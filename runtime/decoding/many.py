@@ -12,10 +12,10 @@ from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig, require_valid
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
-from .stream import Readable, Stream
+from .stream import ChunkStream, Readable
 
 Key = TypeVar("Key")
-Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], Stream]
+Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], ChunkStream]
 
 
 def several(prompt: Any) -> bool:
@@ -46,7 +46,7 @@ def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
 
 
 def interleaved(
-    streams: Iterator[tuple[Key, Stream | Exception]], most: int
+    streams: Iterator[tuple[Key, ChunkStream | Exception]], most: int
 ) -> Generator[tuple[Key, Chunk | Completion | Exception], None, None]:
     """Reads up to `most` streams in turn. When one ends, the next one joins.
 
@@ -57,15 +57,15 @@ def interleaved(
     Yields:
         The key with each chunk, then with the completion or with the exception that ended the stream.
     """
-    live: list[tuple[Key, Stream]] = []
+    live: list[tuple[Key, ChunkStream]] = []
     try:
         while True:
             while len(live) < most and (begun := next(streams, None)) is not None:
                 key, stream = begun
-                if isinstance(stream, Stream):
-                    live.append((key, stream))
-                else:
+                if isinstance(stream, Exception):
                     yield key, stream
+                else:
+                    live.append((key, stream))
             if not live:
                 return
             for key, stream in list(live):

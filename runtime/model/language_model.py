@@ -18,7 +18,8 @@ from pastkey.errors import InputError
 from pastkey.values import as_path, or_default
 
 from ..constraints.lazy import LazyVocabulary
-from ..decoding.asynchronous import AsyncStream
+from ..decoding.asynchronous import AsyncStream, AsyncStreamMany
+from ..decoding.batching.activity import Activity
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PREFIX_BYTES, PrefixStore
 from ..decoding.batching.scheduler import MAX_ROWS, Scheduler
@@ -29,6 +30,8 @@ from ..engine.engine import Engine
 from ..engine.golden import require_golden
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
+from .chat.calls import ChatCalls
+from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pastkey")
 
 
-class LanguageModel:
+class LanguageModel(ChatCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
     Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
@@ -75,6 +78,7 @@ class LanguageModel:
         max_memory: int | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         max_batch: int = MAX_ROWS,
+        max_queue: int | None = None,
         draft: DraftModel | None = None,
         temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
@@ -86,14 +90,14 @@ class LanguageModel:
         self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
         self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
         limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
-        self._settings = {**limits, "draft": draft, **placement}
+        self._settings = {**limits, "max_queue": max_queue, "draft": draft, **placement}
         self._temporary = temporary
         engine = Engine(bundle, **placement)
         require_golden(engine, bundle)
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
         stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)
         self.draft, self.max_batch = draft, max_batch
-        self.scheduler = Scheduler(graph, stores[-1], max_batch)
+        self.scheduler = Scheduler(graph, stores[-1], max_batch, max_queue)
         self.memory = CacheMemory(graph, stores, max_memory)
         self.parts = ModelParts(
             self.bundle, self.tokenizer, self.vocabulary, engine, self.scheduler, self.memory, self.draft
@@ -147,6 +151,11 @@ class LanguageModel:
     def require_open(self) -> Engine:
         """An engine over the graph, for its properties. Raises InputError if the model is closed."""
         return self.parts.require_open()
+
+    @property
+    def activity(self) -> Activity:
+        """How busy the model is: what runs and waits, the caches, and totals since it was loaded."""
+        return self.scheduler.activity()
 
     @property
     def kernels(self) -> str:
@@ -230,12 +239,15 @@ class LanguageModel:
         return completed(open_prompt(self.parts, prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], n: int | None = None, **options: Unpack[GenerateOptions]
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[ChatPrompt],
+        n: int | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> StreamMany:
         """Continues a batch of prompts, token by token.
 
         Args:
-            prompts: Texts, or sequences of token ids (T,).
+            prompts: Texts, sequences of token ids (T,), or conversations that `chat_prompt` made.
             n: The number of continuations of each prompt, as in `generate`. Those of a prompt have consecutive places.
             **options: As in `generate`.
 
@@ -249,6 +261,15 @@ class LanguageModel:
         """
         given = options_of("stream_many", options, GENERATE_OPTIONS)
         return StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n)
+
+    def astream_many(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[ChatPrompt],
+        n: int | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncStreamMany:
+        """As `stream_many`, for `async for`. Cancelling the task ends it within one step."""
+        return AsyncStreamMany(self.stream_many(prompts, n, **options), self.executor)
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""

@@ -12,13 +12,14 @@ from pastkey.values import is_int, require
 from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
 from ..decoding.request import Request
-from ..decoding.stream import Stream
+from ..decoding.stream import ChunkStream, Stream
 from ..engine.engine import Engine
 from ..sampling.dry import Breakers, sequence_breakers
 from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
+from .chat.prompt import ChatPrompt
 from .parts import ModelParts
 
 
@@ -69,18 +70,29 @@ class Prompted(Scheduled):
 
 
 def open_prompt(
-    parts: ModelParts, prompt: str | Sequence[int], options: Mapping[str, Any], shared: SharedPrefills | None = None
-) -> Stream:
+    parts: ModelParts,
+    prompt: str | Sequence[int] | ChatPrompt,
+    options: Mapping[str, Any],
+    shared: SharedPrefills | None = None,
+) -> ChunkStream:
     """Opens a stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
+    if isinstance(prompt, ChatPrompt):
+        return prompt.answered(open_prompt(parts, prompt.ids, {**prompt.defaults, **options}, shared))
     parts.require_open()
     ids = parts.prompt_ids(prompt)
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(parts, lifecycle, ids, options, after_text=after_text)
+    return open_stream(parts, lifecycle, ids, options, after_text=after_text, bounded=shared is None)
 
 
 def open_stream(
-    parts: ModelParts, lifecycle: Lifecycle, ids: Sequence[int], options: Mapping[str, Any], *, after_text: bool
+    parts: ModelParts,
+    lifecycle: Lifecycle,
+    ids: Sequence[int],
+    options: Mapping[str, Any],
+    *,
+    after_text: bool,
+    bounded: bool = True,
 ) -> Stream:
     """Opens a stream that continues `ids`.
 
@@ -90,8 +102,10 @@ def open_stream(
         ids: The whole sequence so far, (T,).
         options: As returned by `options_of`.
         after_text: Whether the new text continues a text.
+        bounded: Whether a full queue refuses it.
 
     Raises:
+        QueueFullError: The queue is full.
         InputError: `ids` or an option is out of range.
     """
     codec = parts.tokenizer
@@ -120,6 +134,7 @@ def open_stream(
     after_text = after_text or constraint is not None  # a constraint sees the space that begins a text
     text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
     generation = Generation(parts.require_open(), request, lifecycle)
+    parts.scheduler.admit(generation, bounded=bounded)
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 

@@ -21,6 +21,7 @@ Call = dict[str, Any]  # "name" and "arguments"
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
 _CALLS, _ARGS = "[TOOL_CALLS]", "[ARGS]"
+MARKS = {"hermes": (_OPEN,), "mistral": (_CALLS,), "llama3": (_PYTHON,)}  # what the first call begins with
 _BETWEEN = frozenset("; \n\t\r")
 _JSON = json.JSONDecoder()
 

@@ -23,14 +23,16 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, QueueFullError
 
 from ...engine.caches.slab import Slab
 from ...engine.decoder_graph import DecoderGraph, Logits
 from ...engine.engine import Engine
 from ..generation import Generation
+from .activity import TOTALS, Activity
 from .pace import Pace
 from .prefix_cache import PrefixStore
 
@@ -54,8 +56,13 @@ class Scheduler:
         closed: Whether `close` was called.
     """
 
-    def __init__(self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS) -> None:
+    def __init__(
+        self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS, max_queue: int | None = None
+    ) -> None:
         self.store = store
+        self._most = None if max_queue is None else max_rows + max_queue  # open requests
+        self._open: dict[Generation, None] = {}
+        self._totals: Counter[str] = Counter()
         self.steps = self.batched = 0
         self.closed = False
         self._new_lock()
@@ -74,6 +81,33 @@ class Scheduler:
         # `with` on the lock itself runs in C, so no interrupt can come between.
         self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)  # notified at the end of a step
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+    def admit(self, generation: Generation, *, bounded: bool = True) -> None:
+        """Counts a request until it leaves. Raises QueueFullError if it is `bounded` and too many are open."""
+        with self._mutex:
+            if bounded and self._most is not None and len(self._open) >= self._most:
+                raise QueueFullError(
+                    f"{len(self._open)} requests are open and the queue is full: ask again later, or load the model "
+                    "with a larger max_queue"
+                )
+            self._open[generation] = None
+
+    def activity(self) -> Activity:
+        """How busy the model is, at this moment."""
+        requests = list(self._open)
+        begun = [generation for generation in requests if generation.begun]
+        alone = [generation.engine for generation in begun if not self.shares_memory(generation.engine)]
+        return Activity(
+            running=len(begun),
+            waiting=len(requests) - len(begun),
+            cache_bytes=(0 if self._slab is None else self._slab.nbytes) + sum(engine.nbytes for engine in alone),
+            prefix_bytes=self.store.nbytes,
+            cached_prefixes=len(self.store),
+            steps=self.steps,
+            batched_tokens=self.batched,
+            **{name: self._totals[name] for name in TOTALS},
+        )
 
     # --- threads that need a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
@@ -131,6 +165,7 @@ class Scheduler:
         Never waits: the garbage collector may call it at any moment, in a thread that leads or holds the lock.
         """
         self._live[generation] = None
+        self._open.pop(generation, None)
         if self._mutex.acquire(blocking=False):
             try:
                 if self._leader is None:
@@ -189,7 +224,7 @@ class Scheduler:
         mine = self._leader == threading.get_ident()
         if child:
             self._new_lock()
-            self._asking = []
+            self._asking, self._open = [], {}
             if self._forks or not mine:
                 self._waiting, self._leader = [], None
         elif self._forks and mine:
@@ -212,6 +247,9 @@ class Scheduler:
                 except Exception as error:
                     _log.warning("the cache of a generation was lost: %s", error)
                 self._live.pop(generation, None)
+                if generation.begun:
+                    self._totals["requests"] += 1
+                    self._totals.update({name: getattr(generation, name) for name in TOTALS[1:]})
             if self._clears:
                 self._clears = False
                 self.store.clear()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pastkey.errors import InputError
 
-from ...decoding.completion import Chunk, Completion
+from ...decoding.completion import Chunk, ToolCall
 from ...decoding.stream import ChunkStream
 from ...text.messages import message
 
@@ -16,9 +16,8 @@ class Conversation(Protocol):
     """The Chat, as far as its answer needs it."""
 
     messages: list[dict[str, Any]]
-    format: Any
 
-    def taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
+    def taken_in(self, messages: list[dict[str, Any]], text: str, calls: Sequence[ToolCall]) -> None:
         """Puts the whole answer into the conversation."""
 
 
@@ -37,12 +36,12 @@ class AnswerStream(ChunkStream):
         Args:
             chat: The conversation.
             messages: What is answered, without the beginning of an answer that goes on.
-            stream: The model's.
+            stream: The answer.
             cut: That beginning, or None.
         """
         super().__init__()
         self._chat, self._messages, self._stream, self._cut = chat, messages, stream, cut or ""
-        self._before, self._said, self._space = chat.messages, self._cut, ""
+        self._before, self._said = chat.messages, self._cut
         self._written = chat.messages  # by this answer; another list means that another call took the turn
         self._over = False
 
@@ -54,18 +53,15 @@ class AnswerStream(ChunkStream):
         except StopIteration as end:
             self._require_turn()
             self._over = True
-            found = dataclasses.replace(end.value, text=self._space + end.value.text)
-            self.completion = self._chat.taken_in(self._messages, self._cut + found.text, found)
-            raise StopIteration(self.completion) from None
+            self.completion = found = end.value
+            self._chat.taken_in(self._messages, self._cut + found.text, found.tool_calls)
+            raise StopIteration(found) from None
         except BaseException as error:
             self.close()
             if isinstance(error, Exception) and self._chat.messages is self._written:
                 self._chat.messages = self._before
             raise
         self._require_turn()
-        if self._cut and self._said == self._cut and chunk.ids and self._chat.format.loses_space(chunk.ids[0]):
-            self._space = " "  # a decoder drops it where a text begins, and this one goes on
-            chunk = dataclasses.replace(chunk, text=self._space + chunk.text)
         self._said += chunk.text
         self._chat.messages = self._written = [*self._messages, message("assistant", self._said)]
         return chunk

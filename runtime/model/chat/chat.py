@@ -14,7 +14,7 @@ from pastkey.values import or_default, shown
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, ToolCall, completed
-from ...settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, options_of, require_valid
+from ...settings import CHAT_OPTIONS, ChatOptions, options_of, require_valid
 from ...text.environment import plain
 from ...text.messages import (
     Content,
@@ -26,9 +26,10 @@ from ...text.messages import (
     save_messages,
     text_of,
 )
-from ...text.tool_calls import parse_tool_calls, tool_call_form
+from ...text.tool_calls import parse_tool_calls
 from .answer_stream import AnswerStream
 from .chat_model import ChatModel
+from .prompt import ChatPrompt, ChatRenderer, beginning
 
 if TYPE_CHECKING:
     from ...text.tools import Tool
@@ -86,8 +87,7 @@ class Chat:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
         self.format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=as_text)
-        self._form = tool_call_form(self.format.source)
-        self._takes_text, self._takes_parts = self._contents_taken()
+        self._renderer = ChatRenderer(self.format, self._variables)
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
         if said:
@@ -165,7 +165,12 @@ class Chat:
         messages, cut = self._standing()
         lost = cut and answer.ids and self.format.loses_space(answer.ids[0])
         answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
-        return self.taken_in(messages if cut is None else messages[:-1], (cut or "") + answer.text, answer)
+        text, calls = (cut or "") + answer.text, cast(list[ToolCall], [])
+        if self.tools is not None:
+            said, found = parse_tool_calls(text, self._renderer.form, self._tool_names)
+            text, calls = said, cast(list[ToolCall], found)
+        self.taken_in(messages if cut is None else messages[:-1], text, calls)
+        return dataclasses.replace(answer, tool_calls=calls)
 
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
         """Adds the result of a tool. `ask()` without a text then continues from it.
@@ -257,24 +262,20 @@ class Chat:
             messages, cut = self._standing()
         else:
             messages, cut = [*self._said(), message("user", checked_content("the message", text))], None
-        ids = self._ids(messages, cut is not None)
+        prompt = self._prompt(messages, cut)
         context = self.model.manifest.context_length
         shifts = options.get("context_overflow") == "shift"
-        if len(ids) > context and not shifts:
+        if len(prompt.ids) > context and not shifts:
             raise InputError(
-                f"with this message the conversation has {len(ids)} tokens; the context is {context}: let the oldest "
-                "question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
+                f"with this message the conversation has {len(prompt.ids)} tokens; the context is {context}: let the "
+                "oldest question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
                 "chat.drop(), undo(), reset()); nothing was lost"
             )
-        settings: dict[str, Any] = {
-            "max_new_tokens": CHAT_NEW_TOKENS,
-            "keep_special_tokens": self.tools is not None,
-            **options,
-        }
+        settings: dict[str, Any] = {**prompt.defaults, **options}
         if shifts and "num_sink_tokens" not in options:
             settings["num_sink_tokens"] = min(self._head_tokens(), context // 2)
-        stream = self.model.stream(ids, **settings, reuse_prefix=True)
-        return AnswerStream(self, messages[:-1] if cut is not None else messages, stream, cut)
+        answer = prompt.answered(self.model.stream(prompt.ids, **settings))
+        return AnswerStream(self, messages[:-1] if cut is not None else messages, answer, cut)
 
     def _head_tokens(self) -> int:
         """The number of tokens before the first question: the system text and what the template adds."""
@@ -291,18 +292,13 @@ class Chat:
         """The messages, and the text so far of an answer to continue, else None."""
         messages = self._said()
         last = messages[-1] if messages else {"role": "system"}
-        if last["role"] == "assistant" and not last.get("tool_calls"):
-            return messages, text_of(last["content"])
-        if last["role"] not in ("tool", "user"):
+        cut = beginning(messages)
+        if cut is None and last["role"] not in ("tool", "user"):
             raise InputError("the message is None; a text was expected, since there is nothing to go on from")
-        return messages, None
+        return messages, cut
 
-    def taken_in(self, messages: list[dict[str, Any]], text: str, completion: Completion) -> Completion:
-        """Adds the whole answer to the conversation, with its tool calls parsed."""
-        calls: list[dict[str, Any]] = []
-        if self.tools is not None:
-            known = [tool.get("function", tool).get("name") for tool in self.tools]
-            text, calls = parse_tool_calls(text, self._form, known)
+    def taken_in(self, messages: list[dict[str, Any]], text: str, calls: Sequence[ToolCall]) -> None:
+        """Adds the whole answer to the conversation, with its tool calls."""
         more: dict[str, Any] = {}
         if calls:
             first = sum(len(said.get("tool_calls") or ()) for said in messages)
@@ -312,7 +308,6 @@ class Chat:
                 for place, call in enumerate(calls)
             ]
         self.messages = [*messages, message("assistant", text, **more)]
-        return dataclasses.replace(completion, tool_calls=cast(list[ToolCall], calls))
 
     def _open_calls(self) -> list[dict[str, Any]]:
         """The tool calls of the last answer that have no result yet."""
@@ -327,39 +322,23 @@ class Chat:
         return [call for call in calls if (call.get("id") or call["function"]["name"]) not in answered]
 
     # --- the template ---------------------------------------------------------------------------------------------
+    def _prompt(self, messages: Sequence[Mapping[str, Any]], cut: str | None) -> ChatPrompt:
+        names = None if self.tools is None else self._tool_names
+        return ChatPrompt(self._ids(messages, cut is not None), names, self._renderer.form, cut or "", self.format)
+
+    @property
+    def _tool_names(self) -> tuple[str, ...]:
+        return tuple(str(tool.get("function", tool).get("name")) for tool in self.tools or ())
+
     def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
-        return self.format.ids(list(map(self._shaped, messages)), **self._given(continue_final_message=continued))
+        return self._renderer.ids(messages, **self._given(continue_final_message=continued))
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> str:
-        return self.format.render(list(map(self._shaped, messages)), **self._given(**changes))
+        return self._renderer.render(messages, **self._given(**changes))
 
     def _given(self, **changes: Any) -> dict[str, Any]:
         """The template's variables besides the messages."""
         return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
-
-    def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The message with its content in the form that the template supports: parts or text."""
-        content = said.get("content")
-        if content is None:  # beside tool calls; templates concatenate texts
-            said, content = {**said, "content": ""}, ""
-        if isinstance(content, str) and not self._takes_text:
-            return {**said, "content": [{"type": "text", "text": content}]}
-        if isinstance(content, list | tuple) and not self._takes_parts:
-            return {**said, "content": text_of(content)}
-        return said
-
-    def _contents_taken(self) -> tuple[bool, bool]:
-        """Whether the template renders a text content, and a content in parts."""
-
-        def writes(content: Content) -> bool:
-            try:
-                text = self.format.render([message("user", content)], **self._variables)
-            except InputError:
-                return False
-            return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
-
-        parts = writes([{"type": "text", "text": "pastkey"}])
-        return writes("pastkey") or not parts, parts
 
     def _notice_what_is_left_out(self, stacklevel: int) -> None:
         """Warns of arguments that the template ignores. Raises InputError if it refuses the system text.

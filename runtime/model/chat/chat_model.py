@@ -40,6 +40,10 @@ class ChatModel(Protocol):
     def executor(self) -> Executor:
         """The threads that wait for tokens on behalf of an event loop."""
 
+    @property
+    def renderers(self) -> dict[Any, Any]:
+        """The compiled template of each kind of stateless call."""
+
     def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
         """The conversion of conversations to token ids."""
 

@@ -1,0 +1,85 @@
+"""Stateless calls: messages in, a completion out. LanguageModel and SandboxedModel have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Unpack
+
+from ...decoding.asynchronous import AsyncStream
+from ...decoding.completion import Completion, completed
+from ...settings import options_of
+from .chat_model import ChatModel
+from .chat_stream import ChatStream
+from .prompt import (
+    ANSWER_OPTIONS,
+    CONVERSATION_OPTIONS,
+    AnswerOptions,
+    ChatPrompt,
+    ConversationOptions,
+    chat_prompt,
+    chat_text,
+)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatCalls:
+    """The calls of a model that answer messages. Each gets the whole conversation, and keeps only its KV cache."""
+
+    @cached_property
+    def renderers(self) -> dict[Any, Any]:
+        """The compiled chat templates of these calls."""
+        return {}
+
+    def generate_chat(self: ChatModel, messages: Messages, **options: Unpack[AnswerOptions]) -> Completion:
+        """Answers a conversation.
+
+        Args:
+            messages: The conversation, in OpenAI's form. If the last message is an answer, the model continues it.
+            **options: As in `Chat.ask`, and `ConversationOptions`: `tools`, `template`, `documents`,
+                `special_tokens_as_text`, `template_variables`.
+
+        Returns:
+            The answer, with its `tool_calls`.
+
+        Raises:
+            InputError: The bundle has no tokenizer or chat template; the template refuses the conversation, or it is
+                longer than the context; an option is out of range.
+            OptionError: There is no option of that name.
+            QueueFullError: `max_queue` requests wait already.
+            NumericsError: The model yields NaN or infinity.
+        """
+        return completed(_answer(self, messages, options_of("generate_chat", options, ANSWER_OPTIONS)))
+
+    def stream_chat(self: ChatModel, messages: Messages, **options: Unpack[AnswerOptions]) -> ChatStream:
+        """As `generate_chat`, token by token: each Chunk has new text, or parts of tool calls.
+
+        The beginning of a call that turns out to be malformed cannot be taken back. Then the completion's text is the
+        whole answer.
+        """
+        return _answer(self, messages, options_of("stream_chat", options, ANSWER_OPTIONS))
+
+    async def agenerate_chat(self: ChatModel, messages: Messages, **options: Unpack[AnswerOptions]) -> Completion:
+        """As `generate_chat`, for `await`. Cancelling the task ends it within one step."""
+        answer = _answer(self, messages, options_of("agenerate_chat", options, ANSWER_OPTIONS))
+        return await AsyncStream(answer, self.executor).completed()
+
+    def astream_chat(self: ChatModel, messages: Messages, **options: Unpack[AnswerOptions]) -> AsyncStream:
+        """As `stream_chat`, for `async for`. Cancelling the task ends it within one step."""
+        answer = _answer(self, messages, options_of("astream_chat", options, ANSWER_OPTIONS))
+        return AsyncStream(answer, self.executor)
+
+    def chat_prompt(self: ChatModel, messages: Messages, **options: Unpack[ConversationOptions]) -> ChatPrompt:
+        """The conversation as a prompt of `LanguageModel.stream_many` and `astream_many`. Raises as `generate_chat`."""
+        return chat_prompt(self, messages, options_of("chat_prompt", options, CONVERSATION_OPTIONS))
+
+    def chat_text(self: ChatModel, messages: Messages, **options: Unpack[ConversationOptions]) -> str:
+        """The conversation as the text that is encoded. Raises as `generate_chat`."""
+        return chat_text(self, messages, options_of("chat_text", options, CONVERSATION_OPTIONS))
+
+
+def _answer(model: ChatModel, messages: Messages, options: Mapping[str, Any]) -> ChatStream:
+    prompt = chat_prompt(model, messages, options)
+    given: Any = {name: value for name, value in options.items() if name not in CONVERSATION_OPTIONS}
+    return prompt.answered(model.stream(prompt.ids, **{**prompt.defaults, **given}))

@@ -1,0 +1,163 @@
+"""A conversation as the prompt of one stateless call, and the template that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pastkey.errors import InputError
+
+from ...decoding.stream import ChunkStream
+from ...settings import CHAT_NEW_TOKENS, ChatOptions
+from ...text.messages import Content, check_messages, message, read_message, text_of
+from ...text.tool_call_stream import ToolCallReader
+from ...text.tool_calls import Form, tool_call_form
+from .chat_model import ChatModel, Format
+from .chat_stream import ChatStream
+
+if TYPE_CHECKING:
+    from ...text.tools import Tool
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as token ids, for every call of a LanguageModel that takes a prompt.
+
+    Attributes:
+        ids: The token ids, which end where the answer begins.
+        tools: The names of the tools, or None.
+        form: The form of tool calls, or None if the template's is unknown.
+        cut: The beginning of the answer, where the last message is one to continue; else "".
+        format: What encoded it.
+    """
+
+    ids: list[int]
+    tools: tuple[str, ...] | None
+    form: Form | None
+    cut: str
+    format: Format
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options of the call that are not those of other prompts."""
+        return {
+            "max_new_tokens": CHAT_NEW_TOKENS,
+            "keep_special_tokens": self.tools is not None,  # many models mark calls with them
+            "reuse_prefix": True,
+        }
+
+    def answered(self, stream: ChunkStream) -> ChatStream:
+        """The answer that a model's stream writes."""
+        reader = ToolCallReader(None if self.tools is None else self.form, self.tools or ())
+        reader.push(self.cut)
+        return ChatStream(stream, reader, self.format.loses_space)
+
+
+class ChatRenderer:
+    """Renders messages in the form that a template takes.
+
+    Attributes:
+        format: Converts the conversation to token ids.
+        form: The form of tool calls in the template, or None.
+    """
+
+    def __init__(self, form: Format, variables: Mapping[str, Any]) -> None:
+        """Finds by two renderings whether the template takes contents as texts, as parts, or both."""
+        self.format, self.form = form, tool_call_form(form.source)
+        parts = self._writes([{"type": "text", "text": "pastkey"}], variables)
+        self._takes_text, self._takes_parts = self._writes("pastkey", variables) or not parts, parts
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+        """The conversation as a text."""
+        return self.format.render(list(map(self._shaped, messages)), **given)
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
+        """The conversation as token ids."""
+        return self.format.ids(list(map(self._shaped, messages)), **given)
+
+    def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The message with its content in the form that the template supports: parts or text."""
+        content = said.get("content")
+        if content is None:  # beside tool calls; templates concatenate texts
+            said, content = {**said, "content": ""}, ""
+        if isinstance(content, str) and not self._takes_text:
+            return {**said, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list | tuple) and not self._takes_parts:
+            return {**said, "content": text_of(content)}
+        return said
+
+    def _writes(self, content: Content, variables: Mapping[str, Any]) -> bool:
+        try:
+            text = self.format.render([message("user", content)], **variables)
+        except InputError:
+            return False
+        return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
+
+
+class ConversationOptions(TypedDict, total=False):
+    """What the template is given beside the messages.
+
+    - `tools`, `template`, `documents`, `special_tokens_as_text`: As in `LanguageModel.chat`.
+    - `template_variables` (mapping, none): Further variables of the template, such as {"enable_thinking": False}.
+    """
+
+    tools: Sequence[Tool] | None
+    template: str | Path | None
+    documents: Sequence[Mapping[str, Any]] | None
+    special_tokens_as_text: bool | None
+    template_variables: Mapping[str, Any] | None
+
+
+class AnswerOptions(ChatOptions, ConversationOptions, total=False):
+    """The options of `generate_chat` and `stream_chat`: those of a Chat's answer, and of its conversation."""
+
+
+CONVERSATION_OPTIONS: frozenset[str] = ConversationOptions.__optional_keys__
+ANSWER_OPTIONS: frozenset[str] = AnswerOptions.__optional_keys__
+
+
+def chat_prompt(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatPrompt:
+    """The prompt of a conversation. Raises InputError if the bundle or its template does not take it."""
+    renderer, said, given = _prepared(model, messages, options)
+    tools = given["tools"]
+    names = None if tools is None else tuple(str(tool.get("function", tool).get("name")) for tool in tools)
+    cut = beginning(said)
+    ids = renderer.ids(said, continue_final_message=cut is not None, **given)
+    return ChatPrompt(ids, names, renderer.form, cut or "", renderer.format)
+
+
+def chat_text(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+    """The text of a conversation that is encoded. Raises as `chat_prompt`."""
+    renderer, said, given = _prepared(model, messages, options)
+    return renderer.render(said, continue_final_message=beginning(said) is not None, **given)
+
+
+def _prepared(
+    model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> tuple[ChatRenderer, list[dict[str, Any]], dict[str, Any]]:
+    """The renderer, the messages as templates take them, and the variables."""
+    check_messages(messages)
+    if not messages:
+        raise InputError("messages is an empty list: give at least one message to answer")
+    template, variables = options.get("template"), options.get("template_variables", {})
+    given: dict[str, Any] = {**variables, "tools": None, "documents": options.get("documents")}
+    if options.get("tools"):
+        from ...text.tools import tool_schemas  # only tools need what it imports
+
+        given["tools"] = tool_schemas(options["tools"])
+    key = given["tools"] is not None, options.get("special_tokens_as_text", False)
+    renderer = model.renderers.get(key) if template is None else None  # a file may change
+    if renderer is None:
+        form = model.chat_format(template, tools=key[0], special_tokens_as_text=key[1])
+        renderer = ChatRenderer(form, variables)
+        if template is None:
+            model.renderers[key] = renderer
+    return renderer, list(map(read_message, messages)), given
+
+
+def beginning(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text of an answer that the last message begins, or None."""
+    last = messages[-1] if messages else {"role": "system"}
+    return text_of(last["content"]) if last["role"] == "assistant" and not last.get("tool_calls") else None
