@@ -1,14 +1,15 @@
 """A LangChain chat model over a bundle of pastkey.
 
-    messages --convert_to_openai_messages--> lm.chat --> AIMessage
+messages --convert_to_openai_messages--> lm.generate_chat --> AIMessage
 
-    ChatPastkey(bundle="bundle", temperature=0.7).invoke("Name three colours.")
+ChatPastkey(bundle="bundle", temperature=0.7).invoke("Name three colours.")
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from pydantic import BaseModel, ConfigDict, Field
 
 import pastkey
+from pastkey.runtime import Chunk
 
 
 class ChatPastkey(BaseChatModel):
@@ -64,15 +66,13 @@ class ChatPastkey(BaseChatModel):
     def _identifying_params(self) -> dict[str, Any]:
         return {"bundle": str(self.bundle), **self.options}
 
-    # --- answers -----------------------------------------------------------------------------------------------------
-    def _open(self, call: str, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> Any:
-        """The stream of an answer, by the method `call`, and its conversation."""
+    # --- answers: LangChain calls these -------------------------------------------------------------------------------
+    def _arguments(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+        """What the model's calls take."""
         options = self.options | ({"stop": stop} if stop else {}) | given
-        tools = options.pop("tools", None)
         for name in ("stream", "ls_structured_output_format"):  # LangChain's own
             options.pop(name, None)
-        chat = self.lm.chat(messages=convert_to_openai_messages(messages), tools=tools)
-        return getattr(chat, call)(**options), chat
+        return {"messages": convert_to_openai_messages(messages), **options}
 
     def _generate(
         self,
@@ -81,8 +81,7 @@ class ChatPastkey(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **given: Any,
     ) -> ChatResult:
-        completion, chat = self._open("ask", messages, stop, given)
-        return _result(completion, chat)
+        return _result(self.lm.generate_chat(**self._arguments(messages, stop, given)))
 
     async def _agenerate(
         self,
@@ -91,8 +90,7 @@ class ChatPastkey(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **given: Any,
     ) -> ChatResult:
-        answer, chat = self._open("astream", messages, stop, given)
-        return _result(await answer.completed(), chat)
+        return _result(await self.lm.agenerate_chat(**self._arguments(messages, stop, given)))
 
     def _stream(
         self,
@@ -101,14 +99,9 @@ class ChatPastkey(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **given: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        answer, chat = self._open("stream", messages, stop, given)
-        with contextlib.closing(answer):
-            for chunk in answer:
-                if chunk.text and not chat.tools:  # the text of a call is no answer
-                    yield _piece(AIMessageChunk(content=chunk.text))
-                    if run_manager:
-                        run_manager.on_llm_new_token(chunk.text)
-        yield _last(answer.completion, chat)
+        with contextlib.closing(self.lm.stream_chat(**self._arguments(messages, stop, given))) as answer:
+            yield from map(_piece, answer)
+        yield _last(answer.completion)
 
     async def _astream(
         self,
@@ -117,11 +110,74 @@ class ChatPastkey(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **given: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        answer, chat = self._open("astream", messages, stop, given)
-        async with answer:
+        async with self.lm.astream_chat(**self._arguments(messages, stop, given)) as answer:
             async for chunk in answer:
-                if chunk.text and not chat.tools:
-                    yield _piece(AIMessageChunk(content=chunk.text))
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text)
-        yield _last(answer.completion, chat)
+                yield _piece(chunk)
+        yield _last(answer.completion)
+
+    # --- tools and schemas -------------------------------------------------------------------------------------------
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **given: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Lets the model call tools, where its chat template has them. The model chooses: there is no `tool_choice`."""
+        if tool_choice not in (None, "auto"):
+            raise ValueError(f"tool_choice is {tool_choice!r}; the model chooses: leave it out, or use a schema")
+        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **given)
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **given: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Constrains the answer to a JSON schema, or to one of a Pydantic class, which the answer becomes.
+
+        The model is not told of the schema: the prompt should ask for what it describes.
+        """
+        model = isinstance(schema, type) and issubclass(schema, BaseModel)
+        parser: Any = PydanticOutputParser(pydantic_object=schema) if model else JsonOutputParser()
+        # A schema in the form of a tool is one as well.
+        answer = self.bind(json_schema=schema if model else convert_to_json_schema(schema), **given)
+        if not include_raw:
+            return answer | parser
+        parsed = RunnablePassthrough.assign(
+            parsed=lambda found: parser.invoke(found["raw"]), parsing_error=lambda _: None
+        ).with_fallbacks([RunnablePassthrough.assign(parsed=lambda _: None)], exception_key="parsing_error")
+        return {"raw": answer} | parsed
+
+
+# --- pastkey's results in LangChain's form ---------------------------------------------------------------------------
+def _told(completion: pastkey.Completion) -> dict[str, Any]:
+    """The fields of an AIMessage beside its content."""
+    read, new = completion.prompt_tokens, completion.new_tokens
+    details = {"cache_read": completion.cached_tokens}
+    usage = UsageMetadata(input_tokens=read, output_tokens=new, total_tokens=read + new, input_token_details=details)
+    return {"usage_metadata": usage, "response_metadata": {"finish_reason": completion.finish_reason}}
+
+
+def _result(completion: pastkey.Completion) -> ChatResult:
+    calls = [
+        {"name": call["name"], "args": call["arguments"], "id": f"call_{uuid.uuid4().hex}", "type": "tool_call"}
+        for call in completion.tool_calls
+    ]
+    message = AIMessage(content=completion.text, tool_calls=calls, **_told(completion))
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _piece(chunk: Chunk) -> ChatGenerationChunk:
+    parts = [
+        tool_call_chunk(
+            name=part.name,
+            args=part.arguments,
+            index=part.index,
+            id=f"call_{uuid.uuid4().hex}" if part.name is not None else None,
+        )
+        for part in chunk.tool_calls
+    ]
+    return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text, tool_call_chunks=parts))
+
+
+def _last(completion: pastkey.Completion | None) -> ChatGenerationChunk:
+    told = {} if completion is None else _told(completion)
+    return ChatGenerationChunk(message=AIMessageChunk(content="", chunk_position="last", **told))

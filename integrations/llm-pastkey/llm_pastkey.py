@@ -20,6 +20,7 @@ import click
 import llm
 import pydantic
 from llm.parts import TextPart, ToolCallPart, ToolResultPart
+
 from pastkey.runtime import ChatOptions
 
 _LEFT_OUT = ("json_schema", "logits_processor")  # llm's --schema, and a function, which llm's log cannot hold
@@ -59,23 +60,24 @@ class _Bundle:
     def __init__(self, name: str, folder: Path) -> None:
         self.model_id, self.folder = f"pastkey/{name}", folder
 
-    def _open(self, prompt: llm.Prompt, call: str) -> tuple[Any, Any]:
-        """The stream of an answer, by the method `call`, and its conversation, None for a text that goes on."""
+    def _open(self, prompt: llm.Prompt, calls: tuple[str, str]) -> Any:
+        """The stream of an answer, by the method of the model that answers messages, or the one that goes on."""
         lm, messages = loaded(self.folder), messages_of(prompt)
-        options = prompt.options.model_dump(exclude_none=True) | ({"json_schema": prompt.schema} if prompt.schema else {})
-        if not _has_template(self.folder):
-            if len(messages) != 1 or prompt.tools:
-                raise llm.ModelError(
-                    f"{self.folder} has no chat template, so that its model continues texts: give one prompt, without "
-                    "a system prompt, tools or a conversation"
-                )
-            return getattr(lm, call)(messages[0]["content"], **options), None
-        tools = [
-            {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
-            for tool in prompt.tools
-        ]
-        chat = lm.chat(messages=messages, tools=tools or None)
-        return getattr(chat, call)(**options), chat
+        options = prompt.options.model_dump(exclude_none=True)
+        if prompt.schema:
+            options["json_schema"] = prompt.schema
+        if _has_template(self.folder):
+            tools = [
+                {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+                for tool in prompt.tools
+            ]
+            return getattr(lm, calls[0])(messages, tools=tools or None, **options)
+        if len(messages) != 1 or prompt.tools:
+            raise llm.ModelError(
+                f"{self.folder} has no chat template, so that its model continues texts: give one prompt, without a "
+                "system prompt, tools or a conversation"
+            )
+        return getattr(lm, calls[1])(messages[0]["content"], **options)
 
 
 class Pastkey(_Bundle, llm.Model):
@@ -84,12 +86,10 @@ class Pastkey(_Bundle, llm.Model):
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
     ) -> Iterator[str]:
-        answer, chat = self._open(prompt, "stream")
-        with contextlib.closing(answer):
+        with contextlib.closing(self._open(prompt, ("stream_chat", "stream"))) as answer:
             for chunk in answer:
-                if not prompt.tools:  # the text of a call is no answer
-                    yield chunk.text
-        yield _finish(prompt, response, answer.completion, chat)
+                yield chunk.text
+        _record(response, answer.completion)
 
 
 class AsyncPastkey(_Bundle, llm.AsyncModel):
@@ -98,16 +98,14 @@ class AsyncPastkey(_Bundle, llm.AsyncModel):
     async def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.AsyncResponse, conversation: llm.AsyncConversation | None
     ) -> AsyncGenerator[str, None]:
-        answer, chat = self._open(prompt, "astream")
-        async with answer:
+        async with self._open(prompt, ("astream_chat", "astream")) as answer:
             async for chunk in answer:
-                if not prompt.tools:
-                    yield chunk.text
-        yield _finish(prompt, response, answer.completion, chat)
+                yield chunk.text
+        _record(response, answer.completion)
 
 
-def _finish(prompt: llm.Prompt, response: Any, completion: Any, chat: Any) -> str:
-    """Records what the answer took and the calls in it. Returns the text that was not streamed."""
+def _record(response: Any, completion: Any) -> None:
+    """Tells llm what the answer took, and the calls in it."""
     response.set_usage(
         input=completion.prompt_tokens,
         output=completion.new_tokens,
@@ -116,11 +114,10 @@ def _finish(prompt: llm.Prompt, response: Any, completion: Any, chat: Any) -> st
     response.response_json = {"finish_reason": completion.finish_reason}
     for call in completion.tool_calls:
         response.add_tool_call(llm.ToolCall(name=call["name"], arguments=call["arguments"]))
-    return str(chat.messages[-1]["content"]) if prompt.tools else ""
 
 
 def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
-    """The conversation in OpenAI's form, which `lm.chat` takes."""
+    """The conversation in OpenAI's form, which `lm.stream_chat` takes."""
     found: list[dict[str, Any]] = []
     for message in prompt.messages:
         text = "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
