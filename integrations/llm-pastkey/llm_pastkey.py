@@ -1,6 +1,6 @@
 """pastkey's bundles as models of the `llm` command line.
 
-    llm pastkey add bundle  ->  pastkey.json in llm's folder  ->  llm -m pastkey/bundle "Once upon a time"
+    llm pastkey add bundle  ->  pastkey-bundles.json in llm's folder  ->  llm -m pastkey/bundle "Once upon a time"
 
 A bundle with a chat template holds conversations; any other continues the prompt's text. Models are loaded at the first
 prompt, once per process.
@@ -67,10 +67,11 @@ class _Bundle:
         if prompt.schema:
             options["json_schema"] = prompt.schema
         if _has_template(self.folder):
-            tools = [
+            described = [
                 {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
                 for tool in prompt.tools
             ]
+            tools = [{"type": "function", "function": tool} for tool in described]
             return getattr(lm, calls[0])(messages, tools=tools or None, **options)
         if len(messages) != 1 or prompt.tools:
             raise llm.ModelError(
@@ -143,7 +144,7 @@ def _has_template(folder: Path) -> bool:
 
 # --- the registered paths --------------------------------------------------------------------------------------------
 def _register() -> Path:
-    return Path(llm.user_dir()) / "pastkey.json"
+    return Path(llm.user_dir()) / "pastkey-bundles.json"
 
 
 def registered() -> dict[str, str]:

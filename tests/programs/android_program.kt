@@ -17,7 +17,7 @@ fun main(words: Array<String>) {
         return
     }
     Writer(folder).use { writer ->
-        generateSequence(::readLine).forEach { line -> println(answer(writer, JSONObject(line))) }
+        generateSequence(::readlnOrNull).forEach { line -> println(answer(writer, JSONObject(line))) }
     }
 }
 

@@ -10,7 +10,7 @@ private struct Failed: Error { let message: String }
 private func check(_ status: OpaquePointer?) throws {
     guard let status else { return }
     defer { api.ReleaseStatus(status) }
-    throw Failed(message: String(cString: api.GetErrorMessage(status)))
+    throw Failed(message: String(cString: api.GetErrorMessage(status)!))
 }
 
 public enum ORTLoggingLevel { case error }

@@ -5,7 +5,7 @@ import java.io.File
 import java.io.IOException
 import java.io.InputStream
 import java.net.HttpURLConnection
-import java.net.URL
+import java.net.URI
 import java.security.MessageDigest
 
 private const val LARGEST_MANIFEST = 16_000_000
@@ -54,7 +54,7 @@ fun download(
 }
 
 private fun opened(url: String): InputStream {
-    val connection = URL(url).openConnection() as HttpURLConnection
+    val connection = URI(url).toURL().openConnection() as HttpURLConnection
     connection.connectTimeout = 15_000
     connection.readTimeout = 30_000
     if (connection.responseCode != HttpURLConnection.HTTP_OK) {
