@@ -85,12 +85,11 @@ class Decoder(
         }
 
     /** past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0 */
-    private fun present(past: String) =
-        if (past.startsWith("past_key_values.")) {
-            past.replace("past_key_values.", "present.")
-        } else {
-            past.replace("past_", "present_")
-        }
+    private fun present(past: String) = if (past.startsWith("past_key_values.")) {
+        past.replace("past_key_values.", "present.")
+    } else {
+        past.replace("past_", "present_")
+    }
 
     override fun close() {
         owner.close()

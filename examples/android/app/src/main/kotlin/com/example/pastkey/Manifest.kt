@@ -22,7 +22,7 @@ class Manifest(text: String) {
 
     /** The files that the application loads. */
     val needed = files.filter {
-        it.path == graph || it.path == TOKENIZER || graph.endsWith(".onnx") && WEIGHTS.matches(it.path)
+        it.path == graph || it.path == TOKENIZER || (graph.endsWith(".onnx") && WEIGHTS.matches(it.path))
     }
 
     init {

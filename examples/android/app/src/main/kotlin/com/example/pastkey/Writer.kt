@@ -31,7 +31,9 @@ class Writer(folder: File) : AutoCloseable {
     ): Result {
         val ids = tokenizer.encode(prompt, true, false).ids.toMutableList()
         val start = ids.size
-        require(start in 1..manifest.contextLength) { "the prompt has $start tokens, the context ${manifest.contextLength}" }
+        require(start in 1..manifest.contextLength) {
+            "the prompt has $start tokens, the context ${manifest.contextLength}"
+        }
         decoder.reset()
         var written = textOf(ids).length
         while (true) {
