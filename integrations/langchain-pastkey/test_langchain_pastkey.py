@@ -17,7 +17,7 @@ CALL = r'So: <tool_call>\{"name": "add", "arguments": \{"a": 1, "b": 2\}\}</tool
 SAMPLED = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     """A city."""
 
     wet: bool

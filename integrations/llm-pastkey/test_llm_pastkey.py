@@ -72,7 +72,7 @@ def test_a_conversation_has_its_earlier_messages() -> None:
 
 
 def test_a_schema_holds_and_lists_are_read_from_the_command_line() -> None:
-    class City(BaseModel):
+    class City(BaseModel, extra="forbid"):
         wet: bool
 
     answer = model().prompt("Hello", schema=City, max_new_tokens=99).text()

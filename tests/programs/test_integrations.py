@@ -52,3 +52,7 @@ def test_its_tests_pass_where_it_is_installed(name: str, bundles: Path, tmp_path
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed in", done.stdout)
+    (tmp_path / "bundle").symlink_to(bundles / "chat")
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    for program in re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
+        subprocess.run([python, "-c", program], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, timeout=300)
