@@ -79,3 +79,8 @@ def test_the_page_pins_what_the_projects_pin() -> None:
     wrapper = (ROOT / "examples/android/gradle/wrapper/gradle-wrapper.properties").read_text(encoding="utf-8")
     (release,) = re.findall(r"gradle-([\d.]+)-bin\.zip", wrapper)
     assert f"Gradle {release}" in table
+
+
+def test_djl_is_told_not_to_report_its_use() -> None:
+    before, _, _ = source("android", "Writer.kt").partition("HuggingFaceTokenizer.newInstance")
+    assert 'System.setProperty("OPT_OUT_TRACKING", "true")' in before

@@ -23,17 +23,17 @@ fun main(words: Array<String>) {
 
 fun answer(writer: Writer, call: JSONObject): JSONObject {
     if (call.has("place")) return JSONObject(mapOf("uniform" to uniform(call.getLong("seed"), call.getInt("place"))))
-    val sampling = Sampling(
-        call.getDouble("temperature").toFloat(),
-        call.getInt("top_k"),
-        call.getDouble("top_p").toFloat(),
-        call.getDouble("min_p").toFloat(),
-        call.getDouble("repetition_penalty").toFloat(),
-        call.getLong("seed"),
-    )
     val pieces = JSONArray()
     val stopAfter = call.optInt("stop_after", Int.MAX_VALUE)
     return try {
+        val sampling = Sampling(
+            call.getDouble("temperature").toFloat(),
+            call.getInt("top_k"),
+            call.getDouble("top_p").toFloat(),
+            call.getDouble("min_p").toFloat(),
+            call.getDouble("repetition_penalty").toFloat(),
+            call.getLong("seed"),
+        )
         val result = writer.write(
             call.getString("prompt"), sampling, call.getInt("max_new_tokens"), { pieces.length() >= stopAfter },
         ) { pieces.put(it) }

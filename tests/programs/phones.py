@@ -52,7 +52,7 @@ def answers(
     done = subprocess.run(
         [*program, url, folder, sha256],
         input="".join(json.dumps(call) + "\n" for call in calls),
-        env=os.environ | {"ONNXRUNTIME": str(library())},
+        env=os.environ | {"ONNXRUNTIME": str(library()), "DJL_CACHE_DIR": str(folder.parent)},
         capture_output=True,
         text=True,
         timeout=300,

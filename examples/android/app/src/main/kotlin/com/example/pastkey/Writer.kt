@@ -11,6 +11,11 @@ class Writer(folder: File) : AutoCloseable {
 
     private val manifest = Manifest(File(folder, Manifest.NAME).readText())
     private val decoder = Decoder(folder, manifest)
+
+    init {
+        System.setProperty("OPT_OUT_TRACKING", "true") // or DJL tells its makers of its use, on Amazon's machines
+    }
+
     private val tokenizer = HuggingFaceTokenizer.newInstance(
         File(folder, Manifest.TOKENIZER).toPath(),
         mapOf("truncation" to "do_not_truncate", "padding" to "do_not_pad"), // or it cuts a prompt at 512 tokens
