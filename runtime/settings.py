@@ -7,9 +7,9 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, Protocol, TypedDict, get_args
 
-from pastkey.errors import OptionError
+from pastkey.errors import InputError, OptionError
 from pastkey.values import is_collection, is_int, is_number, is_one_of, require, shown
 
 # An execution provider: a short name ("cuda") or onnxruntime's name, alone or in a pair with options.
@@ -30,6 +30,13 @@ Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
 
 ContextOverflow = Literal["error", "shift"]  # for a sequence longer than the context
 LogitsProcessor = Callable[[Any, Any], Any]  # numpy arrays: ids (T,) int64, logits (V,) float32 -> new logits
+
+
+class SchemaModel(Protocol):
+    """A class that writes its JSON schema, as the models of Pydantic 2 do."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]: ...
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -78,7 +85,7 @@ class ChatOptions(SamplingOptions, total=False):
     context_overflow: ContextOverflow | None
     num_sink_tokens: int | None
     keep_special_tokens: bool | None
-    json_schema: str | bool | Mapping[str, Any] | None
+    json_schema: str | bool | Mapping[str, Any] | type[SchemaModel] | None
     regex: str | None
     choices: Sequence[str] | None
     grammar: str | None
@@ -138,7 +145,7 @@ class GenerateOptions(ChatOptions, total=False):
       near tie may resolve differently.
     - `draft` (bool, as loaded): Uses the model's draft model if that is faster.
     - `keep_special_tokens` (bool, False): The text shows special tokens up to the EOS token.
-    - `json_schema` (JSON schema, None): The text is JSON that validates. At most one of these four.
+    - `json_schema` (JSON schema or Pydantic model, None): The text is JSON that validates. At most one of these four.
     - `regex` (str, None): The text matches this expression.
     - `choices` (list of texts, None): The text is one of these.
     - `grammar` (str, None): The text follows this grammar, in Lark's notation.
@@ -185,10 +192,27 @@ _ELSEWHERE = {
 
 
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The options of a call without those that are None. Raises as `require_known` and `require_valid`."""
+    """The options of a call without those that are None. Raises as `require_known` and `require_valid`.
+
+    A class as `json_schema` becomes its schema, which other processes can read too.
+    """
     require_known(call, options, known)
     require_valid(options)
-    return {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(model := given.get("json_schema"), type) and hasattr(model, "model_json_schema"):
+        given["json_schema"] = _schema_of(model)
+    return given
+
+
+def _schema_of(model: type[SchemaModel]) -> dict[str, Any]:
+    """The schema of a Pydantic model. Raises InputError if it has none, as with a field that JSON cannot hold."""
+    try:
+        return model.model_json_schema()
+    except Exception as error:  # of the model's own code
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"json_schema is {shown(model)}, which has no JSON schema ({reason}): change its fields"
+        ) from None
 
 
 def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:

@@ -44,7 +44,7 @@ def test_the_stream_feeds_what_the_second_graph_has() -> None:
 
 def test_swift_calls_what_the_example_for_ios_calls() -> None:
     """Which was compared with the declarations: no Swift is compiled here."""
-    ios = (EXAMPLES / "ios" / "GreedyDecoder.swift").read_text(encoding="utf-8")
+    ios = (EXAMPLES / "ios" / "Sources" / "PastkeyWriter" / "GraphDecoder.swift").read_text(encoding="utf-8")
     swift = code("Generate.swift")
     calls = re.findall(r"\bORT\w+|withInputs: |outputNames: |runOptions: nil|tensorData: |tensorData\(\)", swift)
     calls += re.findall(r"elementType: |loggingLevel: \.\w+|modelPath: |sessionOptions: |\.int64|\.float\b", swift)

@@ -1,4 +1,4 @@
-"""examples/android and examples/ios, which nothing here can compile: what they name is what a bundle has."""
+"""examples/android and examples/ios, which tests/programs compiles: what they name is what a bundle has."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, Manifest, StateGeometry
+from pastkey.files.folder import FileRecord
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {"android": "android/MainActivity.kt", "ios": "ios/GreedyDecoder.swift"}
+SOURCES = {"android": ("kt", "kts"), "ios": ("swift",)}  # the suffixes of their sources
 LENGTHS = {names.SEQLENS_K, names.TOTAL_SEQUENCE_LENGTH}
 INPUTS = LENGTHS | {names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS, names.LOGITS_START}
 # A quoted word of these forms is the name of a tensor, or of its beginning.
 TENSOR = re.compile(r'"((?:past_|present|input_|attention_|position_|logits|seqlens_|total_)[\w.]*)"')
 
 
-def source(system: str) -> str:
-    return (ROOT / "examples" / SOURCES[system]).read_text(encoding="utf-8")
+def source(system: str, name: str = "") -> str:
+    """The text of all sources, or of one."""
+    if name:
+        (file,) = (ROOT / "examples" / system).rglob(name)
+        return file.read_text(encoding="utf-8")
+    files = [file for end in SOURCES[system] for file in sorted((ROOT / "examples" / system).rglob(f"*.{end}"))]
+    assert len(files) > 5
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 @pytest.mark.parametrize("system", SOURCES)
@@ -46,25 +53,34 @@ def test_the_renaming_of_the_cache_is_that_of_the_names() -> None:
             assert all(f'"{word}"' in source(system) for word in renamed)
 
 
-@pytest.mark.parametrize("system", SOURCES)
-def test_it_reads_fields_that_the_manifest_has(system: str) -> None:
-    read = re.findall(r'get\w+\("(\w+)"\)', source("android")) if system == "android" else []
-    if system == "ios":
-        for line in re.findall(
-            r"^\s+(?:struct \w+: Decodable \{ )?let ((?:\w+, )*\w+): (?:Int|\[)", source("ios"), re.M
-        ):
-            read += line.split(", ")
-    fields = {field.name for kind in (Manifest, KVGeometry, StateGeometry) for field in dataclasses.fields(kind)}
-    assert len(read) >= 3
-    assert set(read) <= fields
+def test_they_read_fields_that_the_manifest_has() -> None:
+    read = {
+        "android": re.findall(r'get\w+\("(\w+)"\)', source("android", "Manifest.kt")),
+        "ios": [
+            name
+            for names_, _ in re.findall(r"let ((?:\w+, )*\w+): (Int|String|\[)", source("ios", "Manifest.swift"))
+            for name in names_.split(", ")
+        ],
+    }
+    kinds = (Manifest, KVGeometry, StateGeometry, FileRecord)
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    for found in read.values():
+        assert {"vocab_size", "context_length", "eos_token_ids", "precision", "size", "sha256", "files"} <= {*found}
+        assert {*found} <= fields
 
 
-def test_the_page_pins_what_the_sources_pin() -> None:
+def test_the_page_pins_what_the_projects_pin() -> None:
     page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
-    table = page[: page.index("## Which file")]
-    pins = re.findall(
-        r"onnxruntime-android:([\d.]+)|exact: \"([\d.]+)\"|-objc', '([\d.]+)'", "".join(map(source, SOURCES))
-    )
-    found = {version for groups in pins for version in groups if version}
-    assert len(found) == 3
-    assert all(version in table for version in found)
+    table = page[: page.index("## What was tested")]
+    pins = re.findall(r'"([\w.-]+):([\w.-]+):([\d.]+)"|exact: "([\d.]+)"', "".join(map(source, SOURCES)))
+    assert len(pins) == 5
+    for group, name, version, exact in pins:
+        assert (f"`{group}:{name}:{version}`" if name else f" {exact}") in table
+    wrapper = (ROOT / "examples/android/gradle/wrapper/gradle-wrapper.properties").read_text(encoding="utf-8")
+    (release,) = re.findall(r"gradle-([\d.]+)-bin\.zip", wrapper)
+    assert f"Gradle {release}" in table
+
+
+def test_djl_is_told_not_to_report_its_use() -> None:
+    before, _, _ = source("android", "Writer.kt").partition("HuggingFaceTokenizer.newInstance")
+    assert 'System.setProperty("OPT_OUT_TRACKING", "true")' in before

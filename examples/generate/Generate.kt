@@ -6,7 +6,7 @@
  *     dependencies { implementation("com.microsoft.onnxruntime:onnxruntime-android:1.27.0") }
  *
  * Of a bundle by `pastkey export checkpoint --out bundle --generate`: generate.onnx and model*.onnx_data of onnx/, in
- * one folder. ../android/MainActivity.kt shows how files of the application's assets become files in a folder.
+ * one folder. ../android/app/src/main/kotlin/com/example/pastkey/Download.kt shows how they come there.
  *
  * An application calls `generate`. `main` is for a PC: the graph, max_new_tokens, temperature, top_k, top_p, min_p,
  * repetition_penalty, seed, end ids in one word with spaces between them, and the prompt's ids.

@@ -77,7 +77,7 @@ class Constraint:
 
 
 def _schema_text(value: object) -> str:
-    expected = "a JSON schema was expected, as a dict or as its JSON text"
+    expected = "a JSON schema was expected, as a dict, as its JSON text or as the class of a Pydantic model"
     schema = value
     if isinstance(value, str):
         try:

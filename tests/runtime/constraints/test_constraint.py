@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime.constraints.constraint import MAX_CHOICES, Constraint
+from pastkey.runtime.settings import GENERATE_OPTIONS, options_of
 
 
 def test_a_call_without_one_has_none() -> None:
@@ -20,6 +22,37 @@ def test_a_schema_is_taken_as_a_dict_or_as_its_text() -> None:
     assert as_dict == as_text == Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
     assert as_dict is not None
     assert sorted(as_dict.literals()) == ['"é"', '"日"']
+
+
+class Model:
+    """As a model of Pydantic 2, whose class writes its schema."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"type": "object", "title": cls.__name__}
+
+
+def test_a_schema_may_be_the_class_of_a_model() -> None:
+    taken = options_of("generate", {"json_schema": Model, "seed": None}, GENERATE_OPTIONS)
+    assert taken == {"json_schema": {"type": "object", "title": "Model"}}
+    for value in (Model(), int, dict):
+        with pytest.raises(InputError, match=r"^json_schema is .*; a JSON schema was expected, .* Pydantic model$"):
+            Constraint.of(options_of("generate", {"json_schema": value}, GENERATE_OPTIONS))
+
+
+def test_a_schema_may_be_a_model_of_pydantic() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    city = pydantic.create_model("City", name=str, area=(float, pydantic.Field(ge=0)))
+    model = pydantic.create_model("Country", cities=list[city], capital=(city, ...))
+    constraint = Constraint.of(options_of("generate", {"json_schema": model}, GENERATE_OPTIONS))
+    assert constraint is not None
+    assert json.loads(constraint.text) == model.model_json_schema()
+    assert {*constraint.literals()} == {'"cities"', '"capital"', '"name"', '"area"'}
+    unwritten = pydantic.create_model("Unwritten", call=Callable[[], int])
+    with pytest.raises(
+        InputError, match=r"^json_schema is <.*Unwritten.*has no JSON schema \(.+\): change its fields$"
+    ):
+        options_of("generate", {"json_schema": unwritten}, GENERATE_OPTIONS)
 
 
 def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does() -> None:

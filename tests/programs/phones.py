@@ -1,0 +1,111 @@
+"""The examples for phones as programs of a PC: a line of JSON goes in for each call, and one comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .generations import library
+
+Program = Sequence[str | Path]  # the command; it takes an address, a folder and a hash
+
+
+@dataclass
+class Served:
+    """A folder on loopback."""
+
+    url: str
+    asked: list[str] = field(default_factory=list)  # for these paths
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            served.asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    served = Served(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def answers(
+    program: Program, url: str, folder: Path, calls: Sequence[dict[str, Any]] = (), sha256: str = ""
+) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [*program, url, folder, sha256],
+        input="".join(json.dumps(call) + "\n" for call in calls),
+        env=os.environ | {"ONNXRUNTIME": str(library()), "DJL_CACHE_DIR": str(folder.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def call(prompt: str, **changes: Any) -> dict[str, Any]:
+    """A call of both programs, by the names of Python's options."""
+    settings = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "seed": 0}
+    return {"prompt": prompt, "max_new_tokens": 24, **settings, **changes}
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.5},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 1.7, "seed": 2**63 - 1},
+    {"temperature": 1.2, "top_k": 5, "seed": 11},
+    {"temperature": 1.3, "top_p": 0.7, "seed": 2**53 + 1},
+    {"temperature": 1.2, "min_p": 0.05, "seed": 2**32},
+    {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 2**62 + 5},
+]
+
+
+def check_download(program: Program, bundle: Path, folder: Path) -> None:
+    """A folder is whole or has no pastkey.json; what is right already is not asked for again."""
+    sha256 = hashlib.sha256((bundle / "pastkey.json").read_bytes()).hexdigest()
+    with serving(bundle) as served:
+        (refused,) = answers(program, served.url, folder, sha256="0" * 64)
+        assert "another SHA-256" in refused["error"]
+        assert not (folder / "pastkey.json").exists()
+        assert answers(program, served.url, folder, sha256=sha256) == []
+        brought = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        assert brought >= {"pastkey.json", "tokenizer.json", "onnx/pastkey.onnx"}
+        assert not any(name.endswith(".part") for name in brought)
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "pastkey.json").unlink()
+        served.asked.clear()
+        assert answers(program, served.url, folder) == []
+        assert sorted(served.asked) == ["/pastkey.json", "/tokenizer.json"]
+        for name in brought:
+            assert (folder / name).read_bytes() == (bundle / name).read_bytes()
+        (refused,) = answers(program, f"{served.url}/elsewhere", folder / "other")
+        assert "404" in refused["error"]
+
+
+def check_altered(program: Program, bundle: Path, folder: Path) -> None:
+    """`bundle`: one with an altered tokenizer.json."""
+    with serving(bundle) as served:
+        (refused,) = answers(program, served.url, folder)
+    assert "tokenizer.json has another SHA-256 than pastkey.json says" in refused["error"]
+    assert not (folder / "pastkey.json").exists()
+    assert not (folder / "tokenizer.json").exists()
