@@ -45,7 +45,9 @@ def install() -> Path | None:
     Returns the folder with node_modules/.
     """
     stamp = INSTALLED / "stamp"
-    content = hashlib.sha256(b"".join((WEB / name).read_bytes() for name in LOCKED) + Path(__file__).read_bytes()).hexdigest()
+    content = hashlib.sha256(
+        b"".join((WEB / name).read_bytes() for name in LOCKED) + Path(__file__).read_bytes()
+    ).hexdigest()
     INSTALLED.parent.mkdir(exist_ok=True)
     with FileLock(INSTALLED.with_suffix(".lock")):
         if stamp.exists() and stamp.read_text() == content and LIBRARIES.is_dir():

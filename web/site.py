@@ -39,7 +39,7 @@ def site(bundle: str | Path | Bundle) -> Mapping[str, Path | bytes]:
 
     Raises:
         MissingFileError: The bundle is not there, or this checkout lacks the JavaScript libraries.
-        InputError: The bundle is for a browser too large.
+        InputError: The bundle is too large for a browser.
         IntegrityError: A file of the bundle is damaged.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
@@ -53,8 +53,8 @@ def site(bundle: str | Path | Bundle) -> Mapping[str, Path | bytes]:
 def _own_files() -> dict[str, Path | bytes]:
     if not LIBRARIES.is_dir():
         raise MissingFileError(
-            f"{LIBRARIES} is missing, which has onnxruntime-web and the tokenizer: type  make web-assets  in the checkout "
-            "(it needs npm), or install pastkey's wheel, which brings them"
+            f"{LIBRARIES} is missing, which has onnxruntime-web and the tokenizer: type  make web-assets  in the "
+            "checkout (it needs npm), or install pastkey's wheel, which brings them"
         )
     return {file.name: file for file in PAGE.iterdir()} | {f"lib/{file.name}": file for file in LIBRARIES.iterdir()}
 
@@ -66,8 +66,8 @@ def _wanted(bundle: Bundle) -> Iterator[str]:
         record = bundle.manifest.files.get(name)
         if record is not None and record.size > LARGEST:
             raise InputError(
-                f"{bundle.path / name} has {record.size / 1e9:.1f} GB, and a browser holds 2.1 GB in one file: export the "
-                "model with --precision int8 or int4, or take a smaller model"
+                f"{bundle.path / name} has {record.size / 1e9:.1f} GB, and a browser holds 2.1 GB in one file: export "
+                "the model with --precision int8 or int4, or take a smaller model"
             )
         if record is not None:
             yield name

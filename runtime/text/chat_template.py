@@ -66,7 +66,9 @@ class ChatTemplate:
         Of several named templates it takes the default one, or with `tools` the one named tool_use. It reads only
         bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
-        found, tokens = template_of(bundle, tools=tools) if source is None else (source, _special_tokens(_config(bundle)))
+        found, tokens = (
+            template_of(bundle, tools=tools) if source is None else (source, _special_tokens(_config(bundle)))
+        )
         return cls(found, tokens)
 
     def render(
