@@ -3,7 +3,14 @@ import { describe, environment } from "./pastkey.js";
 
 const $ = (id) => document.getElementById(id);
 const [form, log, error, status] = ["form", "log", "error", "status"].map($);
-const MB = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`);
+const MB = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
+
+const ENDS = {
+  stop: "The text ends",
+  length: "As many tokens as asked for",
+  context: "The context is full",
+  cancelled: "Stopped",
+};
 
 let index; // of the bundle
 let model; // what the worker says of it
@@ -29,7 +36,8 @@ worker.onmessage = ({ data: { id, report, value, error } }) => {
   if (error) reject(new Error(error));
   else resolve(value);
 };
-worker.onerror = (event) => waiting.forEach(({ reject }) => reject(new Error(event.message ?? "the worker of the page does not start")));
+worker.onerror = ({ message = "the worker of the page does not start" }) =>
+  waiting.forEach(({ reject }) => reject(new Error(message)));
 
 // --- loading ------------------------------------------------------------------------------------------------------
 function fact(name, text, warning = false) {
@@ -60,17 +68,19 @@ async function load() {
   $("progress").hidden = false;
   status.textContent = "Loading";
   model = await call("load", provider, ({ done, total, checking }) => {
-    if (checking || done === total) status.textContent = checking ? "Comparing with the golden logits" : "Starting the model";
+    if (checking) status.textContent = "Comparing with the golden logits";
     else $("progress").value = done / total;
   });
-  const { threads, fallback, golden, hasChat, hasTokenizer } = model;
+  const { threads, fallback, hasChat, hasTokenizer } = model;
   const { whyOneThread } = await environment(index);
-  const cpu = threads > 1 ? `${threads} threads` : `one thread${whyOneThread ? `, since ${whyOneThread}: see docs/web.md` : ""}`;
+  const why = whyOneThread && `, since ${whyOneThread}: see docs/web.md`;
+  const cpu = threads > 1 ? `${threads} threads` : `one thread${why}`;
   if (fallback) fact("GPU", `not used: ${fallback}`, true);
   fact("Runs on", model.provider === "wasm" ? `CPU (WebAssembly), ${cpu}` : "GPU (WebGPU)");
-  const { ok, difference, limit, rows, of } = golden;
-  const off = `${difference.toExponential(1)} of the largest logit, limit ${limit.toExponential(0)}; ${rows} of ${of} texts`;
-  fact("Golden logits", `${ok ? "right" : "WRONG"}: off by ${off}`, !ok);
+  const { ok, difference, limit, rows, of } = model.golden;
+  const [off, most] = [difference, limit].map((number) => number.toExponential(1));
+  const golden = `off by ${off} of the largest logit, limit ${most}; ${rows} of ${of} texts`;
+  fact("Golden logits", `${ok ? "right" : "WRONG"}: ${golden}`, !ok);
   if (!ok) error.textContent = "This browser computes other logits than the export did: the text may be wrong.";
   $("start").hidden = true;
   form.hidden = false;
@@ -138,9 +148,8 @@ async function write(prompt) {
       $("speed").textContent = `${((count * 1000) / (performance.now() - start)).toFixed(1)} tokens/s`;
       log.scrollTop = log.scrollHeight;
     });
-    const why = { stop: "The text ends", length: "As many tokens as asked for", context: "The context is full", cancelled: "Stopped" };
     $("speed").textContent = ids.length > 1 ? `${perSecond.toFixed(1)} tokens/s` : "";
-    status.textContent = `${why[finishReason]}: ${ids.length} ${ids.length === 1 ? "token" : "tokens"}`;
+    status.textContent = `${ENDS[finishReason]}: ${ids.length} ${ids.length === 1 ? "token" : "tokens"}`;
     $("continue").disabled = finishReason === "stop" || finishReason === "context";
   } finally {
     if (model.hasChat && answer.textContent !== before) {

@@ -1,8 +1,8 @@
-// Keeps the page for offline use. The network comes first, so that a new version shows at once. pastkey.js keeps the model.
+// Keeps the page for offline use; pastkey.js keeps the model. The network comes first, so that new versions show.
 const CACHE = "pastkey-page";
 const PAGE = ["./", "style.css", "app.js", "worker.js", "pastkey.js", "pastkey.json"];
-const LIBRARIES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm", "tokenizers.min.mjs", "jinja.js"];
-const FILES = [...PAGE, ...LIBRARIES.map((name) => `lib/${name}`)];
+const ORT = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]; // for the CPU
+const FILES = [...PAGE, ...[...ORT, "tokenizers.min.mjs", "jinja.js"].map((name) => `lib/${name}`)];
 const home = new URL("./", self.location).href;
 
 self.addEventListener("install", (event) =>

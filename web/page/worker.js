@@ -1,4 +1,4 @@
-// The model, beside the page, which stays free to paint and to stop it: { id, call, argument } -> { id, value | error }.
+// The model, beside the page, which so can paint and stop it: { id, call, argument } -> { id, value | error }.
 import { Model } from "./pastkey.js";
 
 let model;
@@ -19,16 +19,14 @@ const calls = {
     if (typeof prompt === "string") sequence = model.encode(prompt);
     else if (prompt?.length && typeof prompt[0] === "object") sequence = model.encodeChat(prompt);
     else if (prompt) sequence = prompt;
-    const [start, text] = [performance.now(), model.generate(sequence, { ...options, signal: running.signal })];
-    const promptTokens = sequence.length;
-    let first;
+    const text = model.generate(sequence, { ...options, signal: running.signal });
+    let first; // when the first token came: the prompt's time is not that of decoding
     for (;;) {
       const { done, value } = await text.next();
       first ??= performance.now();
       if (done) {
         sequence = [...sequence, ...value.ids];
-        const seconds = (performance.now() - first) / 1000;
-        return { ...value, promptTokens, firstSeconds: (first - start) / 1000, perSecond: (value.ids.length - 1) / seconds };
+        return { ...value, perSecond: ((value.ids.length - 1) * 1000) / (performance.now() - first) };
       }
       report(value);
     }
