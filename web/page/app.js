@@ -139,7 +139,7 @@ function newPrompt(text) {
 async function write(prompt) {
   busy(true);
   status.textContent = "Reading the prompt";
-  const [start, before] = [performance.now(), answer.textContent];
+  const start = performance.now();
   let count = 0;
   try {
     const { ids, finishReason, perSecond } = await call("generate", { prompt, options: options() }, ({ id, text }) => {
@@ -151,11 +151,12 @@ async function write(prompt) {
     $("speed").textContent = ids.length > 1 ? `${perSecond.toFixed(1)} tokens/s` : "";
     status.textContent = `${ENDS[finishReason]}: ${ids.length} ${ids.length === 1 ? "token" : "tokens"}`;
     $("continue").disabled = finishReason === "stop" || finishReason === "context";
+    if (messages.at(-1)?.role === "assistant") messages.pop(); // it was continued
+    if (model.hasChat) messages.push({ role: "assistant", content: answer.textContent });
+  } catch (reason) {
+    if (prompt) messages.pop();
+    throw reason;
   } finally {
-    if (model.hasChat && answer.textContent !== before) {
-      if (messages.at(-1).role === "assistant") messages.pop();
-      messages.push({ role: "assistant", content: answer.textContent });
-    }
     busy(false);
   }
 }
