@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -91,8 +92,7 @@ def write(page: Page, text: str, **options: object) -> str:
         page.evaluate("([name, value]) => (form.elements[name].value = value)", [name, str(value)])
     page.locator("#prompt").fill(text)
     page.locator("#send").click()
-    page.locator("#stop:disabled").wait_for()
-    page.wait_for_function("document.getElementById('log').ariaBusy === 'false'")
+    page.locator("#log[aria-busy=false]").wait_for()
     assert page.locator("#error").text_content() == ""
     return str(page.locator("#log .text span, #log .assistant p").last.text_content())
 
@@ -165,7 +165,7 @@ def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> Non
         page.locator("#prompt").fill("abc")
         page.keyboard.press("Enter")
         answer = page.locator("#log .assistant p")
-        page.wait_for_function("document.querySelector('#log .assistant p')?.textContent.length > 3")
+        page.locator("#log .assistant p", has_text=re.compile("....")).wait_for()
         page.keyboard.press("Escape")
         page.locator("#status", has_text="Stopped: ").wait_for()
         stopped = answer.text_content()
