@@ -53,7 +53,7 @@ async function start() {
   const { source, precision, bytes, missing, context_length: context } = index;
   document.title = $("name").textContent = source;
   fact("Model", `${source}, ${precision}, ${context.toLocaleString("en")} tokens of context`);
-  fact("Download", missing ? `${MB(missing)} of ${MB(bytes)}` : `none: ${MB(bytes)} are in this browser`);
+  fact("Size", missing === bytes ? MB(bytes) : `${MB(bytes)}, of which ${MB(bytes - missing)} are in this browser`);
   if (!here.secure) fact("Offline", "no: without HTTPS, files are neither kept nor checked by sha256", true);
   document.querySelector("[value=webgpu]").disabled = !here.gpu;
   $("no-gpu").textContent = here.gpu ? "" : `: ${here.whyNoGpu}`;
@@ -80,7 +80,7 @@ async function load() {
   const { ok, difference, limit, rows, of } = model.golden;
   const [off, most] = [difference, limit].map((number) => number.toExponential(1));
   const golden = `off by ${off} of the largest logit, limit ${most}; ${rows} of ${of} texts`;
-  fact("Golden logits", `${ok ? "right" : "WRONG"}: ${golden}`, !ok);
+  fact("Golden logits", `${ok ? "agree" : "DIFFER"}: ${golden}`, !ok);
   if (!ok) error.textContent = "This browser computes other logits than the export did: the text may be wrong.";
   $("start").hidden = true;
   form.hidden = false;
