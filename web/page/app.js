@@ -16,6 +16,7 @@ let index; // of the bundle
 let model; // what the worker says of it
 let messages = []; // the conversation
 let answer; // the element that is written to
+let unfinished = false; // whether the text can be continued
 
 // --- the worker ---------------------------------------------------------------------------------------------------
 const worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
@@ -150,7 +151,7 @@ async function write(prompt) {
     });
     $("speed").textContent = ids.length > 1 ? `${perSecond.toFixed(1)} tokens/s` : "";
     status.textContent = `${ENDS[finishReason]}: ${ids.length} ${ids.length === 1 ? "token" : "tokens"}`;
-    $("continue").disabled = finishReason === "stop" || finishReason === "context";
+    unfinished = finishReason === "length" || finishReason === "cancelled";
     if (messages.at(-1)?.role === "assistant") messages.pop(); // it was continued
     if (model.hasChat) messages.push({ role: "assistant", content: answer.textContent });
   } catch (reason) {
@@ -164,7 +165,8 @@ async function write(prompt) {
 function busy(yes) {
   log.ariaBusy = `${yes}`; // a screen reader reads the answer once it is whole
   $("stop").disabled = !yes;
-  for (const id of ["send", "continue", "clear"]) $(id).disabled = yes;
+  for (const id of ["send", "clear"]) $(id).disabled = yes;
+  $("continue").disabled = yes || !unfinished;
 }
 
 // --- the controls -------------------------------------------------------------------------------------------------
@@ -191,7 +193,8 @@ $("continue").onclick = told(() => write(null));
 $("stop").onclick = told(() => call("stop"));
 $("clear").onclick = told(async () => {
   log.replaceChildren();
-  [messages, log.hidden, $("continue").disabled, $("speed").textContent] = [[], true, true, ""];
+  [messages, unfinished, log.hidden, $("speed").textContent] = [[], false, true, ""];
+  busy(false);
   $("prompt").focus();
 });
 document.onkeydown = ({ key }) => key === "Escape" && !$("stop").disabled && $("stop").click();
