@@ -72,12 +72,13 @@ async function load() {
     if (checking) status.textContent = "Comparing with the golden logits";
     else $("progress").value = done / total;
   });
-  const { threads, fallback, hasChat, hasTokenizer } = model;
+  const { threads, fallback, oneByOne, hasChat, hasTokenizer } = model;
   const { whyOneThread } = await environment(index);
   const why = whyOneThread && `, since ${whyOneThread}: see docs/web.md`;
   const cpu = threads > 1 ? `${threads} threads` : `one thread${why}`;
   if (fallback) fact("GPU", `not used: ${fallback}`, true);
-  fact("Runs on", model.provider === "wasm" ? `CPU (WebAssembly), ${cpu}` : "GPU (WebGPU)");
+  const gpu = `GPU (WebGPU)${oneByOne ? ", prompts token by token: a prefill computes other logits there" : ""}`;
+  fact("Runs on", model.provider === "wasm" ? `CPU (WebAssembly), ${cpu}` : gpu);
   const { ok, difference, limit, rows, of } = model.golden;
   const [off, most] = [difference, limit].map((number) => number.toExponential(1));
   const golden = `off by ${off} of the largest logit, limit ${most}; ${rows} of ${of} texts`;

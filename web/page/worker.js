@@ -9,8 +9,8 @@ const calls = {
   async load(provider, report) {
     model = await Model.load("./", { provider, onProgress: throttled(report) });
     report({ checking: true });
-    const { threads, fallback, hasTokenizer, hasChat } = model;
-    return { provider: model.provider, threads, fallback, hasTokenizer, hasChat, golden: await model.check() };
+    const { provider: used, threads, fallback, oneByOne, hasTokenizer, hasChat } = model;
+    return { provider: used, threads, fallback, oneByOne, hasTokenizer, hasChat, golden: await model.check() };
   },
 
   /** `prompt`: a text, token ids, or the messages of a conversation; null continues the sequence. */
