@@ -24,6 +24,7 @@ from tools.web_assets import install
 
 from ..programs import conftest as exported
 from ..runtime import conftest as decoder
+from ..shared import divided
 from .browser import ISOLATED, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -146,6 +147,34 @@ def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie
     if same is not None:
         logits = lm.logits([*lm.prompt_ids(PROMPT), *expected[:same]])[-1]
         assert logits[expected[same]] - logits[found[same]] <= golden["limit"] * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("name", divided(("llama-fp32", "llama-standard-fp32", "llama"), ci=("llama-fp32",)))
+def test_webgpu_writes_the_text_of_python(
+    launch: Callable[..., Any], bundles: Callable[[str], Path], name: str
+) -> None:
+    """Token by token where a prefill is wrong, or may be."""
+    bundle = bundles(name)
+    expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).text
+    with launch(*SWIFTSHADER).new_context() as context, serving(site(bundle), ISOLATED) as (address, _):
+        page = context.new_page()
+        assert load(page, address, "webgpu")["Runs on"].startswith("GPU (WebGPU)")
+        assert write(page, PROMPT, maxNewTokens=NEW_TOKENS) == expected
+
+
+def test_without_webgpu_the_page_says_why(page: Page, talking: Path) -> None:
+    with serving(site(talking)) as (address, _):
+        page.goto(address)
+        page.locator("#load:enabled").wait_for()
+        assert page.locator("[value=webgpu]").is_disabled()
+        assert page.locator("#no-gpu").text_content() in (
+            ": this browser has no WebGPU",
+            ": WebGPU finds no graphics adapter",
+        )
+        said = page.evaluate(
+            """async () => (await (await import("./pastkey.js")).Model.load("./", { provider: "webgpu" })).fallback"""
+        )
+    assert said in ("this browser has no WebGPU", "WebGPU finds no graphics adapter")
 
 
 def test_a_conversation_is_that_of_python(page: Page, talking: Path) -> None:
