@@ -20,7 +20,7 @@ WORKERS ?= 2
 BENCH_ARGS ?=
 TESTS := -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
-.PHONY: help demo test quick check kernels ci release matrix oldest runtime-oldest runtime-newest bench docs clean
+.PHONY: help demo test quick check kernels web-assets ci release matrix oldest runtime-oldest runtime-newest bench docs clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +49,9 @@ kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for t
 $(VENV)/kernels: $(VENV)/installed $(shell git ls-files kernels 2>/dev/null)
 	$(BIN)/python -m pip install --quiet --force-reinstall ./kernels
 	touch $@
+
+web-assets: $(VENV)/installed  ## Install the JavaScript libraries of `pastkey web` with npm: docs/web.md
+	$(BIN)/python -m tools.web_assets
 
 # runtime-oldest and runtime-newest have neither a compiler nor the kernels.
 ci:  ## What CI runs: the slow tests, then parts in further environments (oldest, runtime-oldest, runtime-newest), docs

@@ -45,6 +45,7 @@ COMMANDS = {
     "serve": ("serve.command", "answer OpenAI clients over HTTP: bundle/ -> a server"),
     "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
+    "web": ("web.command", "write a page that runs a bundle in a browser: bundle/ -> a folder of static files"),
     "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),
     "upgrade": ("export.upgrade", "add the graph for the native kernels to a bundle: docs/native.md"),
     "sign": ("runtime.commands.sign", "sign a bundle with your key"),

@@ -54,6 +54,8 @@ QUICK = (
     "test_layout.py",
     "test_troubleshooting.py",
     "train/test_settings.py",
+    "web/test_command.py",
+    "web/test_site.py",
 )
 # What the oldest packages run: commands from text to text, and each source.
 OLDEST = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("train", "export", "runtime", "serve")
+STAGES = ("train", "export", "runtime", "serve", "web")
 FOLDERS = ("pastkey", *STAGES)
 
 
@@ -55,6 +55,7 @@ RULES = {
         ),
         frozenset({"transformers", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
     ),
+    "web": Rule(frozenset({"pastkey", "pastkey.runtime"}), frozenset()),
 }  # fmt: skip
 
 

@@ -19,8 +19,10 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     built: list[Path] = []
     for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):
         checkout = tmp_path / f"checkout{number}"
-        for stage in ("pastkey", "train", "export", "runtime"):
-            shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__"))
+        for stage in ("pastkey", "train", "export", "runtime", "web"):
+            shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+        (checkout / "web" / "lib").mkdir()
+        (checkout / "web" / "lib" / "ort.wasm.min.mjs").write_text("export {}")
         (checkout / "tools").mkdir()
         for name in ("pyproject.toml", "README.md", "LICENSE", "tools/wheel.py"):
             shutil.copy(ROOT / name, checkout / name)
@@ -34,6 +36,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     one, other = (file.read_bytes() for file in built)
     assert one == other
     with zipfile.ZipFile(built[0]) as archive:
+        assert {"pastkey/web/page/index.html", "pastkey/web/lib/ort.wasm.min.mjs"} <= {*archive.namelist()}
         assert {entry.date_time for entry in archive.infolist()} == {(2020, 9, 13, 12, 26, 40)}
         assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} <= {0o644, 0o664}
 

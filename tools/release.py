@@ -1,5 +1,6 @@
 """Builds what would be uploaded to PyPI, and tries it: `make release`.
 
+package-lock.json -> web/lib/, the JavaScript libraries of `pastkey web`
 checkout -> sdist -> wheel of the sdist, which must be the checkout's wheel, byte for byte
          -> for each Python: a bare environment with the wheel, where README's commands and program run
 """
@@ -16,6 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from . import web_assets
 from .wheel import ROOT, build, build_wheel, copy_source, source_date
 
 # What README's commands need beside the wheel: they export a Hugging Face folder, and the test makes a small one.
@@ -66,6 +68,9 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="a folder, which is emptied")
     parser.add_argument("--python", action="append", help="try it on this one; may be given several times")
     arguments = parser.parse_args()
+    if web_assets.install() is None:
+        print("npm is not installed, which the libraries of `pastkey web` come by: install Node.js", file=sys.stderr)
+        return 1
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)
     sdist = build_sdist(arguments.out)

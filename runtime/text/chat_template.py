@@ -66,15 +66,10 @@ class ChatTemplate:
         Of several named templates it takes the default one, or with `tools` the one named tool_use. It reads only
         bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
-        config: dict[str, Any] = {}
-        if names.TOKENIZER_CONFIG in bundle.manifest.files:
-            config = read_json(bundle.path / names.TOKENIZER_CONFIG)
-        tokens = _special_tokens(config)
-        if source is not None:
-            return cls(source, tokens)
-        if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
-            return cls(read_template(bundle.path / names.CHAT_TEMPLATE), tokens)
-        return cls(_chosen(bundle.path, config.get("chat_template"), tools), tokens)
+        found, tokens = (
+            template_of(bundle, tools=tools) if source is None else (source, _special_tokens(_config(bundle)))
+        )
+        return cls(found, tokens)
 
     def render(
         self,
@@ -152,6 +147,19 @@ def _up_to_mark(text: str, content: str) -> str:
         )
     # A template that trims contents would also have trimmed the spaces before the mark.
     return text[:place] if text.startswith(_TAG, place) else text[:place].rstrip()
+
+
+def template_of(bundle: Bundle, *, tools: bool = False) -> tuple[str, dict[str, str]]:
+    """The text of a bundle's template, and its special tokens. See `ChatTemplate.from_bundle`."""
+    config = _config(bundle)
+    if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
+        return read_template(bundle.path / names.CHAT_TEMPLATE), _special_tokens(config)
+    return _chosen(bundle.path, config.get("chat_template"), tools), _special_tokens(config)
+
+
+def _config(bundle: Bundle) -> dict[str, Any]:
+    listed = names.TOKENIZER_CONFIG in bundle.manifest.files
+    return read_json(bundle.path / names.TOKENIZER_CONFIG) if listed else {}
 
 
 def read_template(file: str | Path) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.environments import install_kotlin, java_binding, node_environment, onnxruntime_header
 from pastkey.contract import names
+from tools import web_assets
 
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 
@@ -27,8 +28,11 @@ def node(package: str) -> Path:
     """The folder of a package for Node, with the example beside it."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
-    place = {"onnxruntime-node": "generate", "onnxruntime-web": "web"}[package]
-    folder = node_environment(EXAMPLES / place / "package.json", place)
+    if package == "onnxruntime-web":
+        folder = web_assets.install()
+    else:
+        folder = node_environment(EXAMPLES / "generate" / "package.json", "generate")
+    assert folder is not None
     for file in (EXAMPLES / "generate" / "generate.mjs", HERE / "generate_example.mjs"):
         shutil.copy(file, folder)
     return folder

@@ -1,0 +1,104 @@
+"""The files of the page, and the index of what a browser downloads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.files.folder import sha256
+from pastkey.runtime.engine.golden import Golden
+from pastkey.web import site
+
+from ..runtime import conftest as decoder
+
+tiny, letters, make_bundle, talking = decoder.tiny, decoder.letters, decoder.make_bundle, decoder.talking
+Make = Callable[..., Bundle]
+module = importlib.import_module("pastkey.web.site")
+
+
+@pytest.fixture(autouse=True)
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout after `make web-assets`."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    (folder / "ort.wasm.min.mjs").write_text("export {}")
+    monkeypatch.setattr(module, "LIBRARIES", folder)
+    return folder
+
+
+def index_of(bundle: Path | Bundle) -> dict[str, Any]:
+    content = site(bundle)["pastkey.json"]
+    assert isinstance(content, bytes)
+    found: dict[str, Any] = json.loads(content)
+    return found
+
+
+def test_every_file_of_the_index_is_there_with_its_size_and_hash(talking: Path, tmp_path: Path) -> None:
+    files = site(talking)
+    index = index_of(talking)
+    assert list(index["files"]) == ["onnx/model.onnx", "tokenizer.json", "golden.f32"]
+    for name, record in index["files"].items():
+        content = files[name]
+        if isinstance(content, bytes):
+            (tmp_path / "content").write_bytes(content)
+            content = tmp_path / "content"
+        assert (content.stat().st_size, sha256(content)) == (record["size"], record["sha256"])
+    assert {"index.html", "pastkey.js", "sw.js", "lib/ort.wasm.min.mjs"} <= files.keys()
+
+
+def test_the_index_names_the_weights_beside_the_graph(make_bundle: Make, tiny: decoder.Tiny) -> None:
+    index = index_of(make_bundle(tiny, data_file="model.onnx_data"))
+    assert (index["graph_file"], index["weights"]) == ("onnx/model.onnx", ["onnx/model.onnx_data"])
+    assert index["tokenizer"] is index["chat_template"] is None
+
+
+def test_the_golden_logits_are_those_of_the_bundle(talking: Path) -> None:
+    golden, index = Golden.of(open_bundle(talking)), index_of(talking)["golden"]
+    content = site(talking)["golden.f32"]
+    assert isinstance(content, bytes)
+    assert np.array_equal(np.frombuffer(content, "<f4").reshape(golden.logits.shape), golden.logits)
+    assert (index["ids"], index["ends"], index["limit"]) == (golden.ids.tolist(), golden.ends.tolist(), golden.limit)
+
+
+def test_template_special_tokens_and_sampling_are_those_of_the_runtime(
+    make_bundle: Make, tiny: decoder.Tiny, letters: Tokenizer
+) -> None:
+    config = {"chat_template": [{"name": "default", "template": "x"}], "bos_token": {"content": "<"}}
+    authors = {"do_sample": True, "temperature": 0.7, "top_k": 40, "no_repeat_ngram_size": 3}
+    index = index_of(make_bundle(tiny, tokenizer=letters, tokenizer_config=config, generation_config=authors))
+    assert (index["chat_template"], index["special_tokens"]) == ("x", {"bos_token": "<"})
+    assert index["sampling"] == {"temperature": 0.7, "topK": 40}
+
+
+def test_a_bundle_without_a_template_continues_texts(make_bundle: Make, tiny: decoder.Tiny, letters: Tokenizer) -> None:
+    index = index_of(make_bundle(tiny, tokenizer=letters))
+    assert (index["tokenizer"], index["chat_template"]) == ("tokenizer.json", None)
+
+
+def test_a_checkout_without_the_libraries_names_the_target(talking: Path, libraries: Path) -> None:
+    (libraries / "ort.wasm.min.mjs").unlink()
+    libraries.rmdir()
+    with pytest.raises(MissingFileError, match="type  make web-assets"):
+        site(talking)
+
+
+def test_a_file_that_no_browser_holds_is_refused(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    with pytest.raises(InputError, match=r"a browser holds 2\.1 GB in one file"):
+        site(talking)
+
+
+def test_a_damaged_bundle_is_refused(make_bundle: Make, tiny: decoder.Tiny) -> None:
+    bundle = make_bundle(tiny)
+    bundle.all_logits_graph.write_bytes(b"x" + bundle.all_logits_graph.read_bytes()[1:])
+    with pytest.raises(IntegrityError, match="was altered"):
+        site(bundle.path)

@@ -1,0 +1,29 @@
+// Keeps the page for offline use; pastkey.js keeps the model. The network comes first, so that new versions show.
+const CACHE = "pastkey-page";
+const PAGE = ["./", "style.css", "app.js", "worker.js", "pastkey.js", "pastkey.json"];
+const ORT = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]; // for the CPU
+const FILES = [...PAGE, ...[...ORT, "tokenizers.min.mjs", "jinja.js"].map((name) => `lib/${name}`)];
+const home = new URL("./", self.location).href;
+
+self.addEventListener("install", (event) =>
+  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(FILES)).then(() => self.skipWaiting())),
+);
+self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
+self.addEventListener("fetch", (event) => {
+  const name = event.request.url.replace(home, "").replace(/[?#].*/, "") || "./";
+  if (event.request.method !== "GET" || !(FILES.includes(name) || name.startsWith("lib/"))) return;
+  event.respondWith(fromNetwork(event.request));
+});
+
+async function fromNetwork(request) {
+  const cache = await caches.open(CACHE);
+  try {
+    const response = await fetch(request);
+    if (response.ok) await cache.put(request, response.clone());
+    return response;
+  } catch (error) {
+    const kept = await cache.match(request, { ignoreSearch: true });
+    if (kept) return kept;
+    throw error;
+  }
+}
