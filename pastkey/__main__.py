@@ -42,6 +42,7 @@ COMMANDS = {
     "run": ("runtime.commands.run", "generate text: bundle/ -> text"),
     "chat": ("runtime.commands.chat", "hold a conversation, with the bundle's chat template"),
     "batch": ("runtime.commands.batch", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
+    "see": ("see.cli", "show what happens inside a decoder on a page: bundle/ -> page.html"),
     "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
     "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),

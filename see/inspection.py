@@ -46,10 +46,11 @@ class Inspection:
     ids: list[int]  # (S,)
     first: int  # S - W
     logits: Floats  # (W, V): of the token after each shown one
-    attention: dict[int, Floats]  # attention call -> weights (H, W, S) of the shown tokens, rows from 0 to 1
+    attention: dict[int, Floats]  # attention call -> weights (len(attention_heads), W, S) of the shown tokens
+    attention_heads: list[int]  # their numbers
     errors: dict[int, float]  # attention call -> max |weights @ values - the call's own result| / max |result|
     layers: int  # attention calls of the decoder
-    heads: int  # H, of the first call
+    heads: int  # H, the fewest of a call
     embedding: Floats | None  # (W, E)
     positions: Floats | None  # (W, E), added to the embedding
     entering: Floats | None  # (W, E), what the first layer reads
@@ -67,7 +68,14 @@ def likeliest(logits: Floats, count: int = TOP) -> Likeliest:
 
 
 def inspect(
-    bundle: Bundle, ids: Sequence[int], following: int, *, shown: int, layers: Sequence[int] | None, heads: Sequence[int] | None
+    bundle: Bundle,
+    ids: Sequence[int],
+    following: int,
+    *,
+    shown: int,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    most_weights: int = 900_000,
 ) -> Inspection:
     """Runs a bundle's graph over a text without a past.
 
@@ -76,8 +84,9 @@ def inspect(
         ids: The text, (S,).
         following: The token after it.
         shown: W, or more than S.
-        layers: Attention calls whose weights are kept; None for all.
-        heads: Heads whose weights are kept; None for all.
+        layers: Attention calls whose weights are kept; None for as many as fit, spread over the depth.
+        heads: Heads whose weights are kept; None for all, or for the first ones that fit.
+        most_weights: How many weights of attention fit, without those of masked tokens.
 
     Raises:
         InputError: The text is too long, or there is no such layer or head.
@@ -90,9 +99,16 @@ def inspect(
             "or give a smaller --max-new-tokens"
         )
     graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers))
-    chosen = _chosen("layer", layers, len(graph.calls))
-    session, folder = _open(graph.model, bundle.all_logits_graph.parent), bundle.all_logits_graph.parent
-    feeds, first = _feeds(session, ids), max(0, len(ids) - shown)
+    folder, first = bundle.all_logits_graph.parent, max(0, len(ids) - shown)
+    session = _open(graph.model, folder)
+    feeds, head_count = _feeds(session, ids), _head_count(session, graph)
+    rows = len(ids) - first
+    of_head = rows * (rows + 3) // 2
+    some = range(max(1, min(head_count, most_weights // of_head)))
+    chosen_heads = _chosen("head", some if heads is None else heads, head_count)
+    fitting = max(1, min(len(graph.calls), most_weights // (of_head * len(chosen_heads))))
+    spread = np.linspace(0, len(graph.calls) - 1, fitting).round().astype(int).tolist()
+    chosen = _chosen("layer", spread if layers is None else layers, len(graph.calls))
     plain = [names.LOGITS, graph.embedding, graph.positions, graph.entering, *graph.streams]
     found = _run(session, [name for name in plain if name is not None], feeds)
     logits = found[names.LOGITS][0]
@@ -101,23 +117,22 @@ def inspect(
     tolerance = _TOLERANCE.get(bundle.manifest.precision, 1e-4)
     attention, errors = {}, {}
     for number, weights, error in _weights(session, graph, feeds, chosen, tolerance):
-        kept = _chosen("head", heads, len(weights))
-        attention[number], errors[number] = weights[kept, first:], error
+        attention[number], errors[number] = weights[chosen_heads, first:], error
     ends = [_rows(found.get(str(name)), first) for name in (graph.embedding, graph.positions, graph.entering)]
     next_ids = np.array([*ids[1:], following])[first:]
     half = any(value.name == graph.streams[-1] and "float16" in value.type for value in session.get_outputs())
     lens, lens_next, lens_error = _lens(graph, folder, found, first, next_ids, half)
     return Inspection(
-        list(ids), first, logits[first:], attention, errors, len(graph.calls), _head_count(session, graph),
+        list(ids), first, logits[first:], attention, chosen_heads, errors, len(graph.calls), head_count,
         *ends, graph.positions_elsewhere, lens, lens_next, lens_error,
     )  # fmt: skip
 
 
-def _chosen(what: str, asked: Sequence[int] | None, count: int) -> list[int]:
-    wrong = [number for number in asked or () if number >= count]
-    if wrong:
-        raise InputError(f"there is no {what} {wrong[0]}: this decoder's are 0 to {count - 1}")
-    return list(range(count)) if asked is None else sorted(set(asked))
+def _chosen(what: str, asked: Sequence[int], count: int) -> list[int]:
+    """The asked numbers, sorted. Raises InputError, which counts from 1 as the page does, if one is too large."""
+    if max(asked) >= count:
+        raise InputError(f"there is no {what} {max(asked) + 1}: this decoder has {count}, from 1 on")
+    return sorted(set(asked))
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -157,8 +172,9 @@ def _rows(array: Floats | None, first: int) -> Floats | None:
 
 # --- attention ----------------------------------------------------------------------------------------------------
 def _head_count(session: Any, graph: Inspectable) -> int:
-    (weights,) = _run(session, [graph.calls[0].weights], _feeds(session, [0])).values()
-    return weights.size
+    """The fewest heads of a call: with one token, each has one weight."""
+    weights = _run(session, [call.weights for call in graph.calls], _feeds(session, [0]))
+    return min(found.size for found in weights.values())
 
 
 def _weights(
