@@ -45,7 +45,6 @@ class Inspectable:
     entering: str | None  # (1, T, E): what the first layer reads
     streams: tuple[str | None, ...]  # (1, T, E) after each attention call and what follows it
     head: ir.Model | None  # from the last stream to the logits (1, T, V)
-    positions_elsewhere: bool  # whether positions reach the model without being added to the embedding
 
 
 def inspectable(model: ir.Model, calls: int) -> Inspectable:
@@ -63,20 +62,18 @@ def inspectable(model: ir.Model, calls: int) -> Inspectable:
     nodes = [_attention(model, number) for number in range(calls)]
     flow = _Flow(model)
     chains = [flow.chain(node) for node, _ in nodes]
-    streams = _streams(chains)
+    streams = _streams(chains, nodes[-1][0])
     ends = _embedded(model, flow, chains[0])
     head = None if streams[-1] is None else _head(model, streams[-1])
     extra = {value: None for pair in (_values(node, weights) for node, weights in nodes) for value in pair}
     extra |= {value: None for value in (*ends, *streams) if value is not None}
     model.graph.outputs.extend(value for value in extra if not value.is_graph_output())
-    ids_of_positions = next(v for v in model.graph.inputs if v.name == names.POSITION_IDS)
     return Inspectable(
         model,
         tuple(Call(*(str(v.name) for v in _values(node, weights))) for node, weights in nodes),
         *(None if value is None else str(value.name) for value in ends),
         tuple(None if value is None else str(value.name) for value in streams),
         head,
-        ends[1] is None and bool(ids_of_positions.uses()),
     )
 
 
@@ -196,18 +193,42 @@ def _before(chain: list[ir.Node], later: list[ir.Node]) -> list[ir.Node]:
     return [node for node in chain if id(node) not in joined]
 
 
-def _streams(chains: list[list[ir.Node]]) -> list[ir.Value | None]:
-    """Returns the residual stream after each attention call, None where it has no single one."""
+def _streams(chains: list[list[ir.Node]], attention: ir.Node) -> list[ir.Value | None]:
+    """Returns the residual stream after each attention call, of which `attention` is the last."""
     parts = [_before(chain, later) for chain, later in zip(chains, chains[1:], strict=False)]
     found: list[ir.Value | None] = [part[-1].outputs[0] if part else None for part in parts]
     last = chains[-1]
-    if parts:  # as far behind the last call as the stream before it is behind its own
-        place = len(parts[-1]) - 1
-        alike = 0 <= place < len(last) and [n.op_type for n in last[: place + 1]] == [n.op_type for n in parts[-1]]
-        if alike:
-            return [*found, last[place].outputs[0]]
-    sums = [node for node in last if node.op_type == "Add" and all(map(_computed, node.inputs))]
+    if parts and parts[-1]:  # as far behind the last call as the stream before it is behind its own
+        alike = [node.op_type for node in parts[-1]]
+        if [node.op_type for node in last[: len(alike)]] == alike:
+            return [*found, last[len(alike) - 1].outputs[0]]
+    sums = [node for node in last if _is_residual(node, last, attention)]
     return [*found, sums[-1].outputs[0] if sums else None]
+
+
+def _is_residual(node: ir.Node, chain: list[ir.Node], attention: ir.Node) -> bool:
+    """Whether a node adds to what passes by: to an earlier value of the chain, or to one that attention did not make."""
+    if node.op_type != "Add" or not all(map(_computed, node.inputs)):
+        return False
+    one, other = (value.producer() for value in node.inputs if value is not None)
+    known = {id(earlier) for earlier in chain}
+    return one is not other and any(
+        made is None or id(made) in known or not _follows(made, attention) for made in (one, other)
+    )
+
+
+def _follows(node: ir.Node, earlier: ir.Node) -> bool:
+    """Whether a node depends on an earlier one."""
+    seen, waiting = {id(node)}, [node]
+    while waiting:
+        node = waiting.pop()
+        if node is earlier:
+            return True
+        made = [value.producer() for value in node.inputs if value is not None]
+        fresh = [one for one in made if one is not None and id(one) not in seen]
+        seen |= {id(one) for one in fresh}
+        waiting += fresh
+    return False
 
 
 def _computed(value: ir.Value | None) -> bool:

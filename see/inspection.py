@@ -54,9 +54,8 @@ class Inspection:
     embedding: Floats | None  # (W, E)
     positions: Floats | None  # (W, E), added to the embedding
     entering: Floats | None  # (W, E), what the first layer reads
-    positions_elsewhere: bool  # as of Inspectable
-    lens: list[Likeliest | None]  # (W, K) after each layer, None where there is no single stream
-    lens_next: list[Floats | None]  # (W,): the probability after each layer of the token that came next
+    lens: list[Likeliest | None]  # (W, K) before the first layer and after each, None without a single stream there
+    lens_next: list[Floats | None]  # (W,): the probability there of the token that came next
     lens_error: float | None  # max |logits of the last stream - logits| / max |logits|, None without a lens
 
 
@@ -124,7 +123,7 @@ def inspect(
     lens, lens_next, lens_error = _lens(graph, folder, found, first, next_ids, half)
     return Inspection(
         list(ids), first, logits[first:], attention, chosen_heads, errors, len(graph.calls), head_count,
-        *ends, graph.positions_elsewhere, lens, lens_next, lens_error,
+        *ends, lens, lens_next, lens_error,
     )  # fmt: skip
 
 
@@ -209,8 +208,9 @@ def _weights(
 def _lens(
     graph: Inspectable, folder: Path, found: dict[str, Floats], first: int, following: Ids, half: bool
 ) -> tuple[list[Likeliest | None], list[Floats | None], float | None]:
-    """Returns the likeliest tokens (W, K) after each layer, the probabilities (W,) of `following`, and the last error."""
-    none: list[Any] = [None] * len(graph.streams)
+    """Returns `lens`, `lens_next` for the tokens `following` (W,), and `lens_error` of an Inspection."""
+    streams = [graph.entering, *graph.streams]
+    none: list[Any] = [None] * len(streams)
     if graph.head is None:
         return none, none, None
     graph.head.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
@@ -218,7 +218,7 @@ def _lens(
     (given,) = session.get_inputs()
     width = found[str(graph.streams[-1])].shape
     lens, chances, last = list(none), list(none), logits
-    for number, name in enumerate(graph.streams):
+    for number, name in enumerate(streams):
         stream = found.get(str(name))
         if stream is None or stream.shape != width:
             continue

@@ -130,8 +130,7 @@ function embedding() {
     sum: found.parts.word ? "Their sum, which the first layer reads" : "The word embedding, which the first layer reads" };
   note.textContent = found.parts.word
     ? "Look for equal rows at the top: they are the same token. Position encoding makes them different in the sum, so that the model knows their order."
-    : "Look for equal rows: they are the same token. This decoder adds no position to its vectors; " +
-      (found.elsewhere ? "it works the positions into attention instead." : "attention alone tells places apart.");
+    : "Look for equal rows: they are the same token. This decoder adds no position to its vectors: the order of the tokens reaches it inside attention, which turns queries and keys by their place, say.";
   const parts = Object.entries(found.parts).map(([kind, packed]) => [kind, array(packed)]);
   const most = Math.max(...parts.map(([, rows]) => rows.reduce((a, b) => Math.max(a, Math.abs(b)), 0)));
   for (const [kind, rows] of parts) {
@@ -139,7 +138,7 @@ function embedding() {
     byId("embedding-parts").append(make("h3", names[kind]), canvas);
     const value = (row, column) => rows[row * columns + column] / most;
     matrix(canvas, byId("embedding-out"), {
-      rows: W, columns, value, rowNames: token, height: W > 40 ? 6 : 14, label: names[kind],
+      rows: W, columns, value, rowNames: token, height: Math.max(5, Math.min(14, 400 / W)), label: names[kind],
       marked: { row: () => at, choose: (row) => row },
       tell: (row, column) => `“${token(row)}”, channel ${column + 1} of ${found.channels}: ${rows[row * columns + column].toFixed(3)}`,
     });
@@ -170,7 +169,7 @@ function attention() {
   byId("attention-note").textContent = (left.length ? `Shown are ${left.join(" and ")}; --layers and --heads choose others. ` : "") +
     (first ? `The column “earlier” is the sum over the ${first} tokens that are not shown. ` : "") +
     (sums < 0.99 ? "Where a row adds up to less than 100 %, the model left the rest unused. " : "") +
-    `Checked: these weights times the values give each layer's own result to within ${error.toExponential(0)} of its largest number.`;
+    `Checked: these weights times the values give each layer's own result to within ${error ? error.toExponential(0) : "the last bit"} of its largest number.`;
   const update = () => {
     const row = [...Array(at + more + 1).keys()].map((column) => [seen(column) + (column - more === at ? " (itself)" : ""), weight(at, column), null]);
     bars(byId("reads"), row.sort((a, b) => b[1] - a[1]).slice(0, 6));
@@ -180,21 +179,22 @@ function attention() {
 }
 
 function layers() {
-  const after = data.layers.after.map((layer) => layer && { ids: array(layer.ids), p: array(layer.p), next: array(layer.next) });
+  const stage = (place) => (place ? `after layer ${place}` : "before layer 1");
+  const after = data.layers.at.map((layer) => layer && { ids: array(layer.ids), p: array(layer.p), next: array(layer.next) });
   const kept = after.map((layer, place) => [place, layer]).filter(([, layer]) => layer);
   byId("layers-note").textContent = !kept.length ? "This decoder has no single vector per token between its layers, so there is no guess to show."
-    : (kept.length < after.length ? `${after.length - kept.length} layers have no single vector per token and are left out. ` : "") +
-      "A guess is the model's own final norm and output head, run on the vector after that layer (the logit lens). After the last layer it equals the model's answer.";
+    : (kept.length < after.length ? `${after.length - kept.length} places have no single vector per token and are left out. ` : "") +
+      "A guess is the model's own final norm and output head, run on the vector at that place (the logit lens). After the last layer it equals the model's answer.";
   if (!kept.length) return () => {};
   matrix(byId("lens"), byId("lens-out"), {
-    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => `layer ${kept[row][0] + 1}`,
+    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => stage(kept[row][0]),
     columnNames: (column) => shown(ids[column + 1]), value: (row, column) => kept[row][1].next[column],
     label: "Probability of the token that came next, a row for each layer and a column for each position", marked: { column: () => at, choose: (_, column) => column },
-    tell: (row, column) => `after layer ${kept[row][0] + 1}, “${shown(ids[column + 1])}” has ${percent(kept[row][1].next[column])}`,
+    tell: (row, column) => `${stage(kept[row][0])}, “${shown(ids[column + 1])}” has ${percent(kept[row][1].next[column])}`,
   });
   return () => byId("guesses").tBodies[0].replaceChildren(...kept.map(([place, layer]) => {
     const row = document.createElement("tr"), [, many] = layer.ids.shape;
-    row.append(Object.assign(make("th", `layer ${place + 1}`), { scope: "row" }));
+    row.append(Object.assign(make("th", stage(place)), { scope: "row" }));
     for (let i = 0; i < many; i++) row.append(make("td", `${shown(layer.ids[at * many + i])}  ${percent(layer.p[at * many + i])}`));
     return row;
   }));

@@ -85,7 +85,7 @@ def panels(
         "attention": _attention(seen),
         "layers": {
             "error": seen.lens_error,
-            "after": [
+            "at": [
                 None if lens is None else {"ids": words.places(lens.ids), "p": lens.probabilities, "next": chance}
                 for lens, chance in zip(seen.lens, seen.lens_next, strict=True)
             ],
@@ -116,7 +116,7 @@ def _embedding(seen: Inspection) -> dict[str, Any] | None:
     if seen.positions is None or seen.embedding is None:
         parts = {"sum": seen.entering}
     shown = {name: rows[:, :CHANNELS] for name, rows in parts.items() if rows is not None}
-    return {"parts": shown, "channels": seen.entering.shape[1], "elsewhere": seen.positions_elsewhere}
+    return {"parts": shown, "channels": seen.entering.shape[1]}
 
 
 def _attention(seen: Inspection) -> dict[str, Any]:
