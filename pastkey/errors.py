@@ -107,6 +107,7 @@ NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
     "check": ("onnx",),
+    "see": ("onnx", "onnx_ir"),
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }

@@ -58,6 +58,8 @@ def _run(arguments: argparse.Namespace) -> int:
     refuse_special(arguments.out)
     if arguments.out.is_dir():
         raise InputError(f"{arguments.out} is a folder; --out names the file to write")
+    if arguments.png == "reference" and arguments.reference is None:
+        raise InputError("--png reference draws two models side by side: name the other one with --reference")
     with _opened(arguments.source) as bundle:
         panels = look(bundle, arguments)
     if arguments.png:
