@@ -56,8 +56,11 @@ def _from_one(text: str) -> list[int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     refuse_special(arguments.out)
-    if arguments.out.is_dir():
-        raise InputError(f"{arguments.out} is a folder; --out names the file to write")
+    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
+        found = (
+            "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
+        )
+        raise InputError(f"{arguments.out} {found}")
     if arguments.png == "reference" and arguments.reference is None:
         raise InputError("--png reference draws two models side by side: name the other one with --reference")
     with _opened(arguments.source) as bundle:
@@ -111,7 +114,7 @@ def look(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
     settings = sampling if sampling.get("temperature") else EXAMPLE
     steps = list(stages(text, seen.first, seen.logits, settings, TOP))
     found = None if arguments.reference is None else _reference(bundle, arguments.reference, text.ids, seen.first)
-    return panels(bundle, codec, text, seen, sampling, steps, found)
+    return panels(bundle, codec, text, seen, settings, steps, found)
 
 
 def _reference(bundle: Bundle, path: str, ids: list[int], first: int) -> tuple[str, Floats]:

@@ -12,6 +12,7 @@ lens runs it on every layer's stream (nostalgebraist 2020, "interpreting GPT: th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -195,7 +196,7 @@ def _before(chain: list[ir.Node], later: list[ir.Node]) -> list[ir.Node]:
 
 def _streams(chains: list[list[ir.Node]], attention: ir.Node) -> list[ir.Value | None]:
     """Returns the residual stream after each attention call, of which `attention` is the last."""
-    parts = [_before(chain, later) for chain, later in zip(chains, chains[1:], strict=False)]
+    parts = [_before(chain, later) for chain, later in itertools.pairwise(chains)]
     found: list[ir.Value | None] = [part[-1].outputs[0] if part else None for part in parts]
     last = chains[-1]
     if parts and parts[-1]:  # as far behind the last call as the stream before it is behind its own
@@ -207,7 +208,7 @@ def _streams(chains: list[list[ir.Node]], attention: ir.Node) -> list[ir.Value |
 
 
 def _is_residual(node: ir.Node, chain: list[ir.Node], attention: ir.Node) -> bool:
-    """Whether a node adds to what passes by: to an earlier value of the chain, or to one that attention did not make."""
+    """Whether a node adds to what passes by: an earlier value of the chain, or one that attention did not make."""
     if node.op_type != "Add" or not all(map(_computed, node.inputs)):
         return False
     one, other = (value.producer() for value in node.inputs if value is not None)

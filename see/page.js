@@ -111,8 +111,7 @@ function tokens() {
     chip.type = "button";
     chip.append(make("small", bits === null ? "given" : `${bits.toFixed(1)} bits`));
     chip.classList.toggle("own", number(place) > prompt);
-    if (bits !== null) chip.classList.toggle("hot", bits > 4);
-    redraws.push(() => bits !== null && (chip.style.background = color("--heat", Math.min(1, bits / 8))));
+    redraws.push(() => bits !== null && (chip.style.background = color("--heat", Math.min(1, bits / 8) / 2)));
     chip.addEventListener("click", () => go(Math.min(place, last)));
     return chip;
   });

@@ -53,7 +53,7 @@ def panels(
     codec: TextCodec | None,
     text: Text,
     seen: Inspection,
-    sampling: SamplingOptions,
+    settings: SamplingOptions,
     stages: Sequence[Stages],
     reference: tuple[str, Floats] | None,
 ) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def panels(
         codec: Its tokenizer.
         text: Prompt and output, S tokens.
         seen: What happened in the bundle.
-        sampling: The settings of the text.
-        stages: What the sampler does at each shown position.
+        settings: The sampler's, which are EXAMPLE for a greedy text.
+        stages: What the sampler does with them at each shown position.
         reference: Another model's name and its logits (W, V).
     """
     words, ids = Vocabulary(codec), [*text.ids, text.following]
@@ -93,8 +93,8 @@ def panels(
         "next": {"ids": words.places(top.ids), "p": top.probabilities},
         "cache": {"bytes": _cache_bytes(bundle)},
         "sampler": {
-            "settings": {name: value for name, value in (sampling or EXAMPLE).items() if name != "seed"},
-            "example": not sampling.get("temperature"),
+            "settings": {name: value for name, value in settings.items() if name != "seed"},
+            "example": settings is EXAMPLE,
             "at": [
                 {"names": s.names, "kept": s.kept, "ids": words.places(s.ids), "p": s.probabilities} for s in stages
             ],

@@ -107,7 +107,10 @@ def _sampler(figure: Figure, panels: Panels, place: int) -> None:
 def _reference(figure: Figure, panels: Panels, place: int) -> None:
     found = panels["reference"]
     _distribution(
-        figure, panels, place, {panels["model"]["precision"]: panels["next"]["p"][place], found["name"]: found["p"][place]}
+        figure,
+        panels,
+        place,
+        {panels["model"]["precision"]: panels["next"]["p"][place], found["name"]: found["p"][place]},
     )
     figure.axes[0].set_title(f"KL divergence {found['kl'][place]:.1e} nats", fontsize=10)
 

@@ -47,7 +47,9 @@ def continued(lm: LanguageModel, prompt: str | Sequence[int], max_new_tokens: in
     return Text(whole[:-1], len(ids), whole[-1], ended)
 
 
-def stages(text: Text, first: int, logits: npt.NDArray[np.float32], sampling: SamplingOptions, count: int) -> Iterator[Stages]:
+def stages(
+    text: Text, first: int, logits: npt.NDArray[np.float32], sampling: SamplingOptions, count: int
+) -> Iterator[Stages]:
     """Yields what the runtime's sampler does with each of the logits (W, V) after the tokens from `first` on."""
     sampler = Sampler(SamplingConfig.of(sampling), prompt_tokens=text.prompt_tokens, vocab_size=logits.shape[-1])
     for place, row in enumerate(logits):

@@ -79,9 +79,7 @@ def test_a_bundle_without_a_tokenizer_takes_ids(
     assert command("see", bundle, "--prompt-ids", "3", "--out", tmp_path)[2].endswith("--out names the file to write\n")
 
 
-def test_a_long_text_says_what_is_left_out(
-    bundle_of: Callable[..., Bundle], command: Command, tmp_path: Path
-) -> None:
+def test_a_long_text_says_what_is_left_out(bundle_of: Callable[..., Bundle], command: Command, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     asked = ["--prompt-ids", "3,1,4,1,5,9,2,6", "--last", "4", "--heads", "2", "--max-new-tokens", "3"]
     assert command("see", bundle_of("llama").path, *asked, "--out", page)[0] == 0

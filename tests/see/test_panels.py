@@ -24,16 +24,20 @@ def test_every_panel_has_the_shown_tokens(bundle_of: Callable[..., Bundle], show
     seen = inspect(bundle, text.ids, text.following, shown=shown)
     rows = min(shown, 11)  # the last of 12 tokens is predicted, and not read
     steps = list(stages(text, seen.first, seen.logits, EXAMPLE, 3))
-    found = panels(bundle, None, text, seen, {}, steps, ("other", seen.logits + 1))
+    found = panels(bundle, None, text, seen, EXAMPLE, steps, ("other", seen.logits + 1))
     words = found["vocabulary"]
-    assert [words[place] for place in found["text"]["ids"]] == [str(token) for token in [*text.ids, text.following][-rows - 1 :]]
+    assert [words[place] for place in found["text"]["ids"]] == [
+        str(token) for token in [*text.ids, text.following][-rows - 1 :]
+    ]
     weights = found["attention"]["weights"]
     assert weights.shape == (2, 4, rows, rows + (shown < 11))
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     p = np.exp(seen.logits - seen.logits.max(-1, keepdims=True))
     chosen = (p / p.sum(-1, keepdims=True))[range(rows), [*text.ids, text.following][-rows:]]
     np.testing.assert_allclose(2.0 ** -found["text"]["surprise"], chosen, rtol=1e-4)
-    assert found["next"]["p"][-1, 0] == chosen[-1].astype(np.float32) or np.isclose(found["next"]["p"][-1, 0], chosen[-1])
+    assert found["next"]["p"][-1, 0] == chosen[-1].astype(np.float32) or np.isclose(
+        found["next"]["p"][-1, 0], chosen[-1]
+    )
     assert np.abs(found["reference"]["kl"]).max() < 1e-9  # softmax does not see what all logits have in common
     assert found["cache"]["bytes"] == 2 * 2 * (16 + 16) * 4
     assert len(found["sampler"]["at"]) == rows

@@ -25,7 +25,7 @@ def test_every_panel_can_be_drawn(bundle_of: Callable[..., Bundle], name: str) -
         text = continued(lm, [3, 1, 4, 1, 5], 3, {})
     seen = inspect(bundle, text.ids, text.following, shown=5)
     steps = list(stages(text, seen.first, seen.logits, EXAMPLE, 5))
-    found = panels(bundle, None, text, seen, {}, steps, ("other", seen.logits))
+    found = panels(bundle, None, text, seen, EXAMPLE, steps, ("other", seen.logits))
     drawn = {panel: picture(found, panel, 2) for panel in PICTURES}
     assert len(set(drawn.values())) == len(PICTURES)
     for content in drawn.values():
