@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .inspection import Floats
 
-PICTURES: Final = ("tokens", "embedding", "attention", "layers", "next", "sampler", "reference")
+PICTURES: Final = ("embedding", "attention", "layers", "next")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _LAST = 128  # tokens that are shown
 
@@ -61,8 +61,6 @@ def _run(arguments: argparse.Namespace) -> int:
             "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
         )
         raise InputError(f"{arguments.out} {found}")
-    if arguments.png == "reference" and arguments.reference is None:
-        raise InputError("--png reference draws two models side by side: name the other one with --reference")
     with _opened(arguments.source) as bundle:
         panels = look(bundle, arguments)
     if arguments.png:

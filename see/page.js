@@ -4,7 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const make = (name, text, kind) => Object.assign(document.createElement(name), { textContent: text ?? "", className: kind ?? "" });
-const percent = (p) => (p > 0 && p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
+const percent = (p) => (!p ? "0 %" : p > 0 && p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`);
 const unpack = ({ type, data: text }) => {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   return type === "u1" ? bytes : new (type === "i4" ? Int32Array : Float32Array)(bytes.buffer);
@@ -43,7 +43,7 @@ function matrix(canvas, output, { rows, columns, value, tell, rowNames, columnNa
     pen.fillStyle = style("--soft");
     for (let row = 0; rowNames && row < rows; row += Math.max(1, Math.ceil(12 / high))) {
       pen.fillStyle = style(marked.row && row === marked.row() ? "--mark" : "--soft");
-      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, 13), left - 4, top + high * (row + 0.5));
+      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, 14), left - 4, top + high * (row + 0.5));
     }
     for (let column = 0; top && column < columns; column++) {
       pen.save(), pen.translate(left + wide * (column + 0.5), top - 4), pen.rotate(-Math.PI / 2);
@@ -168,7 +168,7 @@ function attention() {
   byId("attention-note").textContent = (left.length ? `Shown are ${left.join(" and ")}; --layers and --heads choose others. ` : "") +
     (first ? `The column “earlier” is the sum over the ${first} tokens that are not shown. ` : "") +
     (sums < 0.99 ? "Where a row adds up to less than 100 %, the model left the rest unused. " : "") +
-    `Checked: these weights times the values give each layer's own result to within ${error ? error.toExponential(0) : "the last bit"} of its largest number.`;
+    `Checked: these weights times the values give each layer's own result ${error ? `to within ${error.toExponential(0)} of its largest number` : "to the last bit"}.`;
   const update = () => {
     const row = [...Array(at + more + 1).keys()].map((column) => [seen(column) + (column - more === at ? " (itself)" : ""), weight(at, column), null]);
     bars(byId("reads"), row.sort((a, b) => b[1] - a[1]).slice(0, 6));

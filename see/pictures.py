@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 Panels = dict[str, Any]
-_HEAT, _COLD, _MARK = "#2451a6", "#b04b18", "#b4530a"
+_HEAT, _COLD = "#2451a6", "#b04b18"
 
 
 def picture(panels: Panels, name: str, place: int) -> bytes:
@@ -27,14 +27,6 @@ def picture(panels: Panels, name: str, place: int) -> bytes:
 def _words(panels: Panels, places: Any) -> list[str]:
     texts = (panels["vocabulary"][place] for place in np.ravel(places))
     return [text.replace("\n", "⏎").replace("$", r"\$") for text in texts]
-
-
-def _tokens(figure: Figure, panels: Panels, _: int) -> None:
-    words, bits = _words(panels, panels["text"]["ids"]), panels["text"]["surprise"]
-    axes = _sized(figure, max(4, 0.6 * len(words)), 2.4)
-    axes.bar(range(1, len(words)), bits, color=_HEAT)
-    axes.set_xticks(range(len(words)), words, rotation=60, ha="right")
-    axes.set_ylabel("surprise in bits")
 
 
 def _embedding(figure: Figure, panels: Panels, _: int) -> None:
@@ -90,32 +82,10 @@ def _layers(figure: Figure, panels: Panels, _: int) -> None:
 
 
 def _next(figure: Figure, panels: Panels, place: int) -> None:
-    _distribution(figure, panels, place, {panels["model"]["precision"]: panels["next"]["p"][place]})
-
-
-def _sampler(figure: Figure, panels: Panels, place: int) -> None:
-    found = panels["sampler"]["at"][place]
-    words, names = _words(panels, found["ids"]), [name.replace("_", " ") for name in found["names"]]
-    axes = _sized(figure, 7, 1 + 0.3 * len(words))
-    for number, (name, chances) in enumerate(zip(names, found["p"], strict=True)):
-        axes.barh(np.arange(len(words)) * (len(names) + 1) + number, chances, label=f"{name}: {found['kept'][number]}")
-    axes.set_yticks(np.arange(len(words)) * (len(names) + 1) + len(names) / 2 - 0.5, words)
-    axes.invert_yaxis()
-    axes.legend(title="tokens left after", fontsize=8)
-
-
-def _reference(figure: Figure, panels: Panels, place: int) -> None:
-    found = panels["reference"]
-    _distribution(
-        figure,
-        panels,
-        place,
-        {panels["model"]["precision"]: panels["next"]["p"][place], found["name"]: found["p"][place]},
-    )
-    figure.axes[0].set_title(f"KL divergence {found['kl'][place]:.1e} nats", fontsize=10)
-
-
-def _distribution(figure: Figure, panels: Panels, place: int, models: dict[str, Any]) -> None:
+    models = {panels["model"]["precision"]: panels["next"]["p"][place]}
+    other = panels.get("reference")
+    if other is not None:
+        models[f"{other['name']} (KL {other['kl'][place]:.1e} nats)"] = other["p"][place]
     words = _words(panels, panels["next"]["ids"][place])
     axes = _sized(figure, 6, 0.8 + 0.28 * len(words) * len(models))
     for number, (name, chances) in enumerate(models.items()):
@@ -125,10 +95,10 @@ def _distribution(figure: Figure, panels: Panels, place: int, models: dict[str, 
             axes.text(chance, row, f" {100 * chance:.1f} %", va="center", fontsize=8)
     axes.set_yticks(np.arange(len(words)) * (len(models) + 0.5) + (len(models) - 1) / 2, words)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1)
-    read = "".join(panels["vocabulary"][token] for token in panels["text"]["ids"][: place + 1])
-    axes.set_xlabel(f"probability of coming after “…{read[-40:]}”".replace("$", r"\$"))
-    if len(models) > 1:
+    axes.set_xlim(0, 1.15)
+    read = " ".join(word.strip() for word in _words(panels, panels["text"]["ids"][: place + 1]))
+    axes.set_xlabel(f"probability of coming after “{read[-40:]}”")
+    if other is not None:
         axes.legend(fontsize=8)
 
 
@@ -137,7 +107,4 @@ def _sized(figure: Figure, width: float, height: float) -> Axes:
     return figure.subplots()
 
 
-_DRAW = {
-    "tokens": _tokens, "embedding": _embedding, "attention": _attention, "layers": _layers, "next": _next,
-    "sampler": _sampler, "reference": _reference,
-}  # fmt: skip
+_DRAW = {"embedding": _embedding, "attention": _attention, "layers": _layers, "next": _next}

@@ -54,7 +54,6 @@ def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Pa
         (["--heads", "x"], "argument --heads: 'x' is not a list of token ids such as 1,2,3"),
         (["--top-p", "0"], "top_p is 0.0; it is a number above 0, up to 1"),
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
-        (["--png", "reference"], "--png reference draws two models side by side: name the other one with --reference"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_file(
