@@ -92,10 +92,12 @@ def opened(chromium: str) -> Iterator[Page]:
             ["bash", "-c", script, "bash", *command],
             stdout=quiet, stderr=quiet, env=home, pass_fds=(read_commands, write_answers),
         ) as browser:  # fmt: skip
-            os.close(read_commands), os.close(write_answers)
+            os.close(read_commands)
+            os.close(write_answers)
             try:
                 yield Page(commands, answers)
             finally:
                 browser.terminate()
                 browser.wait()
-                os.close(commands), os.close(answers)
+                os.close(commands)
+                os.close(answers)
