@@ -64,22 +64,24 @@ def inspectable(model: ir.Model, calls: int) -> Inspectable:
     flow = _Flow(model)
     chains = [flow.chain(node) for node, _ in nodes]
     streams = _streams(chains, nodes[-1][0])
-    ends = _embedded(model, flow, chains[0])
+    embedding, positions, entering = _embedded(model, flow, chains[0])
     head = None if streams[-1] is None else _head(model, streams[-1])
-    extra = {value: None for pair in (_values(node, weights) for node, weights in nodes) for value in pair}
-    extra |= {value: None for value in (*ends, *streams) if value is not None}
+    inner = [value for node, weights in nodes for value in (weights, node.outputs[0])]
+    extra = dict.fromkeys(v for v in (*inner, embedding, positions, entering, *streams) if v is not None)
     model.graph.outputs.extend(value for value in extra if not value.is_graph_output())
     return Inspectable(
         model,
-        tuple(Call(*(str(v.name) for v in _values(node, weights))) for node, weights in nodes),
-        *(None if value is None else str(value.name) for value in ends),
-        tuple(None if value is None else str(value.name) for value in streams),
+        tuple(Call(str(weights.name), str(node.outputs[0].name)) for node, weights in nodes),
+        _name(embedding),
+        _name(positions),
+        _name(entering),
+        tuple(map(_name, streams)),
         head,
     )
 
 
-def _values(node: ir.Node, weights: ir.Value) -> tuple[ir.Value, ir.Value]:
-    return weights, node.outputs[0]
+def _name(value: ir.Value | None) -> str | None:
+    return None if value is None else value.name
 
 
 def _unfuse_skips(model: ir.Model) -> None:
@@ -253,7 +255,9 @@ def _head(model: ir.Model, stream: ir.Value) -> ir.Model | None:
 
 
 # --- the embedding ------------------------------------------------------------------------------------------------
-def _embedded(model: ir.Model, flow: _Flow, first: list[ir.Node]) -> tuple[ir.Value | None, ...]:
+def _embedded(
+    model: ir.Model, flow: _Flow, first: list[ir.Node]
+) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
     """Returns the embedding of the tokens, the positions that are added to it, and what enters the first layer.
 
     Without positions the first is None: what enters is the embedding.

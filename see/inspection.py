@@ -117,13 +117,15 @@ def inspect(
     attention, errors = {}, {}
     for number, weights, error in _weights(session, graph, feeds, chosen, tolerance):
         attention[number], errors[number] = weights[chosen_heads, first:], error
-    ends = [_rows(found.get(str(name)), first) for name in (graph.embedding, graph.positions, graph.entering)]
+    embedding, positions, entering = (
+        _rows(found.get(str(name)), first) for name in (graph.embedding, graph.positions, graph.entering)
+    )
     next_ids = np.array([*ids[1:], following])[first:]
     half = any(value.name == graph.streams[-1] and "float16" in value.type for value in session.get_outputs())
     lens, lens_next, lens_error = _lens(graph, folder, found, first, next_ids, half)
     return Inspection(
         list(ids), first, logits[first:], attention, chosen_heads, errors, len(graph.calls), head_count,
-        *ends, lens, lens_next, lens_error,
+        embedding, positions, entering, lens, lens_next, lens_error,
     )  # fmt: skip
 
 

@@ -56,13 +56,14 @@ def _attention(figure: Figure, panels: Panels, _: int) -> None:
     every = figure.subplots(len(calls), len(heads), squeeze=False)
     for (row, column), axes in np.ndenumerate(every):
         shown = weights[row, column]
-        hidden = ~np.tri(*shown.shape, shown.shape[1] - shown.shape[0], dtype=bool)
+        read, known = shown.shape
+        hidden = ~np.tri(read, known, known - read, dtype=bool)
         axes.imshow(np.ma.masked_array(shown, hidden), cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"layer {calls[row] + 1}, head {heads[column] + 1}", fontsize=10)
         axes.set_yticks(range(len(words)), words)
         axes.set_xticks(range(len(columns)), columns, rotation=90)
         for (y, x), weight in np.ndenumerate(shown) if len(words) <= 12 else ():
-            if x <= y + shown.shape[1] - shown.shape[0]:
+            if not hidden[y, x]:
                 ink = "white" if weight > 0.5 else "black"
                 axes.text(x, y, f"{100 * weight:.0f}", ha="center", va="center", fontsize=8, color=ink)
 

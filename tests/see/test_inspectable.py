@@ -51,7 +51,7 @@ def test_both_graphs_and_precisions_show_the_same(bundle_of: Callable[..., Bundl
     for number in range(2):
         assert np.abs(one.attention[number] - other.attention[number]).max() < limit
     for left, right in zip(one.lens_next, other.lens_next, strict=True):
-        assert np.abs(left - right).max() < limit  # type: ignore[operator]
+        assert np.abs(left - right).max() < limit
 
 
 def test_a_graph_without_a_product_of_weights_and_values_is_refused(bundle_of: Callable[..., Bundle]) -> None:
