@@ -43,7 +43,10 @@ def test_every_form_of_decoder_is_seen_whole(bundle_of: Callable[..., Bundle], n
     assert seen.entering is not None
 
 
-@pytest.mark.parametrize("options", [{"graph": "standard"}, {"precision": "int8"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"graph": "standard"}, *(pytest.param({"precision": name}, marks=pytest.mark.slow) for name in ("fp16", "int8"))],
+)
 def test_both_graphs_and_precisions_show_the_same(bundle_of: Callable[..., Bundle], options: dict[str, str]) -> None:
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     one, other = (inspect(bundle_of("llama", **which), ids, 1, shown=99) for which in ({}, options))
