@@ -67,9 +67,12 @@ def test_the_last_tokens_are_those_of_the_whole_text(bundle_of: Callable[..., Bu
     assert (whole.first, end.first) == (0, 8)
     np.testing.assert_array_equal(end.attention[1], whole.attention[1][:, 8:])
     np.testing.assert_array_equal(end.logits, whole.logits[8:])
-    np.testing.assert_array_equal(end.lens_next[2], whole.lens_next[2][8:])  # type: ignore[index]
+    last, of_whole = end.lens_next[2], whole.lens_next[2]
+    assert last is not None
+    assert of_whole is not None
+    np.testing.assert_array_equal(last, of_whole[8:])
     probabilities = F.softmax(torch.from_numpy(end.logits), -1).numpy()
-    np.testing.assert_allclose(end.lens_next[2], probabilities[range(4), [*IDS[9:], 7]], rtol=1e-4)
+    np.testing.assert_allclose(last, probabilities[range(4), [*IDS[9:], 7]], rtol=1e-4)
 
 
 def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of: Callable[..., Bundle]) -> None:
