@@ -43,6 +43,7 @@ COMMANDS = {
     "chat": ("runtime.commands.chat", "hold a conversation, with the bundle's chat template"),
     "batch": ("runtime.commands.batch", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
     "serve": ("serve.command", "answer OpenAI clients over HTTP: bundle/ -> a server"),
+    "see": ("see.cli", "show what happens inside a decoder on a page: bundle/ -> page.html"),
     "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
     "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
     "web": ("web.command", "write a page that runs a bundle in a browser: bundle/ -> a folder of static files"),

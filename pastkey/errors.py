@@ -113,6 +113,7 @@ NEEDED = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
     "check": ("onnx",),
     "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
+    "see": ("onnx", "onnx_ir"),
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }

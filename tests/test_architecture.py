@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("train", "export", "runtime", "serve", "web")
+STAGES = ("train", "export", "runtime", "serve", "web", "see")
 FOLDERS = ("pastkey", *STAGES)
 
 
@@ -56,6 +56,9 @@ RULES = {
         frozenset({"transformers", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
     ),
     "web": Rule(frozenset({"pastkey", "pastkey.runtime"}), frozenset()),
+    "see": Rule(
+        frozenset({"pastkey", "pastkey.export", "pastkey.runtime"}), frozenset({"numpy", "onnx_ir", "matplotlib"})
+    ),
 }  # fmt: skip
 
 

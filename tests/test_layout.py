@@ -9,7 +9,7 @@ import pytest
 from .shared import divided
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pastkey", "train", "export", "runtime", "serve", "web")
+FOLDERS = ("pastkey", "train", "export", "runtime", "serve", "web", "see")
 
 # module -> the file that tests it, and why that is another one.
 ELSEWHERE = {

@@ -19,7 +19,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     built: list[Path] = []
     for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):
         checkout = tmp_path / f"checkout{number}"
-        for stage in ("pastkey", "train", "export", "runtime", "web"):
+        for stage in ("pastkey", "train", "export", "runtime", "serve", "web", "see"):
             shutil.copytree(ROOT / stage, checkout / stage, ignore=shutil.ignore_patterns("__pycache__", "lib"))
         (checkout / "web" / "lib").mkdir()
         (checkout / "web" / "lib" / "ort.wasm.min.mjs").write_text("export {}")

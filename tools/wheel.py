@@ -22,7 +22,7 @@ FIRST_OF_1980 = 315532800  # the earliest time in a zip file
 
 def copy_source(target: Path) -> None:
     """Copies all files of the wheel, with the same modes everywhere."""
-    for stage in ("pastkey", "train", "export", "runtime", "web"):
+    for stage in ("pastkey", "train", "export", "runtime", "serve", "web", "see"):
         shutil.copytree(ROOT / stage, target / stage, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target / name)

@@ -91,12 +91,30 @@ class Sampler:
             )
         if not self.config.temperature:
             return largest
-        logits = truncation.apply_temperature(logits, self.config.temperature)
-        for truncate in self._truncations:
-            logits = truncate(logits)
-        if self._excludes(len(ids)):
-            logits = truncation.exclude_top_choices(logits, self.config.xtc_threshold)
+        for _, stage in self._stages(len(ids)):
+            logits = stage(logits)
         return truncation.draw(logits, uniform(self._seed, len(ids)))
+
+    def stages(self, logits: Scores, ids: Sequence[int]) -> Iterator[tuple[str, Scores]]:
+        """Yields the logits (V,) after each stage of a call, with the stage's name. For a temperature above 0.
+
+        The first is "penalties", all that changes single logits, if there is any.
+        """
+        text = self._history.of(ids)
+        for change in self._changes:
+            logits = change(logits, text)
+        if self._changes:
+            yield "penalties", logits
+        for name, stage in self._stages(len(ids)):
+            logits = stage(logits)
+            yield name, logits
+
+    def _stages(self, place: int) -> Iterator[tuple[str, Callable[[Scores], Scores]]]:
+        """The temperature, and the stages after it that restrict the candidates, by the names of their settings."""
+        yield "temperature", partial(truncation.apply_temperature, temperature=self.config.temperature)
+        yield from self._truncations
+        if self._excludes(place):
+            yield "xtc", partial(truncation.exclude_top_choices, threshold=self.config.xtc_threshold)
 
     def twin(self) -> Sampler:
         """A sampler with the same settings and seed for drafts, without the user's logits processors."""
@@ -160,18 +178,18 @@ def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
         yield partial(apply_processor, processor=processor)
 
 
-def _truncations(config: SamplingConfig) -> Iterator[Callable[[Scores], Scores]]:
-    """The stages after the temperature, which restrict the candidates. XTC follows them."""
+def _truncations(config: SamplingConfig) -> Iterator[tuple[str, Callable[[Scores], Scores]]]:
+    """The stages after the temperature, which restrict the candidates, by their settings. XTC follows them."""
     if config.top_n_sigma > 0:
-        yield partial(truncation.keep_top_n_sigma, n=config.top_n_sigma)
+        yield "top_n_sigma", partial(truncation.keep_top_n_sigma, n=config.top_n_sigma)
     if config.top_k:
-        yield partial(truncation.keep_top_k, k=config.top_k)
+        yield "top_k", partial(truncation.keep_top_k, k=config.top_k)
     if config.top_p < 1:
-        yield partial(truncation.keep_top_p, p=config.top_p)
+        yield "top_p", partial(truncation.keep_top_p, p=config.top_p)
     if config.min_p:
-        yield partial(truncation.keep_min_p, p=config.min_p)
+        yield "min_p", partial(truncation.keep_min_p, p=config.min_p)
     if config.typical_p < 1:
-        yield partial(truncation.keep_typical, p=config.typical_p)
+        yield "typical_p", partial(truncation.keep_typical, p=config.typical_p)
 
 
 def _forced(config: SamplingConfig, text: _Text) -> dict[int, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-_FLAGS = (
+FLAGS = (
     "--headless",
     "--no-sandbox",  # which root cannot have
     "--disable-gpu",
@@ -72,7 +72,7 @@ def visit(
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}{page}"
-        command = [chromium, *_FLAGS, *flags, f"--user-data-dir={profile}", address]
+        command = [chromium, *FLAGS, *flags, f"--user-data-dir={profile}", address]
         home = os.environ | {"HOME": profile, "XDG_CONFIG_HOME": profile}  # its crash reporter writes there
         quiet = subprocess.DEVNULL
         with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=home) as browser:

@@ -300,3 +300,11 @@ def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings: dict[str
 def test_ids_may_be_an_array(field: str, value: Any, token: int) -> None:
     logits = np.arange(5, dtype=np.float32)
     assert choice([0, 1, 2], logits, **{field: np.array(value)}) == token
+
+
+def test_stages_show_what_a_call_draws_from() -> None:
+    config = SamplingConfig(temperature=0.5, top_k=3, min_p=0.3, seed=4, suppress_tokens=(1,))
+    shown = list(Sampler(config).stages(LOGITS, [2]))
+    assert [name for name, _ in shown] == ["penalties", "temperature", "top_k", "min_p"]
+    assert [int((scores > -math.inf).sum()) for _, scores in shown] == [4, 4, 3, 1]
+    assert int(shown[-1][1].argmax()) == Sampler(config)(LOGITS, [2]) == 3

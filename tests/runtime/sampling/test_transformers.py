@@ -169,7 +169,7 @@ def test_the_order_is_that_of_generate(seed: int, ids: list[int], names: set[str
         assert bool(expected.isnan().all())
         return
     found = truncation.apply_temperature(found, ours.temperature)
-    for truncate in _truncations(ours):
+    for _, truncate in _truncations(ours):
         found = truncate(found)
     np.testing.assert_allclose(truncation.softmax(found), expected.numpy(), atol=2e-6)
 

@@ -1,0 +1,128 @@
+"""`pastkey see`: parse, look, write one file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pastkey.command import Command, id_list, positive_int, say
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.errors import InputError
+from pastkey.files.durable import refuse_special, write_whole
+from pastkey.files.folder import read_json
+from pastkey.runtime.commands.flags import SAMPLING, prompt_of
+
+if TYPE_CHECKING:
+    from pastkey.runtime import SamplingOptions
+
+    from .inspection import Floats
+
+PICTURES: Final = ("embedding", "attention", "layers", "next")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_LAST = 128  # tokens that are shown
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="BUNDLE_OR_SOURCE", help="a bundle, or anything that pastkey export takes")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to look at; - reads it from standard input")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
+    add("--out", metavar="FILE", type=Path, required=True, help="the page, or with --png the picture")
+    add("--png", metavar="PANEL", choices=PICTURES, help=f"one panel as a picture: {', '.join(PICTURES)}")
+    add("--position", metavar="N", type=positive_int, help="with --png, the tokens that were read (the prompt's)")
+    add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens (32)")
+    add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's (none)")
+    add("--last", metavar="N", type=positive_int, default=_LAST, help=f"show the last N tokens ({_LAST})")
+    numbers = "1,2,3"
+    add("--layers", metavar=numbers, type=_from_one, help="layers whose attention is shown, from 1 (as many as fit)")
+    add("--heads", metavar=numbers, type=_from_one, help="heads whose attention is shown, from 1 (as many as fit)")
+    for name in _SAMPLING:
+        kind, meaning = SAMPLING[name]
+        add("--" + name.replace("_", "-"), metavar=name.split("_")[-1][0].upper(), type=kind, help=meaning)
+
+
+def _from_one(text: str) -> list[int]:
+    found = [number - 1 for number in id_list(text)]
+    if not found or min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers from 1, such as 1,2,3")
+    return found
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    refuse_special(arguments.out)
+    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
+        found = (
+            "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
+        )
+        raise InputError(f"{arguments.out} {found}")
+    with _opened(arguments.source) as bundle:
+        panels = look(bundle, arguments)
+    if arguments.png:
+        from .pictures import picture
+
+        place = (arguments.position or panels["text"]["prompt"]) - 1 - panels["text"]["first"]
+        if not 0 <= place < len(panels["text"]["surprise"]):
+            raise InputError(f"--position {arguments.position} is none of the tokens that are shown")
+        content = picture(panels, arguments.png, place)
+    else:
+        from .page import page
+
+        content = page(panels).encode()
+    write_whole(arguments.out, content)
+    say(f"{arguments.out}: {len(content) / 1000:.0f} kB")
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(source: str) -> Iterator[Bundle]:
+    """Opens a bundle, or exports a source in float32 for the time of the block."""
+    manifest = Path(source) / names.MANIFEST  # a checkpoint has one, too
+    if manifest.is_file() and read_json(manifest).get("kind") == "bundle":
+        yield open_bundle(source)
+        return
+    from pastkey.export import export
+
+    with tempfile.TemporaryDirectory() as folder:
+        say(f"exporting {source} in float32, for this page alone (a bundle is opened at once)")
+        export(source, Path(folder) / "bundle", precision="fp32")
+        yield open_bundle(Path(folder) / "bundle")
+
+
+def look(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the panels of a bundle. Raises the errors of `inspect`, of a generation and of a reference."""
+    from pastkey.runtime import load
+
+    from .inspection import TOP, inspect
+    from .panels import panels
+    from .text import EXAMPLE, continued, stages
+
+    sampling: SamplingOptions = {n: v for n in _SAMPLING if (v := getattr(arguments, n)) is not None}  # type: ignore[assignment]
+    prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)
+    with load(bundle.path, "cpu") as lm:
+        text, codec = continued(lm, prompt, arguments.max_new_tokens, sampling), lm.tokenizer
+    seen = inspect(
+        bundle, text.ids, text.following, shown=arguments.last, layers=arguments.layers, heads=arguments.heads
+    )
+    settings = sampling if sampling.get("temperature") else EXAMPLE
+    steps = list(stages(text, seen.first, seen.logits, settings, TOP))
+    found = None if arguments.reference is None else _reference(bundle, arguments.reference, text.ids, seen.first)
+    return panels(bundle, codec, text, seen, settings, steps, found)
+
+
+def _reference(bundle: Bundle, path: str, ids: list[int], first: int) -> tuple[str, Floats]:
+    """Returns the name and the logits (W, V) of another model on the same tokens."""
+    import numpy as np
+
+    from pastkey.export.measure.reference import open_reference
+
+    predictor = open_reference(path, bundle, ids, len(ids), say=say)
+    return Path(path).name or path, predictor.logits(np.array(ids))[first:]
+
+
+see_command = Command(_add_arguments, _run)

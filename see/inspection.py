@@ -1,0 +1,231 @@
+"""Runs a decoder over a text, its prompt and its output, and keeps what happens inside.
+
+Causal attention makes one run over the whole text equal to generating it token by token, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import ContractError, InputError, NumericsError
+from pastkey.export.measure.metrics import relative_difference, softmax
+from pastkey.runtime.providers.ort import onnxruntime
+
+from .inspectable import Inspectable, inspectable
+
+MOST_TOKENS = 2048  # of a text: a head's weights are as many numbers as tokens squared
+TOP = 10  # likeliest tokens that are kept of a distribution
+_SCORES = 1 << 26  # weights of attention that one run returns
+_TOLERANCE = {"fp16": 1e-2}  # of weights @ values, as a share of the largest number; 1e-4 otherwise
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest next tokens, in order, with the last axis of K of them."""
+
+    ids: Ids  # (..., K)
+    probabilities: Floats  # (..., K)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What happened inside a decoder. S tokens were run, the last W of them are shown, from `first` on."""
+
+    ids: list[int]  # (S,)
+    first: int  # S - W
+    logits: Floats  # (W, V): of the token after each shown one
+    attention: dict[int, Floats]  # attention call -> weights (len(attention_heads), W, S) of the shown tokens
+    attention_heads: list[int]  # their numbers
+    errors: dict[int, float]  # attention call -> max |weights @ values - the call's own result| / max |result|
+    layers: int  # attention calls of the decoder
+    heads: int  # H, the fewest of a call
+    embedding: Floats | None  # (W, E)
+    positions: Floats | None  # (W, E), added to the embedding
+    entering: Floats | None  # (W, E), what the first layer reads
+    lens: list[Likeliest | None]  # (W, K) before the first layer and after each, None without a single stream there
+    lens_next: list[Floats | None]  # (W,): the probability there of the token that came next
+    lens_error: float | None  # max |logits of the last stream - logits| / max |logits|, None without a lens
+
+
+def likeliest(logits: Floats, count: int = TOP) -> Likeliest:
+    """The `count` likeliest tokens of logits (..., V); of equal ones, that with the smaller id is first."""
+    probabilities = softmax(logits)
+    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
+    return Likeliest(ids, np.take_along_axis(probabilities, ids, -1).astype(np.float32))
+
+
+def inspect(
+    bundle: Bundle,
+    ids: Sequence[int],
+    following: int,
+    *,
+    shown: int,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    most_weights: int = 900_000,
+) -> Inspection:
+    """Runs a bundle's graph over a text without a past.
+
+    Args:
+        bundle: An opened bundle.
+        ids: The text, (S,).
+        following: The token after it.
+        shown: W, or more than S.
+        layers: Attention calls whose weights are kept; None for as many as fit, spread over the depth.
+        heads: Heads whose weights are kept; None for all, or for the first ones that fit.
+        most_weights: How many weights of attention fit, without those of masked tokens.
+
+    Raises:
+        InputError: The text is too long, or there is no such layer or head.
+        ContractError: The weights of attention are not found, or do not give attention's result.
+        NumericsError: The logits are not finite.
+    """
+    if len(ids) > MOST_TOKENS:
+        raise InputError(
+            f"prompt and output are {len(ids)} tokens, and see looks inside {MOST_TOKENS} at most: shorten the prompt, "
+            "or give a smaller --max-new-tokens"
+        )
+    graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers))
+    folder, first = bundle.all_logits_graph.parent, max(0, len(ids) - shown)
+    session = _open(graph.model, folder)
+    feeds, head_count = _feeds(session, ids), _head_count(session, graph)
+    rows = len(ids) - first
+    of_head = rows * (rows + 3) // 2
+    some = range(max(1, min(head_count, most_weights // of_head)))
+    chosen_heads = _chosen("head", some if heads is None else heads, head_count)
+    fitting = max(1, min(len(graph.calls), most_weights // (of_head * len(chosen_heads))))
+    spread = np.linspace(0, len(graph.calls) - 1, fitting).round().astype(int).tolist()
+    chosen = _chosen("layer", spread if layers is None else layers, len(graph.calls))
+    plain = [names.LOGITS, graph.embedding, graph.positions, graph.entering, *graph.streams]
+    found = _run(session, [name for name in plain if name is not None], feeds)
+    logits = found[names.LOGITS][0]
+    if not np.isfinite(logits).all():
+        raise NumericsError(f"the logits of {bundle.path} are not finite (NaN or infinity): its weights are damaged")
+    tolerance = _TOLERANCE.get(bundle.manifest.precision, 1e-4)
+    attention, errors = {}, {}
+    for number, weights, error in _weights(session, graph, feeds, chosen, tolerance):
+        attention[number], errors[number] = weights[chosen_heads, first:], error
+    embedding, positions, entering = (
+        _rows(found.get(str(name)), first) for name in (graph.embedding, graph.positions, graph.entering)
+    )
+    next_ids = np.array([*ids[1:], following])[first:]
+    half = any(value.name == graph.streams[-1] and "float16" in value.type for value in session.get_outputs())
+    lens, lens_next, lens_error = _lens(graph, folder, found, first, next_ids, half)
+    return Inspection(
+        list(ids), first, logits[first:], attention, chosen_heads, errors, len(graph.calls), head_count,
+        embedding, positions, entering, lens, lens_next, lens_error,
+    )  # fmt: skip
+
+
+def _chosen(what: str, asked: Sequence[int], count: int) -> list[int]:
+    """The asked numbers, sorted. Raises InputError, which counts from 1 as the page does, if one is too large."""
+    if max(asked) >= count:
+        raise InputError(f"there is no {what} {max(asked) + 1}: this decoder has {count}, from 1 on")
+    return sorted(set(asked))
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+def _open(model: ir.Model, folder: Path) -> Any:
+    """Opens a graph in memory whose weights are in files of `folder`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
+    content = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(session: Any, ids: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+    feeds: dict[str, npt.NDArray[Any]] = {
+        names.INPUT_IDS: np.array([ids], np.int64),
+        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
+        names.POSITION_IDS: np.arange(len(ids))[None],
+    }
+    given = {value.name: value for value in session.get_inputs()}
+    for name, value in given.items():
+        if name not in feeds:  # the past, which is empty
+            shape = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
+            feeds[name] = np.zeros(shape, np.float16 if "float16" in value.type else np.float32)
+    return {name: array for name, array in feeds.items() if name in given}
+
+
+def _run(session: Any, wanted: Sequence[str], feeds: dict[str, npt.NDArray[Any]]) -> dict[str, Floats]:
+    wanted = list(dict.fromkeys(wanted))
+    found = zip(wanted, session.run(wanted, feeds), strict=True)
+    return {name: array.astype(np.float32, copy=False) for name, array in found if array.dtype.kind == "f"}
+
+
+def _rows(array: Floats | None, first: int) -> Floats | None:
+    """The rows (W, E) of a value with the tokens on its last axis but one."""
+    return None if array is None else array.reshape(-1, array.shape[-1])[first:]
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+def _head_count(session: Any, graph: Inspectable) -> int:
+    """The fewest heads of a call: with one token, each has one weight."""
+    weights = _run(session, [call.weights for call in graph.calls], _feeds(session, [0]))
+    return min(found.size for found in weights.values())
+
+
+def _weights(
+    session: Any, graph: Inspectable, feeds: dict[str, npt.NDArray[Any]], chosen: list[int], tolerance: float
+) -> Iterator[tuple[int, Floats, float]]:
+    """Yields attention calls, their weights (H, S, S), and how far weights @ values is from the call's result."""
+    length = feeds[names.INPUT_IDS].shape[1]
+    together = max(1, _SCORES // (32 * length * length))
+    for start in range(0, len(chosen), together):
+        group = chosen[start : start + together]
+        wanted = [n for i in group for n in (graph.calls[i].weights, graph.calls[i].output, names.present_value(i))]
+        found = _run(session, wanted, feeds)
+        for number in group:
+            call = graph.calls[number]
+            weights = found[call.weights].reshape(-1, length, length)  # (H, S, S)
+            values = found[names.present_value(number)][0]  # (K, S, D)
+            mixed = weights @ np.repeat(values, len(weights) // len(values), 0)  # (H, S, D)
+            output = found[call.output]
+            if output.ndim == 3:  # (1, S, H * D)
+                output = output.reshape(length, len(weights), -1).transpose(1, 0, 2)
+            error = relative_difference(output.reshape(mixed.shape), mixed)
+            if not error <= tolerance:
+                raise ContractError(
+                    f"the weights found in attention call {number} are not the ones that it used: times the values "
+                    f"they differ by {error:.1e} of the largest number from its result, and {tolerance:.0e} was "
+                    "expected"
+                )
+            yield number, weights, error
+
+
+# --- the logit lens -----------------------------------------------------------------------------------------------
+def _lens(
+    graph: Inspectable, folder: Path, found: dict[str, Floats], first: int, following: Ids, half: bool
+) -> tuple[list[Likeliest | None], list[Floats | None], float | None]:
+    """Returns `lens`, `lens_next` for the tokens `following` (W,), and `lens_error` of an Inspection."""
+    streams = [graph.entering, *graph.streams]
+    none: list[Any] = [None] * len(streams)
+    if graph.head is None:
+        return none, none, None
+    graph.head.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    session, logits = _open(graph.head, folder), found[names.LOGITS][0, first:]
+    (given,) = session.get_inputs()
+    width = found[str(graph.streams[-1])].shape
+    lens, chances, last = list(none), list(none), logits
+    for number, name in enumerate(streams):
+        stream = found.get(str(name))
+        if stream is None or stream.shape != width:
+            continue
+        (rows,) = session.run(None, {given.name: stream.astype(np.float16 if half else np.float32)})
+        last = rows[0, first:].astype(np.float32)
+        lens[number] = likeliest(last, 3)
+        chances[number] = np.take_along_axis(softmax(last), following[:, None], -1)[:, 0].astype(np.float32)
+    return lens, chances, relative_difference(logits, last)

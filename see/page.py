@@ -1,0 +1,60 @@
+"""Puts the panels' numbers into one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_HERE = Path(__file__).parent
+
+
+def page(panels: dict[str, Any]) -> str:
+    """Returns the page. Its policy lets the browser load nothing, and run only the script in it."""
+    style, script, template = (_read(f"page.{kind}") for kind in ("css", "js", "html"))
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    attention = panels["attention"]
+    packed = panels | {"attention": attention | {"weights": _triangles(attention["weights"])}}
+    data = json.dumps(packed, default=_packed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    filled = {
+        "policy": policy,
+        "title": html.escape(f"Inside {panels['model']['source']}"),
+        "style": style,
+        "script": script,
+        "data": data.replace("<", "\\u003c"),
+    }
+    return re.sub(r"{{(\w+)}}", lambda found: filled[found[1]], template)
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _packed(array: Any) -> dict[str, Any]:
+    """An array as JSON: its shape, and its little-endian numbers in base64."""
+    assert isinstance(array, np.ndarray)
+    kind = {"f": "<f4", "i": "<i4", "u": "u1"}[array.dtype.kind]
+    content = np.ascontiguousarray(array, kind).tobytes()
+    return {"shape": list(array.shape), "type": kind[-2:], "data": base64.b64encode(content).decode()}
+
+
+def _triangles(weights: np.ndarray) -> dict[str, Any]:
+    """Weights (calls, H, W, C) as bytes from `low` to `high`, without the zeros above the diagonal."""
+    low, high = min(0.0, float(weights.min())), max(1.0, float(weights.max()))
+    rows, columns = weights.shape[2:]
+    seen = np.tri(rows, columns, columns - rows, dtype=bool)
+    codes = np.rint((weights[:, :, seen] - low) / (high - low) * 255).astype(np.uint8)
+    return {"low": low, "high": high, "columns": columns, "codes": codes}

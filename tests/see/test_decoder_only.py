@@ -1,0 +1,107 @@
+"""docs/decoder-only.md: its commands run, and every number is computed again.
+
+Training differs in the last digits between processors, so that numbers may be off by a little.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from benchmarks.measure import rows_of
+from pastkey.contract.bundle import open_bundle
+from pastkey.see import cli
+from pastkey.train.data import LESSON
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "decoder-only.md").read_text(encoding="utf-8")
+PERCENT, CHANNEL = 4, 0.06
+
+
+@pytest.fixture(scope="module")
+def numbers(classic: Path) -> dict[str, Any]:
+    arguments = cli.argparse.ArgumentParser()
+    cli.see_command.add_arguments(arguments)
+    asked = arguments.parse_args(["bundle", "--prompt", "what is statquest", "--out", "page.html"])
+    return cli.look(open_bundle(classic / "bundle"), asked)
+
+
+def words(numbers: dict[str, Any]) -> list[str]:
+    return [numbers["vocabulary"][place] for place in numbers["text"]["ids"]]
+
+
+def rows(first: str) -> list[dict[str, str]]:
+    return [{key: cell.strip("`") for key, cell in row.items()} for row in rows_of(PAGE, first)]
+
+
+def test_the_sentences_and_tokens_are_those_of_the_training(numbers: dict[str, Any]) -> None:
+    assert all(f"`{sentence}`" in PAGE for sentence in LESSON)
+    assert words(numbers) == LESSON[0].split()
+    assert numbers["model"]["tokens"] == len(set(LESSON[0].split())) == 5
+
+
+def test_embeddings_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+    parts = numbers["embedding"]["parts"]
+    assert parts["word"].shape[1] == 16
+    shown = rows("token")
+    assert [row["token"] for row in shown] == words(numbers)[:3]
+    for place, row in enumerate(shown):
+        for name, heading in (("word", "word embedding"), ("position", "position encoding"), ("sum", "sum")):
+            expected = [float(number) for number in row[heading].split()]
+            assert np.abs(parts[name][place, :3] - expected).max() < (0.006 if name == "position" else CHANNEL)
+
+
+def test_weights_of_attention_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+    weights, read = numbers["attention"]["weights"][0, 0], words(numbers)[:5]
+    shown = rows("reads")
+    assert [row["reads"] for row in shown] == read
+    for place, row in enumerate(shown):
+        cells = [row[f"`{word}`" if word == "<EOS>" else word] for word in read]
+        assert cells[place + 1 :] == [""] * (4 - place)
+        expected = [float(cell) for cell in cells[: place + 1]]
+        assert np.abs(100 * weights[place, : place + 1] - expected).max() < PERCENT
+
+
+def test_guesses_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+    every, shown = words(numbers), rows("after")
+    assert [(row["after"], row["came next"]) for row in shown] == list(itertools.pairwise(every))
+    for name, layer in zip(("before layer 1", "after layer 1"), numbers["layers"]["at"], strict=True):
+        assert np.abs(100 * layer["next"] - [float(row[name]) for row in shown]).max() < PERCENT
+
+
+def test_steps_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+    prompt, every = numbers["text"]["prompt"], words(numbers)
+    steps = [(prompt, 0), *((1, place) for place in range(prompt, len(every) - 1))]
+    found = [(int(row["new keys and values"]), int(row["from the cache"])) for row in rows("step")]
+    assert found == steps
+    assert [row["predicts"] for row in rows("step")] == every[prompt:]
+    assert numbers["text"]["ended"]
+    assert f"{numbers['cache']['bytes']} bytes for each token" in PAGE
+    assert numbers["next"]["p"][1, 0] > 0.99  # the picture of the next token says so
+    assert numbers["vocabulary"][numbers["next"]["ids"][1, 0]] == "statquest"
+
+
+def test_the_commands_run_and_make_the_pictures(
+    classic: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "classic").symlink_to(classic / "checkpoint")
+    (tmp_path / "classic-bundle").symlink_to(classic / "bundle")
+    monkeypatch.chdir(tmp_path)
+    lines = [shlex.split(line) for line in re.findall(r"^    pastkey (see .*)$", PAGE, re.MULTILINE)]
+    assert len(lines) == 6
+    for line in lines:
+        status, _, err = command(*line)
+        assert status == 0, err
+    pictures = re.findall(r"\]\((decoder-\w+\.png)\)", PAGE)
+    assert {line[-1] for line in lines} == {*pictures, "page.html", "compared.html"}
+    for name in pictures:
+        assert imread(DOCS / name).shape == imread(tmp_path / name).shape
+        assert (DOCS / name).stat().st_size < 150_000

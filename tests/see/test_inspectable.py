@@ -1,0 +1,67 @@
+"""Every form of decoder: its weights of attention and the stream after each layer are found, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import ContractError
+from pastkey.export.graph.edit import replace_uses
+from pastkey.see.inspectable import inspectable
+from pastkey.see.inspection import inspect
+
+from ..shared import divided
+
+FORMS = (
+    "plain", "llama", "gpt2", "own:band_buffer", "own:alibi_of_distances", "own:relative_keys", "own:soft_cap",
+    "own:sinks", "own:talking_heads", "own:differential", "own:post_norm", "own:parallel",
+    "own:one_layer_three_times", "own:residual_of_embedding", "own:values_of_the_first", "own:short_conv",
+    "own:smeared_embedding", "own:latent", "own:two_latents", "hf:gpt2", "hf:gemma2", "hf:qwen3", "hf:olmo2",
+    "hf:cohere", "hf:phi3", "hf:deepseek_v3", "hf:gpt_oss",
+)  # fmt: skip
+CI = ("gpt2", "own:alibi_of_distances", "own:sinks", "own:differential", "own:post_norm", "own:parallel", "hf:gemma2")
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", divided(FORMS, quick=("plain", "llama"), ci=CI))
+def test_every_form_of_decoder_is_seen_whole(bundle_of: Callable[..., Bundle], name: str) -> None:
+    bundle = bundle_of(name)
+    ids = [(5 + 7 * place) % bundle.manifest.vocab_size for place in range(24)]
+    seen = inspect(bundle, ids, 1, shown=24)
+    assert len(seen.attention) == seen.layers == len(bundle.manifest.layers)
+    for weights in seen.attention.values():
+        assert weights.shape == (seen.heads, 24, 24)
+        assert not np.triu(weights, 1).any()
+        assert np.abs(weights[:, 0, 0] - weights[:, 0].sum(-1)).max() < 1e-6
+    assert all(lens is not None for lens in seen.lens)
+    assert seen.lens_error is not None
+    assert seen.lens_error < 1e-5
+    assert seen.entering is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"graph": "standard"}, *(pytest.param({"precision": name}, marks=pytest.mark.slow) for name in ("fp16", "int8"))],
+)
+def test_both_graphs_and_precisions_show_the_same(bundle_of: Callable[..., Bundle], options: dict[str, str]) -> None:
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    one, other = (inspect(bundle_of("llama", **which), ids, 1, shown=99) for which in ({}, options))
+    limit = 1e-5 if "graph" in options else 0.05
+    for number in range(2):
+        assert np.abs(one.attention[number] - other.attention[number]).max() < limit
+    for left, right in zip(one.lens_next, other.lens_next, strict=True):
+        assert np.abs(left - right).max() < limit
+
+
+def test_a_graph_without_a_product_of_weights_and_values_is_refused(bundle_of: Callable[..., Bundle]) -> None:
+    bundle = bundle_of("llama", graph="standard")
+    model = ir.load(bundle.all_logits_graph)
+    present = next(value for value in model.graph.outputs if value.name == "present.1.value")
+    (other,) = (value for value in model.graph.outputs if value.name == "present.0.value")
+    replace_uses(present, other)
+    with pytest.raises(ContractError, match="no attention weights were found in attention call 1"):
+        inspectable(model, 2)
