@@ -157,6 +157,7 @@ def test_webgpu_writes_the_text_of_python(
     bundle = bundles(name)
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).text
     with launch(*SWIFTSHADER).new_context() as context, serving(site(bundle), ISOLATED) as (address, _):
+        context.set_default_timeout(60_000)
         page = context.new_page()
         assert load(page, address, "webgpu")["Runs on"].startswith("GPU (WebGPU)")
         assert write(page, PROMPT, maxNewTokens=NEW_TOKENS) == expected
@@ -214,7 +215,7 @@ def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Pa
         load(page, address)
         fields = {"temperature": 1.5, "topK": 50, "topP": 0.95, "minP": 0.01, "seed": 7, "maxNewTokens": NEW_TOKENS}
         assert write(page, PROMPT, **fields) == expected
-        assert write(page, PROMPT, **fields | {"stop": expected[4:8]}) == expected[:4]
+        assert write(page, PROMPT, **fields | {"stopTexts": expected[4:8]}) == expected[:4]
 
 
 def test_with_isolation_it_takes_the_threads_of_the_machine(page: Page, talking: Path) -> None:

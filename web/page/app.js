@@ -103,7 +103,7 @@ function options() {
   for (const name of ["temperature", "topK", "topP", "minP", "repetitionPenalty", "maxNewTokens"])
     given[name] = form.elements[name].valueAsNumber;
   if (form.elements.seed.value) given.seed = BigInt(form.elements.seed.value);
-  given.stop = form.elements.stop.value.split("\n").filter(Boolean);
+  given.stop = form.elements.stopTexts.value.split("\n").filter(Boolean);
   return given;
 }
 
