@@ -135,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
     placement = placement_of(arguments)
 
     def opened() -> LanguageModel:
-        return load(
+        model: LanguageModel = load(
             arguments.bundle,
             draft=arguments.draft,
             max_memory=arguments.max_memory,
@@ -143,6 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
             max_queue=settings.max_queue,
             **placement,
         )
+        return model
 
     with listen(settings.host, settings.port) as listening:
         port = listening.getsockname()[1]

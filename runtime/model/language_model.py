@@ -35,7 +35,7 @@ from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
-from .opening import open_prompt
+from .opening import open_prompt, open_text
 from .parts import ModelParts
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
@@ -308,7 +308,7 @@ class LanguageModel(ChatCalls):
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
         """
-        return open_prompt(self.parts, prompt, options_of("stream", options, GENERATE_OPTIONS))
+        return open_text(self.parts, prompt, options_of("stream", options, GENERATE_OPTIONS))
 
     def chat(
         self,

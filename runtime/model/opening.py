@@ -77,7 +77,17 @@ def open_prompt(
 ) -> ChunkStream:
     """Opens a stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
     if isinstance(prompt, ChatPrompt):
-        return prompt.answered(open_prompt(parts, prompt.ids, {**prompt.defaults, **options}, shared))
+        return prompt.answered(open_text(parts, prompt.ids, {**prompt.defaults, **options}, shared))
+    return open_text(parts, prompt, options, shared)
+
+
+def open_text(
+    parts: ModelParts,
+    prompt: str | Sequence[int],
+    options: Mapping[str, Any],
+    shared: SharedPrefills | None = None,
+) -> Stream:
+    """As `open_prompt`, of a text or its ids."""
     parts.require_open()
     ids = parts.prompt_ids(prompt)
     bounded = shared is None or not shared.begun  # a call that has begun is not cut

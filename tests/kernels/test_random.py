@@ -28,7 +28,7 @@ def wrong_array(rng: Random, array: Array) -> Array:
     """The array with another shape, type or values."""
     kind = rng.integers(6)
     if kind == 0:
-        return array.astype(rng.choice(TYPES))
+        return array.astype(TYPES[rng.integers(len(TYPES))])
     if kind == 1 and array.size:
         axis = rng.integers(array.ndim)
         return array.take(rng.integers(0, array.shape[axis], rng.integers(0, array.shape[axis] + 3)), axis)

@@ -149,9 +149,9 @@ def ios(tmp_path_factory: pytest.TempPathFactory) -> Program:
     for stub in sorted((HERE / "ios_stubs").glob("*.swift")):
         made = ["-module-name", stub.stem, "-emit-module-path", folder / f"{stub.stem}.swiftmodule"]
         made += ["-emit-library", "-static", "-parse-as-library", "-o", folder / f"lib{stub.stem}.a"]
-        subprocess.run([*swift, *made, stub], check=True)
+        subprocess.run([*swift, *map(str, made), stub], check=True)
     linked = [f"-l{stub.stem}" for stub in (HERE / "ios_stubs").glob("*.swift")]
-    command = [*swift, "-parse-as-library", "-module-name", "PastkeyWriter", "-L", folder, *linked]
+    command: list[str | Path] = [*swift, "-parse-as-library", "-module-name", "PastkeyWriter", "-L", folder, *linked]
     command += ["-l:libonnxruntime.so.1", "-Xlinker", "-rpath", "-Xlinker", folder, "-o", folder / "program"]
     sources = sorted((IOS / "Sources").rglob("*.swift"))
     done = subprocess.run([*command, *sources, HERE / "ios_program.swift"], capture_output=True, text=True, check=False)

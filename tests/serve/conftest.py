@@ -34,7 +34,7 @@ TEMPLATE = (
     "{# <tool_call> #}{% for t in tools or [] %}{{ t.function.name }}.{% endfor %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
 )
-TOOL = {"type": "function", "function": {"name": "wet", "parameters": {"type": "object"}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "wet", "parameters": {"type": "object"}}}
 CALL = '<tool_call>{"name": "wet", "arguments": {"a": 1}}</tool_call>'
 Reply = tuple[int, Any]
 
@@ -117,7 +117,8 @@ def data_of(response: http.client.HTTPResponse) -> Iterator[Any]:
 @contextlib.contextmanager
 def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iterator[Served]:
     """A server of a bundle on a free port of loopback, in a thread; a bundle is loaded by then."""
-    given = ServerSettings(**{"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}} | settings)
+    defaults: dict[str, Any] = {"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}}
+    given = ServerSettings(**defaults | settings)
     begun: list[tuple[Server, Service]] = []
 
     def opened() -> LanguageModel:

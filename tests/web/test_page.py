@@ -209,7 +209,8 @@ def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> Non
 
 
 def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Path]) -> None:
-    bundle, drawn = bundles("llama-fp32"), {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+    bundle: Path = bundles("llama-fp32")
+    drawn: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=7, **drawn).text
     with serving(site(bundle)) as (address, _):
         load(page, address)

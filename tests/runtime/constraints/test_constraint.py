@@ -42,7 +42,7 @@ def test_a_schema_may_be_the_class_of_a_model() -> None:
 
 def test_a_schema_may_be_a_model_of_pydantic() -> None:
     pydantic = pytest.importorskip("pydantic")
-    city = pydantic.create_model("City", name=str, area=(float, pydantic.Field(ge=0)))
+    city: Any = pydantic.create_model("City", name=str, area=(float, pydantic.Field(ge=0)))
     model = pydantic.create_model("Country", cities=list[city], capital=(city, ...))
     constraint = Constraint.of(options_of("generate", {"json_schema": model}, GENERATE_OPTIONS))
     assert constraint is not None

@@ -13,6 +13,7 @@ PATH = "/v1/completions"
 
 def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> None:
     texts = [one.text for one in served.model.generate(["abc", "so "], max_new_tokens=4)]
+    prompt: Any
     for prompt in (["abc", "so "], [ids_of("abc"), ids_of("so ")]):
         reply = served.ask(PATH, {"prompt": prompt, "max_tokens": 4})[1]
         assert [choice["text"] for choice in reply["choices"]] == texts
@@ -25,7 +26,7 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> N
 def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
     body = {"prompt": ["abc", "so "], "max_tokens": 4, "echo": True, "n": 2, "seed": 1, "temperature": 1.0}
     *chunks, done = served.events(PATH, {**body, "stream_options": {"include_usage": False}})
-    texts, reasons = [""] * 4, [None] * 4
+    texts, reasons = [""] * 4, [""] * 4
     for choice in (choice for chunk in chunks for choice in chunk["choices"]):
         texts[choice["index"]] += choice["text"]
         reasons[choice["index"]] = choice["finish_reason"]

@@ -11,7 +11,7 @@ import pytest
 from ..conftest import CALL, TOOL, Served, running
 
 PATH = "/v1/responses"
-FLAT = {"type": "function", **TOOL["function"]}
+FLAT: dict[str, Any] = {"type": "function", **TOOL["function"]}
 TEXT = [
     "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
     "response.output_text.delta", "response.output_text.done", "response.content_part.done",

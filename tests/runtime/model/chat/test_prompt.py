@@ -67,7 +67,7 @@ def test_variables_reach_the_template_and_unknown_ones_are_told(lm: LanguageMode
     tool = {"type": "function", "function": {"name": "w"}}
     for more in ({"template_variables": {"moud": 1}}, {"tools": [tool]}, {"documents": [{"text": "x"}]}):
         with pytest.raises(InputError, match="the chat template does not read"):
-            lm.generate_chat(MESSAGES, **more)  # type: ignore[arg-type]
+            lm.generate_chat(MESSAGES, **more)
 
 
 def test_what_is_no_conversation_is_told(lm: LanguageModel) -> None:
