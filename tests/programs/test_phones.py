@@ -147,7 +147,7 @@ def ios(tmp_path_factory: pytest.TempPathFactory) -> Program:
     (folder / "libonnxruntime.so.1").symlink_to(library())
     swift: list[str | Path] = ["swiftc", "-swift-version", "5", "-I", folder, "-Xcc", f"-I{folder}"]
     for stub in sorted((HERE / "ios_stubs").glob("*.swift")):
-        made = ["-module-name", stub.stem, "-emit-module-path", folder / f"{stub.stem}.swiftmodule"]
+        made: list[str | Path] = ["-module-name", stub.stem, "-emit-module-path", folder / f"{stub.stem}.swiftmodule"]
         made += ["-emit-library", "-static", "-parse-as-library", "-o", folder / f"lib{stub.stem}.a"]
         subprocess.run([*swift, *made, stub], check=True)
     linked = [f"-l{stub.stem}" for stub in (HERE / "ios_stubs").glob("*.swift")]
