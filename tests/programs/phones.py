@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,24 @@ def call(prompt: str, **changes: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_new_tokens": 24, **settings, **changes}
 
 
+def with_old_merges(bundle: Path, folder: Path) -> Path:
+    """A copy whose tokenizer.json has its merges as tokenizers before 0.20 wrote them, which DJL 0.28 has.
+
+    The application's DJL 0.33 has a later one, and reads both.
+    """
+    shutil.copytree(bundle, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    manifest = json.loads((folder / "pastkey.json").read_text(encoding="utf-8"))
+    content = file.read_bytes()
+    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["tokenizer.json"] = record
+    (folder / "pastkey.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
 SAMPLED: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 1.5},
@@ -89,7 +108,7 @@ def check_download(program: Program, bundle: Path, folder: Path) -> None:
         assert not (folder / "pastkey.json").exists()
         assert answers(program, served.url, folder, sha256=sha256) == []
         brought = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        assert brought >= {"pastkey.json", "tokenizer.json", "onnx/pastkey.onnx"}
+        assert brought >= {"pastkey.json", "tokenizer.json", "onnx/model.onnx"}
         assert not any(name.endswith(".part") for name in brought)
         (folder / "tokenizer.json").write_text("{}")
         (folder / "pastkey.json").unlink()

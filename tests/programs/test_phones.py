@@ -24,7 +24,7 @@ from pastkey.runtime import load
 
 from ..runtime import conftest as decoder
 from .generations import library
-from .phones import SAMPLED, Program, answers, call, check_altered, check_download, serving
+from .phones import SAMPLED, Program, answers, call, check_altered, check_download, serving, with_old_merges
 from .test_generate import java as java  # the binding, and how it is run
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_ktlint_finds_nothing(kotlin: Path) -> None:
 
 
 def test_android_writes_the_texts_of_python(android: Program, bundles: Callable[[str], Path], tmp_path: Path) -> None:
-    bundle = bundles("llama-fp32")
+    bundle = with_old_merges(bundles("llama-fp32"), tmp_path / "served")
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in ("Zoë had", "Tom")]
     ends = [call("Tom", stop_after=2), call("Tom " * 20, max_new_tokens=99), call("Tom " * 600), call("Tom", top_p=0)]
     with serving(bundle) as served, load(bundle, threads=1) as lm:
@@ -105,7 +105,7 @@ def test_android_writes_the_texts_of_python(android: Program, bundles: Callable[
 
 
 def test_android_runs_the_int8_graph(android: Program, bundles: Callable[[str], Path], tmp_path: Path) -> None:
-    bundle = bundles("llama")
+    bundle = with_old_merges(bundles("llama"), tmp_path / "served")
     with serving(bundle) as served, load(bundle, threads=1) as lm:
         (found,) = answers(android, served.url, tmp_path / "bundle", [call("Zoë had")])
         assert "".join(found["pieces"]) == lm.generate("Zoë had", max_new_tokens=24, prompt_lookup=False).text
@@ -147,7 +147,7 @@ def ios(tmp_path_factory: pytest.TempPathFactory) -> Program:
     (folder / "libonnxruntime.so.1").symlink_to(library())
     swift: list[str | Path] = ["swiftc", "-swift-version", "5", "-I", folder, "-Xcc", f"-I{folder}"]
     for stub in sorted((HERE / "ios_stubs").glob("*.swift")):
-        made = ["-module-name", stub.stem, "-emit-module-path", folder / f"{stub.stem}.swiftmodule"]
+        made: list[str | Path] = ["-module-name", stub.stem, "-emit-module-path", folder / f"{stub.stem}.swiftmodule"]
         made += ["-emit-library", "-static", "-parse-as-library", "-o", folder / f"lib{stub.stem}.a"]
         subprocess.run([*swift, *map(str, made), stub], check=True)
     linked = [f"-l{stub.stem}" for stub in (HERE / "ios_stubs").glob("*.swift")]

@@ -24,20 +24,22 @@ struct Manifest: Decodable {
         guard precision != "fp16" else { throw WriterError.halfPrecision }
     }
 
-    /// The graph of the last logits: with its weights in one file, or with onnx/….onnx_data beside it.
+    /// One file with its weights, or the graph for every program, with onnx/….onnx_data beside it.
     func graph() throws -> String {
-        let found = ["onnx/pastkey.ort", "onnx/pastkey.onnx"].first { files[$0] != nil }
+        let found = files["onnx/pastkey.ort"] != nil ? "onnx/pastkey.ort" : paths(#"^onnx/model\w*\.onnx$"#).first
         guard let found else { throw WriterError.noGraph }
         return found
+    }
+
+    private func paths(_ pattern: String) -> [String] {
+        files.keys.filter { $0.range(of: pattern, options: .regularExpression) != nil }.sorted()
     }
 
     /// The files that the application loads.
     func needed() throws -> [String] {
         let graph = try graph()
-        let weights = files.keys.filter { path in
-            graph.hasSuffix(".onnx") && path.range(of: #"^onnx/[\w.-]+\.onnx_data$"#, options: .regularExpression) != nil
-        }
-        return Self.tokenizer + [graph] + weights.sorted()
+        let weights = graph.hasSuffix(".onnx") ? paths(#"^onnx/[\w.-]+\.onnx_data$"#) : []
+        return Self.tokenizer + [graph] + weights
     }
 }
 
@@ -48,7 +50,7 @@ public enum WriterError: Error, LocalizedError, Equatable {
 
     public var errorDescription: String? {
         switch self {
-        case .noGraph: "the bundle has no onnx/pastkey.onnx: export it without --graph static"
+        case .noGraph: "the bundle has no onnx/model….onnx: export it without --graph static"
         case .noTokenizer: "the bundle has no tokenizer.json and tokenizer_config.json"
         case .halfPrecision: "the caches here are float32: export in int8, int4 or fp32"
         case let .badAnswer(url, status): "\(url) answers \(status)"

@@ -16,16 +16,20 @@ class Manifest(text: String) {
         }
     }
 
-    /** The graph of the last logits: with its weights in one file, or with `onnx/…onnx_data` beside it. */
-    val graph = listOf("onnx/pastkey.ort", "onnx/pastkey.onnx").firstOrNull { path -> files.any { it.path == path } }
-        ?: throw IllegalArgumentException("the bundle has no onnx/pastkey.onnx: export it without --graph static")
+    /** One file with its weights, or the graph for every program, with `onnx/…onnx_data` beside it. */
+    val graph: String
 
     /** The files that the application loads. */
-    val needed = files.filter {
-        it.path == graph || it.path == TOKENIZER || (graph.endsWith(".onnx") && WEIGHTS.matches(it.path))
-    }
+    val needed: List<Record>
 
     init {
+        val paths = files.map { it.path }
+        graph = requireNotNull(paths.find { it == "onnx/pastkey.ort" } ?: paths.find(GRAPH::matches)) {
+            "the bundle has no onnx/model….onnx: export it without --graph static"
+        }
+        needed = files.filter {
+            it.path == graph || it.path == TOKENIZER || (graph.endsWith(".onnx") && WEIGHTS.matches(it.path))
+        }
         require(needed.any { it.path == TOKENIZER }) { "the bundle has no $TOKENIZER" }
         require(json.getString("precision") != "fp16") { "the caches here are float32: export in int8, int4 or fp32" }
     }
@@ -33,6 +37,7 @@ class Manifest(text: String) {
     companion object {
         const val NAME = "pastkey.json"
         const val TOKENIZER = "tokenizer.json"
+        private val GRAPH = Regex("onnx/model\\w*\\.onnx")
         private val WEIGHTS = Regex("onnx/[\\w.-]+\\.onnx_data")
     }
 }
