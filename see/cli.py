@@ -39,6 +39,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens (32)")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's (none)")
     add("--last", metavar="N", type=positive_int, default=_LAST, help=f"show the last N tokens ({_LAST})")
+    add("--context", metavar="N", type=positive_int, help="for modules: the context length, as pastkey export takes it")
+    add("--tokenizer", metavar="FILE", help="for modules: the tokenizer, as pastkey export takes it")
     numbers = "1,2,3"
     add("--layers", metavar=numbers, type=_from_one, help="layers whose attention is shown, from 1 (as many as fit)")
     add("--heads", metavar=numbers, type=_from_one, help="heads whose attention is shown, from 1 (as many as fit)")
@@ -61,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
         )
         raise InputError(f"{arguments.out} {found}")
-    with _opened(arguments.source) as bundle:
+    with _opened(arguments) as bundle:
         panels = look(bundle, arguments)
     if arguments.png:
         from .pictures import picture
@@ -80,8 +82,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _opened(source: str) -> Iterator[Bundle]:
+def _opened(arguments: argparse.Namespace) -> Iterator[Bundle]:
     """Opens a bundle, or exports a source in float32 for the time of the block."""
+    source = arguments.source
     manifest = Path(source) / names.MANIFEST  # a checkpoint has one, too
     if manifest.is_file() and read_json(manifest).get("kind") == "bundle":
         yield open_bundle(source)
@@ -90,7 +93,8 @@ def _opened(source: str) -> Iterator[Bundle]:
 
     with tempfile.TemporaryDirectory() as folder:
         say(f"exporting {source} in float32, for this page alone (a bundle is opened at once)")
-        export(source, Path(folder) / "bundle", precision="fp32")
+        given = {"context_length": arguments.context, "tokenizer": arguments.tokenizer}
+        export(source, Path(folder) / "bundle", precision="fp32", **given)
         yield open_bundle(Path(folder) / "bundle")
 
 

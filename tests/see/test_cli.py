@@ -38,6 +38,18 @@ def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
+@pytest.mark.slow
+def test_a_module_of_ones_own_is_exported_for_the_page(command: Command, tmp_path: Path) -> None:
+    lesson, page = Path(__file__).parents[2] / "examples" / "lesson.py", tmp_path / "page.html"
+    asked = [f"{lesson}:trained", "--prompt", "who hunts at night ?", "--out", page]
+    status, _, err = command("see", *asked)
+    assert status == 2
+    assert "--context N" in err
+    status, _, err = command("see", *asked, "--context", "16", "--tokenizer", f"{lesson}:tokenizer")
+    assert status == 0, err
+    assert "owl" in data_of(page.read_text(encoding="utf-8"))["vocabulary"]
+
+
 def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Path) -> None:
     asked = [classic / "bundle", "--prompt", "what is statquest", "--png", "next", "--out", tmp_path / "next.png"]
     assert command("see", *asked)[0] == 0
