@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from pastkey.errors import (
@@ -19,6 +19,7 @@ from pastkey.errors import (
     QueueFullError,
     ResourceError,
 )
+from pastkey.runtime import ChatOptions
 
 _log = logging.getLogger("pastkey")
 _TYPES = {
@@ -57,6 +58,9 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the JSON object of an exception."""
     param = code = None
     message = str(error)
+    if isinstance(error, ClientDisconnect):
+        error = RequestError("the client went away", status=499)
+        message = str(error)
     if isinstance(error, RequestError):
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, ValidationError):
@@ -71,6 +75,8 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     else:
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 0)
         code = "queue_full" if status == 429 else None
+        first_word = message.partition(" ")[0]  # the runtime's sentences of options begin with their names
+        param = first_word if status == 400 and first_word in ChatOptions.__optional_keys__ else None
     if not status:
         _log.error("a request failed", exc_info=error)
         status, message = 500, "the server failed at this request; its log has the reason"

@@ -21,6 +21,7 @@ from .metrics import Metrics
 from .settings import ServerSettings
 
 T = TypeVar("T")
+_MOST_TEXTS = 1024  # of one request, which holds one place
 Prompt = str | list[int] | ChatPrompt
 
 
@@ -143,6 +144,8 @@ class Service:
 
         def opened() -> Job:
             job = make(model)
+            if (texts := len(job.prompts) * job.n) > _MOST_TEXTS:
+                raise RequestError(f"the request asks for {texts} texts; at most {_MOST_TEXTS} at once", param="n")
             context = model.manifest.context_length
             for prompt in job.prompts:
                 length = len(prompt.ids if isinstance(prompt, ChatPrompt) else model.prompt_ids(prompt))

@@ -42,7 +42,7 @@ class ServerSettings:
     max_concurrency: int = 16
     max_queue: int = 256
     timeout: float = 600.0
-    body_bytes: int = 10_000_000
+    body_bytes: int = 2_000_000
     receive_seconds: float = 60.0
     ping_seconds: float = 15.0
     drain_seconds: float = 30.0

@@ -23,6 +23,11 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> N
     assert served.ask("/completions", {"prompt": "abc"})[1]["usage"]["completion_tokens"] == 16
 
 
+def test_one_request_has_a_bounded_number_of_texts(served: Served) -> None:
+    status, reply = served.ask(PATH, {"prompt": ["abc"] * 513, "n": 2})
+    assert (status, reply["error"]["message"]) == (400, "the request asks for 1026 texts; at most 1024 at once")
+
+
 def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
     body = {"prompt": ["abc", "so "], "max_tokens": 4, "echo": True, "n": 2, "seed": 1, "temperature": 1.0}
     *chunks, done = served.events(PATH, {**body, "stream_options": {"include_usage": False}})
