@@ -20,7 +20,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self._files, self._headers = files, headers
         super().__init__(*arguments)
 
-    def send_head(self) -> BinaryIO | None:  # type: ignore[override]
+    def send_head(self) -> BinaryIO | None:
         name = self.path.partition("?")[0].lstrip("/") or "index.html"
         content = self._files.get(name)
         if content is None:
