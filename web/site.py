@@ -56,7 +56,8 @@ def _own_files() -> dict[str, Path]:
             f"{LIBRARIES} is missing, which has onnxruntime-web and the tokenizer: type  make web-assets  in the "
             "checkout (it needs npm), or install pastkey's wheel, which brings them"
         )
-    return {file.name: file for file in PAGE.iterdir()} | {f"lib/{file.name}": file for file in LIBRARIES.iterdir()}
+    files: dict[str, Path | bytes] = {file.name: file for file in PAGE.iterdir()}
+    return files | {f"lib/{file.name}": file for file in LIBRARIES.iterdir()}
 
 
 def _wanted(bundle: Bundle) -> Iterator[str]:

@@ -14,7 +14,7 @@ from benchmarks.environments import ROOT, environment
 from ..runtime import conftest as decoder
 from ..runtime.constraints import vocabularies
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 PACKAGES = sorted(folder.name for folder in (ROOT / "integrations").iterdir() if (folder / "pyproject.toml").is_file())
 # <tool_call> is the mark of the form in which it calls tools.

@@ -27,7 +27,7 @@ from .generations import library
 from .phones import SAMPLED, Program, answers, call, check_altered, check_download, serving, with_old_merges
 from .test_generate import java as java  # the binding, and how it is run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 HERE = Path(__file__).parent
 ANDROID, IOS = ROOT / "examples" / "android", ROOT / "examples" / "ios"

@@ -16,7 +16,7 @@ import pytest
 import pastkey
 from benchmarks.environments import install_chromium
 from pastkey.contract.bundle import Bundle
-from pastkey.runtime import SamplingConfig
+from pastkey.runtime import SamplingConfig, SamplingOptions
 from pastkey.runtime.sampling.random_stream import uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.web import site
@@ -149,7 +149,7 @@ def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie
         assert logits[expected[same]] - logits[found[same]] <= golden["limit"] * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("name", divided(("llama-fp32", "llama-standard-fp32", "llama"), ci=("llama-fp32",)))
+@pytest.mark.parametrize("name", divided(("llama-fp32", "llama-standard-fp32"), ci=("llama-fp32",)))
 def test_webgpu_writes_the_text_of_python(
     launch: Callable[..., Any], bundles: Callable[[str], Path], name: str
 ) -> None:
@@ -209,8 +209,8 @@ def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> Non
 
 
 def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Path]) -> None:
-    bundle: Path = bundles("llama-fp32")
-    drawn: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+    bundle = bundles("llama-fp32")
+    drawn: SamplingOptions = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=7, **drawn).text
     with serving(site(bundle)) as (address, _):
         load(page, address)
