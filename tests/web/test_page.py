@@ -16,7 +16,7 @@ import pytest
 import pastkey
 from benchmarks.environments import install_chromium
 from pastkey.contract.bundle import Bundle
-from pastkey.runtime import SamplingConfig, SamplingOptions
+from pastkey.runtime import SamplingConfig
 from pastkey.runtime.sampling.random_stream import uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.web import site
@@ -210,7 +210,7 @@ def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> Non
 
 def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Path]) -> None:
     bundle = bundles("llama-fp32")
-    drawn: SamplingOptions = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+    drawn: Any = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=7, **drawn).text
     with serving(site(bundle)) as (address, _):
         load(page, address)
