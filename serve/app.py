@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from . import replies, schemas
+from .description import describe
 from .errors import answer_error
 from .guard import body_of, require_host, require_key, require_origin
-from .routes import chat, completions, status
+from .routes import chat, completions, embeddings, page, responses, status, tokens
 from .service import Service
-
-Handler = Callable[[Service, Request, bytes], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A route, which is there with and without /v1.
-
-    Attributes:
-        path: Without /v1.
-        handler: What answers.
-        body: The model of its JSON body, or None for GET.
-        reply: The shape of its JSON reply.
-        open: Whether it needs no key.
-    """
-
-    path: str
-    handler: Handler
-    body: type[schemas.Body] | None = None
-    reply: Any = dict
-    open: bool = False
-
-    @property
-    def method(self) -> str:
-        """GET, or POST with a body."""
-        return "GET" if self.body is None else "POST"
-
+from .table import Entry
 
 TABLE = (
-    Entry("/chat/completions", chat.chat, schemas.ChatBody, replies.ChatReply),
-    Entry("/completions", completions.completions, schemas.CompletionBody, replies.TextReply),
+    Entry("/chat/completions", chat.chat, schemas.ChatBody, replies.ChatReply, streams=True),
+    Entry("/completions", completions.completions, schemas.CompletionBody, replies.TextReply, streams=True),
+    Entry("/responses", responses.responses, schemas.ResponsesBody, streams=True),
+    Entry("/embeddings", embeddings.embeddings, schemas.EmbeddingBody, embeddings.EmbeddingReply),
+    Entry("/tokenize", tokens.tokenize, schemas.TokenizeBody),
+    Entry("/detokenize", tokens.detokenize, schemas.DetokenizeBody),
+    Entry("/apply-template", tokens.apply_template, schemas.ConversationBody),
     Entry("/models", status.models),
     Entry("/models/{model:path}", status.model),
     Entry("/health", status.health, open=True),
@@ -65,6 +43,14 @@ def application(service: Service) -> Starlette:
         for entry in TABLE
         for prefix in ("", "/v1")
     ]
+
+    async def description(service: Service, request: Request, raw: bytes) -> Response:
+        """Describes the routes, as OpenAPI."""
+        del service, request, raw
+        return JSONResponse(describe(TABLE))
+
+    single = (Entry("/openapi.json", description), Entry("/{file:path}", page.page, open=True))
+    routes += [Route(entry.path, _endpoint(service, entry), methods=["GET"]) for entry in single]
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.allow_origins,

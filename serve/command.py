@@ -98,15 +98,18 @@ def _keys(file: str | None) -> tuple[str, ...]:
 
 
 def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    from pastkey.runtime.settings import CHAT_OPTIONS, options_of
+    from pastkey.runtime import ChatOptions, SamplingConfig
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, text in pairs:
+        if name not in ChatOptions.__optional_keys__:
+            raise InputError(f"--default {name}={text} was given; docs/sampling.md lists the names of options")
         try:
             found[name] = json.loads(text)
         except ValueError:
             raise InputError(f"--default {name}={text} was given; a JSON value was expected") from None
-    return options_of("serve", found, CHAT_OPTIONS)
+    SamplingConfig.of(found)  # raises for a value out of range
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
+
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from pastkey.runtime import Completion, TokenLogprob
 
@@ -124,6 +126,21 @@ class TextReply(TypedDict):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class ErrorDetails(TypedDict):
+    """Of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(TypedDict):
+    """Of a request that failed."""
+
+    error: ErrorDetails
 
 
 def new_id(prefix: str, length: int = 24) -> str:

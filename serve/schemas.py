@@ -173,6 +173,64 @@ class CompletionBody(Sampling):
     response_format: ResponseFormat | None = None
 
 
+class FlatTool(BaseModel):
+    """A function, in the form of Responses."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["function"]
+    name: Text
+    description: str | None = None
+    parameters: Schema | None = None
+
+
+class FlatChoice(BaseModel):
+    """A function that must be called."""
+
+    type: Literal["function"]
+    name: Text
+
+
+class TextFormat(Body):
+    """The form of the text, in the form of Responses."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Body):
+    """How the text is written."""
+
+    format: TextFormat | None = None
+    verbosity: Any = None
+
+
+class ResponsesBody(Ignored):
+    """POST /v1/responses. Nothing is stored: each request has the whole conversation."""
+
+    model: str | None = None
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    text: TextConfig | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    reasoning: Any = None
+
+
 class EmbeddingBody(Ignored):
     """POST /v1/embeddings."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -79,6 +80,7 @@ class Service:
         places: Held by each job that is decoded; they are given in order of arrival.
         metrics: The counters.
         started: When it began, in seconds since 1970.
+        site: The files of the page, once they were asked for.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -86,6 +88,7 @@ class Service:
         self.places = asyncio.Semaphore(settings.max_concurrency)
         self.metrics = Metrics()
         self.started = int(time.time())
+        self.site: Mapping[str, Path | bytes] | None = None
         self._model: LanguageModel | None = None
 
     @property

@@ -19,6 +19,7 @@ from pastkey.files.folder import require_manifest
 from ..decoding.asynchronous import AsyncStream
 from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
+from ..model.chat.calls import ChatCalls
 from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from ..text.tools import Tool
 
 T = TypeVar("T")
-_HAS: Final = "generate, agenerate, stream, astream, chat, score, ascore, sampling_defaults, manifest, limits and close"
+_HAS: Final = (
+    "generate, agenerate, stream, astream, chat, generate_chat, stream_chat, agenerate_chat, astream_chat, score, "
+    "ascore, sampling_defaults, manifest, limits and close"
+)
 
 
-class SandboxedModel:
+class SandboxedModel(ChatCalls):
     """A bundle that a child process opens with limits: `pastkey.load(path, trust=False)`.
 
     The child runs on the CPU, and the parent validates every reply. A late reply, or any end of the child, raises

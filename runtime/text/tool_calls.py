@@ -10,7 +10,7 @@ An answer that does not parse completely is text.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pastkey.files.reading import parse_json
@@ -52,6 +52,42 @@ def parse_tool_calls(text: str, form: Form | None, known: Collection[str] = ()) 
     except (ValueError, RecursionError):
         return text, []
     return said, calls
+
+
+# How a call is written around its arguments, and the calls around it.
+_WRITTEN: dict[Form, tuple[str, str, str]] = {
+    "hermes": ("\n", '{"name": %s, "arguments": ', "}\n"),
+    "mistral": (" [", '{"name": %s, "arguments": ', "}]"),
+    "llama3": ("", '{"name": %s, "parameters": ', "}"),
+}
+_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+def call_grammar(form: Form, tools: Sequence[Mapping[str, Any]], token: Callable[[str], int | None]) -> str:
+    """A grammar in Lark's notation of an answer that is one call of one of the tools, with arguments of its schema.
+
+    Args:
+        form: The form of calls.
+        tools: Schemas as `tool_schemas` returns them.
+        token: The id of a mark that is a special token, else None.
+    """
+
+    def mark(text: str) -> str:
+        found = token(text)
+        return json.dumps(text) if found is None else f"<[{found}]>"
+
+    opening, head, closing = _WRITTEN[form]
+    begin = "" if form == "llama3" else mark(MARKS[form][0]) + " "
+    end = " " + mark(_CLOSE) if form == "hermes" else ""
+    rules, calls = [], []
+    for number, tool in enumerate(tools):
+        inner = tool.get("function", tool)
+        schema = {"x-guidance": _SPACING, **(inner.get("parameters") or {"type": "object"})}
+        named = json.dumps(opening + head % json.dumps(inner["name"], ensure_ascii=False), ensure_ascii=False)
+        rules.append(f"call{number}: {named} arguments{number} {json.dumps(closing)}")
+        rules.append(f"arguments{number}: %json {json.dumps(schema, ensure_ascii=False)}")
+        calls.append(f"call{number}")
+    return "\n".join([f"start: {begin}({' | '.join(calls)}){end}", *rules])
 
 
 def _read(text: str, form: Form | None, known: Collection[str]) -> tuple[str, list[Call]]:

@@ -36,8 +36,7 @@ def conversation_of(body: ConversationBody) -> dict[str, Any]:
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if choice != "none" else []
     given: dict[str, Any] = {"messages": messages, "template_variables": body.chat_template_kwargs}
     if tools:
-        given["tools"] = tools
-        given["tool_choice"] = choice.function.name if isinstance(choice, NamedTool) else choice
+        given |= {"tools": tools, "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice}
     elif choice == "required" or isinstance(choice, NamedTool):
         raise RequestError("tool_choice asks for a call, and there are no tools", param="tool_choice")
     return given

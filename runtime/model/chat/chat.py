@@ -324,7 +324,8 @@ class Chat:
     # --- the template ---------------------------------------------------------------------------------------------
     def _prompt(self, messages: Sequence[Mapping[str, Any]], cut: str | None) -> ChatPrompt:
         names = None if self.tools is None else self._tool_names
-        return ChatPrompt(self._ids(messages, cut is not None), names, self._renderer.form, cut or "", self.format)
+        ids = self._ids(messages, cut is not None)
+        return ChatPrompt(ids, names, self._renderer.form, None, cut or "", self.format)
 
     @property
     def _tool_names(self) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from pastkey.errors import InputError
+from pastkey.values import shown
 
 from ...decoding.stream import ChunkStream
 from ...settings import CHAT_NEW_TOKENS, ChatOptions
 from ...text.messages import Content, check_messages, message, read_message, text_of
 from ...text.tool_call_stream import ToolCallReader
-from ...text.tool_calls import Form, tool_call_form
+from ...text.tool_calls import Form, call_grammar, tool_call_form
 from .chat_model import ChatModel, Format
 from .chat_stream import ChatStream
 
@@ -29,6 +30,7 @@ class ChatPrompt:
         ids: The token ids, which end where the answer begins.
         tools: The names of the tools, or None.
         form: The form of tool calls, or None if the template's is unknown.
+        grammar: That the answer must follow, or None.
         cut: The beginning of the answer, where the last message is one to continue; else "".
         format: What encoded it.
     """
@@ -36,6 +38,7 @@ class ChatPrompt:
     ids: list[int]
     tools: tuple[str, ...] | None
     form: Form | None
+    grammar: str | None
     cut: str
     format: Format
 
@@ -46,6 +49,7 @@ class ChatPrompt:
             "max_new_tokens": CHAT_NEW_TOKENS,
             "keep_special_tokens": self.tools is not None,  # many models mark calls with them
             "reuse_prefix": True,
+            **({} if self.grammar is None else {"grammar": self.grammar}),
         }
 
     def answered(self, stream: ChunkStream) -> ChatStream:
@@ -100,10 +104,13 @@ class ConversationOptions(TypedDict, total=False):
     """What the template is given beside the messages.
 
     - `tools`, `template`, `documents`, `special_tokens_as_text`: As in `LanguageModel.chat`.
+    - `tool_choice` ("auto", "required" or a tool's name, "auto"): The last two make the answer one call, of any tool or
+      of this one. This needs llguidance, and a template whose form of calls is known.
     - `template_variables` (mapping, none): Further variables of the template, such as {"enable_thinking": False}.
     """
 
     tools: Sequence[Tool] | None
+    tool_choice: str | None
     template: str | Path | None
     documents: Sequence[Mapping[str, Any]] | None
     special_tokens_as_text: bool | None
@@ -125,7 +132,8 @@ def chat_prompt(model: ChatModel, messages: Sequence[Mapping[str, Any]], options
     names = None if tools is None else tuple(str(tool.get("function", tool).get("name")) for tool in tools)
     cut = beginning(said)
     ids = renderer.ids(said, continue_final_message=cut is not None, **given)
-    return ChatPrompt(ids, names, renderer.form, cut or "", renderer.format)
+    grammar = _grammar(model, renderer, tools or [], options.get("tool_choice", "auto"))
+    return ChatPrompt(ids, names, renderer.form, grammar, cut or "", renderer.format)
 
 
 def chat_text(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
@@ -154,7 +162,30 @@ def _prepared(
         renderer = ChatRenderer(form, variables)
         if template is None:
             model.renderers[key] = renderer
+    for name in [name for name in ("tools", "documents", *variables) if given[name] is not None]:
+        if name not in renderer.format.variables:
+            raise InputError(f"the chat template does not read {shown(name)}: leave it out, or take another template")
     return renderer, list(map(read_message, messages)), given
+
+
+def _grammar(model: ChatModel, renderer: ChatRenderer, tools: list[dict[str, Any]], choice: str) -> str | None:
+    """The grammar of a call that is asked for."""
+    if choice == "auto":
+        return None
+    chosen = [tool for tool in tools if choice in ("required", tool.get("function", tool).get("name"))]
+    if not chosen:
+        raise InputError(
+            f'tool_choice is {shown(choice)}; "auto", "required" or the name of one of the tools is expected'
+        )
+    if renderer.form is None:
+        raise InputError(
+            "tool_choice asks for a call, and the form of this chat template's calls is not known: docs/chat.md lists "
+            "the forms"
+        )
+    codec = getattr(model, "tokenizer", None)  # a sandboxed model has none here
+    added = {} if codec is None else codec.added_tokens
+    special = {text: token for text, (token, is_special) in added.items() if is_special}
+    return call_grammar(renderer.form, chosen, special.get)
 
 
 def beginning(messages: Sequence[Mapping[str, Any]]) -> str | None:

@@ -1,0 +1,79 @@
+"""The routes as an OpenAPI 3.1 description, from their pydantic models."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+
+import pastkey
+
+from .replies import ErrorReply
+from .table import Entry
+
+_REF = "#/components/schemas/{model}"
+_ERRORS = {
+    "400": "A field is wrong, or not supported.",
+    "401": "The key is missing or wrong.",
+    "403": "The Host or Origin header is not allowed.",
+    "404": "The model is not here.",
+    "408": "The body came too slowly.",
+    "413": "The body is too large.",
+    "429": "The queue is full: ask again after Retry-After seconds.",
+    "500": "The server failed.",
+    "501": "A package is not installed.",
+    "503": "The model is not loaded yet, or there is no memory for the request.",
+}
+
+
+@cache
+def describe(table: tuple[Entry, ...]) -> dict[str, Any]:
+    """The description of these routes, without /v1: `servers` names both."""
+    schemas: dict[str, Any] = {}
+
+    def schema(kind: Any, mode: Any) -> dict[str, Any]:
+        found = TypeAdapter(kind).json_schema(ref_template=_REF, mode=mode)
+        schemas.update(found.pop("$defs", {}))
+        return found
+
+    error = {"application/json": {"schema": schema(ErrorReply, "serialization")}}
+    paths: dict[str, Any] = {}
+    for entry in table:
+        path = re.sub(r":\w+}", "}", entry.path)
+        content: dict[str, Any] = {"application/json": {"schema": schema(entry.reply, "serialization")}}
+        if entry.reply is str:
+            content = {"text/plain": {"schema": {"type": "string"}}}
+        if entry.streams:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        operation: dict[str, Any] = {
+            "operationId": entry.handler.__name__,
+            "summary": (entry.handler.__doc__ or "").strip(),
+            "responses": {
+                "200": {"description": "The answer.", "content": content},
+                **{status: {"description": why, "content": error} for status, why in _ERRORS.items()},
+            },
+        }
+        if entry.open:
+            operation["security"] = []
+        names = re.findall(r"{(\w+)}", path)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+        if entry.body is not None:
+            body = {"application/json": {"schema": schema(entry.body, "validation")}}
+            operation["requestBody"] = {"required": True, "content": body}
+        paths[path] = {entry.method.lower(): operation}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pastkey serve", "version": pastkey.__version__},
+        "servers": [{"url": "/v1"}, {"url": "/"}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
