@@ -124,8 +124,8 @@ def load(
             prefix is evicted first.
         max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
         max_queue: The largest number of requests that wait beside `max_batch` others. One more raises QueueFullError
-            at once. A request is a call, or a stream until its end; of a batch call, which is never cut, each prompt is
-            one. None for no limit.
+            at once. A request is a call, or a stream until its end. Of a batch call each prompt counts, and only its
+            first one may be refused. None for no limit.
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
             this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.

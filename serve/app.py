@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import replies, schemas
+from .api import replies, schemas
 from .description import describe
 from .errors import answer_error
 from .guard import body_of, require_host, require_key, require_origin

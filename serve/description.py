@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 import pastkey
 
-from .replies import ErrorReply
+from .api.replies import ErrorReply
 from .table import Entry
 
 _REF = "#/components/schemas/{model}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import body_of
 
@@ -25,13 +25,20 @@ def event(content: Any, name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends events. When the client goes away, or takes nothing for `patience` seconds, their generator is closed."""
+    """Sends events until their end, or the client goes away, or takes nothing for `patience` seconds."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], patience: float) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], patience: float, close: Callable[[], object]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._events, self._patience = events, patience
+        self._events, self._patience, self._close = events, patience, close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See StreamingResponse."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()  # also where the first event was never asked for
 
     async def stream_response(self, send: Send) -> None:
         """See StreamingResponse."""

@@ -52,13 +52,15 @@ async def serve(
         access_log=settings.access_log,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=60,
+        timeout_keep_alive=max(1, round(settings.receive_seconds)),
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
-    for name, level in (("uvicorn.error", logging.CRITICAL), ("uvicorn.access", logging.INFO)):
-        logging.getLogger(name).setLevel(level)
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler())
+    # uvicorn's messages of clients that send no HTTP, or go away, are of no use to a user.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    access = logging.getLogger("uvicorn.access")
+    access.setLevel(logging.INFO if settings.access_log else logging.CRITICAL)
+    if settings.access_log and not access.handlers:
+        access.addHandler(logging.StreamHandler())
     server = Server(config)
     started(server, service)
 
@@ -74,4 +76,4 @@ async def serve(
     task = asyncio.create_task(loading())
     await server.serve([listening])
     if task.done():
-        task.result().close()
+        await asyncio.to_thread(task.result().close)  # requests that were cut end meanwhile

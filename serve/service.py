@@ -16,6 +16,7 @@ from starlette.requests import Request
 from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, LanguageModel
 
 from .errors import RequestError
+from .events import EventStream
 from .metrics import Metrics
 from .settings import ServerSettings
 
@@ -69,7 +70,14 @@ class Running:
                     pass
             return self.completions
 
-        return await while_connected(request, read())
+        try:
+            return await while_connected(request, read())
+        finally:
+            self._stream.close()
+
+    def streamed(self, events: AsyncGenerator[str, None]) -> EventStream:
+        """A response of events that read the chunks."""
+        return EventStream(events, self._service.settings.timeout, self._stream.close)
 
 
 class Service:
@@ -97,6 +105,11 @@ class Service:
         if self._model is None:
             raise RequestError("Loading model", status=503, code="model_loading")
         return self._model
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is there."""
+        return self._model is not None
 
     def loaded(self, model: LanguageModel) -> None:
         """Takes the model."""
@@ -126,7 +139,9 @@ class Service:
         """Makes a job in a thread, and opens it. Raises what is wrong with it, and QueueFullError."""
         model = self.model
 
-        def opened() -> tuple[Job, AsyncStreamMany]:
+        made: list[AsyncStreamMany] = []
+
+        def opened() -> Job:
             job = make(model)
             context = model.manifest.context_length
             for prompt in job.prompts:
@@ -138,10 +153,16 @@ class Service:
                         code="context_length_exceeded",
                     )
             options = {**job.options, "timeout": self.settings.timeout, "reuse_prefix": True}
-            return job, model.astream_many(job.prompts, job.n, **options)  # type: ignore[arg-type]
+            made.append(model.astream_many(job.prompts, job.n, **options))  # type: ignore[arg-type]
+            return job
 
-        job, stream = await run_in_threadpool(opened)
-        return Running(self, job, stream)
+        try:
+            job = await run_in_threadpool(opened)
+        except BaseException:  # also a cancellation while the thread works
+            for stream in made:
+                stream.close()
+            raise
+        return Running(self, job, made[0])
 
     def pieces(self, token: int) -> tuple[str, list[int]]:
         """The text of one token, and its bytes."""

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .schemas import Body
+from .api.schemas import Body
 from .service import Service
 
 Handler = Callable[[Service, Request, bytes], Awaitable[Response]]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pastkey", "train", "export", "runtime")
+STAGES = ("train", "export", "runtime", "serve")
+FOLDERS = ("pastkey", *STAGES)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ RULES = {
         frozenset({"pastkey"}),
         frozenset({"numpy", "onnxruntime", "tokenizers"}),
         frozenset({"jinja2", "llguidance", "cryptography"}),
+    ),
+    "serve": Rule(
+        frozenset({"pastkey", "pastkey.runtime"}),
+        frozenset(
+            {
+                "starlette", "uvicorn", "h11", "pydantic", "pydantic_core", "typing_extensions", "prometheus_client",
+                "numpy",
+            }
+        ),
     ),
     "train": Rule(
         frozenset({"pastkey"}), frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"})
@@ -97,7 +107,7 @@ def test_every_import_is_in_the_table(folder: str) -> None:
                 continue
             top = found.module.partition(".")[0]
             if top == "pastkey":
-                stage = next((s for s in ("train", "export", "runtime") if found.module.split(".")[1:2] == [s]), None)
+                stage = next((s for s in STAGES if found.module.split(".")[1:2] == [s]), None)
                 owner = "pastkey" if stage is None else f"pastkey.{stage}"
                 allowed = owner in rule.ours or (folder == "pastkey" and found.lazy)
                 assert allowed, f"{where}, which {folder} may not"
@@ -239,7 +249,7 @@ def test_no_two_modules_import_one_another() -> None:
 
 
 def test_inside_a_folder_imports_are_relative() -> None:
-    for folder in ("train", "export", "runtime"):
+    for folder in STAGES:
         for file in source_files(folder):
             for found in imports(file):
                 assert not found.module.startswith(f"pastkey.{folder}"), f"{file}:{found.line} names its own folder"
@@ -250,11 +260,11 @@ def test_every_package_is_listed_and_typed() -> None:
     found = {f"pastkey.{init.parent.name}" for init in (ROOT / "pastkey").glob("*/__init__.py")} | {"pastkey"}
     found |= {
         f"pastkey.{init.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
-        for folder in ("train", "export", "runtime")
+        for folder in STAGES
         for init in (ROOT / folder).rglob("__init__.py")
     }
     assert set(settings["packages"]) == found
-    assert settings["package-dir"] == {f"pastkey.{s}": s for s in ("train", "export", "runtime")}
+    assert settings["package-dir"] == {f"pastkey.{s}": s for s in STAGES}
     assert (ROOT / "pastkey" / "py.typed").is_file()
 
 

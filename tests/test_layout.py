@@ -9,7 +9,7 @@ import pytest
 from .shared import divided
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pastkey", "train", "export", "runtime")
+FOLDERS = ("pastkey", "train", "export", "runtime", "serve")
 
 # module -> the file that tests it, and why that is another one.
 ELSEWHERE = {
@@ -51,6 +51,16 @@ ELSEWHERE = {
     "runtime/model/chat/chat_model.py": ("runtime/model/chat/test_chat.py", "is what a conversation asks of its model"),
     "runtime/model/unpack.py": ("runtime/test_loading.py", "is how load takes zip files and resources"),
     "runtime/model/parts.py": ("runtime/model/test_language_model.py", "is what a model is made of"),
+    "runtime/model/chat/calls.py": ("runtime/model/chat/test_prompt.py", "is the methods of what is tested there"),
+    "runtime/model/chat/chat_stream.py": ("runtime/model/chat/test_prompt.py", "is what stream_chat returns"),
+    "serve/app.py": ("serve/routes/test_status.py", "is the table of the routes there"),
+    "serve/errors.py": ("serve/routes/test_chat.py", "is what is refused there"),
+    "serve/events.py": ("serve/test_service.py", "is how streams are sent there"),
+    "serve/metrics.py": ("serve/routes/test_status.py", "is the page there"),
+    "serve/api/options.py": ("serve/routes/test_chat.py", "is how the fields there reach the sampler"),
+    "serve/api/replies.py": ("serve/routes/test_chat.py", "is the shape of the replies there"),
+    "serve/settings.py": ("serve/test_command.py", "is what the flags make"),
+    "serve/table.py": ("serve/test_description.py", "is a row of what is described there"),
     "runtime/decoding/request.py": ("runtime/decoding/test_generation.py", "is what a Generation takes"),
     "runtime/decoding/completion.py": ("runtime/model/test_language_model.py", "is what generate returns"),
 }

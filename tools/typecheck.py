@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("train", "export", "runtime")
+STAGES = ("train", "export", "runtime", "serve")
 TREE = ROOT / ".mypy_cache" / "tree"
 
 

@@ -37,9 +37,13 @@ class AsyncReadable(AsyncIterator[Piece], Generic[Piece, Whole]):
             raise StopAsyncIteration
         return piece
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Ends the stream within one step."""
         self._stream.close()
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        self.close()
 
     def cancel(self) -> None:
         """Ends the stream within one step. The reader gets the end, with the tokens decoded so far."""

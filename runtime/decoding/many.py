@@ -117,10 +117,14 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
         return next(self._rest)
 
     def close(self) -> None:
-        """Ends all streams within one step."""
-        self._rest.close()
+        """Ends all streams within one step. Never waits."""
         for stream in self._streams:
             stream.close()
+        if self._reading.acquire(blocking=False):  # else another thread is inside, and comes to the end now
+            try:
+                self._rest.close()
+            finally:
+                self._reading.release()
 
     def cancel(self) -> None:
         """Ends all streams within one step, from any thread. Readers get the end, with the tokens decoded so far."""

@@ -80,9 +80,10 @@ def open_prompt(
         return prompt.answered(open_prompt(parts, prompt.ids, {**prompt.defaults, **options}, shared))
     parts.require_open()
     ids = parts.prompt_ids(prompt)
+    bounded = shared is None or not shared.begun  # a call that has begun is not cut
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
     after_text = isinstance(prompt, str) and bool(prompt.strip())
-    return open_stream(parts, lifecycle, ids, options, after_text=after_text, bounded=shared is None)
+    return open_stream(parts, lifecycle, ids, options, after_text=after_text, bounded=bounded)
 
 
 def open_stream(

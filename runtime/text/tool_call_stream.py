@@ -58,7 +58,12 @@ class ToolCallReader:
         """The new content and the new parts of calls."""
         self.text += text
         content = "" if self._place is not None else self._read_content()
-        return content, [] if self._place is None else list(self._read_calls())
+        parts: list[ToolCallDelta] = []
+        for part in [] if self._place is None else self._read_calls():
+            if parts and parts[-1].index == part.index:  # clients expect one part of a call at a time
+                part = ToolCallDelta(part.index, parts[-1].name, parts.pop().arguments + part.arguments)
+            parts.append(part)
+        return content, parts
 
     def end(self) -> tuple[str, list[ToolCallDelta], str, list[Call]]:
         """What was held back: content and parts of calls; then the content and the calls of the whole answer."""

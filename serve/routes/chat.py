@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion, LanguageModel
 
+from ..api.options import options_of
+from ..api.replies import ChatChoice, ChatReply, call_id, finish_reason, head, logprobs_of, new_id, usage_of
+from ..api.schemas import ChatBody, ConversationBody, NamedTool, parsed
 from ..errors import RequestError
-from ..events import DONE, PING, EventStream, ahead, event, guarded
-from ..options import options_of
-from ..replies import ChatChoice, ChatReply, call_id, finish_reason, head, logprobs_of, new_id, usage_of
-from ..schemas import ChatBody, ConversationBody, NamedTool, parsed
+from ..events import DONE, PING, ahead, event, guarded
 from ..service import Job, Running, Service
 
 
@@ -60,7 +60,7 @@ async def chat(service: Service, request: Request, raw: bytes) -> Response:
     running = await service.open(lambda model: job_of(service, body, model))
     identity = new_id("chatcmpl-")
     if body.stream:
-        return EventStream(guarded(_events(service, body, running, identity, name)), service.settings.timeout)
+        return running.streamed(guarded(_events(service, body, running, identity, name)))
     completions = await running.completed(request)
     reply: ChatReply = {
         "id": identity,

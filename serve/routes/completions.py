@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion, LanguageModel
 
+from ..api.options import options_of
+from ..api.replies import TextChoice, TextLogprobs, TextReply, finish_reason, head, new_id, text_logprobs, usage_of
+from ..api.schemas import CompletionBody, parsed
 from ..errors import RequestError
-from ..events import DONE, PING, EventStream, ahead, event, guarded
-from ..options import options_of
-from ..replies import TextChoice, TextLogprobs, TextReply, finish_reason, head, new_id, text_logprobs, usage_of
-from ..schemas import CompletionBody, parsed
+from ..events import DONE, PING, ahead, event, guarded
 from ..service import Job, Prompt, Running, Service
 
 MAX_TOKENS = 16  # OpenAI's default
@@ -47,7 +47,7 @@ async def completions(service: Service, request: Request, raw: bytes) -> Respons
     running = await service.open(lambda model: job_of(service, body))
     identity = new_id("cmpl-")
     if body.stream:
-        return EventStream(guarded(_events(service, body, running, identity, name)), service.settings.timeout)
+        return running.streamed(guarded(_events(service, body, running, identity, name)))
     found = await running.completed(request)
     echoed = [_ids_of(service.model, prompt) if body.echo else [] for prompt in running.job.prompts]
     reply: TextReply = {

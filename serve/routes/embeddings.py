@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
-from ..schemas import EmbeddingBody, parsed
+from ..api.schemas import EmbeddingBody, parsed
 from ..service import Service, while_connected
 from .completions import prompts_of
 

@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.runtime import Chunk, Completion
 
+from ..api.replies import call_id, finish_reason, logprobs_of, new_id
+from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, parsed
 from ..errors import RequestError, body_of
-from ..events import DONE, PING, EventStream, ahead, event
-from ..replies import call_id, finish_reason, logprobs_of, new_id
-from ..schemas import ChatBody, FlatChoice, ResponsesBody, parsed
+from ..events import DONE, PING, ahead, event
 from ..service import Running, Service
 from .chat import job_of
 
@@ -90,7 +90,7 @@ async def responses(service: Service, request: Request, raw: bytes) -> Response:
     running = await service.open(lambda model: job_of(service, chat, model))
     writer = _Writer(service, body, chat, running, name)
     if body.stream:
-        return EventStream(_events(service, running, writer), service.settings.timeout)
+        return running.streamed(_events(service, running, writer))
     (completion,) = await running.completed(request)
     return JSONResponse(writer.whole(completion))
 

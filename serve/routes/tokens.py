@@ -8,8 +8,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..api.schemas import ConversationBody, DetokenizeBody, TokenizeBody, parsed
 from ..errors import RequestError
-from ..schemas import ConversationBody, DetokenizeBody, TokenizeBody, parsed
 from ..service import Service
 from .chat import conversation_of
 

@@ -16,6 +16,11 @@ class SharedPrefills:
     def __init__(self) -> None:
         self._of: dict[tuple[int, ...], SharedPrefill] = {}
 
+    @property
+    def begun(self) -> bool:
+        """Whether a prompt has joined."""
+        return bool(self._of)
+
     def join(self, ids: Sequence[int]) -> SharedPrefill:
         """Adds the prompt `ids` (T,) to the group with its beginning and returns the group."""
         found = self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import RequestError
+from ..errors import RequestError
 from .schemas import ChatBody, CompletionBody, ResponseFormat, Sampling
 
 # Fields that have the runtime's names and meaning.

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic asks for it below Python 3.1
 
 from pastkey.runtime import Completion, TokenLogprob
 
-from .service import Service
+from ..service import Service
 
 _LETTERS = string.ascii_letters + string.digits
 FinishReason = Literal["stop", "length", "tool_calls"]

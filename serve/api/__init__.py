@@ -1,0 +1,1 @@
+"""The bodies of requests and replies, and the runtime's options of a request."""

@@ -1,0 +1,75 @@
+"""Completions: several prompts, echo and log-probabilities as lm_eval reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ..conftest import Served, ids_of
+
+PATH = "/v1/completions"
+
+
+def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> None:
+    texts = [one.text for one in served.model.generate(["abc", "so "], max_new_tokens=4)]
+    for prompt in (["abc", "so "], [ids_of("abc"), ids_of("so ")]):
+        reply = served.ask(PATH, {"prompt": prompt, "max_tokens": 4})[1]
+        assert [choice["text"] for choice in reply["choices"]] == texts
+        assert reply["usage"]["prompt_tokens"] == 6
+    for prompt in ("abc", ids_of("abc")):
+        assert served.ask(PATH, {"prompt": prompt, "max_tokens": 4})[1]["choices"][0]["text"] == texts[0]
+    assert served.ask("/completions", {"prompt": "abc"})[1]["usage"]["completion_tokens"] == 16
+
+
+def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
+    body = {"prompt": ["abc", "so "], "max_tokens": 4, "echo": True, "n": 2, "seed": 1, "temperature": 1.0}
+    *chunks, done = served.events(PATH, {**body, "stream_options": {"include_usage": False}})
+    texts, reasons = [""] * 4, [None] * 4
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        texts[choice["index"]] += choice["text"]
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert (done, reasons) == ("[DONE]", ["length"] * 4)
+    assert texts == [choice["text"] for choice in served.ask(PATH, body)[1]["choices"]]
+    assert texts[0].startswith("abc")
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_echo_with_log_probabilities_scores_the_prompt(served: Served, tokens: int) -> None:
+    body = {"prompt": ids_of("abca"), "max_tokens": tokens, "echo": True, "logprobs": 2}
+    choice = served.ask(PATH, body)[1]["choices"][0]
+    score = served.model.score(ids_of("abca"))
+    columns = choice["logprobs"]
+    assert columns["tokens"][:4] == list("abca")
+    assert len(columns["tokens"]) == len(columns["text_offset"]) == 4 + tokens
+    assert columns["token_logprobs"][0] is None
+    assert columns["token_logprobs"][1:4] == pytest.approx(score.logprobs[1:])
+    assert all(len(top) == 2 for top in columns["top_logprobs"][1:])
+    assert (choice["text"] == "abca") == (tokens == 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"prompt": None}, "prompt", "required"),
+        ({"prompt": []}, None, "prompt"),
+        ({"prompt": [99]}, None, "99"),
+        ({"prompt": [[1], []]}, None, "prompt"),
+        ({"prompt": [10**30]}, None, ""),
+        ({"prompt": "abc" * 300}, "prompt", "maximum context length is 600"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"best_of": 3}, "best_of", "not supported"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "stream", "not streamed"),
+        ({"regex": "("}, None, "regex"),
+        ({"seed": -5}, None, "seed is -5"),
+        ({"stop": 3}, None, "stop"),
+    ],
+)
+def test_a_wrong_field_is_named(served: Served, change: Any, param: str | None, said: str) -> None:
+    if "regex" in change:
+        pytest.importorskip("llguidance")
+    status, reply = served.ask(PATH, {"prompt": "abc", "max_tokens": 1, **change})
+    error = reply["error"]
+    assert status == 400
+    assert said in error["message"]
+    assert param is None or error["param"] == param

@@ -1,0 +1,90 @@
+"""Responses: the same answers as chat completions, in items and events with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..conftest import CALL, TOOL, Served, running
+
+PATH = "/v1/responses"
+FLAT = {"type": "function", **TOOL["function"]}
+TEXT = [
+    "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    "response.output_text.delta", "response.output_text.done", "response.content_part.done",
+    "response.output_item.done",
+]  # fmt: skip
+
+
+def test_an_answer_is_that_of_chat(served: Served) -> None:
+    chat = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5})[1]
+    for given in ("hi", [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]):
+        status, reply = served.ask(PATH, {"input": given, "max_output_tokens": 5})
+        assert (status, reply["object"], reply["status"]) == (200, "response", "incomplete")
+        assert reply["incomplete_details"] == {"reason": "max_output_tokens"}
+        (item,) = reply["output"]
+        assert item["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+        assert reply["usage"]["total_tokens"] == chat["usage"]["total_tokens"]
+
+
+def test_the_events_are_in_order_and_end_with_the_whole(served: Served) -> None:
+    body = {"input": "hi", "max_output_tokens": 3, "instructions": "so"}
+    *events, done = served.events(PATH, body)
+    assert done == "[DONE]"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"] for event in events]
+    assert list(dict.fromkeys(kinds)) == [*TEXT, "response.incomplete"]
+    text = "".join(event["delta"] for event in events if "delta" in event)
+    final = events[-1]["response"]
+    assert final["output"][0]["content"][0]["text"] == text
+    assert final["output"][0] == events[-2]["item"]
+    plain = served.ask(PATH, body)[1]
+    assert plain["output"][0]["content"] == final["output"][0]["content"]
+    assert plain.keys() == final.keys()
+
+
+def test_a_call_is_an_item_of_its_own(saying: Callable[[str, str], Path]) -> None:
+    with running(saying("wet.<user>hi.<assistant>", "so " + CALL)) as calling:
+        body = {"input": "hi", "tools": [FLAT], "max_output_tokens": 90}
+        reply = calling.ask(PATH, body)[1]
+        *events, _ = calling.events(PATH, body)
+    said, call = reply["output"]
+    assert (said["content"][0]["text"], call["name"], call["arguments"]) == ("so", "wet", '{"a": 1}')
+    assert reply["status"] == call["status"] == "completed"
+    streamed = events[-1]["response"]["output"]
+    assert [one["type"] for one in streamed] == ["message", "function_call"]
+    deltas = [event for event in events if event["type"] == "response.function_call_arguments.delta"]
+    assert "".join(event["delta"] for event in deltas) == '{"a": 1}' == streamed[1]["arguments"]
+    assert {event["output_index"] for event in deltas} == {1}
+
+
+def test_calls_and_their_results_go_on(served: Served) -> None:
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "reasoning", "summary": []},
+        {"type": "function_call", "call_id": "c", "name": "wet", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "so"},
+    ]
+    reply = served.ask(PATH, {"input": items, "max_output_tokens": 2})[1]
+    assert reply["usage"]["input_tokens"] == len("<user>hi.<assistant>.<tool>so.<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
+        ({"input": [{"type": "function_call", "name": "x"}]}, "input.0"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"truncation": "auto"}, "truncation"),
+    ],
+)
+def test_what_is_not_supported_is_named(served: Served, change: Any, param: str) -> None:
+    status, reply = served.ask(PATH, {"input": "hi", **change})
+    assert (status, reply["error"]["param"]) == (400, param)

@@ -1,0 +1,42 @@
+"""Models, health, metrics, props."""
+
+from __future__ import annotations
+
+from ..conftest import TEMPLATE, Served
+
+
+def test_the_model_is_listed_with_and_without_v1(served: Served) -> None:
+    for prefix in ("", "/v1"):
+        (model,) = served.ask(prefix + "/models")[1]["data"]
+        assert (model["id"], model["object"], model["meta"]["n_ctx_train"]) == ("tiny", "model", 600)
+        assert served.ask(prefix + "/models/tiny") == (200, model)
+        assert served.ask(prefix + "/models/gpt-9")[1]["error"]["code"] == "model_not_found"
+
+
+def test_the_metrics_count_what_was_done(served: Served) -> None:
+    def metrics() -> dict[str, float]:
+        with served.response("/metrics") as response:
+            assert response.headers["content-type"].startswith("text/plain; version=")
+            lines = response.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    before = metrics()
+    served.ask("/v1/completions", {"prompt": "abc", "max_tokens": 5})
+    after = metrics()
+    for name, more in (("new_tokens_total", 5), ("prompt_tokens_total", 3), ("requests_total", 1)):
+        assert after[f"pastkey_{name}"] - before[f"pastkey_{name}"] == more
+    assert after["pastkey_running"] == after["pastkey_waiting"] == 0
+    assert after['pastkey_http_requests_total{route="/completions",status="200"}'] >= 1
+
+
+def test_the_props_have_the_template_and_no_path(served: Served) -> None:
+    props = served.ask("/props")[1]
+    assert (props["chat_template"], props["context_length"]) == (TEMPLATE, 600)
+    assert str(served.model.bundle.path) not in str(props)
+
+
+def test_an_unknown_route_and_method_are_errors_in_json(served: Served) -> None:
+    assert served.ask("/v1/nothing")[0] == 404
+    assert served.ask("/v1/nothing", {})[0] == 405
+    assert served.ask("/v1/chat/completions")[0] == 404
+    assert served.ask("/health", {})[0] == 405

@@ -1,0 +1,77 @@
+"""The flags, the key, and the port."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from pathlib import Path
+
+import pytest
+
+from pastkey.__main__ import main
+from pastkey.command import Parser
+from pastkey.errors import InputError
+from pastkey.serve.command import KEY, listen, serve_command, settings_of
+from pastkey.serve.settings import ServerSettings
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = Parser(prog="pastkey serve")
+    serve_command.add_arguments(parser)
+    return parser.parse_args(["b", *words])
+
+
+def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    assert settings_of(parsed()) == ServerSettings(names=("b",))
+    found = settings_of(parsed("--max-queue", "0", "--alias", "x", "--alias", "y", "--default", "top_k=3"))
+    assert (found.max_queue, found.names, found.defaults) == (0, ("x", "y"), {"top_k": 3})
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n", encoding="utf-8")
+    monkeypatch.setenv(KEY, "three")
+    assert settings_of(parsed()).keys == ("three",)
+    found = settings_of(parsed("--api-key-file", str(file)))
+    assert found.keys == ("one", "two")
+    assert "one" not in repr(found)
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(InputError, match="has no key"):
+        settings_of(parsed("--api-key-file", str(file)))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_another_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    with pytest.raises(InputError, match="no key is set: add --api-key-file"):
+        settings_of(parsed("--host", host))
+    assert settings_of(parsed("--host", host, "--insecure")).host == host
+    monkeypatch.setenv(KEY, "x")
+    assert settings_of(parsed("--host", host)).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
+def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    assert settings_of(parsed("--host", host)).host == host
+
+
+@pytest.mark.parametrize("pair", ["temprature=1", "temperature=x", "temperature=-1", "top_k"])
+def test_a_wrong_default_is_told(pair: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "nowhere", "--port", "0", "--default", pair]) == 2
+    assert pair in capsys.readouterr().err or "temperature is -1" in pair or "=" in pair
+
+
+def test_a_port_in_use_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(tmp_path), "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"pastkey serve: cannot listen on 127.0.0.1 port {port} (another program listens there)")
+
+
+@pytest.mark.parametrize(("host", "port"), [("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 99999)])
+def test_an_address_that_is_not_here_is_a_sentence(host: str, port: int) -> None:
+    with pytest.raises(InputError, match=f"cannot listen on {host}"):
+        listen(host, port)

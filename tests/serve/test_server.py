@@ -1,0 +1,110 @@
+"""Before the model is loaded, and after the server was told to end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pastkey.runtime import LanguageModel, load
+
+from ..runtime.decoding.batching import waiting
+from .conftest import Gate, Served, running
+
+BODY = {"prompt": "abc", "max_tokens": 4}
+
+
+def test_while_the_model_is_loaded_the_status_is_503(bundle: Path) -> None:
+    go = threading.Event()
+
+    def opened() -> LanguageModel:
+        go.wait(60)
+        return load(bundle, threads=1)
+
+    with running(opened) as served:
+        for path, body in (("/health", None), ("/v1/models", None), ("/v1/completions", BODY)):
+            status, reply = served.ask(path, body)
+            assert (status, reply["error"]["message"]) == (503, "Loading model")
+        assert served.ask("/openapi.json")[0] == 200
+        go.set()
+        waiting.until(lambda: served.service.is_loaded)
+        assert served.ask("/v1/completions", BODY)[0] == 200
+
+
+def test_running_and_queued_requests_are_answered_before_the_end(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(bundle, max_concurrency=1) as served, ThreadPoolExecutor(2) as clients:
+        model = served.model
+        text = model.generate("abc", max_new_tokens=4).text
+        gate = Gate(model, monkeypatch)
+        found = [clients.submit(served.ask, "/v1/completions", BODY) for _ in range(2)]
+        waiting.until(lambda: model.activity.running + model.activity.waiting == 2)
+        served.server.should_exit = True
+        waiting.until(lambda: not listens(served))
+        gate.release(100)
+        assert [one.result()[1]["choices"][0]["text"] for one in found] == [text] * 2
+    assert model.closed
+
+
+def test_after_its_time_the_end_comes_anyway(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(bundle, drain_seconds=1) as served:
+        gate = Gate(served.model, monkeypatch)
+        with served.response("/v1/completions", {**BODY, "max_tokens": 500, "stream": True}) as response:
+            gate.release(3)
+            assert response.readline().startswith(b"data: ")
+            served.server.should_exit = True
+            waiting.until(lambda: served.model.activity.running == 0)
+            gate.release(1000)
+            assert b"[DONE]" not in response.read1(100_000)
+
+
+def listens(served: Served) -> bool:
+    try:
+        served.ask("/health")
+    except OSError:
+        return False
+    return True
+
+
+def command(bundle: Path, *flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pastkey", "serve", str(bundle), "--port", "0", "--threads", "1", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PASTKEY_API_KEY": ""},
+    )
+
+
+def test_sigterm_ends_the_command_with_success(bundle: Path) -> None:
+    with command(bundle, "--alias", "a", "--default", "temperature=0") as process:
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        port = int(told.rsplit(":", 1)[1].split("/")[0])
+
+        def ready() -> bool:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            client.request("GET", "/health", headers={"Connection": "close"})
+            response = client.getresponse()
+            return bool(json.loads(response.read()).get("status") == "ok")
+
+        waiting.until(ready)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    assert told.startswith("pastkey serve: a at http://127.0.0.1:")
+
+
+def test_a_bundle_that_cannot_be_loaded_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
+    with command(tmp_path) as process:
+        assert process.stderr is not None
+        assert process.wait(60) == 2
+        told = process.stderr.read().splitlines()[-1]
+    assert told.startswith("pastkey serve: ")
+    assert "pastkey.json" in told or "bundle" in told
