@@ -1,4 +1,4 @@
-"""llama-server's flags as those of `pastkey serve`: the tests start this. Ends with 2 at a flag that it does not know."""
+"""llama-server's flags as those of `pastkey serve`: the tests start this. Exit status 2 at a flag that it does not know."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 IGNORED = {
     "--hf-repo": 1, "--hf-file": 1, "--offline": 0, "--batch-size": 1, "--ubatch-size": 1, "--threads": 1,
     "--n-gpu-layers": 1, "--cont-batching": 0, "--no-slots": 0, "--metrics": 0, "--jinja": 0, "--no-jinja": 0,
-    "--kv-unified": 0,
+    "--kv-unified": 0, "--verbose": 0, "--reasoning": 1,
 }  # fmt: skip
 TAKEN = (
     "--host", "--port", "--temp", "--seed", "--alias", "--parallel", "--n-predict", "--api-key", "--ctx-size",
@@ -32,7 +32,8 @@ def read(words: Sequence[str]) -> dict[str, str]:
     while place < len(words):
         flag = words[place]
         if flag not in TAKEN and flag not in IGNORED:
-            sys.exit(f"the shim does not know {flag}")
+            print(f"the shim does not know {flag}", file=sys.stderr)
+            sys.exit(2)
         following = IGNORED.get(flag, 1)
         if flag in TAKEN:
             found[flag] = words[place + 1]
