@@ -1,4 +1,4 @@
-"""llama-server's flags as those of `pastkey serve`: the tests start this. Exit status 2 at a flag that it does not know."""
+"""llama-server's flags as those of `pastkey serve`: the tests start this. Ends with status 2 at an unknown flag."""
 
 from __future__ import annotations
 

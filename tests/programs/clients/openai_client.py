@@ -1,5 +1,6 @@
 """What the openai package reads from a server: one program for its major versions. In an environment of its own."""
 
+import contextlib
 import json
 import sys
 
@@ -47,10 +48,11 @@ assert "".join(part.choices[0].delta.content or "" for part in parts) == expecte
 assert [part.choices[0].finish_reason for part in parts if part.choices[0].finish_reason] == ["length"]
 
 with client.chat.completions.stream(messages=hello, **drawn) as events:  # its final answer must not be cut
-    try:
-        assert "".join(event.delta for event in events if event.type == "content.delta") == expected["chat"]
-    except openai.LengthFinishReasonError as cut:
-        assert cut.completion.choices[0].message.content == expected["chat"]
+    deltas = []
+    with contextlib.suppress(openai.LengthFinishReasonError):  # the client's own verdict on a text that was cut
+        for event in events:
+            deltas.append(event.delta if event.type == "content.delta" else "")  # noqa: PERF401
+assert "".join(deltas) == expected["chat"]
 
 two = client.chat.completions.create(messages=hello, **(drawn | {"seed": 7}), n=2)
 assert [one.index for one in two.choices] == [0, 1]
@@ -110,11 +112,12 @@ for body, error, param in (
     ({"messages": hello, "model": "tiny", "extra_body": {"nonsense": 1}}, openai.BadRequestError, "nonsense"),
     ({"messages": [{"role": "user", "content": "x" * 5000}], "model": "tiny"}, openai.BadRequestError, "messages"),
 ):
+    found = None
     try:
         client.chat.completions.create(**body)
-    except error as found:
-        assert found.body["message"], found.body
-        assert param in (None, found.body["param"]), found.body
-    else:
-        raise AssertionError(f"{body} was answered")
+    except error as raised:
+        found = raised.body
+    assert found, body
+    assert found["message"], found
+    assert param in (None, found["param"]), found
 print(openai.__version__)
