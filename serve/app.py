@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -49,7 +50,17 @@ def application(service: Service) -> Starlette:
         del service, request, raw
         return JSONResponse(describe(TABLE))
 
-    single = (Entry("/openapi.json", description), Entry("/{file:path}", page.page, open=True))
+    async def refusal(service: Service, request: Request, raw: bytes) -> Response:
+        """Says that a route takes a body; else the page's route would take its GET."""
+        del service, request, raw
+        raise HTTPException(405, headers={"Allow": "POST"})
+
+    posts = [prefix + entry.path for entry in TABLE if entry.body is not None for prefix in ("", "/v1")]
+    single = (
+        *(Entry(path, refusal) for path in posts),
+        Entry("/openapi.json", description),
+        Entry("/{file:path}", page.page, open=True),
+    )
     routes += [Route(entry.path, _endpoint(service, entry), methods=["GET"]) for entry in single]
     cors = Middleware(
         CORSMiddleware,

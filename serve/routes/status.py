@@ -19,13 +19,15 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "n_vocab": manifest.vocab_size,
         "precision": manifest.precision,
     }
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "pastkey", "meta": meta}
+    names = list(service.settings.names)
+    told = {"id": name, "object": "model", "created": service.started, "owned_by": "pastkey"}
+    return {**told, "aliases": names, "meta": meta}
 
 
 async def models(service: Service, request: Request, raw: bytes) -> Response:
     """Lists the model."""
     del request, raw
-    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.settings.names]})
+    return JSONResponse({"object": "list", "data": [_model(service, service.settings.names[0])]})
 
 
 async def model(service: Service, request: Request, raw: bytes) -> Response:

@@ -91,7 +91,7 @@ def test_a_tool_is_called_answered_and_gone_on_from(make_model: MakeModel, says:
     chat = model.chat(tools=[weather])
     answer = chat.ask("hello")
     assert answer.tool_calls == [{"name": "weather", "arguments": {"city": "b"}}] * 2
-    assert answer.text == "a " + call + call
+    assert answer.text == "a"
     assert calls[0]["keep_special_tokens"] is True
     function = {"name": "weather", "arguments": {"city": "b"}}
     assert chat.messages[1] == {

@@ -46,7 +46,7 @@ def test_the_command_and_the_program_of_the_page_run(patient: Path, tmp_path: Pa
         environment = os.environ | {"OPENAI_BASE_URL": f"http://{address}/v1"}
         done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout) == 8 + 1 + 8  # the answer, a line break, the streamed answer
+    assert len(done.stdout) == 64 + 1 + 64  # the answer, a line break, the streamed answer
 
 
 def test_the_page_names_every_route_and_field() -> None:

@@ -49,9 +49,9 @@ class ChatStream(ChunkStream):
         text = chunk.text
         if self._cut and len(self._reader.text) == self._cut and chunk.ids and self._loses_space(chunk.ids[0]):
             text = " " + text  # a decoder drops it where a text begins, and this one goes on
-        content, calls = self._reader.push(text)
+        content, parts = self._reader.push(text)
         self._texts.append(content)
-        return dataclasses.replace(chunk, text=content, tool_calls=calls)
+        return dataclasses.replace(chunk, text=content, tool_calls=parts)
 
     def cancel(self) -> None:
         """Ends it within one step, from any thread. The reader gets the end, with what was generated so far."""
