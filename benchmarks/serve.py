@@ -141,8 +141,8 @@ def serve(
         }
     yield (
         f"Each client sends {requests} prompts of {prompt_tokens} tokens of {passages.name}, one after another, and "
-        f"reads {new_tokens} greedy tokens of each as a stream. A server decodes {PLACES} requests together. Medians of "
-        f"{rounds} interleaved rounds; every server with --threads {threads}."
+        f"reads {new_tokens} greedy tokens of each as a stream. A server decodes {PLACES} requests together. Medians "
+        f"of {rounds} interleaved rounds; every server with --threads {threads}."
     )
     for sentence, figure, form in (
         ("Tokens per second of all clients, prompts included:", "throughput", ".3g"),
@@ -155,11 +155,14 @@ def serve(
             for title in ports
         ]
         yield Table(sentence, ["clients", *map(str, counts)], rows)
+
+    def summed(title: str, count: int, what: str) -> str:
+        return str(int(sum(one[title][what] for one in measured[count])))
+
     rows = [
-        [title, *(str([int(sum(one[title][what] for one in found)) for what in ("rejected", "lost")])[1:-1]
-                  for found in measured.values())]
+        [title, *(", ".join(summed(title, n, what) for what in ("rejected", "lost")) for n in counts)]
         for title in ports
-    ]  # fmt: skip
+    ]
     yield Table("Requests of all rounds that were rejected, and lost:", ["clients", *map(str, counts)], rows)
     yield from skipped
     yield described(prepared, threads)
