@@ -33,16 +33,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("served") / "bundle").path
 
 
-@pytest.mark.parametrize("examples", divided([2, 50], ci=[2]))
-def test_the_server_keeps_to_its_openapi_description(examples: int, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("phases", divided(["fuzzing", "coverage,fuzzing,stateful"], ci=["fuzzing"]))
+def test_the_server_keeps_to_its_openapi_description(phases: str, bundle: Path, tmp_path: Path) -> None:
     """No status 5xx, none that is not described, and no reply of another shape.
 
     Left out: a check that whatever fits a schema is answered. A prompt may be empty, or a tool's answer missing.
     """
-    flags = ("--alias", MODEL, "--default", "max_new_tokens=4")
-    with serving(bundle, *flags, log=tmp_path / "log") as address:
-        command = ["run", f"{address}/openapi.json", "--max-examples", str(examples), "--seed", "1", "--no-color"]
-        command += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none"]
+    with serving(bundle, "--alias", MODEL, "--default", "max_new_tokens=2", log=tmp_path / "log") as address:
+        command = ["run", f"{address}/openapi.json", "--phases", phases, "--max-examples", "5", "--seed", "1"]
+        command += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--no-color"]
         program = environment(*SCHEMATHESIS).parent / "schemathesis"
         done = subprocess.run(
             [program, *command], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
@@ -73,7 +72,8 @@ metric_list:
 def test_lm_eval_scores_as_the_eval_command_does(bundle: Path, tmp_path: Path, pastkey_command: Run) -> None:
     """A document of each window: its first token is given, the others are scored, as in `pastkey eval`."""
     sentences = " ".join(f"No. {place}: we sow corn, you mix cool drinks." for place in range(20))
-    text = sentences[: WINDOW * WINDOWS]
+    letters = enumerate(sentences[: WINDOW * WINDOWS])  # lm_eval moves a space at a beginning to what is scored
+    text = "".join("_" if letter == " " and not place % WINDOW else letter for place, letter in letters)
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     windows = [text[place : place + WINDOW] for place in range(0, len(text), WINDOW)]
     with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:

@@ -28,7 +28,14 @@ LEFT_OUT = {
     r"test_completion_(with_tokens_input|prompt_cache)|test_logit_bias\[False": FIELDS,
     r"timings_per_token|test_return_progress|token_count|test_verbose_debug|llama_telemetry|size_exceeded": FIELDS,
     r"test_chat_template\[?$|assistant_prefill|vllm_compat|test_apply_chat_template|not a chat template": TEMPLATE,
-    r"test_reasoning\[.*-(on|off)-": "rewrites templates to switch reasoning on and off",
+    r"test_reasoning\[.*-(on|off)-": "switches reasoning on and off by reading the template",
+    r"test_reasoning\[(deepseek|Qwen-QwQ|Cohere).*-auto-|test_date_inside": (
+        "variables that llama.cpp gives to templates, and transformers does not: enable_thinking, date_string, datetime"
+    ),
+    r"test_add_generation_prompt": FIELDS,
+    r"test_completion_with_grammar\[": "grammars in GBNF: pastkey takes Lark",
+    r"test_invalid_chat_completion_req\[messages7": "the order of roles is the template's matter",
+    r"without_tool_call_fast\[.*-tools1-": "a prompt of 728 tokens: the model was trained with 512",
     r"test_server_multiple_addresses": "a server listens on one address",
     r"test_no_ui|test_access_static_assets": "llama.cpp's page",
     r"test_cors_options": CORS,
