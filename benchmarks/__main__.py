@@ -42,6 +42,7 @@ class Question(NamedTuple):
 QUESTIONS = (
     Question("peers", "peers.side_by_side", "How fast, accurate and small is pastkey beside other engines?"),
     Question("streams", "peers.streams", "How fast are 1 to 16 requests at the same time, beside other engines?"),
+    Question("serve", "serve", "How fast are 1 to 64 clients of the server, beside llama.cpp's?"),
     Question("scaling", "peers.scaling", "How does a step's time grow with context, rows, threads and model size?"),
     Question("step-cost", "alone", "What does a step cost outside onnxruntime?"),
     Question("prefixes", "alone", "How much sooner is the first token behind a cached prefix?"),
@@ -92,6 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 MEANINGS = {
     "charts": "folder for the charts",
+    "clients": "clients at the same time",
     "count": "texts to generate",
     "draft": "bundle of the draft model",
     "full": "more engines, and 24 windows of the text",
@@ -103,6 +105,7 @@ MEANINGS = {
     "places": "places of the text where prompts begin",
     "prompt_tokens": "tokens of a prompt",
     "reference": "float32 bundle of the same model",
+    "requests": "requests of each client",
     "rounds": "interleaved rounds",
     "sizes": "models to export, smallest first",
     "streams": "requests at the same time",

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -26,6 +27,7 @@ _IN_JAVA = re.compile(
     r"(ai/onnxruntime|ai/djl|org/slf4j|com/google/gson)/.*\.class|ai/djl/engine/api.properties"
     r"|native/lib/(tokenizers.properties|linux-x86_64/libtokenizers.so)"
 )
+_LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution is 77 MB, with all of llama.cpp of one commit
 
 # Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
@@ -164,6 +166,42 @@ def java_binding() -> Path | None:
     (folder / native).rename(folder / Path(native).name)
     stamp.write_text(wanted)
     return folder
+
+
+@_one_at_a_time
+def llama_cpp_source() -> Path:
+    """The source distribution of llama-cpp-python, an archive that holds llama.cpp whole with its tests."""
+    folder = _FOLDER / "llama-cpp-source"
+    stamp = folder / "stamp"
+    if not stamp.exists() or stamp.read_text() != _LLAMA_CPP:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:", _LLAMA_CPP]
+        subprocess.run([*command, "--dest", str(folder)], check=True)
+        stamp.write_text(_LLAMA_CPP)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@_one_at_a_time
+def llama_server() -> Path:
+    """llama.cpp's server, built from that archive for this machine: half an hour on two cores."""
+    archive, folder = llama_cpp_source(), _FOLDER / "llama-server-build"
+    program, stamp = folder / "build" / "bin" / "llama-server", folder / "stamp"
+    if stamp.exists() and stamp.read_text() == _LLAMA_CPP and program.exists():
+        return program
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    (source,) = folder.glob("*/vendor/llama.cpp")
+    options = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF"]
+    options += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP", "UI")]
+    options += ["LLAMA_USE_PREBUILT_UI=OFF"]  # which it would fetch
+    flags = [f"-D{option}" for option in options]
+    subprocess.run(["cmake", "-S", source, "-B", folder / "build", *flags], check=True, stdout=subprocess.DEVNULL)
+    build = ["cmake", "--build", folder / "build", "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    stamp.write_text(_LLAMA_CPP)
+    return program
 
 
 @_one_at_a_time

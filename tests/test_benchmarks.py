@@ -21,6 +21,7 @@ from benchmarks.peers import scaling, side_by_side
 from benchmarks.peers.convert import Source, chosen, of_bundle
 from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, WORKERS, Engine, Prepared, Worker
 from benchmarks.peers.streams import served, tables
+from benchmarks.serve import Reply, Served, percentile
 from benchmarks.store import Store, digest_of_files
 from benchmarks.texts import Text, open_text
 from pastkey.contract.bundle import open_bundle
@@ -106,6 +107,8 @@ QUICK = {
 }
 SLOW = {
     "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
+    "serve": "tiny --rounds 1 --threads 1 --clients 1 3 --requests 2 --prompt-tokens 12 --new-tokens 4 --work work "
+    "--text text.txt --only pastkey-serve",
     "scaling": "demo/int8 --threads 1 --rounds 1 --new-tokens 2 --sizes 1 --work work --charts demo",
     "demo": "demo --rounds 1 --count 1",
     "passes": "",
@@ -122,9 +125,10 @@ def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "constrained":
-        pytest.importorskip("llguidance")
-    folder: Path = request.getfixturevalue("exported" if name in SLOW and name not in ("peers", "passes") else "folder")
+    if name in ("constrained", "serve"):
+        pytest.importorskip({"constrained": "llguidance", "serve": "starlette"}[name])
+    made = "exported" if name in SLOW and name not in ("peers", "passes", "serve") else "folder"
+    folder: Path = request.getfixturevalue(made)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))
     monkeypatch.setattr(side_by_side, "open_source", lambda _: Source(folder, "", "tiny"))
@@ -143,6 +147,8 @@ def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monke
         steps = "pastkey int8, without prompt lookup"
         rows = [(row[0], row[2]) for row in found["answer"][0]["rows"]]
         assert rows == [("pastkey int8", "0"), (steps, "0"), ("pastkey fp32", "0")]
+    if name == "serve":
+        assert found["answer"][-2]["rows"] == [["pastkey serve, int8", "0, 0", "0, 0"]]
     if name == "scaling":
         charts = {file.name for file in (folder / "demo").glob("*.png")}
         assert charts == {f"performance-{curve}.png" for curve in ("context", "batch", "threads", "sizes")}
@@ -252,6 +258,15 @@ def test_streams_are_counted_from_the_first_to_the_last() -> None:
     assert told[1] == [["b", "2.00 (1.00 to 2.00)"]]
     assert told[0] == [["a", "2.5 (2)"], ["b", "1.25 (1.5)"]]
     assert told[3] == [["a", "1"], ["b", "2"]]
+
+
+def test_a_request_is_whole_rejected_or_lost() -> None:
+    whole, lost = [Reply(200, 8, 0.1, 0.5), Reply(200, 8, 0.3, 0.9)], [Reply(0, 0, 0, 0), Reply(200, 0, 0, 1)]
+    replies = [*whole, Reply(429, 0, 0, 0), *lost]
+    figures = Served(replies, 2.0).figures
+    assert (figures["throughput"], figures["rejected"], figures["lost"]) == (8.0, 1, 2)
+    assert (figures["first"], figures["first99"], figures["last99"]) == (0.2, 0.3, 0.9)
+    assert [percentile(range(1, 101), share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, *STREAM_ENGINES], ids=lambda engine: engine.name)

@@ -1,0 +1,39 @@
+"""What the llm package reads from a server. In an environment of its own, with its settings in $LLM_USER_PATH."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+address, expected = sys.argv[1], json.loads(sys.argv[2])
+entry = {
+    "model_id": "here", "model_name": "tiny", "api_base": f"{address}/v1", "api_key_name": "any",
+    "supports_schema": True, "supports_tools": True,
+}  # fmt: skip
+folder = Path(os.environ["LLM_USER_PATH"])
+(folder / "extra-openai-models.yaml").write_text(json.dumps([entry]))  # JSON is YAML
+(folder / "keys.json").write_text(json.dumps({"any": "any"}))
+
+import llm
+
+model = llm.get_model("here")
+answer = model.prompt("Hello", seed=5, temperature=1, max_tokens=12)  # streamed
+assert answer.text() == expected["chat"], (answer.text(), expected["chat"])
+assert answer.usage().output == 12
+assert model.prompt("Hello", stream=False, seed=5, temperature=1, max_tokens=12).text() == expected["chat"]
+schema = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+assert set(json.loads(model.prompt("Hello", schema=schema, seed=5, temperature=1, max_tokens=60).text())) == {"ok"}
+
+
+def weather(warm: bool) -> str:
+    """Tells the weather."""
+    return str(warm)
+
+
+asked = model.prompt("Hello", tools=[weather], seed=5, temperature=1, max_tokens=60)  # a random model need not call it
+assert isinstance(asked.text(), str)

@@ -1,0 +1,73 @@
+"""Clients of OpenAI's API on `pastkey serve`, each in an environment of its own. CI runs the newest openai package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.environments import environment
+
+from ..shared import divided
+from .serving import MODEL, serving, write_tiny
+
+pytest.importorskip("starlette", reason="the extra serve is not installed")
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+
+pytestmark = pytest.mark.slow
+
+# name -> its environment, and the program that it runs.
+CLIENTS = {
+    "openai-3": (["openai>=3,<4"], "openai_client.py"),
+    "openai-2": (["openai>=2,<3"], "openai_client.py"),
+    "langchain-openai": (["langchain-openai>=1"], "langchain_client.py"),
+    "litellm": (["litellm>=1"], "litellm_client.py"),
+    "llm": (["llm>=0.36"], "llm_client.py"),
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("served") / "bundle").path
+
+
+@pytest.fixture(scope="module")
+def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(bundle, "--alias", MODEL, log=tmp_path_factory.mktemp("log") / "log") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path) -> str:
+    """What the runtime itself answers, as JSON."""
+    from pastkey.runtime import load
+
+    with load(bundle, threads=1) as lm:
+        chat = lm.chat_prompt([{"role": "user", "content": "Hello"}])
+        return json.dumps(
+            {
+                "chat": lm.generate(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
+                "greedy": lm.generate(chat, max_new_tokens=12).text,
+                "text": lm.generate("Hello", max_new_tokens=12, temperature=1.0, seed=5).text,
+                "embeddings": [vector.tolist() for vector in lm.embed(["Hello", "Goodbye"])],
+            }
+        )
+
+
+@pytest.mark.parametrize("name", divided(CLIENTS, ci=["openai-3"]))
+def test_a_client_reads_what_the_runtime_answers(name: str, address: str, expected: str, tmp_path: Path) -> None:
+    requirements, program = CLIENTS[name]
+    done = subprocess.run(
+        [environment(f"client-{name}", requirements), Path(__file__).parent / "clients" / program, address, expected],
+        cwd=tmp_path,
+        env=os.environ | {"LLM_USER_PATH": str(tmp_path), "NO_PROXY": "127.0.0.1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
