@@ -47,10 +47,10 @@ def site(bundle: str | Path | Bundle) -> Mapping[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: opened.path / name for name in _wanted(opened)}
     files[GOLDEN] = content
     index = _index(opened, golden, content)
-    return {**_own_files(), **files, INDEX: json.dumps(index, ensure_ascii=False, allow_nan=False).encode()}
+    return _own_files() | files | {INDEX: json.dumps(index, ensure_ascii=False, allow_nan=False).encode()}
 
 
-def _own_files() -> dict[str, Path]:
+def _own_files() -> dict[str, Path | bytes]:
     if not LIBRARIES.is_dir():
         raise MissingFileError(
             f"{LIBRARIES} is missing, which has onnxruntime-web and the tokenizer: type  make web-assets  in the "

@@ -47,11 +47,11 @@ def expected(bundle: Path) -> str:
     from pastkey.runtime import load
 
     with load(bundle, threads=1) as lm:
-        chat = lm.chat_prompt([{"role": "user", "content": "Hello"}])
+        chat = [{"role": "user", "content": "Hello"}]
         return json.dumps(
             {
-                "chat": lm.generate(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
-                "greedy": lm.generate(chat, max_new_tokens=12).text,
+                "chat": lm.generate_chat(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
+                "greedy": lm.generate_chat(chat, max_new_tokens=12).text,
                 "text": lm.generate("Hello", max_new_tokens=12, temperature=1.0, seed=5).text,
                 "embeddings": [vector.tolist() for vector in lm.embed(["Hello", "Goodbye"])],
             }
