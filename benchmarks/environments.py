@@ -191,7 +191,15 @@ def llama_server() -> Path:
     options += ["LLAMA_USE_PREBUILT_UI=OFF"]  # which it would fetch
     flags = [f"-D{option}" for option in options]
     subprocess.run(["cmake", "-S", source, "-B", folder / "build", *flags], check=True, stdout=subprocess.DEVNULL)
-    build = ["cmake", "--build", folder / "build", "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)]
+    build: list[str | Path] = [
+        "cmake",
+        "--build",
+        folder / "build",
+        "--target",
+        "llama-server",
+        "--parallel",
+        str(os.cpu_count() or 1),
+    ]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     stamp.write_text(_LLAMA_CPP)
     return program

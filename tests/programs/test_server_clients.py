@@ -50,8 +50,8 @@ def expected(bundle: Path) -> str:
         chat = lm.chat_prompt([{"role": "user", "content": "Hello"}])
         return json.dumps(
             {
-                "chat": lm.generate(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
-                "greedy": lm.generate(chat, max_new_tokens=12).text,
+                "chat": lm.generate(chat.ids, max_new_tokens=12, temperature=1.0, seed=5).text,
+                "greedy": lm.generate(chat.ids, max_new_tokens=12).text,
                 "text": lm.generate("Hello", max_new_tokens=12, temperature=1.0, seed=5).text,
                 "embeddings": [vector.tolist() for vector in lm.embed(["Hello", "Goodbye"])],
             }

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 SCHEMATHESIS = ("schemathesis", ["schemathesis>=4.32"])
 LM_EVAL = ("lm-eval", ["lm_eval[api]==0.4.13", "transformers"])
-WINDOW, WINDOWS = 40, 5
+WINDOW, WINDOWS = 12, 10
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,15 @@ def test_lm_eval_scores_as_the_eval_command_does(bundle: Path, tmp_path: Path, p
 
     with serving(bundle, "--alias", MODEL, log=tmp_path / "log") as address:
         given = {"model": MODEL, "base_url": f"{address}/v1/completions", "tokenizer": bundle, "num_concurrent": 2}
-        words = ["run", "--model", "local-completions", "--tasks", "windows", "--include_path", tmp_path]
+        words: list[str | Path] = [
+            "run",
+            "--model",
+            "local-completions",
+            "--tasks",
+            "windows",
+            "--include_path",
+            tmp_path,
+        ]
         words += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
         done = subprocess.run(
             [environment(*LM_EVAL), "-m", "lm_eval", *words, "--output_path", tmp_path / "out.json"],

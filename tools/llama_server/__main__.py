@@ -87,7 +87,16 @@ def run_tests(folder: Path, shim: Path, words: Sequence[str]) -> dict[str, dict[
         "PASTKEY_RESULTS": str(results),
         "ORT_DISABLE_TELEMETRY": "1",
     }
-    command = [environment(*TESTS), "-m", "pytest", "-q", "-p", "tools.llama_server.plugin", "--tb=short", *words]
+    command: list[str | Path] = [
+        environment(*TESTS),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tools.llama_server.plugin",
+        "--tb=short",
+        *words,
+    ]
     subprocess.run(command, cwd=folder, env=given, check=False)
     found: dict[str, dict[str, str]] = json.loads(results.read_text(encoding="utf-8"))
     return found
