@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "cpu.h"
+#include "kernels.h"
 #include "operators.h"
 #include "ort.h"
 
@@ -376,9 +377,10 @@ void DecoderAttention::compute(const Context& context) const {
     const AttentionRows rows = {tile.count,      d,       query,    from, to, c.keys + head,
                                 c.values + head, c.cache, softcap_,
                                 with_tiles ? nullptr : reinterpret_cast<float*>(memory), by, memory};
-    if (by) by->begin(), by->pack_query(query, tile.count, d, memory);
+    uint8_t saved[kTileConfig];
+    if (by) by->begin(saved), by->pack_query(query, tile.count, d, memory);
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);
-    if (by) by->end();
+    if (by) by->end(saved);
   };
   auto finish = [&](const Tile& tile, size_t r, const AttentionSums& sums) {
     const size_t i = (tile.begin + r) / shared, h = tile.g * shared + (tile.begin + r) % shared;

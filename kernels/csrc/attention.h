@@ -26,8 +26,8 @@ struct AttentionTiles {
   // out [kAttentionRows, D] = weights [count, kAttentionPart] * codes of the values [begin, end), in blocks of 32
   void (*add)(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
               uint8_t* packed, float* out);
-  void (*begin)();
-  void (*end)();
+  void (*begin)(uint8_t* saved);  // as TileKernels
+  void (*end)(const uint8_t* saved);
 };
 
 // Query rows that share one key head.

@@ -51,6 +51,8 @@ struct MatMulKernels {
                     float epsilon, size_t n, float* sum, float* y);
 };
 
+constexpr size_t kTileConfig = 64;  // bytes
+
 // Many rows, in bf16 by tiles of 32 x 32 results.
 struct TileKernels {
   // 16 rows of x [rows, blocks * 32] -> `packed` of packed_rows_size(blocks, terms) bytes; rows past `rows` are zero.
@@ -61,8 +63,8 @@ struct TileKernels {
   // `first`. Only between begin and end, on one thread. Packed memory is aligned to 64 bytes.
   void (*multiply_tile)(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms,
                         size_t first, size_t count, float* y, size_t stride);
-  void (*begin)();
-  void (*end)();
+  void (*begin)(uint8_t* saved);  // saved [kTileConfig]: the thread's configuration before, which end restores
+  void (*end)(const uint8_t* saved);
 };
 
 constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }

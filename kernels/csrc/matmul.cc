@@ -188,7 +188,8 @@ class Product {
       for (size_t h = 0; h < halves; h++)
         tiles_->pack_weights(w_, h * columns() + first, count, terms_, panel.data() + h * weights_size);
       float tile[2][kTileRows * kTileRows];
-      tiles_->begin();
+      uint8_t saved[kTileConfig];
+      tiles_->begin(saved);
       for (size_t i = 0; i < m; i += kTileRows) {
         const size_t n = std::min(kTileRows, m - i);
         float* to = y + i * columns() + first;
@@ -205,7 +206,7 @@ class Product {
           kernels_.activate(activation_, halves == 1 ? to : tile[gate_] + r * kTileRows, other, to, count);
         }
       }
-      tiles_->end();
+      tiles_->end(saved);
     });
     if (out_of_memory) throw Error{ORT_FAIL, "no memory for intermediate results"};
   }

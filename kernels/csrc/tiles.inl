@@ -38,7 +38,9 @@ inline void multiply_blocks(const uint8_t* a, const uint8_t* b0, const uint8_t* 
   }
 }
 
-void begin() {
+// The thread's tiles may be another library's, which does not configure them again: llama.cpp's.
+void begin(uint8_t* saved) {
+  _tile_storeconfig(saved);
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -48,4 +50,8 @@ void begin() {
   _tile_loadconfig(&configuration);
 }
 
-void end() { _tile_release(); }
+void end(const uint8_t* saved) {
+  if (saved[0]) _tile_loadconfig(saved);  // its palette
+  else
+    _tile_release();
+}

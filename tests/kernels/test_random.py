@@ -29,7 +29,7 @@ def wrong_array(rng: Random, array: Array) -> Array:
     kind = rng.integers(6)
     if kind == 0:
         return array.astype(TYPES[rng.integers(len(TYPES))])
-    if kind == 1 and array.size:
+    if kind == 1 and array.ndim and array.size:
         axis = rng.integers(array.ndim)
         return array.take(rng.integers(0, array.shape[axis], rng.integers(0, array.shape[axis] + 3)), axis)
     if kind == 2:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 SCHEMATHESIS = ("schemathesis", ["schemathesis>=4.32"])
 LM_EVAL = ("lm-eval", ["lm_eval[api]==0.4.13", "transformers"])
-WINDOW, WINDOWS = 40, 5
+WINDOW, WINDOWS = 12, 10
 
 
 @pytest.fixture(scope="module")
