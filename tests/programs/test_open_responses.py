@@ -17,6 +17,8 @@ from .serving import MODEL, post, serving, write_tiny
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
 
+pytestmark = pytest.mark.slow
+
 # Of a response: the required fields.
 FIELDS = {
     "id", "object", "created_at", "completed_at", "status", "incomplete_details", "model", "previous_response_id",
