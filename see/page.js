@@ -11,7 +11,8 @@ const unpack = ({ type, data: text }) => {
 };
 const array = (packed) => Object.assign(unpack(packed), { shape: packed.shape });
 const shown = (place) => {
-  const text = data.vocabulary[place].replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const text = data.vocabulary[place].replaceAll("\n", "⏎").replaceAll("\t", "⇥")
+    .replace(/\p{C}/gu, (mark) => `U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
   return text.trim() === text && text ? text : text.replaceAll(" ", "␣") || "∅";
 };
 
