@@ -6,7 +6,6 @@ Every class is also the builtin a caller would catch. The command line prints th
 from __future__ import annotations
 
 import importlib.util
-import queue
 
 
 class PastkeyError(Exception):
@@ -69,7 +68,7 @@ class ResourceError(PastkeyError, OSError):
     """Not enough memory or disk for the work."""
 
 
-class QueueFullError(PastkeyError, queue.Full):
+class QueueFullError(PastkeyError, RuntimeError):
     """More requests than a model's queue holds: ask again later."""
 
 

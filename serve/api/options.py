@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import RequestError
-from .schemas import ChatBody, CompletionBody, ResponseFormat, Sampling
+from pastkey.runtime import ChatOptions
 
-# Fields that have the runtime's names and meaning.
-_SAME = (
-    "temperature", "top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "penalty_last_n", "no_repeat_ngram_size",
-    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
-    "min_new_tokens", "stop_token_ids", "prompt_lookup", "json_schema", "regex", "grammar",
-)  # fmt: skip
+from ..errors import RequestError
+from .schemas import ChatBody, ResponseFormat, Sampling
+
+# Fields that are options of the runtime as they stand.
+_SAME = (Sampling.model_fields.keys() & ChatOptions.__optional_keys__) - {"seed", "stop", "logit_bias"}
 
 
 def options_of(body: Sampling, defaults: dict[str, Any], max_tokens: int) -> dict[str, Any]:
@@ -32,12 +29,11 @@ def options_of(body: Sampling, defaults: dict[str, Any], max_tokens: int) -> dic
             raise RequestError("logit_bias maps token ids to numbers", param="logit_bias") from None
     if body.ignore_eos:
         options["eos_token_id"] = []
-    if isinstance(body, ChatBody | CompletionBody):
-        options |= _format(body.response_format)
-        limit = body.max_completion_tokens if isinstance(body, ChatBody) else None
-        limit = body.max_tokens if limit is None else limit
-        if limit is not None:
-            options["max_new_tokens"] = max_tokens if limit < 0 else limit
+    options |= _format(body.response_format)
+    limit = body.max_completion_tokens if isinstance(body, ChatBody) else None
+    limit = body.max_tokens if limit is None else limit
+    if limit is not None:
+        options["max_new_tokens"] = max_tokens if limit < 0 else limit
     options.setdefault("max_new_tokens", max_tokens)
     return options
 

@@ -24,9 +24,10 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-class Ignored(Body):
-    """Fields that cannot change the answer here: they are accepted and not read."""
+class ModelBody(Body):
+    """A request to the model. All fields but `model` change nothing here: they are accepted and not read."""
 
+    model: str | None = None
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -49,10 +50,29 @@ class StreamOptions(BaseModel):
     include_obfuscation: Any = None
 
 
-class Sampling(Ignored):
-    """How tokens are chosen. Fields with the runtime's names mean the same as there."""
+class JsonSchema(BaseModel):
+    """The schema of a response_format."""
 
-    model: str | None = None
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class Sampling(ModelBody):
+    """A generation. Fields with the names of the runtime's options are these options."""
+
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = Field(None, ge=-1)
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -83,23 +103,6 @@ class Sampling(Ignored):
     json_schema: Schema | None = None
     regex: Text | None = None
     grammar: Text | None = None
-
-
-class JsonSchema(BaseModel):
-    """The schema of a response_format."""
-
-    name: str | None = None
-    description: str | None = None
-    schema_: Schema = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """The form of the text."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: Schema | None = Field(None, alias="schema")
 
 
 class Message(BaseModel):
@@ -141,10 +144,9 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class ConversationBody(Ignored):
+class ConversationBody(ModelBody):
     """Messages for a chat template."""
 
-    model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[ToolSpec] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -154,27 +156,21 @@ class ConversationBody(Ignored):
 class ChatBody(Sampling, ConversationBody):
     """POST /v1/chat/completions."""
 
-    n: int = Field(1, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=-1)
     max_completion_tokens: int | None = Field(None, ge=-1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
 
 
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    n: int = Field(1, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=-1)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
-    response_format: ResponseFormat | None = None
 
 
 class FlatTool(BaseModel):
-    """A function, in the form of Responses."""
+    """A function, in the form of Responses. `type` is first, so that a tool of another type is told by it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -184,11 +180,10 @@ class FlatTool(BaseModel):
     parameters: Schema | None = None
 
 
-class FlatChoice(BaseModel):
-    """A function that must be called."""
+class FlatChoice(NamedFunction):
+    """A function that must be called, in the form of Responses."""
 
     type: Literal["function"]
-    name: Text
 
 
 class TextFormat(Body):
@@ -208,10 +203,9 @@ class TextConfig(Body):
     verbosity: Any = None
 
 
-class ResponsesBody(Ignored):
+class ResponsesBody(ModelBody):
     """POST /v1/responses. Nothing is stored: each request has the whole conversation."""
 
-    model: str | None = None
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
@@ -231,10 +225,9 @@ class ResponsesBody(Ignored):
     reasoning: Any = None
 
 
-class EmbeddingBody(Ignored):
+class EmbeddingBody(ModelBody):
     """POST /v1/embeddings."""
 
-    model: str | None = None
     input: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     encoding_format: Literal["float", "base64"] = "float"
 

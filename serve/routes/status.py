@@ -8,6 +8,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from pastkey.errors import PastkeyError
+
 from ..errors import RequestError
 from ..service import Service
 
@@ -56,7 +58,7 @@ async def props(service: Service, request: Request, raw: bytes) -> Response:
     found = service.model
     try:
         template = found.chat_format().source
-    except Exception:  # the bundle has none, or jinja2 is not installed
+    except PastkeyError:  # the bundle has none
         template = None
     return JSONResponse(
         {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import queue
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,8 @@ def lm(fused_bundle: Bundle) -> LanguageModel:
 
 def test_a_request_beyond_the_queue_is_refused_at_once_and_frees_nothing(lm: LanguageModel) -> None:
     streams = [lm.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
-    with pytest.raises(QueueFullError, match="3 requests are open") as refused:
+    with pytest.raises(QueueFullError, match="3 requests are open"):
         lm.stream([1])
-    assert isinstance(refused.value, queue.Full)
     with pytest.raises(QueueFullError):
         lm.generate([[1], [2]])
     assert [len(list(stream)) for stream in streams] == [4, 4, 4]
