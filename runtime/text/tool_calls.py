@@ -63,6 +63,11 @@ _WRITTEN: dict[Form, tuple[str, str, str]] = {
 _SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
+def tool_names(tools: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names of tools, whose schemas are as `tool_schemas` returns them."""
+    return tuple(str(tool.get("function", tool).get("name")) for tool in tools)
+
+
 def call_grammar(form: Form, tools: Sequence[Mapping[str, Any]], token: Callable[[str], int | None]) -> str:
     """A grammar in Lark's notation of an answer that is one call of one of the tools, with arguments of its schema.
 

@@ -26,7 +26,7 @@ from ...text.messages import (
     save_messages,
     text_of,
 )
-from ...text.tool_calls import parse_tool_calls
+from ...text.tool_calls import parse_tool_calls, tool_names
 from .answer_stream import AnswerStream
 from .chat_model import ChatModel
 from .prompt import ChatPrompt, ChatRenderer, beginning
@@ -87,7 +87,7 @@ class Chat:
             if name in self._variables:
                 raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
         self.format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=as_text)
-        self._renderer = ChatRenderer(self.format, self._variables)
+        self._renderer = ChatRenderer(self.format)
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
         self.reset()
         if said:
@@ -329,7 +329,7 @@ class Chat:
 
     @property
     def _tool_names(self) -> tuple[str, ...]:
-        return tuple(str(tool.get("function", tool).get("name")) for tool in self.tools or ())
+        return tool_names(self.tools or ())
 
     def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
         return self._renderer.ids(messages, **self._given(continue_final_message=continued))

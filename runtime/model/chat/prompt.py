@@ -14,7 +14,7 @@ from ...decoding.stream import ChunkStream
 from ...settings import CHAT_NEW_TOKENS, ChatOptions
 from ...text.messages import Content, check_messages, message, read_message, text_of
 from ...text.tool_call_stream import ToolCallReader
-from ...text.tool_calls import Form, call_grammar, tool_call_form
+from ...text.tool_calls import Form, call_grammar, tool_call_form, tool_names
 from .chat_model import ChatModel, Format
 from .chat_stream import ChatStream
 
@@ -67,11 +67,11 @@ class ChatRenderer:
         form: The form of tool calls in the template, or None.
     """
 
-    def __init__(self, form: Format, variables: Mapping[str, Any]) -> None:
+    def __init__(self, form: Format) -> None:
         """Finds by two renderings whether the template takes contents as texts, as parts, or both."""
         self.format, self.form = form, tool_call_form(form.source)
-        parts = self._writes([{"type": "text", "text": "pastkey"}], variables)
-        self._takes_text, self._takes_parts = self._writes("pastkey", variables) or not parts, parts
+        parts = self._writes([{"type": "text", "text": "pastkey"}])
+        self._takes_text, self._takes_parts = self._writes("pastkey") or not parts, parts
 
     def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
         """The conversation as a text."""
@@ -92,9 +92,9 @@ class ChatRenderer:
             return {**said, "content": text_of(content)}
         return said
 
-    def _writes(self, content: Content, variables: Mapping[str, Any]) -> bool:
+    def _writes(self, content: Content) -> bool:
         try:
-            text = self.format.render([message("user", content)], **variables)
+            text = self.format.render([message("user", content)])
         except InputError:
             return False
         return "pastkey" in text and "'pastkey'" not in text and '"pastkey"' not in text
@@ -129,7 +129,7 @@ def chat_prompt(model: ChatModel, messages: Sequence[Mapping[str, Any]], options
     """The prompt of a conversation. Raises InputError if the bundle or its template does not take it."""
     renderer, said, given = _prepared(model, messages, options)
     tools = given["tools"]
-    names = None if tools is None else tuple(str(tool.get("function", tool).get("name")) for tool in tools)
+    names = None if tools is None else tool_names(tools)
     cut = beginning(said)
     ids = renderer.ids(said, continue_final_message=cut is not None, **given)
     grammar = _grammar(model, renderer, tools or [], options.get("tool_choice", "auto"))
@@ -159,7 +159,7 @@ def _prepared(
     renderer = model.renderers.get(key) if template is None else None  # a file may change
     if renderer is None:
         form = model.chat_format(template, tools=key[0], special_tokens_as_text=key[1])
-        renderer = ChatRenderer(form, variables)
+        renderer = ChatRenderer(form)
         if template is None:
             model.renderers[key] = renderer
     for name in [name for name in ("tools", "documents", *variables) if given[name] is not None]:
@@ -172,7 +172,7 @@ def _grammar(model: ChatModel, renderer: ChatRenderer, tools: list[dict[str, Any
     """The grammar of a call that is asked for."""
     if choice == "auto":
         return None
-    chosen = [tool for tool in tools if choice in ("required", tool.get("function", tool).get("name"))]
+    chosen = [tool for tool, name in zip(tools, tool_names(tools), strict=True) if choice in ("required", name)]
     if not chosen:
         raise InputError(
             f'tool_choice is {shown(choice)}; "auto", "required" or the name of one of the tools is expected'
