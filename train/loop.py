@@ -44,13 +44,12 @@ from .data import (
     write_tokens,
 )
 from .model import Decoder, generate, positions_like
+from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
 
-_BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
-_FINAL_RATE: Final = 0.05  # the cosine's final learning rate, as a share of the peak
 _SAMPLE_TOKENS: Final = 200
 _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
 
@@ -149,7 +148,7 @@ class Run:
         self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
         self.train_tokens, self.val_tokens = self._tokens()
         self.optimizer = make_optimizer(model, config)
-        _restore_moments(self.optimizer, model, moments, step)
+        restore_moments(self.optimizer, model, moments, step)
         self.step = step
         self.figures: dict[str, Any] = {}
 
@@ -229,7 +228,7 @@ class Run:
     def _save(self, metrics: Metrics) -> None:
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
-        moments = _moments(self.optimizer, self.model)
+        moments = moments_of(self.optimizer, self.model)
         save_checkpoint(self.place.path, self.model, _state(self.step, moments, self.config, self.info, self.figures))
         if self.place.path != self.place.target:
             # Windows cannot rename a folder with an open file.
@@ -268,63 +267,6 @@ def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
     inputs, targets = batch
     logits = model(inputs, positions_like(inputs))  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """Returns AdamW with decay on the weights of projections only, not on norms, biases and embeddings.
-
-    An embedding's row grows only when its token occurs; decay at every step would shrink the rare ones away.
-    """
-    decayed, free = _parameter_groups(model)
-    return torch.optim.AdamW(
-        [
-            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-            {"params": list(free.values()), "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=_BETAS,
-    )
-
-
-def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    decayed: dict[str, Tensor] = {}
-    free: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        (decayed if name.endswith("proj.weight") else free)[name] = parameter
-    return decayed, free
-
-
-def _parameter_names(model: Decoder) -> list[str]:
-    """Returns the names in the order in which the optimizer numbers its parameters."""
-    return [name for group in _parameter_groups(model) for name in group]
-
-
-def _moments(optimizer: torch.optim.AdamW, model: Decoder) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{name}.{moment}": state[number][moment]
-        for number, name in enumerate(_parameter_names(model))
-        for moment in ("exp_avg", "exp_avg_sq")
-    }
-
-
-def _restore_moments(optimizer: torch.optim.AdamW, model: Decoder, moments: Mapping[str, Tensor], step: int) -> None:
-    if step == 0:
-        return
-    state = {
-        number: {"step": torch.tensor(float(step))}
-        | {moment: moments[f"{name}.{moment}"] for moment in ("exp_avg", "exp_avg_sq")}
-        for number, name in enumerate(_parameter_names(model))
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _state(

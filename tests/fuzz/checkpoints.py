@@ -19,8 +19,8 @@ from pastkey.train.checkpoint import (
     save_checkpoint,
 )
 from pastkey.train.data import DataInfo
-from pastkey.train.loop import _moments, _restore_moments, make_optimizer
 from pastkey.train.model import Decoder
+from pastkey.train.optimizer import make_optimizer, moments_of, restore_moments
 from pastkey.train.resumed import read_training
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import train_bpe
@@ -48,7 +48,7 @@ def checkpoint_folder() -> Path:
     model(torch.tensor([[1, 2]]), torch.tensor([[0, 1]])).sum().backward()
     optimizer.step()
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    moments = _moments(optimizer, model)
+    moments = moments_of(optimizer, model)
     save_checkpoint(folder, model, TrainingState(3, moments, settings, info.to_json(), {"val_loss": 1.0}))
     return folder
 
@@ -58,7 +58,7 @@ def _in_checkpoint(file: str) -> Callable[[bytes], object]:
         with changed(checkpoint_folder(), file, content):
             checkpoint = load_checkpoint(checkpoint_folder())
             resumed = read_training(checkpoint)
-            _restore_moments(make_optimizer(checkpoint.model, resumed.config), checkpoint.model, resumed.moments, 3)
+            restore_moments(make_optimizer(checkpoint.model, resumed.config), checkpoint.model, resumed.moments, 3)
             return resumed.step
 
     return read
