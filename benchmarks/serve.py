@@ -116,7 +116,7 @@ def serve(
     prepared, skipped = prepare_all(wanted, make)
     opened = open_bundle(prepared[0].model)
     codec_of(opened)
-    most = max(counts) * requests
+    most = sum(counts) * requests * rounds  # no prompt comes twice: a server keeps those that it has read
     text_once = partial(store.once, key=[prepared[0].identity, most])
     passages = open_text(text, opened, threads, text_once, own=most, most=most)
     prompts = [passages.prompt(prompt_tokens, first=number) for number in range(most)]
@@ -127,8 +127,10 @@ def serve(
             for one in prepared
         }
 
-        def ask(port: int, count: int, _: int) -> dict[str, float]:
-            return load(port, [prompts[place::count][:requests] for place in range(count)], new_tokens).figures
+        def ask(port: int, count: int, number: int) -> dict[str, float]:
+            first = (sum(one for one in counts if one < count) * rounds + count * number) * requests
+            own = prompts[first : first + count * requests]
+            return load(port, [own[place::count] for place in range(count)], new_tokens).figures
 
         measured = {
             count: interleaved(
