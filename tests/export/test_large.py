@@ -17,7 +17,7 @@ from .decoders import Plain
 _NEEDED = 13e9  # bytes
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_model_over_2_gib_is_exported_and_runs(tmp_path: Path) -> None:
     free = available_memory()
     if free is not None and free < _NEEDED:

@@ -16,12 +16,10 @@ from benchmarks.environments import RAY, RAY_OLDEST, ROOT, environment
 
 from ..runtime import conftest as decoder
 from ..runtime.bulk.rows import plain_rows, read_rows, write_rows
-from ..shared import divided
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 ENVIRONMENTS = {"newest": RAY, "oldest": RAY_OLDEST}
-WHICH = divided(ENVIRONMENTS, ci=["oldest"])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def expected(bundle: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: column[place] for name, column in made.items()} for place in range(len(rows))]
 
 
-@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("which", ENVIRONMENTS)
 def test_ray_answers_each_row_once_though_an_actor_is_killed(
     which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -80,7 +78,7 @@ def test_ray_answers_each_row_once_though_an_actor_is_killed(
     assert sum(row["error"] != "" for row in made) == 7
 
 
-@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("which", ENVIRONMENTS)
 def test_the_program_of_the_page_runs(which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     page = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -91,7 +89,7 @@ def test_the_program_of_the_page_runs(which: str, bundle: Path, rows: list[dict[
     assert sorted(row["id"] for row in made) == [row["id"] for row in rows]
 
 
-@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("which", ENVIRONMENTS)
 def test_datasets_map_answers_in_one_process_and_in_two(
     which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
