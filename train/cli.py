@@ -46,7 +46,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "steps", positive_int, "optimizer steps")
     _add(training, "batch_size", positive_int, "windows of text per forward pass")
     _add(training, "accumulate", positive_int, "forward passes per step")
-    _add(training, "learning_rate", finite_float, "peak learning rate, after the warm-up", metavar="X")
+    kinds = "muon for the matrices of projections and adamw for all else, or adamw for all"
+    _add(training, "optimizer", str, kinds, metavar="NAME")
+    _add(training, "learning_rate", finite_float, "peak learning rate of AdamW, after the warm-up", metavar="X")
+    _add(training, "muon_rate", finite_float, "peak learning rate of Muon", metavar="X")
     _add(training, "warmup_steps", natural_int, "steps until the peak learning rate")
     _add(training, "weight_decay", finite_float, "weight decay of AdamW, on projections only", metavar="X")
     _add(training, "save_every", positive_int, "steps between checkpoints")

@@ -44,7 +44,7 @@ from .data import (
     write_tokens,
 )
 from .model import Decoder, generate, positions_like
-from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
+from .optimizer import make_optimizers, moments_of, restore_moments, schedule
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
@@ -147,8 +147,8 @@ class Run:
     ) -> None:
         self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
         self.train_tokens, self.val_tokens = self._tokens()
-        self.optimizer = make_optimizer(model, config)
-        restore_moments(self.optimizer, model, moments, step)
+        self.optimizers = make_optimizers(model, config)
+        restore_moments(self.optimizers, model, moments, step)
         self.step = step
         self.figures: dict[str, Any] = {}
 
@@ -184,11 +184,11 @@ class Run:
         } | self.figures
 
     def _one_step(self) -> dict[str, Any]:
-        """Takes an optimizer step: clipped gradients of `accumulate` batches, AdamW at the step's learning rate."""
+        """Takes an optimizer step: clipped gradients of `accumulate` batches, at the step's learning rate."""
         config = self.config
-        rate = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        share = schedule(config, self.step)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = share * group["peak"]
         self.model.train()
         loss_sum, tokens = 0.0, 0
         for part in range(config.accumulate):
@@ -205,10 +205,17 @@ class Run:
                 f"training broke at step {self.step + 1}: the loss is {loss_sum} and the gradient norm {norm}; "
                 f"take a smaller --learning-rate than {config.learning_rate}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"step": self.step, "loss": loss_sum, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
+        return {
+            "step": self.step,
+            "loss": loss_sum,
+            "learning_rate": share * config.learning_rate,
+            "gradient_norm": norm,
+            "tokens": tokens,
+        }
 
     @torch.no_grad()
     def _validate(self, train_loss: float, tokens_per_second: int) -> None:
@@ -228,7 +235,7 @@ class Run:
     def _save(self, metrics: Metrics) -> None:
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
-        moments = moments_of(self.optimizer, self.model)
+        moments = moments_of(self.optimizers, self.model)
         save_checkpoint(self.place.path, self.model, _state(self.step, moments, self.config, self.info, self.figures))
         if self.place.path != self.place.target:
             # Windows cannot rename a folder with an open file.

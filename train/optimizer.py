@@ -1,10 +1,11 @@
-"""The optimizer and its learning rate, and its state as a checkpoint keeps it."""
+"""The optimizer, its learning rates, and its state as a checkpoint keeps it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Final
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,62 +15,111 @@ from .settings import TrainConfig
 
 _BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
 _FINAL_RATE: Final = 0.05  # the cosine's final learning rate, as a share of the peak
+_MOMENTUM: Final = 0.95  # of Muon
+_NEWTON_SCHULZ: Final = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: steep at 0, so that five iterations suffice
+_ITERATIONS: Final = 5
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal, Jordan 2024, https://kellerjordan.github.io/posts/muon.
 
-
-def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """Returns AdamW with decay on the weights of projections only, not on norms, biases and embeddings.
-
-    An embedding's row grows only when its token occurs; decay at every step would shrink the rare ones away.
+    torch's own computes in bfloat16, which takes seconds a step on a processor without it; this one computes in the
+    type of the gradients, all matrices of a shape at once.
     """
-    decayed, free = _parameter_groups(model)
-    return torch.optim.AdamW(
-        [
-            {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-            {"params": list(free.values()), "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=_BETAS,
-    )
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float) -> None:
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes a step with the gradients of the matrices."""
+        assert closure is None
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                by_shape[matrix.shape].append(matrix)
+        rate = self.param_groups[0]["lr"]
+        for shape, matrices in by_shape.items():
+            updates = []
+            for matrix in matrices:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
+                updates.append(matrix.grad.lerp(momentum, _MOMENTUM))  # Nesterov's
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+                matrix.add_(update, alpha=-rate * scale)
 
 
-def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    decayed: dict[str, Tensor] = {}
-    free: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        (decayed if name.endswith("proj.weight") else free)[name] = parameter
-    return decayed, free
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Returns about U Vᵀ of the singular value decomposition U S Vᵀ of each of the matrices (N, rows, columns)."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
 
 
-def _parameter_names(model: Decoder) -> list[str]:
-    """Returns the names in the order in which the optimizer numbers its parameters."""
-    return [name for group in _parameter_groups(model) for name in group]
+def schedule(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983.
+
+    Returns the share of the peak at which the optimizers take this step, counted from 0.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def moments_of(optimizer: torch.optim.AdamW, model: Decoder) -> dict[str, Tensor]:
-    """Returns the optimizer's moments, each as `parameter.moment`: what a resumed run needs."""
-    state = optimizer.state_dict()["state"]
+def make_optimizers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Returns AdamW, and Muon for the matrices of projections if configured. A group's "peak" is its rate.
+
+    AdamW decays the weights of projections only, not norms, biases and embeddings: an embedding's row grows only when
+    its token occurs, and decay at every step would shrink the rare ones away.
+    """
+    named = dict(model.named_parameters())
+    matrices = [parameter for name, parameter in named.items() if name.endswith("proj.weight")]
+    others = [parameter for name, parameter in named.items() if not name.endswith("proj.weight")]
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
+    if config.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)]
+    if config.optimizer == "muon":
+        optimizers.append(Muon(matrices, lr=config.muon_rate))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: Decoder) -> dict[str, Tensor]:
+    """Returns the optimizers' moments, each as `parameter.moment`: what a resumed run needs."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{name}.{moment}": state[number][moment]
-        for number, name in enumerate(_parameter_names(model))
-        for moment in ("exp_avg", "exp_avg_sq")
+        f"{names[parameter]}.{moment}": tensor
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for moment, tensor in state.items()
+        if moment != "step"
     }
 
 
-def restore_moments(optimizer: torch.optim.AdamW, model: Decoder, moments: Mapping[str, Tensor], step: int) -> None:
-    """Gives the optimizer the moments that `moments_of` returned after `step` steps."""
+def restore_moments(
+    optimizers: Iterable[torch.optim.Optimizer], model: Decoder, moments: Mapping[str, Tensor], step: int
+) -> None:
+    """Gives the optimizers the moments that `moments_of` returned after `step` steps."""
     if step == 0:
         return
-    state = {
-        number: {"step": torch.tensor(float(step))}
-        | {moment: moments[f"{name}.{moment}"] for moment in ("exp_avg", "exp_avg_sq")}
-        for number, name in enumerate(_parameter_names(model))
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            state = {moment: moments[f"{names[parameter]}.{moment}"] for moment in moment_names(optimizer)}
+            optimizer.state[parameter] = (
+                state if isinstance(optimizer, Muon) else state | {"step": torch.tensor(float(step))}
+            )
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Returns what the optimizer keeps of each parameter."""
+    return ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,7 @@ from pastkey.values import is_int
 
 from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
 from .data import DataInfo
+from .optimizer import make_optimizers, moment_names
 from .settings import TrainConfig
 
 _DTYPES = ("<u2", "<u4")
@@ -37,7 +39,7 @@ def read_training(checkpoint: Checkpoint) -> Resumed:
     if not {"step", "settings", "data", "files"} <= set(training):
         raise InputError(f"{folder} has no training state to resume from: it holds the model alone")
     try:
-        config = parse(TrainConfig, training["settings"], "settings")
+        config = parse(TrainConfig, _with_optimizer(training["settings"]), "settings")
         info = parse(DataInfo, training["data"], "data")
     except InputError as error:
         raise IntegrityError(
@@ -48,21 +50,28 @@ def read_training(checkpoint: Checkpoint) -> Resumed:
         raise IntegrityError(f"{folder / names.MANIFEST} is not valid: step is not a whole number; copy it again")
     moments = load_optimizer(folder, training)
     if step:
-        _check_moments(checkpoint, moments)
+        _check_moments(checkpoint, config, moments)
     for name, tokens in ((TOKENS_TRAIN, info.train_tokens), (TOKENS_VAL, info.val_tokens)):
         _check_tokens(folder / name, info, tokens, checkpoint)
     return Resumed(config, info, step, moments)
 
 
-def _check_moments(checkpoint: Checkpoint, moments: Mapping[str, Tensor]) -> None:
-    for name, parameter in checkpoint.model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            found = moments.get(f"{name}.{moment}")
-            if found is None or found.shape != parameter.shape:
-                raise IntegrityError(
-                    f"{checkpoint.path / STATE} has no {name}.{moment} of shape {tuple(parameter.shape)}: it is "
-                    "another model's, or was altered; copy the checkpoint again"
-                )
+def _with_optimizer(settings: Any) -> Any:
+    """A checkpoint from before there was a choice was trained by AdamW."""
+    return {"optimizer": "adamw"} | settings if isinstance(settings, dict) else settings
+
+
+def _check_moments(checkpoint: Checkpoint, config: TrainConfig, moments: Mapping[str, Tensor]) -> None:
+    names = {parameter: name for name, parameter in checkpoint.model.named_parameters()}
+    for optimizer in make_optimizers(checkpoint.model, config):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            for moment in moment_names(optimizer):
+                found = moments.get(f"{names[parameter]}.{moment}")
+                if found is None or found.shape != parameter.shape:
+                    raise IntegrityError(
+                        f"{checkpoint.path / STATE} has no {names[parameter]}.{moment} of shape "
+                        f"{tuple(parameter.shape)}: it is another model's, or was altered; copy the checkpoint again"
+                    )
 
 
 def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,8 @@ from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError
 from pastkey.values import is_int, is_number, require, shown
 
+OPTIMIZERS: Final = ("muon", "adamw")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -23,7 +25,9 @@ class TrainConfig:
     steps: int = 2000  # optimizer steps
     batch_size: int = 6  # rows of a forward pass
     accumulate: int = 1  # forward passes per optimizer step
-    learning_rate: float = 5e-3  # at the peak, after the warm-up
+    optimizer: str = "muon"  # muon for the matrices of projections and adamw for all else, or adamw for all
+    learning_rate: float = 5e-3  # of AdamW, at the peak, after the warm-up
+    muon_rate: float = 0.02  # of Muon, at the peak
     warmup_steps: int = 40
     weight_decay: float = 0.1  # on weight matrices only
     gradient_clip: float = 1.0  # maximum norm of all gradients together
@@ -42,12 +46,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise InputError(f"no preset {shown(self.preset)}; the presets are {', '.join(PRESETS)}")
+        self._require("optimizer", self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS))
         for name in ("steps", "batch_size", "accumulate", "save_every", "vocab_size"):
             self._require(name, is_int(getattr(self, name), 1), "a whole number from 1")
         for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):
             value = getattr(self, name)
             self._require(name, value is None or is_int(value, 1), "a whole number from 1")
-        for name in ("learning_rate", "gradient_clip"):
+        for name in ("learning_rate", "muon_rate", "gradient_clip"):
             self._require(name, is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("warmup_steps", "seed"):
             self._require(name, is_int(getattr(self, name), 0), "a whole number from 0")

@@ -20,7 +20,7 @@ from pastkey.train.checkpoint import (
 )
 from pastkey.train.data import DataInfo
 from pastkey.train.model import Decoder
-from pastkey.train.optimizer import make_optimizer, moments_of, restore_moments
+from pastkey.train.optimizer import make_optimizers, moments_of, restore_moments
 from pastkey.train.resumed import read_training
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import train_bpe
@@ -44,11 +44,12 @@ def checkpoint_folder() -> Path:
     for name in (TOKENS_TRAIN, TOKENS_VAL):
         (folder / name).write_bytes(ids.tobytes())
     info = DataInfo("c", "f", 1, "<u2", len(ids), len(ids), 10, tokenizer.begin, tokenizer.end)
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     model(torch.tensor([[1, 2]]), torch.tensor([[0, 1]])).sum().backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    moments = moments_of(optimizer, model)
+    moments = moments_of(optimizers, model)
     save_checkpoint(folder, model, TrainingState(3, moments, settings, info.to_json(), {"val_loss": 1.0}))
     return folder
 
@@ -58,7 +59,7 @@ def _in_checkpoint(file: str) -> Callable[[bytes], object]:
         with changed(checkpoint_folder(), file, content):
             checkpoint = load_checkpoint(checkpoint_folder())
             resumed = read_training(checkpoint)
-            restore_moments(make_optimizer(checkpoint.model, resumed.config), checkpoint.model, resumed.moments, 3)
+            restore_moments(make_optimizers(checkpoint.model, resumed.config), checkpoint.model, resumed.moments, 3)
             return resumed.step
 
     return read

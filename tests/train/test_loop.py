@@ -32,6 +32,7 @@ from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data import LESSON_PROMPTS
 from pastkey.train.model import generate, positions_like
+from pastkey.train.optimizer import make_optimizers, schedule
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import read_tokenizer
@@ -115,7 +116,7 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
     config = tiny(steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [loop.learning_rate(config, step) for step in range(100)]
+    rates = [schedule(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[10] == max(rates) == pytest.approx(1.0)
     assert rates[:11] == sorted(rates[:11])
@@ -127,7 +128,7 @@ def test_only_projections_decay(text: Path, tmp_path: Path) -> None:
     loop.train(tiny(preset="gpt2", steps=1), tmp_path / "c", data=[text])
     model = load_checkpoint(tmp_path / "c").model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    optimizer = loop.make_optimizer(model, tiny(weight_decay=0.5, learning_rate=0.1))
+    (optimizer,) = make_optimizers(model, tiny(weight_decay=0.5, learning_rate=0.1, optimizer="adamw"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -39,7 +39,14 @@ def altered(trained: Path, folder: Path, **changes: Any) -> Path:
 def test_a_training_is_read(trained: Path) -> None:
     found = read_training(load_checkpoint(trained))
     assert (found.step, found.config) == (2, tiny(steps=2, save_every=2))
-    assert all(name.endswith(("exp_avg", "exp_avg_sq")) for name in found.moments)
+    assert {name.rpartition(".")[2] for name in found.moments} == {"momentum", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    settings = {k: v for k, v in checkpoint.training["settings"].items() if k not in ("optimizer", "muon_rate")}
+    with pytest.raises(IntegrityError, match=r"proj\.weight\.exp_avg of shape"):
+        read_training(load_checkpoint(altered(trained, tmp_path, settings=settings)))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,7 @@ def test_moments_of_another_model_and_ids_of_no_token_are_refused(
         read_training(checkpoint)
     with pytest.raises(InputError, match="holds the model alone"):
         read_training(dataclasses.replace(checkpoint, training={}))
-    monkeypatch.setattr(resumed, "_check_moments", lambda checkpoint, moments: None)
+    monkeypatch.setattr(resumed, "_check_moments", lambda checkpoint, config, moments: None)
     tokens = trained / TOKENS_TRAIN
     whole = tokens.read_bytes()
     try:
