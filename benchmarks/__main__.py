@@ -57,6 +57,7 @@ QUESTIONS = (
     Question("speculation", "speculation", "What do prompt lookup and a draft model bring?"),
     Question("application", "application", "What do an event loop, other work and a second model feel?"),
     Question("one-graph", "alone", "What does a generation in one graph cost?"),
+    Question("training", "training", "How good is a decoder after the minutes of nanoGPT's recipe for a CPU?"),
     Question("calibration", "accuracy", "What does calibration bring to int8 on a text?"),
     Question("passes", "passes", "How often does an export read its weights?"),
     Question("pictures", "pictures.render", "Draws the pictures of README and docs from their tables."),
