@@ -258,9 +258,10 @@ def test_the_server_of_the_docs_isolates_and_the_page_takes_the_threads_of_the_m
 
 
 def test_the_program_of_the_docs_writes_the_text_of_python(page: Page, talking: Path) -> None:
-    expected = pastkey.load(talking, "cpu").generate("Once upon a time", temperature=0.8, seed=7, max_new_tokens=64)
+    expected = pastkey.load(talking, "cpu").generate("abc", temperature=0.8, seed=7, max_new_tokens=64)
+    program = shown("js").replace("Once upon a time", "abc")  # this model has letters alone
     files = {f"page/{name}": content for name, content in site(talking).items()}
-    body = f'<body><script type="module">{shown("js")};document.title = "written"</script>'
+    body = f'<body><script type="module">{program};document.title = "written"</script>'
     with serving(files | {"index.html": body.encode()}) as (address, _):
         page.goto(address)
         page.wait_for_function("document.title == 'written'")
