@@ -31,10 +31,12 @@ CLOSE = 0.1
 
 # Of both graphs, of learned positions, and of SentencePiece's tokens, which others read in ways of their own.
 IN_CI = ("llama", "llama-standard", "gpt2", "stories260K")
+CASES = [(name, program) for name in BUNDLES for program in PROGRAMS]
+# The browser runs what Node runs, by onnxruntime-web: one bundle shows that.
+CI_CASES = [(name, program) for name, program in CASES if name in IN_CI and (program != "browser" or name == "llama")]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", divided(BUNDLES, ci=IN_CI))
+@pytest.mark.parametrize(("name", "program"), divided(CASES, ci=CI_CASES))
 def test_the_same_folder_gives_the_same_greedy_tokens(bundles: Callable[[str], Path], name: str, program: str) -> None:
     bundle = bundles(name)
     lm = pastkey.load(bundle)
