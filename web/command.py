@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from pastkey.command import Command, say
+from pastkey.contract.bundle import open_bundle
 from pastkey.files.durable import whole_folder
 
 
@@ -18,9 +19,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .site import site
+    from .site import site, slow_on_cpu
 
-    files, out = site(arguments.bundle), Path(arguments.out)
+    bundle, out = open_bundle(arguments.bundle), Path(arguments.out)
+    files = site(bundle)
     with whole_folder(out, force=arguments.force) as folder:
         for name, content in files.items():
             target = folder / name
@@ -29,6 +31,11 @@ def _run(arguments: argparse.Namespace) -> int:
                 target.write_bytes(content)
             else:
                 shutil.copyfile(content, target)
+    if slow_on_cpu(bundle):
+        say(
+            "slow on a CPU, where a browser dequantizes these weights at every token: a bundle of  pastkey export "
+            "--target portable  has the same weights, and is several times as fast"
+        )
     say(f"{out}: try it with  python -m http.server -d {shlex.quote(str(out))}  at http://localhost:8000")
     return 0
 

@@ -62,16 +62,20 @@ def _own_files() -> dict[str, Path | bytes]:
 
 def _wanted(bundle: Bundle) -> Iterator[str]:
     """The bundle's files that a browser downloads: the graph with the logits of every position, and the tokenizer."""
-    graph = bundle.all_logits_graph.relative_to(bundle.path).as_posix()
-    for name in (graph, f"{graph}_data", names.TOKENIZER):
-        record = bundle.manifest.files.get(name)
-        if record is not None and record.size > LARGEST:
+    graph, files = bundle.all_logits_graph.relative_to(bundle.path).as_posix(), bundle.manifest.files
+    weights = (name for name in files if names.is_weights_file(name, graph))
+    for name in (graph, *weights, *(name for name in files if name == names.TOKENIZER)):
+        if files[name].size > LARGEST:
             raise InputError(
-                f"{bundle.path / name} has {record.size / 1e9:.1f} GB, and a browser holds 2.1 GB in one file: export "
-                "the model with --precision int8 or int4, or take a smaller model"
+                f"{bundle.path / name} has {files[name].size / 1e9:.1f} GB, and a browser holds 2.1 GB in one file: "
+                "export the model with --precision int8 or int4, or with --shard-size 2GB"
             )
-        if record is not None:
-            yield name
+        yield name
+
+
+def slow_on_cpu(bundle: Bundle) -> bool:
+    """Whether its weights are dequantized in every run: WebAssembly has no kernel of MatMulNBits."""
+    return "MatMulNBits" in bundle.manifest.operators
 
 
 def _golden(bundle: Bundle) -> tuple[dict[str, Any], bytes]:
@@ -107,6 +111,7 @@ def _index(bundle: Bundle, golden: Mapping[str, Any], logits: bytes) -> dict[str
         "format_version": FORMAT_VERSION,
         "source": manifest.source,
         "precision": manifest.precision,
+        "slow_on_cpu": slow_on_cpu(bundle),
         "graph": manifest.graph,
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,

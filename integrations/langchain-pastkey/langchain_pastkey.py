@@ -123,9 +123,13 @@ class ChatPastkey(BaseChatModel):
         tool_choice: str | None = None,
         **given: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Lets the model call tools, where its chat template has them. The model chooses: there is no `tool_choice`."""
-        if tool_choice not in (None, "auto"):
-            raise ValueError(f"tool_choice is {tool_choice!r}; the model chooses: leave it out, or use a schema")
+        """Lets the model call tools, where its chat template has them.
+
+        `tool_choice`: "auto", the default; "any" or "required", and the answer is a call; or the name of a tool, and
+        the answer is a call of it.
+        """
+        if tool_choice is not None:
+            given["tool_choice"] = "required" if tool_choice == "any" else tool_choice
         return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **given)
 
     def with_structured_output(
@@ -133,8 +137,11 @@ class ChatPastkey(BaseChatModel):
     ) -> Runnable[LanguageModelInput, Any]:
         """Constrains the answer to a JSON schema, or to one of a Pydantic class, which the answer becomes.
 
-        The model is not told of the schema: the prompt should ask for what it describes.
+        The model is not told of the schema: the prompt should ask for what it describes. `method` and `strict`, which
+        other models take, change nothing.
         """
+        for name in ("method", "strict"):
+            given.pop(name, None)
         model = isinstance(schema, type) and issubclass(schema, BaseModel)
         parser: Any = PydanticOutputParser(pydantic_object=schema) if model else JsonOutputParser()
         # A schema in the form of a tool is one as well.

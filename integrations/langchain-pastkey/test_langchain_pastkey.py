@@ -29,6 +29,10 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def switch(on: bool) -> None:
+    """Switches."""
+
+
 @pytest.fixture(scope="module")
 def lm() -> pastkey.LanguageModel:
     return pastkey.load(BUNDLE, threads=1)
@@ -87,12 +91,15 @@ def test_a_tool_is_called_and_its_result_goes_back(model: ChatPastkey) -> None:
     result = ToolMessage("3", tool_call_id=call["id"], name="add")
     after = model.bind_tools([add]).invoke([HumanMessage("Hello"), answer, result])
     assert after.usage_metadata["input_tokens"] > answer.usage_metadata["input_tokens"]
-    with pytest.raises(ValueError, match="tool_choice is 'any'"):
-        model.bind_tools([add], tool_choice="any")
+    with pytest.raises(InputError, match="tool_choice is 'subtract'"):
+        model.bind_tools([add], tool_choice="subtract").invoke("Hello")
+    for choice in ("any", "switch"):
+        (call,) = model.bind_tools([switch], tool_choice=choice, max_new_tokens=200).invoke("Hello").tool_calls
+        assert call["name"] == "switch"
 
 
 def test_an_answer_is_of_the_class_or_the_schema(model: ChatPastkey) -> None:
-    structured = model.with_structured_output(City)
+    structured = model.with_structured_output(City, method="json_schema", strict=True)
     assert isinstance(structured.invoke("Hello", max_new_tokens=99), City)
     as_dict = model.with_structured_output(City.model_json_schema()).invoke("Hello", max_new_tokens=99)
     assert City.model_validate(as_dict)

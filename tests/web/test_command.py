@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pastkey.web import site
 
 from ..runtime import conftest as decoder
@@ -35,6 +37,13 @@ def test_force_replaces_a_folder_of_its_own_and_no_other(command: Command, talki
     status, _, said = command("web", talking, "--out", other, "--force")
     assert status == 2
     assert "pastkey did not write it" in said
+
+
+def test_a_bundle_of_slow_operators_says_what_to_export(
+    command: Command, talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_site.module, "slow_on_cpu", lambda bundle: True)
+    assert "export --target portable  has the same weights" in command("web", talking, "--out", tmp_path / "out")[2]
 
 
 def test_a_folder_without_a_bundle_leaves_nothing(command: Command, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,6 @@ from tools.web_assets import install
 
 from ..programs import conftest as exported
 from ..runtime import conftest as decoder
-from ..shared import divided
 from .browser import ISOLATED, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -36,7 +39,8 @@ Page = Any
 PROMPT, NEW_TOKENS = "Zoë had", 24
 # A WebGPU for processors, which Chromium brings.
 SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
-PASTKEY_JS = Path(pastkey.__file__).parent.parent / "web" / "page" / "pastkey.js"
+ROOT = Path(pastkey.__file__).parent.parent
+PASTKEY_JS, DOCS = ROOT / "web" / "page" / "pastkey.js", ROOT / "docs" / "web.md"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,20 @@ def violations(page: Page, packages: Path) -> list[Any]:
     return found
 
 
+def shown(language: str) -> str:
+    """The program of docs/web.md in this language."""
+    (program,) = re.findall(rf"^```{language}\n(.*?)^```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return str(program)
+
+
+def wait_for(port: int) -> None:
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing answers at port {port}")
+
+
 def test_float32_writes_the_text_of_python_on_one_thread_which_it_says(
     page: Page, bundles: Callable[[str], Path]
 ) -> None:
@@ -149,7 +167,8 @@ def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie
         assert logits[expected[same]] - logits[found[same]] <= golden["limit"] * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("name", divided(("llama-fp32", "llama-standard-fp32"), ci=("llama-fp32",)))
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["llama-fp32", "llama-standard-fp32"])
 def test_webgpu_writes_the_text_of_python(
     launch: Callable[..., Any], bundles: Callable[[str], Path], name: str
 ) -> None:
@@ -219,12 +238,35 @@ def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Pa
         assert write(page, PROMPT, **fields | {"stopTexts": expected[4:8]}) == expected[:4]
 
 
-def test_with_isolation_it_takes_the_threads_of_the_machine(page: Page, talking: Path) -> None:
-    with serving(site(talking), ISOLATED) as (address, _):
-        cores = page.evaluate("navigator.hardwareConcurrency")
-        expected = f"{min(cores, 8)} threads" if cores > 1 else "one thread"
-        assert load(page, address)["Runs on"] == f"CPU (WebAssembly), {expected}"
-        assert len(write(page, "abc", maxNewTokens=4)) == 4
+def test_the_server_of_the_docs_isolates_and_the_page_takes_the_threads_of_the_machine(
+    page: Page, talking: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    assert command("web", talking, "--out", tmp_path / "page")[0] == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = shown("python").replace("8000", str(port))
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(port)
+            said = load(page, f"http://127.0.0.1:{port}/")
+            assert len(write(page, "abc", maxNewTokens=4)) == 4
+        finally:
+            server.kill()
+    cores = page.evaluate("navigator.hardwareConcurrency")
+    expected = f"{min(cores, 8)} threads" if cores > 1 else "one thread"
+    assert said["Runs on"] == f"CPU (WebAssembly), {expected}"
+
+
+def test_the_program_of_the_docs_writes_the_text_of_python(page: Page, talking: Path) -> None:
+    expected = pastkey.load(talking, "cpu").generate("abc", temperature=0.8, seed=7, max_new_tokens=64)
+    program = shown("js").replace("Once upon a time", "abc")  # this model has letters alone
+    files = {f"page/{name}": content for name, content in site(talking).items()}
+    body = f'<body><script type="module">{program};document.title = "written"</script>'
+    with serving(files | {"index.html": body.encode()}) as (address, _):
+        page.goto(address)
+        page.wait_for_function("document.title == 'written'")
+        text = page.evaluate("[...document.body.childNodes].filter((node) => node.nodeType == 3).map((n) => n.data)")
+    assert "".join(text) == expected.text
 
 
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "golden.f32"])
@@ -250,18 +292,24 @@ def test_it_opens_and_writes_without_its_server(page: Page, talking: Path) -> No
         assert write(page, "abc", maxNewTokens=8) == expected
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(page: Page, packages: Path, talking: Path, scheme: str) -> None:
-    page.emulate_media(color_scheme=scheme)
+def test_axe_finds_nothing(page: Page, packages: Path, talking: Path) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
+
+    def found() -> list[Any]:
+        schemes: list[Any] = []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            schemes += violations(page, packages)
+        return schemes
+
     with serving(site(talking)) as (address, _):
         page.goto(address)
         page.locator("#load:enabled").wait_for()
-        assert violations(page, packages) == []
+        assert found() == []
         load(page, address)
         write(page, "abc", maxNewTokens=8)
         page.locator("summary", has_text="Sampling").click()
-        assert violations(page, packages) == []
+        assert found() == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 

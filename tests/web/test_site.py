@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_the_index_names_the_weights_beside_the_graph(make_bundle: Make, tiny: d
     index = index_of(make_bundle(tiny, data_file="model.onnx_data"))
     assert (index["graph_file"], index["weights"]) == ("onnx/model.onnx", ["onnx/model.onnx_data"])
     assert index["tokenizer"] is index["chat_template"] is None
+
+
+def test_the_index_names_every_file_of_sharded_weights(talking: Path) -> None:
+    opened = open_bundle(talking)
+    graph, tokenizer = opened.manifest.files["onnx/model.onnx"], opened.manifest.files["tokenizer.json"]
+    names = ["onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/pastkey.onnx_data"]
+    files = {"onnx/model.onnx": graph, "tokenizer.json": tokenizer} | dict.fromkeys(names, graph)
+    sharded = replace(opened, manifest=replace(opened.manifest, files=files))
+    assert list(module._wanted(sharded)) == ["onnx/model.onnx", *names[:2], "tokenizer.json"]
+
+
+def test_a_bundle_with_matmulnbits_is_slow_on_the_cpu(talking: Path) -> None:
+    opened = open_bundle(talking)
+    assert not module.slow_on_cpu(opened)
+    blocks = replace(opened, manifest=replace(opened.manifest, operators={"MatMulNBits": 7}))
+    assert module.slow_on_cpu(blocks)
 
 
 def test_the_golden_logits_are_those_of_the_bundle(talking: Path) -> None:

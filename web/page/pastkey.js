@@ -30,7 +30,7 @@ export class BundleError extends Error {
  * Returns it with `bytes` (to download in all) and `missing` (of these, not yet in this browser).
  */
 export async function describe(base) {
-  const response = await request(new URL("pastkey.json", folder(base)));
+  const response = await request(new URL("pastkey.json", folder(base)), { cache: "no-cache" });
   const index = await response.json().catch(() => null);
   if (index?.kind !== "web" || index.format_version !== 1)
     throw new BundleError(`${response.url} is no index of this pastkey.js: write the folder again with pastkey web`);
@@ -54,7 +54,7 @@ async function download(base, index, onProgress, signal) {
   for (const [name, file] of Object.entries(index.files)) {
     const key = keyOf(base, name, file);
     const kept = await cache?.match(key);
-    const response = kept ?? (await request(new URL(name, folder(base)), signal));
+    const response = kept ?? (await request(new URL(name, folder(base)), { cache: "no-cache", signal }));
     const bytes = await read(response, file.size, (more) => onProgress?.({ done: (done += more), total: index.bytes }));
     await verify(name, bytes, file).catch(async (error) => {
       await cache?.delete(key);
@@ -67,8 +67,8 @@ async function download(base, index, onProgress, signal) {
   return found;
 }
 
-async function request(url, signal) {
-  const response = await fetch(url, { signal }).catch((error) => {
+async function request(url, options) {
+  const response = await fetch(url, options).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new BundleError(`${url} cannot be fetched (${error.message}): check the connection and the server`);
   });
@@ -186,6 +186,8 @@ export class Model {
     Object.assign(model, { index, provider, threads, fallback: "", oneByOne: false });
     const externalData = index.weights.map((name) => ({ path: name.replace(/^.*\//, ""), data: files[name] }));
     const options = { executionProviders: [provider], externalData };
+    // WebAssembly's MatMulNBits dequantizes its weights in every run. This dequantizes those of --target portable once.
+    if (provider === "wasm") options.extra = { session: { disable_quant_qdq: "1" } };
     if (provider === "webgpu") {
       // The cache stays on the device; logits come back.
       const places = Object.keys(cacheSizes(index)).map((past) => [presentOf(past), "gpu-buffer"]);

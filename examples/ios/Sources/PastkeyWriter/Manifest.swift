@@ -38,7 +38,7 @@ struct Manifest: Decodable {
     /// The files that the application loads.
     func needed() throws -> [String] {
         let graph = try graph()
-        let weights = graph.hasSuffix(".onnx") ? paths(#"^onnx/[\w.-]+\.onnx_data$"#) : []
+        let weights = graph.hasSuffix(".onnx") ? paths(#"^onnx/[\w.-]+\.onnx_data(_\d+)?$"#) : []
         return Self.tokenizer + [graph] + weights
     }
 }

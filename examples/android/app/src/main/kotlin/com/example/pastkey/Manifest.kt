@@ -38,6 +38,6 @@ class Manifest(text: String) {
         const val NAME = "pastkey.json"
         const val TOKENIZER = "tokenizer.json"
         private val GRAPH = Regex("onnx/model\\w*\\.onnx")
-        private val WEIGHTS = Regex("onnx/[\\w.-]+\\.onnx_data")
+        private val WEIGHTS = Regex("onnx/[\\w.-]+\\.onnx_data(_\\d+)?")
     }
 }
