@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -50,18 +49,14 @@ def application(service: Service) -> Starlette:
         del service, request, raw
         return JSONResponse(describe(TABLE))
 
-    async def refusal(service: Service, request: Request, raw: bytes) -> Response:
-        """Says that a route takes a body; else the page's route would take its GET."""
-        del service, request, raw
-        raise HTTPException(405, headers={"Allow": "POST"})
+    routes.append(Route("/openapi.json", _endpoint(service, Entry("/openapi.json", description))))
+    file = _endpoint(service, Entry("/{file}", page.page, open=True))
 
-    posts = [prefix + entry.path for entry in TABLE if entry.body is not None for prefix in ("", "/v1")]
-    single = (
-        *(Entry(path, refusal) for path in posts),
-        Entry("/openapi.json", description),
-        Entry("/{file:path}", page.page, open=True),
-    )
-    routes += [Route(entry.path, _endpoint(service, entry), methods=["GET"]) for entry in single]
+    async def elsewhere(request: Request, error: Exception) -> Response:
+        """A path that is no route may be a file of the page. As a route it would turn each 404 and 405 into another."""
+        del error
+        return await file(request)
+
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.allow_origins,
@@ -72,7 +67,7 @@ def application(service: Service) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[cors] if settings.allow_origins else [],
-        exception_handlers={Exception: answer_error, 404: answer_error, 405: answer_error},
+        exception_handlers={Exception: answer_error, 404: elsewhere, 405: answer_error},
     )
 
 

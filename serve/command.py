@@ -143,12 +143,12 @@ def _run(arguments: argparse.Namespace) -> int:
             max_queue=settings.max_queue,
             **placement,
         )
+        say(f"pastkey serve: {settings.names[0]} at {address}/v1")
         return model
 
     with listen(settings.host, settings.port) as listening:
-        port = listening.getsockname()[1]
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-        say(f"pastkey serve: {settings.names[0]} at http://{shown}:{port}/v1")
+        address = f"http://{shown}:{listening.getsockname()[1]}"
         if not settings.keys and not is_loopback(settings.host):
             say("pastkey serve: every machine that reaches this address may ask (--insecure)")
         run(settings, listening, opened)

@@ -75,7 +75,8 @@ class TextCodec:
             raise InputError("the text is not valid UTF-8: pass it in that encoding") from None
         try:
             with panics_as_errors():
-                encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+                # A batch of one: `encode` holds the GIL, for seconds where the text is a book.
+                (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
             unknown = _uncovered_word(text, encoding.offsets)
         except NativeError as error:
             raise InputError(f"the tokenizer fails at this text ({error}): give another text") from None

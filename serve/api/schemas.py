@@ -15,10 +15,19 @@ Ids = Annotated[list[TokenId], Field(min_length=1)]
 Schema = dict[str, Any]
 
 
+def _with_nulls(schema: dict[str, Any]) -> None:
+    """Describes that a field with a default may be null: `parsed` leaves nulls out."""
+    for name, field in schema["properties"].items():
+        if field.get("default") is not None:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
 class Body(BaseModel):
     """Any request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), json_schema_extra=_with_nulls
+    )
 
 
 B = TypeVar("B", bound=Body)
@@ -221,7 +230,7 @@ class ResponsesBody(ModelBody):
     stream_options: StreamOptions | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: bool | None = None
     reasoning: Any = None
 
 

@@ -45,7 +45,9 @@ def _site(service: Service) -> Mapping[str, Path | bytes]:
 async def page(service: Service, request: Request, raw: bytes) -> Response:
     """Gives a file of the page."""
     del raw
-    name = request.path_params["file"] or "index.html"
+    if request.method not in ("GET", "HEAD"):
+        raise RequestError("Not Found", status=404)
+    name = request.url.path.removeprefix("/") or "index.html"
     # A browser sends no key, and the files hold the weights.
     files = {} if service.settings.keys else await run_in_threadpool(_site, service)
     found = files.get(name)

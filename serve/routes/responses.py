@@ -28,6 +28,8 @@ _SAME = ("temperature", "top_p", "top_logprobs", "presence_penalty", "frequency_
 
 def chat_body_of(body: ResponsesBody) -> ChatBody:
     """The request of chat/completions that has the same answer."""
+    if body.background:
+        raise RequestError("background is true; this server stores nothing: leave it out", param="background")
     messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     for number, item in enumerate(items):

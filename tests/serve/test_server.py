@@ -105,6 +105,7 @@ def test_a_bundle_that_cannot_be_loaded_is_a_sentence(bundle: Path, tmp_path: Pa
     with command(tmp_path) as process:
         assert process.stderr is not None
         assert process.wait(60) == 2
-        told = process.stderr.read().splitlines()[-1]
+        (told,) = process.stderr.read().splitlines()
     assert told.startswith("pastkey serve: ")
+    assert "http://" not in told
     assert "pastkey.json" in told or "bundle" in told

@@ -108,9 +108,10 @@ def test_requests_are_answered_in_the_order_of_their_arrival(bundle: Path, monke
         assert [tokens for _, tokens in shapes if tokens > 1] == [2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.matrix)])
-def test_every_request_is_answered_or_refused_and_none_is_lost(bundle: Path, count: int) -> None:
+@pytest.mark.matrix
+def test_every_request_is_answered_or_refused_and_none_is_lost(bundle: Path) -> None:
+    """tests/programs/test_server_load.py asks a hundred times, for CI."""
+    count = 10_000
     with running(bundle, max_concurrency=4, max_queue=8) as served:
         text = served.model.generate("abc", max_new_tokens=2).text
 
