@@ -183,7 +183,8 @@ class Rotary(nn.Module):
     def forward(self, position_ids: Tensor) -> Rotation:
         # Computed from the positions instead of a table, which would grow the exported graph with the context.
         angles = position_ids[:, None, :, None].float() * self.inv_freq  # (B, 1, T, D/2)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1 else (self.scale * cos, self.scale * sin)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
