@@ -48,16 +48,7 @@ class TrainConfig:
             raise InputError(f"no preset {shown(self.preset)}; the presets are {', '.join(PRESETS)}")
         for name in ("steps", "batch_size", "accumulate", "save_every", "vocab_size"):
             self._require(name, is_int(getattr(self, name), 1), "a whole number from 1")
-        for name in (
-            "threads",
-            "context",
-            "hidden_size",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "original_context",
-        ):
+        for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):
             value = getattr(self, name)
             self._require(name, value is None or is_int(value, 1), "a whole number from 1")
         for name in ("learning_rate", "gradient_clip"):
@@ -68,12 +59,13 @@ class TrainConfig:
         self._check_rope()
 
     def _check_rope(self) -> None:
-        kind, factor = self.rope_scaling, self.rope_factor
+        kind, factor, original = self.rope_scaling, self.rope_factor, self.original_context
         self._require("rope_scaling", kind is None or kind in ROPE_TYPES, ", ".join(ROPE_TYPES))
         self._require("rope_factor", factor is None or (is_number(factor) and factor >= 1), "a number from 1")
+        self._require("original_context", original is None or is_int(original, 1), "a whole number from 1")
         if (kind is None) != (factor is None):
             raise InputError("--rope-scaling and --rope-factor are given together: give both, or neither")
-        if self.original_context is not None and kind not in ("yarn", "llama3"):
+        if original is not None and kind not in ("yarn", "llama3"):
             raise InputError("--original-context is read by --rope-scaling yarn and llama3: leave it out")
         positions = PRESETS[self.preset].model.get("position_encoding", "rope")
         if kind is not None and positions != "rope":
