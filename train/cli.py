@@ -39,6 +39,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(model, "heads", positive_int, "query heads")
     _add(model, "kv_heads", positive_int, "key and value heads, a divisor of the query heads")
     _add(model, "head_dim", positive_int, "size of a head")
+    _add(model, "rope_scaling", str, "linear, dynamic, yarn or llama3, for a longer context", metavar="KIND")
+    _add(model, "rope_factor", finite_float, "how much longer the context gets", metavar="X")
+    _add(model, "original_context", positive_int, "context before scaling, for yarn and llama3 (default context / X)")
     _add(model, "tokenizer", str, "bpe, char, word, or the path of a tokenizer.json", metavar="KIND")
     _add(model, "vocab_size", positive_int, "largest number of tokens, for bpe and word")
 

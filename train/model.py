@@ -9,6 +9,8 @@ Parameters have the names of Hugging Face's Llama, so that transformers can load
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,7 +72,7 @@ class Backbone(nn.Module):
         elif config.position_encoding == "sinusoidal":
             self.sinusoids = Sinusoids(config.hidden_size)
         else:
-            self.rotary = Rotary(config.head_dim, config.rope_theta)
+            self.rotary = Rotary(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
 
@@ -173,15 +175,43 @@ class Rotary(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.register_buffer("inv_freq", 1.0 / theta**exponents, persistent=False)  # (D/2,)
+        inv_freq, self.scale = rope_frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)  # (D/2,)
 
     def forward(self, position_ids: Tensor) -> Rotation:
         # Computed from the positions instead of a table, which would grow the exported graph with the context.
         angles = position_ids[:, None, :, None].float() * self.inv_freq  # (B, 1, T, D/2)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1 else (self.scale * cos, self.scale * sin)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Returns the angle of each pair per position, (D/2,), and what cos and sin are multiplied by.
+
+    Scaled for a longer context as in transformers: linear (position interpolation, https://arxiv.org/abs/2306.15595),
+    YaRN (https://arxiv.org/abs/2309.00071) or Llama 3.1's. They do not depend on the length of a text, since cached
+    keys stay rotated as they were.
+    """
+    theta, scaling, pairs = config.rope_theta, config.rope_scaling, config.head_dim // 2
+    inv_freq = 1.0 / theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)  # (D/2,)
+    if scaling is None or scaling.rope_type == "dynamic":
+        return inv_freq, 1.0
+    original = scaling.original_max_position_embeddings or 0
+    kept, scale = torch.zeros(pairs), 1.0  # linear: 1 keeps a pair's frequency, 0 divides it by the factor
+    if scaling.rope_type == "llama3":  # by the turns of a pair within the original context
+        turns, low, high = original * inv_freq / (2 * math.pi), scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    elif scaling.rope_type == "yarn":  # by the pair's index, between those of beta_fast and beta_slow turns
+        first, last = (
+            pairs * math.log(original / (2 * math.pi * turns)) / math.log(theta)
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        first, last = max(math.floor(first), 0), min(math.ceil(last), config.head_dim - 1)
+        kept = 1 - ((torch.arange(pairs) - first) / ((last - first) or 0.001)).clamp(0, 1)
+        scale = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+    return torch.lerp(inv_freq / scaling.factor, inv_freq, kept), scale
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:

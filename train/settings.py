@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pastkey.contract.config import ModelConfig
+from pastkey.contract.config import ROPE_TYPES, ModelConfig, RopeScaling
 from pastkey.errors import InputError
+from pastkey.typed import parse
 from pastkey.values import is_int, is_number, require, shown
 
 OPTIMIZERS: Final = ("muon", "adamw")
@@ -42,6 +43,9 @@ class TrainConfig:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    rope_scaling: str | None = None  # linear, dynamic, yarn or llama3
+    rope_factor: float | None = None  # with rope_scaling
+    original_context: int | None = None  # tokens, for yarn and llama3; None: the context / rope_factor
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -57,6 +61,23 @@ class TrainConfig:
         for name in ("warmup_steps", "seed"):
             self._require(name, is_int(getattr(self, name), 0), "a whole number from 0")
         self._require("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number from 0")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        kind, factor, original = self.rope_scaling, self.rope_factor, self.original_context
+        self._require("rope_scaling", kind is None or kind in ROPE_TYPES, ", ".join(ROPE_TYPES))
+        self._require("rope_factor", factor is None or (is_number(factor) and factor >= 1), "a number from 1")
+        self._require("original_context", original is None or is_int(original, 1), "a whole number from 1")
+        if (kind is None) != (factor is None):
+            raise InputError("--rope-scaling and --rope-factor are given together: give both, or neither")
+        if original is not None and kind not in ("yarn", "llama3"):
+            raise InputError("--original-context is read by --rope-scaling yarn and llama3: leave it out")
+        positions = PRESETS[self.preset].model.get("position_encoding", "rope")
+        if kind is not None and positions != "rope":
+            raise InputError(
+                f"--rope-scaling {kind} needs rotary positions, and those of the preset {self.preset} are {positions}: "
+                "leave it out, or choose another preset"
+            )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         require(condition, "--" + name.replace("_", "-"), getattr(self, name), expected)
@@ -86,7 +107,20 @@ class TrainConfig:
         )
         resized = self.hidden_size is not None or self.heads is not None
         shape["head_dim"] = self.head_dim or (max(1, hidden_size // heads) if resized else preset["head_dim"])
+        shape["rope_scaling"] = self.scaling(shape["max_position_embeddings"])
         return ModelConfig(vocab_size=vocab_size, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **shape)
+
+    def scaling(self, context: int) -> RopeScaling | None:
+        """Returns the scaling of rotary frequencies for a context of so many tokens."""
+        if self.rope_scaling is None or self.rope_factor is None:
+            return None
+        original = None
+        if self.rope_scaling in ("yarn", "llama3"):
+            original = self.original_context or max(1, int(context / self.rope_factor))
+        return parse(
+            RopeScaling,
+            {"rope_type": self.rope_scaling, "factor": self.rope_factor, "original_max_position_embeddings": original},
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pastkey.contract import names
+from pastkey.contract.config import ROPE_TYPES
 from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
@@ -323,11 +324,13 @@ def _config(config: Any, context: int) -> dict[str, Any]:
         content.pop(name, None)
     content |= {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"}
     rope = content.get("rope_parameters")
-    if isinstance(rope, dict):  # of transformers 5; 4.57 reads rope_theta and silently ignores this
+    if isinstance(rope, dict):  # of transformers 5; 4.57 silently ignores this, and reads rope_theta and rope_scaling
         per_kind = [kind for kind in rope.values() if isinstance(kind, dict)]
         theta = next((kind["rope_theta"] for kind in (rope, *per_kind) if "rope_theta" in kind), None)
         if theta is not None:
             content.setdefault("rope_theta", theta)
+        if rope.get("rope_type") in ROPE_TYPES:  # 4.57 has other rules for longrope
+            content["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return content
 
 

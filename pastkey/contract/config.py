@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from ..errors import InputError
 from ..typed import Between, Size, TokenId, parse
@@ -18,6 +18,56 @@ from ..values import is_int, is_number, require
 PositionEncoding = Literal["rope", "learned", "sinusoidal"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
 Mlp = Literal["swiglu", "gelu", "none"]
+RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
+
+_ORIGINAL: Final = "original_max_position_embeddings"
+# The further keys of each kind, as transformers has them.
+ROPE_TYPES: Final[Mapping[RopeType, tuple[str, ...]]] = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow"),
+    "llama3": (_ORIGINAL, "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are scaled for a longer context: transformers' `rope_scaling`, under its names.
+
+    "Turns" are those of a pair within the original context. `dynamic` scales nothing up to max_position_embeddings,
+    and lets transformers go beyond.
+    """
+
+    rope_type: RopeType
+    factor: Annotated[float, Between(1, 1e9)]  # frequencies are divided by it: all (linear), or those of few turns
+    original_max_position_embeddings: Size | None = None  # yarn, llama3: the context before scaling, in tokens
+    attention_factor: Annotated[float, Between(1e-9, 1e9)] | None = None  # yarn: of cos and sin; None: by `factor`
+    beta_fast: Annotated[float, Between(1e-9, 1e9)] = 32.0  # yarn: pairs of more turns keep their frequency
+    beta_slow: Annotated[float, Between(1e-9, 1e9)] = 1.0  # yarn: pairs of fewer turns are scaled in full
+    low_freq_factor: Annotated[float, Between(1e-9, 1e9)] = 1.0  # llama3: pairs of fewer turns are scaled in full
+    high_freq_factor: Annotated[float, Between(1e-9, 1e9)] = 4.0  # llama3: pairs of more turns keep their frequency
+
+    def __post_init__(self) -> None:
+        require(self.rope_type in ROPE_TYPES, "rope_type", self.rope_type, ", ".join(ROPE_TYPES))
+        require(is_number(self.factor) and self.factor >= 1, "factor", self.factor, "a number from 1")
+        own = {"rope_type", "factor", *ROPE_TYPES[self.rope_type]}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(field.name in own or value == field.default, field.name, value, f"left out with {self.rope_type}")
+        original, attention = self.original_max_position_embeddings, self.attention_factor
+        require(_ORIGINAL not in own or is_int(original, 1), _ORIGINAL, original, "a whole number from 1")
+        require(
+            attention is None or (is_number(attention) and attention > 0), "attention_factor", attention, "positive"
+        )
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            least, most = getattr(self, low), getattr(self, high)
+            require(is_number(least) and least > 0, low, least, "a positive number")
+            require(is_number(most) and most > least, high, most, f"a number above {low} ({least})")
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of this kind that are set."""
+        names = ("rope_type", "factor", *ROPE_TYPES[self.rope_type])
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -34,6 +84,7 @@ class ModelConfig:
     head_dim: Size = 32  # D
     position_encoding: PositionEncoding = "rope"
     rope_theta: Annotated[float, Between(1e-30, 1e30)] = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None
     norm: Norm = "rmsnorm"
     norm_eps: Annotated[float, Between(1e-30, 1e30)] = 1e-5
     mlp: Mlp = "swiglu"
@@ -75,6 +126,12 @@ class ModelConfig:
             require(
                 is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number"
             )
+        require(
+            self.rope_scaling is None or self.position_encoding == "rope",
+            "rope_scaling",
+            self.rope_scaling,
+            f"left out: the positions are {self.position_encoding}, not rotary",
+        )
         require(is_number(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
@@ -109,6 +166,9 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
         own = dataclasses.asdict(self)
+        del own["rope_scaling"]
+        if self.rope_scaling is not None:
+            own["rope_scaling"] = self.rope_scaling.to_json()
         return own | _derived(self)
 
     @classmethod
@@ -156,7 +216,8 @@ def _derived(config: ModelConfig) -> dict[str, Any]:
             "rms_norm_eps": config.norm_eps,
             "attention_bias": False,  # transformers' qwen2 has its bias built in
             "mlp_bias": False,
-            # transformers 5 reads this; 4.57 silently ignores it and reads the field rope_theta
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            # transformers 5 reads this; 4.57 silently ignores it and reads rope_theta and rope_scaling
+            "rope_parameters": (config.rope_scaling.to_json() if config.rope_scaling else {"rope_type": "default"})
+            | {"rope_theta": config.rope_theta},
         }
     return derived

@@ -58,6 +58,7 @@ def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
         (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
         (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
+        (["--rope-scaling", "yarn"], "--rope-scaling and --rope-factor are given together: give both, or neither"),
         (["--steps", "0"], "--steps"),
         (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pastkey.contract.config import ModelConfig
+from pastkey.contract.config import ModelConfig, RopeScaling
 from pastkey.train.checkpoint import save_checkpoint
 from pastkey.train.model import Decoder, Sinusoids, generate, positions_like
 
@@ -46,6 +46,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "odd": {"hidden_size": 9, "position_encoding": "sinusoidal", "head_dim": 3, "max_position_embeddings": 8},
+}
+
+
+# Beside the kinds: YaRN with every optional key, and with pairs that all turn too seldom.
+SCALINGS = {
+    "linear": RopeScaling("linear", 3.0),
+    "dynamic": RopeScaling("dynamic", 2.0),
+    "yarn": RopeScaling("yarn", 4.0, 10),
+    "yarn in full": RopeScaling("yarn", 2.5, 16, attention_factor=1.3, beta_fast=4.0, beta_slow=0.5),
+    "llama3": RopeScaling("llama3", 8.0, 16),
+    "llama3 in full": RopeScaling("llama3", 4.0, 20, low_freq_factor=0.5, high_freq_factor=2.0),
 }
 
 
@@ -94,22 +105,37 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
 def test_transformers_loads_the_checkpoint_and_computes_the_same(variant: str, tmp_path: Path) -> None:
+    assert_transformers_computes_the_same(decoder(variant), tmp_path, [17])
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """In a text within the original context, and in one as long as the scaled context."""
+    model = decoder("llama", rope_scaling=SCALINGS[name])
+    assert_transformers_computes_the_same(model, tmp_path, [9, 40])
+    ids = random_ids(1, 40)
+    plain = decoder("llama")(ids, positions_like(ids))
+    unscaled = torch.allclose(model(ids, positions_like(ids)), plain, atol=1e-2)
+    assert unscaled == (name == "dynamic")
+
+
+def assert_transformers_computes_the_same(model: Decoder, folder: Path, lengths: list[int]) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
-    model = decoder(variant)
-    save_checkpoint(bare_checkpoint(tmp_path), model, no_state())
-    ids = random_ids(3, 17)
+    save_checkpoint(bare_checkpoint(folder), model, no_state())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns of its own deprecations
         import transformers
 
-        both: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        both: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     loaded, report = both
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    with torch.no_grad():
-        ours, theirs = model(ids, positions_like(ids)), loaded(ids).logits
-    assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+    for length in lengths:
+        ids = random_ids(3, length)
+        with torch.no_grad():
+            ours, theirs = model(ids, positions_like(ids)), loaded(ids).logits
+        assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
 
 
 def test_generate_takes_the_likeliest_token_until_the_end_token() -> None:

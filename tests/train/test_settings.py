@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pastkey.contract.config import RopeScaling
 from pastkey.errors import InputError
 from pastkey.train.settings import PRESETS, TrainConfig
 
@@ -38,9 +39,15 @@ def test_presets_are_the_architectures_they_are_named_after(preset: str, model_t
         ({"heads": 2, "kv_heads": 1}, {"num_key_value_heads": 1, "head_dim": 64}),
         ({"context": 8, "layers": 1}, {"max_position_embeddings": 8, "num_hidden_layers": 1}),
         ({"hidden_size": 6, "heads": 3}, {"intermediate_size": 12, "head_dim": 2}),
+        ({"rope_scaling": "linear", "rope_factor": 2}, {"rope_scaling": RopeScaling("linear", 2)}),
+        ({"rope_scaling": "yarn", "rope_factor": 4.0}, {"rope_scaling": RopeScaling("yarn", 4.0, 48)}),
+        (
+            {"rope_scaling": "llama3", "rope_factor": 8, "original_context": 32},
+            {"rope_scaling": RopeScaling("llama3", 8, 32)},
+        ),
     ],
 )
-def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], expected: dict[str, int]) -> None:
+def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], expected: dict[str, Any]) -> None:
     model = TrainConfig.from_given(given).model_config(99, None, 0)
     assert {name: getattr(model, name) for name in expected} == expected
 
@@ -52,6 +59,15 @@ def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], e
         ({"steps": 0}, "--steps is 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan"),
         ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
+        (
+            {"rope_scaling": "ntk", "rope_factor": 2.0},
+            "--rope-scaling is 'ntk'; it must be linear, dynamic, yarn, llama3",
+        ),
+        ({"rope_scaling": "yarn", "rope_factor": 0.5}, "--rope-factor is 0.5; it must be a number from 1"),
+        ({"rope_scaling": "yarn"}, "--rope-scaling and --rope-factor are given together"),
+        ({"rope_factor": 2.0}, "--rope-scaling and --rope-factor are given together"),
+        ({"original_context": 64}, "--original-context is read by --rope-scaling yarn and llama3"),
+        ({"preset": "gpt2", "rope_scaling": "linear", "rope_factor": 2.0}, "those of the preset gpt2 are learned"),
     ],
 )
 def test_nonsense_is_refused(given: dict[str, Any], sentence: str) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from pastkey.__main__ import main
+from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.export import export
+from pastkey.runtime.engine.engine import Engine
 
 from ...shared import divided
+from ...train.helpers import TINY, write_corpus
+from .test_fuse import rotating
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
@@ -64,10 +72,47 @@ def llama(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", divided(ROTARY, quick=["longrope"], ci=ROTARY))
 def test_scaled_frequencies_are_transformers_own(kind: str, tmp_path: Path) -> None:
+    """As far as the context reaches: beyond the original one where the frequencies do not depend on the length."""
     context = 48 if kind == "longrope" else 96
-    report = export(llama(kind), tmp_path / "bundle", precision="fp32", context_length=context)
+    llama(kind).save_pretrained(tmp_path / "llama")
+    if kind in ("linear", "yarn"):
+        spell_as_transformers_4(tmp_path / "llama" / names.CONFIG)
+    report = export(tmp_path / "llama", tmp_path / "bundle", precision="fp32", context_length=context)
     assert report.manifest.parity["fp32"]["ok"]
     assert report.manifest.parity["fp32"]["tokens"] == context
+    assert_computes_the_same(tmp_path / "bundle", tmp_path / "llama", context)
+    written = json.loads((tmp_path / "bundle" / names.CONFIG).read_text(encoding="utf-8"))
+    assert (kind == "longrope") or ROTARY[kind].items() <= written["rope_scaling"].items()
+
+
+def spell_as_transformers_4(file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rope = content.pop("rope_parameters")
+    content |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def assert_computes_the_same(bundle: Path, folder: Path, context: int) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, context)  # (T,)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits[0].numpy()  # (T, V)
+    found = Engine(open_bundle(bundle), graph="all_logits").forward(ids[None])[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path: Path) -> None:
+    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    flags = TINY | {"head_dim": 16, "steps": 4, "rope_scaling": "yarn", "rope_factor": 4.0}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["train", "--out", str(checkpoint), "--data", str(write_corpus(tmp_path / "text.txt")), *words]) == 0
+    assert main(["train", "--out", str(checkpoint), "--resume", "--steps", "6"]) == 0
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TINY["context"] // 4}
+    assert rope.items() <= json.loads((checkpoint / names.CONFIG).read_text(encoding="utf-8"))["rope_scaling"].items()
+    export(checkpoint, bundle, precision="fp32")
+    assert_computes_the_same(bundle, checkpoint, TINY["context"])
+    assert all(rotating(file) == [True] for file in bundle.glob("*.onnx"))
 
 
 def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path: Path) -> None:

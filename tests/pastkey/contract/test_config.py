@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.config import ModelConfig
+from pastkey.contract.config import ModelConfig, RopeScaling
 from pastkey.errors import InputError
 
 
@@ -15,6 +15,9 @@ from pastkey.errors import InputError
         ({}, "llama"),
         ({"qkv_bias": True}, "qwen2"),
         ({"qk_norm": True}, "qwen3"),
+        ({"rope_scaling": RopeScaling("linear", 2)}, "llama"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0, 64, attention_factor=1.5, beta_fast=16.0)}, "llama"),
+        ({"rope_scaling": RopeScaling("llama3", 8.0, 64, low_freq_factor=0.5)}, "llama"),
         ({"position_encoding": "learned"}, "pastkey"),
         ({"mlp": "none", "intermediate_size": 0}, "pastkey"),
     ],
@@ -32,6 +35,10 @@ def test_what_is_written_is_read_again(fields: dict[str, Any], kind: str) -> Non
         ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number from 1"),
         ({"head_dim": True}, "head_dim is True; it must be a whole number from 1"),
         ({"num_key_value_heads": 4}, "it must be a divisor of num_attention_heads"),
+        (
+            {"rope_scaling": RopeScaling("linear", 2), "position_encoding": "learned"},
+            "rope_scaling .* must be left out: the positions are learned",
+        ),
         ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm, layernorm or none"),
     ],
 )
@@ -58,6 +65,26 @@ def test_a_field_of_another_type_or_beyond_any_model_is_named(fields: dict[str, 
     (name,) = fields
     with pytest.raises(InputError, match=name):
         ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | fields)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "sentence"),
+    [
+        ({"rope_type": "longrope", "factor": 2}, "rope_type is 'longrope'; it must be linear, dynamic, yarn, llama3"),
+        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5; it must be a number from 1"),
+        ({"rope_type": "linear"}, "rope_scaling has no 'factor'"),
+        ({"rope_type": "linear", "factor": 2, "mscale": 1}, "rope_scaling has an unknown key 'mscale'"),
+        ({"rope_type": "linear", "factor": 2, "beta_fast": 3}, "beta_fast is 3; it must be left out with linear"),
+        ({"rope_type": "yarn", "factor": 2}, "original_max_position_embeddings is None; it must be a whole number"),
+        (
+            {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 8, "low_freq_factor": 4},
+            r"high_freq_factor is 4\.0; it must be a number above low_freq_factor \(4\)",
+        ),
+    ],
+)
+def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | {"rope_scaling": scaling})
 
 
 def test_a_key_that_is_missing_or_unknown_is_named() -> None:
