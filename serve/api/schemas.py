@@ -30,6 +30,12 @@ class Body(BaseModel):
     )
 
 
+class Part(BaseModel):
+    """A part of a request. A field that is not here may be of a later version of OpenAI's API."""
+
+    model_config = ConfigDict(strict=True)
+
+
 B = TypeVar("B", bound=Body)
 
 
@@ -52,14 +58,14 @@ class ModelBody(Body):
     prediction: Any = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Part):
     """What a stream has beside the text."""
 
     include_usage: bool = False
     include_obfuscation: Any = None
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Part):
     """The schema of a response_format."""
 
     name: str | None = None
@@ -114,39 +120,39 @@ class Sampling(ModelBody):
     grammar: Text | None = None
 
 
-class Message(BaseModel):
+class Message(Part):
     """A message. A chat template may read further fields."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
 
 
-class Function(BaseModel):
+class Function(Part):
     """A function that the model may call."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     name: Text
     description: str | None = None
     parameters: Schema | None = None
 
 
-class ToolSpec(BaseModel):
+class ToolSpec(Part):
     """A tool."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Part):
     """The name of a function."""
 
     name: Text
 
 
-class NamedTool(BaseModel):
+class NamedTool(Part):
     """A tool that must be called."""
 
     type: Literal["function"]
@@ -178,10 +184,10 @@ class CompletionBody(Sampling):
     echo: bool = False
 
 
-class FlatTool(BaseModel):
+class FlatTool(Part):
     """A function, in the form of Responses. `type` is first, so that a tool of another type is told by it."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
     name: Text

@@ -101,6 +101,7 @@ def test_what_cannot_change_the_answer_is_accepted(served: Served) -> None:
         ({"functions": []}, 400, "functions", "not known, or not supported"),
         ({"temperature": "1"}, 400, "temperature", "valid number"),
         ({"temperature": -1}, 400, "temperature", "temperature is -1"),
+        ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "valid boolean"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "'system'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "image_url"),
