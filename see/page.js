@@ -10,16 +10,12 @@ const unpack = ({ type, data: text }) => {
   return type === "u1" ? bytes : new (type === "i4" ? Int32Array : Float32Array)(bytes.buffer);
 };
 const array = (packed) => Object.assign(unpack(packed), { shape: packed.shape });
-const shown = (place) => {
-  const text = data.vocabulary[place].replaceAll("\n", "⏎").replaceAll("\t", "⇥")
-    .replace(/\p{C}/gu, (mark) => `U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
-  return text.trim() === text && text ? text : text.replaceAll(" ", "␣") || "∅";
-};
+const shown = (place) => data.vocabulary[place];
 
 const { first, prompt, ended } = data.text, ids = array(data.text.ids), surprise = array(data.text.surprise);
 const W = surprise.length, last = W - 1, token = (place) => shown(ids[place]), number = (place) => first + place + 1;
 const redraws = [];
-let at = Math.max(0, Math.min(last, prompt - 1 - first));
+let at = data.text.at;
 
 // --- a matrix of numbers, by mouse, touch and keys -----------------------------------------------------------------
 const color = (name, share) => `rgba(${getComputedStyle(document.documentElement).getPropertyValue(name)},${Math.min(1, share)})`;
@@ -70,8 +66,8 @@ function matrix(canvas, output, { rows, columns, value, tell, rowNames, columnNa
     output.textContent = tell(...cell);
   };
   const under = (event) => {
-    const box = canvas.getBoundingClientRect();
-    return [Math.floor((event.clientY - box.top - top) / high), Math.floor((event.clientX - box.left - left) / wide)];
+    const box = canvas.getBoundingClientRect(), drawn = (left + wide * columns) / box.width; // a narrow page shrinks it
+    return [Math.floor(((event.clientY - box.top) * drawn - top) / high), Math.floor(((event.clientX - box.left) * drawn - left) / wide)];
   };
   canvas.addEventListener("mousemove", (event) => say(...under(event)));
   canvas.addEventListener("click", (event) => {

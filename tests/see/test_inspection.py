@@ -87,11 +87,6 @@ def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of: Callable[..., Bu
         inspect(bundle, IDS, 1, shown=99, heads=[4])
 
 
-def test_a_text_of_more_tokens_than_fit_is_refused(bundle_of: Callable[..., Bundle]) -> None:
-    with pytest.raises(InputError, match="2049 tokens, and see looks inside 2048 at most"):
-        inspect(bundle_of("llama"), [1] * 2049, 1, shown=99)
-
-
 def test_weights_that_are_not_those_of_the_call_are_refused(
     bundle_of: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
