@@ -40,7 +40,7 @@ function matrix(canvas, output, { rows, columns, value, tell, rowNames, columnNa
     pen.fillStyle = style("--soft");
     for (let row = 0; rowNames && row < rows; row += Math.max(1, Math.ceil(12 / high))) {
       pen.fillStyle = style(marked.row && row === marked.row() ? "--mark" : "--soft");
-      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, 14), left - 4, top + high * (row + 0.5));
+      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, Math.floor(left / 7)), left - 4, top + high * (row + 0.5));
     }
     for (let column = 0; top && column < columns; column++) {
       pen.save(), pen.translate(left + wide * (column + 0.5), top - 4), pen.rotate(-Math.PI / 2);
@@ -183,7 +183,7 @@ function layers() {
       "A guess is the model's own final norm and output head, run on the vector at that place (the logit lens). After the last layer it equals the model's answer.";
   if (!kept.length) return () => {};
   matrix(byId("lens"), byId("lens-out"), {
-    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => stage(kept[row][0]),
+    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => (kept[row][0] ? `layer ${kept[row][0]}` : "before"),
     columnNames: (column) => shown(ids[column + 1]), value: (row, column) => kept[row][1].next[column],
     label: "Probability of the token that came next, a row for each layer and a column for each position", marked: { column: () => at, choose: (_, column) => column },
     tell: (row, column) => `${stage(kept[row][0])}, “${shown(ids[column + 1])}” has ${percent(kept[row][1].next[column])}`,

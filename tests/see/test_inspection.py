@@ -18,14 +18,14 @@ from pastkey.see import inspection
 from pastkey.see.inspectable import Inspectable, inspectable
 from pastkey.see.inspection import inspect, likeliest
 
+from ..shared import divided
 from .conftest import module_of
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("family", divided(("gpt2", "gemma2"), ci=("gemma2",)))
 def test_attention_and_streams_are_those_that_transformers_returns(
     bundle_of: Callable[..., Bundle], family: str
 ) -> None:
