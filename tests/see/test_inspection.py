@@ -90,8 +90,8 @@ def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of: Callable[..., Bu
 def test_weights_that_are_not_those_of_the_call_are_refused(
     bundle_of: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(model: ir.Model, calls: int) -> Inspectable:
-        found = inspectable(model, calls)
+    def mistaken(model: ir.Model, calls: int, shown: int) -> Inspectable:
+        found = inspectable(model, calls, shown)
         one, other = found.calls
         return dataclasses.replace(found, calls=(dataclasses.replace(one, weights=other.weights), other))
 
