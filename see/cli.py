@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from .inspection import Floats
 
-PICTURES: Final = ("embedding", "attention", "layers", "next")
+PICTURES: Final = ("tokens", "embedding", "attention", "layers", "next", "sampler", "cache", "reference")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_LAST = 128  # tokens that are shown
+_LAST, _MOST_SHOWN = 128, 512  # tokens that are shown; a page is some 600 pixels wide
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
     add("--out", metavar="FILE", type=Path, required=True, help="the page, or with --png the picture")
     add("--png", metavar="PANEL", choices=PICTURES, help=f"one panel as a picture: {', '.join(PICTURES)}")
-    add("--position", metavar="N", type=positive_int, help="with --png, the tokens that were read (the prompt's)")
+    add("--position", metavar="N", type=positive_int, help="look at the model after N tokens (the prompt's)")
     add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens (32)")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's (none)")
-    add("--last", metavar="N", type=positive_int, default=_LAST, help=f"show the last N tokens ({_LAST})")
+    last = f"show the last N tokens, {_MOST_SHOWN} at most ({_LAST})"
+    add("--last", metavar="N", type=positive_int, default=_LAST, help=last)
     add("--context", metavar="N", type=positive_int, help="for modules: the context length, as pastkey export takes it")
     add("--tokenizer", metavar="FILE", help="for modules: the tokenizer, as pastkey export takes it")
     numbers = "1,2,3"
@@ -63,15 +64,20 @@ def _run(arguments: argparse.Namespace) -> int:
             "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
         )
         raise InputError(f"{arguments.out} {found}")
+    if arguments.last > _MOST_SHOWN:
+        raise InputError(f"--last is {arguments.last}, and a page shows {_MOST_SHOWN} tokens at most")
     with _opened(arguments) as bundle:
         panels = look(bundle, arguments)
+    text = panels["text"]
+    if arguments.position is not None:
+        text["at"] = arguments.position - 1 - text["first"]
+        if not 0 <= text["at"] < len(text["surprise"]):
+            shown = f"{text['first'] + 1} to {text['first'] + len(text['surprise'])}"
+            raise InputError(f"--position {arguments.position} is none of the tokens that are shown, {shown}")
     if arguments.png:
         from .pictures import picture
 
-        place = (arguments.position or panels["text"]["prompt"]) - 1 - panels["text"]["first"]
-        if not 0 <= place < len(panels["text"]["surprise"]):
-            raise InputError(f"--position {arguments.position} is none of the tokens that are shown")
-        content = picture(panels, arguments.png, place)
+        content = picture(panels, arguments.png)
     else:
         from .page import page
 
@@ -87,6 +93,10 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Bundle]:
     source = arguments.source
     manifest = Path(source) / names.MANIFEST  # a checkpoint has one, too
     if manifest.is_file() and read_json(manifest).get("kind") == "bundle":
+        if arguments.context is not None or arguments.tokenizer is not None:
+            raise InputError(
+                f"{source} is a bundle, which has its context and its tokenizer: leave out --context and --tokenizer"
+            )
         yield open_bundle(source)
         return
     from pastkey.export import export

@@ -16,11 +16,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.errors import ContractError
-from pastkey.export.graph.edit import CONTRIB_DOMAIN, producer, replace_value, shape_of
+from pastkey.export.graph.edit import CONTRIB_DOMAIN, add_weight, producer, replace_value, shape_of
 
 _AFTER_SOFTMAX = 2  # GroupQueryAttention's qk_output: the weights, as a fourth output
 _CARRIES = {"Reshape", "Expand", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Cast", "Tile", "Slice"}
@@ -31,7 +32,7 @@ _SHAPES = {"Shape", "Size"}  # their outputs carry lengths, not the model's numb
 class Call:
     """The names of one attention call's values."""
 
-    weights: str  # (1, H, T, S), or with its axes grouped otherwise
+    weights: str  # (1, H, W, S) of the last tokens, or with its heads grouped otherwise
     output: str  # (1, T, H * D), (1, H, T, D), or grouped
 
 
@@ -48,12 +49,14 @@ class Inspectable:
     head: ir.Model | None  # from the last stream to the logits (1, T, V)
 
 
-def inspectable(model: ir.Model, calls: int) -> Inspectable:
+def inspectable(model: ir.Model, calls: int, shown: int) -> Inspectable:
     """Makes the inner values of an all-logits graph outputs; changes it.
 
     Args:
         model: The graph.
         calls: Number of attention calls.
+        shown: W, the last tokens whose weights are outputs; all where a text has fewer. All weights of all layers
+            would take gigabytes.
 
     Raises:
         ContractError: The weights of an attention call are not found.
@@ -66,12 +69,13 @@ def inspectable(model: ir.Model, calls: int) -> Inspectable:
     streams = _streams(chains, nodes[-1][0])
     embedding, positions, entering = _embedded(model, flow, chains[0])
     head = None if streams[-1] is None else _head(model, streams[-1])
-    inner = [value for node, weights in nodes for value in (weights, node.outputs[0])]
+    rows = [_last_rows(model, weights, number, shown) for number, (_, weights) in enumerate(nodes)]
+    inner = [*rows, *(node.outputs[0] for node, _ in nodes)]
     extra = dict.fromkeys(v for v in (*inner, embedding, positions, entering, *streams) if v is not None)
     model.graph.outputs.extend(value for value in extra if not value.is_graph_output())
     return Inspectable(
         model,
-        tuple(Call(str(weights.name), str(node.outputs[0].name)) for node, weights in nodes),
+        tuple(Call(str(one.name), str(node.outputs[0].name)) for one, (node, _) in zip(rows, nodes, strict=True)),
         _name(embedding),
         _name(positions),
         _name(entering),
@@ -126,6 +130,18 @@ def _attention(model: ir.Model, number: int) -> tuple[ir.Node, ir.Value]:
             f"no attention weights were found in attention call {number}: no matrix is multiplied by its cached values"
         )
     return found[-1], found[-1].inputs[0]
+
+
+def _last_rows(model: ir.Model, weights: ir.Value, number: int, shown: int) -> ir.Value:
+    """The weights of the last tokens, on the axis before the last."""
+    bounds = {"start": -shown, "end": np.iinfo(np.int64).max, "axis": -2}
+    given = [add_weight(model, f"see_{number}_{name}", np.array([bound])) for name, bound in bounds.items()]
+    node = ir.node("Slice", [weights, *given])
+    node.outputs[0].name = f"see_weights_{number}"
+    made = weights.producer()
+    assert made is not None
+    model.graph.insert_after(made, node)
+    return node.outputs[0]
 
 
 def _products(value: ir.Value) -> Iterator[ir.Node]:

@@ -5,7 +5,7 @@ Causal attention makes one run over the whole text equal to generating it token 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 from .inspectable import Inspectable, inspectable
 
-MOST_TOKENS = 2048  # of a text: a head's weights are as many numbers as tokens squared
 TOP = 10  # likeliest tokens that are kept of a distribution
-_SCORES = 1 << 26  # weights of attention that one run returns
 _TOLERANCE = {"fp16": 1e-2}  # of weights @ values, as a share of the largest number; 1e-4 otherwise
 
 Floats = npt.NDArray[np.float32]
@@ -60,10 +58,11 @@ class Inspection:
 
 
 def likeliest(logits: Floats, count: int = TOP) -> Likeliest:
-    """The `count` likeliest tokens of logits (..., V); of equal ones, that with the smaller id is first."""
-    probabilities = softmax(logits)
-    ids = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
-    return Likeliest(ids, np.take_along_axis(probabilities, ids, -1).astype(np.float32))
+    """The `count` likeliest tokens of logits (..., V), the likeliest first."""
+    some = np.argpartition(-logits, min(count, logits.shape[-1]) - 1, axis=-1)[..., :count]  # sorting all is slow
+    order = np.argsort(-np.take_along_axis(logits, some, -1), axis=-1, kind="stable")
+    ids = np.take_along_axis(some, order, -1)
+    return Likeliest(ids, np.take_along_axis(softmax(logits), ids, -1).astype(np.float32))
 
 
 def inspect(
@@ -88,35 +87,34 @@ def inspect(
         most_weights: How many weights of attention fit, without those of masked tokens.
 
     Raises:
-        InputError: The text is too long, or there is no such layer or head.
+        InputError: There is no such layer or head.
         ContractError: The weights of attention are not found, or do not give attention's result.
         NumericsError: The logits are not finite.
     """
-    if len(ids) > MOST_TOKENS:
-        raise InputError(
-            f"prompt and output are {len(ids)} tokens, and see looks inside {MOST_TOKENS} at most: shorten the prompt, "
-            "or give a smaller --max-new-tokens"
-        )
-    graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers))
+    graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers), shown)
     folder, first = bundle.all_logits_graph.parent, max(0, len(ids) - shown)
     session = _open(graph.model, folder)
-    feeds, head_count = _feeds(session, ids), _head_count(session, graph)
+    inner = [graph.embedding, graph.positions, graph.entering, *graph.streams]
+    of_calls = [n for i, call in enumerate(graph.calls) for n in (call.weights, call.output, names.present_value(i))]
+    found = _run(
+        session, [names.LOGITS, *(name for name in inner if name is not None), *of_calls], _feeds(session, ids)
+    )
+    logits = found[names.LOGITS][0]
+    if not np.isfinite(logits).all():
+        raise NumericsError(f"the logits of {bundle.path} are not finite (NaN or infinity): its weights are damaged")
     rows = len(ids) - first
+    head_count = min(found[call.weights].size for call in graph.calls) // (rows * len(ids))
     of_head = rows * (rows + 3) // 2
     some = range(max(1, min(head_count, most_weights // of_head)))
     chosen_heads = _chosen("head", some if heads is None else heads, head_count)
     fitting = max(1, min(len(graph.calls), most_weights // (of_head * len(chosen_heads))))
     spread = np.linspace(0, len(graph.calls) - 1, fitting).round().astype(int).tolist()
     chosen = _chosen("layer", spread if layers is None else layers, len(graph.calls))
-    plain = [names.LOGITS, graph.embedding, graph.positions, graph.entering, *graph.streams]
-    found = _run(session, [name for name in plain if name is not None], feeds)
-    logits = found[names.LOGITS][0]
-    if not np.isfinite(logits).all():
-        raise NumericsError(f"the logits of {bundle.path} are not finite (NaN or infinity): its weights are damaged")
     tolerance = _TOLERANCE.get(bundle.manifest.precision, 1e-4)
     attention, errors = {}, {}
-    for number, weights, error in _weights(session, graph, feeds, chosen, tolerance):
-        attention[number], errors[number] = weights[chosen_heads, first:], error
+    for number in chosen:
+        weights, errors[number] = _weights(found, graph, number, rows, tolerance)
+        attention[number] = weights[chosen_heads]
     embedding, positions, entering = (
         _rows(found.get(str(name)), first) for name in (graph.embedding, graph.positions, graph.entering)
     )
@@ -141,6 +139,8 @@ def _open(model: ir.Model, folder: Path) -> Any:
     """Opens a graph in memory whose weights are in files of `folder`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # The usual order runs the slices of the weights last, and holds the weights of all layers until then.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
     content = ir.to_proto(model).SerializeToString()
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -172,38 +172,24 @@ def _rows(array: Floats | None, first: int) -> Floats | None:
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
-def _head_count(session: Any, graph: Inspectable) -> int:
-    """The fewest heads of a call: with one token, each has one weight."""
-    weights = _run(session, [call.weights for call in graph.calls], _feeds(session, [0]))
-    return min(found.size for found in weights.values())
-
-
 def _weights(
-    session: Any, graph: Inspectable, feeds: dict[str, npt.NDArray[Any]], chosen: list[int], tolerance: float
-) -> Iterator[tuple[int, Floats, float]]:
-    """Yields attention calls, their weights (H, S, S), and how far weights @ values is from the call's result."""
-    length = feeds[names.INPUT_IDS].shape[1]
-    together = max(1, _SCORES // (32 * length * length))
-    for start in range(0, len(chosen), together):
-        group = chosen[start : start + together]
-        wanted = [n for i in group for n in (graph.calls[i].weights, graph.calls[i].output, names.present_value(i))]
-        found = _run(session, wanted, feeds)
-        for number in group:
-            call = graph.calls[number]
-            weights = found[call.weights].reshape(-1, length, length)  # (H, S, S)
-            values = found[names.present_value(number)][0]  # (K, S, D)
-            mixed = weights @ np.repeat(values, len(weights) // len(values), 0)  # (H, S, D)
-            output = found[call.output]
-            if output.ndim == 3:  # (1, S, H * D)
-                output = output.reshape(length, len(weights), -1).transpose(1, 0, 2)
-            error = relative_difference(output.reshape(mixed.shape), mixed)
-            if not error <= tolerance:
-                raise ContractError(
-                    f"the weights found in attention call {number} are not the ones that it used: times the values "
-                    f"they differ by {error:.1e} of the largest number from its result, and {tolerance:.0e} was "
-                    "expected"
-                )
-            yield number, weights, error
+    found: dict[str, Floats], graph: Inspectable, number: int, rows: int, tolerance: float
+) -> tuple[Floats, float]:
+    """Returns an attention call's weights (H, W, S), and how far weights @ values is from the call's result."""
+    call, values = graph.calls[number], found[names.present_value(number)][0]  # (K, S, D)
+    length = values.shape[1]
+    weights = found[call.weights].reshape(-1, rows, length)
+    mixed = weights @ np.repeat(values, len(weights) // len(values), 0)  # (H, W, D)
+    output = found[call.output]
+    if output.ndim == 3:  # (1, S, H * D)
+        output = output.reshape(length, len(weights), -1).transpose(1, 0, 2)
+    error = relative_difference(output.reshape(len(weights), length, -1)[:, length - rows :], mixed)
+    if not error <= tolerance:
+        raise ContractError(
+            f"the weights found in attention call {number} are not the ones that it used: times the values they "
+            f"differ by {error:.1e} of the largest number from its result, and {tolerance:.0e} was expected"
+        )
+    return weights, error
 
 
 # --- the logit lens -----------------------------------------------------------------------------------------------
@@ -224,8 +210,8 @@ def _lens(
         stream = found.get(str(name))
         if stream is None or stream.shape != width:
             continue
-        (rows,) = session.run(None, {given.name: stream.astype(np.float16 if half else np.float32)})
-        last = rows[0, first:].astype(np.float32)
+        (rows,) = session.run(None, {given.name: stream[:, first:].astype(np.float16 if half else np.float32)})
+        last = rows[0].astype(np.float32)
         lens[number] = likeliest(last, 3)
         chances[number] = np.take_along_axis(softmax(last), following[:, None], -1)[:, 0].astype(np.float32)
     return lens, chances, relative_difference(logits, last)

@@ -10,16 +10,12 @@ const unpack = ({ type, data: text }) => {
   return type === "u1" ? bytes : new (type === "i4" ? Int32Array : Float32Array)(bytes.buffer);
 };
 const array = (packed) => Object.assign(unpack(packed), { shape: packed.shape });
-const shown = (place) => {
-  const text = data.vocabulary[place].replaceAll("\n", "⏎").replaceAll("\t", "⇥")
-    .replace(/\p{C}/gu, (mark) => `U+${mark.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
-  return text.trim() === text && text ? text : text.replaceAll(" ", "␣") || "∅";
-};
+const shown = (place) => data.vocabulary[place];
 
 const { first, prompt, ended } = data.text, ids = array(data.text.ids), surprise = array(data.text.surprise);
 const W = surprise.length, last = W - 1, token = (place) => shown(ids[place]), number = (place) => first + place + 1;
 const redraws = [];
-let at = Math.max(0, Math.min(last, prompt - 1 - first));
+let at = data.text.at;
 
 // --- a matrix of numbers, by mouse, touch and keys -----------------------------------------------------------------
 const color = (name, share) => `rgba(${getComputedStyle(document.documentElement).getPropertyValue(name)},${Math.min(1, share)})`;
@@ -44,7 +40,7 @@ function matrix(canvas, output, { rows, columns, value, tell, rowNames, columnNa
     pen.fillStyle = style("--soft");
     for (let row = 0; rowNames && row < rows; row += Math.max(1, Math.ceil(12 / high))) {
       pen.fillStyle = style(marked.row && row === marked.row() ? "--mark" : "--soft");
-      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, 14), left - 4, top + high * (row + 0.5));
+      pen.textAlign = "right", pen.fillText(rowNames(row).slice(0, Math.floor(left / 7)), left - 4, top + high * (row + 0.5));
     }
     for (let column = 0; top && column < columns; column++) {
       pen.save(), pen.translate(left + wide * (column + 0.5), top - 4), pen.rotate(-Math.PI / 2);
@@ -70,8 +66,8 @@ function matrix(canvas, output, { rows, columns, value, tell, rowNames, columnNa
     output.textContent = tell(...cell);
   };
   const under = (event) => {
-    const box = canvas.getBoundingClientRect();
-    return [Math.floor((event.clientY - box.top - top) / high), Math.floor((event.clientX - box.left - left) / wide)];
+    const box = canvas.getBoundingClientRect(), drawn = (left + wide * columns) / box.width; // a narrow page shrinks it
+    return [Math.floor(((event.clientY - box.top) * drawn - top) / high), Math.floor(((event.clientX - box.left) * drawn - left) / wide)];
   };
   canvas.addEventListener("mousemove", (event) => say(...under(event)));
   canvas.addEventListener("click", (event) => {
@@ -187,7 +183,7 @@ function layers() {
       "A guess is the model's own final norm and output head, run on the vector at that place (the logit lens). After the last layer it equals the model's answer.";
   if (!kept.length) return () => {};
   matrix(byId("lens"), byId("lens-out"), {
-    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => stage(kept[row][0]),
+    rows: kept.length, columns: W, height: Math.max(6, Math.min(20, 300 / kept.length)), rowNames: (row) => (kept[row][0] ? `layer ${kept[row][0]}` : "before"),
     columnNames: (column) => shown(ids[column + 1]), value: (row, column) => kept[row][1].next[column],
     label: "Probability of the token that came next, a row for each layer and a column for each position", marked: { column: () => at, choose: (_, column) => column },
     tell: (row, column) => `${stage(kept[row][0])}, “${shown(ids[column + 1])}” has ${percent(kept[row][1].next[column])}`,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +44,15 @@ class Vocabulary:
     def _text(self, token: int) -> str:
         if self._codec is None:
             return str(token)
-        pieces = self._codec.pieces()
-        text = pieces[token] if token < len(pieces) else ""
-        return (" " if self._codec.loses_space(token) else "") + text or f"[{token}]"
+        text = self._codec.written(token).decode("utf-8", "backslashreplace")  # part of a character is \xe2
+        return visible(text) or f"[{token}]"
+
+
+def visible(text: str) -> str:
+    """A token's text with signs for what does not show: control characters, and spaces at its ends."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥")
+    text = "".join(f"U+{ord(one):04X}" if unicodedata.category(one)[0] == "C" else one for one in text)
+    return text if text == text.strip() else text.replace(" ", "␣")
 
 
 def panels(
@@ -79,7 +86,7 @@ def panels(
         },
         "text": {
             "ids": words.places(ids[seen.first :]), "first": seen.first, "prompt": text.prompt_tokens,
-            "ended": text.ended, "surprise": bits.astype(np.float32),
+            "ended": text.ended, "surprise": bits.astype(np.float32), "at": max(0, text.prompt_tokens - 1 - seen.first),
         },
         "embedding": _embedding(seen),
         "attention": _attention(seen),

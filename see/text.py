@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pastkey.errors import InputError
 from pastkey.export.measure.metrics import softmax
 from pastkey.runtime import LanguageModel, SamplingConfig, SamplingOptions
 from pastkey.runtime.sampling.sampler import Sampler
 
+MOST_TOKENS = 2048  # of a text: a head's weights are as many numbers as tokens squared
 EXAMPLE = SamplingOptions(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, seed=0)  # shown for a greedy text
 
 
@@ -36,8 +38,13 @@ class Stages:
 
 
 def continued(lm: LanguageModel, prompt: str | Sequence[int], max_new_tokens: int, sampling: SamplingOptions) -> Text:
-    """Continues a prompt by at least one token. Raises InputError as `generate` does."""
+    """Continues a prompt by at least one token. Raises InputError as `generate` does, and for more than MOST_TOKENS."""
     ids = lm.prompt_ids(prompt)
+    if min(len(ids) + max_new_tokens, lm.manifest.context_length) > MOST_TOKENS:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and {max_new_tokens} may follow; see looks inside {MOST_TOKENS} at "
+            "most: shorten the prompt, or give a smaller --max-new-tokens"
+        )
     completion = lm.generate(ids, max_new_tokens=max_new_tokens, **sampling)
     whole = [*ids, *completion.ids]
     ended = completion.finish_reason == "stop"

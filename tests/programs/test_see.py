@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.environments import install_chromium, node_environment
+from pastkey.__main__ import main
 
 from .devtools import Page, opened
 
@@ -17,8 +19,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 FLAGS = {
     "llama": ["--prompt", "Tom had 2 red", "--temperature", "0.8", "--seed", "1"],
-    "llama-standard-fp32": ["--prompt", "Tom had 2 red", "--last", "6", "--max-new-tokens", "4"],
-    "gpt2": ["--prompt", "Zoë had 37"],
+    "gpt2": ["--prompt", "Zoë had 37", "--last", "6", "--max-new-tokens", "4"],
 }
 
 
@@ -39,15 +40,15 @@ def axe() -> str:
     return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def page_of(
-    bundles: Callable[[str], Path], command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> Callable[[str], Path]:
+@pytest.fixture(scope="module")
+def page_of(bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("pages")
+
+    @functools.cache
     def page(name: str) -> Path:
-        file = tmp_path / f"{name}.html"
+        file = folder / f"{name}.html"
         more = ["--reference", bundles("llama-fp32")] if name == "llama" else []
-        status, _, err = command("see", bundles(name), *FLAGS[name], *more, "--out", file)
-        assert status == 0, err
+        assert main(["see", *map(str, [bundles(name), *FLAGS[name], *more, "--out", file])]) == 0
         assert file.stat().st_size < 2_000_000
         return file
 
@@ -72,6 +73,8 @@ def test_the_page_is_drawn_without_a_request_or_a_message(
         assert browser.run("document.querySelectorAll('#chips .chip').length") == (
             7 if "--last" in FLAGS[name] else browser.run("ids.length")
         )
+        if (scheme, width) in {("light", 390), ("dark", 1100)}:
+            continue  # the rules of axe are of colours or of widths
         browser.run(axe)
         faults = browser.run("axe.run().then(found => found.violations.map(one => one.id + ': ' + one.nodes[0].html))")
         assert faults == []

@@ -55,7 +55,7 @@ def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Pa
     assert command("see", *asked)[0] == 0
     assert (tmp_path / "next.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = command("see", *asked, "--position", "9")
-    assert (status, err) == (2, "pastkey see: --position 9 is none of the tokens that are shown\n")
+    assert (status, err) == (2, "pastkey see: --position 9 is none of the tokens that are shown, 1 to 5\n")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Pa
         (["--layers", "2"], "there is no layer 2: this decoder has 1, from 1 on"),
         (["--layers", "0"], "argument --layers: '0' is not a list of numbers from 1, such as 1,2,3"),
         (["--heads", "x"], "argument --heads: 'x' is not a list of token ids such as 1,2,3"),
+        (["--last", "513"], "--last is 513, and a page shows 512 tokens at most"),
+        (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
         (["--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
     ],
@@ -74,7 +76,7 @@ def test_a_mistake_is_one_sentence_and_no_file(
     page = tmp_path / "page.html"
     status, _, err = command("see", classic / "bundle", "--prompt", "what is statquest", "--out", page, *flags)
     assert status == 2
-    assert err.startswith(f"pastkey see: {sentence}")
+    assert err.replace(str(classic / "bundle"), "BUNDLE").startswith(f"pastkey see: {sentence}")
     assert err.count("\n") == 1
     assert not page.exists()
 

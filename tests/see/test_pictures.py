@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.image import imread
 
 import pastkey
 from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError
 from pastkey.see.cli import PICTURES
 from pastkey.see.inspection import inspect
 from pastkey.see.panels import panels
@@ -18,19 +20,43 @@ from pastkey.see.pictures import picture
 from pastkey.see.text import EXAMPLE, continued, stages
 
 
-@pytest.mark.parametrize("name", ["llama", "plain"])
-def test_every_panel_can_be_drawn(bundle_of: Callable[..., Bundle], name: str) -> None:
-    bundle = bundle_of(name)
+def panels_of(bundle: Bundle, *, reference: bool = False) -> dict[str, Any]:
     with pastkey.load(bundle.path, "cpu") as lm:
         text = continued(lm, [3, 1, 4, 1, 5], 3, {})
     seen = inspect(bundle, text.ids, text.following, shown=5)
     steps = list(stages(text, seen.first, seen.logits, EXAMPLE, 5))
-    found = panels(bundle, None, text, seen, EXAMPLE, steps, ("other", seen.logits))
-    drawn = {panel: picture(found, panel, 2) for panel in PICTURES}
+    return panels(bundle, None, text, seen, EXAMPLE, steps, ("other", seen.logits) if reference else None)
+
+
+@pytest.mark.parametrize("name", ["llama", "plain"])
+def test_every_panel_can_be_drawn(bundle_of: Callable[..., Bundle], name: str) -> None:
+    found = panels_of(bundle_of(name), reference=True)
+    found["text"]["at"] = 2
+    drawn = {panel: picture(found, panel) for panel in PICTURES}
     assert len(set(drawn.values())) == len(PICTURES)
     for content in drawn.values():
         pixels = imread(io.BytesIO(content))
         assert pixels.shape[1] > 200
         assert np.ptp(pixels[..., :3]) > 0.5
         assert len(content) < 150_000
-    assert picture(found, "next", 2) != picture(found, "next", 1)
+    found["text"]["at"] = 1
+    assert {panel for panel in PICTURES if picture(found, panel) != drawn[panel]} == {"next", "sampler"}
+
+
+def test_a_picture_of_nothing_or_of_too_much_is_refused(bundle_of: Callable[..., Bundle]) -> None:
+    found = panels_of(bundle_of("llama"))
+    with pytest.raises(InputError, match="there is no panel reference: no --reference is given"):
+        picture(found, "reference")
+    found["embedding"], found["layers"]["at"] = None, [None, None]
+    for name in ("embedding", "layers"):
+        with pytest.raises(InputError, match=f"there is no panel {name}: this decoder has no single vector"):
+            picture(found, name)
+    found["attention"]["heads"] = [*range(40)]
+    with pytest.raises(InputError, match="2 layers and 40 heads over 5 tokens is too large"):
+        picture(found, "attention")
+
+
+def test_letters_that_the_font_lacks_are_their_codes(bundle_of: Callable[..., Bundle]) -> None:
+    found = panels_of(bundle_of("llama"))
+    found["vocabulary"] = ["$x$ 犬"] * len(found["vocabulary"])
+    assert picture(found, "tokens")  # and no warning

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import pastkey
+from pastkey.errors import InputError
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 from pastkey.see.text import EXAMPLE, Text, continued, stages
@@ -20,6 +22,16 @@ def test_a_text_ends_with_its_end_token_or_with_the_last_that_was_asked_for(clas
         assert text == Text([*lm.prompt_ids("what is statquest"), *completion.ids], completion.prompt_tokens, end, True)
         short = continued(lm, "what is statquest", 1, {})
         assert short == Text(lm.prompt_ids("what is statquest"), 4, completion.ids[0], False)
+
+
+def test_a_text_of_more_tokens_than_fit_is_refused_before_it_is_computed(
+    classic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pastkey.see.text.MOST_TOKENS", 12)
+    with pastkey.load(classic / "bundle", "cpu") as lm:
+        monkeypatch.setattr(type(lm), "generate", None)
+        with pytest.raises(InputError, match="the prompt has 4 tokens and 9 may follow; see looks inside 12 at most"):
+            continued(lm, "what is statquest", 9, {})
 
 
 def test_stages_are_those_of_the_sampler_and_contain_its_draw() -> None:
