@@ -29,9 +29,8 @@ TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 # INPUT_IDS. The graph's metadata holds under this name their place in the weights file.
 EMBEDDING_ROWS: Final = "embedding_rows"
 
-# Of the graph that takes LoRA adapters. Its metadata holds under ADAPTED, as JSON, the projections of each pair of A and
-# B: module, weight, N. Under CHANGES_PREFIX and a weight are the changes of its channels, and under CHANNELS_PREFIX
-# their numbers.
+# Metadata of the graph that takes LoRA adapters: the projections of each pair of A and B, as JSON (module, weight, N);
+# under CHANGES_PREFIX and a weight the changes of its channels, and under CHANNELS_PREFIX their numbers.
 ADAPTED: Final = "adapted"
 CHANGES_PREFIX: Final = "changes."
 CHANNELS_PREFIX: Final = "channels."

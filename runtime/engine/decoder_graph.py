@@ -82,6 +82,7 @@ class DecoderGraph:
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
         adapter: The LoRA adapter, or None.
+        unloaded: Whether that was unloaded. Caches over this graph are not stored then.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class DecoderGraph:
         self._stores_scores = not self.fused or old
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
         self.adapter: Adapter | None = None
+        self.unloaded = False
 
     def adapted(self, adapter: Adapter) -> DecoderGraph:
         """The same open graph with an adapter. Its caches are of this adapter alone."""

@@ -89,7 +89,7 @@ def read_adapter(folder: Path, session: Any, bundle: Path) -> Adapter:
     for number, pair in enumerate(pairs):
         columns = shapes[names.lora_a(number)][0]
         found = [(placed.get(module), weight, rows) for module, weight, rows in pair]
-        arrays |= zip((names.lora_a(number), names.lora_b(number)), _joined(found, columns, metadata, folder))
+        arrays[names.lora_a(number)], arrays[names.lora_b(number)] = _joined(found, columns, metadata, folder)
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())

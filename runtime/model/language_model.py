@@ -30,6 +30,7 @@ from ..engine.engine import Engine
 from ..engine.golden import require_golden
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
+from .adapters import Adapters
 from .chat.calls import ChatCalls
 from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
@@ -64,6 +65,7 @@ class LanguageModel(ChatCalls):
         manifest: The bundle's manifest.
         tokenizer: Its tokenizer, or None for a bundle without one.
         max_batch: The largest number of requests that are decoded in one step.
+        adapters: Its LoRA adapters.
         scheduler: Runs the steps.
         memory: The memory of the caches, and its limit.
         parts: The parts above, which sessions, chat and scores share.
@@ -80,6 +82,7 @@ class LanguageModel(ChatCalls):
         max_batch: int = MAX_ROWS,
         max_queue: int | None = None,
         draft: DraftModel | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
@@ -97,13 +100,16 @@ class LanguageModel(ChatCalls):
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
         stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)
         self.draft, self.max_batch = draft, max_batch
-        self.scheduler = Scheduler(graph, stores[-1], max_batch, max_queue)
+        self.scheduler = Scheduler(stores[-1], max_batch, max_queue)
         self.memory = CacheMemory(graph, stores, max_memory)
         self.parts = ModelParts(
             self.bundle, self.tokenizer, self.vocabulary, engine, self.scheduler, self.memory, self.draft
         )
         if draft is not None:
             draft.require_fit(self.parts)
+        self.adapters = Adapters(self.parts, placement)
+        for name, folder in (adapters or {}).items():
+            self.load_adapter(name, folder)
         self._executors: dict[int, ThreadPoolExecutor] = {}  # process id -> its threads
         _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
 
@@ -136,6 +142,7 @@ class LanguageModel(ChatCalls):
         try:
             self.scheduler.close()
         finally:
+            self.adapters.close()
             if self.draft is not None:
                 self.draft.close()
             self._executors = {}  # the threads end with the last stream that holds them
@@ -146,7 +153,7 @@ class LanguageModel(ChatCalls):
         """Another process loads the bundle by its path."""
         if self._temporary is not None:
             raise InputError("a model that was unpacked cannot be given to another process: load it there")
-        return _load_again, (self.bundle.path, self._settings)
+        return _load_again, (self.bundle.path, {**self._settings, "adapters": self.adapters.folders()})
 
     def require_open(self) -> Engine:
         """An engine over the graph, for its properties. Raises InputError if the model is closed."""
@@ -162,27 +169,54 @@ class LanguageModel(ChatCalls):
         """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
-    def session(self) -> Session:
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads a LoRA adapter, which calls then name: `generate(prompt, adapter=name)`. Others may run meanwhile.
+
+        The first adapter opens a further graph over the bundle's weights: docs/adapters.md has its memory.
+
+        Args:
+            name: The name for it. Requests of one name are decoded in one batch.
+            folder: A folder that peft saved: adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            InputError: The name is taken; the bundle was exported without `--adapters`; the adapter is of another
+                model or does more than LoRA on projections; or the model is closed.
+            MissingFileError: There is no such folder, or a file is missing.
+            IntegrityError: A file is damaged.
+        """
+        self.adapters.load(name, as_path(folder, "folder", "the path of a folder that peft saved"))
+
+    def unload_adapter(self, name: str) -> None:
+        """Unloads an adapter. Running requests and sessions keep it to their end.
+
+        Raises InputError if there is none of this name.
+        """
+        self.adapters.unload(name)
+
+    def session(self, adapter: str | None = None) -> Session:
         """Begins a session: a sequence with its own KV cache. Each appended or generated token is computed once.
 
-        Raises InputError if the model is closed.
-        """
-        return Session(self.parts)
+        `adapter`: the name of a loaded LoRA adapter, for all of the session.
 
-    def load_session(self, path: str | Path) -> Session:
-        """Reads a session that `Session.save` wrote.
+        Raises InputError if the model is closed, or has no such adapter.
+        """
+        return Session(self.parts.adapted(adapter))
+
+    def load_session(self, path: str | Path, adapter: str | None = None) -> Session:
+        """Reads a session that `Session.save` wrote. `adapter`: the name of the adapter that it was saved with.
 
         Raises:
             MissingFileError: There is no such file.
-            IntegrityError: It was truncated or altered, or saved by another bundle.
-            InputError: The model is closed.
+            IntegrityError: It was truncated or altered, or saved by another bundle or with another adapter.
+            InputError: The model is closed, or has no such adapter.
         """
         from .session_file import read_session
 
-        engine = self.parts.new_engine()
+        parts = self.parts.adapted(adapter)
+        engine = parts.new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
-        return Session(self.parts, ids, engine)
+        return Session(parts, ids, engine)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -368,11 +402,14 @@ class LanguageModel(ChatCalls):
             self.bundle, self.tokenizer, source, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
 
-    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, ids: Sequence[int] | npt.NDArray[np.integer], adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """The logits of every position of a sequence, computed from an empty cache.
 
         Args:
             ids: Token ids (T,), at least one.
+            adapter: The name of a loaded LoRA adapter.
 
         Returns:
             Logits (T, V). Row t predicts the token after `ids[t]`.
@@ -381,9 +418,9 @@ class LanguageModel(ChatCalls):
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return np.concatenate(list(logits_by_chunk(self.parts, ids)))
+        return np.concatenate(list(logits_by_chunk(self.parts.adapted(adapter), ids)))
 
-    def score(self, text: str | Sequence[int]) -> Score:
+    def score(self, text: str | Sequence[int], adapter: str | None = None) -> Score:
         """The log-probability of each token of a text, and their sum.
 
         The text is computed like a prompt. In int8 and int4 `generate(logprobs=)` differs by hundredths of a nat: see
@@ -391,12 +428,13 @@ class LanguageModel(ChatCalls):
 
         Args:
             text: A text, which the tokenizer encodes with its BOS token; or token ids (T,), at least one.
+            adapter: The name of a loaded LoRA adapter.
 
         Raises:
             InputError: It is empty, or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return score(self.parts, self.prompt_ids(text))
+        return score(self.parts.adapted(adapter), self.prompt_ids(text))
 
     def embed(
         self,

@@ -12,7 +12,7 @@ of the block's precision. Three transformations preserve every MatMul's result a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
