@@ -84,12 +84,12 @@ def read_adapter(folder: Path, session: Any, bundle: Path) -> Adapter:
         metadata = session.get_modelmeta().custom_metadata_map
         pairs = json.loads(metadata[names.ADAPTED])
         shapes = {value.name: value.shape for value in session.get_inputs()}
-    placed = _placed(folder, matrices, [module for pair in pairs for module, _, _ in pair if module], bundle)
-    arrays: dict[str, Matrix] = {}
-    for number, pair in enumerate(pairs):
-        columns = shapes[names.lora_a(number)][0]
-        found = [(placed.get(module), weight, rows) for module, weight, rows in pair]
-        arrays[names.lora_a(number)], arrays[names.lora_b(number)] = _joined(found, columns, metadata, folder)
+        placed = _placed(folder, matrices, [module for pair in pairs for module, _, _ in pair if module], bundle)
+        arrays: dict[str, Matrix] = {}
+        for number, pair in enumerate(pairs):
+            columns = shapes[names.lora_a(number)][0]
+            found = [(placed.get(module), weight, rows) for module, weight, rows in pair]
+            arrays[names.lora_a(number)], arrays[names.lora_b(number)] = _joined(found, columns, metadata, folder)
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         digest.update((folder / name).read_bytes())
