@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import pickle
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pastkey
-from pastkey.errors import InputError, IntegrityError
-from pastkey.runtime import LanguageModel, load
+from pastkey.errors import InputError, IntegrityError, OptionError
+from pastkey.runtime import Generator, LanguageModel, load
 from pastkey.runtime.decoding.batching.scheduler import Scheduler
 from pastkey.runtime.engine.caches.slab import Slab
 
@@ -78,16 +77,11 @@ def test_requests_of_one_adapter_are_batched_and_all_get_on(
     streams = [
         lm.stream(PROMPT, max_new_tokens=COUNT, adapter=name, prompt_lookup=False) for name in NAMES for _ in range(3)
     ]
-    found: dict[int, list[int]] = {}
-
-    def read(place: int) -> None:
-        found[place] = [token for chunk in streams[place] for token in chunk.ids]
-
-    threads = [threading.Thread(target=read, args=(place,)) for place in range(len(streams))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    found: dict[int, list[int]] = {place: [] for place in range(len(streams))}
+    for _ in range(COUNT + 1):  # one thread reads all in turn
+        for place, stream in enumerate(streams):
+            chunk = next(stream, None)
+            found[place] += [] if chunk is None else chunk.ids
     assert found == {place: expected[NAMES[place // 3]] for place in range(len(streams))}
     assert all(len(graphs) == 1 for graphs in batches)
     if lm.manifest.graph == "fused":
@@ -143,7 +137,7 @@ def test_a_session_keeps_its_adapter_and_so_does_its_file(
     for name in ("two", None):
         with pytest.raises(IntegrityError, match="was saved with an adapter, and not with the one that"):
             lm.load_session(tmp_path / "one.npz", name)
-    with pytest.raises(pastkey.OptionError, match="has no option 'adapter'"):
+    with pytest.raises(OptionError, match="has no option 'adapter'"):
         session.generate(adapter="two")  # type: ignore[call-arg]
 
 
@@ -184,11 +178,35 @@ def test_another_process_loads_the_same_adapters(lm: LanguageModel, expected: di
     assert copied.generate(PROMPT, max_new_tokens=COUNT, adapter="two").ids == expected["two"]
 
 
+def test_the_command_takes_a_folder(
+    command: Callable[..., tuple[int, str, str]], folder: Path, expected: dict[str | None, list[int]]
+) -> None:
+    arguments = ["--prompt-ids", ",".join(map(str, PROMPT)), "--max-new-tokens", COUNT, "--json"]
+    for name in ADAPTED:
+        status, out, err = command("run", folder / "bundle", "--adapter", folder / name, *arguments)
+        assert (status, json.loads(out)["ids"], err) == (0, expected[name], "")
+
+
+def test_each_row_of_a_batch_names_its_adapter(folder: Path, lm: LanguageModel) -> None:
+    adapters = {name: folder / name for name in ADAPTED}
+    generator = Generator(folder / "bundle", adapters=adapters, max_new_tokens=COUNT, logprobs=0)
+    rows = generator({"prompt": [PROMPT] * 6, "adapter": ["one", None, "two", "one", "three", "two"]})
+    assert [bool(error) for error in rows["error"]] == [False, False, False, False, True, False]
+    for row, name in enumerate(["one", None, "two", "one"]):
+        expected = lm.generate(PROMPT, max_new_tokens=COUNT, adapter=name, logprobs=0)
+        found = [token["logprob"] for token in json.loads(rows["logprobs"][row])]
+        assert found == pytest.approx([token.logprob for token in expected.logprobs], abs=1e-4)
+    generator.close()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda lm, folder: lm.load_adapter("one", folder / "one"), "an adapter 'one' is loaded already"),
-        (lambda lm, folder: lm.load_adapter("", folder / "one"), "adapter is ''; the name of a loaded adapter"),
+        (
+            lambda lm, folder: lm.load_adapter("", folder / "one"),
+            "adapter is ''; it must be the name of a loaded adapter",
+        ),
         (lambda lm, folder: lm.unload_adapter("three"), "there is no adapter 'three'"),
         (lambda lm, folder: lm.session("three"), "there is no adapter 'three'"),
         (lambda lm, folder: lm.generate(PROMPT, adapter=3), "adapter is 3"),
