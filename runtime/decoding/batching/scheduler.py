@@ -5,10 +5,9 @@
 2. The first step of a request calls `Generation.begin`, which gets a KV cache that may hold a prefix of the prompt.
 3. Prefill: each step runs one chunk of one prompt, a small one (PREFILL_BESIDE) while other requests decode.
 4. Decode: each step also runs one batch with a token of each request that can share it. Their caches move into a Slab.
-   Requests of one graph share a batch: with adapters, each has its own, and the one with the request that has waited
-   longest is next.
    A batch decodes up to AHEAD tokens more than were read, so that threads which return one after another, or one
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
+   Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
    it cannot share a run: standard or static graph, another device than the CPU, int8 KV cache. Such requests take
    turns, one step each.
