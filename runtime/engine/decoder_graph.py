@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -81,8 +80,7 @@ class DecoderGraph:
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
-        adapter: The LoRA adapter, or None.
-        unloaded: Whether that was unloaded. Caches over this graph are not stored then.
+        adapter: The LoRA adapter, or None. Once it is `unloaded`, no cache over this graph is stored.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class DecoderGraph:
         Args:
             bundle: An opened bundle.
             graph: "last_logits" returns the logits of the last positions, as generation needs; "all_logits" those of
-                every position; "adapters" is as the first, for `adapted`.
+                every position; "adapters" is as the first, with LoRA matrices as inputs.
             providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
                 or in a pair with its options; None for the provider that the bundle was exported for.
             threads: Threads within an operator; None for the physical cores that this process may use.
@@ -134,8 +132,7 @@ class DecoderGraph:
         path = bundle.last_logits_graph if own else bundle.all_logits_graph
         if self.native is not None and bundle.native_graph is not None:
             path = bundle.native_graph  # of every position as well
-        if graph == "adapters":
-            assert bundle.adapter_graph is not None
+        if graph == "adapters" and bundle.adapter_graph is not None:
             path = bundle.adapter_graph
         open_graph = functools.partial(
             open_session,
@@ -176,12 +173,6 @@ class DecoderGraph:
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
         self.adapter: Adapter | None = None
         self.unloaded = False
-
-    def adapted(self, adapter: Adapter) -> DecoderGraph:
-        """The same open graph with an adapter. Its caches are of this adapter alone."""
-        made = copy.copy(self)
-        made.onnx, made.adapter = self.onnx.with_constants(adapter.inputs), adapter
-        return made
 
     def new_cache(self) -> CachePair | StaticGraphs:
         """An empty cache over this graph."""

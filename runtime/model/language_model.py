@@ -30,7 +30,7 @@ from ..engine.engine import Engine
 from ..engine.golden import require_golden
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
-from .adapters import Adapters
+from .adapters import AdapterCalls, Adapters
 from .chat.calls import ChatCalls
 from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pastkey")
 
 
-class LanguageModel(ChatCalls):
+class LanguageModel(ChatCalls, AdapterCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
     Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
@@ -107,9 +107,7 @@ class LanguageModel(ChatCalls):
         )
         if draft is not None:
             draft.require_fit(self.parts)
-        self.adapters = Adapters(self.parts, placement)
-        for name, folder in (adapters or {}).items():
-            self.load_adapter(name, folder)
+        self.adapters = Adapters(self.parts, placement, adapters or {})
         self._executors: dict[int, ThreadPoolExecutor] = {}  # process id -> its threads
         _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
 
@@ -169,36 +167,10 @@ class LanguageModel(ChatCalls):
         """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
-    def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Loads a LoRA adapter, which calls then name: `generate(prompt, adapter=name)`. Others may run meanwhile.
-
-        The first adapter opens a further graph over the bundle's weights: docs/adapters.md has its memory.
-
-        Args:
-            name: The name for it. Requests of one name are decoded in one batch.
-            folder: A folder that peft saved: adapter_config.json and adapter_model.safetensors.
-
-        Raises:
-            InputError: The name is taken; the bundle was exported without `--adapters`; the adapter is of another
-                model or does more than LoRA on projections; or the model is closed.
-            MissingFileError: There is no such folder, or a file is missing.
-            IntegrityError: A file is damaged.
-        """
-        self.adapters.load(name, as_path(folder, "folder", "the path of a folder that peft saved"))
-
-    def unload_adapter(self, name: str) -> None:
-        """Unloads an adapter. Running requests and sessions keep it to their end.
-
-        Raises InputError if there is none of this name.
-        """
-        self.adapters.unload(name)
-
     def session(self, adapter: str | None = None) -> Session:
         """Begins a session: a sequence with its own KV cache. Each appended or generated token is computed once.
 
-        `adapter`: the name of a loaded LoRA adapter, for all of the session.
-
-        Raises InputError if the model is closed, or has no such adapter.
+        `adapter`: the name of a LoRA adapter for it. Raises InputError if the model is closed or has no such adapter.
         """
         return Session(self.parts.adapted(adapter))
 
@@ -212,8 +184,7 @@ class LanguageModel(ChatCalls):
         """
         from .session_file import read_session
 
-        parts = self.parts.adapted(adapter)
-        engine = parts.new_engine()
+        engine = (parts := self.parts.adapted(adapter)).new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
         return Session(parts, ids, engine)
