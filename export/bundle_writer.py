@@ -35,6 +35,7 @@ from .measure.metrics import Ids
 from .measure.predictors import IN_PLACE
 from .measure.verify import Verification, verify
 from .progress import Progress
+from .quantize.adapters import take_adaptable, write_adapter_graph
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -99,7 +100,10 @@ class BundleWriter:
             operators=count_operators(model),
         )
         shard_size = self.config.shard_bytes if precision == self.config.precision else None
+        adaptable = take_adaptable(model)
         weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size, self.progress.advance)
+        if self.config.adapters and precision == self.config.precision:
+            write_adapter_graph(model, adaptable, folder / names.ADAPTER_GRAPH)
         return Bundle(folder, manifest), weight_bytes
 
     def verify(self, bundle: Bundle) -> Verification:

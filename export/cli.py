@@ -73,6 +73,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also output the last hidden states, for text embeddings: lm.embed in Python",
     )
+    add("--adapters", action="store_true", help="also write a graph that takes LoRA adapters: --adapter of run")
     add(
         "--chunk",
         type=positive_int,

@@ -50,6 +50,7 @@ class ExportOptions(TypedDict, total=False):
     - `format` ("onnx"): "ort" also writes pastkey's own graph in onnxruntime's ORT format.
     - `generate` (False): Also writes a whole generation as one graph, for programs in any language.
     - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
+    - `adapters` (False): Also writes a graph that takes LoRA adapters, for `LanguageModel.load_adapter`.
     - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a
       list of characters or words as .json, a "file.py:factory" of one of these, of a tokenizers.Tokenizer or a
       tiktoken Encoding, or for a llama2.c model the tokenizer of its own format.
@@ -86,6 +87,7 @@ class ExportOptions(TypedDict, total=False):
     format: str
     generate: bool
     hidden_states: bool
+    adapters: bool
     tokenizer: str | Path | None
     context_length: int | None
     force: bool
@@ -121,6 +123,7 @@ class ExportConfig:
     format: str = "onnx"
     generate: bool = False
     hidden_states: bool = False
+    adapters: bool = False
     tokenizer: str | Path | None = None
     context_length: int | None = None
     force: bool = False
@@ -173,6 +176,11 @@ class ExportConfig:
             self._check_float(self.precision)
         self._check_static()
         self._check_generate()
+        if self.adapters and (self.target != "cpu" or self.static or self.precision == "fp16"):
+            raise InputError(
+                "--adapters is for the target cpu, a graph whose sizes change, and --precision fp32, int8 or int4: "
+                "leave it out, or change the others"
+            )
 
     def _check_float(self, precision: str) -> None:
         for given, sentence in (

@@ -45,7 +45,7 @@ _NO_STEP = (
 )  # fmt: skip
 _FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
 # Options, some of which name files, that the float32 graph and its proof do not depend on once its form is known.
-_NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos")
+_NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos", "adapters")
 
 Identity = dict[str, Any]
 

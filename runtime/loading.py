@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -36,6 +36,7 @@ class _Further(TypedDict, total=False):
     max_batch: int | None
     max_queue: int | None
     draft: str | Path | bytes | Traversable | LanguageModel | None
+    adapters: Mapping[str, str | Path] | None
 
 
 class _Settings(_Further, total=False):
@@ -93,6 +94,7 @@ def load(
     max_batch: int | None = MAX_ROWS,
     max_queue: int | None = None,
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     trust: bool = True,
     limits: Limits | None = None,
 ) -> LanguageModel | SandboxedModel:
@@ -129,6 +131,7 @@ def load(
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
             this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.
+        adapters: LoRA adapters to load: name -> folder, as for `LanguageModel.load_adapter`.
         trust: False opens an untrusted bundle in a child process with limits of memory, time and file access, on the
             CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md has the details.
         limits: With `trust=False`, the limits of memory and time.
@@ -154,9 +157,9 @@ def load(
     }
     require(trust is not None, "trust", trust, "True or False")
     sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, "max_queue": max_queue}
-    require_valid({**placement, **sizes, "verify": verify, "trust": trust})
+    require_valid({**placement, **sizes, "verify": verify, "trust": trust, "adapters": adapters})
     if trust is not True or limits is not None:
-        _require_untrusted(trust, providers, draft)
+        _require_untrusted(trust, providers, draft, adapters)
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
@@ -199,6 +202,7 @@ def load(
             max_batch=max_batch,
             max_queue=max_queue,
             draft=drafts,
+            adapters=adapters,
             temporary=temporary,
             **placement,
         )
@@ -242,7 +246,9 @@ async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> Lang
     return await asyncio.to_thread(lambda: load(path, **settings))
 
 
-def _require_untrusted(trust: bool, providers: Choice | Sequence[Choice] | None, draft: object) -> None:
+def _require_untrusted(
+    trust: bool, providers: Choice | Sequence[Choice] | None, draft: object, adapters: object
+) -> None:
     """Raises InputError for arguments that an untrusted bundle does not support."""
     if trust:
         raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
@@ -250,3 +256,5 @@ def _require_untrusted(trust: bool, providers: Choice | Sequence[Choice] | None,
         raise InputError(f"providers is {shown(providers)}; an untrusted bundle runs on the CPU alone: leave it out")
     if draft is not None:
         raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")
+    if adapters:
+        raise InputError("adapters are for a bundle that is trusted: leave adapters (--adapter) out")

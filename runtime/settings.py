@@ -70,8 +70,8 @@ class SamplingOptions(TypedDict, total=False):
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
 
 
-class ChatOptions(SamplingOptions, total=False):
-    """The options of `Chat.ask` and `Chat.stream`. The defaults are SamplingConfig's and the constants above."""
+class TextOptions(SamplingOptions, total=False):
+    """The options of every text. The defaults are SamplingConfig's and the constants above."""
 
     max_new_tokens: int | None
     stop: str | Sequence[str] | None
@@ -89,6 +89,12 @@ class ChatOptions(SamplingOptions, total=False):
     regex: str | None
     choices: Sequence[str] | None
     grammar: str | None
+
+
+class ChatOptions(TextOptions, total=False):
+    """The options of `Chat.ask` and `Chat.stream`."""
+
+    adapter: str | None
 
 
 class GenerateOptions(ChatOptions, total=False):
@@ -144,6 +150,7 @@ class GenerateOptions(ChatOptions, total=False):
     - `prompt_lookup` (bool, True): Drafts tokens where the text repeats itself, and checks them in one step. In int8 a
       near tie may resolve differently.
     - `draft` (bool, as loaded): Uses the model's draft model if that is faster.
+    - `adapter` (str, None): The name of a loaded LoRA adapter, which the text is computed with: docs/adapters.md.
     - `keep_special_tokens` (bool, False): The text shows special tokens up to the EOS token.
     - `json_schema` (JSON schema or Pydantic model, None): The text is JSON that validates. At most one of these four.
     - `regex` (str, None): The text matches this expression.
@@ -166,7 +173,7 @@ class PlacementOptions(TypedDict, total=False):
     native: bool | None
 
 
-class SessionOptions(ChatOptions, total=False):
+class SessionOptions(TextOptions, total=False):
     """The options of `Session.generate` and `Session.stream`."""
 
     exact: bool | None
@@ -179,6 +186,7 @@ SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 
 # Options of other programs, and their equivalents here.
 _ELSEWHERE = {
+    "adapter_name": "adapter is the option",
     "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
     "guided_json": "json_schema is the option",
     "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
@@ -320,6 +328,10 @@ _VALID: dict[str, tuple[Check, str]] = {
         'a mapping of names to values such as {"enable_cpu_mem_arena": False}',
     ),
     "native": (_is(bool), "True, False or None"),
+    "adapters": (
+        lambda value: isinstance(value, Mapping) and all(map(_is_text, value)),
+        'a mapping of names to folders such as {"sql": "adapters/sql"}',
+    ),
     "verify": (_is(bool), "True, False or None"),
     "trust": _SWITCH,
     "max_memory": _SIZE,
@@ -339,6 +351,7 @@ _VALID: dict[str, tuple[Check, str]] = {
     "logprobs": _COUNT,
     "prompt_logprobs": _SWITCH,
     "prompt_lookup": _SWITCH,
+    "adapter": (_is_text, "the name of a loaded adapter"),
     "draft": (_is(bool), "True or False: the draft model itself is an option of load"),
     "timeout": (lambda value: is_number(value) and value > 0, "a number of seconds above 0"),
     "reuse_prefix": _SWITCH,

@@ -59,6 +59,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--access-log", action="store_true", help="print a line for each request")
     add("--max-memory", metavar="BYTES", type=lambda text: int(float(text)), help="limit of all KV caches (none)")
     add("--draft", metavar="BUNDLE", help="smaller bundle of the same vocabulary that drafts tokens (none)")
+    add(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        dest="adapters",
+        type=key_value,
+        action="append",
+        default=[],
+        help="LoRA adapter, for requests with this model name; may be repeated",
+    )
     add_placement(parser)
 
 
@@ -81,6 +90,7 @@ def settings_of(arguments: argparse.Namespace) -> ServerSettings:
         keys=_keys(arguments.api_key_file),
         insecure=arguments.insecure,
         names=tuple(arguments.alias or [Path(arguments.bundle).resolve().name]),
+        adapters=tuple(name for name, _ in arguments.adapters),
         allow_hosts=tuple(arguments.allow_host),
         allow_origins=tuple(arguments.allow_origin),
         access_log=arguments.access_log,
@@ -138,6 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
         model: LanguageModel = load(
             arguments.bundle,
             draft=arguments.draft,
+            adapters=dict(arguments.adapters),
             max_memory=arguments.max_memory,
             max_batch=settings.max_concurrency,
             max_queue=settings.max_queue,

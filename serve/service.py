@@ -123,9 +123,9 @@ class Service:
         manifest = self.model.manifest
         return f"bundle-{manifest.precision}-{manifest.pastkey_version}"
 
-    def require_model(self, name: str | None) -> str:
-        """The model's name. Raises RequestError for another one."""
-        names = self.settings.names
+    def require_model(self, name: str | None, *, adapters: bool = True) -> str:
+        """The model's name, or an adapter's. Raises RequestError for another one."""
+        names = self.settings.names + (self.settings.adapters if adapters else ())
         if name and name not in names:
             known = " or ".join(repr(one) for one in names)
             raise RequestError(
@@ -136,8 +136,11 @@ class Service:
             )
         return name or names[0]
 
-    async def open(self, make: Callable[[LanguageModel], Job]) -> Running:
-        """Makes a job in a thread, and opens it. Raises what is wrong with it, and QueueFullError."""
+    async def open(self, name: str, make: Callable[[LanguageModel], Job]) -> Running:
+        """Makes a job in a thread, and opens it. `name`: of the model or an adapter.
+
+        Raises what is wrong with the job, and QueueFullError.
+        """
         model = self.model
 
         made: list[AsyncStreamMany] = []
@@ -156,6 +159,8 @@ class Service:
                         code="context_length_exceeded",
                     )
             options = {**job.options, "timeout": self.settings.timeout, "reuse_prefix": True}
+            if name in self.settings.adapters:
+                options["adapter"] = name
             made.append(model.astream_many(job.prompts, job.n, **options))  # type: ignore[arg-type]
             return job
 

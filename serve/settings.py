@@ -21,6 +21,7 @@ class ServerSettings:
         keys: A request has one of these; empty for no key.
         insecure: Allows another address than a loopback one without a key.
         names: The model's names; the first one is told, requests may have any of them.
+        adapters: The names of LoRA adapters. A request with one as its model is answered with it.
         max_concurrency: The number of requests that are decoded together.
         max_queue: The number of requests that wait for one of these places. One more gets the status 429.
         timeout: Seconds from a request's first step; then its text ends. Also of a reader that takes nothing.
@@ -39,6 +40,7 @@ class ServerSettings:
     keys: tuple[str, ...] = field(default=(), repr=False)
     insecure: bool = False
     names: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     max_concurrency: int = 16
     max_queue: int = 256
     timeout: float = 600.0
@@ -52,6 +54,8 @@ class ServerSettings:
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if both := {*self.names} & {*self.adapters}:
+            raise InputError(f"{min(both)!r} names both the model and an adapter: give another --adapter NAME=FOLDER")
         if not self.keys and not self.insecure and not is_loopback(self.host):
             raise InputError(
                 f"--host {self.host} lets other machines ask, and no key is set: add --api-key-file FILE, set the "

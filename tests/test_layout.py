@@ -40,6 +40,7 @@ ELSEWHERE = {
     "export/source/gguf_tensors.py": ("export/source/test_gguf.py", "is how the weights there are read"),
     "export/source/open.py": ("export/source/test_source.py", "is the dispatch to the sources there"),
     "export/source/stored_weights.py": ("export/source/test_pretrained_refused.py", "is what is refused there"),
+    "export/quantize/changes.py": ("export/quantize/test_adapters.py", "is what adapters follow there"),
     "export/upgrade.py": ("kernels/test_bundle.py", "needs the native kernels there"),
     "runtime/providers/cache_form.py": ("kernels/test_bundle.py", "is the form of the caches there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),

@@ -170,6 +170,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/batch.md",
         "docs/embedding.md",
         "docs/text-embeddings.md",
+        "docs/adapters.md",
         "docs/security.md",
         "docs/constrained.md",
     ],

@@ -5,6 +5,7 @@ bundle/  pastkey.json                       this manifest
          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
          onnx/pastkey.onnx                                logits of the last positions, for `generate`
          onnx/pastkey_native.onnx                         the same for pastkey's kernel library
+         onnx/pastkey_adapters.onnx                       the same with LoRA adapters as inputs
          onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
          onnx/*.onnx_data                                 the weights, once
          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
@@ -172,6 +173,11 @@ class Bundle:
     def native_graph(self) -> Path | None:
         """The graph for pastkey's kernel library, or None for a bundle without one."""
         return None if self.manifest.native is None else self.path / names.NATIVE_GRAPH
+
+    @property
+    def adapter_graph(self) -> Path | None:
+        """The graph that takes LoRA adapters, or None for a bundle without one."""
+        return self.path / names.ADAPTER_GRAPH if names.ADAPTER_GRAPH in self.manifest.files else None
 
     @property
     def tokenizer(self) -> Path | None:

@@ -29,6 +29,24 @@ TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 # INPUT_IDS. The graph's metadata holds under this name their place in the weights file.
 EMBEDDING_ROWS: Final = "embedding_rows"
 
+# Metadata of the graph that takes LoRA adapters: the projections of each pair of A and B, as JSON (module, weight, N);
+# under CHANGES_PREFIX and a weight the changes of its channels, and under CHANNELS_PREFIX their numbers.
+ADAPTED: Final = "adapted"
+CHANGES_PREFIX: Final = "changes."
+CHANNELS_PREFIX: Final = "channels."
+LORA_PREFIX: Final = "lora_"
+
+
+def lora_a(number: int) -> str:
+    """Input (K, R) float32: A of one matrix, transposed."""
+    return f"{LORA_PREFIX}A.{number}"
+
+
+def lora_b(number: int) -> str:
+    """Input (R, N) float32: B of one matrix, transposed, times the adapter's scale."""
+    return f"{LORA_PREFIX}B.{number}"
+
+
 # Metadata of a static graph: its inputs whose rows the runtime reads from a file, by token or position.
 TABLES: Final = "tables"
 
@@ -121,6 +139,8 @@ INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
 NATIVE_OPERATORS: Final = 1  # their version
+# pastkey's own graph with the matrices of LoRA adapters as inputs. Optional.
+ADAPTER_GRAPH: Final = "onnx/pastkey_adapters.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.
 ORT_GRAPH: Final = "onnx/pastkey.ort"
 ORT_OPERATORS: Final = "onnx/pastkey.required_operators.config"

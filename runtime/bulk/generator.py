@@ -57,6 +57,11 @@ class _Task:
     chat: Chat | None = None
     error: Exception | None = None
 
+    @property
+    def adapter(self) -> str:
+        """The name of the row's adapter, "" for none."""
+        return (self.options or {}).get("adapter") or ""
+
 
 class Generator:
     """Answers batches of rows. It can be pickled, and loads its model once in each process, at the first batch.
@@ -82,6 +87,7 @@ class Generator:
         threads: int | None = None,
         allow_fallback: bool | None = False,
         session_options: SessionSettings | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         **options: Unpack[ChatOptions],
     ) -> None:
         """Checks the options. The first batch loads the model.
@@ -96,6 +102,7 @@ class Generator:
             threads: As in `load`.
             allow_fallback: As in `load`.
             session_options: As in `load`.
+            adapters: As in `load`. A row's `adapter` names one of them.
             **options: As in `LanguageModel.generate`, for all rows. A column or field with an option's name overrides
                 it. `max_new_tokens` is 64, and 512 for an answer to messages. Each row draws by a seed made of `seed`
                 (0) and its id.
@@ -114,6 +121,7 @@ class Generator:
             "allow_fallback": allow_fallback,
             "session_options": session_options,
             "max_batch": 1 if exact else max_batch,
+            "adapters": None if adapters is None else dict(adapters),
         }
         require_valid({**self._load, "exact": exact})
         self._chats: dict[str, Chat] = {}
@@ -186,9 +194,9 @@ class Generator:
         """Window by window: what is wrong first, then the streams by the beginnings of their prompts."""
         waiting = iter(rows)
         while window := [self._task(model, row) for row in itertools.islice(waiting, WINDOW)]:
-            good = sorted((task for task in window if task.error is None), key=lambda task: task.ids)
+            good = sorted((task for task in window if task.error is None), key=lambda task: (task.adapter, task.ids))
             yield from ((task, task.error) for task in window if task.error is not None)
-            for _, group in itertools.groupby(good, key=lambda task: task.ids[:SHARED_TOKENS]):
+            for _, group in itertools.groupby(good, key=_beginning):
                 yield from self._group(model, list(group))
 
     def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, Stream | Exception]]:
@@ -203,7 +211,9 @@ class Generator:
             ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
             with contextlib.suppress(PastkeyError):  # each row has its own
                 if model.require_open().graph.copies and len(ids) < model.manifest.context_length:
-                    model.generate(ids, max_new_tokens=1, reuse_prefix=True, exact=True)
+                    model.generate(
+                        ids, max_new_tokens=1, reuse_prefix=True, exact=True, adapter=tasks[0].adapter or None
+                    )
         for task in tasks:
             yield task, self._stream(model, task, shares)
 
@@ -254,6 +264,10 @@ class Generator:
             return model.stream(prompt, **options)
         except Exception as error:
             return error
+
+
+def _beginning(task: _Task) -> tuple[str, list[int]]:
+    return task.adapter, task.ids[:SHARED_TOKENS]
 
 
 def _answer(task: _Task, completion: Completion) -> Answer:

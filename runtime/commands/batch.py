@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, add_placement, print_json, say
+from pastkey.errors import InputError
 from pastkey.files.folder import sha256
 
-from .flags import add_bundle, add_generation, generation_of, opening_of
+from .flags import adapters_of, add_adapter, add_bundle, add_generation, generation_of, opening_of
 
 if TYPE_CHECKING:
     from ..bulk.generator import Generator
@@ -33,6 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
     add_generation(parser, None, seed=0)
+    add_adapter(parser)
     add_placement(parser)
     parser.epilog = (
         "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "
@@ -53,12 +55,15 @@ def _run(arguments: argparse.Namespace) -> int:
     refuse_output(out, source)
     given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **opening, **options}
     generator: Generator | SandboxedGenerator
+    adapters = adapters_of(arguments)
     if arguments.untrusted:
+        if adapters:
+            raise InputError("--adapter is for a bundle that is trusted: leave it out, or --untrusted")
         del given["providers"], given["trust"]
         generator = SandboxedGenerator(arguments.bundle, **given)
         digest = generator.digest
     else:
-        generator = Generator(arguments.bundle, **given)
+        generator = Generator(arguments.bundle, adapters=adapters, **given)
         digest = bundle_digest(generator.model.bundle)
     settings: dict[str, Any] = {
         "shard": arguments.shard,
@@ -67,6 +72,8 @@ def _run(arguments: argparse.Namespace) -> int:
         "bundle": digest,
         **json.loads(json.dumps(options)),  # as they come back from the file
     }
+    if adapters:
+        settings["adapter"] = sha256(Path(arguments.adapter_folder) / "adapter_model.safetensors")
     with open_job(source, out, ids, settings, force=arguments.force) as job:
         report = {"out": str(out), **answer_all(job, generator), "bundle": digest}
     if arguments.json:

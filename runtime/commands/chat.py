@@ -10,7 +10,17 @@ from pastkey.command import Command, add_placement, print_json, say
 from pastkey.errors import InputError
 
 from ..settings import CHAT_NEW_TOKENS, ChatOptions
-from .flags import SOURCE, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+from .flags import (
+    SOURCE,
+    adapters_of,
+    add_adapter,
+    add_bundle,
+    add_draft,
+    add_generation,
+    generation_of,
+    opening_of,
+    prompt_of,
+)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
     add_draft(parser)
+    add_adapter(parser)
     add_placement(parser)
     parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object in place of the text")
     parser.epilog = (
@@ -37,7 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from .terminal import converse, print_answer
 
     options = generation_of(arguments)
-    model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
+    opening = opening_of(arguments)
+    model = load(arguments.bundle, draft=arguments.draft_bundle, adapters=adapters_of(arguments), **opening)
     options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     if arguments.prompt is None:

@@ -19,6 +19,7 @@ BUNDLE: Final = "a folder that pastkey export wrote"
 SOURCE: Final = (
     "a bundle; or what is exported once and kept: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
 )
+ADAPTER: Final = "adapter"  # the name of --adapter's
 _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": lambda text: int(float(text)), "seconds": float}
 # The flags of SamplingConfig's fields: type, meaning.
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -139,12 +140,25 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """The flag of a LoRA adapter: `adapter_folder`."""
+    what = "LoRA adapter, a folder that peft saved; the bundle was exported with --adapters (none)"
+    parser.add_argument("--adapter", metavar="FOLDER", dest="adapter_folder", help=what)
+
+
+def adapters_of(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """The adapter as `load` takes it. `generation_of` names it."""
+    return None if arguments.adapter_folder is None else {ADAPTER: arguments.adapter_folder}
+
+
 def generation_of(arguments: argparse.Namespace) -> ChatOptions:
     """What add_generation's flags were set to. Raises InputError for settings out of range."""
     given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name, None)) is not None}
     for name in ("json_schema", "grammar"):
         if name in given:
             given[name] = read_text(Path(given[name]))
+    if getattr(arguments, "adapter_folder", None) is not None:
+        given["adapter"] = ADAPTER
     options = cast(ChatOptions, given)
     SamplingConfig.of(options)  # now, and not after the first question
     return options

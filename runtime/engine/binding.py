@@ -21,6 +21,8 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
         self._keeps = onnx.get_providers()[0] == CPU
         self._fed: dict[str, npt.NDArray[Any]] = {}
         self._results: dict[str, npt.NDArray[np.float32]] = {}
+        for name, value in getattr(onnx, "constants", {}).items():
+            self.bind_ortvalue_input(name, value)
 
     def feed(
         self,

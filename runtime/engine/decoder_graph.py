@@ -27,6 +27,7 @@ from .binding import Binding
 from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
+from .lora import Adapter
 
 # Tokens per run of a prefill. Attention scores and activations grow with it; smaller and larger chunks are slower.
 PREFILL_CHUNK = 256
@@ -46,7 +47,7 @@ HiddenStates = npt.NDArray[np.float32]
 class GraphOptions(PlacementOptions, total=False):
     """The options of DecoderGraph."""
 
-    graph: Literal["last_logits", "all_logits"]
+    graph: Literal["last_logits", "all_logits", "adapters"]
     profile_prefix: Path | None
     int8_kv_from: int | None
 
@@ -79,13 +80,14 @@ class DecoderGraph:
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
+        adapter: The LoRA adapter, or None. Once it is `unloaded`, no cache over this graph is stored.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        graph: Literal["last_logits", "all_logits"] = "last_logits",
+        graph: Literal["last_logits", "all_logits", "adapters"] = "last_logits",
         providers: Choice | Sequence[Choice] | None = None,
         threads: int | None = None,
         allow_fallback: bool = False,
@@ -99,7 +101,7 @@ class DecoderGraph:
         Args:
             bundle: An opened bundle.
             graph: "last_logits" returns the logits of the last positions, as generation needs; "all_logits" those of
-                every position.
+                every position; "adapters" is as the first, with LoRA matrices as inputs.
             providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
                 or in a pair with its options; None for the provider that the bundle was exported for.
             threads: Threads within an operator; None for the physical cores that this process may use.
@@ -125,11 +127,13 @@ class DecoderGraph:
         self.fused = manifest.graph == "fused"
         # The graph for other programs sums a mask, which a device leaves to the CPU; ours returns all logits as well.
         first = ep.resolve(providers, manifest.target).providers[0][0]
-        self.native = kernels_for(bundle, first, native)
+        self.native = None if graph == "adapters" else kernels_for(bundle, first, native)
         own = not self.every or (self.fused and first != ep.CPU)
         path = bundle.last_logits_graph if own else bundle.all_logits_graph
         if self.native is not None and bundle.native_graph is not None:
             path = bundle.native_graph  # of every position as well
+        if graph == "adapters" and bundle.adapter_graph is not None:
+            path = bundle.adapter_graph
         open_graph = functools.partial(
             open_session,
             manifest=manifest,
@@ -157,7 +161,7 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        plain = not self.every and profile_prefix is None and self.native is None
+        plain = graph == "last_logits" and profile_prefix is None and self.native is None
         int8 = bundle.int8_kv_graph if plain else None
         # Absolute, since it opens later and the working directory may change.
         self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
@@ -167,6 +171,8 @@ class DecoderGraph:
         old = self.native is None and parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
         self._stores_scores = not self.fused or old
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
+        self.adapter: Adapter | None = None
+        self.unloaded = False
 
     def new_cache(self) -> CachePair | StaticGraphs:
         """An empty cache over this graph."""

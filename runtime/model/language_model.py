@@ -30,6 +30,7 @@ from ..engine.engine import Engine
 from ..engine.golden import require_golden
 from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
 from ..text.codec import TextCodec
+from .adapters import AdapterCalls, Adapters
 from .chat.calls import ChatCalls
 from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pastkey")
 
 
-class LanguageModel(ChatCalls):
+class LanguageModel(ChatCalls, AdapterCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
     Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
@@ -64,6 +65,7 @@ class LanguageModel(ChatCalls):
         manifest: The bundle's manifest.
         tokenizer: Its tokenizer, or None for a bundle without one.
         max_batch: The largest number of requests that are decoded in one step.
+        adapters: Its LoRA adapters.
         scheduler: Runs the steps.
         memory: The memory of the caches, and its limit.
         parts: The parts above, which sessions, chat and scores share.
@@ -80,6 +82,7 @@ class LanguageModel(ChatCalls):
         max_batch: int = MAX_ROWS,
         max_queue: int | None = None,
         draft: DraftModel | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
@@ -97,13 +100,14 @@ class LanguageModel(ChatCalls):
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
         stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)
         self.draft, self.max_batch = draft, max_batch
-        self.scheduler = Scheduler(graph, stores[-1], max_batch, max_queue)
+        self.scheduler = Scheduler(stores[-1], max_batch, max_queue)
         self.memory = CacheMemory(graph, stores, max_memory)
         self.parts = ModelParts(
             self.bundle, self.tokenizer, self.vocabulary, engine, self.scheduler, self.memory, self.draft
         )
         if draft is not None:
             draft.require_fit(self.parts)
+        self.adapters = Adapters(self.parts, placement, adapters or {})
         self._executors: dict[int, ThreadPoolExecutor] = {}  # process id -> its threads
         _log.debug("loaded %s on %s with %d threads", self.bundle.path, graph.providers, graph.threads)
 
@@ -136,6 +140,7 @@ class LanguageModel(ChatCalls):
         try:
             self.scheduler.close()
         finally:
+            self.adapters.close()
             if self.draft is not None:
                 self.draft.close()
             self._executors = {}  # the threads end with the last stream that holds them
@@ -146,7 +151,7 @@ class LanguageModel(ChatCalls):
         """Another process loads the bundle by its path."""
         if self._temporary is not None:
             raise InputError("a model that was unpacked cannot be given to another process: load it there")
-        return _load_again, (self.bundle.path, self._settings)
+        return _load_again, (self.bundle.path, {**self._settings, "adapters": self.adapters.folders()})
 
     def require_open(self) -> Engine:
         """An engine over the graph, for its properties. Raises InputError if the model is closed."""
@@ -162,27 +167,27 @@ class LanguageModel(ChatCalls):
         """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
-    def session(self) -> Session:
+    def session(self, adapter: str | None = None) -> Session:
         """Begins a session: a sequence with its own KV cache. Each appended or generated token is computed once.
 
-        Raises InputError if the model is closed.
+        `adapter`: the name of a LoRA adapter for it. Raises InputError if the model is closed or has no such adapter.
         """
-        return Session(self.parts)
+        return Session(self.parts.adapted(adapter))
 
-    def load_session(self, path: str | Path) -> Session:
-        """Reads a session that `Session.save` wrote.
+    def load_session(self, path: str | Path, adapter: str | None = None) -> Session:
+        """Reads a session that `Session.save` wrote. `adapter`: the name of the adapter that it was saved with.
 
         Raises:
             MissingFileError: There is no such file.
-            IntegrityError: It was truncated or altered, or saved by another bundle.
-            InputError: The model is closed.
+            IntegrityError: It was truncated or altered, or saved by another bundle or with another adapter.
+            InputError: The model is closed, or has no such adapter.
         """
         from .session_file import read_session
 
-        engine = self.parts.new_engine()
+        engine = (parts := self.parts.adapted(adapter)).new_engine()
         ids = read_session(as_path(path), self.bundle, engine)
         self.memory.promise(engine, len(ids))
-        return Session(self.parts, ids, engine)
+        return Session(parts, ids, engine)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
@@ -368,11 +373,14 @@ class LanguageModel(ChatCalls):
             self.bundle, self.tokenizer, source, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
 
-    def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+    def logits(
+        self, ids: Sequence[int] | npt.NDArray[np.integer], adapter: str | None = None
+    ) -> npt.NDArray[np.float32]:
         """The logits of every position of a sequence, computed from an empty cache.
 
         Args:
             ids: Token ids (T,), at least one.
+            adapter: The name of a loaded LoRA adapter.
 
         Returns:
             Logits (T, V). Row t predicts the token after `ids[t]`.
@@ -381,9 +389,9 @@ class LanguageModel(ChatCalls):
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return np.concatenate(list(logits_by_chunk(self.parts, ids)))
+        return np.concatenate(list(logits_by_chunk(self.parts.adapted(adapter), ids)))
 
-    def score(self, text: str | Sequence[int]) -> Score:
+    def score(self, text: str | Sequence[int], adapter: str | None = None) -> Score:
         """The log-probability of each token of a text, and their sum.
 
         The text is computed like a prompt. In int8 and int4 `generate(logprobs=)` differs by hundredths of a nat: see
@@ -391,12 +399,13 @@ class LanguageModel(ChatCalls):
 
         Args:
             text: A text, which the tokenizer encodes with its BOS token; or token ids (T,), at least one.
+            adapter: The name of a loaded LoRA adapter.
 
         Raises:
             InputError: It is empty, or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return score(self.parts, self.prompt_ids(text))
+        return score(self.parts.adapted(adapter), self.prompt_ids(text))
 
     def embed(
         self,

@@ -48,11 +48,12 @@ class Prompted(Scheduled):
     def provide(self, generation: Generation) -> tuple[Engine, int]:
         """Takes a cache with the same beginning from another prompt of the call or from the store."""
         scheduler, found, ids = self.parts.scheduler, None, generation.kept_ids
+        graph = self.parts.engine.graph
         reuse = self._reuse and not self._anew
         if self._shared is not None and not self._anew:
             found = self._shared.take(generation, scheduler.move_out)
-        if found is None or (reuse and scheduler.store.nearest(ids, exact=self._exact)[1] > found[1]):
-            found = scheduler.store.take(ids, reuse=reuse, exact=self._exact)
+        if found is None or (reuse and scheduler.store.nearest(ids, graph, exact=self._exact)[1] > found[1]):
+            found = scheduler.store.take(ids, graph, reuse=reuse, exact=self._exact)
         self.parts.memory.promise(found[0], generation.most_tokens)
         return found
 
@@ -89,6 +90,7 @@ def open_text(
 ) -> Stream:
     """As `open_prompt`, of a text or its ids."""
     parts.require_open()
+    parts = parts.adapted(options.get("adapter"))
     ids = parts.prompt_ids(prompt)
     bounded = shared is None or not shared.begun  # a call that has begun is not cut
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))

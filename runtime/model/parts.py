@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError
+from pastkey.values import shown
 
 from ..constraints.lazy import LazyVocabulary
 from ..decoding.batching.cache_budget import CacheMemory
@@ -37,6 +38,7 @@ class ModelParts:
         scheduler: Runs the steps.
         memory: The memory limit of the caches.
         draft: The draft model, or None.
+        adapters: Name -> the parts with a loaded LoRA adapter, whose graph and caches are of this adapter alone.
     """
 
     bundle: Bundle
@@ -46,6 +48,7 @@ class ModelParts:
     scheduler: Scheduler
     memory: CacheMemory
     draft: Drafts | None
+    adapters: dict[str, ModelParts] = field(default_factory=dict)
 
     @property
     def manifest(self) -> Manifest:
@@ -57,6 +60,17 @@ class ModelParts:
         if self.scheduler.closed:
             raise InputError("this model is closed: load it again with pastkey.load()")
         return self.engine
+
+    def adapted(self, name: str | None) -> ModelParts:
+        """The parts with the adapter of this name, or these for None. Raises InputError for an unknown one."""
+        if name is None:
+            return self
+        if (found := self.adapters.get(name)) is None:
+            known = f"loaded are {', '.join(map(repr, self.adapters))}" if self.adapters else "none is loaded"
+            raise InputError(
+                f"there is no adapter {shown(name)}, {known}: load it with model.load_adapter(NAME, FOLDER)"
+            )
+        return found
 
     def new_engine(self) -> Engine:
         """An engine with an empty cache over the model's graph."""

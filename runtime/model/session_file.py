@@ -1,6 +1,6 @@
 """A saved session: an .npz file with the token ids and the KV cache. Only the bundle that wrote it can load it.
 
-    bundle      the hash of the bundle's file hashes, a text
+    bundle      the hash of the bundle's file hashes, a text; with an adapter, "+" and the hash of its files
     ids         token ids (T,), int64
     lengths     (3,) int64: tokens in the cache; tokens before them that left the attention window; exact tokens
     arr_0 ...   the cache's arrays, in the order of the graph's inputs
@@ -33,7 +33,7 @@ def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine
     rows = engine.cache.rows(cached - gone) if cached else []
     lengths = np.array([cached, gone, min(engine.exact_length, cached)], np.int64)
     with whole_file(path) as out:
-        np.savez(out, *rows, bundle=np.array(bundle_digest(bundle)), ids=np.array(ids, np.int64), lengths=lengths)
+        np.savez(out, *rows, bundle=np.array(_digest(bundle, engine)), ids=np.array(ids, np.int64), lengths=lengths)
 
 
 def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
@@ -49,7 +49,13 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         found = read_npz(path)
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
         cached, gone, exact = lengths.tolist()
-        if digest != bundle_digest(bundle):
+        if digest != _digest(bundle, engine):
+            if digest.partition("+")[0] == bundle_digest(bundle):
+                saved = "with an adapter" if "+" in digest else "without an adapter"
+                raise IntegrityError(
+                    f"{path} was saved {saved}, and not with the one that load_session(path, adapter=NAME) names: give "
+                    "the name of the same adapter, or None for none"
+                )
             raise IntegrityError(
                 f"{path} was saved by another bundle than {bundle.path}: load it with that one, or compute it again"
             )
@@ -82,6 +88,12 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
     if rows and scaled == form.scaled:  # else its ids are computed again: kernels of another kind wrote it
         engine.restore(ids[:cached].tolist(), rows, exact_length=exact, gone=gone)
     return ids.tolist()  # type: ignore[no-any-return]
+
+
+def _digest(bundle: Bundle, engine: Engine) -> str:
+    """Identifies the bundle and the adapter that computed a cache."""
+    adapter = engine.graph.adapter
+    return bundle_digest(bundle) + ("" if adapter is None else f"+{adapter.digest}")
 
 
 def bundle_digest(bundle: Bundle) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from pastkey.errors import IntegrityError, first_line
@@ -14,7 +16,19 @@ class RunFailedError(IntegrityError, RuntimeError):
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
-    """An onnxruntime.InferenceSession. A run raises RunFailedError with the graph's name."""
+    """An onnxruntime.InferenceSession. A run raises RunFailedError with the graph's name.
+
+    Attributes:
+        constants: Inputs that are the same in each run with a Binding: name -> onnxruntime.OrtValue.
+    """
+
+    constants: Mapping[str, Any] = {}
+
+    def with_constants(self, constants: Mapping[str, Any]) -> Session:
+        """The same session, with these inputs."""
+        made = copy.copy(self)
+        made.constants = constants
+        return made
 
     def run(self, *arguments: Any, **options: Any) -> Any:
         try:

@@ -241,6 +241,8 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
         if manifest.hidden_size is not None:
             expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]
+    if path.name == Path(names.ADAPTER_GRAPH).name:
+        expected |= {name: [*shape] for name, shape in found.items() if name.startswith(names.LORA_PREFIX)}
     if names.EMBEDDING_ROWS in found:
         expected[names.EMBEDDING_ROWS] = [names.BATCH, names.SEQUENCE, *found[names.EMBEDDING_ROWS][2:]]
     return expected

@@ -57,7 +57,7 @@ async def chat(service: Service, request: Request, raw: bytes) -> Response:
     """Answers messages."""
     body = parsed(ChatBody, raw)
     name = service.require_model(body.model)
-    running = await service.open(lambda model: job_of(service, body, model))
+    running = await service.open(name, lambda model: job_of(service, body, model))
     identity = new_id("chatcmpl-")
     if body.stream:
         return running.streamed(guarded(_events(service, body, running, identity, name)))

@@ -44,7 +44,7 @@ async def completions(service: Service, request: Request, raw: bytes) -> Respons
     if body.stream and body.echo and body.logprobs is not None:
         raise RequestError("echo with logprobs is for a reply that is not streamed", param="stream")
     name = service.require_model(body.model)
-    running = await service.open(lambda model: job_of(service, body))
+    running = await service.open(name, lambda model: job_of(service, body))
     identity = new_id("cmpl-")
     if body.stream:
         return running.streamed(guarded(_events(service, body, running, identity, name)))

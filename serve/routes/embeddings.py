@@ -43,7 +43,7 @@ class EmbeddingReply(TypedDict):
 async def embeddings(service: Service, request: Request, raw: bytes) -> Response:
     """Embeds texts."""
     body = parsed(EmbeddingBody, raw)
-    name = service.require_model(body.model)
+    name = service.require_model(body.model, adapters=False)
     model = service.model
 
     def embed() -> tuple[Any, int]:

@@ -89,7 +89,7 @@ async def responses(service: Service, request: Request, raw: bytes) -> Response:
     body = parsed(ResponsesBody, raw)
     name = service.require_model(body.model)
     chat = chat_body_of(body)
-    running = await service.open(lambda model: job_of(service, chat, model))
+    running = await service.open(name, lambda model: job_of(service, chat, model))
     writer = _Writer(service, body, chat, running, name)
     if body.stream:
         return running.streamed(_events(service, running, writer))

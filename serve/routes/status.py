@@ -21,15 +21,16 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "n_vocab": manifest.vocab_size,
         "precision": manifest.precision,
     }
-    names = list(service.settings.names)
+    names = [] if name in service.settings.adapters else list(service.settings.names)
     told = {"id": name, "object": "model", "created": service.started, "owned_by": "pastkey"}
     return {**told, "aliases": names, "meta": meta}
 
 
 async def models(service: Service, request: Request, raw: bytes) -> Response:
-    """Lists the model."""
+    """Lists the model, and its adapters."""
     del request, raw
-    return JSONResponse({"object": "list", "data": [_model(service, service.settings.names[0])]})
+    names = (service.settings.names[0], *service.settings.adapters)
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
 
 async def model(service: Service, request: Request, raw: bytes) -> Response:

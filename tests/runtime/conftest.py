@@ -7,6 +7,7 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 from __future__ import annotations
 
 import base64
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -264,6 +265,68 @@ def tiny_graph(
     return re.sub(r"(past_key_values|present)\.\d\.\w+", r'"\g<0>"', text)
 
 
+PROJECTION = re.compile(r"(\w+) = MatMul\((\w+), (w[qkvo]\d)\)")
+
+
+def adapter_graph(tiny: Tiny, graph: str) -> tuple[str, dict[str, str]]:
+    """The graph of last positions with (x A) B behind each projection, as ONNX text, and its metadata."""
+    text, inputs = tiny.text(graph, last_only=True), ""
+    pairs = []
+    for number, found in enumerate(PROJECTION.finditer(text)):
+        out, x, weight = found.groups()
+        columns, rows = tiny.weights[weight].shape
+        inputs += f', float[{columns}, R{number}] "lora_A.{number}", float[R{number}, {rows}] "lora_B.{number}"'
+        low = f'low{number} = MatMul({x}, "lora_A.{number}")\n more{number} = MatMul(low{number}, "lora_B.{number}")'
+        new = f"base{number} = MatMul({x}, {weight})\n {low}\n {out} = Add(base{number}, more{number})"
+        text = text.replace(found[0], new)
+        pairs.append([[f"model.{weight}", f"model.{weight}.weight", rows]])
+    return text.replace(") => (", f"{inputs}) => (", 1), {names.ADAPTED: json.dumps(pairs)}
+
+
+def write_adapter(folder: Path, matrices: Mapping[str, tuple[Array, Array]], **config: Any) -> Path:
+    """An adapter as peft saves it: module -> A (r, K) and B (N, r). Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": array
+        for module, pair in matrices.items()
+        for side, array in zip("AB", pair, strict=True)
+    }
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 4} | config)
+    return folder
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """A safetensors file; arrays of uint16 are bfloat16."""
+    header, data = dict[str, Any](), b""
+    for name, array in tensors.items():
+        dtype = {"float32": "F32", "float16": "F16", "uint16": "BF16", "float64": "F64"}[array.dtype.name]
+        start = len(data)
+        data += array.tobytes()
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, len(data)]}
+    content = json.dumps(header).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + data)
+
+
+def lora(tiny: Tiny, weights: Sequence[str], rank: int = 2, seed: int = 1) -> dict[str, tuple[Array, Array]]:
+    """Random A and B of these weights."""
+    rng = np.random.default_rng(seed)
+    shapes = {weight: tiny.weights[weight].shape for weight in weights}
+    return {
+        f"model.{weight}": tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((rank, k), (n, rank)))
+        for weight, (k, n) in shapes.items()
+    }  # type: ignore[misc]
+
+
+def merged(tiny: Tiny, matrices: Mapping[str, tuple[Array, Array]], scale: float = 1) -> Tiny:
+    """The decoder with an adapter in its weights."""
+    weights = dict(tiny.weights)
+    for module, (a, b) in matrices.items():
+        weight = module.removeprefix("model.")
+        weights[weight] = (weights[weight] + scale * (b @ a).T).astype(np.float32)
+    return Tiny(tiny.layers, tiny.context_length, weights)
+
+
 def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
     """One scale for all channels: (K * D,) of the keys and of the values of each layer, by the names of the graph."""
     return {
@@ -276,6 +339,7 @@ def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
+    With `adapters=True`, there is the graph that takes LoRA adapters.
     With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
     an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
     needs `chunk`.
@@ -303,6 +367,9 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
+    if fields.pop("adapters", False):
+        text, metadata = adapter_graph(tiny, graph)
+        (folder / names.ADAPTER_GRAPH).write_bytes(encode_model(text, tiny.weights, metadata=metadata)[0])
     tokenizer = fields.pop("tokenizer", None)
     if tokenizer is not None:
         tokenizer.save(str(folder / names.TOKENIZER))

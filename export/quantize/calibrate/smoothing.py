@@ -12,8 +12,7 @@ of the block's precision. Three transformations preserve every MatMul's result a
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from pastkey.runtime.engine.channels import Kind, changed
+
+from ..changes import INPUT, OUTPUT, SCALED, changes_of, record_change
 from ..rounding.blocks import choose_block_size, round_trip, some_outputs
 from ..rounding.matrices import add_lazy_weight, lazy
 from ..rounding.workers import one_thread_each, parts_of
@@ -69,33 +71,11 @@ def rotate_value_heads(model: ir.Model, group: Group, rows: np.ndarray) -> np.nd
     https://arxiv.org/abs/2404.00456.
     Returns the rotated rows (N, K) of the activation.
     """
-    rotation = _rotation(rows.shape[1] // group.heads)
-    for found in (*group.readers, *group.divided):
-        _change(model, found, functools.partial(_rotated, rotation=rotation))
-    return _rotated(rows, -1, rotation)
-
-
-def _rotation(size: int) -> np.ndarray:
-    """Returns an orthogonal matrix (D, D) whose columns mix all channels as evenly as possible.
-
-    It is a Hadamard matrix if D is a power of two, otherwise the discrete cosine transform.
-    """
-    if size & (size - 1) == 0:
-        signs = np.ones((1, 1))
-        while len(signs) < size:
-            signs = np.block([[signs, signs], [signs, -signs]])
-        return np.asarray(signs / np.sqrt(size))
-    angles = np.pi / size * (np.arange(size)[:, None] + 0.5) * np.arange(size)
-    cosines = np.cos(angles) * np.sqrt(2 / size)
-    cosines[:, 0] = np.sqrt(1 / size)
-    return np.asarray(cosines)
-
-
-def _rotated(array: np.ndarray, axis: int, rotation: np.ndarray) -> np.ndarray:
-    """Multiplies every head along the axis, whose channels are heads times D, by the rotation (D, D)."""
-    last = np.moveaxis(array, axis, -1)
-    heads = last.reshape(*last.shape[:-1], -1, len(rotation)) @ rotation
-    return np.asarray(np.moveaxis(heads.reshape(last.shape), -1, axis), np.float32)
+    size = np.array([rows.shape[1] // group.heads])
+    for side, weights in ((INPUT, group.readers), (OUTPUT, group.divided)):
+        for found in weights:
+            _change(model, found, side, "rotated", size)
+    return changed(rows, -1, "rotated", size)
 
 
 # --- scale migration ----------------------------------------------------------------------------------------------
@@ -110,9 +90,9 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
         strength, scales = _choose_scales(group, rows)
     if strength != 0:
         for found in group.readers:
-            _scale(model, found, scales)
+            _change(model, found, INPUT, "scaled", scales)
         for found in group.divided:
-            _scale(model, found, 1 / _of_value_heads(scales, group, found))
+            _change(model, found, OUTPUT, "scaled", 1 / _of_value_heads(scales, group, found))
     return strength, rows / scales
 
 
@@ -202,8 +182,9 @@ def _of_value_heads(scales: np.ndarray, group: Group, producer: ChannelWeight) -
 def permute_channels(model: ir.Model, group: Group, rows: np.ndarray) -> None:
     """Sorts channels by their largest magnitude in `rows` (N, K), so that those of one block are similar."""
     order = _by_magnitude(rows)
-    for found in (*group.readers, *group.permuted):
-        _change(model, found, lambda array, axis: np.take(array, order, axis))
+    for side, weights in ((INPUT, group.readers), (OUTPUT, group.permuted)):
+        for found in weights:
+            _change(model, found, side, "permuted", order)
 
 
 def _by_magnitude(rows: np.ndarray) -> np.ndarray:
@@ -212,19 +193,7 @@ def _by_magnitude(rows: np.ndarray) -> np.ndarray:
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
-def _scale(model: ir.Model, found: ChannelWeight, scales: np.ndarray) -> None:
-    """Multiplies the weight along its axis by the scales."""
-
-    def scaled(array: np.ndarray, axis: int) -> np.ndarray:
-        shape = [1] * array.ndim
-        shape[axis] = len(scales)
-        result: np.ndarray = array * scales.reshape(shape)
-        return result
-
-    _change(model, found, scaled)
-
-
-def _change(model: ir.Model, found: ChannelWeight, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+def _change(model: ir.Model, found: ChannelWeight, side: str, kind: Kind, numbers: np.ndarray) -> None:
     """Replaces the weight by one changed along its axis, when it is read: another node may read the old one."""
     value = found.node.inputs[found.index]
     assert value is not None
@@ -232,11 +201,14 @@ def _change(model: ir.Model, found: ChannelWeight, change: Callable[[np.ndarray,
     name, tensor, shape = str(value.name), value.const_value, tuple(value.const_value.shape.numpy())
 
     def make() -> np.ndarray:
-        return np.ascontiguousarray(change(tensor.numpy(), found.axis), np.float32)
+        return np.ascontiguousarray(changed(tensor.numpy(), found.axis, kind, numbers), np.float32)
 
+    before = changes_of(model, name)
     if len(tuple(value.uses())) == 1:
         value.const_value = lazy(name, ir.DataType.FLOAT, shape, make)
-        return
-    number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}.scaled"))
-    changed = add_lazy_weight(model, f"{name}.scaled_{number}", ir.DataType.FLOAT, shape, make)
-    found.node.replace_input_with(found.index, changed)
+    else:
+        number = sum(1 for known in model.graph.initializers if str(known).startswith(f"{name}{SCALED}"))
+        name = f"{name}{SCALED}{number}"
+        found.node.replace_input_with(found.index, add_lazy_weight(model, name, ir.DataType.FLOAT, shape, make))
+    if len(shape) == 2:
+        record_change(model, name, before, (side, kind, numbers))

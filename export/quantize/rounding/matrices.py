@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from ...graph.edit import add_tensor, shape_of, weight
+
+_MARK = "pastkey.weights"  # key in a node's metadata
 
 
 class MatMulWeight(NamedTuple):
@@ -46,6 +49,21 @@ def matmul_weight(node: ir.Node) -> MatMulWeight | None:
     if producer is not None and producer.op_type == "Transpose":
         value, transposed = producer.inputs[0], not transposed
     return None if value is None or not _is_matrix(value) else MatMulWeight(value, transposed)
+
+
+def mark_weights(node: ir.Node, weights: Sequence[MatMulWeight]) -> None:
+    """Writes into a node which float32 matrices its quantized one was made of, until `take_weights`."""
+    columns = weights[0].shape[1]
+    node.metadata_props[_MARK] = json.dumps([columns, [(read.initializer.name, read.shape[0]) for read in weights]])
+
+
+def take_weights(node: ir.Node) -> tuple[int, list[tuple[str, int]]] | None:
+    """Returns K, and the name and N of each matrix that a node multiplies by, or None. Removes the mark."""
+    if (marked := node.metadata_props.pop(_MARK, None)) is not None:
+        columns, weights = json.loads(marked)
+        return columns, [(name, rows) for name, rows in weights]
+    read = matmul_weight(node)
+    return None if read is None else (read.shape[1], [(str(read.initializer.name), read.shape[0])])
 
 
 def embedding_weight(node: ir.Node) -> ir.Value | None:

@@ -45,7 +45,7 @@ from ...graph.write.output_head import mark_head, output_head
 from . import block_dequantize
 from .block_dequantize import dequantize_linear
 from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
-from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, matmul_weight
+from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, mark_weights, matmul_weight
 from .merge import Projections, find_mergeable, insert_merged
 
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
@@ -117,6 +117,7 @@ class _Stored:
     blocks: ir.Value  # (N, blocks, block_size * bits / 8) uint8, for MatMulNBits
     table: ir.Value  # the same, for Gather
     scales: ir.Value  # (N, blocks) float32; `compute_scales` replaces it by nodes that are folded at load
+    weights: tuple[MatMulWeight, ...]  # that the matrix was made of
     zeros: ir.Value | None = None  # zero points, if there are fewer than 8 bits
 
 
@@ -155,10 +156,10 @@ class _Weights:
             blocks, scales = self._add_data(f"{name}.blocks", matrix), ir.Value(name=f"{name}.scales")
             if matrix.zeros is None:
                 table = self._add_data(f"{name}.table", matrix)
-                self._stored[key] = _Stored(matrix, blocks, table, scales)
+                self._stored[key] = _Stored(matrix, blocks, table, scales, weights)
             else:
                 zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
-                self._stored[key] = _Stored(matrix, blocks, blocks, scales, zeros)
+                self._stored[key] = _Stored(matrix, blocks, blocks, scales, weights, zeros)
         return self._stored[key]
 
     def _add_data(self, name: str, matrix: Blocks) -> ir.Value:
@@ -168,7 +169,9 @@ class _Weights:
         """Returns the nodes that multiply by a quantized matrix; the last one outputs the product."""
         if self.form is not Form.DEQUANTIZE_LINEAR:
             level = ACCURACY_LEVEL if self.form is Form.MATMUL_NBITS else GPU_ACCURACY_LEVEL
-            return [_matmul_nbits(x, stored, name, level)]
+            node = _matmul_nbits(x, stored, name, level)
+            mark_weights(node, stored.weights)
+            return [node]
         key = str(stored.blocks.name)
         if key not in self._dequantized:
             node = dequantize_linear(self._model, key.removesuffix(".blocks"), stored.matrix)

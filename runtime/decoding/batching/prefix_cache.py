@@ -1,7 +1,8 @@
 """Prefix cache: stores the KV caches of ended requests. A new prompt takes the one with the longest shared prefix.
 
 The cache of the last request is always stored, at least to reuse its memory. Caches of requests that reuse prefixes are
-stored up to a limit and evicted least recently used first.
+stored up to a limit and evicted least recently used first. A cache serves requests of its own graph, so never those of
+another adapter.
 """
 
 from __future__ import annotations
@@ -32,22 +33,26 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._all())
 
-    def take(self, ids: Sequence[int], *, reuse: bool = True, exact: bool = False) -> tuple[Engine, int]:
+    def take(
+        self, ids: Sequence[int], graph: DecoderGraph | None = None, *, reuse: bool = True, exact: bool = False
+    ) -> tuple[Engine, int]:
         """Returns an engine for the prompt `ids` (T,) and the number of its first tokens in the cache.
 
         Args:
             ids: The prompt.
+            graph: Its graph; None for the base model's.
             reuse: Whether to reuse a prefix; False returns an empty engine.
             exact: Whether to reuse only tokens that a prefill computed.
         """
-        nearest, shared = self.nearest(ids, exact=exact) if reuse else (None, 0)
+        graph = graph or self._graph
+        nearest, shared = self.nearest(ids, graph, exact=exact) if reuse else (None, 0)
         if nearest is None:
+            if self._spare is None or self._spare.graph is not graph:
+                return Engine.over(graph), 0
             spare, self._spare = self._spare, None
-            if spare is None:
-                return Engine.over(self._graph), 0
             spare.reset()
             return spare, 0
-        if nearest.length - shared <= TAIL or not self._graph.copies:
+        if nearest.length - shared <= TAIL or not graph.copies:
             self._drop(nearest)
             return nearest, nearest.keep_prefix(ids, exact=exact)
         if nearest is not self._spare:
@@ -56,10 +61,12 @@ class PrefixStore:
         engine = nearest.copy(shared, room=len(ids) - shared)
         return engine, shared
 
-    def nearest(self, ids: Sequence[int], *, exact: bool = False) -> tuple[Engine | None, int]:
+    def nearest(
+        self, ids: Sequence[int], graph: DecoderGraph | None = None, *, exact: bool = False
+    ) -> tuple[Engine | None, int]:
         """The engine with the longest shared prefix of `ids` (T,) and its length; None and 0 if there is none."""
         nearest, shared = None, 0
-        for engine in self._all():
+        for engine in self._of(graph or self._graph):
             found = engine.shared_with(ids)
             found = min(found, engine.exact_length) if exact else found
             if not engine.can_trim(found):
@@ -70,13 +77,13 @@ class PrefixStore:
 
     def put(self, engine: Engine, *, reuse: bool = True) -> None:
         """Stores an idle engine. Drops the stored engines that hold only a prefix of it."""
-        if not engine.length or engine.nbytes > self.most_bytes:
+        if not engine.length or engine.nbytes > self.most_bytes or engine.graph.unloaded:
             return
         if not reuse or not engine.cached_ids:  # after a shift the cache is not a prefix of any sequence
             self._spare = engine
         else:
             ids = engine.cached_ids
-            for other in self._all():
+            for other in self._of(engine.graph):
                 if (
                     len(ids) >= other.length
                     and engine.can_trim(other.length)
@@ -91,12 +98,16 @@ class PrefixStore:
         while self._all() and self.nbytes > most_bytes:
             self._drop(self._all()[0])
 
-    def clear(self) -> None:
-        """Evicts all caches."""
-        self._entries, self._spare = [], None
+    def clear(self, graph: DecoderGraph | None = None) -> None:
+        """Evicts all caches, or those of one graph."""
+        for engine in self._all() if graph is None else self._of(graph):
+            self._drop(engine)
 
     def _all(self) -> list[Engine]:
         return [*self._entries, *([] if self._spare is None else [self._spare])]
+
+    def _of(self, graph: DecoderGraph) -> list[Engine]:
+        return [engine for engine in self._all() if engine.graph is graph]
 
     def _drop(self, engine: Engine) -> None:
         if engine is self._spare:

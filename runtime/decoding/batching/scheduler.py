@@ -7,6 +7,7 @@
 4. Decode: each step also runs one batch with a token of each request that can share it. Their caches move into a Slab.
    A batch decodes up to AHEAD tokens more than were read, so that threads which return one after another, or one
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
+   Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
    it cannot share a run: standard or static graph, another device than the CPU, int8 KV cache. Such requests take
    turns, one step each.
@@ -47,7 +48,7 @@ _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class Scheduler:
-    """Runs the steps of all generations over one graph.
+    """Runs the steps of all generations of one model: over its graph, and over that of each adapter.
 
     Attributes:
         store: The caches of ended requests.
@@ -56,9 +57,7 @@ class Scheduler:
         closed: Whether `close` was called.
     """
 
-    def __init__(
-        self, graph: DecoderGraph, store: PrefixStore, max_rows: int = MAX_ROWS, max_queue: int | None = None
-    ) -> None:
+    def __init__(self, store: PrefixStore, max_rows: int = MAX_ROWS, max_queue: int | None = None) -> None:
         self.store = store
         self._most = None if max_queue is None else max_rows + max_queue  # open requests
         self._open: dict[Generation, None] = {}
@@ -70,7 +69,8 @@ class Scheduler:
         self._asking: list[object] = []  # tickets of threads in `_lead_alone`, in order of arrival
         self._live: dict[Generation, None] = {}
         self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
-        self._slab = Slab(graph, max_rows) if graph.batches and max_rows > 1 else None
+        self._max_rows = max_rows
+        self._slabs: dict[DecoderGraph, Slab] = {}  # those with members
         self._stalled: dict[int, int] = {}  # id() of an engine in the slab -> steps without a token
         self._pace = Pace()
         self._forks = False  # whether the leader is about to fork
@@ -101,7 +101,7 @@ class Scheduler:
         return Activity(
             running=len(begun),
             waiting=len(requests) - len(begun),
-            cache_bytes=(0 if self._slab is None else self._slab.nbytes) + sum(engine.nbytes for engine in alone),
+            cache_bytes=sum(one.nbytes for one in [*self._slabs.values(), *alone]),
             prefix_bytes=self.store.nbytes,
             cached_prefixes=len(self.store),
             steps=self.steps,
@@ -258,13 +258,16 @@ class Scheduler:
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out of the slab, with its cache or without. Only between two runs."""
-        if self._slab is not None:
+        if (slab := self._slabs.get(engine.graph)) is not None:
             self._stalled.pop(id(engine), None)
-            self._slab.remove(engine, keep=keep)
+            slab.remove(engine, keep=keep)
+            if not slab.members:
+                self._slabs.pop(engine.graph, None)
 
     def shares_memory(self, engine: Engine) -> bool:
-        """Whether an engine is in the slab."""
-        return self._slab is not None and self._slab.holds(engine)
+        """Whether an engine is in a slab."""
+        slab = self._slabs.get(engine.graph)
+        return slab is not None and slab.holds(engine)
 
     def _drop(self, generation: Generation) -> None:
         """Drops the cache of a generation that an exception left in an unknown state."""
@@ -280,9 +283,11 @@ class Scheduler:
             for generation in waiting:
                 if not generation.begun:
                     self._guarded(generation, generation.begin)
-            together = self._sharing(waiting) if len(self._live) > 1 else []
-            # Of the generations outside the batch, one runs a step of its own each time, in turn.
-            alone = next((g for g in waiting if g not in together and not g.ready), None)
+            batches = self._batches(waiting) if len(self._live) > 1 else []
+            together = batches[0] if batches else []
+            # Of the generations outside the batches, one runs a step of its own each time, in turn.
+            batched = {id(g) for batch in batches for g in batch}
+            alone = next((g for g in waiting if id(g) not in batched and not g.ready), None)
             bound += together
             if alone is not None:
                 bound.append(alone)
@@ -297,21 +302,32 @@ class Scheduler:
                     self._to_the_end(alone)
             if together:
                 self._decode(together)
-            if self._slab is not None and self._slab.members:
-                self._park(self._slab, {id(g.engine) for g in together})
+            for generation in together if len(batches) > 1 else ():
+                self._to_the_end(generation)
+            for graph, slab in list(self._slabs.items()):
+                self._park(slab, {id(g.engine) for g in together})
+                if not slab.members:
+                    self._slabs.pop(graph, None)
         except BaseException:
             for generation in bound:
                 self._drop(generation)
             raise
 
-    def _sharing(self, waiting: list[Generation]) -> list[Generation]:
-        """The generations of the next batch."""
-        slab, live = self._slab, [g for g in list(self._live) if g.begun and not g.ended]
-        if slab is None:
+    def _batches(self, waiting: list[Generation]) -> list[list[Generation]]:
+        """The generations of each graph's next batch, first the batch with the one that has waited longest."""
+        live = [g for g in list(self._live) if g.begun and not g.ended]
+        graphs = dict.fromkeys(g.engine.graph for g in live if g.engine.graph.batches)
+        found = [self._sharing(waiting, [g for g in live if g.engine.graph is graph], graph) for graph in graphs]
+        return sorted(filter(None, found), key=lambda batch: min(waiting.index(g) for g in batch if g in waiting))
+
+    def _sharing(self, waiting: list[Generation], live: list[Generation], graph: DecoderGraph) -> list[Generation]:
+        """The generations of the next batch of one graph."""
+        if self._max_rows == 1:
             return []
         rows = [g for g in live if g.pending == 1 and g.engine.length > 0 and not g.engine.decodes_in_int8]
         # The slab has no room for these.
-        excess = [g for g in rows if not slab.holds(g.engine)][slab.most - len(slab.members) :]
+        members = self._slabs[graph].members if graph in self._slabs else []
+        excess = [g for g in rows if g.engine not in members][self._max_rows - len(members) :]
         rows = [g for g in rows if g not in excess]
         if len(rows) < 2 or self._pace.turns_pay(rows):
             return []
@@ -324,15 +340,15 @@ class Scheduler:
 
     def _decode(self, rows: list[Generation]) -> None:
         """Decodes one token of each generation in one run."""
-        assert self._slab is not None
         for generation in rows:
             self._guarded(generation, generation.make_ready)
         rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
-        started = time.perf_counter()
+        started, graph = time.perf_counter(), rows[0].engine.graph
+        slab = self._slabs.get(graph) or self._slabs.setdefault(graph, Slab(graph, self._max_rows))
         try:
-            logits = self._slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
+            logits = slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
         except Exception as error:
             for generation in rows:
                 self._fail(generation, error)
@@ -348,8 +364,7 @@ class Scheduler:
             steps = 0 if id(engine) in wanted else self._stalled.get(id(engine), 0) + 1
             self._stalled[id(engine)] = steps
             if steps > STALLED:
-                self._stalled.pop(id(engine))
-                slab.remove(engine)
+                self.move_out(engine)
 
     def _to_the_end(self, generation: Generation) -> None:
         with self._mutex:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..conftest import Served, ids_of
+from pastkey.runtime import load
+
+from ...runtime.conftest import Tiny, lora, write_adapter, write_bundle
+from ...runtime.decoding.batching import waiting
+from ..conftest import Served, ids_of, letters, running
 
 PATH = "/v1/completions"
 
@@ -79,3 +84,21 @@ def test_a_wrong_field_is_named(served: Served, change: Any, param: str | None, 
     assert status == 400
     assert said in error["message"]
     assert param is None or error["param"] == param
+
+
+def test_a_request_with_an_adapters_name_as_its_model_is_answered_with_it(tmp_path: Path) -> None:
+    tiny = Tiny.random([(8, 8)], context_length=600)
+    bundle = write_bundle(tmp_path / "tiny", tiny, "fused", tokenizer=letters(), adapters=True).path
+    adapter = write_adapter(tmp_path / "poems", lora(tiny, ["wq0", "wo0"]))
+    with running(lambda: load(bundle, threads=1, adapters={"poems": adapter}), adapters=("poems",)) as served:
+        waiting.until(lambda: served.service.is_loaded)
+        texts = {}
+        for name, adapted in (("tiny", None), ("poems", "poems")):
+            reply = served.ask(PATH, {"prompt": "abc", "max_tokens": 9, "model": name})[1]
+            texts[name] = reply["choices"][0]["text"]
+            assert reply["model"] == name
+            assert texts[name] == served.model.generate("abc", max_new_tokens=9, adapter=adapted).text
+        assert texts["tiny"] != texts["poems"]
+        assert [model["id"] for model in served.ask("/v1/models")[1]["data"]] == ["tiny", "poems"]
+        status, reply = served.ask("/v1/embeddings", {"input": "abc", "model": "poems"})
+        assert (status, reply["error"]["code"]) == (404, "model_not_found")
