@@ -45,7 +45,7 @@ _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resum
 
 
 # --- start and resume ---------------------------------------------------------------------------------------------
-def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), force: bool = False) -> dict[str, Any]:
     """Trains from the beginning into the new folder `out`. Returns the final figures.
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
@@ -59,7 +59,7 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
 
 
-def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
+def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
     `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
@@ -75,7 +75,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
         return _resumed(out, given, data).go()
 
 
-def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
+def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[str | Path]) -> Run:
     checkpoint = load_checkpoint(out)
     resumed = read_training(checkpoint)
     saved, info, step = resumed.config, resumed.info, resumed.step

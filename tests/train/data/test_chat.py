@@ -45,6 +45,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them(
         conversation_parts(TALK, chat_tokenizer(CHATML.replace("{{ '<|im_start|>'", last + "{{ '<|im_start|>'")))
     marked = chat_tokenizer(MARKED.replace("{{ '<|im_start|>'", last + "{{ '<|im_start|>'", 1))
     assert [trained for _, trained in conversation_parts(TALK, marked)] == [False, True, False, True, False]
+    assert conversation_parts(TALK, chat_tokenizer("")) == [("", False)]
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,14 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     assert set(tokenizer.decode(tokens[:cut])) == {"a"}
     assert set(tokenizer.decode(tokens[cut:])) == {"b"}
     assert info.val_tokens == 4 * 10 + 1
+
+
+def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
+    for name, length in (("a", 90), ("b", 9)):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name * length}] * 40)
+    corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
     with pytest.raises(InputError, match=r"b\.jsonl has only 381 tokens to train on, and one window .* takes 401"):
-        write_lines(tmp_path / "a.jsonl", [{"text": "a" * 90}] * 40)
-        corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
-        write_tokens(tmp_path, corpus, survey(corpus), tokenizer, 400)
+        write_tokens(tmp_path, corpus, survey(corpus), train_char(["ab"]), 400)
 
 
 def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path: Path) -> None:
