@@ -46,7 +46,7 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     cut = info.sources[0].tokens
     assert set(tokenizer.decode(tokens[:cut])) == {"a"}
     assert set(tokenizer.decode(tokens[cut:])) == {"b"}
-    assert info.val_tokens == 4 * 10 + 1
+    assert info.val_tokens == 4 * 11 + 1
 
 
 def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
