@@ -226,8 +226,6 @@ class Run:
         ids = torch.tensor([prompt or [self.info.end]])  # (1, P)
         temperature = 0.0 if self.info.is_lesson else 0.7
         text = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
-        if self.info.masked and self.info.end in text:
-            text = text[: text.index(self.info.end)]
         return self.tokenizer.decode(text)
 
 
