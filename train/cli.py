@@ -10,7 +10,7 @@ from typing import Any
 
 from pastkey.command import Command, finite_float, natural_int, positive_int, print_json, say
 
-from .settings import PRESETS, TrainConfig
+from .settings import DEVICES, PRECISIONS, PRESETS, TrainConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
@@ -53,6 +53,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "seed", natural_int, "seed of weights, batches and stories")
     _add(training, "threads", positive_int, "threads of torch")
 
+    hardware = parser.add_argument_group("hardware (start several processes with torchrun: docs/training.md)")
+    _add(hardware, "device", str, ", ".join(DEVICES), metavar="NAME")
+    _add(hardware, "precision", str, "of matrix products: " + ", ".join(PRECISIONS), metavar="NAME")
+    _add(hardware, "peak_tflops", finite_float, "peak of one device in 10^12 operations per second", metavar="X")
+    for name, text in (
+        ("compile", "compile the layers by torch.compile (default: on CUDA)"),
+        ("shard", "divide the model among the processes (FSDP2)"),
+    ):
+        flag = argparse.BooleanOptionalAction
+        hardware.add_argument("--" + name, action=flag, default=argparse.SUPPRESS, help=text)
+
 
 def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> None:
     """Adds an option for a TrainConfig field. It stays unset unless it is given, so that the preset's value applies."""
@@ -76,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.out.exists():
             say(f"{arguments.out} keeps the last checkpoint: --resume goes on from it")
         raise
+    if not figures:  # another process than the first
+        return 0
     if arguments.json:
         print_json(figures)
     else:

@@ -37,6 +37,7 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
         ],
         lr=config.learning_rate,
         betas=_BETAS,
+        fused=all(parameter.is_cuda for parameter in model.parameters()) or None,
     )
 
 

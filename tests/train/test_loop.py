@@ -418,10 +418,10 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
 ) -> None:
     original = loop.save_checkpoint
 
-    def full_at_8(folder: Path, model: Any, state: Any) -> None:
+    def full_at_8(folder: Path, model: Any, state: Any, **more: Any) -> None:
         if state.step >= 8:
             raise OSError(28, "No space left on device", str(folder))
-        original(folder, model, state)
+        original(folder, model, state, **more)
 
     monkeypatch.setattr(loop, "save_checkpoint", full_at_8)
     with pytest.raises(OSError, match="No space left"):
