@@ -136,7 +136,7 @@ class Ranks:
         if self.world == 1:
             return model
         ids = [device.torch_device] if device.is_cuda else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
 
     @contextlib.contextmanager
     def reducing(self, spread: nn.Module, last: bool) -> Iterator[None]:
