@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "seed", natural_int, "seed of weights, batches and stories")
     _add(training, "threads", positive_int, "threads of torch")
 
-    hardware = parser.add_argument_group("hardware (start several processes with torchrun: docs/training.md)")
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--processes", type=positive_int, metavar="N", help="processes on this machine; on several machines use torchrun"
+    )
     _add(hardware, "device", str, ", ".join(DEVICES), metavar="NAME")
     _add(hardware, "precision", str, "of matrix products: " + ", ".join(PRECISIONS), metavar="NAME")
     _add(hardware, "peak_tflops", finite_float, "peak of one device in 10^12 operations per second", metavar="X")
@@ -75,6 +80,10 @@ def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> Non
 def _run(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
     config = TrainConfig.from_given(given)  # validate before torch loads
+    if arguments.processes is not None and "WORLD_SIZE" not in os.environ:  # those that it starts have the same flags
+        from .hardware.launch import launch
+
+        return launch(arguments.processes, sys.argv[1:])
 
     from . import loop
 

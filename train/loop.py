@@ -47,7 +47,7 @@ from .data import (
     write_tokens,
 )
 from .hardware.device import Device, choose_device, flops_per_token
-from .hardware.ranks import Ranks, divided_like, full
+from .hardware.ranks import Ranks
 from .model import Decoder, generate, positions_like
 from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
 from .report import Metrics, Progress, draw_loss_curve
@@ -161,7 +161,7 @@ def _opened(ranks: Ranks, out: Path) -> Iterator[None]:
 
 def _check_processes(config: TrainConfig, ranks: Ranks, *, lesson: bool) -> None:
     if config.shard and ranks.world == 1:
-        raise InputError("--shard divides a model among processes, and this is one: start several with torchrun")
+        raise InputError("--shard divides a model among processes, and this is one: start several with --processes")
     ranks.require_divides(len(LESSON) if lesson else config.batch_size)
 
 
@@ -222,7 +222,7 @@ class Run:
         self.flops_per_token = flops_per_token(model, model.config)
         self.spread = ranks.spread(model, device, shard=config.shard)
         self.optimizer = make_optimizer(model, config)
-        restore_moments(self.optimizer, model, divided_like(model, moments), step)
+        restore_moments(self.optimizer, model, ranks.divided(model, moments), step)
         self.step = step
         self.saved = step or None  # the step of the checkpoint in the folder
         self.recent: deque[float] = deque(maxlen=_RECENT)  # losses of the last steps
@@ -285,7 +285,7 @@ class Run:
             group["lr"] = rate
         batches, count = self._ahead
         loss = self._backward(batches, count)
-        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
+        norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
         self._ahead = self._draw(1)  # while a GPU still computes
         loss_now, norm_now = torch.stack((self.ranks.total(loss), norm)).tolist()
         if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
@@ -354,7 +354,7 @@ class Run:
         """
         self.model.eval()
         nats, count = 0.0, 0
-        with torch.compiler.set_stance("force_eager"):  # its windows have other shapes
+        with self.device.eager():
             for inputs, targets in self.val_tokens.windows(self.config.batch_size):
                 trained = trained_targets(targets)
                 batch = self.device.put(inputs), self.device.put(targets)
@@ -412,7 +412,7 @@ class Run:
             [self.tokenizer.prompt(prompt) or [self.info.end]], device=self.device.torch_device
         )  # (1, P)
         temperature = 0.0 if self.info.row_length is not None else 0.7
-        with torch.compiler.set_stance("force_eager"), self.device.autocast():
+        with self.device.eager(), self.device.autocast():
             (row,) = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)
         return self.tokenizer.decode(row)
 

@@ -65,6 +65,11 @@ class Device:
             for layer in layers_of(model):
                 layer.compile()
 
+    def eager(self) -> contextlib.AbstractContextManager[object]:
+        """Returns the context of forward passes of other shapes than training's: they would be compiled once more."""
+        # Importing this part of torch takes a second.
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def computing(self, threads: int | None) -> Iterator[None]:
         """Sets the threads and, on the CPU, deterministic algorithms; restores both afterwards.

@@ -1,4 +1,4 @@
-"""The processes ("ranks") of a run: one, or those that torchrun started on one or more machines.
+"""The processes ("ranks") of a run: one, or those that torchrun or `--processes` started.
 
 Each computes its rows of every batch. The first alone writes, prints and holds the folder's lock. Between them is
 torch's own engine: DistributedDataParallel, or with `--shard` FSDP2.
@@ -17,10 +17,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pastkey.errors import InputError
@@ -127,6 +124,9 @@ class Ranks:
         """
         device.compile(model)
         if shard:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
             mesh = init_device_mesh(device.torch_device.type, (self.world,))
             for layer in layers_of(model):
                 fully_shard(layer, mesh=mesh)
@@ -155,6 +155,15 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Returns the whole of a tensor that may be divided among the processes. All must call it."""
+        if self.world > 1:  # the import takes a second
+            from torch.distributed.tensor import DTensor
+
+            if isinstance(tensor, DTensor):
+                return tensor.full_tensor()
+        return tensor
+
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns whole tensors on the CPU, to the first process alone, though all must call it.
 
@@ -162,26 +171,23 @@ class Ranks:
         """
         found = {}
         for name, tensor in tensors.items():
-            whole = full(tensor)
+            whole = self.whole(tensor)
             if self.first:
                 found[name] = whole.detach().cpu()
         return found
 
+    def divided(self, model: nn.Module, moments: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Divides moments, named `parameter.moment`, among the processes as their parameters are."""
+        if self.world == 1:
+            return moments
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-def full(tensor: Tensor) -> Tensor:
-    """Returns the whole of a tensor that may be divided among processes. All must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def divided_like(model: nn.Module, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Divides moments, named `parameter.moment`, among the processes as their parameters are."""
-    parameters = dict(model.named_parameters())
-    divided = {}
-    for name, moment in moments.items():
-        parameter = parameters.get(name.rpartition(".")[0])
-        if isinstance(parameter, DTensor) and moment.shape == parameter.shape:
-            moment = distribute_tensor(
-                moment.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        divided[name] = moment
-    return divided
+        parameters = dict(model.named_parameters())
+        divided = dict(moments)
+        for name, moment in moments.items():
+            parameter = parameters.get(name.rpartition(".")[0])
+            if isinstance(parameter, DTensor) and moment.shape == parameter.shape:
+                divided[name] = distribute_tensor(
+                    moment.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+        return divided
