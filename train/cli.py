@@ -57,7 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument(
-        "--processes", type=positive_int, metavar="N", help="processes on this machine; on several machines use torchrun"
+        "--processes", type=positive_int, metavar="N", help="processes on this machine; for several: torchrun"
     )
     _add(hardware, "device", str, ", ".join(DEVICES), metavar="NAME")
     _add(hardware, "precision", str, "of matrix products: " + ", ".join(PRECISIONS), metavar="NAME")

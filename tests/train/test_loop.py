@@ -407,7 +407,9 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "learning_rate", lambda config, step: 1e-2 if step < 100 else 30.0)
-    with pytest.raises(NumericsError, match=r"diverges: the mean loss .* keeps step 100, --resume .* a smaller --learn"):
+    with pytest.raises(
+        NumericsError, match=r"diverges: the mean loss .* keeps step 100, --resume .* a smaller --learn"
+    ):
         loop.train(tiny(steps=300, save_every=50), tmp_path / "c", data=[text])
     assert load_checkpoint(tmp_path / "c").training["step"] == 100
     monkeypatch.undo()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from ..helpers import TINY, tiny, write_corpus
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")]
 
 SIZES: dict[str, Any] = {"batch_size": 6, "accumulate": 2, "layers": 2}
+matrix = functools.partial(pytest.param, marks=pytest.mark.matrix)
 Start = Callable[..., list[tuple[int, str]]]
 
 
@@ -78,7 +82,10 @@ def assert_same_run(out: Path, one: Path) -> None:
     assert load_optimizer(out, a.training).keys() == load_optimizer(one, b.training).keys()
 
 
-@pytest.mark.parametrize(("world", "more"), [(2, []), (3, []), (2, ["--shard"]), (3, ["--shard"])])
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(2, ["--shard"]), (3, []), matrix(2, []), matrix(3, ["--shard"])],
+)
 def test_several_processes_compute_what_one_does(
     world: int, more: list[str], start: Start, text: Path, one: Path, tmp_path: Path
 ) -> None:
@@ -90,8 +97,17 @@ def test_several_processes_compute_what_one_does(
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (3, 2)])
-@pytest.mark.parametrize("shard", ["--shard", "--no-shard"])
+@pytest.mark.parametrize(
+    ("worlds", "shard"),
+    [
+        ((2, 1), "--shard"),
+        ((1, 2), "--no-shard"),
+        matrix((2, 1), "--no-shard"),
+        matrix((1, 2), "--shard"),
+        matrix((3, 2), "--no-shard"),
+        matrix((3, 2), "--shard"),
+    ],
+)
 def test_a_run_is_resumed_with_another_number_of_processes(
     worlds: tuple[int, int], shard: str, start: Start, text: Path, one: Path, tmp_path: Path
 ) -> None:
@@ -143,8 +159,8 @@ def test_a_full_disk_ends_all_processes_with_one_sentence(start: Start, text: Pa
     ("more", "sentence"),
     [
         (["--batch-size", "8"], "a batch of 8 rows is not divided evenly among 3 processes: start 2, or begin a run"),
-        (["--data", "none"], "no such file or folder: none"),
-        (["--device", "cuda"], "torch sees no CUDA device"),
+        matrix(["--data", "none"], "no such file or folder: none"),
+        matrix(["--device", "cuda"], "torch sees no CUDA device"),
     ],
 )
 def test_a_mistake_is_one_sentence_of_one_process(
@@ -157,6 +173,23 @@ def test_a_mistake_is_one_sentence_of_one_process(
     (line,) = "".join(said for _, said in answers).splitlines()
     assert sentence in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.matrix
+def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    command = [sys.executable, "-m", "pastkey", "train", "--processes", "2", *map(str, flags(out, text))]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    while not (out / "pastkey.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 2
+    assert "Traceback" not in said
+    assert f"pastkey train: a process of this run ended or was stopped: {out} keeps step " in said
+    assert said.endswith("of 2 was ended by signal 9\n")
 
 
 def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:
