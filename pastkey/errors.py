@@ -64,6 +64,10 @@ class NumericsError(PastkeyError, ArithmeticError):
     """NaN or infinity where a number was expected."""
 
 
+class LostProcessError(PastkeyError, ConnectionError):
+    """A process of a training in several processes ended, and the others cannot go on."""
+
+
 class ResourceError(PastkeyError, OSError):
     """Not enough memory or disk for the work."""
 

@@ -91,14 +91,17 @@ class TrainingState:
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
-def save_checkpoint(folder: Path, model: Decoder, state: TrainingState) -> None:
+def save_checkpoint(
+    folder: Path, model: Decoder, state: TrainingState, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Saves the model and state to `folder` atomically. The tokenizer and token files must be there already.
 
-    An error, such as a full disk, leaves the folder's earlier checkpoint unchanged.
+    `weights` are those of a model that is divided among processes. An error, such as a full disk, leaves the folder's
+    earlier checkpoint unchanged.
     """
     changed = {
         names.CONFIG: (json.dumps(model.config.to_json(), indent=2) + "\n").encode(),
-        names.WEIGHTS: _weights(model),
+        names.WEIGHTS: _weights(model, model.state_dict() if weights is None else weights),
         # An empty safetensors file is invalid, and at step 0 there are no moments yet.
         STATE: safetensors.torch.save(dict(state.optimizer) or {"none": next(model.parameters()).new_zeros(1)}),
     }
@@ -150,8 +153,8 @@ def finish_or_discard(folder: Path) -> None:
         remove_leftovers(folder / name)
 
 
-def _weights(model: Decoder) -> bytes:
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def _weights(model: Decoder, weights: Mapping[str, Tensor]) -> bytes:
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same tensor as the embedding, stored once
     # transformers refuses a file that does not name the framework of its tensors' layout.

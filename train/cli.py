@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from pastkey.command import Command, finite_float, natural_int, positive_int, print_json, say
 
-from .settings import PRESETS, TrainConfig
+from .settings import DEVICES, PRECISIONS, PRESETS, TrainConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
@@ -52,13 +54,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "accumulate", positive_int, "forward passes per step")
     kinds = "muon for the matrices of projections and adamw for all else, or adamw for all"
     _add(training, "optimizer", str, kinds, metavar="NAME")
-    _add(training, "learning_rate", finite_float, "peak learning rate of AdamW, after the warm-up", metavar="X")
-    _add(training, "muon_rate", finite_float, "peak learning rate of Muon", metavar="X")
+    _add(training, "learning_rate", finite_float, "peak learning rate, after the warm-up", metavar="X")
     _add(training, "warmup_steps", natural_int, "steps until the peak learning rate")
     _add(training, "weight_decay", finite_float, "weight decay of AdamW, on projections only", metavar="X")
     _add(training, "save_every", positive_int, "steps between checkpoints")
     _add(training, "seed", natural_int, "seed of weights, batches and stories")
     _add(training, "threads", positive_int, "threads of torch")
+
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
+        "--processes", type=positive_int, metavar="N", help="processes on this machine; for several: torchrun"
+    )
+    _add(hardware, "device", str, ", ".join(DEVICES), metavar="NAME")
+    _add(hardware, "precision", str, "of matrix products: " + ", ".join(PRECISIONS), metavar="NAME")
+    _add(hardware, "peak_tflops", finite_float, "peak of one device in 10^12 operations per second", metavar="X")
+    for name, text in (
+        ("compile", "compile the layers by torch.compile (default: on CUDA)"),
+        ("shard", "divide the model among the processes (FSDP2)"),
+    ):
+        flag = argparse.BooleanOptionalAction
+        hardware.add_argument("--" + name, action=flag, default=argparse.SUPPRESS, help=text)
 
 
 def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> None:
@@ -71,6 +86,10 @@ def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> Non
 def _run(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in _DEFAULTS}
     config = TrainConfig.from_given(given)  # validate before torch loads
+    if arguments.processes is not None and "WORLD_SIZE" not in os.environ:  # those that it starts have the same flags
+        from .hardware.launch import launch
+
+        return launch(arguments.processes, sys.argv[1:])
 
     from . import loop
 
@@ -83,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.out.exists():
             say(f"{arguments.out} keeps the last checkpoint: --resume goes on from it")
         raise
+    if not figures:  # another process than the first
+        return 0
     if arguments.json:
         print_json(figures)
     else:

@@ -1,7 +1,8 @@
 """Training: draws a batch, predicts every next token, takes a step, and periodically saves, validates and samples.
 
 The same settings give the same losses, bit by bit, whether or not the run was interrupted: every step's batch depends
-only on (seed, step), and a checkpoint holds all state.
+only on (seed, step), and a checkpoint holds all state. So on the CPU with as many processes; another device or number
+of processes rounds sums differently.
 """
 
 from __future__ import annotations
@@ -9,39 +10,48 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pastkey.contract import names
-from pastkey.errors import InputError, MissingFileError, NumericsError
+from pastkey.errors import InputError, LostProcessError, MissingFileError, NumericsError
 from pastkey.files.durable import NewFolder, locked, new_folder, remove_leftovers
 
 from .checkpoint import (
     TOKENS_TRAIN,
     TOKENS_VAL,
+    Checkpoint,
     TrainingState,
     finish_or_discard,
     load_checkpoint,
     save_checkpoint,
 )
 from .data.batches import NOT_TRAINED, Batch, Tokens
-from .data.prepare import LESSON_PROMPTS, prepare, require_same_data
+from .data.prepare import LESSON, LESSON_PROMPTS, prepare, require_same_data
 from .data.token_files import DataInfo
+from .hardware.device import Device, choose_device, flops_per_token
+from .hardware.ranks import Ranks
 from .model import Decoder, generate, positions_like
 from .optimizer import make_optimizers, moments_of, restore_moments, schedule
 from .report import Metrics, Progress, draw_loss_curve
-from .resumed import read_training
+from .resumed import Resumed, read_training
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, read_tokenizer
 
 _SAMPLE_TOKENS: Final = 200
-_MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
+# Settings that a resumed run may change.
+_MAY_CHANGE: Final = (
+    "steps", "threads", "save_every", "learning_rate", "device", "precision", "compile", "shard", "peak_tflops",
+)  # fmt: skip
+_RECENT: Final = 50  # steps whose mean loss shows whether a run diverges
+_RISE: Final = 1.0  # nats per token: a rise of that mean is no noise
 
 
 # --- start and resume ---------------------------------------------------------------------------------------------
@@ -50,35 +60,51 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), fo
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
     MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
+    Under torchrun each process calls it; those other than the first return nothing.
     """
-    with new_folder(out, force=force) as place:
-        info, tokenizer = prepare(config, place.path, data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
-        return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
+    ranks = Ranks.join()
+    with ranks.ending_together():
+        device = choose_device(config, ranks.local_rank)
+        _check_processes(config, ranks, lesson=_is_lesson(config, data))
+        with _prepared(ranks, config, out, data, force=force) as (place, info):
+            tokenizer = _tokenizer(place.path, info)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+            with ranks.connected(device):
+                return Run(place, config, info, tokenizer, model, ranks, device, step=0, moments={}).go()
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
     `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
-    those in _MAY_CHANGE, and MissingFileError if there is nothing to resume.
+    those in _MAY_CHANGE, and MissingFileError if there is nothing to resume. The number of processes may differ.
     """
-    if not (out / names.MANIFEST).exists():
-        raise MissingFileError(
-            f"there is nothing to resume: {out} is not a checkpoint; leave out --resume to begin one"
-        )
-    with locked(out):
-        remove_leftovers(out)
-        finish_or_discard(out)
-        return _resumed(out, given, data).go()
+    ranks = Ranks.join()
+    with ranks.ending_together():
+        if not (out / names.MANIFEST).exists():
+            raise MissingFileError(
+                f"there is nothing to resume: {out} is not a checkpoint; leave out --resume to begin one"
+            )
+        with _opened(ranks, out):
+            config, resumed, checkpoint = _resumed(out, given, data)
+            device = choose_device(config, ranks.local_rank)
+            _check_processes(config, ranks, lesson=resumed.info.row_length is not None)
+            tokenizer, place = _tokenizer(out, resumed.info), NewFolder(out, out)
+            with ranks.connected(device):
+                return Run(
+                    place, config, resumed.info, tokenizer, checkpoint.model, ranks, device,
+                    step=resumed.step, moments=resumed.moments,
+                ).go()  # fmt: skip
 
 
-def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[str | Path]) -> Run:
+def _resumed(
+    out: Path, given: Mapping[str, Any], data: Sequence[str | Path]
+) -> tuple[TrainConfig, Resumed, Checkpoint]:
     checkpoint = load_checkpoint(out)
     resumed = read_training(checkpoint)
-    saved, info, step = resumed.config, resumed.info, resumed.step
+    saved, info = resumed.config, resumed.info
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != getattr(saved, name):
             raise InputError(
@@ -88,16 +114,59 @@ def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[str | Path]) ->
     if data:
         require_same_data(data, info)
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
-    if step >= config.steps:
-        raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
-    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
-    place = NewFolder(out, out)
-    return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
+    if resumed.step >= config.steps:
+        raise InputError(
+            f"{out} is trained already, to step {resumed.step} of {config.steps}: give a larger --steps to go on"
+        )
+    return config, resumed, checkpoint
+
+
+@contextmanager
+def _prepared(
+    ranks: Ranks, config: TrainConfig, out: Path, data: Sequence[str | Path], *, force: bool
+) -> Iterator[tuple[NewFolder, DataInfo]]:
+    """Yields the new folder with tokenizer and token files, which the first process makes."""
+    if not ranks.first:
+        told = ranks.told()
+        yield NewFolder(out, Path(told["path"])), DataInfo(**told["info"])
+        return
+    with new_folder(out, force=force) as place:
+        info, _ = prepare(config, place.path, data)
+        ranks.tell({"path": str(place.path.absolute()), "info": info.to_json()})
+        yield place, info
+
+
+@contextmanager
+def _opened(ranks: Ranks, out: Path) -> Iterator[None]:
+    """Holds the lock of a checkpoint, in the first process, and cleans it up before the others read it."""
+    if not ranks.first:
+        ranks.told()
+        yield
+        return
+    with locked(out):
+        remove_leftovers(out)
+        finish_or_discard(out)
+        ranks.tell({})
+        yield
+
+
+def _check_processes(config: TrainConfig, ranks: Ranks, *, lesson: bool) -> None:
+    if config.shard and ranks.world == 1:
+        raise InputError("--shard divides a model among processes, and this is one: start several with --processes")
+    ranks.require_divides(len(LESSON) if lesson else config.batch_size)
+
+
+def _tokenizer(folder: Path, info: DataInfo) -> TextTokenizer:
+    return dataclasses.replace(read_tokenizer(folder / names.TOKENIZER), end=info.end, begin=info.begin)
+
+
+def _is_lesson(config: TrainConfig, data: Sequence[str | Path]) -> bool:
+    return config.preset == "classic" and not data
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
 class Run:
-    """One training run, new or resumed, until its last step."""
+    """One training run, new or resumed, until its last step. Each process of a run has one."""
 
     def __init__(
         self,
@@ -106,15 +175,24 @@ class Run:
         info: DataInfo,
         tokenizer: TextTokenizer,
         model: Decoder,
+        ranks: Ranks,
+        device: Device,
         *,
         step: int,
         moments: Mapping[str, Tensor],
     ) -> None:
         self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
+        self.ranks, self.device = ranks, device
         self.train_tokens, self.val_tokens = self._tokens()
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops_per_token = flops_per_token(model, model.config)
+        self.spread = ranks.spread(model, device, shard=config.shard)
         self.optimizers = make_optimizers(model, config)
-        restore_moments(self.optimizers, model, moments, step)
+        restore_moments(self.optimizers, model, ranks.divided(model, moments), step)
         self.step = step
+        self.saved = step or None  # the step of the checkpoint in the folder
+        self.recent: deque[float] = deque(maxlen=_RECENT)  # losses of the last steps
+        self.lowest = math.inf  # the lowest mean of `recent` at a save
         self.figures: dict[str, Any] = {}
 
     def _tokens(self) -> tuple[Tokens, Tokens]:
@@ -123,74 +201,134 @@ class Run:
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
     def go(self) -> dict[str, Any]:
-        """Takes the remaining steps. Returns the final figures."""
-        with (
-            _deterministic(self.config.threads),
-            Metrics(self.place.path, self.step) as metrics,
-            Progress(self.step, self.config.steps) as progress,
-        ):
-            started, tokens = time.monotonic(), 0
-            while self.step < self.config.steps:
-                row = self._one_step()
-                tokens += row.pop("tokens")
-                speed = tokens / (time.monotonic() - started)
+        """Takes the remaining steps. Returns the final figures, in the first process."""
+        first = self.ranks.first
+        try:
+            with (
+                self.device.computing(self.config.threads),
+                Metrics(self.place.path, self.step) if first else nullcontext() as metrics,
+                Progress(self.step, self.config.steps) if first else nullcontext() as progress,
+            ):
+                return self._go(metrics, progress)
+        except BaseException as error:
+            if self.ranks.lost(error):
+                raise LostProcessError(f"a process of this run ended or was stopped: {self._kept()}") from None
+            raise
+
+    def _go(self, metrics: Metrics | None, progress: Progress | None) -> dict[str, Any]:
+        started, tokens = time.monotonic(), 0
+        if progress is not None:
+            processes = f"{self.ranks.world} processes, each on " if self.ranks.world > 1 else ""
+            progress.say(f"training {self.parameters:,} parameters on {processes}{self.device}")
+        self._ahead = self._draw()
+        while self.step < self.config.steps:
+            row = self._one_step()
+            tokens += row.pop("tokens")
+            speed = tokens / (time.monotonic() - started)
+            if metrics is not None and progress is not None:
                 metrics.add(row)
-                progress.update(self.step, row["loss"], speed)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
-                    self._validate(row["loss"], round(speed))
-                    self._save(metrics)
+                progress.update(self.step, row["loss"], speed, self._utilization(speed))
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self._require_no_rise()
+                self._validate(row["loss"], round(speed))
+                self._save(metrics)
+                if progress is not None:
                     progress.say(self._summary())
+        if not self.ranks.first:
+            return {}
         return {
             "checkpoint": str(self.place.target),
             "preset": self.config.preset,
             "step": self.step,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": self.parameters,
             "seconds": round(time.monotonic() - started, 1),
         } | self.figures
 
     def _one_step(self) -> dict[str, Any]:
         """Takes an optimizer step: clipped gradients of `accumulate` batches, at the step's learning rate."""
-        config = self.config
-        share = schedule(config, self.step)
+        share = schedule(self.config, self.step)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = share * group["peak"]
-        self.model.train()
-        loss_sum, tokens = 0.0, 0
-        for part in range(config.accumulate):
-            inputs, targets = self.train_tokens.draw(
-                config.batch_size, config.seed, self.step * config.accumulate + part
-            )
-            loss = next_token_loss(self.model, (inputs, targets))
-            (loss / config.accumulate).backward()
-            loss_sum += loss.item() / config.accumulate
-            tokens += targets.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip).item()
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        batches, count = self._ahead
+        loss = self._backward(batches, count)
+        norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
+        self._ahead = self._draw(1)  # while a GPU still computes
+        loss_now, norm_now = torch.stack((self.ranks.total(loss), norm)).tolist()
+        if not (math.isfinite(loss_now) and math.isfinite(norm_now)):
             raise NumericsError(
-                f"training broke at step {self.step + 1}: the loss is {loss_sum} and the gradient norm {norm}; "
-                f"take a smaller --learning-rate than {config.learning_rate}"
+                f"training broke at step {self.step + 1}: the loss is {loss_now} and the gradient norm {norm_now}; "
+                f"{self._kept(slower=True)}"
             )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {
-            "step": self.step,
-            "loss": loss_sum,
-            "learning_rate": share * config.learning_rate,
-            "gradient_norm": norm,
-            "tokens": tokens,
-        }
+        self.recent.append(loss_now)
+        rate = share * self.config.learning_rate
+        return {"step": self.step, "loss": loss_now, "learning_rate": rate, "gradient_norm": norm_now, "tokens": count}
+
+    def _draw(self, after: int = 0) -> tuple[list[Batch], int]:
+        """Returns this process's rows of the batches of a step, on the device, and the targets of all processes.
+
+        Every process draws the whole batches, so that all know this number.
+        """
+        first = (self.step + after) * self.config.accumulate
+        drawn = [
+            self.train_tokens.draw(self.config.batch_size, self.config.seed, first + part)
+            for part in range(self.config.accumulate)
+        ]
+        mine = [(self._mine(inputs), self._mine(targets)) for inputs, targets in drawn]
+        return mine, sum(trained_targets(targets) for _, targets in drawn)
+
+    def _mine(self, rows: Tensor) -> Tensor:
+        return self.device.put(self.ranks.mine(rows))
+
+    def _backward(self, batches: Sequence[Batch], count: int) -> Tensor:
+        """Adds up the gradients of the mean loss over the `count` targets of all processes. Returns this one's part."""
+        self.model.train()
+        total = torch.zeros((), device=self.device.torch_device)
+        for number, batch in enumerate(batches, 1):
+            with self.ranks.reducing(self.spread, number == len(batches)):
+                with self.device.autocast():
+                    loss = next_token_loss(self.spread, batch, count)
+                (loss * self.ranks.world).backward()  # the processes' gradients are averaged
+            total += loss.detach()
+        return total
+
+    def _require_no_rise(self) -> None:
+        """Raises NumericsError if the loss has risen since an earlier save, so that this save is the last good one."""
+        mean = sum(self.recent) / len(self.recent)
+        if len(self.recent) < _RECENT:
+            return
+        if mean > self.lowest + _RISE:
+            raise NumericsError(
+                f"training diverges: the mean loss of the last {_RECENT} steps is {mean:.2f} nats at step {self.step}, "
+                f"and was {self.lowest:.2f}; {self._kept(slower=True)}"
+            )
+        self.lowest = min(self.lowest, mean)
+
+    def _kept(self, *, slower: bool = False) -> str:
+        """Returns what a run that stops here leaves, and how to go on."""
+        rate = f" with a smaller --learning-rate than {self.config.learning_rate}" if slower else ""
+        if self.saved is None:
+            return f"nothing was saved yet, start again{rate}"
+        return f"{self.place.target} keeps step {self.saved}, --resume goes on from it{rate}"
 
     @torch.no_grad()
     def _validate(self, train_loss: float, tokens_per_second: int) -> None:
-        """Measures the loss over the whole held-out text, in nats per token and tokenizer-independent bits per byte."""
+        """Measures the loss over the whole held-out text, in nats per token and tokenizer-independent bits per byte.
+
+        Every process measures all of it: it is short, and the weights may be divided among all.
+        """
         self.model.eval()
         nats, count = 0.0, 0
-        for inputs, targets in self.val_tokens.windows(self.config.batch_size):
-            trained = int((targets != NOT_TRAINED).sum())
-            nats += next_token_loss(self.model, (inputs, targets)).item() * trained
-            count += trained
+        with self.device.eager():
+            for inputs, targets in self.val_tokens.windows(self.config.batch_size):
+                trained = trained_targets(targets)
+                batch = self.device.put(inputs), self.device.put(targets)
+                with self.device.autocast():
+                    nats += next_token_loss(self.model, batch, trained).item() * trained
+                count += trained
         self.figures = {
             "train_loss": train_loss,
             "val_loss": nats / count,
@@ -198,11 +336,17 @@ class Run:
             "tokens_per_second": tokens_per_second,
         }
 
-    def _save(self, metrics: Metrics) -> None:
+    def _save(self, metrics: Metrics | None) -> None:
+        """Saves the whole model and state, in the first process, whatever the number of processes."""
+        weights = self.ranks.gathered(self.model.state_dict())
+        moments = self.ranks.gathered(moments_of(self.optimizers, self.model))
+        self.saved = self.step
+        if metrics is None:
+            return
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
-        moments = moments_of(self.optimizers, self.model)
-        save_checkpoint(self.place.path, self.model, _state(self.step, moments, self.config, self.info, self.figures))
+        state = _state(self.step, moments, self.config, self.info, self.figures)
+        save_checkpoint(self.place.path, self.model, state, weights=weights)
         if self.place.path != self.place.target:
             # Windows cannot rename a folder with an open file.
             metrics.close()
@@ -220,7 +364,12 @@ class Run:
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 
     def samples(self) -> list[str]:
-        """Returns samples of the model: for the lesson's prompts, for one that is held out, or for an empty prompt."""
+        """Returns samples of the model: for the lesson's prompts, or for an empty prompt.
+
+        None of a model that is divided among processes: each token would need all of them.
+        """
+        if self.config.shard:
+            return []
         self.model.eval()
         if self.info.is_lesson:
             return [f"{prompt} -> {self._continue(self.tokenizer.prompt(prompt))}" for prompt in LESSON_PROMPTS]
@@ -229,36 +378,38 @@ class Run:
             return [f"{self.tokenizer.decode(prompt)} -> {self._continue(prompt)}"]
         return [self._continue(self.tokenizer.prompt(""))]
 
-    def _continue(self, prompt: list[int]) -> str:
-        ids = torch.tensor([prompt or [self.info.end]])  # (1, P)
-        temperature = 0.0 if self.info.is_lesson else 0.7
-        text = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
-        return self.tokenizer.decode(text)
+    def _continue(self, prompt: str) -> str:
+        ids = torch.tensor(
+            [self.tokenizer.prompt(prompt) or [self.info.end]], device=self.device.torch_device
+        )  # (1, P)
+        temperature = 0.0 if self.info.row_length is not None else 0.7
+        with self.device.eager(), self.device.autocast():
+            (row,) = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)
+        return self.tokenizer.decode(row)
+
+    def _utilization(self, tokens_per_second: float) -> float | None:
+        peak = self.device.peak_flops
+        return None if peak is None else tokens_per_second * self.flops_per_token / (peak * self.ranks.world)
 
 
 # --- parts of a run -----------------------------------------------------------------------------------------------
-def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of the next token at every position whose target is trained."""
+def next_token_loss(model: nn.Module, batch: Batch, count: int | None = None) -> Tensor:
+    """Returns the cross-entropy of next tokens, in nats: its sum over the batch's trained targets, divided by `count`.
+
+    `count` is by default their number, so that the result is their mean.
+    """
     inputs, targets = batch
+    count = trained_targets(targets) if count is None else count
     logits = model(inputs, positions_like(inputs))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED, reduction="sum") / count
+
+
+def trained_targets(targets: Tensor) -> int:
+    """Returns how many targets are trained."""
+    return int((targets != NOT_TRAINED).sum())
 
 
 def _state(
     step: int, moments: Mapping[str, Tensor], config: TrainConfig, info: DataInfo, figures: Mapping[str, Any]
 ) -> TrainingState:
     return TrainingState(step, moments, dataclasses.asdict(config), info.to_json(), figures)
-
-
-@contextmanager
-def _deterministic(threads: int | None) -> Iterator[None]:
-    """Sets deterministic algorithms and the requested threads; restores both afterwards."""
-    before, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.set_num_threads(threads_before)

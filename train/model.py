@@ -265,12 +265,12 @@ def generate(
     end = model.config.eos_token_id
     ended = torch.zeros(len(ids), dtype=torch.bool)
     for _ in range(min(max_new_tokens, model.config.max_position_embeddings - prompt.shape[1])):
-        logits = model(ids, positions_like(ids))[:, -1]  # (B, V)
+        logits = model(ids, positions_like(ids))[:, -1].float().cpu()  # (B, V)
         if temperature > 0:
             chosen = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)  # (B, 1)
         else:
             chosen = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-        ids = torch.cat((ids, chosen), dim=1)
+        ids = torch.cat((ids, chosen.to(ids.device)), dim=1)
         ended |= chosen[:, 0] == end if end is not None else False
         if ended.all():
             break

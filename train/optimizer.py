@@ -15,6 +15,7 @@ from .settings import TrainConfig
 
 _BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
 _FINAL_RATE: Final = 0.05  # the cosine's final learning rate, as a share of the peak
+_MUON_RATE: Final = 4.0  # times AdamW's
 _MOMENTUM: Final = 0.95  # of Muon
 _NEWTON_SCHULZ: Final = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: steep at 0, so that five iterations suffice
 _ITERATIONS: Final = 5
@@ -85,9 +86,11 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[torch.optim.Opt
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamw":
         groups.append({"params": matrices, "weight_decay": config.weight_decay})
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)]
+    fused = all(parameter.is_cuda for parameter in named.values()) or None
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, fused=fused)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if config.optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=config.muon_rate))
+        optimizers.append(Muon(matrices, lr=_MUON_RATE * config.learning_rate))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     return optimizers

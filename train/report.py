@@ -137,17 +137,20 @@ class Progress:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._bar.close()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, tokens_per_second: float, utilization: float | None = None) -> None:
+        """`utilization` is the share of the devices' peak that the model's operations use; None: not known."""
+        shown = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        shown += "" if utilization is None else f", {utilization:.1%} of peak FLOPS"
         if self._bar is not None:
             self._bar.update()
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(shown, refresh=False)
             return
         now = time.monotonic()
         if now - self._line_at < self._LINE_SECONDS:
             return
         self._line_at = now
         left = (now - self._started) / (step - self._first) * (self._steps - step)
-        say(f"step {step} of {self._steps}: loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {left:.0f} s left")
+        say(f"step {step} of {self._steps}: {shown}, {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """Prints a line beside the bar."""

@@ -16,6 +16,8 @@ from pastkey.typed import parse
 from pastkey.values import is_int, is_number, require, shown
 
 OPTIMIZERS: Final = ("muon", "adamw")
+DEVICES: Final = ("auto", "cpu", "cuda", "mps")
+PRECISIONS: Final = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,18 @@ class TrainConfig:
     batch_size: int = 6  # rows of a forward pass
     accumulate: int = 1  # forward passes per optimizer step
     optimizer: str = "muon"  # muon for the matrices of projections and adamw for all else, or adamw for all
-    learning_rate: float = 5e-3  # of AdamW, at the peak, after the warm-up
-    muon_rate: float = 0.02  # of Muon, at the peak
+    learning_rate: float = 5e-3  # of AdamW, at the peak, after the warm-up; Muon takes steps in proportion
     warmup_steps: int = 40
     weight_decay: float = 0.1  # on weight matrices only
     gradient_clip: float = 1.0  # maximum norm of all gradients together
     save_every: int = 250  # steps between checkpoints, each with validation, sample and curve
     seed: int = 0
     threads: int | None = None  # None: as many as torch chooses
+    device: str = "auto"  # of DEVICES; auto: CUDA if there is a card, or else the CPU
+    precision: str = "auto"  # of PRECISIONS; auto: bfloat16 where CUDA has it, or else float32
+    compile: bool | None = None  # None: on CUDA
+    shard: bool = False  # divide weights, gradients and moments among the processes, by FSDP2
+    peak_tflops: float | None = None  # of one device, for its utilisation; None: from a table of cards
     tokenizer: str = "bpe"  # bpe, char, word, or the path of a tokenizer.json
     vocab_size: int = 1024  # maximum, for a trained tokenizer
     context: int | None = None  # tokens
@@ -56,7 +62,11 @@ class TrainConfig:
         for name in ("threads", "context", "hidden_size", "layers", "heads", "kv_heads", "head_dim"):
             value = getattr(self, name)
             self._require(name, value is None or is_int(value, 1), "a whole number from 1")
-        for name in ("learning_rate", "muon_rate", "gradient_clip"):
+        for name, kinds in (("device", DEVICES), ("precision", PRECISIONS)):
+            self._require(name, getattr(self, name) in kinds, f"one of {', '.join(kinds)}")
+        peak = self.peak_tflops
+        self._require("peak_tflops", peak is None or (is_number(peak) and peak > 0), "a positive number")
+        for name in ("learning_rate", "gradient_clip"):
             self._require(name, is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("warmup_steps", "seed"):
             self._require(name, is_int(getattr(self, name), 0), "a whole number from 0")

@@ -404,6 +404,29 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text: Path, tm
     assert list(tmp_path.iterdir()) == [text]
 
 
+def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "learning_rate", lambda config, step: 1e-2 if step < 100 else 30.0)
+    with pytest.raises(
+        NumericsError, match=r"diverges: the mean loss .* keeps step 100, --resume .* a smaller --learn"
+    ):
+        loop.train(tiny(steps=300, save_every=50), tmp_path / "c", data=[text])
+    assert load_checkpoint(tmp_path / "c").training["step"] == 100
+    monkeypatch.undo()
+    figures = loop.resume(tmp_path / "c", {"learning_rate": 1e-3, "steps": 150})
+    assert figures["val_loss"] < 1.5
+
+
+def test_targets_that_are_ignored_are_not_trained() -> None:
+    inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, -100, -100], [-100, -100, -100]])
+    model = loop.Decoder(tiny().model_config(9, None, 0))
+    loss = loop.next_token_loss(model, (inputs, targets))
+    alone = loop.next_token_loss(model, (inputs[:1, :1], targets[:1, :1]))
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert loop.next_token_loss(model, (inputs[1:], targets[1:]), 1) == 0  # a process's rows may have none
+
+
 @pytest.mark.parametrize("broken", ["one line", b"\xff\xfe"])
 def test_a_bad_corpus_leaves_nothing(broken: str | bytes, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
@@ -419,10 +442,10 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
 ) -> None:
     original = loop.save_checkpoint
 
-    def full_at_8(folder: Path, model: Any, state: Any) -> None:
+    def full_at_8(folder: Path, model: Any, state: Any, **more: Any) -> None:
         if state.step >= 8:
             raise OSError(28, "No space left on device", str(folder))
-        original(folder, model, state)
+        original(folder, model, state, **more)
 
     monkeypatch.setattr(loop, "save_checkpoint", full_at_8)
     with pytest.raises(OSError, match="No space left"):

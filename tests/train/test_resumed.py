@@ -44,7 +44,7 @@ def test_a_training_is_read(trained: Path) -> None:
 
 def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(trained)
-    settings = {k: v for k, v in checkpoint.training["settings"].items() if k not in ("optimizer", "muon_rate")}
+    settings = {k: v for k, v in checkpoint.training["settings"].items() if k != "optimizer"}
     with pytest.raises(IntegrityError, match=r"proj\.weight\.exp_avg of shape"):
         read_training(load_checkpoint(altered(trained, tmp_path, settings=settings)))
 

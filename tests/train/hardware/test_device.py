@@ -1,0 +1,109 @@
+"""The device that a run chooses and states, its number types, and its utilisation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pastkey.errors import InputError
+from pastkey.train import loop
+from pastkey.train.checkpoint import load_checkpoint
+from pastkey.train.hardware.device import choose_device, flops_per_token, layers_of, peak_flops
+from pastkey.train.model import Decoder
+from pastkey.train.report import read_metrics
+
+from ..helpers import tiny, write_corpus
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "text.txt")
+
+
+def test_on_the_cpu_nothing_changes_unless_it_is_asked_for() -> None:
+    device = choose_device(tiny(device="cpu"), 0)
+    assert (str(device), device.bfloat16, device.compiled, device.peak_flops) == ("cpu, float32", False, False, None)
+    asked = choose_device(tiny(device="cpu", precision="bfloat16", compile=True, peak_tflops=2.0), 0)
+    assert str(asked) == "cpu, bfloat16 autocast, compiled"
+    assert asked.peak_flops == 2e12
+
+
+def test_a_device_that_is_missing_is_one_sentence() -> None:
+    for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if not there:
+            with pytest.raises(InputError, match=f"--device is {kind}, and torch sees no .*--device cpu"):
+                choose_device(tiny(device=kind), 0)
+    with pytest.raises(InputError, match="--device is 'tpu'; it must be one of auto, cpu, cuda, mps"):
+        tiny(device="tpu")
+
+
+def test_each_process_needs_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="has no card of its own, there are 2: start at most 2 processes"):
+        choose_device(tiny(), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_the_peak_of_a_card_is_known_or_none(name: str, tflops: int | None) -> None:
+    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_the_operations_of_a_token_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny(layers=3).model_config(40, None, 0)
+    model = Decoder(config)
+    ids = torch.zeros((2, config.max_position_embeddings), dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loop.next_token_loss(model, (ids, ids)).backward()
+    assert flops_per_token(model, config) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.02)
+
+
+def test_the_layers_are_the_longest_list_of_modules() -> None:
+    model = Decoder(tiny(layers=3).model_config(40, None, 0))
+    assert layers_of(model) == list(model.model.layers)
+    assert layers_of(model.lm_head) == [model.lm_head]
+
+
+def test_a_run_in_bfloat16_learns_and_saves_float32(text: Path, tmp_path: Path) -> None:
+    for name, precision in (("a", "float32"), ("b", "bfloat16")):
+        loop.train(tiny(precision=precision), tmp_path / name, data=[text])
+    a, b = ([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in "ab")
+    assert a != b
+    assert b == pytest.approx(a, rel=0.02)
+    assert {p.dtype for p in load_checkpoint(tmp_path / "b").model.parameters()} == {torch.float32}
+
+
+def test_the_device_may_change_when_a_run_is_resumed(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop.train(tiny(steps=4), tmp_path / "c", data=[text])
+    loop.resume(tmp_path / "c", {"steps": 8, "precision": "bfloat16", "device": "cpu", "learning_rate": 1e-3})
+    said = capsys.readouterr().err
+    assert "parameters on cpu, float32\n" in said
+    assert "parameters on cpu, bfloat16 autocast\n" in said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch uses its own old parts
+def test_compiled_layers_compute_the_same(text: Path, tmp_path: Path) -> None:
+    for name, compiled in (("a", False), ("b", True)):
+        loop.train(tiny(steps=4, layers=2, compile=compiled), tmp_path / name, data=[text])
+    a, b = (read_metrics(tmp_path / name) for name in "ab")
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    names = (load_checkpoint(tmp_path / name).model.state_dict().keys() for name in "ab")
+    assert next(names) == next(names)

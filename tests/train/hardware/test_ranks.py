@@ -1,0 +1,204 @@
+"""Several processes compute what one does, whichever began the run, and end together."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pastkey.errors import InputError
+from pastkey.train import loop
+from pastkey.train.checkpoint import load_checkpoint, load_optimizer
+from pastkey.train.hardware.ranks import Ranks
+from pastkey.train.report import read_metrics
+
+from ..helpers import TINY, tiny, write_corpus
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")]
+
+SIZES: dict[str, Any] = {"batch_size": 6, "accumulate": 2, "layers": 2}
+matrix = functools.partial(pytest.param, marks=pytest.mark.matrix)
+Start = Callable[..., list[tuple[int, str]]]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Starts a training in several processes, and returns the status and standard error of each."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "fork_ranks.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(world: int, *flags: object, **more: object) -> list[tuple[int, str]]:
+            request = {"world": world, "command": ["train", *map(str, flags)], **more}
+            print(json.dumps(request), file=process.stdin, flush=True)
+            return [(status, said) for status, said in json.loads(process.stdout.readline())]
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("one") / "c"
+    loop.train(tiny(**SIZES), out, data=[text])
+    return out
+
+
+def flags(out: Path, text: Path) -> list[object]:
+    options = TINY | SIZES | {"out": out, "data": text}
+    return [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", value)]
+
+
+def assert_same_run(out: Path, one: Path) -> None:
+    found, expected = read_metrics(out), read_metrics(one)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, its in zip(found, expected, strict=True):
+        assert row == pytest.approx(its, rel=2e-5)
+    a, b = load_checkpoint(out), load_checkpoint(one)
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    assert load_optimizer(out, a.training).keys() == load_optimizer(one, b.training).keys()
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [(2, ["--shard"]), (3, []), matrix(2, []), matrix(3, ["--shard"])],
+)
+def test_several_processes_compute_what_one_does(
+    world: int, more: list[str], start: Start, text: Path, one: Path, tmp_path: Path
+) -> None:
+    answers = start(world, *flags(tmp_path / "c", text), *more)
+    assert [status for status, _ in answers] == [0] * world
+    assert f"on {world} processes, each on cpu" in answers[0][1]
+    assert {said for _, said in answers[1:]} == {""}
+    assert_same_run(tmp_path / "c", one)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("worlds", "shard"),
+    [
+        ((2, 1), "--shard"),
+        ((1, 2), "--no-shard"),
+        matrix((2, 1), "--no-shard"),
+        matrix((1, 2), "--shard"),
+        matrix((3, 2), "--no-shard"),
+        matrix((3, 2), "--shard"),
+    ],
+)
+def test_a_run_is_resumed_with_another_number_of_processes(
+    worlds: tuple[int, int], shard: str, start: Start, text: Path, one: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    began, goes_on = (shard if world > 1 else "--no-shard" for world in worlds)
+    after_a_save = [0, str(out / "pastkey.json")]
+    statuses = [status for status, _ in start(worlds[0], *flags(out, text), began, kill=after_a_save)]
+    assert statuses[0] == -9
+    assert 0 not in statuses
+    answers = start(worlds[1], "--out", out, "--resume", goes_on)
+    assert [status for status, _ in answers] == [0] * worlds[1], answers
+    assert_same_run(out, one)
+
+
+def test_a_dead_process_ends_the_run_with_one_sentence(start: Start, text: Path, one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    answers = start(3, *flags(out, text), kill=[1, str(out / "pastkey.json")])
+    assert answers[1][0] == -9
+    assert {answers[0][0], answers[2][0]} == {2}
+    lines = [line for _, said in answers for line in said.splitlines() if line.startswith("pastkey")]
+    (sentence,) = lines
+    assert sentence.startswith("pastkey train: a process of this run ended or was stopped: ")
+    step = load_checkpoint(out).training["step"]
+    assert f"{out} keeps step {step}, --resume goes on from it" in sentence
+    assert start(2, "--out", out, "--resume")[0][0] == 0
+    assert_same_run(out, one)
+
+
+FULL = """
+from pastkey.train import loop
+save = loop.save_checkpoint
+def full(folder, model, state, **more):
+    if state.step >= 8:
+        raise OSError(28, "No space left on device", str(folder))
+    save(folder, model, state, **more)
+loop.save_checkpoint = full
+"""
+
+
+def test_a_full_disk_ends_all_processes_with_one_sentence(start: Start, text: Path, tmp_path: Path) -> None:
+    answers = start(2, *flags(tmp_path / "c", text), before=FULL)
+    assert [status for status, _ in answers] == [2, 2]
+    assert "pastkey train: the disk is full" in answers[0][1]
+    assert answers[1][1] == ""
+    assert load_checkpoint(tmp_path / "c").training["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--batch-size", "8"], "a batch of 8 rows is not divided evenly among 3 processes: start 2, or begin a run"),
+        matrix(["--data", "none"], "no such file or folder: none"),
+        matrix(["--device", "cuda"], "torch sees no CUDA device"),
+    ],
+)
+def test_a_mistake_is_one_sentence_of_one_process(
+    more: list[str], sentence: str, start: Start, text: Path, tmp_path: Path
+) -> None:
+    if "cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    answers = start(3, *flags(tmp_path / "c", text), *more)
+    assert [status for status, _ in answers] == [2, 2, 2]
+    (line,) = "".join(said for _, said in answers).splitlines()
+    assert sentence in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.matrix
+def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    command = [sys.executable, "-m", "pastkey", "train", "--processes", "2", *map(str, flags(out, text))]
+    process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    while not (out / "pastkey.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 2
+    assert "Traceback" not in said
+    assert f"pastkey train: a process of this run ended or was stopped: {out} keeps step " in said
+    assert said.endswith("of 2 was ended by signal 9\n")
+
+
+def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--shard divides a model among processes, and this is one"):
+        loop.train(tiny(shard=True), tmp_path / "c")
+
+
+def test_the_advice_for_a_batch_that_is_not_divided_is_right() -> None:
+    with pytest.raises(InputError, match=r"a batch of 12 rows .* among 5 processes: start 2 or 3 or 4, or begin"):
+        Ranks(0, 5).require_divides(12)
+    with pytest.raises(InputError, match="among 2 processes: start 1, or begin a run whose --batch-size is a multiple"):
+        Ranks(0, 2).require_divides(7)
