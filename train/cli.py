@@ -91,6 +91,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return launch(arguments.processes, sys.argv[1:])
 
+    if "WORLD_SIZE" in os.environ:  # torch warns of each process that is gone, with a trace of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     from . import loop
 
     try:

@@ -69,6 +69,8 @@ class Ranks:
         """Waits for the first process, as long as it takes, and returns what it told."""
         assert self.store is not None
         while not self.store.check([_READY]):
+            if self.store.check([_ENDED]):
+                raise SystemExit(2)  # the first process failed, and has said why
             time.sleep(0.1)  # a wait in the store could not be interrupted
         content: dict[str, Any] = json.loads(self.store.get(_READY))
         return content

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,20 +19,20 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 import pastkey.train.loop  # noqa: F401, imported once for all processes
 from pastkey.__main__ import main
 
 
 def answer(request: dict[str, Any]) -> list[tuple[int, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun, outlives each rank
     children = []
     for rank in range(request["world"]):
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115, read when the process has ended
         child = os.fork()
         if child == 0:
-            be_rank(request, rank, port, said.fileno())
+            be_rank(request, rank, store.port, said.fileno())
         children.append((child, said))
     if "kill" in request:
         rank, file = request["kill"]
@@ -52,7 +51,7 @@ def answer(request: dict[str, Any]) -> list[tuple[int, str]]:
 def be_rank(request: dict[str, Any], rank: int, port: int, said: int) -> None:
     status = 1
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(request["world"])}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -97,8 +97,8 @@ def test_the_device_may_change_when_a_run_is_resumed(
     assert "parameters on cpu, bfloat16 autocast\n" in said
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch uses its own old parts
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore")  # torch compiles with warnings about its own old parts
 def test_compiled_layers_compute_the_same(text: Path, tmp_path: Path) -> None:
     for name, compiled in (("a", False), ("b", True)):
         loop.train(tiny(steps=4, layers=2, compile=compiled), tmp_path / name, data=[text])
