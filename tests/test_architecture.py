@@ -126,7 +126,7 @@ ROOM_RULES = {room: frozenset(ROOMS[: number + 1]) for number, room in enumerate
     "generation": frozenset({"generation", "graph", "source"}),
     "compat": frozenset({"compat", "source"}),
 }
-LEAVES = frozenset({"settings", "resources", "quiet", "progress"})  # free to all
+LEAVES = frozenset({"settings", "resources", "progress"})  # free to all
 
 
 def target_of(file: Path, found: Import) -> tuple[str, ...]:

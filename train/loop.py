@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError, NumericsError
@@ -27,6 +27,7 @@ from .checkpoint import (
     TOKENS_VAL,
     TrainingState,
     finish_or_discard,
+    layout_of,
     load_checkpoint,
     save_checkpoint,
 )
@@ -45,6 +46,7 @@ from .data import (
 )
 from .model import Decoder, generate, positions_like
 from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
+from .pretrained import Pretrained, Start, checkpoint_activations, open_start, reopen
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
@@ -62,11 +64,27 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
     """
     with new_folder(out, force=force) as place:
-        info, tokenizer = _prepare(config, place.path, data)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+        start = None if config.init is None else _open_start(config, out, data)
+        config = config if start is None else start.config
+        info, tokenizer = _prepare(config, place.path, data, start)
+        model = _new_decoder(config, tokenizer, info) if start is None else start.model
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
+
+
+def _new_decoder(config: TrainConfig, tokenizer: TextTokenizer, info: DataInfo) -> Decoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+
+
+def _open_start(config: TrainConfig, out: Path, data: Sequence[Path]) -> Start:
+    if not data:
+        raise InputError(f"--init {config.init} needs --data: the text that the model is to learn from")
+    if out.exists() and out.samefile(str(config.init)):
+        raise InputError(f"--out {out} is the model of --init, which training would replace: choose another --out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return open_start(config)
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
 
 
 def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
-    checkpoint = load_checkpoint(out)
+    checkpoint = load_checkpoint(out) if layout_of(out) is None else reopen(out)
     resumed = read_training(checkpoint)
     saved, info, step = resumed.config, resumed.info, resumed.step
     for name, value in given.items():
@@ -100,12 +118,14 @@ def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     if step >= config.steps:
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
-    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
+    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path, info.end), begin=info.begin)
     place = NewFolder(out, out)
     return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
 
 
-def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:
+def _prepare(
+    config: TrainConfig, folder: Path, data: Sequence[Path], start: Start | None
+) -> tuple[DataInfo, TextTokenizer]:
     """Writes the tokenizer and the token files."""
     if config.preset == "classic" and not data:
         _check_lesson(config)
@@ -114,6 +134,10 @@ def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[D
         return write_lesson(folder, tokenizer), tokenizer
     corpus: Corpus = text_corpus(data) if data else story_corpus(config.seed)
     found = survey(corpus)
+    if start is not None:
+        assert config.context is not None
+        start.save_tokenizer(folder)
+        return write_tokens(folder, corpus, found, start.tokenizer, config.context), start.tokenizer
     tokenizer = make_tokenizer(config.tokenizer, corpus.documents(), config.vocab_size)
     context = config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end).max_position_embeddings
     tokenizer.save(folder)
@@ -140,20 +164,22 @@ class Run:
         config: TrainConfig,
         info: DataInfo,
         tokenizer: TextTokenizer,
-        model: Decoder,
+        model: Decoder | Pretrained,
         *,
         step: int,
         moments: Mapping[str, Tensor],
     ) -> None:
         self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
         self.train_tokens, self.val_tokens = self._tokens()
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
         self.optimizer = make_optimizer(model, config)
         restore_moments(self.optimizer, model, moments, step)
         self.step = step
         self.figures: dict[str, Any] = {}
 
     def _tokens(self) -> tuple[Tokens, Tokens]:
-        context = self.model.config.max_position_embeddings
+        context = self.config.context or self.model.config.max_position_embeddings
         folder = self.place.path
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
@@ -258,11 +284,13 @@ class Run:
         temperature = 0.0 if self.info.row_length is not None else 0.7
         return self.tokenizer.decode(
             generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
+            if isinstance(self.model, Decoder)
+            else self.model.generate(ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
         )
 
 
 # --- parts of a run -----------------------------------------------------------------------------------------------
-def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Returns the mean cross-entropy, in nats, of the next token at every position."""
     inputs, targets = batch
     logits = model(inputs, positions_like(inputs))  # (B, T, V)

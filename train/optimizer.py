@@ -44,6 +44,8 @@ def _parameter_groups(model: Decoder) -> tuple[dict[str, Tensor], dict[str, Tens
     decayed: dict[str, Tensor] = {}
     free: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # of the base, with LoRA
+            continue
         (decayed if name.endswith("proj.weight") else free)[name] = parameter
     return decayed, free
 

@@ -16,6 +16,7 @@ from pastkey.values import is_int
 
 from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
 from .data import DataInfo
+from .pretrained import FineTuned
 from .settings import TrainConfig
 
 _DTYPES = ("<u2", "<u4")
@@ -31,7 +32,7 @@ class Resumed:
     moments: Mapping[str, Tensor]
 
 
-def read_training(checkpoint: Checkpoint) -> Resumed:
+def read_training(checkpoint: Checkpoint | FineTuned) -> Resumed:
     """Reads the training state. Raises InputError if there is none, IntegrityError if it is inconsistent."""
     folder, training = checkpoint.path, checkpoint.training
     if not {"step", "settings", "data", "files"} <= set(training):
@@ -50,12 +51,15 @@ def read_training(checkpoint: Checkpoint) -> Resumed:
     if step:
         _check_moments(checkpoint, moments)
     for name, tokens in ((TOKENS_TRAIN, info.train_tokens), (TOKENS_VAL, info.val_tokens)):
-        _check_tokens(folder / name, info, tokens, checkpoint)
+        context = config.context or checkpoint.config.max_position_embeddings
+        _check_tokens(folder / name, info, tokens, context, checkpoint.config.vocab_size)
     return Resumed(config, info, step, moments)
 
 
-def _check_moments(checkpoint: Checkpoint, moments: Mapping[str, Tensor]) -> None:
+def _check_moments(checkpoint: Checkpoint | FineTuned, moments: Mapping[str, Tensor]) -> None:
     for name, parameter in checkpoint.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         for moment in ("exp_avg", "exp_avg_sq"):
             found = moments.get(f"{name}.{moment}")
             if found is None or found.shape != parameter.shape:
@@ -65,19 +69,18 @@ def _check_moments(checkpoint: Checkpoint, moments: Mapping[str, Tensor]) -> Non
                 )
 
 
-def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoint) -> None:
+def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_size: int) -> None:
     """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
     if info.dtype not in _DTYPES:
         raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
     size, rows = file.stat().st_size, info.row_length or 1
-    context = checkpoint.config.max_position_embeddings
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
     if tokens * np.dtype(info.dtype).itemsize != size or not enough or tokens % rows or rows > context + 1:
         raise IntegrityError(
             f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
             "to train on: it was altered, copy the checkpoint again"
         )
-    largest, vocab_size = int(np.memmap(file, info.dtype, "r").max()), checkpoint.config.vocab_size
+    largest = int(np.memmap(file, info.dtype, "r").max())
     ends = [token for token in (info.begin, info.end) if token is not None]
     if max(largest, *ends) >= vocab_size or (info.row_length is not None and rows < 2):
         raise IntegrityError(

@@ -183,21 +183,27 @@ def lesson_tokenizer() -> TextTokenizer:
     return TextTokenizer(tokenizer, end=end, begin=None)
 
 
-def read_tokenizer(path: Path) -> TextTokenizer:
-    """Reads a tokenizer.json. Common names identify its EOS token."""
+def read_tokenizer(path: Path, end: int | None = None) -> TextTokenizer:
+    """Reads a tokenizer.json. `end` is its EOS token; by default a common name identifies it."""
     if not path.exists():
         raise MissingFileError(
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
         )
     tokenizer = open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path)
     require_dense(tokenizer.get_vocab(), path)
-    end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
+    if end is None:
+        end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
         raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")
     with reading(path, "a tokenizer.json"):
-        probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
-        # 1 for a token that the post-processor adds, 0 for the text's own
-        added_in_front = bool(probe.special_tokens_mask[0])
+        return with_begin(tokenizer, end)
+
+
+def with_begin(tokenizer: Tokenizer, end: int) -> TextTokenizer:
+    """Returns a TextTokenizer whose BOS token is the one that the post-processor puts in front, if it does."""
+    probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
+    # 1 for a token that the post-processor adds, 0 for the text's own
+    added_in_front = bool(probe.special_tokens_mask[0])
     return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
 
 

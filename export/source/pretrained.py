@@ -24,11 +24,11 @@ from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyE
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.quiet import quiet
 from pastkey.values import is_int
 
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
-from ..quiet import quiet
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
 from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
