@@ -31,26 +31,16 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .data import (
-    LESSON,
-    LESSON_PROMPTS,
-    Batch,
-    Corpus,
-    DataInfo,
-    Tokens,
-    story_corpus,
-    survey,
-    text_corpus,
-    write_lesson,
-    write_tokens,
-)
+from .data.batches import NOT_TRAINED, Batch, Tokens
+from .data.prepare import LESSON_PROMPTS, prepare, require_same_data
+from .data.token_files import DataInfo
 from .model import Decoder, generate, positions_like
 from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
 from .pretrained import Pretrained, Start, checkpoint_activations, open_start, reopen
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
-from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
+from .tokenizer import TextTokenizer, read_tokenizer
 
 _SAMPLE_TOKENS: Final = 200
 _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
@@ -64,10 +54,13 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
     MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
     """
     with new_folder(out, force=force) as place:
-        start = None if config.init is None else _open_start(config, out, data)
-        config = config if start is None else start.config
-        info, tokenizer = _prepare(config, place.path, data, start)
-        model = _new_decoder(config, tokenizer, info) if start is None else start.model
+        if config.init is None:
+            info, tokenizer = prepare(config, place.path, data)
+            model: Decoder | Pretrained = _new_decoder(config, tokenizer, info)
+        else:
+            start = _open_start(config, out, data)
+            config, model = start.config, start.model
+            info, tokenizer = prepare(config, place.path, data, start.tokenizer, config.context)
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
 
 
@@ -80,7 +73,7 @@ def _new_decoder(config: TrainConfig, tokenizer: TextTokenizer, info: DataInfo) 
 def _open_start(config: TrainConfig, out: Path, data: Sequence[Path]) -> Start:
     if not data:
         raise InputError(f"--init {config.init} needs --data: the text that the model is to learn from")
-    if out.exists() and out.samefile(str(config.init)):
+    if out.resolve() == Path(str(config.init)).resolve():
         raise InputError(f"--out {out} is the model of --init, which training would replace: choose another --out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -113,45 +106,14 @@ def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
                 f"the run in {out} was started with {name} {getattr(saved, name)}, not {value}: "
                 "leave the setting out, or start a new run"
             )
-    if data and survey(text_corpus(data)).fingerprint != info.fingerprint:
-        raise InputError(f"the run in {out} was started on other text ({info.corpus}): start a new run for new text")
+    if data:
+        require_same_data(data, info)
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     if step >= config.steps:
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
-    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path, info.end), begin=info.begin)
+    tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
     place = NewFolder(out, out)
     return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
-
-
-def _prepare(
-    config: TrainConfig, folder: Path, data: Sequence[Path], start: Start | None
-) -> tuple[DataInfo, TextTokenizer]:
-    """Writes the tokenizer and the token files."""
-    if config.preset == "classic" and not data:
-        _check_lesson(config)
-        tokenizer = lesson_tokenizer()
-        tokenizer.save(folder)
-        return write_lesson(folder, tokenizer), tokenizer
-    corpus: Corpus = text_corpus(data) if data else story_corpus(config.seed)
-    found = survey(corpus)
-    if start is not None:
-        assert config.context is not None
-        start.save_tokenizer(folder)
-        return write_tokens(folder, corpus, found, start.tokenizer, config.context), start.tokenizer
-    tokenizer = make_tokenizer(config.tokenizer, corpus.documents(), config.vocab_size)
-    context = config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end).max_position_embeddings
-    tokenizer.save(folder)
-    return write_tokens(folder, corpus, found, tokenizer, context), tokenizer
-
-
-def _check_lesson(config: TrainConfig) -> None:
-    if config.tokenizer != "word":
-        raise InputError(
-            f"the classic lesson is learnt by words, not with --tokenizer {config.tokenizer}: leave it out"
-        )
-    needed = max(len(row.split()) for row in LESSON)
-    if config.context is not None and config.context < needed:
-        raise InputError(f"--context {config.context} is too short for the classic lesson, which takes {needed} tokens")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -242,8 +204,9 @@ class Run:
         self.model.eval()
         nats, count = 0.0, 0
         for inputs, targets in self.val_tokens.windows(self.config.batch_size):
-            nats += next_token_loss(self.model, (inputs, targets)).item() * targets.numel()
-            count += targets.numel()
+            trained = int((targets != NOT_TRAINED).sum())
+            nats += next_token_loss(self.model, (inputs, targets)).item() * trained
+            count += trained
         self.figures = {
             "train_loss": train_loss,
             "val_loss": nats / count,
@@ -291,10 +254,10 @@ class Run:
 
 # --- parts of a run -----------------------------------------------------------------------------------------------
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of the next token at every position."""
+    """Returns the mean cross-entropy, in nats, of the next token at every position whose target is trained."""
     inputs, targets = batch
     logits = model(inputs, positions_like(inputs))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED)
 
 
 def _state(

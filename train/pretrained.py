@@ -9,25 +9,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError, PastkeyError, first_line, missing_extra
+from pastkey.files.durable import write_json
 from pastkey.files.folder import hub_id, read_json
 from pastkey.quiet import quiet
 
 from .checkpoint import PEFT, TRANSFORMERS, check_files, check_settled, layout_of, load_checkpoint
 from .model import Decoder, generate
 from .settings import FINE_TUNING_CONTEXT, TrainConfig
-from .tokenizer import TextTokenizer, read_tokenizer, with_begin
+from .tokenizer import TextTokenizer, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ class Start:
     config: TrainConfig  # with the context length
     model: Decoder | Pretrained
     tokenizer: TextTokenizer
-    save_tokenizer: Callable[[Path], None]  # writes its files to a folder
 
 
 def open_start(config: TrainConfig) -> Start:
@@ -114,7 +113,7 @@ def open_start(config: TrainConfig) -> Start:
         raise MissingFileError(
             f"no model {str(path)!r}: --init takes a checkpoint, a Hugging Face folder or a GGUF file{fetch}"
         )
-    model, tokenizer, save_tokenizer = _open(path)
+    model, tokenizer = _open(path)
     longest, rows = model.config.max_position_embeddings, model.config.vocab_size
     context = config.context or min(longest, FINE_TUNING_CONTEXT)
     if context > longest:
@@ -126,36 +125,29 @@ def open_start(config: TrainConfig) -> Start:
         )
     if config.lora:
         model = _with_lora(model, path, config.lora_rank)
-    return Start(dataclasses.replace(config, context=context), model, tokenizer, save_tokenizer)
+    return Start(dataclasses.replace(config, context=context), model, tokenizer)
 
 
-def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer, Callable[[Path], None]]:
-    """Returns a model, its tokenizer, and what writes the tokenizer's files to a folder."""
+def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
+    """Returns a model and its tokenizer."""
     layout = layout_of(path)
     if layout == PEFT or (path / names.ADAPTER_CONFIG).is_file():
         raise InputError(f"{path} is an adapter and no model: go on with it by --resume, or merge it by pastkey export")
     if layout is None and (path / names.MANIFEST).is_file():
         checkpoint = load_checkpoint(path)
-        own = read_tokenizer(checkpoint.tokenizer_path, end=checkpoint.config.eos_token_id)
-        own = dataclasses.replace(own, begin=checkpoint.config.bos_token_id)
-        return checkpoint.model, own, own.save
+        tokenizer = read_tokenizer(checkpoint.tokenizer_path)
+        begin, end = checkpoint.config.bos_token_id, checkpoint.config.eos_token_id
+        return checkpoint.model, dataclasses.replace(tokenizer, begin=begin, end=tokenizer.end if end is None else end)
     if layout is not None:
         check_settled(path)
     if path.is_dir() and not (path / names.CONFIG).is_file():
         raise InputError(
             f"{path} has no {names.CONFIG}: --init takes a checkpoint, a Hugging Face folder or a GGUF file"
         )
-    with _transformers(path) as library:
+    with _transformers(path) as library, TemporaryDirectory() as folder:
         model = _load(library, path)
-        folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-        tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    text_tokenizer = _text_tokenizer(tokenizer, model, path)
-
-    def save_tokenizer(out: Path) -> None:
-        tokenizer.save_pretrained(out)
-        text_tokenizer.tokenizer.save(str(out / names.TOKENIZER))  # without the tokens that the model does not have
-
-    return model, text_tokenizer, save_tokenizer
+        _write_tokenizer(library, path, Path(folder), model.config.vocab_size)
+        return model, read_tokenizer(Path(folder) / names.TOKENIZER)
 
 
 def _load(library: Any, path: Path) -> Pretrained:
@@ -177,22 +169,20 @@ def _load(library: Any, path: Path) -> Pretrained:
     return Pretrained(torch.nn.Module.float(model), Sizes(rows, longest), TRANSFORMERS)
 
 
-def _text_tokenizer(tokenizer: Any, model: Pretrained, path: Path) -> TextTokenizer:
-    """Returns a tokenizer of transformers as training uses it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+def _write_tokenizer(library: Any, path: Path, out: Path, vocab_size: int) -> None:
+    """Writes the tokenizer of a folder or a GGUF file as tokenizer.json and its configuration, in any form it has."""
+    folder, kind = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kind)
+    tokenizer.save_pretrained(out)
+    if not (out / names.TOKENIZER).is_file():
         raise InputError(
             f"the tokenizer of {path} is a {type(tokenizer).__name__}, which is not of the tokenizers library: put its "
             f"{names.TOKENIZER} into the folder"
         )
-    content = json.loads(backend.to_str())
+    content = read_json(out / names.TOKENIZER)
     # transformers adds tokens that it expects of every tokenizer of a kind, even if a GGUF file has none.
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < model.config.vocab_size]
-    own = Tokenizer.from_str(json.dumps(content))
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise InputError(f"the tokenizer of {path} has no EOS token: name its eos_token in {names.TOKENIZER_CONFIG}")
-    return with_begin(own, end)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    write_json(out / names.TOKENIZER, content)
 
 
 @contextlib.contextmanager
@@ -275,7 +265,7 @@ def reopen(folder: Path) -> FineTuned:
             model = _load(library, folder)
         return FineTuned(folder, model.config, model, training)
     base = base_of(folder)
-    found, _, _ = _open(base)
+    found, _ = _open(base)
     inner = found if isinstance(found, Decoder) else found.model
     with _transformers(folder):
         adapted = _peft().PeftModel.from_pretrained(inner, folder, is_trainable=True)

@@ -15,11 +15,11 @@ from pastkey.typed import parse
 from pastkey.values import is_int
 
 from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
-from .data import DataInfo
+from .data.token_files import DataInfo
 from .pretrained import FineTuned
 from .settings import TrainConfig
 
-_DTYPES = ("<u2", "<u4")
+_DTYPES = ("<u2", "<u4", "<i2", "<i4")  # signed: ~id is a token that is not trained
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_s
     """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
     if info.dtype not in _DTYPES:
         raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
+    if info.sources and sum(source.tokens for source in info.sources) != info.train_tokens:
+        raise IntegrityError(f"the sources of {file} do not add up to its tokens: it was altered, copy it again")
     size, rows = file.stat().st_size, info.row_length or 1
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
     if tokens * np.dtype(info.dtype).itemsize != size or not enough or tokens % rows or rows > context + 1:
@@ -80,7 +82,8 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_s
             f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
             "to train on: it was altered, copy the checkpoint again"
         )
-    largest = int(np.memmap(file, info.dtype, "r").max())
+    ids = np.memmap(file, info.dtype, "r")
+    largest = max(int(ids.max()), ~int(ids.min()) if info.masked else 0)
     ends = [token for token in (info.begin, info.end) if token is not None]
     if max(largest, *ends) >= vocab_size or (info.row_length is not None and rows < 2):
         raise IntegrityError(

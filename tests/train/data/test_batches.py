@@ -1,0 +1,76 @@
+"""Batches come back the same, and hold what the token files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
+from pastkey.train.data.batches import Tokens
+from pastkey.train.data.prepare import LESSON, write_lesson
+from pastkey.train.data.sources import open_corpus
+from pastkey.train.tokenizer import lesson_tokenizer, train_char
+
+from ..helpers import write_corpus
+from .helpers import corpus_of, ids, written
+
+
+def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
+    inputs, targets = tokens.draw(5, seed=1, step=3)
+    assert inputs.shape == targets.shape == (5, 8)
+    assert inputs[:, 1:].equal(targets[:, :-1])
+
+
+def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
+    one, two = (Tokens(tmp_path / TOKENS_TRAIN, info, 8) for _ in range(2))
+    one.draw(4, seed=1, step=0)
+    assert one.draw(4, seed=1, step=7)[0].equal(two.draw(4, seed=1, step=7)[0])
+    assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=1, step=8)[0])
+    assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=2, step=7)[0])
+
+
+def test_short_documents_are_read_from_their_beginning(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of(*("abc\n" + "d" * number for number in range(40))), context=60)
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(50, seed=0, step=0)
+    assert (inputs[:, 0] == info.begin).all()  # type: ignore[attr-defined]
+    assert len({tuple(row) for row in inputs.tolist()}) > 10
+
+
+def test_long_documents_are_read_from_anywhere(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of("\n".join(map(str, range(10_000)))))
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(200, seed=0, step=0)
+    assert len({tuple(row) for row in inputs.tolist()}) > 190
+
+
+def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Path) -> None:
+    documents = [f"{number}\nx" for number in range(100, 140)]
+    tokenizer = dataclasses.replace(train_char(documents), begin=None)
+    info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
+    assert {int(row[5]) for row in inputs} == {tokenizer.end}  # five characters, then the EOS token
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_validation_reads_every_token_once(size: int, tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]), context=13)
+    targets = [
+        token
+        for _, batch in Tokens(tmp_path / TOKENS_VAL, info, 13).windows(size)
+        for token in batch.flatten().tolist()
+    ]
+    assert targets == ids(tmp_path, TOKENS_VAL, info)[1:]
+
+
+def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
+    tokenizer = lesson_tokenizer()
+    info = write_lesson(tmp_path, tokenizer)
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
+    inputs, targets = tokens.draw(16, seed=0, step=0)
+    rows = [[*row, int(last)] for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
+    assert [tokenizer.tokenizer.decode(row, skip_special_tokens=False) for row in rows] == list(LESSON)
+    assert [batch[0].equal(inputs) for batch in tokens.windows(1)] == [True]
