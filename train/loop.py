@@ -149,6 +149,7 @@ class Run:
         """Takes the remaining steps. Returns the final figures."""
         with (
             _deterministic(self.config.threads),
+            torch.random.fork_rng(),
             Metrics(self.place.path, self.step) as metrics,
             Progress(self.step, self.config.steps) as progress,
         ):
@@ -178,6 +179,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
+        torch.manual_seed(hash((config.seed, self.step)))  # of dropout, which some models that exist have
         loss_sum, tokens = 0.0, 0
         for part in range(config.accumulate):
             inputs, targets = self.train_tokens.draw(
