@@ -36,7 +36,7 @@ from .data.prepare import LESSON_PROMPTS, prepare, require_same_data
 from .data.token_files import DataInfo
 from .model import Decoder, generate, positions_like
 from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
-from .pretrained import Pretrained, Start, checkpoint_activations, open_start, reopen
+from .pretrained import Pretrained, checkpoint_activations, open_start, reopen
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
@@ -47,7 +47,7 @@ _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resum
 
 
 # --- start and resume ---------------------------------------------------------------------------------------------
-def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), force: bool = False) -> dict[str, Any]:
     """Trains from the beginning into the new folder `out`. Returns the final figures.
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
@@ -58,7 +58,9 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: b
             info, tokenizer = prepare(config, place.path, data)
             model: Decoder | Pretrained = _new_decoder(config, tokenizer, info)
         else:
-            start = _open_start(config, out, data)
+            if not data:
+                raise InputError(f"--init {config.init} needs --data: the text that the model is to learn from")
+            start = open_start(config, out)
             config, model = start.config, start.model
             info, tokenizer = prepare(config, place.path, data, start.tokenizer, config.context)
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
@@ -70,17 +72,7 @@ def _new_decoder(config: TrainConfig, tokenizer: TextTokenizer, info: DataInfo) 
         return Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
 
 
-def _open_start(config: TrainConfig, out: Path, data: Sequence[Path]) -> Start:
-    if not data:
-        raise InputError(f"--init {config.init} needs --data: the text that the model is to learn from")
-    if out.resolve() == Path(str(config.init)).resolve():
-        raise InputError(f"--out {out} is the model of --init, which training would replace: choose another --out")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return open_start(config)
-
-
-def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
+def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
     `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
@@ -96,7 +88,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
         return _resumed(out, given, data).go()
 
 
-def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
+def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[str | Path]) -> Run:
     checkpoint = load_checkpoint(out) if layout_of(out) is None else reopen(out)
     resumed = read_training(checkpoint)
     saved, info, step = resumed.config, resumed.info, resumed.step

@@ -103,8 +103,8 @@ class Start:
     tokenizer: TextTokenizer
 
 
-def open_start(config: TrainConfig) -> Start:
-    """Opens the model that `config.init` names, in float32.
+def open_start(config: TrainConfig, out: Path) -> Start:
+    """Opens the model that `config.init` names, in float32, for a run that writes `out`.
 
     Raises MissingFileError, InputError or IntegrityError, and MissingExtraError without transformers or peft.
     """
@@ -114,6 +114,8 @@ def open_start(config: TrainConfig) -> Start:
         raise MissingFileError(
             f"no model {str(path)!r}: --init takes a checkpoint, a Hugging Face folder or a GGUF file{fetch}"
         )
+    if out.resolve() == path.resolve():
+        raise InputError(f"--out {out} is the model of --init, which training would replace: choose another --out")
     model, tokenizer = _open(path)
     longest, rows = model.config.max_position_embeddings, model.config.vocab_size
     context = config.context or min(longest, FINE_TUNING_CONTEXT)
@@ -125,7 +127,9 @@ def open_start(config: TrainConfig) -> Start:
             "two is another model's"
         )
     if config.lora:
-        model = _with_lora(model, path, config.lora_rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = _with_lora(model, path, config.lora_rank)
     return Start(dataclasses.replace(config, context=context), model, tokenizer)
 
 

@@ -29,6 +29,10 @@ def _corpus(content: bytes) -> object:
     return train_bpe((text for document in corpus.documents() for text in document.texts()), 260).vocab_size
 
 
+def _rows(content: bytes) -> object:
+    return survey(open_corpus([written("rows.jsonl", content)])).documents
+
+
 def _template(content: bytes) -> object:
     """In the child process: a template may loop or take memory, which the process's limits end in a sentence."""
     try:
@@ -53,6 +57,7 @@ def _calibration(content: bytes) -> object:
 TEXTS: Mapping[str, Target] = {
     "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text),
     "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
+    "rows": Target(_rows, json_bytes({"messages": MESSAGES}), mutate_json),
     "calibration": Target(_calibration, lambda: CORPUS.encode(), mutate_text),
     "stories": Target(
         lambda content: read_stories(written("s.jsonl", content)), lambda: b'{"text": "a"}\n{"text": "b"}', mutate_json

@@ -124,7 +124,7 @@ def test_an_adapter_is_one_of_peft(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_adapter_changes_nothing(models: Path) -> None:
-    full, lora = (open_start(settings(models / "llama", lora=lora)).model for lora in (False, True))
+    full, lora = (open_start(settings(models / "llama", lora=lora), Path("out")).model for lora in (False, True))
     assert torch.equal(logits(full), logits(lora))
 
 
@@ -157,18 +157,18 @@ def test_an_interrupted_save_keeps_the_one_before(
 
 def test_a_model_is_fine_tuned_once_more(models: Path, tmp_path: Path) -> None:
     train(settings(models / "llama", steps=2), tmp_path / "one", data=[models / "text.txt"])
-    first = open_start(settings(tmp_path / "one")).model
+    first = open_start(settings(tmp_path / "one"), Path("out")).model
     assert torch.equal(logits(first), logits(reopen(tmp_path / "one").model))
     adapter = settings(models / "llama", steps=2, lora=True)
     train(adapter, tmp_path / "adapter", data=[models / "text.txt"])
     with pytest.raises(InputError, match="is an adapter and no model"):
-        open_start(settings(tmp_path / "adapter"))
+        open_start(settings(tmp_path / "adapter"), Path("out"))
 
 
 def test_the_context_is_the_models_or_512(models: Path) -> None:
-    assert open_start(settings(models / "llama", context=None)).config.context == 80
+    assert open_start(settings(models / "llama", context=None), Path("out")).config.context == 80
     with pytest.raises(InputError, match="--context 81 is more than the 80 tokens"):
-        open_start(settings(models / "llama", context=81))
+        open_start(settings(models / "llama", context=81), Path("out"))
 
 
 def test_the_base_of_an_adapter_must_be_there(models: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_base_of_an_adapter_must_be_there(models: Path, tmp_path: Path) -> N
 def test_what_cannot_be_opened_is_named(models: Path, tmp_path: Path) -> None:
     def refused(base: Path, words: str, kind: type[Exception] = InputError) -> None:
         with pytest.raises(kind, match=words):
-            open_start(settings(base))
+            open_start(settings(base), Path("out"))
 
     refused(tmp_path / "none", "--init takes a checkpoint, a Hugging Face folder or a GGUF file", MissingFileError)
     (tmp_path / "empty").mkdir()

@@ -34,7 +34,7 @@ def conversation_parts(conversation: Conversation, tokenizer: TextTokenizer) -> 
     for start, end in spans:
         parts += [(text[place:start], False), (text[start:end], True)]
         place = end
-    return [part for part in [*parts, (text[place:], False)] if part[0]]
+    return [part for part in parts if part[0]] + [(text[place:], False)]
 
 
 def _by_prefixes(conversation: Conversation, tokenizer: TextTokenizer) -> tuple[str, list[tuple[int, int]]]:

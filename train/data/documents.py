@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pastkey.errors import InputError
 from pastkey.files.reading import parse_json
 from pastkey.values import is_unicode, shown
 
+FIELDS: Final = ("text", "prompt", "completion", "messages", "tools")
 Message = Mapping[str, Any]  # "role" and "content", and what else the chat template reads
 
 

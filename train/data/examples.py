@@ -33,7 +33,7 @@ def encode_examples(documents: Sequence[Document], tokenizer: TextTokenizer) -> 
         except InputError as error:
             raise InputError(f"{document.place}: {error}") from None
     texts = ["".join(text for text, _ in pieces) for pieces in parts]
-    encoded = tokenizer.encode_many(texts, [document.place for document in documents])
+    encoded = tokenizer.encode_many(texts, [document.place for document in documents], offsets=True)
     return [
         _example(document, pieces, found.ids, found.offsets, tokenizer)
         for document, pieces, found in zip(documents, parts, encoded, strict=True)

@@ -19,7 +19,7 @@ from pastkey.files.reading import MOST_JSON, reading, require_regular
 
 from ..stories import stories
 from ..tokenizer import END_OF_TEXT
-from .documents import Document, document_of, parse_line
+from .documents import FIELDS, Document, document_of, parse_line
 
 STORY_COUNT: Final = 20_000
 _TEXT = (".txt", ".md")
@@ -148,13 +148,14 @@ def _texts(file: Path) -> Iterator[str]:
     end, buffer, offset = END_OF_TEXT.encode(), b"", 0
     with _opened(file) as stream:
         while block := stream.read(_BLOCK_BYTES):
-            seen = max(0, len(buffer) - len(end))  # without END_OF_TEXT
-            buffer += block
-            while (cut := buffer.find(end, seen)) >= 0 or len(buffer) > _LONGEST_BYTES:
-                length = cut if cut >= 0 else _last_line(buffer)
-                yield from _text(buffer[:length], file, offset)
-                skipped = length + (len(end) if cut >= 0 else 0)
-                buffer, offset, seen = buffer[skipped:], offset + skipped, 0
+            *whole, buffer = (buffer + block).split(end)
+            for content in whole:
+                yield from _text(content, file, offset)
+                offset += len(content) + len(end)
+            while len(buffer) > _LONGEST_BYTES:
+                cut = _last_line(buffer)
+                yield from _text(buffer[:cut], file, offset)
+                buffer, offset = buffer[cut:], offset + cut
     yield from _text(buffer, file, offset)
 
 
@@ -205,7 +206,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
     with reading(file, "a Parquet file"), pyarrow.parquet.ParquetFile(file) as table:
-        rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
+        known = [name for name in table.schema_arrow.names if name in FIELDS] or None  # None: all, for the sentence
+        rows = (row for batch in table.iter_batches(1000, columns=known) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
 
 

@@ -107,7 +107,7 @@ class TokenWriter:
                     f"--data {source.name} has only {source.tokens} tokens to train on, and one window of the context "
                     f"takes {self.context + 1}: leave it out, or join it to another file"
                 )
-        facts = {
+        facts: dict[str, Any] = {
             "corpus": self.corpus.name,
             "fingerprint": self.found.fingerprint,
             "documents": self.found.documents,
