@@ -45,7 +45,7 @@ RULES = {
     "train": Rule(
         frozenset({"pastkey"}),
         frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"}),
-        frozenset({"transformers", "pyarrow"}),
+        frozenset({"transformers", "peft", "pyarrow"}),
     ),
     "export": Rule(
         frozenset({"pastkey", "pastkey.train", "pastkey.runtime"}),
@@ -55,7 +55,7 @@ RULES = {
                 "safetensors", "tokenizers", "numpy", "tqdm",
             }
         ),
-        frozenset({"transformers", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
+        frozenset({"transformers", "peft", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
     ),
     "web": Rule(frozenset({"pastkey", "pastkey.runtime"}), frozenset()),
     "see": Rule(

@@ -63,6 +63,7 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), fo
             start = open_start(config, out)
             config, model = start.config, start.model
             info, tokenizer = prepare(config, place.path, data, start.tokenizer, config.context)
+            model.end_at(info.end)
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
 
 

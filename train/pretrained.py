@@ -75,6 +75,15 @@ class Pretrained(nn.Module):
         rows: list[list[int]] = ids[:, prompt.shape[1] :].tolist()
         return rows
 
+    def end_at(self, token: int) -> None:
+        """Makes this token the first of those that end a generation, for all programs that read the folder."""
+        generation = getattr(self.inner, "generation_config", None)
+        if generation is not None:
+            before = generation.eos_token_id
+            ends = before if isinstance(before, list) else [before]
+            others = [end for end in ends if end not in (None, token)]
+            generation.eos_token_id = [token, *others] if others else token
+
     def save(self, folder: Path) -> None:
         """Writes the configuration and the weights, or the adapter, into an empty folder."""
         if self.layout == PEFT:
