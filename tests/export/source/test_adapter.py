@@ -26,7 +26,7 @@ peft = pytest.importorskip("peft", reason="peft is not installed")
 from ..tiny_llama import TEMPLATE, bpe, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and peft's own
-IDS = torch.tensor([[5, 17, 20, 30, 3, 41]])
+IDS = torch.tensor([[5, 17, 20, 9, 3, 11]])  # a checkpoint of characters has few
 
 
 @pytest.fixture(scope="module")
