@@ -169,7 +169,7 @@ RUNTIME_FLOORS = (
 )
 PASTKEY_FLOORS = (
     "version errors",
-    "lazy values precisions providers",
+    "lazy values precisions providers quiet",
     "typed",
     "files",
     "contract",

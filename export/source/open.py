@@ -14,14 +14,16 @@ from typing import Any
 from torch import nn
 
 from pastkey.contract import names
-from pastkey.errors import InputError, MissingFileError
+from pastkey.contract.source_files import adapter_base
+from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.files.folder import hub_hint, hub_id, read_json
+from pastkey.quiet import quiet
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
+from ..graft.huggingface import HuggingFaceDecoder
 from ..progress import SILENT, Progress
 from ..settings import SOURCES, split_factory
-from .adapter import base_of, is_adapter, merged
 from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
@@ -73,9 +75,9 @@ def open_source(
             f"--weights {weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} brings its "
             "own weights: leave it out"
         )
-    elif not isinstance(source, HubModel) and is_adapter(Path(source)):
-        base = open_source(
-            base_of(Path(source)),
+    elif not isinstance(source, HubModel) and (base := _base_of(Path(source))) is not None:
+        opened = open_source(
+            base,
             context_length=context_length,
             trust_remote_code=trust_remote_code,
             network=network,
@@ -84,7 +86,7 @@ def open_source(
             before_loading=before_loading,
             in_memory=True,
         )
-        return _finished(merged(base, Path(source), tokenizer), eos, template)
+        return _finished(_merged(opened, Path(source), tokenizer), eos, template)
     elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
         found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
         return _finished(
@@ -243,3 +245,39 @@ def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
         f"the training of {path} stopped at step {step} of {steps}: go on with  "
         f"{shlex.join(['pastkey', 'train', '--out', str(path), '--resume'])}  and export again",
     )
+
+
+def _base_of(folder: Path) -> str | None:
+    """Returns the path or Hub id of an adapter's base, None if this is no adapter. Raises MissingFileError."""
+    base = adapter_base(folder)
+    if base is not None and not Path(base).exists() and hub_id(base) is None:
+        raise MissingFileError(
+            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
+            f"{folder / names.ADAPTER_CONFIG}"
+        )
+    return base
+
+
+def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
+    """Returns the base with the adapter's updates added to its weights, which are in memory.
+
+    Its tokenizer is the given one, or the adapter's if it has one. Raises InputError if the adapter is of another base.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "finetune") from None
+    module: Any = base.module.model if isinstance(base.module, HuggingFaceDecoder) else base.module
+    try:
+        with quiet():
+            peft.PeftModel.from_pretrained(module, folder).merge_and_unload()  # in place
+    except Exception as error:  # of many kinds
+        raise InputError(
+            f"peft {peft.__version__} cannot merge {folder} into {base.name}: {first_line(error)}"
+        ) from error
+    module.requires_grad_(False)
+    changes: dict[str, Any] = {"name": folder.resolve().name}
+    own = folder / names.TOKENIZER
+    if tokenizer or own.is_file():
+        changes |= read_tokenizer(tokenizer or own)
+    return dataclasses.replace(base, **changes)
