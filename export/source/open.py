@@ -255,6 +255,8 @@ def _base_of(folder: Path) -> str | None:
             f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
             f"{folder / names.ADAPTER_CONFIG}"
         )
+    if base is not None and not (folder / names.ADAPTER_WEIGHTS).is_file():  # peft would ask the Hub, or read a pickle
+        raise MissingFileError(f"the adapter {folder} has no {names.ADAPTER_WEIGHTS}: copy it, or save it in this form")
     return base
 
 

@@ -91,6 +91,9 @@ def test_an_adapter_that_does_not_fit_is_named(trained: Path, tmp_path: Path) ->
     (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": str(trained / "own")}))
     with pytest.raises(InputError, match="cannot merge"):
         open_source(folder)
+    (folder / names.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(MissingFileError, match="has no adapter_model"):
+        open_source(folder)
     with (trained / "full" / names.WEIGHTS).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(IntegrityError, match="1000 bytes"):
