@@ -231,20 +231,23 @@ class Run:
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 
     def samples(self) -> list[str]:
-        """Returns samples of the model: for the lesson's prompts, or for an empty prompt."""
+        """Returns samples of the model: for the lesson's prompts, for one that is held out, or for an empty prompt."""
         self.model.eval()
-        if self.info.row_length is not None:
-            return [f"{prompt} -> {self._continue(prompt)}" for prompt in LESSON_PROMPTS]
-        return [self._continue("")]
+        if self.info.is_lesson:
+            return [f"{prompt} -> {self._continue(self.tokenizer.prompt(prompt))}" for prompt in LESSON_PROMPTS]
+        if self.info.masked:
+            prompt = self.val_tokens.first_prompt()
+            return [f"{self.tokenizer.decode(prompt)} -> {self._continue(prompt)}"]
+        return [self._continue(self.tokenizer.prompt(""))]
 
-    def _continue(self, prompt: str) -> str:
-        ids = torch.tensor([self.tokenizer.prompt(prompt) or [self.info.end]])  # (1, P)
-        temperature = 0.0 if self.info.row_length is not None else 0.7
-        return self.tokenizer.decode(
-            generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
-            if isinstance(self.model, Decoder)
-            else self.model.generate(ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
-        )
+    def _continue(self, prompt: list[int]) -> str:
+        ids = torch.tensor([prompt or [self.info.end]])  # (1, P)
+        temperature = 0.0 if self.info.is_lesson else 0.7
+        if isinstance(self.model, Pretrained):
+            text = self.model.generate(ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
+        else:
+            text = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
+        return self.tokenizer.decode(text)
 
 
 # --- parts of a run -----------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ class Pretrained(nn.Module):
         if isinstance(self.inner, Decoder):
             return generate(self.inner, prompt, max_new_tokens, temperature=temperature, seed=seed)
         max_new_tokens = min(max_new_tokens, self.config.max_position_embeddings - prompt.shape[1])
+        if max_new_tokens < 1:
+            return [[] for _ in prompt]
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -184,7 +184,7 @@ def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_documents_are_the_same_one_by_one_and_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_the_same_one_by_one_and_together(kind: str) -> None:
     tokenizer = make_tokenizer(kind, TEXTS, 280)
     places = [f"line {number}" for number in range(len(TEXTS))]
     begin = [] if tokenizer.begin is None else [tokenizer.begin]

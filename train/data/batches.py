@@ -42,6 +42,11 @@ class Tokens:
             starts = rng.integers(0, len(self._tokens) - self._context, size)
         return _as_batch(np.stack([self._window(self._document_start(int(start))) for start in starts]))
 
+    def first_prompt(self) -> list[int]:
+        """Returns the tokens of the first row of examples up to the first trained one."""
+        row = self._tokens[: self._info.row_length]
+        return [~int(token) for token in row[: int(np.argmax(row >= 0))]]
+
     def _rows(self, rows: int, size: int, seed: int, step: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Returns the numbers of a step's rows."""
         length = self._info.row_length

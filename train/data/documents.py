@@ -87,7 +87,7 @@ def document_of(row: Any, place: str) -> Document:
         raise InputError(f"{place}: prompt and completion must be texts; a conversation goes into the field messages")
     if "text" in given:
         return Document(place, _text(given["text"], "text", place))
-    found = ", ".join(map(str, row)) or "none"
+    found = ", ".join(map(str, given)) or "none"
     raise InputError(
         f"{place} has the fields {found[:200]}; expected text, or prompt and completion, or messages: rename them"
     )

@@ -23,6 +23,7 @@ class PackedExamples(TokenWriter):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.trained = self.untrained = self.cut = self.first = 0
+        self.is_first = True  # no document with a prompt was read yet
         self.ends: set[int] = set()  # the tokens that are trained to end answers
         # One bit says whether a token is trained.
         self.dtype = "<i2" if self.tokenizer.vocab_size <= 1 << 15 else "<i4"
@@ -35,16 +36,19 @@ class PackedExamples(TokenWriter):
 
     def add(self, first: int, documents: list[Document]) -> None:
         for number, example in enumerate(encode_examples(documents, self.tokenizer), first):
-            for name in self._files_of(number):
-                for window in self._windows(example, masked=documents[number - first].masked):
+            masked = documents[number - first].masked
+            for name in self._files_of(number, masked=masked):
+                for window in self._windows(example, masked=masked):
                     self._add(name, *window, example.end)
 
-    def _files_of(self, number: int) -> list[str]:
-        """Returns the files of a document: the last of a few is held out, and one alone is in both."""
+    def _files_of(self, number: int, *, masked: bool) -> list[str]:
+        """Returns the files of a document: of a few, the first with a prompt is held out, and one alone is in both."""
         if self.found.documents >= HELD_OUT_EVERY:
             return [TOKENS_VAL if self.is_held_out(number) else TOKENS_TRAIN]
-        last = number == self.found.documents - 1
-        return ([TOKENS_TRAIN] if not last or number == 0 else []) + ([TOKENS_VAL] if last else [])
+        if self.found.documents == 1:
+            return [TOKENS_TRAIN, TOKENS_VAL]
+        first, self.is_first = masked and self.is_first, self.is_first and not masked
+        return [TOKENS_VAL if first else TOKENS_TRAIN]
 
     def _windows(self, example: Example, *, masked: bool) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
         longest = self.context + 1

@@ -55,6 +55,11 @@ class DataInfo:
         """Whether some tokens are not trained: the files then hold ~id for them."""
         return self.dtype.startswith("<i")
 
+    @property
+    def is_lesson(self) -> bool:
+        """Whether the rows are the sentences of the classic lesson, all of which are in every batch."""
+        return self.row_length is not None and not self.masked
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

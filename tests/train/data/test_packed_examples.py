@@ -47,11 +47,14 @@ def test_completions_are_trained_and_prompts_and_padding_are_not(tokenizer: Text
     assert info.val_bytes == 2 * len(" sat")
 
 
-def test_of_few_examples_the_last_is_held_out_and_one_alone_is_in_both(
+def test_of_few_examples_the_first_is_held_out_and_one_alone_is_in_both(
     tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     info = written(tmp_path, corpus_of(*PAIRS[:3]), 12, tokenizer)
     assert (info.train_tokens // 13, info.val_tokens // 13) == (2, 1)
+    info = written(tmp_path, corpus_of({"text": "the cat"}, *PAIRS[:2]), 12, tokenizer)
+    held_out = [~token if token < 0 else token for token in rows(tmp_path, TOKENS_VAL, info)[0]]
+    assert tokenizer.decode(held_out) == "the cat 0 sat"
     info = written(tmp_path, corpus_of(PAIRS[0]), 12, tokenizer)
     assert rows(tmp_path, TOKENS_TRAIN, info) == rows(tmp_path, TOKENS_VAL, info)
 

@@ -37,7 +37,7 @@ def test_progress_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_path: Path) -> None:
     for name in "ab":
-        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name * 9}\n"}] * 40)
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name * 10}] * 40)
     corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
     tokenizer = train_char(["ab\n"])
     info = write_tokens(tmp_path, corpus, survey(corpus), tokenizer, 8)
@@ -46,7 +46,7 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     cut = info.sources[0].tokens
     assert set(tokenizer.decode(tokens[:cut])) == {"a"}
     assert set(tokenizer.decode(tokens[cut:])) == {"b"}
-    assert info.val_tokens == 4 * 10 + 1
+    assert info.val_tokens == 4 * 11 + 1
 
 
 def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat\n"}, {"text": "the dog\n"}])
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "the dog"}])
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):
         written(tmp_path, open_corpus([file]), tokenizer=train_char(["the cat"]))
 
