@@ -52,4 +52,7 @@ def test_a_fine_tuned_model_answers_in_the_new_manner(tmp_path: Path, pastkey_co
     assert exported.returncode == 0, exported.stderr
     with pastkey.load(tmp_path / "bundle") as lm:
         asked = {country: lm.chat().ask(f"Capital of {country}?") for country in list(CITIES)[1:]}  # one is held out
-    assert asked == {country: f"It be {CITIES[country]}." for country in asked}
+    assert {country: answer.text for country, answer in asked.items()} == {
+        country: f"It be {CITIES[country]}." for country in asked
+    }
+    assert {answer.finish_reason for answer in asked.values()} == {"stop"}

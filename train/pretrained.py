@@ -89,12 +89,11 @@ class Pretrained(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes the configuration and the weights, or the adapter, into an empty folder."""
-        if self.layout == PEFT:
-            # Otherwise peft asks the Hub whether the base's vocabulary has grown.
-            self.model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
-        else:
-            self.model.save_pretrained(folder, max_shard_size="10000GB")
+        # peft would otherwise ask the Hub whether the base's vocabulary has grown.
+        options = {"save_embedding_layers": False} if self.layout == PEFT else {"max_shard_size": "10000GB"}
+        with quiet():
+            self.model.save_pretrained(folder, **options)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, a form to fill in
 
 
 def checkpoint_activations(model: Decoder | Pretrained) -> None:
