@@ -80,7 +80,7 @@ oldest: $(ENVIRONMENTS)/oldest/installed
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 	$(PYTHON) -m venv --clear $(@D)
 	PYTHONWARNINGS="ignore:Editable installation" \
-		$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf]' --constraint $(OLDEST) \
+		$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf,finetune]' --constraint $(OLDEST) \
 		pytest pytest-xdist hypothesis
 	touch $@
 

@@ -117,6 +117,7 @@ NEEDED = {
     "check": ("onnx",),
     "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
     "see": ("onnx", "onnx_ir"),
+    "finetune": ("transformers", "peft"),
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }

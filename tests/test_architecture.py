@@ -45,7 +45,7 @@ RULES = {
     "train": Rule(
         frozenset({"pastkey"}),
         frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"}),
-        frozenset({"transformers", "pyarrow"}),
+        frozenset({"transformers", "peft", "pyarrow"}),
     ),
     "export": Rule(
         frozenset({"pastkey", "pastkey.train", "pastkey.runtime"}),
@@ -55,7 +55,7 @@ RULES = {
                 "safetensors", "tokenizers", "numpy", "tqdm",
             }
         ),
-        frozenset({"transformers", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
+        frozenset({"transformers", "peft", "gguf", "huggingface_hub", "onnxruntime_extensions"}),
     ),
     "web": Rule(frozenset({"pastkey", "pastkey.runtime"}), frozenset()),
     "see": Rule(
@@ -128,7 +128,7 @@ ROOM_RULES = {room: frozenset(ROOMS[: number + 1]) for number, room in enumerate
     "generation": frozenset({"generation", "graph", "source"}),
     "compat": frozenset({"compat", "source"}),
 }
-LEAVES = frozenset({"settings", "resources", "quiet", "progress"})  # free to all
+LEAVES = frozenset({"settings", "resources", "progress"})  # free to all
 
 
 def target_of(file: Path, found: Import) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ RUNTIME_FLOORS = (
 )
 PASTKEY_FLOORS = (
     "version errors",
-    "lazy values precisions providers",
+    "lazy values precisions providers quiet",
     "typed",
     "files",
     "contract",

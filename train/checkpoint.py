@@ -5,6 +5,9 @@
                  training/state.safetensors          the optimizer's moments
                  training/tokens-train.bin, tokens-val.bin
 
+A fine-tuned model of transformers has the files of its own folder in the place of those of the second line, and a LoRA
+adapter those of peft (adapter_config.json, adapter_model.safetensors): "layout" in the manifest says which.
+
 A save writes each changed file as NAME.new, then replaces pastkey.json, which commits the save, then renames every
 NAME.new to NAME. A process that opens the folder in between reads the listed content from NAME.new. A NAME.new that the
 manifest does not list belongs to a save that was not committed, or to the next one. Only the training process, which
@@ -16,21 +19,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 import pastkey
 from pastkey.contract import names
 from pastkey.contract.config import ModelConfig
 from pastkey.errors import IntegrityError
-from pastkey.files.durable import remove_leftovers, sync_folder, write_json
+from pastkey.files.durable import locked, remove_leftovers, sync_folder, write_json
 from pastkey.files.folder import (
     FileRecord,
     check_hashes,
@@ -48,15 +53,19 @@ from pastkey.values import shown
 
 from .model import Decoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of a checkpoint with a layout; others are of version 1
+TRANSFORMERS: Final = "transformers"  # the layouts
+PEFT: Final = "peft"
 STATE = "training/state.safetensors"
 TOKENS_TRAIN = "training/tokens-train.bin"
 TOKENS_VAL = "training/tokens-val.bin"
 METRICS = "metrics.jsonl"
 LOSS_CURVE = "loss.png"
 
+_TRAINING = "training/"
 _MODEL_FILES = (names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG)
 _PENDING = ".new"
+_SAVING = "training/saving.new"  # a folder into which a library writes its files
 T = TypeVar("T")
 Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
 
@@ -90,36 +99,51 @@ class TrainingState:
     figures: Mapping[str, Any]  # losses at this step
 
 
+class Saves(Protocol):
+    """A model with a layout of its own."""
+
+    layout: str
+
+    def save(self, folder: Path) -> None:
+        """Writes its files into an empty folder."""
+
+
 # --- writing ------------------------------------------------------------------------------------------------------
 def save_checkpoint(
-    folder: Path, model: Decoder, state: TrainingState, *, weights: Mapping[str, Tensor] | None = None
+    folder: Path, model: Decoder | Saves, state: TrainingState, *, weights: Mapping[str, Tensor] | None = None
 ) -> None:
     """Saves the model and state to `folder` atomically. The tokenizer and token files must be there already.
 
     `weights` are those of a model that is divided among processes. An error, such as a full disk, leaves the folder's
     earlier checkpoint unchanged.
     """
-    changed = {
-        names.CONFIG: (json.dumps(model.config.to_json(), indent=2) + "\n").encode(),
-        names.WEIGHTS: _weights(model, model.state_dict() if weights is None else weights),
-        # An empty safetensors file is invalid, and at step 0 there are no moments yet.
-        STATE: safetensors.torch.save(dict(state.optimizer) or {"none": next(model.parameters()).new_zeros(1)}),
-    }
-    unchanged = (names.TOKENIZER, names.TOKENIZER_CONFIG, TOKENS_TRAIN, TOKENS_VAL)
-    known = _known_records(folder)
-    records = {name: known.get(name) or file_record(folder / name) for name in unchanged}
-    records |= {name: FileRecord(len(content), sha256(content).hexdigest()) for name, content in changed.items()}
+    try:
+        _save(folder, model, state, weights)
+    finally:
+        shutil.rmtree(folder / _SAVING, ignore_errors=True)
+
+
+def _save(folder: Path, model: Decoder | Saves, state: TrainingState, weights: Mapping[str, Tensor] | None) -> None:
+    layout = None if isinstance(model, Decoder) else model.layout
+    changed = _decoder_files(model, weights) if isinstance(model, Decoder) else _files_of(model, folder / _SAVING)
+    # An empty safetensors file is invalid, and at step 0 there are no moments yet.
+    changed[STATE] = safetensors.torch.save(dict(state.optimizer) or {"none": torch.zeros(1)})
+    records = {name: record for name, record in _known_or_prepared(folder).items() if name not in changed}
+    model_files = [name for name in (*records, *changed) if not name.startswith(_TRAINING)]
+    training_files = [name for name in (*records, *changed) if name.startswith(_TRAINING)]
+    records |= {name: _record(content) for name, content in changed.items()}
     manifest = {
         "kind": "checkpoint",
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if layout is None else FORMAT_VERSION,
         "pastkey_version": pastkey.__version__,
-        "files": {name: asdict(records[name]) for name in _MODEL_FILES},
+        **({} if layout is None else {"layout": layout}),
+        "files": {name: asdict(records[name]) for name in model_files},
         "training": {
             "step": state.step,
             "settings": dict(state.settings),
             "data": dict(state.data),
             "figures": dict(state.figures),
-            "files": {name: asdict(records[name]) for name in (STATE, TOKENS_TRAIN, TOKENS_VAL)},
+            "files": {name: asdict(records[name]) for name in training_files},
         },
     }
     try:
@@ -151,6 +175,39 @@ def finish_or_discard(folder: Path) -> None:
         _pending(folder / name).unlink(missing_ok=True)
     for name in (names.MANIFEST, LOSS_CURVE):
         remove_leftovers(folder / name)
+    shutil.rmtree(folder / _SAVING, ignore_errors=True)
+
+
+def _decoder_files(model: Decoder, weights: Mapping[str, Tensor] | None) -> dict[str, bytes | Path]:
+    config = (json.dumps(model.config.to_json(), indent=2) + "\n").encode()
+    return {names.CONFIG: config, names.WEIGHTS: _weights(model, model.state_dict() if weights is None else weights)}
+
+
+def _files_of(model: Saves, folder: Path) -> dict[str, bytes | Path]:
+    """Returns the files that a model of another layout has written into this folder, which is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save(folder)
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def _record(content: bytes | Path) -> FileRecord:
+    if isinstance(content, Path):
+        return file_record(content)
+    return FileRecord(len(content), sha256(content).hexdigest())
+
+
+def _known_or_prepared(folder: Path) -> dict[str, FileRecord]:
+    """Returns the records of the files that no save changes: those of the tokenizer and of the tokens.
+
+    Before the first save they are all files of the folder; afterwards they are not hashed again.
+    """
+    known = _known_records(folder)
+    if known:
+        return known
+    prepared = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != _PENDING)
+    files = (path.relative_to(folder).as_posix() for path in prepared)
+    return {name: file_record(folder / name) for name in files if not name.startswith((METRICS, LOSS_CURVE, _SAVING))}
 
 
 def _weights(model: Decoder, weights: Mapping[str, Tensor]) -> bytes:
@@ -168,9 +225,13 @@ def _known_records(folder: Path) -> dict[str, FileRecord]:
     return _all_records(folder, read_json(folder / names.MANIFEST))
 
 
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
+def _write_through(path: Path, content: bytes | Path) -> None:
+    """Writes bytes, or moves a file, and flushes them to the disk."""
+    if isinstance(content, Path):
+        content.replace(path)
+    with path.open("ab" if isinstance(content, Path) else "wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -180,6 +241,31 @@ def _pending(path: Path) -> Path:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
+def layout_of(folder: Path) -> str | None:
+    """Returns TRANSFORMERS or PEFT for a fine-tuned checkpoint, None for any other folder or file."""
+    if not (folder / names.MANIFEST).is_file():
+        return None
+    layout = read_json(folder / names.MANIFEST).get("layout")
+    return layout if layout in (TRANSFORMERS, PEFT) else None
+
+
+def check_files(folder: Path) -> Mapping[str, Any]:
+    """Returns "training" of a checkpoint of any layout after checking the files of its model. As `load_checkpoint`."""
+    manifest = read_manifest(folder, "checkpoint", FORMAT_VERSION)
+    records = parse_records(folder, manifest.get("files"))
+    check_sizes(folder, records)
+    check_hashes(folder, records)
+    return _training_of(folder, manifest)
+
+
+def check_settled(folder: Path) -> Mapping[str, Any]:
+    """As `check_files`, after finishing what a killed run left. Raises InUseError while a run is saving."""
+    if any(folder.rglob(f"*{_PENDING}")):  # otherwise the folder may be read-only
+        with locked(folder):
+            finish_or_discard(folder)
+    return check_files(folder)
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint after checking version, paths, sizes and hashes. The model is in eval mode.
 
@@ -196,10 +282,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except (KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise IntegrityError(f"{folder / names.WEIGHTS} does not fit {folder / names.CONFIG}: {reason}") from None
+    return Checkpoint(folder, config, model.eval(), _training_of(folder, manifest))
+
+
+def _training_of(folder: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     training = manifest.get("training", {})
     if not isinstance(training, dict):
         raise IntegrityError(f"{folder / names.MANIFEST} has no valid 'training': it was altered or cut short")
-    return Checkpoint(folder, config, model.eval(), training)
+    return training
 
 
 def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[str]]:

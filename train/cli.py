@@ -33,6 +33,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--force", action="store_true", help="replace CHECKPOINT")
     parser.add_argument("--json", action="store_true", help="print the final figures as one JSON object")
 
+    init = parser.add_argument_group("a model that exists, in the place of a new one")
+    _add(init, "init", str, "a checkpoint, a Hugging Face folder or a GGUF file to fine-tune", metavar="MODEL")
+    _flag(init, "lora", "train a LoRA adapter, which `export` merges, and not all weights")
+    _add(init, "lora_rank", positive_int, "rank of the adapter")
+    _flag(init, "gradient_checkpointing", "less memory, a third slower")
+
     model = parser.add_argument_group("the decoder (default: the preset's sizes)")
     kinds = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     _add(model, "preset", str, f"{kinds}", metavar="NAME")
@@ -81,6 +87,10 @@ def _add(group: Any, name: str, kind: Any, text: str, metavar: str = "N") -> Non
     default = f" (default {_DEFAULTS[name]})" if _DEFAULTS[name] is not None else ""
     option = "--" + name.replace("_", "-")
     group.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text + default)
+
+
+def _flag(group: Any, name: str, text: str) -> None:
+    group.add_argument("--" + name.replace("_", "-"), action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from .checkpoint import (
     Checkpoint,
     TrainingState,
     finish_or_discard,
+    layout_of,
     load_checkpoint,
     save_checkpoint,
 )
@@ -40,6 +41,7 @@ from .hardware.device import Device, choose_device, flops_per_token
 from .hardware.ranks import Ranks
 from .model import Decoder, generate, positions_like
 from .optimizer import make_optimizers, moments_of, restore_moments, schedule
+from .pretrained import FineTuned, Pretrained, Start, checkpoint_activations, open_start, reopen
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import Resumed, read_training
 from .settings import TrainConfig
@@ -65,14 +67,23 @@ def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), fo
     ranks = Ranks.join()
     with ranks.ending_together():
         device = choose_device(config, ranks.local_rank)
+        if config.init is not None and not data:
+            raise InputError(f"--init {config.init} needs --data: the text that the model is to learn from")
+        start = None if config.init is None else open_start(config, out)
+        config = config if start is None else start.config
         _check_processes(config, ranks, lesson=_is_lesson(config, data))
-        with _prepared(ranks, config, out, data, force=force) as (place, info):
+        with _prepared(ranks, config, out, data, start, force=force) as (place, info):
             tokenizer = _tokenizer(place.path, info)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
+            model = _new_decoder(config, tokenizer, info) if start is None else start.model
+            model.end_at(info.end)
             with ranks.connected(device):
                 return Run(place, config, info, tokenizer, model, ranks, device, step=0, moments={}).go()
+
+
+def _new_decoder(config: TrainConfig, tokenizer: TextTokenizer, info: DataInfo) -> Decoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
 
 
 def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = 
         with _opened(ranks, out):
             config, resumed, checkpoint = _resumed(out, given, data)
             device = choose_device(config, ranks.local_rank)
-            _check_processes(config, ranks, lesson=resumed.info.row_length is not None)
+            _check_processes(config, ranks, lesson=resumed.info.is_lesson)
             tokenizer, place = _tokenizer(out, resumed.info), NewFolder(out, out)
             with ranks.connected(device):
                 return Run(
@@ -101,8 +112,8 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = 
 
 def _resumed(
     out: Path, given: Mapping[str, Any], data: Sequence[str | Path]
-) -> tuple[TrainConfig, Resumed, Checkpoint]:
-    checkpoint = load_checkpoint(out)
+) -> tuple[TrainConfig, Resumed, Checkpoint | FineTuned]:
+    checkpoint = load_checkpoint(out) if layout_of(out) is None else reopen(out)
     resumed = read_training(checkpoint)
     saved, info = resumed.config, resumed.info
     for name, value in given.items():
@@ -123,7 +134,7 @@ def _resumed(
 
 @contextmanager
 def _prepared(
-    ranks: Ranks, config: TrainConfig, out: Path, data: Sequence[str | Path], *, force: bool
+    ranks: Ranks, config: TrainConfig, out: Path, data: Sequence[str | Path], start: Start | None, *, force: bool
 ) -> Iterator[tuple[NewFolder, DataInfo]]:
     """Yields the new folder with tokenizer and token files, which the first process makes."""
     if not ranks.first:
@@ -131,7 +142,8 @@ def _prepared(
         yield NewFolder(out, Path(told["path"])), DataInfo(**told["info"])
         return
     with new_folder(out, force=force) as place:
-        info, _ = prepare(config, place.path, data)
+        given = (None, None) if start is None else (start.tokenizer, config.context)
+        info, _ = prepare(config, place.path, data, *given)
         ranks.tell({"path": str(place.path.absolute()), "info": info.to_json()})
         yield place, info
 
@@ -151,6 +163,8 @@ def _opened(ranks: Ranks, out: Path) -> Iterator[None]:
 
 
 def _check_processes(config: TrainConfig, ranks: Ranks, *, lesson: bool) -> None:
+    if config.shard and config.init is not None:
+        raise InputError("--shard divides a new model among processes, and --init brings one: leave one of the two out")
     if config.shard and ranks.world == 1:
         raise InputError("--shard divides a model among processes, and this is one: start several with --processes")
     ranks.require_divides(len(LESSON) if lesson else config.batch_size)
@@ -174,7 +188,7 @@ class Run:
         config: TrainConfig,
         info: DataInfo,
         tokenizer: TextTokenizer,
-        model: Decoder,
+        model: Decoder | Pretrained,
         ranks: Ranks,
         device: Device,
         *,
@@ -184,8 +198,10 @@ class Run:
         self.place, self.config, self.info, self.tokenizer, self.model = place, config, info, tokenizer, model
         self.ranks, self.device = ranks, device
         self.train_tokens, self.val_tokens = self._tokens()
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.flops_per_token = flops_per_token(model, model.config)
+        self.flops_per_token = flops_per_token(model, model.config if isinstance(model, Decoder) else None)
         self.spread = ranks.spread(model, device, shard=config.shard)
         self.optimizers = make_optimizers(model, config)
         restore_moments(self.optimizers, model, ranks.divided(model, moments), step)
@@ -196,7 +212,7 @@ class Run:
         self.figures: dict[str, Any] = {}
 
     def _tokens(self) -> tuple[Tokens, Tokens]:
-        context = self.model.config.max_position_embeddings
+        context = self.config.context or self.model.config.max_position_embeddings
         folder = self.place.path
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
@@ -206,6 +222,7 @@ class Run:
         try:
             with (
                 self.device.computing(self.config.threads),
+                torch.random.fork_rng(devices=[]),
                 Metrics(self.place.path, self.step) if first else nullcontext() as metrics,
                 Progress(self.step, self.config.steps) if first else nullcontext() as progress,
             ):
@@ -249,6 +266,7 @@ class Run:
         share = schedule(self.config, self.step)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = share * group["peak"]
+        torch.manual_seed(hash((self.config.seed, self.step, self.ranks.rank)))  # of dropout, which some models have
         batches, count = self._ahead
         loss = self._backward(batches, count)
         norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
@@ -378,13 +396,14 @@ class Run:
             return [f"{self.tokenizer.decode(prompt)} -> {self._continue(prompt)}"]
         return [self._continue(self.tokenizer.prompt(""))]
 
-    def _continue(self, prompt: str) -> str:
-        ids = torch.tensor(
-            [self.tokenizer.prompt(prompt) or [self.info.end]], device=self.device.torch_device
-        )  # (1, P)
-        temperature = 0.0 if self.info.row_length is not None else 0.7
+    def _continue(self, prompt: list[int]) -> str:
+        ids = torch.tensor([prompt or [self.info.end]], device=self.device.torch_device)  # (1, P)
+        temperature = 0.0 if self.info.is_lesson else 0.7
         with self.device.eager(), self.device.autocast():
-            (row,) = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)
+            if isinstance(self.model, Pretrained):
+                (row,) = self.model.generate(ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)
+            else:
+                (row,) = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)
         return self.tokenizer.decode(row)
 
     def _utilization(self, tokens_per_second: float) -> float | None:

@@ -9,6 +9,7 @@ Parameters have the names of Hugging Face's Llama, so that transformers can load
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -42,6 +43,10 @@ class Decoder(nn.Module):
         hidden = self.model(input_ids, position_ids)  # (B, T, E)
         logits: Tensor = self.lm_head(hidden)  # (B, T, V)
         return logits
+
+    def end_at(self, token: int) -> None:
+        """Makes this the EOS token."""
+        self.config = dataclasses.replace(self.config, eos_token_id=token)
 
     def _initialize(self) -> None:
         """Initializes projections to preserve variance; those that add to the residual stream start at zero.

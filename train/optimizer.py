@@ -80,7 +80,7 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[torch.optim.Opt
     AdamW decays the weights of projections only, not norms, biases and embeddings: an embedding's row grows only when
     its token occurs, and decay at every step would shrink the rare ones away.
     """
-    named = dict(model.named_parameters())
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [parameter for name, parameter in named.items() if name.endswith("proj.weight")]
     others = [parameter for name, parameter in named.items() if not name.endswith("proj.weight")]
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]

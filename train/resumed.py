@@ -18,6 +18,7 @@ from pastkey.values import is_int
 from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
 from .data.token_files import DataInfo
 from .optimizer import make_optimizers, moment_names
+from .pretrained import FineTuned
 from .settings import TrainConfig
 
 _DTYPES = ("<u2", "<u4", "<i2", "<i4")  # signed: ~id is a token that is not trained
@@ -33,7 +34,7 @@ class Resumed:
     moments: Mapping[str, Tensor]
 
 
-def read_training(checkpoint: Checkpoint) -> Resumed:
+def read_training(checkpoint: Checkpoint | FineTuned) -> Resumed:
     """Reads the training state. Raises InputError if there is none, IntegrityError if it is inconsistent."""
     folder, training = checkpoint.path, checkpoint.training
     if not {"step", "settings", "data", "files"} <= set(training):
@@ -52,7 +53,8 @@ def read_training(checkpoint: Checkpoint) -> Resumed:
     if step:
         _check_moments(checkpoint, config, moments)
     for name, tokens in ((TOKENS_TRAIN, info.train_tokens), (TOKENS_VAL, info.val_tokens)):
-        _check_tokens(folder / name, info, tokens, checkpoint)
+        context = config.context or checkpoint.config.max_position_embeddings
+        _check_tokens(folder / name, info, tokens, context, checkpoint.config.vocab_size)
     return Resumed(config, info, step, moments)
 
 
@@ -61,7 +63,7 @@ def _with_optimizer(settings: Any) -> Any:
     return {"optimizer": "adamw"} | settings if isinstance(settings, dict) else settings
 
 
-def _check_moments(checkpoint: Checkpoint, config: TrainConfig, moments: Mapping[str, Tensor]) -> None:
+def _check_moments(checkpoint: Checkpoint | FineTuned, config: TrainConfig, moments: Mapping[str, Tensor]) -> None:
     names = {parameter: name for name, parameter in checkpoint.model.named_parameters()}
     for optimizer in make_optimizers(checkpoint.model, config):
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
@@ -74,14 +76,13 @@ def _check_moments(checkpoint: Checkpoint, config: TrainConfig, moments: Mapping
                     )
 
 
-def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoint) -> None:
+def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_size: int) -> None:
     """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
     if info.dtype not in _DTYPES:
         raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
     if info.sources and sum(source.tokens for source in info.sources) != info.train_tokens:
         raise IntegrityError(f"the sources of {file} do not add up to its tokens: it was altered, copy it again")
     size, rows = file.stat().st_size, info.row_length or 1
-    context = checkpoint.config.max_position_embeddings
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
     if tokens * np.dtype(info.dtype).itemsize != size or not enough or tokens % rows or rows > context + 1:
         raise IntegrityError(
@@ -89,7 +90,7 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoin
             "to train on: it was altered, copy the checkpoint again"
         )
     ids = np.memmap(file, info.dtype, "r")
-    largest, vocab_size = max(int(ids.max()), ~int(ids.min()) if info.masked else 0), checkpoint.config.vocab_size
+    largest = max(int(ids.max()), ~int(ids.min()) if info.masked else 0)
     ends = [token for token in (info.begin, info.end) if token is not None]
     if max(largest, *ends) >= vocab_size or (info.row_length is not None and rows < 2):
         raise IntegrityError(

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes  # masks are also requested in a trace
 
 from pastkey.errors import ContractError, InputError
+from pastkey.quiet import quiet
 
 from ..graph.stored import StoredWeights
-from ..quiet import quiet
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
 from .probe.observe import StandIn
 

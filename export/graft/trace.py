@@ -26,12 +26,12 @@ from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
 from pastkey.providers import TARGETS
+from pastkey.quiet import quiet
 
 from ..graph.edit import OPSET, weight
 from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..graph.stored import StoredWeight, StoredWeights, stored_weights
-from ..quiet import quiet
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
 from .probe.observe import Layer, Observation, evaluating, name_of
 from .streamed import load

@@ -27,9 +27,9 @@ from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import InputError, MissingFileError, first_line
 from pastkey.files.external_data import external_data
 from pastkey.files.folder import is_inside
+from pastkey.quiet import quiet
 from pastkey.values import shown
 
-from ..quiet import quiet
 from .edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
 from .simplify import simplify
 

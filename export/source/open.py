@@ -14,11 +14,14 @@ from typing import Any
 from torch import nn
 
 from pastkey.contract import names
-from pastkey.errors import InputError, MissingFileError
+from pastkey.contract.source_files import adapter_base
+from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.files.folder import hub_hint, hub_id, read_json
+from pastkey.quiet import quiet
 from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
+from ..graft.huggingface import HuggingFaceDecoder
 from ..progress import SILENT, Progress
 from ..settings import SOURCES, split_factory
 from .factory import call_factory
@@ -46,6 +49,7 @@ def open_source(
     say: Callable[[str], None] = lambda stage: None,
     progress: Progress = SILENT,
     before_loading: BeforeLoading = allowed,
+    in_memory: bool = False,
 ) -> Source:
     """Opens the source of an export.
 
@@ -54,7 +58,7 @@ def open_source(
     `weights` is a file with a module's state dict, and `eos` (ids or names) replaces the source's own ids.
     `trust_remote_code` runs the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on
     the Hub, which is fetched with `network`, or else taken from the cache, at commit `revision` or the newest.
-    `before_loading` may refuse to load the weights of a file.
+    `before_loading` may refuse to load the weights of a file. `in_memory` loads all of them, so that they can change.
     """
     template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
@@ -71,14 +75,28 @@ def open_source(
             f"--weights {weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} brings its "
             "own weights: leave it out"
         )
+    elif not isinstance(source, HubModel) and (base := _base_of(Path(source))) is not None:
+        opened = open_source(
+            base,
+            context_length=context_length,
+            trust_remote_code=trust_remote_code,
+            network=network,
+            say=say,
+            progress=progress,
+            before_loading=before_loading,
+            in_memory=True,
+        )
+        return _finished(_merged(opened, Path(source), tokenizer), eos, template)
     elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
         found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
         return _finished(
-            _open_hub(found, tokenizer, context_length, trust_remote_code, say, progress, before_loading), eos, template
+            _open_hub(found, tokenizer, context_length, trust_remote_code, say, progress, before_loading, in_memory),
+            eos,
+            template,
         )
     else:
         return _finished(
-            _open(source, tokenizer, context_length, trust_remote_code, say, before_loading), eos, template
+            _open(source, tokenizer, context_length, trust_remote_code, say, before_loading, in_memory), eos, template
         )
     if weights is not None:
         told = (*told, *load_weights(module, Path(weights), say))
@@ -101,6 +119,7 @@ def _open(
     trust_remote_code: bool,
     say: Callable[[str], None],
     before_loading: BeforeLoading,
+    in_memory: bool,
 ) -> Source:
     path = Path(source)
     if not path.exists():
@@ -108,21 +127,30 @@ def _open(
     if path.suffix == ".bin" and path.is_file():
         return open_llama2c(path, tokenizer, context_length, before_loading)
     if path.suffix == ".gguf" and path.is_file():
-        return open_gguf(path, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
+        return open_gguf(
+            path,
+            tokenizer=tokenizer,
+            context_length=context_length,
+            before_loading=before_loading,
+            in_memory=in_memory,
+        )
     graph = path if path.suffix == SUFFIX and path.is_file() else None
     if path.is_dir() and not (path / names.MANIFEST).exists():
         graph = find_graph(path)
     if graph is not None:
         return open_onnx(graph, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
-    if (path / names.CONFIG).is_file() and not (path / names.MANIFEST).exists():
-        return open_folder(
+    training = _training_of_fine_tuned(path)
+    if (path / names.CONFIG).is_file() and (training is not None or not (path / names.MANIFEST).exists()):
+        opened = open_folder(
             path,
             tokenizer=tokenizer,
             context_length=context_length,
             trust_remote_code=trust_remote_code,
             say=say,
             before_loading=before_loading,
+            in_memory=in_memory,
         )
+        return dataclasses.replace(opened, warnings=(*_unfinished(path, training or {}), *opened.warnings))
     if path.is_dir() and not (path / names.MANIFEST).exists():
         raise MissingFileError(
             f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a "
@@ -139,6 +167,7 @@ def _open_hub(
     say: Callable[[str], None],
     progress: Progress,
     before_loading: BeforeLoading,
+    in_memory: bool,
 ) -> Source:
     if found.is_bundle:
         raise InputError(
@@ -158,6 +187,7 @@ def _open_hub(
         trust_remote_code=trust_remote_code,
         say=say,
         before_loading=before_loading,
+        in_memory=in_memory,
     )
     return dataclasses.replace(opened, revision=found.revision)
 
@@ -196,6 +226,15 @@ def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: i
     return Source(checkpoint.model, path.resolve().name, context, config=content, warnings=warnings, **found)
 
 
+def _training_of_fine_tuned(path: Path) -> Mapping[str, Any] | None:
+    """Returns "training" of the manifest of a model of transformers that `pastkey train --init` wrote, or None."""
+    if not (path / names.MANIFEST).is_file():
+        return None
+    from pastkey.train.checkpoint import TRANSFORMERS, check_settled, layout_of
+
+    return check_settled(path) if layout_of(path) == TRANSFORMERS else None
+
+
 def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the warning about a training that stopped before its last step."""
     settings = training.get("settings")
@@ -206,3 +245,41 @@ def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
         f"the training of {path} stopped at step {step} of {steps}: go on with  "
         f"{shlex.join(['pastkey', 'train', '--out', str(path), '--resume'])}  and export again",
     )
+
+
+def _base_of(folder: Path) -> str | None:
+    """Returns the path or Hub id of an adapter's base, None if this is no adapter. Raises MissingFileError."""
+    base = adapter_base(folder)
+    if base is not None and not Path(base).exists() and hub_id(base) is None:
+        raise MissingFileError(
+            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
+            f"{folder / names.ADAPTER_CONFIG}"
+        )
+    if base is not None and not (folder / names.ADAPTER_WEIGHTS).is_file():  # peft would ask the Hub, or read a pickle
+        raise MissingFileError(f"the adapter {folder} has no {names.ADAPTER_WEIGHTS}: copy it, or save it in this form")
+    return base
+
+
+def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
+    """Returns the base with the adapter's updates added to its weights, which are in memory.
+
+    Its tokenizer is the given one, or the adapter's if it has one. Raises InputError if the adapter is of another base.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "finetune") from None
+    module: Any = base.module.model if isinstance(base.module, HuggingFaceDecoder) else base.module
+    try:
+        with quiet():
+            peft.PeftModel.from_pretrained(module, folder).merge_and_unload()  # in place
+    except Exception as error:  # of many kinds
+        raise InputError(
+            f"peft {peft.__version__} cannot merge {folder} into {base.name}: {first_line(error)}"
+        ) from error
+    module.requires_grad_(False)
+    changes: dict[str, Any] = {"name": folder.resolve().name}
+    own = folder / names.TOKENIZER
+    if tokenizer or own.is_file():
+        changes |= read_tokenizer(tokenizer or own)
+    return dataclasses.replace(base, **changes)

@@ -25,11 +25,11 @@ from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyE
 from pastkey.files.folder import read_json
 from pastkey.files.reading import is_panic, read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
+from pastkey.quiet import quiet
 from pastkey.values import is_int
 
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
-from ..quiet import quiet
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
 from .source import BeforeLoading, Source, context_of, refuse_links
 from .stored_tensors import kept_in_files
@@ -59,10 +59,11 @@ def open_folder(
     say: Callable[[str], None],
     before_loading: BeforeLoading,
     name: str | None = None,
+    in_memory: bool = False,
 ) -> Source:
     """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError.
 
-    `name` is the source's, by default the folder's.
+    `name` is the source's, by default the folder's. `in_memory` loads all weights, which may then be changed.
     """
     code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
     content = read_json(folder / names.CONFIG)
@@ -76,7 +77,7 @@ def open_folder(
     with _transformers(folder) as library:
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
-        model, stored = _load(library, folder, config=config, use_safetensors=True, **options)
+        model, stored = _load(library, folder, in_memory=in_memory, config=config, use_safetensors=True, **options)
         wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
     return _source(name or folder.resolve().name, model, found, tokenizer, context_length, stored)
@@ -88,17 +89,18 @@ def open_gguf(
     tokenizer: str | Path | None,
     context_length: int | None,
     before_loading: BeforeLoading,
+    in_memory: bool = False,
 ) -> Source:
     """Opens a GGUF file, which contains weights, configuration, tokenizer and chat template."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
-    in_file = 4 * weights if has_room(weights) else 0
+    in_file = 4 * weights if has_room(weights) and not in_memory else 0
     before_loading(weights, 4 * weights - in_file, in_file)
     with _transformers(file) as library, read_once():
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        model, stored = _load(library, file.parent, named=file, **options)
+        model, stored = _load(library, file.parent, named=file, in_memory=in_memory, **options)
         found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
     source = _source(file.stem, model, found, tokenizer, context_length, stored)
     if found is None or source.tokenizer is None:
@@ -195,7 +197,9 @@ def _transformers(source: object) -> Iterator[Any]:
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
 
-def _load(library: Any, folder: Path, *, named: Path | None = None, **options: Any) -> tuple[Any, StoredWeights | None]:
+def _load(
+    library: Any, folder: Path, *, named: Path | None = None, in_memory: bool = False, **options: Any
+) -> tuple[Any, StoredWeights | None]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
     read = functools.partial(
         library.AutoModelForCausalLM.from_pretrained,
@@ -207,8 +211,9 @@ def _load(library: Any, folder: Path, *, named: Path | None = None, **options: A
         **options,
     )
     stored = StoredWeights()
+    stay = kept_in_files if named is None else dequantized_to_disk
     try:
-        with kept_in_files(stored) if named is None else dequantized_to_disk(stored):
+        with contextlib.nullcontext() if in_memory else stay(stored):
             model, info = read()
     except WrittenError:  # some families change a weight after it was read, such as the embedding of padding
         stored = StoredWeights()

@@ -128,6 +128,8 @@ TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 TOKENIZER_CLASS: Final = "PreTrainedTokenizerFast"  # transformers 4 and 5 both load it; 5's own classes break 4
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 WEIGHTS: Final = "model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"  # of peft; base_model_name_or_path in it names the base
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 GOLDEN: Final = "golden_logits.npz"  # logits that a device must reproduce before it generates text
 
 # pastkey's own graph, over the weights of the all-logits graph (named in `precisions`): logits of the last positions

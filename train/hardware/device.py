@@ -6,11 +6,12 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from pastkey.contract.config import ModelConfig
 from pastkey.errors import InputError
 
 from ..settings import TrainConfig
@@ -133,12 +134,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len)) if lists else [model]
 
 
-def flops_per_token(model: nn.Module, config: Any) -> int:
+def flops_per_token(model: nn.Module, config: ModelConfig | None) -> int:
     """Returns the floating-point operations of a training step per token: forward, and twice that backward.
 
     6 per weight of a matrix product, and 12 · L · H · D · T for attention, which counts masked pairs as well. As
-    Chowdhery et al. 2022 (PaLM), appendix B, https://arxiv.org/abs/2204.02311.
+    Chowdhery et al. 2022 (PaLM), appendix B, https://arxiv.org/abs/2204.02311. Without a configuration attention is left
+    out.
     """
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    if config is None:
+        return int(6 * weights)
     row = config.num_attention_heads * config.head_dim * config.max_position_embeddings
     return int(6 * weights + 12 * config.num_hidden_layers * row)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.errors import ContractError, InputError, first_line
+from pastkey.quiet import quiet
 
-from ...quiet import quiet
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
 from .observe import name_of, natively

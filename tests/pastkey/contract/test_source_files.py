@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pastkey.contract.source_files import source_files
@@ -27,3 +28,15 @@ def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neigh
     assert set(source_files(tmp_path / "b[1].gguf")) == {"config.json", "b[1].gguf"}
     assert set(source_files(tmp_path / "model.onnx")) == {"config.json", *graph}
     assert source_files(tmp_path)["config.json"] == tmp_path / "config.json"
+
+
+def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    found = source_files(tmp_path / "adapter")
+    assert found == {"adapter_config.json": config, "base config.json": tmp_path / "base" / "config.json"}
+    config.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "adapter")}))  # of itself
+    assert set(source_files(tmp_path / "adapter")) == {"adapter_config.json"}

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 
 from pastkey.errors import ContractError
+from pastkey.quiet import quiet
 
-from ....quiet import quiet
 from ...attention import intercept
 from ...probe.causes import Cause, Kind, NoCacheError, ObstacleError
 from ...probe.observe import name_of

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ....quiet import quiet
+from pastkey.quiet import quiet
+
 from ...attention import calling_line, failing_line, is_raised
 from ...probe.causes import Cause, Kind, ObstacleError
 from .dependence import Dependence

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from pastkey.export.quiet import quiet
+from pastkey.quiet import quiet
 
 
 def test_what_a_library_says_is_held_back(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
