@@ -151,7 +151,12 @@ def say(text: str) -> None:
 
     Replaces control characters, which a name in a file may have.
     """
-    print(text.translate(_CONTROL), file=sys.stderr, flush=True)
+    print(without_control(text), file=sys.stderr, flush=True)
+
+
+def without_control(text: str) -> str:
+    """Returns the text without characters that a terminal would take for commands."""
+    return text.translate(_CONTROL)
 
 
 def print_text(text: str) -> None:

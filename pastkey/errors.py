@@ -116,7 +116,7 @@ NEEDED = {
     "huggingface": ("transformers", "huggingface_hub"),
     "gguf": ("gguf", "transformers", "accelerate"),
 }
-_TOLD = {"numpy", "tokenizers", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
+_TOLD = {"numpy", "tokenizers", "pyarrow", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
     *NEEDED.values()
 )
 

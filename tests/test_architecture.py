@@ -43,7 +43,9 @@ RULES = {
         ),
     ),
     "train": Rule(
-        frozenset({"pastkey"}), frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"})
+        frozenset({"pastkey"}),
+        frozenset({"torch", "tokenizers", "safetensors", "numpy", "matplotlib", "tqdm"}),
+        frozenset({"transformers", "pyarrow"}),
     ),
     "export": Rule(
         frozenset({"pastkey", "pastkey.train", "pastkey.runtime"}),

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "runtime/model/parts.py": ("runtime/model/test_language_model.py", "is what a model is made of"),
     "runtime/model/chat/calls.py": ("runtime/model/chat/test_prompt.py", "is the methods of what is tested there"),
     "runtime/model/chat/chat_stream.py": ("runtime/model/chat/test_prompt.py", "is what stream_chat returns"),
+    "train/data/token_files.py": ("train/data/test_tokenizing.py", "is what is written there"),
     "serve/app.py": ("serve/routes/test_status.py", "is the table of the routes there"),
     "serve/errors.py": ("serve/routes/test_chat.py", "is what is refused there"),
     "serve/events.py": ("serve/test_service.py", "is how streams are sent there"),

@@ -166,6 +166,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/chat.md",
         "docs/index.md",
         "docs/own-modules.md",
+        "docs/training-data.md",
         "docs/tutorial.md",
         "docs/batch.md",
         "docs/embedding.md",

@@ -22,8 +22,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         default=[],
-        metavar="PATH",
-        help="UTF-8 text files, or folders of .txt and .md files (default: built-in stories, or the classic lesson)",
+        metavar="PATH[=WEIGHT]",
+        help="text, JSON lines and Parquet files, or folders of them, with their shares of the batches (default: "
+        "built-in stories, or the classic lesson)",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in CHECKPOINT")

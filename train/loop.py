@@ -30,46 +30,36 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .data import (
-    LESSON,
-    LESSON_PROMPTS,
-    Batch,
-    Corpus,
-    DataInfo,
-    Tokens,
-    story_corpus,
-    survey,
-    text_corpus,
-    write_lesson,
-    write_tokens,
-)
+from .data.batches import NOT_TRAINED, Batch, Tokens
+from .data.prepare import LESSON_PROMPTS, prepare, require_same_data
+from .data.token_files import DataInfo
 from .model import Decoder, generate, positions_like
 from .optimizer import learning_rate, make_optimizer, moments_of, restore_moments
 from .report import Metrics, Progress, draw_loss_curve
 from .resumed import read_training
 from .settings import TrainConfig
-from .tokenizer import TextTokenizer, lesson_tokenizer, make_tokenizer, read_tokenizer
+from .tokenizer import TextTokenizer, read_tokenizer
 
 _SAMPLE_TOKENS: Final = 200
 _MAY_CHANGE: Final = ("steps", "threads", "save_every")  # settings that a resumed run may change
 
 
 # --- start and resume ---------------------------------------------------------------------------------------------
-def train(config: TrainConfig, out: Path, *, data: Sequence[Path] = (), force: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, out: Path, *, data: Sequence[str | Path] = (), force: bool = False) -> dict[str, Any]:
     """Trains from the beginning into the new folder `out`. Returns the final figures.
 
     `data` names text files and folders; the default is the preset's built-in corpus. Raises InputError,
     MissingFileError, ExistingFolderError or NumericsError. The first save creates the folder, or replaces the old one.
     """
     with new_folder(out, force=force) as place:
-        info, tokenizer = _prepare(config, place.path, data)
+        info, tokenizer = prepare(config, place.path, data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = Decoder(config.model_config(tokenizer.vocab_size, info.begin, info.end))
         return Run(place, config, info, tokenizer, model, step=0, moments={}).go()
 
 
-def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) -> dict[str, Any]:
+def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
     """Continues the run in `out` as if it had never stopped. Returns the final figures.
 
     `given` holds settings by their TrainConfig names. Raises InputError for one that differs from the run's, except
@@ -85,7 +75,7 @@ def resume(out: Path, given: Mapping[str, Any], *, data: Sequence[Path] = ()) ->
         return _resumed(out, given, data).go()
 
 
-def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
+def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[str | Path]) -> Run:
     checkpoint = load_checkpoint(out)
     resumed = read_training(checkpoint)
     saved, info, step = resumed.config, resumed.info, resumed.step
@@ -95,39 +85,14 @@ def _resumed(out: Path, given: Mapping[str, Any], data: Sequence[Path]) -> Run:
                 f"the run in {out} was started with {name} {getattr(saved, name)}, not {value}: "
                 "leave the setting out, or start a new run"
             )
-    if data and survey(text_corpus(data)).fingerprint != info.fingerprint:
-        raise InputError(f"the run in {out} was started on other text ({info.corpus}): start a new run for new text")
+    if data:
+        require_same_data(data, info)
     config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
     if step >= config.steps:
         raise InputError(f"{out} is trained already, to step {step} of {config.steps}: give a larger --steps to go on")
     tokenizer = dataclasses.replace(read_tokenizer(checkpoint.tokenizer_path), end=info.end, begin=info.begin)
     place = NewFolder(out, out)
     return Run(place, config, info, tokenizer, checkpoint.model, step=step, moments=resumed.moments)
-
-
-def _prepare(config: TrainConfig, folder: Path, data: Sequence[Path]) -> tuple[DataInfo, TextTokenizer]:
-    """Writes the tokenizer and the token files."""
-    if config.preset == "classic" and not data:
-        _check_lesson(config)
-        tokenizer = lesson_tokenizer()
-        tokenizer.save(folder)
-        return write_lesson(folder, tokenizer), tokenizer
-    corpus: Corpus = text_corpus(data) if data else story_corpus(config.seed)
-    found = survey(corpus)
-    tokenizer = make_tokenizer(config.tokenizer, corpus.documents(), config.vocab_size)
-    context = config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end).max_position_embeddings
-    tokenizer.save(folder)
-    return write_tokens(folder, corpus, found, tokenizer, context), tokenizer
-
-
-def _check_lesson(config: TrainConfig) -> None:
-    if config.tokenizer != "word":
-        raise InputError(
-            f"the classic lesson is learnt by words, not with --tokenizer {config.tokenizer}: leave it out"
-        )
-    needed = max(len(row.split()) for row in LESSON)
-    if config.context is not None and config.context < needed:
-        raise InputError(f"--context {config.context} is too short for the classic lesson, which takes {needed} tokens")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -216,8 +181,9 @@ class Run:
         self.model.eval()
         nats, count = 0.0, 0
         for inputs, targets in self.val_tokens.windows(self.config.batch_size):
-            nats += next_token_loss(self.model, (inputs, targets)).item() * targets.numel()
-            count += targets.numel()
+            trained = int((targets != NOT_TRAINED).sum())
+            nats += next_token_loss(self.model, (inputs, targets)).item() * trained
+            count += trained
         self.figures = {
             "train_loss": train_loss,
             "val_loss": nats / count,
@@ -247,26 +213,28 @@ class Run:
         return "\n".join([figures, *self.samples()]).replace("\n", "\n    ")
 
     def samples(self) -> list[str]:
-        """Returns samples of the model: for the lesson's prompts, or for an empty prompt."""
+        """Returns samples of the model: for the lesson's prompts, for one that is held out, or for an empty prompt."""
         self.model.eval()
-        if self.info.row_length is not None:
-            return [f"{prompt} -> {self._continue(prompt)}" for prompt in LESSON_PROMPTS]
-        return [self._continue("")]
+        if self.info.is_lesson:
+            return [f"{prompt} -> {self._continue(self.tokenizer.prompt(prompt))}" for prompt in LESSON_PROMPTS]
+        if self.info.masked:
+            prompt = self.val_tokens.first_prompt()
+            return [f"{self.tokenizer.decode(prompt)} -> {self._continue(prompt)}"]
+        return [self._continue(self.tokenizer.prompt(""))]
 
-    def _continue(self, prompt: str) -> str:
-        ids = torch.tensor([self.tokenizer.prompt(prompt) or [self.info.end]])  # (1, P)
-        temperature = 0.0 if self.info.row_length is not None else 0.7
-        return self.tokenizer.decode(
-            generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
-        )
+    def _continue(self, prompt: list[int]) -> str:
+        ids = torch.tensor([prompt or [self.info.end]])  # (1, P)
+        temperature = 0.0 if self.info.is_lesson else 0.7
+        text = generate(self.model, ids, _SAMPLE_TOKENS, temperature=temperature, seed=self.step)[0]
+        return self.tokenizer.decode(text)
 
 
 # --- parts of a run -----------------------------------------------------------------------------------------------
 def next_token_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of the next token at every position."""
+    """Returns the mean cross-entropy, in nats, of the next token at every position whose target is trained."""
     inputs, targets = batch
     logits = model(inputs, positions_like(inputs))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED)
 
 
 def _state(

@@ -15,10 +15,10 @@ from pastkey.typed import parse
 from pastkey.values import is_int
 
 from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
-from .data import DataInfo
+from .data.token_files import DataInfo
 from .settings import TrainConfig
 
-_DTYPES = ("<u2", "<u4")
+_DTYPES = ("<u2", "<u4", "<i2", "<i4")  # signed: ~id is a token that is not trained
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoin
     """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
     if info.dtype not in _DTYPES:
         raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
+    if info.sources and sum(source.tokens for source in info.sources) != info.train_tokens:
+        raise IntegrityError(f"the sources of {file} do not add up to its tokens: it was altered, copy it again")
     size, rows = file.stat().st_size, info.row_length or 1
     context = checkpoint.config.max_position_embeddings
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
@@ -77,7 +79,8 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, checkpoint: Checkpoin
             f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
             "to train on: it was altered, copy the checkpoint again"
         )
-    largest, vocab_size = int(np.memmap(file, info.dtype, "r").max()), checkpoint.config.vocab_size
+    ids = np.memmap(file, info.dtype, "r")
+    largest, vocab_size = max(int(ids.max()), ~int(ids.min()) if info.masked else 0), checkpoint.config.vocab_size
     ends = [token for token in (info.begin, info.end) if token is not None]
     if max(largest, *ends) >= vocab_size or (info.row_length is not None and rows < 2):
         raise IntegrityError(

@@ -6,18 +6,20 @@ Tokens around a prompt come only from the post-processor in tokenizer.json, so t
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from pastkey.command import say
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
+from pastkey.files.folder import read_json, read_text
 from pastkey.files.reading import panics_as_errors, read_bytes, reading
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
 
@@ -42,6 +44,8 @@ class TextTokenizer:
     tokenizer: Tokenizer
     end: int  # generation ends at this id
     begin: int | None  # the post-processor puts it in front of every prompt; None if there is none
+    chat_template: str | None = None  # Jinja, renders conversations
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # what the template calls them: "bos_token", ...
 
     @property
     def vocab_size(self) -> int:
@@ -57,6 +61,32 @@ class TextTokenizer:
             raise InputError(f"the text has a word or character that the tokenizer does not know ({error})") from None
         return ids
 
+    def encode_many(self, texts: Sequence[str], places: Sequence[str], *, offsets: bool = False) -> list[Encoding]:
+        """Returns the encoding of each text alone. Uses all cores. Raises InputError naming the text's place."""
+        encode = self._bare.encode_batch if offsets else self._bare.encode_batch_fast
+        try:
+            with panics_as_errors():
+                found: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        except Exception:
+            for text, place in zip(texts, places, strict=True):
+                try:
+                    self.encode(text)
+                except InputError as error:
+                    raise InputError(f"{place}: {error}") from None
+            raise
+        return found
+
+    @functools.cached_property
+    def _bare(self) -> Tokenizer:
+        """The tokenizer without its post-processor, which may take the spaces of tokens out of their offsets."""
+        return Tokenizer.from_str(json.dumps(json.loads(self.tokenizer.to_str()) | {"post_processor": None}))
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, of which one ends a turn."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special) | {self.end}
+
     def prompt(self, text: str) -> list[int]:
         """Returns the ids of a prompt, with the tokens that the tokenizer adds."""
         ids: list[int] = self.tokenizer.encode(text).ids
@@ -67,27 +97,41 @@ class TextTokenizer:
         text: str = self.tokenizer.decode(ids)
         return text
 
-    def document(self, text: str) -> list[int]:
-        """Returns a document as training reads it: BOS, text, and EOS unless the next BOS is the same token."""
+    def documents(self, texts: Sequence[str], places: Sequence[str]) -> list[list[int]]:
+        """Returns documents as training reads them: BOS, text, and EOS unless the next BOS is the same token."""
         begin = [] if self.begin is None else [self.begin]
-        ids = [token for piece in _pieces(text) for token in self.encode(piece)]
-        return begin + ids + ([] if self.begin == self.end else [self.end])
+        end = [] if self.begin == self.end else [self.end]
+        pieces = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(text)]
+        encoded = self.encode_many([piece for _, piece in pieces], [places[number] for number, _ in pieces])
+        documents = [list(begin) for _ in texts]
+        for (number, _), encoding in zip(pieces, encoded, strict=True):
+            documents[number] += encoding.ids
+        return [document + end for document in documents]
+
+    def document(self, text: str) -> list[int]:
+        """Returns one document as training reads it."""
+        return self.documents([text], ["the text"])[0]
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
         added = self.tokenizer.encode("").ids  # the post-processor adds them around every text
-        config = {
+        config: dict[str, Any] = dict(self.special_tokens)
+        config |= {
             "tokenizer_class": names.TOKENIZER_CLASS,
             # transformers.js runs the post-processor only if one of these is true.
             "add_bos_token": self.begin is not None,
             "add_eos_token": self.end in added[self.begin is not None :],
-            "bos_token": None if self.begin is None else self.tokenizer.id_to_token(self.begin),
+            "bos_token": self.special_tokens.get("bos_token")
+            if self.begin is None
+            else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
             # Otherwise transformers adds token_type_ids, which generate() refuses.
             "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / names.TOKENIZER_CONFIG).write_text(content, encoding="utf-8")
 
@@ -184,21 +228,47 @@ def lesson_tokenizer() -> TextTokenizer:
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
-    """Reads a tokenizer.json. Common names identify its EOS token."""
+    """Reads a tokenizer.json, and the tokenizer_config.json and chat_template.jinja beside it if there are any.
+
+    The EOS token is the configuration's, or one with a common name.
+    """
     if not path.exists():
         raise MissingFileError(
             f"no tokenizer {str(path)!r}: it must be {', '.join(KINDS)} or the path of a tokenizer.json"
         )
     tokenizer = open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path)
     require_dense(tokenizer.get_vocab(), path)
-    end = next((number for name in _END_NAMES if (number := tokenizer.token_to_id(name)) is not None), None)
+    special_tokens, chat_template = _beside(path)
+    end_names = [special_tokens["eos_token"]] if "eos_token" in special_tokens else []
+    end_names += _END_NAMES
+    end = next((number for name in end_names if (number := tokenizer.token_to_id(name)) is not None), None)
     if end is None:
         raise InputError(f"{path} has no EOS token; one of {', '.join(_END_NAMES)} was expected among its tokens")
     with reading(path, "a tokenizer.json"):
         probe = tokenizer.encode(str(tokenizer.id_to_token(end)))
         # 1 for a token that the post-processor adds, 0 for the text's own
         added_in_front = bool(probe.special_tokens_mask[0])
-    return TextTokenizer(tokenizer, end=end, begin=probe.ids[0] if added_in_front else None)
+    begin = probe.ids[0] if added_in_front else None
+    return TextTokenizer(tokenizer, end, begin, chat_template, special_tokens)
+
+
+def _beside(path: Path) -> tuple[dict[str, str], str | None]:
+    """Returns the special tokens by their names, and the chat template, from the files beside a tokenizer.json."""
+    file = path.with_name(names.TOKENIZER_CONFIG)
+    config = read_json(file) if path.name == names.TOKENIZER and file.exists() else {}
+    tokens = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    file = path.with_name(names.CHAT_TEMPLATE)
+    if path.name == names.TOKENIZER and file.exists():  # takes precedence, as in transformers
+        template = read_text(file)
+    return tokens, template if isinstance(template, str) else None
 
 
 def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:

@@ -18,7 +18,7 @@ from pastkey.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from pastkey.train.data import DataInfo
+from pastkey.train.data.token_files import DataInfo
 from pastkey.train.model import Decoder
 from pastkey.train.optimizer import make_optimizer, moments_of, restore_moments
 from pastkey.train.resumed import read_training

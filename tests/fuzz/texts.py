@@ -13,7 +13,7 @@ from pastkey.runtime import Limits, load
 from pastkey.runtime.sandbox.model import SandboxedModel
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
-from pastkey.train.data import survey, text_corpus
+from pastkey.train.data.sources import open_corpus, survey
 from pastkey.train.stories import read_stories
 from pastkey.train.tokenizer import train_bpe
 
@@ -24,9 +24,13 @@ from .samples import CORPUS, MESSAGES, TEMPLATE
 
 
 def _corpus(content: bytes) -> object:
-    corpus = text_corpus([written("corpus.txt", content)])
+    corpus = open_corpus([written("corpus.txt", content)])
     survey(corpus)
-    return train_bpe(corpus.documents(), 260).vocab_size
+    return train_bpe((text for document in corpus.documents() for text in document.texts()), 260).vocab_size
+
+
+def _rows(content: bytes) -> object:
+    return survey(open_corpus([written("rows.jsonl", content)])).documents
 
 
 def _template(content: bytes) -> object:
@@ -53,6 +57,7 @@ def _calibration(content: bytes) -> object:
 TEXTS: Mapping[str, Target] = {
     "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text),
     "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
+    "rows": Target(_rows, json_bytes({"messages": MESSAGES}), mutate_json),
     "calibration": Target(_calibration, lambda: CORPUS.encode(), mutate_text),
     "stories": Target(
         lambda content: read_stories(written("s.jsonl", content)), lambda: b'{"text": "a"}\n{"text": "b"}', mutate_json

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from benchmarks.measure import rows_of
 from pastkey.contract.bundle import open_bundle
 from pastkey.see import cli
-from pastkey.train.data import LESSON
+from pastkey.train.data.prepare import LESSON
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "decoder-only.md").read_text(encoding="utf-8")

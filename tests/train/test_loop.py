@@ -30,7 +30,7 @@ from pastkey.errors import (
 from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
-from pastkey.train.data import LESSON_PROMPTS
+from pastkey.train.data.prepare import LESSON_PROMPTS
 from pastkey.train.model import generate, positions_like
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig

@@ -165,6 +165,32 @@ def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) ->
         read_tokenizer(tmp_path / "endless.json")
 
 
+def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path: Path) -> None:
+    BPE.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": {"content": "a"}, "pad_token": None, "bos_token": "b"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "one"}))
+    found = read_tokenizer(tmp_path / "tokenizer.json")
+    assert found.tokenizer.id_to_token(found.end) == "a"
+    assert (found.chat_template, found.special_tokens) == ("one", {"eos_token": "a", "bos_token": "b"})
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_tokenizer(tmp_path / "tokenizer.json").chat_template == "two"
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert read_tokenizer(tmp_path / "tokenizer.json").chat_template == "three"
+    (tmp_path / "saved").mkdir()
+    found.save(tmp_path / "saved")
+    again = read_tokenizer(tmp_path / "saved" / "tokenizer.json")
+    assert (again.end, again.chat_template) == (found.end, "one")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_documents_are_the_same_one_by_one_and_together(kind: str) -> None:
+    tokenizer = make_tokenizer(kind, TEXTS, 280)
+    places = [f"line {number}" for number in range(len(TEXTS))]
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    assert tokenizer.documents(TEXTS, places) == [begin + tokenizer.encode(text) for text in TEXTS]
+
+
 @given(st.text(alphabet="ab ", max_size=60), st.integers(1, 7))
 def test_pieces_of_a_long_text_are_the_text(text: str, size: int) -> None:
     pieces = list(_pieces(text, size))

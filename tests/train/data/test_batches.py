@@ -1,0 +1,131 @@
+"""Batches come back the same, and hold what the token files hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
+from pastkey.train.data.batches import NOT_TRAINED, Tokens
+from pastkey.train.data.prepare import LESSON, write_lesson
+from pastkey.train.data.sources import open_corpus, survey
+from pastkey.train.data.tokenizing import write_tokens
+from pastkey.train.tokenizer import lesson_tokenizer, train_char
+
+from ..helpers import write_corpus
+from .helpers import corpus_of, ids, write_lines, written
+
+
+def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
+    inputs, targets = tokens.draw(5, seed=1, step=3)
+    assert inputs.shape == targets.shape == (5, 8)
+    assert inputs[:, 1:].equal(targets[:, :-1])
+
+
+def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
+    one, two = (Tokens(tmp_path / TOKENS_TRAIN, info, 8) for _ in range(2))
+    one.draw(4, seed=1, step=0)
+    assert one.draw(4, seed=1, step=7)[0].equal(two.draw(4, seed=1, step=7)[0])
+    assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=1, step=8)[0])
+    assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=2, step=7)[0])
+
+
+def test_short_documents_are_read_from_their_beginning(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of(*("abc\n" + "d" * number for number in range(40))), context=60)
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(50, seed=0, step=0)
+    assert (inputs[:, 0] == info.begin).all()  # type: ignore[attr-defined]
+    assert len({tuple(row) for row in inputs.tolist()}) > 10
+
+
+def test_long_documents_are_read_from_anywhere(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of("\n".join(map(str, range(10_000)))))
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(200, seed=0, step=0)
+    assert len({tuple(row) for row in inputs.tolist()}) > 190
+
+
+def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Path) -> None:
+    documents = [f"{number}\nx" for number in range(100, 140)]
+    tokenizer = dataclasses.replace(train_char(documents), begin=None)
+    info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
+    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
+    assert {int(row[5]) for row in inputs} == {tokenizer.end}  # five characters, then the EOS token
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_validation_reads_every_token_once(size: int, tmp_path: Path) -> None:
+    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]), context=13)
+    targets = [
+        token
+        for _, batch in Tokens(tmp_path / TOKENS_VAL, info, 13).windows(size)
+        for token in batch.flatten().tolist()
+    ]
+    assert targets == ids(tmp_path, TOKENS_VAL, info)[1:]
+
+
+def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
+    tokenizer = lesson_tokenizer()
+    info = write_lesson(tmp_path, tokenizer)
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
+    inputs, targets = tokens.draw(16, seed=0, step=0)
+    rows = [[*row, int(last)] for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
+    assert [tokenizer.tokenizer.decode(row, skip_special_tokens=False) for row in rows] == list(LESSON)
+    assert [batch[0].equal(inputs) for batch in tokens.windows(1)] == [True]
+
+
+# --- examples and weights -----------------------------------------------------------------------------------------
+PAIRS = [{"prompt": f"{number:03}", "completion": "ab"} for number in range(100)]
+
+
+def example_tokens(folder: Path) -> Tokens:
+    tokenizer = train_char(["0123456789ab"])
+    info = written(folder, corpus_of(*PAIRS), 6, tokenizer)  # one example a row, of seven tokens
+    return Tokens(folder / TOKENS_TRAIN, info, 6)
+
+
+def test_targets_that_are_not_trained_are_left_out(tmp_path: Path) -> None:
+    inputs, targets = example_tokens(tmp_path).draw(3, seed=0, step=0)
+    assert inputs.min() >= 0
+    assert (targets[:, :3] == NOT_TRAINED).all()  # the prompt
+    assert targets[:, 3:5].equal(inputs[:, 4:])
+    assert (targets[:, 5] == 0).all()  # the EOS token
+    batches = [*Tokens(tmp_path / TOKENS_VAL, written(tmp_path, corpus_of(*PAIRS), 6), 6).windows(2)]
+    assert [tuple(targets.shape) for _, targets in batches] == [(2, 6), (2, 6), (1, 6)]
+    assert sum(int((targets != NOT_TRAINED).sum()) for _, targets in batches) == 5 * 3
+
+
+def test_the_first_prompt_is_that_of_the_first_row(tmp_path: Path) -> None:
+    tokenizer = train_char(["0123456789ab"])
+    assert example_tokens(tmp_path).first_prompt() == tokenizer.prompt("000")
+
+
+def test_every_row_is_drawn_once_in_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
+    tokens = example_tokens(tmp_path)
+    epochs = [
+        [tuple(row) for step in range(first, first + 19) for row in tokens.draw(5, 0, step)[0].tolist()]
+        for first in (0, 19)
+    ]
+    assert len(set(epochs[0])) == 95
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1]
+    assert tokens.draw(5, 0, 7)[0].equal(example_tokens(tmp_path).draw(5, 0, 7)[0])
+
+
+@pytest.mark.parametrize("form", ["text", "examples"])
+def test_sources_are_drawn_by_their_weights(form: str, tmp_path: Path) -> None:
+    def row(name: str) -> dict[str, str]:
+        return {"text": name * 9 + "\n"} if form == "text" else {"prompt": name, "completion": name}
+
+    for name, count in (("a", 40), ("b", 400)):
+        write_lines(tmp_path / f"{name}.jsonl", [row(name)] * count)
+    corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
+    tokenizer = train_char(["ab\n"])
+    info = write_tokens(tmp_path, corpus, survey(corpus), tokenizer, 9)
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 9)
+    rows = [row for step in range(50) for row in tokens.draw(8, seed=0, step=step)[0].tolist()]
+    share = sum("a" in tokenizer.decode(row) for row in rows) / len(rows)
+    assert 0.68 < share < 0.82

@@ -1,0 +1,97 @@
+"""Which tokens are trained, in each format; and that a token never spans the end of a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tokenizers import decoders, pre_tokenizers, processors
+
+from pastkey.errors import InputError
+from pastkey.train.data.documents import document_of
+from pastkey.train.data.examples import encode_examples
+from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
+
+from .helpers import CHATML, MARKED, chat, chat_tokenizer, trained_text
+
+PAIR = {"prompt": "the cat ", "completion": "sat"}
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_turn_is_trained_with_its_end_and_nothing_behind(template: str) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = chat_tokenizer(template)
+    (example,) = encode_examples([document_of(chat("hi", "hello", "bye", "\nbye"), "row 1")], tokenizer)
+    assert trained_text(example, tokenizer) == ["hello<|im_end|>", "\nbye<|im_end|>"]
+    assert example.end == tokenizer.tokenizer.token_to_id("<|im_end|>")
+    text = tokenizer.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False)
+    assert text.startswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_the_mask_is_the_one_of_transformers(template: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours = chat_tokenizer(template)
+    ours.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    row = chat("the cat", "sat on the mat", "a dog?", "saw a cat")
+    (example,) = encode_examples([document_of(row, "row 1")], ours)
+    options = {"return_dict": True, "return_assistant_tokens_mask": True, "chat_template": MARKED}
+    expected = theirs.apply_chat_template(row["messages"], **options)
+    assert example.ids.tolist() == list(expected["input_ids"])
+    assert example.trained.astype(int).tolist() == list(expected["assistant_masks"])
+
+
+def test_a_prompt_has_the_tokens_that_it_has_for_generation() -> None:
+    tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
+    assert tokenizer.encode("cat sat")[-1] == tokenizer.encode(" sat")[0]  # one token, were it not for the boundary
+    (example,) = encode_examples([document_of(PAIR, "row 1")], tokenizer)
+    prompt = tokenizer.prompt("the cat ")
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert trained_text(example, tokenizer) == ["sat<|endoftext|>"]
+    assert not example.trained[: len(prompt)].any()
+
+
+def test_offsets_without_spaces_do_not_move_the_boundary() -> None:
+    tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
+    template = tokenizer.tokenizer.post_processor
+    tokenizer.tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    test_ids = encode_examples([document_of(PAIR, "row 1")], tokenizer)[0].ids.tolist()
+    assert test_ids[:-1] == [tokenizer.end, *tokenizer.encode("the cat "), *tokenizer.encode("sat")]
+
+
+def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front() -> None:
+    tokenizer = train_bpe(["\u2581the\u2581cat\u2581sat"] * 3, 300)
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Metaspace(prepend_scheme="first")])
+    (example,) = encode_examples([document_of({"prompt": "the", "completion": " cat"}, "row 1")], tokenizer)
+    assert example.ids[1:-1].tolist() == tokenizer.encode("the cat")
+
+
+def test_a_text_is_trained_as_a_whole() -> None:
+    tokenizer = train_char(["the cat"])
+    (example,) = encode_examples([document_of({"text": "the cat"}, "row 1")], tokenizer)
+    assert trained_text(example, tokenizer) == ["the cat<|endoftext|>"]
+    assert example.ids[0] == tokenizer.begin
+    assert not example.trained[0]
+
+
+def test_an_answer_without_a_special_token_has_no_end() -> None:
+    pytest.importorskip("transformers")
+    plain = chat_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+                           "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
+    (example,) = encode_examples([document_of(chat("hi", "hello"), "row 1")], plain)
+    assert trained_text(example, plain) == ["hello\n"]
+    assert example.end is None
+
+
+@pytest.mark.parametrize("row", [{"prompt": "the", "completion": "dog"}, {"text": "dog"}])
+def test_an_unknown_character_is_named_by_its_place(row: dict[str, str]) -> None:
+    tokenizer: TextTokenizer = replace(train_char(["the cat"]))
+    documents = [document_of({"text": "cat"}, "a.jsonl, line 1"), document_of(row, "a.jsonl, line 2")]
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):
+        encode_examples(documents, tokenizer)

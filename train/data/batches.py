@@ -1,0 +1,113 @@
+"""Draws batches from a token file, which is memory-mapped: any amount of data takes no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .token_files import DataInfo
+
+NOT_TRAINED: Final = -100  # a target that adds nothing to the loss: `ignore_index` of torch's cross-entropy
+Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64; targets are the inputs one token later
+
+
+class Tokens:
+    """A token file, memory-mapped."""
+
+    def __init__(self, path: Path, info: DataInfo, context: int) -> None:
+        self._tokens: NDArray[Any] = np.memmap(path, dtype=info.dtype, mode="r")
+        self._info = info
+        self._context = context
+        self._order = -1, np.empty(0, np.int64)  # an epoch, and the order of the rows in it
+
+    def draw(self, size: int, seed: int, step: int) -> Batch:
+        """Returns the batch of a step: `size` windows at random, rows of examples, or all rows of a lesson.
+
+        Every row of examples is drawn once in an epoch, unless sources have weights. Only (seed, step) determine the
+        batch, so a resumed run draws the same batches as an uninterrupted one.
+        """
+        rng = np.random.default_rng([seed, step])
+        if self._info.row_length is not None:
+            rows = self._tokens.reshape(-1, self._info.row_length)
+            return _as_batch(rows[self._rows(len(rows), size, seed, step, rng)] if self._info.masked else rows)
+        if self._info.sources:
+            starts = self._weighted_starts(size, rng, self._context)
+        else:
+            starts = rng.integers(0, len(self._tokens) - self._context, size)
+        return _as_batch(np.stack([self._window(self._document_start(int(start))) for start in starts]))
+
+    def first_prompt(self) -> list[int]:
+        """Returns the tokens of the first row of examples up to the first trained one."""
+        row = self._tokens[: self._info.row_length]
+        return [~int(token) for token in row[: int(np.argmax(row >= 0))]]
+
+    def _rows(self, rows: int, size: int, seed: int, step: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Returns the numbers of a step's rows."""
+        length = self._info.row_length
+        assert length is not None
+        if self._info.sources:
+            return self._weighted_starts(size, rng, length - 1) // length
+        numbers = []
+        for place in range(step * size, (step + 1) * size):
+            epoch, number = divmod(place, rows)
+            if self._order[0] != epoch:
+                self._order = epoch, np.random.default_rng([seed, epoch]).permutation(rows)
+            numbers.append(self._order[1][number])
+        return np.array(numbers)
+
+    def _weighted_starts(self, size: int, rng: np.random.Generator, window: int) -> NDArray[np.int64]:
+        """Returns the starts of windows of `window` + 1 tokens, each of a source drawn by its weight."""
+        tokens = np.array([source.tokens for source in self._info.sources])
+        weights = np.array([source.weight for source in self._info.sources], float)
+        drawn = rng.choice(len(tokens), size, p=weights / weights.sum())
+        first = np.cumsum(tokens) - tokens
+        starts: NDArray[np.int64] = first[drawn] + (rng.random(size) * (tokens[drawn] - window)).astype(np.int64)
+        return starts
+
+    def windows(self, size: int) -> Iterator[Batch]:
+        """Yields every token once, as batches of up to `size` consecutive windows; the last window may be shorter."""
+        if self._info.row_length is not None:
+            rows = self._tokens.reshape(-1, self._info.row_length)
+            step = size if self._info.masked else len(rows)
+            for first in range(0, len(rows), step):
+                yield _as_batch(rows[first : first + step])
+            return
+        whole = (len(self._tokens) - 1) // self._context
+        for first in range(0, whole, size):
+            numbers = range(first, min(first + size, whole))
+            yield _as_batch(np.stack([self._window(number * self._context) for number in numbers]))
+        rest = self._tokens[whole * self._context :]
+        if len(rest) > 1:
+            yield _as_batch(rest[None])
+
+    def _window(self, start: int) -> NDArray[Any]:
+        return self._tokens[start : start + self._context + 1]
+
+    def _document_start(self, start: int) -> int:
+        """Returns the start of the document at `start`, if one window from there still reaches `start`.
+
+        So a story is read from its beginning, as it will be generated, and a long text from anywhere.
+        """
+        earliest = max(0, start - self._context + 1)
+        before = self._tokens[earliest : start + 1]
+        if self._info.begin is not None:
+            starts = np.flatnonzero(before == self._info.begin)
+        else:
+            starts = np.flatnonzero(before[:-1] == self._info.end) + 1
+        if len(starts):
+            return earliest + int(starts[-1])
+        return 0 if earliest == 0 else start
+
+
+def _as_batch(rows: NDArray[Any]) -> Batch:
+    """Returns inputs and targets of rows (B, T + 1) of the token file, in which ~id is a token that is not trained."""
+    tokens = rows.astype(np.int64)
+    inputs = np.where(tokens < 0, ~tokens, tokens)[:, :-1]
+    targets = np.where(tokens < 0, NOT_TRAINED, tokens)[:, 1:]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
