@@ -67,7 +67,8 @@ class Tokens:
         weights = np.array([source.weight for source in self._info.sources], float)
         drawn = rng.choice(len(tokens), size, p=weights / weights.sum())
         first = np.cumsum(tokens) - tokens
-        return first[drawn] + (rng.random(size) * (tokens[drawn] - window)).astype(np.int64)
+        starts: NDArray[np.int64] = first[drawn] + (rng.random(size) * (tokens[drawn] - window)).astype(np.int64)
+        return starts
 
     def windows(self, size: int) -> Iterator[Batch]:
         """Yields every token once, as batches of up to `size` consecutive windows; the last window may be shorter."""

@@ -62,11 +62,12 @@ def _render(
 ) -> tuple[str, Sequence[tuple[int, int]]]:
     """Returns the text, and with `marked` where the assistant's texts begin and end."""
     try:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
+    render: Any = chat_template_utils.render_jinja_template
     try:
-        texts, spans = render_jinja_template(
+        texts, spans = render(
             [conversation.messages],
             tools=conversation.tools,
             chat_template=tokenizer.chat_template,

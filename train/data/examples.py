@@ -67,7 +67,7 @@ def _example(
         found = tokenizer.encode_many([text for text, _ in parts], [document.place] * len(parts))
         pieces = [encoding.ids for encoding in found]
     else:
-        pieces = np.split(np.array(ids, np.int64), first)
+        pieces = [piece.tolist() for piece in np.split(np.array(ids, np.int64), first)]
     turns = isinstance(document.content, Conversation)
     token_ids: list[int] = []
     trained: list[bool] = []
@@ -76,9 +76,9 @@ def _example(
         wanted = len(piece)
         if turns and is_trained:  # what a template writes behind the end-of-turn token is never generated
             wanted = _behind_turn(piece, tokenizer)
-            end = int(piece[wanted - 1]) if wanted else end
+            end = piece[wanted - 1] if wanted else end
             wanted = wanted or len(piece)
-        token_ids += list(piece)
+        token_ids += piece
         trained += [is_trained] * wanted + [False] * (len(piece) - wanted)
     if not turns:
         begin = [] if tokenizer.begin is None else [tokenizer.begin]
@@ -88,4 +88,4 @@ def _example(
 
 def _behind_turn(ids: Sequence[int], tokenizer: TextTokenizer) -> int:
     """Returns how many of these tokens there are up to the last special one, which ends the turn; 0 without one."""
-    return next((number for number in range(len(ids), 0, -1) if int(ids[number - 1]) in tokenizer.special_ids), 0)
+    return next((number for number in range(len(ids), 0, -1) if ids[number - 1] in tokenizer.special_ids), 0)

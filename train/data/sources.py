@@ -212,7 +212,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[IO[bytes]]:
+def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Opens a file, decompressed."""
     require_regular(file)
     suffix = file.suffix.lower()

@@ -30,7 +30,11 @@ def test_a_row_becomes_a_document(row: dict[str, Any], content: Any, texts: list
 
 
 def test_different_documents_have_different_bytes() -> None:
-    rows = [{"text": "ab"}, {"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "ab"}]
+    rows: list[dict[str, Any]] = [
+        {"text": "ab"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "", "completion": "ab"},
+    ]
     rows += [{"messages": MESSAGES}, {"messages": MESSAGES[:1]}, {"messages": MESSAGES, "tools": []}]
     assert len({document_of(row, "").canonical() for row in rows}) == len(rows)
 
