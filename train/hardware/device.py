@@ -138,8 +138,8 @@ def flops_per_token(model: nn.Module, config: ModelConfig | None) -> int:
     """Returns the floating-point operations of a training step per token: forward, and twice that backward.
 
     6 per weight of a matrix product, and 12 · L · H · D · T for attention, which counts masked pairs as well. As
-    Chowdhery et al. 2022 (PaLM), appendix B, https://arxiv.org/abs/2204.02311. Without a configuration attention is left
-    out.
+    Chowdhery et al. 2022 (PaLM), appendix B, https://arxiv.org/abs/2204.02311. Without a configuration, attention is
+    left out.
     """
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     if config is None:
