@@ -56,6 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     _add(training, "steps", positive_int, "optimizer steps")
+    _add(training, "minutes", finite_float, "plan as many steps as this time allows", metavar="X")
     _add(training, "batch_size", positive_int, "windows of text per forward pass")
     _add(training, "accumulate", positive_int, "forward passes per step")
     kinds = "muon for the matrices of projections and adamw for all else, or adamw for all"

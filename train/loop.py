@@ -50,8 +50,10 @@ from .tokenizer import TextTokenizer, read_tokenizer
 _SAMPLE_TOKENS: Final = 200
 # Settings that a resumed run may change.
 _MAY_CHANGE: Final = (
-    "steps", "threads", "save_every", "learning_rate", "device", "precision", "compile", "shard", "peak_tflops",
+    "steps", "minutes", "threads", "save_every", "learning_rate", "device", "precision", "compile", "shard",
+    "peak_tflops",
 )  # fmt: skip
+_PLANNED_EVERY: Final = 10  # steps
 _RECENT: Final = 50  # steps whose mean loss shows whether a run diverges
 _RISE: Final = 1.0  # nats per token: a rise of that mean is no noise
 
@@ -124,7 +126,10 @@ def _resumed(
             )
     if data:
         require_same_data(data, info)
-    config = dataclasses.replace(saved, **{name: given[name] for name in _MAY_CHANGE if name in given})
+    changes = {"minutes": None} | {name: given[name] for name in _MAY_CHANGE if name in given}  # the plan is in `steps`
+    if changes["minutes"] is not None:
+        changes["steps"] = resumed.step + saved.steps  # until it is planned
+    config = dataclasses.replace(saved, **changes)
     if resumed.step >= config.steps:
         raise InputError(
             f"{out} is trained already, to step {resumed.step} of {config.steps}: give a larger --steps to go on"
@@ -205,7 +210,7 @@ class Run:
         self.spread = ranks.spread(model, device, shard=config.shard)
         self.optimizers = make_optimizers(model, config)
         restore_moments(self.optimizers, model, ranks.divided(model, moments), step)
-        self.step = step
+        self.step = self.begun = step
         self.saved = step or None  # the step of the checkpoint in the folder
         self.recent: deque[float] = deque(maxlen=_RECENT)  # losses of the last steps
         self.lowest = math.inf  # the lowest mean of `recent` at a save
@@ -224,7 +229,7 @@ class Run:
                 self.device.computing(self.config.threads),
                 torch.random.fork_rng(devices=[]),
                 Metrics(self.place.path, self.step) if first else nullcontext() as metrics,
-                Progress(self.step, self.config.steps) if first else nullcontext() as progress,
+                Progress(self.step) if first else nullcontext() as progress,
             ):
                 return self._go(metrics, progress)
         except BaseException as error:
@@ -241,10 +246,12 @@ class Run:
         while self.step < self.config.steps:
             row = self._one_step()
             tokens += row.pop("tokens")
-            speed = tokens / (time.monotonic() - started)
+            seconds = time.monotonic() - started
+            speed = tokens / seconds
+            self._plan(seconds)
             if metrics is not None and progress is not None:
                 metrics.add(row)
-                progress.update(self.step, row["loss"], speed, self._utilization(speed))
+                progress.update(self.step, self.config.steps, row["loss"], speed, self._utilization(speed))
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self._require_no_rise()
                 self._validate(row["loss"], round(speed))
@@ -260,6 +267,18 @@ class Run:
             "parameters": self.parameters,
             "seconds": round(time.monotonic() - started, 1),
         } | self.figures
+
+    def _plan(self, seconds: float) -> None:
+        """Sets the steps to those that the configured minutes allow at the speed so far; again, as the speed changes.
+
+        The first process plans for all.
+        """
+        done = self.step - self.begun
+        if self.config.minutes is None or done % _PLANNED_EVERY:
+            return
+        planned = self.step + max(1.0, (60 * self.config.minutes - seconds) * done / seconds)
+        told = self.ranks.total(torch.tensor(planned if self.ranks.first else 0.0, device=self.device.torch_device))
+        self.config = dataclasses.replace(self.config, steps=int(told.item()))
 
     def _one_step(self) -> dict[str, Any]:
         """Takes an optimizer step: clipped gradients of `accumulate` batches, at the step's learning rate."""

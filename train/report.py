@@ -118,13 +118,10 @@ class Progress:
 
     _LINE_SECONDS = 10.0
 
-    def __init__(self, step: int, steps: int) -> None:
-        self._first, self._steps = step, steps
-        self._bar = (
-            tqdm(initial=step, total=steps, unit="step", file=sys.stderr, dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+    def __init__(self, step: int) -> None:
+        self._first = step
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(initial=step, unit="step", file=sys.stderr, dynamic_ncols=True) if terminal else None
         self._started = self._line_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -137,11 +134,17 @@ class Progress:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._bar.close()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, utilization: float | None = None) -> None:
-        """`utilization` is the share of the devices' peak that the model's operations use; None: not known."""
+    def update(
+        self, step: int, steps: int, loss: float, tokens_per_second: float, utilization: float | None = None
+    ) -> None:
+        """Shows a step of `steps` as they are planned now.
+
+        `utilization` is the share of the devices' peak that the model's operations use; None: not known.
+        """
         shown = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         shown += "" if utilization is None else f", {utilization:.1%} of peak FLOPS"
         if self._bar is not None:
+            self._bar.total = steps
             self._bar.update()
             self._bar.set_postfix_str(shown, refresh=False)
             return
@@ -149,8 +152,8 @@ class Progress:
         if now - self._line_at < self._LINE_SECONDS:
             return
         self._line_at = now
-        left = (now - self._started) / (step - self._first) * (self._steps - step)
-        say(f"step {step} of {self._steps}: {shown}, {left:.0f} s left")
+        left = (now - self._started) / (step - self._first) * (steps - step)
+        say(f"step {step} of {steps}: {shown}, {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """Prints a line beside the bar."""

@@ -26,6 +26,7 @@ class TrainConfig:
 
     preset: str = "llama"
     steps: int = 2000  # optimizer steps
+    minutes: float | None = None  # plan as many steps as this time allows, in the place of `steps`
     batch_size: int = 6  # rows of a forward pass
     accumulate: int = 1  # forward passes per optimizer step
     optimizer: str = "muon"  # muon for the matrices of projections and adamw for all else, or adamw for all
@@ -70,6 +71,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) in kinds, f"one of {', '.join(kinds)}")
         peak = self.peak_tflops
         self._require("peak_tflops", peak is None or (is_number(peak) and peak > 0), "a positive number")
+        minutes = self.minutes
+        self._require("minutes", minutes is None or (is_number(minutes) and minutes > 0), "a positive number")
         for name in ("learning_rate", "gradient_clip"):
             self._require(name, is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("warmup_steps", "seed"):
@@ -112,6 +115,8 @@ class TrainConfig:
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TrainConfig:
         """Returns the settings of the preset, or of fine-tuning, replaced by those given."""
+        if given.get("steps") is not None and given.get("minutes") is not None:
+            raise InputError("--minutes plans the steps: give it or --steps, not both")
         if given.get("init") is not None:
             return cls(**(dict(FINE_TUNING) | (dict(LORA) if given.get("lora") else {}) | dict(given)))
         preset = PRESETS.get(given.get("preset", cls.preset), PRESETS[cls.preset])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -450,3 +452,14 @@ def test_what_the_checkpoint_records_is_the_run(text: Path, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "c" / "training")
     with pytest.raises(IntegrityError, match=r"training.* is missing"):
         loop.resume(tmp_path / "c", {"steps": 8})
+
+
+def test_minutes_plan_the_steps(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # one passes at each look
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    figures = loop.train(dataclasses.replace(tiny(save_every=1000), minutes=2.0), tmp_path / "c", data=[text])
+    training = load_checkpoint(tmp_path / "c").training
+    assert 100 < figures["step"] == training["step"] == training["settings"]["steps"] < 130
+    with pytest.raises(InputError, match="is trained already"):
+        loop.resume(tmp_path / "c", {})
+    assert loop.resume(tmp_path / "c", {"minutes": 1})["step"] > figures["step"]

@@ -45,10 +45,10 @@ def test_away_from_a_terminal_progress_is_a_line_now_and_then(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
-    with Progress(0, 40) as progress:
+    with Progress(0) as progress:
         for step in range(1, 41):
             now += 1.0
-            progress.update(step, 2.0, 1234.5)
+            progress.update(step, 40, 2.0, 1234.5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 10 of 40: loss 2.000, 1,234 tokens/s, 30 s left"
     assert len(lines) == 4
