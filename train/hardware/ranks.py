@@ -36,7 +36,7 @@ class Ranks:
     rank: int = 0
     world: int = 1  # processes on all machines
     local_rank: int = 0  # among those of this machine
-    store: dist.Store | None = None  # that all processes share; None for a run of one process
+    store: Any = None  # torch's, that all processes share; None for a run of one process
 
     @classmethod
     def join(cls) -> Ranks:
@@ -163,7 +163,8 @@ class Ranks:
             from torch.distributed.tensor import DTensor
 
             if isinstance(tensor, DTensor):
-                return tensor.full_tensor()
+                full: Tensor = tensor.full_tensor()  # type: ignore[operator]  # torch does not annotate it
+                return full
         return tensor
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

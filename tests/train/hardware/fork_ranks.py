@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not in __all__
 
 import pastkey.train.loop  # noqa: F401, imported once for all processes
 from pastkey.__main__ import main
