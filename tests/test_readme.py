@@ -99,7 +99,7 @@ def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic:
 # --- what is named ------------------------------------------------------------------------------------------------
 def test_files_that_the_pages_name_exist() -> None:
     made = {"tokenizer.json", "config.json", "tokenizer_config.json", "model.safetensors", "pastkey.json", "file.py"}
-    made |= {"genai_config.json", "generation_config.json", "encoder.json", "vocab.json"}
+    made |= {"genai_config.json", "generation_config.json", "encoder.json", "vocab.json", "adapter_config.json"}
     stages = [ROOT / stage for stage in ("export", "runtime", "train", "see")]
     folders = [ROOT, *stages, *(folder for stage in stages for folder in stage.rglob("*/"))]
     named = [
