@@ -32,7 +32,7 @@ _SHAPES = {"Shape", "Size"}  # their outputs carry lengths, not the model's numb
 class Call:
     """The names of one attention call's values."""
 
-    weights: str  # (1, H, W, S) of the last tokens, or with its heads grouped otherwise
+    weights: str  # (H, W, S) of the last tokens
     output: str  # (1, T, H * D), (1, H, T, D), or grouped
 
 
@@ -133,15 +133,20 @@ def _attention(model: ir.Model, number: int) -> tuple[ir.Node, ir.Value]:
 
 
 def _last_rows(model: ir.Model, weights: ir.Value, number: int, shown: int) -> ir.Value:
-    """The weights of the last tokens, on the axis before the last."""
-    bounds = {"start": -shown, "end": np.iinfo(np.int64).max, "axis": -2}
-    given = [add_weight(model, f"see_{number}_{name}", np.array([bound])) for name, bound in bounds.items()]
-    node = ir.node("Slice", [weights, *given])
-    node.outputs[0].name = f"see_weights_{number}"
+    """The weights (H, W, S) of the last tokens, of weights (..., S) over a text without a past."""
+    bounds = {"heads": -1, "start": -shown, "end": np.iinfo(np.int64).max, "axis": 1}
+    heads, *cut = (add_weight(model, f"see_{number}_{name}", np.array([bound])) for name, bound in bounds.items())
+    length = ir.node("Shape", [weights], {"start": -1})
+    shape = ir.node("Concat", [heads, length.outputs[0], length.outputs[0]], {"axis": 0})
+    square = ir.node("Reshape", [weights, shape.outputs[0]])  # grouped heads stand on the tokens' axis
+    rows = ir.node("Slice", [square.outputs[0], *cut])
     made = weights.producer()
     assert made is not None
-    model.graph.insert_after(made, node)
-    return node.outputs[0]
+    added = [length, shape, square, rows]
+    for place, node in enumerate(added):
+        node.outputs[0].name = f"see_weights_{number}_{place}"
+    model.graph.insert_after(made, added)
+    return rows.outputs[0]
 
 
 def _products(value: ir.Value) -> Iterator[ir.Node]:

@@ -103,7 +103,7 @@ def inspect(
     if not np.isfinite(logits).all():
         raise NumericsError(f"the logits of {bundle.path} are not finite (NaN or infinity): its weights are damaged")
     rows = len(ids) - first
-    head_count = min(found[call.weights].size for call in graph.calls) // (rows * len(ids))
+    head_count = min(len(found[call.weights]) for call in graph.calls)
     of_head = rows * (rows + 3) // 2
     some = range(max(1, min(head_count, most_weights // of_head)))
     chosen_heads = _chosen("head", some if heads is None else heads, head_count)
@@ -178,7 +178,7 @@ def _weights(
     """Returns an attention call's weights (H, W, S), and how far weights @ values is from the call's result."""
     call, values = graph.calls[number], found[names.present_value(number)][0]  # (K, S, D)
     length = values.shape[1]
-    weights = found[call.weights].reshape(-1, rows, length)
+    weights = found[call.weights]
     mixed = weights @ np.repeat(values, len(weights) // len(values), 0)  # (H, W, D)
     output = found[call.output]
     if output.ndim == 3:  # (1, S, H * D)

@@ -62,8 +62,10 @@ def test_rotary_positions_are_no_part_of_the_embedding(bundle_of: Callable[..., 
     np.testing.assert_array_equal(seen.entering, module.model.embed_tokens(torch.tensor(IDS)).detach().numpy())
 
 
-def test_the_last_tokens_are_those_of_the_whole_text(bundle_of: Callable[..., Bundle]) -> None:
-    whole, end = (inspect(bundle_of("llama"), IDS, 7, shown=shown) for shown in (99, 4))
+@pytest.mark.parametrize("graph", ["fused", "standard"])  # which stacks the heads of a group
+def test_the_last_tokens_are_those_of_the_whole_text(bundle_of: Callable[..., Bundle], graph: str) -> None:
+    bundle = bundle_of("llama", **({} if graph == "fused" else {"graph": graph}))
+    whole, end = (inspect(bundle, IDS, 7, shown=shown) for shown in (99, 4))
     assert (whole.first, end.first) == (0, 8)
     np.testing.assert_array_equal(end.attention[1], whole.attention[1][:, 8:])
     np.testing.assert_array_equal(end.logits, whole.logits[8:])

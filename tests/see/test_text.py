@@ -27,10 +27,10 @@ def test_a_text_ends_with_its_end_token_or_with_the_last_that_was_asked_for(clas
 def test_a_text_of_more_tokens_than_fit_is_refused_before_it_is_computed(
     classic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pastkey.see.text.MOST_TOKENS", 12)
+    monkeypatch.setattr("pastkey.see.text.MOST_TOKENS", 5)
     with pastkey.load(classic / "bundle", "cpu") as lm:
         monkeypatch.setattr(type(lm), "generate", None)
-        with pytest.raises(InputError, match="the prompt has 4 tokens and 9 may follow; see looks inside 12 at most"):
+        with pytest.raises(InputError, match="the prompt has 4 tokens and 9 may follow; see looks inside 5 at most"):
             continued(lm, "what is statquest", 9, {})
 
 
