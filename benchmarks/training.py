@@ -50,7 +50,8 @@ def training(nanogpt: Path, texts: Sequence[Path], *, threads: int = 2, rounds: 
     Both train on the first nine tenths of each text and are judged on all of the last tenth.
     """
     store = Store(work)
-    rows, curves = [], []
+    rows: list[list[str]] = []
+    curves: list[list[str]] = []
     for text in texts:
         for number in range(rounds):
             key = [digest_of_files(text), threads, number]
@@ -79,7 +80,7 @@ def _nanogpt(folder: Path, text: Path, threads: int, store: Store) -> dict[str, 
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters)}))
     command = [sys.executable, "train.py", *_RECIPE.split(), f"--out_dir={out}", "--dataset=pastkey_race"]
     lines, seconds = _timed(command, folder, threads, store.logs / "nanogpt.log")
-    asked = [sys.executable, "-c", _HELD_OUT, out / "ckpt.pt", data / "val.bin"]
+    asked = [sys.executable, "-c", _HELD_OUT, str(out / "ckpt.pt"), str(data / "val.bin")]
     done = subprocess.run(asked, cwd=folder, check=True, capture_output=True, text=True)
     per_byte = (len(content) - cut) / len(content[cut:].encode()) / math.log(2)
     curve = [(at, float(found[1]) * per_byte) for at, line in lines if (found := re.search(r"val loss ([\d.]+)", line))]

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .model import Decoder
 from .settings import TrainConfig
 
 _BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
@@ -43,6 +42,7 @@ class Muon(torch.optim.Optimizer):
         for shape, matrices in by_shape.items():
             updates = []
             for matrix in matrices:
+                assert matrix.grad is not None
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
                 momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
                 updates.append(matrix.grad.lerp(momentum, _MOMENTUM))  # Nesterov's
@@ -60,7 +60,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -74,7 +75,7 @@ def schedule(config: TrainConfig, step: int) -> float:
     return _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Returns AdamW, and Muon for the matrices of projections if configured. A group's "peak" is its rate.
 
     AdamW decays the weights of projections only, not norms, biases and embeddings: an embedding's row grows only when
@@ -96,9 +97,9 @@ def make_optimizers(model: Decoder, config: TrainConfig) -> list[torch.optim.Opt
     return optimizers
 
 
-def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: Decoder) -> dict[str, Tensor]:
+def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
     """Returns the optimizers' moments, each as `parameter.moment`: what a resumed run needs."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{moment}": tensor
         for optimizer in optimizers
@@ -109,12 +110,12 @@ def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: Decoder) -> d
 
 
 def restore_moments(
-    optimizers: Iterable[torch.optim.Optimizer], model: Decoder, moments: Mapping[str, Tensor], step: int
+    optimizers: Iterable[torch.optim.Optimizer], model: nn.Module, moments: Mapping[str, Tensor], step: int
 ) -> None:
     """Gives the optimizers the moments that `moments_of` returned after `step` steps."""
     if step == 0:
         return
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = {moment: moments[f"{names[parameter]}.{moment}"] for moment in moment_names(optimizer)}

@@ -144,7 +144,7 @@ class Ranks:
     def reducing(self, spread: nn.Module, last: bool) -> Iterator[None]:
         """In this context, a backward pass sums gradients over the processes: of accumulated ones only the last."""
         waits = isinstance(spread, DistributedDataParallel) and not last
-        with spread.no_sync() if waits else contextlib.nullcontext():
+        with spread.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             yield
 
     def mine(self, tensor: Tensor) -> Tensor:
