@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PICTURES: Final = ("tokens", "embedding", "attention", "layers", "next", "sampler", "cache", "reference")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_LAST, _MOST_SHOWN = 128, 512  # tokens that are shown; a page is some 600 pixels wide
+_LAST, _MOST_SHOWN = 128, 256  # tokens that are shown; a page is some 600 pixels wide
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

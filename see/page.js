@@ -148,15 +148,16 @@ function attention() {
   const { calls, heads, weights, error, sums } = data.attention, codes = array(weights.codes), { low, high, columns } = weights;
   const size = codes.shape[2], more = columns - W, call = byId("call"), head = byId("head");
   const start = (row) => (row * (row + 1)) / 2 + row * more;
-  const weight = (row, column) => column > row + more ? null
+  const root = (row, column) => column > row + more ? null
     : low + ((high - low) * codes[(call.selectedIndex * heads.length + head.selectedIndex) * size + start(row) + column]) / 255;
+  const weight = (row, column) => root(row, column) * Math.abs(root(row, column));
   const seen = (column) => (more && !column ? "earlier" : token(column - more));
   call.append(...calls.map((place) => make("option", place + 1)));
   head.append(...heads.map((place) => make("option", place + 1)));
   matrix(byId("weights"), byId("weights-out"), {
-    rows: W, columns, value: weight, rowNames: token, columnNames: seen, label: "Attention weights, a row for each token that reads and a column for each that is read",
+    rows: W, columns, value: root, rowNames: token, columnNames: seen, label: "Attention weights, a row for each token that reads and a column for each that is read",
     marked: { row: () => at, choose: (row) => row },
-    tell: (row, column) => weight(row, column) === null ? `“${token(row)}” cannot see “${seen(column)}”, which comes later`
+    tell: (row, column) => root(row, column) === null ? `“${token(row)}” cannot see “${seen(column)}”, which comes later`
       : `“${token(row)}” takes ${percent(weight(row, column))} of what it fetches from “${seen(column)}”`,
   });
   const left = [];

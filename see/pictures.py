@@ -163,8 +163,8 @@ def _shares(
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
-    for (y, x), share in np.ndenumerate(shares) if text is not None else ():
-        if not np.ma.getmaskarray(shares)[y, x]:
+    for (y, x), share in np.ndenumerate(shares):
+        if text is not None and not np.ma.getmaskarray(shares)[y, x]:
             color = "white" if share > 0.5 else "black"
             axes.text(x, y, text(share), ha="center", va="center", fontsize=8, color=color)
 

@@ -48,7 +48,7 @@ def write_adapter_graph(model: ir.Model, adaptable: Adaptable, path: Path) -> in
 
     Returns the number of its pairs, of products by weights of modules. Without any, nothing is written.
     """
-    pairs = []
+    pairs: list[list[tuple[str | None, str, int]]] = []
     for product in adaptable.products:
         modules = [(_module(name), name, rows) for name, rows in product.weights]
         if any(module is not None for module, _, _ in modules):

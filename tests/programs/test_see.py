@@ -105,3 +105,5 @@ def test_the_slider_leads_from_the_prompt_to_the_end(page_of: Callable[[str], Pa
     browser.run("document.getElementById('weights').focus()")
     browser.send("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowUp", code="ArrowUp", windowsVirtualKeyCode=38)
     assert "%" in browser.run("document.getElementById('weights-out').textContent")
+    browser.run("go(0)")  # the first token can read nothing but itself
+    assert browser.run("document.getElementById('reads').textContent").endswith("(itself)100 %")

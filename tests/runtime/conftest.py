@@ -310,12 +310,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
 
 def lora(tiny: Tiny, weights: Sequence[str], rank: int = 2, seed: int = 1) -> dict[str, tuple[Array, Array]]:
     """Random A and B of these weights."""
-    rng = np.random.default_rng(seed)
-    shapes = {weight: tiny.weights[weight].shape for weight in weights}
-    return {
-        f"model.{weight}": tuple(rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((rank, k), (n, rank)))
-        for weight, (k, n) in shapes.items()
-    }  # type: ignore[misc]
+    rng, found = np.random.default_rng(seed), dict[str, tuple[Array, Array]]()
+    for weight in weights:
+        columns, rows = tiny.weights[weight].shape
+        a, b = (rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((rank, columns), (rows, rank)))
+        found[f"model.{weight}"] = a, b
+    return found
 
 
 def merged(tiny: Tiny, matrices: Mapping[str, tuple[Array, Array]], scale: float = 1) -> Tiny:

@@ -64,7 +64,7 @@ def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Pa
         (["--layers", "2"], "there is no layer 2: this decoder has 1, from 1 on"),
         (["--layers", "0"], "argument --layers: '0' is not a list of numbers from 1, such as 1,2,3"),
         (["--heads", "x"], "argument --heads: 'x' is not a list of token ids such as 1,2,3"),
-        (["--last", "513"], "--last is 513, and a page shows 512 tokens at most"),
+        (["--last", "257"], "--last is 257, and a page shows 256 tokens at most"),
         (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
         (["--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),

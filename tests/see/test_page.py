@@ -49,13 +49,13 @@ def test_weights_are_bytes_without_what_is_masked() -> None:
     assert (packed["low"], packed["high"], packed["columns"]) == (0, 1, 4)
     assert packed["codes"]["shape"] == [2, 3, 10]
     codes = np.frombuffer(base64.b64decode(packed["codes"]["data"]), np.uint8).reshape(2, 3, 10)
-    expected = panels["attention"]["weights"][:, :, *np.tril_indices(4)]
+    expected = np.sqrt(panels["attention"]["weights"][:, :, *np.tril_indices(4)])
     assert np.abs(codes / 255 - expected).max() <= 0.5 / 255 + 1e-6
 
 
 def test_weights_below_zero_keep_their_sign() -> None:
     panels = example()
-    panels["attention"]["weights"][0, 0, 3, 0] = -0.5
+    panels["attention"]["weights"][0, 0, 3, 0] = -0.25
     packed = data_of(page(panels))["attention"]["weights"]
     assert packed["low"] == -0.5
     codes = np.frombuffer(base64.b64decode(packed["codes"]["data"]), np.uint8).reshape(2, 3, 10)

@@ -223,3 +223,19 @@ def test_a_changed_file_of_a_fine_tuned_folder_is_named(models: Path, tmp_path: 
         file.write(b"x")
     with pytest.raises(IntegrityError, match=r"model\.safetensors was altered"):
         resume(tmp_path / "out", {"steps": 4})
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gguf_file_is_fine_tuned_and_goes_on(lora: bool, models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from ..export.source.test_gguf import write_gguf
+
+    file = write_gguf(tmp_path / "model.gguf", quantized=True)
+    train(settings(file, lora=lora, steps=2), tmp_path / "out", data=[models / "text.txt"])
+    if lora:
+        assert json.loads((tmp_path / "out" / names.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(file)
+    else:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(loaded(IDS).logits, logits(reopen(tmp_path / "out").model))
+    assert resume(tmp_path / "out", {"steps": 4})["step"] == 4

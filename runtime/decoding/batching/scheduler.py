@@ -101,7 +101,7 @@ class Scheduler:
         return Activity(
             running=len(begun),
             waiting=len(requests) - len(begun),
-            cache_bytes=sum(one.nbytes for one in [*self._slabs.values(), *alone]),
+            cache_bytes=sum(slab.nbytes for slab in [*self._slabs.values()]) + sum(engine.nbytes for engine in alone),
             prefix_bytes=self.store.nbytes,
             cached_prefixes=len(self.store),
             steps=self.steps,

@@ -47,12 +47,14 @@ def test_the_scale_is_that_of_peft(config: Any, scale: Any, lm: LanguageModel, t
 def test_other_forms_of_matrices_are_read(kind: str, lm: LanguageModel, tiny: Tiny, tmp_path: Path) -> None:
     matrices = lora(tiny, ["wk0"], rank=0 if kind == "of rank 0" else 2)
     a, b = matrices["model.wk0"]
+    stored: tuple[Any, Any]
     if kind == "half":
         stored = a.astype(np.float16), b.astype(np.float16)
         a, b = stored[0].astype(np.float32), stored[1].astype(np.float32)
     elif kind == "bfloat16":
-        stored = tuple((x.view(np.uint32) >> 16).astype(np.uint16) for x in (a, b))
-        a, b = ((x.astype(np.uint32) << 16).view(np.float32) for x in stored)
+        first, second = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (a, b))
+        a, b = ((x.astype(np.uint32) << 16).view(np.float32) for x in (first, second))
+        stored = first, second
     else:
         b = b * 0
         stored = a, b

@@ -6,7 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -210,7 +210,10 @@ def test_each_row_of_a_batch_names_its_adapter(folder: Path, lm: LanguageModel) 
         (lambda lm, folder: lm.unload_adapter("three"), "there is no adapter 'three'"),
         (lambda lm, folder: lm.session("three"), "there is no adapter 'three'"),
         (lambda lm, folder: lm.generate(PROMPT, adapter=3), "adapter is 3"),
-        (lambda lm, folder: load(folder / "bundle", adapters=["one"]), "adapters is .*a mapping of names to folders"),
+        (
+            lambda lm, folder: load(folder / "bundle", adapters=cast(Any, ["one"])),
+            "adapters is .*a mapping of names to folders",
+        ),
         (
             lambda lm, folder: load(folder / "bundle", trust=False, adapters={"one": folder / "one"}),
             "adapters are for a bundle that is trusted",
