@@ -84,7 +84,7 @@ def _nanogpt(folder: Path, text: Path, threads: int, store: Store) -> dict[str, 
     done = subprocess.run(asked, cwd=folder, check=True, capture_output=True, text=True)
     per_byte = (len(content) - cut) / len(content[cut:].encode()) / math.log(2)
     curve = [(at, float(found[1]) * per_byte) for at, line in lines if (found := re.search(r"val loss ([\d.]+)", line))]
-    return {"seconds": seconds, "bits": float(done.stdout) * per_byte, "curve": curve}
+    return {"seconds": seconds, "bits": float(done.stdout.split()[-1]) * per_byte, "curve": curve}
 
 
 def _pastkey(text: Path, threads: int, minutes: float, store: Store) -> dict[str, Any]:
