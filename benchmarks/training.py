@@ -70,7 +70,7 @@ def _race(nanogpt: Path, text: Path, threads: int, store: Store) -> dict[str, An
 
 
 def _nanogpt(folder: Path, text: Path, threads: int, store: Store) -> dict[str, Any]:
-    content = read_text(text)
+    folder, content = folder.resolve(), read_text(text)
     cut, characters = int(len(content) * 0.9), sorted(set(content))
     data, out = folder / "data" / "pastkey_race", store.models / "nanogpt"
     data.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,29 @@ def test_an_export_reads_its_weights_seldom() -> None:
     assert counts.in_place == counts.opened
 
 
+# A stand-in for a checkout of nanoGPT, with what the benchmark asks of one.
+NANOGPT = {
+    "train.py": """
+import os, sys, torch
+from model import GPT, GPTConfig
+print("step 0: train loss 2.6, val loss 2.5")
+(out,) = [word.removeprefix("--out_dir=") for word in sys.argv if word.startswith("--out_dir=")]
+os.makedirs(out)
+torch.save({"model": GPT(GPTConfig()).state_dict(), "model_args": {}}, f"{out}/ckpt.pt")
+""",
+    "model.py": """
+import torch
+class GPTConfig: pass
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: none")
+    def forward(self, ids, targets):
+        return None, torch.tensor(2.4)
+""",
+}
+
+
 # --- the questions ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,6 +93,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(decoder, "V", tokenizer.get_vocab_size())
         tiny = decoder.Tiny.random([(8, 8)], context_length=1200)
         decoder.write_bundle(folder / "tiny", tiny, "fused", tokenizer=tokenizer, hidden_size=decoder.E)
+    (folder / "nanogpt").mkdir()
+    for name, content in NANOGPT.items():
+        (folder / "nanogpt" / name).write_text(content, encoding="utf-8")
     (folder / "text.txt").write_text("".join(f"The {place} boats sail. " for place in range(400)), encoding="utf-8")
     return folder
 
@@ -113,6 +139,7 @@ SLOW = {
     "demo": "demo --rounds 1 --count 1",
     "passes": "",
     "one-graph": "demo/fp32 --lengths 8 --rounds 1 --new-tokens 4",
+    "training": "nanogpt text.txt --threads 1 --work work",
     "calibration": "demo/fp32 text.txt --windows 1 --length 16",
 }
 
@@ -127,7 +154,7 @@ def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page() -> None:
 def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("constrained", "serve"):
         pytest.importorskip({"constrained": "llguidance", "serve": "starlette"}[name])
-    made = "exported" if name in SLOW and name not in ("peers", "passes", "serve") else "folder"
+    made = "exported" if name in SLOW and name not in ("peers", "passes", "serve", "training") else "folder"
     folder: Path = request.getfixturevalue(made)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))

@@ -63,6 +63,7 @@ ELSEWHERE = {
     "serve/api/replies.py": ("serve/routes/test_chat.py", "is the shape of the replies there"),
     "serve/settings.py": ("serve/test_command.py", "is what the flags make"),
     "serve/table.py": ("serve/test_description.py", "is a row of what is described there"),
+    "train/loss.py": ("train/test_loop.py", "is what its steps lower"),
     "train/hardware/launch.py": ("train/hardware/test_ranks.py", "starts the processes there"),
     "runtime/decoding/request.py": ("runtime/decoding/test_generation.py", "is what a Generation takes"),
     "runtime/decoding/completion.py": ("runtime/model/test_language_model.py", "is what generate returns"),

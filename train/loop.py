@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pastkey.contract import names
 from pastkey.errors import InputError, LostProcessError, MissingFileError, NumericsError
@@ -34,12 +33,13 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .data.batches import NOT_TRAINED, Batch, Tokens
+from .data.batches import Batch, Tokens
 from .data.prepare import LESSON, LESSON_PROMPTS, prepare, require_same_data
 from .data.token_files import DataInfo
 from .hardware.device import Device, choose_device, flops_per_token
 from .hardware.ranks import Ranks
-from .model import Decoder, generate, positions_like
+from .loss import next_token_loss, trained_targets
+from .model import Decoder, generate
 from .optimizer import make_optimizers, moments_of, restore_moments, schedule
 from .pretrained import FineTuned, Pretrained, Start, checkpoint_activations, open_start, reopen
 from .report import Metrics, Progress, draw_loss_curve
@@ -431,22 +431,6 @@ class Run:
 
 
 # --- parts of a run -----------------------------------------------------------------------------------------------
-def next_token_loss(model: nn.Module, batch: Batch, count: int | None = None) -> Tensor:
-    """Returns the cross-entropy of next tokens, in nats: its sum over the batch's trained targets, divided by `count`.
-
-    `count` is by default their number, so that the result is their mean.
-    """
-    inputs, targets = batch
-    count = trained_targets(targets) if count is None else count
-    logits = model(inputs, positions_like(inputs))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED, reduction="sum") / count
-
-
-def trained_targets(targets: Tensor) -> int:
-    """Returns how many targets are trained."""
-    return int((targets != NOT_TRAINED).sum())
-
-
 def _state(
     step: int, moments: Mapping[str, Tensor], config: TrainConfig, info: DataInfo, figures: Mapping[str, Any]
 ) -> TrainingState:

@@ -33,6 +33,7 @@ from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data.prepare import LESSON_PROMPTS
+from pastkey.train.loss import next_token_loss
 from pastkey.train.model import generate, positions_like
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
@@ -108,7 +109,7 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
     model = loop.Decoder(shape)
     tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, info, 32)
     batches = [tokens.draw(4, config.seed, part) for part in range(3)]
-    loss = loop.next_token_loss(model, (torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
+    loss = next_token_loss(model, (torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])))
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -399,10 +400,10 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
 def test_targets_that_are_ignored_are_not_trained() -> None:
     inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, -100, -100], [-100, -100, -100]])
     model = loop.Decoder(tiny().model_config(9, None, 0))
-    loss = loop.next_token_loss(model, (inputs, targets))
-    alone = loop.next_token_loss(model, (inputs[:1, :1], targets[:1, :1]))
+    loss = next_token_loss(model, (inputs, targets))
+    alone = next_token_loss(model, (inputs[:1, :1], targets[:1, :1]))
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
-    assert loop.next_token_loss(model, (inputs[1:], targets[1:]), 1) == 0  # a process's rows may have none
+    assert next_token_loss(model, (inputs[1:], targets[1:]), 1) == 0  # a process's rows may have none
 
 
 @pytest.mark.parametrize("broken", ["one line", b"\xff\xfe"])

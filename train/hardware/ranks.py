@@ -163,7 +163,7 @@ class Ranks:
             from torch.distributed.tensor import DTensor
 
             if isinstance(tensor, DTensor):
-                full: Tensor = tensor.full_tensor()  # type: ignore[operator]  # torch does not annotate it
+                full: Tensor = tensor.full_tensor()  # torch does not annotate it
                 return full
         return tensor
 

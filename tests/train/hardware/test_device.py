@@ -11,6 +11,7 @@ from pastkey.errors import InputError
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint
 from pastkey.train.hardware.device import choose_device, flops_per_token, layers_of, peak_flops
+from pastkey.train.loss import next_token_loss
 from pastkey.train.model import Decoder
 from pastkey.train.report import read_metrics
 
@@ -68,7 +69,7 @@ def test_the_operations_of_a_token_are_those_that_torch_counts() -> None:
     model = Decoder(config)
     ids = torch.zeros((2, config.max_position_embeddings), dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        loop.next_token_loss(model, (ids, ids)).backward()
+        next_token_loss(model, (ids, ids)).backward()
     assert flops_per_token(model, config) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.02)
 
 
