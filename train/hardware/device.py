@@ -129,8 +129,8 @@ def peak_flops(name: str) -> float | None:
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """Returns the layers of a decoder: its longest nn.ModuleList. The whole model if there is none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda each: len(each))) if lists else [model]
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len) if lists else [model]
 
 
 def flops_per_token(model: nn.Module, config: Any) -> int:
