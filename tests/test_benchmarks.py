@@ -96,6 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "nanogpt").mkdir()
     for name, content in NANOGPT.items():
         (folder / "nanogpt" / name).write_text(content, encoding="utf-8")
+    lines = "".join(f"The {place} boats sail.\n" for place in range(400))
+    (folder / "lines.txt").write_text(lines, encoding="utf-8")
     (folder / "text.txt").write_text("".join(f"The {place} boats sail. " for place in range(400)), encoding="utf-8")
     return folder
 
@@ -139,7 +141,7 @@ SLOW = {
     "demo": "demo --rounds 1 --count 1",
     "passes": "",
     "one-graph": "demo/fp32 --lengths 8 --rounds 1 --new-tokens 4",
-    "training": "nanogpt text.txt --threads 1 --work work",
+    "training": "nanogpt lines.txt --threads 1 --work work",
     "calibration": "demo/fp32 text.txt --windows 1 --length 16",
 }
 

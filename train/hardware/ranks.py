@@ -143,8 +143,9 @@ class Ranks:
     @contextlib.contextmanager
     def reducing(self, spread: nn.Module, last: bool) -> Iterator[None]:
         """In this context, a backward pass sums gradients over the processes: of accumulated ones only the last."""
-        waits = isinstance(spread, DistributedDataParallel) and not last
-        with spread.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+        with contextlib.ExitStack() as stack:
+            if isinstance(spread, DistributedDataParallel) and not last:
+                stack.enter_context(spread.no_sync())
             yield
 
     def mine(self, tensor: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Ranks:
             from torch.distributed.tensor import DTensor
 
             if isinstance(tensor, DTensor):
-                full: Tensor = tensor.full_tensor()  # torch does not annotate it
+                full: Tensor = tensor.full_tensor()
                 return full
         return tensor
 
