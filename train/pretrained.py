@@ -99,7 +99,7 @@ class Pretrained(nn.Module):
 
 def checkpoint_activations(model: Decoder | Pretrained) -> None:
     """Keeps one activation per layer, and computes the others again in the backward pass."""
-    inner = model if isinstance(model, Decoder) else model.inner
+    inner: Any = model if isinstance(model, Decoder) else model.inner
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise InputError(f"{type(inner).__name__} has no gradient checkpointing: leave out --gradient-checkpointing")
     inner.gradient_checkpointing_enable({"use_reentrant": False})
