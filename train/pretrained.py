@@ -63,17 +63,18 @@ class Pretrained(nn.Module):
         return logits
 
     def generate(self, prompt: Tensor, max_new_tokens: int, *, temperature: float, seed: int) -> list[list[int]]:
-        """Returns the new ids of each row of `prompt` (B, P), drawn at this temperature."""
+        """Returns the new ids of each row of `prompt` (B, P), drawn at this temperature, or with 0 the most likely."""
         if isinstance(self.inner, Decoder):
             return generate(self.inner, prompt, max_new_tokens, temperature=temperature, seed=seed)
         max_new_tokens = min(max_new_tokens, self.config.max_position_embeddings - prompt.shape[1])
         if max_new_tokens < 1:
             return [[] for _ in prompt]
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        chosen = drawn if temperature > 0 else {"do_sample": False}
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             ids = self.inner.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, use_cache=True, **drawn
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, use_cache=True, **chosen
             )
         rows: list[list[int]] = ids[:, prompt.shape[1] :].tolist()
         return rows

@@ -128,6 +128,16 @@ def test_a_new_adapter_changes_nothing(models: Path) -> None:
     assert torch.equal(logits(full), logits(lora))
 
 
+def test_samples_are_those_of_the_model(models: Path) -> None:
+    model: Any = open_start(settings(models / "llama"), Path("out")).model
+    (greedy,) = model.generate(IDS, 5, temperature=0.0, seed=0)
+    ids = torch.cat((IDS, torch.tensor([greedy])), dim=1)
+    assert model(ids, positions_like(ids))[0, IDS.shape[1] - 1 : -1].argmax(-1).tolist() == greedy
+    one, again, other = (model.generate(IDS, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
+    assert len(model.generate(IDS, 200, temperature=1.0, seed=1)[0]) <= 80 - IDS.shape[1]  # the context
+
+
 def test_gradient_checkpointing_gives_the_same_run(models: Path, tmp_path: Path) -> None:
     for name, option in (("plain", False), ("less", True)):
         config = settings(models / "llama", gradient_checkpointing=option)
