@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if slow_on_cpu(bundle):
         say(
             "slow on a CPU, where a browser dequantizes these weights at every token: a bundle of  pastkey export "
-            "--target portable  has the same weights, and is several times as fast"
+            "--target portable  has the same weights, dequantized once"
         )
     say(f"{out}: try it with  python -m http.server -d {shlex.quote(str(out))}  at http://localhost:8000")
     return 0
