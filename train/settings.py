@@ -212,6 +212,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
         {
             "steps": 400,
             "batch_size": 16,
+            "optimizer": "adamw",
             "learning_rate": 0.01,
             "warmup_steps": 0,
             "save_every": 400,

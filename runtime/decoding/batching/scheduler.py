@@ -136,6 +136,7 @@ class Scheduler:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
                 self._changed.notify_all()  # another thread leads now
+            self._retire()
 
     def _lead_alone(self) -> None:
         """Waits for the lead, with priority over threads that need steps, which would never leave a gap."""
@@ -166,7 +167,13 @@ class Scheduler:
         """
         self._live[generation] = None
         self._open.pop(generation, None)
-        if self._mutex.acquire(blocking=False):
+        self._retire()
+
+    def _retire(self) -> None:
+        """Retires closed generations, unless a thread leads or holds the lock, which then does it after that."""
+        while self._leader is None and any(generation.closed for generation in list(self._live)):
+            if not self._mutex.acquire(blocking=False):
+                return
             try:
                 if self._leader is None:
                     self._sweep()

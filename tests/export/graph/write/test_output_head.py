@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.export.graph.write.output_head import output_head, take_head
+from pastkey.export.quantize.adapters import take_adaptable
 from pastkey.export.quantize.rounding.rewrite import quantize
 
 from ...small_graphs import model_of
@@ -62,6 +63,7 @@ def test_an_int8_head_is_marked_with_all_that_reads_its_input(body: str, columns
     assert readers == {"Sub", "Pad" if columns % 32 else "Reshape"}
     assert all(node in head for node, _ in x.uses())
     assert head[0].inputs[0] is x
+    take_adaptable(model)
     assert not any(node.metadata_props for node in model.graph)  # taken once
 
 

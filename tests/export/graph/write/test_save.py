@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.export.graph.write.save import count_operators, write_graphs
+from pastkey.export.quantize.adapters import take_adaptable
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
@@ -53,6 +54,7 @@ def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path: Path) -> None:
     w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     model = model_of(TEXT, w=w, v=w + 1)
     quantize(model)
+    take_adaptable(model)
     assert any(node.metadata_props for node in model.graph)
     write_graphs(model, tmp_path, "int8")
     graphs = list(tmp_path.rglob("*.onnx"))
