@@ -22,6 +22,7 @@ from torch import Tensor
 from pastkey.contract import names
 from pastkey.errors import InputError, LostProcessError, MissingFileError, NumericsError
 from pastkey.files.durable import NewFolder, locked, new_folder, remove_leftovers
+from pastkey.typed import parse
 
 from .checkpoint import (
     TOKENS_TRAIN,
@@ -144,7 +145,7 @@ def _prepared(
     """Yields the new folder with tokenizer and token files, which the first process makes."""
     if not ranks.first:
         told = ranks.told()
-        yield NewFolder(out, Path(told["path"])), DataInfo(**told["info"])
+        yield NewFolder(out, Path(told["path"])), parse(DataInfo, told["info"], "data")
         return
     with new_folder(out, force=force) as place:
         given = (None, None) if start is None else (start.tokenizer, config.context)
@@ -375,7 +376,7 @@ class Run:
 
     def _save(self, metrics: Metrics | None) -> None:
         """Saves the whole model and state, in the first process, whatever the number of processes."""
-        weights = self.ranks.gathered(self.model.state_dict())
+        weights = self.ranks.gathered(self.model.state_dict()) if isinstance(self.model, Decoder) else None
         moments = self.ranks.gathered(moments_of(self.optimizers, self.model))
         self.saved = self.step
         if metrics is None:

@@ -43,7 +43,9 @@ class Muon(torch.optim.Optimizer):
             updates = []
             for matrix in matrices:
                 assert matrix.grad is not None
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+                momentum = self.state[matrix]["momentum"]
                 momentum.lerp_(matrix.grad, 1 - _MOMENTUM)
                 updates.append(matrix.grad.lerp(momentum, _MOMENTUM))  # Nesterov's
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
@@ -117,11 +119,15 @@ def restore_moments(
         return
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            state = {moment: moments[f"{names[parameter]}.{moment}"] for moment in moment_names(optimizer)}
-            optimizer.state[parameter] = (
-                state if isinstance(optimizer, Muon) else state | {"step": torch.tensor(float(step))}
-            )
+        state = {}
+        for number, parameter in enumerate(
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            state[number] = {name: moments[f"{names[parameter]}.{name}"] for name in moment_names(optimizer)}
+            if not isinstance(optimizer, Muon):
+                state[number]["step"] = torch.tensor(float(step))
+        # which puts each tensor on its parameter's device
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

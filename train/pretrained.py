@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.contract import names
-from pastkey.contract.source_files import adapter_base
+from pastkey.contract.source_files import adapter_base, missing_base
 from pastkey.errors import InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.durable import write_json
 from pastkey.files.folder import hub_id, read_json
@@ -294,8 +294,5 @@ def base_of(folder: Path) -> Path:
     """Returns the path of an adapter's base. Raises MissingFileError if it is not there."""
     base = Path(str(adapter_base(folder)))
     if not base.exists():
-        raise MissingFileError(
-            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
-            f"{folder / names.ADAPTER_CONFIG}"
-        )
+        raise missing_base(folder, base)
     return base

@@ -104,6 +104,7 @@ class TrainConfig:
             if given:
                 raise InputError(f"--{given[0].replace('_', '-')} is for a model that exists: name it with --init")
             return
+        self._require("optimizer", self.optimizer == "adamw", "adamw, which trained what exists")
         for field in dataclasses.fields(self):
             if field.name in OF_A_NEW_MODEL and getattr(self, field.name) != field.default:
                 option = "--" + field.name.replace("_", "-")

@@ -33,8 +33,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 shutil.copyfile(content, target)
     if slow_on_cpu(bundle):
         say(
-            "slow on a CPU, where a browser dequantizes these weights at every token: a bundle of  pastkey export "
-            "--target portable  has the same weights, dequantized once"
+            "slow on a CPU, where a browser dequantizes these weights at every token. It does so once for a bundle of "
+            " pastkey export SOURCE --out BUNDLE --target portable"
         )
     say(f"{out}: try it with  python -m http.server -d {shlex.quote(str(out))}  at http://localhost:8000")
     return 0

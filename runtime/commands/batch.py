@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, add_placement, print_json, say
-from pastkey.errors import InputError
+from pastkey.contract import names
 from pastkey.files.folder import sha256
 
-from .flags import adapters_of, add_adapter, add_bundle, add_generation, generation_of, opening_of
+from .flags import add_adapter, add_bundle, add_generation, generation_of, opening_of
 
 if TYPE_CHECKING:
     from ..bulk.generator import Generator
@@ -55,15 +55,12 @@ def _run(arguments: argparse.Namespace) -> int:
     refuse_output(out, source)
     given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **opening, **options}
     generator: Generator | SandboxedGenerator
-    adapters = adapters_of(arguments)
     if arguments.untrusted:
-        if adapters:
-            raise InputError("--adapter is for a bundle that is trusted: leave it out, or --untrusted")
         del given["providers"], given["trust"]
         generator = SandboxedGenerator(arguments.bundle, **given)
         digest = generator.digest
     else:
-        generator = Generator(arguments.bundle, adapters=adapters, **given)
+        generator = Generator(arguments.bundle, **given)
         digest = bundle_digest(generator.model.bundle)
     settings: dict[str, Any] = {
         "shard": arguments.shard,
@@ -72,8 +69,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "bundle": digest,
         **json.loads(json.dumps(options)),  # as they come back from the file
     }
-    if adapters:
-        settings["adapter"] = sha256(Path(arguments.adapter_folder) / "adapter_model.safetensors")
+    if arguments.adapter_folder is not None:
+        files = (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS)
+        settings["adapter"] = [sha256(Path(arguments.adapter_folder) / name) for name in files]
     with open_job(source, out, ids, settings, force=arguments.force) as job:
         report = {"out": str(out), **answer_all(job, generator), "bundle": digest}
     if arguments.json:

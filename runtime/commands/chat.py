@@ -10,17 +10,7 @@ from pastkey.command import Command, add_placement, print_json, say
 from pastkey.errors import InputError
 
 from ..settings import CHAT_NEW_TOKENS, ChatOptions
-from .flags import (
-    SOURCE,
-    adapters_of,
-    add_adapter,
-    add_bundle,
-    add_draft,
-    add_generation,
-    generation_of,
-    opening_of,
-    prompt_of,
-)
+from .flags import SOURCE, add_adapter, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .terminal import converse, print_answer
 
     options = generation_of(arguments)
-    opening = opening_of(arguments)
-    model = load(arguments.bundle, draft=arguments.draft_bundle, adapters=adapters_of(arguments), **opening)
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
     options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     if arguments.prompt is None:

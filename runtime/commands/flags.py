@@ -70,9 +70,11 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 
 
 def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the bundle runs and whether it is trusted, as `load` takes it. Raises InputError."""
-    placement = placement_of(arguments)
+    """Where the bundle runs, whether it is trusted, and its adapter, as `load` takes it. Raises InputError."""
+    placement, adapter = placement_of(arguments), getattr(arguments, "adapter_folder", None)
     if arguments.untrusted:
+        if adapter is not None:
+            raise InputError("--adapter is for a bundle that is trusted: leave it out, or --untrusted")
         if arguments.provider not in (None, "cpu") or arguments.provider_options:
             raise InputError(
                 f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
@@ -80,7 +82,7 @@ def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
         return {**placement, "trust": False, "limits": limits_of(arguments)}
     if arguments.limits:
         raise InputError("--limit is for a bundle that is not trusted: add --untrusted")
-    return placement
+    return placement if adapter is None else {**placement, "adapters": {ADAPTER: adapter}}
 
 
 # --- a generation -------------------------------------------------------------------------------------------------
@@ -141,14 +143,9 @@ def add_draft(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """The flag of a LoRA adapter: `adapter_folder`."""
+    """The flag of a LoRA adapter: `adapter_folder`, which `opening_of` loads and `generation_of` names."""
     what = "LoRA adapter, a folder that peft saved; the bundle was exported with --adapters (none)"
     parser.add_argument("--adapter", metavar="FOLDER", dest="adapter_folder", help=what)
-
-
-def adapters_of(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """The adapter as `load` takes it. `generation_of` names it."""
-    return None if arguments.adapter_folder is None else {ADAPTER: arguments.adapter_folder}
 
 
 def generation_of(arguments: argparse.Namespace) -> ChatOptions:

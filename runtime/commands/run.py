@@ -9,17 +9,7 @@ from pastkey.command import Command, add_placement, id_list, print_json, print_t
 from pastkey.contract import names
 
 from ..settings import MAX_NEW_TOKENS
-from .flags import (
-    SOURCE,
-    adapters_of,
-    add_adapter,
-    add_bundle,
-    add_draft,
-    add_generation,
-    generation_of,
-    opening_of,
-    prompt_of,
-)
+from .flags import SOURCE, add_adapter, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +32,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)
     options = generation_of(arguments)
-    opening = opening_of(arguments)
-    model = load(arguments.bundle, draft=arguments.draft_bundle, adapters=adapters_of(arguments), **opening)
+    model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
     if arguments.json:
         completion = dataclasses.asdict(model.generate(prompt, **options))
         for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,6 @@ from pastkey.values import is_number, shown
 from ..providers.ort import onnxruntime
 from .channels import changed
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 Matrix = npt.NDArray[np.float32]
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -91,7 +89,7 @@ def read_adapter(folder: Path, session: Any, bundle: Path) -> Adapter:
             found = [(placed.get(module), weight, rows) for module, weight, rows in pair]
             arrays[names.lora_a(number)], arrays[names.lora_b(number)] = _joined(found, columns, metadata, folder)
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
+    for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS):
         digest.update((folder / name).read_bytes())
     inputs = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     return Adapter(folder, digest.hexdigest(), inputs, sum(array.nbytes for array in arrays.values()))
@@ -101,13 +99,14 @@ def read_adapter(folder: Path, session: Any, bundle: Path) -> Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns adapter_config.json. Raises InputError for an adapter that is not plain LoRA."""
     if not folder.is_dir():
-        raise MissingFileError(f"no such folder: {folder}; expected one that peft saved, with {CONFIG} and {WEIGHTS}")
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        files = f"{names.ADAPTER_CONFIG} and {names.ADAPTER_WEIGHTS}"
+        raise MissingFileError(f"no such folder: {folder}; expected one that peft saved, with {files}")
+    if not (folder / names.ADAPTER_WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(
             f"{folder} has adapter_model.bin, a pickle, which is not read: save the adapter again with "
             "save_pretrained(FOLDER, safe_serialization=True)"
         )
-    config = parse_json(read_bytes(folder / CONFIG, MOST_JSON), folder / CONFIG)
+    config = parse_json(read_bytes(folder / names.ADAPTER_CONFIG, MOST_JSON), folder / names.ADAPTER_CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else config
         raise InputError(f"{folder} is an adapter of the type {shown(found)}; LORA was expected: merge it, then export")
@@ -124,7 +123,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Matrix, Matrix]]:
     """Returns module -> A (r, K), and B (N, r) times the scale. Raises InputError for other tensors."""
-    file = folder / WEIGHTS
+    file = folder / names.ADAPTER_WEIGHTS
     with reading(file, "a safetensors file"):
         try:
             header = read_header(file)
@@ -167,10 +166,10 @@ def _array(tensor: StoredTensor, content: bytes, start: int, file: Path) -> Matr
 def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
     """Returns alpha / r, or alpha / sqrt(r) of rsLoRA. `alpha_pattern` has alphas of single modules, by regex."""
     alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
-    with reading(folder / CONFIG, "the configuration of an adapter"):
+    with reading(folder / names.ADAPTER_CONFIG, "the configuration of an adapter"):
         alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
     if not is_number(alpha):
-        raise InputError(f"{folder / CONFIG} has lora_alpha = {shown(alpha)}; a number was expected")
+        raise InputError(f"{folder / names.ADAPTER_CONFIG} has lora_alpha = {shown(alpha)}; a number was expected")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
 
 

@@ -1,10 +1,12 @@
-"""What the tests of training share: a cache folder of their own."""
+"""What the tests of training share: a cache folder of their own, and a text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+from .helpers import write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +15,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return cache
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "text.txt")

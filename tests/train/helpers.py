@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,10 @@ def write_corpus(path: Path, paragraphs: int = 60) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def command(out: Path, text: Path) -> list[str]:
+    """The command of a run of 24 steps that saves every second one."""
+    options = {name.replace("_", "-"): value for name, value in (TINY | {"steps": 24, "save_every": 2}).items()}
+    flags = [item for name, value in options.items() for item in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "pastkey", "train", "--out", str(out), "--data", str(text), *flags]

@@ -11,9 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,26 +23,20 @@ from pastkey.errors import (
     ExistingFolderError,
     InputError,
     IntegrityError,
-    InUseError,
     MissingFileError,
     NumericsError,
 )
-from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data.prepare import LESSON_PROMPTS
+from pastkey.train.data.token_files import DataInfo, SourceTokens
 from pastkey.train.loss import next_token_loss
 from pastkey.train.model import generate, positions_like
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import read_tokenizer
 
-from .helpers import TINY, tiny, write_corpus
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_corpus(tmp_path / "text.txt")
+from .helpers import command, tiny, write_corpus
 
 
 def losses(folder: Path) -> list[Any]:
@@ -150,12 +142,6 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     assert same_weights(tmp_path / "resumed", tmp_path / "whole")
 
 
-def command(out: Path, text: Path) -> list[str]:
-    options = {name.replace("_", "-"): value for name, value in (TINY | {"steps": 24, "save_every": 2}).items()}
-    flags = [item for name, value in options.items() for item in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "pastkey", "train", "--out", str(out), "--data", str(text), *flags]
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_end(text: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -224,150 +210,6 @@ def test_a_folder_that_exists_is_kept_unless_forced(text: Path, tmp_path: Path) 
     assert load_checkpoint(out).training["settings"]["seed"] == 0
     loop.train(tiny(steps=4, seed=1), out, data=[text], force=True)
     assert load_checkpoint(out).training["settings"]["seed"] == 1
-
-
-# --- the folder of a run ------------------------------------------------------------------------------------------
-def when(monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], object]) -> None:
-    """Lets something happen before the step after step `at`."""
-    original = loop.Run._one_step
-
-    def stepping(run: loop.Run) -> dict[str, Any]:
-        if run.step == at:
-            happens()
-        return original(run)
-
-    monkeypatch.setattr(loop.Run, "_one_step", stepping)
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def state(folder: Path) -> tuple[int, int]:
-    """Seed and step of a checkpoint."""
-    training = load_checkpoint(folder).training
-    return training["settings"]["seed"], training["step"]
-
-
-@pytest.fixture
-def old(text: Path, tmp_path: Path) -> Path:
-    """A finished run of seed 0, alone in its folder."""
-    out = tmp_path / "place" / "c"
-    loop.train(tiny(steps=2), out, data=[text])
-    return out
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_run_is_at_its_name_from_its_first_save_on(
-    force: bool, old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = old if force else old.with_name("d")
-    before, seen = files(old), dict[int, tuple[int, int] | None]()
-    original = loop.Run._one_step
-
-    def looking(run: loop.Run) -> dict[str, Any]:
-        seen[run.step] = state(out) if out.exists() else None
-        assert run.step >= 4 or files(old) == before
-        return original(run)
-
-    monkeypatch.setattr(loop.Run, "_one_step", looking)
-    assert loop.train(tiny(seed=1), out, data=[text], force=force)["checkpoint"] == str(out)
-    first = (0, 2) if force else None
-    assert seen == dict.fromkeys(range(4), first) | {step: (1, step // 4 * 4) for step in range(4, 12)}
-    assert {path.name for path in out.parent.iterdir()} == {"c", out.name}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("at", [3, 5])
-def test_a_run_that_ends_early_leaves_the_old_one_or_what_it_saved(
-    at: int, error: type[BaseException], old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def end() -> None:
-        raise error
-
-    before = files(old)
-    when(monkeypatch, at, end)
-    with pytest.raises(error):
-        loop.train(tiny(seed=1), old, data=[text], force=True)
-    assert list(old.parent.iterdir()) == [old]
-    if at < 4:
-        assert files(old) == before
-    else:
-        assert state(old) == (1, 4)
-        monkeypatch.undo()
-        loop.resume(old, {})
-        assert state(old) == (1, 12)
-
-
-def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(
-    old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused = []
-
-    def others() -> None:
-        monkeypatch.undo()
-        for attempt in (
-            lambda: loop.resume(old, {"steps": 20}),
-            lambda: loop.train(tiny(), old, data=[text], force=True),
-            lambda: refuse_existing(old, force=True),  # as an export does
-        ):
-            with pytest.raises(InUseError, match=r"c is being written by another process: wait for its end"):
-                attempt()
-            refused.append(attempt)
-
-    when(monkeypatch, 3, others)
-    loop.resume(old, {"steps": 4})
-    when(monkeypatch, 5, others)
-    loop.train(tiny(seed=1), old, data=[text], force=True)
-    assert len(refused) == 6
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("saved", [False, True])
-def test_signals_leave_the_old_one_or_what_was_saved(
-    saved: bool, number: signal.Signals, status: int, old: Path, text: Path
-) -> None:
-    before, every = files(old), "20" if saved else "100000"
-    process = subprocess.Popen(
-        [*command(old, text), "--force", "--seed", "1", "--steps", "1000000", "--save-every", every],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
-    )
-    with process:
-        try:
-            while state(old)[0] == 0 if saved else not [*old.parent.glob(".c.*.partial/metrics.jsonl")]:
-                assert process.poll() is None
-                time.sleep(0.05)
-            process.send_signal(number)
-            told = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
-    assert process.returncode == status
-    assert "Traceback" not in told
-    assert list(old.parent.iterdir()) == [old]
-    assert state(old) >= (1, 20) if saved else files(old) == before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
-def test_under_nohup_a_closed_terminal_ends_nothing(text: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*command(tmp_path / "c", text), "--save-every", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    with process:
-        while not (tmp_path / "c" / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGHUP)
-        process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert state(tmp_path / "c")[1] == 24
 
 
 def test_the_classic_lesson_refuses_settings_that_it_cannot_be_learnt_with(tmp_path: Path) -> None:
@@ -464,3 +306,12 @@ def test_minutes_plan_the_steps(text: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match="is trained already"):
         loop.resume(tmp_path / "c", {})
     assert loop.resume(tmp_path / "c", {"minutes": 1})["step"] > figures["step"]
+
+
+def test_another_process_has_the_facts_that_the_first_prepared(tmp_path: Path) -> None:
+    sources = (SourceTokens("a.txt", 60, 0.7), SourceTokens("b.txt", 40, 0.3))
+    info = DataInfo("a.txt, b.txt", "0" * 64, 2, "<u2", 100, 10, 20, 0, 0, sources=sources)
+    told = {"path": str(tmp_path / "new"), "info": json.loads(json.dumps(info.to_json()))}
+    ranks: Any = SimpleNamespace(first=False, told=lambda: told)
+    with loop._prepared(ranks, tiny(), tmp_path / "c", [], None, force=False) as (place, found):
+        assert (place.path, found) == (tmp_path / "new", info)

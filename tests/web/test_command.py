@@ -43,7 +43,9 @@ def test_a_bundle_of_slow_operators_says_what_to_export(
     command: Command, talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(test_site.module, "slow_on_cpu", lambda bundle: True)
-    assert "export --target portable  has the same weights" in command("web", talking, "--out", tmp_path / "out")[2]
+    assert (
+        "pastkey export SOURCE --out BUNDLE --target portable" in command("web", talking, "--out", tmp_path / "out")[2]
+    )
 
 
 def test_a_folder_without_a_bundle_leaves_nothing(command: Command, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.runtime import LanguageModel, load
 
-from ..conftest import Tiny, lora, merged, write_adapter, write_bundle, write_safetensors
+from ..adapters import lora, merged, write_adapter, write_safetensors
+from ..conftest import Tiny, write_bundle
 
 IDS = [3, 14, 15, 9, 2, 6]
 

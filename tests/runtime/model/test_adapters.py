@@ -16,7 +16,8 @@ from pastkey.runtime import Generator, LanguageModel, load
 from pastkey.runtime.decoding.batching.scheduler import Scheduler
 from pastkey.runtime.engine.caches.slab import Slab
 
-from ..conftest import Tiny, lora, merged, write_adapter, write_bundle
+from ..adapters import lora, merged, write_adapter
+from ..conftest import Tiny, write_bundle
 
 PROMPT = [5, 1, 30, 2, 2, 7, 19, 4]
 COUNT = 12

@@ -9,7 +9,8 @@ import pytest
 
 from pastkey.runtime import load
 
-from ...runtime.conftest import Tiny, lora, write_adapter, write_bundle
+from ...runtime.adapters import lora, write_adapter
+from ...runtime.conftest import Tiny, write_bundle
 from ...runtime.decoding.batching import waiting
 from ..conftest import Served, ids_of, letters, running
 

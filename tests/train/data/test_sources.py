@@ -142,7 +142,10 @@ def test_what_is_no_data_is_named_by_file_and_line(content: bytes, sentence: str
         survey(open_corpus([tmp_path / "a.jsonl"]))
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]])
+CUT = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
+
+
+@pytest.mark.parametrize("content", [b"no gzip", CUT], ids=["no gzip", "cut"])
 def test_damaged_compressed_files_are_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"a\.jsonl\.gz .*copy it again"):
