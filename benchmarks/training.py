@@ -59,10 +59,12 @@ def training(nanogpt: Path, texts: Sequence[Path], *, threads: int = 2, rounds: 
             race = partial(_race, nanogpt, text, threads, store)
             made = store.once(f"training-{text.stem}-{number}", race, key=key)
             rows.append([text.name, *(f"{made[arm]['seconds']:.0f}, {made[arm]['bits']:.3f}" for arm in _ARMS)])
-            if not curves:
-                curves = [[arm, f"{at:.0f}", f"{bits:.3f}"] for arm in _ARMS for at, bits in made[arm]["curve"]]
+            if number == 0:
+                curves += [
+                    [arm, text.name, f"{at:.0f}", f"{bits:.3f}"] for arm in _ARMS for at, bits in made[arm]["curve"]
+                ]
     yield Table("Seconds, and bits per byte of the held-out tenth:", ["text", *_ARMS], rows)
-    yield Table(f"On the way, {texts[0].name}:", ["trained by", "seconds", "bits per byte"], curves)
+    yield Table("On the way, in the first round:", ["trained by", "text", "seconds", "bits per byte"], curves)
 
 
 def _race(nanogpt: Path, text: Path, threads: int, store: Store) -> dict[str, Any]:

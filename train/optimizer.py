@@ -15,7 +15,7 @@ from .settings import TrainConfig
 _BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
 _FINAL_RATE: Final = 0.05  # the cosine's final learning rate, as a share of the peak
 _MUON_RATE: Final = 4.0  # times AdamW's
-_MOMENTUM: Final = 0.95  # of Muon
+_MOMENTUM: Final = 0.9  # of Muon
 _NEWTON_SCHULZ: Final = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: steep at 0, so that five iterations suffice
 _ITERATIONS: Final = 5
 

@@ -81,6 +81,27 @@ def draw_streams(page: str, file: Path) -> None:
     _finish(figure, [left, right], file)
 
 
+def draw_training(page: str, file: Path) -> None:
+    """Bits per byte of the held-out text over the seconds of training, a panel for each text."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows_of(page, "trained by"):
+        points = curves.setdefault(row["text"], {}).setdefault(row["trained by"], [])
+        points.append((float(row["seconds"]), float(row["bits per byte"])))
+    figure = Figure(figsize=(3.4 * len(curves), 3.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (text, arms) in zip(panels, curves.items(), strict=True):
+        for (arm, points), color in zip(arms.items(), (COLORS["transformers"], COLORS["pastkey"]), strict=True):
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=arm)
+        last = [points[-1][1] for points in arms.values()]
+        axes.set_ylim(min(last) - 0.1, max(last) + 1)  # the first steps are far above
+        axes.set_xlim(0)
+        axes.set_title(text, fontsize=10)
+        axes.set_xlabel("seconds")
+    panels[0].set_ylabel("bits per byte of the held-out text")
+    panels[0].legend(fontsize=8, frameon=False)
+    _finish(figure, panels, file)
+
+
 def curve(points: Mapping[int, Spread], title: str, axis: str, unit: str, file: Path) -> None:
     """Figures over a logarithmic axis; the other one is logarithmic as well where it must hold much."""
     figure = Figure(figsize=(6.5, 4), dpi=150, layout="constrained")

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.measure import ROOT, Answer, rows_of
 
 from . import bars, scores
-from .charts import draw_results, draw_streams
+from .charts import draw_results, draw_streams, draw_training
 
 PAGES = ROOT / "benchmarks"
 RESULTS = PAGES / "results.md"
@@ -24,6 +24,8 @@ def pictures(*, charts: Path | None = None) -> Answer:
     draw_results(results, place("benchmarks", "results.png"))
     draw_results(vnni, place("benchmarks", "results-without-vnni.png"))
     draw_streams(page, place("docs", "performance-streams.png"))
+    draw_training((ROOT / "docs" / "training.md").read_text(encoding="utf-8"), place("docs", "training.png"))
     place("docs", "speed-and-error.svg").write_text(bars.draw(rows_of(results, "engine")), encoding="utf-8")
     place("docs", "time-axis.svg").write_text(scores.draw(), encoding="utf-8")
-    yield "Drawn: results.png, results-without-vnni.png, performance-streams.png, speed-and-error.svg, time-axis.svg."
+    png = "results.png, results-without-vnni.png, performance-streams.png, training.png"
+    yield f"Drawn: {png}, speed-and-error.svg, time-axis.svg."
