@@ -25,6 +25,15 @@ const MatMulKernels& matmul_kernels() {
     case Level::avx512:
     case Level::amx: return avx512_matmul;
 #endif
+#if defined(PASTKEY_NEON)
+    case Level::neon: return neon_matmul;
+#endif
+#if defined(PASTKEY_DOTPROD)
+    case Level::dotprod: return dotprod_matmul;
+#endif
+#if defined(PASTKEY_I8MM)
+    case Level::i8mm: return i8mm_matmul;
+#endif
     default: return portable_matmul;
   }
 }

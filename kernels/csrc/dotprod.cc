@@ -1,0 +1,8 @@
+#define PASTKEY_USE_DOTPROD
+#include "neon.inl"
+
+namespace pastkey {
+
+const MatMulKernels dotprod_matmul = {round_row, multiply, activate, normalize};
+
+}  // namespace pastkey
