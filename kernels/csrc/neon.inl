@@ -107,9 +107,9 @@ struct Rows {
     each<M>([&](auto m) {
       const size_t in = (from + m.value) * blocks + b;
       const int8x16_t q0 = vld1q_s8(x.q + in * kBlock), q1 = vld1q_s8(x.q + in * kBlock + 16);
-      const int32x4_t low = vpaddq_s32(dot(halves[0][0], halves[0][1], q0, q1), dot(halves[1][0], halves[1][1], q0, q1));
-      const int32x4_t high = vpaddq_s32(dot(halves[2][0], halves[2][1], q0, q1), dot(halves[3][0], halves[3][1], q0, q1));
-      int32x4_t d = vpaddq_s32(low, high);
+      int32x4_t sums[4];
+      each<4>([&](auto r) { sums[r.value] = dot(halves[r.value][0], halves[r.value][1], q0, q1); });
+      int32x4_t d = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
       if (kStarts) d = vaddq_s32(d, vdupq_n_s32(x.start[in]));
       acc[m.value] = vfmaq_f32(acc[m.value], vmulq_n_f32(vcvtq_f32_s32(d), x.scale[in]), scales);
     });
@@ -179,8 +179,8 @@ using Many = Rows<M>;
 
 // out: `four` rows of W times the rows of x from `from` that Product takes.
 template <class Product>
-PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const Ahead& ahead, const Rounded& x, size_t from,
-                          float32x4_t* out) {
+PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const Ahead& ahead, const Rounded& x,
+                                   size_t from, float32x4_t* out) {
   constexpr int N = Product::kSums;
   const size_t k = w.blocks * kBlock;
   float32x4_t acc[4][N];
@@ -204,7 +204,8 @@ PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const A
   }
   float32x4_t total[N];
   each<N>([&](auto i) {
-    total[i.value] = vaddq_f32(vaddq_f32(acc[0][i.value], acc[2][i.value]), vaddq_f32(acc[1][i.value], acc[3][i.value]));
+    total[i.value] =
+        vaddq_f32(vaddq_f32(acc[0][i.value], acc[2][i.value]), vaddq_f32(acc[1][i.value], acc[3][i.value]));
   });
   Product::sums(total, out);
 }
