@@ -1,5 +1,6 @@
-// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row. More
-// rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four weights of each row.
+// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row, or four
+// of 4 bits. More rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
+// weights of each row.
 #include <immintrin.h>
 
 #include <cmath>
@@ -46,6 +47,14 @@ inline __m512 load_scales(const Weights& w, const size_t* rows, size_t b, size_t
   return _mm512_permutexvar_ps(turn, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
 }
 
+// The four low bits of each byte.
+inline __m512i low_halves(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+
+// What sums of 4-bit weights' products start from: -zero point * sum of q, of numbers below 2^15.
+inline __m512i start_int4(__m512i zeros, __m512i start) {
+  return _mm512_madd_epi16(zeros, _mm512_srai_epi32(start, 7));
+}
+
 // In each lane of 128 bits, the sums of the four rows' lanes.
 inline __m512i add_lanes(const __m512i* v) {
   const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
@@ -53,46 +62,94 @@ inline __m512i add_lanes(const __m512i* v) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
+// At most four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+template <int bits>
+struct Four;
+
+template <>
+struct Four<8> {
+  __m512i codes[2][4];
+
+  Four(const Weights& w, const size_t* rows, size_t b, size_t n, const Ahead& ahead) {
+    const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * w.blocks * kBlock;
+      const size_t at = b * kBlock;
+      codes[0][r] = _mm512_maskz_loadu_epi8(first, p + at);
+      codes[1][r] = _mm512_maskz_loadu_epi8(second, p + at + 64);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at)), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at + 64)), _MM_HINT_T0);
+    }
+  }
+  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+    __m512i d0[4], d1[4];
+    for (int r = 0; r < 4; r++) {
+      d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
+      d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
+    }
+    const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
+    return _mm512_add_epi32(
+        start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+  }
+};
+
+template <>
+struct Four<4> {
+  __m512i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
+
+  Four(const Weights& w, const size_t* rows, size_t b, size_t n, const Ahead& ahead) {
+    const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
+    int zero[4];
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * w.blocks * 16;
+      const __m512i pairs = _mm512_maskz_loadu_epi8(mask, p + b * 16);
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * 16)), _MM_HINT_T0);
+      low[r] = low_halves(pairs);
+      high[r] = low_halves(_mm512_srli_epi16(pairs, 4));
+      zero[r] = 0x8888;
+      if (w.zeros) {
+        const uint8_t* z = w.zeros + rows[r] * ((w.blocks + 1) / 2) + b / 2;
+        zero[r] = n > 2 ? z[0] | z[1] << 8 : z[0];
+      }
+    }
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    zeros = _mm512_broadcast_i32x4(_mm_setr_epi32(zero[0], zero[1], zero[2], zero[3]));
+    zeros = _mm512_and_si512(_mm512_srlv_epi32(zeros, shifts), _mm512_set1_epi32(15));
+  }
+  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+    const __m512i even = _mm512_shuffle_i32x4(q0, q1, 0x88), odd = _mm512_shuffle_i32x4(q0, q1, 0xdd);
+    __m512i d[4];
+    for (int r = 0; r < 4; r++)
+      d[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low[r], even), high[r], odd);
+    return _mm512_add_epi32(start_int4(zeros, start), add_lanes(d));
+  }
+};
+
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
-template <int M>
+template <int bits, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
                           __m128* out) {
-  const size_t k = w.blocks * kBlock;
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   size_t rows[4];
   for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
   for (size_t b = 0; b < w.blocks; b += 4) {
-    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4, at = b * kBlock;
+    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4;
     const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
     const __mmask16 lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
     const __mmask8 blocks = static_cast<__mmask8>((1u << n) - 1);
-    __m512i codes[2][4];
-    for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * k;
-      codes[0][r] = _mm512_maskz_loadu_epi8(first, p + at);
-      codes[1][r] = _mm512_maskz_loadu_epi8(second, p + at + 64);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at)), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at + 64)), _MM_HINT_T0);
-    }
+    const Four<bits> four(w, rows, b, n, ahead);
     const __m512 scales = load_scales(w, rows, b, n);
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * w.blocks + b;
       const __m512i q0 = _mm512_maskz_loadu_epi8(first, x.q + in * kBlock);
       const __m512i q1 = _mm512_maskz_loadu_epi8(second, x.q + in * kBlock + 64);
-      __m512i d0[4], d1[4];
-      for (int r = 0; r < 4; r++) {
-        d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
-        d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
-      }
-      const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
       const __m512i start = _mm512_permutexvar_epi32(
           expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(blocks, x.start + in)));
       const __m512 scale =
           _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(blocks, x.scale + in)));
-      const __m512i d = _mm512_add_epi32(
-          start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+      const __m512i d = four.dots(q0, q1, start);
       acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), scale), scales, acc[m], lanes);
     }
   }
@@ -102,16 +159,16 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
 }
 
-template <int M>
+template <int bits, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * kBlock, 4);
+  const Ahead ahead(w.blocks * 4 * bits, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     const __mmask8 mask = static_cast<__mmask8>((1u << there) - 1);
     for (size_t i = 0; i < rows * terms; i += M) {
       __m128 sums[M];
-      multiply_rows<M>(w, x, i, first + j, there, ahead, sums);
+      multiply_rows<bits, M>(w, x, i, first + j, there, ahead, sums);
       for (size_t m = 0; m < M; m += terms) {
         __m128 sum = terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m];
         if (w.row_scales) sum = _mm_mul_ps(sum, _mm_maskz_loadu_ps(mask, w.row_scales + first + j));
@@ -125,10 +182,15 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 struct Panel {
   __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
   __m512 scales[16];         // of the block and those that follow up to a multiple of 16
+  __m512i zeros[16];         // the same, of 4 bits
 };
 
+template <int bits>
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel);
+
 // `n` blocks from b0 of 16 rows of W.
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+template <>
+inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
@@ -159,6 +221,25 @@ inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const 
   }
 }
 
+template <>
+inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+  static_assert(kChunk == 4, "a register of 64 bytes has four blocks of a row");
+  const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
+  const size_t k = w.blocks * 16, next = ahead(b0 * 16);
+  __m512i v[16];
+  for (size_t r = 0; r < 16; r++) {
+    const uint8_t* p = w.codes + (row + r) * k;
+    v[r] = _mm512_maskz_loadu_epi8(mask, p + b0 * 16);
+    _mm_prefetch(reinterpret_cast<const char*>(p + next), _MM_HINT_T0);
+  }
+  transpose(v);
+  for (size_t b = 0; b < n; b++)
+    for (size_t j = 0; j < 4; j++) {
+      panel.codes[b][j] = low_halves(v[4 * b + j]);
+      panel.codes[b][4 + j] = low_halves(_mm512_srli_epi16(v[4 * b + j], 4));
+    }
+}
+
 // Of at most 16 blocks from b0 of 16 rows of W.
 inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
   const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
@@ -174,6 +255,24 @@ inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
   for (size_t i = 0; i < 16; i++) panel.scales[i] = _mm512_castsi512_ps(v[i]);
 }
 
+inline void fill_zeros(const Weights& w, size_t row, size_t b0, Panel& panel) {
+  if (!w.zeros) {
+    for (__m512i& zeros : panel.zeros) zeros = _mm512_set1_epi32(8);
+    return;
+  }
+  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16, bytes = (w.blocks + 1) / 2;
+  const __mmask16 mask = static_cast<__mmask16>((1u << ((some + 1) / 2)) - 1);
+  const __m128i low = _mm_set1_epi8(15);
+  __m512i v[16];
+  for (size_t r = 0; r < 16; r++) {
+    const __m128i pairs = _mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * bytes + b0 / 2);
+    const __m128i even = _mm_and_si128(pairs, low), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
+    v[r] = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
+  }
+  transpose(v);
+  for (size_t i = 0; i < 16; i++) panel.zeros[i] = v[i];
+}
+
 inline __m512i broadcast(const int8_t* four) {
   int32_t value;
   std::memcpy(&value, four, 4);
@@ -181,7 +280,7 @@ inline __m512i broadcast(const int8_t* four) {
 }
 
 // acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int M>
+template <int bits, int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
                            __m512 (*acc)[kMaxRows]) {
   for (size_t b = 0; b < n; b++) {
@@ -189,6 +288,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * blocks + b0 + b;
       __m512i d = _mm512_set1_epi32(x.start[in]);
+      if (bits == 4) d = start_int4(panel.zeros[(b0 + b) % 16], d);
       for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in]));
       acc[b][from + m] = _mm512_fmadd_ps(product, scales, acc[b][from + m]);
@@ -197,6 +297,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 }
 
 // 16 rows of W
+template <int bits>
 void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
               size_t stride) {
   Panel panel;
@@ -207,12 +308,13 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
     if (b0 % 16 == 0) fill_scales(w, row, b0, panel);
-    fill_panel(w, row, b0, n, ahead, panel);
+    if (bits == 4 && b0 % 16 == 0) fill_zeros(w, row, b0, panel);
+    fill_panel<bits>(w, row, b0, n, ahead, panel);
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 8 <= all; i += 8) multiply_panel<bits, 8>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 4 <= all) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
   const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
   const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
@@ -230,20 +332,21 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   }
 }
 
+template <int bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
   if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * kBlock, 16);
-    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+    const Ahead ahead(w.blocks * 4 * bits, 16);
+    for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, ahead, y + j, stride);
   }
   if (j == count) return;
-  if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace
 
-const MatMulKernels avx512_matmul = {round_row, multiply, activate, normalize};
+const MatMulKernels avx512_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
 
 }  // namespace pastkey
