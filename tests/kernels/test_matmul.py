@@ -160,10 +160,11 @@ def test_a_row_has_the_same_bits_among_others(outcomes: Outcomes, level: str) ->
 @each_level
 def test_bits_are_the_same_for_any_number_of_threads(outcomes: Outcomes, level: str) -> None:
     found = outcomes(level)
-    for kind, *form, threads in found:
-        if kind == "threads":
-            for ours, one in zip(found[kind, *form, threads].outputs, found[kind, *form, 1].outputs, strict=True):
-                assert same(ours, one), (form, threads, len(one[0]))
+    for form in FORMS:
+        for gate in (-1, 0):
+            one, *more = (found["threads", form, gate, threads].outputs for threads in (1, 2, 3, 4))
+            for others in more:
+                assert all(map(same, others, one)), (form, gate)
 
 
 @each_level
