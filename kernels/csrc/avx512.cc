@@ -20,25 +20,53 @@ constexpr size_t kByRows = 2;      // rows of X that are multiplied without a pa
 
 #include "ahead.inl"
 
-// Scales of `n` (at most 4) blocks of a row.
-inline uint32_t load_codes(const uint8_t* p, size_t n) {
-  uint32_t codes = 0;
-  if (n == 4) std::memcpy(&codes, p, 4);
-  else
-    for (size_t i = 0; i < n; i++) codes |= static_cast<uint32_t>(p[i]) << (8 * i);
-  return codes;
+inline __m128i load_bytes(const uint8_t* p, size_t n) {  // at most 16
+  return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
 }
 
-// Scales of `n` (at most 4) blocks of four rows: lane 4 * block + row.
-inline __m512 load_scales(const Weights& w, const size_t* rows, size_t b, size_t n) {
-  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  if (w.scale_codes) {
-    uint32_t codes[4];
-    for (int r = 0; r < 4; r++) codes[r] = load_codes(w.scale_codes + rows[r] * w.blocks + b, n);
-    const __m128i bytes = _mm_setr_epi32(static_cast<int>(codes[0]), static_cast<int>(codes[1]),
-                                         static_cast<int>(codes[2]), static_cast<int>(codes[3]));
-    return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(turn, _mm512_cvtepu8_epi32(bytes)));
+// 16 zero points of a row.
+inline __m128i load_zeros(const Weights& w, size_t row, size_t b, size_t n) {
+  if (!w.zeros) return _mm_set1_epi8(8);
+  const __m128i pairs = load_bytes(w.zeros + row * ((w.blocks + 1) / 2) + b / 2, (n + 1) / 2), low = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+}
+
+// Scales and zero points of at most 16 blocks from b of four rows of W, turned: byte 4 * block + row.
+struct Scales {
+  alignas(64) uint8_t codes[64];
+  alignas(64) uint8_t zeros[64];
+
+  template <int bits>
+  void load(const Weights& w, const size_t* rows, size_t b) {
+    const size_t n = w.blocks - b < 16 ? w.blocks - b : 16;
+    __m128i of_row[4];
+    if (w.scale_codes) {
+      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(w.scale_codes + rows[r] * w.blocks + b, n);
+      _mm512_store_si512(codes, turned(of_row));
+    }
+    if (bits == 8) return;
+    for (int r = 0; r < 4; r++) of_row[r] = load_zeros(w, rows[r], b, n);
+    _mm512_store_si512(zeros, turned(of_row));
   }
+  static __m512i turned(const __m128i* of_row) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i v = _mm512_castsi128_si512(of_row[0]);
+    v = _mm512_inserti32x4(v, of_row[1], 1);
+    v = _mm512_inserti32x4(v, of_row[2], 2);
+    v = _mm512_inserti32x4(v, of_row[3], 3);
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(turn, v), bytes);
+  }
+};
+
+// Lanes 4 * block + row of four of the blocks.
+inline __m512i four_of(const uint8_t* bytes, size_t b) {
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + b % 16 * 4)));
+}
+
+// Scales of `n` (at most 4) blocks of four rows, where they are floats.
+inline __m512 load_floats(const Weights& w, const size_t* rows, size_t b, size_t n) {
+  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
   __m128 four[4];
   for (int r = 0; r < 4; r++) four[r] = _mm_maskz_loadu_ps(mask, w.scales + rows[r] * w.blocks + b);
@@ -62,7 +90,22 @@ inline __m512i add_lanes(const __m512i* v) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-// At most four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+// Which elements of 64 are in `n` (at most 4) blocks of a row.
+struct Masks {
+  __mmask64 first = ~0ull, second = ~0ull, pairs = ~0ull;  // of the first and last two blocks; of blocks of 4 bits
+  __mmask16 lanes = 0xffff;
+  __mmask8 blocks = 15;
+
+  void limit(size_t n) {
+    first = n > 1 ? ~0ull : 0xffffffffull;
+    second = n > 2 ? 0xffffffffull : 0;
+    pairs = (1ull << (16 * n)) - 1;
+    lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
+    blocks = static_cast<__mmask8>((1u << n) - 1);
+  }
+};
+
+// Four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
 template <int bits>
 struct Four;
 
@@ -70,15 +113,12 @@ template <>
 struct Four<8> {
   __m512i codes[2][4];
 
-  Four(const Weights& w, const size_t* rows, size_t b, size_t n, const Ahead& ahead) {
-    const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales&) {
+    const size_t at = b * kBlock, next[2] = {ahead(at), ahead(at + 64)};
     for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * w.blocks * kBlock;
-      const size_t at = b * kBlock;
-      codes[0][r] = _mm512_maskz_loadu_epi8(first, p + at);
-      codes[1][r] = _mm512_maskz_loadu_epi8(second, p + at + 64);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at)), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at + 64)), _MM_HINT_T0);
+      codes[0][r] = _mm512_maskz_loadu_epi8(masks.first, rows[r] + at);
+      codes[1][r] = _mm512_maskz_loadu_epi8(masks.second, rows[r] + at + 64);
+      for (size_t to : next) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + to), _MM_HINT_T0);
     }
   }
   __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
@@ -97,24 +137,15 @@ template <>
 struct Four<4> {
   __m512i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
 
-  Four(const Weights& w, const size_t* rows, size_t b, size_t n, const Ahead& ahead) {
-    const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
-    int zero[4];
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales& scales) {
+    const size_t at = b * 16, next = ahead(at);
     for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * w.blocks * 16;
-      const __m512i pairs = _mm512_maskz_loadu_epi8(mask, p + b * 16);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * 16)), _MM_HINT_T0);
+      const __m512i pairs = _mm512_maskz_loadu_epi8(masks.pairs, rows[r] + at);
+      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + next), _MM_HINT_T0);
       low[r] = low_halves(pairs);
       high[r] = low_halves(_mm512_srli_epi16(pairs, 4));
-      zero[r] = 0x8888;
-      if (w.zeros) {
-        const uint8_t* z = w.zeros + rows[r] * ((w.blocks + 1) / 2) + b / 2;
-        zero[r] = n > 2 ? z[0] | z[1] << 8 : z[0];
-      }
     }
-    const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-    zeros = _mm512_broadcast_i32x4(_mm_setr_epi32(zero[0], zero[1], zero[2], zero[3]));
-    zeros = _mm512_and_si512(_mm512_srlv_epi32(zeros, shifts), _mm512_set1_epi32(15));
+    zeros = four_of(scales.zeros, b);
   }
   __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
     const __m512i even = _mm512_shuffle_i32x4(q0, q1, 0x88), odd = _mm512_shuffle_i32x4(q0, q1, 0xdd);
@@ -131,26 +162,31 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
                           __m128* out) {
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   size_t rows[4];
-  for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
+  const uint8_t* codes[4];
+  for (size_t r = 0; r < 4; r++) {
+    rows[r] = row + (r < there ? r : there - 1);
+    codes[r] = w.codes + rows[r] * w.blocks * 4 * bits;
+  }
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+  Scales scales;
+  Masks masks;
   for (size_t b = 0; b < w.blocks; b += 4) {
     const size_t n = w.blocks - b < 4 ? w.blocks - b : 4;
-    const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
-    const __mmask16 lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
-    const __mmask8 blocks = static_cast<__mmask8>((1u << n) - 1);
-    const Four<bits> four(w, rows, b, n, ahead);
-    const __m512 scales = load_scales(w, rows, b, n);
+    if (n < 4) masks.limit(n);
+    if (b % 16 == 0) scales.load<bits>(w, rows, b);
+    const Four<bits> four(codes, b, masks, ahead, scales);
+    const __m512 of_w = w.scale_codes ? _mm512_cvtepi32_ps(four_of(scales.codes, b)) : load_floats(w, rows, b, n);
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * w.blocks + b;
-      const __m512i q0 = _mm512_maskz_loadu_epi8(first, x.q + in * kBlock);
-      const __m512i q1 = _mm512_maskz_loadu_epi8(second, x.q + in * kBlock + 64);
+      const __m512i q0 = _mm512_maskz_loadu_epi8(masks.first, x.q + in * kBlock);
+      const __m512i q1 = _mm512_maskz_loadu_epi8(masks.second, x.q + in * kBlock + 64);
       const __m512i start = _mm512_permutexvar_epi32(
-          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(blocks, x.start + in)));
-      const __m512 scale =
-          _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(blocks, x.scale + in)));
+          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
+      const __m512 of_x =
+          _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(masks.blocks, x.scale + in)));
       const __m512i d = four.dots(q0, q1, start);
-      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), scale), scales, acc[m], lanes);
+      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), of_w, acc[m], masks.lanes);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -256,19 +292,9 @@ inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
 }
 
 inline void fill_zeros(const Weights& w, size_t row, size_t b0, Panel& panel) {
-  if (!w.zeros) {
-    for (__m512i& zeros : panel.zeros) zeros = _mm512_set1_epi32(8);
-    return;
-  }
-  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16, bytes = (w.blocks + 1) / 2;
-  const __mmask16 mask = static_cast<__mmask16>((1u << ((some + 1) / 2)) - 1);
-  const __m128i low = _mm_set1_epi8(15);
+  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
   __m512i v[16];
-  for (size_t r = 0; r < 16; r++) {
-    const __m128i pairs = _mm_maskz_loadu_epi8(mask, w.zeros + (row + r) * bytes + b0 / 2);
-    const __m128i even = _mm_and_si128(pairs, low), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
-    v[r] = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
-  }
+  for (size_t r = 0; r < 16; r++) v[r] = _mm512_cvtepu8_epi32(load_zeros(w, row + r, b0, some));
   transpose(v);
   for (size_t i = 0; i < 16; i++) panel.zeros[i] = v[i];
 }
