@@ -1,5 +1,8 @@
 // DecoderAttention with NEON: 16 lanes are four registers.
 #include <arm_neon.h>
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 #include <math.h>
 #include <string.h>
 

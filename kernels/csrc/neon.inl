@@ -4,6 +4,9 @@
 //
 // To MSVC all vectors are of one type: no overloads by vector.
 #include <arm_neon.h>
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 
 #include <cmath>
 #include <cstring>
@@ -27,21 +30,21 @@ inline void prefetch(const uint8_t* p) { __prefetch(p); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 #endif
 
-// Half a block of a row of W as it is multiplied, the four sums of a block's products, and whether they need Rounded's
-// start.
+// Half a block of a row of W as it is multiplied, and the four sums of a block's products. kStarts: weights of 8 bits
+// are unsigned in them, and Rounded's start is added.
 #if defined(PASTKEY_USE_I8MM)
 using Half = uint8x16_t;
 constexpr bool kStarts = true;
-inline Half load_half(const uint8_t* codes) { return vld1q_u8(codes); }
+inline Half as_stored(uint8x16_t codes) { return codes; }
+inline Half centered(uint8x16_t codes) { return codes; }
 inline int32x4_t dot(Half w0, Half w1, int8x16_t q0, int8x16_t q1) {
   return vusdotq_s32(vusdotq_s32(vdupq_n_s32(0), w0, q0), w1, q1);
 }
 #else
 using Half = int8x16_t;
 constexpr bool kStarts = false;
-inline Half load_half(const uint8_t* codes) {
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes), vdupq_n_u8(0x80)));
-}
+inline Half as_stored(uint8x16_t codes) { return vreinterpretq_s8_u8(codes); }
+inline Half centered(uint8x16_t codes) { return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(0x80))); }
 #if defined(PASTKEY_USE_DOTPROD)
 inline int32x4_t dot(Half w0, Half w1, int8x16_t q0, int8x16_t q1) {
   return vdotq_s32(vdotq_s32(vdupq_n_s32(0), w0, q0), w1, q1);
@@ -97,21 +100,54 @@ inline void load_scales(const Weights& w, const size_t* rows, size_t b, size_t n
   scales[2] = vzip1q_f32(even[1], odd[1]), scales[3] = vzip2q_f32(even[1], odd[1]);
 }
 
-// A block of four rows of W times M rows of x from `from`, added to acc [M].
+// Zero points of 4 bits of `n` (at most 4) blocks from b, a multiple of 4, of four rows: block i's in the bits 4 i to
+// 4 i + 3 of each row's lane.
+inline uint32x4_t load_zeros(const Weights& w, const size_t* rows, size_t b, size_t n) {
+  uint32_t zeros[4] = {0x8888, 0x8888, 0x8888, 0x8888};
+  if (w.zeros)
+    for (size_t r = 0; r < 4; r++) {
+      const uint8_t* pair = w.zeros + rows[r] * ((w.blocks + 1) / 2) + b / 2;
+      zeros[r] = pair[0] | (n > 2 ? pair[1] << 8 : 0);
+    }
+  return vld1q_u32(zeros);
+}
+
+// A block of four rows of W.
+template <int Bits>
+struct Block {
+  Half halves[4][2];
+  float32x4_t scales;
+  int32x4_t zeros;  // of 4 bits
+
+  // Row r's, from its codes.
+  void load(int r, const uint8_t* codes) {
+    if constexpr (Bits == 8) {
+      halves[r][0] = centered(vld1q_u8(codes)), halves[r][1] = centered(vld1q_u8(codes + 16));
+    } else {
+      const uint8x16_t pairs = vld1q_u8(codes);
+      halves[r][0] = as_stored(vandq_u8(pairs, vdupq_n_u8(15))), halves[r][1] = as_stored(vshrq_n_u8(pairs, 4));
+    }
+  }
+};
+
+// A block times M rows of x from `from`, added to acc [M].
 template <int M>
 struct Rows {
   static constexpr int kSums = M;
 
-  static inline void add(const Half (*halves)[2], float32x4_t scales, const Rounded& x, size_t from, size_t blocks,
-                         size_t b, float32x4_t* acc) {
+  template <int Bits>
+  static inline void add(const Block<Bits>& block, const Rounded& x, size_t from, size_t blocks, size_t b,
+                         float32x4_t* acc) {
+    const Half(*halves)[2] = block.halves;
     each<M>([&](auto m) {
       const size_t in = (from + m.value) * blocks + b;
       const int8x16_t q0 = vld1q_s8(x.q + in * kBlock), q1 = vld1q_s8(x.q + in * kBlock + 16);
       int32x4_t sums[4];
       each<4>([&](auto r) { sums[r.value] = dot(halves[r.value][0], halves[r.value][1], q0, q1); });
       int32x4_t d = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
-      if (kStarts) d = vaddq_s32(d, vdupq_n_s32(x.start[in]));
-      acc[m.value] = vfmaq_f32(acc[m.value], vmulq_n_f32(vcvtq_f32_s32(d), x.scale[in]), scales);
+      if (Bits == 4) d = vmlaq_n_s32(d, block.zeros, x.start[in] / 128);
+      else if (kStarts) d = vaddq_s32(d, vdupq_n_s32(x.start[in]));
+      acc[m.value] = vfmaq_f32(acc[m.value], vmulq_n_f32(vcvtq_f32_s32(d), x.scale[in]), block.scales);
     });
   }
   static inline void sums(const float32x4_t* total, float32x4_t* out) {
@@ -133,9 +169,12 @@ template <int M>
 struct Pairs {
   static constexpr int kSums = M;
 
-  static inline void add(const Half (*halves)[2], float32x4_t scales, const Rounded& x, size_t from, size_t blocks,
-                         size_t b, float32x4_t* acc) {
-    const float32x4_t by_row[2] = {vzip1q_f32(scales, scales), vzip2q_f32(scales, scales)};
+  template <int Bits>
+  static inline void add(const Block<Bits>& block, const Rounded& x, size_t from, size_t blocks, size_t b,
+                         float32x4_t* acc) {
+    const Half(*halves)[2] = block.halves;
+    const float32x4_t scales[2] = {vzip1q_f32(block.scales, block.scales), vzip2q_f32(block.scales, block.scales)};
+    const int32x4_t zeros[2] = {vzip1q_s32(block.zeros, block.zeros), vzip2q_s32(block.zeros, block.zeros)};
     Half weights[2][4];
     each<2>([&](auto p) {
       each<2>([&](auto h) {
@@ -156,10 +195,10 @@ struct Pairs {
       const int32x4_t start = vzip1q_s32(vdupq_n_s32(x.start[in0]), vdupq_n_s32(x.start[in1]));
       const float32x4_t scale = vzip1q_f32(vdupq_n_f32(x.scale[in0]), vdupq_n_f32(x.scale[in1]));
       each<2>([&](auto p) {
-        int32x4_t d = start;
+        int32x4_t d = Bits == 4 ? vmulq_s32(zeros[p.value], vshrq_n_s32(start, 7)) : start;  // start / 128
         each<4>([&](auto i) { d = vusmmlaq_s32(d, weights[p.value][i.value], q[i.value]); });
         float32x4_t& sum = acc[2 * m.value + p.value];
-        sum = vfmaq_f32(sum, vmulq_f32(vcvtq_f32_s32(d), scale), by_row[p.value]);
+        sum = vfmaq_f32(sum, vmulq_f32(vcvtq_f32_s32(d), scale), scales[p.value]);
       });
     });
   }
@@ -178,28 +217,30 @@ using Many = Rows<M>;
 #endif
 
 // out: `four` rows of W times the rows of x from `from` that Product takes.
-template <class Product>
+template <class Product, int Bits>
 PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const Ahead& ahead, const Rounded& x,
                                    size_t from, float32x4_t* out) {
   constexpr int N = Product::kSums;
-  const size_t k = w.blocks * kBlock;
+  constexpr size_t kBytes = kBlock * Bits / 8;
   float32x4_t acc[4][N];
   each<4>([&](auto chain) { each<N>([&](auto i) { acc[chain.value][i.value] = vdupq_n_f32(0); }); });
   for (size_t b0 = 0; b0 < w.blocks; b0 += 4) {
     const size_t n = w.blocks - b0 < 4 ? w.blocks - b0 : 4;
     float32x4_t scales[4];
     load_scales(w, four, b0, n, scales);
+    const uint32x4_t zeros = Bits == 4 ? load_zeros(w, four, b0, n) : vdupq_n_u32(0);
     each<4>([&](auto i) {
       if (i.value >= n) return;
       const size_t b = b0 + i.value;
-      Half halves[4][2];
+      Block<Bits> block;
       each<4>([&](auto r) {
-        const uint8_t* row = w.codes + four[r.value] * k;
-        halves[r.value][0] = load_half(row + b * kBlock);
-        halves[r.value][1] = load_half(row + b * kBlock + 16);
-        if (i.value % 2 == 0) prefetch(row + ahead(b * kBlock));
+        const uint8_t* row = w.codes + four[r.value] * w.blocks * kBytes;
+        block.load(r.value, row + b * kBytes);
+        if (i.value * kBytes % 64 == 0) prefetch(row + ahead(b * kBytes));
       });
-      Product::add(halves, scales[i.value], x, from, w.blocks, b, acc[i.value]);
+      block.scales = scales[i.value];
+      block.zeros = vreinterpretq_s32_u32(vandq_u32(vshlq_u32(zeros, vdupq_n_s32(-4 * i.value)), vdupq_n_u32(15)));
+      Product::add(block, x, from, w.blocks, b, acc[i.value]);
     });
   }
   float32x4_t total[N];
@@ -210,9 +251,10 @@ PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const A
   Product::sums(total, out);
 }
 
+template <int Bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
-  const Ahead ahead(w.blocks * kBlock, 4);
+  const Ahead ahead(w.blocks * kBlock * Bits / 8, 4);
   const size_t all = rows * terms;
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
@@ -220,9 +262,9 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t r = 0; r < 4; r++) four[r] = first + j + (r < there ? r : there - 1);
     float32x4_t sums[kMaxRows];
     size_t i = 0;
-    for (; i + 4 <= all; i += 4) multiply_rows<Many<4>>(w, four, ahead, x, i, sums + i);
-    if (i + 2 <= all) multiply_rows<Many<2>>(w, four, ahead, x, i, sums + i), i += 2;
-    if (i < all) multiply_rows<Rows<1>>(w, four, ahead, x, i, sums + i);
+    for (; i + 4 <= all; i += 4) multiply_rows<Many<4>, Bits>(w, four, ahead, x, i, sums + i);
+    if (i + 2 <= all) multiply_rows<Many<2>, Bits>(w, four, ahead, x, i, sums + i), i += 2;
+    if (i < all) multiply_rows<Rows<1>, Bits>(w, four, ahead, x, i, sums + i);
     for (i = 0; i < rows; i++) {
       float sum[4];
       vst1q_f32(sum, terms == 2 ? vaddq_f32(sums[2 * i], sums[2 * i + 1]) : sums[i]);
