@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from .versions import BUNDLES, PROMPTS, ROOT, Answers, install_base, make_bundles, pip, releases, run_release, table
 from .wheel import build_wheel
@@ -17,6 +18,8 @@ from .wheel import build_wheel
 PLACE = ROOT / ".environments" / "aarch64"
 SYSTEM, PACKAGES = PLACE / "system", PLACE / "packages"
 PYTHON = "3.13"  # of Debian 13
+QEMU = PLACE / "usr" / "bin" / "qemu-aarch64"
+EMULATED = tuple(map(str, (QEMU, "-L", SYSTEM, SYSTEM / "usr" / "bin" / f"python{PYTHON}", "-S", "-P")))
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64", "manylinux_2_17_aarch64")
 
 
@@ -49,15 +52,18 @@ def fetch_system() -> None:
     (PLACE / "fetched").touch()
 
 
-def answers(release: str) -> Answers:
-    """Returns this release's results for the bundles on arm64."""
-    shutil.rmtree(PACKAGES, ignore_errors=True)
+def install(folder: Path, *packages: object) -> None:
+    """Fills a folder with wheels for arm64."""
+    shutil.rmtree(folder, ignore_errors=True)
     binary = ["--only-binary=:all:", "--python-version", PYTHON]
     binary += [part for platform in PLATFORMS for part in ("--platform", platform)]
-    alone = ("install", "--quiet", "--no-deps", "--target", PACKAGES)
-    pip(*alone, *binary, f"onnxruntime=={release}", "numpy", "tokenizers", build_wheel(PLACE / "wheel"))
-    emulated = [PLACE / "usr" / "bin" / "qemu-aarch64", "-L", SYSTEM, SYSTEM / "usr" / "bin" / f"python{PYTHON}"]
-    command = [*emulated, "-S", "-P", ROOT / "tools" / "versions.py", "--answer", BUNDLES, PLACE / "answers.npz"]
+    pip("install", "--quiet", "--no-deps", "--target", folder, *binary, *packages)
+
+
+def answers(release: str) -> Answers:
+    """Returns this release's results for the bundles on arm64."""
+    install(PACKAGES, f"onnxruntime=={release}", "numpy", "tokenizers", build_wheel(PLACE / "wheel"))
+    command = [*EMULATED, ROOT / "tools" / "versions.py", "--answer", BUNDLES, PLACE / "answers.npz"]
     command.append(PROMPTS[0])  # the long one takes too long under emulation
     environment = os.environ | {"PYTHONPATH": str(PACKAGES), "XDG_CACHE_HOME": str(PLACE / "home")}
     subprocess.run(list(map(str, command)), cwd=PLACE, env=environment, check=True)

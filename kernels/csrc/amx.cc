@@ -38,9 +38,10 @@ void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t
 }
 
 // packed [terms][blocks][32 rows][32]
-void pack_weights(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed) {
-  const __m512 zero_point = _mm512_set1_ps(128.f);
-  const size_t k = w.blocks * kBlock, term = w.blocks * 2048;
+template <int bits>
+void pack(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* packed) {
+  constexpr size_t kBytes = 4 * bits;  // of a block
+  const size_t k = w.blocks * kBytes, term = w.blocks * 2048;
   for (size_t b = 0; b < w.blocks; b++)
     for (size_t r = 0; r < kTileRows; r++) {
       uint8_t* to = packed + b * 2048 + r * 64;
@@ -49,17 +50,28 @@ void pack_weights(const Weights& w, size_t first, size_t count, size_t terms, ui
         continue;
       }
       const size_t at = (first + r) * w.blocks + b;
-      const uint8_t* p = w.codes + at * kBlock;
+      const uint8_t* p = w.codes + at * kBytes;
       _mm_prefetch(reinterpret_cast<const char*>(p + kTileRows * k), _MM_HINT_T1);
       const __m512 scale = _mm512_set1_ps(w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at]);
-      const __m512i codes0 = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-      const __m512i codes1 = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
-      __m512 low = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes0), zero_point), scale);
-      __m512 high = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes1), zero_point), scale);
+      __m128i codes[2] = {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
+      int zero = 128;
+      if (bits == 8) codes[1] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
+      else {
+        const __m128i four = _mm_set1_epi8(15), odd = _mm_and_si128(_mm_srli_epi16(codes[0], 4), four);
+        const __m128i even = _mm_and_si128(codes[0], four);
+        codes[0] = _mm_unpacklo_epi8(even, odd);
+        codes[1] = _mm_unpackhi_epi8(even, odd);
+        zero = w.zeros ? w.zeros[(first + r) * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
+      }
+      const __m512i zeros = _mm512_set1_epi32(zero);
+      __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes[0]), zeros));
+      __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes[1]), zeros));
+      low = _mm512_mul_ps(low, scale);
+      high = _mm512_mul_ps(high, scale);
       for (size_t t = 0; t < terms; t++) {
-        const __m512i bits = to_bf16(low, high);
-        _mm512_store_si512(to + t * term, bits);
-        subtract_bf16(low, high, bits);
+        const __m512i rounded = to_bf16(low, high);
+        _mm512_store_si512(to + t * term, rounded);
+        subtract_bf16(low, high, rounded);
       }
     }
 }
@@ -97,6 +109,6 @@ void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, s
 
 }  // namespace
 
-const TileKernels amx_tiles = {pack_rows, pack_weights, multiply_tile, begin, end};
+const TileKernels amx_tiles = {pack_rows, pack<8>, pack<4>, multiply_tile, begin, end};
 
 }  // namespace pastkey

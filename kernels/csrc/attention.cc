@@ -33,6 +33,11 @@ const AttentionKernels& kernels() {
     case Level::avx512:
     case Level::amx: return avx512_attention;
 #endif
+#if defined(PASTKEY_NEON)
+    case Level::neon:
+    case Level::dotprod:
+    case Level::i8mm: return neon_attention;
+#endif
     default: return portable_attention;
   }
 }

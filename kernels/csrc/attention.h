@@ -65,6 +65,6 @@ struct AttentionKernels {
 };
 
 extern const AttentionTiles amx_attention_tiles;
-extern const AttentionKernels portable_attention, avx2_attention, avx512_attention;
+extern const AttentionKernels portable_attention, avx2_attention, avx512_attention, neon_attention;
 
 }  // namespace pastkey

@@ -34,6 +34,28 @@ inline __m256i dot(__m256i acc, __m256i weights, __m256i q) {
 constexpr bool kStarts = false;
 #endif
 
+// Of 4 bits.
+inline __m256i dot_int4(__m256i acc, __m256i weights, __m256i q) {
+#if defined(PASTKEY_USE_VNNI)
+  return dot(acc, weights, q);
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, q), _mm256_set1_epi16(1)));
+#endif
+}
+
+// The four low bits of each byte.
+inline __m256i low_halves(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline __m256i high_halves(__m256i bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
+
+inline int load_zero(const Weights& w, size_t row, size_t b) {
+  return w.zeros ? w.zeros[row * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
+}
+
+// What sums of 4-bit weights' products start from: -zero point * sum of q, of numbers below 2^15.
+inline __m256i start_int4(__m256i zeros, __m256i start) {
+  return _mm256_madd_epi16(zeros, _mm256_srai_epi32(start, 7));
+}
+
 #include "ahead.inl"
 
 inline float load_scale(const Weights& w, size_t at) {
@@ -49,11 +71,67 @@ inline __m256i add_lanes(const __m256i* v) {
 
 inline __m256 pair(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
 
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+// Blocks b and next of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+template <int bits>
+struct Four;
+
+template <>
+struct Four<8> {
+  __m256i weights[2][4];
+
+  Four(const Weights& w, const size_t* rows, size_t b, size_t next, const Ahead& ahead) {
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * w.blocks * kBlock;
+      weights[0][r] = prepare(load(p + b * kBlock));
+      weights[1][r] = prepare(load(p + next * kBlock));
+      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * kBlock)), _MM_HINT_T0);
+    }
+  }
+  __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
+    __m256i d0[4], d1[4];
+    for (int r = 0; r < 4; r++) {
+      d0[r] = dot(_mm256_setzero_si256(), weights[0][r], q0);
+      d1[r] = dot(_mm256_setzero_si256(), weights[1][r], q1);
+    }
+    const __m256i s0 = add_lanes(d0), s1 = add_lanes(d1);
+    const __m256i d =
+        _mm256_add_epi32(_mm256_permute2x128_si256(s0, s1, 0x20), _mm256_permute2x128_si256(s0, s1, 0x31));
+    return kStarts ? _mm256_add_epi32(d, start) : d;
+  }
+};
+
+template <>
+struct Four<4> {
+  __m256i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
+
+  Four(const Weights& w, const size_t* rows, size_t b, size_t next, const Ahead& ahead) {
+    int zero[2][4];
+    for (int r = 0; r < 4; r++) {
+      const uint8_t* p = w.codes + rows[r] * w.blocks * 16;
+      const __m256i pairs = _mm256_setr_m128i(load_half(p + b * 16), load_half(p + next * 16));
+      if (b % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * 16)), _MM_HINT_T0);
+      low[r] = low_halves(pairs);
+      high[r] = high_halves(pairs);
+      zero[0][r] = load_zero(w, rows[r], b);
+      zero[1][r] = load_zero(w, rows[r], next);
+    }
+    zeros = load(zero);
+  }
+  __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
+    const __m256i even = _mm256_permute2x128_si256(q0, q1, 0x20), odd = _mm256_permute2x128_si256(q0, q1, 0x31);
+    __m256i d[4];
+    for (int r = 0; r < 4; r++) d[r] = dot_int4(dot_int4(_mm256_setzero_si256(), low[r], even), high[r], odd);
+    return _mm256_add_epi32(start_int4(zeros, start), add_lanes(d));
+  }
+};
+
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
-template <int M>
+template <int bits, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
                           __m128* out) {
-  const size_t k = w.blocks * kBlock;
   size_t rows[4];
   for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
   __m256 acc[2][M];  // chains 0 | 1 and 2 | 3
@@ -61,14 +139,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   for (size_t b = 0; b < w.blocks; b += 2) {
     const bool both = b + 1 < w.blocks;
     const size_t next = both ? b + 1 : b;
-    __m256i weights[2][4];
+    const Four<bits> four(w, rows, b, next, ahead);
     __m128 scales[2];
-    for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * k;
-      weights[0][r] = prepare(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + b * kBlock)));
-      weights[1][r] = prepare(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + next * kBlock)));
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * kBlock)), _MM_HINT_T0);
-    }
     for (int i = 0; i < 2; i++) {
       const size_t at = i ? next : b;
       scales[i] = _mm_setr_ps(load_scale(w, rows[0] * w.blocks + at), load_scale(w, rows[1] * w.blocks + at),
@@ -76,17 +148,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
     }
     for (int m = 0; m < M; m++) {
       const size_t first = (from + m) * w.blocks + b, second = (from + m) * w.blocks + next;
-      const __m256i q0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.q + first * kBlock));
-      const __m256i q1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.q + second * kBlock));
-      __m256i d0[4], d1[4];
-      for (int r = 0; r < 4; r++) {
-        d0[r] = dot(_mm256_setzero_si256(), weights[0][r], q0);
-        d1[r] = dot(_mm256_setzero_si256(), weights[1][r], q1);
-      }
-      const __m256i s0 = add_lanes(d0), s1 = add_lanes(d1);
-      __m256i d = _mm256_add_epi32(_mm256_permute2x128_si256(s0, s1, 0x20), _mm256_permute2x128_si256(s0, s1, 0x31));
-      if (kStarts)
-        d = _mm256_add_epi32(d, _mm256_setr_m128i(_mm_set1_epi32(x.start[first]), _mm_set1_epi32(x.start[second])));
+      const __m256i start = _mm256_setr_m128i(_mm_set1_epi32(x.start[first]), _mm_set1_epi32(x.start[second]));
+      const __m256i d = four.dots(load(x.q + first * kBlock), load(x.q + second * kBlock), start);
       const __m256 scale = pair(_mm_set1_ps(x.scale[first]), _mm_set1_ps(x.scale[second]));
       __m256& sum = acc[b / 2 % 2][m];
       const __m256 more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(d), scale), pair(scales[0], scales[1]), sum);
@@ -99,15 +162,15 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
 }
 
-template <int M>
+template <int bits, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * kBlock, 4);
+  const Ahead ahead(w.blocks * 4 * bits, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
       __m128 sums[M];
-      multiply_rows<M>(w, x, i, first + j, there, ahead, sums);
+      multiply_rows<bits, M>(w, x, i, first + j, there, ahead, sums);
       for (size_t m = 0; m < M; m += terms) {
         float sum[4];
         _mm_storeu_ps(sum, terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m]);
@@ -124,35 +187,44 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 struct Panel {
   __m256i weights[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
   __m256 scales[kChunk];
+  __m256i zeros[kChunk];  // of 4 bits
 };
 
 // `n` blocks from b0 of 8 rows of W.
+template <int bits>
 inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
-  const size_t k = w.blocks * kBlock;
+  constexpr size_t kBytes = 4 * bits, kLine = 64 / kBytes;  // of a block; blocks in a line of 64 bytes
+  const size_t k = w.blocks * kBytes;
   for (size_t b = 0; b < n; b++) {
-    const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
-    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / 2 * 64);
-    for (size_t r = 0; r < 4; r++)  // a block of 8 rows is 4 lines of 64 bytes
-      _mm_prefetch(reinterpret_cast<const char*>(next + (4 * (b % 2) + r) * k), _MM_HINT_T0);
-    for (size_t h = 0; h < 2; h++) {
-      __m256i v[4], t[4];
-      for (size_t i = 0; i < 4; i++) {
-        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * k + 16 * h));
-        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + (4 + i) * k + 16 * h));
-        v[i] = prepare(_mm256_setr_m128i(low, high));
-      }
+    const uint8_t* p = w.codes + row * k + (b0 + b) * kBytes;
+    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / kLine * 64);
+    for (size_t r = 0; r < 8 / kLine; r++)  // a block of 8 rows is 4 lines, or 2 of 4 bits
+      _mm_prefetch(reinterpret_cast<const char*>(next + (8 / kLine * (b % kLine) + r) * k), _MM_HINT_T0);
+    for (size_t h = 0; h < kBytes / 16; h++) {
+      __m256i v[4], t[4], turned[4];
+      for (size_t i = 0; i < 4; i++)
+        v[i] = _mm256_setr_m128i(load_half(p + i * k + 16 * h), load_half(p + (4 + i) * k + 16 * h));
       for (int i = 0; i < 2; i++) {
         t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
         t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
       }
       for (int i = 0; i < 2; i++) {
-        panel.weights[b][4 * h + 2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-        panel.weights[b][4 * h + 2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        turned[2 * i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        turned[2 * i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      }
+      for (int i = 0; i < 4; i++) {
+        panel.weights[b][4 * h + i] = bits == 8 ? prepare(turned[i]) : low_halves(turned[i]);
+        if (bits == 4) panel.weights[b][4 + i] = high_halves(turned[i]);
       }
     }
     float scales[kRows];
-    for (size_t r = 0; r < kRows; r++) scales[r] = load_scale(w, (row + r) * w.blocks + b0 + b);
+    int32_t zeros[kRows] = {};
+    for (size_t r = 0; r < kRows; r++) {
+      scales[r] = load_scale(w, (row + r) * w.blocks + b0 + b);
+      if (bits == 4) zeros[r] = load_zero(w, row + r, b0 + b);
+    }
     panel.scales[b] = _mm256_loadu_ps(scales);
+    panel.zeros[b] = load(zeros);
   }
 }
 
@@ -163,16 +235,22 @@ inline __m256i broadcast(const int8_t* four) {
 }
 
 // acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int M>
+template <int bits, int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
                            __m256 (*acc)[kMaxRows]) {
   for (size_t b = 0; b < n; b++) {
     const size_t in = from * blocks + b0 + b;
     __m256i d[M];
-    for (int m = 0; m < M; m++) d[m] = kStarts ? _mm256_set1_epi32(x.start[in + m * blocks]) : _mm256_setzero_si256();
+    for (int m = 0; m < M; m++) {
+      const __m256i start = _mm256_set1_epi32(x.start[in + m * blocks]);
+      d[m] = bits == 4 ? start_int4(panel.zeros[b], start) : kStarts ? start : _mm256_setzero_si256();
+    }
     for (int j = 0; j < 8; j++) {
       const __m256i weights = panel.weights[b][j];
-      for (int m = 0; m < M; m++) d[m] = dot(d[m], weights, broadcast(x.q + (in + m * blocks) * kBlock + 4 * j));
+      for (int m = 0; m < M; m++) {
+        const __m256i q = broadcast(x.q + (in + m * blocks) * kBlock + 4 * j);
+        d[m] = bits == 4 ? dot_int4(d[m], weights, q) : dot(d[m], weights, q);
+      }
     }
     for (int m = 0; m < M; m++) {
       const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
@@ -182,6 +260,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 }
 
 // 8 rows of W
+template <int bits>
 void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
               size_t stride) {
   Panel panel;
@@ -191,11 +270,11 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm256_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    fill_panel(w, row, b0, n, ahead, panel);
+    fill_panel<bits>(w, row, b0, n, ahead, panel);
     size_t i = 0;
-    for (; i + 4 <= all; i += 4) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 4 <= all; i += 4) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
   const __m256 row_scale = w.row_scales ? _mm256_loadu_ps(w.row_scales + row) : _mm256_setzero_ps();
   const __m256 bias = w.bias ? _mm256_loadu_ps(w.bias + row) : _mm256_setzero_ps();
@@ -213,16 +292,17 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   }
 }
 
+template <int bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
   if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * kBlock, kRows);
-    for (; j + kRows <= count; j += kRows) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+    const Ahead ahead(w.blocks * 4 * bits, kRows);
+    for (; j + kRows <= count; j += kRows) by_panel<bits>(w, x, rows, terms, first + j, ahead, y + j, stride);
   }
   if (j == count) return;
-  if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace

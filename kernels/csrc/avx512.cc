@@ -1,5 +1,6 @@
-// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row. More
-// rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four weights of each row.
+// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row, or four
+// of 4 bits. More rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
+// weights of each row.
 #include <immintrin.h>
 
 #include <cmath>
@@ -19,31 +20,67 @@ constexpr size_t kByRows = 2;      // rows of X that are multiplied without a pa
 
 #include "ahead.inl"
 
-// Scales of `n` (at most 4) blocks of a row.
-inline uint32_t load_codes(const uint8_t* p, size_t n) {
-  uint32_t codes = 0;
-  if (n == 4) std::memcpy(&codes, p, 4);
-  else
-    for (size_t i = 0; i < n; i++) codes |= static_cast<uint32_t>(p[i]) << (8 * i);
-  return codes;
+inline __m128i load_bytes(const uint8_t* p, size_t n) {  // at most 16
+  return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
 }
 
-// Scales of `n` (at most 4) blocks of four rows: lane 4 * block + row.
-inline __m512 load_scales(const Weights& w, const size_t* rows, size_t b, size_t n) {
-  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  if (w.scale_codes) {
-    uint32_t codes[4];
-    for (int r = 0; r < 4; r++) codes[r] = load_codes(w.scale_codes + rows[r] * w.blocks + b, n);
-    const __m128i bytes = _mm_setr_epi32(static_cast<int>(codes[0]), static_cast<int>(codes[1]),
-                                         static_cast<int>(codes[2]), static_cast<int>(codes[3]));
-    return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(turn, _mm512_cvtepu8_epi32(bytes)));
+// 16 zero points of a row.
+inline __m128i load_zeros(const Weights& w, size_t row, size_t b, size_t n) {
+  if (!w.zeros) return _mm_set1_epi8(8);
+  const __m128i pairs = load_bytes(w.zeros + row * ((w.blocks + 1) / 2) + b / 2, (n + 1) / 2), low = _mm_set1_epi8(15);
+  return _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+}
+
+// Scales and zero points of at most 16 blocks from b of four rows of W, turned: byte 4 * block + row.
+struct Scales {
+  alignas(64) uint8_t codes[64];
+  alignas(64) uint8_t zeros[64];
+
+  template <int bits>
+  void load(const Weights& w, const size_t* rows, size_t b) {
+    const size_t n = w.blocks - b < 16 ? w.blocks - b : 16;
+    __m128i of_row[4];
+    if (w.scale_codes) {
+      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(w.scale_codes + rows[r] * w.blocks + b, n);
+      _mm512_store_si512(codes, turned(of_row));
+    }
+    if (bits == 8) return;
+    for (int r = 0; r < 4; r++) of_row[r] = load_zeros(w, rows[r], b, n);
+    _mm512_store_si512(zeros, turned(of_row));
   }
+  static __m512i turned(const __m128i* of_row) {
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i v = _mm512_castsi128_si512(of_row[0]);
+    v = _mm512_inserti32x4(v, of_row[1], 1);
+    v = _mm512_inserti32x4(v, of_row[2], 2);
+    v = _mm512_inserti32x4(v, of_row[3], 3);
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(turn, v), bytes);
+  }
+};
+
+// Lanes 4 * block + row of four of the blocks.
+inline __m512i four_of(const uint8_t* bytes, size_t b) {
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + b % 16 * 4)));
+}
+
+// Scales of `n` (at most 4) blocks of four rows, where they are floats.
+inline __m512 load_floats(const Weights& w, const size_t* rows, size_t b, size_t n) {
+  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
   __m128 four[4];
   for (int r = 0; r < 4; r++) four[r] = _mm_maskz_loadu_ps(mask, w.scales + rows[r] * w.blocks + b);
   const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
   const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(four[2]), four[3], 1);
   return _mm512_permutexvar_ps(turn, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+}
+
+// The four low bits of each byte.
+inline __m512i low_halves(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+
+// What sums of 4-bit weights' products start from: -zero point * sum of q, of numbers below 2^15.
+inline __m512i start_int4(__m512i zeros, __m512i start) {
+  return _mm512_madd_epi16(zeros, _mm512_srai_epi32(start, 7));
 }
 
 // In each lane of 128 bits, the sums of the four rows' lanes.
@@ -53,47 +90,103 @@ inline __m512i add_lanes(const __m512i* v) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
+// Which elements of 64 are in `n` (at most 4) blocks of a row.
+struct Masks {
+  __mmask64 first = ~0ull, second = ~0ull, pairs = ~0ull;  // of the first and last two blocks; of blocks of 4 bits
+  __mmask16 lanes = 0xffff;
+  __mmask8 blocks = 15;
+
+  void limit(size_t n) {
+    first = n > 1 ? ~0ull : 0xffffffffull;
+    second = n > 2 ? 0xffffffffull : 0;
+    pairs = (1ull << (16 * n)) - 1;
+    lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
+    blocks = static_cast<__mmask8>((1u << n) - 1);
+  }
+};
+
+// Four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+template <int bits>
+struct Four;
+
+template <>
+struct Four<8> {
+  __m512i codes[2][4];
+
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales&) {
+    const size_t at = b * kBlock, next[2] = {ahead(at), ahead(at + 64)};
+    for (int r = 0; r < 4; r++) {
+      codes[0][r] = _mm512_maskz_loadu_epi8(masks.first, rows[r] + at);
+      codes[1][r] = _mm512_maskz_loadu_epi8(masks.second, rows[r] + at + 64);
+      for (size_t to : next) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + to), _MM_HINT_T0);
+    }
+  }
+  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+    __m512i d0[4], d1[4];
+    for (int r = 0; r < 4; r++) {
+      d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
+      d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
+    }
+    const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
+    return _mm512_add_epi32(
+        start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+  }
+};
+
+template <>
+struct Four<4> {
+  __m512i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
+
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales& scales) {
+    const size_t at = b * 16, next = ahead(at);
+    for (int r = 0; r < 4; r++) {
+      const __m512i pairs = _mm512_maskz_loadu_epi8(masks.pairs, rows[r] + at);
+      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + next), _MM_HINT_T0);
+      low[r] = low_halves(pairs);
+      high[r] = low_halves(_mm512_srli_epi16(pairs, 4));
+    }
+    zeros = four_of(scales.zeros, b);
+  }
+  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+    const __m512i even = _mm512_shuffle_i32x4(q0, q1, 0x88), odd = _mm512_shuffle_i32x4(q0, q1, 0xdd);
+    __m512i d[4];
+    for (int r = 0; r < 4; r++)
+      d[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low[r], even), high[r], odd);
+    return _mm512_add_epi32(start_int4(zeros, start), add_lanes(d));
+  }
+};
+
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
-template <int M>
+template <int bits, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
                           __m128* out) {
-  const size_t k = w.blocks * kBlock;
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   size_t rows[4];
-  for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
+  const uint8_t* codes[4];
+  for (size_t r = 0; r < 4; r++) {
+    rows[r] = row + (r < there ? r : there - 1);
+    codes[r] = w.codes + rows[r] * w.blocks * 4 * bits;
+  }
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+  Scales scales;
+  Masks masks;
   for (size_t b = 0; b < w.blocks; b += 4) {
-    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4, at = b * kBlock;
-    const __mmask64 first = n > 1 ? ~0ull : 0xffffffffull, second = n > 3 ? ~0ull : n > 2 ? 0xffffffffull : 0;
-    const __mmask16 lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
-    const __mmask8 blocks = static_cast<__mmask8>((1u << n) - 1);
-    __m512i codes[2][4];
-    for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * k;
-      codes[0][r] = _mm512_maskz_loadu_epi8(first, p + at);
-      codes[1][r] = _mm512_maskz_loadu_epi8(second, p + at + 64);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at)), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(at + 64)), _MM_HINT_T0);
-    }
-    const __m512 scales = load_scales(w, rows, b, n);
+    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4;
+    if (n < 4) masks.limit(n);
+    if (b % 16 == 0) scales.load<bits>(w, rows, b);
+    const Four<bits> four(codes, b, masks, ahead, scales);
+    const __m512 of_w = w.scale_codes ? _mm512_cvtepi32_ps(four_of(scales.codes, b)) : load_floats(w, rows, b, n);
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * w.blocks + b;
-      const __m512i q0 = _mm512_maskz_loadu_epi8(first, x.q + in * kBlock);
-      const __m512i q1 = _mm512_maskz_loadu_epi8(second, x.q + in * kBlock + 64);
-      __m512i d0[4], d1[4];
-      for (int r = 0; r < 4; r++) {
-        d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
-        d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
-      }
-      const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
+      const __m512i q0 = _mm512_maskz_loadu_epi8(masks.first, x.q + in * kBlock);
+      const __m512i q1 = _mm512_maskz_loadu_epi8(masks.second, x.q + in * kBlock + 64);
       const __m512i start = _mm512_permutexvar_epi32(
-          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(blocks, x.start + in)));
-      const __m512 scale =
-          _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(blocks, x.scale + in)));
-      const __m512i d = _mm512_add_epi32(
-          start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
-      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), scale), scales, acc[m], lanes);
+          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
+      const __m512 of_x =
+          _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(masks.blocks, x.scale + in)));
+      const __m512i d = four.dots(q0, q1, start);
+      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), of_w, acc[m], masks.lanes);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -102,16 +195,16 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
 }
 
-template <int M>
+template <int bits, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * kBlock, 4);
+  const Ahead ahead(w.blocks * 4 * bits, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     const __mmask8 mask = static_cast<__mmask8>((1u << there) - 1);
     for (size_t i = 0; i < rows * terms; i += M) {
       __m128 sums[M];
-      multiply_rows<M>(w, x, i, first + j, there, ahead, sums);
+      multiply_rows<bits, M>(w, x, i, first + j, there, ahead, sums);
       for (size_t m = 0; m < M; m += terms) {
         __m128 sum = terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m];
         if (w.row_scales) sum = _mm_mul_ps(sum, _mm_maskz_loadu_ps(mask, w.row_scales + first + j));
@@ -125,10 +218,15 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 struct Panel {
   __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
   __m512 scales[16];         // of the block and those that follow up to a multiple of 16
+  __m512i zeros[16];         // the same, of 4 bits
 };
 
+template <int bits>
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel);
+
 // `n` blocks from b0 of 16 rows of W.
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+template <>
+inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
@@ -159,6 +257,25 @@ inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const 
   }
 }
 
+template <>
+inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+  static_assert(kChunk == 4, "a register of 64 bytes has four blocks of a row");
+  const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
+  const size_t k = w.blocks * 16, next = ahead(b0 * 16);
+  __m512i v[16];
+  for (size_t r = 0; r < 16; r++) {
+    const uint8_t* p = w.codes + (row + r) * k;
+    v[r] = _mm512_maskz_loadu_epi8(mask, p + b0 * 16);
+    _mm_prefetch(reinterpret_cast<const char*>(p + next), _MM_HINT_T0);
+  }
+  transpose(v);
+  for (size_t b = 0; b < n; b++)
+    for (size_t j = 0; j < 4; j++) {
+      panel.codes[b][j] = low_halves(v[4 * b + j]);
+      panel.codes[b][4 + j] = low_halves(_mm512_srli_epi16(v[4 * b + j], 4));
+    }
+}
+
 // Of at most 16 blocks from b0 of 16 rows of W.
 inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
   const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
@@ -174,6 +291,14 @@ inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
   for (size_t i = 0; i < 16; i++) panel.scales[i] = _mm512_castsi512_ps(v[i]);
 }
 
+inline void fill_zeros(const Weights& w, size_t row, size_t b0, Panel& panel) {
+  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
+  __m512i v[16];
+  for (size_t r = 0; r < 16; r++) v[r] = _mm512_cvtepu8_epi32(load_zeros(w, row + r, b0, some));
+  transpose(v);
+  for (size_t i = 0; i < 16; i++) panel.zeros[i] = v[i];
+}
+
 inline __m512i broadcast(const int8_t* four) {
   int32_t value;
   std::memcpy(&value, four, 4);
@@ -181,7 +306,7 @@ inline __m512i broadcast(const int8_t* four) {
 }
 
 // acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int M>
+template <int bits, int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
                            __m512 (*acc)[kMaxRows]) {
   for (size_t b = 0; b < n; b++) {
@@ -189,6 +314,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * blocks + b0 + b;
       __m512i d = _mm512_set1_epi32(x.start[in]);
+      if (bits == 4) d = start_int4(panel.zeros[(b0 + b) % 16], d);
       for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
       const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in]));
       acc[b][from + m] = _mm512_fmadd_ps(product, scales, acc[b][from + m]);
@@ -197,6 +323,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 }
 
 // 16 rows of W
+template <int bits>
 void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
               size_t stride) {
   Panel panel;
@@ -207,12 +334,13 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
     if (b0 % 16 == 0) fill_scales(w, row, b0, panel);
-    fill_panel(w, row, b0, n, ahead, panel);
+    if (bits == 4 && b0 % 16 == 0) fill_zeros(w, row, b0, panel);
+    fill_panel<bits>(w, row, b0, n, ahead, panel);
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<8>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 4 <= all) multiply_panel<4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 8 <= all; i += 8) multiply_panel<bits, 8>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 4 <= all) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
   const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
   const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
@@ -230,20 +358,21 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   }
 }
 
+template <int bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
   if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * kBlock, 16);
-    for (; j + 16 <= count; j += 16) by_panel(w, x, rows, terms, first + j, ahead, y + j, stride);
+    const Ahead ahead(w.blocks * 4 * bits, 16);
+    for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, ahead, y + j, stride);
   }
   if (j == count) return;
-  if (rows * terms % 2) by_rows<1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else by_rows<2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace
 
-const MatMulKernels avx512_matmul = {round_row, multiply, activate, normalize};
+const MatMulKernels avx512_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
 
 }  // namespace pastkey

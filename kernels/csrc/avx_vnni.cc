@@ -3,6 +3,6 @@
 
 namespace pastkey {
 
-const MatMulKernels avx_vnni_matmul = {round_row, multiply, activate, normalize};
+const MatMulKernels avx_vnni_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
 
 }  // namespace pastkey

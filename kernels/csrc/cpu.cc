@@ -17,13 +17,22 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define PASTKEY_ARM64
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_WIN32)
+#include <windows.h>
+#endif
 #endif
 
 namespace pastkey {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx_vnni", "avx512", "amx"};
-constexpr int kLevels = 5;
+constexpr const char* kNames[] = {"portable", "avx2", "avx_vnni", "avx512", "amx", "neon", "dotprod", "i8mm"};
+constexpr int kLevels = 8;
 
 #if defined(PASTKEY_X86)
 
@@ -87,6 +96,50 @@ bool supported(Level level) {
   }
 }
 
+#elif defined(PASTKEY_ARM64)
+
+#if defined(__APPLE__)
+bool feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+#endif
+
+bool has_dotprod() {
+#if defined(__linux__)  // and Android
+  return getauxval(AT_HWCAP) >> 20 & 1;
+#elif defined(__APPLE__)
+  return feature("hw.optional.arm.FEAT_DotProd");
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(43);  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+#else
+  return false;
+#endif
+}
+
+bool has_i8mm() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 13 & 1;
+#elif defined(__APPLE__)
+  return feature("hw.optional.arm.FEAT_I8MM");
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(66);  // PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE, which older headers lack
+#else
+  return false;
+#endif
+}
+
+bool supported(Level level) {
+  switch (level) {
+    case Level::portable:
+    case Level::neon: return true;  // part of every 64-bit ARM
+    case Level::dotprod: return has_dotprod();
+    case Level::i8mm: return has_i8mm();
+    default: return false;
+  }
+}
+
 #else
 
 bool supported(Level level) { return level == Level::portable; }
@@ -109,6 +162,15 @@ bool built(Level level) {
 #if defined(PASTKEY_AMX)
     case Level::amx: return true;
 #endif
+#if defined(PASTKEY_NEON)
+    case Level::neon: return true;
+#endif
+#if defined(PASTKEY_DOTPROD)
+    case Level::dotprod: return true;
+#endif
+#if defined(PASTKEY_I8MM)
+    case Level::i8mm: return true;
+#endif
     default: return false;
   }
 }
@@ -121,7 +183,7 @@ Level choose() {
     if (built(level) && supported(level)) return level;
     if (forced && *forced) refuse("PASTKEY_KERNELS is %s, which this machine or this build does not support", forced);
   }
-  refuse("PASTKEY_KERNELS is %s, expected portable, avx2, avx_vnni, avx512 or amx", forced);
+  refuse("PASTKEY_KERNELS is %s, expected portable, avx2, avx_vnni, avx512, amx, neon, dotprod or i8mm", forced);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ PASTKEY_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opti
   });
 }
 
-// The level in use: portable, avx2, avx_vnni, avx512 or amx; nullptr where PASTKEY_KERNELS is wrong.
+// The level in use, by the name that PASTKEY_KERNELS has; nullptr where PASTKEY_KERNELS is wrong.
 PASTKEY_EXPORT const char* ORT_API_CALL pastkey_kernels_level() {
   try {
     return pastkey::to_string(pastkey::level());

@@ -1,4 +1,5 @@
-// MatMulInt8: Y = act(X W^T + bias), and NormMatMulInt8: the same of norm(X + skip).
+// MatMulInt8: Y = act(X W^T + bias), and NormMatMulInt8: the same of norm(X + skip). X is rounded to int8, W is stored
+// in 8 or 4 bits.
 #include <algorithm>
 #include <cstring>
 
@@ -24,6 +25,15 @@ const MatMulKernels& matmul_kernels() {
 #if defined(PASTKEY_AVX512)
     case Level::avx512:
     case Level::amx: return avx512_matmul;
+#endif
+#if defined(PASTKEY_NEON)
+    case Level::neon: return neon_matmul;
+#endif
+#if defined(PASTKEY_DOTPROD)
+    case Level::dotprod: return dotprod_matmul;
+#endif
+#if defined(PASTKEY_I8MM)
+    case Level::i8mm: return i8mm_matmul;
 #endif
     default: return portable_matmul;
   }
@@ -51,16 +61,33 @@ const float* vector(const Tensor& tensor, size_t elements) {
   return tensor.data<float>();
 }
 
+// The even elements of each block before its odd ones, as the bytes of two weights are taken apart.
+void split_pairs(int8_t* q, size_t blocks) {
+  for (; blocks; blocks--, q += kBlock) {
+    int8_t pairs[kBlock];
+    std::memcpy(pairs, q, kBlock);
+    for (size_t i = 0; i < kBlock / 2; i++) {
+      q[i] = pairs[2 * i];
+      q[kBlock / 2 + i] = pairs[2 * i + 1];
+    }
+  }
+}
+
 // What both operators share: W and its attributes.
 class Product {
  public:
-  // `input` is the place of W; scales, row_scales and bias follow.
+  // `input` is the place of W; scales, row_scales, bias and zero_points follow.
   Product(const KernelInfo& info, size_t input)
       : kernels_(matmul_kernels()), tiles_(tile_kernels()), allocator_(info.api(), info.raw()) {
+    const int64_t bits = info.attribute("bits", int64_t{8});
+    if (bits != 8 && bits != 4) refuse("bits is %lld, expected 8 or 4", static_cast<long long>(bits));
+    int4_ = bits == 4;
+    multiply_ = int4_ ? kernels_.multiply_int4 : kernels_.multiply;
+    if (!multiply_) multiply_ = portable_matmul.multiply_int4;
     const Tensor codes = info.required_constant(input, "W");
     w_.codes = codes.data<uint8_t>();
-    if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < 1 || codes.shape[2] != int64_t{kBlock})
-      refuse("W has shape %s, expected [N, K / 32, 32]", to_string(codes.shape).c_str());
+    if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < 1 || codes.shape[2] != 4 * bits)
+      refuse("W has shape %s, expected [N, K / 32, %d]", to_string(codes.shape).c_str(), int(4 * bits));
     w_.n = static_cast<size_t>(codes.shape[0]);
     w_.blocks = static_cast<size_t>(codes.shape[1]);
 
@@ -74,6 +101,12 @@ class Product {
     if (w_.scale_codes && !w_.row_scales) refuse("row_scales is missing, expected with scales of uint8");
     if (w_.scales && w_.row_scales) refuse("row_scales is given, expected only with scales of uint8");
     w_.bias = vector(info.constant(input + 3, "bias"), w_.n);
+    const Tensor zeros = info.constant(input + 4, "zero_points");
+    if (zeros && !int4_) refuse("zero_points is given, expected only with 4 bits");
+    if (zeros && zeros.size != w_.n * ((w_.blocks + 1) / 2))
+      refuse("zero_points has shape %s, expected [%zu, %zu]", to_string(zeros.shape).c_str(), w_.n,
+             (w_.blocks + 1) / 2);
+    w_.zeros = zeros.data<uint8_t>();
 
     terms_ = static_cast<size_t>(range(info, "terms", 1, 1, 2));
     activation_ = parse_activation(info.attribute("activation", ""));
@@ -115,10 +148,11 @@ class Product {
         const size_t at = (i * terms_ + t) * w_.blocks;
         float* left = t + 1 < terms_ ? rest + i * k() : nullptr;
         kernels_.round(from, w_.blocks, rounded.q + at * kBlock, rounded.start + at, rounded.scale + at, left);
+        if (int4_) split_pairs(rounded.q + at * kBlock, w_.blocks);
         from = left;
       }
     });
-    const size_t bytes = k() * (gate_ >= 0 ? 2 : 1), step = std::max<size_t>(16, kTaskBytes / bytes / 16 * 16);
+    const size_t bytes = k() * (gate_ >= 0 ? 2 : 1) / (int4_ ? 2 : 1), step = std::max<size_t>(16, kTaskBytes / bytes / 16 * 16);
     context.parallel_for((columns() + step - 1) / step, [&](size_t task) {
       const size_t first = task * step, count = std::min(step, columns() - first);
       for (size_t i = 0; i < m; i += kMaxRows / terms_) {
@@ -149,7 +183,7 @@ class Product {
   // At most kMaxRows / terms_ rows, and columns of Y from `first`.
   void multiply(const Rounded& x, size_t rows, size_t first, size_t count, float* y) const {
     if (gate_ < 0) {
-      kernels_.multiply(w_, x, rows, terms_, first, count, y, columns());
+      multiply_(w_, x, rows, terms_, first, count, y, columns());
       if (activation_ != Activation::none)
         for (size_t i = 0; i < rows; i++) {
           float* part = y + i * columns();
@@ -161,7 +195,7 @@ class Product {
     for (size_t from = 0; from < count; from += kColumns) {
       const size_t n = std::min(kColumns, count - from);
       for (size_t h = 0; h < 2; h++)
-        kernels_.multiply(w_, x, rows, terms_, h * columns() + first + from, n, halves[h], kColumns);
+        multiply_(w_, x, rows, terms_, h * columns() + first + from, n, halves[h], kColumns);
       for (size_t i = 0; i < rows; i++)
         kernels_.activate(activation_, halves[gate_] + i * kColumns, halves[1 - gate_] + i * kColumns,
                           y + i * columns() + from, n);
@@ -186,7 +220,8 @@ class Product {
         return;
       }
       for (size_t h = 0; h < halves; h++)
-        tiles_->pack_weights(w_, h * columns() + first, count, terms_, panel.data() + h * weights_size);
+        (int4_ ? tiles_->pack_weights_int4 : tiles_->pack_weights)(w_, h * columns() + first, count, terms_,
+                                                                   panel.data() + h * weights_size);
       float tile[2][kTileRows * kTileRows];
       uint8_t saved[kTileConfig];
       tiles_->begin(saved);
@@ -214,7 +249,9 @@ class Product {
   const MatMulKernels& kernels_;
   const TileKernels* tiles_;
   Allocator allocator_;
+  decltype(MatMulKernels::multiply) multiply_ = nullptr;
   Weights w_{};
+  bool int4_ = false;
   size_t terms_ = 1;
   Activation activation_ = Activation::none;
   int64_t gate_ = -1;
@@ -224,7 +261,7 @@ class MatMulInt8 {
  public:
   static constexpr const char* kName = "MatMulInt8";
   static constexpr Slot kInputs[] = {required(kFloat), required(kUint8), required(kAnyType), optional(kFloat),
-                                     optional(kFloat)};
+                                     optional(kFloat), optional(kUint8)};
   static constexpr Slot kOutputs[] = {required(kFloat)};
 
   explicit MatMulInt8(const KernelInfo& info) : product_(info, 1) {}
@@ -244,7 +281,8 @@ class NormMatMulInt8 {
  public:
   static constexpr const char* kName = "NormMatMulInt8";
   static constexpr Slot kInputs[] = {required(kFloat),   optional(kFloat), required(kFloat), optional(kFloat),
-                                     required(kUint8),   required(kAnyType), optional(kFloat), optional(kFloat)};
+                                     required(kUint8),   required(kAnyType), optional(kFloat), optional(kFloat),
+                                     optional(kUint8)};
   static constexpr Slot kOutputs[] = {required(kFloat), optional(kFloat)};
 
   explicit NormMatMulInt8(const KernelInfo& info) : product_(info, 4) {

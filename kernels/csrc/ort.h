@@ -24,10 +24,11 @@ struct Error {
 };
 
 // Throws an Error that says what was found and what is expected. The boundary puts the operator's name in front.
+[[noreturn]]
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
-[[noreturn]] inline void
+inline void
 refuse(const char* format, ...) {
   char text[512];
   va_list arguments;

@@ -140,7 +140,7 @@ INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # The same by the operators of pastkey's kernel library, over the same weights. Optional.
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
-NATIVE_OPERATORS: Final = 1  # their version
+NATIVE_OPERATORS: Final = 2  # their version
 # pastkey's own graph with the matrices of LoRA adapters as inputs. Optional.
 ADAPTER_GRAPH: Final = "onnx/pastkey_adapters.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.

@@ -26,7 +26,7 @@ class NativeKernels:
     """An installed kernel library."""
 
     version: str  # of its package; "" if that cannot be imported
-    operators: int = 0  # version of its operators
+    operators: int = 0  # version of its operators; graphs of earlier ones run as well
     level: str = ""  # the instructions in use, such as "avx512"
     library: str = ""  # its absolute path
     refused: str = ""  # why it cannot be used here
@@ -97,10 +97,10 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
         why = "the kernel library is not installed: in a checkout of pastkey, type  pip install ./kernels"
     elif found.refused:
         why = found.refused
-    elif found.operators != manifest.native:
+    elif manifest.native is not None and found.operators < manifest.native:
         why = (
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
-            f"{manifest.native}"
+            f"{manifest.native}: install the library of a newer pastkey"
         )
     if why and asked:
         raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")

@@ -37,21 +37,28 @@ def graph(
 
 @dataclass(frozen=True)
 class Weights:
-    """What the operators take as W [N, K / 32, 32], scales [N, K / 32], row scales [N, 1] and bias [N]."""
+    """What the operators take as W [N, K / 32, 4 bits], scales [N, K / 32], row scales [N, 1] and bias [N].
+
+    4 bits may have zero points [N, K / 64 rounded up].
+    """
 
     codes: Array
     scale_codes: Array
     row_scales: Array
     bias: Array
+    bits: int = 8
+    zeros: Array | None = None
 
     @staticmethod
-    def draw(n: int, k: int) -> Weights:
+    def draw(n: int, k: int, bits: int = 8, zeros: bool = True) -> Weights:
         rng = np.random.default_rng(n * 10007 + k)
         return Weights(
-            rng.integers(0, 256, (n, k // 32, 32), dtype=np.uint8),
+            rng.integers(0, 256, (n, k // 32, 4 * bits), dtype=np.uint8),
             rng.integers(1, 256, (n, k // 32), dtype=np.uint8),
             (rng.random((n, 1)) * 1e-4 + 1e-5).astype(np.float32),
             rng.standard_normal(n).astype(np.float32),
+            bits,
+            rng.integers(0, 256, (n, (k // 32 + 1) // 2), dtype=np.uint8) if bits == 4 and zeros else None,
         )
 
     @property
@@ -62,18 +69,30 @@ class Weights:
     def matrix(self) -> Array:
         """float64 [N, K]"""
         scales = self.scale_codes * self.row_scales.astype(np.float64)
-        return ((self.codes.astype(np.float64) - 128) * scales[..., None]).reshape(len(self.codes), -1)
+        codes, zeros = self.codes, np.full(scales.shape, 128 if self.bits == 8 else 8)
+        if self.bits == 4:
+            codes = _nibbles(codes)
+            if self.zeros is not None:
+                zeros = _nibbles(self.zeros)[:, : scales.shape[1]]
+        return ((codes.astype(np.float64) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
 
     def named(self, float_scales: bool = False, bias: bool = False) -> dict[str, Array]:
         """The initializers of a node, by the names that `arguments` uses."""
         scales = {"scales": self.scales} if float_scales else {"codes": self.scale_codes, "row_scales": self.row_scales}
-        return {"w": self.codes, **scales, **({"bias": self.bias} if bias else {})}
+        zeros = {} if self.zeros is None else {"zeros": self.zeros}
+        return {"w": self.codes, **scales, **({"bias": self.bias} if bias else {}), **zeros}
+
+
+def _nibbles(packed: Array) -> Array:
+    """[..., n] -> [..., 2 n], the low one of each byte first."""
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
 def arguments(weights: dict[str, Array]) -> list[str]:
     """The inputs of a node from W on."""
     scales = ["scales", ""] if "scales" in weights else ["codes", "row_scales"]
-    return ["w", *scales, *(["bias"] if "bias" in weights else [])]
+    bias, zeros = (["bias"] if "bias" in weights else []), (["zeros"] if "zeros" in weights else [])
+    return ["w", *scales, *(bias or [""] * len(zeros)), *zeros]
 
 
 def matmul(weights: dict[str, Array], **attributes: Any) -> bytes:
@@ -84,13 +103,15 @@ def matmul(weights: dict[str, Array], **attributes: Any) -> bytes:
 def compared(weights: Weights, bias: bool) -> bytes:
     """MatMulNBits without the bias, then MatMulInt8 by codes and by float scales, with one term and with two."""
     n, blocks, _ = weights.codes.shape
-    sizes = {"K": blocks * 32, "N": n, "bits": 8, "block_size": 32, "accuracy_level": 4}
-    nodes = [helper.make_node("MatMulNBits", ["x", "w", "scales"], ["nbits"], domain="com.microsoft", **sizes)]
+    sizes = {"K": blocks * 32, "N": n, "bits": weights.bits, "block_size": 32, "accuracy_level": 4}
+    inputs = ["x", "w", "scales", *([] if weights.zeros is None else ["zeros"])]
+    nodes = [helper.make_node("MatMulNBits", inputs, ["nbits"], domain="com.microsoft", **sizes)]
+    bits = {} if weights.bits == 8 else {"bits": weights.bits}
     for float_scales in (False, True):
         inputs = ["x", *arguments(weights.named(float_scales, bias))]
         for terms in (1, 2):
             output = f"y{terms}{float_scales}"
-            nodes.append(helper.make_node("MatMulInt8", inputs, [output], domain="pastkey", terms=terms))
+            nodes.append(helper.make_node("MatMulInt8", inputs, [output], domain="pastkey", terms=terms, **bits))
     initializers = weights.named(bias=bias) | weights.named(float_scales=True)
     return graph(nodes, initializers, ["x"], [node.output[0] for node in nodes])
 

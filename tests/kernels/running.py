@@ -1,12 +1,13 @@
 """Runs graphs of the native operators, each level of the kernels in a process of its own.
 
-As a program: `python running.py FOLDER` runs the cases there, see `run_at`.
+As a program: `python running.py FOLDER LIBRARY` runs the cases there, see `run_at`.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx")
+ARM_LEVELS = ("neon", "dotprod", "i8mm")
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "amx", *ARM_LEVELS)
+ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,28 @@ class Outcome:
 def run_at(level: str, cases: Sequence[Case], folder: Path) -> list[Outcome] | None:
     """The outcomes at a level; None where this machine does not have it."""
     folder.mkdir(parents=True, exist_ok=True)
+    python, library, more = machine(level)
     given = [(case.model, list(case.feeds), case.threads, dict(case.in_place)) for case in cases]
     (folder / "cases").write_bytes(pickle.dumps(given))
-    environment = {**os.environ, "PASTKEY_KERNELS": level, "ORT_DISABLE_TELEMETRY": "1"}
+    environment = {**os.environ, "PASTKEY_KERNELS": level, "ORT_DISABLE_TELEMETRY": "1", **more}
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        [*python, __file__, str(folder), library], env=environment, capture_output=True, text=True, timeout=3600
     )
     if "does not support" in done.stderr:
         return None
     assert done.returncode == 0, done.stderr
     return [Outcome(*outcome) for outcome in pickle.loads((folder / "outcomes").read_bytes())]
+
+
+def machine(level: str) -> tuple[Sequence[str], str, dict[str, str]]:
+    """A level's Python, library and environment. Elsewhere than on ARM, its levels are emulated."""
+    if level in ARM_LEVELS and not ON_ARM:
+        from .emulation import emulated
+
+        return emulated()
+    from pastkey_kernels import library_path
+
+    return [sys.executable], library_path(), {}
 
 
 def bound_run(session: Any, feed: Mapping[str, Array], in_place: Mapping[str, str]) -> list[Array]:
@@ -76,9 +91,8 @@ def bound_run(session: Any, feed: Mapping[str, Array], in_place: Mapping[str, st
     return [np.array(value.numpy()) for value in binding.get_outputs()]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, library: str) -> None:
     import onnxruntime as ort
-    from pastkey_kernels import library_path
 
     ort.set_default_logger_severity(4)
     outcomes = []
@@ -86,7 +100,7 @@ def main(folder: Path) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
-        options.register_custom_ops_library(library_path())
+        options.register_custom_ops_library(library)
         outcome = Outcome()
         try:
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -99,4 +113,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -35,14 +35,15 @@ KINDS = {"llama": llama, "gpt2": gpt2}
 IDS = np.random.default_rng(0).integers(0, 61, 80)
 
 
-@pytest.fixture(scope="module", params=["llama-int8-cache", "llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama-int8-cache", "llama", "gpt2", "gpt2-int4"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With an int8 cache where the context is long."""
-    kind, _, long = request.param.partition("-")
-    folder = tmp_path_factory.mktemp(request.param) / "bundle"
-    export(KINDS[kind](**SIZES), folder, context_length=INT8_KV_FROM + 64 if long else 128, cache=False)
+    kind, _, form = request.param.partition("-")
+    folder, length = tmp_path_factory.mktemp(request.param) / "bundle", INT8_KV_FROM + 64 if "cache" in form else 128
+    precision = "int4" if form == "int4" else "int8"
+    export(KINDS[kind](**SIZES), folder, precision, context_length=length, cache=False)
     made = open_bundle(folder)
-    assert made.manifest.native == 1
+    assert made.manifest.native == names.NATIVE_OPERATORS
     return made
 
 
@@ -123,7 +124,7 @@ def test_an_upgrade_adds_what_an_export_writes(bundle: Bundle, tmp_path: Path) -
 def test_further_graphs_are_those_of_onnxruntimes_kernels(options: dict[str, Any], tmp_path: Path) -> None:
     """They are made of the last-logits graph: the native one computes other texts where two logits nearly tie."""
     export(llama(**SIZES), tmp_path / "bundle", context_length=128, quick=True, cache=False, **options)
-    assert open_bundle(tmp_path / "bundle").manifest.native == 1
+    assert open_bundle(tmp_path / "bundle").manifest.native == names.NATIVE_OPERATORS
 
 
 def test_golden_logits_are_never_the_native_kernels_own(bundle: Bundle) -> None:

@@ -11,6 +11,7 @@ import pytest
 from .matmul_graphs import Weights, compared, gated, matmul, norm_matmul, normalize
 from .running import LEVELS, Array, Case, Outcome, run_at
 
+FORMS = {"int8": (8, False), "int4": (4, True), "int4 without zero points": (4, False)}
 SHAPES = [(n, 32 * blocks) for blocks in (1, 3, 5, 17) for n in (1, 17, 33, 100)] + [(96, 1536)]
 MANY = 70  # rows
 DECODE_ROWS = 8  # up to so many have the bits of one
@@ -51,16 +52,22 @@ def sparse(k: int) -> Array:
     return x
 
 
+def draw(form: str, n: int, k: int) -> Weights:
+    return Weights.draw(n, k, *FORMS[form])
+
+
 def cases() -> dict[Any, Case]:
     made: dict[Any, Case] = {}
-    for n, k in SHAPES:
-        made["compared", n, k] = Case(compared(Weights.draw(n, k), bias=n == 33), slices(rows(k)))
-    for threads in (1, 2, 3, 4):
-        n, k = THREADED
+    for form, (bits, _) in FORMS.items():
+        for n, k in SHAPES:
+            made["compared", form, n, k] = Case(compared(draw(form, n, k), bias=n == 33), slices(rows(k)))
+        for terms in (1, 2):
+            feeds = [{"x": special(160)}, *({"x": row[None]} for row in special(160))]
+            made["special", form, terms] = Case(matmul(draw(form, 33, 160).named(), terms=terms, bits=bits), feeds)
         for gate in (-1, 0):
-            made["threads", gate, threads] = Case(
-                matmul(Weights.draw(n, k).named(), gate=gate), slices(rows(k)), threads
-            )
+            for threads in (1, 2, 3, 4):
+                model = matmul(draw(form, *THREADED).named(), gate=gate, bits=bits)
+                made["threads", form, gate, threads] = Case(model, slices(rows(THREADED[1])), threads)
     for activation, gate in GATES:
         for n, k in ((34, 32), (200, 64)):
             model = matmul(Weights.draw(n, k).named(bias=True), activation=activation, gate=gate, terms=2)
@@ -76,9 +83,6 @@ def cases() -> dict[Any, Case]:
         )
         feeds = [feed | ({"skip": feed["x"][:, ::-1].copy() * 0.5} if skip else {}) for feed in slices(rows(160))]
         made["norm", norm, skip, beta, summed] = Case(model, feeds)
-    for terms in (1, 2):
-        feeds = [{"x": special(160)}, *({"x": row[None]} for row in special(160))]
-        made["special", terms] = Case(matmul(Weights.draw(33, 160).named(), terms=terms), feeds)
     weights = Weights.draw(34, 64)
     made["empty",] = Case(matmul(weights.named(), gate=0), [{"x": np.zeros((0, 64), np.float32)}])
     return made
@@ -106,6 +110,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[A
 
 Outcomes = Callable[[str], dict[Any, Outcome]]
 each_level = pytest.mark.parametrize("level", LEVELS)
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def same(a: Sequence[Array], b: Sequence[Array]) -> bool:
@@ -155,32 +160,33 @@ def test_a_row_has_the_same_bits_among_others(outcomes: Outcomes, level: str) ->
 @each_level
 def test_bits_are_the_same_for_any_number_of_threads(outcomes: Outcomes, level: str) -> None:
     found = outcomes(level)
-    for gate in (-1, 0):
-        for threads in (2, 3, 4):
-            for ours, one in zip(
-                found["threads", gate, threads].outputs, found["threads", gate, 1].outputs, strict=True
-            ):
-                assert same(ours, one), (gate, threads, len(one[0]))
+    for form in FORMS:
+        for gate in (-1, 0):
+            one, *more = (found["threads", form, gate, threads].outputs for threads in (1, 2, 3, 4))
+            for others in more:
+                assert all(map(same, others, one)), (form, gate)
 
 
 @each_level
-def test_decoding_is_as_matmul_nbits(outcomes: Outcomes, level: str) -> None:
+@each_form
+def test_decoding_is_as_matmul_nbits(outcomes: Outcomes, level: str, form: str) -> None:
     found = outcomes(level)
     for n, k in [shape for shape in SHAPES if shape[0] > 1]:  # the sum of a lone column may nearly cancel
-        bias = Weights.draw(n, k).bias if n == 33 else 0
-        for expected, codes, _, floats, _ in found["compared", n, k].outputs[:DECODE_ROWS]:
+        bias = draw(form, n, k).bias if n == 33 else 0
+        for expected, codes, _, floats, _ in found["compared", form, n, k].outputs[:DECODE_ROWS]:
             assert error(codes, expected + bias) < 2e-6, (n, k, len(codes))
             assert error(floats, expected + bias) < 2e-6, (n, k, len(codes))
 
 
 @each_level
-def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: str) -> None:
+@each_form
+def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: str, form: str) -> None:
     found = outcomes(level)
     for n, k in SHAPES:
-        weights, x = Weights.draw(n, k), rows(k)
+        weights, x = draw(form, n, k), rows(k)
         exact = x.astype(np.float64) @ weights.matrix.T + (weights.bias if n == 33 else 0)
         scale = np.abs(x).max(axis=1, keepdims=True) * np.abs(weights.matrix).max() * k**0.5
-        for _, codes, codes_twice, floats, floats_twice in found["compared", n, k].outputs[:12]:
+        for _, codes, codes_twice, floats, floats_twice in found["compared", form, n, k].outputs[:12]:
             m = len(codes)
             for y, tolerance in ((codes, 1.5e-2), (floats, 1.5e-2), (codes_twice, 5e-5), (floats_twice, 5e-5)):
                 assert np.all(np.abs(y - exact[:m]) <= tolerance * scale[:m] + 1e-6), (n, k, m, tolerance)
@@ -215,9 +221,12 @@ def test_norms_are_those_of_float64(
 
 
 @each_level
-def test_nan_and_infinity_reach_every_column_of_their_row_and_no_other(outcomes: Outcomes, level: str) -> None:
+@each_form
+def test_nan_and_infinity_reach_every_column_of_their_row_and_no_other(
+    outcomes: Outcomes, level: str, form: str
+) -> None:
     for terms in (1, 2):
-        together, *alone = (outputs[0] for outputs in outcomes(level)["special", terms].outputs)
+        together, *alone = (outputs[0] for outputs in outcomes(level)["special", form, terms].outputs)
         for i, y in enumerate(alone):
             assert np.isnan(y).all() if i < 3 else np.isfinite(y).all(), (terms, i)
         assert not np.isfinite(together[:3]).any(), terms

@@ -16,7 +16,7 @@ from .matmul_graphs import Weights, graph, matmul, norm_matmul
 from .running import LEVELS, Array, Case, Outcome, run_at
 
 N, K = 34, 96
-W = Weights.draw(N, K)
+W, W4 = Weights.draw(N, K), Weights.draw(N, K, bits=4)
 X = np.ones((2, K), np.float32)
 FEED = {"x": X}
 
@@ -37,6 +37,10 @@ def custom(
     return graph([node], arrays, ["x", *(fed or {})], ["y"], fed)
 
 
+def without(arrays: dict[str, Array], name: str) -> dict[str, Array]:
+    return {other: array for other, array in arrays.items() if other != name}
+
+
 ALL = ["x", "w", "codes", "row_scales", "bias"]
 GAMMA = {"gamma": np.ones(K, np.float32)}
 
@@ -53,6 +57,34 @@ REFUSED: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "w of rank 2": (matmul(changed(w=W.codes.reshape(N, K))), FEED, "W has shape [34, 96], expected [N, K / 32, 32]"),
     "w in blocks of 16": (matmul(changed(w=W.codes.reshape(N, 6, 16))), FEED, "W has shape [34, 6, 16]"),
     "w in blocks of 31": (matmul(changed(w=W.codes[:, :, 1:])), FEED, "W has shape [34, 3, 31]"),
+    "w of 4 bits": (matmul(W4.named(), bits=8), FEED, "W has shape [34, 3, 16], expected [N, K / 32, 32]"),
+    "w of 8 bits as 4": (matmul(changed(), bits=4), FEED, "W has shape [34, 3, 32], expected [N, K / 32, 16]"),
+    "five bits": (matmul(changed(), bits=5), FEED, "bits is 5, expected 8 or 4"),
+    "zero points of 8 bits": (
+        matmul(changed(zeros=np.zeros((N, K // 32), np.uint8))),
+        FEED,
+        "zero_points is given, expected only with 4 bits",
+    ),
+    "too few zero points": (
+        matmul(W4.named() | {"zeros": np.zeros((N, 1), np.uint8)}, bits=4),
+        FEED,
+        "zero_points has shape [34, 1], expected [34, 2]",
+    ),
+    "zero points of float": (
+        matmul(W4.named() | {"zeros": np.zeros((N, 3), np.float32)}, bits=4),
+        FEED,
+        "tensor(float",
+    ),
+    "zero points computed": (
+        custom(
+            ["x", "w", "codes", "row_scales", "", "zeros"],
+            without(W4.named(), "zeros"),
+            {"zeros": TensorProto.UINT8},
+            bits=4,
+        ),
+        FEED | {"zeros": W4.named()["zeros"]},
+        "zero_points is computed",
+    ),
     "w without rows": (matmul(changed(w=W.codes[:0])), FEED, "W has shape [0, 3, 32]"),
     "w without blocks": (matmul(changed(w=W.codes[:, :0])), FEED, "W has shape [34, 0, 32]"),
     "w of int8": (matmul(changed(w=W.codes.astype(np.int8))), FEED, "tensor(int8)"),

@@ -84,8 +84,10 @@ def attention_case(rng: Random) -> Case:
 
 def matmul_case(rng: Random) -> Case:
     n, k = int(rng.integers(1, 70)), 32 * int(rng.integers(1, 6))
-    weights = Weights.draw(n, k).named(bool(rng.random() < 0.3), bool(rng.random() < 0.5))
-    attributes: dict[str, Any] = {}
+    bits = int(rng.choice([4, 8]))
+    drawn = Weights.draw(n, k, bits, zeros=bool(rng.random() < 0.7))
+    weights = drawn.named(bool(rng.random() < 0.3), bool(rng.random() < 0.5))
+    attributes: dict[str, Any] = {"bits": bits}
     if rng.random() < 0.5:
         attributes["activation"] = str(rng.choice(["none", "silu", "gelu", "gelu_tanh", "relu"]))
     for name in ("terms", "gate"):

@@ -1,10 +1,10 @@
 """The native graph: the last-logits graph by the operators of pastkey's kernel library (`kernels/`), same weights.
 
-1. MatMulNBits with 8 bits in blocks of 32   -> MatMulInt8, by the scale codes and row scales as they are stored
-2. the two terms of the output head          -> one MatMulInt8
-3. a bias and SiLU or GELU behind, or gating -> in the same node
-4. a norm in front, with its residual sum    -> NormMatMulInt8
-5. GroupQueryAttention                       -> DecoderAttention
+1. MatMulNBits with 8 or 4 bits, blocks of 32 -> MatMulInt8, by the scale codes and row scales as they are stored
+2. the two terms of the output head           -> one MatMulInt8
+3. a bias and SiLU or GELU behind, or gating  -> in the same node
+4. a norm in front, with its residual sum     -> NormMatMulInt8
+5. GroupQueryAttention                        -> DecoderAttention
 
 A node without a kernel stays as it is.
 """
@@ -74,7 +74,7 @@ def to_native(model: ir.Model, int8_kv: Mapping[str, str] | None = None) -> bool
 
     `int8_kv`: for a cache in int8, the int8-KV graph's metadata, with the scale of each channel of the keys.
     """
-    matmuls = [node for node in model.graph if _is_int8_matmul(node)]
+    matmuls = [node for node in model.graph if _has_kernel(node)]
     for node in matmuls:
         _replace_matmul(model, node)
     attention = [node for node in model.graph if _is_attention(node)]
@@ -172,13 +172,18 @@ def _compute_scales_apart(model: ir.Model) -> None:
 
 
 # --- matrices -----------------------------------------------------------------------------------------------------
-def _is_int8_matmul(node: ir.Node) -> bool:
+def _has_kernel(node: ir.Node) -> bool:
     if node.op_type != "MatMulNBits" or node.domain != CONTRIB_DOMAIN:
         return False
-    plain = all(value is None for value in node.inputs[_ZERO_POINT_INPUT:])
-    sizes = [_integer(node, name) for name in ("bits", "block_size")]
-    whole = _integer(node, "K") % _BLOCK == 0
-    return plain and sizes == [8, _BLOCK] and whole and _stored_scales(node.inputs[2]) is not None
+    bits, zeros = _integer(node, "bits"), _zero_points(node)
+    plain = not any(node.inputs[_ZERO_POINT_INPUT + 1 :])
+    known = bits in (4, 8) if zeros is None else bits == 4 and zeros.dtype is ir.DataType.UINT8 and shape_of(zeros)
+    whole = _integer(node, "block_size") == _BLOCK and _integer(node, "K") % _BLOCK == 0
+    return plain and bool(known) and whole and _stored_scales(node.inputs[2]) is not None
+
+
+def _zero_points(node: ir.Node) -> ir.Value | None:
+    return node.inputs[_ZERO_POINT_INPUT] if len(node.inputs) > _ZERO_POINT_INPUT else None
 
 
 def _stored_scales(value: ir.Value | None) -> _Scales | ir.Value | None:
@@ -199,7 +204,9 @@ def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
         last, bias = added, vector
     if (after := _activation(last)) is not None:
         last, attributes = after[0], attributes | after[1]
-    weights = [node.inputs[1], *stored, bias]
+    if _integer(node, "bits") == 4:
+        attributes["bits"] = 4
+    weights = [node.inputs[1], *stored, bias, _zero_points(node)]
     norm = _norm(x, node)
     if norm is None:
         new = ir.node("MatMulInt8", _trimmed([x, *weights]), attributes, domain=names.NATIVE_DOMAIN, name=node.name)

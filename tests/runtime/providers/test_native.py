@@ -92,15 +92,18 @@ def test_a_library_that_is_cut_short_says_so(recorded: str, cut: bool, tmp_path:
         assert found.refused.startswith("it cannot be loaded: ")
 
 
-def test_operators_of_another_version_are_left_alone(
-    install: Install, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pastkey.runtime.providers.native.native_kernels", lambda: NativeKernels("0.2.0", 2, "avx2", "/library.so")
-    )
-    assert kernels_for(bundle, CPU, None) is None
-    with pytest.raises(ProviderError, match="has version 2 of the operators, and the bundle needs 1"):
-        kernels_for(bundle, CPU, True)
+    here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    for version in (1, 2, 3):
+        of_version = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=version))
+        assert kernels_for(of_version, CPU, None) is (here if version <= 2 else None)
+    with pytest.raises(
+        ProviderError, match="has version 2 of the operators, and the bundle needs 3: install the libra"
+    ):
+        kernels_for(of_version, CPU, True)
 
 
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

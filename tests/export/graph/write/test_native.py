@@ -14,6 +14,7 @@ from pastkey.export.graph.write.last_logits import keep_last_positions
 from pastkey.export.graph.write.native import to_native
 from pastkey.export.graph.write.output_head import take_head
 from pastkey.export.graph.write.weights_file import WeightsFile
+from pastkey.export.quantize.rounding.int4_blocks import round_to_nearest
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.runtime.providers.ort import onnxruntime
 
@@ -34,6 +35,7 @@ int64[2] halves) => (float[batch_size,sequence_length,n] y) {{{{ {{}} }}}}"""
 MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("body", "operator", "attributes"),
     [
@@ -61,15 +63,17 @@ MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
         ),
     ],
 )
-def test_a_node_takes_in_what_stands_around_it(body: str, operator: str, attributes: dict[str, object]) -> None:
+def test_a_node_takes_in_what_stands_around_it(
+    body: str, operator: str, attributes: dict[str, object], bits: int
+) -> None:
     model = model_of(TEXT.format(body), **WEIGHTS)
-    quantize(model)
+    quantize(model, rounded={"w": round_to_nearest(WEIGHTS["w"].T, 32)} if bits == 4 else {})
     x = RNG.normal(size=(2, 3, K)).astype(np.float32)
     (expected,) = run_model(model, x=x)
     assert to_native(model)
     node = next(node for node in model.graph if node.op_type == operator)
     found = {name: attribute.value for name, attribute in node.attributes.items() if name != "epsilon"}
-    assert found == attributes
+    assert found == attributes | ({"bits": 4} if bits == 4 else {})
     assert node.domain == names.NATIVE_DOMAIN
     assert not {"MatMulNBits", "Sigmoid", "Gelu"} & {node.op_type for node in model.graph}
     if operator == NORM:
