@@ -45,6 +45,11 @@ class Scores(NamedTuple):
     token: int  # the first of the largest
 
 
+def covers(config: SamplingConfig, stages: Collection[str]) -> bool:
+    """Whether a config is covered, with the stages, except XTC, that its settings turn on."""
+    return _STAGES.issuperset(stages) and (not config.temperature or config.temperature >= _LEAST_TEMPERATURE)
+
+
 class Quick:
     """Chooses tokens by a config that `covers` accepts. Not thread-safe: it holds intermediate results."""
 
@@ -53,11 +58,6 @@ class Quick:
         self._bias = config.logit_bias or {}
         self._penalizes = config.repetition_penalty != 1 or config.presence_penalty or config.frequency_penalty
         self._others = self._x = np.empty(0, np.float32)
-
-    @staticmethod
-    def covers(config: SamplingConfig, stages: Collection[str]) -> bool:
-        """Whether a config is covered, with the stages, except XTC, that its settings turn on."""
-        return _STAGES.issuperset(stages) and (not config.temperature or config.temperature >= _LEAST_TEMPERATURE)
 
     def scores(self, logits: Float32s, text: IdArray | None) -> Scores:
         """Logits (V,) after biases and penalties for the ids of the text (T,), which None of them need."""

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pastkey.errors import InputError
 from pastkey.values import shown
@@ -23,9 +24,10 @@ from ..settings import SamplingConfig
 from . import bans, dry, penalties, truncation
 from .dry import Breakers
 from .history import History
+from .native import NativeDraw
 from .penalties import IdArray, Scores
 from .processors import apply_processor
-from .quick import Quick
+from .quick import Quick, covers
 from .random_stream import EXCLUDE, fresh_seed, uniform
 
 _REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
@@ -49,6 +51,7 @@ class Sampler:
         end_ids: Collection[int] = (),
         vocab_size: int | None = None,
         breakers: Breakers | None = None,
+        library: str = "",
     ) -> None:
         """Raises InputError for an id outside the vocabulary.
 
@@ -59,6 +62,7 @@ class Sampler:
             end_ids: EOS tokens.
             vocab_size: V.
             breakers: DRY's sequence breakers; see `dry.sequence_breakers`.
+            library: The path of pastkey's kernel library, where it may be used.
         """
         nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
         seed = fresh_seed() if config.seed is None else config.seed
@@ -67,6 +71,7 @@ class Sampler:
         if vocab_size is not None:
             _require_known_ids(config, vocab_size)
         self._text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
+        self._library = library
         self._begin(self.config)
 
     def _begin(self, config: SamplingConfig) -> None:
@@ -74,8 +79,9 @@ class Sampler:
         changes, truncations = list(_changes(config, self._text)), list(_truncations(config))
         self._changes = [change for _, change in changes]
         self._truncations = truncations if config.temperature else []
-        quick = Quick.covers(config, {name for name, _ in (*changes, *self._truncations)})
-        self._quick = Quick(config) if quick else None
+        stages = {name for name, _ in (*changes, *self._truncations)}
+        self._native = NativeDraw.of(self._library, config, stages)
+        self._quick = Quick(config) if self._native is None and covers(config, stages) else None
         self._history = History()
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:
@@ -89,24 +95,37 @@ class Sampler:
             InputError: The settings ban every token, or a `logits_processor` fails.
         """
         text = self._history.of(ids) if self._changes else None
-        if self._quick is not None and logits.dtype == np.float32 and not self._excludes(len(ids)):
-            scores = self._quick.scores(logits, text)
-            _require_any(scores.largest)
-            if not self.config.temperature:
-                return scores.token
-            token = self._quick.draw(scores, uniform(self._seed, len(ids)))
+        if logits.dtype == np.float32 and not self._excludes(len(ids)):
+            token = self._chosen(logits, text, len(ids))
             if token is not None:
                 return token
         if text is not None:
             for change in self._changes:
                 logits = change(logits, text)
         largest = int(logits.argmax())
-        _require_any(float(logits[largest]))
+        if logits[largest] == -np.inf:
+            raise InputError(
+                "the settings ban every token at this place: of logit_bias, bad_words_ids, no_repeat_ngram_size, "
+                "min_new_tokens, suppress_tokens, forced tokens and logits_processor, leave one that may come"
+            )
         if not self.config.temperature:
             return largest
         for _, stage in self._stages(len(ids)):
             logits = stage(logits)
         return truncation.draw(logits, uniform(self._seed, len(ids)))
+
+    def _chosen(self, logits: npt.NDArray[np.float32], text: IdArray | None, place: int) -> int | None:
+        """The token by one of the faster ways, or None where the stages must decide."""
+        temperature = self.config.temperature
+        if self._native is not None and logits.flags.c_contiguous:
+            token = self._native(logits, text, uniform(self._seed, place) if temperature else 0.0)
+            return token if token >= 0 else None
+        if self._quick is None:
+            return None
+        scores = self._quick.scores(logits, text)
+        if scores.largest == -math.inf or not temperature:
+            return None if scores.largest == -math.inf else scores.token
+        return self._quick.draw(scores, uniform(self._seed, place))
 
     def stages(self, logits: Scores, ids: Sequence[int]) -> Iterator[tuple[str, Scores]]:
         """Yields the logits (V,) after each stage of a call, with the stage's name. For a temperature above 0.
@@ -150,14 +169,6 @@ class _Text:
     max_new_tokens: int | None
     end_ids: frozenset[int]
     breakers: Breakers
-
-
-def _require_any(largest: float) -> None:
-    if largest == -math.inf:
-        raise InputError(
-            "the settings ban every token at this place: of logit_bias, bad_words_ids, no_repeat_ngram_size, "
-            "min_new_tokens, suppress_tokens, forced tokens and logits_processor, leave one that may come"
-        )
 
 
 def _changes(config: SamplingConfig, text: _Text) -> Iterator[tuple[str, Change]]:
