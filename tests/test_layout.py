@@ -44,7 +44,6 @@ ELSEWHERE = {
     "export/upgrade.py": ("kernels/test_bundle.py", "needs the native kernels there"),
     "runtime/providers/cache_form.py": ("kernels/test_bundle.py", "is the form of the caches there"),
     "runtime/sampling/native.py": ("kernels/test_draw.py", "calls the kernel library there"),
-    "runtime/engine/finite.py": ("runtime/engine/test_engine.py", "is what a run is refused for there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
     "runtime/commands/sign.py": ("runtime/model/test_signature.py", "is two flags of what is tested there"),
     "runtime/commands/rerun.py": ("runtime/sandbox/test_rerun.py", "needs the hostile bundles there"),

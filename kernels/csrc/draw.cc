@@ -266,11 +266,6 @@ class Choice {
 }  // namespace
 }  // namespace pastkey
 
-// Whether all of x [size] are finite.
-PASTKEY_EXPORT int32_t pastkey_kernels_finite(const float* x, int64_t size) {
-  return pastkey::logit_kernels().finite(x, static_cast<size_t>(size));
-}
-
 // The id of the token, or -1 where the definition must decide.
 PASTKEY_EXPORT int64_t pastkey_kernels_draw(const PastkeyDraw* draw) {
   if (draw->size < 1) return pastkey::kUndecided;

@@ -8,7 +8,6 @@ namespace pastkey {
 constexpr size_t kPart = 64;  // logits with a maximum and a sum of their own
 
 struct LogitKernels {
-  bool (*finite)(const float* x, size_t n);
   // For each part of x, the last of which may be shorter, its largest.
   void (*largest)(const float* x, size_t n, float* largest);
   // For each part, the sum of exp((x - base) * inverse) with a relative error of 1e-12; of arguments up to 1.

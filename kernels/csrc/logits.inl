@@ -49,15 +49,6 @@ inline int32_t bits_of(float x) {
   return bits;
 }
 
-bool finite(const float* x, size_t n) {
-  int32_t top = 0;
-  for (size_t i = 0; i < n; i++) {
-    const int32_t magnitude = bits_of(x[i]) & 0x7fffffff;  // as integers, infinity and NaN are the largest floats
-    top = magnitude > top ? magnitude : top;
-  }
-  return top < 0x7f800000;
-}
-
 // Its order as an integer is that of the float, and the other way round.
 inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 

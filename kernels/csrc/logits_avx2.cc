@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const LogitKernels avx2_logits = {finite, largest, sum};
+const LogitKernels avx2_logits = {largest, sum};
 
 }  // namespace pastkey

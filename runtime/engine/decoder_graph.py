@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import InputError
+from pastkey.errors import InputError, NumericsError
 from pastkey.providers import Provider
 from pastkey.values import parse_version
 
@@ -22,13 +22,11 @@ from ..providers.cache_form import cache_form
 from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..sampling.native import finite_check
 from ..settings import Choice, PlacementOptions, SessionSettings, require_valid
 from .binding import Binding
 from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
-from .finite import require_finite
 from .lora import Adapter
 
 # Tokens per run of a prefill. Attention scores and activations grow with it; smaller and larger chunks are slower.
@@ -144,7 +142,7 @@ class DecoderGraph:
             allow_fallback=allow_fallback,
             session_options=session_options,
             profile_prefix=profile_prefix,
-            library=self.library,
+            library="" if self.native is None else self.native.library,
         )
         if manifest.static is not None:
             path = bundle.static_graphs[1]
@@ -173,7 +171,6 @@ class DecoderGraph:
         old = self.native is None and parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
         self._stores_scores = not self.fused or old
         self.asked = (providers, {name: str(value) for name, value in (session_options or {}).items()})
-        self._finite = finite_check(self.library)
         self.adapter: Adapter | None = None
         self.unloaded = False
 
@@ -196,11 +193,6 @@ class DecoderGraph:
         """The session of the int8-KV graph, shared by all caches. It opens at the first use."""
         assert self._open_int8 is not None
         return self._open_int8()
-
-    @property
-    def library(self) -> str:
-        """The path of pastkey's kernel library, or "" if onnxruntime's own kernels run the graph."""
-        return "" if self.native is None else self.native.library
 
     @property
     def kernels(self) -> str:
@@ -424,14 +416,22 @@ class DecoderGraph:
 
         `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
         """
-        if self._finite is not None and found.flags.c_contiguous and self._finite(found):
-            return
         # argmax and argmin find the extremes, or NaN, in a third of the time of max.
         if math.isfinite(found.item(found.argmax())) and math.isfinite(found.item(found.argmin())):
             return
-        padding = mask == 0 if mask is not None and (self.every or hidden) else None
-        what = "hidden states" if hidden else "logits"
-        require_finite(found, padding, start + tokens - found.shape[1], what, self.manifest)
+        finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
+        if mask is not None and (self.every or hidden):
+            finite |= mask == 0
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            position = start + tokens - found.shape[1] + int(column)
+            what = "hidden states" if hidden else "logits"
+            why = "the weights overflow at this precision: export with --precision fp32"
+            if self.manifest.precision == "fp32":
+                why = "the source itself computes them: its weights are damaged or too large"
+            raise NumericsError(
+                f"the {what} at position {position} of row {row} are not finite (NaN or infinity): {why}"
+            )
 
 
 def as_array(given: npt.ArrayLike) -> npt.NDArray[Any]:

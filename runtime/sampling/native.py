@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..settings import SamplingConfig
-from . import penalties
 from .penalties import IdArray
 from .quick import covers
 
@@ -48,24 +47,31 @@ def functions(library: str) -> Any:
     try:
         found.pastkey_kernels_draw.restype = ctypes.c_int64
         found.pastkey_kernels_draw.argtypes = [ctypes.c_void_p]
-        found.pastkey_kernels_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     except AttributeError:
         return None
     return found
 
 
-def finite_check(library: str) -> Callable[[npt.NDArray[np.float32]], bool] | None:
-    """A function that tells whether all numbers of an array in order are finite. None without such a library ("")."""
-    found = functions(library) if library else None
-    if found is None:
-        return None
-    call = found.pastkey_kernels_finite
-    return lambda array: bool(call(_address(array), array.size))
-
-
 def _address(array: npt.NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+    address: int = array.__array_interface__["data"][0]
     return address
+
+
+class _Place:
+    """The addresses of arrays that are mostly the whole of one memory. To ask numpy behind a run costs 40 us."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+        self._begin = 0
+
+    def of(self, array: npt.NDArray[Any], *, begins: bool = False) -> int:
+        """The address of an array in order. `begins`: it begins where the memory does that it is a view of."""
+        memory = array.base
+        if memory is None or not (begins or getattr(memory, "size", None) == array.size):
+            return _address(array)
+        if memory is not self._memory:
+            self._memory, self._begin = memory, _address(array)
+        return self._begin
 
 
 class NativeDraw:
@@ -78,6 +84,7 @@ class NativeDraw:
         self._biases = np.array(list(bias.values()), np.float64)
         self._last = c.penalty_last_n
         self._penalizes = c.repetition_penalty != 1 or bool(c.presence_penalty or c.frequency_penalty)
+        self._logits, self._text = _Place(), _Place()
         self._given = _Draw(
             biased=_address(self._biased),
             biases=_address(self._biases),
@@ -94,16 +101,17 @@ class NativeDraw:
 
     @classmethod
     def of(cls, library: str, config: SamplingConfig, stages: Collection[str]) -> NativeDraw | None:
-        """As `quick.covers`; None also where the library is older, or there is none ("")."""
-        found = functions(library) if library and covers(config, stages) else None
+        """As `quick.covers`. None also where numpy's argmax is all, and without such a library ("")."""
+        needed = bool(library and (stages or config.temperature)) and covers(config, stages)
+        found = functions(library) if needed else None
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
     def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int:
-        """The id that `u` draws from logits (V,) in order, after the text (T,), or -1."""
+        """The id that `u` draws from logits (V,) in order, after the text (T,) of a History, or -1."""
         given = self._given
         if self._penalizes and text is not None:
-            recent = penalties.last(text, self._last)
-            given.text, given.text_size = _address(recent), recent.size
-        given.logits, given.size, given.u = _address(logits), logits.size, u
+            given.text_size = text.size if self._last < 0 else min(self._last, text.size)
+            given.text = self._text.of(text, begins=True) + (text.size - given.text_size) * text.itemsize
+        given.logits, given.size, given.u = self._logits.of(logits), logits.size, u
         token: int = self._call(self._address)
         return token
