@@ -21,7 +21,7 @@
 
 // One call. `providers/native_logits.py` has the same fields.
 struct PastkeyDraw {
-  const float* logits;  // [size], finite or minus infinity
+  const float* logits;  // [size], without NaN
   int64_t size;
   const int64_t* text;  // [text_size], ids that the penalties count
   int64_t text_size;
@@ -70,6 +70,8 @@ class Choice {
     if (!touch()) return kUndecided;
     tops_.resize((size_ + kPart - 1) / kPart);
     kernels_.largest(others_, size_, tops_.data());
+    for (float top : tops_)
+      if (std::isnan(top)) return kUndecided;
     const int64_t token = find_largest();
     if (largest_ == -kInfinity) return kUndecided;  // every token is banned
     if (d_.temperature == 0) return token;
@@ -142,7 +144,7 @@ class Choice {
   int64_t find_largest() {
     const size_t part = static_cast<size_t>(std::max_element(tops_.begin(), tops_.end()) - tops_.begin());
     size_t at = part * kPart;
-    while (others_[at] != tops_[part]) at++;
+    while (others_[at] != tops_[part]) at++;  // it is there, since it is no NaN
     int64_t token = static_cast<int64_t>(at);
     largest_ = static_cast<double>(tops_[part]);
     for (const Scored& s : touched_)

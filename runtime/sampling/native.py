@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy.typing as npt
 
 from ..settings import SamplingConfig
 from .penalties import IdArray
-from .quick import covers
 
 
 class _Draw(ctypes.Structure):
@@ -100,10 +98,9 @@ class NativeDraw:
         self._address = ctypes.addressof(self._given)
 
     @classmethod
-    def of(cls, library: str, config: SamplingConfig, stages: Collection[str]) -> NativeDraw | None:
-        """As `quick.covers`. None also where numpy's argmax is all, and without such a library ("")."""
-        needed = bool(library and (stages or config.temperature)) and covers(config, stages)
-        found = functions(library) if needed else None
+    def of(cls, library: str, config: SamplingConfig) -> NativeDraw | None:
+        """For a config that `quick.covers`. None where the library is older, or there is none ("")."""
+        found = functions(library) if library else None
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
     def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int:

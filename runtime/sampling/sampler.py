@@ -80,8 +80,9 @@ class Sampler:
         self._changes = [change for _, change in changes]
         self._truncations = truncations if config.temperature else []
         stages = {name for name, _ in (*changes, *self._truncations)}
-        self._native = NativeDraw.of(self._library, config, stages)
-        self._quick = Quick(config) if self._native is None and covers(config, stages) else None
+        covered = bool(stages or config.temperature) and covers(config, stages)  # alone, argmax is faster
+        self._native = NativeDraw.of(self._library, config) if covered else None
+        self._quick = Quick(config) if covered and self._native is None else None
         self._history = History()
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:
@@ -95,7 +96,8 @@ class Sampler:
             InputError: The settings ban every token, or a `logits_processor` fails.
         """
         text = self._history.of(ids) if self._changes else None
-        if logits.dtype == np.float32 and not self._excludes(len(ids)):
+        quick = self._quick is not None or self._native is not None
+        if quick and logits.dtype == np.float32 and not self._excludes(len(ids)):
             token = self._chosen(logits, text, len(ids))
             if token is not None:
                 return token

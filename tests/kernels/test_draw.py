@@ -65,10 +65,10 @@ def check_level() -> None:
                 ids.append(int(rng.integers(0, SIZE)))
 
     def draw(logits: np.ndarray, u: float, text: list[int] = [], **one: Any) -> int:  # noqa: B006 - only read
-        made = NativeDraw.of(library, SamplingConfig(**one), set())
+        made = NativeDraw.of(library, SamplingConfig(**one))
         return -1 if made is None else made(logits.astype(np.float32), np.array(text, np.int64), u)
 
-    made = NativeDraw.of(library, SamplingConfig(temperature=1.0, top_k=1), set())
+    made = NativeDraw.of(library, SamplingConfig(temperature=1.0, top_k=1))
     assert made is not None
     rows = np.zeros((3, SIZE), np.float32)  # as of a run with drafts: each in a place of its own
     rows[[0, 1, 2], [7, 9, 4000]] = 5
