@@ -43,6 +43,7 @@ ELSEWHERE = {
     "export/quantize/changes.py": ("export/quantize/test_adapters.py", "is what adapters follow there"),
     "export/upgrade.py": ("kernels/test_bundle.py", "needs the native kernels there"),
     "runtime/providers/cache_form.py": ("kernels/test_bundle.py", "is the form of the caches there"),
+    "runtime/sampling/native.py": ("kernels/test_draw.py", "calls the kernel library there"),
     "pastkey/version.py": ("runtime/test_init.py", "one constant"),
     "runtime/commands/sign.py": ("runtime/model/test_signature.py", "is two flags of what is tested there"),
     "runtime/commands/rerun.py": ("runtime/sandbox/test_rerun.py", "needs the hostile bundles there"),

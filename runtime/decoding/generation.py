@@ -150,6 +150,7 @@ class Generation:
             end_ids=request.end_ids,
             vocab_size=engine.manifest.vocab_size,
             breakers=request.breakers,
+            library="" if engine.graph.native is None else engine.graph.native.library,
         )
         self._top = request.logprobs
         self.logprobs: list[TokenLogprob] = []

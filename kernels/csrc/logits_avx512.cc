@@ -1,0 +1,7 @@
+#include "logits.inl"
+
+namespace pastkey {
+
+const LogitKernels avx512_logits = {largest, sum};
+
+}  // namespace pastkey

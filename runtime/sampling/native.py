@@ -1,0 +1,114 @@
+"""The choice of a token by pastkey's kernel library, while the logits are in cache: the token of the stages.
+
+The library computes sums in another order. Where that could decide, it leaves the token to the stages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..settings import SamplingConfig
+from .penalties import IdArray
+
+
+class _Draw(ctypes.Structure):
+    """One call: PastkeyDraw of `kernels/csrc/draw.cc`."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("text", ctypes.c_void_p),
+        ("text_size", ctypes.c_int64),
+        ("biased", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("bias_count", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("repetition_penalty", ctypes.c_double),
+        ("presence_penalty", ctypes.c_double),
+        ("frequency_penalty", ctypes.c_double),
+        ("temperature", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("u", ctypes.c_double),
+    )
+
+
+@functools.cache
+def functions(library: str) -> Any:
+    """The library's functions, or None where it has none: it is older."""
+    found = ctypes.PyDLL(library)  # keeps Python's lock: a call takes less time than giving it away
+    try:
+        found.pastkey_kernels_draw.restype = ctypes.c_int64
+        found.pastkey_kernels_draw.argtypes = [ctypes.c_void_p]
+    except AttributeError:
+        return None
+    return found
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+class _Place:
+    """The addresses of arrays that are mostly the whole of one memory. To ask numpy behind a run costs 40 us."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+        self._begin = 0
+
+    def of(self, array: npt.NDArray[Any], *, begins: bool = False) -> int:
+        """The address of an array in order. `begins`: it begins where the memory does that it is a view of."""
+        memory = array.base
+        if memory is None or not (begins or getattr(memory, "size", None) == array.size):
+            return _address(array)
+        if memory is not self._memory:
+            self._memory, self._begin = memory, _address(array)
+        return self._begin
+
+
+class NativeDraw:
+    """Chooses tokens by one config. Not thread-safe."""
+
+    def __init__(self, config: SamplingConfig, draw: Any) -> None:
+        self._call = draw
+        bias, c = config.logit_bias or {}, config
+        self._biased = np.fromiter(bias, np.int64, len(bias))
+        self._biases = np.array(list(bias.values()), np.float64)
+        self._last = c.penalty_last_n
+        self._penalizes = c.repetition_penalty != 1 or bool(c.presence_penalty or c.frequency_penalty)
+        self._logits, self._text = _Place(), _Place()
+        self._given = _Draw(
+            biased=_address(self._biased),
+            biases=_address(self._biases),
+            bias_count=len(bias),
+            top_k=c.top_k,
+            repetition_penalty=c.repetition_penalty,
+            presence_penalty=c.presence_penalty,
+            frequency_penalty=c.frequency_penalty,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            min_p=c.min_p,
+        )
+        self._address = ctypes.addressof(self._given)
+
+    @classmethod
+    def of(cls, library: str, config: SamplingConfig) -> NativeDraw | None:
+        """For a config that `quick.covers`. None where the library is older, or there is none ("")."""
+        found = functions(library) if library else None
+        return None if found is None else cls(config, found.pastkey_kernels_draw)
+
+    def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int:
+        """The id that `u` draws from logits (V,) in order, after the text (T,) of a History, or -1."""
+        given = self._given
+        if self._penalizes and text is not None:
+            given.text_size = text.size if self._last < 0 else min(self._last, text.size)
+            given.text = self._text.of(text, begins=True) + (text.size - given.text_size) * text.itemsize
+        given.logits, given.size, given.u = self._logits.of(logits), logits.size, u
+        token: int = self._call(self._address)
+        return token
