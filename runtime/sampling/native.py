@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..settings import SamplingConfig
 from .penalties import IdArray
+
+_LEAST_TEMPERATURE: Final = 1e-3  # below, distances between logits may overflow
 
 
 class _Draw(ctypes.Structure):
@@ -99,16 +101,18 @@ class NativeDraw:
 
     @classmethod
     def of(cls, library: str, config: SamplingConfig) -> NativeDraw | None:
-        """For a config that `quick.covers`. None where the library is older, or there is none ("")."""
+        """None where the library is older, or there is none (""), and for a temperature that is near 0."""
+        if 0 < config.temperature < _LEAST_TEMPERATURE:
+            return None
         found = functions(library) if library else None
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
-    def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int:
-        """The id that `u` draws from logits (V,) in order, after the text (T,) of a History, or -1."""
+    def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int | None:
+        """The id that `u` draws from logits (V,) in order, after the text (T,) of a History. None: it is in doubt."""
         given = self._given
         if self._penalizes and text is not None:
             given.text_size = text.size if self._last < 0 else min(self._last, text.size)
             given.text = self._text.of(text, begins=True) + (text.size - given.text_size) * text.itemsize
         given.logits, given.size, given.u = self._logits.of(logits), logits.size, u
         token: int = self._call(self._address)
-        return token
+        return token if token >= 0 else None

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pastkey.errors import InputError
 from pastkey.values import shown
@@ -27,7 +25,6 @@ from .history import History
 from .native import NativeDraw
 from .penalties import IdArray, Scores
 from .processors import apply_processor
-from .quick import Quick, covers
 from .random_stream import EXCLUDE, fresh_seed, uniform
 
 _REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
@@ -71,18 +68,10 @@ class Sampler:
         if vocab_size is not None:
             _require_known_ids(config, vocab_size)
         self._text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
+        self._changes = list(_changes(self.config, self._text))
+        self._truncations = list(_truncations(self.config)) if self.config.temperature else []
         self._library = library
-        self._begin(self.config)
-
-    def _begin(self, config: SamplingConfig) -> None:
-        """Makes the stages, without a text."""
-        changes, truncations = list(_changes(config, self._text)), list(_truncations(config))
-        self._changes = [change for _, change in changes]
-        self._truncations = truncations if config.temperature else []
-        stages = {name for name, _ in (*changes, *self._truncations)}
-        covered = bool(stages or config.temperature) and covers(config, stages)  # alone, argmax is faster
-        self._native = NativeDraw.of(self._library, config) if covered else None
-        self._quick = Quick(config) if covered and self._native is None else None
+        self._native = self._native_draw()
         self._history = History()
 
     def __call__(self, logits: Scores, ids: Sequence[int]) -> int:
@@ -96,9 +85,8 @@ class Sampler:
             InputError: The settings ban every token, or a `logits_processor` fails.
         """
         text = self._history.of(ids) if self._changes else None
-        quick = self._quick is not None or self._native is not None
-        if quick and logits.dtype == np.float32 and not self._excludes(len(ids)):
-            token = self._chosen(logits, text, len(ids))
+        if self._native is not None and logits.dtype == np.float32 and logits.flags.c_contiguous:
+            token = self._native(logits, text, uniform(self._seed, len(ids)) if self.config.temperature else 0.0)
             if token is not None:
                 return token
         if text is not None:
@@ -115,19 +103,6 @@ class Sampler:
         for _, stage in self._stages(len(ids)):
             logits = stage(logits)
         return truncation.draw(logits, uniform(self._seed, len(ids)))
-
-    def _chosen(self, logits: npt.NDArray[np.float32], text: IdArray | None, place: int) -> int | None:
-        """The token by one of the faster ways, or None where the stages must decide."""
-        temperature = self.config.temperature
-        if self._native is not None and logits.flags.c_contiguous:
-            token = self._native(logits, text, uniform(self._seed, place) if temperature else 0.0)
-            return token if token >= 0 else None
-        if self._quick is None:
-            return None
-        scores = self._quick.scores(logits, text)
-        if scores.largest == -math.inf or not temperature:
-            return None if scores.largest == -math.inf else scores.token
-        return self._quick.draw(scores, uniform(self._seed, place))
 
     def stages(self, logits: Scores, ids: Sequence[int]) -> Iterator[tuple[str, Scores]]:
         """Yields the logits (V,) after each stage of a call, with the stage's name. For a temperature above 0.
@@ -153,8 +128,18 @@ class Sampler:
     def twin(self) -> Sampler:
         """A sampler with the same settings and seed for drafts, without the user's logits processors."""
         made = copy.copy(self)
-        made._begin(dataclasses.replace(self.config, logits_processor=()))
+        made._changes = list(_changes(dataclasses.replace(self.config, logits_processor=()), self._text))
+        made._native = made._native_draw()
+        made._history = History()
         return made
+
+    def _native_draw(self) -> NativeDraw | None:
+        """The library's choice, if there are no other stages than those that it computes."""
+        c = self.config
+        changes = bool(c.logit_bias) + (c.repetition_penalty != 1) + bool(c.presence_penalty or c.frequency_penalty)
+        others = {name for name, _ in self._truncations} - {"top_k", "top_p", "min_p"}
+        alone = len(self._changes) == changes and not others and not c.xtc_probability
+        return NativeDraw.of(self._library, c) if alone and (changes or c.temperature) else None
 
     def _excludes(self, place: int) -> bool:
         """Whether XTC applies to this token, by a random number of its own."""
@@ -173,58 +158,42 @@ class _Text:
     breakers: Breakers
 
 
-def _changes(config: SamplingConfig, text: _Text) -> Iterator[tuple[str, Change]]:
-    """The stages before the temperature, which change single logits, by a setting. Skips stages that are off."""
+def _changes(config: SamplingConfig, text: _Text) -> Iterator[Change]:
+    """The stages before the temperature, which change single logits. Skips stages that are off."""
     c, recent = config, partial(penalties.last, count=config.penalty_last_n)
     if c.logit_bias:
-        yield "logit_bias", lambda logits, _: bans.add_bias(logits, c.logit_bias or {})
+        yield lambda logits, _: bans.add_bias(logits, c.logit_bias or {})
     if c.repetition_penalty != 1:
-        yield (
-            "repetition_penalty",
-            lambda logits, ids: penalties.apply_repetition_penalty(logits, recent(ids), c.repetition_penalty),
-        )
+        yield lambda logits, ids: penalties.apply_repetition_penalty(logits, recent(ids), c.repetition_penalty)
     if c.presence_penalty or c.frequency_penalty:
-        yield (
-            "presence_penalty",
-            lambda logits, ids: penalties.apply_presence_and_frequency_penalty(
-                logits, recent(ids), c.presence_penalty, c.frequency_penalty
-            ),
+        yield lambda logits, ids: penalties.apply_presence_and_frequency_penalty(
+            logits, recent(ids), c.presence_penalty, c.frequency_penalty
         )
     if c.dry_multiplier:
-        yield (
-            "dry_multiplier",
-            lambda logits, ids: dry.apply_dry(
-                logits,
-                penalties.last(ids, c.dry_penalty_last_n),
-                c.dry_multiplier,
-                c.dry_base,
-                c.dry_allowed_length,
-                text.breakers,
-            ),
+        yield lambda logits, ids: dry.apply_dry(
+            logits,
+            penalties.last(ids, c.dry_penalty_last_n),
+            c.dry_multiplier,
+            c.dry_base,
+            c.dry_allowed_length,
+            text.breakers,
         )
     if c.no_repeat_ngram_size:
-        yield (
-            "no_repeat_ngram_size",
-            lambda logits, ids: penalties.ban_repeated_ngrams(logits, ids, c.no_repeat_ngram_size),
-        )
+        yield lambda logits, ids: penalties.ban_repeated_ngrams(logits, ids, c.no_repeat_ngram_size)
     if words := bans.bad_words(c.bad_words_ids, text.end_ids):
-        yield "bad_words_ids", lambda logits, ids: bans.ban_bad_words(logits, ids, words)
+        yield lambda logits, ids: bans.ban_bad_words(logits, ids, words)
     if c.min_new_tokens and text.end_ids:
         yield (
-            "min_new_tokens",
             lambda logits, ids: (
                 bans.suppress(logits, text.end_ids) if ids.size < text.prompt_tokens + c.min_new_tokens else logits
-            ),
+            )
         )
     if forced := _forced(config, text):
-        yield (
-            "forced_decoder_ids",
-            lambda logits, ids: bans.force(logits, forced[ids.size]) if ids.size in forced else logits,
-        )
+        yield lambda logits, ids: bans.force(logits, forced[ids.size]) if ids.size in forced else logits
     if len(c.suppress_tokens):
-        yield "suppress_tokens", lambda logits, _: bans.suppress(logits, c.suppress_tokens)
+        yield lambda logits, _: bans.suppress(logits, c.suppress_tokens)
     for processor in (c.logits_processor,) if callable(c.logits_processor) else c.logits_processor:
-        yield "logits_processor", partial(apply_processor, processor=processor)
+        yield partial(apply_processor, processor=processor)
 
 
 def _truncations(config: SamplingConfig) -> Iterator[tuple[str, Callable[[Scores], Scores]]]:

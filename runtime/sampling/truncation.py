@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from .penalties import IdArray, Scores
 
-SHARE_TO_SORT = 2.0**-8  # of the largest probability: selects few tokens, mostly enough for top_p
+_SHARE_TO_SORT = 2.0**-8  # of the largest probability: selects few tokens, mostly enough for top_p
 _COUNTS_TO_SORT = (256, 4096, 2**63)  # for typical_p, tried in turn
-_PART = 64  # tokens per part in `lower_bound`
+_PART = 64  # tokens per part in `_bound`
 
 
 class Left(NamedTuple):
@@ -97,13 +97,13 @@ def keep_top_k(logits: Scores, k: int) -> Scores:
     """Logits (V,) with minus infinity at all but the `k` largest. Ties with the k-th stay."""
     if k >= logits.size:
         return logits
-    candidates = np.flatnonzero(logits >= lower_bound(logits, k))
+    candidates = np.flatnonzero(logits >= _bound(logits, k))
     among = logits[candidates]
     kth = np.partition(among, -k)[-k]
     return keep(logits, candidates[among >= kth])
 
 
-def lower_bound(values: Scores, k: int) -> float:
+def _bound(values: Scores, k: int) -> float:
     """A lower bound of the `k` largest of values (N,), which mostly few others reach; k <= N.
 
     It is the k-th largest of the maxima of parts. Partitions all N only if there are fewer than k parts.
@@ -124,7 +124,7 @@ def keep_top_p(logits: Scores, p: float) -> Scores:
     probabilities = there.probabilities
     # Tokens below (1 - p) / V have less than 1 - p together, so the others reach p. Mostly fewer suffice.
     sufficient = (1 - p) / logits.size
-    for least in (max(SHARE_TO_SORT * probabilities.max(), sufficient), sufficient):
+    for least in (max(_SHARE_TO_SORT * probabilities.max(), sufficient), sufficient):
         candidates = np.flatnonzero(probabilities >= least)
         order = candidates[np.argsort(-logits[there.among(candidates)], kind="stable")]
         reached = np.cumsum(probabilities[order])
@@ -171,7 +171,7 @@ def _largest(values: npt.NDArray[np.float64], count: int) -> IdArray:
     """The indices of at least the `count` largest numbers, descending, including ties with the last one."""
     candidates = np.arange(values.size)
     if count < values.size:
-        candidates = np.flatnonzero(values >= lower_bound(values, count))
+        candidates = np.flatnonzero(values >= _bound(values, count))
     return candidates[np.argsort(-values[candidates], kind="stable")]
 
 

@@ -55,18 +55,18 @@ def check_level() -> None:
         for one in SETTINGS:
             sampler = Sampler(SamplingConfig(seed=3, **one), library=library)
             stages = Sampler(SamplingConfig(seed=3, **one))
-            stages._quick = None
             assert sampler._native is not None
             ids = [*rng.integers(0, SIZE, 60).tolist(), *np.argsort(-logits)[:5].tolist()]
             for _ in range(10):
                 text, u = np.array(ids), float(rng.random())
                 assert sampler(logits, ids) == stages(logits, ids), one
-                assert sampler._native(logits, text, u) >= 0, f"{one} was not decided"
+                assert sampler._native(logits, text, u) is not None, f"{one} was not decided"
                 ids.append(int(rng.integers(0, SIZE)))
 
-    def draw(logits: np.ndarray, u: float, text: list[int] = [], **one: Any) -> int:  # noqa: B006 - only read
+    def draw(logits: np.ndarray, u: float, text: list[int] = [], **one: Any) -> int | None:  # noqa: B006 - only read
         made = NativeDraw.of(library, SamplingConfig(**one))
-        return -1 if made is None else made(logits.astype(np.float32), np.array(text, np.int64), u)
+        assert made is not None
+        return made(logits.astype(np.float32), np.array(text, np.int64), u)
 
     made = NativeDraw.of(library, SamplingConfig(temperature=1.0, top_k=1))
     assert made is not None
@@ -77,15 +77,16 @@ def check_level() -> None:
 
     even = np.zeros(1024)
     for one in ({}, {"min_p": 0.5}, {"top_k": 16}):
-        assert draw(even, 0.5, temperature=1.0, **one) == -1  # between two tokens
+        assert draw(even, 0.5, temperature=1.0, **one) is None  # between two tokens
         assert draw(even, 0.5 + 1 / 2048, temperature=1.0, **one) == 512
-    assert draw(even, 0.5, temperature=1.0, top_p=0.5) == -1
-    assert draw(np.full(7, -np.inf), 0.5, temperature=1.0) == -1  # every token is banned
-    assert draw(np.array([3e38, -3e38]), 0.5, temperature=1.0) == -1  # beyond what the error bound covers
-    assert (
-        draw(even, 0.5, repetition_penalty=2.0, text=[1024]) == draw(even, 0.5, presence_penalty=1.0, text=[-1]) == -1
-    )
-    assert draw(even[:40], 0.3, temperature=1.0, top_k=2) == -1  # more candidates than parts
+    assert draw(even, 0.5, temperature=1.0, top_p=0.5) is None
+    assert draw(np.full(7, -np.inf), 0.5, temperature=1.0) is None  # every token is banned
+    assert draw(np.array([3e38, -3e38]), 0.5, temperature=1.0) is None  # beyond what the error bound covers
+    assert draw(even, 0.5, repetition_penalty=2.0, text=[1024]) is None
+    assert draw(even, 0.5, presence_penalty=1.0, text=[-1]) is None
+    for other in ({}, {"temperature": 1e-4}, {"temperature": 1.0, "typical_p": 0.9}, {"no_repeat_ngram_size": 3}):
+        assert Sampler(SamplingConfig(**other), library=library)._native is None
+    assert draw(even[:40], 0.3, temperature=1.0, top_k=2) is None  # more candidates than parts
 
 
 if __name__ == "__main__":

@@ -124,14 +124,14 @@ def test_typical_p(logits: np.ndarray, p: float) -> None:
 @given(logits=logit_arrays, ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=9), least=st.integers(1, 6))
 def test_min_new_tokens(logits: np.ndarray, ids: list[int], least: int) -> None:
     processor = theirs.MinNewTokensLengthLogitsProcessor(4, least, [2, 5])
-    ((_, change),) = _changes(SamplingConfig(min_new_tokens=least), _Text(4, None, frozenset({2, 5}), {}))
+    (change,) = _changes(SamplingConfig(min_new_tokens=least), _Text(4, None, frozenset({2, 5}), {}))
     same(change(logits, np.array(ids)), apply(processor, ids, logits))
 
 
 @given(logits=logit_arrays, ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=9))
 def test_forced_eos_token_id(logits: np.ndarray, ids: list[int]) -> None:
     processor = theirs.ForcedEOSTokenLogitsProcessor(7, 2)
-    ((_, change),) = _changes(SamplingConfig(forced_eos_token_id=2), _Text(4, 3, frozenset({2}), {}))
+    (change,) = _changes(SamplingConfig(forced_eos_token_id=2), _Text(4, 3, frozenset({2}), {}))
     same(change(logits, np.array(ids)), apply(processor, ids, logits))
 
 
@@ -163,7 +163,7 @@ def test_the_order_is_that_of_generate(seed: int, ids: list[int], names: set[str
 
     ours = SamplingConfig(**{"temperature": 1.0, **given})
     found: np.ndarray = logits
-    for _, change in _changes(ours, _Text(4, None, frozenset({5}), {})):
+    for change in _changes(ours, _Text(4, None, frozenset({5}), {})):
         found = change(found, np.array(ids))
     if np.isneginf(found).all():
         assert bool(expected.isnan().all())
