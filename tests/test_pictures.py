@@ -44,7 +44,12 @@ def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn() -> None:
 def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path: Path) -> None:
     assert main(["pictures", "--charts", str(tmp_path)]) == 0
     assert charts.spread_of("1.76 (1.11 to 2.45)") == (1.76, 1.11, 2.45)
-    for name, programs in (("results.png", 3), ("results-without-vnni.png", 5), ("performance-streams.png", 3)):
+    for name, programs in (
+        ("results.png", 3),
+        ("results-without-vnni.png", 5),
+        ("performance-streams.png", 3),
+        ("training.png", 1),
+    ):
         picture = imread(tmp_path / name)[..., :3]
         for color in [*charts.COLORS.values()][:programs]:
             wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
