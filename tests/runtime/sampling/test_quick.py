@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.runtime.sampling.quick import Quick
+from pastkey.runtime.sampling.quick import Quick, Scores
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -42,9 +42,14 @@ def slow(config: SamplingConfig) -> Sampler:
 @pytest.mark.parametrize("one", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", ["steep", "flat", "ties"])
 def test_the_tokens_are_those_of_the_stages(one: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, found = np.random.default_rng(0), []
+    rng, found = np.random.default_rng(0), list[int | None]()
     draw = Quick.draw
-    monkeypatch.setattr(Quick, "draw", lambda self, *given: found.append(draw(self, *given)) or found[-1])
+
+    def counted(self: Quick, scores: Scores, u: float) -> int | None:
+        found.append(draw(self, scores, u))
+        return found[-1]
+
+    monkeypatch.setattr(Quick, "draw", counted)
     sampler, expected = Sampler(SamplingConfig(seed=3, **one)), slow(SamplingConfig(seed=3, **one))
     logits = logits_of(kind, rng)
     ids = [*rng.integers(0, SIZE, 60).tolist(), *np.argsort(-logits)[:5].tolist()]
