@@ -13,7 +13,8 @@ constexpr size_t kMaxRows = 32;    // rows times terms that a call of multiply t
 constexpr size_t kTileRows = 32;   // rows of X and of W that a call of multiply_tile takes
 
 // W [n, blocks, 32], as com.microsoft.MatMulNBits stores weights: unsigned, at any address. Those of 8 bits have the
-// zero point 128. Of 4 bits two are in a byte, the even one low; a block has a zero point of 4 bits, stored as they are.
+// zero point 128. Of 4 bits two are in a byte, the even one low; a block has a zero point of 4 bits, stored as they
+// are.
 struct Weights {
   const uint8_t* codes;        // [n, blocks, 32], or in 4 bits [n, blocks, 16]
   const uint8_t* scale_codes;  // [n, blocks], a block's scale in units of its row's; or nullptr
