@@ -370,7 +370,7 @@ class Run:
         self.figures = {
             "train_loss": train_loss,
             "val_loss": nats / count,
-            "bits_per_byte": nats / math.log(2) / self.info.val_bytes,
+            "bits_per_byte": nats / math.log(2) / max(1, self.info.val_bytes),  # special tokens have no text
             "tokens_per_second": tokens_per_second,
         }
 

@@ -239,6 +239,13 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert figures["val_loss"] < 1.5
 
 
+def test_answers_without_text_have_a_loss_and_no_fault(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "ab", "completion": ""}\n{"prompt": "ba", "completion": ""}\n' * 20)
+    figures = loop.train(tiny(steps=2, tokenizer="char"), tmp_path / "c", data=[data])
+    assert figures["val_loss"] > 0
+
+
 def test_targets_that_are_ignored_are_not_trained() -> None:
     inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, -100, -100], [-100, -100, -100]])
     model = loop.Decoder(tiny().model_config(9, None, 0))
