@@ -133,13 +133,14 @@ def _state(file: Path) -> tuple[int, int]:
 # --- formats ------------------------------------------------------------------------------------------------------
 def _documents_of(file: Path) -> Iterator[Document]:
     kind = _kind(file)
-    if kind not in (*_LINES, *_PARQUET):
-        yield from (Document(str(file), text) for text in _texts(file))
-        return
-    number = 0
-    for number, row in _parquet_rows(file) if kind in _PARQUET else _json_rows(file):
-        yield document_of(row, f"{file}, {'row' if kind in _PARQUET else 'line'} {number}")
-    if number == 0:
+    documents = 0
+    if kind in (*_LINES, *_PARQUET):
+        for documents, (number, row) in enumerate(_parquet_rows(file) if kind in _PARQUET else _json_rows(file), 1):
+            yield document_of(row, f"{file}, {'row' if kind in _PARQUET else 'line'} {number}")
+    else:
+        for documents, text in enumerate(_texts(file), 1):
+            yield Document(str(file), text)
+    if documents == 0:
         raise InputError(f"{file} is empty: remove it, or write it again")
 
 
