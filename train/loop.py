@@ -339,7 +339,7 @@ class Run:
         return total
 
     def _require_no_rise(self) -> None:
-        """Raises NumericsError if the loss has risen since the first step or an earlier save: that is the last good one.
+        """Raises NumericsError if the loss has risen since the first step or an earlier save, the last good one.
 
         The first step is one batch, whose loss may be a nat off.
         """

@@ -37,6 +37,7 @@ class PackedExamples(TokenWriter):
         }
 
     def add(self, first: int, documents: list[Document]) -> None:
+        del first  # those that train nothing are not counted
         for document, example in zip(documents, encode_examples(documents, self.tokenizer), strict=True):
             windows = list(self._windows(example, masked=document.masked))
             if windows:

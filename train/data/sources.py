@@ -133,14 +133,16 @@ def _state(file: Path) -> tuple[int, int]:
 # --- formats ------------------------------------------------------------------------------------------------------
 def _documents_of(file: Path) -> Iterator[Document]:
     kind = _kind(file)
-    documents = 0
     if kind in (*_LINES, *_PARQUET):
-        for documents, (number, row) in enumerate(_parquet_rows(file) if kind in _PARQUET else _json_rows(file), 1):
-            yield document_of(row, f"{file}, {'row' if kind in _PARQUET else 'line'} {number}")
+        place, rows = ("row", _parquet_rows(file)) if kind in _PARQUET else ("line", _json_rows(file))
+        documents = (document_of(row, f"{file}, {place} {number}") for number, row in rows)
     else:
-        for documents, text in enumerate(_texts(file), 1):
-            yield Document(str(file), text)
-    if documents == 0:
+        documents = (Document(str(file), text) for text in _texts(file))
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
         raise InputError(f"{file} is empty: remove it, or write it again")
 
 
