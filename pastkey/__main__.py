@@ -149,7 +149,8 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is end:  # otherwise the command ends now, and says why
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

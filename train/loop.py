@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pastkey.command import say
 from pastkey.contract import names
 from pastkey.errors import InputError, LostProcessError, MissingFileError, NumericsError
 from pastkey.files.durable import NewFolder, locked, new_folder, remove_leftovers
@@ -214,6 +215,7 @@ class Run:
         self.step = self.begun = step
         self.saved = step or None  # the step of the checkpoint in the folder
         self.recent: deque[float] = deque(maxlen=_RECENT)  # losses of the last steps
+        self.first: float | None = None  # loss of the first step
         self.lowest = math.inf  # the lowest mean of `recent` at a save
         self.figures: dict[str, Any] = {}
 
@@ -236,6 +238,8 @@ class Run:
         except BaseException as error:
             if self.ranks.lost(error):
                 raise LostProcessError(f"a process of this run ended or was stopped: {self._kept()}") from None
+            if isinstance(error, OSError) and self.saved is not None:  # the disk is full
+                say(self._kept())
             raise
 
     def _go(self, metrics: Metrics | None, progress: Progress | None) -> dict[str, Any]:
@@ -302,6 +306,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.recent.append(loss_now)
+        self.first = loss_now if self.first is None else self.first
         rate = share * self.config.learning_rate
         return {"step": self.step, "loss": loss_now, "learning_rate": rate, "gradient_norm": norm_now, "tokens": count}
 
@@ -334,14 +339,17 @@ class Run:
         return total
 
     def _require_no_rise(self) -> None:
-        """Raises NumericsError if the loss has risen since an earlier save, so that this save is the last good one."""
+        """Raises NumericsError if the loss has risen since the first step or an earlier save, the last good one.
+
+        The first step is one batch, whose loss may be a nat off.
+        """
         mean = sum(self.recent) / len(self.recent)
-        if len(self.recent) < _RECENT:
+        if len(self.recent) < _RECENT or self.first is None:
             return
-        if mean > self.lowest + _RISE:
+        if mean > min(self.first + _RISE, self.lowest) + _RISE:
             raise NumericsError(
                 f"training diverges: the mean loss of the last {_RECENT} steps is {mean:.2f} nats at step {self.step}, "
-                f"and was {self.lowest:.2f}; {self._kept(slower=True)}"
+                f"and was {min(self.first, self.lowest):.2f}; {self._kept(slower=True)}"
             )
         self.lowest = min(self.lowest, mean)
 
@@ -370,7 +378,7 @@ class Run:
         self.figures = {
             "train_loss": train_loss,
             "val_loss": nats / count,
-            "bits_per_byte": nats / math.log(2) / self.info.val_bytes,
+            "bits_per_byte": nats / math.log(2) / max(1, self.info.val_bytes),  # special tokens have no text
             "tokens_per_second": tokens_per_second,
         }
 
@@ -378,8 +386,8 @@ class Run:
         """Saves the whole model and state, in the first process, whatever the number of processes."""
         weights = self.ranks.gathered(self.model.state_dict()) if isinstance(self.model, Decoder) else None
         moments = self.ranks.gathered(moments_of(self.optimizers, self.model))
-        self.saved = self.step
         if metrics is None:
+            self.saved = self.step
             return
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
@@ -392,6 +400,7 @@ class Run:
             self.place.put()
             self.train_tokens, self.val_tokens = self._tokens()
             metrics.open(self.place.path, self.step)
+        self.saved = self.step
         draw_loss_curve(self.place.path)
 
     def _summary(self) -> str:

@@ -260,7 +260,8 @@ def _base_of(folder: Path) -> str | None:
 def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
     """Returns the base with the adapter's updates added to its weights, which are in memory.
 
-    Its tokenizer is the given one, or the adapter's if it has one. Raises InputError if the adapter is of another base.
+    Its tokenizer is the given one, or the adapter's if it has one; EOS tokens are the tokenizer's and the base's.
+    Raises InputError if the adapter is of another base.
     """
     try:
         import peft
@@ -279,4 +280,6 @@ def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
     own = folder / names.TOKENIZER
     if tokenizer or own.is_file():
         changes |= read_tokenizer(tokenizer or own)
+        # Of the EOS tokens of an instruction model, its tokenizer names one.
+        changes["eos_token_ids"] = tuple(dict.fromkeys((*changes["eos_token_ids"], *base.eos_token_ids)))
     return dataclasses.replace(base, **changes)

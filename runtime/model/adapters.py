@@ -8,13 +8,16 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from pastkey.contract import names
 from pastkey.errors import InputError
+from pastkey.files.folder import read_json
 from pastkey.values import as_path, shown
 
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
 from ..engine.lora import read_adapter
 from ..settings import PlacementOptions, require_valid
+from ..text.chat_template import special_tokens
 from .parts import ModelParts
 
 
@@ -53,7 +56,18 @@ class Adapters:
             adapted = copy.copy(graph)  # the same session, whose caches are of this adapter alone
             adapted.onnx, adapted.adapter = graph.onnx.with_constants(adapter.inputs), adapter
             self._graph = graph
-            self._parts.adapters[name] = dataclasses.replace(self._parts, engine=Engine.over(adapted))
+            self._parts.adapters[name] = dataclasses.replace(
+                self._parts, engine=Engine.over(adapted), adapter_ends=self._ends(folder)
+            )
+
+    def _ends(self, folder: Path) -> tuple[int, ...]:
+        """The EOS token of the tokenizer beside an adapter: of a base model that it taught to answer, a new one."""
+        file, codec = folder / names.TOKENIZER_CONFIG, self._parts.tokenizer
+        if codec is None or not file.is_file():
+            return ()
+        token = special_tokens(read_json(file)).get("eos_token")
+        ends = codec.vocabulary().get(token or "")
+        return () if ends is None else (ends,)
 
     def unload(self, name: str) -> None:
         """See `LanguageModel.unload_adapter`."""

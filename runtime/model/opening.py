@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
 from pastkey.values import is_int, require
 
@@ -126,7 +125,7 @@ def open_stream(
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
-    end_ids = _end_ids(options, parts.manifest)
+    end_ids = _end_ids(options, parts)
     constraint = parts.vocabulary.matcher(options, end_ids)
     request = Request(
         ids,
@@ -151,9 +150,10 @@ def open_stream(
     return Stream(generation, text, StopStrings(stops), parts.scheduler.wake)
 
 
-def _end_ids(options: Mapping[str, Any], manifest: Manifest) -> list[int]:
-    """The ids that end the sequence: the call's or the bundle's EOS tokens, and `stop_token_ids`."""
-    eos = options.get("eos_token_id", manifest.eos_token_ids)
+def _end_ids(options: Mapping[str, Any], parts: ModelParts) -> list[int]:
+    """The ids that end the sequence: the call's EOS tokens, or the bundle's and the adapter's; and `stop_token_ids`."""
+    manifest = parts.manifest
+    eos = options.get("eos_token_id", (*manifest.eos_token_ids, *parts.adapter_ends))
     ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
     for name, given in ids.items():
         valid = all(token < manifest.vocab_size for token in given)

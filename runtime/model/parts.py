@@ -39,6 +39,7 @@ class ModelParts:
         memory: The memory limit of the caches.
         draft: The draft model, or None.
         adapters: Name -> the parts with a loaded LoRA adapter, whose graph and caches are of this adapter alone.
+        adapter_ends: The EOS tokens that an adapter brings; they end its texts as the bundle's do.
     """
 
     bundle: Bundle
@@ -49,6 +50,7 @@ class ModelParts:
     memory: CacheMemory
     draft: Drafts | None
     adapters: dict[str, ModelParts] = field(default_factory=dict)
+    adapter_ends: tuple[int, ...] = ()
 
     @property
     def manifest(self) -> Manifest:

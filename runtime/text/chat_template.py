@@ -67,7 +67,7 @@ class ChatTemplate:
         bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
         found, tokens = (
-            template_of(bundle, tools=tools) if source is None else (source, _special_tokens(_config(bundle)))
+            template_of(bundle, tools=tools) if source is None else (source, special_tokens(_config(bundle)))
         )
         return cls(found, tokens)
 
@@ -153,8 +153,8 @@ def template_of(bundle: Bundle, *, tools: bool = False) -> tuple[str, dict[str, 
     """The text of a bundle's template, and its special tokens. See `ChatTemplate.from_bundle`."""
     config = _config(bundle)
     if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
-        return read_template(bundle.path / names.CHAT_TEMPLATE), _special_tokens(config)
-    return _chosen(bundle.path, config.get("chat_template"), tools), _special_tokens(config)
+        return read_template(bundle.path / names.CHAT_TEMPLATE), special_tokens(config)
+    return _chosen(bundle.path, config.get("chat_template"), tools), special_tokens(config)
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _chosen(folder: Path, found: Any, tools: bool) -> str:
     return found
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and similar, each given as a string or as an object with its content."""
     tokens = {}
     for name, value in config.items():

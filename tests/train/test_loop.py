@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -237,6 +238,40 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     monkeypatch.undo()
     figures = loop.resume(tmp_path / "c", {"learning_rate": 1e-3, "steps": 150})
     assert figures["val_loss"] < 1.5
+
+
+def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.train(tiny(steps=100), tmp_path / "base", data=[text])
+    monkeypatch.setattr(loop, "schedule", lambda config, step: 3000.0)
+    given = {"init": str(tmp_path / "base"), "steps": 100, "save_every": 50, "learning_rate": 5e-3}
+    with pytest.raises(NumericsError, match=r"diverges: .* at step 50, and was [01]\.\d+; nothing was saved yet"):
+        loop.train(TrainConfig.from_given(given), tmp_path / "c", data=[text])
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_full_disk_keeps_what_was_saved_and_says_which_step(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = loop.save_checkpoint
+
+    def full(folder: Path, model: Any, state: Any, **more: Any) -> None:
+        if state.step > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, model, state, **more)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(tiny(steps=8, save_every=4), tmp_path / "c", data=[text])
+    assert f"{tmp_path / 'c'} keeps step 4, --resume goes on from it\n" in capsys.readouterr().err
+
+
+def test_answers_without_text_have_a_loss_and_no_fault(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "ab", "completion": ""}\n{"prompt": "ba", "completion": ""}\n' * 20)
+    figures = loop.train(tiny(steps=2, tokenizer="char"), tmp_path / "c", data=[data])
+    assert figures["val_loss"] > 0
 
 
 def test_targets_that_are_ignored_are_not_trained() -> None:

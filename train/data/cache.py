@@ -35,7 +35,7 @@ from .sources import Corpus
 from .token_files import DataInfo
 
 MOST_BYTES: Final = 20_000_000_000  # of all entries but the newest
-_VERSION: Final = 1  # of what these modules make of the same data
+_VERSION: Final = 2  # of what these modules make of the same data
 _FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, TOKENS_TRAIN, TOKENS_VAL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pastkey.errors import InputError
 
 from ..checkpoint import TOKENS_TRAIN, TOKENS_VAL
-from .documents import Document
+from .documents import Conversation, Document
 from .examples import Example, encode_examples
 from .packing import Packer
 from .token_files import HELD_OUT_EVERY, DataInfo, TokenWriter
@@ -22,9 +23,10 @@ class PackedExamples(TokenWriter):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.trained = self.untrained = self.cut = self.first = 0
+        self.trained = self.used = self.cut = self.first = 0
         self.is_first = True  # no document with a prompt was read yet
         self.ends: set[int] = set()  # the tokens that are trained to end answers
+        self.turn_ends: Counter[int] = Counter()  # those of conversations, and how often
         # One bit says whether a token is trained.
         self.dtype = "<i2" if self.tokenizer.vocab_size <= 1 << 15 else "<i4"
 
@@ -35,16 +37,19 @@ class PackedExamples(TokenWriter):
         }
 
     def add(self, first: int, documents: list[Document]) -> None:
-        for number, example in enumerate(encode_examples(documents, self.tokenizer), first):
-            masked = documents[number - first].masked
-            for name in self._files_of(number, masked=masked):
-                for window in self._windows(example, masked=masked):
-                    self._add(name, *window, example.end)
+        del first  # those that train nothing are not counted
+        for document, example in zip(documents, encode_examples(documents, self.tokenizer), strict=True):
+            windows = list(self._windows(example, masked=document.masked))
+            if windows:
+                for name in self._files_of(masked=document.masked):
+                    for window in windows:
+                        self._add(name, *window, example.end, turns=isinstance(document.content, Conversation))
+                self.used += 1
 
-    def _files_of(self, number: int, *, masked: bool) -> list[str]:
+    def _files_of(self, *, masked: bool) -> list[str]:
         """Returns the files of a document: of a few, the first with a prompt is held out, and one alone is in both."""
         if self.found.documents >= HELD_OUT_EVERY:
-            return [TOKENS_VAL if self.is_held_out(number) else TOKENS_TRAIN]
+            return [TOKENS_VAL if self.is_held_out(self.used + HELD_OUT_EVERY - 1) else TOKENS_TRAIN]
         if self.found.documents == 1:
             return [TOKENS_TRAIN, TOKENS_VAL]
         first, self.is_first = masked and self.is_first, self.is_first and not masked
@@ -54,18 +59,21 @@ class PackedExamples(TokenWriter):
         longest = self.context + 1
         self.cut += masked and len(example.ids) > longest
         for start in range(0, longest if masked else len(example.ids), longest):
-            yield example.ids[start : start + longest], example.trained[start : start + longest]
+            ids, trained = example.ids[start : start + longest], example.trained[start : start + longest]
+            if trained[1:].any():  # the first token of a window is never a target
+                yield ids, trained
 
-    def _add(self, name: str, ids: NDArray[np.int64], trained: NDArray[np.bool_], end: int | None) -> None:
-        if not trained[1:].any():  # the first token of a window is never a target
-            self.untrained += 1
-            return
+    def _add(
+        self, name: str, ids: NDArray[np.int64], trained: NDArray[np.bool_], end: int | None, *, turns: bool
+    ) -> None:
         answers = ids[trained]
         if name == TOKENS_VAL:
             self.val_bytes += len(self.tokenizer.decode(answers.tolist()).encode())
         else:
             self.trained += len(answers)
-            self.ends |= {end} if end is not None and end in answers else set()
+            if end is not None and end in answers:
+                self.ends.add(end)
+                self.turn_ends.update([end] if turns else [])
         self.packers[name].add(np.where(trained, ids, ~ids))
 
     def end_source(self) -> None:
@@ -89,7 +97,10 @@ class PackedExamples(TokenWriter):
                 "must write a special token of the tokenizer behind the assistant's text, inside {% generation %} if "
                 f"it has this mark{longer}"
             )
-        end = self.tokenizer.end if self.tokenizer.end in self.ends else min(self.ends)
+        # Beside conversations there may be texts, which end otherwise: a chat must stop.
+        end = self.tokenizer.end
+        if self.turn_ends and end not in self.turn_ends:
+            end = self.turn_ends.most_common(1)[0][0]
         return self.info(
             self.dtype,
             end=end,

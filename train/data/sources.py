@@ -133,13 +133,16 @@ def _state(file: Path) -> tuple[int, int]:
 # --- formats ------------------------------------------------------------------------------------------------------
 def _documents_of(file: Path) -> Iterator[Document]:
     kind = _kind(file)
-    if kind not in (*_LINES, *_PARQUET):
-        yield from (Document(str(file), text) for text in _texts(file))
-        return
-    number = 0
-    for number, row in _parquet_rows(file) if kind in _PARQUET else _json_rows(file):
-        yield document_of(row, f"{file}, {'row' if kind in _PARQUET else 'line'} {number}")
-    if number == 0:
+    if kind in (*_LINES, *_PARQUET):
+        place, rows = ("row", _parquet_rows(file)) if kind in _PARQUET else ("line", _json_rows(file))
+        documents = (document_of(row, f"{file}, {place} {number}") for number, row in rows)
+    else:
+        documents = (Document(str(file), text) for text in _texts(file))
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
         raise InputError(f"{file} is empty: remove it, or write it again")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,8 +100,10 @@ class Ranks:
         try:
             yield
         except BaseException:
-            if self.store is not None and not self._fails_first():
-                raise SystemExit(2) from None
+            if self.store is not None:
+                _speak_to_the_end()
+                if not self._fails_first():
+                    raise SystemExit(2) from None
             raise
 
     def lost(self, error: BaseException) -> bool:
@@ -108,7 +112,10 @@ class Ranks:
         gloo's errors have no class of their own.
         """
         gone = isinstance(error, SystemExit | dist.DistError)
-        return self.world > 1 and (gone or (isinstance(error, RuntimeError) and "by peer" in str(error)))
+        lost = self.world > 1 and (gone or (isinstance(error, RuntimeError) and "by peer" in str(error)))
+        if lost:
+            _speak_to_the_end()
+        return lost
 
     def _fails_first(self) -> bool:
         assert self.store is not None
@@ -195,3 +202,9 @@ class Ranks:
                     moment.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
                 )
         return divided
+
+
+def _speak_to_the_end() -> None:
+    """Ignores SIGTERM, which torchrun sends when a process is gone: the one that says why would be stopped before."""
+    if threading.current_thread() is threading.main_thread():  # Python handles signals only in that thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -74,6 +74,18 @@ def test_a_folder_of_peft_alone_is_merged(trained: Path, tmp_path: Path) -> None
     assert source.tokenizer is not None  # the base's
 
 
+def test_the_eos_tokens_of_the_base_end_texts_beside_that_of_the_adapters_tokenizer(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(trained / "lora", tmp_path / "lora")
+    config = json.loads((folder / names.TOKENIZER_CONFIG).read_text())
+    tokenizer = json.loads((folder / names.TOKENIZER).read_text())
+    other = next(token for token, number in tokenizer["model"]["vocab"].items() if number == 7)
+    for eos, expected in ((other, (7, 1)), (None, (1,))):
+        (folder / names.TOKENIZER_CONFIG).write_text(json.dumps(config | {"eos_token": eos}))
+        assert open_source(folder).eos_token_ids == expected
+
+
 def test_a_training_that_stopped_is_told(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained / "full", tmp_path / "full")
     manifest = json.loads((folder / names.MANIFEST).read_text())

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from pastkey.errors import InputError, IntegrityError, OptionError
+from pastkey.files.durable import write_json
 from pastkey.runtime import Generator, LanguageModel, load
 from pastkey.runtime.decoding.batching.scheduler import Scheduler
 from pastkey.runtime.engine.caches.slab import Slab
@@ -54,6 +56,24 @@ def test_each_request_has_the_text_of_its_merged_model(
 ) -> None:
     for name in (*NAMES, *NAMES):
         assert lm.generate(PROMPT, max_new_tokens=COUNT, adapter=name).ids == expected[name]
+
+
+@pytest.mark.parametrize("content", [False, True])
+def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(
+    content: bool, tiny: Tiny, letters: Tokenizer, tmp_path: Path
+) -> None:
+    whole = merged(tiny, lora(tiny, ADAPTED["one"])).greedy(PROMPT, COUNT)
+    base = tiny.greedy(PROMPT, COUNT)
+    end = next(token for token in whole[2:] if token in base)  # the base model goes on behind it
+    write_bundle(tmp_path / "bundle", tiny, "fused", adapters=True, tokenizer=letters)
+    folder = write_adapter(tmp_path / "one", lora(tiny, ADAPTED["one"]), lora_alpha=2, r=2)
+    token = letters.id_to_token(end)
+    write_json(folder / "tokenizer_config.json", {"eos_token": {"content": token} if content else token})
+    lm = load(tmp_path / "bundle", adapters={"one": folder})
+    found = lm.generate(PROMPT, max_new_tokens=COUNT, adapter="one")
+    assert (found.ids, found.finish_reason) == (whole[: whole.index(end)], "stop")
+    assert lm.generate(PROMPT, max_new_tokens=COUNT, adapter="one", eos_token_id=[]).ids == whole
+    assert lm.generate(PROMPT, max_new_tokens=COUNT).ids == base
 
 
 def test_logits_and_scores_are_those_of_the_merged_model(lm: LanguageModel, tiny: Tiny) -> None:

@@ -112,3 +112,22 @@ def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path: Path) -> None
     info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 64, tokenizer)
     assert tokenizer.tokenizer.id_to_token(tokenizer.end) == "<|endoftext|>"
     assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
+
+
+def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = chat_tokenizer()
+    rows = [chat("hi", "hello"), {"text": "hello"}, {"prompt": "hi", "completion": " hello"}] * 10
+    info = written(tmp_path, corpus_of(*rows), 64, tokenizer)
+    assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
+    info = written(tmp_path, corpus_of(*rows[1:3] * 10), 64, tokenizer)
+    assert info.end == tokenizer.end
+
+
+@pytest.mark.parametrize("count", [4, 25])
+def test_what_is_held_out_trains_something(count: int, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    long = {"prompt": "the cat " * 20, "completion": " sat"}
+    rows = [dict(pair) for pair in PAIRS[:count]]
+    rows[0] = rows[min(19, count - 2)] = long
+    info = written(tmp_path, corpus_of(*rows), 24, tokenizer)
+    assert info.val_bytes >= len(" sat")

@@ -45,6 +45,13 @@ def test_an_empty_corpus_is_refused(content: str, tmp_path: Path) -> None:
         survey(open_corpus([tmp_path / "a.txt"]))
 
 
+def test_an_empty_text_beside_others_is_a_shard_that_was_not_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(InputError, match=r"b\.txt is empty: remove it, or write it again"):
+        survey(open_corpus([tmp_path]))
+
+
 def test_a_single_line_is_refused_unless_it_is_long() -> None:
     with pytest.raises(InputError, match="a single line of 11 bytes"):
         survey(corpus_of("hello world"))

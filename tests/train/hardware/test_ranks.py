@@ -136,6 +136,28 @@ def test_a_dead_process_ends_the_run_with_one_sentence(start: Start, text: Path,
     assert_same_run(out, one)
 
 
+STOPPED = """
+import os, signal
+from pastkey import __main__ as command
+from pastkey.train import loop
+from pastkey.train.hardware.ranks import Ranks
+def stopped(function):
+    def call(*given, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*given, **named)
+    return call
+loop.LostProcessError = stopped(loop.LostProcessError)
+Ranks._fails_first = stopped(Ranks._fails_first)
+command._fail = stopped(command._fail)
+"""
+
+
+def test_torchruns_signal_does_not_silence_the_process_that_says_why(start: Start, text: Path, tmp_path: Path) -> None:
+    answers = start(2, *flags(tmp_path / "c", text), kill=[1, str(tmp_path / "c" / "pastkey.json")], before=STOPPED)
+    assert [status for status, _ in answers] == [2, -9]
+    assert answers[0][1].splitlines()[-1].startswith("pastkey train: a process of this run ended or was stopped: ")
+
+
 FULL = """
 from pastkey.train import loop
 save = loop.save_checkpoint
