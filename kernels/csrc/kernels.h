@@ -52,7 +52,7 @@ struct MatMulKernels {
   // n is a multiple of 32.
   void (*normalize)(bool centered, const float* x, const float* skip, const float* gamma, const float* beta,
                     float epsilon, size_t n, float* sum, float* y);
-  // The same as multiply with weights of 4 bits. nullptr: the level has none, and takes the reference's.
+  // The same as multiply with weights of 4 bits.
   void (*multiply_int4)(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count,
                         float* y, size_t stride);
 };

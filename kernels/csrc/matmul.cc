@@ -83,7 +83,6 @@ class Product {
     if (bits != 8 && bits != 4) refuse("bits is %lld, expected 8 or 4", static_cast<long long>(bits));
     int4_ = bits == 4;
     multiply_ = int4_ ? kernels_.multiply_int4 : kernels_.multiply;
-    if (!multiply_) multiply_ = portable_matmul.multiply_int4;
     const Tensor codes = info.required_constant(input, "W");
     w_.codes = codes.data<uint8_t>();
     if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < 1 || codes.shape[2] != 4 * bits)
