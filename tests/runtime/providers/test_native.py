@@ -95,6 +95,7 @@ def test_a_library_that_is_cut_short_says_so(recorded: str, cut: bool, tmp_path:
 def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
     for version in (1, 2, 3):
