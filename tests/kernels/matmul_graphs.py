@@ -106,7 +106,7 @@ def compared(weights: Weights, bias: bool) -> bytes:
     sizes = {"K": blocks * 32, "N": n, "bits": weights.bits, "block_size": 32, "accuracy_level": 4}
     inputs = ["x", "w", "scales", *([] if weights.zeros is None else ["zeros"])]
     nodes = [helper.make_node("MatMulNBits", inputs, ["nbits"], domain="com.microsoft", **sizes)]
-    bits = {} if weights.bits == 8 else {"bits": weights.bits}
+    bits: dict[str, Any] = {} if weights.bits == 8 else {"bits": weights.bits}
     for float_scales in (False, True):
         inputs = ["x", *arguments(weights.named(float_scales, bias))]
         for terms in (1, 2):
