@@ -34,12 +34,13 @@ inline __m256i dot(__m256i acc, __m256i weights, __m256i q) {
 constexpr bool kStarts = false;
 #endif
 
-// Of 4 bits.
-inline __m256i dot_int4(__m256i acc, __m256i weights, __m256i q) {
+// acc + low * even + high * odd of 4 bits, whose sums of four are below 2^15.
+inline __m256i dot_int4(__m256i acc, __m256i low, __m256i high, __m256i even, __m256i odd) {
 #if defined(PASTKEY_USE_VNNI)
-  return dot(acc, weights, q);
+  return dot(dot(acc, low, even), high, odd);
 #else
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, q), _mm256_set1_epi16(1)));
+  const __m256i fours = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
 #endif
 }
 
@@ -74,6 +75,61 @@ inline __m256 pair(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+// `n` (at most 16) bytes from `at`, then zeros. Reads the 16 that end there, unless the array begins later.
+inline __m128i load_bytes(const uint8_t* bytes, size_t at, size_t n) {
+  alignas(32) static constexpr uint8_t kShift[32] = {0,    1,    2,    3,    4,    5,    6,    7,    8,    9,    10,
+                                                     11,   12,   13,   14,   15,   0x80, 0x80, 0x80, 0x80, 0x80, 0x80,
+                                                     0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80};
+  if (at + n >= 16) return _mm_shuffle_epi8(load_half(bytes + at + n - 16), load_half(kShift + 16 - n));
+  uint8_t copy[16] = {};
+  std::memcpy(copy, bytes + at, n);
+  return load_half(copy);
+}
+
+// Scales and zero points of at most 16 blocks from b of four rows of W, turned: byte 4 * block + row.
+struct Scales {
+  uint8_t codes[64], zeros[64];
+
+  template <int bits>
+  void load(const Weights& w, const size_t* rows, size_t b) {
+    const size_t n = w.blocks - b < 16 ? w.blocks - b : 16, bytes = (w.blocks + 1) / 2;
+    const __m128i low = _mm_set1_epi8(15);
+    __m128i of_row[4];
+    if (w.scale_codes) {
+      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(w.scale_codes, rows[r] * w.blocks + b, n);
+      turn(of_row, codes);
+    }
+    if (bits == 8) return;
+    for (int r = 0; r < 4; r++) {
+      of_row[r] = _mm_set1_epi8(8);
+      if (!w.zeros) continue;
+      const __m128i pairs = load_bytes(w.zeros, rows[r] * bytes + b / 2, (n + 1) / 2);
+      of_row[r] = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+    }
+    turn(of_row, zeros);
+  }
+  static void turn(const __m128i* of_row, uint8_t* to) {
+    const __m128i a[2] = {_mm_unpacklo_epi8(of_row[0], of_row[1]), _mm_unpackhi_epi8(of_row[0], of_row[1])};
+    const __m128i b[2] = {_mm_unpacklo_epi8(of_row[2], of_row[3]), _mm_unpackhi_epi8(of_row[2], of_row[3])};
+    auto* quarters = reinterpret_cast<__m128i*>(to);
+    for (int i = 0; i < 2; i++) {
+      _mm_storeu_si128(quarters + 2 * i, _mm_unpacklo_epi16(a[i], b[i]));
+      _mm_storeu_si128(quarters + 2 * i + 1, _mm_unpackhi_epi16(a[i], b[i]));
+    }
+  }
+};
+
+// Lanes 4 * block + row of two of the blocks.
+inline __m256i two_of(const uint8_t* bytes, size_t b) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + b % 16 * 4)));
+}
+
+inline __m128 load_floats(const Weights& w, const size_t* rows, size_t b) {
+  float of_row[4];
+  for (int r = 0; r < 4; r++) of_row[r] = w.scales[rows[r] * w.blocks + b];
+  return _mm_loadu_ps(of_row);
+}
+
 // Blocks b and next of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
 template <int bits>
 struct Four;
@@ -82,12 +138,12 @@ template <>
 struct Four<8> {
   __m256i weights[2][4];
 
-  Four(const Weights& w, const size_t* rows, size_t b, size_t next, const Ahead& ahead) {
+  Four(const uint8_t* const* rows, size_t b, size_t next, const Ahead& ahead, const Scales&) {
+    const size_t then = ahead(b * kBlock);
     for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * w.blocks * kBlock;
-      weights[0][r] = prepare(load(p + b * kBlock));
-      weights[1][r] = prepare(load(p + next * kBlock));
-      _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * kBlock)), _MM_HINT_T0);
+      weights[0][r] = prepare(load(rows[r] + b * kBlock));
+      weights[1][r] = prepare(load(rows[r] + next * kBlock));
+      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + then), _MM_HINT_T0);
     }
   }
   __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
@@ -105,25 +161,21 @@ struct Four<8> {
 
 template <>
 struct Four<4> {
-  __m256i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
+  __m256i pairs[4], zeros;  // the weights as they are stored: taken apart, they would not fit into the registers
 
-  Four(const Weights& w, const size_t* rows, size_t b, size_t next, const Ahead& ahead) {
-    int zero[2][4];
+  Four(const uint8_t* const* rows, size_t b, size_t next, const Ahead& ahead, const Scales& scales) {
+    const size_t then = ahead(b / 4 * 64);
     for (int r = 0; r < 4; r++) {
-      const uint8_t* p = w.codes + rows[r] * w.blocks * 16;
-      const __m256i pairs = _mm256_setr_m128i(load_half(p + b * 16), load_half(p + next * 16));
-      if (b % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(p + ahead(b * 16)), _MM_HINT_T0);
-      low[r] = low_halves(pairs);
-      high[r] = high_halves(pairs);
-      zero[0][r] = load_zero(w, rows[r], b);
-      zero[1][r] = load_zero(w, rows[r], next);
+      pairs[r] = _mm256_setr_m128i(load_half(rows[r] + b * 16), load_half(rows[r] + next * 16));
+      if (b % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + then), _MM_HINT_T0);
     }
-    zeros = load(zero);
+    zeros = two_of(scales.zeros, b);
   }
   __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
     const __m256i even = _mm256_permute2x128_si256(q0, q1, 0x20), odd = _mm256_permute2x128_si256(q0, q1, 0x31);
     __m256i d[4];
-    for (int r = 0; r < 4; r++) d[r] = dot_int4(dot_int4(_mm256_setzero_si256(), low[r], even), high[r], odd);
+    for (int r = 0; r < 4; r++)
+      d[r] = dot_int4(_mm256_setzero_si256(), low_halves(pairs[r]), high_halves(pairs[r]), even, odd);
     return _mm256_add_epi32(start_int4(zeros, start), add_lanes(d));
   }
 };
@@ -133,26 +185,28 @@ template <int bits, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
                           __m128* out) {
   size_t rows[4];
-  for (size_t r = 0; r < 4; r++) rows[r] = row + (r < there ? r : there - 1);
+  const uint8_t* codes[4];
+  for (size_t r = 0; r < 4; r++) {
+    rows[r] = row + (r < there ? r : there - 1);
+    codes[r] = w.codes + rows[r] * w.blocks * 4 * bits;
+  }
+  Scales scales;
   __m256 acc[2][M];  // chains 0 | 1 and 2 | 3
   for (int m = 0; m < M; m++) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
   for (size_t b = 0; b < w.blocks; b += 2) {
     const bool both = b + 1 < w.blocks;
     const size_t next = both ? b + 1 : b;
-    const Four<bits> four(w, rows, b, next, ahead);
-    __m128 scales[2];
-    for (int i = 0; i < 2; i++) {
-      const size_t at = i ? next : b;
-      scales[i] = _mm_setr_ps(load_scale(w, rows[0] * w.blocks + at), load_scale(w, rows[1] * w.blocks + at),
-                              load_scale(w, rows[2] * w.blocks + at), load_scale(w, rows[3] * w.blocks + at));
-    }
+    if (b % 16 == 0) scales.load<bits>(w, rows, b);
+    const Four<bits> four(codes, b, next, ahead, scales);
+    const __m256 of_w = w.scale_codes ? _mm256_cvtepi32_ps(two_of(scales.codes, b))
+                                      : pair(load_floats(w, rows, b), load_floats(w, rows, next));
     for (int m = 0; m < M; m++) {
       const size_t first = (from + m) * w.blocks + b, second = (from + m) * w.blocks + next;
       const __m256i start = _mm256_setr_m128i(_mm_set1_epi32(x.start[first]), _mm_set1_epi32(x.start[second]));
       const __m256i d = four.dots(load(x.q + first * kBlock), load(x.q + second * kBlock), start);
-      const __m256 scale = pair(_mm_set1_ps(x.scale[first]), _mm_set1_ps(x.scale[second]));
+      const __m256 of_x = pair(_mm_set1_ps(x.scale[first]), _mm_set1_ps(x.scale[second]));
       __m256& sum = acc[b / 2 % 2][m];
-      const __m256 more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(d), scale), pair(scales[0], scales[1]), sum);
+      const __m256 more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(d), of_x), of_w, sum);
       sum = both ? more : _mm256_blend_ps(sum, more, 0x0f);
     }
   }
@@ -245,13 +299,13 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
       const __m256i start = _mm256_set1_epi32(x.start[in + m * blocks]);
       d[m] = bits == 4 ? start_int4(panel.zeros[b], start) : kStarts ? start : _mm256_setzero_si256();
     }
-    for (int j = 0; j < 8; j++) {
-      const __m256i weights = panel.weights[b][j];
+    const __m256i* weights = panel.weights[b];
+    for (int j = 0; j < bits; j++)
       for (int m = 0; m < M; m++) {
-        const __m256i q = broadcast(x.q + (in + m * blocks) * kBlock + 4 * j);
-        d[m] = bits == 4 ? dot_int4(d[m], weights, q) : dot(d[m], weights, q);
+        const int8_t* q = x.q + (in + m * blocks) * kBlock + 4 * j;
+        if (bits == 4) d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
+        else d[m] = dot(d[m], weights[j], broadcast(q));
       }
-    }
     for (int m = 0; m < M; m++) {
       const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
       acc[b][from + m] = _mm256_fmadd_ps(product, panel.scales[b], acc[b][from + m]);
