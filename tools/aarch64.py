@@ -52,7 +52,7 @@ def fetch_system() -> None:
     (PLACE / "fetched").touch()
 
 
-def install(folder: Path, *packages: object) -> None:
+def install(folder: Path, *packages: str | Path) -> None:
     """Fills a folder with wheels for arm64."""
     shutil.rmtree(folder, ignore_errors=True)
     binary = ["--only-binary=:all:", "--python-version", PYTHON]

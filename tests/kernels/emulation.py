@@ -11,9 +11,10 @@ import pytest
 from filelock import FileLock
 
 from tools import aarch64
+from tools.versions import ROOT
 
 COMPILER = "aarch64-linux-gnu-g++"
-PLACE = aarch64.ROOT / ".environments" / "aarch64-kernels"
+PLACE = ROOT / ".environments" / "aarch64-kernels"
 CMAKE = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 
 
@@ -30,6 +31,6 @@ def emulated() -> tuple[tuple[str, ...], str, dict[str, str]]:
         if not (packages / "installed").exists():
             aarch64.install(packages, f"onnxruntime=={onnxruntime.__version__}", "numpy")
             (packages / "installed").touch()
-        for command in (["-S", str(aarch64.ROOT / "kernels"), "-B", str(build), *CMAKE], ["--build", str(build)]):
+        for command in (["-S", str(ROOT / "kernels"), "-B", str(build), *CMAKE], ["--build", str(build)]):
             subprocess.run(["cmake", *command], check=True, capture_output=True)
     return aarch64.EMULATED, str(build / "libpastkey_kernels.so"), {"PYTHONPATH": str(packages)}
