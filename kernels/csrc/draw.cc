@@ -19,7 +19,7 @@
 #define PASTKEY_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// One call. `providers/native_logits.py` has the same fields.
+// One call. `runtime/sampling/native.py` has the same fields.
 struct PastkeyDraw {
   const float* logits;  // [size], without NaN
   int64_t size;

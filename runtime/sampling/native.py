@@ -41,8 +41,8 @@ class _Draw(ctypes.Structure):
 
 
 @functools.cache
-def functions(library: str) -> Any:
-    """The library's functions, or None where it has none: it is older."""
+def _loaded(library: str) -> Any:
+    """The library with its `draw`, or None where it has none: it is older."""
     found = ctypes.PyDLL(library)  # keeps Python's lock: a call takes less time than giving it away
     try:
         found.pastkey_kernels_draw.restype = ctypes.c_int64
@@ -104,7 +104,7 @@ class NativeDraw:
         """None where the library is older, or there is none (""), and for a temperature that is near 0."""
         if 0 < config.temperature < _LEAST_TEMPERATURE:
             return None
-        found = functions(library) if library else None
+        found = _loaded(library) if library else None
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
     def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int | None:
