@@ -82,12 +82,15 @@ class Choice {
       for (const Scored& s : kept_) total += std::exp(s.value);
     } else if (d_.top_p < 1) {
       total = sum();
-      // Tokens below (1 - p) / V have less than 1 - p together, so the others reach p. Mostly fewer do.
+      // Tokens below (1 - p) / V have less than 1 - p together, so the others reach p. Mostly far fewer do.
       const double sufficient = (1 - d_.top_p) / static_cast<double>(size_) * total;
-      collect(largest_ + d_.temperature * std::log(std::max(1. / 256, sufficient)));
       double reached = 0;
-      for (const Scored& s : kept_) reached += std::exp(s.value);
-      if (reached < d_.top_p * total) collect(largest_ + d_.temperature * std::log(sufficient));
+      for (double least = 1. / 256; reached < d_.top_p * total; least /= 8) {
+        collect(largest_ + d_.temperature * std::log(std::max(least, sufficient)));
+        reached = 0;
+        for (const Scored& s : kept_) reached += std::exp(s.value);
+        if (least <= sufficient) break;
+      }
     } else if (d_.min_p > 0) {
       collect(largest_ + d_.temperature * std::log(d_.min_p));
     } else {

@@ -54,13 +54,13 @@ class EmbeddingRows:
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """The rows (B, T, ...) of `ids` (B, T), each from 0 to V - 1."""
         rows = []
-        for token in ids.flat:
+        for token in ids.ravel().tolist():
             if not 0 <= token < self._vocab_size:
                 raise IntegrityError(
                     f"the embedding has {self._vocab_size} rows, and none for the token id {token}: the graph was "
                     "altered, copy the bundle again"
                 )
-            rows.append(_read_at(self._file, self._row_bytes, self._offset + int(token) * self._row_bytes))
+            rows.append(_read_at(self._file, self._row_bytes, self._offset + token * self._row_bytes))
         content = b"".join(rows)
         if len(content) != ids.size * self._row_bytes:
             raise IntegrityError("the weights file was cut short while it was in use: copy it again")
