@@ -32,6 +32,7 @@ FILES = {
     "genai-int4": Files("genai", "int4", "its model builder, -p int4 -e cpu"),
     "llama-q8_0": Files("llama", "Q8_0", "llama_model_quantize to Q8_0"),
     "llama-q4_0": Files("llama", "Q4_0", "llama_model_quantize to Q4_0"),
+    "llama-q4_k_m": Files("llama", "Q4_K_M", "llama_model_quantize to Q4_K_M"),
     "optimum-fp32": Files("optimum", "fp32", "ORTModelForCausalLM with export=True"),
     "optimum-int8": Files("optimum", "int8", "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2"),
     "transformers-fp32": Files("transformers", "fp32", "torch, attn_implementation='eager'"),
@@ -57,17 +58,21 @@ class Engine(NamedTuple):
 # What quality is compared with.
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
+WITHOUT = "generate(prompt_lookup=False)"
 ORT = "load(native=False), generate(prompt_lookup=False)"
 ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey-int8"),
-    Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", "generate(prompt_lookup=False)"),
+    Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", WITHOUT),
     Engine("pastkey-int8-ort", "pastkey int8, onnxruntime's kernels", "pastkey-int8", "ort", ORT),
     REFERENCE,
     Engine("genai-int8", "onnxruntime-genai int8", "genai-int8", rival=True),
     Engine("llama-q8_0", "llama.cpp Q8_0", "llama-q8_0", rival=True),
     Engine("pastkey-int4", "pastkey int4", "pastkey-int4", full=True),
+    Engine("pastkey-int4-steps", "pastkey int4, without prompt lookup", "pastkey-int4", "steps", WITHOUT, full=True),
+    Engine("pastkey-int4-ort", "pastkey int4, onnxruntime's kernels", "pastkey-int4", "ort", ORT, full=True),
     Engine("genai-int4", "onnxruntime-genai int4", "genai-int4", full=True),
     Engine("llama-q4_0", "llama.cpp Q4_0", "llama-q4_0", full=True),
+    Engine("llama-q4_k_m", "llama.cpp Q4_K_M", "llama-q4_k_m", full=True),
     Engine("optimum-fp32", "optimum-onnx fp32", "optimum-fp32", full=True),
     Engine("optimum-int8", "optimum-onnx int8 dynamic", "optimum-int8", full=True),  # no rival: it is another model
     Engine("transformers-fp32", "transformers eager fp32", "transformers-fp32", full=True),

@@ -29,18 +29,23 @@ class Tokens:
     def draw(self, size: int, seed: int, step: int) -> Batch:
         """Returns the batch of a step: `size` windows at random, rows of examples, or all rows of a lesson.
 
-        Every row of examples is drawn once in an epoch, unless sources have weights. Only (seed, step) determine the
-        batch, so a resumed run draws the same batches as an uninterrupted one.
+        Windows that a document's end cuts short are padded to the longest. Every row of examples is drawn once in an
+        epoch, unless sources have weights. Only (seed, step) determine the batch, so a resumed run draws the same
+        batches as an uninterrupted one.
         """
         rng = np.random.default_rng([seed, step])
         if self._info.row_length is not None:
             rows = self._tokens.reshape(-1, self._info.row_length)
             return _as_batch(rows[self._rows(len(rows), size, seed, step, rng)] if self._info.masked else rows)
         if self._info.sources:
-            starts = self._weighted_starts(size, rng, self._context)
+            places = self._weighted_starts(size, rng, 1)
         else:
-            starts = rng.integers(0, len(self._tokens) - self._context, size)
-        return _as_batch(np.stack([self._window(self._document_start(int(start))) for start in starts]))
+            places = rng.integers(0, len(self._tokens) - 1, size)
+        windows = [self._of_document(int(place)) for place in places]
+        rows = np.full((size, max(map(len, windows))), ~self._info.end, np.int64)
+        for row, window in zip(rows, windows, strict=True):
+            row[: len(window)] = window
+        return _as_batch(rows)
 
     def first_prompt(self) -> list[int]:
         """Returns the tokens of the first row of examples up to the first trained one."""
@@ -89,20 +94,23 @@ class Tokens:
     def _window(self, start: int) -> NDArray[Any]:
         return self._tokens[start : start + self._context + 1]
 
-    def _document_start(self, start: int) -> int:
-        """Returns the start of the document at `start`, if one window from there still reaches `start`.
+    def _of_document(self, place: int) -> NDArray[Any]:
+        """Returns up to T + 1 tokens of the document at `place`: from its beginning, if one such window has both.
 
-        So a story is read from its beginning, as it will be generated, and a long text from anywhere.
+        So a story is read whole, as it will be generated, and a long text from anywhere. A window never goes on into
+        the next document: a model that sees two stories at a time learns much later to which of them a name belongs.
         """
-        earliest = max(0, start - self._context + 1)
-        before = self._tokens[earliest : start + 1]
-        if self._info.begin is not None:
-            starts = np.flatnonzero(before == self._info.begin)
+        most, info = self._context + 1, self._info
+        first = max(0, place - self._context + 1)
+        ends = np.flatnonzero(self._tokens[first : place + most] == info.end) + first
+        begins = info.begin == info.end  # the same token, which belongs to both documents
+        before = int(np.searchsorted(ends, place, side="right" if begins else "left"))
+        end = int(ends[before]) + 1 if before < len(ends) else len(self._tokens)
+        if before or first == 0:
+            start = int(ends[before - 1]) + (not begins) if before else 0
         else:
-            starts = np.flatnonzero(before[:-1] == self._info.end) + 1
-        if len(starts):
-            return earliest + int(starts[-1])
-        return 0 if earliest == 0 else start
+            start = max(first, min(place, end - most))
+        return self._tokens[start : min(end, start + most)]
 
 
 def _as_batch(rows: NDArray[Any]) -> Batch:

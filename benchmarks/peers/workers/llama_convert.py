@@ -1,4 +1,4 @@
-"""llama.cpp's own quantization: GGUF_IN GGUF_OUT Q8_0|Q4_0."""
+"""llama.cpp's own quantization: GGUF_IN GGUF_OUT Q8_0|Q4_0|Q4_K_M."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ import llama_cpp
 
 source, out, precision = sys.argv[1:]
 parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[precision]
+parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{precision}")
 parameters.allow_requantize = True  # the source may be quantized already; every engine starts from the same
 parameters.nthread = os.cpu_count() or 1
 if llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters)) != 0:

@@ -42,6 +42,24 @@ def test_short_documents_are_read_from_their_beginning(tmp_path: Path) -> None:
     assert len({tuple(row) for row in inputs.tolist()}) > 10
 
 
+def test_a_window_ends_with_its_document(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of(*(f"{number}\n" + "d" * number for number in range(100))), context=60)
+    inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(200, seed=0, step=0)
+    assert len(inputs[0]) == 60
+    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+        trained = [token for token in wanted if token != NOT_TRAINED]
+        assert wanted[: len(trained)] == trained  # padding is at the end
+        assert info.end not in trained[:-1]
+        assert row[1 : len(trained)] == trained[:-1]
+        assert trained[-1] == info.end or len(trained) == 60
+
+
+def test_every_token_of_the_corpus_is_drawn(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of("abc", "def", "ghijklmnopqrstuvwxyz", "0123456789"), context=8)
+    _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(500, seed=0, step=0)
+    assert set(targets.flatten().tolist()) == set(ids(tmp_path, TOKENS_TRAIN, info)) | {NOT_TRAINED}
+
+
 def test_long_documents_are_read_from_anywhere(tmp_path: Path) -> None:
     info = written(tmp_path, corpus_of("\n".join(map(str, range(10_000)))))
     inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(200, seed=0, step=0)
@@ -52,8 +70,9 @@ def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Pat
     documents = [f"{number}\nx" for number in range(100, 140)]
     tokenizer = dataclasses.replace(train_char(documents), begin=None)
     info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
-    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
-    assert {int(row[5]) for row in inputs} == {tokenizer.end}  # five characters, then the EOS token
+    _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
+    assert {tuple(row[-1:].tolist()) for row in targets} == {(tokenizer.end,)}  # of five characters the first is given
+    assert targets.shape == (50, 5)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
