@@ -106,7 +106,9 @@ def _run(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from . import loop
+    from .hardware.device import keep_freed_memory
 
+    keep_freed_memory()
     try:
         if arguments.resume:
             figures = loop.resume(arguments.out, given, data=arguments.data)

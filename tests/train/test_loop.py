@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text: Path, tm
 def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "schedule", lambda config, step: 1.0 if step < 100 else 3000.0)
+    monkeypatch.setattr(loop, "schedule", lambda config, step: 1.0 if step < 100 else 300.0)
     with pytest.raises(
         NumericsError, match=r"diverges: the mean loss .* keeps step 100, --resume .* a smaller --learn"
     ):
@@ -244,7 +244,7 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop.train(tiny(steps=100), tmp_path / "base", data=[text])
-    monkeypatch.setattr(loop, "schedule", lambda config, step: 3000.0)
+    monkeypatch.setattr(loop, "schedule", lambda config, step: 300.0)
     given = {"init": str(tmp_path / "base"), "steps": 100, "save_every": 50, "learning_rate": 5e-3}
     with pytest.raises(NumericsError, match=r"diverges: .* at step 50, and was [01]\.\d+; nothing was saved yet"):
         loop.train(TrainConfig.from_given(given), tmp_path / "c", data=[text])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ class Tokens:
         self._tokens: NDArray[Any] = np.memmap(path, dtype=info.dtype, mode="r")
         self._info = info
         self._context = context
+        self._shared = info.begin == info.end  # whether one token ends a document and begins the next
         self._order = -1, np.empty(0, np.int64)  # an epoch, and the order of the rows in it
 
     def draw(self, size: int, seed: int, step: int) -> Batch:
@@ -41,11 +43,7 @@ class Tokens:
             places = self._weighted_starts(size, rng, 1)
         else:
             places = rng.integers(0, len(self._tokens) - 1, size)
-        windows = [self._of_document(int(place)) for place in places]
-        rows = np.full((size, max(map(len, windows))), ~self._info.end, np.int64)
-        for row, window in zip(rows, windows, strict=True):
-            row[: len(window)] = window
-        return _as_batch(rows)
+        return self._padded([self._of_document(int(place)) for place in places])
 
     def first_prompt(self) -> list[int]:
         """Returns the tokens of the first row of examples up to the first trained one."""
@@ -76,23 +74,24 @@ class Tokens:
         return starts
 
     def windows(self, size: int) -> Iterator[Batch]:
-        """Yields every token once, as batches of up to `size` consecutive windows; the last window may be shorter."""
+        """Yields every token once, as batches of up to `size` windows: consecutive ones of each document."""
         if self._info.row_length is not None:
             rows = self._tokens.reshape(-1, self._info.row_length)
             step = size if self._info.masked else len(rows)
             for first in range(0, len(rows), step):
                 yield _as_batch(rows[first : first + step])
             return
-        whole = (len(self._tokens) - 1) // self._context
-        for first in range(0, whole, size):
-            numbers = range(first, min(first + size, whole))
-            yield _as_batch(np.stack([self._window(number * self._context) for number in numbers]))
-        rest = self._tokens[whole * self._context :]
-        if len(rest) > 1:
-            yield _as_batch(rest[None])
-
-    def _window(self, start: int) -> NDArray[Any]:
-        return self._tokens[start : start + self._context + 1]
+        ends = np.flatnonzero(self._tokens == self._info.end)
+        starts = ends if self._shared else np.concatenate(([0], ends + 1))
+        windows: list[NDArray[Any]] = []
+        for first, behind in pairwise([*starts.tolist(), len(self._tokens)]):
+            end = min(behind + self._shared, len(self._tokens))
+            windows += [
+                self._tokens[start : min(end, start + self._context + 1)]
+                for start in range(first, end - 1, self._context)
+            ]
+        for first in range(0, len(windows), size):
+            yield self._padded(windows[first : first + size])
 
     def _of_document(self, place: int) -> NDArray[Any]:
         """Returns up to T + 1 tokens of the document at `place`: from its beginning, if one such window has both.
@@ -103,14 +102,20 @@ class Tokens:
         most, info = self._context + 1, self._info
         first = max(0, place - self._context + 1)
         ends = np.flatnonzero(self._tokens[first : place + most] == info.end) + first
-        begins = info.begin == info.end  # the same token, which belongs to both documents
-        before = int(np.searchsorted(ends, place, side="right" if begins else "left"))
+        before = int(np.searchsorted(ends, place, side="right" if self._shared else "left"))
         end = int(ends[before]) + 1 if before < len(ends) else len(self._tokens)
         if before or first == 0:
-            start = int(ends[before - 1]) + (not begins) if before else 0
+            start = int(ends[before - 1]) + (not self._shared) if before else 0
         else:
             start = max(first, min(place, end - most))
         return self._tokens[start : min(end, start + most)]
+
+    def _padded(self, windows: Sequence[NDArray[Any]]) -> Batch:
+        """Returns windows as a batch as wide as the longest. What fills up the others is not trained."""
+        rows = np.full((len(windows), max(map(len, windows))), ~self._info.end, np.int64)
+        for row, window in zip(rows, windows, strict=True):
+            row[: len(window)] = window
+        return _as_batch(rows)
 
 
 def _as_batch(rows: NDArray[Any]) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,14 +77,20 @@ def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_validation_reads_every_token_once(size: int, tmp_path: Path) -> None:
-    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]), context=13)
-    targets = [
-        token
-        for _, batch in Tokens(tmp_path / TOKENS_VAL, info, 13).windows(size)
-        for token in batch.flatten().tolist()
-    ]
-    assert targets == ids(tmp_path, TOKENS_VAL, info)[1:]
+@pytest.mark.parametrize("begin", [True, False])
+def test_validation_reads_every_token_once(size: int, begin: bool, tmp_path: Path) -> None:
+    documents = [f"{number}\n" + "ab" * number for number in range(200)]
+    tokenizer = train_char(documents)
+    tokenizer = tokenizer if begin else dataclasses.replace(tokenizer, begin=None)
+    info = written(tmp_path, corpus_of(*documents), 13, tokenizer)
+    batches = [*Tokens(tmp_path / TOKENS_VAL, info, 13).windows(size)]
+    targets = [token for _, batch in batches for token in batch.flatten().tolist() if token != NOT_TRAINED]
+    found = ids(tmp_path, TOKENS_VAL, info)
+    assert max(len(batch) for batch, _ in batches) == min(size, sum(len(batch) for batch, _ in batches))
+    if begin:
+        assert targets == found[1:]
+    else:  # nothing predicts the first token of a document
+        assert targets == [token for before, token in pairwise(found) if before != info.end]
 
 
 def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
