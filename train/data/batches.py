@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,24 +74,32 @@ class Tokens:
         return starts
 
     def windows(self, size: int) -> Iterator[Batch]:
-        """Yields every token once, as batches of up to `size` windows: consecutive ones of each document."""
+        """Yields every token once as a target, in batches of up to `size` windows of one document each.
+
+        The last window of a document reaches back as far as it can, over tokens that are no targets again.
+        """
         if self._info.row_length is not None:
             rows = self._tokens.reshape(-1, self._info.row_length)
             step = size if self._info.masked else len(rows)
             for first in range(0, len(rows), step):
                 yield _as_batch(rows[first : first + step])
             return
+        windows = self._in_documents()
+        while part := [*islice(windows, size)]:
+            yield self._padded(part)
+
+    def _in_documents(self) -> Iterator[NDArray[np.int64]]:
+        """Yields the windows of `windows`."""
         ends = np.flatnonzero(self._tokens == self._info.end)
         starts = ends if self._shared else np.concatenate(([0], ends + 1))
-        windows: list[NDArray[Any]] = []
         for first, behind in pairwise([*starts.tolist(), len(self._tokens)]):
             end = min(behind + self._shared, len(self._tokens))
-            windows += [
-                self._tokens[start : min(end, start + self._context + 1)]
-                for start in range(first, end - 1, self._context)
-            ]
-        for first in range(0, len(windows), size):
-            yield self._padded(windows[first : first + size])
+            for start in range(first, end - 1, self._context):
+                back = max(first, min(start, end - self._context - 1))
+                window = self._tokens[back : min(end, start + self._context + 1)].astype(np.int64)
+                again = slice(1, start - back + 1)
+                window[again] = ~window[again]
+                yield window
 
     def _of_document(self, place: int) -> NDArray[Any]:
         """Returns up to T + 1 tokens of the document at `place`: from its beginning, if one such window has both.

@@ -81,9 +81,10 @@ class Device:
         On a GPU, attention has no deterministic gradient that is as fast.
         """
         before, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-        products, filled = torch.get_float32_matmul_precision(), deterministic.fill_uninitialized_memory
+        products, filled = torch.get_float32_matmul_precision(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(self.torch_device.type == "cpu")
-        deterministic.fill_uninitialized_memory = False  # 5 % of a step, for what no operation of a decoder reads
+        # Nothing that a decoder computes reads it, and it takes 5 % of a step.
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.is_cuda:
             torch.set_float32_matmul_precision("high")
         if threads is not None:
@@ -92,7 +93,7 @@ class Device:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            deterministic.fill_uninitialized_memory = filled
+            deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
             torch.set_float32_matmul_precision(products)
             torch.set_num_threads(threads_before)
 
