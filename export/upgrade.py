@@ -34,7 +34,7 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         ProviderError: The installed kernels compute other logits.
     """
     from pastkey.runtime import Engine
-    from pastkey.runtime.engine.golden import require_golden
+    from pastkey.runtime.engine.golden import Golden, require_golden
     from pastkey.runtime.providers.native import kernels_for
     from pastkey.runtime.providers.placement import CPU
 
@@ -45,6 +45,9 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         for name in bundle.manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
+        if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
+            old, engine = Golden.of(bundle), Engine(bundle, providers="cpu", native=False)
+            Golden.computed(engine, len(old.ends), old.limit).save(folder / names.GOLDEN)
         made = add_native_graph(dataclasses.replace(bundle, path=folder))
         if made.manifest.native is None:
             raise InputError(

@@ -38,6 +38,7 @@ TOKENS = 256  # length of the sequence, if the context has room
 # Divisors of the prefix lengths with golden logits: the whole sequence, its eighth, then half, quarter and sixteenth as
 # room allows. The error of the bug changes from position to position.
 ENDS, LEAST_ROWS = (1, 8, 2, 4, 16), 2
+SEQUENCES = 4  # at most, of which the golden one is chosen
 STEPS = MAX_DRAFT_TOKENS + 1  # tokens decoded after a prefill, one by one and then at once, as drafts are
 
 SMALLEST_BUG = 2e-2  # smallest observed error of the bug
@@ -84,16 +85,25 @@ class Golden:
 
     @classmethod
     def computed(cls, engine: Engine, rows: int, limit: float) -> Golden:
-        """Computes golden logits by an engine, after `rows` prefixes, at least LEAST_ROWS."""
+        """Computes golden logits by an engine, after `rows` prefixes, at least LEAST_ROWS.
+
+        In int8 and int4, rounding decides the logits at a few places of a text, and other kernels differ there by up to
+        their largest. So of a few sequences it takes the first that is no such place, or the best: this engine's single
+        tokens, which round otherwise than a prefill, give nearly the same logits.
+        """
         manifest = engine.manifest
         length = min(TOKENS, manifest.context_length)
-        ids = np.random.default_rng(0).integers(0, manifest.vocab_size, length)
         ends = sorted({max(1, length // part) for part in ENDS[: max(LEAST_ROWS, rows)]})
-        logits = []
-        for end in ends:
-            engine.reset()
-            logits.append(engine.prefill(ids[:end], end))
-        return cls(ids, np.array(ends), np.stack(logits), limit)
+        found: list[tuple[float, Golden]] = []
+        while not found or (found[-1][0] > limit / 2 and len(found) < SEQUENCES):
+            ids = np.random.default_rng(len(found)).integers(0, manifest.vocab_size, length)
+            logits = []
+            for end in ends:
+                engine.reset()
+                logits.append(engine.prefill(ids[:end], end))
+            golden = cls(ids, np.array(ends), np.stack(logits), limit)
+            found.append((_apart_singly(engine, golden) if limit > SMALLEST_BUG else 0.0, golden))
+        return min(found, key=lambda pair: pair[0])[1]
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
@@ -181,6 +191,14 @@ def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
         yield _apart(engine.prefill(golden.ids[first:], STEPS), row)
         return
     yield np.inf
+
+
+def _apart_singly(engine: Engine, golden: Golden) -> float:
+    """The largest error of the golden logits where the tokens are read one by one."""
+    engine.reset()
+    rows = dict(_beginnings(golden))
+    found = ((end, engine.decode(int(token))) for end, token in enumerate(golden.ids, 1))
+    return max(_apart(logits, rows[end]) for end, logits in found if end in rows)
 
 
 def _beginnings(golden: Golden) -> Iterator[tuple[int, Logits]]:

@@ -19,6 +19,7 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.runtime import load
+from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 
@@ -201,6 +202,32 @@ def test_a_bundle_of_format_1_is_compared_with_the_processor(
     monkeypatch.setattr(Golden, "computed", classmethod(recorded))
     assert proved(on(old), old) == []
     assert [engine.providers for engine in made] == [["CPUExecutionProvider"]]
+
+
+def test_a_sequence_whose_logits_rounding_decides_is_not_taken(
+    fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(fused_bundle, threads=1)
+    offs = [0.04, 0.03, 0.02, 0.01]
+    monkeypatch.setattr(golden, "_apart_singly", lambda engine, golden: offs.pop(0))
+    third = Golden.computed(engine, 3, 0.05)
+    assert offs == [0.01]
+    expected = np.random.default_rng(2).integers(0, engine.manifest.vocab_size, len(third.ids))
+    np.testing.assert_array_equal(third.ids, expected)
+    offs = [0.05, 0.03, 0.04, 0.06]
+    best = Golden.computed(engine, 3, 0.05)
+    np.testing.assert_array_equal(
+        best.ids, np.random.default_rng(1).integers(0, engine.manifest.vocab_size, len(best.ids))
+    )
+    assert Golden.computed(engine, 3, LIMIT).ids[0] == np.random.default_rng(0).integers(0, engine.manifest.vocab_size)
+
+
+def test_single_tokens_give_the_golden_logits(fused_bundle: Bundle) -> None:
+    engine = Engine(fused_bundle, threads=1)
+    stored = Golden.computed(engine, 3, LIMIT)
+    assert golden._apart_singly(engine, stored) < 1e-4
+    wrong = dataclasses.replace(stored, logits=stored.logits * [[1], [1.5], [1]])
+    assert golden._apart_singly(engine, wrong) > 0.3
 
 
 def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Golden, tmp_path: Path) -> None:
