@@ -226,7 +226,7 @@ def test_single_tokens_give_the_golden_logits(fused_bundle: Bundle) -> None:
     engine = Engine(fused_bundle, threads=1)
     stored = Golden.computed(engine, 3, LIMIT)
     assert golden._apart_singly(engine, stored) < 1e-4
-    wrong = dataclasses.replace(stored, logits=stored.logits * [[1], [1.5], [1]])
+    wrong = dataclasses.replace(stored, logits=stored.logits * np.array([[1], [1.5], [1]], np.float32))
     assert golden._apart_singly(engine, wrong) > 0.3
 
 
