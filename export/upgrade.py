@@ -45,9 +45,6 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         for name in bundle.manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
-        if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
-            old, engine = Golden.of(bundle), Engine(bundle, providers="cpu", native=False)
-            Golden.computed(engine, len(old.ends), old.limit).save(folder / names.GOLDEN)
         made = add_native_graph(dataclasses.replace(bundle, path=folder))
         if made.manifest.native is None:
             raise InputError(
@@ -55,6 +52,10 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
                 f"{bundle.manifest.graph} graph and the target {bundle.manifest.target}, and kernels are for int8 and "
                 "int4 weights, the fused graph and the target cpu"
             )
+        if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
+            old = Golden.of(bundle)
+            again = Golden.computed(Engine(bundle, providers="cpu", native=False), len(old.ends), old.limit)
+            again.save(folder / names.GOLDEN)
         files = [*bundle.manifest.files, names.NATIVE_GRAPH]
         records = parse_records(folder, file_records(folder, sorted(set(files))))
         made = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, files=records))

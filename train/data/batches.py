@@ -1,9 +1,10 @@
-"""Draws batches from a token file, which is memory-mapped: any amount of data takes no memory."""
+"""Draws batches from a token file, which is memory-mapped: only the places of its documents take memory."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from .token_files import DataInfo
 
 NOT_TRAINED: Final = -100  # a target that adds nothing to the loss: `ignore_index` of torch's cross-entropy
+_PART = 1 << 24  # tokens
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64; targets are the inputs one token later
 
 
@@ -25,25 +27,21 @@ class Tokens:
         self._tokens: NDArray[Any] = np.memmap(path, dtype=info.dtype, mode="r")
         self._info = info
         self._context = context
-        self._shared = info.begin == info.end  # whether one token ends a document and begins the next
         self._order = -1, np.empty(0, np.int64)  # an epoch, and the order of the rows in it
 
     def draw(self, size: int, seed: int, step: int) -> Batch:
         """Returns the batch of a step: `size` windows at random, rows of examples, or all rows of a lesson.
 
-        Windows that a document's end cuts short are padded to the longest. Every row of examples is drawn once in an
-        epoch, unless sources have weights. Only (seed, step) determine the batch, so a resumed run draws the same
-        batches as an uninterrupted one.
+        A window is of one document, and is padded to the longest of the batch. Every token is as likely as any other.
+        Every row of examples is drawn once in an epoch, unless sources have weights. Only (seed, step) determine the
+        batch, so a resumed run draws the same batches as an uninterrupted one.
         """
         rng = np.random.default_rng([seed, step])
         if self._info.row_length is not None:
             rows = self._tokens.reshape(-1, self._info.row_length)
             return _as_batch(rows[self._rows(len(rows), size, seed, step, rng)] if self._info.masked else rows)
-        if self._info.sources:
-            places = self._weighted_starts(size, rng, 1)
-        else:
-            places = rng.integers(0, len(self._tokens) - 1, size)
-        return self._padded([self._of_document(int(place)) for place in places])
+        first, end, _ = self._documents
+        return self._padded([self._window(int(first[one]), int(end[one]), rng) for one in self._drawn(size, rng)])
 
     def first_prompt(self) -> list[int]:
         """Returns the tokens of the first row of examples up to the first trained one."""
@@ -55,7 +53,10 @@ class Tokens:
         length = self._info.row_length
         assert length is not None
         if self._info.sources:
-            return self._weighted_starts(size, rng, length - 1) // length
+            tokens = np.array([source.tokens for source in self._info.sources])
+            drawn = self._drawn_sources(size, rng)
+            starts = (np.cumsum(tokens) - tokens)[drawn] + rng.random(size) * (tokens[drawn] - length + 1)
+            return starts.astype(np.int64) // length
         numbers = []
         for place in range(step * size, (step + 1) * size):
             epoch, number = divmod(place, rows)
@@ -64,14 +65,9 @@ class Tokens:
             numbers.append(self._order[1][number])
         return np.array(numbers)
 
-    def _weighted_starts(self, size: int, rng: np.random.Generator, window: int) -> NDArray[np.int64]:
-        """Returns the starts of windows of `window` + 1 tokens, each of a source drawn by its weight."""
-        tokens = np.array([source.tokens for source in self._info.sources])
+    def _drawn_sources(self, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
         weights = np.array([source.weight for source in self._info.sources], float)
-        drawn = rng.choice(len(tokens), size, p=weights / weights.sum())
-        first = np.cumsum(tokens) - tokens
-        starts: NDArray[np.int64] = first[drawn] + (rng.random(size) * (tokens[drawn] - window)).astype(np.int64)
-        return starts
+        return rng.choice(len(weights), size, p=weights / weights.sum())
 
     def windows(self, size: int) -> Iterator[Batch]:
         """Yields every token once as a target, in batches of up to `size` windows of one document each.
@@ -84,16 +80,13 @@ class Tokens:
             for first in range(0, len(rows), step):
                 yield _as_batch(rows[first : first + step])
             return
-        windows = self._in_documents()
+        windows = self._in_order()
         while part := [*islice(windows, size)]:
             yield self._padded(part)
 
-    def _in_documents(self) -> Iterator[NDArray[np.int64]]:
+    def _in_order(self) -> Iterator[NDArray[np.int64]]:
         """Yields the windows of `windows`."""
-        ends = np.flatnonzero(self._tokens == self._info.end)
-        starts = ends if self._shared else np.concatenate(([0], ends + 1))
-        for first, behind in pairwise([*starts.tolist(), len(self._tokens)]):
-            end = min(behind + self._shared, len(self._tokens))
+        for first, end in zip(*(bounds.tolist() for bounds in self._documents[:2]), strict=True):
             for start in range(first, end - 1, self._context):
                 back = max(first, min(start, end - self._context - 1))
                 window = self._tokens[back : min(end, start + self._context + 1)].astype(np.int64)
@@ -101,21 +94,46 @@ class Tokens:
                 window[again] = ~window[again]
                 yield window
 
-    def _of_document(self, place: int) -> NDArray[Any]:
-        """Returns up to T + 1 tokens of the document at `place`: from its beginning, if one such window has both.
+    @functools.cached_property
+    def _documents(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """First token and end of each of N documents with a target, and the sums (N + 1,) of the weights before each.
 
-        So a story is read whole, as it will be generated, and a long text from anywhere. A window never goes on into
-        the next document: a model that sees two stories at a time learns much later to which of them a name belongs.
+        A document begins with its BOS token. Without one it begins with the EOS token of the document before it. Its
+        weight is its number of windows of T tokens, at least one.
         """
-        most, info = self._context + 1, self._info
-        first = max(0, place - self._context + 1)
-        ends = np.flatnonzero(self._tokens[first : place + most] == info.end) + first
-        before = int(np.searchsorted(ends, place, side="right" if self._shared else "left"))
-        end = int(ends[before]) + 1 if before < len(ends) else len(self._tokens)
-        if before or first == 0:
-            start = int(ends[before - 1]) + (not self._shared) if before else 0
-        else:
-            start = max(first, min(place, end - most))
+        shared = self._info.begin in (None, self._info.end)  # by two documents
+        first = self._places(self._info.end if shared else self._info.begin)
+        first = first if len(first) and first[0] == 0 else np.concatenate(([0], first))
+        end = np.concatenate((first[1:] + shared, [len(self._tokens)]))
+        real = end - first > 1
+        weights = np.maximum(1, (end - first)[real] / self._context)
+        return first[real], end[real], np.concatenate(([0.0], np.cumsum(weights)))
+
+    def _places(self, token: int | None) -> NDArray[np.int64]:
+        """Returns where a token is, by parts of the file."""
+        parts = range(0, len(self._tokens), _PART)
+        return np.concatenate([np.flatnonzero(self._tokens[part : part + _PART] == token) + part for part in parts])
+
+    def _drawn(self, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Returns the numbers of `size` documents, drawn by their weights, and by those of their sources."""
+        first, _, total = self._documents
+        low, high = np.zeros(size), np.full(size, total[-1])
+        if self._info.sources:
+            bounds = np.cumsum([0, *(source.tokens for source in self._info.sources)])
+            of_source = total[np.searchsorted(first, bounds - (self._info.begin is None))]
+            drawn = self._drawn_sources(size, rng)
+            low, high = of_source[drawn], of_source[drawn + 1]
+        numbers: NDArray[np.int64] = np.searchsorted(total, low + rng.random(size) * (high - low), side="right") - 1
+        return numbers
+
+    def _window(self, first: int, end: int, rng: np.random.Generator) -> NDArray[Any]:
+        """Returns up to T + 1 tokens of a document: from its beginning, or, of a long one, from anywhere.
+
+        So a story is read whole, as it will be generated. A window never goes on into the next document: a model that
+        sees two stories at a time learns much later to which of them a name belongs.
+        """
+        place, most = int(rng.integers(first, end - 1)), self._context + 1
+        start = first if place - first < self._context else min(place, end - most)
         return self._tokens[start : min(end, start + most)]
 
     def _padded(self, windows: Sequence[NDArray[Any]]) -> Batch:

@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
 
     Each 4 KB of it are a page fault. Of C libraries only glibc gives memory back at once.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
         glibc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
         glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,13 +66,33 @@ def test_long_documents_are_read_from_anywhere(tmp_path: Path) -> None:
     assert len({tuple(row) for row in inputs.tolist()}) > 190
 
 
-def test_without_a_begin_token_documents_start_after_the_end_token(tmp_path: Path) -> None:
+def test_without_a_begin_token_documents_start_with_the_end_token(tmp_path: Path) -> None:
     documents = [f"{number}\nx" for number in range(100, 140)]
     tokenizer = dataclasses.replace(train_char(documents), begin=None)
     info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
+    inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(100, seed=0, step=0)
+    starts = {int(row[0]) for row in inputs}
+    assert tokenizer.end in starts
+    assert {row[5] for row in targets.tolist() if row[5] != NOT_TRAINED} == {tokenizer.end}  # after five characters
+
+
+def test_an_end_token_in_a_text_with_a_begin_token_ends_no_document(tmp_path: Path) -> None:
+    documents = [f"ab\n{number}" for number in range(100, 140)]
+    tokenizer = train_char(documents)
+    tokenizer = dataclasses.replace(tokenizer, end=tokenizer.encode("\n")[0])  # as the end of a turn
+    info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
     _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
-    assert {tuple(row[-1:].tolist()) for row in targets} == {(tokenizer.end,)}  # of five characters the first is given
-    assert targets.shape == (50, 5)
+    assert {tuple(row[[2, 6]].tolist()) for row in targets} == {(tokenizer.end, tokenizer.end)}
+
+
+def test_tokens_of_short_and_long_documents_are_as_likely(tmp_path: Path) -> None:
+    short, long = ["a" * 9] * 300, ["b" * 199] * 15
+    info = written(tmp_path, corpus_of(*short, *long), 200)
+    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 200)
+    drawn = [token for step in range(40) for token in tokens.draw(20, 0, step)[1].flatten().tolist()]
+    every = ids(tmp_path, TOKENS_TRAIN, info)
+    a, b = every[1], every[-2]
+    assert drawn.count(a) / drawn.count(b) == pytest.approx(every.count(a) / every.count(b), rel=0.2)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
@@ -87,10 +106,7 @@ def test_validation_reads_every_token_once(size: int, begin: bool, tmp_path: Pat
     targets = [token for _, batch in batches for token in batch.flatten().tolist() if token != NOT_TRAINED]
     found = ids(tmp_path, TOKENS_VAL, info)
     assert max(len(batch) for batch, _ in batches) == min(size, sum(len(batch) for batch, _ in batches))
-    if begin:
-        assert targets == found[1:]
-    else:  # nothing predicts the first token of a document
-        assert targets == [token for before, token in pairwise(found) if before != info.end]
+    assert targets == found[1:]
 
 
 def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
