@@ -56,7 +56,7 @@ class Tokens:
             tokens = np.array([source.tokens for source in self._info.sources])
             drawn = self._drawn_sources(size, rng)
             starts = (np.cumsum(tokens) - tokens)[drawn] + rng.random(size) * (tokens[drawn] - length + 1)
-            return starts.astype(np.int64) // length
+            return np.asarray(starts // length, np.int64)
         numbers = []
         for place in range(step * size, (step + 1) * size):
             epoch, number = divmod(place, rows)
