@@ -59,7 +59,7 @@ class Engine(NamedTuple):
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
 WITHOUT = "generate(prompt_lookup=False)"
-ORT = "load(native=False), generate(prompt_lookup=False)"
+ORT = f"load(native=False), {WITHOUT}"
 ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey-int8"),
     Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", WITHOUT),

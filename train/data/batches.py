@@ -53,10 +53,10 @@ class Tokens:
         length = self._info.row_length
         assert length is not None
         if self._info.sources:
-            tokens = np.array([source.tokens for source in self._info.sources])
+            of_source = np.array([source.tokens // length for source in self._info.sources])
             drawn = self._drawn_sources(size, rng)
-            starts = (np.cumsum(tokens) - tokens)[drawn] + rng.random(size) * (tokens[drawn] - length + 1)
-            return np.asarray(starts // length, np.int64)
+            first: NDArray[np.int64] = np.cumsum(of_source) - of_source
+            return first[drawn] + rng.integers(0, of_source[drawn])
         numbers = []
         for place in range(step * size, (step + 1) * size):
             epoch, number = divmod(place, rows)
@@ -66,6 +66,7 @@ class Tokens:
         return np.array(numbers)
 
     def _drawn_sources(self, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Returns the numbers of `size` sources, drawn by their weights."""
         weights = np.array([source.weight for source in self._info.sources], float)
         return rng.choice(len(weights), size, p=weights / weights.sum())
 

@@ -21,7 +21,7 @@ from ..stories import stories
 from ..tokenizer import END_OF_TEXT
 from .documents import FIELDS, Document, document_of, parse_line
 
-# A run reads each about five times. What a story repeats is learned sooner so than from four times as many stories.
+# A run reads each about five times, and so learns sooner what stories repeat than from 20,000 read once.
 STORY_COUNT: Final = 5_000
 _TEXT = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson", ".json")

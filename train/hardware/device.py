@@ -101,7 +101,7 @@ class Device:
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that a step frees, for the next. To get it anew took 7 % of a step.
 
-    Each 4 KB of it are a page fault. Of C libraries only glibc gives memory back at once.
+    Each 4 KB of new memory costs a page fault. Other C libraries than glibc are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
