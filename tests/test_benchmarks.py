@@ -48,7 +48,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.mark.slow
 def test_an_export_reads_its_weights_seldom() -> None:
-    """Counts depend on no size: float32's are read 206 times, and int8's 650, of which 255 write the own text."""
+    """Counts depend on no size: float32's are read 206 times, and int8's 668, of which 255 write the own text."""
     counts = counted_once("int8")
     steps: Counter[str] = Counter()
     for (step, reader), runs in counts.runs.items():
@@ -56,7 +56,7 @@ def test_an_export_reads_its_weights_seldom() -> None:
     assert steps["torch"] <= 21
     assert steps["verify fp32"] <= 170
     assert steps["calibrate int8"] <= 266
-    assert steps["verify int8"] <= 329
+    assert steps["verify int8"] <= 347
     assert counts.most == 1
     assert counts.in_place == counts.opened
 

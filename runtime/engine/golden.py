@@ -194,11 +194,16 @@ def _differences(engine: Engine, golden: Golden) -> Iterator[float]:
 
 
 def _apart_singly(engine: Engine, golden: Golden) -> float:
-    """The largest error of the golden logits where the tokens are read one by one."""
-    engine.reset()
-    rows = dict(_beginnings(golden))
-    found = ((end, engine.decode(int(token))) for end, token in enumerate(golden.ids, 1))
-    return max(_apart(logits, rows[end]) for end, logits in found if end in rows)
+    """The largest error of the golden logits where the last STEPS tokens of each prefix are read one by one."""
+
+    def decoded(end: int) -> Logits:
+        first = max(1, end - STEPS)
+        logits = _prefilled(engine, golden.ids[:first], first)
+        for token in golden.ids[first:end]:
+            logits = engine.decode(int(token))
+        return logits
+
+    return max(_apart(decoded(end), row) for end, row in _beginnings(golden))
 
 
 def _beginnings(golden: Golden) -> Iterator[tuple[int, Logits]]:
