@@ -15,7 +15,6 @@ namespace {
 
 constexpr size_t kRows = 8;      // of a panel
 constexpr size_t kChunk = 4;     // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kAhead = 6144;  // bytes between the weights that are read and those that are prefetched
 constexpr size_t kByRows = 2;    // rows of X that are multiplied without a panel
 
 // Weights as they are multiplied, acc + weights * q in sums of four, and what a block's sum starts from.
@@ -56,6 +55,9 @@ inline int load_zero(const Weights& w, size_t row, size_t b) {
 inline __m256i start_int4(__m256i zeros, __m256i start) {
   return _mm256_madd_epi16(zeros, _mm256_srai_epi32(start, 7));
 }
+
+// Into the L1 cache: with the L2 a run of 16 rows takes 1.1 times as long on an EPYC.
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 #include "ahead.inl"
 
@@ -138,12 +140,10 @@ template <>
 struct Four<8> {
   __m256i weights[2][4];
 
-  Four(const uint8_t* const* rows, size_t b, size_t next, const Ahead& ahead, const Scales&) {
-    const size_t then = ahead(b * kBlock);
+  Four(const uint8_t* const* rows, size_t b, size_t next, const Scales&) {
     for (int r = 0; r < 4; r++) {
       weights[0][r] = prepare(load(rows[r] + b * kBlock));
       weights[1][r] = prepare(load(rows[r] + next * kBlock));
-      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + then), _MM_HINT_T0);
     }
   }
   __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
@@ -163,12 +163,9 @@ template <>
 struct Four<4> {
   __m256i pairs[4], zeros;  // the weights as they are stored: taken apart, they would not fit into the registers
 
-  Four(const uint8_t* const* rows, size_t b, size_t next, const Ahead& ahead, const Scales& scales) {
-    const size_t then = ahead(b / 4 * 64);
-    for (int r = 0; r < 4; r++) {
+  Four(const uint8_t* const* rows, size_t b, size_t next, const Scales& scales) {
+    for (int r = 0; r < 4; r++)
       pairs[r] = _mm256_setr_m128i(load_half(rows[r] + b * 16), load_half(rows[r] + next * 16));
-      if (b % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + then), _MM_HINT_T0);
-    }
     zeros = two_of(scales.zeros, b);
   }
   __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
@@ -182,8 +179,7 @@ struct Four<4> {
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
 template <int bits, int M>
-inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
-                          __m128* out) {
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, __m128* out) {
   size_t rows[4];
   const uint8_t* codes[4];
   for (size_t r = 0; r < 4; r++) {
@@ -197,7 +193,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
     const bool both = b + 1 < w.blocks;
     const size_t next = both ? b + 1 : b;
     if (b % 16 == 0) scales.load<bits>(w, rows, b);
-    const Four<bits> four(codes, b, next, ahead, scales);
+    fetch_ahead(w, row, 4, b, 2, 4 * bits);
+    const Four<bits> four(codes, b, next, scales);
     const __m256 of_w = w.scale_codes ? _mm256_cvtepi32_ps(two_of(scales.codes, b))
                                       : pair(load_floats(w, rows, b), load_floats(w, rows, next));
     for (int m = 0; m < M; m++) {
@@ -219,12 +216,11 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
 template <int bits, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * 4 * bits, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
       __m128 sums[M];
-      multiply_rows<bits, M>(w, x, i, first + j, there, ahead, sums);
+      multiply_rows<bits, M>(w, x, i, first + j, there, sums);
       for (size_t m = 0; m < M; m += terms) {
         float sum[4];
         _mm_storeu_ps(sum, terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m]);
@@ -246,14 +242,12 @@ struct Panel {
 
 // `n` blocks from b0 of 8 rows of W.
 template <int bits>
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
-  constexpr size_t kBytes = 4 * bits, kLine = 64 / kBytes;  // of a block; blocks in a line of 64 bytes
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+  constexpr size_t kBytes = 4 * bits;  // of a block
   const size_t k = w.blocks * kBytes;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBytes;
-    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / kLine * 64);
-    for (size_t r = 0; r < 8 / kLine; r++)  // a block of 8 rows is 4 lines, or 2 of 4 bits
-      _mm_prefetch(reinterpret_cast<const char*>(next + (8 / kLine * (b % kLine) + r) * k), _MM_HINT_T0);
+    fetch_ahead(w, row, kRows, b0 + b, 1, kBytes);
     for (size_t h = 0; h < kBytes / 16; h++) {
       __m256i v[4], t[4], turned[4];
       for (size_t i = 0; i < 4; i++)
@@ -315,8 +309,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 
 // 8 rows of W
 template <int bits>
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
-              size_t stride) {
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
   Panel panel;
   __m256 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
@@ -324,7 +317,7 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm256_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    fill_panel<bits>(w, row, b0, n, ahead, panel);
+    fill_panel<bits>(w, row, b0, n, panel);
     size_t i = 0;
     for (; i + 4 <= all; i += 4) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc);
     if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
@@ -350,10 +343,8 @@ template <int bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * 4 * bits, kRows);
-    for (; j + kRows <= count; j += kRows) by_panel<bits>(w, x, rows, terms, first + j, ahead, y + j, stride);
-  }
+  if (rows * terms > kByRows)
+    for (; j + kRows <= count; j += kRows) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);

@@ -15,8 +15,10 @@ namespace {
 #include "transpose16.inl"
 
 constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kAhead = 6144;    // bytes between the weights that are read and those that are prefetched
 constexpr size_t kByRows = 2;      // rows of X that are multiplied without a panel
+
+// Into the L2 cache: with the L1 a step takes 1.2 times as long on an EPYC.
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 #include "ahead.inl"
 
@@ -113,12 +115,11 @@ template <>
 struct Four<8> {
   __m512i codes[2][4];
 
-  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales&) {
-    const size_t at = b * kBlock, next[2] = {ahead(at), ahead(at + 64)};
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Scales&) {
+    const size_t at = b * kBlock;
     for (int r = 0; r < 4; r++) {
       codes[0][r] = _mm512_maskz_loadu_epi8(masks.first, rows[r] + at);
       codes[1][r] = _mm512_maskz_loadu_epi8(masks.second, rows[r] + at + 64);
-      for (size_t to : next) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + to), _MM_HINT_T0);
     }
   }
   __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
@@ -137,11 +138,9 @@ template <>
 struct Four<4> {
   __m512i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
 
-  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Ahead& ahead, const Scales& scales) {
-    const size_t at = b * 16, next = ahead(at);
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Scales& scales) {
     for (int r = 0; r < 4; r++) {
-      const __m512i pairs = _mm512_maskz_loadu_epi8(masks.pairs, rows[r] + at);
-      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + next), _MM_HINT_T0);
+      const __m512i pairs = _mm512_maskz_loadu_epi8(masks.pairs, rows[r] + b * 16);
       low[r] = low_halves(pairs);
       high[r] = low_halves(_mm512_srli_epi16(pairs, 4));
     }
@@ -158,8 +157,7 @@ struct Four<4> {
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
 template <int bits, int M>
-inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, const Ahead& ahead,
-                          __m128* out) {
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, __m128* out) {
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   size_t rows[4];
   const uint8_t* codes[4];
@@ -175,7 +173,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
     const size_t n = w.blocks - b < 4 ? w.blocks - b : 4;
     if (n < 4) masks.limit(n);
     if (b % 16 == 0) scales.load<bits>(w, rows, b);
-    const Four<bits> four(codes, b, masks, ahead, scales);
+    fetch_ahead(w, row, 4, b, 4, 4 * bits);
+    const Four<bits> four(codes, b, masks, scales);
     const __m512 of_w = w.scale_codes ? _mm512_cvtepi32_ps(four_of(scales.codes, b)) : load_floats(w, rows, b, n);
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * w.blocks + b;
@@ -198,13 +197,12 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
 template <int bits, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
-  const Ahead ahead(w.blocks * 4 * bits, 4);
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     const __mmask8 mask = static_cast<__mmask8>((1u << there) - 1);
     for (size_t i = 0; i < rows * terms; i += M) {
       __m128 sums[M];
-      multiply_rows<bits, M>(w, x, i, first + j, there, ahead, sums);
+      multiply_rows<bits, M>(w, x, i, first + j, there, sums);
       for (size_t m = 0; m < M; m += terms) {
         __m128 sum = terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m];
         if (w.row_scales) sum = _mm_mul_ps(sum, _mm_maskz_loadu_ps(mask, w.row_scales + first + j));
@@ -222,17 +220,15 @@ struct Panel {
 };
 
 template <int bits>
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel);
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel);
 
 // `n` blocks from b0 of 16 rows of W.
 template <>
-inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
-    const uint8_t* next = w.codes + row * k + ahead((b0 + b) / 2 * 64);
-    for (size_t r = 0; r < 8; r++)  // a block of 16 rows is 8 lines of 64 bytes
-      _mm_prefetch(reinterpret_cast<const char*>(next + (8 * (b % 2) + r) * k), _MM_HINT_T0);
+    fetch_ahead(w, row, 16, b0 + b, 1, kBlock);
     __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
     for (size_t h = 0; h < 2; h++) {
       __m512i v[4], t[4];
@@ -258,16 +254,13 @@ inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, con
 }
 
 template <>
-inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, const Ahead& ahead, Panel& panel) {
+inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
   static_assert(kChunk == 4, "a register of 64 bytes has four blocks of a row");
   const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
-  const size_t k = w.blocks * 16, next = ahead(b0 * 16);
+  const size_t k = w.blocks * 16;
+  fetch_ahead(w, row, 16, b0, n, 16);
   __m512i v[16];
-  for (size_t r = 0; r < 16; r++) {
-    const uint8_t* p = w.codes + (row + r) * k;
-    v[r] = _mm512_maskz_loadu_epi8(mask, p + b0 * 16);
-    _mm_prefetch(reinterpret_cast<const char*>(p + next), _MM_HINT_T0);
-  }
+  for (size_t r = 0; r < 16; r++) v[r] = _mm512_maskz_loadu_epi8(mask, w.codes + (row + r) * k + b0 * 16);
   transpose(v);
   for (size_t b = 0; b < n; b++)
     for (size_t j = 0; j < 4; j++) {
@@ -324,8 +317,7 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
 
 // 16 rows of W
 template <int bits>
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, const Ahead& ahead, float* y,
-              size_t stride) {
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
   Panel panel;
   __m512 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
@@ -335,7 +327,7 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
     if (b0 % 16 == 0) fill_scales(w, row, b0, panel);
     if (bits == 4 && b0 % 16 == 0) fill_zeros(w, row, b0, panel);
-    fill_panel<bits>(w, row, b0, n, ahead, panel);
+    fill_panel<bits>(w, row, b0, n, panel);
     size_t i = 0;
     for (; i + 8 <= all; i += 8) multiply_panel<bits, 8>(panel, x, i, w.blocks, b0, n, acc);
     if (i + 4 <= all) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
@@ -362,10 +354,8 @@ template <int bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kByRows) {
-    const Ahead ahead(w.blocks * 4 * bits, 16);
-    for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, ahead, y + j, stride);
-  }
+  if (rows * terms > kByRows)
+    for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);

@@ -18,17 +18,15 @@ namespace {
 
 #include "elementwise.inl"
 
-constexpr size_t kAhead = 6144;  // bytes between the weights that are read and those that are prefetched
-
-#include "ahead.inl"
-
 #if defined(_MSC_VER) && !defined(__clang__)
 #define PASTKEY_FLATTEN
 inline void prefetch(const uint8_t* p) { __prefetch(p); }
 #else
 #define PASTKEY_FLATTEN __attribute__((flatten))  // all calls inside become part of the function
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 #endif
+
+#include "ahead.inl"
 
 // Half a block of a row of W as it is multiplied, and the four sums of a block's products. kStarts: weights of 8 bits
 // are unsigned in them, and Rounded's start is added.
@@ -218,8 +216,8 @@ using Many = Rows<M>;
 
 // out: `four` rows of W times the rows of x from `from` that Product takes.
 template <class Product, int Bits>
-PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const Ahead& ahead, const Rounded& x,
-                                   size_t from, float32x4_t* out) {
+PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const Rounded& x, size_t from,
+                                   float32x4_t* out) {
   constexpr int N = Product::kSums;
   constexpr size_t kBytes = kBlock * Bits / 8;
   float32x4_t acc[4][N];
@@ -233,10 +231,10 @@ PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const A
       if (i.value >= n) return;
       const size_t b = b0 + i.value;
       Block<Bits> block;
+      fetch_ahead(w, four[0], 4, b, 1, kBytes);
       each<4>([&](auto r) {
         const uint8_t* row = w.codes + four[r.value] * w.blocks * kBytes;
         block.load(r.value, row + b * kBytes);
-        if (i.value * kBytes % 64 == 0) prefetch(row + ahead(b * kBytes));
       });
       block.scales = scales[i.value];
       block.zeros = vreinterpretq_s32_u32(vandq_u32(vshlq_u32(zeros, vdupq_n_s32(-4 * i.value)), vdupq_n_u32(15)));
@@ -254,7 +252,6 @@ PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const A
 template <int Bits>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
-  const Ahead ahead(w.blocks * kBlock * Bits / 8, 4);
   const size_t all = rows * terms;
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
@@ -262,9 +259,9 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t r = 0; r < 4; r++) four[r] = first + j + (r < there ? r : there - 1);
     float32x4_t sums[kMaxRows];
     size_t i = 0;
-    for (; i + 4 <= all; i += 4) multiply_rows<Many<4>, Bits>(w, four, ahead, x, i, sums + i);
-    if (i + 2 <= all) multiply_rows<Many<2>, Bits>(w, four, ahead, x, i, sums + i), i += 2;
-    if (i < all) multiply_rows<Rows<1>, Bits>(w, four, ahead, x, i, sums + i);
+    for (; i + 4 <= all; i += 4) multiply_rows<Many<4>, Bits>(w, four, x, i, sums + i);
+    if (i + 2 <= all) multiply_rows<Many<2>, Bits>(w, four, x, i, sums + i), i += 2;
+    if (i < all) multiply_rows<Rows<1>, Bits>(w, four, x, i, sums + i);
     for (i = 0; i < rows; i++) {
       float sum[4];
       vst1q_f32(sum, terms == 2 ? vaddq_f32(sums[2 * i], sums[2 * i + 1]) : sums[i]);
