@@ -57,8 +57,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     _add(training, "steps", positive_int, "optimizer steps")
     _add(training, "minutes", finite_float, "plan as many steps as this time allows", metavar="X")
-    _add(training, "batch_size", positive_int, "windows of text per forward pass")
-    _add(training, "accumulate", positive_int, "forward passes per step")
+    _add(training, "batch_size", positive_int, "windows of text per batch")
+    _add(training, "accumulate", positive_int, "batches per step")
     kinds = "muon for the matrices of projections and adamw for all else, or adamw for all"
     _add(training, "optimizer", str, kinds, metavar="NAME")
     _add(training, "learning_rate", finite_float, "peak learning rate, after the warm-up", metavar="X")

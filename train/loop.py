@@ -35,7 +35,7 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .data.batches import Batch, Tokens
+from .data.batches import Batch, Tokens, in_parts
 from .data.prepare import LESSON, LESSON_PROMPTS, prepare, require_same_data
 from .data.token_files import DataInfo
 from .hardware.device import Device, choose_device, flops_per_token
@@ -320,11 +320,11 @@ class Run:
             self.train_tokens.draw(self.config.batch_size, self.config.seed, first + part)
             for part in range(self.config.accumulate)
         ]
-        mine = [(self._mine(inputs), self._mine(targets)) for inputs, targets in drawn]
-        return mine, sum(trained_targets(targets) for _, targets in drawn)
-
-    def _mine(self, rows: Tensor) -> Tensor:
-        return self.device.put(self.ranks.mine(rows))
+        mine = [(self.ranks.mine(inputs), self.ranks.mine(targets)) for inputs, targets in drawn]
+        if self.device.rows is not None:
+            mine = [part for batch in mine for part in in_parts(batch, self.device.rows)]
+        count = sum(trained_targets(targets) for _, targets in drawn)
+        return [(self.device.put(inputs), self.device.put(targets)) for inputs, targets in mine], count
 
     def _backward(self, batches: Sequence[Batch], count: int) -> Tensor:
         """Adds up the gradients of the mean loss over the `count` targets of all processes. Returns this one's part."""

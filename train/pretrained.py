@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pastkey.command import say
 from pastkey.contract import names
 from pastkey.contract.source_files import adapter_base, missing_base
 from pastkey.errors import InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.durable import write_json
 from pastkey.files.folder import hub_id, read_json
 from pastkey.quiet import quiet
-from pastkey.values import shown
 
 from .checkpoint import PEFT, TRANSFORMERS, check_files, check_settled, layout_of, load_checkpoint
 from .model import Decoder, generate
@@ -138,7 +136,7 @@ def open_start(config: TrainConfig, out: Path) -> Start:
     if tokenizer.vocab_size > rows:
         raise InputError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: one of the "
-            "two is another model's"
+            "two is another model's, or tokens were added to the one and no embeddings to the other"
         )
     if config.lora:
         with torch.random.fork_rng(devices=[]):
@@ -165,15 +163,8 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
         )
     with _transformers(path) as library, TemporaryDirectory() as folder:
         model = _load(library, path)
-        beyond = _write_tokenizer(library, path, Path(folder), model.config.vocab_size)
-        tokenizer = read_tokenizer(Path(folder) / names.TOKENIZER)
-    if beyond and path.is_dir():
-        say(
-            f"the model of {path} has {model.config.vocab_size} embeddings, and none for {len(beyond)} added tokens of "
-            f"its tokenizer, {shown(beyond[0])} first: they are left out, and a text that holds them is read as other "
-            "text"
-        )
-    return model, tokenizer
+        _write_tokenizer(library, path, Path(folder), model.config.vocab_size)
+        return model, read_tokenizer(Path(folder) / names.TOKENIZER)
 
 
 def _load(library: Any, path: Path) -> Pretrained:
@@ -195,11 +186,8 @@ def _load(library: Any, path: Path) -> Pretrained:
     return Pretrained(torch.nn.Module.float(model), Sizes(rows, longest), TRANSFORMERS)
 
 
-def _write_tokenizer(library: Any, path: Path, out: Path, vocab_size: int) -> list[str]:
-    """Writes the tokenizer of a folder or a GGUF file as tokenizer.json and its configuration, in any form it has.
-
-    Returns the added tokens that have no embedding, which it leaves out.
-    """
+def _write_tokenizer(library: Any, path: Path, out: Path, vocab_size: int) -> None:
+    """Writes the tokenizer of a folder or a GGUF file as tokenizer.json and its configuration, in any form it has."""
     folder, kind = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **kind)
     tokenizer.save_pretrained(out)
@@ -209,11 +197,13 @@ def _write_tokenizer(library: Any, path: Path, out: Path, vocab_size: int) -> li
             f"{names.TOKENIZER} into the folder"
         )
     content = read_json(out / names.TOKENIZER)
-    # transformers adds tokens that it expects of every tokenizer of a kind, even if a GGUF file has none.
-    beyond = [token["content"] for token in content["added_tokens"] if token["id"] >= vocab_size]
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    # transformers adds tokens that it expects of every tokenizer of a kind, even if the source has none.
+    own = read_json(path / names.TOKENIZER) if (path / names.TOKENIZER).is_file() else {}
+    given = {token["content"] for token in own.get("added_tokens", [])}
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["id"] < vocab_size or token["content"] in given
+    ]
     write_json(out / names.TOKENIZER, content)
-    return beyond
 
 
 @contextlib.contextmanager

@@ -88,8 +88,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def draw_loss_curve(folder: Path) -> None:
     """Writes loss.png from metrics.jsonl: training and validation loss in nats per token over the steps.
 
-    In a thread: Python handles signals only in the main one, and would lose the exception of a handler that runs in one
-    of matplotlib's many callbacks by weak references.
+    In a thread: Python handles signals in the main one, and would lose the exception of a handler that runs in one of
+    matplotlib's many callbacks by weak references.
     """
     with ThreadPoolExecutor(1) as thread:
         thread.submit(_draw, folder).result()

@@ -1,10 +1,18 @@
-// Included by the files of AVX2, AVX512 and NEON in an unnamed namespace, after prefetch.
+// Included by the files of AVX2, AVX512 and NEON in an unnamed namespace.
 
 constexpr size_t kAhead = 8192;  // bytes between the rows that are read and the weights that are fetched
 
+// Into the L2 cache: a core can wait for only a few lines of its L1.
+#if defined(__x86_64__) || defined(_M_X64)
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+#elif defined(_MSC_VER) && !defined(__clang__)
+inline void prefetch(const uint8_t* p) { __prefetch(p); }
+#else
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+#endif
+
 // Fetches what comes after `rows` rows of W from `row`, as far as `n` of their blocks from `b` are read now: a block has
-// `bytes`. In the order of addresses, since a processor's own prefetcher follows those. An EPYC reads twice as fast so
-// as in the order in which rows side by side are read.
+// `bytes`. In the order of addresses, since a processor's own prefetcher follows those.
 inline void fetch_ahead(const Weights& w, size_t row, size_t rows, size_t b, size_t n, size_t bytes) {
   const uint8_t* p = w.codes + ((row + rows) * w.blocks + rows * b) * bytes + kAhead;
   for (size_t i = 0; i < rows * n * bytes; i += 64) prefetch(p + i);

@@ -14,11 +14,8 @@ namespace {
 #include "elementwise.inl"
 #include "transpose16.inl"
 
-constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kByRows = 2;      // rows of X that are multiplied without a panel
-
-// Into the L2 cache: with the L1 a step takes 1.2 times as long on an EPYC.
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+constexpr size_t kChunk = 4;   // blocks of a panel: few, so that multiplying goes on while memory is read
+constexpr size_t kByRows = 2;  // rows of X that are multiplied without a panel
 
 #include "ahead.inl"
 

@@ -20,10 +20,8 @@ namespace {
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define PASTKEY_FLATTEN
-inline void prefetch(const uint8_t* p) { __prefetch(p); }
 #else
 #define PASTKEY_FLATTEN __attribute__((flatten))  // all calls inside become part of the function
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 
 #include "ahead.inl"

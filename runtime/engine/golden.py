@@ -88,8 +88,8 @@ class Golden:
         """Computes golden logits by an engine, after `rows` prefixes, at least LEAST_ROWS.
 
         In int8 and int4, rounding decides the logits at a few places of a text, and other kernels differ there by up to
-        their largest. So of a few sequences it takes the first that is no such place, or the best: this engine's single
-        tokens, which round otherwise than a prefill, give nearly the same logits.
+        their largest. So of a few sequences it takes the first that is no such place, or the best: where the last
+        tokens are read singly, which rounds otherwise than a prefill, this engine's logits are nearly the same.
         """
         manifest = engine.manifest
         length = min(TOKENS, manifest.context_length)

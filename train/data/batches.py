@@ -145,6 +145,18 @@ class Tokens:
         return _as_batch(rows)
 
 
+def in_parts(batch: Batch, rows: int) -> list[Batch]:
+    """Returns a batch in parts of at most `rows` rows of about one length, each as wide as its longest.
+
+    What follows a row's last trained target is left out, since a decoder sees only what comes before.
+    """
+    inputs, targets = batch
+    lengths = ((targets != NOT_TRAINED) * torch.arange(1, targets.shape[1] + 1)).amax(1)
+    parts = lengths.argsort(stable=True).split(rows)
+    widths = [max(1, int(lengths[part].max())) for part in parts]
+    return [(inputs[part, :width], targets[part, :width]) for part, width in zip(parts, widths, strict=True)]
+
+
 def _as_batch(rows: NDArray[Any]) -> Batch:
     """Returns inputs and targets of rows (B, T + 1) of the token file, in which ~id is a token that is not trained."""
     tokens = rows.astype(np.int64)

@@ -22,7 +22,7 @@ from ..tokenizer import END_OF_TEXT
 from .documents import FIELDS, Document, document_of, parse_line
 
 # A run reads each about five times, and so learns sooner what stories repeat than from 20,000 read once.
-STORY_COUNT: Final = 5_000
+STORY_COUNT: Final = 7_000
 _TEXT = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet",)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
-from pastkey.train.data.batches import NOT_TRAINED, Tokens
+from pastkey.train.data.batches import NOT_TRAINED, Batch, Tokens, in_parts
 from pastkey.train.data.prepare import LESSON, write_lesson
 from pastkey.train.data.sources import open_corpus, survey
 from pastkey.train.data.tokenizing import write_tokens
@@ -171,3 +172,20 @@ def test_sources_are_drawn_by_their_weights(form: str, tmp_path: Path) -> None:
     rows = [row for step in range(50) for row in tokens.draw(8, seed=0, step=step)[0].tolist()]
     share = sum("a" in tokenizer.decode(row) for row in rows) / len(rows)
     assert 0.68 < share < 0.82
+
+
+def test_parts_are_the_trained_targets_in_rows_of_about_one_length(tmp_path: Path) -> None:
+    info = written(tmp_path, corpus_of(*("d" * number for number in range(1, 60))), context=60)
+    inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(20, 0, 0)
+    targets[3, :10] = targets[7] = NOT_TRAINED
+    parts = in_parts((inputs, targets), 8)
+    assert [len(part) for part, _ in parts] == [8, 8, 4]
+    assert [part.shape[1] for part, _ in parts] == sorted(part.shape[1] for part, _ in parts)
+
+    def trained(batches: Sequence[Batch]) -> list[tuple[list[int], int]]:
+        """The tokens before each trained target, and the target."""
+        rows = [row for one, other in batches for row in zip(one.tolist(), other.tolist(), strict=True)]
+        return sorted((row[: i + 1], target) for row, wanted in rows for i, target in enumerate(wanted) if target >= 0)
+
+    assert trained(parts) == trained([(inputs, targets)])
+    assert sum(part.numel() for part, _ in parts) < 0.9 * inputs.numel()
