@@ -25,7 +25,7 @@ class TrainConfig:
     """The settings of training. Sizes that are None are the preset's."""
 
     preset: str = "llama"
-    steps: int = 1300  # optimizer steps
+    steps: int = 1450  # optimizer steps
     minutes: float | None = None  # plan as many steps as this time allows, in the place of `steps`
     batch_size: int = 24  # rows of a batch
     accumulate: int = 1  # batches per optimizer step
@@ -34,7 +34,7 @@ class TrainConfig:
     warmup_steps: int = 40
     weight_decay: float = 0.1  # on weight matrices only
     gradient_clip: float = 1.0  # maximum norm of all gradients together
-    save_every: int = 130  # steps between checkpoints, each with validation, sample and curve
+    save_every: int = 145  # steps between checkpoints, each with validation, sample and curve
     seed: int = 0
     threads: int | None = None  # None: as many as torch chooses
     device: str = "auto"  # of DEVICES; auto: CUDA if there is a card, or else the CPU
