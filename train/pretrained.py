@@ -135,8 +135,8 @@ def open_start(config: TrainConfig, out: Path) -> Start:
         raise InputError(f"--context {context} is more than the {longest} tokens that {path} was made for")
     if tokenizer.vocab_size > rows:
         raise InputError(
-            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: one of the "
-            "two is another model's, or tokens were added to the one and no embeddings to the other"
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: give "
+            "the tokenizer that the model was trained with"
         )
     if config.lora:
         with torch.random.fork_rng(devices=[]):

@@ -2,7 +2,7 @@
 
 constexpr size_t kAhead = 8192;  // bytes between the rows that are read and the weights that are fetched
 
-// Into the L2 cache: a core can wait for only a few lines of its L1.
+// Into the L2 cache: a core can have only a few lines on their way to the L1.
 #if defined(__x86_64__) || defined(_M_X64)
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 #elif defined(_MSC_VER) && !defined(__clang__)
