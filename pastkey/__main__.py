@@ -181,7 +181,8 @@ def _overview() -> str:
 
 
 def _os_sentence(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename else ""
+    name = error.filename2 or error.filename  # a copy's target
+    where = f": {name}" if name else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; nothing half-written was kept: free some space and try again"
     return f"{error.strerror or error}{where}"

@@ -62,7 +62,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "muon for the matrices of projections and adamw for all else, or adamw for all"
     _add(training, "optimizer", str, kinds, metavar="NAME")
     _add(training, "learning_rate", finite_float, "peak learning rate, after the warm-up", metavar="X")
-    _add(training, "warmup_steps", natural_int, "steps until the peak learning rate")
+    _add(training, "warmup_steps", natural_int, "steps until the peak learning rate, at most a quarter of all")
     _add(training, "weight_decay", finite_float, "weight decay of AdamW, on projections only", metavar="X")
     _add(training, "save_every", positive_int, "steps between checkpoints")
     _add(training, "seed", natural_int, "seed of weights, batches and stories")

@@ -207,7 +207,7 @@ class Run:
         self.train_tokens, self.val_tokens = self._tokens()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.flops_per_token = flops_per_token(model, model.config if isinstance(model, Decoder) else None)
         self.spread = ranks.spread(model, device, shard=config.shard)
         self.optimizers = make_optimizers(model, config)
@@ -215,8 +215,8 @@ class Run:
         self.step = self.begun = step
         self.saved = step or None  # the step of the checkpoint in the folder
         self.recent: deque[float] = deque(maxlen=_RECENT)  # losses of the last steps
-        self.first: float | None = None  # loss of the first step
-        self.lowest = math.inf  # the lowest mean of `recent` at a save
+        self.first = math.inf  # loss of the first step
+        self.lowest = math.inf  # the lowest mean of _RECENT losses at a save
         self.figures: dict[str, Any] = {}
 
     def _tokens(self) -> tuple[Tokens, Tokens]:
@@ -279,7 +279,7 @@ class Run:
         The first process plans for all.
         """
         done = self.step - self.begun
-        if self.config.minutes is None or done % _PLANNED_EVERY:
+        if self.config.minutes is None or (done > _PLANNED_EVERY and done % _PLANNED_EVERY):
             return
         planned = self.step + max(1.0, (60 * self.config.minutes - seconds) * done / seconds)
         told = self.ranks.total(torch.tensor(planned if self.ranks.first else 0.0, device=self.device.torch_device))
@@ -306,7 +306,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.recent.append(loss_now)
-        self.first = loss_now if self.first is None else self.first
+        self.first = loss_now if self.first == math.inf else self.first
         rate = share * self.config.learning_rate
         return {"step": self.step, "loss": loss_now, "learning_rate": rate, "gradient_norm": norm_now, "tokens": count}
 
@@ -344,14 +344,13 @@ class Run:
         The first step is one batch, whose loss may be a nat off.
         """
         mean = sum(self.recent) / len(self.recent)
-        if len(self.recent) < _RECENT or self.first is None:
-            return
         if mean > min(self.first + _RISE, self.lowest) + _RISE:
             raise NumericsError(
-                f"training diverges: the mean loss of the last {_RECENT} steps is {mean:.2f} nats at step {self.step}, "
-                f"and was {min(self.first, self.lowest):.2f}; {self._kept(slower=True)}"
+                f"training diverges: the mean loss of the last {len(self.recent)} steps is {mean:.2f} nats at step "
+                f"{self.step}, and was {min(self.first, self.lowest):.2f}; {self._kept(slower=True)}"
             )
-        self.lowest = min(self.lowest, mean)
+        if len(self.recent) == _RECENT:  # the mean of a few may be low by chance
+            self.lowest = min(self.lowest, mean)
 
     def _kept(self, *, slower: bool = False) -> str:
         """Returns what a run that stops here leaves, and how to go on."""

@@ -71,9 +71,10 @@ def schedule(config: TrainConfig, step: int) -> float:
 
     Returns the share of the peak at which the optimizers take this step, counted from 0.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = min(config.warmup_steps, config.steps // 4)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
     return _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

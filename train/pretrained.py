@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.contract import names
-from pastkey.contract.source_files import adapter_base, missing_base
+from pastkey.contract.source_files import adapter_base
 from pastkey.errors import InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.durable import write_json
 from pastkey.files.folder import hub_id, read_json
@@ -102,7 +102,8 @@ def checkpoint_activations(model: Decoder | Pretrained) -> None:
     inner: Any = model if isinstance(model, Decoder) else model.inner
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise InputError(f"{type(inner).__name__} has no gradient checkpointing: leave out --gradient-checkpointing")
-    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    with quiet():  # newer versions of transformers warn of their own next one
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -298,5 +299,5 @@ def base_of(folder: Path) -> Path:
     """Returns the path of an adapter's base. Raises MissingFileError if it is not there."""
     base = Path(str(adapter_base(folder)))
     if not base.exists():
-        raise missing_base(folder, base)
+        raise MissingFileError(f"the base of the adapter {folder} is not at {base}: put it there, or a link to it")
     return base

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pastkey.contract import names
-from pastkey.contract.source_files import adapter_base, missing_base
+from pastkey.contract.source_files import adapter_base
 from pastkey.errors import InputError, MissingFileError, first_line, missing_extra
 from pastkey.files.folder import hub_hint, hub_id, read_json
 from pastkey.quiet import quiet
@@ -251,7 +251,10 @@ def _base_of(folder: Path) -> str | None:
     """Returns the path or Hub id of an adapter's base, None if this is no adapter. Raises MissingFileError."""
     base = adapter_base(folder)
     if base is not None and not Path(base).exists() and hub_id(base) is None:
-        raise missing_base(folder, base)
+        raise MissingFileError(
+            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
+            f"{folder / names.ADAPTER_CONFIG}"
+        )
     if base is not None and not (folder / names.ADAPTER_WEIGHTS).is_file():  # peft would ask the Hub, or read a pickle
         raise MissingFileError(f"the adapter {folder} has no {names.ADAPTER_WEIGHTS}: copy it, or save it in this form")
     return base

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from ..errors import MissingFileError
 from ..files.folder import read_json
 from . import names
 
@@ -35,11 +34,3 @@ def adapter_base(folder: Path) -> str | None:
     """Returns the path or Hub id that a folder of peft names as its base, None for any other folder or file."""
     file = folder / names.ADAPTER_CONFIG
     return str(read_json(file).get("base_model_name_or_path")) if file.is_file() else None
-
-
-def missing_base(folder: Path, base: object) -> MissingFileError:
-    """The error of an adapter whose base is not where it says."""
-    return MissingFileError(
-        f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
-        f"{folder / names.ADAPTER_CONFIG}"
-    )

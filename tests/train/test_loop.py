@@ -236,6 +236,9 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     ):
         loop.train(tiny(steps=300, save_every=50), tmp_path / "c", data=[text])
     assert load_checkpoint(tmp_path / "c").training["step"] == 100
+    monkeypatch.setattr(loop, "schedule", lambda config, step: 300.0)
+    with pytest.raises(NumericsError, match=r"the last 10 steps .* at step 110, .* keeps step 100"):
+        loop.resume(tmp_path / "c", {"save_every": 10})
     monkeypatch.undo()
     figures = loop.resume(tmp_path / "c", {"learning_rate": 1e-3, "steps": 150})
     assert figures["val_loss"] < 1.5
@@ -246,8 +249,8 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(
 ) -> None:
     loop.train(tiny(steps=100), tmp_path / "base", data=[text])
     monkeypatch.setattr(loop, "schedule", lambda config, step: 300.0)
-    given = {"init": str(tmp_path / "base"), "steps": 100, "save_every": 50, "learning_rate": 5e-3}
-    with pytest.raises(NumericsError, match=r"diverges: .* at step 50, and was [01]\.\d+; nothing was saved yet"):
+    given = {"init": str(tmp_path / "base"), "steps": 40, "save_every": 20, "learning_rate": 5e-3}
+    with pytest.raises(NumericsError, match=r"diverges: .* at step 20, and was [01]\.\d+; nothing was saved yet"):
         loop.train(TrainConfig.from_given(given), tmp_path / "c", data=[text])
     assert not (tmp_path / "c").exists()
 

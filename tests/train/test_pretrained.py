@@ -185,8 +185,10 @@ def test_the_base_of_an_adapter_must_be_there(models: Path, tmp_path: Path) -> N
     shutil.copytree(models / "llama", tmp_path / "base")
     train(settings(tmp_path / "base", lora=True, steps=2), tmp_path / "out", data=[models / "text.txt"])
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(MissingFileError, match="change base_model_name_or_path"):
+    with pytest.raises(MissingFileError, match="put it there, or a link to it"):
         resume(tmp_path / "out", {"steps": 4})
+    (tmp_path / "base").symlink_to("elsewhere")
+    assert resume(tmp_path / "out", {"steps": 4})["step"] == 4
 
 
 def test_what_cannot_be_opened_is_named(models: Path, tmp_path: Path) -> None:

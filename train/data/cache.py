@@ -1,7 +1,8 @@
 """What training keeps in the user's cache folder, so that a second run on the same data does not tokenize again.
 
 An entry is a folder named by its key: the content of the files, the tokenizer, and the length of a window. It holds the
-tokenizer and the token files. They are linked into the checkpoint and not copied, where the file system allows it.
+tokenizer and the token files. The token files are linked into the checkpoint and not copied, where the file system
+allows it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def keep(entry: Path | None, folder: Path, info: DataInfo) -> bool:
 
 def _link(source: Path, target: Path) -> None:
     (target / TOKENS_TRAIN).parent.mkdir(exist_ok=True)
-    for name in _FILES:
+    for name in (names.TOKENIZER, names.TOKENIZER_CONFIG):  # which people edit
+        shutil.copyfile(source / name, target / name)
+    for name in (TOKENS_TRAIN, TOKENS_VAL):
         try:
             os.link(source / name, target / name)
         except OSError:  # another file system, or one without links

@@ -23,8 +23,8 @@ def conversation_parts(conversation: Conversation, tokenizer: TextTokenizer) -> 
     """Returns the rendered conversation in parts. Raises InputError if the turns of the assistant cannot be found."""
     if tokenizer.chat_template is None:
         raise InputError(
-            "messages need a tokenizer with a chat template, and this one has none: take --tokenizer "
-            "DIR/tokenizer.json of a model whose tokenizer_config.json or chat_template.jinja has one"
+            "messages need a tokenizer with a chat template, and this one has none: put a chat_template.jinja beside "
+            "its tokenizer.json"
         )
     if _GENERATION.search(tokenizer.chat_template):
         text, spans = _render(conversation, tokenizer, marked=True)

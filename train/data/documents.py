@@ -103,7 +103,8 @@ def _conversation(messages: Any, tools: Any, place: str) -> Conversation:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{place}: messages is {shown(messages)}; it must be a list of messages")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        whole = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not whole or not (isinstance(message.get("content"), str | list) or message.get("tool_calls")):
             raise InputError(f"{place}: a message is {shown(message)}; each must be an object with role and content")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise InputError(f"{place}: tools is {shown(tools)}; it must be a list of JSON schemas")

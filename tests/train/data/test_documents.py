@@ -52,6 +52,8 @@ def test_different_documents_have_different_bytes() -> None:
         ({"messages": "hi"}, "messages is 'hi'; it must be a list"),
         ({"messages": ["hi"]}, "a message is 'hi'; each must be an object with role and content"),
         ({"messages": [{"from": "human", "value": "hi"}]}, "each must be an object with role and content"),
+        ({"messages": [{"role": "user", "text": "hi"}]}, "each must be an object with role and content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "each must be an object with role and content"),
         ({"messages": MESSAGES, "tools": ["t"]}, "it must be a list of JSON schemas"),
     ],
 )

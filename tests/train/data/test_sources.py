@@ -113,7 +113,7 @@ def test_every_format_has_the_same_documents(suffix: str, tmp_path: Path) -> Non
 
 def test_parquet_has_conversations_without_the_fields_that_other_rows_have(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "name": "b"}]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]
     rows = [{"messages": talk, "text": None}, {"messages": None, "text": "c"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = [document.content for document in open_corpus([tmp_path]).documents()]
