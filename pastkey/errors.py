@@ -93,7 +93,7 @@ class UntrustedBundleError(PastkeyError, RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """The CPU runs operators that the chosen execution provider does not support."""
+    """The CPU runs operators that the chosen execution provider does not support, or not with the native kernels."""
 
 
 class TemplateWarning(UserWarning):

@@ -314,7 +314,7 @@ _COUNT = (_whole(0), "a whole number from 0")
 _SIZE = (_whole(1), "a whole number from 1")
 _NAME = (_is(str), "a text")
 _TEXTS = (_one_or_each(_is_text), "a text, or a list of texts, each of at least one character")
-_PENALTY = (_between(-_MOST, _MOST), "a number; 0 changes nothing, and below 0 tokens become likelier")
+_PENALTY = (_between(-_MOST, _MOST), "from -2**127 to 2**127; 0 changes nothing, and below 0 tokens become likelier")
 _BACK = (_whole(-1), "a whole number from 0, or -1 for the whole text")
 
 # The check of each option, and what an error expects. Other types are left to Python's TypeError.

@@ -8,11 +8,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import ProviderError, first_line
+from pastkey.errors import FallbackWarning, ProviderError, first_line
 from pastkey.precisions import PRECISIONS
 
 from . import placement as ep
@@ -54,7 +55,10 @@ def native_kernels() -> NativeKernels | None:
     except (OSError, ImportError, AttributeError) as error:
         return NativeKernels(version, operators, refused=f"it cannot be loaded: {first_line(error)}")
     if level is None:
-        refused = f"PASTKEY_KERNELS is {os.environ.get('PASTKEY_KERNELS')!r}, a level that this CPU or this build lacks"
+        refused = (
+            f"PASTKEY_KERNELS is {os.environ.get('PASTKEY_KERNELS')!r}, a level that this CPU or this build lacks: "
+            "unset it, and the library chooses one"
+        )
         return NativeKernels(version, operators, refused=refused)
     return NativeKernels(version, operators, level.decode(), library)
 
@@ -71,7 +75,7 @@ def _missing_bytes(library: str) -> int:
 
 
 def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
-    """The kernels that run a bundle, or None if onnxruntime's own do.
+    """The kernels that run a bundle, or None if onnxruntime's own do. Warns if a library is there and cannot be used.
 
     Args:
         bundle: The bundle.
@@ -80,15 +84,20 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             set to 0 makes False of None.
 
     Raises:
-        ProviderError: They must be used and cannot.
+        ProviderError: They must be used and cannot, or PASTKEY_NATIVE is neither 0 nor 1.
     """
-    if asked is False or (asked is None and os.environ.get(_SWITCH) == "0"):
+    if asked is None and (switch := os.environ.get(_SWITCH, "")) not in ("", "1"):
+        if switch != "0":
+            raise ProviderError(f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels, or 1")
+        return None
+    if asked is False:
         return None
     why, found, manifest = "", None, bundle.manifest
     if bundle.native_graph is None:
         why = f"{bundle.path} has no native graph"
         if PRECISIONS[manifest.precision].quantized and manifest.graph == "fused" and manifest.target == "cpu":
-            why += f": make a bundle with one by  pastkey upgrade {shlex.quote(str(bundle.path))} --out NEW"
+            path = shlex.quote(str(bundle.path))
+            why += f": make a bundle with one by  pastkey upgrade {path} --out NEW  if its sizes allow one"
         else:
             why += ", which is for int8 and int4 weights, the fused graph and the target cpu"
     elif provider != ep.CPU:
@@ -102,6 +111,11 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
             f"{manifest.native}: install the library of a newer pastkey"
         )
-    if why and asked:
+    if not why:
+        return found
+    if asked:
         raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")
-    return None if why else found
+    if found is not None:
+        told = f"the native kernels cannot be used, so onnxruntime's run {bundle.path}: {why}"
+        warnings.warn(told, FallbackWarning, stacklevel=2)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pastkey.contract.bundle import Bundle
-from pastkey.errors import ProviderError
+from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
 from pastkey.runtime.providers.placement import CPU
 
@@ -65,7 +66,8 @@ def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, insta
     found = native_kernels()
     assert found is not None
     assert found.refused.startswith(words)
-    assert kernels_for(bundle, CPU, None) is None
+    with pytest.warns(FallbackWarning, match=r"cannot be used, so onnxruntime's run .*: it cannot be loaded"):
+        assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match="True, and the native kernels cannot be used: it cannot be loaded"):
         kernels_for(bundle, CPU, True)
 
@@ -100,7 +102,9 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
     for version in (1, 2, 3):
         of_version = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=version))
-        assert kernels_for(of_version, CPU, None) is (here if version <= 2 else None)
+        warns = pytest.warns(FallbackWarning, match="needs 3") if version == 3 else contextlib.nullcontext()
+        with warns:
+            assert kernels_for(of_version, CPU, None) is (here if version <= 2 else None)
     with pytest.raises(
         ProviderError, match="has version 2 of the operators, and the bundle needs 3: install the libra"
     ):
@@ -116,6 +120,9 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatc
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
     assert kernels_for(bundle, CPU, None) is None
     assert kernels_for(bundle, CPU, True) is here
+    monkeypatch.setenv("PASTKEY_NATIVE", "off")
+    with pytest.raises(ProviderError, match="PASTKEY_NATIVE is 'off'; 0 was expected"):
+        kernels_for(bundle, CPU, None)
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
     with pytest.raises(ProviderError, match=r"has no native graph"):
         kernels_for(plain, CPU, True)
