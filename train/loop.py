@@ -281,7 +281,7 @@ class Run:
         done = self.step - self.begun
         if self.config.minutes is None or (done > _PLANNED_EVERY and done % _PLANNED_EVERY):
             return
-        planned = self.step + max(1.0, (60 * self.config.minutes - seconds) * done / seconds)
+        planned = self.step + max(0.0, (60 * self.config.minutes - seconds) * done / seconds)
         told = self.ranks.total(torch.tensor(planned if self.ranks.first else 0.0, device=self.device.torch_device))
         self.config = dataclasses.replace(self.config, steps=int(told.item()))
 

@@ -345,6 +345,8 @@ def test_minutes_plan_the_steps(text: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match="is trained already"):
         loop.resume(tmp_path / "c", {})
     assert loop.resume(tmp_path / "c", {"minutes": 1})["step"] > figures["step"]
+    config = dataclasses.replace(tiny(save_every=1000), minutes=0.05)
+    assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step takes more than the time
 
 
 def test_another_process_has_the_facts_that_the_first_prepared(tmp_path: Path) -> None:
