@@ -50,8 +50,8 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
             raise InputError(
                 f"no operator of {bundle.path} has a native kernel: it has {bundle.manifest.precision} weights, the "
                 f"{bundle.manifest.graph} graph and the target {bundle.manifest.target}, and kernels are for int8 and "
-                "int4 weights with columns in multiples of 32, the fused graph and the target cpu; export it anew if "
-                "this differs, or run it by onnxruntime's kernels"
+                "int4 weights with columns in multiples of 32, the fused graph and the target cpu; onnxruntime's "
+                "kernels run it as it is"
             )
         if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
             old = Golden.of(bundle)

@@ -181,9 +181,10 @@ def _overview() -> str:
 
 
 def _os_sentence(error: OSError) -> str:
-    name = error.filename2 or error.filename  # a copy's target
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    name = (full and error.filename2) or error.filename  # the second is a copy's target
     where = f": {name}" if name else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if full:
         return f"the disk is full{where}; nothing half-written was kept: free some space and try again"
     return f"{error.strerror or error}{where}"
 

@@ -93,7 +93,7 @@ class UntrustedBundleError(PastkeyError, RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """The CPU runs operators that the chosen execution provider does not support, or not with the native kernels."""
+    """Operators run elsewhere than was chosen: on the CPU, or by onnxruntime in place of the native kernels."""
 
 
 class TemplateWarning(UserWarning):

@@ -276,12 +276,15 @@ class Run:
     def _plan(self, seconds: float) -> None:
         """Sets the steps to those that the configured minutes allow at the speed so far; again, as the speed changes.
 
-        The first process plans for all.
+        The first process plans for all. Before the first plan, it ends a run whose time is over.
         """
         done = self.step - self.begun
         if self.config.minutes is None or (done > _PLANNED_EVERY and done % _PLANNED_EVERY):
             return
-        planned = self.step + max(0.0, (60 * self.config.minutes - seconds) * done / seconds)
+        left = 60 * self.config.minutes - seconds
+        planned = self.step + max(0.0, left * done / seconds)
+        if done < _PLANNED_EVERY and left > 0:  # the first steps compile, and tell little of the speed
+            planned = self.config.steps
         told = self.ranks.total(torch.tensor(planned if self.ranks.first else 0.0, device=self.device.torch_device))
         self.config = dataclasses.replace(self.config, steps=int(told.item()))
 

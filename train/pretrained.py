@@ -102,7 +102,7 @@ def checkpoint_activations(model: Decoder | Pretrained) -> None:
     inner: Any = model if isinstance(model, Decoder) else model.inner
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise InputError(f"{type(inner).__name__} has no gradient checkpointing: leave out --gradient-checkpointing")
-    with quiet():  # newer versions of transformers warn of their own next one
+    with quiet():  # transformers 5 warns of a change in its next version
         inner.gradient_checkpointing_enable({"use_reentrant": False})
 
 
@@ -136,8 +136,8 @@ def open_start(config: TrainConfig, out: Path) -> Start:
         raise InputError(f"--context {context} is more than the {longest} tokens that {path} was made for")
     if tokenizer.vocab_size > rows:
         raise InputError(
-            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: give "
-            "the tokenizer that the model was trained with"
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens and the model {rows} embeddings: put the "
+            "tokenizer.json that the model was trained with there"
         )
     if config.lora:
         with torch.random.fork_rng(devices=[]):

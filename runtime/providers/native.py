@@ -86,11 +86,10 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
     Raises:
         ProviderError: They must be used and cannot, or PASTKEY_NATIVE is neither 0 nor 1.
     """
-    if asked is None and (switch := os.environ.get(_SWITCH, "")) not in ("", "1"):
-        if switch != "0":
-            raise ProviderError(f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels, or 1")
-        return None
-    if asked is False:
+    switch = os.environ.get(_SWITCH, "")
+    if asked is None and switch not in ("", "0", "1"):
+        raise ProviderError(f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels, or 1")
+    if asked is False or (asked is None and switch == "0"):
         return None
     why, found, manifest = "", None, bundle.manifest
     if bundle.native_graph is None:

@@ -32,6 +32,8 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0.05 <= rates[-1] < 0.06
+    short = tiny(steps=20, warmup_steps=10, learning_rate=1.0)  # at most a quarter
+    assert [schedule(short, step) for step in (3, 5)] == pytest.approx([0.8, 1.0])
 
 
 def test_only_projections_decay() -> None:

@@ -37,7 +37,9 @@ from .token_files import DataInfo
 
 MOST_BYTES: Final = 20_000_000_000  # of all entries but the newest
 _VERSION: Final = 2  # of what these modules make of the same data
-_FILES = (names.TOKENIZER, names.TOKENIZER_CONFIG, TOKENS_TRAIN, TOKENS_VAL)
+_COPIED = (names.TOKENIZER, names.TOKENIZER_CONFIG)  # people edit them
+_LINKED = (TOKENS_TRAIN, TOKENS_VAL)
+_FILES = _COPIED + _LINKED
 
 
 def cache_entry(
@@ -100,9 +102,9 @@ def keep(entry: Path | None, folder: Path, info: DataInfo) -> bool:
 
 def _link(source: Path, target: Path) -> None:
     (target / TOKENS_TRAIN).parent.mkdir(exist_ok=True)
-    for name in (names.TOKENIZER, names.TOKENIZER_CONFIG):  # which people edit
+    for name in _COPIED:
         shutil.copyfile(source / name, target / name)
-    for name in (TOKENS_TRAIN, TOKENS_VAL):
+    for name in _LINKED:
         try:
             os.link(source / name, target / name)
         except OSError:  # another file system, or one without links

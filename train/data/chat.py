@@ -24,7 +24,7 @@ def conversation_parts(conversation: Conversation, tokenizer: TextTokenizer) -> 
     if tokenizer.chat_template is None:
         raise InputError(
             "messages need a tokenizer with a chat template, and this one has none: put a chat_template.jinja beside "
-            "its tokenizer.json"
+            "the tokenizer.json of --init, or of --tokenizer for a new model"
         )
     if _GENERATION.search(tokenizer.chat_template):
         text, spans = _render(conversation, tokenizer, marked=True)
