@@ -93,6 +93,7 @@ class BundleWriter:
             ir_version=IR_VERSION,
             min_onnxruntime=_oldest_onnxruntime(model.opset_imports[""], windows=windows),
             call=source.call,
+            proved=source.proved or None,
             bos_token_id=source.bos_token_id,
             eos_token_ids=source.eos_token_ids,
             padding=self.decoder.padding,

@@ -29,7 +29,12 @@ def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[
     progress.stage(f"observe the attention calls of {source.name}")
     latents = config.graph != "fused"
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
-    source = dataclasses.replace(source, module=contracted.module, call=contracted.call)
+    source = dataclasses.replace(source, module=contracted.module, call=contracted.call, proved=contracted.proved)
+    if source.proved:
+        compared = f"{source.proved} of {source.context_length} tokens"
+        progress.say(
+            f"decoding with a cache gives the logits of {source.call or CONTRACT} on texts of up to {compared}"
+        )
     observation = contracted.observation
     check_tokenizer(source, observation.vocab_size, source.eos_token_ids if config.eos_tokens else ())
     return source, observation, choose_graph(config.graph, config.target, observation)

@@ -165,7 +165,7 @@ def _open_module(
         say=say,
     )
     try:
-        found = in_contract(source.module, source.context_length, call, say, latents=latents)
+        found = in_contract(source.module, source.context_length, call, say, latents=latents, brief=True)
     except InputError as error:
         raise InputError(
             f"{path} does not run as {call or 'a decoder'} on {source.context_length} tokens "

@@ -35,6 +35,7 @@ class Source:
     eos_token_ids: tuple[int, ...] = ()
     revision: str = ""  # the commit on the Hub
     call: str = ""  # how the author calls the module, if that is not the contract
+    proved: int = 0  # tokens of the longest text on which a cached run was compared with the author's call
     warnings: tuple[str, ...] = ()  # sentences for the user
 
     @property

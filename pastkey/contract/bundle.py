@@ -126,6 +126,7 @@ class Manifest:
     provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
     revision: str = ""  # the source's commit on the Hub
     quick: bool = False  # exported with --quick: rounded to nearest, and proved on a short text
+    proved: Size | None = None  # tokens of the longest text on which the source was compared, cached, with its own call
     call: str = ""  # the author's call, unless it is forward(input_ids, position_ids)
     bos_token_id: TokenId | None = None  # the BOS token; the bundle's tokenizer puts it in front of a prompt itself
     eos_token_ids: tuple[TokenId, ...] = ()  # generation ends at any of these

@@ -203,6 +203,8 @@ def print_inspection(inspection: Inspection) -> None:
         f"vocabulary {manifest.vocab_size}, context {manifest.context_length}, "
         f"{len(manifest.layers)} attention calls, opset {manifest.opset}, onnxruntime >= {manifest.min_onnxruntime}"
     )
+    if manifest.proved is not None:
+        print(f"decoding with a cache gave the source's own logits on texts of up to {manifest.proved} tokens")
     if manifest.quick:
         print("exported with --quick: weights rounded to nearest without calibration, and proved on a short text")
     print(f"\n{'bytes':>14}  file")

@@ -24,7 +24,6 @@ from ..attention import failing_line
 from ..streamed import load, streaming
 from ..time_axis.program.python_branches import heard
 from ..time_axis.step.decoder import TimeAxisDecoder, find
-from .cache_check import cache_works
 from .call import CONTRACT, PLAIN, Call, find_call, plain_call, refuse_ambiguous
 from .causes import Cause, Kind, NoCacheError, ObstacleError
 from .observe import (
@@ -37,9 +36,9 @@ from .observe import (
     observe,
     random_ids,
     require_finite,
-    run_cached,
     run_uncached,
 )
+from .proof import SHORTEST, Proof, prove
 from .watched import HALF, without_autocast
 
 Say = Callable[[str], None]
@@ -47,8 +46,6 @@ Say = Callable[[str], None]
 _TOLERANCE = 1e-4  # relative to the largest logit, between a sequence and its parts in float32
 _MOST_FOLLOWED = 8192  # tokens of the longest context for which a latent row is looked for in a module of the contract
 _CHOOSING = 11  # tokens of the sequences that show whether a module selects rows
-_MOST_LOGITS = 1 << 28  # logits of the longest sequence on which a followed module is compared with its author's call
-_SHORT = 512  # tokens of a sequence that is run several times
 _PLAIN = 128  # tokens of the longest sequence on which the plain call is compared
 
 
@@ -59,14 +56,16 @@ class Contracted:
     module: nn.Module
     observation: Observation
     call: str = ""  # the author's call; empty if trying showed that the module keeps the contract
+    proved: int = 0  # tokens of the longest text on which it was compared with the author's call
 
 
 def in_contract(
-    module: nn.Module, context_length: int, asked: str | None, say: Say, *, latents: bool = True
+    module: nn.Module, context_length: int, asked: str | None, say: Say, *, latents: bool = True, brief: bool = False
 ) -> Contracted:
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
 
-    `latents`: whether a followed module may cache a latent row in place of keys and values.
+    `latents`: whether a followed module may cache a latent row in place of keys and values. `brief`: compare it with
+    the author's call on a short text alone, since its export did so on long ones.
     """
     if isinstance(module, Opaque):
         if asked is not None:
@@ -78,9 +77,15 @@ def in_contract(
         model = module if isinstance(module, StandIn) else _prepared(module, say)  # already a wrapper of ours
         with streaming(model):
             require_finite(model)
-        kept = _kept(model, context_length) if asked in (None, CONTRACT) else None
+        kept, failed = _kept(model, context_length, brief=brief) if asked in (None, CONTRACT) else (None, None)
         if kept is None or entered:
-            followed = _followed(model, context_length, asked, latents)
+            try:
+                followed = _followed(model, context_length, asked, latents, brief=brief)
+            except ContractError as error:
+                if failed is None:
+                    raise
+                causes = error.causes if isinstance(error, NoCacheError) else ()
+                raise NoCacheError(name_of(model), [*causes, failed]) from error
             if entered:
                 say(f"{name_of(model)} computes under torch.autocast: it is exported in float32, without autocast")
             return followed
@@ -89,25 +94,39 @@ def in_contract(
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
-                return _followed(model, context_length, CONTRACT, latents)
+                return _followed(model, context_length, CONTRACT, latents, brief=brief)
         elif latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
-                followed = _followed(model, context_length, CONTRACT, latents)
+                followed = _followed(model, context_length, CONTRACT, latents, brief=brief)
                 if _numbers(followed.observation) < _numbers(kept.observation):
                     return followed
         return dataclasses.replace(kept, call=asked or "")
 
 
-def _kept(model: nn.Module, context_length: int) -> Contracted | None:
-    """The module as it is if it keeps the contract, else None."""
+def _kept(model: nn.Module, context_length: int, *, brief: bool) -> tuple[Contracted | None, Cause | None]:
+    """The module as it is if it keeps the contract, else None; with the reason if only longer texts showed it."""
     try:
         parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return None
+            return None, None
         observation = observe(model, context_length)
     except (TypeError, ValueError, UnkeptError):
-        return None
-    return Contracted(model, observation) if cache_works(model, observation, context_length) else None
+        return None, None
+    try:
+        proof = prove(model, model, Call(CONTRACT), observation, context_length, brief=brief)
+    except Exception:  # a user's module may raise anything at some length or at these positions
+        return None, None
+    if not proof.differs:
+        return Contracted(model, observation, proved=proof.longest), None
+    what = f"gives other logits with a cache, {_told(proof)}"
+    return None, Cause(Kind.UNKNOWN, what) if proof.differs > SHORTEST else None
+
+
+def _told(proof: Proof) -> str:
+    return (
+        f"off by {proof.off:.1e} of the largest logit on a text of {proof.differs} tokens, the shortest that was found "
+        f"to differ among lengths of up to {proof.longest}"
+    )
 
 
 def _repeats_heads(kept: Contracted, context_length: int) -> bool:
@@ -142,7 +161,7 @@ def _chooses_rows(kept: Contracted, context_length: int) -> bool:
     return False
 
 
-def _followed(model: nn.Module, context_length: int, asked: str | None, latents: bool) -> Contracted:
+def _followed(model: nn.Module, context_length: int, asked: str | None, latents: bool, *, brief: bool) -> Contracted:
     load(model)  # the rules read weights
     with evaluating(model):
         probed = find_call(model, context_length, asked)
@@ -163,14 +182,19 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
             raise NoCacheError(name_of(model), probed.breaches)
         decoder = TimeAxisDecoder(model, probed.call, found, context_length).eval()
         try:
-            _require_equal(decoder, probed.call, context_length, probed.vocab_size)
             observation = observe(decoder, context_length)
+            proof = prove(decoder, model, probed.call, observation, context_length, brief=brief)
         except ObstacleError as obstacle:
             raise NoCacheError(name_of(model), [obstacle.cause]) from obstacle
         except UnkeptError as error:
             causes = [Cause(Kind.UNKNOWN, f"was followed, but not to the end ({first_line(error)})")]
             raise NoCacheError(name_of(model), causes) from error
-        return Contracted(decoder, observation, probed.call.expression)
+        if proof.differs:
+            raise ContractError(
+                f"{name_of(model)} was followed, and is {_told(proof)}: it computes otherwise for another length or "
+                "another text, or keeps what it computed in an earlier call"
+            )
+        return Contracted(decoder, observation, probed.call.expression, proof.longest)
 
 
 # --- the module as it was -----------------------------------------------------------------------------------------
@@ -275,50 +299,6 @@ def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, voca
         if expected.shape[2] != found.shape[2] or not _relative(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
             return False
     return True
-
-
-def _require_equal(decoder: TimeAxisDecoder, call: Call, context_length: int, vocab_size: int) -> None:
-    """Compares the followed module with the author's call, and a cached run of it with an uncached one.
-
-    The sequences have many lengths up to the context; some repeat one token. Raises ContractError if they differ.
-    """
-    longest = max(min(context_length, _MOST_LOGITS // vocab_size), min(context_length, _SHORT))
-    ids = random_ids(1, longest, vocab_size, seed=2)
-    texts = [ids[:, :n] for n in _lengths(longest)]
-    short = min(longest, _SHORT)
-    texts += [torch.full((1, short), token) for token in sorted({0, vocab_size // 3, vocab_size - 1})]
-    off = max(_apart(decoder, call, text) for text in texts)
-    if short > 1:
-        half, text = short // 2, ids[:, :short]
-        whole = run_uncached(decoder, text).logits
-        cached = run_cached(decoder, run_uncached(decoder, text[:, :half]), text[:, half:])
-        off = max(off, _relative(cached, whole[:, half:]))
-    if not off <= _TOLERANCE:  # also true for NaN
-        raise ContractError(
-            f"{name_of(decoder)} was followed, and is off by {off:.1e} of its largest logit on texts of up to "
-            f"{longest} tokens: it computes otherwise for another length or another text, or keeps what it computed in "
-            "an earlier call"
-        )
-
-
-def _lengths(longest: int) -> list[int]:
-    """1, 2, 3, 5, 8, ... and the longest."""
-    found = [1, 2]
-    while found[-1] < longest:
-        found.append(found[-1] + found[-2])
-    return [n for n in found if n < longest] + [longest]
-
-
-def _apart(decoder: TimeAxisDecoder, call: Call, ids: Tensor) -> float:
-    """The relative difference from the author's call, at every position or at the last one."""
-    try:
-        with torch.no_grad():
-            expected = call(decoder.model, ids).float()
-    except Exception:  # a user's module may raise anything
-        if ids.shape[1] > 1:
-            raise
-        return 0.0  # the call does not accept a single token
-    return _relative(run_uncached(decoder, ids).logits[:, -expected.shape[1] :], expected)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -138,19 +138,29 @@ def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | No
 
 def run_cached(module: nn.Module, past: Uncached, input_ids: Tensor) -> Tensor:
     """Logits for new ids (B, T) only; the attention calls also get the keys, values and rows of `past`."""
-    start = past.logits.shape[1]
+    return run_on(module, past, input_ids).logits
+
+
+def run_on(module: nn.Module, past: Uncached, input_ids: Tensor) -> Uncached:
+    """As `run_cached`, with the keys, values and rows of all tokens so far: the past of the next tokens."""
+    start = past.keys[0].shape[2]
     length = start + input_ids.shape[1]
     layer, state = iter(zip(past.keys, past.values, strict=True)), iter(past.rows)
+    result = Uncached(torch.empty(0))
 
     def attend(call: AttentionCall) -> Tensor:
-        key, value = next(layer)
-        return attention_over(call, torch.cat([key, call.key], 2), torch.cat([value, call.value], 2))
+        key, value = (torch.cat([old, new], 2) for old, new in zip(next(layer), (call.key, call.value), strict=True))
+        result.keys.append(key)
+        result.values.append(value)
+        return attention_over(call, key, value)
 
     def extend_rows(call: RowsCall) -> Tensor:
-        return torch.cat([next(state)[:, -call.keep :], call.rows], 1)
+        result.rows.append(torch.cat([next(state)[:, -call.keep :], call.rows], 1))
+        return result.rows[-1]
 
     positions = torch.arange(start, length).expand_as(input_ids)
-    return _call(module, input_ids, positions, attend, extend_rows)
+    result.logits = _call(module, input_ids, positions, attend, extend_rows)
+    return result
 
 
 def _call(

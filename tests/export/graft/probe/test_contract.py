@@ -58,7 +58,7 @@ def apart(found: Contracted, reference: nn.Module) -> float:
 # --- the two ways -------------------------------------------------------------------------------------------------
 def test_a_module_that_keeps_the_contract_is_not_followed() -> None:
     found, said = taken(NanoGpt(context=SHORT))
-    assert (found.call, said) == ("", [])
+    assert (found.call, said, found.proved) == ("", [], SHORT)
     assert isinstance(found.module, NanoGpt)
 
 
@@ -228,7 +228,21 @@ class OtherwiseWhenLong(Gpt):
 def test_another_computation_for_long_texts_is_seen() -> None:
     sentence = refusal(ContractError, OtherwiseWhenLong(Causal, context=720).eval(), 720)
     assert "was followed, and is off by" in sentence
-    assert "on texts of up to 720 tokens: it computes otherwise for another length" in sentence
+    assert "on a text of 701 tokens, the shortest that was found to differ among lengths of up to 720: " in sentence
+
+
+class SeenWhole(Plain):
+    """Of the contract, and every token sees whether there are more than twenty."""
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        beyond = (torch.ones_like(input_ids).sum(1) - 20).clamp(min=0)
+        return super().embed(input_ids, position_ids) + 0.1 * beyond[:, None, None]
+
+
+def test_a_module_of_the_contract_is_refused_by_its_line_and_the_shortest_text_that_differs() -> None:
+    sentence = refusal(ContractError, SeenWhole(), 40)
+    assert re.search(r"test_contract.py:\d+ computes with a number made from the length of the text", sentence)
+    assert "on a text of 21 tokens, the shortest that was found to differ among lengths of up to 40" in sentence
 
 
 class FullOfOne(Gpt):
