@@ -26,7 +26,7 @@ SHORTEST = 12  # tokens of the longest text where nothing more is asked
 _WORK = 2e12  # multiplications of the runs over one text: about 40 s on two cores
 _SCORES = 1 << 26  # attention scores of one run
 _LOGITS = 1 << 26  # of one run
-_BYTES = 1 << 31  # of the largest tensor of a run
+_BYTES = 1 << 29  # of the largest tensor of a run
 _SHORT = 512  # tokens of a text that is one of several
 _GROWTH = (1.618, 5)  # from one compared length to the next; the larger one where the runs cost much
 
