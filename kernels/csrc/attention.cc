@@ -169,8 +169,9 @@ DecoderAttention::DecoderAttention(const KernelInfo& info) : allocator_(info.api
     refuse("local_window_size is %lld, expected -1 or a positive number", static_cast<long long>(window));
   scale_ = info.attribute("scale", 0.f);
   softcap_ = info.attribute("softcap", 0.f);
-  if (!std::isfinite(scale_) || !std::isfinite(softcap_) || softcap_ < 0)
-    refuse("scale is %g and softcap %g, expected finite numbers, the second not negative", scale_, softcap_);
+  // Within these bounds neither the cap's inverse nor a score times it is subnormal.
+  if (!std::isfinite(scale_) || !(softcap_ == 0 || (softcap_ >= 1e-30f && softcap_ <= 1e30f)))
+    refuse("scale is %g and softcap %g, expected finite numbers, the second 0 or 1e-30 to 1e30", scale_, softcap_);
   heads_ = static_cast<size_t>(heads), kv_heads_ = static_cast<size_t>(kv_heads);
   window_ = window == -1 ? 0 : static_cast<size_t>(window);
   do_rotary_ = flag(info, "do_rotary");

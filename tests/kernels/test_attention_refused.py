@@ -56,6 +56,8 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "window below -1": (PLAIN, {"local_window_size": -2}, "local_window_size is -2"),
     "scale NaN": (PLAIN, {"scale": float("nan")}, "scale is nan"),
     "soft cap below 0": (PLAIN, {"softcap": -1.0}, "softcap -1"),
+    "soft cap too small": (PLAIN, {"softcap": 1e-31}, "softcap 1e-31, expected finite numbers, the second 0 or 1e-30"),
+    "soft cap too large": (PLAIN, {"softcap": 3.4e38}, "softcap 3.4e+38"),
     "soft cap infinite": (PLAIN, {"softcap": float("inf")}, "softcap inf"),
     "key scales of float32": (PLAIN | {"key_scale": zeros(2, 64)}, {}, "key_scale is [2, 64] and past_key of float32"),
     "key scales too short": (INT8 | {"key_scale": zeros(2, 63)}, {}, "key_scale is [2, 63]"),
