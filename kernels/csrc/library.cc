@@ -51,3 +51,6 @@ PASTKEY_EXPORT const char* ORT_API_CALL pastkey_kernels_level() {
     return nullptr;
   }
 }
+
+// The version of the operators; graphs of earlier ones run as well.
+PASTKEY_EXPORT int ORT_API_CALL pastkey_kernels_operators() { return pastkey::kOperatorVersion; }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "onnxruntime_c_api.h"
+#include "operators.h"
 
 namespace pastkey {
 
@@ -199,6 +200,13 @@ class KernelInfo {
     return value;
   }
 
+  void require_version() const {
+    const int64_t version = attribute("version", int64_t{1});
+    if (version < 1 || version > kOperatorVersion)
+      refuse("version is %lld, expected 1 to %d: a later one needs a newer library", static_cast<long long>(version),
+             kOperatorVersion);
+  }
+
   bool has_input(size_t index) const {
     size_t count = 0, size = 0;
     check(api_, api_->KernelInfo_GetInputCount(info_, &count));
@@ -325,7 +333,11 @@ const OrtCustomOp* custom_op() {
     OrtCustomOp o{};
     o.version = ORT_API_VERSION;
     o.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-      return guarded(api, Kernel::kName, [&] { *kernel = new Instance{api, Kernel(KernelInfo(api, info))}; });
+      return guarded(api, Kernel::kName, [&] {
+        const KernelInfo known(api, info);
+        known.require_version();
+        *kernel = new Instance{api, Kernel(known)};
+      });
     };
     o.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       auto* instance = static_cast<Instance*>(kernel);

@@ -44,14 +44,14 @@ def native_kernels() -> NativeKernels | None:
     version, operators = "", 0
     try:
         package = importlib.import_module(_PACKAGE)
-        version, operators, library = package.__version__, package.OPERATOR_VERSION, package.library_path()
+        version, library = package.__version__, package.library_path()
         if (short := _missing_bytes(library)) > 0:  # to load it would end the process
             return NativeKernels(
                 version, operators, refused=f"{library} was cut short by {short} bytes: install it again"
             )
-        of_level = ctypes.CDLL(library).pastkey_kernels_level
-        of_level.restype = ctypes.c_char_p
-        level = of_level()
+        loaded = ctypes.CDLL(library)
+        loaded.pastkey_kernels_level.restype = ctypes.c_char_p
+        operators, level = loaded.pastkey_kernels_operators(), loaded.pastkey_kernels_level()
     except (OSError, ImportError, AttributeError) as error:
         return NativeKernels(version, operators, refused=f"it cannot be loaded: {first_line(error)}")
     if level is None:

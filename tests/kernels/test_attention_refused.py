@@ -50,6 +50,7 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "list of heads": (PLAIN, {"num_heads": [6, 2]}, "attribute num_heads is of another type, expected an integer"),
     "list of scales": (PLAIN, {"scale": [0.5]}, "attribute scale is of another type, expected a float"),
     "list of flags": (ROTATED, {"do_rotary": 1, "rotary_interleaved": [1, 1]}, "attribute rotary_interleaved is of"),
+    "later version": (PLAIN, {"version": 3}, "version is 3, expected 1 to 2"),
     "other heads": (PLAIN, {"num_heads": 12}, "query is [1, 3, 640], expected a width of 1024"),
     "other key heads": (PLAIN, {"kv_num_heads": 3}, "past_key is [1, 2, 49, 64], expected [1, 3, room"),
     "window 0": (PLAIN, {"local_window_size": 0}, "local_window_size is 0"),

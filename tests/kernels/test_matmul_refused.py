@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from pastkey.contract import names
+
 from .matmul_graphs import Weights, graph, matmul, norm_matmul
 from .running import LEVELS, Array, Case, Outcome, run_at
 
@@ -128,6 +130,8 @@ REFUSED: dict[str, tuple[bytes, dict[str, Array], str]] = {
         "attribute terms is of another type",
     ),
     "list of activations": (matmul(changed(), activation=["silu"]), FEED, "attribute activation is of another type"),
+    "later version": (matmul(changed(), version=3), FEED, "version is 3, expected 1 to 2: a later one needs a newer"),
+    "version of a text": (matmul(changed(), version="2"), FEED, "attribute version is of another type"),
     "unknown activation": (matmul(changed(), activation="relu"), FEED, 'activation is "relu", expected'),
     "activation of int": (matmul(changed(), activation=1), FEED, "attribute activation is of another type"),
     "long activation": (matmul(changed(), activation="%s" * 10_000), FEED, "activation is"),
@@ -143,6 +147,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, Array], str]] = {
 }
 ALLOWED: dict[str, tuple[bytes, dict[str, Array]]] = {
     "x of rank 1": (matmul(changed()), {"x": X[0]}),
+    "version of today": (matmul(changed(), version=names.NATIVE_OPERATORS), FEED),
     "x of rank 4": (matmul(changed()), {"x": X.reshape(1, 2, 1, K)}),
     "scales in another shape": (matmul(changed(codes=W.scale_codes.reshape(-1, 1))), FEED),
     "no rows of many": (matmul(changed()), {"x": np.zeros((3, 0, K), np.float32)}),
@@ -178,6 +183,7 @@ def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outco
     assert {name: found[name].error for name in ALLOWED if found[name].error} == {}
     assert {name: found[name].outputs[0][0].shape for name in ALLOWED} == {
         "x of rank 1": (N,),
+        "version of today": (2, N),
         "x of rank 4": (1, 2, 1, N),
         "scales in another shape": (2, N),
         "no rows of many": (3, 0, N),

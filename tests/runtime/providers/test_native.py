@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
@@ -40,11 +41,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     sys.modules.update(installed)
 
 
-def package(library: str, operators: int = 1) -> str:
-    return (
-        f"__version__ = '0.1.0'\nOPERATOR_VERSION = {operators}\n"
-        f"def library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
-    )
+def package(library: str) -> str:
+    return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
 
 
 @pytest.fixture
@@ -136,10 +134,11 @@ def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkey
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
-def test_the_installed_library_says_its_level() -> None:
+def test_the_installed_library_says_its_level_and_version() -> None:
     native_kernels.cache_clear()
     found = native_kernels()
     assert found is not None
     assert not found.refused
+    assert found.operators == names.NATIVE_OPERATORS
     assert found.level in ("portable", "avx2", "avx_vnni", "avx512", "amx")
     assert str(found) == f"native {found.version}, {found.level}"
