@@ -289,10 +289,10 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
            static_cast<long long>(d));
   c.key_scale = key_scale.data<float>();
 
-  const Tensor y = context.output(0, {query.shape[0], query.shape[1], heads * d}, "output");
-  const Tensor present_key = context.output(1, cache, "present_key");
-  const Tensor present_value = context.output(2, cache, "present_value");
-  if (!y || present_key.raw != past_key.raw || present_value.raw != past_value.raw ||
+  const Tensor y = context.required_output(0, {query.shape[0], query.shape[1], heads * d}, "output");
+  const Tensor present_key = context.required_output(1, cache, "present_key");
+  const Tensor present_value = context.required_output(2, cache, "present_value");
+  if (present_key.raw != past_key.raw || present_value.raw != past_value.raw ||
       present_key.type != past_key.type || present_value.type != past_value.type)
     refuse("present_key and present_value are other buffers than past_key and past_value, expected the same");
   const size_t bytes = c.batch * kv_heads_ * c.room * row_bytes(c.cache, c.d), y_bytes = y.size * sizeof(float);

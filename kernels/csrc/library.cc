@@ -47,7 +47,7 @@ PASTKEY_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opti
 PASTKEY_EXPORT const char* ORT_API_CALL pastkey_kernels_level() {
   try {
     return pastkey::to_string(pastkey::level());
-  } catch (const pastkey::Error&) {
+  } catch (...) {
     return nullptr;
   }
 }

@@ -120,6 +120,11 @@ inline Tensor describe(const OrtApi* api, const OrtValue* value, const char* lab
   return tensor;
 }
 
+inline Tensor required(Tensor tensor) {
+  if (!tensor) refuse("%s is missing", tensor.label);
+  return tensor;
+}
+
 // onnxruntime's allocator of the session, for what a run needs and frees.
 class Allocator {
  public:
@@ -226,11 +231,7 @@ class KernelInfo {
     if (!is_constant || !value) refuse("%s is computed, expected a constant initializer", label);
     return describe(api_, value, label);
   }
-  Tensor required_constant(size_t index, const char* label) const {
-    Tensor tensor = constant(index, label);
-    if (!tensor) refuse("%s is missing", label);
-    return tensor;
-  }
+  Tensor required_constant(size_t index, const char* label) const { return required(constant(index, label)); }
 
  private:
   bool ok(OrtStatus* status) const {
@@ -262,11 +263,7 @@ class Context {
     if (index < count) check(api_, api_->KernelContext_GetInput(context_, index, &value));
     return value ? describe(api_, value, label) : none;
   }
-  Tensor required_input(size_t index, const char* label) const {
-    Tensor tensor = input(index, label);
-    if (!tensor) refuse("%s is missing", label);
-    return tensor;
-  }
+  Tensor required_input(size_t index, const char* label) const { return required(input(index, label)); }
   Tensor output(size_t index, const Shape& shape, const char* label) const {  // empty where the node has no such output
     Tensor none;
     none.label = label;
@@ -275,6 +272,10 @@ class Context {
     OrtValue* value = nullptr;
     if (index < count) check(api_, api_->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
     return value ? describe(api_, value, label) : none;
+  }
+  // onnxruntime does not check the nodes of a graph in its own format.
+  Tensor required_output(size_t index, const Shape& shape, const char* label) const {
+    return required(output(index, shape, label));
   }
 
   // task(0) to task(tasks - 1) by the session's threads. A task must not throw.
@@ -308,14 +309,19 @@ constexpr auto kAnyType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 // Calls `body`, and turns what it throws into a status.
 template <class Body>
 OrtStatus* guarded(const OrtApi* api, const char* name, const Body& body) noexcept {
-  const std::string where = std::string(name) + ": ";
+  // In a buffer: without memory, a string of the message would end the process.
+  const auto failed = [&](OrtErrorCode code, const char* what) {
+    char text[1024];
+    std::snprintf(text, sizeof text, "%s: %s", name, what);
+    return api->CreateStatus(code, text);
+  };
   try {
     body();
     return nullptr;
   } catch (const Error& error) {
-    return api->CreateStatus(error.code, (where + error.message).c_str());
+    return failed(error.code, error.message.c_str());
   } catch (const std::exception& error) {
-    return api->CreateStatus(ORT_FAIL, (where + error.what()).c_str());
+    return failed(ORT_FAIL, error.what());
   }
 }
 
