@@ -212,6 +212,9 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   if (past_value.type != past_key.type || past_value.shape != past_key.shape)
     refuse("past_value is %s of %s and past_key %s of %s, expected the same", to_string(past_value.shape).c_str(),
            to_string(past_value.type), to_string(past_key.shape).c_str(), to_string(past_key.type));
+  for (const Tensor* tensor : {&past_key, &past_value})
+    if (c.cache == CacheType::float32) tensor->data<float>();
+    else if (c.cache == CacheType::float16) tensor->data<uint16_t>();
   const Shape& cache = past_key.shape;
   const int64_t heads = static_cast<int64_t>(heads_), kv_heads = static_cast<int64_t>(kv_heads_);
   if (query.shape.size() != 3 || query.shape[0] < 1 || query.shape[1] < 1)

@@ -87,11 +87,14 @@ struct Tensor {
 
   explicit operator bool() const { return raw != nullptr; }
 
-  // The elements, refused where they are of another type.
+  // The elements, refused where they are of another type, or do not lie as C++ has them: weights are where their file is
+  // mapped.
   template <class T>
   T* data() const {
     if (raw && type != element_type<T>())
       refuse("%s is of %s, expected %s", label, to_string(type), to_string(element_type<T>()));
+    if (reinterpret_cast<uintptr_t>(raw) % alignof(T))
+      refuse("%s begins at an address, or an offset of its file, that is no multiple of %zu", label, alignof(T));
     return static_cast<T*>(raw);
   }
 };
@@ -115,7 +118,7 @@ inline Tensor describe(const OrtApi* api, const OrtValue* value, const char* lab
   api->ReleaseTensorTypeAndShapeInfo(info);
   check(api, status);
   check(api, api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.raw));
-  static char empty[64];  // a tensor without elements may have no address, and is there all the same
+  alignas(64) static char empty[64];  // a tensor without elements may have no address, and is there all the same
   if (!tensor.raw && tensor.size == 0) tensor.raw = empty;
   return tensor;
 }

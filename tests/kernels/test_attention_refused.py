@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from .attention_graphs import IN_PLACE, attention, draw
-from .running import Array, Case, run_at
+from .running import Array, Case, machine, run_at
 
 PLAIN = draw([40], 3)
 PARTED = draw([40], 3, packed=False)
@@ -146,3 +147,26 @@ def test_each_is_refused_with_a_sentence(level: str, tmp_path_factory: pytest.Te
         if "DecoderAttention: " not in outcome.error or message not in outcome.error
     }
     assert wrong == {}
+
+
+@pytest.mark.parametrize("form", ["float32", "float16"])
+def test_a_cache_at_an_odd_address_is_refused(form: str) -> None:
+    feed = draw([40], 3, form=form)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(machine("portable")[1])
+    model = attention(feed, **HEADS)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    binding, size = session.io_binding(), feed["past_key"].nbytes
+    memory = np.zeros(2 * size + 66, np.uint8)
+    first = -memory.ctypes.data % 64 + 1
+    for name, array in feed.items():
+        if name in IN_PLACE.values():
+            place = memory.ctypes.data + first + size * (name == "past_value")
+            where = ("cpu", 0, array.dtype, array.shape, place)
+            binding.bind_input(name, *where)
+            binding.bind_output(name.replace("past", "present"), *where)
+        else:
+            binding.bind_cpu_input(name, array)
+    binding.bind_output("y")
+    with pytest.raises(Exception, match="past_key begins at an address"):
+        session.run_with_iobinding(binding)

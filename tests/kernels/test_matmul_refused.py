@@ -6,16 +6,20 @@ With a library built with PASTKEY_SANITIZE (kernels/README.md), a read or write 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
 
 from pastkey.contract import names
 
 from .matmul_graphs import Weights, graph, matmul, norm_matmul
-from .running import LEVELS, Array, Case, Outcome, run_at
+from .running import LEVELS, Array, Case, Outcome, machine, run_at
 
 N, K = 34, 96
 W, W4 = Weights.draw(N, K), Weights.draw(N, K, bits=4)
@@ -191,6 +195,25 @@ def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outco
         "epsilon of zero, row of zeros": (2, N),
         "many rows": (5000, N // 2),
     }
+
+
+@pytest.mark.parametrize("name", ["bias", "row_scales"])
+def test_floats_at_an_odd_place_of_their_file_are_refused(name: str, tmp_path: Path) -> None:
+    """They are read where the file is mapped."""
+    model, content = onnx.load_from_string(matmul(changed())), b""
+    for tensor in model.graph.initializer:
+        raw = numpy_helper.to_array(tensor).tobytes()
+        content += bytes(-len(content) % 64 + (tensor.name == name))
+        tensor.raw_data = raw
+        set_external_data(tensor, "weights", len(content), len(raw))
+        tensor.ClearField("raw_data")
+        content += raw
+    (tmp_path / "weights").write_bytes(content)
+    onnx.save(model, tmp_path / "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(machine("portable")[1])
+    with pytest.raises(Exception, match=f"MatMulInt8: {name} begins at an address.* that is no multiple of 4"):
+        onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
 
 
 def test_a_level_that_does_not_exist_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
