@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tools.versions import ROOT
+
+from .running import ON_ARM
 
 COMPILER = shutil.which("c++") or ""
 KERNELS = ROOT / "kernels"
@@ -21,6 +24,30 @@ def compiled(*arguments: str | Path) -> None:
     command = [COMPILER, "-std=c++17", *INCLUDES, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def sources() -> dict[str, list[str]]:
+    """File -> the flags of its instruction set, of this machine's architecture."""
+    text = (KERNELS / "CMakeLists.txt").read_text()
+    found = {file: list[str]() for file in re.search(r"set\(SOURCES ([^)]*)\)", text)[1].split()}  # type: ignore[index]
+    for flags, files in re.findall(r'level_sources\(\w+ "[^"]*" "([^"]*)" "[^"]*"\s+([^)]*)\)', text):
+        if ("-mavx2" in flags or "-mavx512f" in flags) != ON_ARM:
+            found |= {file: flags.split(";") if flags else [] for file in files.split()}
+    return found
+
+
+SOURCES = sources()
+LEVELS = [file for file in SOURCES if file not in ("csrc/library.cc", "csrc/cpu.cc", "csrc/draw.cc", "csrc/matmul.cc",
+                                                   "csrc/attention.cc")]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", LEVELS)
+def test_a_level_shares_no_function_with_another(file: str, tmp_path: Path) -> None:
+    """Of a weak function the linker keeps one copy, with instructions that a processor may lack."""
+    compiled("-O0", *SOURCES[file], "-c", KERNELS / file, "-o", tmp_path / "object")
+    symbols = subprocess.run(["nm", "-C", tmp_path / "object"], capture_output=True, text=True, check=True).stdout
+    assert [line for line in symbols.splitlines() if " W " in line] == []
 
 
 def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None:
