@@ -314,7 +314,7 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
     merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
 
   if (a.tiles) {
-    alignas(64) float out[kAttentionRows * kAttentionMaxHeadSize];
+    float* out = a.copy;
     for (size_t r = 0; r < a.count; r++) zero_outside(ranges.from[r], ranges.to[r], weights + r * kPart);
     a.tiles->add(a.count, d, values.data, begin, end, weights, a.packed, out);
     for (size_t r = 0; r < a.count; r++)

@@ -50,6 +50,13 @@ def test_a_level_shares_no_function_with_another(file: str, tmp_path: Path) -> N
     assert [line for line in symbols.splitlines() if " W " in line] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SOURCES)
+def test_no_frame_is_too_large_for_a_thread_of_128_kilobytes(file: str, tmp_path: Path) -> None:
+    flags = ["-O3", "-ffp-contract=off", *SOURCES[file], "-Werror", "-Wframe-larger-than=24576"]
+    compiled(*flags, "-c", KERNELS / file, "-o", tmp_path / "object")
+
+
 def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None:
     """A std::terminate or a write to a null pointer would end the process."""
     program = tmp_path / "boundary"
