@@ -1,4 +1,4 @@
-// The entry point: onnxruntime's SessionOptions.register_custom_ops_library calls RegisterCustomOps.
+// The entry points: onnxruntime's SessionOptions.register_custom_ops_library calls RegisterCustomOps.
 #include <map>
 #include <mutex>
 
@@ -6,6 +6,9 @@
 #include "operators.h"
 #include "ort.h"
 
+#if defined(PASTKEY_STATIC)  // other static libraries have a RegisterCustomOps of their own
+#define RegisterCustomOps PastkeyRegisterCustomOps
+#endif
 #if defined(_WIN32)
 #define PASTKEY_EXPORT extern "C" __declspec(dllexport)
 #else

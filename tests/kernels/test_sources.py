@@ -63,3 +63,25 @@ def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None
     compiled(Path(__file__).with_name("boundary.cc"), "-o", program)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
+def test_a_program_links_the_static_library_beside_another_of_operators(tmp_path: Path) -> None:
+    configure = ["-S", str(KERNELS), "-B", str(tmp_path / "build"), "-DPASTKEY_STATIC=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    for step in (configure, ["--build", str(tmp_path / "build")],
+                 ["--install", str(tmp_path / "build"), "--prefix", str(tmp_path)]):  # fmt: skip
+        subprocess.run(["cmake", *step], check=True, capture_output=True)
+    program = tmp_path / "program.cc"
+    program.write_text("""
+#include "onnxruntime_c_api.h"
+#include "pastkey_kernels.h"
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*) { return nullptr; }
+int main(int count, char**) {
+  OrtApiBase none{[](uint32_t) noexcept -> const OrtApi* { return nullptr; }, nullptr};
+  if (count > 1) PastkeyRegisterCustomOps(nullptr, &none);
+  return RegisterCustomOps(nullptr, &none) ? 1 : 0;
+}
+""")
+    compiled(program, f"-I{tmp_path / 'include'}", tmp_path / "lib/libpastkey_kernels.a", "-o", tmp_path / "program")
+    subprocess.run([tmp_path / "program"], check=True)
