@@ -20,6 +20,7 @@ from . import placement as ep
 
 _DISTRIBUTION, _PACKAGE = "pastkey-kernels", "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
+_PORTABLE = "portable"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class NativeKernels:
 
     def __str__(self) -> str:
         return f"native {self.version}, {self.level}"
+
+    @property
+    def slow(self) -> bool:
+        """Whether onnxruntime's kernels are faster, and nobody named these: the portable ones are a reference."""
+        return self.level == _PORTABLE and os.environ.get("PASTKEY_KERNELS") != _PORTABLE
 
 
 @functools.cache
@@ -80,15 +86,18 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
     Args:
         bundle: The bundle.
         provider: onnxruntime's name of the first execution provider.
-        asked: Whether they must (True), may (None) or must not (False) be used. The environment variable PASTKEY_NATIVE
-            set to 0 makes False of None.
+        asked: Whether they must (True), may where they are faster (None) or must not (False) be used. The environment
+            variable PASTKEY_NATIVE set to 0 makes False of None.
 
     Raises:
-        ProviderError: They must be used and cannot, or PASTKEY_NATIVE is neither 0 nor 1.
+        ProviderError: They must be used and cannot, or PASTKEY_NATIVE is not 0.
     """
     switch = os.environ.get(_SWITCH, "")
-    if asked is None and switch not in ("", "0", "1"):
-        raise ProviderError(f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels, or 1")
+    if asked is None and switch not in ("", "0"):
+        raise ProviderError(
+            f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels: the native ones run where they can "
+            "without it, and  load(..., native=True)  requires them"
+        )
     if asked is False or (asked is None and switch == "0"):
         return None
     why, found, manifest = "", None, bundle.manifest
@@ -111,7 +120,7 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             f"{manifest.native}: install the library of a newer pastkey"
         )
     if not why:
-        return found
+        return None if found is not None and found.slow and not asked else found
     if asked:
         raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")
     if found is not None:

@@ -118,12 +118,24 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatc
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
     assert kernels_for(bundle, CPU, None) is None
     assert kernels_for(bundle, CPU, True) is here
-    monkeypatch.setenv("PASTKEY_NATIVE", "off")
-    with pytest.raises(ProviderError, match="PASTKEY_NATIVE is 'off'; 0 was expected"):
-        kernels_for(bundle, CPU, None)
+    for value in ("off", "1"):
+        monkeypatch.setenv("PASTKEY_NATIVE", value)
+        with pytest.raises(ProviderError, match=f"PASTKEY_NATIVE is '{value}'; 0 was expected, .* native=True.* req"):
+            kernels_for(bundle, CPU, None)
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
     with pytest.raises(ProviderError, match=r"has no native graph"):
         kernels_for(plain, CPU, True)
+
+
+def test_the_portable_kernels_run_where_they_are_asked_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
+    monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
+    here = NativeKernels("0.1.0", 1, "portable", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    assert kernels_for(bundle, CPU, None) is None
+    assert kernels_for(bundle, CPU, True) is here
+    monkeypatch.setenv("PASTKEY_KERNELS", "portable")
+    assert kernels_for(bundle, CPU, None) is here
 
 
 def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
