@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import shlex
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from pastkey.precisions import PRECISIONS
 
 from . import placement as ep
 
-_DISTRIBUTION, _PACKAGE = "pastkey-kernels", "pastkey_kernels"
+_PACKAGE = "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
 _PORTABLE = "portable"
+_ELF_HEADER, _SEGMENT = 64, struct.Struct("<8xQ16xQ16x")  # bytes; offset and size in the file
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ def native_kernels() -> NativeKernels | None:
 
 
 def _missing_bytes(library: str) -> int:
-    """How many bytes the file has fewer than its wheel says; 0 without a wheel."""
-    try:
-        files = importlib.metadata.files(_DISTRIBUTION) or ()
-    except importlib.metadata.PackageNotFoundError:
-        return 0
-    # Another copy may stand before that of the wheel on Python's path.
-    recorded = next((file.size for file in files if Path(file.locate()).resolve() == Path(library)), None)
-    return 0 if recorded is None else recorded - Path(library).stat().st_size
+    """How many bytes an ELF file lacks of those that its loader maps; other systems' loaders look themselves."""
+    with Path(library).open("rb") as file:
+        head = file.read(_ELF_HEADER)
+        if len(head) < _ELF_HEADER or not head.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, the lowest first
+            return 0
+        file.seek(int.from_bytes(head[32:40], "little"))
+        table = file.read(_SEGMENT.size * int.from_bytes(head[56:58], "little"))
+        segments = _SEGMENT.iter_unpack(table[: len(table) // _SEGMENT.size * _SEGMENT.size])
+        return max((offset + size for offset, size in segments), default=0) - file.seek(0, os.SEEK_END)
 
 
 def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
