@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import shlex
 import struct
@@ -12,15 +13,21 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError, first_line
+from pastkey.files.external_data import messages
+from pastkey.files.protobuf import fields, varint
 from pastkey.precisions import PRECISIONS
+from pastkey.values import shown
 
 from . import placement as ep
 
 _PACKAGE = "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
 _PORTABLE = "portable"
+_OPSETS, _OPSET_DOMAIN, _VERSION = 8, 1, 2  # of a ModelProto, and of each
+_ATTRIBUTES, _NODE_DOMAIN, _NAME = 5, 7, 1  # of a NodeProto, and of each attribute
 _ELF_HEADER, _SEGMENT = 64, struct.Struct("<8xQ16xQ16x")  # bytes; offset and size in the file
 
 
@@ -121,6 +128,8 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
             f"{manifest.native}: install the library of a newer pastkey"
         )
+    else:
+        why = _unknown(bundle.native_graph, found.operators)
     if not why:
         return None if found is not None and found.slow and not asked else found
     if asked:
@@ -129,3 +138,25 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
         told = f"the native kernels cannot be used, so onnxruntime's run {bundle.path}: {why}"
         warnings.warn(told, FallbackWarning, stacklevel=2)
     return None
+
+
+def _unknown(graph: Path, operators: int) -> str:
+    """Why the operators of this version cannot run a graph, or "". onnxruntime passes any import and any attribute."""
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def parts(message: tuple[int, int], wanted: int) -> list[tuple[int, int]]:
+            return [(a, b) for number, _, a, b in fields(content, *message) if number == wanted]
+
+        def text(message: tuple[int, int], wanted: int) -> str:
+            return b"".join(content[a:b] for a, b in parts(message, wanted)).decode("utf-8", "replace")
+
+        for opset in parts((0, len(content)), _OPSETS):
+            version = max((varint(content, a)[0] for a, _ in parts(opset, _VERSION)), default=0)
+            if text(opset, _OPSET_DOMAIN) == names.NATIVE_DOMAIN and version > operators:
+                return f"{graph} imports version {version} of the operators, and the installed library has {operators}"
+        for node in [(start, end) for kind, start, end in messages(content) if kind == "NodeProto"]:
+            if text(node, _NODE_DOMAIN) == names.NATIVE_DOMAIN:
+                given = {text(attribute, _NAME) for attribute in parts(node, _ATTRIBUTES)}
+                if unknown := given - names.NATIVE_ATTRIBUTES:
+                    return f"{graph} has the attribute {shown(min(unknown))}, which the operators do not have"
+    return ""

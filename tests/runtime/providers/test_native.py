@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from onnx import helper
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
@@ -47,9 +48,23 @@ def package(library: str) -> str:
     return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
 
 
+def write_graph(bundle: Bundle, version: int = 1, **attributes: object) -> None:
+    node = helper.make_node("MatMulInt8", ["x"], ["y"], domain="pastkey", **attributes)
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["z"], other=1), node], "g", [], [])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("pastkey", version)]
+    )
+    assert bundle.native_graph is not None
+    bundle.native_graph.parent.mkdir(exist_ok=True)
+    bundle.native_graph.write_bytes(model.SerializeToString())
+
+
 @pytest.fixture
-def bundle(fused_bundle: Bundle) -> Bundle:
-    return dataclasses.replace(fused_bundle, manifest=dataclasses.replace(fused_bundle.manifest, native=1))
+def bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
+    manifest = dataclasses.replace(fused_bundle.manifest, native=1)
+    made = dataclasses.replace(fused_bundle, path=tmp_path, manifest=manifest)
+    write_graph(made, version=1, terms=2)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -111,6 +126,27 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
         ProviderError, match="has version 2 of the operators, and the bundle needs 3: install the libra"
     ):
         kernels_for(of_version, CPU, True)
+
+
+@pytest.mark.parametrize(
+    ("version", "attributes", "told"),
+    [(3, {}, "imports version 3 of the operators, and the installed library has 2"),
+     (2, {"rotate": 1}, "has the attribute 'rotate', which the operators do not have"),
+     (2, {"gate": 0, "caps": [1.0, 2.0]}, "has the attribute 'caps'")],
+)  # fmt: skip
+def test_a_graph_that_the_operators_do_not_know_is_not_run(
+    version: int, attributes: dict[str, object], told: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime would run it without what it asks for."""
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
+    here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    assert kernels_for(bundle, CPU, None) is here
+    write_graph(bundle, version, **attributes)
+    with pytest.warns(FallbackWarning, match=told):
+        assert kernels_for(bundle, CPU, None) is None
+    with pytest.raises(ProviderError, match=told):
+        kernels_for(bundle, CPU, True)
 
 
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
