@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <optional>
 
 #include "cpu.h"
@@ -121,6 +122,19 @@ bool overlap(const Tensor& a, size_t a_bytes, const Tensor& b, size_t b_bytes) {
   return x < y + b_bytes && y < x + a_bytes;
 }
 
+// Floats of a task, aligned to 64 bytes: few on the stack, which has 128 KB for threads of some systems.
+class TaskFloats {
+ public:
+  TaskFloats(const Allocator& allocator, size_t count) noexcept {
+    if (count > std::size(few_)) many_.emplace(allocator, count * sizeof(float));
+  }
+  float* data() noexcept { return many_ ? reinterpret_cast<float*>(many_->data()) : few_; }  // nullptr: no memory
+
+ private:
+  alignas(64) float few_[kFewRows * kAttentionMaxHeadSize];
+  std::optional<Scratch> many_;
+};
+
 class DecoderAttention {
  public:
   static constexpr const char* kName = "DecoderAttention";
@@ -169,8 +183,9 @@ DecoderAttention::DecoderAttention(const KernelInfo& info) : allocator_(info.api
     refuse("local_window_size is %lld, expected -1 or a positive number", static_cast<long long>(window));
   scale_ = info.attribute("scale", 0.f);
   softcap_ = info.attribute("softcap", 0.f);
-  if (!std::isfinite(scale_) || !std::isfinite(softcap_) || softcap_ < 0)
-    refuse("scale is %g and softcap %g, expected finite numbers, the second not negative", scale_, softcap_);
+  // Within these bounds neither the cap's inverse nor a score times it is subnormal.
+  if (!std::isfinite(scale_) || !(softcap_ == 0 || (softcap_ >= 1e-30f && softcap_ <= 1e30f)))
+    refuse("scale is %g and softcap %g, expected finite numbers, the second 0 or 1e-30 to 1e30", scale_, softcap_);
   heads_ = static_cast<size_t>(heads), kv_heads_ = static_cast<size_t>(kv_heads);
   window_ = window == -1 ? 0 : static_cast<size_t>(window);
   do_rotary_ = flag(info, "do_rotary");
@@ -211,6 +226,9 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   if (past_value.type != past_key.type || past_value.shape != past_key.shape)
     refuse("past_value is %s of %s and past_key %s of %s, expected the same", to_string(past_value.shape).c_str(),
            to_string(past_value.type), to_string(past_key.shape).c_str(), to_string(past_key.type));
+  for (const Tensor* tensor : {&past_key, &past_value})
+    if (c.cache == CacheType::float32) tensor->data<float>();
+    else if (c.cache == CacheType::float16) tensor->data<uint16_t>();
   const Shape& cache = past_key.shape;
   const int64_t heads = static_cast<int64_t>(heads_), kv_heads = static_cast<int64_t>(kv_heads_);
   if (query.shape.size() != 3 || query.shape[0] < 1 || query.shape[1] < 1)
@@ -288,10 +306,10 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
            static_cast<long long>(d));
   c.key_scale = key_scale.data<float>();
 
-  const Tensor y = context.output(0, {query.shape[0], query.shape[1], heads * d}, "output");
-  const Tensor present_key = context.output(1, cache, "present_key");
-  const Tensor present_value = context.output(2, cache, "present_value");
-  if (!y || present_key.raw != past_key.raw || present_value.raw != past_value.raw ||
+  const Tensor y = context.required_output(0, {query.shape[0], query.shape[1], heads * d}, "output");
+  const Tensor present_key = context.required_output(1, cache, "present_key");
+  const Tensor present_value = context.required_output(2, cache, "present_value");
+  if (present_key.raw != past_key.raw || present_value.raw != past_value.raw ||
       present_key.type != past_key.type || present_value.type != past_value.type)
     refuse("present_key and present_value are other buffers than past_key and past_value, expected the same");
   const size_t bytes = c.batch * kv_heads_ * c.room * row_bytes(c.cache, c.d), y_bytes = y.size * sizeof(float);
@@ -357,9 +375,20 @@ void DecoderAttention::compute(const Context& context) const {
     std::fill_n(sums.sum, kAttentionRows, 0.f);
     std::fill_n(sums.values, count * d, 0.f);
   };
+  std::atomic<bool> out_of_memory{false};
   // Adds parts [begin, end) to `sums`.
   auto attend = [&](const Tile& tile, size_t begin, size_t end, const AttentionSums& sums) {
-    alignas(64) float query[kAttentionRows * kAttentionMaxHeadSize];
+    // A copy of a part takes a store for each load: worth it where more than two passes read it.
+    const size_t copied = with_tiles ? kAttentionRows : tile.count > kFewRows ? kAttentionPart : 0;
+    const size_t floats = (tile.count + copied) * d;
+    TaskFloats memory(allocator_, floats + (with_tiles ? with_tiles->size(d) / sizeof(float) : 0));
+    float* query = memory.data();
+    if (!query) {
+      out_of_memory = true;
+      return;
+    }
+    float* copy = copied ? query + tile.count * d : nullptr;
+    uint8_t* packed = with_tiles ? reinterpret_cast<uint8_t*>(query + floats) : nullptr;
     size_t from[kAttentionRows], to[kAttentionRows];
     for (size_t r = 0; r < tile.count; r++) {
       const size_t i = (tile.begin + r) / shared, h = tile.g * shared + (tile.begin + r) % shared;
@@ -373,19 +402,12 @@ void DecoderAttention::compute(const Context& context) const {
       from[r] = window_ && to[r] > window_ ? to[r] - window_ : 0;
     }
     const size_t head = (tile.b * kv_heads_ + tile.g) * c.room * bytes;
-    // A copy of a part takes a store for each load: worth it where more than two passes read it.
-    std::optional<Scratch> copy;
-    if (with_tiles) copy.emplace(allocator_, with_tiles->size(d));
-    else if (tile.count > kFewRows) copy.emplace(allocator_, kAttentionPart * d * sizeof(float));
-    uint8_t* memory = copy ? copy->data() : nullptr;  // without memory: row by row
-    const AttentionTiles* by = memory ? with_tiles : nullptr;
-    const AttentionRows rows = {tile.count,      d,       query,    from, to, c.keys + head,
-                                c.values + head, c.cache, softcap_,
-                                with_tiles ? nullptr : reinterpret_cast<float*>(memory), by, memory};
+    const AttentionRows rows = {tile.count,      d,       query,    from, to,         c.keys + head,
+                                c.values + head, c.cache, softcap_, copy, with_tiles, packed};
     uint8_t saved[kTileConfig];
-    if (by) by->begin(saved), by->pack_query(query, tile.count, d, memory);
+    if (with_tiles) with_tiles->begin(saved), with_tiles->pack_query(query, tile.count, d, packed);
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);
-    if (by) by->end(saved);
+    if (with_tiles) with_tiles->end(saved);
   };
   auto finish = [&](const Tile& tile, size_t r, const AttentionSums& sums) {
     const size_t i = (tile.begin + r) / shared, h = tile.g * shared + (tile.begin + r) % shared;
@@ -393,20 +415,29 @@ void DecoderAttention::compute(const Context& context) const {
     kernel.finish(d, sums, sink, c.y + ((tile.b * c.tokens + i) * heads_ + h) * d);
   };
 
+  auto require_memory = [&] {
+    if (out_of_memory) throw Error{ORT_FAIL, "no memory for intermediate results"};
+  };
+
   size_t most_parts = 1;
   for (size_t task = 0; tasks < kFewTasks && task < tasks; task++)
     most_parts = std::max(most_parts, tile_of(task).parts);
   const size_t rows = std::min(kAttentionRows, c.tokens * shared), sums_size = 2 * kAttentionRows + rows * d;
   if (most_parts == 1 || tasks * most_parts > kMostScratch / (sums_size * sizeof(float))) {
-    return context.parallel_for(tasks, [&](size_t task) {
-      alignas(64) float values[kAttentionRows * kAttentionMaxHeadSize];
-      float top[kAttentionRows], sum[kAttentionRows];
+    context.parallel_for(tasks, [&](size_t task) {
       const Tile tile = tile_of(task);
+      TaskFloats memory(allocator_, tile.count * d);
+      float top[kAttentionRows], sum[kAttentionRows], *values = memory.data();
+      if (!values) {
+        out_of_memory = true;
+        return;
+      }
       const AttentionSums sums = {top, sum, values};
       reset(sums, tile.count);
       attend(tile, tile.part, tile.part + tile.parts, sums);
       for (size_t r = 0; r < tile.count; r++) finish(tile, r, {top + r, sum + r, values + r * d});
     });
+    return require_memory();
   }
 
   // A task for each part, for more of them than threads. The last of a tile merges the parts in their order.
@@ -431,6 +462,7 @@ void DecoderAttention::compute(const Context& context) const {
       finish(tile, r, sums);
     }
   });
+  require_memory();
 }
 
 }  // namespace

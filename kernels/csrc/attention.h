@@ -41,7 +41,7 @@ struct AttentionRows {
   const char* values;
   CacheType cache;
   float softcap;  // 0: none
-  float* copy;    // [kAttentionPart, D], aligned to 64 bytes, or null: worth it where many rows read a part
+  float* copy;    // [kAttentionPart, D], or with tiles [kAttentionRows, D]; aligned to 64 bytes, or null: row by row
   const AttentionTiles* tiles;  // or null
   uint8_t* packed;              // of the tiles, with the query
 };

@@ -20,29 +20,40 @@ struct Count {
   static constexpr size_t value = N;
 };
 
-// exp(x) for x <= 0 or NaN, to 1e-7; 0 below -87, where floats become subnormal.
-Vec exp16(Vec x) {
+// e^x = p 2^n for x <= 0, to 1e-7: n is the low bits of `shifted`, and p = 1 + r q.
+struct Exponential {
+  Vec shifted, r, q;
+};
+
+Exponential parts_of_exp(Vec x) {
   // x + 1.5 * 2^23 rounds x to an integer, which then stands in the low bits
   const Vec shift = set1(12582912.f);
   Vec shifted = fma(x, set1(1.44269504f), shift);
   Vec n = sub(shifted, shift);
   Vec r = fma(n, set1(-0.693145752f), x);  // ln 2 in two parts, the first of 16 bits
   r = fma(n, set1(-1.42860677e-6f), r);
-  Vec p = fma(set1(0.0013814539f), r, set1(0.008368745f));
-  p = fma(p, r, set1(0.04166839f));
-  p = fma(p, r, set1(0.16666521f));
-  p = fma(p, r, set1(0.49999994f));
-  p = fma(p, r, set1(1.f));
-  p = fma(p, r, set1(1.f));
-  return zero_below(x, -87.f, mul(p, exp2_bits(shifted)));
+  Vec q = fma(set1(0.0013814539f), r, set1(0.008368745f));
+  q = fma(q, r, set1(0.04166839f));
+  q = fma(q, r, set1(0.16666521f));
+  q = fma(q, r, set1(0.49999994f));
+  return {shifted, r, fma(q, r, set1(1.f))};
 }
 
-// cap * tanh(x / cap)
+// exp(x) for x <= 0 or NaN; 0 below -87, where floats become subnormal.
+Vec exp16(Vec x) {
+  const Exponential e = parts_of_exp(x);
+  return zero_below(x, -87.f, mul(fma(e.q, e.r, set1(1.f)), exp2_bits(e.shifted)));
+}
+
+// cap * tanh(x / cap) = cap * (1 - e) / (1 + e) by e - 1, which is exact where a large cap makes e nearly 1.
 Vec soft_cap(Vec x, float cap) {
   Vec t = mul(x, set1(1 / cap));
   Vec negative = sub(zero(), t);
-  Vec e = exp16(mul(set1(-2.f), max(negative, t)));  // NaN is carried: max returns its second argument then
-  Vec size = mul(set1(cap), div(sub(set1(1.f), e), add(set1(1.f), e)));
+  Vec u = max(set1(-20.f), mul(set1(-2.f), max(negative, t)));  // NaN is carried: max returns its second argument then
+  const Exponential e = parts_of_exp(u);
+  Vec power = exp2_bits(e.shifted);
+  Vec less = fma(mul(e.q, e.r), power, sub(power, set1(1.f)));  // e - 1
+  Vec size = mul(set1(cap), div(sub(zero(), less), add(set1(2.f), less)));
   return mul(size, sign(t));
 }
 
@@ -303,7 +314,7 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
     merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
 
   if (a.tiles) {
-    alignas(64) float out[kAttentionRows * kAttentionMaxHeadSize];
+    float* out = a.copy;
     for (size_t r = 0; r < a.count; r++) zero_outside(ranges.from[r], ranges.to[r], weights + r * kPart);
     a.tiles->add(a.count, d, values.data, begin, end, weights, a.packed, out);
     for (size_t r = 0; r < a.count; r++)

@@ -3,7 +3,7 @@
 // in the L1 cache, so that a register has four weights of each row.
 #include <immintrin.h>
 
-#include <cmath>
+#include <math.h>
 #include <cstring>
 
 #include "kernels.h"

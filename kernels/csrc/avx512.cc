@@ -3,7 +3,7 @@
 // weights of each row.
 #include <immintrin.h>
 
-#include <cmath>
+#include <math.h>
 #include <cstring>
 
 #include "kernels.h"

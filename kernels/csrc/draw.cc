@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -21,6 +20,7 @@
 
 // One call. `runtime/sampling/native.py` has the same fields.
 struct PastkeyDraw {
+  uint64_t bytes;       // sizeof(PastkeyDraw): a caller with other fields is left to the definition
   const float* logits;  // [size], without NaN
   int64_t size;
   const int64_t* text;  // [text_size], ids that the penalties count
@@ -273,10 +273,10 @@ class Choice {
 
 // The id of the token, or -1 where the definition must decide.
 PASTKEY_EXPORT int64_t pastkey_kernels_draw(const PastkeyDraw* draw) {
-  if (draw->size < 1) return pastkey::kUndecided;
+  if (draw->bytes != sizeof(PastkeyDraw) || draw->size < 1) return pastkey::kUndecided;
   try {
     return pastkey::Choice(*draw).token();
-  } catch (const std::exception&) {  // no memory
+  } catch (...) {  // no memory
     return pastkey::kUndecided;
   }
 }

@@ -20,16 +20,16 @@ constexpr uint32_t kToIntegerBits = 0x4b400000;
 inline float exponential(float x) {
   x = x < -87.f ? -87.f : x;
   x = x > 88.f ? 88.f : x;
-  const float shifted = std::fma(x, 1.44269504f, kToInteger), n = shifted - kToInteger;
-  const float f = std::fma(n, -1.42860677e-6f, std::fma(n, -0.693145752f, x));  // x - n log(2), |f| <= 0.35
+  const float shifted = fmaf(x, 1.44269504f, kToInteger), n = shifted - kToInteger;
+  const float f = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n log(2), |f| <= 0.35
   float p = 1.f / 5040;  // Taylor's polynomial
-  p = std::fma(p, f, 1.f / 720);
-  p = std::fma(p, f, 1.f / 120);
-  p = std::fma(p, f, 1.f / 24);
-  p = std::fma(p, f, 1.f / 6);
-  p = std::fma(p, f, 0.5f);
-  p = std::fma(p, f, 1.f);
-  p = std::fma(p, f, 1.f);
+  p = fmaf(p, f, 1.f / 720);
+  p = fmaf(p, f, 1.f / 120);
+  p = fmaf(p, f, 1.f / 24);
+  p = fmaf(p, f, 1.f / 6);
+  p = fmaf(p, f, 0.5f);
+  p = fmaf(p, f, 1.f);
+  p = fmaf(p, f, 1.f);
   return p * bits_to_float((float_to_bits(shifted) - kToIntegerBits + 127) << 23);
 }
 
@@ -37,17 +37,17 @@ inline float silu(float x) { return x / (1.f + exponential(-x)); }
 
 // x / 2 (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
 inline float gelu_tanh(float x) {
-  return x / (1.f + exponential(-1.59576912f * std::fma(0.044715f * x * x, x, x)));
+  return x / (1.f + exponential(-1.59576912f * fmaf(0.044715f * x * x, x, x)));
 }
 
 // x times the normal distribution; its tail by Abramowitz and Stegun 7.1.26, absolute error 1e-7.
 inline float gelu(float x) {
-  const float z = 0.707106781f * (x < 0 ? -x : x), t = 1.f / std::fma(0.3275911f, z, 1.f);
+  const float z = 0.707106781f * (x < 0 ? -x : x), t = 1.f / fmaf(0.3275911f, z, 1.f);
   float p = 1.061405429f;
-  p = std::fma(p, t, -1.453152027f);
-  p = std::fma(p, t, 1.421413741f);
-  p = std::fma(p, t, -0.284496736f);
-  p = std::fma(p, t, 0.254829592f);
+  p = fmaf(p, t, -1.453152027f);
+  p = fmaf(p, t, 1.421413741f);
+  p = fmaf(p, t, -0.284496736f);
+  p = fmaf(p, t, 0.254829592f);
   const float tail = x * (0.5f * p * t * exponential(-z * z));
   return x > 0 ? x - tail : tail;
 }
@@ -94,8 +94,8 @@ void normalize(bool centered, const float* x, const float* skip, const float* ga
   }
   float lanes[16] = {};
   for (size_t i = 0; i < n; i += 16)
-    for (size_t j = 0; j < 16; j++) lanes[j] = std::fma(y[i + j], y[i + j], lanes[j]);
-  const float factor = 1.f / std::sqrt(sum16(lanes) / static_cast<float>(n) + epsilon);
+    for (size_t j = 0; j < 16; j++) lanes[j] = fmaf(y[i + j], y[i + j], lanes[j]);
+  const float factor = 1.f / sqrtf(sum16(lanes) / static_cast<float>(n) + epsilon);
   for (size_t i = 0; i < n; i++) y[i] = y[i] * factor * gamma[i];
   if (beta)
     for (size_t i = 0; i < n; i++) y[i] += beta[i];
@@ -123,7 +123,7 @@ void round_row(const float* x, size_t blocks, int8_t* q, int32_t* start, float* 
     start[b] = -128 * sum;
     scale[b] = step;
     if (rest) {
-      for (size_t i = 0; i < kBlock; i++) rest[i] = std::fma(static_cast<float>(q[i]), -step, x[i]);
+      for (size_t i = 0; i < kBlock; i++) rest[i] = fmaf(static_cast<float>(q[i]), -step, x[i]);
       rest += kBlock;
     }
   }

@@ -74,8 +74,8 @@ struct TileKernels {
   void (*end)(const uint8_t* saved);
 };
 
-constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }
-constexpr size_t packed_weights_size(size_t blocks, size_t terms) { return kTileRows * blocks * kBlock * 2 * terms; }
+static constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }
+static constexpr size_t packed_weights_size(size_t blocks, size_t terms) { return kTileRows * blocks * kBlock * 2 * terms; }
 
 extern const MatMulKernels portable_matmul, avx2_matmul, avx_vnni_matmul, avx512_matmul;
 extern const MatMulKernels neon_matmul, dotprod_matmul, i8mm_matmul;

@@ -1,4 +1,4 @@
-// The entry point: onnxruntime's SessionOptions.register_custom_ops_library calls RegisterCustomOps.
+// The entry points: onnxruntime's SessionOptions.register_custom_ops_library calls RegisterCustomOps.
 #include <map>
 #include <mutex>
 
@@ -6,6 +6,9 @@
 #include "operators.h"
 #include "ort.h"
 
+#if defined(PASTKEY_STATIC)  // other static libraries have a RegisterCustomOps of their own
+#define RegisterCustomOps PastkeyRegisterCustomOps
+#endif
 #if defined(_WIN32)
 #define PASTKEY_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -47,7 +50,10 @@ PASTKEY_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opti
 PASTKEY_EXPORT const char* ORT_API_CALL pastkey_kernels_level() {
   try {
     return pastkey::to_string(pastkey::level());
-  } catch (const pastkey::Error&) {
+  } catch (...) {
     return nullptr;
   }
 }
+
+// The version of the operators; graphs of earlier ones run as well.
+PASTKEY_EXPORT int ORT_API_CALL pastkey_kernels_operators() { return pastkey::kOperatorVersion; }

@@ -270,7 +270,7 @@ class MatMulInt8 {
     const Tensor x = context.required_input(0, "X");
     const float* data = x.data<float>();
     const size_t m = product_.rows(x);
-    product_.run(context, data, m, context.output(0, product_.output_shape(x.shape), "Y").data<float>());
+    product_.run(context, data, m, context.required_output(0, product_.output_shape(x.shape), "Y").data<float>());
   }
 
  private:
@@ -302,7 +302,7 @@ class NormMatMulInt8 {
     if (skip && skip.shape != x.shape)
       refuse("skip has shape %s and X %s, expected the same", to_string(skip.shape).c_str(),
              to_string(x.shape).c_str());
-    float* y = context.output(0, product_.output_shape(x.shape), "Y").data<float>();
+    float* y = context.required_output(0, product_.output_shape(x.shape), "Y").data<float>();
     float* sum = context.output(1, x.shape, "S").data<float>();
     const Scratch scratch(product_.allocator(), m * k * sizeof(float));
     float* normed = reinterpret_cast<float*>(scratch.get());

@@ -8,7 +8,7 @@
 #include <intrin.h>
 #endif
 
-#include <cmath>
+#include <math.h>
 #include <cstring>
 
 #include "kernels.h"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "onnxruntime_c_api.h"
+#include "operators.h"
 
 namespace pastkey {
 
@@ -86,11 +87,14 @@ struct Tensor {
 
   explicit operator bool() const { return raw != nullptr; }
 
-  // The elements, refused where they are of another type.
+  // The elements, refused where they are of another type, or do not lie as C++ has them: weights are where their file is
+  // mapped.
   template <class T>
   T* data() const {
     if (raw && type != element_type<T>())
       refuse("%s is of %s, expected %s", label, to_string(type), to_string(element_type<T>()));
+    if (reinterpret_cast<uintptr_t>(raw) % alignof(T))
+      refuse("%s begins at an address, or an offset of its file, that is no multiple of %zu", label, alignof(T));
     return static_cast<T*>(raw);
   }
 };
@@ -114,8 +118,13 @@ inline Tensor describe(const OrtApi* api, const OrtValue* value, const char* lab
   api->ReleaseTensorTypeAndShapeInfo(info);
   check(api, status);
   check(api, api->GetTensorMutableData(const_cast<OrtValue*>(value), &tensor.raw));
-  static char empty[64];  // a tensor without elements may have no address, and is there all the same
+  alignas(64) static char empty[64];  // a tensor without elements may have no address, and is there all the same
   if (!tensor.raw && tensor.size == 0) tensor.raw = empty;
+  return tensor;
+}
+
+inline Tensor required(Tensor tensor) {
+  if (!tensor) refuse("%s is missing", tensor.label);
   return tensor;
 }
 
@@ -199,6 +208,13 @@ class KernelInfo {
     return value;
   }
 
+  void require_version() const {
+    const int64_t version = attribute("version", int64_t{1});
+    if (version < 1 || version > kOperatorVersion)
+      refuse("version is %lld, expected 1 to %d: a later one needs a newer library", static_cast<long long>(version),
+             kOperatorVersion);
+  }
+
   bool has_input(size_t index) const {
     size_t count = 0, size = 0;
     check(api_, api_->KernelInfo_GetInputCount(info_, &count));
@@ -218,11 +234,7 @@ class KernelInfo {
     if (!is_constant || !value) refuse("%s is computed, expected a constant initializer", label);
     return describe(api_, value, label);
   }
-  Tensor required_constant(size_t index, const char* label) const {
-    Tensor tensor = constant(index, label);
-    if (!tensor) refuse("%s is missing", label);
-    return tensor;
-  }
+  Tensor required_constant(size_t index, const char* label) const { return required(constant(index, label)); }
 
  private:
   bool ok(OrtStatus* status) const {
@@ -231,12 +243,8 @@ class KernelInfo {
   }
   // The API does not tell an attribute that is missing from one of another type.
   void absent(const char* name, const char* expected) const {
-    int64_t i = 0;
-    float f = 0;
     size_t size = 0;
-    if (ok(api_->KernelInfoGetAttribute_int64(info_, name, &i)) ||
-        ok(api_->KernelInfoGetAttribute_float(info_, name, &f)) ||
-        ok(api_->KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
+    if (ok(api_->KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size)))
       refuse("attribute %s is of another type, expected %s", name, expected);
   }
 
@@ -258,11 +266,7 @@ class Context {
     if (index < count) check(api_, api_->KernelContext_GetInput(context_, index, &value));
     return value ? describe(api_, value, label) : none;
   }
-  Tensor required_input(size_t index, const char* label) const {
-    Tensor tensor = input(index, label);
-    if (!tensor) refuse("%s is missing", label);
-    return tensor;
-  }
+  Tensor required_input(size_t index, const char* label) const { return required(input(index, label)); }
   Tensor output(size_t index, const Shape& shape, const char* label) const {  // empty where the node has no such output
     Tensor none;
     none.label = label;
@@ -271,6 +275,10 @@ class Context {
     OrtValue* value = nullptr;
     if (index < count) check(api_, api_->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
     return value ? describe(api_, value, label) : none;
+  }
+  // onnxruntime does not check the nodes of a graph in its own format.
+  Tensor required_output(size_t index, const Shape& shape, const char* label) const {
+    return required(output(index, shape, label));
   }
 
   // task(0) to task(tasks - 1) by the session's threads. A task must not throw.
@@ -304,14 +312,19 @@ constexpr auto kAnyType = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 // Calls `body`, and turns what it throws into a status.
 template <class Body>
 OrtStatus* guarded(const OrtApi* api, const char* name, const Body& body) noexcept {
-  const std::string where = std::string(name) + ": ";
+  // In a buffer: without memory, a string of the message would end the process.
+  const auto failed = [&](OrtErrorCode code, const char* what) {
+    char text[1024];
+    std::snprintf(text, sizeof text, "%s: %s", name, what);
+    return api->CreateStatus(code, text);
+  };
   try {
     body();
     return nullptr;
   } catch (const Error& error) {
-    return api->CreateStatus(error.code, (where + error.message).c_str());
+    return failed(error.code, error.message.c_str());
   } catch (const std::exception& error) {
-    return api->CreateStatus(ORT_FAIL, (where + error.what()).c_str());
+    return failed(ORT_FAIL, error.what());
   }
 }
 
@@ -329,7 +342,11 @@ const OrtCustomOp* custom_op() {
     OrtCustomOp o{};
     o.version = ORT_API_VERSION;
     o.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-      return guarded(api, Kernel::kName, [&] { *kernel = new Instance{api, Kernel(KernelInfo(api, info))}; });
+      return guarded(api, Kernel::kName, [&] {
+        const KernelInfo known(api, info);
+        known.require_version();
+        *kernel = new Instance{api, Kernel(known)};
+      });
     };
     o.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       auto* instance = static_cast<Instance*>(kernel);

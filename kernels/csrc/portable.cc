@@ -1,5 +1,5 @@
 // The reference: what every other level must give, bit for bit.
-#include <cmath>
+#include <math.h>
 #include <cstring>
 
 #include "kernels.h"
@@ -36,7 +36,7 @@ float row_sum(const Weights& w, size_t row, const int8_t* q, const float* scale)
     const size_t at = row * w.blocks + b;
     const auto product = static_cast<float>(dot(w, row, b, q + b * kBlock));
     const float weight_scale = w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
-    acc[b % 4] = std::fma(product * scale[b], weight_scale, acc[b % 4]);
+    acc[b % 4] = fmaf(product * scale[b], weight_scale, acc[b % 4]);
   }
   return (acc[0] + acc[2]) + (acc[1] + acc[3]);
 }

@@ -8,9 +8,6 @@ from pathlib import Path
 
 __version__ = version("pastkey-kernels")
 
-# Of the operators in domain "pastkey": a graph names the version that it was written for, and earlier ones run.
-OPERATOR_VERSION = 2
-
 _NAMES = {"win32": "pastkey_kernels.dll", "darwin": "libpastkey_kernels.dylib"}
 
 

@@ -85,7 +85,7 @@ def external_data(graph: Path) -> Iterator[ExternalData]:
     """
     try:
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for kind, start, end in _messages(content):
+            for kind, start, end in messages(content):
                 if kind == "TensorProto" and (data := tensor_data(content, start, end)) is not None:
                     yield data
     except (DamagedError, IndexError, ValueError) as error:  # IndexError: past the end; ValueError: an empty file
@@ -111,7 +111,7 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
                     f"{path} has a node that an execution provider compiled, and the manifest says that nothing was "
                     "compiled: the bundle was altered, copy it again"
                 )
-            for kind, start, end in _messages(content):
+            for kind, start, end in messages(content):
                 found = _context(content, start, end) if kind == "AttributeProto" else None
                 if found is None:
                     continue
@@ -132,8 +132,8 @@ def _context(content: mmap.mmap, start: int, end: int) -> str | None:
     return content[first : min(last, first + _LONGEST)].decode("utf-8", "replace") if content[a:b] == _CONTEXT else None
 
 
-def _messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """Yields the kind and place of each message, once and depth first, so that few are open at a time."""
+def messages(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """Yields the kind and place of each message of CHILDREN, once and depth first, so that few are open at a time."""
     open_messages = [(CHILDREN["ModelProto"], fields(content, 0, len(content)))]
     while open_messages:
         children, within = open_messages[-1]

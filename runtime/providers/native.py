@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
+import mmap
 import os
 import shlex
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError, first_line
+from pastkey.files.external_data import messages
+from pastkey.files.protobuf import fields, varint
 from pastkey.precisions import PRECISIONS
+from pastkey.values import shown
 
 from . import placement as ep
 
-_DISTRIBUTION, _PACKAGE = "pastkey-kernels", "pastkey_kernels"
+_PACKAGE = "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
+_PORTABLE = "portable"
+_OPSETS, _OPSET_DOMAIN, _VERSION = 8, 1, 2  # of a ModelProto, and of each
+_ATTRIBUTES, _NODE_DOMAIN, _NAME = 5, 7, 1  # of a NodeProto, and of each attribute
+_ELF_HEADER, _SEGMENT = 64, struct.Struct("<8xQ16xQ16x")  # bytes; offset and size in the file
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class NativeKernels:
     def __str__(self) -> str:
         return f"native {self.version}, {self.level}"
 
+    @property
+    def slow(self) -> bool:
+        """Whether onnxruntime's kernels are faster, and nobody named these: the portable ones are a reference."""
+        return self.level == _PORTABLE and os.environ.get("PASTKEY_KERNELS") != _PORTABLE
+
 
 @functools.cache
 def native_kernels() -> NativeKernels | None:
@@ -44,14 +58,14 @@ def native_kernels() -> NativeKernels | None:
     version, operators = "", 0
     try:
         package = importlib.import_module(_PACKAGE)
-        version, operators, library = package.__version__, package.OPERATOR_VERSION, package.library_path()
+        version, library = package.__version__, package.library_path()
         if (short := _missing_bytes(library)) > 0:  # to load it would end the process
             return NativeKernels(
                 version, operators, refused=f"{library} was cut short by {short} bytes: install it again"
             )
-        of_level = ctypes.CDLL(library).pastkey_kernels_level
-        of_level.restype = ctypes.c_char_p
-        level = of_level()
+        loaded = ctypes.CDLL(library)
+        loaded.pastkey_kernels_level.restype = ctypes.c_char_p
+        operators, level = loaded.pastkey_kernels_operators(), loaded.pastkey_kernels_level()
     except (OSError, ImportError, AttributeError) as error:
         return NativeKernels(version, operators, refused=f"it cannot be loaded: {first_line(error)}")
     if level is None:
@@ -64,14 +78,15 @@ def native_kernels() -> NativeKernels | None:
 
 
 def _missing_bytes(library: str) -> int:
-    """How many bytes the file has fewer than its wheel says; 0 without a wheel."""
-    try:
-        files = importlib.metadata.files(_DISTRIBUTION) or ()
-    except importlib.metadata.PackageNotFoundError:
-        return 0
-    # Another copy may stand before that of the wheel on Python's path.
-    recorded = next((file.size for file in files if Path(file.locate()).resolve() == Path(library)), None)
-    return 0 if recorded is None else recorded - Path(library).stat().st_size
+    """How many bytes an ELF file lacks of those that its loader maps; other systems' loaders look themselves."""
+    with Path(library).open("rb") as file:
+        head = file.read(_ELF_HEADER)
+        if len(head) < _ELF_HEADER or not head.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, the lowest first
+            return 0
+        file.seek(int.from_bytes(head[32:40], "little"))
+        table = file.read(_SEGMENT.size * int.from_bytes(head[56:58], "little"))
+        segments = _SEGMENT.iter_unpack(table[: len(table) // _SEGMENT.size * _SEGMENT.size])
+        return max((offset + size for offset, size in segments), default=0) - file.seek(0, os.SEEK_END)
 
 
 def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
@@ -80,15 +95,18 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
     Args:
         bundle: The bundle.
         provider: onnxruntime's name of the first execution provider.
-        asked: Whether they must (True), may (None) or must not (False) be used. The environment variable PASTKEY_NATIVE
-            set to 0 makes False of None.
+        asked: Whether they must (True), may where they are faster (None) or must not (False) be used. The environment
+            variable PASTKEY_NATIVE set to 0 makes False of None.
 
     Raises:
-        ProviderError: They must be used and cannot, or PASTKEY_NATIVE is neither 0 nor 1.
+        ProviderError: They must be used and cannot, or PASTKEY_NATIVE is not 0.
     """
     switch = os.environ.get(_SWITCH, "")
-    if asked is None and switch not in ("", "0", "1"):
-        raise ProviderError(f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels, or 1")
+    if asked is None and switch not in ("", "0"):
+        raise ProviderError(
+            f"{_SWITCH} is {switch!r}; 0 was expected, for onnxruntime's kernels: the native ones run where they can "
+            "without it, and  load(..., native=True)  requires them"
+        )
     if asked is False or (asked is None and switch == "0"):
         return None
     why, found, manifest = "", None, bundle.manifest
@@ -110,11 +128,35 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
             f"{manifest.native}: install the library of a newer pastkey"
         )
+    else:
+        why = _unknown(bundle.native_graph, found.operators)
     if not why:
-        return found
+        return None if found is not None and found.slow and not asked else found
     if asked:
         raise ProviderError(f"native is True, and the native kernels cannot be used: {why}")
     if found is not None:
         told = f"the native kernels cannot be used, so onnxruntime's run {bundle.path}: {why}"
         warnings.warn(told, FallbackWarning, stacklevel=2)
     return None
+
+
+def _unknown(graph: Path, operators: int) -> str:
+    """Why the operators of this version cannot run a graph, or "". onnxruntime passes any import and any attribute."""
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def parts(message: tuple[int, int], wanted: int) -> list[tuple[int, int]]:
+            return [(a, b) for number, _, a, b in fields(content, *message) if number == wanted]
+
+        def text(message: tuple[int, int], wanted: int) -> str:
+            return b"".join(content[a:b] for a, b in parts(message, wanted)).decode("utf-8", "replace")
+
+        for opset in parts((0, len(content)), _OPSETS):
+            version = max((varint(content, a)[0] for a, _ in parts(opset, _VERSION)), default=0)
+            if text(opset, _OPSET_DOMAIN) == names.NATIVE_DOMAIN and version > operators:
+                return f"{graph} imports version {version} of the operators, and the installed library has {operators}"
+        for node in [(start, end) for kind, start, end in messages(content) if kind == "NodeProto"]:
+            if text(node, _NODE_DOMAIN) == names.NATIVE_DOMAIN:
+                given = {text(attribute, _NAME) for attribute in parts(node, _ATTRIBUTES)}
+                if unknown := given - names.NATIVE_ATTRIBUTES:
+                    return f"{graph} has the attribute {shown(min(unknown))}, which the operators do not have"
+    return ""

@@ -22,6 +22,7 @@ class _Draw(ctypes.Structure):
     """One call: PastkeyDraw of `kernels/csrc/draw.cc`."""
 
     _fields_ = (
+        ("bytes", ctypes.c_uint64),
         ("logits", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("text", ctypes.c_void_p),
@@ -86,6 +87,7 @@ class NativeDraw:
         self._penalizes = c.repetition_penalty != 1 or bool(c.presence_penalty or c.frequency_penalty)
         self._logits, self._text = _Place(), _Place()
         self._given = _Draw(
+            bytes=ctypes.sizeof(_Draw),
             biased=_address(self._biased),
             biases=_address(self._biases),
             bias_count=len(bias),

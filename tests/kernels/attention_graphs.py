@@ -105,7 +105,9 @@ def draw(
     return feed
 
 
-def in_numpy(feed: Mapping[str, Array], heads: tuple[int, int], form: str) -> tuple[Array, Array, Array]:
+def in_numpy(
+    feed: Mapping[str, Array], heads: tuple[int, int], form: str, softcap: float = 0
+) -> tuple[Array, Array, Array]:
     """y, present_key and present_value for packed inputs without rotation, sums in float64."""
     h, g = heads
     batch, new, width = feed["query"].shape
@@ -123,6 +125,8 @@ def in_numpy(feed: Mapping[str, Array], heads: tuple[int, int], form: str) -> tu
                 seen = slice(past + i + 1)
                 asked = query[b, i, head].astype(np.float64) * channels[head * g // h]
                 scores = read(keys)[b, head * g // h, seen] @ asked / np.sqrt(d)
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
                 y[b, i, head] = weights / weights.sum() @ read(values)[b, head * g // h, seen]
     return y.reshape(batch, new, h * d), keys, values

@@ -64,6 +64,7 @@ PROMPTS: dict[str, Inputs] = {
 SAME_BITS = 8  # new tokens; more have rounding of their own at the level amx over an int8 cache
 LENGTHS = {"decode": ([300], 1), "drafts": ([300], 8), "rows": ([300, 9, 128], 1), "chunk": ([300], 40)}
 PROMPT = 290  # more than two parts of 128
+CAPS = (1e-30, 0.1, 5.0, 50.0, 1e3, 1e5, 1e8, 1e30)
 ALONE = (0, 1, 127, 128, 200, 289)
 
 
@@ -131,6 +132,8 @@ def cases() -> dict[Any, Case]:
             made["prompt", form, window] = native([feed], local_window_size=window)
     for name, (lengths, new) in LENGTHS.items():
         made["channels", name] = native([draw(lengths, new, form="int8", key_scale=True)])
+    for cap in CAPS:
+        made["cap", cap] = native([draw([150], 7)], softcap=cap)
     for name, feed in special().items():
         made["special", name] = native([feed])
     feed = draw([150], 8)
@@ -233,6 +236,12 @@ def test_every_form_of_the_cache_equals_numpy(outcomes: Outcomes, form: str, nam
     assert np.abs(y - expected[0]).max() < 5e-6
     assert same(keys, expected[1])
     assert same(values, expected[2])
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_a_soft_cap_of_any_size_equals_numpy(outcomes: Outcomes, cap: float) -> None:
+    expected = in_numpy(draw([150], 7), (6, 2), "float32", cap)
+    assert np.abs(outcomes("portable")["cap", cap].outputs[0][0] - expected[0]).max() < 5e-6
 
 
 @each_level

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from .attention_graphs import IN_PLACE, attention, draw
-from .running import Array, Case, run_at
+from .running import Array, Case, machine, run_at
 
 PLAIN = draw([40], 3)
 PARTED = draw([40], 3, packed=False)
@@ -47,12 +48,18 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "heads no multiple": (PLAIN, {"num_heads": 5}, "multiple"),
     "heads beyond 32 bits": (PLAIN, {"num_heads": 2**62, "kv_num_heads": 2}, "num_heads is 46"),
     "heads of another type": (PLAIN, {"num_heads": 6.0}, "attribute num_heads"),
+    "list of heads": (PLAIN, {"num_heads": [6, 2]}, "attribute num_heads is of another type, expected an integer"),
+    "list of scales": (PLAIN, {"scale": [0.5]}, "attribute scale is of another type, expected a float"),
+    "list of flags": (ROTATED, {"do_rotary": 1, "rotary_interleaved": [1, 1]}, "attribute rotary_interleaved is of"),
+    "later version": (PLAIN, {"version": 3}, "version is 3, expected 1 to 2"),
     "other heads": (PLAIN, {"num_heads": 12}, "query is [1, 3, 640], expected a width of 1024"),
     "other key heads": (PLAIN, {"kv_num_heads": 3}, "past_key is [1, 2, 49, 64], expected [1, 3, room"),
     "window 0": (PLAIN, {"local_window_size": 0}, "local_window_size is 0"),
     "window below -1": (PLAIN, {"local_window_size": -2}, "local_window_size is -2"),
     "scale NaN": (PLAIN, {"scale": float("nan")}, "scale is nan"),
     "soft cap below 0": (PLAIN, {"softcap": -1.0}, "softcap -1"),
+    "soft cap too small": (PLAIN, {"softcap": 1e-31}, "softcap 1e-31, expected finite numbers, the second 0 or 1e-30"),
+    "soft cap too large": (PLAIN, {"softcap": 3.4e38}, "softcap 3.4e+38"),
     "soft cap infinite": (PLAIN, {"softcap": float("inf")}, "softcap inf"),
     "key scales of float32": (PLAIN | {"key_scale": zeros(2, 64)}, {}, "key_scale is [2, 64] and past_key of float32"),
     "key scales too short": (INT8 | {"key_scale": zeros(2, 63)}, {}, "key_scale is [2, 63]"),
@@ -140,3 +147,26 @@ def test_each_is_refused_with_a_sentence(level: str, tmp_path_factory: pytest.Te
         if "DecoderAttention: " not in outcome.error or message not in outcome.error
     }
     assert wrong == {}
+
+
+@pytest.mark.parametrize("form", ["float32", "float16"])
+def test_a_cache_at_an_odd_address_is_refused(form: str) -> None:
+    feed = draw([40], 3, form=form)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(machine("portable")[1])
+    model = attention(feed, **HEADS)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    binding, size = session.io_binding(), feed["past_key"].nbytes
+    memory = np.zeros(2 * size + 66, np.uint8)
+    first = -memory.ctypes.data % 64 + 1
+    for name, array in feed.items():
+        if name in IN_PLACE.values():
+            place = memory.ctypes.data + first + size * (name == "past_value")
+            where = ("cpu", 0, array.dtype, array.shape, place)
+            binding.bind_input(name, *where)
+            binding.bind_output(name.replace("past", "present"), *where)
+        else:
+            binding.bind_cpu_input(name, array)
+    binding.bind_output("y")
+    with pytest.raises(Exception, match="past_key begins at an address"):
+        session.run_with_iobinding(binding)

@@ -75,6 +75,12 @@ def check_level() -> None:
     assert [made(row, None, 0.5) for row in rows] == [7, 9, 4000]
     assert [made(rows[2:][0], None, 0.5), made(rows[:1][0], None, 0.5)] == [4000, 7]
 
+    for other_bytes in (-8, 8):  # of a pastkey whose call has other fields
+        made._given.bytes += other_bytes
+        assert made(rows[0], None, 0.5) is None
+        made._given.bytes -= other_bytes
+    assert made(rows[0], None, 0.5) == 7
+
     even = np.zeros(1024)
     for one in ({}, {"min_p": 0.5}, {"top_k": 16}):
         assert draw(even, 0.5, temperature=1.0, **one) is None  # between two tokens

@@ -6,14 +6,20 @@ With a library built with PASTKEY_SANITIZE (kernels/README.md), a read or write 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+from pastkey.contract import names
 
 from .matmul_graphs import Weights, graph, matmul, norm_matmul
-from .running import LEVELS, Array, Case, Outcome, run_at
+from .running import LEVELS, Array, Case, Outcome, machine, run_at
 
 N, K = 34, 96
 W, W4 = Weights.draw(N, K), Weights.draw(N, K, bits=4)
@@ -120,6 +126,16 @@ REFUSED: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "three terms": (matmul(changed(), terms=3), FEED, "terms is 3, expected 1 to 2"),
     "no terms": (matmul(changed(), terms=0), FEED, "terms is 0"),
     "terms of float": (matmul(changed(), terms=2.0), FEED, "attribute terms is of another type, expected an integer"),
+    "list of terms": (matmul(changed(), terms=[2, 2]), FEED, "attribute terms is of another type, expected an integer"),
+    "terms of texts": (matmul(changed(), terms=["2"]), FEED, "attribute terms is of another type, expected an integer"),
+    "terms of a tensor": (
+        matmul(changed(), terms=helper.make_tensor("terms", TensorProto.INT64, [1], [2])),
+        FEED,
+        "attribute terms is of another type",
+    ),
+    "list of activations": (matmul(changed(), activation=["silu"]), FEED, "attribute activation is of another type"),
+    "later version": (matmul(changed(), version=3), FEED, "version is 3, expected 1 to 2: a later one needs a newer"),
+    "version of a text": (matmul(changed(), version="2"), FEED, "attribute version is of another type"),
     "unknown activation": (matmul(changed(), activation="relu"), FEED, 'activation is "relu", expected'),
     "activation of int": (matmul(changed(), activation=1), FEED, "attribute activation is of another type"),
     "long activation": (matmul(changed(), activation="%s" * 10_000), FEED, "activation is"),
@@ -135,6 +151,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, Array], str]] = {
 }
 ALLOWED: dict[str, tuple[bytes, dict[str, Array]]] = {
     "x of rank 1": (matmul(changed()), {"x": X[0]}),
+    "version of today": (matmul(changed(), version=names.NATIVE_OPERATORS), FEED),
     "x of rank 4": (matmul(changed()), {"x": X.reshape(1, 2, 1, K)}),
     "scales in another shape": (matmul(changed(codes=W.scale_codes.reshape(-1, 1))), FEED),
     "no rows of many": (matmul(changed()), {"x": np.zeros((3, 0, K), np.float32)}),
@@ -170,6 +187,7 @@ def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outco
     assert {name: found[name].error for name in ALLOWED if found[name].error} == {}
     assert {name: found[name].outputs[0][0].shape for name in ALLOWED} == {
         "x of rank 1": (N,),
+        "version of today": (2, N),
         "x of rank 4": (1, 2, 1, N),
         "scales in another shape": (2, N),
         "no rows of many": (3, 0, N),
@@ -177,6 +195,25 @@ def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outco
         "epsilon of zero, row of zeros": (2, N),
         "many rows": (5000, N // 2),
     }
+
+
+@pytest.mark.parametrize("name", ["bias", "row_scales"])
+def test_floats_at_an_odd_place_of_their_file_are_refused(name: str, tmp_path: Path) -> None:
+    """They are read where the file is mapped."""
+    model, content = onnx.load_from_string(matmul(changed())), b""
+    for tensor in model.graph.initializer:
+        raw = numpy_helper.to_array(tensor).tobytes()
+        content += bytes(-len(content) % 64 + (tensor.name == name))
+        tensor.raw_data = raw
+        set_external_data(tensor, "weights", len(content), len(raw))
+        tensor.ClearField("raw_data")
+        content += raw
+    (tmp_path / "weights").write_bytes(content)
+    onnx.save(model, tmp_path / "graph.onnx")
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(machine("portable")[1])
+    with pytest.raises(Exception, match=f"MatMulInt8: {name} begins at an address.* that is no multiple of 4"):
+        onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
 
 
 def test_a_level_that_does_not_exist_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:

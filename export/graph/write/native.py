@@ -87,6 +87,9 @@ def to_native(model: ir.Model, int8_kv: Mapping[str, str] | None = None) -> bool
     _compute_scales_apart(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
+    for node in model.graph:  # onnxruntime does not tell an operator what the graph imports
+        if node.domain == names.NATIVE_DOMAIN:
+            node.attributes["version"] = ir.AttrInt64("version", names.NATIVE_OPERATORS)
     return True
 
 

@@ -10,6 +10,7 @@ from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands import devices
 from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.providers.native import NativeKernels
 from pastkey.runtime.providers.ort import onnxruntime, wheels
 
 Run = Callable[..., tuple[int, str, str]]
@@ -48,6 +49,14 @@ def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(providers, "available", lambda: ["NewExecutionProvider", providers.CPU])
     (row,) = (row for row in devices.devices() if row.short_name == "new")
     assert (row.name, row.available, row.devices) == ("NewExecutionProvider", True, ())
+
+
+def test_portable_kernels_are_said_to_wait_for_a_request(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
+    for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's are faster, and run where nothing")):
+        here = NativeKernels("0.1.0", 1, level, "/library.so")
+        monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda here=here: here)
+        assert f"native kernels: 0.1.0, {told}" in command("devices")[1]
 
 
 def test_devices(command: Run) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from onnx import helper
 
+from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
@@ -40,16 +44,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     sys.modules.update(installed)
 
 
-def package(library: str, operators: int = 1) -> str:
-    return (
-        f"__version__ = '0.1.0'\nOPERATOR_VERSION = {operators}\n"
-        f"def library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
+def package(library: str) -> str:
+    return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
+
+
+def write_graph(bundle: Bundle, version: int = 1, **attributes: object) -> None:
+    node = helper.make_node("MatMulInt8", ["x"], ["y"], domain="pastkey", **attributes)
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["z"], other=1), node], "g", [], [])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("pastkey", version)]
     )
+    assert bundle.native_graph is not None
+    bundle.native_graph.parent.mkdir(exist_ok=True)
+    bundle.native_graph.write_bytes(model.SerializeToString())
 
 
 @pytest.fixture
-def bundle(fused_bundle: Bundle) -> Bundle:
-    return dataclasses.replace(fused_bundle, manifest=dataclasses.replace(fused_bundle.manifest, native=1))
+def bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
+    manifest = dataclasses.replace(fused_bundle.manifest, native=1)
+    made = dataclasses.replace(fused_bundle, path=tmp_path, manifest=manifest)
+    write_graph(made, version=1, terms=2)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -72,26 +87,28 @@ def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, insta
         kernels_for(bundle, CPU, True)
 
 
-@pytest.mark.parametrize(
-    ("recorded", "cut"),
-    [(f"{PACKAGE}/library.so,sha256=0,1000", True), (f"{PACKAGE}/library.so,sha256=0,50", False),
-     ("elsewhere/library.so,sha256=0,1000", False)],
-    ids=["cut short", "longer", "a second"],
-)  # fmt: skip
-def test_a_library_that_is_cut_short_says_so(recorded: str, cut: bool, tmp_path: Path, install: Install) -> None:
-    """The loader would end the process by SIGBUS. Any other file is the loader's to judge."""
+@pytest.mark.parametrize("ends", [(1000,), (64, 1000, 100)])
+def test_a_library_that_is_cut_short_says_so(ends: tuple[int, ...], tmp_path: Path, install: Install) -> None:
+    """The loader would end the process by SIGBUS, with a wheel's record beside it or without."""
     install(package("library.so"))
-    (tmp_path / PACKAGE / "library.so").write_bytes(b"\x7fELF" + bytes(96))
-    wheel = tmp_path / "pastkey_kernels-0.1.0.dist-info"
-    wheel.mkdir()
-    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: pastkey-kernels\nVersion: 0.1.0\n")
-    (wheel / "RECORD").write_text(recorded + "\n")
+    elf = b"\x7fELF\x02\x01" + struct.pack("<26xQ16xH6x", 64, len(ends))
+    elf += b"".join(struct.pack("<8xQ16xQ16x", 60, end - 60) for end in ends)
+    (tmp_path / PACKAGE / "library.so").write_bytes(elf.ljust(300, b"\0"))
     found = native_kernels()
     assert found is not None
-    if cut:
-        assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 900 bytes: install it again"
-    else:
-        assert found.refused.startswith("it cannot be loaded: ")
+    assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 700 bytes: install it again"
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
+@pytest.mark.parametrize("size", [0, 60, 100, 4096, 200_000])
+def test_a_copy_of_the_library_that_was_cut_is_refused(size: int, tmp_path: Path, install: Install) -> None:
+    content = Path(importlib.import_module(PACKAGE).library_path()).read_bytes()
+    sys.modules.pop(PACKAGE)
+    install(package("library.so"))
+    (tmp_path / PACKAGE / "library.so").write_bytes(content[:size])
+    found = native_kernels()
+    assert found is not None
+    assert "cut short by" in found.refused or "it cannot be loaded: " in found.refused
 
 
 def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
@@ -111,6 +128,27 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
         kernels_for(of_version, CPU, True)
 
 
+@pytest.mark.parametrize(
+    ("version", "attributes", "told"),
+    [(3, {}, "imports version 3 of the operators, and the installed library has 2"),
+     (2, {"rotate": 1}, "has the attribute 'rotate', which the operators do not have"),
+     (2, {"gate": 0, "caps": [1.0, 2.0]}, "has the attribute 'caps'")],
+)  # fmt: skip
+def test_a_graph_that_the_operators_do_not_know_is_not_run(
+    version: int, attributes: dict[str, object], told: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime would run it without what it asks for."""
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
+    here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    assert kernels_for(bundle, CPU, None) is here
+    write_graph(bundle, version, **attributes)
+    with pytest.warns(FallbackWarning, match=told):
+        assert kernels_for(bundle, CPU, None) is None
+    with pytest.raises(ProviderError, match=told):
+        kernels_for(bundle, CPU, True)
+
+
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
@@ -120,12 +158,24 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatc
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
     assert kernels_for(bundle, CPU, None) is None
     assert kernels_for(bundle, CPU, True) is here
-    monkeypatch.setenv("PASTKEY_NATIVE", "off")
-    with pytest.raises(ProviderError, match="PASTKEY_NATIVE is 'off'; 0 was expected"):
-        kernels_for(bundle, CPU, None)
+    for value in ("off", "1"):
+        monkeypatch.setenv("PASTKEY_NATIVE", value)
+        with pytest.raises(ProviderError, match=f"PASTKEY_NATIVE is '{value}'; 0 was expected, .* native=True.* req"):
+            kernels_for(bundle, CPU, None)
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
     with pytest.raises(ProviderError, match=r"has no native graph"):
         kernels_for(plain, CPU, True)
+
+
+def test_the_portable_kernels_run_where_they_are_asked_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
+    monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
+    here = NativeKernels("0.1.0", 1, "portable", "/library.so")
+    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    assert kernels_for(bundle, CPU, None) is None
+    assert kernels_for(bundle, CPU, True) is here
+    monkeypatch.setenv("PASTKEY_KERNELS", "portable")
+    assert kernels_for(bundle, CPU, None) is here
 
 
 def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +186,11 @@ def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkey
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
-def test_the_installed_library_says_its_level() -> None:
+def test_the_installed_library_says_its_level_and_version() -> None:
     native_kernels.cache_clear()
     found = native_kernels()
     assert found is not None
     assert not found.refused
+    assert found.operators == names.NATIVE_OPERATORS
     assert found.level in ("portable", "avx2", "avx_vnni", "avx512", "amx")
     assert str(found) == f"native {found.version}, {found.level}"

@@ -73,7 +73,7 @@ def test_a_node_takes_in_what_stands_around_it(
     assert to_native(model)
     node = next(node for node in model.graph if node.op_type == operator)
     found = {name: attribute.value for name, attribute in node.attributes.items() if name != "epsilon"}
-    assert found == attributes | ({"bits": 4} if bits == 4 else {})
+    assert found == attributes | {"version": names.NATIVE_OPERATORS} | ({"bits": 4} if bits == 4 else {})
     assert node.domain == names.NATIVE_DOMAIN
     assert not {"MatMulNBits", "Sigmoid", "Gelu"} & {node.op_type for node in model.graph}
     if operator == NORM:

@@ -1,0 +1,87 @@
+"""The library's sources by a compiler of this machine: what no graph can show."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.versions import ROOT
+
+from .running import ON_ARM
+
+COMPILER = shutil.which("c++") or ""
+KERNELS = ROOT / "kernels"
+INCLUDES = [f"-I{KERNELS / 'csrc'}", f"-isystem{KERNELS / 'third_party'}"]
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+
+
+def compiled(*arguments: str | Path) -> None:
+    command = [COMPILER, "-std=c++17", *INCLUDES, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def sources() -> dict[str, list[str]]:
+    """File -> the flags of its instruction set, of this machine's architecture."""
+    text = (KERNELS / "CMakeLists.txt").read_text()
+    found = {file: list[str]() for file in re.search(r"set\(SOURCES ([^)]*)\)", text)[1].split()}  # type: ignore[index]
+    for flags, files in re.findall(r'level_sources\(\w+ "[^"]*" "([^"]*)" "[^"]*"\s+([^)]*)\)', text):
+        if ("-mavx2" in flags or "-mavx512f" in flags) != ON_ARM:
+            found |= {file: flags.split(";") if flags else [] for file in files.split()}
+    return found
+
+
+SOURCES = sources()
+LEVELS = [file for file in SOURCES if file not in ("csrc/library.cc", "csrc/cpu.cc", "csrc/draw.cc", "csrc/matmul.cc",
+                                                   "csrc/attention.cc")]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", LEVELS)
+def test_a_level_shares_no_function_with_another(file: str, tmp_path: Path) -> None:
+    """Of a weak function the linker keeps one copy, with instructions that a processor may lack."""
+    compiled("-O0", *SOURCES[file], "-c", KERNELS / file, "-o", tmp_path / "object")
+    symbols = subprocess.run(["nm", "-C", tmp_path / "object"], capture_output=True, text=True, check=True).stdout
+    assert [line for line in symbols.splitlines() if " W " in line] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SOURCES)
+def test_no_frame_is_too_large_for_a_thread_of_128_kilobytes(file: str, tmp_path: Path) -> None:
+    flags = ["-O3", "-ffp-contract=off", *SOURCES[file], "-Werror", "-Wframe-larger-than=24576"]
+    compiled(*flags, "-c", KERNELS / file, "-o", tmp_path / "object")
+
+
+def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None:
+    """A std::terminate or a write to a null pointer would end the process."""
+    program = tmp_path / "boundary"
+    compiled(Path(__file__).with_name("boundary.cc"), "-o", program)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
+def test_a_program_links_the_static_library_beside_another_of_operators(tmp_path: Path) -> None:
+    configure = ["-S", str(KERNELS), "-B", str(tmp_path / "build"), "-DPASTKEY_STATIC=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    for step in (configure, ["--build", str(tmp_path / "build")],
+                 ["--install", str(tmp_path / "build"), "--prefix", str(tmp_path)]):  # fmt: skip
+        subprocess.run(["cmake", *step], check=True, capture_output=True)
+    program = tmp_path / "program.cc"
+    program.write_text("""
+#include "onnxruntime_c_api.h"
+#include "pastkey_kernels.h"
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*) { return nullptr; }
+int main(int count, char**) {
+  OrtApiBase none{[](uint32_t) noexcept -> const OrtApi* { return nullptr; }, nullptr};
+  if (count > 1) PastkeyRegisterCustomOps(nullptr, &none);
+  return RegisterCustomOps(nullptr, &none) ? 1 : 0;
+}
+""")
+    compiled(program, f"-I{tmp_path / 'include'}", tmp_path / "lib/libpastkey_kernels.a", "-o", tmp_path / "program")
+    subprocess.run([tmp_path / "program"], check=True)
