@@ -71,12 +71,7 @@ def compile_bundle(
         raise InputError("a bundle keeps its context binaries beside the graphs: leave out ep.context_embed_mode")
     if out.resolve() == bundle.path.resolve():
         raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
-    placement = ep.resolve(
-        (provider, dict(provider_options or {})),
-        bundle.manifest.target,
-        bundle.manifest.graph,
-        options_of_target=bundle.manifest.provider_options,
-    )
+    placement = ep.for_bundle(bundle.manifest, (provider, dict(provider_options or {})))
     name, given = placement.providers[0]
     provider = ep.short_name(name)
     options = {key: str(value) for key, value in given.items()}
