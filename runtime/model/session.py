@@ -204,7 +204,7 @@ class Session:
         codec = self._parts.tokenizer
         if isinstance(text, str) and self._ids and codec is not None:
             return codec.encode_after(self._ids, text) if text else []
-        return self._parts.prompt_ids(text)
+        return self._parts.prompt_ids(text, "text")
 
     def _stream(self, text: str | Sequence[int], options: Mapping[str, Any]) -> Stream:
         engine = self._idle()
