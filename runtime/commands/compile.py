@@ -17,7 +17,7 @@ from pastkey.command import Command, add_placement, say
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.contract.provider_options import in_manifest, not_kept
-from pastkey.errors import InputError, ProviderError
+from pastkey.errors import InputError, ProviderError, first_line
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
 
@@ -107,9 +107,14 @@ def compile_bundle(
         made = open_bundle(folder, verify=False)
         # The proof runs with the options that the manifest may not set as well.
         proved = dataclasses.replace(manifest, compiled=dataclasses.replace(compiled, options=options))
-        engine = Engine(
-            dataclasses.replace(made, manifest=proved), allow_fallback=allow_fallback, session_options=session_options
-        )
+        loaded = dataclasses.replace(made, manifest=proved)
+        try:
+            engine = Engine(loaded, allow_fallback=allow_fallback, session_options=session_options)
+        except ProviderError as error:  # onnxruntime-openvino on a CPU
+            raise ProviderError(
+                f"the execution provider {provider!r} cannot load what it compiled "
+                f"({first_line(error.__cause__ or error)}): use the bundle as it is"
+            ) from None
         require_golden(engine, made)
         del engine
     return read_bundle(out)

@@ -118,6 +118,18 @@ def test_nothing_is_left_of_what_fails(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_provider_that_cannot_load_what_it_compiled_is_told(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **placement: Any) -> None:
+        raise ProviderError("cannot load; compile it again") from RuntimeError("EP_FAIL")
+
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", fails)
+    with pytest.raises(ProviderError, match=r"'qnn' cannot load what it compiled \(EP_FAIL\): use the bundle as it is"):
+        compile_bundle(static.path, tmp_path / "out", "qnn")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_compiled_is_refused(
     static: Bundle, fused_bundle: Bundle, opened: list[dict[str, Any]], tmp_path: Path
 ) -> None:
