@@ -57,7 +57,7 @@ EXPORTING = ("run", "chat")  # they take a source as well, and export it once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 success, 1 a difference was found, 2 the user's mistake."""
+    """Runs one command and returns its exit status: 0 success, 1 a difference or rows that all fail, 2 a mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):

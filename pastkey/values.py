@@ -48,6 +48,12 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {shown(value)}; it must be {expected}")
 
 
+def require_type(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raises TypeError for an argument from Python unless the condition holds. Its value, maybe a key, is not shown."""
+    if not condition:
+        raise TypeError(f"{name} is of the type {type(value).__name__}; it must be {expected}")
+
+
 def or_default(value: T | None, default: T) -> T:
     """Returns the value, or the default if it is None, which means "not set"."""
     return default if value is None else value
@@ -74,7 +80,11 @@ def is_collection(value: object) -> TypeGuard[Collection[Any]]:
 
 
 def as_path(value: str | os.PathLike[str], name: str = "path", expected: str = "the path of a file") -> Path:
-    """Returns the path, which need not exist. Raises InputError if it is not a valid path on this system."""
+    """Returns the path, which need not exist. Raises InputError if it is not a valid path on this system.
+
+    Raises TypeError for what is no path.
+    """
+    require_type(isinstance(value, str | os.PathLike), name, value, expected)
     found, why = Path(value), None
     try:
         os.lstat(found)

@@ -15,7 +15,7 @@ The rooms, each standing on those above it:
   generations that run at the same time together.
 - `model/`: a bundle as a language model: sessions, chat, scores, embeddings.
 - `sandbox/`: a bundle in a child process with limits.
-- `loading`: `pastkey.load`.
+- `loading`: `pastkey.load`, and `async_loading` for `await`.
 - `bulk/`: many rows in one job.
 - `commands/`: the commands, one module each.
 
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .async_loading import aload as aload
     from .bulk.generator import Generator as Generator
     from .decoding.asynchronous import AsyncStream as AsyncStream
     from .decoding.asynchronous import AsyncStreamMany as AsyncStreamMany
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from .decoding.request import Request as Request
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
-    from .loading import aload as aload
     from .loading import load as load
     from .model.chat.answer_stream import AnswerStream as AnswerStream
     from .model.chat.chat import Chat as Chat
@@ -65,6 +65,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            ".async_loading": ["aload"],
             ".bulk.generator": ["Generator"],
             ".decoding.asynchronous": ["AsyncStream", "AsyncStreamMany"],
             ".decoding.batching.activity": ["Activity"],
@@ -73,7 +74,7 @@ else:
             ".decoding.request": ["Request"],
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
-            ".loading": ["aload", "load"],
+            ".loading": ["load"],
             ".model.chat.answer_stream": ["AnswerStream"],
             ".model.chat.chat": ["Chat"],
             ".model.chat.chat_stream": ["ChatStream"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
@@ -39,7 +39,7 @@ class _Further(TypedDict, total=False):
     adapters: Mapping[str, str | Path] | None
 
 
-class _Settings(_Further, total=False):
+class LoadSettings(_Further, total=False):
     """The arguments of `load` except `path`, `trust` and `limits`."""
 
     providers: Choice | Sequence[Choice] | None
@@ -213,37 +213,6 @@ def load(
             temporary.remove()
             tell_as_given(error, folder, given.name)
         raise
-
-
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable, *, trust: Literal[True] = True, **settings: Unpack[_Settings]
-) -> LanguageModel: ...
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable,
-    *,
-    trust: Literal[False],
-    limits: Limits | None = None,
-    **settings: Unpack[_Settings],
-) -> SandboxedModel: ...
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable,
-    *,
-    trust: bool,
-    limits: Limits | None = None,
-    **settings: Unpack[_Settings],
-) -> LanguageModel | SandboxedModel: ...
-async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
-    """As `load`, for `await`. A thread loads the bundle while the event loop runs.
-
-    The tokenizers library holds the GIL while it reads tokenizer.json; docs/embedding.md says how long. Cancelling the
-    task does not stop the load; its model is discarded.
-    """
-    import asyncio  # see decoding/asynchronous.py
-
-    return await asyncio.to_thread(lambda: load(path, **settings))
 
 
 def _require_untrusted(

@@ -191,6 +191,7 @@ _ELSEWHERE = {
     "guided_json": "json_schema is the option",
     "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
     "lookahead": "prompt_lookup is the option",
+    "n": "generate(n=...) and stream_many(n=...) give several continuations",
     "max_length": "max_new_tokens is the most new tokens, without the prompt's",
     "num_beams": "there is no beam search, and generate(n=...) gives several continuations",
     "num_return_sequences": "generate(n=...) gives several continuations",

@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from pastkey.errors import InputError
+
 from .api import replies, schemas
 from .description import describe
 from .errors import answer_error
@@ -81,6 +83,8 @@ def _endpoint(service: Service, entry: Entry) -> Callable[[Request], Awaitable[R
             raw = await body_of(request, service.settings) if entry.body is not None else b""
             response = await entry.handler(service, request, raw)
         except Exception as error:
+            if isinstance(error, InputError) and service.is_loaded:  # a client learns the name, not where the bundle is
+                error = InputError(str(error).replace(str(service.model.bundle.path), service.settings.names[0]))
             response = await answer_error(request, error)
         service.metrics.requests.labels(entry.path, response.status_code).inc()
         return response

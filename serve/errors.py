@@ -6,7 +6,6 @@ import logging
 from http import HTTPStatus
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -63,13 +62,6 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
         message = str(error)
     if isinstance(error, RequestError):
         status, param, code = error.status, error.param, error.code
-    elif isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        status, param = 400, ".".join(map(str, first["loc"])) or None
-        unknown = first["type"] == "extra_forbidden"
-        code = "unknown_parameter" if unknown else "invalid_type" if first["type"].endswith("_type") else None
-        said = "is not known, or not supported by this server" if unknown else first["msg"]
-        message = f"{param}: {said}" if param else said
     elif isinstance(error, HTTPException):
         status, message = error.status_code, error.detail
     else:

@@ -164,7 +164,7 @@ RUNTIME_FLOORS = (
     "model",
     "sandbox",
     "loading",
-    "bulk",
+    "async_loading bulk",
     "commands",
 )
 PASTKEY_FLOORS = (

@@ -25,6 +25,7 @@ from ..errors import InputError, IntegrityError
 from ..files.external_data import check_contexts, check_external_data
 from ..files.folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
 from ..precisions import PRECISIONS
+from ..providers import TARGETS
 from ..typed import Between, Size, TokenId, parse
 from ..values import as_path, require
 from . import names
@@ -229,6 +230,7 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         manifest = parse(Manifest, values, "the manifest")
         static, graph = manifest.static, manifest.graph
         require(manifest.precision in PRECISIONS, "precision", manifest.precision, "one of pastkey's")
+        require(manifest.target in TARGETS, "target", manifest.target, f"one of {', '.join(TARGETS)}")
         require(graph in names.GRAPHS, "graph", graph, f"one of {', '.join(names.GRAPHS)}")
         require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")

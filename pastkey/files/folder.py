@@ -95,6 +95,8 @@ def require_manifest(folder: Path, kind: str) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; a {kind} is a folder{_to_export(folder, kind)}")
     if not (folder / MANIFEST).is_file():
+        if kind == "bundle" and _has_own_graphs(folder):
+            raise MissingFileError(f"{folder} is a bundle without its {MANIFEST}: copy the whole folder again")
         raise MissingFileError(f"{folder} is not a {kind}: it has no {MANIFEST}{_to_export(folder, kind)}")
 
 
@@ -123,9 +125,14 @@ def source_extra(source: str) -> str | None:
     if folder.suffix == ".gguf":
         return "gguf"
     with contextlib.suppress(OSError, ValueError):  # not a valid path
-        if (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file():
+        if (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file() and not _has_own_graphs(folder):
             return "huggingface"
     return None
+
+
+def _has_own_graphs(folder: Path) -> bool:
+    """Whether a folder has the graphs that only bundles have: a bundle, also where its manifest was lost."""
+    return any(folder.glob("onnx/pastkey*"))
 
 
 def _to_export(path: Path, kind: str) -> str:

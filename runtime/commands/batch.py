@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print_json(report)
     else:
         _print_report(report)
-    return 0
+    return int(0 < report["rows"] == report["errors"])
 
 
 def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str, Any]:

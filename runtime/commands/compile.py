@@ -17,7 +17,7 @@ from pastkey.command import Command, add_placement, say
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, Compiled, open_bundle, read_bundle
 from pastkey.contract.provider_options import in_manifest, not_kept
-from pastkey.errors import InputError, ProviderError
+from pastkey.errors import InputError, ProviderError, first_line
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
 
@@ -71,12 +71,7 @@ def compile_bundle(
         raise InputError("a bundle keeps its context binaries beside the graphs: leave out ep.context_embed_mode")
     if out.resolve() == bundle.path.resolve():
         raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
-    placement = ep.resolve(
-        (provider, dict(provider_options or {})),
-        bundle.manifest.target,
-        bundle.manifest.graph,
-        options_of_target=bundle.manifest.provider_options,
-    )
+    placement = ep.for_bundle(bundle.manifest, (provider, dict(provider_options or {})))
     name, given = placement.providers[0]
     provider = ep.short_name(name)
     options = {key: str(value) for key, value in given.items()}
@@ -112,9 +107,14 @@ def compile_bundle(
         made = open_bundle(folder, verify=False)
         # The proof runs with the options that the manifest may not set as well.
         proved = dataclasses.replace(manifest, compiled=dataclasses.replace(compiled, options=options))
-        engine = Engine(
-            dataclasses.replace(made, manifest=proved), allow_fallback=allow_fallback, session_options=session_options
-        )
+        loaded = dataclasses.replace(made, manifest=proved)
+        try:
+            engine = Engine(loaded, allow_fallback=allow_fallback, session_options=session_options)
+        except ProviderError as error:  # onnxruntime-openvino on a CPU
+            raise ProviderError(
+                f"the execution provider {provider!r} cannot load what it compiled "
+                f"({first_line(error.__cause__ or error)}): use the bundle as it is"
+            ) from None
         require_golden(engine, made)
         del engine
     return read_bundle(out)

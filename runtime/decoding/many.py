@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from typing import Any, TypeVar
 
 from pastkey.errors import InputError
-from pastkey.values import is_collection, is_int, require, shown
+from pastkey.values import is_collection, is_int, require, require_type, shown
 
 from ..sampling.random_stream import continuation_seed, fresh_seed
 from ..settings import SamplingConfig, require_valid
@@ -14,6 +14,7 @@ from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
 from .stream import ChunkStream, Readable
 
+_PROMPT = "a text, or a list of token ids"
 Key = TypeVar("Key")
 Open = Callable[[Any, Mapping[str, Any], SharedPrefills | None], ChunkStream]
 
@@ -27,14 +28,23 @@ def several(prompt: Any) -> bool:
     return listed and len(prompt) > 0 and all(hasattr(one, "__len__") for one in prompt)
 
 
-def token_ids(prompt: Iterable[Any], vocab_size: int) -> list[int]:
-    """A prompt as a list of ints. Raises InputError for bytes, a mapping or a set, and for other items."""
+def token_ids(prompt: Iterable[Any], vocab_size: int, name: str = "prompt") -> list[int]:
+    """A prompt as a list of ints. `name`: the argument's.
+
+    Raises InputError for bytes, a mapping, a set, or several prompts, and for other items; TypeError for what has none.
+    """
+    if several(prompt):
+        raise InputError(
+            f"{name} is {shown(prompt)}; it must be one text, or its token ids: give each alone, or all to generate() "
+            "or, where the model has it, stream_many()"
+        )
     unordered_or_bytes = isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set)
-    require(not unordered_or_bytes, "the prompt", prompt, "a text, or a list of token ids")
+    require(not unordered_or_bytes, name, prompt, _PROMPT)
+    require_type(isinstance(prompt, Iterable) and getattr(prompt, "ndim", 1) > 0, name, prompt, _PROMPT)
     tokens = list(prompt)
     for token in tokens:
         if not is_int(token):
-            raise InputError(f"the prompt holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}")
+            raise InputError(f"the {name} holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}")
     return [int(token) for token in tokens]
 
 

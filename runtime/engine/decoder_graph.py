@@ -126,7 +126,7 @@ class DecoderGraph:
         self.every = graph == "all_logits"
         self.fused = manifest.graph == "fused"
         # The graph for other programs sums a mask, which a device leaves to the CPU; ours returns all logits as well.
-        first = ep.resolve(providers, manifest.target).providers[0][0]
+        first = ep.for_bundle(manifest, providers).providers[0][0]
         self.native = None if graph == "adapters" else kernels_for(bundle, first, native)
         own = not self.every or (self.fused and first != ep.CPU)
         path = bundle.last_logits_graph if own else bundle.all_logits_graph

@@ -46,7 +46,7 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
 def _checked(parts: ModelParts, engine: Engine, text: Any, number: int | None) -> Ids:
     """The ids (T,) of one text. `number`: its place in a list, for the InputError."""
     try:
-        ids = parts.prompt_ids(text)
+        ids = parts.prompt_ids(text, "text")
         if not ids:
             raise InputError("the text is empty: give at least one token")
         return engine.checked(ids, 1)

@@ -405,7 +405,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             InputError: It is empty, or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
         """
-        return score(self.parts.adapted(adapter), self.prompt_ids(text))
+        return score(self.parts.adapted(adapter), self.parts.prompt_ids(text, "text"))
 
     def embed(
         self,

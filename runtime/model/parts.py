@@ -78,10 +78,10 @@ class ModelParts:
         """An engine with an empty cache over the model's graph."""
         return Engine.over(self.require_open().graph)
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """See `LanguageModel.prompt_ids`."""
+    def prompt_ids(self, prompt: str | Sequence[int], name: str = "prompt") -> list[int]:
+        """See `LanguageModel.prompt_ids`. `name`: the argument's."""
         if not isinstance(prompt, str):
-            return token_ids(prompt, self.manifest.vocab_size)
+            return token_ids(prompt, self.manifest.vocab_size, name)
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer: give the prompt as token ids (--prompt-ids 1,2,3)")
         return self.tokenizer.encode(prompt)

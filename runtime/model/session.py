@@ -201,9 +201,10 @@ class Session:
         self.close()
 
     def _encode(self, text: str | Sequence[int]) -> list[int]:
-        if isinstance(text, str) and self._ids and self._parts.tokenizer is not None:
-            return self._parts.tokenizer.encode(text, add_special_tokens=False) if text else []
-        return self._parts.prompt_ids(text)
+        codec = self._parts.tokenizer
+        if isinstance(text, str) and self._ids and codec is not None:
+            return codec.encode_after(self._ids, text) if text else []
+        return self._parts.prompt_ids(text, "text")
 
     def _stream(self, text: str | Sequence[int], options: Mapping[str, Any]) -> Stream:
         engine = self._idle()

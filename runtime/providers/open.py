@@ -47,9 +47,9 @@ def open_session(
     Args:
         path: The graph.
         manifest: The bundle's manifest.
-        providers: See `providers.resolve`.
+        providers: See `placement.resolve`.
         threads: Threads within an operator; 0 lets onnxruntime choose.
-        allow_fallback: See `providers.resolve`.
+        allow_fallback: See `placement.resolve`.
         session_options: See `session_options`.
         profile_prefix: If given, onnxruntime records where each operator ran, in a file with this name prefix.
         library: Absolute path of a library with the graph's own operators, pastkey's.
@@ -74,15 +74,7 @@ def open_session(
         )
     given = dict(session_options or {})
     require_free(given)
-    if manifest.compiled is not None:
-        providers = ep.for_compiled(providers, manifest.compiled)
-    wanted = ep.resolve(
-        providers,
-        manifest.target,
-        manifest.graph,
-        allow_fallback=allow_fallback,
-        options_of_target=manifest.provider_options,
-    )
+    wanted = ep.for_bundle(manifest, providers, allow_fallback=allow_fallback)
     entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
 
     # Referenced until the session is created: onnxruntime gets pointers to this memory.

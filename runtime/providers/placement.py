@@ -96,6 +96,16 @@ def resolve(
     return Placement(tuple(chosen.items()), whole)
 
 
+def for_bundle(
+    manifest: Manifest, choice: Choice | Sequence[Choice] | None, *, allow_fallback: bool = False
+) -> Placement:
+    """As `resolve`, for a bundle: None is what it was compiled for, or its target. Raises as both do."""
+    if manifest.compiled is not None:
+        choice = for_compiled(choice, manifest.compiled)
+    options, target, graph = manifest.provider_options, manifest.target, manifest.graph
+    return resolve(choice, target, graph, allow_fallback=allow_fallback, options_of_target=options)
+
+
 def require_values(row: Provider, options: Mapping[str, Any]) -> None:
     """Raises ProviderError for an option value that the provider does not have."""
     for option, values in row.values.items():

@@ -207,7 +207,7 @@ class SandboxedModel(ChatCalls):
 
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of each token of a text, and their sum. See `LanguageModel.score`."""
-        sent = self._sent(text)
+        sent = self._sent(text, "text")
         most = MOST_JSON + PER_TOKEN * len(sent)
         return self._alive().call("for a score", "score", Score, {"text": sent}, most=most)
 
@@ -227,11 +227,11 @@ class SandboxedModel(ChatCalls):
         self.connection.require_alive()
         return self.connection
 
-    def _sent(self, prompt: str | Sequence[int]) -> str | list[int]:
+    def _sent(self, prompt: str | Sequence[int], name: str = "prompt") -> str | list[int]:
         """A prompt as JSON has it. Raises InputError for what is neither a text nor token ids."""
         if isinstance(prompt, str):
             return prompt
-        return token_ids(prompt, self.manifest.vocab_size)
+        return token_ids(prompt, self.manifest.vocab_size, name)
 
     def _stream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> SandboxedStream:
         return SandboxedStream(self._alive(), self, self._sent(prompt), options, self.manifest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,8 +65,8 @@ def open_chat_format(
     """
     if codec is None:
         raise InputError(
-            f"{bundle.path} has no tokenizer and holds no conversation: use  pastkey run "
-            f"{shlex.quote(str(bundle.path))} --prompt-ids 1,2,3"
+            f"{bundle.path} has no tokenizer and holds no conversation: use  pastkey run BUNDLE --prompt-ids 1,2,3  "
+            "(on a server, /v1/completions)"
         )
     template = ChatTemplate.from_bundle(bundle, source, tools=tools)
     return ChatFormat(template, codec, special_tokens_as_text=special_tokens_as_text)

@@ -6,7 +6,6 @@ Jinja's sandbox, with limits on source and output.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,8 +180,8 @@ def _chosen(folder: Path, found: Any, tools: bool) -> str:
     if not isinstance(found, str):
         raise InputError(
             f"{folder} has no chat template (chat_template in {names.TOKENIZER_CONFIG}), so that its model continues "
-            f"texts and holds no conversation: use  pastkey run {shlex.quote(str(folder))} --prompt TEXT  or take a "
-            "template with --template FILE (in Python, template=)"
+            "texts and holds no conversation: use  pastkey run BUNDLE --prompt TEXT  (on a server, /v1/completions), "
+            "or take a template with --template FILE (in Python, template=)"
         )
     return found
 

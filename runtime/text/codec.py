@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ import string
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -63,6 +65,31 @@ class TextCodec:
     def from_file(cls, path: Path) -> TextCodec:
         """Reads tokenizer.json. Raises IntegrityError for an invalid file."""
         return cls(open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path))
+
+    @functools.cached_property
+    def _without_prefix(self) -> TextCodec:
+        """The codec without the space that SentencePiece puts before a text."""
+        parts = ((name, getattr(self._tokenizer, name)) for name in ("normalizer", "pre_tokenizer"))
+        given = {name: json.loads(part.__getstate__()) for name, part in parts if part is not None}
+        changed = {name: next(iter(_without_spaces([part])), None) for name, part in given.items()}
+        if changed == given:
+            return self
+        content = json.dumps({**json.loads(self.to_json()), **changed})
+        return TextCodec(open_tokenizer(Tokenizer, content.encode(), "the tokenizer without its first space"))
+
+    def encode_after(self, ids: Sequence[int], text: str) -> list[int]:
+        """The ids of a text that continues `ids`, as they would be in one text, but for merges across the join."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        if list(ids) == self._tokenizer.encode("").ids:  # none, or the BOS token
+            return self.encode(text, add_special_tokens=False)
+        if ids[-1] in added:  # some tokenizers put a space behind special tokens
+            return self.encode(added[ids[-1]].content + text, add_special_tokens=False)[1:]
+        own = self._without_prefix.encode(text, add_special_tokens=False)
+        if not (special := added.keys() & own) or self._without_prefix is self:
+            return own
+        whole = self.encode(text, add_special_tokens=False)
+        first, same = (next(i for i, token in enumerate(found) if token in special) for found in (own, whole))
+        return [*own[:first], *whole[same:]]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt. Raises InputError if there are none or a word has no token.
@@ -237,6 +264,16 @@ class TextStream:
             self._before = self._codec.decode_known(self._context, keep_special_tokens=self._keep)
         before = self._before
         return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
+
+
+def _without_spaces(part: Any) -> Any:
+    """A step of a tokenizer, as JSON, without the space that it puts before a text."""
+    if isinstance(part, list):
+        return [_without_spaces(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
+    if not isinstance(part, dict):
+        return part
+    none = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {name: none.get(name, _without_spaces(value)) for name, value in part.items()}
 
 
 def _damaged_decoder(count: int, error: NativeError) -> IntegrityError:

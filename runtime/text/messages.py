@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.durable import write_json
 from pastkey.files.folder import read_json
-from pastkey.values import as_path, shown
+from pastkey.values import as_path, require_type, shown
 
 Content = str | Sequence[Mapping[str, Any]]  # a text, or parts {"type": "text", "text": ...}
 
@@ -84,6 +84,7 @@ def read_messages(path: str | Path) -> list[dict[str, Any]]:
 
 def check_messages(found: Sequence[Any], where: str = "") -> None:
     """Raises InputError for the first entry that is not a message. The error has `where` after its number."""
+    require_type(isinstance(found, Iterable), "messages", found, 'a list of {"role": ..., "content": ...}')
     for number, entry in enumerate(found, 1):
         name = f"message {number}{where}"
         if not isinstance(entry, dict) or not isinstance(entry.get("role"), str) or not entry["role"]:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from pastkey.runtime import Chunk, Completion
 
 from ..api.replies import call_id, finish_reason, logprobs_of, new_id
-from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, parsed
+from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, checked, parsed
 from ..errors import RequestError, body_of
 from ..events import DONE, PING, ahead, event
 from ..service import Running, Service
@@ -48,7 +48,7 @@ def chat_body_of(body: ResponsesBody) -> ChatBody:
     form = None if body.text is None else body.text.format
     if form is not None:
         given["response_format"] = {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_ or {}}}
-    return ChatBody.model_validate(given)
+    return checked(ChatBody, given, {"messages": "input"})
 
 
 def _logprobs(body: ResponsesBody) -> bool:

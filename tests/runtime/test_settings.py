@@ -161,7 +161,9 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: w.lm.stream_many(x), "prompts", ("ab", b"ab", {"a": 1}, {"a"}, [], iter("a"))),
     (lambda w, x: w.lm.agenerate("a", seed=x).send(None), "seed", WHOLE),
     (lambda w, x: w.lm.logits(x), "token ids", ("ab", b"ab", {1: 2}, {1}, [True], [1.5], [[1]])),
-    (lambda w, x: w.lm.score(x), "prompt", (b"ab", {1: 2}, ["a", "b"])),
+    (lambda w, x: w.lm.score(x), "^text is", (b"ab", {1: 2}, ["a", "b"])),
+    (lambda w, x: w.lm.stream(x), r"^prompt is .* all to generate\(\) or.* stream_many\(\)", (["a", "b"], [[1], [2]])),
+    (lambda w, x: w.session.append(x), "^text is .* each alone", (["a", "b"], [[1], [2]])),
     (lambda w, x: w.lm.embed("a", normalize=x), "normalize", SWITCH),
     (lambda w, x: w.lm.memory.estimate(x), "tokens", WHOLE),
     (lambda w, x: w.session.append("a", num_sink_tokens=x), "num_sink_tokens", WHOLE),
@@ -180,18 +182,25 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: pastkey.Generator(w.bundle, exact=x), "exact", SWITCH),
     (lambda w, x: pastkey.Generator(w.bundle, threads=1)({"prompt": x}), "prompt", ("ab", b"ab", {"a": 1}, 1)),
 ]
-# What Python refuses by itself.
-TYPE_ERRORS: list[tuple[Call, tuple[Any, ...]]] = [
-    (lambda w, x: load(x), (None, 1, ["a"])),
-    (lambda w, x: load(w.bundle, key=x), (1, b"secret")),
-    (lambda w, x: load(w.bundle, providers=[x]), (1, None)),
-    (lambda w, x: sign_bundle(w.bundle, x), (None, 1, b"a")),
-    (lambda w, x: w.lm.generate(x), (None, 1, 1.5)),
-    (lambda w, x: w.lm.generate(["a", "b"], x, max_new_tokens=1), (1, "a")),
-    (lambda w, x: w.lm.chat(messages=x), (1, 1.5)),
-    (lambda w, x: w.lm.chat().save(x), (None, 1, b"a")),
-    (lambda w, x: w.session.append(x), (None, 1)),
-    (lambda w, x: pastkey.Generator(w.bundle, threads=1)(x), (None, 1, "ab")),
+# Where a wrong type is a TypeError: the call, the beginning of the error, and values.
+TYPE_ERRORS: list[tuple[Call, str, tuple[Any, ...]]] = [
+    (lambda w, x: load(x), "path is", (None, 1, ["a"])),
+    (lambda w, x: load(w.bundle, key=x), "key is", (1, b"secret")),
+    (lambda w, x: load(w.bundle, providers=[x]), "", (1, None)),
+    (lambda w, x: sign_bundle(w.bundle, x), "key is", (None, 1, b"a")),
+    (lambda w, x: w.lm.generate(x), "prompt is", (None, 1, 1.5, np.array(3))),
+    (lambda w, x: w.lm.generate(x, n=2), "prompt is", (None, 1)),
+    (lambda w, x: w.lm.stream(x), "prompt is", (None, 1)),
+    (lambda w, x: w.lm.score(x), "text is", (None, 3)),
+    (lambda w, x: w.lm.embed(x), "text is", (None, 3)),
+    (lambda w, x: w.lm.load_session(x), "path is", (None, 3)),
+    (lambda w, x: w.lm.generate(["a", "b"], x, max_new_tokens=1), "", (1, "a")),
+    (lambda w, x: w.lm.chat(messages=x), "messages is", (1, 1.5)),
+    (lambda w, x: w.lm.generate_chat(x), "messages is", (None, 1)),
+    (lambda w, x: w.lm.chat().save(x), "path is", (None, 1, b"a")),
+    (lambda w, x: w.session.append(x), "text is", (None, 1)),
+    (lambda w, x: w.session.generate(x), "text is", (None, 1)),
+    (lambda w, x: pastkey.Generator(w.bundle, threads=1)(x), "", (None, 1, "ab")),
 ]
 
 
@@ -206,11 +215,11 @@ def test_a_call_refuses_a_wrong_type_and_the_model_answers_the_same(world: World
 
 
 @pytest.mark.parametrize("place", range(len(TYPE_ERRORS)))
-def test_a_wrong_type_that_python_refuses_is_a_type_error(world: World, place: int) -> None:
-    call, values = TYPE_ERRORS[place]
+def test_a_wrong_type_is_a_type_error_that_names_the_argument(world: World, place: int) -> None:
+    call, words, values = TYPE_ERRORS[place]
     expected = world.state()
     for value in values:
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match=f"^{words}"):
             call(world, value)
     assert world.state() == expected
     assert world.lm.scheduler.live == 0

@@ -12,6 +12,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, read_bundle
 from pastkey.errors import IntegrityError
 from pastkey.files.durable import write_json
+from pastkey.providers import TARGETS
 
 MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
 
@@ -37,6 +38,11 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("eos_token_ids", [1e400]),
         ("bos_token_id", "1"),
         ("target", ["cpu"]),
+        ("target", ""),
+        ("target", "../cpu"),
+        ("target", "CPU"),
+        ("target", "tensorrt"),  # a provider, and no target
+        ("target", "z" * 1_000_000),
         ("parity", "good"),
         ("precision", "fp8"),
         ("graph", "other"),
@@ -53,3 +59,9 @@ def test_a_field_of_another_kind_is_told_in_a_sentence(key: str, value: Any, tmp
     (tmp_path / names.MANIFEST).write_text(json.dumps(MANIFEST | {key: value}))
     with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
         read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_of_export_is_read(target: str, tmp_path: Path) -> None:
+    write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target})
+    assert read_bundle(tmp_path).manifest.target == target

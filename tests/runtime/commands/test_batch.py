@@ -83,6 +83,19 @@ def test_rows_of_every_kind_are_answered_and_reported(
     assert "9 rows, 2 with an error" in captured.out
 
 
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [(["no json", {"prompt": 5}], 1), (["no json"], 1), (["no json", {"prompt": "ab"}], 0), ([], 0)],
+)
+def test_a_job_whose_every_row_fails_ends_with_status_1(
+    talking: Path, tmp_path: Path, rows: list[Any], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert batch(talking, source, out) == status
+    assert batch(talking, source, out) == status  # a finished job says the same again
+    assert len(read_rows(out)) == len(rows)
+
+
 @pytest.mark.slow
 def test_a_job_that_is_terminated_goes_on(talking: Path, tmp_path: Path) -> None:
     """By SIGTERM and by Ctrl-C, each time when a few rows more are written."""

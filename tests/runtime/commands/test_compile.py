@@ -15,7 +15,9 @@ from pastkey.errors import InputError, IntegrityError, ProviderError
 from pastkey.files.durable import write_json
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.compile import compile_bundle
-from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.engine import decoder_graph
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers import placement
 
 MakeBundle = Callable[..., Bundle]
 UNKNOWN_FIELD = b"\xf8\x07\x01"  # number 127: makes another graph of one
@@ -41,7 +43,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr("pastkey.runtime.providers.open.open_session", open_session)
     monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", lambda bundle, **placement: bundle)
     monkeypatch.setattr("pastkey.runtime.engine.golden.require_golden", lambda engine, bundle: None)
-    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(placement, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
     return calls
 
 
@@ -72,6 +74,30 @@ def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
     assert made.manifest.compiled.options == QNN | given
 
 
+def test_a_bundle_of_another_target_is_proved_and_opened_on_the_provider_that_compiled_it(
+    make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    open_on_cpu = decoder_graph.open_session
+
+    def on_cpu(path: Path, manifest: Any, providers: Any, **given: Any) -> Any:
+        asked.append(placement.for_bundle(manifest, providers).providers)
+        manifest = dataclasses.replace(manifest, target="cpu", compiled=None)
+        return open_on_cpu(path, manifest, providers=None, **given)
+
+    monkeypatch.setattr(decoder_graph, "open_session", on_cpu)
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", Engine)
+    monkeypatch.setattr(placement, "available", lambda: ["OpenVINOExecutionProvider", "CPUExecutionProvider"])
+    bundle = make_bundle(type(tiny).random([(8, 8)], 24), "static", chunk=4, target="qnn")
+    made = compile_bundle(bundle.path, tmp_path / "out", "openvino", {"device_type": "GPU"})
+    proof = len(asked)
+    Engine(open_bundle(made.path), threads=1)
+    assert proof
+    assert asked == [(("OpenVINOExecutionProvider", {"device_type": "GPU"}),)] * proof * 2
+    with pytest.raises(ProviderError, match=r"was compiled for openvino .* and 'qnn' was asked for"):
+        Engine(open_bundle(made.path), providers="qnn")
+
+
 def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
     static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +114,18 @@ def test_nothing_is_left_of_what_fails(
 ) -> None:
     monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
     with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
+        compile_bundle(static.path, tmp_path / "out", "qnn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_provider_that_cannot_load_what_it_compiled_is_told(
+    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **placement: Any) -> None:
+        raise ProviderError("cannot load; compile it again") from RuntimeError("EP_FAIL")
+
+    monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", fails)
+    with pytest.raises(ProviderError, match=r"'qnn' cannot load what it compiled \(EP_FAIL\): use the bundle as it is"):
         compile_bundle(static.path, tmp_path / "out", "qnn")
     assert not list(tmp_path.iterdir())
 
@@ -109,20 +147,20 @@ def test_what_cannot_be_compiled_is_refused(
 
 
 def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(placement, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="was compiled for npu9"):
-        providers.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
+        placement.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
     compiled = Compiled("qnn", QNN, "1.32.0")
     right: list[Any] = [None, "qnn", "QNNExecutionProvider", ["qnn"], ("qnn", {"soc_model": 57})]
     for choice in right:
-        name, options = cast(tuple[str, dict[str, str]], providers.for_compiled(choice, compiled))
+        name, options = cast(tuple[str, dict[str, str]], placement.for_compiled(choice, compiled))
         assert (name, options["htp_arch"]) == ("qnn", "75")
-    more = providers.for_compiled(("qnn", {"rpc_control_latency": "9"}), compiled)
+    more = placement.for_compiled(("qnn", {"rpc_control_latency": "9"}), compiled)
     assert more == ("qnn", QNN | {"rpc_control_latency": "9"})
     wrong: list[Any] = ["cpu", ("qnn", {"htp_arch": "73"}), ["openvino"]]
     for choice, asked in zip(wrong, ("'cpu'", "htp_arch=73", "'openvino'"), strict=True):
         with pytest.raises(ProviderError, match=rf"was compiled for qnn .* 1\.32\.0, and {asked} was"):
-            providers.for_compiled(choice, compiled)
+            placement.for_compiled(choice, compiled)
 
 
 def test_a_manifest_says_what_it_was_compiled_for_or_is_refused(static: Bundle) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pastkey.contract.bundle import Bundle
+from pastkey.errors import MissingFileError
 from pastkey.runtime import load
 from pastkey.runtime.speculation.worth import Worth
 
@@ -158,6 +159,24 @@ def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
     fails(command(name, tmp_path / "none", *prompt), "no such bundle")
     fails(command(name, tmp_path, *prompt), "is not a bundle")
     fails(command(name, Path(__file__), *prompt), "is a file")
+
+
+@pytest.mark.parametrize("graph", ["fused", "static"])
+def test_a_bundle_that_lost_its_manifest_is_told_as_that(
+    command: Run, make_bundle: Callable[..., Bundle], tiny: Any, graph: str
+) -> None:
+    path = make_bundle(tiny, graph, **({"chunk": 4} if graph == "static" else {})).path
+    (path / "config.json").write_text("{}")  # as every exported bundle has
+    (path / "pastkey.json").unlink()
+    for name, *flags in (
+        ("run", "--prompt", "a"),
+        ("chat", "--prompt", "a"),
+        ("inspect",),
+        ("run", "--prompt", "a", "--untrusted"),
+    ):
+        fails(command(name, path, *flags), f"{path} is a bundle without its pastkey.json: copy the whole folder again")
+    with pytest.raises(MissingFileError, match=r"is a bundle without its pastkey\.json"):
+        load(path)
 
 
 def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bundle, tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
         calls[call]("?", x=1)
     with pytest.raises(OptionError, match=rf"{call}\(\) has no option 'ignore_eos'; eos_token_id=\[\] lets no EOS"):
         calls[call]("?", ignore_eos=True)
+    with pytest.raises(OptionError, match=r"has no option 'num_return_sequences'; generate\(n=...\) gives several"):
+        calls[call]("?", num_return_sequences=2)
+    if call != "generate":
+        with pytest.raises(OptionError, match=r"has no option 'n'; generate\(n=...\) and stream_many\(n=...\) give"):
+            calls[call]("?", n=2)
     for near, meant in (("stop_token_id", "stop_token_ids"), ("eos_token_ids", "eos_token_id")):
         with pytest.raises(OptionError, match=rf"'{near}'; did you mean '{meant}'\?"):
             calls[call]("?", **{near: 1})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError, ResourceError
@@ -67,6 +67,23 @@ def test_a_stream_of_an_earlier_state_is_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="the session went on since this stream was made"):
         next(made)
     assert session.text == "x"
+
+
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefghi▁")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    with load(make_bundle(tiny, tokenizer=tokenizer).path, threads=1) as lm:
+        session = lm.session()
+        session.append("a cab")
+        session.append(" fed")
+        session.append("")
+        assert session.ids == lm.prompt_ids("a cab fed")
+        fork = session.fork()
+        fork.append("i")
+        assert fork.ids == lm.prompt_ids("a cab fedi")
+        assert fork.text == "a cab fedi"
+        assert session.generate(" a", max_new_tokens=4).ids == lm.generate("a cab fed a", max_new_tokens=4).ids
 
 
 def test_a_fork_and_its_origin_go_on_apart(model: LanguageModel) -> None:

@@ -83,7 +83,7 @@ def lengthen(folder: Path) -> None:
         (lambda folder: (folder / SIGNATURE).write_bytes(bytes(64)), IntegrityError, "is not a signature"),
         (lambda folder: (folder / SIGNATURE).write_bytes(bytes(20_000)), InputError, "10,000 are the most"),
         (lambda folder: (folder / SIGNATURE).unlink(), MissingFileError, "is not signed: it has no pastkey.json.sig"),
-        (lambda folder: (folder / MANIFEST).unlink(), MissingFileError, "is not a bundle: it has no pastkey.json"),
+        (lambda folder: (folder / MANIFEST).unlink(), MissingFileError, "is a bundle without its pastkey.json"),
         (shutil.rmtree, MissingFileError, "no such bundle"),
     ],
 )

@@ -36,7 +36,7 @@ def test_what_a_task_gets(untrusted: SandboxedModel, trusted: LanguageModel) -> 
         chunks = [[chunk async for chunk in model.astream("hello")] for model in (untrusted, trusted)]
         assert chunks[0] == chunks[1]
         assert await untrusted.ascore("hello") == trusted.score("hello")
-        with pytest.raises(InputError, match="the prompt holds"):
+        with pytest.raises(InputError, match="each alone, or all to generate"):
             untrusted.astream(["a"])  # type: ignore[list-item]
         async with untrusted.astream("hello", max_new_tokens=500) as stream:
             await anext(stream)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,43 @@ def test_the_tokenizers_own_begin_token_is_the_prompt_of_no_text() -> None:
     assert codec.encode("") == [end]
     assert codec.encode("a")[0] == end
     assert codec.decode(codec.encode("a")) == "a"
+
+
+SENTENCE_PIECE = {
+    "always": (pre_tokenizers.Metaspace(prepend_scheme="always"), None),
+    "first": (pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first")]), None),
+    "never": (pre_tokenizers.Metaspace(prepend_scheme="never"), None),
+    "normalizer": (None, normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])),
+    "alone": (pre_tokenizers.Metaspace(prepend_scheme="never"), normalizers.Prepend("▁")),
+}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("form", SENTENCE_PIECE)
+def test_pieces_have_the_tokens_of_the_whole_text(form: str, bos: bool) -> None:
+    tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in ("<unk>", "▁", "a", "b")], 0, byte_fallback=False))
+    tokenizer.pre_tokenizer, tokenizer.normalizer = SENTENCE_PIECE[form]
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<e>", special=True)])
+    tokenizer.add_tokens([AddedToken("<t>", normalized=False)])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 4)])
+    codec = TextCodec(tokenizer)
+    pieces = ("a", " a", "b ", "<e>", "<t>a", "b <e> a")
+    for first, *later in itertools.product(pieces, repeat=3):
+        ids = codec.encode(first)
+        for piece in later:
+            ids += codec.encode_after(ids, piece)
+        assert ids == codec.encode("".join([first, *later])), (first, *later)
+    if bos:
+        assert codec.encode("") + codec.encode_after(codec.encode(""), "a b") == codec.encode("a b")
+
+
+def test_a_later_piece_gets_no_space_from_a_byte_level_tokenizer() -> None:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    codec = TextCodec(tokenizer)
+    ids = codec.encode("a")
+    assert codec.decode(ids + codec.encode_after(ids, "b") + codec.encode_after(ids, " a")).strip() == "ab a"
 
 
 def test_an_empty_prompt_without_begin_token_is_refused() -> None:

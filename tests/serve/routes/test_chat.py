@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ..conftest import CALL, TOOL, Served, running
+from ...runtime.conftest import Tiny, write_bundle
+from ..conftest import CALL, TOOL, Served, letters, running
 
 HI = [{"role": "user", "content": "hi"}]
 RENDERED = "<user>hi.<assistant>"
@@ -123,6 +124,29 @@ def test_a_wrong_field_is_named(served: Served, change: Any, status: int, param:
     assert (found, error["param"]) == (status, param)
     assert said in error["message"]
     assert error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tokenizer": letters(), "tokenizer_config": {}}, "own has no chat template"),
+        ({"tokenizer": letters(), "tokenizer_config": {"chat_template": {"rag": "x"}}}, "own has chat templates named"),
+        ({}, "own has no tokenizer"),
+    ],
+)
+def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    folder = tmp_path / "private place"
+    write_bundle(folder, Tiny.random([(8, 8)], context_length=24), "fused", **fields)
+    with running(folder, names=("own",)) as served:
+        for path, body in (
+            (PATH, {"messages": HI}),
+            ("/apply-template", {"messages": HI}),
+            ("/responses", {"input": "hi"}),
+        ):
+            status, reply = served.ask(path, body)
+            assert status == 400
+            assert reply["error"]["message"].startswith(said)
+            assert "private place" not in str(reply)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": NaN}', b"\xff", b"[" * 100_000, b'"\\ud800"'])

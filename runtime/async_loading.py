@@ -1,0 +1,48 @@
+"""`load`, for `await`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+
+import pastkey
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from .loading import LoadSettings
+    from .model.language_model import LanguageModel
+    from .sandbox.limits import Limits
+    from .sandbox.model import SandboxedModel
+
+
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable, *, trust: Literal[True] = True, **settings: Unpack[LoadSettings]
+) -> LanguageModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: Literal[False],
+    limits: Limits | None = None,
+    **settings: Unpack[LoadSettings],
+) -> SandboxedModel: ...
+@overload
+async def aload(
+    path: str | Path | bytes | Traversable,
+    *,
+    trust: bool,
+    limits: Limits | None = None,
+    **settings: Unpack[LoadSettings],
+) -> LanguageModel | SandboxedModel: ...
+async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
+    """As `load`, for `await`. A thread imports the runtime and loads the bundle while the event loop runs.
+
+    Reading tokenizer.json and each library's start hold the GIL; docs/embedding.md says how long. Cancelling the task
+    does not stop the load; its model is discarded.
+    """
+    import asyncio  # see decoding/asynchronous.py
+
+    # The name `load` is looked up in the thread, since that imports onnxruntime, tokenizers and numpy.
+    return await asyncio.to_thread(lambda: pastkey.load(path, **settings))
