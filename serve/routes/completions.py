@@ -30,7 +30,7 @@ def prompts_of(given: str | list[Any]) -> list[Prompt]:
 
 def job_of(service: Service, body: CompletionBody) -> Job:
     """What the model is asked for."""
-    options = options_of(body, service.settings.defaults, MAX_TOKENS)
+    options = options_of(body, service, MAX_TOKENS)
     if body.logprobs is not None:
         options |= {"logprobs": body.logprobs, "prompt_logprobs": body.echo}
     return Job(prompts_of(body.prompt), body.n, options)

@@ -30,6 +30,15 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> N
     assert served.ask("/completions", {"prompt": "abc"})[1]["usage"]["completion_tokens"] == 16
 
 
+def test_a_limit_of_minus_one_is_the_contexts_end(served: Served) -> None:
+    full = served.model.manifest.context_length + 1  # the last token is told and never read
+    usage = served.ask(PATH, {"prompt": "abc", "max_tokens": -1})[1]["usage"]
+    assert usage["total_tokens"] == full
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for limit in ({}, {"max_tokens": -1}, {"max_completion_tokens": -1, "max_tokens": 3}):
+        assert served.ask("/v1/chat/completions", {**chat, **limit})[1]["usage"]["total_tokens"] == full
+
+
 def test_one_request_has_a_bounded_number_of_texts(served: Served) -> None:
     status, reply = served.ask(PATH, {"prompt": ["abc"] * 513, "n": 2})
     assert (status, reply["error"]["message"]) == (400, "the request asks for 1026 texts; at most 1024 at once")
