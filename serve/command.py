@@ -46,7 +46,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="SECONDS", type=finite_float, help=_told("longest time of a request", "timeout"))
     add("--drain", metavar="SECONDS", type=finite_float, help=_told("time to end after SIGTERM", "drain_seconds"))
     add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
-    add("--allow-origin", metavar="ORIGIN", action="append", default=[], help="an origin of web pages that may ask")
+    meaning = "an origin of web pages that may ask"
+    add("--allow-origin", metavar="ORIGIN", type=str.lower, action="append", default=[], help=meaning)
     add(
         "--default",
         metavar="NAME=JSON",

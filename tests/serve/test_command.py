@@ -26,6 +26,7 @@ def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyP
     assert settings_of(parsed()) == ServerSettings(names=("b",))
     found = settings_of(parsed("--max-queue", "0", "--alias", "x", "--alias", "y", "--default", "top_k=3"))
     assert (found.max_queue, found.names, found.defaults) == (0, ("x", "y"), {"top_k": 3})
+    assert settings_of(parsed("--allow-origin", "https://MyBox.local")).allow_origins == ("https://mybox.local",)
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
