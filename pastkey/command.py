@@ -77,6 +77,11 @@ def finite_float(text: str) -> float:
     return value
 
 
+def byte_count(text: str) -> int:
+    """argparse type: a number of bytes, also as 4e9."""
+    return int(finite_float(text))
+
+
 def _int(text: str) -> int:
     try:
         return int(text)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pastkey.command import (
     Command,
     add_placement,
+    byte_count,
     finite_float,
     key_value,
     natural_int,
@@ -58,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="option of requests that do not set it, by the runtime's name: temperature=0.7, max_new_tokens=512",
     )
     add("--access-log", action="store_true", help="print a line for each request")
-    add("--max-memory", metavar="BYTES", type=lambda text: int(float(text)), help="limit of all KV caches (none)")
+    add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (none)")
     add("--draft", metavar="BUNDLE", help="smaller bundle of the same vocabulary that drafts tokens (none)")
     add(
         "--adapter",

@@ -29,6 +29,17 @@ def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyP
     assert settings_of(parsed("--allow-origin", "https://MyBox.local")).allow_origins == ("https://mybox.local",)
 
 
+@pytest.mark.parametrize("given", ["inf", "-inf", "nan", "1e999", "4GB", ""])
+def test_a_memory_that_is_no_number_of_bytes_is_a_sentence(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere", f"--max-memory={given}"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith("pastkey serve: argument --max-memory: ")
+    assert " is not a " in told
+    assert parsed("--max-memory", "4e9").max_memory == 4_000_000_000
+
+
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n", encoding="utf-8")
