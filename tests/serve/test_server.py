@@ -101,6 +101,35 @@ def test_sigterm_ends_the_command_with_success(bundle: Path) -> None:
     assert told.startswith("pastkey serve: a at http://127.0.0.1:")
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    program = f"""if True:
+        import tempfile, time
+        from pastkey.runtime.model.unpack import TemporaryFolder
+        from pastkey.serve.command import listen
+        from pastkey.serve.server import run
+        from pastkey.serve.settings import ServerSettings
+
+        def load():
+            unpacked = TemporaryFolder()
+            print("loading", flush=True)
+            time.sleep(600)
+
+        tempfile.tempdir = {str(tmp_path)!r}
+        run(ServerSettings(port=0), listen("127.0.0.1", 0), load)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(number)
+        try:
+            assert process.wait(60) == status
+        finally:
+            process.kill()
+        assert process.stdout.read() == b""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bundle_that_cannot_be_loaded_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
     with command(tmp_path) as process:
         assert process.stderr is not None
