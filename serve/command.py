@@ -56,7 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=key_value,
         action="append",
         default=[],
-        help="option of requests that do not set it, by the runtime's name: temperature=0.7, max_new_tokens=512",
+        help="option of requests that do not set it, in place of the model's own: temperature=0.7, max_new_tokens=512",
     )
     add("--access-log", action="store_true", help="print a line for each request")
     add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (none)")
@@ -156,7 +156,10 @@ def _run(arguments: argparse.Namespace) -> int:
             max_queue=settings.max_queue,
             **placement,
         )
+        own = ", ".join(f"{name} {value}" for name, value in model.sampling_defaults.items())
         say(f"pastkey serve: {settings.names[0]} at {address}/v1")
+        if own:
+            say(f"pastkey serve: defaults of the model's generation_config.json: {own}")
         return model
 
     with listen(settings.host, settings.port) as listening:

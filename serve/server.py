@@ -83,13 +83,13 @@ async def serve(
     async def loading() -> LanguageModel:
         try:
             model = await asyncio.to_thread(load)
+            service.loaded(model)
+            return model
         except BaseException:
             server.should_exit = True
             raise
         finally:
             server.loading = False
-        service.loaded(model)
-        return model
 
     task = asyncio.create_task(loading())
     await server.serve([listening])

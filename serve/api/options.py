@@ -19,7 +19,7 @@ def options_of(body: Sampling, service: Service, max_tokens: int = -1) -> dict[s
 
     Raises RequestError.
     """
-    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": max_tokens, **service.settings.defaults}
+    options: dict[str, Any] = {"max_new_tokens": max_tokens, **service.defaults}
     options |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if body.seed is not None and body.seed != -1:
         options["seed"] = body.seed
