@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConf
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(parser=parser)
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="the folder to write")
     parser.add_argument(
         "--data",
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and "WORLD_SIZE" not in os.environ:  # those that it starts have the same flags
         from .hardware.launch import launch
 
-        return launch(arguments.processes, sys.argv[1:])
+        return launch(arguments.processes, ["train", *arguments.parser.given])
 
     if "WORLD_SIZE" in os.environ:  # torch warns of each process that is gone, with a trace of C++
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
