@@ -37,7 +37,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(init, "init", str, "a checkpoint, a Hugging Face folder or a GGUF file to fine-tune", metavar="MODEL")
     _flag(init, "lora", "train a LoRA adapter, which `export` merges, and not all weights")
     _add(init, "lora_rank", positive_int, "rank of the adapter")
-    _flag(init, "gradient_checkpointing", "less memory, a third slower")
 
     model = parser.add_argument_group("the decoder (default: the preset's sizes)")
     kinds = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
@@ -67,6 +66,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "save_every", positive_int, "steps between checkpoints")
     _add(training, "seed", natural_int, "seed of weights, batches and stories")
     _add(training, "threads", positive_int, "threads of torch")
+    _flag(training, "gradient_checkpointing", "less memory, a third slower")
 
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument(
