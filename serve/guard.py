@@ -41,7 +41,8 @@ def require_key(connection: HTTPConnection, keys: Sequence[str]) -> None:
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
     sent = (given.encode("latin-1"), given.encode())  # UTF-8 as curl sends it, and Latin-1 as browsers do
-    if not sum(hmac.compare_digest(one, key.encode()) for key in keys for one in sent):  # each is compared
+    wanted = [key.encode(errors="surrogateescape") for key in keys]  # an environment may have any bytes
+    if not sum(hmac.compare_digest(one, key) for key in wanted for one in sent):  # each is compared
         raise RequestError(
             "the key is missing or wrong: send it as  Authorization: Bearer KEY", status=401, code="invalid_api_key"
         )

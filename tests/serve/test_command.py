@@ -63,7 +63,7 @@ def test_another_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch)
     assert settings_of(parsed("--host", host)).host == host
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LocalHost", "::1", "127.1.2.3"])
 def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY, raising=False)
     assert settings_of(parsed("--host", host)).host == host

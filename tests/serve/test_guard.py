@@ -17,7 +17,7 @@ PATH = "/v1/completions"
 
 @pytest.fixture(scope="module")
 def locked(bundle: Path) -> Iterator[Served]:
-    settings = {"keys": ("QZ", "ß2", "密2"), "body_bytes": 1000, "receive_seconds": 0.3}
+    settings = {"keys": ("QZ", "ß2", "密2", "\udce92"), "body_bytes": 1000, "receive_seconds": 0.3}
     with running(bundle, allow_origins=("https://a.b",), allow_hosts=("Proxy.a",), **settings) as served:
         yield served
 
@@ -69,6 +69,7 @@ def test_cors_headers_are_those_of_allowed_origins(served: Served, locked: Serve
         ({"X-Api-Key": "ß2".encode()}, 200),
         ({"Authorization": "Bearer 密2".encode()}, 200),
         ({"Authorization": "Bearer 密3".encode()}, 401),
+        ({"X-Api-Key": b"\xe92"}, 200),
     ],
 )
 def test_each_route_but_health_needs_a_key(locked: Served, headers: dict[str, Any], status: int) -> None:
