@@ -160,7 +160,8 @@ def test_generate_stops_at_the_context_and_repeats_under_a_seed() -> None:
 
 
 def test_gradient_checkpointing_keeps_one_activation_of_a_layer() -> None:
-    model, ids = Decoder(ModelConfig(**BASE | {"num_hidden_layers": 6})), torch.arange(40)[None] % 101
+    sizes: dict[str, Any] = BASE | {"num_hidden_layers": 6}
+    model, ids = Decoder(ModelConfig(**sizes)), torch.arange(40)[None] % 101
     kept, gradients = [], []
     for model.model.checkpointing in (False, True):
         size = 0
