@@ -21,15 +21,15 @@ from .values import shown
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that prints one sentence instead of usage and message."""
 
-    _given: Sequence[str] = ()
+    given: Sequence[str] = ()  # the words that it parsed
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """See ArgumentParser."""
-        self._given = sys.argv[1:] if args is None else args
+        self.given = sys.argv[1:] if args is None else args
         return super().parse_args(args)
 
     def error(self, message: str) -> NoReturn:
-        flags = [word.partition("=")[0] for word in self._given if word.startswith("--")]
+        flags = [word.partition("=")[0] for word in self.given if word.startswith("--")]
         known = list(self._option_string_actions)
         for flag in flags:  # report an unknown flag before arguments that it leaves missing
             if not any(name.startswith(flag) for name in known):
@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
                 message = f"no flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
                 break
         plain = len(self._get_positional_actions())
-        if len(self._given) > plain and not any(word.startswith("-") for word in self._given):
-            message = f"{shown(self._given[plain])} stands without a flag; {message}"
+        if len(self.given) > plain and not any(word.startswith("-") for word in self.given):
+            message = f"{shown(self.given[plain])} stands without a flag; {message}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -75,6 +75,11 @@ def finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
+
+
+def byte_count(text: str) -> int:
+    """argparse type: a number of bytes, also as 4e9."""
+    return int(finite_float(text))
 
 
 def _int(text: str) -> int:

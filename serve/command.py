@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pastkey.command import (
     Command,
     add_placement,
+    byte_count,
     finite_float,
     key_value,
     natural_int,
@@ -46,7 +47,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="SECONDS", type=finite_float, help=_told("longest time of a request", "timeout"))
     add("--drain", metavar="SECONDS", type=finite_float, help=_told("time to end after SIGTERM", "drain_seconds"))
     add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
-    add("--allow-origin", metavar="ORIGIN", action="append", default=[], help="an origin of web pages that may ask")
+    meaning = "an origin of web pages that may ask"
+    add("--allow-origin", metavar="ORIGIN", type=str.lower, action="append", default=[], help=meaning)
     add(
         "--default",
         metavar="NAME=JSON",
@@ -54,10 +56,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=key_value,
         action="append",
         default=[],
-        help="option of requests that do not set it, by the runtime's name: temperature=0.7, max_new_tokens=512",
+        help="option of requests that do not set it, in place of the model's own: temperature=0.7, max_new_tokens=512",
     )
     add("--access-log", action="store_true", help="print a line for each request")
-    add("--max-memory", metavar="BYTES", type=lambda text: int(float(text)), help="limit of all KV caches (none)")
+    add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (none)")
     add("--draft", metavar="BUNDLE", help="smaller bundle of the same vocabulary that drafts tokens (none)")
     add(
         "--adapter",
@@ -154,7 +156,10 @@ def _run(arguments: argparse.Namespace) -> int:
             max_queue=settings.max_queue,
             **placement,
         )
+        own = ", ".join(f"{name} {value}" for name, value in model.sampling_defaults.items())
         say(f"pastkey serve: {settings.names[0]} at {address}/v1")
+        if own:
+            say(f"pastkey serve: defaults of the model's generation_config.json: {own}")
         return model
 
     with listen(settings.host, settings.port) as listening:

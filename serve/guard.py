@@ -20,8 +20,8 @@ def require_host(connection: HTTPConnection, settings: ServerSettings) -> None:
     """
     server = connection.scope.get("server") or ("",)
     known = {*LOOPBACK, settings.host, str(server[0]), *settings.allow_hosts}
-    host = _name("//" + connection.headers.get("host", ""))
-    if host not in known:
+    host = _name("//" + connection.headers.get("host", ""))  # in lower case
+    if host not in {name.lower() for name in known}:
         raise RequestError("the Host header is not a name of this server: --allow-host NAME allows one", status=403)
 
 
@@ -40,7 +40,9 @@ def require_key(connection: HTTPConnection, keys: Sequence[str]) -> None:
         return
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
-    if not sum(hmac.compare_digest(given.encode(), key.encode()) for key in keys):  # each is compared
+    sent = (given.encode("latin-1"), given.encode())  # UTF-8 as curl sends it, and Latin-1 as browsers do
+    wanted = [key.encode(errors="surrogateescape") for key in keys]  # an environment may have any bytes
+    if not sum(hmac.compare_digest(one, key) for key in wanted for one in sent):  # each is compared
         raise RequestError(
             "the key is missing or wrong: send it as  Authorization: Bearer KEY", status=401, code="invalid_api_key"
         )

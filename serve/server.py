@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 
@@ -20,7 +23,20 @@ from .settings import ServerSettings
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends with success after SIGTERM: its requests were answered."""
+    """uvicorn's server, which ends with success after SIGTERM: its requests were answered.
+
+    Attributes:
+        loading: Whether the model is loaded meanwhile.
+    """
+
+    loading = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's; but nothing interrupts the thread that loads, and Python would wait for it."""
+        if self.loading:
+            atexit._run_exitfuncs()  # they remove an unpacked bundle
+            os._exit(0 if sig == signal.SIGTERM else 128 + sig)
+        super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,11 +83,13 @@ async def serve(
     async def loading() -> LanguageModel:
         try:
             model = await asyncio.to_thread(load)
+            service.loaded(model)
+            return model
         except BaseException:
             server.should_exit = True
             raise
-        service.loaded(model)
-        return model
+        finally:
+            server.loading = False
 
     task = asyncio.create_task(loading())
     await server.serve([listening])

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from pastkey.contract.names import GENERATION_CONFIG
 from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, LanguageModel
 
 from .errors import RequestError
@@ -90,6 +91,7 @@ class Service:
         metrics: The counters.
         started: When it began, in seconds since 1970.
         site: The files of the page, once they were asked for.
+        defaults: The options of a request that does not set them: the settings' before the bundle's own.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -98,6 +100,7 @@ class Service:
         self.metrics = Metrics()
         self.started = int(time.time())
         self.site: Mapping[str, Path | bytes] | None = None
+        self.defaults = settings.defaults
         self._model: LanguageModel | None = None
 
     @property
@@ -113,7 +116,10 @@ class Service:
         return self._model is not None
 
     def loaded(self, model: LanguageModel) -> None:
-        """Takes the model."""
+        """Takes the model. Raises IntegrityError for a generation_config.json that is not valid."""
+        # The file says what is drawn, and no `do_sample` is greedy. Without it, OpenAI's temperature.
+        temperature = 0.0 if GENERATION_CONFIG in model.manifest.files else 1.0
+        self.defaults = {"temperature": temperature, **model.sampling_defaults, **self.settings.defaults}
         self._model = model
         self.metrics.watch(lambda: model.activity)
 

@@ -32,7 +32,7 @@ class ServerSettings:
         allow_hosts: Further names in the Host header.
         allow_origins: Origins of web pages that may ask.
         access_log: Prints a line for each request.
-        defaults: The options of a request that does not set them.
+        defaults: The options of a request that does not set them, in place of the bundle's own.
     """
 
     host: str = "127.0.0.1"
@@ -68,4 +68,4 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host in LOOPBACK
+        return host.lower() in LOOPBACK

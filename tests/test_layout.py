@@ -61,7 +61,6 @@ ELSEWHERE = {
     "serve/errors.py": ("serve/routes/test_chat.py", "is what is refused there"),
     "serve/events.py": ("serve/test_service.py", "is how streams are sent there"),
     "serve/metrics.py": ("serve/routes/test_status.py", "is the page there"),
-    "serve/api/options.py": ("serve/routes/test_chat.py", "is how the fields there reach the sampler"),
     "serve/api/replies.py": ("serve/routes/test_chat.py", "is the shape of the replies there"),
     "serve/settings.py": ("serve/test_command.py", "is what the flags make"),
     "serve/table.py": ("serve/test_description.py", "is a row of what is described there"),

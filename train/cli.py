@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConf
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(parser=parser)
     parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT", help="the folder to write")
     parser.add_argument(
         "--data",
@@ -37,7 +37,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(init, "init", str, "a checkpoint, a Hugging Face folder or a GGUF file to fine-tune", metavar="MODEL")
     _flag(init, "lora", "train a LoRA adapter, which `export` merges, and not all weights")
     _add(init, "lora_rank", positive_int, "rank of the adapter")
-    _flag(init, "gradient_checkpointing", "less memory, a third slower")
 
     model = parser.add_argument_group("the decoder (default: the preset's sizes)")
     kinds = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
@@ -67,6 +66,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "save_every", positive_int, "steps between checkpoints")
     _add(training, "seed", natural_int, "seed of weights, batches and stories")
     _add(training, "threads", positive_int, "threads of torch")
+    _flag(training, "gradient_checkpointing", "less memory, a third slower")
 
     hardware = parser.add_argument_group("hardware")
     hardware.add_argument(
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.processes is not None and "WORLD_SIZE" not in os.environ:  # those that it starts have the same flags
         from .hardware.launch import launch
 
-        return launch(arguments.processes, sys.argv[1:])
+        return launch(arguments.processes, ["train", *arguments.parser.given])
 
     if "WORLD_SIZE" in os.environ:  # torch warns of each process that is gone, with a trace of C++
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -15,6 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pastkey.contract.config import ModelConfig
 
@@ -66,7 +67,13 @@ class Decoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything except the output head: token ids to hidden states."""
+    """Everything except the output head: token ids to hidden states.
+
+    Attributes:
+        checkpointing: Keeps one activation per layer, and computes the others again in the backward pass.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -91,7 +98,10 @@ class Backbone(nn.Module):
         else:
             rotation = self.rotary(position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, rotation)  # (B, T, E)
+            if self.checkpointing:
+                hidden = checkpoint(layer, hidden, rotation, use_reentrant=False)  # (B, T, E)
+            else:
+                hidden = layer(hidden, rotation)  # (B, T, E)
         output: Tensor = self.norm(hidden)  # (B, T, E)
         return output
 

@@ -100,6 +100,9 @@ class Pretrained(nn.Module):
 def checkpoint_activations(model: Decoder | Pretrained) -> None:
     """Keeps one activation per layer, and computes the others again in the backward pass."""
     inner: Any = model if isinstance(model, Decoder) else model.inner
+    if isinstance(inner, Decoder):
+        inner.model.checkpointing = True
+        return
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise InputError(f"{type(inner).__name__} has no gradient checkpointing: leave out --gradient-checkpointing")
     with quiet():  # transformers 5 warns of a change in its next version

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pastkey.command import say
 from pastkey.files.durable import write_whole
+from pastkey.values import is_number
 
 from .checkpoint import LOSS_CURVE, METRICS
 
@@ -42,7 +43,7 @@ class Metrics:
         kept = 0
         for line in self._file:
             row = _parse(line)
-            if row is None or row["step"] > step:
+            if not line.endswith(b"\n") or (row is not None and row["step"] > step):
                 break
             kept += len(line)
         self._file.truncate(kept)
@@ -69,7 +70,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl, without a last line that a kill cut short."""
+    """Returns the rows of metrics.jsonl, without a last line that a kill cut short, and lines that are no rows."""
     if not (folder / METRICS).exists():
         return []
     with (folder / METRICS).open("rb") as file:
@@ -77,12 +78,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the row of a line, or None if a kill or a full disk cut it short."""
+    """Returns the row of a line; None if a kill or a full disk cut it short, or someone wrote something else."""
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: Any = json.loads(line)
     except ValueError:
         return None
-    return row if line.endswith(b"\n") else None
+    whole = line.endswith(b"\n") and isinstance(row, dict) and "step" in row and all(map(is_number, row.values()))
+    return row if whole else None
 
 
 def draw_loss_curve(folder: Path) -> None:

@@ -100,9 +100,8 @@ class TrainConfig:
 
     def _check_init(self) -> None:
         if self.init is None:
-            given = [name for name in ("lora", "gradient_checkpointing") if getattr(self, name)]
-            if given:
-                raise InputError(f"--{given[0].replace('_', '-')} is for a model that exists: name it with --init")
+            if self.lora:
+                raise InputError("--lora is for a model that exists: name it with --init")
             return
         self._require("optimizer", self.optimizer == "adamw", "adamw, which trained what exists")
         for field in dataclasses.fields(self):

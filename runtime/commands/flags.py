@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
 
-from pastkey.command import decode_input, finite_float, id_list, key_value, natural_int, placement_of
+from pastkey.command import byte_count, decode_input, finite_float, id_list, key_value, natural_int, placement_of
 from pastkey.errors import InputError
 from pastkey.files.folder import read_text
 
@@ -20,7 +20,7 @@ SOURCE: Final = (
     "a bundle; or what is exported once and kept: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
 )
 ADAPTER: Final = "adapter"  # the name of --adapter's
-_LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": lambda text: int(float(text)), "seconds": float}
+_LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": byte_count, "seconds": finite_float}
 # The flags of SamplingConfig's fields: type, meaning.
 SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
     "temperature": (finite_float, "0 takes the likeliest token; above 0, tokens are drawn"),
@@ -62,7 +62,7 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
     for name, text in arguments.limits or ():
         try:
             found[name] = _LIMITS[name](text)
-        except (KeyError, ValueError, OverflowError):
+        except (KeyError, argparse.ArgumentTypeError):
             raise InputError(
                 f"--limit {name}={text} was given; memory=BYTES or seconds=S was expected, as in --limit memory=4e9"
             ) from None

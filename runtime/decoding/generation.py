@@ -169,7 +169,8 @@ class Generation:
         self._started = False
         self.begun = False
         self._yielded = len(self.ids)
-        self._ending: FinishReason | None = None if self._limit else "length"
+        # Without new tokens there are steps only for the log-probabilities of a prompt, whose first token has none.
+        self._ending: FinishReason | None = None if self._limit or len(self.prompt_logprobs) > 1 else "length"
         self._jumped = False  # whether `jump` ran after the newest of `ids`
         self._seen = 0  # length of `ids` at the last check for the end
         self.tokens_per_step = 1.0
@@ -321,7 +322,9 @@ class Generation:
         chunk = missing[: sizes[0]]
         logits = self._read_with_logprobs(chunk) if self.prompt_logprobs else engine.run(np.array([chunk]))[0, -1]
         self._speculator.read()
-        if len(sizes) == 1:
+        if not self._limit and None not in self.prompt_logprobs[1:]:
+            self._ending = self._ending or "length"
+        elif len(sizes) == 1:
             self.take(logits[None], [])
             self.jump()
 
@@ -404,7 +407,7 @@ class Generation:
             self._constraint.follow(self.ids, self.prompt_tokens)
             if self._constraint.complete:
                 self._ending = self._ending or "stop"
-        if len(self.ids) >= self.most_tokens:
+        if self._limit and len(self.ids) >= self.most_tokens:
             self._ending = self._ending or "length"
         self._seen = len(self.ids)
 

@@ -119,8 +119,8 @@ class LanguageModel(ChatCalls, AdapterCalls):
     def sampling_defaults(self) -> ChatOptions:
         """The sampling options of the model's authors, from the source's generation_config.json.
 
-        Pass them on: `lm.generate(prompt, **lm.sampling_defaults)`. Only `pastkey chat` uses them by default. Empty if
-        the authors named none. Raises IntegrityError if one is out of range.
+        Pass them on: `lm.generate(prompt, **lm.sampling_defaults)`. Only `pastkey chat` and `pastkey serve` use them by
+        default. Empty if the authors named none. Raises IntegrityError if one is out of range.
         """
         return sampling_defaults(self.bundle)
 

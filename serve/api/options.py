@@ -7,15 +7,19 @@ from typing import Any
 from pastkey.runtime import ChatOptions
 
 from ..errors import RequestError
+from ..service import Service
 from .schemas import ChatBody, ResponseFormat, Sampling
 
 # Fields that are options of the runtime as they stand.
 _SAME = (Sampling.model_fields.keys() & ChatOptions.__optional_keys__) - {"seed", "stop", "logit_bias"}
 
 
-def options_of(body: Sampling, defaults: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """The options of a generation. `max_tokens`: of a request that sets no limit. Raises RequestError."""
-    options: dict[str, Any] = {"temperature": 1.0, **defaults}
+def options_of(body: Sampling, service: Service, max_tokens: int = -1) -> dict[str, Any]:
+    """The options of a generation. `max_tokens`: of a request that sets no limit; -1 is the context's end.
+
+    Raises RequestError.
+    """
+    options: dict[str, Any] = {"max_new_tokens": max_tokens, **service.defaults}
     options |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if body.seed is not None and body.seed != -1:
         options["seed"] = body.seed
@@ -33,8 +37,9 @@ def options_of(body: Sampling, defaults: dict[str, Any], max_tokens: int) -> dic
     limit = body.max_completion_tokens if isinstance(body, ChatBody) else None
     limit = body.max_tokens if limit is None else limit
     if limit is not None:
-        options["max_new_tokens"] = max_tokens if limit < 0 else limit
-    options.setdefault("max_new_tokens", max_tokens)
+        options["max_new_tokens"] = limit
+    if options["max_new_tokens"] == -1:
+        options["max_new_tokens"] = service.model.manifest.context_length
     return options
 
 

@@ -47,7 +47,7 @@ def job_of(service: Service, body: ChatBody, model: LanguageModel) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     prompt = model.chat_prompt(**conversation_of(body))
-    options = options_of(body, service.settings.defaults, model.manifest.context_length)
+    options = options_of(body, service)
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
     return Job([prompt], body.n, options)

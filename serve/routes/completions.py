@@ -30,11 +30,9 @@ def prompts_of(given: str | list[Any]) -> list[Prompt]:
 
 def job_of(service: Service, body: CompletionBody) -> Job:
     """What the model is asked for."""
-    options = options_of(body, service.settings.defaults, MAX_TOKENS)
+    options = options_of(body, service, MAX_TOKENS)
     if body.logprobs is not None:
         options |= {"logprobs": body.logprobs, "prompt_logprobs": body.echo}
-    if body.echo and not options["max_new_tokens"]:
-        options["max_new_tokens"] = 1  # it is left out: the prompt is computed for its log-probabilities
     return Job(prompts_of(body.prompt), body.n, options)
 
 
@@ -77,11 +75,10 @@ def _choice(
     service: Service, body: CompletionBody, place: int, found: Completion, job: Job, echoed: list[list[int]]
 ) -> TextChoice:
     number = place // body.n
-    hidden = body.echo and body.max_tokens == 0
-    text, ids, new = ("", [], []) if hidden else (found.text, found.ids, found.logprobs)
-    logprobs: TextLogprobs | None = None
+    text, logprobs = found.text, None
     if body.logprobs is not None:
-        logprobs = text_logprobs(service, [*found.prompt_logprobs, *new], [*echoed[number], *ids])
+        tokens = [*echoed[number], *found.ids]
+        logprobs = text_logprobs(service, [*found.prompt_logprobs, *found.logprobs], tokens)
     if body.echo:
         text = _prompt_text(service, job.prompts[number]) + text
     return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(found)}

@@ -149,12 +149,7 @@ class _Writer:
                 yield from self._begin({"type": "message", "role": "assistant", "content": []}, "msg_")
                 self._item["content"].append(_part("", []))
                 yield self.event("response.content_part.added", **self._place, content_index=0, part=_part("", []))
-            part, logprobs, self._held = self._item["content"][0], self._held, []
-            part["text"] += chunk.text
-            part["logprobs"] += logprobs
-            yield self.event(
-                "response.output_text.delta", **self._place, content_index=0, delta=chunk.text, logprobs=logprobs
-            )
+            yield self._delta(chunk.text)
         for call in chunk.tool_calls:
             if call.name is not None:
                 yield from self.close("completed")
@@ -170,6 +165,8 @@ class _Writer:
             return
         item, place = self._item, self._place
         if item["type"] == "message":
+            if self._held:
+                yield self._delta("")
             part = item["content"][0]
             text = {"text": part["text"], "logprobs": part["logprobs"]}
             yield self.event("response.output_text.done", **place, content_index=0, **text)
@@ -222,6 +219,12 @@ class _Writer:
             told += self._begin(item, "fc_")
         told += self.end(completion)
         return {**self._response, "output": self.output}
+
+    def _delta(self, text: str) -> str:
+        part, logprobs, self._held = self._item["content"][0], self._held, []
+        part["text"] += text
+        part["logprobs"] += logprobs
+        return self.event("response.output_text.delta", **self._place, content_index=0, delta=text, logprobs=logprobs)
 
     @property
     def _item(self) -> Item:

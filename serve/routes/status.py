@@ -69,6 +69,6 @@ async def props(service: Service, request: Request, raw: bytes) -> Response:
             "max_queue": service.settings.max_queue,
             "chat_template": template,
             "kernels": found.kernels,
-            "defaults": service.settings.defaults,
+            "defaults": service.defaults,
         }
     )

@@ -26,6 +26,18 @@ def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyP
     assert settings_of(parsed()) == ServerSettings(names=("b",))
     found = settings_of(parsed("--max-queue", "0", "--alias", "x", "--alias", "y", "--default", "top_k=3"))
     assert (found.max_queue, found.names, found.defaults) == (0, ("x", "y"), {"top_k": 3})
+    assert settings_of(parsed("--allow-origin", "https://MyBox.local")).allow_origins == ("https://mybox.local",)
+
+
+@pytest.mark.parametrize("given", ["inf", "-inf", "nan", "1e999", "4GB", ""])
+def test_a_memory_that_is_no_number_of_bytes_is_a_sentence(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "nowhere", f"--max-memory={given}"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.startswith("pastkey serve: argument --max-memory: ")
+    assert " is not a " in told
+    assert parsed("--max-memory", "4e9").max_memory == 4_000_000_000
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +63,7 @@ def test_another_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch)
     assert settings_of(parsed("--host", host)).host == host
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LocalHost", "::1", "127.1.2.3"])
 def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY, raising=False)
     assert settings_of(parsed("--host", host)).host == host

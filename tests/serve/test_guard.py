@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,12 @@ PATH = "/v1/completions"
 
 @pytest.fixture(scope="module")
 def locked(bundle: Path) -> Iterator[Served]:
-    settings = {"keys": ("QZ", "ß2"), "body_bytes": 1000, "receive_seconds": 0.3}
-    with running(bundle, allow_origins=("https://a.b",), allow_hosts=("proxy.a",), **settings) as served:
+    settings = {"keys": ("QZ", "ß2", "密2", "\udce92"), "body_bytes": 1000, "receive_seconds": 0.3}
+    with running(bundle, allow_origins=("https://a.b",), allow_hosts=("Proxy.a",), **settings) as served:
         yield served
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9", "[::1]:8080", "LOCALHOST", "proxy.a"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9", "[::1]:8080", "LOCALHOST", "proxy.a", "PROXY.A:80"])
 def test_a_host_that_is_this_machine_may_be_asked(locked: Served, host: str) -> None:
     assert locked.ask("/health", Host=host) == (200, {"status": "ok"})
 
@@ -64,9 +65,14 @@ def test_cors_headers_are_those_of_allowed_origins(served: Served, locked: Serve
         ({"Authorization": "Bearer QZ"}, 200),
         ({"Authorization": "bearer QZ "}, 200),
         ({"X-Api-Key": "QZ"}, 200),
+        ({"X-Api-Key": "ß2"}, 200),  # in Latin-1
+        ({"X-Api-Key": "ß2".encode()}, 200),
+        ({"Authorization": "Bearer 密2".encode()}, 200),
+        ({"Authorization": "Bearer 密3".encode()}, 401),
+        ({"X-Api-Key": b"\xe92"}, 200),
     ],
 )
-def test_each_route_but_health_needs_a_key(locked: Served, headers: dict[str, str], status: int) -> None:
+def test_each_route_but_health_needs_a_key(locked: Served, headers: dict[str, Any], status: int) -> None:
     for path, body in (
         (PATH, BODY),
         ("/v1/models", None),

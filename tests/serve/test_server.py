@@ -16,6 +16,7 @@ import pytest
 
 from pastkey.runtime import LanguageModel, load
 
+from ..runtime.conftest import Tiny, write_bundle
 from ..runtime.decoding.batching import waiting
 from .conftest import Gate, Served, running
 
@@ -82,8 +83,10 @@ def command(bundle: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_sigterm_ends_the_command_with_success(bundle: Path) -> None:
-    with command(bundle, "--alias", "a", "--default", "temperature=0") as process:
+def test_sigterm_ends_the_command_with_success(tmp_path: Path) -> None:
+    authors = {"do_sample": True, "top_k": 5}
+    bundle = write_bundle(tmp_path / "b", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=authors)
+    with command(bundle.path, "--alias", "a", "--default", "temperature=0") as process:
         assert process.stderr is not None
         told = process.stderr.readline()
         port = int(told.rsplit(":", 1)[1].split("/")[0])
@@ -97,15 +100,48 @@ def test_sigterm_ends_the_command_with_success(bundle: Path) -> None:
         waiting.until(ready)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert process.stderr.read() == ""
+        own = "pastkey serve: defaults of the model's generation_config.json: temperature 1.0, top_k 5\n"
+        assert process.stderr.read() == own
     assert told.startswith("pastkey serve: a at http://127.0.0.1:")
 
 
-def test_a_bundle_that_cannot_be_loaded_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
-    with command(tmp_path) as process:
-        assert process.stderr is not None
-        assert process.wait(60) == 2
-        (told,) = process.stderr.read().splitlines()
-    assert told.startswith("pastkey serve: ")
-    assert "http://" not in told
-    assert "pastkey.json" in told or "bundle" in told
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    program = f"""if True:
+        import tempfile, time
+        from pastkey.runtime.model.unpack import TemporaryFolder
+        from pastkey.serve.command import listen
+        from pastkey.serve.server import run
+        from pastkey.serve.settings import ServerSettings
+
+        def load():
+            unpacked = TemporaryFolder()
+            print("loading", flush=True)
+            time.sleep(600)
+
+        tempfile.tempdir = {str(tmp_path)!r}
+        run(ServerSettings(port=0), listen("127.0.0.1", 0), load)
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(number)
+        try:
+            assert process.wait(60) == status
+        finally:
+            process.kill()
+        assert process.stdout.read() == b""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path: Path) -> None:
+    wrong = {"do_sample": True, "top_p": 9}
+    hot = write_bundle(tmp_path / "hot", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=wrong)
+    for bundle, said in ((tmp_path, "pastkey.json"), (hot.path, "generation_config.json is not valid: top_p is 9")):
+        with command(bundle) as process:
+            assert process.stderr is not None
+            assert process.wait(60) == 2
+            (told,) = process.stderr.read().splitlines()
+        assert told.startswith("pastkey serve: ")
+        assert "http://" not in told
+        assert said in told

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from pastkey.__main__ import main
+from pastkey.train.hardware import launch
 
 from .helpers import TINY, write_corpus
 
@@ -45,6 +47,13 @@ def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "trained already" in capsys.readouterr().err
     assert main([*out, "--resume", "--steps", "14", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 14
+
+
+def test_processes_get_the_words_that_python_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "--processes", "2", "--out", "c", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["notebook", "--steps", "9"])
+    monkeypatch.setattr(launch, "launch", lambda *given: 7 if given == (2, words) else 1)
+    assert main(words) == 7
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,12 @@ def test_the_same_seed_gives_the_same_run(text: Path, tmp_path: Path) -> None:
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
+def test_gradient_checkpointing_gives_the_same_run(text: Path, tmp_path: Path) -> None:
+    for name, option in (("plain", False), ("less", True)):
+        loop.train(tiny(steps=4, layers=2, gradient_checkpointing=option), tmp_path / name, data=[text])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "less")
+
+
 class Stop(BaseException):
     pass
 

@@ -157,3 +157,24 @@ def test_generate_stops_at_the_context_and_repeats_under_a_seed() -> None:
     assert [len(row) for row in generate(model, prompt, 50, temperature=1.0, seed=4)] == [5, 5]
     first, again, other = (generate(model, prompt, 5, temperature=1.0, seed=seed) for seed in (4, 4, 5))
     assert first == again != other
+
+
+def test_gradient_checkpointing_keeps_one_activation_of_a_layer() -> None:
+    sizes: dict[str, Any] = BASE | {"num_hidden_layers": 6}
+    model, ids = Decoder(ModelConfig(**sizes)), torch.arange(40)[None] % 101
+    kept, gradients = [], []
+    for model.model.checkpointing in (False, True):
+        size = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.numel() * (not isinstance(tensor, torch.nn.Parameter))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(ids, positions_like(ids)).square().mean()
+        (gradient,) = torch.autograd.grad(loss, model.model.embed_tokens.weight)
+        kept.append(size)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+    assert kept[1] < kept[0] / 5

@@ -23,6 +23,34 @@ def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path: Path) -> N
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "a note",
+        "7",
+        "[]",
+        "null",
+        "{}",
+        '{"loss": 3}',
+        '{"step": null}',
+        '{"step": "2"}',
+        '{"step": 2, "loss": "x"}',
+        '{"step": 2, "val_loss": NaN}',
+        "\x00",
+        "\xff",
+    ],
+)
+def test_a_line_that_was_edited_by_hand_is_kept_and_not_read(line: str, tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([rows[0], line, *rows[1:]]) + "\n", encoding="latin-1")
+    with Metrics(tmp_path, 3) as metrics:
+        metrics.add({"step": 4, "loss": 2.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (3, 1.0), (4, 2.0)]
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="latin-1").splitlines()[1:2] == [line]
+    draw_loss_curve(tmp_path)
+
+
 def test_metrics_are_strict_json(tmp_path: Path) -> None:
     with Metrics(tmp_path, 0) as metrics:
         with pytest.raises(ValueError, match="JSON compliant"):

@@ -206,6 +206,56 @@ def test_a_conversation_is_that_of_python(page: Page, talking: Path) -> None:
     assert page.locator("#log h2").all_text_contents() == ["You", "Model"] * 2
 
 
+@contextlib.contextmanager
+def on_a_static_server(bundle: Path) -> Iterator[str]:
+    with serving(site(bundle)) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def on_pastkey_serve(bundle: Path) -> Iterator[str]:
+    from ..serve.conftest import running  # skips without the server's packages
+
+    with running(bundle) as served:
+        yield f"http://127.0.0.1:{served.port}/"
+
+
+@pytest.mark.parametrize("opened", [on_a_static_server, on_pastkey_serve])
+def test_it_is_used_by_the_keyboard_alone(page: Page, talking: Path, opened: Callable[[Path], Any]) -> None:
+    expected = pastkey.load(talking, "cpu").chat().ask("bcd ef", max_new_tokens=8).text
+    keys, prompt = page.keyboard, page.locator("#prompt")
+
+    def focused() -> str:
+        return str(
+            page.evaluate("[document.activeElement].map(({ id, name, localName }) => id || name || localName)[0]")
+        )
+
+    def tabs(times: int, key: str = "Tab") -> list[str]:
+        """What has the focus after each Tab."""
+        return [[keys.press(key), focused()][1] for _ in range(times)]
+
+    with opened(talking) as address:
+        page.goto(address)
+        page.locator("#load:enabled").wait_for()
+        assert tabs(2) == ["provider", "load"]
+        keys.press("Enter")
+        page.locator("#form").wait_for()
+        keys.type("abd e")
+        for key in ("Home", "Delete", "ArrowRight", "c", "End", "f", "Shift+Enter", "x", "Backspace", "Backspace"):
+            keys.press(key)
+        assert prompt.input_value() == "bcd ef"
+        assert tabs(3) == ["send", "clear", "summary"]
+        keys.press("Space")
+        options = ["temperature", "topK", "topP", "minP", "repetitionPenalty", "seed", "maxNewTokens"]
+        assert tabs(7) == options
+        keys.type("8")  # over the selected number
+        assert tabs(10, "Shift+Tab") == [*options[-2::-1], "summary", "clear", "send", "prompt"]
+        keys.press("Enter")
+        page.locator("#status", has_text="As many tokens as asked for: 8 tokens").wait_for()
+        assert page.locator("#log p").all_text_contents() == ["bcd ef", expected]
+        assert (prompt.input_value(), focused()) == ("", "prompt")
+
+
 def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> None:
     lm = pastkey.load(talking, "cpu")
     with serving(site(talking)) as (address, _):

@@ -200,7 +200,8 @@ $("clear").onclick = told(async () => {
   busy(false);
   $("prompt").focus();
 });
-document.onkeydown = ({ key }) => key === "Escape" && !$("stop").disabled && $("stop").click();
+// Not `onkeydown`: a handler there that returns false cancels the key.
+document.addEventListener("keydown", ({ key }) => key === "Escape" && $("stop").click());
 $("prompt").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();

@@ -82,7 +82,14 @@ def test_a_prompt_that_is_cached_is_computed_anew_for_its_log_probabilities(lm: 
     again = lm.generate("abcabc", reuse_prefix=True, prompt_logprobs=True, **DRAWN)
     assert (again.ids, again.cached_tokens) == (first.ids, 0)
     assert None not in again.prompt_logprobs[1:]
-    assert lm.generate("a", prompt_logprobs=True, max_new_tokens=0).prompt_logprobs[0] is None
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 40])
+def test_a_prompt_has_log_probabilities_without_new_tokens(model: LanguageModel, length: int) -> None:
+    prompt = [i % 7 for i in range(length)]
+    found = model.generate(prompt, max_new_tokens=0, prompt_logprobs=True)
+    assert found.prompt_logprobs == model.generate(prompt, max_new_tokens=1, prompt_logprobs=True).prompt_logprobs
+    assert (found.ids, found.logprobs, found.finish_reason) == ([], [], "length")
 
 
 def test_the_figures(lm: LanguageModel) -> None:

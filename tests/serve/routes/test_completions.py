@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> N
     assert served.ask("/completions", {"prompt": "abc"})[1]["usage"]["completion_tokens"] == 16
 
 
+def test_a_limit_of_minus_one_is_the_contexts_end(served: Served) -> None:
+    full = served.model.manifest.context_length + 1  # the last token is told and never read
+    usage = served.ask(PATH, {"prompt": "abc", "max_tokens": -1})[1]["usage"]
+    assert usage["total_tokens"] == full
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for limit in ({}, {"max_tokens": -1}, {"max_completion_tokens": -1, "max_tokens": 3}):
+        assert served.ask("/v1/chat/completions", {**chat, **limit})[1]["usage"]["total_tokens"] == full
+
+
 def test_one_request_has_a_bounded_number_of_texts(served: Served) -> None:
     status, reply = served.ask(PATH, {"prompt": ["abc"] * 513, "n": 2})
     assert (status, reply["error"]["message"]) == (400, "the request asks for 1026 texts; at most 1024 at once")
@@ -49,7 +59,8 @@ def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_echo_with_log_probabilities_scores_the_prompt(served: Served, tokens: int) -> None:
     body = {"prompt": ids_of("abca"), "max_tokens": tokens, "echo": True, "logprobs": 2}
-    choice = served.ask(PATH, body)[1]["choices"][0]
+    reply = served.ask(PATH, body)[1]
+    choice = reply["choices"][0]
     score = served.model.score(ids_of("abca"))
     columns = choice["logprobs"]
     assert columns["tokens"][:4] == list("abca")
@@ -58,6 +69,28 @@ def test_echo_with_log_probabilities_scores_the_prompt(served: Served, tokens: i
     assert columns["token_logprobs"][1:4] == pytest.approx(score.logprobs[1:])
     assert all(len(top) == 2 for top in columns["top_logprobs"][1:])
     assert (choice["text"] == "abca") == (tokens == 0)
+    assert (reply["usage"]["completion_tokens"], choice["finish_reason"]) == (tokens, "length")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given"), [({}, {"max_tokens": 0}), ({"max_new_tokens": 0}, {}), ({"max_new_tokens": 0}, {"n": 2})]
+)
+def test_echo_without_new_tokens_is_the_prompt_alone(
+    saying: Callable[[str, str], Path], defaults: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Whether streamed or not, also where the model would end the text at once."""
+    n = given.get("n", 1)
+    with running(saying("abc", ""), defaults=defaults) as served:
+        body = {"prompt": "abc", "echo": True, **given}
+        for more in ({}, {"logprobs": 1}):
+            reply = served.ask(PATH, {**body, **more})[1]
+            assert [(one["text"], one["finish_reason"]) for one in reply["choices"]] == [("abc", "length")] * n
+            assert reply["usage"]["completion_tokens"] == 0
+        *chunks, last, _ = served.events(PATH, {**body, "stream_options": {"include_usage": True}})
+        told = [(each["index"], each["text"], each["finish_reason"]) for chunk in chunks for each in chunk["choices"]]
+        assert told == [(i, "abc", None) for i in range(n)] + [(i, "", "length") for i in range(n)]
+        assert last["usage"]["completion_tokens"] == 0
+        assert served.ask(PATH, {**body, "echo": False})[1]["choices"][0]["text"] == ""
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,20 @@ def test_the_events_are_in_order_and_end_with_the_whole(served: Served) -> None:
     assert plain.keys() == final.keys()
 
 
+@pytest.mark.parametrize(("answer", "text"), [("abQ", "a"), ("bQ", "")])
+def test_tokens_without_a_text_at_the_end_have_log_probabilities(
+    saying: Callable[[str, str], Path], answer: str, text: str
+) -> None:
+    """Those of a stop string, here."""
+    with running(saying("<user>hi.<assistant>", answer), defaults={"temperature": 0.0, "stop": ["bQ"]}) as served:
+        body = {"input": "hi", "include": ["message.output_text.logprobs"]}
+        (part,) = served.ask(PATH, body)[1]["output"][0]["content"]
+        *events, _ = served.events(PATH, body)
+    assert (part["text"], [one["token"] for one in part["logprobs"]]) == (text, list(answer))
+    assert events[-1]["response"]["output"][0]["content"] == [part]
+    assert [one for event in events if "delta" in event for one in event["logprobs"]] == part["logprobs"]
+
+
 def test_a_call_is_an_item_of_its_own(saying: Callable[[str, str], Path]) -> None:
     with running(saying("wet.<user>hi.<assistant>", "so " + CALL)) as calling:
         body = {"input": "hi", "tools": [FLAT], "max_output_tokens": 90}
