@@ -260,7 +260,10 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None
         Call("open('x')").raw(nn.Module(), ids)
 
 
-@pytest.mark.parametrize("expression", ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']"])
+@pytest.mark.parametrize(
+    "expression",
+    ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']"],
+)
 def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
     assert is_plain(expression)
 
@@ -280,3 +283,61 @@ def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
 )
 def test_a_call_that_does_more_is_not_plain(expression: str) -> None:
     assert not is_plain(expression)
+
+
+def asked_calls(module: nn.Module) -> list[str]:
+    """The calls that a refusal proposes; each works when it is typed."""
+    with pytest.raises(InputError) as caught:
+        probed(module)
+    words = shlex.split(str(caught.value).rpartition(" with ")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert [probed(module, call).call.expression for call in calls] == calls
+    return calls
+
+
+class Wide(Counted):
+    """As wide as its vocabulary."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.token = nn.Embedding(VOCAB, VOCAB)
+            self.head = nn.Linear(VOCAB, VOCAB)
+        self.make = make
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.make(self.token(ids), self.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("make", "places"),
+    [
+        (lambda hidden, logits: (hidden, logits), "[1] [0]"),
+        (lambda hidden, logits: (logits, None, hidden), "[2] [0]"),
+        (lambda hidden, logits: {"hidden": hidden, "out": logits}, "['out'] ['hidden']"),
+        (lambda hidden, logits: {"draft_logits": hidden, "main_logits": logits}, "['main_logits'] ['draft_logits']"),
+        (lambda hidden, logits: (hidden, hidden * 2, logits), "[2] [1] [0]"),
+        (lambda hidden, logits: (hidden[:, -1], logits), "[1] [0]"),
+    ],
+)
+def test_two_results_that_may_both_be_the_logits_are_asked_for(make: Any, places: str) -> None:
+    assert asked_calls(Wide(make)) == [f"model(ids){place}" for place in places.split()]
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda hidden, logits: {"hidden": hidden, "logits": logits}, "['logits']"),
+        (lambda hidden, logits: {"draft_logits": hidden, "logits": logits}, "['logits']"),
+        (lambda hidden, logits: {"hidden": hidden, "lm_logits": logits}, "['lm_logits']"),
+        (lambda hidden, logits: {"router_logits": hidden[..., :4], "out": logits}, "['out']"),
+        (lambda hidden, logits: (logits, logits.clone()), "[0]"),
+        (lambda hidden, logits: (logits, logits.mean()), "[0]"),
+        (lambda hidden, logits: (logits[:, -1], logits), "[1]"),
+        (lambda hidden, logits: (logits.log_softmax(-1), logits), "[0]"),
+        (lambda hidden, logits: (hidden.flip(1), logits), "[1]"),
+    ],
+)
+def test_one_result_that_alone_can_be_the_logits_is_taken(make: Any, place: str) -> None:
+    assert probed(Wide(make)).call.expression == f"model(ids){place}"
