@@ -27,7 +27,7 @@ from pastkey.quiet import quiet
 
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
-from .logits import logits_in, standing, tensors
+from .logits import is_distribution, logits_in, standing, tensors
 from .observe import name_of, natively
 from .watched import draws, half_precision, kept
 
@@ -88,6 +88,9 @@ _PLAIN = (
 )  # fmt: skip
 
 
+_METHODS = ("log", "clamp_min", "transpose")  # of a result, which messages propose
+
+
 def is_plain(expression: str) -> bool:
     """Whether an expression only calls the module; an untrusted manifest may ask for nothing else."""
     try:
@@ -96,11 +99,21 @@ def is_plain(expression: str) -> bool:
         return False
     return all(
         isinstance(node, _PLAIN)
-        and not (isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "model"))
+        and not (isinstance(node, ast.Call) and not _calls_module(node.func))
         and not (isinstance(node, ast.Name) and node.id == "torch")
         and not (isinstance(node, ast.Attribute) and node.attr.startswith("_"))
         for node in nodes
     )
+
+
+def _calls_module(function: ast.expr) -> bool:
+    """Whether a function is the module, or a harmless method of its result."""
+    if not isinstance(function, ast.Attribute):
+        return isinstance(function, ast.Name) and function.id == "model"
+    result = function.value
+    while isinstance(result, ast.Subscript | ast.Attribute):
+        result = result.value
+    return function.attr in _METHODS and isinstance(result, ast.Call)
 
 
 @dataclass(frozen=True)
@@ -180,11 +193,14 @@ def _runs(module: nn.Module, expression: str, length: int) -> bool:
 
 
 def _chosen(module: nn.Module, fitting: Sequence[tuple[Probed, Tensor]]) -> Probed:
-    """The call whose logits all others have. Raises InputError if there are others."""
+    """The call whose logits all others have. Raises InputError if there are others, or only probabilities."""
     kinds: list[list[tuple[Probed, Tensor]]] = []  # of equal logits
     for probed, logits in fitting:
-        alike = next((kind for kind in kinds if _same_tokens(logits, kind[0][1])), None)
-        kinds.append([(probed, logits)]) if alike is None else alike.append((probed, logits))
+        if not is_distribution(logits):
+            alike = next((kind for kind in kinds if _same_tokens(logits, kind[0][1])), None)
+            kinds.append([(probed, logits)]) if alike is None else alike.append((probed, logits))
+    if not kinds:
+        _refuse_probabilities(module, *fitting[0])
     taken = [next((p for p, _ in kind if "t" in p.call.order), kind[0][0]) for kind in kinds]
     if len(taken) > 1:
         refuse_ambiguous(module, *(probed.call for probed in taken))
@@ -204,6 +220,15 @@ def refuse_ambiguous(module: nn.Module, *calls: Call) -> NoReturn:
         f"{name_of(module)} runs as {' and as '.join(expressions)}, and gives other logits: say which with  "
         + "  or  ".join(f"--call {shlex.quote(expression)}" for expression in reversed(expressions))
     ) from cause
+
+
+def _refuse_probabilities(module: nn.Module, probed: Probed, last: Tensor) -> NoReturn:
+    expression = probed.call.expression
+    mended = f"{expression}.log()" if bool(last.all()) else f"{expression}.clamp_min(1e-30).log()"
+    raise InputError(
+        f"{name_of(module)} gives probabilities as {expression}, rows of which each sums to 1, where a sampler expects "
+        f"logits: take their logarithm with  --call {shlex.quote(mended)}"
+    )
 
 
 def plain_call(module: nn.Module, context_length: int) -> Call | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+_SUM = 1e-3  # how far a row of probabilities may be from 1
+
 
 def logits_in(
     outputs: Sequence[list[tuple[str, Tensor]]], lengths: Sequence[int], batch: int, one_row: bool, vocab: int
@@ -84,3 +86,8 @@ def standing(logits: Tensor, order: str) -> Tensor:
     if order in ("tv", "v"):
         logits = logits[None]
     return logits if logits.dim() == 3 else logits[:, None]
+
+
+def is_distribution(logits: Tensor) -> bool:
+    """Whether rows (..., V) hold probabilities, as of a softmax."""
+    return bool((logits >= 0).all() and ((logits.sum(-1) - 1).abs() < _SUM).all())

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError, InputError
 from pastkey.export.graft.probe.call import Call, Probed, find_call, is_plain
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
+from pastkey.export.graft.probe.contract import in_contract
+
+from ...decoders import NanoGpt
+from ..own.parts import Gpt, drawn
+from ..own.positions import Causal
 
 VOCAB, CONTEXT = 11, 12
 
@@ -262,7 +267,7 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None
 
 @pytest.mark.parametrize(
     "expression",
-    ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']"],
+    ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids)[0].transpose(1, 2).log()"],
 )
 def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
     assert is_plain(expression)
@@ -274,6 +279,9 @@ def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
         "torch.load('weights')",
         "torch.ops.load_library",
         "model.save(ids)",
+        "model.log(ids)",
+        "ids.log()",
+        "model(ids).tofile(ids)",
         "model.__class__",
         "().__class__.__base__",
         "[model(ids) for _ in ids]",
@@ -336,8 +344,53 @@ def test_two_results_that_may_both_be_the_logits_are_asked_for(make: Any, places
         (lambda hidden, logits: (logits, logits.mean()), "[0]"),
         (lambda hidden, logits: (logits[:, -1], logits), "[1]"),
         (lambda hidden, logits: (logits.log_softmax(-1), logits), "[0]"),
+        (lambda hidden, logits: (logits.softmax(-1), logits), "[1]"),
         (lambda hidden, logits: (hidden.flip(1), logits), "[1]"),
     ],
 )
 def test_one_result_that_alone_can_be_the_logits_is_taken(make: Any, place: str) -> None:
     assert probed(Wide(make)).call.expression == f"model(ids){place}"
+
+
+@pytest.mark.parametrize("zeros", [0, 3])
+def test_probabilities_are_told_from_logits(zeros: int) -> None:
+    class Sampled(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            seen = torch.arange(VOCAB) < VOCAB - zeros
+            return [self.logits(ids).masked_fill(~seen, -torch.inf).softmax(-1)]
+
+    (call,) = asked_calls(Sampled())
+    assert call == ("model(ids)[0].clamp_min(1e-30).log()" if zeros else "model(ids)[0].log()")
+    assert is_plain(call)
+
+
+class Soft(nn.Module):
+    """Probabilities in place of logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class SoftContract(Soft):
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids, position_ids)
+        return logits.softmax(-1)
+
+
+class SoftOwn(Soft):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids)
+        return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("contract", [True, False])
+def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract: bool) -> None:
+    module = SoftContract(NanoGpt().eval()) if contract else SoftOwn(drawn(lambda: Gpt(Causal)))
+    with pytest.raises(InputError, match="gives probabilities") as caught:
+        in_contract(module, CONTEXT, None, print)
+    made = in_contract(module, CONTEXT, shlex.split(str(caught.value))[-1], print).module
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = module(ids, position_ids=ids) if contract else module(ids)
+        assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)
