@@ -76,16 +76,19 @@ def open_source(
             "own weights: leave it out"
         )
     elif not isinstance(source, HubModel) and (base := _base_of(Path(source))) is not None:
-        opened = open_source(
-            base,
-            context_length=context_length,
-            trust_remote_code=trust_remote_code,
-            network=network,
-            say=say,
-            progress=progress,
-            before_loading=before_loading,
-            in_memory=True,
-        )
+        try:
+            opened = open_source(
+                base,
+                context_length=context_length,
+                trust_remote_code=trust_remote_code,
+                network=network,
+                say=say,
+                progress=progress,
+                before_loading=before_loading,
+                in_memory=True,
+            )
+        except MissingFileError as error:
+            raise MissingFileError(f"{_adapter_of(Path(source), base)}: {error}") from error
         return _finished(_merged(opened, Path(source), tokenizer), eos, template)
     elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
         found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
@@ -252,12 +255,21 @@ def _base_of(folder: Path) -> str | None:
     base = adapter_base(folder)
     if base is not None and not Path(base).exists() and hub_id(base) is None:
         raise MissingFileError(
-            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
+            f"{_adapter_of(folder, base)}: no base is at {base!r}: put it there, or change base_model_name_or_path in "
             f"{folder / names.ADAPTER_CONFIG}"
         )
     if base is not None and not (folder / names.ADAPTER_WEIGHTS).is_file():  # peft would ask the Hub, or read a pickle
         raise MissingFileError(f"the adapter {folder} has no {names.ADAPTER_WEIGHTS}: copy it, or save it in this form")
     return base
+
+
+def _adapter_of(folder: Path, base: str) -> str:
+    """What a folder is that holds no whole model, and the command that needs its base alone."""
+    run = shlex.join(["pastkey", "run", "base", "--adapter", str(folder)])
+    return (
+        f"{folder} is a peft adapter of {base}, into which an export merges it (a base that you have elsewhere can be "
+        f"exported alone:  pastkey export FOLDER --adapters --out base  and  {run})"
+    )
 
 
 def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
