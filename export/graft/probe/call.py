@@ -123,6 +123,7 @@ class Probed:
     call: Call
     vocab_size: int
     breaches: tuple[Cause, ...] = ()  # why its logits are not a decoder's
+    wide: bool = True  # whether they have the width of the vocabulary that is embedded
 
 
 def find_call(module: nn.Module, context_length: int, asked: str | None) -> Probed:
@@ -131,10 +132,13 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     Raises ContractError if no call returns logits, InputError if two that fit differ in their logits or `asked` fails.
     """
     expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
+    flagged = [] if asked is not None else _flagged(module, PLAIN if PLAIN in expressions else expressions[0])
     fitting: list[tuple[Probed, Tensor]] = []
     failed: list[tuple[str, BaseException]] = []
     breached: list[Probed] = []
-    for expression in expressions:
+    for expression in (*expressions, *flagged):
+        if expression in flagged and any(probed.wide for probed, _ in fitting):
+            break
         if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
             continue  # targets add the logits of every position, but repair no breach
         try:
@@ -149,7 +153,11 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         fitting += fits
         if not fits:
             breached += [probed for probed, _ in found]
-        elif fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
+        elif (
+            fitting[0][0].call.order.count("t")
+            and (expression == CONTRACT or not _asks(module))
+            and (fitting[0][0].wide or not flagged)
+        ):
             break
     if breached and Kind.ROWS in _kinds(breached[0]):  # perhaps its first axis holds the tokens
         breached.sort(key=lambda probed: "(ids.T" not in probed.call.expression or _kinds(probed) != {Kind.LOOK_AHEAD})
@@ -168,6 +176,11 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     if breached:
         return breached[0]
     expression, cause = failed[0]
+    if (mended := _mended(module, expressions, context_length)) is not None:
+        raise InputError(
+            f"{name_of(module)} gives logits, and not as (B, T, V) or (B, V), a row for each text: say how they lie "
+            f"with  --call {shlex.quote(mended)}"
+        )
     where = failing_line(cause)
     if not isinstance(cause, ContractError) and _runs(module, expression, context_length):
         what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
@@ -179,6 +192,23 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     )
     message = f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; {advice}"
     raise (InputError if asked is not None else ContractError)(message) from cause
+
+
+# What makes (B, T, V) of (B, V, T), (V, T), and of the logits of several next tokens: (B, T, n, V), (B, n, T, V), ...
+_LAID = (".transpose(1, 2)", ".T", "[:, :, 0]", "[:, 0]", "[0]")
+
+
+def _mended(module: nn.Module, expressions: Sequence[str], context_length: int) -> str | None:
+    """A call with the axes of its logits put in order; None if that does not make a decoder's of them."""
+    ids = torch.zeros(_BATCH, _LENGTHS[1], dtype=torch.long)
+    for expression in expressions:
+        with contextlib.suppress(Exception):  # a user's module may raise anything
+            for (path, _), laid in itertools.product([*tensors(_run(Call(expression), module, ids))], _LAID):
+                with contextlib.suppress(Exception):  # it has other axes
+                    found = _probe(module, expression + path + laid, context_length)
+                    if any(probed.wide and not probed.breaches for probed, _ in found):
+                        return expression + path + laid
+    return None
 
 
 def _kinds(probed: Probed) -> set[Kind]:
@@ -246,6 +276,7 @@ def _asks(module: nn.Module) -> bool:
 
 # Candidates for a required argument by a part of its name; all other names get _ARGUMENTS.
 _BY_NAME = {
+    "logits": ("True", "0"),
     "start": ("0",),
     "pos": ("positions", "positions[0]", "0"),
     "target": ("ids", "None"),
@@ -297,6 +328,14 @@ def _with_targets(module: nn.Module) -> list[str]:
     return ["model(ids, ids)"] if _candidates(first) is _ARGUMENTS or _candidates(first)[0] == "ids" else []
 
 
+def _flagged(module: nn.Module, call: str) -> list[str]:
+    """The call with each flag turned over that may ask for logits, such as get_logits=False."""
+    with contextlib.suppress(TypeError, ValueError):
+        flags = [p for p in inspect.signature(module.forward).parameters.values() if isinstance(p.default, bool)]
+        return [f"{call[:-1]}, {p.name}={not p.default})" for p in flags if "logits" in p.name.lower()]
+    return []
+
+
 def _masked(module: nn.Module, ids: str) -> list[str]:
     names = [p.name for p in _parameters(module)[0] if p.default is not p.empty]
     return [f"model({ids}, {name}={mask})" for name in names for mask in ("future_scores", "future", "past")]
@@ -321,7 +360,8 @@ def _probe(module: nn.Module, expression: str, context_length: int) -> list[tupl
         call = Call(expression + path, order)
         whole = standing(_run(call, module, ids), order)  # (B, T, V) or (B, 1, V)
         breaches = _breaches(module, call, ids, whole, order, vocab)
-        found.append((Probed(call, int(whole.shape[-1]), breaches), whole[0, -1]))
+        size = int(whole.shape[-1])
+        found.append((Probed(call, size, breaches, wide=size == vocab), whole[0, -1]))
     return found
 
 

@@ -38,7 +38,14 @@ def logits_in(
             rank = (re.search(r"\blogits\b", path) is not None, wide and named, wide, named)
             found.append((rank, path, order))
     best = max((rank for rank, _, _ in found), default=())
+    if not any(best) and vocab != batch and any(vocab in _constant(*both) for both in zip(*outputs, strict=False)):
+        return []  # another part has the vocabulary's width, along another axis
     return [(path, order) for rank, path, order in found if rank == best]
+
+
+def _constant(first: tuple[str, Tensor], second: tuple[str, Tensor]) -> list[int]:
+    """The sizes of a part that are the same at both lengths."""
+    return [a for a, b in zip(first[1].shape, second[1].shape, strict=False) if a == b]
 
 
 def tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -394,3 +394,74 @@ def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract: bool) 
     with torch.no_grad():
         expected = module(ids, position_ids=ids) if contract else module(ids)
         assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)
+
+
+class OnRequest(Counted):
+    """Its logits are made if they are asked for, as a flag or as an argument that must be given."""
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, *, get_logits: bool = False) -> Any:
+        return {"logits": self.logits(ids) if get_logits else None, "loss": None}
+
+
+class WithoutFlag(Counted):
+    def forward(self, ids: Tensor, skip_logits: bool = True) -> Any:
+        return None if skip_logits else self.logits(ids)
+
+
+class Required(Counted):
+    def forward(self, ids: Tensor, return_logits: bool) -> Any:  # type: ignore[override]
+        return self.logits(ids) if return_logits is True else None
+
+
+class Scaled(Counted):
+    def forward(self, ids: Tensor, scale_logits: bool = False) -> Any:
+        return self.logits(ids) * (2 if scale_logits else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (OnRequest, "model(ids, get_logits=True)['logits']"),
+        (WithoutFlag, "model(ids, skip_logits=False)"),
+        (Required, "model(ids, True)"),
+        (Scaled, "model(ids)"),
+    ],
+)
+def test_a_flag_that_asks_for_logits_is_tried(kind: type[Counted], call: str) -> None:
+    assert probed(kind()).call.expression == call
+
+
+def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for() -> None:
+    class Hidden(Counted):
+        def forward(self, ids: Tensor, return_logits: bool = False) -> Any:
+            return self.logits(ids) if return_logits else self.token(ids)
+
+    assert asked_calls(Hidden()) == ["model(ids, return_logits=True)", "model(ids)"]
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (lambda logits: logits.transpose(1, 2), "model(ids).transpose(1, 2)"),
+        (lambda logits: {"out": logits.mT}, "model(ids)['out'].transpose(1, 2)"),
+        (lambda logits: torch.stack([logits, logits * 2], 2), "model(ids)[:, :, 0]"),
+        (lambda logits: torch.stack([logits, logits * 2], 1), "model(ids)[:, 0]"),
+        (lambda logits: (logits[..., :4], logits[:, :, None]), "model(ids)[1][:, :, 0]"),
+    ],
+)
+def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(make: Any, call: str) -> None:
+    class Laid(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            return make(self.logits(ids))
+
+    assert asked_calls(Laid()) == [call]
+    assert is_plain(call)
+
+
+def test_logits_of_one_row_that_stand_across_are_told_with_the_call_that_works() -> None:
+    class Across(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            (_,) = ids.shape
+            return self.logits(ids[None])[0].T
+
+    assert asked_calls(Across()) == ["model(ids[0]).T"]
