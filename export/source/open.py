@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pastkey.contract import names
@@ -203,7 +204,20 @@ def _is_of_transformers(module: nn.Module) -> bool:
     return transformers is not None and of_library and isinstance(module, transformers.PreTrainedModel)
 
 
+def _require_float_python(module: nn.Module) -> None:
+    """Raises InputError for a module with parts of TorchScript, or that torch has quantized."""
+    for path, part in module.named_modules():
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        if scripted or ".quantized." in f"{type(part).__module__}.":
+            what = "a module of TorchScript" if scripted else f"quantized already ({type(part).__name__})"
+            raise InputError(
+                f"{f'{path} of ' if path else ''}{type(module).__name__} is {what}: give the Python module in float, "
+                "as it was before; pastkey quantizes it itself"
+            )
+
+
 def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    _require_float_python(module)
     if _is_of_transformers(module):
         return open_model(module, tokenizer=tokenizer, context_length=context_length)
     name = type(module).__name__
