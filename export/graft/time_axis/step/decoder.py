@@ -335,17 +335,30 @@ def _digest(table: object) -> object:
 
 
 def _written(program: Program) -> list[Cause]:
-    """Causes for the buffers that each call writes."""
+    """Causes for the buffers that each call writes: with what the tokens are, as a cache, or with other numbers."""
     places: dict[str, list[str]] = {}
     for name, op in zip(program.mutated, program.writes, strict=True):
         places.setdefault(op.where, []).append(name.removeprefix("model."))
-    owners = {op.where: op.owner for op in program.writes}
+    writers = {op.where: op for op in program.writes}
     return [
         Cause(
-            Kind.WRITES, f"writes into the buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}", where, owners[where]
+            Kind.WRITES if _reads(writers[where], program.ids) else Kind.STATE,
+            f"writes into the buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}",
+            where,
+            writers[where].owner,
         )
         for where, names in places.items()
     ]
+
+
+def _reads(op: Op, source: Op) -> bool:
+    """Whether an operator computes with `source`."""
+    seen, stack = {op}, [op]
+    while stack:
+        new = {i for i in stack.pop().inputs if i not in seen}
+        seen |= new
+        stack.extend(new)
+    return source in seen
 
 
 def _looks_ahead(attention: Attention, found: LooksAhead) -> Cause:

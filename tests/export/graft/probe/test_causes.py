@@ -226,3 +226,29 @@ def test_what_is_seen_from_outside_is_added_where_it_is_not_explained() -> None:
     error = NoCacheError("Model", [Cause(Kind.LOOK_AHEAD, "averages", "model.py:7")])
     seen = [Cause(Kind.LOOK_AHEAD, "changes"), Cause(Kind.ROWS, "changes rows")]
     assert [cause.kind for cause in error.with_(seen).causes] == [Kind.ROWS, Kind.LOOK_AHEAD]
+
+
+# --- a cause that looks like another one --------------------------------------------------------------------------
+class Counting(Gpt):
+    """Counts its calls in a buffer, which its logits read or not."""
+
+    calls: Tensor
+
+    def __init__(self, share: float) -> None:
+        super().__init__(Causal, layers=1)
+        self.share = share
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        self.calls += 1
+        logits: Tensor = super().forward(idx)
+        return logits + self.share * self.calls if self.share else logits
+
+
+def test_a_buffer_that_no_logits_read_is_no_state() -> None:
+    assert in_contract(Counting(0).eval(), SHORT, None, lambda _: None).call == "model(ids)"
+
+
+def test_a_count_that_the_logits_read_is_no_cache() -> None:
+    (cause,) = refusal(Counting(1e-9).eval()).causes
+    assert (cause.kind, cause.what) == (Kind.STATE, "writes into the buffer calls")
