@@ -329,7 +329,7 @@ def _form(attention: Attention, tables: Tables) -> Any:
 def _digest(table: object) -> object:
     if not isinstance(table, Tensor):
         return repr(table)
-    numbers = torch.view_as_real(table) if table.is_complex() else in_float32(table)
+    numbers = torch.view_as_real(table.resolve_conj()) if table.is_complex() else in_float32(table)
     content = numbers.detach().contiguous().numpy().tobytes()
     return tuple(table.shape), str(table.dtype), hashlib.sha1(content).hexdigest()
 

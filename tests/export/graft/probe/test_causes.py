@@ -252,3 +252,37 @@ def test_a_buffer_that_no_logits_read_is_no_state() -> None:
 def test_a_count_that_the_logits_read_is_no_cache() -> None:
     (cause,) = refusal(Counting(1e-9).eval()).causes
     assert (cause.kind, cause.what) == (Kind.STATE, "writes into the buffer calls")
+
+
+class ComplexScores(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+        scores = (a @ b.conj().transpose(-1, -2)).real / self.size**0.5
+        return scores.masked_fill(torch.ones(q.size(2), q.size(2)).triu(1).bool(), float("-inf")).softmax(-1) @ v
+
+
+def test_products_of_complex_matrices_are_told_by_their_line() -> None:
+    (cause,) = refusal(Gpt(ComplexScores, layers=1).eval()).causes
+    assert cause.what.startswith("multiplies matrices of complex numbers")
+    assert cause.where.startswith("test_causes.py:")
+
+
+class Conjugated(Scored):
+    """Rotary positions by conjugated tables and values, which torch resolves when they are read."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.size(2)).float(), torch.arange(self.size // 2) / 7)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        turned = (pairs.conj() * torch.polar(torch.ones_like(angles), angles).conj()).conj().resolve_conj()
+        return torch.view_as_real(turned).flatten(-2)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(self.turned(q), self.turned(k))
+
+
+def test_conjugated_numbers_are_followed() -> None:
+    module = Gpt(Conjugated, layers=1).eval()
+    made = in_contract(module, SHORT, None, lambda _: None).module
+    ids = torch.arange(SHORT)[None]
+    with torch.no_grad():
+        assert torch.allclose(made(ids, ids), module(ids), atol=1e-5)
