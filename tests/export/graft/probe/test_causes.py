@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from pastkey.export.graft.probe.causes import Cause, Kind, NoCacheError
 from pastkey.export.graft.probe.contract import in_contract
@@ -286,3 +287,19 @@ def test_conjugated_numbers_are_followed() -> None:
     ids = torch.arange(SHORT)[None]
     with torch.no_grad():
         assert torch.allclose(made(ids, ids), module(ids), atol=1e-5)
+
+
+class Flexible(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def capped(score: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i >= j, torch.tanh(score), -float("inf"))
+
+        attended: Tensor = flex_attention(q, k, v, score_mod=capped)
+        return attended
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that it is slow without torch.compile
+def test_flex_attention_is_told_with_what_to_write() -> None:
+    (cause,) = refusal(Gpt(Flexible, layers=1).eval()).causes
+    assert cause.what.startswith("calls flex_attention, which cannot be followed: write F.scaled_dot_product_attention")
+    assert cause.where.startswith("test_causes.py:") or cause.where.startswith("parts.py:")
