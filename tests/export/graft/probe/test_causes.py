@@ -303,3 +303,25 @@ def test_flex_attention_is_told_with_what_to_write() -> None:
     (cause,) = refusal(Gpt(Flexible, layers=1).eval()).causes
     assert cause.what.startswith("calls flex_attention, which cannot be followed: write F.scaled_dot_product_attention")
     assert cause.where.startswith("test_causes.py:") or cause.where.startswith("parts.py:")
+
+
+class AlwaysTraining(Gpt):
+    def __init__(self) -> None:
+        super().__init__(Causal, layers=1)
+        self.drop = nn.Dropout(0.1)
+
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        super().train(True)
+        return self
+
+    def embed(self, idx: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(idx))
+        return dropped
+
+
+def test_a_train_of_its_own_that_ignores_eval_is_told() -> None:
+    error = refusal(AlwaysTraining())
+    assert [cause.kind for cause in error.causes] == [Kind.TRAINING]
+    assert "the train() of AlwaysTraining decides" in str(error)
+    assert "super().train(mode)" in str(error)
+    assert "F.dropout" not in str(error)
