@@ -35,6 +35,7 @@ ELSEWHERE = {
     ),
     "export/graft/time_axis/program/traced.py": ("export/graft/probe/test_causes.py", "is told by the causes there"),
     "export/graft/probe/hints.py": ("export/graft/probe/test_proof.py", "is what is compared there"),
+    "export/graft/probe/logits.py": ("export/graft/probe/test_call.py", "is what the calls there return"),
     "export/graft/probe/watched.py": ("export/graft/probe/test_causes.py", "is told by the causes there"),
     "export/grafting.py": ("export/test_pipeline.py", "is the first half of the pipeline"),
     "export/graft/huggingface.py": ("export/graft/test_families.py", "is told by what the families compute"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -360,6 +361,10 @@ def _without_mask_detection() -> contextlib.AbstractContextManager[None]:
     return replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", detect)
 
 
+# torch's words for a dimension whose lengths a trace does not cover.
+_GUARD = re.compile(r"^Not all values of (\w+) .* satisfy the generated guard (.*?)\.?$")
+
+
 def _trace_sentence(module: nn.Module, error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -370,6 +375,15 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
     # torch's first line on a broken constraint is about its logging, the second about the constraint.
     line = lines[1 if lines[0].startswith("Constraints violated") and len(lines) > 1 else 0]
+    if (guarded := _GUARD.search(line)) is not None:
+        low, high = (re.search(side, guarded[2]) for side in (r"(\d+) <= ", r" <= (\d+)"))
+        ends = [f"{word} {end[1]}" for word, end in (("at least", low), ("at most", high)) if end]
+        allowed = " and ".join(ends) or guarded[2]
+        return (
+            f"torch's trace of {name_of(module)} holds only where {guarded[1]} is {allowed}: forward must not "
+            "branch on a length (if T > 1), make it a Python number, or take a fixed number of rows (x[:, 2:]): take "
+            "lengths from tensor.shape and positions from position_ids"
+        )
     if "complex" in line:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)

@@ -324,8 +324,9 @@ def _explained(c: _Compared, name: str, value: float, measure: str, limit: float
     }[measure]
     where = f", first in {_first_layer(c)}" if locate else ""
     return (
-        f"in the check {name!r} {what}{where}. A module must take every position from position_ids and every "
-        "length from tensor.shape; a length that was made a Python number is baked into the graph"
+        f"in the check {name!r} {what}{where}. Usual causes: numbers that pass between tokens outside attention, such "
+        "as a mean over the tokens; a position that is not of position_ids; a length that was made a Python number, "
+        "which is baked into the graph"
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pastkey.contract import names
@@ -76,16 +77,19 @@ def open_source(
             "own weights: leave it out"
         )
     elif not isinstance(source, HubModel) and (base := _base_of(Path(source))) is not None:
-        opened = open_source(
-            base,
-            context_length=context_length,
-            trust_remote_code=trust_remote_code,
-            network=network,
-            say=say,
-            progress=progress,
-            before_loading=before_loading,
-            in_memory=True,
-        )
+        try:
+            opened = open_source(
+                base,
+                context_length=context_length,
+                trust_remote_code=trust_remote_code,
+                network=network,
+                say=say,
+                progress=progress,
+                before_loading=before_loading,
+                in_memory=True,
+            )
+        except MissingFileError as error:
+            raise MissingFileError(f"{_adapter_of(Path(source), base)}: {error}") from error
         return _finished(_merged(opened, Path(source), tokenizer), eos, template)
     elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
         found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
@@ -200,7 +204,20 @@ def _is_of_transformers(module: nn.Module) -> bool:
     return transformers is not None and of_library and isinstance(module, transformers.PreTrainedModel)
 
 
+def _require_float_python(module: nn.Module) -> None:
+    """Raises InputError for a module with parts of TorchScript, or that torch has quantized."""
+    for path, part in module.named_modules():
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        if scripted or ".quantized." in f"{type(part).__module__}.":
+            what = "a module of TorchScript" if scripted else f"quantized already ({type(part).__name__})"
+            raise InputError(
+                f"{f'{path} of ' if path else ''}{type(module).__name__} is {what}: give the Python module in float, "
+                "as it was before; pastkey quantizes it itself"
+            )
+
+
 def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
+    _require_float_python(module)
     if _is_of_transformers(module):
         return open_model(module, tokenizer=tokenizer, context_length=context_length)
     name = type(module).__name__
@@ -252,12 +269,21 @@ def _base_of(folder: Path) -> str | None:
     base = adapter_base(folder)
     if base is not None and not Path(base).exists() and hub_id(base) is None:
         raise MissingFileError(
-            f"the base of the adapter {folder} is not at {base}: put it there, or change base_model_name_or_path in "
+            f"{_adapter_of(folder, base)}: no base is at {base!r}: put it there, or change base_model_name_or_path in "
             f"{folder / names.ADAPTER_CONFIG}"
         )
     if base is not None and not (folder / names.ADAPTER_WEIGHTS).is_file():  # peft would ask the Hub, or read a pickle
         raise MissingFileError(f"the adapter {folder} has no {names.ADAPTER_WEIGHTS}: copy it, or save it in this form")
     return base
+
+
+def _adapter_of(folder: Path, base: str) -> str:
+    """What a folder is that holds no whole model, and the command that needs its base alone."""
+    run = shlex.join(["pastkey", "run", "base", "--adapter", str(folder)])
+    return (
+        f"{folder} is a peft adapter of {base}, into which an export merges it (a base that you have elsewhere can be "
+        f"exported alone:  pastkey export FOLDER --adapters --out base  and  {run})"
+    )
 
 
 def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:

@@ -51,6 +51,13 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
         )
     if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
         _check_safetensors(folder)
+        whole, index = folder / names.WEIGHTS, folder / f"{names.WEIGHTS}.index.json"
+        shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
+        if named is None and shard is not None and not whole.is_file() and not index.is_file():
+            raise MissingFileError(
+                f"{folder} has the shard {shard.name} and no {index.name}, which says what lies in which shard: fetch "
+                "that file too"
+            )
         return
     pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
     if pickled:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import inspect
 import itertools
 import random
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -28,8 +27,9 @@ from pastkey.quiet import quiet
 
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
+from .logits import is_distribution, logits_in, standing, tensors
 from .observe import name_of, natively
-from .watched import draws, half_precision, kept
+from .watched import draws, half_precision, in_training, kept
 
 CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: if it fits, PLAIN must give the same logits
 PLAIN = "model(ids)"
@@ -88,6 +88,9 @@ _PLAIN = (
 )  # fmt: skip
 
 
+_METHODS = ("log", "clamp_min", "transpose")  # of a result, which messages propose
+
+
 def is_plain(expression: str) -> bool:
     """Whether an expression only calls the module; an untrusted manifest may ask for nothing else."""
     try:
@@ -96,11 +99,21 @@ def is_plain(expression: str) -> bool:
         return False
     return all(
         isinstance(node, _PLAIN)
-        and not (isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "model"))
+        and not (isinstance(node, ast.Call) and not _calls_module(node.func))
         and not (isinstance(node, ast.Name) and node.id == "torch")
         and not (isinstance(node, ast.Attribute) and node.attr.startswith("_"))
         for node in nodes
     )
+
+
+def _calls_module(function: ast.expr) -> bool:
+    """Whether a function is the module, or a harmless method of its result."""
+    if not isinstance(function, ast.Attribute):
+        return isinstance(function, ast.Name) and function.id == "model"
+    result = function.value
+    while isinstance(result, ast.Subscript | ast.Attribute):
+        result = result.value
+    return function.attr in _METHODS and isinstance(result, ast.Call)
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,7 @@ class Probed:
     call: Call
     vocab_size: int
     breaches: tuple[Cause, ...] = ()  # why its logits are not a decoder's
+    wide: bool = True  # whether they have the width of the vocabulary that is embedded
 
 
 def find_call(module: nn.Module, context_length: int, asked: str | None) -> Probed:
@@ -118,10 +132,13 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     Raises ContractError if no call returns logits, InputError if two that fit differ in their logits or `asked` fails.
     """
     expressions, targets = ([asked], []) if asked is not None else (_expressions(module), _with_targets(module))
+    flagged = [] if asked is not None else _flagged(module, PLAIN if PLAIN in expressions else expressions[0])
     fitting: list[tuple[Probed, Tensor]] = []
     failed: list[tuple[str, BaseException]] = []
     breached: list[Probed] = []
-    for expression in expressions:
+    for expression in (*expressions, *flagged):
+        if expression in flagged and any(probed.wide for probed, _ in fitting):
+            break
         if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
             continue  # targets add the logits of every position, but repair no breach
         try:
@@ -129,16 +146,19 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         except Exception as error:  # a user's module may raise anything
             failed.append((expression, error))
             continue
-        if found is None:
+        if not found:
             failed.append((expression, ContractError("it gives no logits (B, T, V), (B, V) or without B")))
             continue
-        probed, last = found
-        if probed.breaches:
-            breached.append(probed)
-        else:
-            fitting.append((probed, last))
-            if fitting[0][0].call.order.count("t") and (expression == CONTRACT or not _asks(module)):
-                break
+        fits = [entry for entry in found if not entry[0].breaches]
+        fitting += fits
+        if not fits:
+            breached += [probed for probed, _ in found]
+        elif (
+            fitting[0][0].call.order.count("t")
+            and (expression == CONTRACT or not _asks(module))
+            and (fitting[0][0].wide or not flagged)
+        ):
+            break
     if breached and Kind.ROWS in _kinds(breached[0]):  # perhaps its first axis holds the tokens
         breached.sort(key=lambda probed: "(ids.T" not in probed.call.expression or _kinds(probed) != {Kind.LOOK_AHEAD})
     looks_ahead = bool(breached) and Kind.LOOK_AHEAD in _kinds(breached[0])
@@ -150,14 +170,17 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         others = [_of_one_row(expression) for expression in expressions if "ids[" not in expression]
     for expression in others:
         with contextlib.suppress(Exception):  # a user's module may raise anything
-            found = _probe(module, expression, context_length)
-            if found is not None and not found[0].breaches:
-                fitting.append(found)
+            fitting += [entry for entry in _probe(module, expression, context_length) if not entry[0].breaches]
     if fitting:
         return _chosen(module, fitting)
     if breached:
         return breached[0]
     expression, cause = failed[0]
+    if (mended := _mended(module, expressions, context_length)) is not None:
+        raise InputError(
+            f"{name_of(module)} gives logits, and not as (B, T, V) or (B, V), a row for each text: say how they lie "
+            f"with  --call {shlex.quote(mended)}"
+        )
     where = failing_line(cause)
     if not isinstance(cause, ContractError) and _runs(module, expression, context_length):
         what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
@@ -169,6 +192,23 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     )
     message = f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; {advice}"
     raise (InputError if asked is not None else ContractError)(message) from cause
+
+
+# What makes (B, T, V) of (B, V, T), (V, T), and of the logits of several next tokens: (B, T, n, V), (B, n, T, V), ...
+_LAID = (".transpose(1, 2)", ".T", "[:, :, 0]", "[:, 0]", "[0]")
+
+
+def _mended(module: nn.Module, expressions: Sequence[str], context_length: int) -> str | None:
+    """A call with the axes of its logits put in order; None if that does not make a decoder's of them."""
+    ids = torch.zeros(_BATCH, _LENGTHS[1], dtype=torch.long)
+    for expression in expressions:
+        with contextlib.suppress(Exception):  # a user's module may raise anything
+            for (path, _), laid in itertools.product([*tensors(_run(Call(expression), module, ids))], _LAID):
+                with contextlib.suppress(Exception):  # it has other axes
+                    found = _probe(module, expression + path + laid, context_length)
+                    if any(probed.wide and not probed.breaches for probed, _ in found):
+                        return expression + path + laid
+    return None
 
 
 def _kinds(probed: Probed) -> set[Kind]:
@@ -183,29 +223,49 @@ def _runs(module: nn.Module, expression: str, length: int) -> bool:
 
 
 def _chosen(module: nn.Module, fitting: Sequence[tuple[Probed, Tensor]]) -> Probed:
-    first, last = fitting[0]
-    for other, logits in fitting[1:]:
-        if logits.shape != last.shape or not _close(logits, last):
-            refuse_ambiguous(module, first.call, other.call)
-    whole = [probed for probed, _ in fitting if "t" in probed.call.order]
-    return whole[0] if whole else first
+    """The call whose logits all others have. Raises InputError if there are others, or only probabilities."""
+    kinds: list[list[tuple[Probed, Tensor]]] = []  # of equal logits
+    for probed, logits in fitting:
+        if not is_distribution(logits):
+            alike = next((kind for kind in kinds if _same_tokens(logits, kind[0][1])), None)
+            kinds.append([(probed, logits)]) if alike is None else alike.append((probed, logits))
+    if not kinds:
+        _refuse_probabilities(module, *fitting[0])
+    taken = [next((p for p, _ in kind if "t" in p.call.order), kind[0][0]) for kind in kinds]
+    if len(taken) > 1:
+        refuse_ambiguous(module, *(probed.call for probed in taken))
+    return taken[0]
 
 
-def refuse_ambiguous(module: nn.Module, one: Call, other: Call) -> NoReturn:
-    """Raises InputError for two calls that fit and give different logits: the user must choose one."""
-    cause = ContractError(f"{one.expression} and {other.expression} give different logits")  # verify shows this
+def _same_tokens(one: Tensor, other: Tensor) -> bool:
+    """Whether logits (V,) give the same probabilities: a number that is added to all of them changes none."""
+    return one.shape == other.shape and _close(one - one.mean(), other - other.mean())
+
+
+def refuse_ambiguous(module: nn.Module, *calls: Call) -> NoReturn:
+    """Raises InputError for calls that fit and give different logits: the user must choose one."""
+    expressions = [call.expression for call in calls]
+    cause = ContractError(f"{' and '.join(expressions)} give different logits")  # verify shows this
     raise InputError(
-        f"{name_of(module)} runs as {one.expression} and as {other.expression}, and gives other logits: say which "
-        f"with  --call {shlex.quote(other.expression)}  or  --call {shlex.quote(one.expression)}"
+        f"{name_of(module)} runs as {' and as '.join(expressions)}, and gives other logits: say which with  "
+        + "  or  ".join(f"--call {shlex.quote(expression)}" for expression in reversed(expressions))
     ) from cause
+
+
+def _refuse_probabilities(module: nn.Module, probed: Probed, last: Tensor) -> NoReturn:
+    expression = probed.call.expression
+    mended = f"{expression}.log()" if bool(last.all()) else f"{expression}.clamp_min(1e-30).log()"
+    raise InputError(
+        f"{name_of(module)} gives probabilities as {expression}, rows of which each sums to 1, where a sampler expects "
+        f"logits: take their logarithm with  --call {shlex.quote(mended)}"
+    )
 
 
 def plain_call(module: nn.Module, context_length: int) -> Call | None:
     """The call without optional arguments; None if it fails or its logits are not a decoder's."""
     with contextlib.suppress(Exception):  # a user's module may raise anything
         found = _probe(module, PLAIN, context_length)
-        if found is not None and not found[0].breaches:
-            return found[0].call
+        return next((probed.call for probed, _ in found if not probed.breaches), None)
     return None
 
 
@@ -216,6 +276,7 @@ def _asks(module: nn.Module) -> bool:
 
 # Candidates for a required argument by a part of its name; all other names get _ARGUMENTS.
 _BY_NAME = {
+    "logits": ("True", "0"),
     "start": ("0",),
     "pos": ("positions", "positions[0]", "0"),
     "target": ("ids", "None"),
@@ -267,6 +328,14 @@ def _with_targets(module: nn.Module) -> list[str]:
     return ["model(ids, ids)"] if _candidates(first) is _ARGUMENTS or _candidates(first)[0] == "ids" else []
 
 
+def _flagged(module: nn.Module, call: str) -> list[str]:
+    """The call with each flag turned over that may ask for logits, such as get_logits=False."""
+    with contextlib.suppress(TypeError, ValueError):
+        flags = [p for p in inspect.signature(module.forward).parameters.values() if isinstance(p.default, bool)]
+        return [f"{call[:-1]}, {p.name}={not p.default})" for p in flags if "logits" in p.name.lower()]
+    return []
+
+
 def _masked(module: nn.Module, ids: str) -> list[str]:
     names = [p.name for p in _parameters(module)[0] if p.default is not p.empty]
     return [f"model({ids}, {name}={mask})" for name in names for mask in ("future_scores", "future", "past")]
@@ -278,25 +347,22 @@ def _of_one_row(expression: str) -> str:
 
 
 # --- one expression -----------------------------------------------------------------------------------------------
-def _probe(module: nn.Module, expression: str, context_length: int) -> tuple[Probed, Tensor] | None:
-    """The probed call and its logits (V,) at the last position; None if its result holds no logits."""
+def _probe(module: nn.Module, expression: str, context_length: int) -> list[tuple[Probed, Tensor]]:
+    """Each part of the result that may be the logits, with its numbers (V,) at the last position."""
     lengths = tuple(max(1, min(n, context_length - i)) for i, n in enumerate(_LENGTHS))
     vocab = _embedded(module, expression, lengths[1])
     ids = torch.randint(0, vocab, (_BATCH, lengths[0]), generator=torch.Generator().manual_seed(0))
-    call = Call(expression)
-    outputs = [[*_tensors(_run(call, module, part))] for part in (ids, ids[:, : lengths[1]])]
-    path, shapes = _logits_in(outputs, lengths, vocab)
-    if path is None:
-        return None
+    outputs = [[*tensors(_run(Call(expression), module, part))] for part in (ids, ids[:, : lengths[1]])]
     alone = f"ids{_ONE_ROW}" in expression
-    order = _order(shapes, lengths, alone or "ids[0]" in expression, 1 if alone else _BATCH)
-    if order is None:
-        return None
-    call = Call(expression + path, order)
-    logits = _run(call, module, ids)
-    size = int(logits.shape[-1])
-    whole = _standing(logits, order)  # (B, T, V) or (B, 1, V)
-    return Probed(call, size, _breaches(module, call, ids, whole, order, vocab)), whole[0, -1]
+    batch, one_row = 1 if alone else _BATCH, alone or "ids[0]" in expression
+    found = []
+    for path, order in logits_in(outputs, lengths, batch, one_row, vocab):
+        call = Call(expression + path, order)
+        whole = standing(_run(call, module, ids), order)  # (B, T, V) or (B, 1, V)
+        breaches = _breaches(module, call, ids, whole, order, vocab)
+        size = int(whole.shape[-1])
+        found.append((Probed(call, size, breaches, wide=size == vocab), whole[0, -1]))
+    return found
 
 
 def _run(call: Call, module: nn.Module, ids: Tensor, seed: int = 0) -> Any:
@@ -343,76 +409,11 @@ def _embedded(module: nn.Module, expression: str, length: int) -> int:
     return min(rows) if rows else 2
 
 
-def _logits_in(
-    outputs: Sequence[list[tuple[str, Tensor]]], lengths: Sequence[int], vocab: int
-) -> tuple[str | None, list[tuple[int, ...]]]:
-    """The path to the logits in the result, as a suffix of the expression, and their shapes at both lengths."""
-    found = []
-    for (path, first), (_, second) in zip(*outputs, strict=False):
-        shapes = [tuple(first.shape), tuple(second.shape)]
-        alike = first.dim() in (1, 2, 3) and first.dim() == second.dim() and shapes[0][-1] == shapes[1][-1]
-        orders = (_order(shapes, lengths, True, batch) for batch in (_BATCH, 1))
-        if alike and first.is_floating_point() and any(order is not None for order in orders):
-            found.append((path, shapes))
-    named = [entry for entry in found if "logits" in entry[0]]
-    wide = [entry for entry in found if entry[1][0][-1] == vocab]
-    for part in (named, wide, found):
-        if part:
-            return part[0]
-    return None, []
-
-
-def _tensors(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(output, Tensor):
-        yield path, output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from _tensors(value, f"{path}[{key!r}]")
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        for name in output._fields:
-            yield from _tensors(getattr(output, name), f"{path}.{name}")
-    elif isinstance(output, list | tuple):
-        for i, value in enumerate(output):
-            yield from _tensors(value, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name), f"{path}.{field.name}")
-    elif hasattr(output, "logits") and isinstance(output.logits, Tensor):
-        yield f"{path}.logits", output.logits
-
-
-def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: bool, batch: int = _BATCH) -> str | None:
-    """The axes of (..., V), from the shapes at two lengths; None if they do not match."""
-    heads = [shape[:-1] for shape in shapes]
-    known: dict[str, Callable[[int], tuple[int, ...]]] = {
-        "btv": lambda n: (batch, n),
-        "tbv": lambda n: (n, batch),
-        "bv": lambda n: (batch,),
-        "b1v": lambda n: (batch, 1),
-    }
-    if one_row:
-        known |= {"tv": lambda n: (n,), "v": lambda n: (), "1tv": lambda n: (1, n)}
-    for order, expected in known.items():
-        if all(head == expected(n) for head, n in zip(heads, lengths, strict=True)):
-            return order
-    return None
-
-
-def _standing(logits: Tensor, order: str) -> Tensor:
-    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that takes one row."""
-    logits = logits.float()
-    if order == "tbv":
-        return logits.transpose(0, 1)
-    if order in ("tv", "v"):
-        logits = logits[None]
-    return logits if logits.dim() == 3 else logits[:, None]
-
-
 def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order: str, vocab: int) -> tuple[Cause, ...]:
     """How the logits differ from a decoder's; empty for a decoder."""
 
     def run(given: Tensor, seed: int = 0) -> Tensor:
-        return _standing(_run(call, module, given, seed), order)
+        return standing(_run(call, module, given, seed), order)
 
     found: list[Cause] = []
     if not bool(torch.isfinite(logits).all()):
@@ -437,7 +438,7 @@ def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order:
                 break
     if vocab > 1 and torch.equal(other[:, -1], logits[:, -1]):
         found.append(Cause(Kind.UNKNOWN, "gives the last token the same logits whatever that token is"))
-    return tuple(found)
+    return tuple((found and in_training(module)) or found)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from pastkey.errors import ContractError
 class Kind(enum.IntEnum):
     """Kinds of causes. An earlier kind explains the symptoms of a later one."""
 
+    TRAINING = enum.auto()  # eval() has no effect
     CHANCE = enum.auto()
     STATE = enum.auto()
     WRITES = enum.auto()  # a cache written in place
@@ -26,6 +27,7 @@ class Kind(enum.IntEnum):
 
 # What to write instead. A message gives the advice once per kind.
 _ADVICE = {
+    Kind.TRAINING: "eval() calls train(False), so end a train(mode) of your own with  return super().train(mode)",
     Kind.CHANCE: "what is random belongs to training alone (F.dropout takes training=self.training, and "
     "scaled_dot_product_attention dropout_p=self.dropout if self.training else 0.0; noise goes under if self.training)",
     Kind.STATE: "logits must depend on the text alone, so keep nothing on self from one call to the next",
@@ -91,7 +93,9 @@ class NoCacheError(ContractError):
 
 
 def _true(causes: Iterable[Cause]) -> list[Cause]:
-    """Drops the unknown causes of submodules that have a known cause."""
+    """Drops the unknown causes of submodules that have a known cause, and whatever training mode explains."""
     causes = list(causes)
+    if training := [cause for cause in causes if cause.kind == Kind.TRAINING]:
+        return training
     known = {cause.owner for cause in causes if cause.kind != Kind.UNKNOWN and cause.owner}
     return [cause for cause in causes if cause.kind != Kind.UNKNOWN or cause.owner not in known]

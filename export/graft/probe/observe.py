@@ -29,6 +29,7 @@ from ..attention import (
     visible,
 )
 from ..streamed import streaming
+from .logits import is_distribution
 
 _SEED = 0
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
@@ -355,6 +356,8 @@ def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tens
         raise UnkeptError(f"{name_of(module)} returned {output.dtype} of shape {tuple(output.shape)}")
     if not bool(torch.isfinite(output).all()):
         raise UnkeptError(f"{name_of(module)} returned NaN or infinity")
+    if is_distribution(output):
+        raise UnkeptError(f"{name_of(module)} returned probabilities")
     return output
 
 

@@ -87,6 +87,16 @@ def draws(run: Callable[[], object]) -> list[Cause]:
     return [Cause(Kind.CHANCE, what, where) for where, what in found.items()]
 
 
+def in_training(module: nn.Module) -> list[Cause]:
+    """The cause of a module that eval() leaves in training mode."""
+    awake = next((part for part in module.modules() if part.training), None)
+    owners = (type(part) for part in module.modules() if type(part).train is not nn.Module.train)
+    if awake is None:
+        return []
+    by = f"the train() of {next(owners, type(awake)).__name__}"
+    return [Cause(Kind.TRAINING, f"stays in training mode after eval(), which {by} decides ({type(awake).__name__})")]
+
+
 _DROPS = "drops out numbers outside training"
 
 

@@ -148,4 +148,4 @@ def laid(tensor: Tensor, shape: Sequence[Size], times: Sequence[str | None]) -> 
     """A table as a value, with complex numbers as pairs."""
     axes = tuple(Axis(1, time) if time else Axis(size.at(0)) for size, time in zip(shape, times, strict=True))
     pairs = tensor.is_complex()
-    return Value(torch.view_as_real(tensor) if pairs else tensor, axes, batched=False, complex=pairs)
+    return Value(torch.view_as_real(tensor.resolve_conj()) if pairs else tensor, axes, batched=False, complex=pairs)

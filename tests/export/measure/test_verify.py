@@ -191,6 +191,7 @@ def test_an_altered_weight_is_found_and_its_layer_named(
     found = findings(verification)
     assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
     assert where in found["prefill"].detail
+    assert "outside attention, such as a mean over the tokens" in found["prefill"].detail
     assert figure(found["prefill"]) > PRECISIONS["fp32"].max_difference
     with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
         verification.require_ok("what I exported")

@@ -98,7 +98,7 @@ def test_an_adapter_that_does_not_fit_is_named(trained: Path, tmp_path: Path) ->
     folder = shutil.copytree(trained / "lora", tmp_path / "lora")
     content = json.loads((folder / names.ADAPTER_CONFIG).read_text())
     (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": "gone/far/away"}))
-    with pytest.raises(MissingFileError, match="is not at gone/far/away"):
+    with pytest.raises(MissingFileError, match=r"is a peft adapter of gone/far/away, .* put it there, or change"):
         open_source(folder)
     (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": str(trained / "own")}))
     with pytest.raises(InputError, match="cannot merge"):
@@ -110,3 +110,19 @@ def test_an_adapter_that_does_not_fit_is_named(trained: Path, tmp_path: Path) ->
         file.truncate(1000)
     with pytest.raises(IntegrityError, match="1000 bytes"):
         open_source(trained / "full")
+
+
+def test_an_adapter_whose_base_was_never_fetched_is_told_with_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (tmp_path / names.ADAPTER_WEIGHTS).write_bytes(b"")
+    with pytest.raises(MissingFileError, match="is a peft adapter of some/base") as caught:
+        open_source(tmp_path)
+    for command in (
+        "pastkey export some/base --out base",
+        "pastkey export FOLDER --adapters --out base",
+        f"pastkey run base --adapter {tmp_path}",
+    ):
+        assert command in str(caught.value)

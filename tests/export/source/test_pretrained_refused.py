@@ -53,6 +53,13 @@ def test_a_shard_that_lacks_what_the_index_names(tmp_path: Path, refusal: Callab
     assert refusal(index.parent) == f"{sentence} again"
 
 
+def test_shards_without_their_index(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    index, _, (first, *_) = shards(tmp_path / "model")
+    index.unlink()
+    sentence = f"{index.parent} has the shard {first} and no {index.name}, which says what lies in which shard: fetch"
+    assert refusal(index.parent) == f"{sentence} that file too"
+
+
 def test_two_shards_with_a_tensor_of_one_name(tmp_path: Path, refusal: Callable[..., str]) -> None:
     index, listed, (first, second, *_) = shards(tmp_path / "model")
     twice = next(name for name, shard in listed.items() if shard == first)

@@ -46,6 +46,23 @@ def test_a_context_length_is_a_whole_number_from_two(length: Any) -> None:
     assert f"the context length is {length!r}; it must be a whole number of tokens from 2" in sentence
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, that both ways are deprecated
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda part: torch.jit.trace(part, torch.zeros(1, 2)), "0 of Sequential is a module of TorchScript"),
+        (lambda part: torch.jit.script(part), "0 of Sequential is a module of TorchScript"),
+        (
+            lambda part: torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(part), {torch.nn.Linear})[0],
+            "0 of Sequential is quantized already (Linear)",
+        ),
+    ],
+)
+def test_a_module_that_is_not_python_in_float_is_told(make: Any, what: str) -> None:
+    module = torch.nn.Sequential(make(torch.nn.Linear(2, 2)))
+    assert refusal(InputError, module).startswith(f"{what}: give the Python module in float")
+
+
 def test_a_compiled_module_is_taken_out_of_its_wrapping() -> None:
     module = Plain()
     source = open_source(torch.compile(module, backend="eager"), context_length=8)  # type: ignore[arg-type]

@@ -55,7 +55,5 @@ def _changed(op: Op, tables: Tables, place: int) -> Tensor | None:
     axes = [i for i, size in enumerate(shape or ()) if size == Size(1, 0)]
     if len(axes) != 1:
         return None
-    different = ~torch.isclose(torch.view_as_real(results[0]) if results[0].is_complex() else results[0],
-                               torch.view_as_real(results[1]) if results[1].is_complex() else results[1])  # fmt: skip
-    by_row = different.movedim(axes[0], 0)
+    by_row = (~torch.isclose(*results)).movedim(axes[0], 0)
     return by_row.reshape(len(by_row), -1).any(1)

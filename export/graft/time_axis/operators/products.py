@@ -107,6 +107,8 @@ class Products(Along):
     def contract(self, op: Op, a: Value | Op, b: Value | Op, letters: Contraction) -> Value:
         """An einsum of two operands, of which at least one depends on the tokens."""
         la, lb, lo = letters
+        if any(isinstance(x, Value) and x.complex for x in (a, b)):
+            raise Refused(op, "multiplies matrices of complex numbers: write it with real ones, of view_as_real")
         if isinstance(a, Op) and isinstance(b, Op):
             raise Refused(op, "multiplies two tables")
         if isinstance(a, Op) or isinstance(b, Op):

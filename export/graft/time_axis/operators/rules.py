@@ -67,5 +67,11 @@ class Rules(Products):
     def _view_as_complex(self, op: Op, x: Value) -> Value:
         return x.with_(axes=x.axes[:-1], complex=True)
 
+    def _conj(self, op: Op, x: Value) -> Value:
+        return x.with_(tensor=x.tensor * torch.tensor([1.0, -1.0])) if x.complex else x
+
+    def _resolve_conj(self, op: Op, x: Value) -> Value:
+        return x
+
     def _view_as_real(self, op: Op, x: Value) -> Value:
         return x.with_(axes=(*x.axes, Axis(2)), complex=False)

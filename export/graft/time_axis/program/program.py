@@ -212,8 +212,12 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     outputs = traced[0].graph_module.graph.output_node().args[0]
     logits = ops[outputs[len(mutated)]]
     ids = next(op for op in ops.values() if op.target == "ids")
-    writes = tuple(ops[node] for node in outputs[: len(mutated)])
-    return Program(_live(logits, ops.values()), ids, logits, lengths, mutated, writes)
+    live = _live(logits, ops.values())
+    # A buffer that no logits read, such as a count of calls, is no state.
+    read = {op.target for op in live if isinstance(op.target, str)}
+    written = [(name, ops[node]) for name, node in zip(mutated, outputs, strict=False) if name in read]
+    mutated, writes = (tuple(part) for part in zip(*written, strict=True)) if written else ((), ())
+    return Program(live, ids, logits, lengths, mutated, writes)
 
 
 _OF_A_SHAPE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")

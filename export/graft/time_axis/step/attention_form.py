@@ -22,6 +22,9 @@ _MARGIN = 1e6  # times _TOLD, a weight that is measured whatever share sinks tak
 _ROUNDING = 1e-5  # of float32 in a module's own softmax
 _CHUNK = 1 << 22  # scores at once
 _SHORT = 12
+_SPREAD = 3.0  # of the scores that are the same while those of later tokens change
+_RAISED = 60.0  # the most by which those change: the exp of it is far from the ends of float32
+_MOVED = 1e-3  # of a row's largest weight
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,35 @@ def _require_no_future(weights: Tensor, start: int) -> None:
     if bool(later.any()):
         head, row, column = (int(x) for x in later.nonzero()[0])
         raise LooksAhead(head, start + row, column)
+
+
+def moved_by_later(weights: GivenWeights, heads: tuple[int, ...], length: int) -> bool:
+    """Whether weights depend on the scores of later tokens, as behind a maximum that is taken before the mask.
+
+    Two rows (2, H, T, T), as `weights` expects. Where a softmax divides by what it took before, nothing moves.
+    """
+    generator = torch.Generator().manual_seed(3)
+    size = 1 / _slope(weights, heads, length)
+    given = [
+        torch.randn(2, h, length, length, generator=generator, dtype=torch.float64) * _SPREAD * size for h in heads
+    ]
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = weights(given, length).masked_fill(later, 0)
+    allowed = _MOVED * expected.abs().amax(-1, keepdim=True)
+    for sign in (1, -1, 1, -1):
+        raised = _RAISED ** torch.rand(2, 1, length, 1, generator=generator, dtype=torch.float64)
+        found = weights([g + sign * size * raised * later for g in given], length).masked_fill(later, 0)
+        if bool((expected.isfinite() & ~((found - expected).abs() <= allowed)).any()):  # also true for NaN
+            return True
+    return False
+
+
+def _slope(weights: GivenWeights, heads: tuple[int, ...], length: int) -> float:
+    """Roughly the factor between scores and the logarithms of weights; 1 if there is none."""
+    zeros = [torch.zeros(2, h, length, length, dtype=torch.float64) for h in heads]
+    ratio = weights([z + 1e-2 * torch.eye(length) for z in zeros], length) / weights(zeros, length)
+    slope = float((ratio.diagonal(dim1=-2, dim2=-1).abs().log() / 1e-2).abs().nan_to_num(0, 0, 0).max())
+    return slope if slope > 1e-6 else 1.0
 
 
 def _chunks(heads: tuple[int, ...], context: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from ...probe.watched import without_autocast
 from ..interpret import Attention, Weights, Whole, in_float32
 from ..operators.base import Refused, Swapped
 from ..program.program import LogitsOf, Op, Program, Tables, trace_program
-from ..values import Lengths, Value
-from .attention_form import LooksAhead, Softmax, recognised
+from ..values import KEY, Lengths, Value
+from .attention_form import GivenWeights, LooksAhead, Softmax, moved_by_later, recognised
 from .latent import find_latent
 from .rope import find_rotation
 from .state import State, find_state
@@ -178,6 +178,9 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     for attention in whole.found:
         try:
             softmaxes.append(_softmax(program, attention, context_length, seen))
+            given = _weights_of(program, attention, Tables(context_length), whole.known)
+            if attention.products and moved_by_later(given, _heads(attention), program.lengths[0]):
+                causes.append(_reduces_later(attention, whole.known))
         except LooksAhead as found:
             causes.append(_looks_ahead(attention, found))
         except Exception:
@@ -284,17 +287,28 @@ def _softmax(
     if form in seen:
         return seen[form]
 
+    heads = _heads(attention)
+    seen[form] = recognised(_weights_of(program, attention, tables, {}), len(heads), heads, context_length)
+    return seen[form]
+
+
+def _heads(attention: Attention) -> tuple[int, ...]:
+    """H of each product."""
+    return tuple(layout.head_count for layout in attention.layouts) or (1,)
+
+
+def _weights_of(program: Program, attention: Attention, tables: Tables, others: Mapping[Op, Any]) -> GivenWeights:
+    """Runs the operators that make an attention's weights of scores; `others` are values that they also read."""
+
     def given(scores: list[Tensor], total: int) -> Tensor:
         lengths = Lengths(scores[0].shape[2], total)
         with torch.no_grad():
             try:
-                return Weights(program, attention, lengths, _weight, tables).run(scores, {})
+                return Weights(program, attention, lengths, _weight, tables).run(scores, others)
             except RuntimeError:  # a float32 matrix cannot multiply float64
-                return Weights(program, attention, lengths, _weight, tables).run([s.float() for s in scores], {})
+                return Weights(program, attention, lengths, _weight, tables).run([s.float() for s in scores], others)
 
-    heads = tuple(layout.head_count for layout in attention.layouts) or (1,)
-    seen[form] = recognised(given, len(heads), heads, context_length)
-    return seen[form]
+    return given
 
 
 def _form(attention: Attention, tables: Tables) -> Any:
@@ -315,23 +329,36 @@ def _form(attention: Attention, tables: Tables) -> Any:
 def _digest(table: object) -> object:
     if not isinstance(table, Tensor):
         return repr(table)
-    numbers = torch.view_as_real(table) if table.is_complex() else in_float32(table)
+    numbers = torch.view_as_real(table.resolve_conj()) if table.is_complex() else in_float32(table)
     content = numbers.detach().contiguous().numpy().tobytes()
     return tuple(table.shape), str(table.dtype), hashlib.sha1(content).hexdigest()
 
 
 def _written(program: Program) -> list[Cause]:
-    """Causes for the buffers that each call writes."""
+    """Causes for the buffers that each call writes: with what the tokens are, as a cache, or with other numbers."""
     places: dict[str, list[str]] = {}
     for name, op in zip(program.mutated, program.writes, strict=True):
         places.setdefault(op.where, []).append(name.removeprefix("model."))
-    owners = {op.where: op.owner for op in program.writes}
+    writers = {op.where: op for op in program.writes}
     return [
         Cause(
-            Kind.WRITES, f"writes into the buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}", where, owners[where]
+            Kind.WRITES if _reads(writers[where], program.ids) else Kind.STATE,
+            f"writes into the buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}",
+            where,
+            writers[where].owner,
         )
         for where, names in places.items()
     ]
+
+
+def _reads(op: Op, source: Op) -> bool:
+    """Whether an operator computes with `source`."""
+    seen, stack = {op}, [op]
+    while stack:
+        new = {i for i in stack.pop().inputs if i not in seen}
+        seen |= new
+        stack.extend(new)
+    return source in seen
 
 
 def _looks_ahead(attention: Attention, found: LooksAhead) -> Cause:
@@ -339,3 +366,16 @@ def _looks_ahead(attention: Attention, found: LooksAhead) -> Cause:
         f"lets the token at position {found.row} see that at {found.column}, a later one (attention, head {found.head})"
     )
     return Cause(Kind.LOOK_AHEAD, what, attention.op.where, attention.op.owner)
+
+
+def _reduces_later(attention: Attention, known: Mapping[Op, Any]) -> Cause:
+    """The cause of weights that scores of later tokens move: the first number of a row that is made of all scores."""
+
+    def over_keys(op: Op) -> bool:
+        found = known.get(op)
+        return any(isinstance(v, Value) and v.time_axes(KEY) for v in (found if isinstance(found, list) else [found]))
+
+    reduces = [op for op in attention.region if not over_keys(op) and any(over_keys(i) for i in op.inputs)]
+    op = next(iter(reduces), attention.op)
+    what = f"computes {op.name.strip('_')} over the scores of later tokens too, before the mask hides them"
+    return Cause(Kind.LOOK_AHEAD, what, op.where, op.owner)

@@ -159,7 +159,7 @@ class Step(Interpreter):
             return Value(table.flatten()[:1].expand(sizes), axes, batched=False)
         pairs = table.is_complex()
         if pairs:
-            table = torch.view_as_real(table)
+            table = torch.view_as_real(table.resolve_conj())
         rows = table.movedim(axis, 0)
         flat = rows.reshape(rows.shape[0], -1)
         tensor = F.embedding(self._positions, flat)

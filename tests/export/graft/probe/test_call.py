@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from pastkey.errors import ContractError, InputError
 from pastkey.export.graft.probe.call import Call, Probed, find_call, is_plain
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
+from pastkey.export.graft.probe.contract import in_contract
+
+from ...decoders import NanoGpt
+from ..own.parts import Gpt, drawn
+from ..own.positions import Causal
 
 VOCAB, CONTEXT = 11, 12
 
@@ -260,7 +265,10 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None
         Call("open('x')").raw(nn.Module(), ids)
 
 
-@pytest.mark.parametrize("expression", ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']"])
+@pytest.mark.parametrize(
+    "expression",
+    ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids)[0].transpose(1, 2).log()"],
+)
 def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
     assert is_plain(expression)
 
@@ -271,6 +279,9 @@ def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
         "torch.load('weights')",
         "torch.ops.load_library",
         "model.save(ids)",
+        "model.log(ids)",
+        "ids.log()",
+        "model(ids).tofile(ids)",
         "model.__class__",
         "().__class__.__base__",
         "[model(ids) for _ in ids]",
@@ -280,3 +291,177 @@ def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
 )
 def test_a_call_that_does_more_is_not_plain(expression: str) -> None:
     assert not is_plain(expression)
+
+
+def asked_calls(module: nn.Module) -> list[str]:
+    """The calls that a refusal proposes; each works when it is typed."""
+    with pytest.raises(InputError) as caught:
+        probed(module)
+    words = shlex.split(str(caught.value).rpartition(" with ")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert [probed(module, call).call.expression for call in calls] == calls
+    return calls
+
+
+class Wide(Counted):
+    """As wide as its vocabulary."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.token = nn.Embedding(VOCAB, VOCAB)
+            self.head = nn.Linear(VOCAB, VOCAB)
+        self.make = make
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.make(self.token(ids), self.logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("make", "places"),
+    [
+        (lambda hidden, logits: (hidden, logits), "[1] [0]"),
+        (lambda hidden, logits: (logits, None, hidden), "[2] [0]"),
+        (lambda hidden, logits: {"hidden": hidden, "out": logits}, "['out'] ['hidden']"),
+        (lambda hidden, logits: {"draft_logits": hidden, "main_logits": logits}, "['main_logits'] ['draft_logits']"),
+        (lambda hidden, logits: (hidden, hidden * 2, logits), "[2] [1] [0]"),
+        (lambda hidden, logits: (hidden[:, -1], logits), "[1] [0]"),
+    ],
+)
+def test_two_results_that_may_both_be_the_logits_are_asked_for(make: Any, places: str) -> None:
+    assert asked_calls(Wide(make)) == [f"model(ids){place}" for place in places.split()]
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda hidden, logits: {"hidden": hidden, "logits": logits}, "['logits']"),
+        (lambda hidden, logits: {"draft_logits": hidden, "logits": logits}, "['logits']"),
+        (lambda hidden, logits: {"hidden": hidden, "lm_logits": logits}, "['lm_logits']"),
+        (lambda hidden, logits: {"router_logits": hidden[..., :4], "out": logits}, "['out']"),
+        (lambda hidden, logits: (logits, logits.clone()), "[0]"),
+        (lambda hidden, logits: (logits, logits.mean()), "[0]"),
+        (lambda hidden, logits: (logits[:, -1], logits), "[1]"),
+        (lambda hidden, logits: (logits.log_softmax(-1), logits), "[0]"),
+        (lambda hidden, logits: (logits.softmax(-1), logits), "[1]"),
+        (lambda hidden, logits: (hidden.flip(1), logits), "[1]"),
+    ],
+)
+def test_one_result_that_alone_can_be_the_logits_is_taken(make: Any, place: str) -> None:
+    assert probed(Wide(make)).call.expression == f"model(ids){place}"
+
+
+@pytest.mark.parametrize("zeros", [0, 3])
+def test_probabilities_are_told_from_logits(zeros: int) -> None:
+    class Sampled(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            seen = torch.arange(VOCAB) < VOCAB - zeros
+            return [self.logits(ids).masked_fill(~seen, -torch.inf).softmax(-1)]
+
+    (call,) = asked_calls(Sampled())
+    assert call == ("model(ids)[0].clamp_min(1e-30).log()" if zeros else "model(ids)[0].log()")
+    assert is_plain(call)
+
+
+class Soft(nn.Module):
+    """Probabilities in place of logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class SoftContract(Soft):
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids, position_ids)
+        return logits.softmax(-1)
+
+
+class SoftOwn(Soft):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids)
+        return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("contract", [True, False])
+def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract: bool) -> None:
+    module = SoftContract(NanoGpt().eval()) if contract else SoftOwn(drawn(lambda: Gpt(Causal)))
+    with pytest.raises(InputError, match="gives probabilities") as caught:
+        in_contract(module, CONTEXT, None, print)
+    made = in_contract(module, CONTEXT, shlex.split(str(caught.value))[-1], print).module
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = module(ids, position_ids=ids) if contract else module(ids)
+        assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)
+
+
+class OnRequest(Counted):
+    """Its logits are made if they are asked for, as a flag or as an argument that must be given."""
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, *, get_logits: bool = False) -> Any:
+        return {"logits": self.logits(ids) if get_logits else None, "loss": None}
+
+
+class WithoutFlag(Counted):
+    def forward(self, ids: Tensor, skip_logits: bool = True) -> Any:
+        return None if skip_logits else self.logits(ids)
+
+
+class Required(Counted):
+    def forward(self, ids: Tensor, return_logits: bool) -> Any:  # type: ignore[override]
+        return self.logits(ids) if return_logits is True else None
+
+
+class Scaled(Counted):
+    def forward(self, ids: Tensor, scale_logits: bool = False) -> Any:
+        return self.logits(ids) * (2 if scale_logits else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (OnRequest, "model(ids, get_logits=True)['logits']"),
+        (WithoutFlag, "model(ids, skip_logits=False)"),
+        (Required, "model(ids, True)"),
+        (Scaled, "model(ids)"),
+    ],
+)
+def test_a_flag_that_asks_for_logits_is_tried(kind: type[Counted], call: str) -> None:
+    assert probed(kind()).call.expression == call
+
+
+def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for() -> None:
+    class Hidden(Counted):
+        def forward(self, ids: Tensor, return_logits: bool = False) -> Any:
+            return self.logits(ids) if return_logits else self.token(ids)
+
+    assert asked_calls(Hidden()) == ["model(ids, return_logits=True)", "model(ids)"]
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (lambda logits: logits.transpose(1, 2), "model(ids).transpose(1, 2)"),
+        (lambda logits: {"out": logits.mT}, "model(ids)['out'].transpose(1, 2)"),
+        (lambda logits: torch.stack([logits, logits * 2], 2), "model(ids)[:, :, 0]"),
+        (lambda logits: torch.stack([logits, logits * 2], 1), "model(ids)[:, 0]"),
+        (lambda logits: (logits[..., :4], logits[:, :, None]), "model(ids)[1][:, :, 0]"),
+    ],
+)
+def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(make: Any, call: str) -> None:
+    class Laid(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            return make(self.logits(ids))
+
+    assert asked_calls(Laid()) == [call]
+    assert is_plain(call)
+
+
+def test_logits_of_one_row_that_stand_across_are_told_with_the_call_that_works() -> None:
+    class Across(Counted):
+        def forward(self, ids: Tensor) -> Any:
+            (_,) = ids.shape
+            return self.logits(ids[None])[0].T
+
+    assert asked_calls(Across()) == ["model(ids[0]).T"]

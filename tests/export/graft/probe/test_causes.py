@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from pastkey.export.graft.probe.causes import Cause, Kind, NoCacheError
 from pastkey.export.graft.probe.contract import in_contract
@@ -226,3 +227,101 @@ def test_what_is_seen_from_outside_is_added_where_it_is_not_explained() -> None:
     error = NoCacheError("Model", [Cause(Kind.LOOK_AHEAD, "averages", "model.py:7")])
     seen = [Cause(Kind.LOOK_AHEAD, "changes"), Cause(Kind.ROWS, "changes rows")]
     assert [cause.kind for cause in error.with_(seen).causes] == [Kind.ROWS, Kind.LOOK_AHEAD]
+
+
+# --- a cause that looks like another one --------------------------------------------------------------------------
+class Counting(Gpt):
+    """Counts its calls in a buffer, which its logits read or not."""
+
+    calls: Tensor
+
+    def __init__(self, share: float) -> None:
+        super().__init__(Causal, layers=1)
+        self.share = share
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        self.calls += 1
+        logits: Tensor = super().forward(idx)
+        return logits + self.share * self.calls if self.share else logits
+
+
+def test_a_buffer_that_no_logits_read_is_no_state() -> None:
+    assert in_contract(Counting(0).eval(), SHORT, None, lambda _: None).call == "model(ids)"
+
+
+def test_a_count_that_the_logits_read_is_no_cache() -> None:
+    (cause,) = refusal(Counting(1e-9).eval()).causes
+    assert (cause.kind, cause.what) == (Kind.STATE, "writes into the buffer calls")
+
+
+class ComplexScores(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+        scores = (a @ b.conj().transpose(-1, -2)).real / self.size**0.5
+        return scores.masked_fill(torch.ones(q.size(2), q.size(2)).triu(1).bool(), float("-inf")).softmax(-1) @ v
+
+
+def test_products_of_complex_matrices_are_told_by_their_line() -> None:
+    (cause,) = refusal(Gpt(ComplexScores, layers=1).eval()).causes
+    assert cause.what.startswith("multiplies matrices of complex numbers")
+    assert cause.where.startswith("test_causes.py:")
+
+
+class Conjugated(Scored):
+    """Rotary positions by conjugated tables and values, which torch resolves when they are read."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.size(2)).float(), torch.arange(self.size // 2) / 7)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        turned = (pairs.conj() * torch.polar(torch.ones_like(angles), angles).conj()).conj().resolve_conj()
+        return torch.view_as_real(turned).flatten(-2)
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(self.turned(q), self.turned(k))
+
+
+def test_conjugated_numbers_are_followed() -> None:
+    module = Gpt(Conjugated, layers=1).eval()
+    made = in_contract(module, SHORT, None, lambda _: None).module
+    ids = torch.arange(SHORT)[None]
+    with torch.no_grad():
+        assert torch.allclose(made(ids, ids), module(ids), atol=1e-5)
+
+
+class Flexible(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def capped(score: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(i >= j, torch.tanh(score), -float("inf"))
+
+        attended: Tensor = flex_attention(q, k, v, score_mod=capped)
+        return attended
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that it is slow without torch.compile
+def test_flex_attention_is_told_with_what_to_write() -> None:
+    (cause,) = refusal(Gpt(Flexible, layers=1).eval()).causes
+    assert cause.what.startswith("calls flex_attention, which cannot be followed: write F.scaled_dot_product_attention")
+    assert cause.where.startswith("test_causes.py:") or cause.where.startswith("parts.py:")
+
+
+class AlwaysTraining(Gpt):
+    def __init__(self) -> None:
+        super().__init__(Causal, layers=1)
+        self.drop = nn.Dropout(0.1)
+
+    def train(self, mode: bool = True) -> AlwaysTraining:
+        super().train(True)
+        return self
+
+    def embed(self, idx: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(idx))
+        return dropped
+
+
+def test_a_train_of_its_own_that_ignores_eval_is_told() -> None:
+    error = refusal(AlwaysTraining())
+    assert [cause.kind for cause in error.causes] == [Kind.TRAINING]
+    assert "the train() of AlwaysTraining decides" in str(error)
+    assert "super().train(mode)" in str(error)
+    assert "F.dropout" not in str(error)

@@ -84,3 +84,83 @@ def test_a_mask_that_is_off_by_one_is_told_with_its_positions() -> None:
 def test_a_part_of_the_rows_that_comes_back_nowhere_is_refused() -> None:
     with pytest.raises(NoCacheError, match="takes a part of the positions"):
         found(lambda x: x[:, 1:])
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores that differ by tens, and a mask of later tokens."""
+    return x @ x.mT, torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+
+
+def below_the_largest(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) - 40, -1e9)
+    return scores.masked_fill(later, -torch.inf).softmax(-1) @ x
+
+
+def hidden_below_the_mean(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    scores = torch.where(scores < scores.mean(-1, keepdim=True) - 40, -torch.inf, scores)
+    return scores.masked_fill(later, -torch.inf).softmax(-1) @ x
+
+
+def with_a_temperature_of_each_token(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    scores = scores * (1 + x[..., :1].sigmoid())
+    scores = scores.clamp(min=scores.max(-1, keepdim=True).values - 50)
+    return scores.masked_fill(later, -torch.inf).softmax(-1) @ x
+
+
+def of_a_softmax(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    weights = scores.softmax(-1)
+    return weights.masked_fill(later | (weights < 1e-18), 0) @ x / 3
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (below_the_largest, "amax"),
+        (hidden_below_the_mean, "mean"),
+        (with_a_temperature_of_each_token, "max"),
+        (of_a_softmax, "scores of later tokens"),
+    ],
+)
+def test_a_number_made_of_all_scores_before_the_mask_is_refused_with_its_line(function: Function, name: str) -> None:
+    with pytest.raises(NoCacheError) as caught:
+        found(function)
+    (cause,) = [cause for cause in caught.value.causes if "before the mask" in cause.what]
+    first = function.__code__.co_firstlineno
+    assert cause.kind == Kind.LOOK_AHEAD
+    assert name in cause.what
+    assert first < int(cause.where.removeprefix("test_decoder.py:")) < first + 5
+
+
+def the_largest_is_taken_away_first(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(later, 0)
+    return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def softmax_before_the_mask(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    weights = (scores.float() * 4).softmax(-1) * ~later
+    return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def below_the_largest_that_is_seen(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    scores = scores.masked_fill(later, -1e4)
+    return scores.masked_fill(scores < scores.amax(-1, keepdim=True) - 40, -1e9).softmax(-1) @ x
+
+
+def of_squares(x: Tensor) -> Tensor:
+    scores, later = spread(x)
+    return scores.relu().square().masked_fill(later, 0) @ x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [the_largest_is_taken_away_first, softmax_before_the_mask, below_the_largest_that_is_seen, of_squares],
+)
+def test_a_number_of_all_scores_that_cancels_or_that_the_mask_precedes_is_none(function: Function) -> None:
+    assert len(found(function).plan) == 1
