@@ -34,7 +34,7 @@ class Dependence(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, HigherOrderOperator):
-            name = func.name()
+            name = str(func)
             instead = "F.scaled_dot_product_attention with its mask" if "flex_attention" in name else "its operators"
             what = f"calls {name}, which cannot be followed: write {instead}"
             raise ObstacleError(Cause(Kind.UNKNOWN, what, calling_line()))

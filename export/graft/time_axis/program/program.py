@@ -216,8 +216,8 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     # A buffer that no logits read, such as a count of calls, is no state.
     read = {op.target for op in live if isinstance(op.target, str)}
     written = [(name, ops[node]) for name, node in zip(mutated, outputs, strict=False) if name in read]
-    mutated, writes = (tuple(part) for part in zip(*written, strict=True)) if written else ((), ())
-    return Program(live, ids, logits, lengths, mutated, writes)
+    names, writes = tuple(name for name, _ in written), tuple(op for _, op in written)
+    return Program(live, ids, logits, lengths, names, writes)
 
 
 _OF_A_SHAPE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")

@@ -294,7 +294,8 @@ class Flexible(Scored):
         def capped(score: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return torch.where(i >= j, torch.tanh(score), -float("inf"))
 
-        attended: Tensor = flex_attention(q, k, v, score_mod=capped)
+        attended = flex_attention(q, k, v, score_mod=capped)
+        assert isinstance(attended, Tensor)
         return attended
 
 
