@@ -238,7 +238,7 @@ def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) ->
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pastkey.json", "{}")
         archive.writestr("onnx/x", bytes(300_000_000))
-    with pytest.raises(IntegrityError, match="would be unpacked to 300,000,002 bytes"):
+    with pytest.raises(IntegrityError, match="would be unpacked to more than 20 times"):
         opened(bomb)
 
 
