@@ -388,6 +388,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         Raises:
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
         """
         return np.concatenate(list(logits_by_chunk(self.parts.adapted(adapter), ids)))
 
@@ -404,6 +405,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         Raises:
             InputError: It is empty, or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
         """
         return score(self.parts.adapted(adapter), self.prompt_ids(text))
 
