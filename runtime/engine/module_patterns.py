@@ -58,7 +58,7 @@ class ModulePatterns:
             try:
                 if found is None or depth < 0:
                     raise ValueError
-                parts.append(sign[0] if sign else _Characters(re.compile(repeated or run), *_numbers(times)))
+                parts.append(sign[0] if sign else _Characters(re.compile(repeated or run or ""), *_numbers(times)))
             except (re.error, ValueError):
                 raise self._refusal(pattern) from None
             place = found.end()
