@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 if name == "chat":
                     importlib.import_module("jinja2")  # a user without it is told before an export of minutes
-                given.bundle = exported(given.bundle)
+                given.bundle = exported(given.bundle, untrusted=given.untrusted)
             status = command.run(given)
         sys.stdout.flush()
         return status

@@ -30,14 +30,20 @@ _BOOT = (
 )
 
 
-def exported(source: str) -> str:
+def exported(source: str, *, untrusted: bool = False) -> str:
     """Returns the path of a bundle: the cached export of a Hub id, a Hugging Face folder or a GGUF file.
 
     A cached export that is damaged is made again. Any other path is returned as it is. Raises ResourceError if the
-    cache cannot be written, and SystemExit with the status of an export that failed, which has told why.
+    cache cannot be written, InputError for a source that is `untrusted`, since no limits hold for an export, and
+    SystemExit with the status of an export that failed, which has told why.
     """
     if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
         return source
+    if untrusted:
+        raise InputError(
+            f"{source} is a model to export, and --untrusted opens only a bundle: an export reads the model's files "
+            f"outside the child process with limits; where you trust them so far, {_by_hand(source)}"
+        )
     cache = user_cache_file("bundles")
     if cache is None:
         raise ResourceError(f"there is no home folder to keep the export of {source} in: {_by_hand(source)}")

@@ -22,7 +22,7 @@ from pastkey.command import (
     positive_int,
     say,
 )
-from pastkey.errors import InputError
+from pastkey.errors import InputError, PastkeyError
 from pastkey.files.folder import read_text
 
 from .settings import ServerSettings, is_loopback
@@ -138,6 +138,16 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def _template_fault(model: LanguageModel) -> str:
+    """Compiles the bundle's chat templates. Returns what is wrong with them: "" also for a bundle without one."""
+    try:
+        for tools in (False, True):
+            model.chat_format(tools=tools)
+    except PastkeyError as error:
+        return str(error) if str(error).startswith("the chat template") else ""
+    return ""
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from pastkey.runtime import load
 
@@ -157,9 +167,12 @@ def _run(arguments: argparse.Namespace) -> int:
             **placement,
         )
         own = ", ".join(f"{name} {value}" for name, value in model.sampling_defaults.items())
+        fault = _template_fault(model)  # before a client can ask: templates are programs
         say(f"pastkey serve: {settings.names[0]} at {address}/v1")
         if own:
             say(f"pastkey serve: defaults of the model's generation_config.json: {own}")
+        if fault:
+            say(f"pastkey serve: conversations will be refused: {fault}")
         return model
 
     with listen(settings.host, settings.port) as listening:

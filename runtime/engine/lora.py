@@ -28,6 +28,7 @@ from pastkey.values import is_number, shown
 
 from ..providers.ort import onnxruntime
 from .channels import changed
+from .module_patterns import ModulePatterns
 
 Matrix = npt.NDArray[np.float32]
 
@@ -141,12 +142,14 @@ def _read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[M
                 "(merge_and_unload), then export"
             )
         found.setdefault(matched[1], {})[matched[2]] = _array(tensor, content, start, file)
+    with reading(folder / names.ADAPTER_CONFIG, "the configuration of an adapter"):
+        patterns = ModulePatterns((config.get("alpha_pattern") or {}).keys(), folder / names.ADAPTER_CONFIG)
     matrices = {}
     for module, pair in found.items():
         if len(pair) != 2 or len(pair["A"]) != pair["B"].shape[1]:
             shapes = {f"lora_{side}": list(matrix.shape) for side, matrix in pair.items()}
             raise InputError(f"{folder} has {shapes} of {module}; lora_A (r, K) and lora_B (N, r) were expected")
-        matrices[module] = pair["A"], pair["B"] * np.float32(_scale(config, module, len(pair["A"]), folder))
+        matrices[module] = pair["A"], pair["B"] * np.float32(_scale(config, module, len(pair["A"]), patterns, folder))
     if not matrices:
         raise InputError(f"{file} has no tensors: it adapts nothing")
     return matrices
@@ -163,11 +166,9 @@ def _array(tensor: StoredTensor, content: bytes, start: int, file: Path) -> Matr
     return np.ascontiguousarray(stored, np.float32)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
-    """Returns alpha / r, or alpha / sqrt(r) of rsLoRA. `alpha_pattern` has alphas of single modules, by regex."""
-    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
-    with reading(folder / names.ADAPTER_CONFIG, "the configuration of an adapter"):
-        alpha = next((a for key, a in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), alpha)
+def _scale(config: Mapping[str, Any], module: str, rank: int, patterns: ModulePatterns, folder: Path) -> float:
+    """Returns alpha / r, or alpha / sqrt(r) of rsLoRA. `alpha_pattern` has alphas of single modules."""
+    alpha = (config.get("alpha_pattern") or {}).get(patterns.first(module) or module, config.get("lora_alpha", 8))
     if not is_number(alpha):
         raise InputError(f"{folder / names.ADAPTER_CONFIG} has lora_alpha = {shown(alpha)}; a number was expected")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0

@@ -13,14 +13,17 @@ import numpy.typing as npt
 
 
 def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Reads an uncompressed .npz, as `np.savez` writes it. No array is larger than the file.
+    """Reads an uncompressed .npz, as `np.savez` writes it. The arrays are no larger than the file.
 
     `np.load` would first allocate the memory that a header asks for. Raises ValueError or BadZipFile for another file.
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("the arrays are larger than the file: they are compressed, or overlap")
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{entry.filename:.60} is compressed")
             if entry.header_offset < 0:  # zipfile raises OSError
                 raise ValueError(f"{entry.filename:.60} is not in the file")

@@ -388,6 +388,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         Raises:
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
+            ResourceError: The cache would take more than `max_memory`.
         """
         return np.concatenate(list(logits_by_chunk(self.parts.adapted(adapter), ids)))
 
@@ -401,9 +402,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             text: A text, which the tokenizer encodes with its BOS token; or token ids (T,), at least one.
             adapter: The name of a loaded LoRA adapter.
 
-        Raises:
-            InputError: It is empty, or longer than the context; or the model is closed.
-            NumericsError: The model yields NaN or infinity.
+        Raises as `logits`.
         """
         return score(self.parts.adapted(adapter), self.parts.prompt_ids(text, "text"))
 

@@ -38,6 +38,7 @@ class Prompted(Scheduled):
         self._reuse, self._exact = options.get("reuse_prefix", False), options.get("exact", False)
         self._anew = options.get("prompt_logprobs") is True  # cached tokens have no logits
         self._shared = shared
+        self._waits = shared is not None  # for its turn in the group
 
     def starting(self, generation: Generation) -> None:
         """Raises InputError if the model was closed after the call."""
@@ -46,27 +47,36 @@ class Prompted(Scheduled):
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
         """Takes a cache with the same beginning from another prompt of the call or from the store."""
-        scheduler, found, ids = self.parts.scheduler, None, generation.kept_ids
-        graph = self.parts.engine.graph
+        scheduler, memory, found = self.parts.scheduler, self.parts.memory, None
+        graph, ids = self.parts.engine.graph, generation.kept_ids
         reuse = self._reuse and not self._anew
         if self._shared is not None and not self._anew:
-            found = self._shared.take(generation, scheduler.move_out)
+            self._waits = False
+            found = self._shared.take(generation, scheduler.move_out, memory)
         if found is None or (reuse and scheduler.store.nearest(ids, graph, exact=self._exact)[1] > found[1]):
             found = scheduler.store.take(ids, graph, reuse=reuse, exact=self._exact)
-        self.parts.memory.promise(found[0], generation.most_tokens)
+        memory.reserve(generation, graph, generation.most_tokens)
         return found
 
     def retired(self, generation: Generation) -> None:
-        """Returns the cache to the store."""
-        scheduler, engine = self.parts.scheduler, generation.engine
-        self.parts.memory.release(engine)
+        """Passes the cache on: to the other prompts of the call, or to the store."""
+        scheduler, memory, engine = self.parts.scheduler, self.parts.memory, generation.engine
+        memory.release(generation)
+        if self._waits and self._shared is not None:
+            self._waits = False
+            self._shared.leave(memory)
+        inherited = self._shared is not None and self._shared.inherits(generation) and not self._reuse
         if not generation.begun:
             return
-        # A cache in memory shared with other requests is moved out only if a later call may reuse it.
-        keep = generation.error is None and (self._reuse or not scheduler.shares_memory(engine))
+        # A cache in memory shared with other requests is moved out only if a later prompt may reuse it.
+        keep = generation.error is None and (self._reuse or inherited or not scheduler.shares_memory(engine))
         scheduler.move_out(engine, keep=keep)
         if keep and not scheduler.closed:
-            scheduler.store.put(engine, reuse=self._reuse)
+            if inherited and self._shared is not None:
+                self._shared.inherit(generation, memory)
+            else:
+                scheduler.store.put(engine, reuse=self._reuse)
+        generation.engine = self.parts.engine  # the streams of a call stay until its end
 
 
 def open_prompt(

@@ -51,10 +51,15 @@ def logits_by_chunk(parts: ModelParts, ids: npt.ArrayLike) -> Iterator[npt.NDArr
     Raises:
         InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
         NumericsError: The model yields NaN or infinity.
+        ResourceError: The cache would take more than `max_memory`.
     """
     engine = parts.new_engine()
     tokens = engine.checked(ids, 1)
-    for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
-        found: list[npt.NDArray[np.float32]] = []
-        parts.scheduler.exclusively(lambda chunk=chunk, found=found: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
-        yield found[0]
+    parts.memory.promise(engine, tokens.size)
+    try:
+        for chunk in np.split(tokens, np.cumsum(engine.chunk_sizes(tokens.size))[:-1]):
+            found: list[npt.NDArray[np.float32]] = []
+            parts.scheduler.exclusively(lambda chunk=chunk, found=found: found.append(engine.all_logits(chunk)))  # type: ignore[misc]
+            yield found[0]
+    finally:
+        parts.memory.release(engine)

@@ -23,6 +23,9 @@ from pastkey.files.reading import reading
 from pastkey.values import as_path, shown
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
+_PIECE = 2**20  # bytes read at once
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others make any number of bytes of a piece, in memory
+_BLOCK = 4096  # bytes that an empty file or folder takes on a disk
 
 
 class TemporaryFolder:
@@ -117,12 +120,8 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
         raise InputError(f"{name:.60} are not a zip file of a bundle folder") from None
     with archive, reading(name, "a zip file of a bundle"):
-        stored, size = _sizes(archive)
-        if size > _MOST_TIMES * stored + _ALWAYS:
-            raise IntegrityError(
-                f"{name} would be unpacked to {size:,} bytes, more than {_MOST_TIMES} times its {stored:,}: no "
-                "bundle is, and it is left alone"
-            )
+        size = file.seek(0, os.SEEK_END)
+        room = _MOST_TIMES * size + _ALWAYS
         manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
         if not manifests:
             raise MissingFileError(f"{name} holds no bundle: it has no {MANIFEST}")
@@ -134,19 +133,26 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
                     continue
                 if not is_inside(inner):
                     raise IntegrityError(f"{name} names {shown(inner)}, which is not a path inside the folder")
+                if entry.compress_type not in _METHODS:
+                    raise InputError(
+                        f"{name} has {shown(inner)} in the compression {entry.compress_type}; none (0) or deflate (8) "
+                        "was expected: pack the folder again, as by  python -m zipfile -c bundle.zip bundle"
+                    )
+                room -= _BLOCK * len(Path(inner).parts)
                 (folder / inner).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as read, (folder / inner).open("wb") as written:
-                    shutil.copyfileobj(read, written)
+                    while room >= 0 and (piece := read.read(_PIECE)):
+                        room -= len(piece)
+                        written.write(piece)
+                if room < 0:  # what is written counts: an entry may claim any size
+                    raise IntegrityError(
+                        f"{name} would be unpacked to more than {_MOST_TIMES} times its {size:,} bytes: no bundle is, "
+                        "and it is left alone"
+                    )
         except (zipfile.BadZipFile, EOFError, OSError) as error:
             clash = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)  # a file as a folder
-            if isinstance(error, OSError) and not clash and error.errno is not None:  # bz2's, of damaged data, has none
+            if isinstance(error, OSError) and not clash:
                 raise
             raise IntegrityError(
                 f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
             ) from None
-
-
-def _sizes(archive: zipfile.ZipFile) -> tuple[int, int]:
-    """The bytes of all files, compressed and unpacked. zipfile reads no more than the unpacked size of an entry."""
-    entries = archive.infolist()
-    return sum(entry.compress_size for entry in entries), sum(entry.file_size for entry in entries)

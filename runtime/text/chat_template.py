@@ -16,7 +16,7 @@ from pastkey.errors import InputError
 from pastkey.files.folder import read_json, read_text
 from pastkey.values import as_path
 
-from .environment import MAX_OUTPUT, MAX_SOURCE, environment, plain
+from .environment import MAX_OUTPUT, MAX_SOURCE, MAX_WORK, allow, environment, plain
 
 # "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and other keys that
 # the template reads.
@@ -49,6 +49,7 @@ class ChatTemplate:
             )
         self.source = source
         self._special_tokens = dict(special_tokens or {})
+        allow(MAX_OUTPUT)  # constants that take more are computed when they are rendered
         try:
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(made.parse(source)))
             self._template = made.from_string(source)
@@ -98,6 +99,7 @@ class ChatTemplate:
             values = {"add_generation_prompt": not continue_final_message} | plain(variables)
             values |= {"messages": given, "tools": _listed(tools), "documents": _listed(documents)}
             pieces, length = [], 0
+            allow(MAX_WORK)
             for piece in self._template.generate(self._special_tokens | values):
                 length += len(piece)
                 if length > MAX_OUTPUT:

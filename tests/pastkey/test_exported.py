@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pastkey import exported as module
+from pastkey.__main__ import main
 from pastkey.errors import MissingFileError, ResourceError
 from pastkey.exported import exported
 
@@ -67,6 +68,21 @@ def test_any_other_path_stays_as_it_is(exports: Exports, given: str) -> None:
     Path("bundle", "config.json").write_text("{}")
     assert exported(given) == given
     assert exports == []
+
+
+@pytest.mark.parametrize("command", ["run --prompt x", "chat"])
+@pytest.mark.parametrize("source", ["org/name", "folder", "model.gguf"])
+def test_a_source_that_is_not_trusted_is_not_exported(
+    exports: Exports, capsys: pytest.CaptureFixture[str], source: str, command: str
+) -> None:
+    Path("folder").mkdir()
+    Path("folder", "config.json").write_text("{}")
+    Path("model.gguf").touch()
+    assert main([*command.split(), "--untrusted", source]) == 2
+    assert exports == []
+    told = capsys.readouterr().err
+    assert f"{source} is a model to export, and --untrusted opens only a bundle" in told
+    assert f"pastkey export {source} --out bundle" in told
 
 
 def write(path: Path, text: str, when: int) -> None:

@@ -116,6 +116,37 @@ def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(
         assert str(missing.value).startswith(f"{name}/onnx/model.onnx is missing")
 
 
+def folders_of(count: int) -> dict[str, bytes]:
+    """Empty files in folders of their own, 40 deep."""
+    return {f"{number}/" + "a/" * 40 + "x": b"" for number in range(count)}
+
+
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(90)], ids=["zeros", "folders"])
+def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(
+    content: dict[str, bytes], trust: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {"pastkey.json": b"{}", **content, "unopened/": b""}.items():
+            archive.writestr(name, data)
+        archive.filelist[-1].compress_size = 0x7FFFFFF0
+    with pytest.raises(IntegrityError, match=r"would be unpacked to more than 20 times its [0-9,]+ bytes"):
+        load(packed.getvalue(), trust=trust)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_bound_no_memory_are_refused(method: int) -> None:
+    """bzip2 makes 46 MB of 40 bytes at once, whatever number was asked for."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", method) as archive:
+        archive.writestr("pastkey.json", "{}")
+    with pytest.raises(InputError, match=rf"'pastkey.json' in the compression {method}; none \(0\) or deflate \(8\)"):
+        load(packed.getvalue())
+
+
 # --- other processes ----------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from pastkey.runtime import LanguageModel, load
 
 from ..runtime.conftest import Tiny, write_bundle
 from ..runtime.decoding.batching import waiting
-from .conftest import Gate, Served, running
+from .conftest import Gate, Served, letters, running
 
 BODY = {"prompt": "abc", "max_tokens": 4}
 
@@ -145,3 +145,27 @@ def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path: Path) -> None:
         assert told.startswith("pastkey serve: ")
         assert "http://" not in told
         assert said in told
+
+
+def bundle_with(template: str, folder: Path) -> Path:
+    tiny = Tiny.random([(8, 8)], context_length=600)
+    config = {"chat_template": template}
+    return write_bundle(folder / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
+
+
+def test_a_template_that_cannot_be_compiled_is_told_at_the_start(tmp_path: Path) -> None:
+    with command(bundle_with("{% for %}", tmp_path)) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+    assert " at http://127.0.0.1:" in lines[0]
+    assert "conversations will be refused: the chat template is not valid Jinja" in lines[1]
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 10**9 }}", "{{ '%1000000000d' % 1 }}", "{{ 10**10**10 }}"])
+def test_a_template_without_bounds_is_refused_and_the_server_goes_on(template: str, tmp_path: Path) -> None:
+    with running(bundle_with(template, tmp_path)) as served:
+        status, reply = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
+        assert status == 400
+        assert "it makes a value of more than 4,000,000 characters" in reply["error"]["message"]
+        assert served.ask("/v1/completions", BODY)[0] == 200

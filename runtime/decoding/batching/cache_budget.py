@@ -19,7 +19,7 @@ class CacheMemory:
     def __init__(self, graph: DecoderGraph, stores: Sequence[PrefixStore], most_bytes: int | None) -> None:
         """`most_bytes`: the limit; None for none. `stores` are evicted in this order."""
         self._graph, self._stores, self._most = graph, stores, most_bytes
-        self._promised: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
+        self._promised: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
     def estimate(self, tokens: int) -> int:
         """The largest size in bytes of a cache of `tokens`, capped by the context or the widest attention window.
@@ -30,14 +30,18 @@ class CacheMemory:
         return self._graph.cache_bytes(tokens)
 
     def promise(self, engine: Engine, tokens: int, rows: int = 1) -> None:
-        """Reserves memory for an engine's cache of `tokens` in each of `rows`. Evicts stored prefixes if needed.
+        """As `reserve`, for a cache that is there: in an engine."""
+        self.reserve(engine, engine.graph, tokens, rows)
 
-        Raises ResourceError if there is no room.
+    def reserve(self, holder: object, graph: DecoderGraph, tokens: int, rows: int = 1) -> None:
+        """Reserves memory for a cache of `tokens` in each of `rows`. Evicts stored prefixes if needed.
+
+        `holder`: has one reservation, until it is released or collected. Raises ResourceError if there is no room.
         """
-        needed = rows * engine.graph.cache_bytes(tokens)
+        needed = rows * graph.cache_bytes(tokens)
         if self._most is None:
             return
-        others = sum(size for other, size in list(self._promised.items()) if other is not engine)
+        others = sum(size for other, size in list(self._promised.items()) if other is not holder)
         left = self._most - others - needed
         for place, store in enumerate(self._stores):
             store.shrink(max(0, left - sum(later.nbytes for later in self._stores[place + 1 :])))
@@ -48,8 +52,8 @@ class CacheMemory:
                 f"max_memory is {self._most / 2**20:.1f}: wait until others have ended, close sessions, ask for fewer "
                 "tokens, or load the model with more"
             )
-        self._promised[engine] = needed
+        self._promised[holder] = needed
 
-    def release(self, engine: Engine) -> None:
-        """Releases the reservation of an engine that is stored or unused."""
-        self._promised.pop(engine, None)
+    def release(self, holder: object) -> None:
+        """Releases the reservation for a cache that is stored or unused."""
+        self._promised.pop(holder, None)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
+from pastkey.errors import ResourceError
+
+from ...engine.decoder_graph import DecoderGraph
 from ...engine.engine import Engine
 from ..generation import Generation
+from .cache_budget import CacheMemory
 
 SHARED_TOKENS = 32  # prompts that agree in so many first tokens share a prefill
 
@@ -32,8 +37,7 @@ class SharedPrefill:
     """A group of prompts that copy the KV cache of the first one that begins.
 
     It is used only by the scheduler's leader, between two runs. Each prompt runs its own prefill if the cache cannot be
-    copied: on another device, if the first prompt has ended and its engine is in other use, or if a sliding window has
-    left the prompt behind.
+    copied: on another device, if there is no memory for the copy, or if a sliding window has left the prompt behind.
 
     Attributes:
         left: Number of prompts that have not begun.
@@ -41,36 +45,75 @@ class SharedPrefill:
 
     def __init__(self) -> None:
         self.left = 0
-        self._first: Generation | None = None
-        self._kept: Engine | None = None  # a copy that holds only the first prompt
+        self._first: Generation | None = None  # it runs
+        self._kept: Engine | None = None  # holds only a prompt; the memory is reserved for this group
 
-    def take(self, generation: Generation, move_out: Callable[[Engine], object]) -> tuple[Engine, int] | None:
+    def take(
+        self, generation: Generation, move_out: Callable[[Engine], object], memory: CacheMemory
+    ) -> tuple[Engine, int] | None:
         """Returns an engine and the number of prompt tokens in its cache; None if the prompt needs its own prefill.
 
         `move_out`: moves an engine out of the slab.
         """
         self.left -= 1
-        if self._first is None:
-            self._first = generation
-            return None
-        ids = generation.kept_ids
         if self._kept is None:
-            self._kept = self._copied(self._first, move_out)
-        kept = self._kept
+            if self._first is None:
+                self._first = generation
+                return None
+            self._kept = self._copied(self._first, move_out, memory)
+        kept, ids = self._kept, generation.kept_ids
         shared = 0 if kept is None else kept.shared_with(ids)
         if kept is None or not shared or not kept.can_trim(shared):
+            if not self.left:
+                self._drop(memory)
             return None
-        if not self.left:
-            self._kept = None
-            kept.trim(shared)
-            return kept, shared
-        return kept.copy(shared, room=len(ids) - shared + 1), shared
+        copies = self.left and kept.graph.copies
+        if copies and _reserved(memory, generation, kept.graph, generation.most_tokens):
+            return kept.copy(shared, room=len(ids) - shared + 1), shared
+        self._drop(memory)
+        self._first = generation
+        kept.trim(shared)
+        return kept, shared
 
-    @staticmethod
-    def _copied(first: Generation, move_out: Callable[[Engine], object]) -> Engine | None:
-        engine, ids = first.engine, first.ids[: first.prompt_tokens]
-        length = min(engine.shared_with(ids), engine.exact_length)
-        if not length or not engine.graph.copies or not engine.can_trim(length):
+    def leave(self, memory: CacheMemory) -> None:
+        """Counts a prompt that ended before it began."""
+        self.left -= 1
+        if not self.left:
+            self._drop(memory)
+
+    def inherits(self, generation: Generation) -> bool:
+        """Whether the group takes the cache of a generation that has ended: others wait for a copy of it."""
+        first, self._first = self._first, None if self._first is generation else self._first
+        return first is generation and self._kept is None and self.left > 0 and _prompt_length(generation) > 0
+
+    def inherit(self, generation: Generation, memory: CacheMemory) -> None:
+        """Keeps the cache, cut to the prompt."""
+        if _reserved(memory, self, generation.engine.graph, generation.most_tokens):
+            self._kept = generation.engine
+            self._kept.trim(_prompt_length(generation))
+
+    def _copied(self, first: Generation, move_out: Callable[[Engine], object], memory: CacheMemory) -> Engine | None:
+        engine, length, tokens = first.engine, _prompt_length(first), first.prompt_tokens + 1
+        if not length or not engine.graph.copies or not _reserved(memory, self, engine.graph, tokens):
             return None
         move_out(engine)
-        return engine.copy(length, room=len(ids) - length + 1)
+        return engine.copy(length, room=tokens - length)
+
+    def _drop(self, memory: CacheMemory) -> None:
+        self._kept = None
+        memory.release(self)
+
+
+def _prompt_length(generation: Generation) -> int:
+    """Number of prompt tokens that the cache can be cut to, 0 if it cannot."""
+    engine = generation.engine
+    length = min(engine.shared_with(generation.ids[: generation.prompt_tokens]), engine.exact_length)
+    return length if engine.can_trim(length) else 0
+
+
+def _reserved(memory: CacheMemory, holder: object, graph: DecoderGraph, tokens: int) -> bool:
+    """Reserves memory for a copy if there is room."""
+    with contextlib.suppress(ResourceError):
+        memory.reserve(holder, graph, tokens)
+        return True
+    return False

@@ -18,6 +18,7 @@ from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.export.settings import ExportConfig
 from pastkey.runtime import load
+from pastkey.runtime.engine.module_patterns import ModulePatterns
 
 from ...conftest import MadeOnce
 from ..cases import CASES
@@ -40,7 +41,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "target_modules": ["v_proj", "down_proj"],
         "use_rslora": True,
         "rank_pattern": {"v_proj": 2},
-        "alpha_pattern": {"layers.1.mlp.down_proj": 2},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 2, r"^model\.layers\.[0-9]+\.self_attn\.(k|v)_proj": 7},
     },
 }
 
@@ -55,6 +56,14 @@ def adapted(module: nn.Module, folder: Path, **config: Any) -> Any:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     return model.merge_and_unload().eval()
+
+
+def test_patterns_of_modules_are_matched_as_by_peft() -> None:
+    modules = [name for name, _ in llama().named_modules() if name]
+    for pattern in ("q_proj", r"layers\.\d+\.mlp", ".+proj", "(q|k)_proj|norm", "model.layers.1", "l[^.]*", "^mlp", ""):
+        found = ModulePatterns([pattern], Path("adapter_config.json"))
+        for module in modules:
+            assert (found.first(module) or module) == peft.utils.other.get_pattern_key([pattern], module)
 
 
 @functools.cache

@@ -27,6 +27,15 @@ def archive(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     return packed.getvalue()
 
 
+def overlapping(count: int) -> bytes:
+    """An archive whose entries are all the same bytes of the file."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as out:
+        out.writestr("a.npy", header("(1000,)") + bytes(4000))
+        out.filelist += out.filelist * (count - 1)
+    return packed.getvalue()
+
+
 def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **ARRAYS)
     found = read_npz(tmp_path / "a.npz")
@@ -39,7 +48,9 @@ def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (archive(header("(1,)") + bytes(4000), zipfile.ZIP_DEFLATED), "is compressed"),
+        (archive(header("(1,)") + bytes(4), zipfile.ZIP_DEFLATED), "is compressed"),
+        (archive(header("(1000,)") + bytes(4000), zipfile.ZIP_DEFLATED), "larger than the file: they are compressed"),
+        (overlapping(50), "larger than the file: .* overlap"),
         (archive(header("(1000000000000,)") + bytes(4)), "another number of bytes"),
         (archive(header("(2,)", fortran=True) + bytes(8)), "another number of bytes"),
         (archive(header("(1,)", "|O") + bytes(8)), "another number of bytes"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.errors import InputError
-from pastkey.runtime import LanguageModel
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import InputError, ResourceError
+from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.engine import decoder_graph
 
 from ..conftest import Tiny
@@ -42,3 +43,20 @@ def test_what_cannot_be_scored(model: LanguageModel) -> None:
         model.score([5] * (model.manifest.context_length + 1))
     with pytest.raises(InputError, match="token id 999"):
         model.score([999])
+
+
+def test_a_score_keeps_the_memory_limit(speaking_bundle: Bundle) -> None:
+    with load(speaking_bundle.path, threads=1) as free:
+        room = free.memory.estimate(10)
+    with load(speaking_bundle.path, threads=1, max_memory=room) as limited:
+        for ids in ([5] * 10, [5] * 10):  # nothing stays promised
+            assert len(limited.score(ids).logprobs) == len(limited.logits(ids)) == 10
+        for call in (limited.score, limited.logits):
+            with pytest.raises(ResourceError, match="the cache of 11 tokens takes"):
+                call([5] * 11)
+        limited.session().append([5] * 5)
+        assert limited.score([5] * 5).ids
+        holds = limited.session()
+        holds.append([5] * 6)
+        with pytest.raises(ResourceError, match="and others take"):
+            limited.score([5] * 5)

@@ -72,7 +72,7 @@ def test_a_tokenizer_that_fails_at_a_prompt(hostile: Hostile) -> None:
 BOMBS = {
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "does not take this conversation: maximum recursion",
     "{{ 'a' * n }}": "does not take this conversation",  # no memory, or too long
-    "{% for a in range(n) %}{% for b in range(n) %}x{% endfor %}{% endfor %}": "writes more than 4,000,000 characters",
+    "{% for a in range(n) %}{% for b in range(n) %}x{% endfor %}{% endfor %}": "it takes too many steps",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take this conversation",
 }
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -90,8 +90,11 @@ def test_a_template_that_asks_for_too_much(untrusted: SandboxedModel, template: 
     assert untrusted.generate("ab", max_new_tokens=1).new_tokens == 1
 
 
-def test_a_template_that_never_ends(hostile: Hostile) -> None:
+def test_a_template_that_never_ends(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the limit of its operations, the process has one of time."""
     pytest.importorskip("jinja2")
+    without = "from pastkey.runtime.text import chat_template\nchat_template.MAX_WORK = 10**15\n"
+    monkeypatch.setattr(process, "BOOT", hooked(without))
     folder = hostile("")
     (folder / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": LOOP}))
     mend(folder)
@@ -238,7 +241,7 @@ def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) ->
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pastkey.json", "{}")
         archive.writestr("onnx/x", bytes(300_000_000))
-    with pytest.raises(IntegrityError, match="would be unpacked to 300,000,002 bytes"):
+    with pytest.raises(IntegrityError, match="would be unpacked to more than 20 times"):
         opened(bomb)
 
 

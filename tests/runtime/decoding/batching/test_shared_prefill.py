@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from pastkey.contract.bundle import Bundle
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import Engine, LanguageModel, load
+from pastkey.runtime.engine.decoder_graph import DecoderGraph
 from pastkey.runtime.sampling.random_stream import continuation_seed
 
 from ...rotary import RotaryTiny
@@ -66,6 +69,63 @@ def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bun
         alone = [lm.generate(prompt, **{**options, "max_new_tokens": new, "seed": seed}).ids for seed in seeds]
         assert [completion.ids for completion in found] == alone
         assert found[1].cached_tokens == shared
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The bytes of all caches, of engines made from now on."""
+    made: weakref.WeakSet[Engine] = weakref.WeakSet()
+    begin = Engine._begin
+
+    def noted(engine: Engine, graph: DecoderGraph) -> None:
+        begin(engine, graph)
+        made.add(engine)
+
+    monkeypatch.setattr(Engine, "_begin", noted)
+    return lambda: sum(engine.nbytes for engine in list(made))
+
+
+@pytest.mark.parametrize("caches", [1, 2, 3, 6])
+def test_the_copies_keep_the_memory_limit(
+    caches: int, make_bundle: Callable[..., Bundle], engines: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of 256 tokens has no row to spare. Where no copy fits, a prompt takes the cache of one before it."""
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True)
+    bundle = make_bundle(tiny, "fused", shift=tiny.shift)
+    beginning = [number % 37 for number in range(240)]
+    prompts, options = [[*beginning, 1, end] for end in range(1, 6)], {**DRAWN, "max_new_tokens": 14}
+    with load(bundle.path, threads=1) as free:
+        alone = [free.generate(prompt, **options).ids for prompt in prompts]
+        limit = caches * free.memory.estimate(256)
+    most = 0
+    lm = load(bundle.path, threads=1, max_batch=caches, max_memory=limit, prefix_bytes=0)
+    run = DecoderGraph.run
+
+    def measured(*given: Any, **named: Any) -> Any:
+        nonlocal most
+        found = run(*given, **named)
+        most = max(most, engines())
+        return found
+
+    monkeypatch.setattr(DecoderGraph, "run", measured)
+    found = lm.generate(prompts, **options)
+    assert [completion.ids for completion in found] == alone
+    assert most <= limit
+    assert [completion.cached_tokens for completion in found][1:] == ([240] * 4 if caches in (1, 6) else ANY)
+
+
+def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(
+    lm: LanguageModel, engines: Callable[[], int]
+) -> None:
+    streams = lm.stream_many([PROMPT], n=4, prompt_lookup=False, **DRAWN)
+    first, second, third, fourth = streams._streams
+    next(first), next(second)
+    with_copy = engines()
+    third.close()
+    assert engines() == with_copy
+    fourth.close()
+    assert engines() < with_copy
+    assert next(second).ids == alone(lm, 1)[1:2]
 
 
 def test_several_prompts_and_streams(lm: LanguageModel) -> None:
