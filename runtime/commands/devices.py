@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
     print(f"int8 MatMuls on this CPU: {kernels.note}")
     if native is not None:
-        slow = ": onnxruntime's are faster, and run where nothing asks for these" if native.slow else ""
+        slow = ": onnxruntime's run, which read prompts faster, unless these are asked for" if native.slow else ""
         print(f"native kernels: {native.refused or f'{native.version}, {native.level}{slow}'}")
     if sentence := overlapping():
         say(f"note: {sentence}")

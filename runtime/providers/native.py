@@ -46,7 +46,7 @@ class NativeKernels:
 
     @property
     def slow(self) -> bool:
-        """Whether onnxruntime's kernels are faster, and nobody named these: the portable ones are a reference."""
+        """Whether nobody named these, which are the tests' reference: onnxruntime's read prompts 11 times as fast."""
         return self.level == _PORTABLE and os.environ.get("PASTKEY_KERNELS") != _PORTABLE
 
 

@@ -29,7 +29,7 @@ def compiled(*arguments: str | Path) -> None:
 def sources() -> dict[str, list[str]]:
     """File -> the flags of its instruction set, of this machine's architecture."""
     text = (KERNELS / "CMakeLists.txt").read_text()
-    found = {file: list[str]() for file in re.search(r"set\(SOURCES ([^)]*)\)", text)[1].split()}  # type: ignore[index]
+    found = {file: list[str]() for file in re.search(r"set\(SOURCES ([^)]*)\)", text)[1].split()}
     for flags, files in re.findall(r'level_sources\(\w+ "[^"]*" "([^"]*)" "[^"]*"\s+([^)]*)\)', text):
         if ("-mavx2" in flags or "-mavx512f" in flags) != ON_ARM:
             found |= {file: flags.split(";") if flags else [] for file in files.split()}

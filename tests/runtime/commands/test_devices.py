@@ -53,7 +53,7 @@ def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch: pytest.MonkeyPatc
 
 def test_portable_kernels_are_said_to_wait_for_a_request(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
-    for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's are faster, and run where nothing")):
+    for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's run, which read prompts faster")):
         here = NativeKernels("0.1.0", 1, level, "/library.so")
         monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda here=here: here)
         assert f"native kernels: 0.1.0, {told}" in command("devices")[1]

@@ -10,6 +10,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx import helper
@@ -48,7 +49,7 @@ def package(library: str) -> str:
     return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
 
 
-def write_graph(bundle: Bundle, version: int = 1, **attributes: object) -> None:
+def write_graph(bundle: Bundle, version: int = 1, **attributes: Any) -> None:
     node = helper.make_node("MatMulInt8", ["x"], ["y"], domain="pastkey", **attributes)
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["z"], other=1), node], "g", [], [])
     model = helper.make_model(
