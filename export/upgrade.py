@@ -10,7 +10,7 @@ from pathlib import Path
 from pastkey.command import Command, say
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle, read_bundle
-from pastkey.errors import InputError
+from pastkey.errors import InputError, ProviderError
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
@@ -34,7 +34,7 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         ProviderError: The installed kernels compute other logits.
     """
     from pastkey.runtime import Engine
-    from pastkey.runtime.engine.golden import Golden, require_golden
+    from pastkey.runtime.engine.golden import Golden, native_refusal
     from pastkey.runtime.providers.native import kernels_for
     from pastkey.runtime.providers.placement import CPU
 
@@ -61,8 +61,10 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         records = parse_records(folder, file_records(folder, sorted(set(files))))
         made = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, files=records))
         write_json(folder / names.MANIFEST, made.manifest.to_json())
-        if kernels_for(made, CPU, None) is not None:
-            require_golden(Engine(made, providers="cpu"), made)
+        if kernels_for(made, CPU, None) is not None and (why := native_refusal(Engine(made, providers="cpu"), made)):
+            raise ProviderError(
+                f"{why}, so {bundle.path} gets no graph for them: onnxruntime's kernels run it as it is"
+            )
     return read_bundle(out)
 
 
@@ -79,7 +81,7 @@ def add_native_graph(bundle: Bundle) -> Bundle:
     path = bundle.path / names.NATIVE_GRAPH
     found = able and write_native_graph(bundle.last_logits_graph, path, bundle.int8_kv_graph)
     native = names.NATIVE_OPERATORS if found else None
-    return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native))
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native, native_left_out=""))
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ class Manifest:
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: Size | None = None  # H, if pastkey's own graph outputs the last hidden states
     native: Size | None = None  # version of pastkey's own operators, if there is a graph for the kernel library
+    native_left_out: str = ""  # why an export removed that graph
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)

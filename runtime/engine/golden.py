@@ -111,23 +111,39 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
 
     A file in the user's cache keeps the result.
 
-    If only a prefill is wrong, the engine falls back to one token at a time, with a FallbackWarning. Raises
-    ProviderError if the device computes other logits.
+    If only a prefill is wrong, the engine falls back to one token at a time, with a FallbackWarning. If the native
+    kernels are wrong, it falls back to onnxruntime's, with a FallbackWarning, unless they were asked for. Raises
+    ProviderError if these, or the device, compute other logits.
     """
-    native = engine.graph.native
-    if engine.providers[0] == ep.CPU and native is None:
-        return
+    if engine.graph.native is not None:
+        if why := native_refusal(engine, bundle):
+            engine.leave_native(why)
+        engine.reset()
+    elif engine.providers[0] != ep.CPU:
+        _require_device(engine, bundle)
+        engine.reset()
+
+
+def native_refusal(engine: Engine, bundle: Bundle) -> str:
+    """Says by how much the logits of an engine's native kernels are off; "" if they are right."""
     memory = _Memory(engine, bundle)
-    one_by_one = memory.one_by_one
-    if one_by_one is None:
+    if not isinstance(memory.found, str):
         golden = Golden.of(bundle)
-        if native is None:
-            one_by_one = _takes_one_by_one(engine, golden)
-        else:
-            _require_native(engine, golden)
-            one_by_one = False
-        memory.keep(one_by_one)
-    if one_by_one:
+        off = max(_differences(engine, golden))
+        memory.keep(
+            f"the native kernels ({engine.graph.kernels}) compute other logits on this CPU: off by {off:.1e} of the "
+            f"largest (limit {golden.limit:.1e})"
+            if off > golden.limit
+            else ""
+        )
+    return str(memory.found)
+
+
+def _require_device(engine: Engine, bundle: Bundle) -> None:
+    memory = _Memory(engine, bundle)
+    if not isinstance(memory.found, bool):
+        memory.keep(_takes_one_by_one(engine, Golden.of(bundle)))
+    if memory.found:
         engine.graph.one_by_one = True
         name = ep.short_name(engine.providers[0])
         warnings.warn(
@@ -135,18 +151,7 @@ def require_golden(engine: Engine, bundle: Bundle) -> None:
             "that, and single tokens right: the prompt is read token by token, which is slow; "
             f"{ep.other_graph(name, engine.manifest)}",
             FallbackWarning,
-            stacklevel=2,
-        )
-    engine.reset()
-
-
-def _require_native(engine: Engine, golden: Golden) -> None:
-    """Raises ProviderError if the native kernels compute other logits on this CPU."""
-    off = max(_differences(engine, golden))
-    if off > golden.limit:
-        raise ProviderError(
-            f"the native kernels ({engine.graph.kernels}) compute other logits on this CPU: off by {off:.1e} of the "
-            f"largest (limit {golden.limit:.0e}): load the bundle with native=False, or set PASTKEY_NATIVE=0"
+            stacklevel=3,
         )
 
 
@@ -232,17 +237,18 @@ class _Memory:
         files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
         known = json.dumps([files, _surroundings(engine)], default=str)
         self._path = user_cache_file(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
-        self.one_by_one: bool | None = None
+        # Whether tokens are run one by one, or why the native kernels are not used; None if nothing is stored.
+        self.found: bool | str | None = None
         if self._path is not None:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                found = json.loads(self._path.read_text(encoding="utf-8"))["one_by_one"]
-                self.one_by_one = found if isinstance(found, bool) else None
+                self.found = json.loads(self._path.read_text(encoding="utf-8"))["found"]
 
-    def keep(self, one_by_one: bool) -> None:
+    def keep(self, found: bool | str) -> None:
+        self.found = found
         if self._path is not None:
             with contextlib.suppress(OSError):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, {"one_by_one": one_by_one})
+                write_json(self._path, {"found": found})
 
 
 def _surroundings(engine: Engine) -> list[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +17,12 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError, ProviderError
 from pastkey.export import export
+from pastkey.export.bundle_writer import BundleWriter, Decoder
+from pastkey.export.progress import SILENT, Recorder
+from pastkey.export.settings import ExportConfig
 from pastkey.export.upgrade import upgrade
 from pastkey.runtime import Engine
+from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
 from pastkey.runtime.model.language_model import LanguageModel
@@ -145,10 +151,35 @@ def test_other_logits_are_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     computed = golden.Golden.of(bundle)
     wrong = dataclasses.replace(computed, logits=computed.logits + 1)
     monkeypatch.setattr(golden.Golden, "of", lambda bundle: wrong)
-    monkeypatch.setattr(golden._Memory, "keep", lambda *_: None)
     monkeypatch.setattr(golden, "user_cache_file", lambda name: None)
     with pytest.raises(ProviderError, match=r"compute other logits on this CPU: off by .* load the bundle with "):
         pastkey.load(bundle.path, native=True)
+
+
+def test_an_export_leaves_out_a_native_graph_with_other_logits(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PASTKEY_NATIVE", "1")
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    progress = Recorder(SILENT)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(golden, "_differences", lambda engine, stored: iter([0.3]))
+        writer = BundleWriter(cast(Decoder, None), ExportConfig(), progress)
+        writer.proved_on_target(dataclasses.replace(bundle, path=tmp_path / "bundle"))
+    made = open_bundle(tmp_path / "bundle")
+    why = made.manifest.native_left_out
+    assert re.fullmatch(r"the native kernels \(native .*\) compute other logits .*: off by 3.0e-01 of the .*", why)
+    assert progress.warnings == [f"without the native graph, so onnxruntime's kernels run the bundle: {why}"]
+    assert made.manifest.native is None
+    assert names.NATIVE_GRAPH not in made.manifest.files
+    assert inspect(made.path).native_left_out == why
+    with pastkey.load(made.path) as lm:
+        assert lm.kernels.startswith("onnxruntime")
+    with pytest.raises(ProviderError, match=r"has no native graph, since its export found that .* off by 3.0e-01"):
+        pastkey.load(made.path, native=True)
+    upgraded = upgrade(made.path, tmp_path / "upgraded")
+    assert (upgraded.manifest.native, upgraded.manifest.native_left_out) == (names.NATIVE_OPERATORS, "")
 
 
 def test_float32_has_no_kernel(tmp_path: Path) -> None:

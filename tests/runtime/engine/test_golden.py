@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +19,15 @@ import pytest
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.runtime import load
+from pastkey.runtime.commands.inspection import inspect, print_inspection
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
+from pastkey.runtime.providers.native import NativeKernels
 
 MakeBundle = Callable[..., Bundle]
 LIMIT = 1e-3
@@ -202,6 +208,52 @@ def test_a_bundle_of_format_1_is_compared_with_the_processor(
     monkeypatch.setattr(Golden, "computed", classmethod(recorded))
     assert proved(on(old), old) == []
     assert [engine.providers for engine in made] == [["CPUExecutionProvider"]]
+
+
+@pytest.fixture
+def wrong_native(
+    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A bundle whose native graph is that of another decoder."""
+    other = make_bundle(dataclasses.replace(tiny, weights={n: w[::-1] for n, w in tiny.weights.items()}), "fused")
+    folder = tmp_path / "native"
+    shutil.copytree(make_bundle(tiny, "fused").path, folder)
+    shutil.copyfile(other.last_logits_graph, folder / names.NATIVE_GRAPH)
+    stored.save(folder / names.GOLDEN)
+    content = json.loads((folder / names.MANIFEST).read_bytes())
+    files = [*content["files"], names.NATIVE_GRAPH, names.GOLDEN]
+    write_json(folder / names.MANIFEST, content | {"native": 1, "files": file_records(folder, files)})
+
+    def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
+        return None if asked is False else NativeKernels("0.1.0", 1, "avx2")
+
+    monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.kernels_for", kernels_for)
+    return folder
+
+
+def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = r"onnxruntime's kernels run the bundle: the native kernels \(native 0.1.0, avx2\) compute other logits"
+    expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
+    for _ in range(2):  # the second time from memory
+        with pytest.warns(FallbackWarning, match=told):
+            lm = load(wrong_native, threads=1)
+        assert lm.kernels.startswith("onnxruntime")
+        assert lm.generate([1, 2], max_new_tokens=8).ids == expected
+        monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("computed again"))
+    with pytest.raises(ProviderError, match=r"off by .* \(limit 1.0e-03\): load the bundle with native=False"):
+        load(wrong_native, threads=1, native=True)
+
+
+def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(FallbackWarning):
+        found = inspect(wrong_native, threads=1)
+    assert found.kernels.startswith("onnxruntime")
+    assert (found.golden_logits, found.refusal) == ("wrong", None)
+    print_inspection(found)
+    assert "without the native kernels: the native kernels (native 0.1.0, avx2) compute" in capsys.readouterr().out
+    asked = inspect(wrong_native, threads=1, native=True)
+    assert (asked.kernels, asked.native_left_out) == ("native 0.1.0, avx2", "")
+    assert asked.refusal == f"{found.native_left_out}: load the bundle with native=False"
 
 
 def test_a_sequence_whose_logits_rounding_decides_is_not_taken(
