@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from .measure.predictors import IN_PLACE
 from .measure.verify import Verification, verify
 from .progress import Progress
 from .quantize.adapters import take_adaptable, write_adapter_graph
+from .quantize.exact import exact_engine
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -219,7 +221,8 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
     engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
-    return Golden.computed(engine, rows, PRECISIONS[like].golden_limit)
+    with exact_engine(bundle) if PRECISIONS[like].quantized else contextlib.nullcontext() as exact:
+        return Golden.computed(engine, rows, PRECISIONS[like].golden_limit, exact)
 
 
 def _session_options(precision: str) -> SessionSettings | None:

@@ -38,6 +38,8 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
     from pastkey.runtime.providers.native import kernels_for
     from pastkey.runtime.providers.placement import CPU
 
+    from .quantize.exact import exact_engine
+
     bundle, out = open_bundle(path), Path(out)
     if out.resolve() == bundle.path.resolve():
         raise InputError(f"{out} is what is to be upgraded, and would be replaced: choose another --out")
@@ -54,8 +56,9 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
                 "kernels run it as it is"
             )
         if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
-            old = Golden.of(bundle)
-            again = Golden.computed(Engine(bundle, providers="cpu", native=False), len(old.ends), old.limit)
+            rows, limit = len(Golden.of(bundle).ends), PRECISIONS[bundle.manifest.precision].golden_limit
+            with exact_engine(dataclasses.replace(bundle, path=folder)) as exact:
+                again = Golden.computed(Engine(bundle, providers="cpu", native=False), rows, limit, exact)
             again.save(folder / names.GOLDEN)
         files = [*bundle.manifest.files, names.NATIVE_GRAPH]
         records = parse_records(folder, file_records(folder, sorted(set(files))))

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from pastkey.files.folder import file_records
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.runtime import load
 from pastkey.runtime.commands.inspection import inspect, print_inspection
-from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 from pastkey.runtime.providers.native import NativeKernels
@@ -256,30 +255,26 @@ def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.C
     assert asked.refusal == f"{found.native_left_out}: load the bundle with native=False"
 
 
+@pytest.mark.parametrize(("offs", "taken"), [([0.04, 0.03, 0.02, 0.01], 2), ([0.09, 0.05, 0.06, 0.08], 1)])
 def test_a_sequence_whose_logits_rounding_decides_is_not_taken(
-    fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    offs: list[float], taken: int, fused_bundle: Bundle
 ) -> None:
+    """The limit follows from what rounding does to the sequence: exact products are `offs` from the golden logits."""
     engine = Engine(fused_bundle, threads=1)
-    offs = [0.04, 0.03, 0.02, 0.01]
-    monkeypatch.setattr(golden, "_apart_singly", lambda engine, golden: offs.pop(0))
-    third = Golden.computed(engine, 3, 0.05)
-    assert offs == [0.01]
-    expected = np.random.default_rng(2).integers(0, engine.manifest.vocab_size, len(third.ids))
-    np.testing.assert_array_equal(third.ids, expected)
-    offs = [0.05, 0.03, 0.04, 0.06]
-    best = Golden.computed(engine, 3, 0.05)
-    np.testing.assert_array_equal(
-        best.ids, np.random.default_rng(1).integers(0, engine.manifest.vocab_size, len(best.ids))
-    )
-    assert Golden.computed(engine, 3, LIMIT).ids[0] == np.random.default_rng(0).integers(0, engine.manifest.vocab_size)
+    found = Golden.computed(engine, 3, 0.05, cast(Engine, Exact(engine, offs)))
+    np.testing.assert_array_equal(found.ids, np.random.default_rng(taken).integers(0, 37, len(found.ids)))
+    assert found.limit == pytest.approx(max(0.05, 2 * offs[taken]))
 
 
-def test_single_tokens_give_the_golden_logits(fused_bundle: Bundle) -> None:
-    engine = Engine(fused_bundle, threads=1)
-    stored = Golden.computed(engine, 3, LIMIT)
-    assert golden._apart_singly(engine, stored) < 1e-4
-    wrong = dataclasses.replace(stored, logits=stored.logits * np.array([[1], [1.5], [1]], np.float32))
-    assert golden._apart_singly(engine, wrong) > 0.3
+class Exact:
+    """An engine whose logits after three prefixes of each sequence are so much larger."""
+
+    def __init__(self, engine: Engine, offs: list[float]) -> None:
+        self._engine, self._offs = engine, [off for off in offs for _ in range(3)]
+        self.reset = engine.reset
+
+    def prefill(self, ids: Any, chunk_size: int) -> npt.NDArray[np.float32]:
+        return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
 def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Golden, tmp_path: Path) -> None:
