@@ -80,9 +80,7 @@ def add_native_graph(bundle: Bundle) -> Bundle:
 
     manifest = bundle.manifest
     able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and manifest.target == "cpu"
-    # The int8-KV graph is there where an int8 cache costs little, and a context is long enough for it.
-    path = bundle.path / names.NATIVE_GRAPH
-    found = able and write_native_graph(bundle.last_logits_graph, path, bundle.int8_kv_graph)
+    found = able and write_native_graph(bundle.last_logits_graph, bundle.path / names.NATIVE_GRAPH)
     native = names.NATIVE_OPERATORS if found else None
     return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native, native_left_out=""))
 

@@ -37,7 +37,6 @@ _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision. 4: quick.
 # 5: native.
 FORMAT_VERSION = 5
-SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,6 @@ class KVGeometry:
     kv_heads: Size  # K
     key_head_size: Size  # D of the keys
     value_head_size: Size  # D of the values
-
-    @property
-    def in_int8(self) -> KVGeometry:
-        """The rows of the native graph's int8 cache: D codes, then the row's scale as a float32."""
-        return KVGeometry(self.kv_heads, self.key_head_size + SCALE_BYTES, self.value_head_size + SCALE_BYTES)
 
 
 @dataclass(frozen=True)
