@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS, Form
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.golden import Golden, require_golden
+from pastkey.runtime.engine.golden import Golden, native_refusal, require_golden
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.native import kernels_for
@@ -36,6 +37,7 @@ from .measure.predictors import IN_PLACE
 from .measure.verify import Verification, verify
 from .progress import Progress
 from .quantize.adapters import take_adaptable, write_adapter_graph
+from .quantize.exact import exact_engine
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -157,22 +159,26 @@ class BundleWriter:
         write_json(folder / names.MANIFEST, manifest.to_json())
         return dataclasses.replace(bundle, manifest=manifest)
 
-    def prove_on_target(self, bundle: Bundle) -> None:
-        """Verifies a finished bundle on its target if this machine has it; otherwise the first load does."""
+    def proved_on_target(self, bundle: Bundle) -> Bundle:
+        """Verifies a finished bundle on its target if this machine has it; otherwise the first load does.
+
+        Returns it without a native graph that computes other logits.
+        """
         target = bundle.manifest.target
         row = TARGETS[target]
         if row.short == "cpu":
             if (kernels := kernels_for(bundle, ep.CPU, None)) is not None:
                 self.progress.stage(f"prove the bundle on {kernels}")
-                require_golden(Engine(bundle), bundle)
-            return
+                if why := native_refusal(Engine(bundle), bundle):
+                    return self._without_native(bundle, why)
+            return bundle
         config = self.config
         options = dict(config.provider_options or ())
         if sentence := not_kept(row.short, options):
             self.progress.warn(sentence)
         if row.name not in ep.available():
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
-            return
+            return bundle
         self.progress.stage(f"prove the bundle on {target}")
         manifest = dataclasses.replace(
             bundle.manifest, provider_options=options
@@ -185,8 +191,17 @@ class BundleWriter:
             )
         except StartError as error:
             self.progress.warn(f"{error}; the bundle is proved on {target} when it is loaded first")
-            return
+            return bundle
         require_golden(engine, bundle)
+        return bundle
+
+    def _without_native(self, bundle: Bundle, why: str) -> Bundle:
+        self.progress.warn(f"without the native graph, so onnxruntime's kernels run the bundle: {why}")
+        (bundle.path / names.NATIVE_GRAPH).unlink()
+        files = {name: record for name, record in bundle.manifest.files.items() if name != names.NATIVE_GRAPH}
+        manifest = dataclasses.replace(bundle.manifest, native=None, native_left_out=why, files=files)
+        write_json(bundle.path / names.MANIFEST, manifest.to_json())
+        return dataclasses.replace(bundle, manifest=manifest)
 
 
 def _oldest_onnxruntime(opset: int, *, windows: bool) -> str:
@@ -207,7 +222,8 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
     engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
-    return Golden.computed(engine, rows, PRECISIONS[like].golden_limit)
+    with exact_engine(bundle) if PRECISIONS[like].quantized else contextlib.nullcontext() as reference:
+        return Golden.computed(engine, rows, PRECISIONS[like].golden_limit, reference)
 
 
 def _session_options(precision: str) -> SessionSettings | None:

@@ -168,7 +168,7 @@ def export_found(
         require_unchanged(module_or_path, config, before)
         steps.remove()
         bundle = writer.finish(bundle)
-        writer.prove_on_target(bundle)
+        bundle = writer.proved_on_target(bundle)
         if config.sensitivity is not None and last.sensitivity is not None:
             write_report(Path(config.sensitivity), last.sensitivity)
     return Report(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pastkey.command import Command, say
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle, read_bundle
-from pastkey.errors import InputError
+from pastkey.errors import InputError, ProviderError
 from pastkey.files.durable import whole_folder, write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
@@ -34,9 +34,11 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
         ProviderError: The installed kernels compute other logits.
     """
     from pastkey.runtime import Engine
-    from pastkey.runtime.engine.golden import Golden, require_golden
+    from pastkey.runtime.engine.golden import Golden, native_refusal
     from pastkey.runtime.providers.native import kernels_for
     from pastkey.runtime.providers.placement import CPU
+
+    from .quantize.exact import exact_engine
 
     bundle, out = open_bundle(path), Path(out)
     if out.resolve() == bundle.path.resolve():
@@ -54,15 +56,18 @@ def upgrade(path: str | Path, out: str | Path, *, force: bool = False) -> Bundle
                 "kernels run it as it is"
             )
         if names.GOLDEN in bundle.manifest.files:  # an older pastkey may have taken a place where rounding decides
-            old = Golden.of(bundle)
-            again = Golden.computed(Engine(bundle, providers="cpu", native=False), len(old.ends), old.limit)
+            rows, limit = len(Golden.of(bundle).ends), PRECISIONS[bundle.manifest.precision].golden_limit
+            with exact_engine(dataclasses.replace(bundle, path=folder)) as exact:
+                again = Golden.computed(Engine(bundle, providers="cpu", native=False), rows, limit, exact)
             again.save(folder / names.GOLDEN)
         files = [*bundle.manifest.files, names.NATIVE_GRAPH]
         records = parse_records(folder, file_records(folder, sorted(set(files))))
         made = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, files=records))
         write_json(folder / names.MANIFEST, made.manifest.to_json())
-        if kernels_for(made, CPU, None) is not None:
-            require_golden(Engine(made, providers="cpu"), made)
+        if kernels_for(made, CPU, None) is not None and (why := native_refusal(Engine(made, providers="cpu"), made)):
+            raise ProviderError(
+                f"{why}, so {bundle.path} gets no graph for them: onnxruntime's kernels run it as it is"
+            )
     return read_bundle(out)
 
 
@@ -75,11 +80,9 @@ def add_native_graph(bundle: Bundle) -> Bundle:
 
     manifest = bundle.manifest
     able = manifest.graph == "fused" and PRECISIONS[manifest.precision].quantized and manifest.target == "cpu"
-    # The int8-KV graph is there where an int8 cache costs little, and a context is long enough for it.
-    path = bundle.path / names.NATIVE_GRAPH
-    found = able and write_native_graph(bundle.last_logits_graph, path, bundle.int8_kv_graph)
+    found = able and write_native_graph(bundle.last_logits_graph, bundle.path / names.NATIVE_GRAPH)
     native = names.NATIVE_OPERATORS if found else None
-    return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native))
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=native, native_left_out=""))
 
 
 # --- the command --------------------------------------------------------------------------------------------------

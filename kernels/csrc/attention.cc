@@ -43,7 +43,7 @@ const AttentionKernels& kernels() {
   }
 }
 
-// For an int8 cache and steps of more rows than keep the bits of one.
+// For a float16 cache and steps of more rows than keep the bits of one.
 const AttentionTiles* tiles() {
 #if defined(PASTKEY_AMX)
   if (level() == Level::amx) return &amx_attention_tiles;
@@ -324,7 +324,7 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
 void DecoderAttention::compute(const Context& context) const {
   const Call c = checked(context);
   const AttentionKernels& kernel = kernels();
-  const AttentionTiles* with_tiles = c.cache == CacheType::int8 && c.tokens > kDecodeRows ? tiles() : nullptr;
+  const AttentionTiles* with_tiles = c.cache == CacheType::float16 && c.tokens > kDecodeRows ? tiles() : nullptr;
   const size_t d = c.d, bytes = row_bytes(c.cache, d), shared = heads_ / kv_heads_;
   const float scale = scale_ == 0 ? 1 / std::sqrt(static_cast<float>(d)) : scale_;
 

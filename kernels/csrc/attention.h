@@ -14,17 +14,18 @@ constexpr size_t kAttentionMaxHeadSize = 256;  // a head size is a multiple of 1
 
 enum class CacheType { float32, float16, int8 };
 
-// Products of many rows with int8 keys and values by tiles; they are nullptr where there are none. Memory for them is
+// Products of many rows with float16 keys and values by tiles; they are nullptr where there are none. Memory for them is
 // aligned to 64 bytes.
 struct AttentionTiles {
   size_t (*size)(size_t head_size);  // bytes of `packed`
   // query [count, D]; only between begin and end, on one thread, as score and add
   void (*pack_query)(const float* query, size_t count, size_t head_size, uint8_t* packed);
-  // scores [kAttentionRows, kAttentionPart] = query * codes of the keys [begin, end), without the keys' scales. Of the
-  // blocks of 16 that hold these keys; what stands beside them means nothing.
+  // scores [kAttentionRows, kAttentionPart] = query * the keys [begin, end). Of the blocks of 16 that hold these keys;
+  // what stands beside them means nothing.
   void (*score)(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t* packed, float* scores);
-  // out [kAttentionRows, D] = weights [count, kAttentionPart] * codes of the values [begin, end), in blocks of 32
-  void (*add)(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
+  // out [kAttentionRows, D] = weights [count, kAttentionPart] * the values [begin, end), in blocks of 32. False where
+  // one of these values is not finite: it would reach the rows that do not see it, whose weight is 0.
+  bool (*add)(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
               uint8_t* packed, float* out);
   void (*begin)(uint8_t* saved);  // as TileKernels
   void (*end)(const uint8_t* saved);

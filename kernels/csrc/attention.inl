@@ -121,10 +121,9 @@ void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to,
 }
 
 // What tiles leave undone of a row's scores [from, to).
-template <class T>
-void finish_scores(const Rows<T>& keys, size_t from, size_t to, float softcap, float* scores) {
+void finish_scores(size_t from, size_t to, float softcap, float* scores) {
   for (size_t j = from / 16 * 16; j < to; j += 16) {
-    Vec s = mul(load(scores + j), load(keys.scales + j));
+    Vec s = load(scores + j);
     store(scores + j, softcap > 0 ? soft_cap(s, softcap) : s);
   }
 }
@@ -296,7 +295,7 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   alignas(64) float weights[kAttentionRows * kPart];
   if (a.tiles) {
     a.tiles->score(d, keys.data, begin, end, a.packed, weights);
-    for (size_t r = 0; r < a.count; r++) finish_scores(keys, ranges.from[r], ranges.to[r], a.softcap, weights + r * kPart);
+    for (size_t r = 0; r < a.count; r++) finish_scores(ranges.from[r], ranges.to[r], a.softcap, weights + r * kPart);
   } else if (a.copy) {
     const Rows<float> copy = copied(keys, begin, end, a.copy);
     each_rows(a.count, [&](auto n, size_t r) { score_rows<float, n.value>(a, copy, r, ranges, weights); });
@@ -316,10 +315,13 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   if (a.tiles) {
     float* out = a.copy;
     for (size_t r = 0; r < a.count; r++) zero_outside(ranges.from[r], ranges.to[r], weights + r * kPart);
-    a.tiles->add(a.count, d, values.data, begin, end, weights, a.packed, out);
-    for (size_t r = 0; r < a.count; r++)
-      if (ranges.from[r] < ranges.to[r]) merge_values(d, out + r * d, before[r], now[r], sums.values + r * d);
-  } else if (a.copy) {
+    if (a.tiles->add(a.count, d, values.data, begin, end, weights, a.packed, out)) {
+      for (size_t r = 0; r < a.count; r++)
+        if (ranges.from[r] < ranges.to[r]) merge_values(d, out + r * d, before[r], now[r], sums.values + r * d);
+      return;
+    }
+  }
+  if (a.copy) {
     const Rows<float> copy = copied(values, begin, end, a.copy);
     each_rows(a.count, [&](auto n, size_t r) {
       add_rows<float, n.value>(copy, r, ranges, weights, before, now, sums.values);

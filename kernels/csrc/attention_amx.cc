@@ -1,5 +1,5 @@
-// Attention of many rows over an int8 cache by AMX-BF16. Codes are exact in bf16. The query and the weights of the
-// values are sums of two bf16 numbers each, which leaves 2^-17 of them.
+// Attention of many rows over a float16 cache by AMX-BF16. All numbers are sums of two bf16 numbers: float16 exactly,
+// the query and the weights of the values to 2^-17. The product of the two lesser ones is left out, 2^-18.
 #include <immintrin.h>
 
 #include <cstring>
@@ -16,13 +16,13 @@ constexpr size_t kKeys = 32;  // that two tiles of columns take
 constexpr size_t kPartBlocks = kAttentionPart / 32;
 
 size_t blocks_of(size_t head_size) { return (head_size + 31) / 32; }
-size_t row_bytes(size_t head_size) { return head_size + sizeof(float); }
+size_t row_bytes(size_t head_size) { return head_size * sizeof(uint16_t); }
 
-// packed: the query, then two tiles of columns for each block, then weights
+// packed: the query, then two tiles of columns for each term and block, then weights
 size_t query_size(size_t head_size) { return kTerms * blocks_of(head_size) * 2048; }
 size_t columns_size(size_t head_size) {
   const size_t blocks = blocks_of(head_size);
-  return 2048 * (blocks > kPartBlocks ? blocks : kPartBlocks);
+  return kTerms * 2048 * (blocks > kPartBlocks ? blocks : kPartBlocks);
 }
 size_t size(size_t head_size) { return query_size(head_size) + columns_size(head_size) + kTerms * kPartBlocks * 2048; }
 
@@ -43,19 +43,26 @@ void pack(const float* x, size_t stride, size_t count, size_t width, uint8_t* pa
     }
 }
 
-// 32 codes as bf16
-__m512i from_codes(__m128i low, __m128i high) {
-  return to_bf16(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)));
+// 32 float16 numbers as two terms
+void from_float16(__m256i low, __m256i high, __m512i* first, __m512i* second) {
+  __m512 a = _mm512_cvtph_ps(low), b = _mm512_cvtph_ps(high);
+  *first = to_bf16(a, b);
+  subtract_bf16(a, b, *first);
+  *second = to_bf16(a, b);
 }
 
-__m128i codes_at(const char* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+// 16 of them
+__m256i numbers_at(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-// tiles = a [terms][blocks][32][32] * columns [2][blocks], written to y [32, 32] at a distance of `stride`; `both`: or
-// the first 16 columns alone.
+// tiles = a [terms][blocks][32][32] * columns [terms][2][blocks], written to y [32, 32] at a distance of `stride`;
+// `both`: or the first 16 columns alone.
 void multiply(const uint8_t* a, const uint8_t* columns, size_t blocks, bool both, float* y, size_t stride) {
   zero_tiles();
   for (size_t t = 0; t < kTerms; t++)
-    multiply_blocks(a + t * blocks * 2048, columns, columns + blocks * 1024, blocks);
+    for (size_t u = 0; t + u < kTerms; u++) {
+      const uint8_t* b = columns + u * blocks * 2048;
+      multiply_blocks(a + t * blocks * 2048, b, b + blocks * 1024, blocks);
+    }
   const size_t bytes = stride * sizeof(float);
   _tile_stored(0, y, bytes);
   _tile_stored(2, y + 16 * stride, bytes);
@@ -74,22 +81,37 @@ void score(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t
   for (size_t first = begin / kKeys * kKeys; first < end; first += kKeys) {
     for (size_t half = 0; half < 2; half++)
       for (size_t b = 0; b < blocks; b++) {
-        __m512i pairs[16];
+        __m512i pairs[kTerms][16];
         for (size_t j = 0; j < 16; j++) {
           const size_t key = first + half * 16 + j;
-          const char* row = keys + (key < end ? key : end - 1) * stride + b * 32;
-          pairs[j] = from_codes(codes_at(row), b * 32 + 16 < head_size ? codes_at(row + 16) : _mm_setzero_si128());
+          const char* row = keys + (key < end ? key : end - 1) * stride + b * 64;
+          from_float16(numbers_at(row), b * 32 + 16 < head_size ? numbers_at(row + 32) : _mm256_setzero_si256(),
+                       pairs[0] + j, pairs[1] + j);
         }
-        transpose(pairs);
-        for (size_t i = 0; i < 16; i++) _mm512_store_si512(columns + (half * blocks + b) * 1024 + i * 64, pairs[i]);
+        for (size_t t = 0; t < kTerms; t++) {
+          transpose(pairs[t]);
+          uint8_t* to = columns + ((t * 2 + half) * blocks + b) * 1024;
+          for (size_t i = 0; i < 16; i++) _mm512_store_si512(to + i * 64, pairs[t][i]);
+        }
       }
     multiply(packed, columns, blocks, true, scores + first, kAttentionPart);
   }
 }
 
-void add(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
+bool all_finite(const char* values, size_t count) {
+  const __m256i exponent = _mm256_set1_epi16(0x7c00);
+  __m256i found = _mm256_setzero_si256();
+  for (size_t i = 0; i < count; i += 16) {
+    const __m256i bits = _mm256_and_si256(numbers_at(values + i * sizeof(uint16_t)), exponent);
+    found = _mm256_or_si256(found, _mm256_cmpeq_epi16(bits, exponent));
+  }
+  return _mm256_testz_si256(found, found);
+}
+
+bool add(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
          uint8_t* packed, float* out) {
   const size_t first = begin / 32 * 32, blocks = (end - first + 31) / 32, stride = row_bytes(head_size);
+  if (!all_finite(values + first * stride, (end - first) * head_size)) return false;
   uint8_t* columns = packed + query_size(head_size);
   uint8_t* rows = columns + columns_size(head_size);
   pack(weights + first, kAttentionPart, count, blocks * 32, rows);
@@ -100,14 +122,19 @@ void add(size_t count, size_t head_size, const char* values, size_t begin, size_
         for (size_t j = 0; j < 16; j++) {
           // values past the end have the weight 0: the last one stands for them
           const size_t key = first + b * 32 + 2 * j, last = end - 1;
-          const char* at = values + i + half * 16;
-          const __m128i one = codes_at(at + (key < last ? key : last) * stride);
-          const __m128i next = codes_at(at + (key + 1 < last ? key + 1 : last) * stride);
-          _mm512_store_si512(columns + (half * blocks + b) * 1024 + j * 64,
-                             from_codes(_mm_unpacklo_epi8(one, next), _mm_unpackhi_epi8(one, next)));
+          const char* at = values + (i + half * 16) * sizeof(uint16_t);
+          const __m256i one = numbers_at(at + (key < last ? key : last) * stride);
+          const __m256i next = numbers_at(at + (key + 1 < last ? key + 1 : last) * stride);
+          const __m256i low = _mm256_unpacklo_epi16(one, next), high = _mm256_unpackhi_epi16(one, next);
+          __m512i terms[kTerms];
+          from_float16(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31), terms,
+                       terms + 1);
+          for (size_t t = 0; t < kTerms; t++)
+            _mm512_store_si512(columns + ((t * 2 + half) * blocks + b) * 1024 + j * 64, terms[t]);
         }
     multiply(rows, columns, blocks, both, out + i, head_size);
   }
+  return true;
 }
 
 }  // namespace

@@ -38,7 +38,6 @@ _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 # 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision. 4: quick.
 # 5: native.
 FORMAT_VERSION = 5
-SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class KVGeometry:
     kv_heads: Size  # K
     key_head_size: Size  # D of the keys
     value_head_size: Size  # D of the values
-
-    @property
-    def in_int8(self) -> KVGeometry:
-        """The rows of the native graph's int8 cache: D codes, then the row's scale as a float32."""
-        return KVGeometry(self.kv_heads, self.key_head_size + SCALE_BYTES, self.value_head_size + SCALE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -134,6 +128,7 @@ class Manifest:
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: Size | None = None  # H, if pastkey's own graph outputs the last hidden states
     native: Size | None = None  # version of pastkey's own operators, if there is a graph for the kernel library
+    native_left_out: str = ""  # why an export removed that graph
     operators: Mapping[str, TokenCount] = field(default_factory=dict)  # operator -> nodes, as exported
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)

@@ -59,7 +59,8 @@ class Inspection:
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
     int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     kernels: str  # what runs the graph: the native kernels or onnxruntime
-    # On a device other than the CPU, or by native kernels: right, prefill wrong, or wrong.
+    native_left_out: str = ""  # why the native kernels do not run it, if their golden logits are wrong
+    # On a device other than the CPU, or of native kernels: right, prefill wrong, or wrong.
     golden_logits: str | None = None
     refusal: str | None = None  # the sentence of `run`, where it refuses the bundle on this device
 
@@ -85,7 +86,7 @@ def inspect(
         OSError: onnxruntime could not write its profile: the disk of the temporary folder is full.
     """
     from ..engine.engine import Engine
-    from ..engine.golden import require_golden
+    from ..engine.golden import native_refusal, require_golden
     from ..providers.int8_kernels import int8_kernels_of
     from ..providers.parts import assigned
     from ..providers.placement import CPU
@@ -94,9 +95,20 @@ def inspect(
     manifest = bundle.manifest
     sizes = {name: record.size for name, record in manifest.files.items()}
     weights = sum(size for name, size in sizes.items() if names.is_weights_file(name))
+    golden_logits = refusal = None
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
         on_cpu = engine.providers[0] == CPU
+        left_out = manifest.native_left_out
+        if engine.graph.native is not None:
+            why = native_refusal(engine, bundle)
+            golden_logits = "wrong" if why else "right"
+            try:
+                require_golden(engine, bundle)
+            except ProviderError as error:
+                refusal = str(error)
+            if engine.graph.native is None:
+                left_out = why
         with (
             contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError)
         ):  # the proof below says what is wrong
@@ -114,8 +126,7 @@ def inspect(
         kernels = None
         if engine.graph.native is None:
             kernels = int8_kernels_of(manifest.precision, engine.providers[0])
-    golden_logits = refusal = None
-    if not on_cpu or engine.graph.native is not None:
+    if not on_cpu:
         try:
             require_golden(engine, bundle)
             golden_logits = "prefill wrong" if engine.graph.one_by_one else "right"
@@ -131,6 +142,7 @@ def inspect(
         shares=tuple(shares),
         int8_kernels=kernels,
         kernels=engine.graph.kernels,
+        native_left_out=left_out,
         golden_logits=golden_logits,
         refusal=refusal,
     )
@@ -222,6 +234,8 @@ def print_inspection(inspection: Inspection) -> None:
         parts = "?" if share.parts is None else share.parts
         print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
     print(f"\nkernels: {inspection.kernels}")
+    if inspection.native_left_out:
+        print(f"without the native kernels: {inspection.native_left_out}")
     if inspection.int8_kernels is not None:
         print(f"int8 MatMuls here: {inspection.int8_kernels.note}")
     if inspection.golden_logits is not None:

@@ -148,7 +148,7 @@ class DecoderGraph:
             path = bundle.static_graphs[1]
         self.onnx = open_graph(path)
         self.sessions = {path: self.onnx}
-        self.cache_form = cache_form(self.onnx, manifest, path)
+        self.cache_form = cache_form(self.onnx, manifest)
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self.takes_mask = names.ATTENTION_MASK in self._inputs
@@ -229,7 +229,7 @@ class DecoderGraph:
             and not self.every
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
-            and self.cache_form.dtype is not np.float16
+            and (self.native is not None or self.cache_form.dtype is not np.float16)
             and self.provider.device == "cpu"
         )
 

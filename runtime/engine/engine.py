@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, Manifest
-from pastkey.errors import InputError, PastkeyError
+from pastkey.errors import FallbackWarning, InputError, PastkeyError, ProviderError
 
 from ..settings import require_valid
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
@@ -43,7 +45,8 @@ class Engine:
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
         """Opens the graph with the options of DecoderGraph; the cache is empty."""
         require_valid(options)
-        self._begin(DecoderGraph(bundle, **options))
+        self._opened = functools.partial(DecoderGraph, bundle, **options)
+        self._begin(self._opened())
 
     @classmethod
     def over(cls, graph: DecoderGraph) -> Engine:
@@ -51,6 +54,16 @@ class Engine:
         engine = cls.__new__(cls)
         engine._begin(graph)
         return engine
+
+    def leave_native(self, why: str) -> None:
+        """Opens the graph of onnxruntime's kernels in place of the native one, with a FallbackWarning.
+
+        Raises ProviderError if the native kernels were asked for.
+        """
+        if self._opened.keywords.get("native"):
+            raise ProviderError(f"{why}: load the bundle with native=False")
+        warnings.warn(f"onnxruntime's kernels run the bundle: {why}", FallbackWarning, stacklevel=3)
+        self._begin(self._opened(native=False))
 
     def _begin(self, graph: DecoderGraph) -> None:
         self.graph = graph

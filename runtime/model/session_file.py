@@ -70,22 +70,22 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             and 0 <= exact <= cached
         ):
             raise ValueError("ids or lengths out of range")
-        form, states = engine.graph.cache_form, manifest.states if cached else ()
-        scaled = bool(rows) and rows[0].dtype == np.int8
-        layers = (tuple(layer.in_int8 for layer in manifest.layers) if scaled else manifest.layers) if cached else ()
+        states = manifest.states if cached else ()
         expected = [
             (1, layer.kv_heads, cached - gone, size)
-            for layer in layers
+            for layer in (manifest.layers if cached else ())
             for size in (layer.key_head_size, layer.value_head_size)
         ]
         of_states = [(row.shape[0], row.shape[-1]) for row in rows[len(expected) :]]
         if (
             [row.shape for row in rows[: len(expected)]] != expected
             or of_states != [(1, state.size) for state in states]
-            or any(row.dtype not in ((np.int8,) if scaled else (np.float32, np.float16)) for row in rows)
+            or any(row.dtype not in (np.float32, np.float16) for row in rows)
         ):
             raise ValueError("its arrays do not have the shapes of this bundle's cache")
-    if rows and scaled == form.scaled:  # else its ids are computed again: kernels of another kind wrote it
+    if (
+        rows and rows[0].dtype == engine.graph.cache_form.dtype
+    ):  # else its ids are computed again: other kernels wrote it
         engine.restore(ids[:cached].tolist(), rows, exact_length=exact, gone=gone)
     return ids.tolist()  # type: ignore[no-any-return]
 

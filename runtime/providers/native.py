@@ -112,7 +112,9 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
     why, found, manifest = "", None, bundle.manifest
     if bundle.native_graph is None:
         why = f"{bundle.path} has no native graph"
-        if PRECISIONS[manifest.precision].quantized and manifest.graph == "fused" and manifest.target == "cpu":
+        if manifest.native_left_out:
+            why += f", since its export found that {manifest.native_left_out}"
+        elif PRECISIONS[manifest.precision].quantized and manifest.graph == "fused" and manifest.target == "cpu":
             path = shlex.quote(str(bundle.path))
             why += f": make a bundle with one by  pastkey upgrade {path} --out NEW  if its sizes allow one"
         else:

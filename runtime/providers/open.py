@@ -198,7 +198,7 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     if manifest.static:
         expected = _expected_static(session, manifest, path)
     else:
-        expected = _expected(found, manifest, path, cache_form(session, manifest, path))
+        expected = _expected(found, manifest, path, cache_form(session, manifest))
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")

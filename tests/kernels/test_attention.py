@@ -45,9 +45,9 @@ WINDOWED: dict[str, Inputs] = {
     for length, new in ((300, 1), (140, 140))
 }
 SAME = HEADS | FEATURES | WINDOWED
-# Prompts over an int8 cache: the level amx has products of its own for more than 8 new tokens.
+# Prompts over a float16 cache: the level amx has products of its own for more than 8 new tokens.
 PROMPTS: dict[str, Inputs] = {
-    f"prompt, {name}": (draw(lengths, new, heads, d, form="int8", **more), attributes)
+    f"prompt, {name}": (draw(lengths, new, heads, d, **{"form": "float16", **more}), attributes)
     for name, lengths, new, heads, d, more, attributes in (
         ("heads of 32", [37], 37, (4, 4), 32, NONE, NONE),
         ("heads of 48", [300], 9, (6, 2), 48, NONE, NONE),
@@ -55,13 +55,13 @@ PROMPTS: dict[str, Inputs] = {
         ("heads of 256", [140], 33, (8, 1), 256, NONE, NONE),
         ("rows of different lengths", [260, 13, 130], 13, (6, 2), 64, {"rotary": 64}, NONE),
         ("padding", [40, 1, 17], 40, (6, 2), 64, NONE, NONE),
-        ("channels", [290], 290, (6, 2), 64, {"key_scale": True}, NONE),
+        ("channels", [290], 290, (6, 2), 64, {"form": "int8", "key_scale": True}, NONE),
         ("window", [300], 45, (6, 2), 64, NONE, {"local_window_size": 20}),
         ("soft cap and sinks", [150], 70, (6, 2), 64, {"sink": True, "size": 4}, {"softcap": 5.0}),
         ("many heads", [70], 12, (71, 1), 64, NONE, NONE),
     )
 }
-SAME_BITS = 8  # new tokens; more have rounding of their own at the level amx over an int8 cache
+SAME_BITS = 8  # new tokens; more have rounding of their own at the level amx over a float16 cache
 LENGTHS = {"decode": ([300], 1), "drafts": ([300], 8), "rows": ([300, 9, 128], 1), "chunk": ([300], 40)}
 PROMPT = 290  # more than two parts of 128
 CAPS = (1e-30, 0.1, 5.0, 50.0, 1e3, 1e5, 1e8, 1e30)
@@ -105,12 +105,11 @@ def special() -> dict[str, dict[str, Array]]:
     made["inf past"]["past_key"][0, 1, 2, 7] = np.inf
     made["beyond"]["past_key"][:, :, 150:] = np.nan
     made["beyond"]["past_value"][:, :, 150:] = np.nan
-    made["value of a prompt"] = draw([153], 11, form="int8")
+    made["value of a prompt"] = draw([153], 11, form="float16")
     made["value of a prompt"]["query"][0, 3, 8 * 64] = np.nan
-    made["beyond a prompt"] = draw([153], 11, form="int8")
+    made["beyond a prompt"] = draw([153], 11, form="float16")
     for name in ("past_key", "past_value"):
-        made["beyond a prompt"][name][:, :, 153:] = 127
-        made["beyond a prompt"][name][:, :, 153:, 64:] = np.array([np.nan], np.float32).view(np.int8)
+        made["beyond a prompt"][name][:, :, 153:] = np.nan
     for form in ("float16", "int8"):
         made[f"value {form}"] = draw([150], 8, form=form)
         made[f"value {form}"]["query"][0, 3, 8 * 64] = np.inf
@@ -193,7 +192,7 @@ def agree(level: str, tokens: int, a: Sequence[Array], b: Sequence[Array]) -> bo
     """The same output and cache; by bits, but for a prompt's output of AMX."""
     y, *cache = a
     other, *kept = b
-    if level == "amx" and cache[0].dtype == np.int8 and tokens > SAME_BITS:
+    if level == "amx" and cache[0].dtype == np.float16 and tokens > SAME_BITS:
         nan = np.isnan(y)
         near = np.abs(np.where(nan, 0, y) - np.where(nan, 0, other)).max() < 3e-5 * np.nanmax(np.abs(other))
         return bool(near and (nan == np.isnan(other)).all()) and all(map(same, cache, kept))
@@ -270,7 +269,7 @@ def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes: Outcomes, level
     found = outcomes(level)
     whole, keys, values = found["prompt", form, window].outputs[0]
     for i, (y, *cache) in zip(ALONE, found["alone", form, window].outputs, strict=True):
-        assert agree(level, PROMPT if form == "int8" else 1, [whole[0, i], keys, values], [y[0, 0], *cache])
+        assert agree(level, PROMPT if form == "float16" else 1, [whole[0, i], keys, values], [y[0, 0], *cache])
 
 
 def not_finite(found: dict[Any, Outcome], name: str) -> set[tuple[int, int]]:

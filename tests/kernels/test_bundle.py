@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,11 +17,16 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError, ProviderError
 from pastkey.export import export
+from pastkey.export.bundle_writer import BundleWriter, Decoder
+from pastkey.export.progress import SILENT, Recorder
+from pastkey.export.settings import ExportConfig
 from pastkey.export.upgrade import upgrade
 from pastkey.runtime import Engine
+from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
 from pastkey.runtime.model.language_model import LanguageModel
+from tools import native_faults
 
 from ..export.decoders import gpt2, llama
 
@@ -35,11 +42,10 @@ KINDS = {"llama": llama, "gpt2": gpt2}
 IDS = np.random.default_rng(0).integers(0, 61, 80)
 
 
-@pytest.fixture(scope="module", params=["llama-int8-cache", "llama", "gpt2", "gpt2-int4"])
+@pytest.fixture(scope="module", params=["llama-long", "llama", "gpt2", "gpt2-int4"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """With an int8 cache where the context is long."""
     kind, _, form = request.param.partition("-")
-    folder, length = tmp_path_factory.mktemp(request.param) / "bundle", INT8_KV_FROM + 64 if "cache" in form else 128
+    folder, length = tmp_path_factory.mktemp(request.param) / "bundle", INT8_KV_FROM + 64 if form == "long" else 128
     precision = "int4" if form == "int4" else "int8"
     export(KINDS[kind](**SIZES), folder, precision, context_length=length, cache=False)
     made = open_bundle(folder)
@@ -57,7 +63,7 @@ def lm(bundle: Bundle) -> Iterator[LanguageModel]:
 def test_every_path_computes_nearly_what_onnxruntimes_kernels_compute(bundle: Bundle) -> None:
     ordinary, native = Engine(bundle, native=False, int8_kv_from=None), Engine(bundle, native=True)
     assert ordinary.graph.kernels.startswith("onnxruntime")
-    assert (native.graph.cache_form.dtype is np.int8) == (bundle.int8_kv_graph is not None)
+    assert native.graph.cache_form.dtype is np.float16
     for chunks in ([80], [40, 40], [78, 1, 1], [1] * 80, [3, 70, 7]):
         found = []
         for engine in (ordinary, native):
@@ -87,10 +93,11 @@ def test_a_prefix_is_reused(lm: LanguageModel) -> None:
 
 
 def test_a_text_goes_on_behind_the_context(bundle: Bundle, tmp_path: Path) -> None:
-    if bundle.manifest.shift is None or bundle.manifest.shift.refused or bundle.int8_kv_graph is None:
-        pytest.skip("positions are learned, or the cache is in float32")
+    if bundle.manifest.shift is None or bundle.manifest.shift.refused:
+        pytest.skip("positions are learned")
     with pastkey.load(bundle.path, native=True) as lm, pastkey.load(bundle.path, native=False) as ordinary:
-        prompt = np.random.default_rng(1).integers(0, 61, INT8_KV_FROM + 60).tolist()
+        length = bundle.manifest.context_length - 4
+        prompt = np.random.default_rng(1).integers(0, 61, length).tolist()
         texts = [model.generate(prompt, max_new_tokens=8, context_overflow="shift").ids for model in (lm, ordinary)]
         assert len(texts[0]) == 8
         assert texts[0][:4] == texts[1][:4]
@@ -145,10 +152,44 @@ def test_other_logits_are_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatc
     computed = golden.Golden.of(bundle)
     wrong = dataclasses.replace(computed, logits=computed.logits + 1)
     monkeypatch.setattr(golden.Golden, "of", lambda bundle: wrong)
-    monkeypatch.setattr(golden._Memory, "keep", lambda *_: None)
     monkeypatch.setattr(golden, "user_cache_file", lambda name: None)
     with pytest.raises(ProviderError, match=r"compute other logits on this CPU: off by .* load the bundle with "):
         pastkey.load(bundle.path, native=True)
+
+
+def test_an_export_leaves_out_a_native_graph_with_other_logits(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PASTKEY_NATIVE", "1")
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    progress = Recorder(SILENT)
+    with monkeypatch.context() as wrong:
+        wrong.setattr(golden, "differences", lambda engine, stored: iter([0.3]))
+        writer = BundleWriter(cast(Decoder, None), ExportConfig(), progress)
+        writer.proved_on_target(dataclasses.replace(bundle, path=tmp_path / "bundle"))
+    made = open_bundle(tmp_path / "bundle")
+    why = made.manifest.native_left_out
+    assert re.fullmatch(r"the native kernels \(native .*\) compute other logits .*: off by 3.0e-01 of the .*", why)
+    assert progress.warnings == [f"without the native graph, so onnxruntime's kernels run the bundle: {why}"]
+    assert made.manifest.native is None
+    assert names.NATIVE_GRAPH not in made.manifest.files
+    assert inspect(made.path).native_left_out == why
+    with pastkey.load(made.path) as lm:
+        assert lm.kernels.startswith("onnxruntime")
+    with pytest.raises(ProviderError, match=r"has no native graph, since its export found that .* off by 3.0e-01"):
+        pastkey.load(made.path, native=True)
+    upgraded = upgrade(made.path, tmp_path / "upgraded")
+    assert (upgraded.manifest.native, upgraded.manifest.native_left_out) == (names.NATIVE_OPERATORS, "")
+
+
+@pytest.mark.parametrize("fault", ["the first block is left out", "a tile of 16 results is transposed"])
+def test_golden_logits_find_a_faulty_kernel(bundle: Bundle, fault: str, tmp_path: Path) -> None:
+    stored = golden.Golden.of(bundle)
+    assert max(golden.differences(Engine(bundle, native=True), stored)) < stored.limit
+    made = native_faults.planted(bundle, native_faults.FAULTS[fault], tmp_path / "planted")
+    assert made is not None
+    assert max(golden.differences(Engine(made, native=True), stored)) > stored.limit
 
 
 def test_float32_has_no_kernel(tmp_path: Path) -> None:

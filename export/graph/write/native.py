@@ -4,32 +4,27 @@
 2. the two terms of the output head           -> one MatMulInt8
 3. a bias and SiLU or GELU behind, or gating  -> in the same node
 4. a norm in front, with its residual sum     -> NormMatMulInt8
-5. GroupQueryAttention                        -> DecoderAttention
+5. GroupQueryAttention                        -> DecoderAttention, with the cache in float16 if all calls have a kernel
 
 A node without a kernel stays as it is.
 """
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from pastkey.contract import names
-from pastkey.contract.bundle import SCALE_BYTES
 
 from ..edit import (
     CONTRIB_DOMAIN,
     NodeBuilder,
     add_tensor,
-    add_weight,
     producer,
     replace_node,
     replace_value,
@@ -50,30 +45,22 @@ _EPSILON = {False: 1e-5, True: 1e-12}  # defaults without and with a residual
 _SUM = 3  # output of a norm with a residual
 # Inputs of GroupQueryAttention: DecoderAttention has those before _POSITIONS, and head_sink.
 _PAST, _POSITIONS, _HEAD_SINK = 3, 9, 11
-_KEY_SCALES = 10  # input of DecoderAttention
-_LEAST_SCALE = 1e-3  # of a channel that is 0 in the calibration text, and may not be in another
 _HEAD_SIZES = range(32, 257, 16)
 _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap",
               "smooth_softmax")  # fmt: skip
 
 
-def write_native_graph(last_logits: Path, path: Path, int8_kv: Path | None = None) -> bool:
-    """Writes the native graph of a last-logits graph beside it. Returns False if no node of it has a kernel.
-
-    With an int8-KV graph, keys and values are cached in int8, if all attention has a kernel.
-    """
+def write_native_graph(last_logits: Path, path: Path) -> bool:
+    """Writes the native graph of a last-logits graph beside it. Returns False if no node of it has a kernel."""
     model = ir.load(last_logits)
-    found = to_native(model, None if int8_kv is None else ir.load(int8_kv).metadata_props)
+    found = to_native(model)
     if found:
         ir.save(model, path)
     return found
 
 
-def to_native(model: ir.Model, int8_kv: Mapping[str, str] | None = None) -> bool:
-    """Replaces the nodes that have a kernel. Returns whether there was any.
-
-    `int8_kv`: for a cache in int8, the int8-KV graph's metadata, with the scale of each channel of the keys.
-    """
+def to_native(model: ir.Model) -> bool:
+    """Replaces the nodes that have a kernel. Returns whether there was any."""
     matmuls = [node for node in model.graph if _has_kernel(node)]
     for node in matmuls:
         _replace_matmul(model, node)
@@ -82,8 +69,7 @@ def to_native(model: ir.Model, int8_kv: Mapping[str, str] | None = None) -> bool
         _replace_attention(model, node)
     if not matmuls and not attention:
         return False
-    if int8_kv is not None:
-        _cache_in_int8(model, int8_kv)
+    _cache_in_float16(model)
     _compute_scales_apart(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
@@ -342,35 +328,14 @@ def _replace_attention(model: ir.Model, node: ir.Node) -> None:
     replace_node(model, node, new)
 
 
-def _cache_in_int8(model: ir.Model, int8_kv: Mapping[str, str]) -> None:
-    """Changes the type of the cache to int8 rows with a scale, if only DecoderAttention reads it.
-
-    A row's scale suits its largest channel. Channels of keys differ by a factor of 3 to 5, of values hardly, which
-    calibration has rotated. So keys are divided by a scale for each channel, and queries multiplied.
-    """
+def _cache_in_float16(model: ir.Model) -> None:
+    """Changes the type of the cache to float16, if only DecoderAttention reads it."""
     ends = (names.PAST_PREFIX, names.PRESENT_PREFIX)
     cached = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
-    readers = (node for value in cached for node in (*value.consumers(), value.producer()))
-    nodes = [node for node in dict.fromkeys(readers) if node is not None]
-    if any(node.op_type != "DecoderAttention" for node in nodes):
-        return
-    for value in cached:
-        assert value.shape is not None
-        *before, size = value.shape
-        assert isinstance(size, int)
-        value.shape = ir.Shape([*before, size + SCALE_BYTES])
-        value.type = ir.TensorType(ir.DataType.INT8)
-    for node in nodes:
-        key = node.inputs[_PAST]
-        assert key is not None
-        assert key.shape is not None
-        heads = key.shape[1]
-        assert isinstance(heads, int)
-        scales = np.frombuffer(base64.b64decode(int8_kv[str(key.name)]), "<f4").reshape(heads, -1)
-        relative = np.maximum(scales / scales.max(1, keepdims=True), _LEAST_SCALE).astype(np.float32)
-        model.metadata_props[str(key.name)] = base64.b64encode(relative.astype("<f4").tobytes()).decode()
-        node.resize_inputs(_KEY_SCALES + 1)
-        node.replace_input_with(_KEY_SCALES, add_weight(model, f"{key.name}.scales", relative))
+    nodes = [node for value in cached for node in (*value.consumers(), value.producer()) if node is not None]
+    if all(node.op_type == "DecoderAttention" for node in nodes):
+        for value in cached:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:

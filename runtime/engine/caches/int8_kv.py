@@ -24,7 +24,6 @@ from ...providers.ort import onnxruntime
 from ...settings import MAX_DRAFT_TOKENS
 from ..shift import Moved
 from .fixed import FixedKVCache
-from .int8_rows import decoded, encoded
 from .kv import KVCache
 
 Rows = npt.NDArray[Any]
@@ -85,7 +84,7 @@ class CachePair:
                 states=states,
             )
         self.int8: KVCache | None = None
-        self._manifest, self._key_scales = manifest, form.key_scales
+        self._manifest = manifest
         self._open_int8 = open_int8
         new = parse_version(onnxruntime.__version__) >= parse_version(MIN_ONNXRUNTIME)
         able = open_int8 is not None and new and shared and provider.device == "cpu"
@@ -110,11 +109,11 @@ class CachePair:
             cache.trim(min(length, cache.length))
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
-        """See `KVCache.drop`. Moved rows are rounded to int8 again."""
+        """See `KVCache.drop`."""
         self._dequantize()
         if self.int8 is not None:
             self.int8.trim(min(start, self.int8.length))
-        self.float32.drop(start, end, _of_codes(moved, self._key_scales) if self._key_scales else moved)
+        self.float32.drop(start, end, moved)
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocates room at once for `tokens` that several runs prefill in each of `batch` sequences."""
@@ -186,18 +185,6 @@ class CachePair:
             for name in (names.past_key, names.past_value)
         ]
         return KVCache(onnx, layers, shared=True, context_length=self._manifest.context_length, dtype=np.int8)
-
-
-def _of_codes(moved: Moved, key_scales: Sequence[Rows]) -> Moved:
-    """`moved` for rows that are stored as codes with a scale. Values do not change."""
-
-    def codes_moved(index: int, rows: Rows) -> Rows:
-        if index % 2:
-            return rows
-        scales = key_scales[index // 2]
-        return encoded(moved(index, decoded(rows) * scales) / scales)
-
-    return codes_moved
 
 
 def _copy(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +19,14 @@ import pytest
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
+from pastkey.files.durable import write_json
+from pastkey.files.folder import file_records
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.runtime import load
-from pastkey.runtime.engine import golden
+from pastkey.runtime.commands.inspection import inspect, print_inspection
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
+from pastkey.runtime.providers.native import NativeKernels
 
 MakeBundle = Callable[..., Bundle]
 LIMIT = 1e-3
@@ -204,30 +209,72 @@ def test_a_bundle_of_format_1_is_compared_with_the_processor(
     assert [engine.providers for engine in made] == [["CPUExecutionProvider"]]
 
 
+@pytest.fixture
+def wrong_native(
+    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A bundle whose native graph is that of another decoder."""
+    other = make_bundle(dataclasses.replace(tiny, weights={n: w[::-1] for n, w in tiny.weights.items()}), "fused")
+    folder = tmp_path / "native"
+    shutil.copytree(make_bundle(tiny, "fused").path, folder)
+    shutil.copyfile(other.last_logits_graph, folder / names.NATIVE_GRAPH)
+    stored.save(folder / names.GOLDEN)
+    content = json.loads((folder / names.MANIFEST).read_bytes())
+    files = [*content["files"], names.NATIVE_GRAPH, names.GOLDEN]
+    write_json(folder / names.MANIFEST, content | {"native": 1, "files": file_records(folder, files)})
+
+    def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
+        return None if asked is False else NativeKernels("0.1.0", 1, "avx2")
+
+    monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.kernels_for", kernels_for)
+    return folder
+
+
+def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = r"onnxruntime's kernels run the bundle: the native kernels \(native 0.1.0, avx2\) compute other logits"
+    expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
+    for _ in range(2):  # the second time from memory
+        with pytest.warns(FallbackWarning, match=told):
+            lm = load(wrong_native, threads=1)
+        assert lm.kernels.startswith("onnxruntime")
+        assert lm.generate([1, 2], max_new_tokens=8).ids == expected
+        monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("computed again"))
+    with pytest.raises(ProviderError, match=r"off by .* \(limit 1.0e-03\): load the bundle with native=False"):
+        load(wrong_native, threads=1, native=True)
+
+
+def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(FallbackWarning):
+        found = inspect(wrong_native, threads=1)
+    assert found.kernels.startswith("onnxruntime")
+    assert (found.golden_logits, found.refusal) == ("wrong", None)
+    print_inspection(found)
+    assert "without the native kernels: the native kernels (native 0.1.0, avx2) compute" in capsys.readouterr().out
+    asked = inspect(wrong_native, threads=1, native=True)
+    assert (asked.kernels, asked.native_left_out) == ("native 0.1.0, avx2", "")
+    assert asked.refusal == f"{found.native_left_out}: load the bundle with native=False"
+
+
+@pytest.mark.parametrize(("offs", "taken"), [([0.04, 0.03, 0.02, 0.01], 2), ([0.09, 0.05, 0.06, 0.08], 1)])
 def test_a_sequence_whose_logits_rounding_decides_is_not_taken(
-    fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    offs: list[float], taken: int, fused_bundle: Bundle
 ) -> None:
+    """The limit follows from what rounding does to the sequence: exact products are `offs` from the golden logits."""
     engine = Engine(fused_bundle, threads=1)
-    offs = [0.04, 0.03, 0.02, 0.01]
-    monkeypatch.setattr(golden, "_apart_singly", lambda engine, golden: offs.pop(0))
-    third = Golden.computed(engine, 3, 0.05)
-    assert offs == [0.01]
-    expected = np.random.default_rng(2).integers(0, engine.manifest.vocab_size, len(third.ids))
-    np.testing.assert_array_equal(third.ids, expected)
-    offs = [0.05, 0.03, 0.04, 0.06]
-    best = Golden.computed(engine, 3, 0.05)
-    np.testing.assert_array_equal(
-        best.ids, np.random.default_rng(1).integers(0, engine.manifest.vocab_size, len(best.ids))
-    )
-    assert Golden.computed(engine, 3, LIMIT).ids[0] == np.random.default_rng(0).integers(0, engine.manifest.vocab_size)
+    found = Golden.computed(engine, 3, 0.05, cast(Engine, Exact(engine, offs)))
+    np.testing.assert_array_equal(found.ids, np.random.default_rng(taken).integers(0, 37, len(found.ids)))
+    assert found.limit == pytest.approx(max(0.05, 2 * offs[taken]))
 
 
-def test_single_tokens_give_the_golden_logits(fused_bundle: Bundle) -> None:
-    engine = Engine(fused_bundle, threads=1)
-    stored = Golden.computed(engine, 3, LIMIT)
-    assert golden._apart_singly(engine, stored) < 1e-4
-    wrong = dataclasses.replace(stored, logits=stored.logits * np.array([[1], [1.5], [1]], np.float32))
-    assert golden._apart_singly(engine, wrong) > 0.3
+class Exact:
+    """An engine whose logits after three prefixes of each sequence are so much larger."""
+
+    def __init__(self, engine: Engine, offs: list[float]) -> None:
+        self._engine, self._offs = engine, [off for off in offs for _ in range(3)]
+        self.reset = engine.reset
+
+    def prefill(self, ids: Any, chunk_size: int) -> npt.NDArray[np.float32]:
+        return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
 def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Golden, tmp_path: Path) -> None:
