@@ -69,6 +69,11 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": _ROUTED,
     "glm4_moe_lite": _ROUTED | _LATENT,
+    "granitemoehybrid": {  # dense Granite 4.0; its configuration has infinity
+        "layer_types": ["attention", "attention"],
+        "shared_intermediate_size": 48,
+        "position_embedding_type": "rope",
+    },
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
         "num_layers": 2,
@@ -128,7 +133,7 @@ IN_CI = (
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
-    "mamba": ({}, "are a recurrence over the tokens"),
+    "mamba": ({}, "keep another state than keys and values"),
 }
 _BY_HAND = "it computes this attention by hand, not through AttentionInterface"
 _UNTRACED = "its experts are picked by values, in a way that no trace can follow"
