@@ -33,6 +33,7 @@ from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..graph.stored import StoredWeight, StoredWeights, stored_weights
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
+from .constants import fold_constants
 from .probe.observe import Layer, Observation, evaluating, name_of
 from .streamed import load
 from .time_axis.program.traced import whole_objects
@@ -138,7 +139,8 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            exported = torch.onnx.export(
+            to_onnx = functools.partial(
+                torch.onnx.export,
                 program,
                 (),
                 input_names=inputs,
@@ -148,6 +150,12 @@ def trace(
                 optimize=False,  # `simplify` does it without changing numbers
                 verbose=False,
             )
+            try:
+                exported = to_onnx()
+            except Exception:
+                if not fold_constants(program):
+                    raise
+                exported = to_onnx()
         except ContractError:
             raise
         except Exception as error:

@@ -65,6 +65,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "flex_olmo": _EXPERTS,
     "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
     "gemma3_text": _KINDS | {"query_pre_attn_scalar": 16},
+    "gemma3n_text": _KINDS | {"activation_sparsity_pattern": [0.9, 0.0], "num_kv_shared_layers": 0},
     "glm": {"partial_rotary_factor": 0.5},
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": _ROUTED,
