@@ -378,6 +378,8 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
     lines = [line.strip(" -") for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
     # torch's first line on a broken constraint is about its logging, the second about the constraint.
     line = lines[1 if lines[0].startswith("Constraints violated") and len(lines) > 1 else 0]
+    if "data-dependent" in line:  # a dump of torch's symbols
+        line = "what runs there depends on the values of a tensor (a loop over what is hit, a branch or a size)"
     if "complex" in line:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
