@@ -28,7 +28,6 @@ TABLE = ROOT / "tests" / "export" / "families.jsonl"
 DOCS = ROOT / "docs" / "families.md"
 VERIFIED, REFUSED, NO_DECODER, FAILED = "verified", "refused", "no decoder", "failed"
 _LIMIT_S = 900  # of one type
-_CALL = "model(ids)"
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -66,9 +65,8 @@ def page() -> str:
     found = table()
     by = {result: [row for row in found if row["result"] == result] for result in (VERIFIED, REFUSED, NO_DECODER)}
     version = max(row["transformers"] for row in found if "transformers" in row)
-    called = [row["type"] for row in by[VERIFIED] if "--call" in row["detail"]]
     of_text = [row["type"] for row in by[VERIFIED] if "text alone" in row["detail"]]
-    plain = [row["type"] for row in by[VERIFIED] if row["type"] not in called + of_text]
+    plain = [row["type"] for row in by[VERIFIED] if row["type"] not in of_text]
     lines = [
         "# Hugging Face families",
         "",
@@ -80,9 +78,6 @@ def page() -> str:
         f"## Verified: {len(by[VERIFIED])}",
         "",
         *_wrapped(plain),
-        "",
-        f"With `--call '{_CALL}'`, since their positions do not begin at 0:",
-        *_wrapped(called),
         "",
         "With their text alone; images and sounds are not read:",
         *_wrapped(of_text),
@@ -148,21 +143,14 @@ def judge(kind: str) -> tuple[str, str]:
             return REFUSED, str(error).strip().split(". ")[0]
 
 
-def _exported(model: Any, out: Path, call: str | None = None) -> tuple[str, str]:
-    from pastkey.errors import InputError
+def _exported(model: Any, out: Path) -> tuple[str, str]:
     from pastkey.export import export
     from tests.export.families import CONTEXT, greedy
 
-    try:
-        manifest = export(model, out, "fp32", context_length=CONTEXT, call=call).manifest
-    except InputError as error:
-        if call is None and f"--call '{_CALL}'" in str(error):  # its positions do not begin at 0
-            return _exported(model, out, _CALL)
-        raise
+    manifest = export(model, out, "fp32", context_length=CONTEXT).manifest
     checks = manifest.parity["fp32"]["checks"].values()
     worst = max(check["value"] for check in checks if check["measure"] == "max_relative_difference")
-    told = f"{manifest.graph}; {worst:.1e}; {len({*greedy(model)})} tokens"
-    return VERIFIED, told if call is None else f"{told}; --call '{call}'"
+    return VERIFIED, f"{manifest.graph}; {worst:.1e}; {len({*greedy(model)})} tokens"
 
 
 def _child(kind: str, sender: Any) -> None:
