@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .facts import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
     """Writes config.json, generation_config.json, genai_config.json and the tokenizer's two files."""
     config = _config(source, manifest, heads) | _loading(folder, manifest)
-    write_json(folder / names.CONFIG, config)
+    write_json(folder / names.CONFIG, _finite(config))
     eos = list(manifest.eos_token_ids)
     special = {
         "bos_token_id": manifest.bos_token_id,
@@ -45,6 +46,12 @@ def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
     # transformers.js runs the post-processor only if this key says so.
     config.setdefault("add_bos_token", special_ids(tokenizer)[:1] == (source.bos_token_id,))
     return config
+
+
+def _finite(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns JSON's content as transformers 5 writes it: infinity as {"__float__": "Infinity"}, as JSON has none."""
+    finite: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda name: {"__float__": name})
+    return finite
 
 
 def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:

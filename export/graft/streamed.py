@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -141,6 +142,28 @@ def in_float64(module: nn.Module) -> nn.Module:
         for parameter, stored in weights.parameters(module):
             memo[id(parameter)] = nn.Parameter(weights.hollow(stored, torch.float64), requires_grad=False)
     return copy.deepcopy(module, memo).double()
+
+
+@contextlib.contextmanager
+def computing_in_float64() -> Iterator[None]:
+    """While open, what a module makes or casts to float32 is float64, as in norms and rotary positions."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widening():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Widening(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        wide = {torch.float32: torch.float64}
+        args = [wide.get(value, value) if isinstance(value, torch.dtype) else value for value in args]
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def resident_bytes(module: nn.Module) -> int:

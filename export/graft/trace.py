@@ -34,6 +34,7 @@ from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..graph.stored import StoredWeight, StoredWeights, stored_weights
 from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
+from .constants import fold_constants
 from .probe.observe import Layer, Observation, evaluating, name_of
 from .streamed import load
 from .time_axis.program.traced import whole_objects
@@ -139,7 +140,8 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            exported = torch.onnx.export(
+            to_onnx = functools.partial(
+                torch.onnx.export,
                 program,
                 (),
                 input_names=inputs,
@@ -149,6 +151,12 @@ def trace(
                 optimize=False,  # `simplify` does it without changing numbers
                 verbose=False,
             )
+            try:
+                exported = to_onnx()
+            except Exception:
+                if not fold_constants(program):
+                    raise
+                exported = to_onnx()
         except ContractError:
             raise
         except Exception as error:
@@ -384,6 +392,8 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
             "branch on a length (if T > 1), make it a Python number, or take a fixed number of rows (x[:, 2:]): take "
             "lengths from tensor.shape and positions from position_ids"
         )
+    if "data-dependent" in line:  # a dump of torch's symbols
+        line = "what runs there depends on the values of a tensor (a loop over what is hit, a branch or a size)"
     if "complex" in line:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)

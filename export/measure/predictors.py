@@ -169,13 +169,14 @@ class ModulePredictor:
         Compares its logits, or with `hidden` its last hidden states.
         """
         from ..graft.given_graph import GivenDecoder
-        from ..graft.streamed import in_float64
+        from ..graft.streamed import computing_in_float64, in_float64
 
         if isinstance(self._module, GivenDecoder):
             return self._module.rounding(ids)
         try:
             wide = ModulePredictor(in_float64(self._module))
-            found = wide.hidden_states(ids) if hidden else wide.logits(ids)
+            with computing_in_float64():
+                found = wide.hidden_states(ids) if hidden else wide.logits(ids)
         except Exception:  # a user's module may raise anything in a precision that it was not written for
             return 0.0
         return relative_difference(found, self.hidden_states(ids) if hidden else self.logits(ids))

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 # A deep module's float32 results may be further than that from its float64 results in torch. Then the limit is this
 # many times the distance measured on the same text.
 ROUNDING_ALLOWANCE = 3
+# A difference of up to this many limits is told as one of rounding.
+NEAR_ROUNDING = 3
 # The first layer whose keys or values exceed this many limits is reported.
 LAYER_ALLOWANCE = 10
 # int8 and int4 may choose a different token than the uncached run within this many times the distance of their own
@@ -319,9 +321,15 @@ def _compare(
 
 def _explained(c: _Compared, name: str, value: float, measure: str, limit: float, locate: bool) -> str:
     what = {
-        "max_relative_difference": f"logits differ by {value:.1e} of the largest logit (limit {limit:.0e})",
+        "max_relative_difference": f"logits differ by {value:.1e} of the largest logit (limit {limit:.1e})",
         "mean_kl": f"predictions differ by {value:.1e} nats (limit {limit:.1e})",
     }[measure]
+    if measure == "max_relative_difference" and value <= NEAR_ROUNDING * limit and c.rounding:
+        return (
+            f"in the check {name!r} {what}. That is near rounding: float32 itself is off by "
+            f"{c.rounding / ROUNDING_ALLOWANCE:.1e} there in torch, and a wrong position or length gives far more. "
+            "--graph standard sums in another order"
+        )
     where = f", first in {_first_layer(c)}" if locate else ""
     return (
         f"in the check {name!r} {what}{where}. Usual causes: numbers that pass between tokens outside attention, such "

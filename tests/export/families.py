@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CONTEXT = 96
 WINDOW = 12
+FEW = 3  # different tokens in a greedy continuation: with no more, it proves little
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,21 +40,28 @@ _KINDS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "sliding_window": WINDOW,
 }
+_SMALL: dict[str, Any] = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "laurel_rank": 16}
+_PER_LAYER: dict[str, Any] = _KINDS | {
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 32,
+    **_SMALL,
+}
 _SOFTCAP: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 
 _PLAIN = (
-    "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "gemma", "gpt2", "gpt_bigcode", "helium",
-    "hunyuan_v1_dense", "jais2", "llama", "nanochat", "nemotron", "olmo", "olmo2", "openai-gpt", "persimmon",
-    "qwen3", "seed_oss", "smollm3",
+    "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "exaone", "gemma", "gpt-sw3", "gpt2", "gpt_bigcode",
+    "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "nanochat", "nemotron",
+    "olmo", "olmo2", "openai-gpt", "persimmon", "qwen3", "seed_oss", "smollm3",
 )  # fmt: skip
 # family -> what its configuration has beside the common sizes
 FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "afmoe": _EXPERTS | _KINDS,
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "bloom": {"n_layer": 2, "n_head": 4},
+    "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
     "codegen": {"rotary_dim": 8, "n_inner": 112},
     "cohere2": _KINDS,
-    "ctrl": {"dff": 112},
+    "cohere2_moe": _EXPERTS | _KINDS,
+    "ctrl": {"dff": 112, "tie_word_embeddings": False},
     "cwm": _KINDS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "deepseek_v2": _ROUTED | _LATENT,
     "deepseek_v3": _ROUTED | _LATENT,
@@ -65,10 +73,22 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "flex_olmo": _EXPERTS,
     "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
     "gemma3_text": _KINDS | {"query_pre_attn_scalar": 16},
+    "gemma3n_text": _KINDS | _SMALL | {"activation_sparsity_pattern": [0.9, 0.0], "num_kv_shared_layers": 0},
+    "gemma4_text": _PER_LAYER
+    | {"num_hidden_layers": 4, "layer_types": _KINDS["layer_types"] * 2, "num_kv_shared_layers": 2}
+    | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "gpt_neox_japanese": {},
+    "granite_swa": _KINDS,
+    "granitemoe_swa": _EXPERTS | _KINDS,
     "glm": {"partial_rotary_factor": 0.5},
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": _ROUTED,
     "glm4_moe_lite": _ROUTED | _LATENT,
+    "granitemoehybrid": {  # dense Granite 4.0; its configuration has infinity
+        "layer_types": ["attention", "attention"],
+        "shared_intermediate_size": 48,
+        "position_embedding_type": "rope",
+    },
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
         "num_layers": 2,
@@ -81,12 +101,24 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "granitemoe": _EXPERTS | {"attention_multiplier": 0.3},
     "granitemoeshared": _EXPERTS | {"attention_multiplier": 0.3, "shared_intermediate_size": 48},
     "hunyuan_v1_moe": _EXPERTS,
+    "hy_v3": _EXPERTS | {"first_k_dense_replace": 1},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
+    "laguna": _EXPERTS | _KINDS,
     "lfm2": {"layer_types": ["full_attention", "conv"]},
+    "lfm2_moe": _EXPERTS | {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
+    "lfm3": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+    },
+    "mellum": _EXPERTS | _KINDS,
+    "minicpm3": _LATENT,
     "minimax_m2": _EXPERTS | {"rotary_dim": 8},
     "ministral": _KINDS,
+    "ministral3": {"sliding_window": WINDOW},
     "mistral": {"sliding_window": WINDOW},
     "mixtral": _EXPERTS | {"sliding_window": WINDOW},
+    "modernbert-decoder": {"layer_types": _KINDS["layer_types"], "local_attention": WINDOW},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
     "olmo3": _KINDS,
     "olmoe": _EXPERTS,
@@ -101,7 +133,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
     "stablelm": {"partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
-    "xglm": {"ffn_dim": 112, "num_layers": 2, "attention_heads": 4, "d_model": 64},
+    "xglm": {"tie_word_embeddings": False, "ffn_dim": 112, "num_layers": 2, "attention_heads": 4, "d_model": 64},
     "youtu": _LATENT,
 }
 
@@ -122,19 +154,106 @@ IN_CI = (
     "deepseek_v3",  # latent, of two head sizes
     "diffllama",  # differential
     "lfm2",  # short convolutions
+    "lfm3",  # these, a window and a full layer
+    "gemma3n_text",  # several streams, a sparse activation
+    "gemma4_text",  # keys and values that layers share, two head sizes, experts
 )  # fmt: skip
 
 # family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
-    "mamba": ({}, "are a recurrence over the tokens"),
+    "mamba": ({}, "keep another state than keys and values"),
 }
+_INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+# What the configurations of other types need to be small.
+_HALF: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+_VISION = _HALF | {"num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus1p5_text": {},
+    "aria_text": _EXPERTS | {"moe_num_experts": 4, "moe_topk": 2},
+    "axk1": _ROUTED | _LATENT,
+    "axk2": _INDEXED,
+    "beam": _EXPERTS | _KINDS | {"n_group": 1, "topk_group": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 50,
+        "patch_in_forward": False,
+        "patcher_config": _HALF,
+        "encoder_config": _HALF | {"hidden_size_global": 64},
+        "decoder_config": _HALF | {"hidden_size_global": 64},
+        "global_config": _HALF | {"hidden_size": 64},
+    },
+    "cohere_compass_text": _KINDS | {"rope_parameters": dict.fromkeys(_KINDS["layer_types"], _ROPE)},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": CONTEXT,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48},
+    },
+    "deepseek_v32": _INDEXED,
+    "dory": _KINDS | {"n_input_layers": 1, "n_output_layers": 1, "num_hidden_layers": 2, "n_recurrent_layers": 0},
+    "dots3_note_text": _INDEXED,
+    "flint": _EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48},
+    "gemma4_unified_text": _PER_LAYER,
+    "glm_moe_dsa": _INDEXED,
+    "hy_v4": _INDEXED,
+    "inkling_text": _EXPERTS,
+    "inkling2_text": _EXPERTS,
+    "inkling2_loop_text": _EXPERTS,
+    "kolibri1": _EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48},
+    "longcat_flash": _LATENT
+    | {"num_layers": 1, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
+    | {"expert_ffn_hidden_size": 48, "ffn_hidden_size": 112, "head_dim": 8},
+    "mimo_v2_flash": _ROUTED | _KINDS | {"v_head_dim": 16},
+    "minimax": _EXPERTS,
+    "minimax_m3_vl_text": _EXPERTS,
+    "moshi": {"ffn_dim": 112, "audio_vocab_size": 33},
+    "phi4_multimodal": {
+        "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+        "audio_config": {"hidden_size": 32, "num_blocks": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    },
+    "reformer": {
+        "attn_layers": ["local", "local"],
+        "axial_pos_embds": False,
+        "is_decoder": True,
+        "local_attn_chunk_length": 8,
+        "feed_forward_size": 112,
+        "attention_head_size": 16,
+    },
+    "sarvam_mla": _ROUTED | _LATENT,
+    "sarvam_moe": _ROUTED,
+    "xlm": {"emb_dim": 64, "n_layers": 2, "n_heads": 4, "causal": True},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+}
+# Types that are no decoder, where neither the class nor the configuration says so.
+NO_DECODERS: dict[str, str] = {
+    "xlnet": "its tokens see later ones: it was trained by permutations",
+    "gemma4_assistant": "drafts from the hidden states and the cache of another model",
+    "gemma4_unified_assistant": "drafts from the hidden states and the cache of another model",
+}
+
 _BY_HAND = "it computes this attention by hand, not through AttentionInterface"
 _UNTRACED = "its experts are picked by values, in a way that no trace can follow"
 _OTHERWISE = "it is refused for another reason"
+_UNTRIED = "it was not tried there"
 # Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
 FROM_TRANSFORMERS_5: dict[str, str] = {
+    "modernbert-decoder": _UNTRIED,
+    "lfm2_moe": _UNTRIED,
+    "granitemoehybrid": _UNTRIED,
+    "gpt_neox_japanese": _UNTRIED,
+    "gpt-sw3": _UNTRIED,
+    "gemma3n_text": _UNTRIED,
     "codegen": _BY_HAND,
     "ctrl": _BY_HAND,
     "deepseek_v2": _OTHERWISE,
@@ -153,6 +272,24 @@ FROM_TRANSFORMERS_5: dict[str, str] = {
 }
 
 
+def configured(family: str) -> Any:
+    """The small configuration of a family; an encoder's is that of a decoder where it can be."""
+    import transformers
+
+    known = transformers.AutoConfig.for_model(family)
+    if known.is_encoder_decoder:
+        return known
+    own = {**OTHERS, **{name: extras for name, (extras, _) in REFUSED.items()}, **FAMILIES}.get(family, {})
+    if (text := known.get_text_config()) is not known:  # around a model of text
+        parts = {part for part in known.sub_configs if getattr(known, part, None) is not None}
+        inner = configured(text.model_type).to_dict() if text.model_type in transformers.CONFIG_MAPPING else _VISION
+        named = {part: inner if getattr(known, part) is text else _VISION for part in parts}
+    else:
+        sizes = _COMMON | {"is_decoder": True}
+        named = {k: v for k, v in sizes.items() if _has(known, k) and not _is_derived(known, k)}
+    return transformers.AutoConfig.for_model(family, **(named | own))
+
+
 def build(family: str) -> nn.Module:
     """The model with weights large enough that attention is sharp and every part of it shows."""
     import transformers
@@ -161,22 +298,46 @@ def build(family: str) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # remarks on sizes this small
     try:
-        known = transformers.AutoConfig.for_model(family)
-        named = {k: v for k, v in _COMMON.items() if hasattr(known, k) and not _is_derived(known, k)}
-        extras = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(family, **(named | extras))
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model: Any = transformers.AutoModelForCausalLM.from_config(configured(family), attn_implementation="eager")
     finally:
         logging.set_verbosity(verbosity)
-    generator = torch.Generator().manual_seed(1)
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.eval()
+    for seed in range(1, 11):
+        _draw(model, first, seed)
+        if seed > 5:  # smaller embeddings, where a tied head repeats the last token
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(0.1)
+        if family not in FAMILIES or len({*greedy(model)}) > FEW:
+            break
+    return model
+
+
+def _draw(model: nn.Module, first: dict[str, Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.1, generator=generator)
             else:
-                parameter += torch.randn(parameter.shape, generator=generator) * 0.1  # type: ignore[misc]
-    return model.eval()
+                parameter.copy_(first[name] + torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def greedy(model: nn.Module, count: int = 24) -> list[int]:
+    """The greedy continuation of a prompt, without a cache."""
+    ids = [5, 17, 3, 60, 41]
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[5:]
+
+
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except RuntimeError:  # each layer has its own
+        return True
 
 
 def _is_derived(config: Any, name: str) -> bool:

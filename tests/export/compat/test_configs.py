@@ -9,13 +9,19 @@ from typing import Any
 import onnx
 import pytest
 from tokenizers import Tokenizer, models, processors
+from torch import nn
 
 from pastkey.contract import names
+from pastkey.contract.bundle import KVGeometry, Manifest
 from pastkey.export import export
+from pastkey.export.compat.configs import write_configurations
+from pastkey.export.source.source import Source
 from pastkey.files.folder import sha256
 
 from ..cases import CASES
 from ..conftest import Export, Exported
+
+MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0")
 
 
 def places(made: Exported) -> dict[str, tuple[int, int]]:
@@ -87,6 +93,17 @@ def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:
         assert decoder["num_hidden_layers"] == len(made.bundle.manifest.layers)
         assert content["model"]["context_length"] == content["search"]["max_length"]
         assert content["search"]["past_present_share_buffer"] is shared
+
+
+def test_infinity_and_nan_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+    limits = {"limits": (0.0, float("inf")), "inner": {"low": float("-inf"), "none": float("nan")}}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "vocab_size": 8}
+    source = Source(nn.Identity(), "source", 8, config={"model_type": "llama", **sizes, **limits})
+    (tmp_path / "onnx").mkdir()
+    write_configurations(tmp_path, source, MANIFEST, [1])
+    content = json.loads((tmp_path / names.CONFIG).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert content["limits"] == [0.0, {"__float__": "Infinity"}]
+    assert content["inner"] == {"low": {"__float__": "-Infinity"}, "none": {"__float__": "NaN"}}
 
 
 def test_generation_config_ends_at_the_context(exported: Export) -> None:

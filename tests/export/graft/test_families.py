@@ -23,7 +23,7 @@ from pastkey.precisions import PRECISIONS
 from pastkey.runtime import load
 
 from ...shared import divided
-from ..families import CONTEXT, FAMILIES, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build
+from ..families import CONTEXT, FAMILIES, FEW, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build, greedy
 
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")  # followed along the time axis for a smaller cache
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
@@ -48,6 +48,7 @@ def test_a_family_computes_what_transformers_computes(
     parity = report.manifest.parity["fp32"]
     assert parity["ok"]
     assert parity["reference"] == "source"
+    assert len({*greedy(model)}) > FEW
     assert parity["tokens"] == CONTEXT > 2 * WINDOW
     figures = [c["value"] for c in parity["checks"].values() if c["measure"] == "max_relative_difference"]
     assert len(figures) == 5

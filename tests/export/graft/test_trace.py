@@ -124,6 +124,8 @@ def test_a_branch_on_values_is_refused_with_its_line() -> None:
     sentence = traced_refusal(BranchesOnValues())
     assert "torch could not trace BranchesOnValues" in sentence
     assert "test_trace.py:" in sentence
+    assert "what runs there depends on the values of a tensor" in sentence
+    assert "u0" not in sentence  # torch's symbols
     assert "forward must not branch on values or lengths" in sentence
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.errors import InputError, NumericsError
+from pastkey.export.graft.streamed import computing_in_float64
 from pastkey.export.measure.metrics import relative_difference
 from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor, RecordedPredictor
 
@@ -62,20 +63,35 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         ModulePredictor(module).logits(np.arange(3))
 
 
-def test_rounding_is_the_distance_of_float32_from_float64() -> None:
-    module, ids = Plain(layers=2), np.arange(12)
+class Single(Plain):
+    """Casts to float32 for its own precision, as norms do."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(torch.float32) * torch.ones(1, dtype=torch.float32)
+        return super().logits(hidden.softmax(-1, dtype=torch.float32).float())
+
+
+@pytest.mark.parametrize("kind", [Plain, Single])
+def test_rounding_is_the_distance_of_float32_from_float64(kind: type[Plain]) -> None:
+    """Also where the module's code names float32: in float64 it does not round at all."""
+    module, ids = kind(layers=2), np.arange(12)
     rounding = ModulePredictor(module).rounding(ids)
     assert 0 < rounding < 1e-5
     logits = ModulePredictor(module).logits(ids)
-    assert rounding == relative_difference(ModulePredictor(module.double()).logits(ids), logits)
+    with computing_in_float64():
+        exact = ModulePredictor(module.double()).logits(ids)
+    assert exact.dtype == np.float64
+    assert rounding == relative_difference(exact, logits)
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_module_that_has_no_float64_has_no_rounding() -> None:
-    class Single(Plain):
+    class Refusing(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
-            return super().logits(hidden.float())
+            assert hidden.dtype == torch.float32
+            return super().logits(hidden)
 
-    assert ModulePredictor(Single()).rounding(np.arange(12)) == 0
+    assert ModulePredictor(Refusing()).rounding(np.arange(12)) == 0
 
 
 def test_a_recorded_predictor_runs_each_text_once_and_then_closes_the_graph(

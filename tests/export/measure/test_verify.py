@@ -202,7 +202,17 @@ def test_a_change_just_above_the_tolerance_is_found(exported: Export, tmp_path: 
     bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 3e-4)
     expected = made.torch_logits(list(range(40)))
     assert np.abs(expected).max() > 1
-    assert "prefill" in findings(verify(bundle, made.module))
+    detail = findings(verify(bundle, made.module))["prefill"].detail
+    assert "must take every position from position_ids" in detail
+
+
+def test_a_difference_near_rounding_is_not_told_as_one_of_positions(exported: Export, tmp_path: Path) -> None:
+    made = exported("llama")
+    bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 6e-5)
+    found = findings(verify(bundle, made.module))["prefill"]
+    assert PRECISIONS["fp32"].max_difference < figure(found) < 3 * PRECISIONS["fp32"].max_difference
+    assert "float32 itself is off by" in found.detail
+    assert "position_ids" not in found.detail
 
 
 def test_int8_against_another_source_of_the_same_shape_is_found(exported: Export) -> None:

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from pastkey.__main__ import main
 from pastkey.contract import names
-from pastkey.errors import ResourceError
+from pastkey.errors import ContractError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
 
@@ -332,7 +332,25 @@ def test_an_encoder_decoder(tmp_path: Path, refusal: Callable[..., str]) -> None
 def test_a_state_space_model(tmp_path: Path, refusal: Callable[..., str]) -> None:
     config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=2)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    assert "(MambaForCausalLM) are a recurrence over the tokens" in refusal(tmp_path / "mamba")
+    told = refusal(tmp_path / "mamba")
+    assert "some layers of" in told
+    assert "(MambaForCausalLM" in told
+    assert "keep another state than keys and values, as linear attention and state-space models do" in told
+
+
+def test_a_hybrid_is_refused_by_the_layers_that_it_has_and_not_by_its_class() -> None:
+    """Dense Granite 4.0 is of a class that can have Mamba's layers, and has attention in every layer."""
+    small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small |= {"intermediate_size": 16, "shared_intermediate_size": 16, "vocab_size": 40, "num_local_experts": 0}
+    small |= {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "max_position_embeddings": 24}
+
+    def opened(*layers: str) -> int:
+        config = transformers.GraniteMoeHybridConfig(layer_types=[*layers], **small)
+        return open_source(transformers.GraniteMoeHybridForCausalLM(config)).context_length
+
+    assert opened("attention", "attention") == 24
+    with pytest.raises(ContractError, match="keep another state than keys and values"):
+        opened("mamba", "attention")
 
 
 def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str]) -> None:

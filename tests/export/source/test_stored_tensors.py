@@ -42,14 +42,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each 
 WHOLE = 1 << 40
 # Families of which transformers computes some parameters of several tensors, or turns them: these are in memory.
 COMPUTED = {
-    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-    "glm4_moe_lite", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
-    "solar_open",
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+    "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "hy_v3", "laguna", "lfm2_moe", "mellum", "minimax_m2",
+    "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
 }  # fmt: skip
 CHANGED = {"youtu"}  # transformers sets the row of the padding to zero after it has read it
 # Families that are followed along the time axis, whose rules read weights.
 FOLLOWED = {
-    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_neo", "mpt", "openai-gpt", "xglm", "youtu",
+    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "gemma4_text", "glm4_moe_lite", "gpt_neo",
+    "gpt_neox_japanese", "lfm2_moe", "lfm3", "minicpm3", "mpt", "openai-gpt", "xglm", "youtu",
 }  # fmt: skip
 
 
