@@ -6,6 +6,7 @@ each piece the author's call computes the text so far. A module of the contract 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Handler, intercept, torch_attention
-from ..streamed import in_float64
+from ..streamed import computing_in_float64, in_float64
 from .call import Call
 from .hints import Hints, find_hints
 from .observe import Observation, StandIn, Uncached, evaluating, random_ids, run_on, run_uncached
@@ -177,15 +178,16 @@ class _Runs:
     def first_difference(self, ids: Tensor, lengths: Sequence[int]) -> tuple[int, float]:
         """The first of the lengths of a text (1, T) at which the runs differ, and by how much; 0 if none."""
         past, start = Uncached(torch.empty(0)), 0
-        for length in lengths:
-            found = []
-            for end in self._ends(start, length):
-                past = self._run_on(past, ids[:, start:end])
-                found.append(past.logits)
-                start = end
-            off = self._apart(ids[:, :length], torch.cat(found, 1))
-            if not off <= _TOLERANCE:  # also true for NaN
-                return length, off
+        with computing_in_float64() if self.wide else contextlib.nullcontext():
+            for length in lengths:
+                found = []
+                for end in self._ends(start, length):
+                    past = self._run_on(past, ids[:, start:end])
+                    found.append(past.logits)
+                    start = end
+                off = self._apart(ids[:, :length], torch.cat(found, 1))
+                if not off <= _TOLERANCE:  # also true for NaN
+                    return length, off
         return 0, 0.0
 
     def smallest(self, ids: Tensor, equal: int, differs: int, off: float) -> tuple[int, float]:
