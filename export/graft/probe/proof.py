@@ -24,7 +24,7 @@ from .observe import Observation, StandIn, Uncached, evaluating, random_ids, run
 
 _TOLERANCE = 1e-4  # relative to the largest logit
 SHORTEST = 12  # tokens of the longest text where nothing more is asked
-_WORK = 2e12  # multiplications of the runs over one text: about 40 s on two cores
+_WORK = 5e11  # multiplications of the runs over one text: about 10 s on two cores
 _SCORES = 1 << 26  # attention scores of one run
 _LOGITS = 1 << 26  # of one run
 _BYTES = 1 << 29  # of the largest tensor of a run
