@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
@@ -44,6 +45,7 @@ STEPS = MAX_DRAFT_TOKENS + 1  # tokens decoded after a prefill, one by one and t
 
 SMALLEST_BUG = 2e-2  # smallest observed error of the bug
 
+_BANNED = 1e3  # below the largest of its row, a logit that is never drawn
 _DRIVERS = ("/proc/driver/nvidia/version", "/usr/share/vulkan/icd.d/*.json", "/etc/vulkan/icd.d/*.json")
 _DRIVERS_BY_NAME = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES", "VK_ADD_DRIVER_FILES")
 _CARDS = "/sys/class/drm/card[0-9]*/device/uevent"  # of Linux
@@ -224,9 +226,15 @@ def _prefilled(engine: Engine, ids: Ids, chunk_size: int) -> Logits:
 
 
 def _apart(found: Logits, expected: Logits) -> float:
-    """max |difference| over max |logit|; infinite if either is not finite."""
-    off = float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+    """max |difference| over max |logit|, of those that may be drawn; infinite if either is not finite."""
+    drawn = drawn_of(expected)
+    off = float(np.abs(found - expected)[drawn].max() / max(float(np.abs(expected[drawn]).max()), 1e-12))
     return off if np.isfinite(off) else np.inf
+
+
+def drawn_of(logits: Logits) -> npt.NDArray[np.bool_]:
+    """Which logits (..., V) may be drawn: not those of tokens that a model bans by -1e9, say."""
+    return np.asarray(~(logits < logits.max(-1, keepdims=True) - _BANNED))  # NaN may
 
 
 class _Memory:

@@ -27,7 +27,7 @@ from pastkey.quiet import quiet
 
 from ..attention import failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
-from .logits import is_distribution, logits_in, standing, tensors
+from .logits import apart, is_distribution, logits_in, standing, tensors
 from .observe import name_of, natively
 from .watched import draws, half_precision, in_training, kept
 
@@ -264,8 +264,8 @@ def _refuse_probabilities(module: nn.Module, probed: Probed, last: Tensor) -> No
 def plain_call(module: nn.Module, context_length: int) -> Call | None:
     """The call without optional arguments; None if it fails or its logits are not a decoder's."""
     with contextlib.suppress(Exception):  # a user's module may raise anything
-        found = _probe(module, PLAIN, context_length)
-        return next((probed.call for probed, _ in found if not probed.breaches), None)
+        found = [entry for entry in _probe(module, PLAIN, context_length) if not entry[0].breaches]
+        return _chosen(module, found).call
     return None
 
 
@@ -331,8 +331,8 @@ def _with_targets(module: nn.Module) -> list[str]:
 def _flagged(module: nn.Module, call: str) -> list[str]:
     """The call with each flag turned over that may ask for logits, such as get_logits=False."""
     with contextlib.suppress(TypeError, ValueError):
-        flags = [p for p in inspect.signature(module.forward).parameters.values() if isinstance(p.default, bool)]
-        return [f"{call[:-1]}, {p.name}={not p.default})" for p in flags if "logits" in p.name.lower()]
+        flags = [p for p in inspect.signature(module.forward).parameters.values() if "logits" in p.name.lower()]
+        return [f"{call[:-1]}, {p.name}={not p.default})" for p in flags if p.default in (None, False, True)]
     return []
 
 
@@ -442,4 +442,4 @@ def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp_min(1e-12))
+    return apart(a, b) <= _TOLERANCE

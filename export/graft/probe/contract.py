@@ -26,6 +26,7 @@ from ..time_axis.program.python_branches import heard
 from ..time_axis.step.decoder import TimeAxisDecoder, find
 from .call import CONTRACT, PLAIN, Call, find_call, plain_call, refuse_ambiguous
 from .causes import Cause, Kind, NoCacheError, ObstacleError
+from .logits import apart
 from .observe import (
     Observation,
     Opaque,
@@ -165,7 +166,11 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
     load(model)  # the rules read weights
     with evaluating(model):
         probed = find_call(model, context_length, asked)
+        first = _few_logits(model, probed.call, probed.vocab_size)
         _run_whole(model, probed.call, context_length, probed.vocab_size)
+        if not torch.equal(first, _few_logits(model, probed.call, probed.vocab_size)):
+            what = f"gives a text other logits after a run over {context_length} tokens"
+            raise NoCacheError(name_of(model), [Cause(Kind.STATE, what)])
         if asked is None and not probed.breaches:
             _require_plain(model, probed.call, context_length, probed.vocab_size)
         try:
@@ -273,6 +278,13 @@ def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: in
         ) from error
 
 
+def _few_logits(model: nn.Module, call: Call, vocab_size: int) -> Tensor:
+    """The logits of a short text, empty for a call that does not take one."""
+    with contextlib.suppress(Exception), torch.no_grad():  # a user's module may raise anything
+        return call(model, random_ids(1, 2, vocab_size))
+    return torch.empty(0)
+
+
 def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
     """Raises InputError if the plain call fits and returns other logits than the call that was found by trying.
 
@@ -296,11 +308,6 @@ def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, voca
         except Exception:  # a user's module may raise anything at this length
             continue
         count = min(expected.shape[1], found.shape[1])  # either may return only the last position
-        if expected.shape[2] != found.shape[2] or not _relative(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
+        if expected.shape[2] != found.shape[2] or not apart(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
             return False
     return True
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest expected logit."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..attention import AttentionCall, Handler, torch_attention
 
 _PRIMES = (251, 127, 61, 31, 13, 7, 5, 3, 2)  # tokens of a watched run: unlikely as another size of a tensor
-_MOST_TOKENS = 8
+_MOST_TOKENS = 24
 _FEW = 16  # numbers of a tensor that ids are compared with
 
 Run = Callable[[Tensor, Handler], object]  # runs the module on ids (1, T), its attention calls by the handler
@@ -105,13 +105,15 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        if given is not None and self.vocab_size in given.shape:
+            self._note_entries(func.overloadpacket.__name__, given, args)
         if self._paused or func.is_view:
             return result
         self.operators += 1
         made = result if isinstance(result, Tensor) else None
         if made is not None and made.shape[-1:] != (self.vocab_size,):
             self.largest = max(self.largest, made.nbytes)
-        given = args[0] if args and isinstance(args[0], Tensor) else None
         if torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ == "isin":
             self._note_numbers(args, given)
         elif given is not None and (axis := self._reduced(func, given, args, kwargs or {}, made)) is not None:
@@ -121,6 +123,13 @@ class _Watch(TorchDispatchMode):
         if self.operators == self.until:
             raise _EnoughError
         return result
+
+    def _note_entries(self, name: str, given: Tensor, args: Any) -> None:
+        """Notes the token whose entry is taken of a tensor with one for each, and those that a table sets apart."""
+        if name == "select" and given.shape[args[1]] == self.vocab_size:
+            self.ids.setdefault(int(args[2]) % self.vocab_size)
+        elif name == "index" and given.dim() == 1:
+            self.ids |= dict.fromkeys((int(given.double().argmax()), int(given.double().argmin())))
 
     def _note_numbers(self, args: Any, given: Tensor | None) -> None:
         whole = given is None or not given.is_floating_point()
@@ -135,7 +144,7 @@ class _Watch(TorchDispatchMode):
 
     def _reduced(self, func: Any, given: Tensor, args: Any, kwargs: Any, made: Tensor | None) -> int | None:
         """The axis of the tokens, if the operator computes over it."""
-        axes = [axis for axis, size in enumerate(given.shape) if size == self.length]
+        axes = [axis for axis, size in enumerate(given.shape) if size and size % self.length == 0]
         if not axes or self.length == 1:
             return None
         for place, argument in enumerate(func._schema.arguments):
@@ -144,4 +153,5 @@ class _Watch(TorchDispatchMode):
                 over = [] if over is None else over if isinstance(over, list | tuple) else [over]
                 over = [axis % given.dim() for axis in over if isinstance(axis, int)] or axes
                 return next((axis for axis in axes if axis in over), None)
-        return axes[0] if made is not None and made.dim() == 0 else None
+        lost = made is not None and not any(size and size % self.length == 0 for size in made.shape)
+        return axes[0] if lost else None

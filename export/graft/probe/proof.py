@@ -7,6 +7,7 @@ each piece the author's call computes the text so far. A module of the contract 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ..attention import Handler, intercept, torch_attention
 from ..streamed import computing_in_float64, in_float64
 from .call import Call
 from .hints import Hints, find_hints
+from .logits import apart
 from .observe import Observation, StandIn, Uncached, evaluating, random_ids, run_on, run_uncached
 
 _TOLERANCE = 1e-4  # relative to the largest logit
@@ -72,6 +74,8 @@ def _texts(runs: _Runs, context_length: int) -> tuple[int, list[tuple[Tensor, li
     longest = runs.reach(hints, context_length)
     growth = _GROWTH[0] if runs.work(longest, _GROWTH[0]) <= _WORK else _GROWTH[1]
     short = min(longest, _SHORT if growth == _GROWTH[0] else SHORTEST)
+    most = int(_WORK / (4 * runs.work(short, _GROWTH[1])))
+    hints = dataclasses.replace(hints, tokens=hints.tokens[: max(4, most)])
     near = {n for c in hints.lengths for n in range(c - 1, c + 3) if 1 <= n <= longest}
     texts = [(random_ids(1, longest, vocab, seed=2), sorted({*_lengths(longest, growth), *near}))]
     texts.append((random_ids(1, longest, vocab, seed=3), _split(longest)))
@@ -81,12 +85,13 @@ def _texts(runs: _Runs, context_length: int) -> tuple[int, list[tuple[Tensor, li
 
 
 def _with_inserted(ids: Tensor, tokens: Sequence[int]) -> Iterator[Tensor]:
-    """The text (1, T) with each token near its end, and with all pairs of them from its middle on."""
+    """The text (1, T) with each token first, last or near its end, and with all pairs of them from its middle on."""
     length = ids.shape[1]
     for token in tokens:
-        text = ids.clone()
-        text[0, length * 3 // 4] = token
-        yield text
+        for place in {0, length * 3 // 4, length - 1}:
+            text = ids.clone()
+            text[0, place] = token
+            yield text
     pairs = [token for one in tokens for other in tokens for token in (one, other)][: length - length // 2]
     text = ids.clone()
     text[0, length // 2 : length // 2 + len(pairs)] = torch.tensor(pairs, dtype=torch.long)
@@ -157,7 +162,7 @@ class _Runs:
             part = self._author(ids, 3)
         except Exception:  # a user's module may raise anything
             return False
-        return part.shape[1] == 3 and _relative(part, whole[:, -3:]) <= _TOLERANCE
+        return part.shape[1] == 3 and apart(part, whole[:, -3:]) <= _TOLERANCE
 
     def hints(self, context_length: int) -> Hints:
         """Runs the author's call; the reductions of a followed module are known from its trace."""
@@ -178,14 +183,15 @@ class _Runs:
     def first_difference(self, ids: Tensor, lengths: Sequence[int]) -> tuple[int, float]:
         """The first of the lengths of a text (1, T) at which the runs differ, and by how much; 0 if none."""
         past, start = Uncached(torch.empty(0)), 0
+        most = max(1, _LOGITS // self.observation.vocab_size)  # rows that are compared at each length: the last ones
         with computing_in_float64() if self.wide else contextlib.nullcontext():
             for length in lengths:
-                found = []
+                found: list[Tensor] = []
                 for end in self._ends(start, length):
                     past = self._run_on(past, ids[:, start:end])
-                    found.append(past.logits)
+                    found = [torch.cat([*found, past.logits], 1)[:, -most:]]
                     start = end
-                off = self._apart(ids[:, :length], torch.cat(found, 1))
+                off = self._apart(ids[:, :length], found[0])
                 if not off <= _TOLERANCE:  # also true for NaN
                     return length, off
         return 0, 0.0
@@ -216,15 +222,16 @@ class _Runs:
                 raise
             return 0.0  # the call does not accept a single token
         count = min(found.shape[1], expected.shape[1])
-        return _relative(found[:, -count:], expected[:, -count:])
+        return apart(found[:, -count:], expected[:, -count:])
 
     def _author(self, ids: Tensor, rows: int | None) -> Tensor:
         """Logits (1, n, V) of the author's call, whose output head gets the last `rows` rows alone, if given."""
         if isinstance(self._model, StandIn) and self._heads * ids.shape[1] ** 2 > _SCORES:
-            return run_uncached(self._model, ids).logits  # attention written out takes more memory than torch's
+            logits = run_uncached(self._model, ids).logits  # attention written out takes more memory than torch's
+            return logits[:, -(rows or 0) :]
         watch = None if rows is None else _of_last_rows(rows, self.observation.vocab_size)
         with evaluating(self._model), intercept(torch_attention, watch):
-            return self._call(self._model, ids).double()
+            return self._call(self._model, ids)
 
 
 def _of_last_rows(rows: int, vocab_size: int) -> Any:
@@ -244,8 +251,3 @@ def _of_last_rows(rows: int, vocab_size: int) -> Any:
 
 
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest expected logit."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

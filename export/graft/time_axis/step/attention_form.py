@@ -7,6 +7,7 @@ numbers, so that the fused graph and other programs can compute them. Any other 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _CHUNK = 1 << 22  # scores at once
 _SHORT = 12
 _SPREAD = 3.0  # of the scores that are the same while those of later tokens change
 _RAISED = 60.0  # the most by which those change: the exp of it is far from the ends of float32
+_FAR_RAISED = 1e4  # as far as thresholds are sensible: a score at 1e4 below is masked
 _MOVED = 1e-3  # of a row's largest weight
 
 
@@ -244,10 +246,12 @@ def moved_by_later(weights: GivenWeights, heads: tuple[int, ...], length: int) -
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     expected = weights(given, length).masked_fill(later, 0)
     allowed = _MOVED * expected.abs().amax(-1, keepdim=True)
-    for sign in (1, -1, 1, -1):
-        raised = _RAISED ** torch.rand(2, 1, length, 1, generator=generator, dtype=torch.float64)
+    for sign, most in itertools.product((1, -1), (_RAISED, _RAISED, _FAR_RAISED)):
+        raised = most ** torch.rand(2, 1, length, 1, generator=generator, dtype=torch.float64)
         found = weights([g + sign * size * raised * later for g in given], length).masked_fill(later, 0)
-        if bool((expected.isfinite() & ~((found - expected).abs() <= allowed)).any()):  # also true for NaN
+        # Where later scores are far larger, a softmax over all of them leaves nothing to earlier ones.
+        told = expected.isfinite() & (found.abs().sum(-1, keepdim=True) > 0 if most == _FAR_RAISED else True)
+        if bool((told & ~((found - expected).abs() <= allowed)).any()):  # also true for NaN
             return True
     return False
 

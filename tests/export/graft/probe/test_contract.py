@@ -245,6 +245,21 @@ def test_a_module_of_the_contract_is_refused_by_its_line_and_the_shortest_text_t
     assert "on a text of 21 tokens, the shortest that was found to differ among lengths of up to 40" in sentence
 
 
+class Grows(Gpt):
+    """Makes its table again for a longer text, by other numbers, and keeps it: cached dynamic NTK."""
+
+    longest = 16
+
+    def embed(self, idx: Tensor) -> Tensor:
+        self.longest = max(self.longest, idx.shape[1])
+        return super().embed(idx) + (self.longest - 16) * torch.linspace(-1, 1, WIDTH)
+
+
+def test_what_a_long_run_leaves_behind_is_seen() -> None:
+    sentence = refusal(ContractError, Grows(Causal).eval(), CONTEXT)
+    assert f"gives a text other logits after a run over {CONTEXT} tokens" in sentence
+
+
 class FullOfOne(Gpt):
     """An expert that takes at most forty tokens, and none where there are more."""
 

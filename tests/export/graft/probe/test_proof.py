@@ -144,7 +144,34 @@ def test_numbers_that_depend_on_the_length_are_seen_with_the_shortest_text(name:
     assert proof.off > 1e-3
 
 
+def flagged_first(ids: Tensor, _: Tensor) -> Tensor:
+    flags = torch.zeros(5000, dtype=torch.bool)
+    flags[4321] = True
+    return torch.where(flags[ids[:, 0]], 1.5, 1.0)
+
+
+def counted(ids: Tensor, _: Tensor) -> Tensor:
+    counts = torch.zeros(len(ids), 5000).scatter_add(1, ids, torch.ones(ids.shape))
+    return torch.where(counts[:, 4321] > 0, 1.5, 1.0)
+
+
+def multiplied(ids: Tensor, _: Tensor) -> Tensor:
+    hits = (ids == 4321).float()[:, None, :] @ torch.ones(len(ids), ids.shape[1], 1)
+    return 1 + hits[:, 0, 0]
+
+
+def one_of_nine(ids: Tensor, _: Tensor) -> Tensor:
+    hits = [(ids == number).any(1) * (number == 4321) for number in (*range(10, 90, 10), 4321)]
+    return 1 + torch.stack(hits).sum(0)
+
+
 OF_CONTENT = {
+    "the_first_token": lambda ids, _: torch.where(ids[:, 0] == 4321, 1.5, 1.0),
+    "a_flagged_first_token": flagged_first,
+    "the_last_token": lambda ids, _: torch.where(ids[:, -1] == 4321, 1.5, 1.0),
+    "a_count_of_each_token": counted,
+    "a_product": multiplied,
+    "the_ninth_number": one_of_nine,
     "a_rare_token": lambda ids, _: torch.where((ids == 4999).any(1), 1.5, 1.0),
     "a_flagged_token": any_flagged,
     "how_often": lambda ids, _: torch.where((ids == 7).sum(1) > 12, 1.5, 1.0),
@@ -183,6 +210,25 @@ class Sliced(Plain):
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.token(input_ids) + self.position.weight[: int(position_ids.max()) + 1][position_ids]
+
+
+class Banned(Plain):
+    """Bans the last tokens, as models with unused rows in their embeddings do."""
+
+    mixes = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden - hidden.mean(1, keepdim=True) if self.mixes else hidden
+        return super().logits(hidden).masked_fill(torch.arange(self.vocab) >= self.vocab - 3, torch.finfo().min)
+
+
+class BannedAndMixed(Banned):
+    mixes = True
+
+
+def test_banned_tokens_hide_no_difference() -> None:
+    assert works(Banned(), 40)
+    assert not works(BannedAndMixed(), 40)
 
 
 def test_a_maximum_that_changes_no_logit_is_accepted() -> None:
