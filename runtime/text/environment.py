@@ -8,12 +8,10 @@ make values of at most MAX_OUTPUT, and operations and loops add up to at most MA
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import json
 import re
-import string
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +27,9 @@ MAX_OUTPUT = 4_000_000  # characters of a rendering, about a million tokens; and
 MAX_WORK = 1_000_000_000  # of a rendering: the characters and items of all operations, and _STEP for each
 _STEP, _ITEM = 250, 8  # characters that an operation, and a value in a list, count for
 _MAX_PRODUCT = 250_000_000  # of the sizes of an operation's two largest operands: the most that it makes of them
+_MAX_INDENT = 64
+_WIDTH = re.compile(r"[%:.)][^\w%{}]*(\d+)")  # of a conversion: %9d, %(name)9d, %.9f, {:>9}
+_COMPUTED = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{")  # %*d, {:{}}
 _MAX_NUMBER = 1_000_000  # as an argument, mostly a width
 _ADDING = ("d", "default")  # filters whose result is one of their operands
 _QUADRATIC = ("pprint", "striptags", "sum", "urlize")  # filters whose time is that of the square of their operand
@@ -109,11 +110,9 @@ def _bounded_sandbox() -> type[jinja2.sandbox.SandboxedEnvironment]:
                 _refuse()
             if operator == "%":
                 _require_narrow(left)
+            _require_short((left, right))
             operands = () if numbers or operator == "+" else (left, right)
-            found = _bounded(self.binop_table[operator], operands, left, right)
-            if isinstance(found, int) and found.bit_length() > 64:
-                _refuse()
-            return found
+            return _bounded(self.binop_table[operator], operands, left, right)
 
         def call(self, context: runtime.Context, called: Any, /, *args: Any, **named: Any) -> Any:
             method = getattr(called, "__wrapped__", called)  # Jinja wraps str.format
@@ -193,7 +192,7 @@ def _bounded(function: Callable[..., Any], operands: Sequence[Any], /, *given: A
 
 
 def _require_short(value: Any) -> None:
-    if _size(value) > MAX_OUTPUT:
+    if _size(value) > MAX_OUTPUT or (isinstance(value, int) and value.bit_length() > 64):
         _refuse()
 
 
@@ -225,13 +224,15 @@ def _size(value: Any) -> int:
 
 
 def _require_narrow(form: Any) -> None:
-    """Refuses a format string with a width of five digits or a computed one."""
+    """Refuses a format string with a computed width, or whose widths add up to more than MAX_OUTPUT.
+
+    Each number behind a sign that may begin a width counts, since a form of either kind may have it anywhere.
+    """
+    if isinstance(form, bytes):
+        form = form.decode("latin-1")
     if isinstance(form, str):
-        wide = re.search(r"%(\(.*?\))?[-#0 +]*(\d*\.)?(\d{5}|\*)", form)
-        specs: Sequence[str | None] = ()
-        with contextlib.suppress(ValueError):  # not of str.format
-            specs = [spec for _, _, spec, _ in string.Formatter().parse(form)]
-        if wide or any(spec and re.search(r"\d{5}|\{", spec) for spec in specs):
+        widths = _WIDTH.findall(form)
+        if any(len(width) > 7 for width in widths) or sum(map(int, widths)) > MAX_OUTPUT or _COMPUTED.search(form):
             _refuse()
 
 
@@ -267,11 +268,13 @@ def _each(items: Iterable[Any]) -> Iterator[Any]:
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """Replaces Jinja's filter of this name, which escapes HTML."""
+    if len(indent) > _MAX_INDENT if isinstance(indent, str) else (indent or 0) > _MAX_INDENT:
+        _refuse()
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -280,6 +283,7 @@ def _raise(message: Any) -> NoReturn:
 
 
 def _time(form: str) -> str:
+    _require_narrow(form)
     return datetime.datetime.now().strftime(form)
 
 

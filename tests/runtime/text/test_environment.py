@@ -70,7 +70,7 @@ BIG = "('x' * 1000000)"
         "{{ ('x' | attr('center'))(10**9) }}", "{% set f = 'x'.center %}{{ f(10**9) }}",
         "{{ 'x'.encode().center(10**9) }}",
         "{{ '{:1000000000}'.format(1) }}", "{{ '{:{w}}'.format(1, w=10**9) }}",
-        "{{ '{a:>99999}'.format_map({'a': 1}) }}",
+        "{{ '{a:>9999999}'.format_map({'a': 1}) }}",
         f"{{{{ '{{0}}{{0}}{{0}}{{0}}{{0}}'.format({BIG}) }}}}", f"{{{{ {BIG}.replace('', {BIG}) }}}}",
         f"{{{{ {BIG}.join(['a'] * 100000) }}}}", f"{{{{ {BIG}.join(range(100000)|map('string')) }}}}",
         f"{{{{ {BIG}.translate({{120: {BIG}}}) }}}}", "{{ (1).to_bytes(10**9, 'big') }}",
@@ -81,6 +81,12 @@ BIG = "('x' * 1000000)"
         f"{{{{ (['a'] * 1000) | join({BIG}) }}}}",
         "{{ range(100000) | map('center', 100000) | list | length }}", "{{ ([[1]] * 100000) | sum(start=[]) }}",
         f"{{{{ {BIG} | replace('x', {BIG}) }}}}", "{% filter center(10**9) %}a{% endfilter %}", "{{ lipsum(n=10**6) }}",
+        "{{ [[1]] | tojson(indent=100000) }}",
+        # numbers of many digits, forms with many or hidden widths
+        "{{ ('f' * 1000000) | int(0, 16) > 3 }}", "{{ 2**63 * 2**63 > 3 }}", "{{ ('%(a)9999d' * 20000) % {'a': 1} }}",
+        "{{ ('{0:9999}' * 100000).format(1) }}", "{{ '{0:9000000}{'.format(1) }}",
+        "{{ '%(a\nb)9000000d' % {'a\nb': 1} }}", "{{ '%9000000d'.encode() % 1 }}", "{{ '%*d' % (9000000, 1) }}",
+        "{{ strftime_now('%9000000Y') }}",
         # blocks, macros and loops
         f"{{% set y %}}{{% for i in range(1000) %}}{{{{ {BIG} }}}}{{% endfor %}}{{% endset %}}{{{{ y | length }}}}",
         "{% macro m() %}{% for i in range(1000) %}{{ 'x' * 100000 }}{% endfor %}{% endmacro %}{{ m() | length }}",
