@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.contract.bundle import Bundle, Manifest
-from pastkey.errors import FallbackWarning, InputError, PastkeyError, ProviderError
+from pastkey.errors import FallbackWarning, InputError, IntegrityError, PastkeyError, ProviderError
 
 from ..settings import require_valid
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
@@ -46,7 +46,12 @@ class Engine:
         """Opens the graph with the options of DecoderGraph; the cache is empty."""
         require_valid(options)
         self._opened = functools.partial(DecoderGraph, bundle, **options)
-        self._begin(self._opened())
+        try:
+            self._begin(self._opened())
+        except IntegrityError as error:  # perhaps of the native graph, which is an extra
+            if bundle.native_graph is None or options.get("native") is not None:
+                raise
+            self.leave_native(str(error))
 
     @classmethod
     def over(cls, graph: DecoderGraph) -> Engine:
@@ -62,8 +67,9 @@ class Engine:
         """
         if self._opened.keywords.get("native"):
             raise ProviderError(f"{why}: load the bundle with native=False")
+        graph = self._opened(native=False)
         warnings.warn(f"onnxruntime's kernels run the bundle: {why}", FallbackWarning, stacklevel=3)
-        self._begin(self._opened(native=False))
+        self._begin(graph)
 
     def _begin(self, graph: DecoderGraph) -> None:
         self.graph = graph

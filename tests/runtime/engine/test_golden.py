@@ -243,6 +243,20 @@ def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native: Path, monk
         load(wrong_native, threads=1, native=True)
 
 
+def test_a_native_graph_that_cannot_be_opened_is_left_for_onnxruntimes(wrong_native: Path) -> None:
+    expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
+    graph = wrong_native / names.NATIVE_GRAPH
+    graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"NotMul"))
+    content = json.loads((wrong_native / names.MANIFEST).read_bytes())
+    files = file_records(wrong_native, list(content["files"]))
+    write_json(wrong_native / names.MANIFEST, content | {"files": files})
+    with pytest.warns(FallbackWarning, match=r"onnxruntime's kernels run the bundle: .*pastkey_native.onnx"):
+        lm = load(wrong_native, threads=1)
+    assert lm.generate([1, 2], max_new_tokens=8).ids == expected
+    with pytest.raises(IntegrityError, match=r"pastkey_native.onnx"):
+        load(wrong_native, threads=1, native=True)
+
+
 def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(FallbackWarning):
         found = inspect(wrong_native, threads=1)
