@@ -222,7 +222,8 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
     if like == "fp32" and TARGETS[manifest.target].npu:  # NPUs compute in float16
         like = "fp16"
     engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
-    with exact_engine(bundle) if PRECISIONS[like].quantized else contextlib.nullcontext() as reference:
+    rounds = PRECISIONS[like].quantized and manifest.static is None
+    with exact_engine(bundle) if rounds else contextlib.nullcontext() as reference:
         return Golden.computed(engine, rows, PRECISIONS[like].golden_limit, reference)
 
 

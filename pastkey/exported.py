@@ -39,12 +39,14 @@ def exported(source: str, *, untrusted: bool = False) -> str:
     """
     if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
         return source
+    cache = user_cache_file("bundles")
     if untrusted:
+        if cache is not None and _opens(cache / _names(source)[1]):  # made by an earlier command
+            return str(cache / _names(source)[1])
         raise InputError(
             f"{source} is a model to export, and --untrusted opens only a bundle: an export reads the model's files "
             f"outside the child process with limits; where you trust them so far, {_by_hand(source)}"
         )
-    cache = user_cache_file("bundles")
     if cache is None:
         raise ResourceError(f"there is no home folder to keep the export of {source} in: {_by_hand(source)}")
     family, bundle = _names(source)

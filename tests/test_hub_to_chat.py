@@ -119,8 +119,9 @@ def test_a_bundle_is_compared_with_its_source_in_the_cache(
 
 def test_a_bundle_on_the_hub_is_taken_as_it_is(first: Done, hub: LoopbackHub, typed: Typed, home: Path) -> None:
     hub.add("org/bundle", bundle_of(home))
-    done = typed("chat", "org/bundle", "--prompt", "Hello", "--max-new-tokens", "5", "--untrusted")
-    assert (done.returncode, done.stdout) == (0, first.stdout), done.stderr
+    for flags in ((), ("--untrusted",)):  # the second time it is here
+        done = typed("chat", "org/bundle", "--prompt", "Hello", "--max-new-tokens", "5", *flags)
+        assert (done.returncode, done.stdout) == (0, first.stdout), done.stderr
     taken = bundle_of(home).with_name("org--bundle")
     assert (taken / names.MANIFEST).read_bytes() == (bundle_of(home) / names.MANIFEST).read_bytes()
     refused = typed("export", "org/bundle", "--out", home / "other", "--precision", "int4")

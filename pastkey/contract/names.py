@@ -139,6 +139,7 @@ LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # The same by the operators of pastkey's kernel library, over the same weights. Optional.
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
+PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
 NATIVE_OPERATORS: Final = 2  # their version
 NATIVE_ATTRIBUTES: Final = frozenset({

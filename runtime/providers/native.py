@@ -25,7 +25,6 @@ from . import placement as ep
 
 _PACKAGE = "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
-_PORTABLE = "portable"
 _OPSETS, _OPSET_DOMAIN, _VERSION = 8, 1, 2  # of a ModelProto, and of each
 _ATTRIBUTES, _NODE_DOMAIN, _NAME = 5, 7, 1  # of a NodeProto, and of each attribute
 _ELF_HEADER, _SEGMENT = 64, struct.Struct("<8xQ16xQ16x")  # bytes; offset and size in the file
@@ -47,7 +46,7 @@ class NativeKernels:
     @property
     def slow(self) -> bool:
         """Whether nobody named these, which are the tests' reference: onnxruntime's read prompts 11 times as fast."""
-        return self.level == _PORTABLE and os.environ.get("PASTKEY_KERNELS") != _PORTABLE
+        return self.level == names.PORTABLE_LEVEL and os.environ.get("PASTKEY_KERNELS") != names.PORTABLE_LEVEL
 
 
 @functools.cache
