@@ -161,6 +161,7 @@ def test_an_export_leaves_out_a_native_graph_with_other_logits(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     shutil.copytree(bundle.path, tmp_path / "bundle")
     progress = Recorder(SILENT)
     with monkeypatch.context() as wrong:
