@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from onnx import helper
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
 from pastkey.runtime.providers.placement import CPU
+
+from ...onnx_text import encode_model
 
 PACKAGE = "pastkey_kernels"
 Install = Callable[..., None]
@@ -50,14 +51,16 @@ def package(library: str) -> str:
 
 
 def write_graph(bundle: Bundle, version: int = 1, **attributes: Any) -> None:
-    node = helper.make_node("MatMulInt8", ["x"], ["y"], domain="pastkey", **attributes)
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["z"], other=1), node], "g", [], [])
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("pastkey", version)]
+    given = ", ".join(f"{name} = {value}" for name, value in attributes.items())
+    model, _ = encode_model(
+        f'<ir_version: 10, opset_import: ["": 20, "pastkey": {version}]>\n'
+        "g (float[1] x) => (float[1] y) {\n"
+        f"z = Relu<other = 1>(x)\ny = pastkey.MatMulInt8{f'<{given}>' if given else ''}(x)\n}}",
+        {},
     )
     assert bundle.native_graph is not None
     bundle.native_graph.parent.mkdir(exist_ok=True)
-    bundle.native_graph.write_bytes(model.SerializeToString())
+    bundle.native_graph.write_bytes(model)
 
 
 @pytest.fixture
