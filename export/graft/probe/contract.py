@@ -168,7 +168,7 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
         probed = find_call(model, context_length, asked)
         first = _few_logits(model, probed.call, probed.vocab_size)
         _run_whole(model, probed.call, context_length, probed.vocab_size)
-        if not torch.equal(first, _few_logits(model, probed.call, probed.vocab_size)):
+        if not probed.breaches and not torch.equal(first, _few_logits(model, probed.call, probed.vocab_size)):
             what = f"gives a text other logits after a run over {context_length} tokens"
             raise NoCacheError(name_of(model), [Cause(Kind.STATE, what)])
         if asked is None and not probed.breaches:

@@ -202,8 +202,8 @@ class _Runs:
         """A length that differs, and by how much, between one that is equal and one that differs: by bisection."""
         while differs - equal > 1:
             middle = (equal + differs) // 2
-            found, apart = self.first_difference(ids, _split(middle))
-            equal, differs, off = (equal, found, apart) if found else (middle, differs, off)
+            found, far = self.first_difference(ids, _split(middle))
+            equal, differs, off = (equal, found, far) if found else (middle, differs, off)
         return differs, off
 
     def _ends(self, start: int, length: int) -> Iterator[int]:
