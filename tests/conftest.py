@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -93,7 +93,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache_folder(tmp_path_factory):
     """Keeps what a load remembers out of the home folder. Exports keep nothing: a test must not depend on another."""
     cache = tmp_path_factory.mktemp("cache")
     (cache / "pastkey").mkdir()
@@ -104,7 +104,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(scope="session")
-def pastkey_command() -> Run:
+def pastkey_command():
     """Runs the `pastkey` command in a process of its own, as a user would."""
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,7 @@ def pastkey_command() -> Run:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(capsys):
     """Runs a command in this process: (exit status, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -139,7 +139,7 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+def made_once(tmp_path_factory):
     """made_once(NAME, make): the folder NAME as make(FOLDER) filled it, once for all processes that run the tests."""
     from filelock import FileLock  # the runtime's tests run where it is not installed, and need nothing of this
 
@@ -160,7 +160,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 
 @pytest.fixture(scope="session")
-def classic(pastkey_command: Run, made_once: MadeOnce) -> Path:
+def classic(pastkey_command, made_once):
     """A folder with the classic lesson as checkpoint/ and as an int8 bundle/, made by the commands."""
 
     def make(folder: Path) -> None:
@@ -175,7 +175,7 @@ def classic(pastkey_command: Run, made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture
-def record_family(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
+def record_family(record_property):
     """record_family(FAMILY, its worst figure), to be shown at the end of the run."""
     return lambda family, figure: record_property("family", (family, figure))
 

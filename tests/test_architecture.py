@@ -101,7 +101,7 @@ def source_files(folder: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_import_is_in_the_table(folder: str) -> None:
+def test_every_import_is_in_the_table(folder):
     rule = RULES[folder]
     assert source_files(folder)
     for file in source_files(folder):
@@ -138,7 +138,7 @@ def target_of(file: Path, found: Import) -> tuple[str, ...]:
     return (*kept, *(part for part in found.module.split(".") if part))
 
 
-def test_the_rooms_of_export_are_in_order() -> None:
+def test_the_rooms_of_export_are_in_order():
     assert {path.parent.name for path in (ROOT / "export").glob("*/__init__.py")} == set(ROOM_RULES)
     crossings = 0
     for room, allowed in ROOM_RULES.items():
@@ -181,7 +181,7 @@ MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, beside its lazy name
 
 
 @pytest.mark.parametrize(("folder", "floors"), [("runtime", RUNTIME_FLOORS), ("pastkey", PASTKEY_FLOORS)])
-def test_no_import_runs_up(folder: str, floors: tuple[str, ...]) -> None:
+def test_no_import_runs_up(folder, floors):
     floor = {name: number for number, names in enumerate(floors) for name in names.split()}
     found = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__"} == floor.keys()
@@ -196,7 +196,7 @@ def test_no_import_runs_up(folder: str, floors: tuple[str, ...]) -> None:
     assert crossings > 10
 
 
-def test_imports_for_annotations_alone_are_few() -> None:
+def test_imports_for_annotations_alone_are_few():
     """A type that a file cannot import at run time is often the end of a circle."""
     found = [
         f"{file.relative_to(ROOT)}:{one.line}"
@@ -207,14 +207,14 @@ def test_imports_for_annotations_alone_are_few() -> None:
     assert len(found) <= MOST_TYPING_IMPORTS, found
 
 
-def test_no_room_is_crowded() -> None:
+def test_no_room_is_crowded():
     for folder in FOLDERS:
         for init in (ROOT / folder).rglob("__init__.py"):
             files = [file.name for file in init.parent.glob("*.py") if file.name != "__init__.py"]
             assert len(files) <= 13, f"{init.parent.relative_to(ROOT)} has {len(files)} files"
 
 
-def test_the_leaves_of_export_import_no_room() -> None:
+def test_the_leaves_of_export_import_no_room():
     for leaf in LEAVES:
         file = ROOT / "export" / f"{leaf}.py"
         for found in imports(file):
@@ -224,7 +224,7 @@ def test_the_leaves_of_export_import_no_room() -> None:
             )
 
 
-def test_no_two_modules_import_one_another() -> None:
+def test_no_two_modules_import_one_another():
     """At import or later: a lazy import inside a function counts, and in runtime/ one for annotations."""
     graph: dict[str, set[str]] = {}
     for folder in FOLDERS:
@@ -254,14 +254,14 @@ def test_no_two_modules_import_one_another() -> None:
         visit(module)
 
 
-def test_inside_a_folder_imports_are_relative() -> None:
+def test_inside_a_folder_imports_are_relative():
     for folder in STAGES:
         for file in source_files(folder):
             for found in imports(file):
                 assert not found.module.startswith(f"pastkey.{folder}"), f"{file}:{found.line} names its own folder"
 
 
-def test_every_package_is_listed_and_typed() -> None:
+def test_every_package_is_listed_and_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     found = {f"pastkey.{init.parent.name}" for init in (ROOT / "pastkey").glob("*/__init__.py")} | {"pastkey"}
     found |= {
@@ -274,14 +274,14 @@ def test_every_package_is_listed_and_typed() -> None:
     assert (ROOT / "pastkey" / "py.typed").is_file()
 
 
-def test_no_file_of_the_package_has_grown_past_a_glance() -> None:
+def test_no_file_of_the_package_has_grown_past_a_glance():
     for folder in FOLDERS:
         for file in source_files(folder):
             lines = len(file.read_text(encoding="utf-8").splitlines())
             assert lines <= 450, f"{file.relative_to(ROOT)} has {lines} lines: split it by noun"
 
 
-def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
+def test_the_runtime_imports_neither_torch_nor_onnx():
     code = (
         "import sys, pastkey.runtime.loading, pastkey.runtime.commands.bench\n"
         "import pastkey.runtime.commands.terminal, pastkey.runtime.commands.inspection\n"
@@ -292,7 +292,7 @@ def test_the_runtime_imports_neither_torch_nor_onnx() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
+def test_telemetry_is_off_before_onnxruntime_is_imported():
     """The variable is set although the environment says otherwise, and by the time the module body runs."""
     code = (
         "import os, sys, importlib.abc\n"
@@ -307,7 +307,7 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     assert done.stdout.split() == ["1"]
 
 
-def test_onnxruntime_is_imported_in_one_place() -> None:
+def test_onnxruntime_is_imported_in_one_place():
     places = {
         file.relative_to(ROOT).as_posix()
         for folder in FOLDERS

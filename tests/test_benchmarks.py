@@ -19,7 +19,7 @@ from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
 from benchmarks.peers import scaling, side_by_side
 from benchmarks.peers.convert import Source, chosen, of_bundle
-from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, WORKERS, Engine, Prepared, Worker
+from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, WORKERS, Prepared, Worker
 from benchmarks.peers.streams import served, tables
 from benchmarks.serve import Reply, Served, percentile
 from benchmarks.store import Store, digest_of_files
@@ -47,7 +47,7 @@ def byte_level() -> Tokenizer:
 
 
 @pytest.mark.slow
-def test_an_export_reads_its_weights_seldom() -> None:
+def test_an_export_reads_its_weights_seldom():
     """Counts depend on no size: float32's are read 206 times, and int8's 668, of which 255 write the own text."""
     counts = counted_once("int8")
     steps: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class GPT(torch.nn.Module):
 
 # --- the questions ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """tiny/, of random weights, which takes any text; demo/, as `make demo` leaves it; text.txt."""
     folder, tokenizer = tmp_path_factory.mktemp("bundles"), byte_level()
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(folder: Path) -> Path:
+def exported(folder):
     """The same folder, with demo/ and graph/ by an export."""
     tokenizer = byte_level()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -146,14 +146,14 @@ SLOW = {
 }
 
 
-def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page() -> None:
+def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page():
     assert {*QUICK, *SLOW, *DRAWN} == {*BY_NAME}
     assert all(quoted(question) for question in QUESTIONS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_is_answered(name, request, monkeypatch):
     if name in ("constrained", "serve"):
         pytest.importorskip({"constrained": "llguidance", "serve": "starlette"}[name])
     made = "exported" if name in SLOW and name not in ("peers", "passes", "serve", "training") else "folder"
@@ -196,14 +196,7 @@ def test_a_question_is_answered(name: str, request: pytest.FixtureRequest, monke
         (["speculation", "{tiny}", "--useless"], "--useless is for a draft model"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_status_2(
-    words: list[str],
-    sentence: str,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_mistake_is_one_sentence_and_exit_status_2(words, sentence, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("empty.gguf").touch()
@@ -216,7 +209,7 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(
     assert sentence in told.err
 
 
-def test_a_section_is_put_between_the_markers_of_its_page(tmp_path: Path) -> None:
+def test_a_section_is_put_between_the_markers_of_its_page(tmp_path):
     page, question = tmp_path / "page.md", BY_NAME["demo"]
     page.write_text("before\n\n<!-- benchmarks demo -->\nold\n<!-- end of demo -->\n\nafter\n")
     write_page(page, question, "new")
@@ -231,7 +224,7 @@ def test_a_section_is_put_between_the_markers_of_its_page(tmp_path: Path) -> Non
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
-def test_arms_alternate_in_an_order_that_rotates() -> None:
+def test_arms_alternate_in_an_order_that_rotates():
     called: list[str] = []
 
     def arm(name: str, number: int) -> int:
@@ -243,7 +236,7 @@ def test_arms_alternate_in_an_order_that_rotates() -> None:
     assert "".join(called) == "ab" + "ab" + "ba" + "ab"
 
 
-def test_a_ratio_is_taken_within_each_round() -> None:
+def test_a_ratio_is_taken_within_each_round():
     assert paired([{"a": 2, "b": 1}, {"a": 9, "b": 3}, {"a": 1, "b": 2}], "a", "b") == Spread(2, 0.5, 3)
     assert f"{Spread(2, 0.5, 3)}" == "2.00 (0.50 to 3.00)"
     rounds = [
@@ -253,12 +246,12 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     assert side_by_side.over_fastest(rounds, "mine", ["a", "b"], "decode") == Spread(1.0, 0.5, 3.0)
 
 
-def test_a_table_is_read_as_it_was_written() -> None:
+def test_a_table_is_read_as_it_was_written():
     page = f"# Page\n\n{Table('First:', ['x', 'y'], [['1', '2']])}\n\n{Table('Second:', ['x', 'z'], [['3', '4']])}\n"
     assert [rows_of(page, "x", number) for number in (0, 1)] == [[{"x": "1", "y": "2"}], [{"x": "3", "z": "4"}]]
 
 
-def test_a_window_is_compared_position_by_position() -> None:
+def test_a_window_is_compared_position_by_position():
     reference = np.log(np.array([[0.5, 0.5], [0.5, 0.5], [0.25, 0.75]], np.float32))
     logits = np.log(np.array([[0.5, 0.5], [0.25, 0.75], [0.75, 0.25]], np.float32))
     found = side_by_side.compare(reference, logits, [0, 1, 0])
@@ -268,14 +261,14 @@ def test_a_window_is_compared_position_by_position() -> None:
     assert found["cross_entropy"] == pytest.approx(-(np.log(0.5) + np.log(0.25)) / 2, rel=1e-6)
 
 
-def test_an_answer_counts_up_to_its_end_token() -> None:
+def test_an_answer_counts_up_to_its_end_token():
     window = {"kl_divergence": 0.5, "top1_agreement": 0.9, "cross_entropy": np.log(7)}
     answers, expected = [[5, 2, 8, 8], [5, 6, 7, 8]], [[5, 2, 9, 9], [5, 6, 1, 1]]
     cells = side_by_side.summary([window, window | {"kl_divergence": 0.1}], answers, expected, ends=[2])
     assert cells == ["0.3000", "90.0%", "7.00", "50% (67%)"]
 
 
-def test_streams_are_counted_from_the_first_to_the_last() -> None:
+def test_streams_are_counted_from_the_first_to_the_last():
     fast, slow = (
         served({"first_seconds": first, "last_seconds": last, "ids": [[1] * 5] * 2})
         for first, last in (([1.0, 2.0], [3.0, 4.0]), ([2.0, 4.0], [4.0, 8.0]))
@@ -289,7 +282,7 @@ def test_streams_are_counted_from_the_first_to_the_last() -> None:
     assert told[3] == [["a", "1"], ["b", "2"]]
 
 
-def test_a_request_is_whole_rejected_or_lost() -> None:
+def test_a_request_is_whole_rejected_or_lost():
     whole, lost = [Reply(200, 8, 0.1, 0.5), Reply(200, 8, 0.3, 0.9)], [Reply(0, 0, 0, 0), Reply(200, 0, 0, 1)]
     replies = [*whole, Reply(429, 0, 0, 0), *lost]
     figures = Served(replies, 2.0).figures
@@ -299,25 +292,25 @@ def test_a_request_is_whole_rejected_or_lost() -> None:
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, *STREAM_ENGINES], ids=lambda engine: engine.name)
-def test_the_worker_of_an_engine_serves_its_way(engine: Engine) -> None:
+def test_the_worker_of_an_engine_serves_its_way(engine):
     program = (WORKERS / f"{engine.runtime}_worker.py").read_text(encoding="utf-8")
     assert f"{engine.way.replace('-', '_')}=" in program.split("serve(")[-1]
 
 
-def test_an_engine_that_is_asked_for_twice_is_measured_once() -> None:
+def test_an_engine_that_is_asked_for_twice_is_measured_once():
     found = chosen(ENGINES, ["genai-int8", "pastkey-fp32", "genai-int8"], False, REFERENCE)
     assert [engine.name for engine in found] == ["pastkey-fp32", "genai-int8"]
 
 
 # --- texts, the store and the workers -----------------------------------------------------------------------------
-def test_a_prompt_goes_round_where_the_text_is_short() -> None:
+def test_a_prompt_goes_round_where_the_text_is_short():
     text = Text("", ((1, 2), (3, 4)))
     assert [text.prompt(3, first=number) for number in (1, 2)] == [[3, 4, 1], [1, 2, 3]]
     with pytest.raises(AssertionError):
         text.prompt(5)
 
 
-def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder, tmp_path):
     bundle, file, once = (
         open_bundle(folder / "tiny"),
         tmp_path / "text.txt",
@@ -330,7 +323,7 @@ def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder:
         open_text(file, bundle, 1, once, own=1, most=3)
 
 
-def test_a_step_is_done_again_for_another_key_and_for_a_lost_product(tmp_path: Path) -> None:
+def test_a_step_is_done_again_for_another_key_and_for_a_lost_product(tmp_path):
     made, product = iter(range(9)), tmp_path / "product"
     step: Callable[[], int] = lambda: next(made)  # noqa: E731
     store = Store(tmp_path / "work")
@@ -342,7 +335,7 @@ def test_a_step_is_done_again_for_another_key_and_for_a_lost_product(tmp_path: P
 
 
 @pytest.mark.parametrize("engine", [*ENGINES[:2], *STREAM_ENGINES[:2]], ids=lambda engine: engine.name)
-def test_the_worker_of_pastkey_answers_as_its_model_does(engine: Engine, folder: Path, tmp_path: Path) -> None:
+def test_the_worker_of_pastkey_answers_as_its_model_does(engine, folder, tmp_path):
     prompts: Sequence[list[int]] = [[1, 2, 3, 1, 2], [7, 8], [9] * 20]
     with load(folder / "tiny", threads=1) as lm:
         expected = [lm.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
@@ -357,7 +350,7 @@ def test_the_worker_of_pastkey_answers_as_its_model_does(engine: Engine, folder:
     assert np.array_equal(np.load(tmp_path / "l.npy"), whole)
 
 
-def test_a_worker_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_named_with_its_log(tmp_path):
     one = Prepared(ENGINES[0], Path(sys.executable), tmp_path / "nothing", 1, {}, "")
     sentence = r"pastkey int8 ended with exit status 1: see run-pastkey-int8\.log"
     with Worker(one, threads=1, context=40, logs=tmp_path) as worker, pytest.raises(BenchmarkError, match=sentence):

@@ -27,7 +27,7 @@ PROMPTS = ("what is statquest", "statquest is what")
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_classic_lesson_is_learnt_and_survives_int8(classic: Path, pastkey_command: Run, prompt: str) -> None:
+def test_the_classic_lesson_is_learnt_and_survives_int8(classic, pastkey_command, prompt):
     done = pastkey_command("run", classic / "bundle", "--prompt", prompt, "--json")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -36,14 +36,14 @@ def test_the_classic_lesson_is_learnt_and_survives_int8(classic: Path, pastkey_c
     assert answer["new_tokens"] == 1
 
 
-def test_python_gives_what_the_command_gives(classic: Path) -> None:
+def test_python_gives_what_the_command_gives(classic):
     lm = pastkey.load(classic / "bundle")
     assert [lm.generate(prompt).text for prompt in PROMPTS] == ["awesome", "awesome"]
     assert "".join(chunk.text for chunk in lm.stream(PROMPTS[0])) == "awesome"
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_plain_onnxruntime_runs_the_exported_graph_in_a_loop_of_its_own(classic: Path, prompt: str) -> None:
+def test_plain_onnxruntime_runs_the_exported_graph_in_a_loop_of_its_own(classic, prompt):
     bundle = classic / "bundle"
     session = onnxruntime.InferenceSession(bundle / "onnx" / "model_quantized.onnx", providers=["CPUExecutionProvider"])
     ids = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(prompt).ids
@@ -70,7 +70,7 @@ def test_plain_onnxruntime_runs_the_exported_graph_in_a_loop_of_its_own(classic:
     assert Tokenizer.from_file(str(bundle / "tokenizer.json")).decode(answer) == "awesome"
 
 
-def test_an_uninstalled_checkout_works() -> None:
+def test_an_uninstalled_checkout_works():
     """Without site-packages there is no editable install to lean on."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pastkey.runtime as r; print(r.__file__)"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
@@ -78,7 +78,7 @@ def test_an_uninstalled_checkout_works() -> None:
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_imports_nothing_heavy(command: str) -> None:
+def test_help_imports_nothing_heavy(command):
     code = (
         "import sys\nfrom pastkey.__main__ import main\n"
         f"try: main({[*([command] if command else []), '--help']!r})\n"
@@ -93,12 +93,12 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 # --- the wheel ----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert all(name.startswith("pastkey/") for name in files), files
@@ -116,9 +116,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 @pytest.mark.parametrize(
     "oldest", [pytest.param(True, id="oldest", marks=pytest.mark.matrix), pytest.param(False, id="newest")]
 )
-def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(
-    wheel: Path, classic: Path, tmp_path: Path, oldest: bool
-) -> None:
+def test_the_wheel_with_the_cpu_extra_is_a_working_runtime(wheel, classic, tmp_path, oldest):
     """The oldest and the newest of what the extra allows, each in an environment without torch."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"

@@ -45,7 +45,7 @@ EXPORTS = [command for file in EXAMPLES for command in commands(file) if ".py:" 
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Where the commands are typed: examples/ is there, and what they write is not in the checkout."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -53,18 +53,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_an_example_is_short(file: Path) -> None:
+def test_an_example_is_short(file):
     most = 100 if commands(file) else 60  # a module, or a program that uses a bundle
     assert len(file.read_text(encoding="utf-8").splitlines()) < most
 
 
-def test_the_examples_cover_what_people_write() -> None:
+def test_the_examples_cover_what_people_write():
     sources = {command.split()[1].removeprefix("examples/") for command in EXPORTS}
     assert sources == {"lesson.py:trained", "nano_gpt.py:make", "own_module.py:make", "own_rope.py:make"}
 
 
 @pytest.mark.parametrize("command", [c for c in EXPORTS if "lesson" not in c], ids=lambda command: command.split()[1])
-def test_an_example_exports_verifies_and_runs(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_exports_verifies_and_runs(command, folder, capsys):
     _, source, *_, bundle = command.split()
     assert main(command.split()) == 0
     capsys.readouterr()
@@ -74,7 +74,7 @@ def test_an_example_exports_verifies_and_runs(command: str, folder: Path, capsys
     assert len(json.loads(capsys.readouterr().out)["ids"]) == 8
 
 
-def test_the_lesson_trains_exports_itself_and_answers(folder: Path) -> None:
+def test_the_lesson_trains_exports_itself_and_answers(folder):
     done = subprocess.run(
         [sys.executable, "examples/lesson.py"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -90,7 +90,7 @@ def test_the_lesson_trains_exports_itself_and_answers(folder: Path) -> None:
 
 # --- programs that use a bundle -----------------------------------------------------------------------------------
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(tmp_path, monkeypatch):
     """A decoder of random weights that takes any text and holds conversations."""
     tokenizer = vocabularies.byte_level()
     monkeypatch.setattr(decoder, "V", tokenizer.get_vocab_size())
@@ -101,7 +101,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def lm(bundle: Path) -> LanguageModel:
+def lm(bundle):
     return load(bundle, threads=1)
 
 
@@ -131,9 +131,7 @@ def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / name))
 
 
-def test_what_is_extracted_is_an_instance(
-    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_extracted_is_an_instance(bundle, capsys, monkeypatch):
     """Whatever the weights, every answer is JSON."""
     pytest.importorskip("llguidance")
     monkeypatch.setattr(sys, "argv", ["extract.py", str(bundle), "Anna from Berlin wants 日 apples."])
@@ -181,9 +179,7 @@ def events(response: http.client.HTTPResponse) -> Iterator[tuple[str, dict[str, 
             yield name, json.loads(value)
 
 
-def test_a_client_that_leaves_ends_the_generation_within_a_step(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_leaves_ends_the_generation_within_a_step(lm, monkeypatch):
     gate, cancelled, cancel = Gate(lm, monkeypatch), threading.Event(), AsyncStream.cancel
 
     def noted(stream: AsyncStream) -> None:
@@ -201,7 +197,7 @@ def test_a_client_that_leaves_ends_the_generation_within_a_step(
     assert gate.ran <= 6  # the step that ran when it left was the last
 
 
-def test_clients_at_the_same_time_get_their_whole_texts(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_at_the_same_time_get_their_whole_texts(lm, monkeypatch):
     prompts = ["The sky", "日本", "One two one two", "x"]
     expected = [lm.generate(prompt, max_new_tokens=40).text for prompt in prompts]
     gate = Gate(lm, monkeypatch)
@@ -219,7 +215,7 @@ def test_clients_at_the_same_time_get_their_whole_texts(lm: LanguageModel, monke
     assert lm.scheduler.live == 0
 
 
-def test_a_mistake_of_a_client_is_a_status_and_a_sentence(lm: LanguageModel) -> None:
+def test_a_mistake_of_a_client_is_a_status_and_a_sentence(lm):
     with served(lm) as port:
         assert b"EventSource" in asked(port, "/").read()
         too_long = asked(port, "/stream", prompt="x" * 2000)
@@ -229,9 +225,7 @@ def test_a_mistake_of_a_client_is_a_status_and_a_sentence(lm: LanguageModel) -> 
 
 
 # --- a chat window ------------------------------------------------------------------------------------------------
-def test_the_window_shows_answers_stops_them_and_brings_questions_back(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_window_shows_answers_stops_them_and_brings_questions_back(lm, monkeypatch):
     pytest.importorskip("textual")
     window = example("textual_chat.py")["ChatWindow"](lm.chat())
     gate = Gate(lm, monkeypatch)
@@ -273,7 +267,7 @@ def test_the_window_shows_answers_stops_them_and_brings_questions_back(
     asyncio.run(use())
 
 
-def test_the_window_tells_why_a_question_cannot_be_answered(lm: LanguageModel) -> None:
+def test_the_window_tells_why_a_question_cannot_be_answered(lm):
     pytest.importorskip("textual")
     window = example("textual_chat.py")["ChatWindow"](lm.chat())
 
@@ -291,7 +285,7 @@ def test_the_window_tells_why_a_question_cannot_be_answered(lm: LanguageModel) -
 
 # --- a wheel with a bundle ----------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_a_wheel_brings_its_model(bundle: Path, lm: LanguageModel, tmp_path: Path) -> None:
+def test_a_wheel_brings_its_model(bundle, lm, tmp_path):
     """Installed, and read out of the wheel itself, which is a zip file."""
     source, target, elsewhere = (tmp_path / name for name in ("source", "target", "elsewhere"))
     shutil.copytree(ROOT / "examples" / "own_wheel", source, ignore=shutil.ignore_patterns("bundle"))
@@ -318,9 +312,7 @@ def test_a_wheel_brings_its_model(bundle: Path, lm: LanguageModel, tmp_path: Pat
         assert (done.stdout, done.returncode) == (expected, 0), done.stderr[-2000:]
 
 
-def test_questions_are_answered_by_a_pool_and_once_each(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_questions_are_answered_by_a_pool_and_once_each(tmp_path, capsys, monkeypatch):
     """A line that was cut is answered again, one that is whole is not."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
     tiny = decoder.Tiny.random([(8, 8)], context_length=100)

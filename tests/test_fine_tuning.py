@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def conversations(file: Path, manner: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' and peft's own
-def test_a_fine_tuned_model_answers_in_the_new_manner(tmp_path: Path, pastkey_command: Callable[..., Any]) -> None:
+def test_a_fine_tuned_model_answers_in_the_new_manner(tmp_path, pastkey_command):
     llama(eos_token_id=1, bos_token_id=0).save_pretrained(tmp_path / "base")
     tokenizer: Any = bpe(bos=False)
     tokenizer.chat_template = TEMPLATE

@@ -23,7 +23,7 @@ def floors() -> set[str]:
     return {f"{match[1]}=={match[2]}" for match in found if match}
 
 
-def test_the_oldest_environment_has_every_lower_bound_that_is_declared() -> None:
+def test_the_oldest_environment_has_every_lower_bound_that_is_declared():
     lines = (ROOT / "tests" / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
     assert {line for line in lines if not line.startswith("#")} == floors()
     assert len({floor.partition("==")[0] for floor in floors()}) == len(floors()), "two floors of one package"

@@ -25,24 +25,24 @@ def code(name: str) -> str:
     return re.sub(r"^\s*//[^\n]*|/\*.*?\*/", "", source(name), flags=re.DOTALL | re.MULTILINE)
 
 
-def test_there_is_one_in_each_language() -> None:
+def test_there_is_one_in_each_language():
     assert {Path(name).suffix for name in SOURCES} == {".c", ".cs", ".java", ".kt", ".mjs", ".swift"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_it_feeds_what_the_graph_has(name: str) -> None:
+def test_it_feeds_what_the_graph_has(name):
     given = r"^    (\w+):" if name.endswith(".mjs") else r'"(\w*_\w+|temperature|seed)"'
     fed = set(re.findall(given, code(name), re.MULTILINE))
     assert fed == INPUTS
     assert re.search(rf'"{names.GENERATED_IDS}"|{{ {names.GENERATED_IDS}\b', code(name))
 
 
-def test_the_stream_feeds_what_the_second_graph_has() -> None:
+def test_the_stream_feeds_what_the_second_graph_has():
     stream = code("generate.mjs")
     assert all(re.search(rf"\b{name}\b", stream) for name in STATE)
 
 
-def test_swift_calls_what_the_example_for_ios_calls() -> None:
+def test_swift_calls_what_the_example_for_ios_calls():
     """Which was compared with the declarations: no Swift is compiled here."""
     ios = (EXAMPLES / "ios" / "Sources" / "PastkeyWriter" / "GraphDecoder.swift").read_text(encoding="utf-8")
     swift = code("Generate.swift")
@@ -52,7 +52,7 @@ def test_swift_calls_what_the_example_for_ios_calls() -> None:
     assert [call for call in calls if call not in ios] == []
 
 
-def test_they_ask_for_the_packages_of_the_other_examples() -> None:
+def test_they_ask_for_the_packages_of_the_other_examples():
     page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
     pins = r"onnxruntime(?:-android)?:([\d.]+\d)|OnnxRuntime --version ([\d.]+)|exact: \"([\d.]+)\"|-objc', '([\d.]+)'"
     found = {version for name in SOURCES for groups in re.findall(pins, source(name)) for version in groups if version}

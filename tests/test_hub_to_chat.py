@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,8 @@ for package in ("transformers", "huggingface_hub", "jinja2"):
 from pastkey.contract import names
 from pastkey.files.folder import read_json
 
-from .conftest import MadeOnce
 from .export.tiny_llama import TEMPLATE, bpe, llama
-from .loopback_hub import LoopbackHub, serving, without_hub
+from .loopback_hub import serving, without_hub
 
 NAME = "org/tiny-chat"
 Done = subprocess.CompletedProcess[str]
@@ -29,13 +28,13 @@ Typed = Callable[..., Done]
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[LoopbackHub]:
+def hub():
     with serving() as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def model(made_once: MadeOnce) -> Path:
+def model(made_once):
     def make(folder: Path) -> None:
         llama().save_pretrained(folder)
         tokenizer = bpe(bos=True)
@@ -46,12 +45,12 @@ def model(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
-def typed(hub: LoopbackHub, home: Path) -> Typed:
+def typed(hub, home):
     """Runs a command of a user whose home is empty at first."""
 
     def run(*arguments: object, stdin: str = "", **variables: str) -> Done:
@@ -69,7 +68,7 @@ def typed(hub: LoopbackHub, home: Path) -> Typed:
 
 
 @pytest.fixture(scope="module")
-def first(hub: LoopbackHub, model: Path, typed: Typed) -> Done:
+def first(hub, model, typed):
     """The first answer, for which the model is fetched and exported."""
     hub.add(NAME, model)
     done = typed("chat", NAME, "--prompt", "Hello", "--max-new-tokens", "5")
@@ -81,7 +80,7 @@ def bundle_of(home: Path) -> Path:
     return home / "cache" / "pastkey" / "bundles" / NAME.replace("/", "--")
 
 
-def test_one_command_answers(first: Done, hub: LoopbackHub, home: Path) -> None:
+def test_one_command_answers(first, hub, home):
     assert first.stderr.splitlines()[0] == f"fetching {NAME} from {hub.address.removeprefix('http://')}"
     assert first.stdout.count("\n") == 1
     assert "next:  pastkey chat" in first.stderr
@@ -91,7 +90,7 @@ def test_one_command_answers(first: Done, hub: LoopbackHub, home: Path) -> None:
     assert [path.name for path in bundle_of(home).parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_from_then_on_nothing_is_fetched_nor_exported(first: Done, hub: LoopbackHub, typed: Typed) -> None:
+def test_from_then_on_nothing_is_fetched_nor_exported(first, hub, typed):
     hub.asked.clear()
     hub.repositories[NAME].commits.append({})
     again = typed("chat", NAME, "--max-new-tokens", "5", stdin="Hello\n")
@@ -103,9 +102,7 @@ def test_from_then_on_nothing_is_fetched_nor_exported(first: Done, hub: Loopback
 
 
 @pytest.mark.slow
-def test_a_bundle_is_compared_with_its_source_in_the_cache(
-    first: Done, hub: LoopbackHub, typed: Typed, home: Path
-) -> None:
+def test_a_bundle_is_compared_with_its_source_in_the_cache(first, hub, typed, home):
     """At the commit that was exported; verify fetches nothing."""
     hub.asked.clear()
     done = typed("verify", bundle_of(home), NAME, "--json")
@@ -117,7 +114,7 @@ def test_a_bundle_is_compared_with_its_source_in_the_cache(
     assert hub.asked == []
 
 
-def test_a_bundle_on_the_hub_is_taken_as_it_is(first: Done, hub: LoopbackHub, typed: Typed, home: Path) -> None:
+def test_a_bundle_on_the_hub_is_taken_as_it_is(first, hub, typed, home):
     hub.add("org/bundle", bundle_of(home))
     for flags in ((), ("--untrusted",)):  # the second time it is here
         done = typed("chat", "org/bundle", "--prompt", "Hello", "--max-new-tokens", "5", *flags)
@@ -129,7 +126,7 @@ def test_a_bundle_on_the_hub_is_taken_as_it_is(first: Done, hub: LoopbackHub, ty
     assert "org/bundle is a bundle already, and taken as it is: leave out the option precision" in refused.stderr
 
 
-def test_a_bundle_that_was_altered_on_the_hub(first: Done, hub: LoopbackHub, typed: Typed, home: Path) -> None:
+def test_a_bundle_that_was_altered_on_the_hub(first, hub, typed, home):
     altered = hub.add("org/altered", bundle_of(home)).commits[0]
     altered[names.TOKENIZER] = altered[names.TOKENIZER].replace(b"a", b"b", 1)
     done = typed("export", "org/altered", "--out", home / "altered")
@@ -139,9 +136,7 @@ def test_a_bundle_that_was_altered_on_the_hub(first: Done, hub: LoopbackHub, typ
 
 
 @pytest.mark.slow
-def test_without_network_an_export_takes_what_the_cache_has(
-    first: Done, hub: LoopbackHub, typed: Typed, home: Path
-) -> None:
+def test_without_network_an_export_takes_what_the_cache_has(first, hub, typed, home):
     hub.asked.clear()
     refused = typed("export", "org/new", "--out", home / "new", "--no-network")
     assert refused.returncode == 2
@@ -158,7 +153,7 @@ def test_without_network_an_export_takes_what_the_cache_has(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_leaves_nothing(hub: LoopbackHub, model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(hub, model, tmp_path):
     """While the weights are fetched."""
     hub.add("org/interrupted", model)
     process = subprocess.Popen(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from .shared import divided
 
 ROOT = Path(__file__).parent.parent
@@ -82,18 +80,18 @@ def own_test(module: str) -> Path:
     return ROOT / "tests" / Path(module).with_name(f"test_{Path(module).name}")
 
 
-def test_every_module_has_a_test_file_of_its_name_or_a_reason() -> None:
+def test_every_module_has_a_test_file_of_its_name_or_a_reason():
     missing = {module for module in modules() if not own_test(module).is_file()}
     assert missing - ELSEWHERE.keys() == set(), "without a test file, and without a reason in ELSEWHERE"
     assert ELSEWHERE.keys() - missing == set(), "have a test file of their own, or are gone"
 
 
-def test_what_is_tested_elsewhere_is_tested_there() -> None:
+def test_what_is_tested_elsewhere_is_tested_there():
     for module, (file, reason) in ELSEWHERE.items():
         assert (ROOT / "tests" / file).is_file(), f"{module}: no tests/{file} ({reason})"
 
 
-def test_the_rooms_of_the_tests_are_those_of_the_package() -> None:
+def test_the_rooms_of_the_tests_are_those_of_the_package():
     rooms = {init.parent.relative_to(ROOT) for folder in FOLDERS for init in (ROOT / folder).rglob("__init__.py")}
     tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
     assert tested - rooms <= {Path(), Path("programs"), Path("fuzz"), Path("kernels")}, (
@@ -102,7 +100,7 @@ def test_the_rooms_of_the_tests_are_those_of_the_package() -> None:
     assert rooms <= tested
 
 
-def test_what_only_make_matrix_runs_is_slow_too(request: pytest.FixtureRequest) -> None:
+def test_what_only_make_matrix_runs_is_slow_too(request):
     """Whichever tests were chosen: `make test` would run one that is not, and so fail here."""
     items = request.session.items
     assert all(item.get_closest_marker("slow") for item in items if item.get_closest_marker("matrix"))

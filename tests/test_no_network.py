@@ -34,7 +34,7 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Refused:
+def refused(tmp_path):
     """Runs Python where sockets are refused, and under strace where it is; standard output. Fails at an attempt."""
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(REFUSING)
@@ -59,7 +59,7 @@ def refused(tmp_path: Path) -> Refused:
     return run
 
 
-def test_what_refuses_sees_an_attempt(refused: Refused) -> None:
+def test_what_refuses_sees_an_attempt(refused):
     for code in ("socket.socket()", "socket.getaddrinfo('localhost', 80)"):
         with pytest.raises(AssertionError, match="socket"):
             refused("-c", f"import contextlib, socket\nwith contextlib.suppress(OSError): {code}")
@@ -68,11 +68,11 @@ def test_what_refuses_sees_an_attempt(refused: Refused) -> None:
 @pytest.mark.parametrize(
     "module", ["pastkey.runtime.model.language_model", "pastkey.export.pipeline", "pastkey.train.loop"]
 )
-def test_an_import(refused: Refused, module: str) -> None:
+def test_an_import(refused, module):
     refused("-c", f"import pastkey, {module}")
 
 
-def test_a_load_a_text_and_a_conversation(refused: Refused, classic: Path, tmp_path: Path) -> None:
+def test_a_load_a_text_and_a_conversation(refused, classic, tmp_path):
     bundle, template = classic / "bundle", tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}<EOS>{% endfor %}")
     code = f"import pastkey; print(pastkey.load({str(bundle)!r}).generate('what is statquest').text)"
@@ -84,7 +84,7 @@ def test_a_load_a_text_and_a_conversation(refused: Refused, classic: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["module", "checkpoint", "huggingface"])
-def test_an_export_and_its_verification(refused: Refused, classic: Path, tmp_path: Path, kind: str) -> None:
+def test_an_export_and_its_verification(refused, classic, tmp_path, kind):
     flags: tuple[object, ...] = ("--precision", "fp32")
     if kind == "module":
         (tmp_path / "mine.py").write_text(FACTORY)
@@ -105,7 +105,7 @@ def test_an_export_and_its_verification(refused: Refused, classic: Path, tmp_pat
     refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt-ids", "1,2" if kind != "checkpoint" else "0,1")
 
 
-def test_an_export_of_a_model_on_the_hub_is_what_asks(refused: Refused, tmp_path: Path) -> None:
+def test_an_export_of_a_model_on_the_hub_is_what_asks(refused, tmp_path):
     pytest.importorskip("huggingface_hub")
     for arguments in (("export", "org/name", "--out", tmp_path / "bundle"), ("chat", "org/name", "--prompt", "Hello")):
         with pytest.raises(AssertionError, match=r"no model of this id could be fetched from huggingface\.co"):
@@ -113,7 +113,7 @@ def test_an_export_of_a_model_on_the_hub_is_what_asks(refused: Refused, tmp_path
         (tmp_path / "attempts").unlink()
 
 
-def test_the_other_commands_look_for_no_model_on_the_hub(refused: Refused, classic: Path, tmp_path: Path) -> None:
+def test_the_other_commands_look_for_no_model_on_the_hub(refused, classic, tmp_path):
     pytest.importorskip("huggingface_hub")
     text, bundle = str(tmp_path / "text"), str(classic / "bundle")
     Path(text).write_text("what is statquest awesome " * 20)
@@ -133,9 +133,7 @@ def test_the_other_commands_look_for_no_model_on_the_hub(refused: Refused, class
     assert refused("-c", program, json.dumps(commands)).split() == ["2"] * len(commands)
 
 
-def test_a_model_of_the_hub_that_is_in_the_cache(
-    refused: Refused, classic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_the_hub_that_is_in_the_cache(refused, classic, tmp_path, monkeypatch):
     """The bundle that `chat` exported, and the files that an export fetched."""
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

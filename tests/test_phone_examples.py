@@ -31,7 +31,7 @@ def source(system: str, name: str = "") -> str:
 
 
 @pytest.mark.parametrize("system", SOURCES)
-def test_it_feeds_what_the_graphs_have(system: str) -> None:
+def test_it_feeds_what_the_graphs_have(system):
     named = set(TENSOR.findall(re.sub(r"\\\(i\)", "0", source(system))))
     beginnings = {names.PAST_PREFIX, names.PRESENT_PREFIX, "past_", "present_"}
     caches = {names.past_key(0), names.past_value(0), names.past_conv(0)}
@@ -39,7 +39,7 @@ def test_it_feeds_what_the_graphs_have(system: str) -> None:
     assert named <= INPUTS | {names.LOGITS} | beginnings | caches
 
 
-def test_the_renaming_of_the_cache_is_that_of_the_names() -> None:
+def test_the_renaming_of_the_cache_is_that_of_the_names():
     """What both sources do to a past input's name, in Python."""
     for past, present in (
         (names.past_key(3), names.present_key(3)),
@@ -53,7 +53,7 @@ def test_the_renaming_of_the_cache_is_that_of_the_names() -> None:
             assert all(f'"{word}"' in source(system) for word in renamed)
 
 
-def test_they_read_fields_that_the_manifest_has() -> None:
+def test_they_read_fields_that_the_manifest_has():
     read = {
         "android": re.findall(r'get\w+\("(\w+)"\)', source("android", "Manifest.kt")),
         "ios": [
@@ -69,7 +69,7 @@ def test_they_read_fields_that_the_manifest_has() -> None:
         assert {*found} <= fields
 
 
-def test_the_page_pins_what_the_projects_pin() -> None:
+def test_the_page_pins_what_the_projects_pin():
     page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
     table = page[: page.index("## What was tested")]
     pins = re.findall(r'"([\w.-]+):([\w.-]+):([\d.]+)"|exact: "([\d.]+)"', "".join(map(source, SOURCES)))
@@ -81,6 +81,6 @@ def test_the_page_pins_what_the_projects_pin() -> None:
     assert f"Gradle {release}" in table
 
 
-def test_djl_is_told_not_to_report_its_use() -> None:
+def test_djl_is_told_not_to_report_its_use():
     before, _, _ = source("android", "Writer.kt").partition("HuggingFaceTokenizer.newInstance")
     assert 'System.setProperty("OPT_OUT_TRACKING", "true")' in before

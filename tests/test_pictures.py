@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,11 +20,11 @@ RESULTS = (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_the_picture_of_the_readme_shows_the_figures_of_the_results() -> None:
+def test_the_picture_of_the_readme_shows_the_figures_of_the_results():
     assert (DOCS / "speed-and-error.svg").read_text(encoding="utf-8") == bars.draw(rows_of(RESULTS, "engine"))
 
 
-def test_a_bar_is_as_long_as_its_figure_says() -> None:
+def test_a_bar_is_as_long_as_its_figure_says():
     head = ["engine", *bars.PANELS]
     figures = [["pastkey int8", "200.0", "0.002", "100"], ["other & more", "50.0", "0.004", "400"]]
     drawn = bars.draw([dict(zip(head, row, strict=True)) for row in figures])
@@ -34,14 +33,14 @@ def test_a_bar_is_as_long_as_its_figure_says() -> None:
     assert lengths == [bars.BAR, bars.BAR / 4, bars.BAR / 2, bars.BAR, bars.BAR / 4, bars.BAR]
 
 
-def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn() -> None:
+def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn():
     assert (DOCS / "time-axis.svg").read_text(encoding="utf-8") == scores.draw()
     cells = ElementTree.fromstring(scores.draw()).iter(f"{SVG}text")
     computed = [cell.text for cell in cells if cell.get("fill") == "#ffffff"]
     assert computed == ["k₄", "v₄", "q₄", "y₄", *(f"q₄·k{i}" for i in "₀₁₂₃₄")]
 
 
-def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path: Path) -> None:
+def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path):
     assert main(["pictures", "--charts", str(tmp_path)]) == 0
     assert charts.spread_of("1.76 (1.11 to 2.45)") == (1.76, 1.11, 2.45)
     for name, programs in (
@@ -57,7 +56,7 @@ def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path: Pat
 
 
 @pytest.mark.parametrize("layers", [0, 1, 30])
-def test_the_costs_of_an_export_are_drawn(layers: int, tmp_path: Path) -> None:
+def test_the_costs_of_an_export_are_drawn(layers, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
         Row(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
@@ -81,5 +80,5 @@ def test_the_costs_of_an_export_are_drawn(layers: int, tmp_path: Path) -> None:
         ("head.weight", None),
     ],
 )
-def test_a_name_says_layer_and_kind(weight: str, expected: tuple[int, str] | None) -> None:
+def test_a_name_says_layer_and_kind(weight, expected):
     assert place(weight) == expected

@@ -28,19 +28,19 @@ def text_of(page: str) -> str:
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
-def test_the_example_that_is_shown_is_the_one_in_examples() -> None:
+def test_the_example_that_is_shown_is_the_one_in_examples():
     page = text_of("docs/own-modules.md")
     block = page.split("<!-- examples/lesson.py -->\n```python\n")[1].split("```\n<!-- end of example -->")[0]
     assert block == (ROOT / "examples" / "lesson.py").read_text(encoding="utf-8")
 
 
-def test_the_worked_example_of_the_cache_is_right() -> None:
+def test_the_worked_example_of_the_cache_is_right():
     pytest.importorskip("torch", reason="torch is not installed")
     (example,) = programs("docs/time-axis.md")
     exec(example, {})
 
 
-def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
+def test_the_programs_that_are_shown_are_those_that_the_tests_run():
     page = text_of("docs/programs.md")
     shown = re.findall(r"<!-- (tests/programs/\S+) -->\n```\w+\n(.*?)```\n<!-- end -->", page, re.DOTALL)
     folder = ROOT / "tests" / "programs"
@@ -50,7 +50,7 @@ def test_the_programs_that_are_shown_are_those_that_the_tests_run() -> None:
         assert content == (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_table_of_the_readme_has_the_figures_of_the_results() -> None:
+def test_the_table_of_the_readme_has_the_figures_of_the_results():
     measured = {row["engine"]: row for row in rows_of(RESULTS.read_text(encoding="utf-8"), "engine")}
     shown = rows_of(text_of("README.md"), "engine")
     assert len(shown) > 3
@@ -59,7 +59,7 @@ def test_the_table_of_the_readme_has_the_figures_of_the_results() -> None:
         assert of_engine.items() <= measured[row["engine"]].items()
 
 
-def test_the_bullets_of_the_readme_have_figures_of_the_results() -> None:
+def test_the_bullets_of_the_readme_have_figures_of_the_results():
     results = RESULTS.read_text(encoding="utf-8").replace("|", " ").split()
     for word in ("Small", "Accurate", "Fast", "Light"):
         bullet = text_of("README.md").split(f"- **{word}.** ")[1].split("\n- ")[0].split("\n\n")[0]
@@ -68,7 +68,7 @@ def test_the_bullets_of_the_readme_have_figures_of_the_results() -> None:
         assert set(figures_of_bullet) <= set(results), word
 
 
-def test_the_readme_counts_the_families_of_the_tests() -> None:
+def test_the_readme_counts_the_families_of_the_tests():
     pytest.importorskip("torch", reason="torch is not installed")
     from .export.families import FAMILIES
 
@@ -76,7 +76,7 @@ def test_the_readme_counts_the_families_of_the_tests() -> None:
 
 
 @pytest.mark.parametrize("graph", ["model_quantized", "pastkey"])
-def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic: Path) -> None:
+def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph, classic):
     rows = re.findall(
         r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64|int32) \|", text_of("docs/bundle-format.md"), re.MULTILINE
     )
@@ -97,7 +97,7 @@ def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph: str, classic:
 
 
 # --- what is named ------------------------------------------------------------------------------------------------
-def test_files_that_the_pages_name_exist() -> None:
+def test_files_that_the_pages_name_exist():
     made = {"tokenizer.json", "config.json", "tokenizer_config.json", "model.safetensors", "pastkey.json", "file.py"}
     made |= {"genai_config.json", "generation_config.json", "encoder.json", "vocab.json", "adapter_config.json"}
     stages = [ROOT / stage for stage in ("export", "runtime", "train", "see")]
@@ -112,14 +112,14 @@ def test_files_that_the_pages_name_exist() -> None:
     assert not [pair for pair in named if not any((folder / pair[1]).exists() for folder in folders)]
 
 
-def test_links_lead_to_files() -> None:
+def test_links_lead_to_files():
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page))]
     inside = [(page, link.partition("#")[0]) for page, link in links if "://" not in link]
     assert len(inside) > 20
     assert not [(page, link) for page, link in inside if not (PAGES[page].parent / link).exists()]
 
 
-def test_the_site_shows_every_page() -> None:
+def test_the_site_shows_every_page():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\ntheme:")[0]
     assert sorted(re.findall(r": (\S+\.md)$", nav, re.MULTILINE)) == sorted(path.name for path in DOCS.glob("*.md"))
 
@@ -144,7 +144,7 @@ def programs(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder_of_a_chat_model(tmp_path_factory):
     """A Hugging Face folder with a chat template, of random weights."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from .export.tiny_llama import TEMPLATE, bpe, llama
@@ -177,9 +177,7 @@ def folder_of_a_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "docs/fine-tuning.md",
     ],
 )
-def test_the_commands_and_programs_of_a_page_run_in_turn(
-    page: str, folder_of_a_chat_model: Path, tmp_path: Path
-) -> None:
+def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_model, tmp_path):
     """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)
     (tmp_path / MODEL).symlink_to(folder_of_a_chat_model)

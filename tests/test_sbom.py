@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tools.sbom import extras, requirements, write_sbom
 
 
-def test_a_package_is_pinned_by_release_and_hash() -> None:
+def test_a_package_is_pinned_by_release_and_hash():
     def entry(name: str, digest: str) -> dict[str, object]:
         return {
             "metadata": {"name": name, "version": "1.0"},
@@ -22,7 +21,7 @@ def test_a_package_is_pinned_by_release_and_hash() -> None:
 
 
 @pytest.mark.matrix  # it asks the package index
-def test_the_document_has_each_package_and_its_hash(tmp_path: Path) -> None:
+def test_the_document_has_each_package_and_its_hash(tmp_path):
     content = json.loads(write_sbom("sign", tmp_path).read_text(encoding="utf-8"))
     assert (content["bomFormat"], content["metadata"]["component"]["name"]) == ("CycloneDX", "pastkey")
     found = {component["name"]: component for component in content["components"]}

@@ -9,7 +9,6 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,17 @@ IMPORTS = (
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def given(tmp_path_factory):
     return tmp_path_factory.mktemp("given")
 
 
 @pytest.fixture(scope="module")
-def library(given: Path) -> Path | None:
+def library(given):
     return build_faults(given)
 
 
 @pytest.fixture(scope="module")
-def nursery(given: Path, library: Path | None) -> Iterator[Nursery]:
+def nursery(given, library):
     with Nursery(given, IMPORTS, library=library) as found:
         yield found
 
@@ -68,9 +67,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kill_at_any_moment_loses_nothing(
-    name: str, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
-) -> None:
+def test_a_kill_at_any_moment_loses_nothing(name, given, tmp_path, nursery, library):
     kind, share, few = SCENES[name]
     scene, rng = kind(given, tmp_path / "work"), random.Random(f"{SEED} {name}")
     usual = whole(scene, nursery, library)
@@ -106,9 +103,7 @@ def assert_ended(scene: Scene, outcome: Outcome) -> None:
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_disk_that_fails_at_any_call_loses_nothing(
-    name: str, error: str, once: bool, given: Path, tmp_path: Path, nursery: Nursery, library: Path | None
-) -> None:
+def test_a_disk_that_fails_at_any_call_loses_nothing(name, error, once, given, tmp_path, nursery, library):
     if library is None:
         pytest.skip("faults are injected by a library that gcc builds on Linux")
     kind, _, _ = SCENES[name]

@@ -52,7 +52,7 @@ Lily. We can help you."""
 
 
 @pytest.fixture(scope="module")
-def stories(pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stories(pastkey_command, tmp_path_factory):
     """A folder with the bundles fp32/ and int8/, made by the command."""
     folder, out = shared("models/stories260K"), tmp_path_factory.mktemp("stories")
     for precision in PRECISIONS:
@@ -62,20 +62,20 @@ def stories(pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def test_stories260k_tells_its_documented_story(stories: Path, pastkey_command: Run) -> None:
+def test_stories260k_tells_its_documented_story(stories, pastkey_command):
     done = pastkey_command("run", stories / "fp32", "--prompt", "", "--max-new-tokens", "256", "--json")
     assert json.loads(done.stdout)["text"] == STORY
     done = pastkey_command("run", stories / "fp32", "--prompt", "", "--max-new-tokens", "256")
     assert done.stdout == STORY + "\n"
 
 
-def test_stories260k_ends_its_story_with_the_token_that_begins_the_next(stories: Path) -> None:
+def test_stories260k_ends_its_story_with_the_token_that_begins_the_next(stories):
     told = load(stories / "fp32").generate("", max_new_tokens=500)
     assert told.finish_reason == "stop"
     assert told.text.startswith(STORY)
 
 
-def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likely(stories: Path) -> None:
+def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likely(stories):
     exact = load(stories / "fp32")
     told = exact.generate("", max_new_tokens=256).ids
     quantized = load(stories / "int8")
@@ -138,7 +138,7 @@ def arrays(path: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def sorter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sorter(request, tmp_path_factory):
     """The bundle of the trained sorter, in each precision."""
     file = shared("models/gpt-nano-sort/gpt-nano-sort-model.json")
     module = Gpt(**json.loads(file.read_text())["config"])
@@ -149,7 +149,7 @@ def sorter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-def test_the_sorter_sorts_all_its_729_inputs(sorter: Path) -> None:
+def test_the_sorter_sorts_all_its_729_inputs(sorter):
     digits = np.array(list(product(range(3), repeat=6)))
     session = Engine(open_bundle(sorter))
     tokens = [session.forward(digits)[:, -1].argmax(-1)]
@@ -159,7 +159,7 @@ def test_the_sorter_sorts_all_its_729_inputs(sorter: Path) -> None:
     assert (len(right), int(right.sum())) == (729, 729)
 
 
-def test_the_sorter_computes_the_logits_that_came_with_it(sorter: Path) -> None:
+def test_the_sorter_computes_the_logits_that_came_with_it(sorter):
     partials = arrays(shared("models/gpt-nano-sort/gpt-nano-sort-t0-partials.json"))
     found = Engine(open_bundle(sorter), graph="all_logits").forward(partials["idx"].astype(int))
     error = np.abs(found - partials["lm_head"]).max() / np.abs(partials["lm_head"]).max()
@@ -225,7 +225,7 @@ TEXT = "It was a bright morning, and the old man said to the boy that"
 
 
 @pytest.fixture(scope="module")
-def glass() -> tuple[Any, list[int]]:
+def glass():
     """glassllm's English model, and the ids of a text."""
     glassllm = pytest.importorskip("glassllm", reason="glassllm, of the group dev, is not installed")
     model, tokenizer = glassllm.load_pretrained("en")
@@ -233,9 +233,7 @@ def glass() -> tuple[Any, list[int]]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_bundle_agrees_with_glassllms_own_numpy(
-    precision: str, glass: tuple[Any, list[int]], tmp_path: Path
-) -> None:
+def test_the_bundle_agrees_with_glassllms_own_numpy(precision, glass, tmp_path):
     original, prompt = glass
     module = Glass(original)
     assert module.blocks[0].W1.out_features == 341

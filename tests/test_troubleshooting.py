@@ -43,7 +43,7 @@ def messages() -> list[re.Pattern[str]]:
     return [re.compile(".*".join(map(re.escape, message.split(HOLE)))) for message in quoted]
 
 
-def test_every_message_of_the_page_is_in_the_code() -> None:
+def test_every_message_of_the_page_is_in_the_code():
     written = [flat(text) for _, tree in trees() for node in ast.walk(tree) if (text := literal(node))]
     unknown = [message.pattern for message in messages() if not any(map(message.search, written))]
     assert not unknown, "\n".join(unknown)

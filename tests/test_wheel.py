@@ -15,7 +15,7 @@ from tools.wheel import ROOT, without_links
 
 
 @pytest.mark.slow
-def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
+def test_two_builds_are_the_same_bytes(tmp_path):
     built: list[Path] = []
     for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):
         checkout = tmp_path / f"checkout{number}"
@@ -41,7 +41,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         assert {entry.external_attr >> 16 & 0o777 for entry in archive.infolist()} <= {0o644, 0o664}
 
 
-def test_the_packages_readme_links_to_no_file_of_the_checkout() -> None:
+def test_the_packages_readme_links_to_no_file_of_the_checkout():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "](docs/" in readme
     assert "](docs/" not in without_links(readme)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from pastkey.export import Report, export
 from pastkey.files.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
-from ..conftest import MadeOnce
 from .cases import CASES, MORE_CASES
 from .commands import FACTORY
 from .decoders import llama
@@ -55,7 +54,7 @@ class Exported:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Modules this small are slower on several threads, and much slower beside other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def word_tokenizer() -> Tokenizer:
+def word_tokenizer():
     """A tokenizer of as many words as `llama` has embeddings; the last one ends a text."""
     vocabulary = {f"w{i}": i for i in range(60)} | {"<end>": 60}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -74,7 +73,7 @@ def word_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Tokenizer) -> Path:
+def checkpoint(tmp_path_factory, word_tokenizer):
     """A checkpoint folder as `pastkey train` writes it, of an untrained decoder."""
     folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     (folder / "training").mkdir(parents=True)
@@ -90,7 +89,7 @@ Export = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")
-def exported(made_once: MadeOnce) -> Export:
+def exported(made_once):
     """exported(NAME, precision, graph): a case of the table, exported once for all processes that run the tests."""
 
     @functools.cache
@@ -112,7 +111,7 @@ def exported(made_once: MadeOnce) -> Export:
 
 
 @pytest.fixture(scope="session")
-def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_llama(tmp_path_factory):
     """A Llama's folder with a tokenizer. Shared: copy it before changing it."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from .tiny_llama import TEMPLATE, bpe, llama
@@ -126,13 +125,13 @@ def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def llama_folder(saved_llama: Path, tmp_path: Path) -> Path:
+def llama_folder(saved_llama, tmp_path):
     """A copy of it, to be spoilt."""
     return Path(shutil.copytree(saved_llama, tmp_path / "tiny-llama"))
 
 
 @pytest.fixture
-def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refusal(tmp_path, capsys):
     """refusal(SOURCE, ARGUMENT, ...): the one sentence of `pastkey export`, which leaves nothing behind."""
 
     def run(source: object, *arguments: object) -> str:
@@ -154,14 +153,14 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
-def factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def factory(tmp_path_factory):
     file = tmp_path_factory.mktemp("mine") / "mine.py"
     file.write_text(FACTORY)
     return file
 
 
 @pytest.fixture(scope="session")
-def trained(checkpoint: Path) -> Path:
+def trained(checkpoint):
     """The checkpoint's int8 bundle."""
     out = checkpoint.parent / "bundle"
     assert main(["export", str(checkpoint), "--out", str(out)]) == 0
@@ -169,7 +168,7 @@ def trained(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small(factory: Path) -> Path:
+def small(factory):
     """The fp32 bundle of the factory's module."""
     out = factory.parent / "small"
     assert main(["export", f"{factory}:Small", "--context", "12", "--precision", "fp32", "--out", str(out)]) == 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,14 +30,13 @@ from pastkey.export.source.source import Source
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .conftest import Export
 from .decoders import Plain, llama
 
 CONTEXT = 8
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
+def decoder():
     module = Plain()
     observation = observe(module, CONTEXT)
     model = trace(module, observation, "standard", CONTEXT)
@@ -59,9 +56,7 @@ def writer_of(decoder: Decoder) -> BundleWriter:
         ("fused", 3, MIN_ONNXRUNTIME_WITH_WINDOWS),
     ],
 )
-def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(
-    graph: str, window: int | None, oldest: str, decoder: Decoder, tmp_path: Path
-) -> None:
+def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(graph, window, oldest, decoder, tmp_path):
     layers = tuple(dataclasses.replace(layer, window=window) for layer in decoder.observation.layers)
     observation = Observation(layers, decoder.observation.vocab_size)
     decoder = dataclasses.replace(decoder, observation=observation, choice=GraphChoice(graph, "a test"))
@@ -70,12 +65,12 @@ def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(
 
 
 @pytest.mark.parametrize("padding", [True, False])
-def test_the_manifest_says_whether_rows_may_be_padded(padding: bool, decoder: Decoder, tmp_path: Path) -> None:
+def test_the_manifest_says_whether_rows_may_be_padded(padding, decoder, tmp_path):
     bundle, _ = writer_of(dataclasses.replace(decoder, padding=padding)).write(decoder.model.clone(), tmp_path)
     assert bundle.manifest.padding == padding
 
 
-def test_a_graph_of_a_newer_opset_asks_for_the_onnxruntime_that_verified_it() -> None:
+def test_a_graph_of_a_newer_opset_asks_for_the_onnxruntime_that_verified_it():
     assert _oldest_onnxruntime(NEWEST_OPSET, windows=False) == MIN_ONNXRUNTIME
     assert _oldest_onnxruntime(NEWEST_OPSET, windows=True) == MIN_ONNXRUNTIME_WITH_WINDOWS
     assert _oldest_onnxruntime(NEWEST_OPSET + 1, windows=True) == onnxruntime.__version__
@@ -95,9 +90,7 @@ SHARD = 9_000  # bytes
     ],
     ids=["int8", "static", "static-int8", "int4"],
 )
-def test_a_bundle_in_shards_is_the_same_model(
-    precision: str, settings: dict[str, Any], exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_in_shards_is_the_same_model(precision, settings, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)  # rows are read from a shard
     whole = exported("llama", precision)
     size = 4 * SHARD if precision == "fp32" or "target" in settings else SHARD

@@ -23,10 +23,10 @@ from pastkey.export.compat import configs
 from pastkey.runtime import load
 
 from ..shared import divided
-from .commands import FACTORY, Command, fails
+from .commands import FACTORY, fails
 
 
-def test_a_checkpoint_becomes_a_bundle_that_generates(trained: Path, checkpoint: Path) -> None:
+def test_a_checkpoint_becomes_a_bundle_that_generates(trained, checkpoint):
     bundle = open_bundle(trained, verify=True)
     assert (bundle.manifest.precision, bundle.manifest.graph) == ("int8", "fused")
     assert bundle.manifest.eos_token_ids == (60,)
@@ -39,7 +39,7 @@ def test_a_checkpoint_becomes_a_bundle_that_generates(trained: Path, checkpoint:
     assert set(completion.text.split()) <= {f"w{i}" for i in range(60)}
 
 
-def test_json_is_one_object_whatever_the_module_prints(factory: Path, tmp_path: Path, command: Command) -> None:
+def test_json_is_one_object_whatever_the_module_prints(factory, tmp_path, command):
     out = tmp_path / "bundle"
     choices = ("--precision", "fp32", "--graph", "standard", "--json")
     status, printed, told = command("export", f"{factory}:Small", "--context", 12, "--out", out, *choices)
@@ -52,7 +52,7 @@ def test_json_is_one_object_whatever_the_module_prints(factory: Path, tmp_path: 
     assert "number of parameters: many" in told
 
 
-def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Path, command: Command) -> None:
+def test_without_json_nothing_is_on_standard_output(factory, tmp_path, command):
     arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
     status, printed, told = command(*arguments)
     assert (status, printed) == (0, "")
@@ -80,17 +80,13 @@ def test_without_json_nothing_is_on_standard_output(factory: Path, tmp_path: Pat
         (("{file}:Baked", "--context", "12"), ("in the check 'prefill'", "position_ids", "layer 0")),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    arguments: tuple[str, ...], words: tuple[str, ...], factory: Path, tmp_path: Path, command: Command
-) -> None:
+def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, factory, tmp_path, command):
     filled = [argument.format(file=factory, folder=factory.parent) for argument in arguments]
     fails(command("export", *filled, "--out", tmp_path / "bundle", "--json"), *words)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_processor_without_fast_kernels_is_one_warning(
-    factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_without_fast_kernels_is_one_warning(factory, tmp_path, command, monkeypatch):
     from pastkey.export import pipeline
     from pastkey.runtime.providers.int8_kernels import choose_int8_kernels
 
@@ -101,7 +97,7 @@ def test_a_processor_without_fast_kernels_is_one_warning(
     assert "on this CPU int8 MatMuls take AVX2 kernels" in warning
 
 
-def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory: Path, tmp_path: Path, command: Command) -> None:
+def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory, tmp_path, command):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").write_text("")
     (tmp_path / "file").write_text("mine")
@@ -112,16 +108,14 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory: Path, tmp_p
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint: Path, tmp_path: Path, command: Command) -> None:
+def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint, tmp_path, command):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     fails(command("export", copy, "--out", f"{copy}/", "--force"), "is what is to be exported, and would be replaced")
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
-def test_a_full_disk_is_one_sentence(
-    factory: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_sentence(factory, tmp_path, command, monkeypatch):
     def full(path: Path, content: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -135,9 +129,7 @@ STOPS = [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)]
 
 
 @pytest.mark.parametrize(("number", "status", "force"), divided(STOPS, quick=STOPS[:1], ci=STOPS))
-def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
-    number: signal.Signals, status: int, force: bool, small: Path, tmp_path: Path
-) -> None:
+def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(number, status, force, small, tmp_path):
     """Stopped while the bundle's first files are there: the module waits in the verification until the signal comes."""
     module = tmp_path / "waits.py"
     waiting = "class Waits(Small):\n    def forward(self, input_ids, position_ids):\n        import glob, time\n"
@@ -174,7 +166,7 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(
 
 
 # --- what comes with an own decoder ---------------------------------------------------------------------------------
-def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path: Path, command: Command) -> None:
+def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path, command):
     """From cells that would train to text, and `verify` and `eval` with the same weights."""
     import torch
 
@@ -206,7 +198,7 @@ def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_
     assert json.loads(out)["kl_divergence"] < 1e-9
 
 
-def test_an_eos_that_is_no_token_is_told(factory: Path, tmp_path: Path, command: Command) -> None:
+def test_an_eos_that_is_no_token_is_told(factory, tmp_path, command):
     arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / "bundle")
     fails(command(*arguments, "--eos", "36,37"), "--eos 37 is no token of Small, which has 37 embeddings (ids 0 to 36)")
     fails(command(*arguments, "--eos", "end"), "--eos 'end' is the name of a token, and there is no tokenizer")
@@ -223,7 +215,7 @@ class FromTwo(Small):
 
 
 @pytest.mark.slow
-def test_each_call_that_an_export_offers_works_as_it_is_typed(factory: Path, tmp_path: Path, command: Command) -> None:
+def test_each_call_that_an_export_offers_works_as_it_is_typed(factory, tmp_path, command):
     file, out = tmp_path / "from_two.py", tmp_path / "bundle"
     file.write_text(factory.read_text() + FROM_TWO)
     choices = ("export", f"{file}:FromTwo", "--context", 10, "--precision", "fp32", "--out", out, "--force")

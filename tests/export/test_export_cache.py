@@ -6,7 +6,6 @@ Tiny models, of which every matrix counts as large here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each 
 
 
 @pytest.fixture(autouse=True)
-def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_matrix_is_large(monkeypatch):
     monkeypatch.setattr(stored_tensors, "LARGE", 1000)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """The cache's folder of this test, which is not there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "pastkey" / "exports"
@@ -53,9 +52,7 @@ def stored_bytes(folder: Path) -> int:
 
 # --- exports ------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(
-    saved_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved_llama, folder, tmp_path, monkeypatch):
     export(saved_llama, tmp_path / "expected", target="webgpu", cache=False)
     assert not folder.exists()
     export(saved_llama, tmp_path / "fp32", "fp32", progress=(heard := Heard()))
@@ -108,9 +105,7 @@ def cache_of(key: str = "a") -> ExportCache:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
-def test_a_graph_is_bound_to_the_weights_of_the_source_that_is_open(
-    kind: str, saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_is_bound_to_the_weights_of_the_source_that_is_open(kind, saved_llama, tmp_path, monkeypatch):
     source = saved_llama
     if kind == "gguf":
         pytest.importorskip("gguf", reason="gguf is not installed")
@@ -136,7 +131,7 @@ def test_a_graph_is_bound_to_the_weights_of_the_source_that_is_open(
     assert cache_of().graph(open_source(source).module) is None
 
 
-def test_large_weights_in_memory_are_not_kept(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_in_memory_are_not_kept(saved_llama, monkeypatch):
     assert unbound(graph_of(Plain()), Plain()) is None
     module = open_source(saved_llama).module
     assert unbound(graph_of(module), module) is not None
@@ -154,7 +149,7 @@ def text_cache(key: str = "a") -> ExportCache:
 
 
 @pytest.mark.parametrize("spoilt", [lambda entry: entry[:-1], lambda entry: b"x" + entry[1:], lambda entry: b""])
-def test_a_damaged_entry_is_made_again(spoilt: Callable[[bytes], bytes], folder: Path) -> None:
+def test_a_damaged_entry_is_made_again(spoilt, folder):
     text_cache().keep_text(TEXT)
     assert text_cache().text() == TEXT
     assert text_cache("b").text() is None
@@ -164,7 +159,7 @@ def test_a_damaged_entry_is_made_again(spoilt: Callable[[bytes], bytes], folder:
     assert text_cache().text() == TEXT
 
 
-def test_the_least_recently_used_entries_are_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entries_are_removed(folder, monkeypatch):
     for age, key in enumerate("abc"):
         text_cache(key).keep_text(TEXT)
         os.utime(folder / key, (100 - age, 100 - age))
@@ -182,7 +177,7 @@ def test_the_least_recently_used_entries_are_removed(folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("place", ["no home", "a file", "no key"])
-def test_a_cache_that_cannot_be_is_silent(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_is_silent(place, folder, monkeypatch):
     if place == "no home":
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     elif place == "a file":
@@ -216,9 +211,7 @@ def cached(folder: Path, source: dict[str, Any] | None, config: ExportConfig) ->
         ({"cache": False}, (False, False)),
     ],
 )
-def test_an_entry_is_of_one_source_program_and_options(
-    options: dict[str, Any], found: tuple[bool, bool], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_is_of_one_source_program_and_options(options, found, tmp_path, folder, monkeypatch):
     first = Steps(tmp_path / "first", ExportConfig(), {"a": 1}, Heard()).cache
     graph = ir.to_proto(graph_of(Plain())).SerializeToString()
     first.keep_graph(graph, {})

@@ -17,17 +17,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_each_type_has_a_result_and_its_cause() -> None:
+def test_each_type_has_a_result_and_its_cause():
     table = families.table()
     assert [row["type"] for row in table] == sorted(families.types())
     assert [row["type"] for row in table if row["result"] not in RESULTS or not row["detail"]] == []
 
 
-def test_the_tests_run_what_the_table_says() -> None:
+def test_the_tests_run_what_the_table_says():
     results = {row["type"]: row["result"] for row in families.table()}
     assert {results[family] for family in FAMILIES} == {families.VERIFIED}
     assert {results[family] for family in REFUSED} == {families.REFUSED}
 
 
-def test_the_page_is_made_of_the_table() -> None:
+def test_the_page_is_made_of_the_table():
     assert families.DOCS.read_text(encoding="utf-8") == families.page()

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-from ..conftest import Run
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
 
 
 @pytest.fixture(scope="module")
-def bundle(saved_llama: Path, pastkey_command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(saved_llama, pastkey_command, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "bundle"
     done = pastkey_command("export", saved_llama, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def test_the_bundle_is_proved_and_runs(bundle: Path, saved_llama: Path, pastkey_command: Run) -> None:
+def test_the_bundle_is_proved_and_runs(bundle, saved_llama, pastkey_command):
     done = pastkey_command("verify", bundle, saved_llama, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True
@@ -31,13 +28,13 @@ def test_the_bundle_is_proved_and_runs(bundle: Path, saved_llama: Path, pastkey_
     assert json.loads(done.stdout)["new_tokens"] == 8
 
 
-def test_other_programs_load_it(bundle: Path, pastkey_command: Run) -> None:
+def test_other_programs_load_it(bundle, pastkey_command):
     done = pastkey_command("check", bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "transformers.js" in done.stdout
 
 
-def test_the_bundle_holds_a_conversation(bundle: Path) -> None:
+def test_the_bundle_holds_a_conversation(bundle):
     command = [sys.executable, "-m", "pastkey", "chat", str(bundle), "--max-new-tokens", "5"]
     done = subprocess.run(command, input="Hello\nAnd then?\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
 
 import pastkey
 from pastkey.contract import names
@@ -47,13 +44,7 @@ def greedy(graph: Path) -> list[int]:
     ],
     ids=["int8", "standard", "fp16", "portable"],
 )
-def test_the_file_alone_gives_the_bundles_tokens(
-    build: Callable[[], nn.Module],
-    settings: dict[str, Any],
-    operators: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_file_alone_gives_the_bundles_tokens(build, settings, operators, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)  # so that the int8 graph is handed the embedding's rows
     export(build(), tmp_path / "bundle", context_length=CONTEXT, format="ort", **settings)
     bundle = open_bundle(tmp_path / "bundle", verify=True)
@@ -70,7 +61,7 @@ def test_the_file_alone_gives_the_bundles_tokens(
 
 
 @pytest.mark.slow
-def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path: Path) -> None:
+def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path):
     export(llama(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")
     bundle = open_bundle(tmp_path / "bundle")
     session = open_graph(bundle.path / names.ORT_GRAPH)
@@ -87,9 +78,7 @@ def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path: Pat
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     logits = ort_format._logits
     monkeypatch.setattr(ort_format, "_logits", lambda graph, ids: 1.001 * logits(graph, ids))
     sentence = r"in the ORT format of pastkey\.onnx logits differ by .*e-0.* of the largest logit \(limit 1e-05\)"
@@ -98,9 +87,7 @@ def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_conversion_that_fails_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ort_format, "_TOOL", "onnxruntime.tools.no_such_tool")
     with pytest.raises(ParityError, match=r"cannot write the graph in its ORT format \(.*no_such_tool.*--format onnx$"):
         export(Plain(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")

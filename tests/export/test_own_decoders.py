@@ -116,7 +116,7 @@ def made(own: Own, folder: Path, precision: str) -> Exported:
 
 
 @pytest.mark.parametrize("name", some([*DECODERS]))
-def test_the_exported_graph_computes_what_the_author_computes(name: str, tmp_path: Path) -> None:
+def test_the_exported_graph_computes_what_the_author_computes(name, tmp_path):
     own = DECODERS[name]
     exported = made(own, tmp_path, "fp32")
     manifest = exported.report.manifest
@@ -140,7 +140,7 @@ NOT_EXPORTED = [name for i, name in enumerate(DECODERS) if i % QUICK_SHARE and i
 
 
 @pytest.mark.parametrize("name", divided(NOT_EXPORTED, ci=NOT_EXPORTED[::FOLLOWED_SHARE]))
-def test_what_ci_does_not_export_is_followed_to_its_authors_logits(name: str) -> None:
+def test_what_ci_does_not_export_is_followed_to_its_authors_logits(name):
     own = DECODERS[name]
     taken = in_contract(own.make(), own.context, None, lambda _: None)  # which raises where they differ
     assert taken.call
@@ -168,7 +168,7 @@ class InTheContract(nn.Module):
         return logits
 
 
-def test_attention_by_hand_has_the_operators_of_the_contract(tmp_path: Path) -> None:
+def test_attention_by_hand_has_the_operators_of_the_contract(tmp_path):
     found = {}
     for name, module in (("own", Gpt(TrilBuffer)), ("contract", InTheContract())):
         report = export(module.eval(), tmp_path / name, precision="fp32", context_length=CONTEXT)
@@ -178,7 +178,7 @@ def test_attention_by_hand_has_the_operators_of_the_contract(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", some([*DECODERS][::3]))
-def test_int8_is_still_the_same_model(name: str, tmp_path: Path) -> None:
+def test_int8_is_still_the_same_model(name, tmp_path):
     exported = made(DECODERS[name], tmp_path, "int8")
     assert exported.report.manifest.parity["int8"]["ok"]
     assert exported.report.manifest.quality["kl_divergence"] < 0.05

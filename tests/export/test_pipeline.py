@@ -27,7 +27,6 @@ from pastkey.runtime import Engine
 
 from ..shared import divided
 from .cases import CASES, MORE_CASES
-from .conftest import Export
 from .decoders import NanoGpt, Plain, TableRope, llama
 from .plain_loop import run_batch, run_chunks
 
@@ -56,7 +55,7 @@ QUICK = ("head_size_10_context_11", "three_axes", "one_block_twice", "multi_quer
 
 
 @pytest.mark.parametrize("name", divided(CASES, quick=QUICK, ci=CASES))
-def test_the_exported_file_in_plain_onnxruntime_equals_torch(name: str, exported: Export) -> None:
+def test_the_exported_file_in_plain_onnxruntime_equals_torch(name, exported):
     made = exported(name)
     case = CASES[name]
     assert made.bundle.manifest.graph == case.graph
@@ -66,20 +65,20 @@ def test_the_exported_file_in_plain_onnxruntime_equals_torch(name: str, exported
 
 
 @pytest.mark.parametrize("name", divided(MORE_CASES, ci=[*MORE_CASES][::3]))
-def test_further_decoders_in_plain_onnxruntime_equal_torch(name: str, exported: Export) -> None:
+def test_further_decoders_in_plain_onnxruntime_equal_torch(name, exported):
     made = exported(name)
     assert_plain_loop_equals_torch(made, MORE_CASES[name].context)
 
 
 @pytest.mark.parametrize("name", divided(FUSED, ci=FUSED[::4]))
-def test_the_standard_graph_of_what_fused_takes_equals_torch(name: str, exported: Export) -> None:
+def test_the_standard_graph_of_what_fused_takes_equals_torch(name, exported):
     made = exported(name, graph="standard")
     assert made.bundle.manifest.graph == "standard"
     assert_plain_loop_equals_torch(made, CASES[name].context)
 
 
 @pytest.mark.parametrize("name", divided(CASES | MORE_CASES, ci=[*CASES, *MORE_CASES][1::5]))
-def test_int8_of_every_decoder_verifies(name: str, exported: Export) -> None:
+def test_int8_of_every_decoder_verifies(name, exported):
     made = exported(name, "int8")
     case = (CASES | MORE_CASES)[name]
     assert made.report.verification.ok
@@ -91,7 +90,7 @@ def test_int8_of_every_decoder_verifies(name: str, exported: Export) -> None:
 @pytest.mark.parametrize(
     ("size", "context"), divided(product(SIZES, CONTEXTS), ci=[*zip(SIZES, CONTEXTS, strict=True)])
 )
-def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) -> None:
+def test_every_context_and_head_size(size, context, tmp_path):
     module = Plain(size=size, heads=1, vocab=33, context=context)
     report = export(module, tmp_path / "bundle", context_length=context)
     assert report.verification.ok
@@ -102,7 +101,7 @@ def test_every_context_and_head_size(size: int, context: int, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "side"), [("llama", "right"), ("head_size_10_context_11", "left"), ("one_block_twice", "left")]
 )
-def test_padded_rows_in_plain_onnxruntime_equal_each_row_alone(name: str, side: str, exported: Export) -> None:
+def test_padded_rows_in_plain_onnxruntime_equal_each_row_alone(name, side, exported):
     """The standard graph takes padding at either end, the fused one at the right."""
     made = exported(name)
     lengths, steps = (6, 3, 1), 3
@@ -121,7 +120,7 @@ def test_padded_rows_in_plain_onnxruntime_equal_each_row_alone(name: str, side: 
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_block_applied_twice_is_stored_once(exported: Export) -> None:
+def test_a_block_applied_twice_is_stored_once(exported):
     made = exported("one_block_twice")
     parameters = {name: p for name, p in made.module.named_parameters() if not name.startswith(("position", "head"))}
     needed = sum(p.numel() for p in parameters.values()) * 4 + (made.module.cos.numel() * 2) * 4
@@ -132,7 +131,7 @@ def test_a_block_applied_twice_is_stored_once(exported: Export) -> None:
 
 
 # --- the report and the manifest ----------------------------------------------------------------------------------
-def test_the_manifest_records_what_was_measured(exported: Export) -> None:
+def test_the_manifest_records_what_was_measured(exported):
     made = exported("llama", "int8")
     manifest = made.bundle.manifest
     checks = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch", "greedy"}
@@ -153,7 +152,7 @@ def test_the_manifest_records_what_was_measured(exported: Export) -> None:
     assert {key: manifest.parity["int8"][key] for key in verified} == verified
 
 
-def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> None:
+def test_the_quality_figures_are_those_of_the_two_models(exported):
     from pastkey.export.measure.metrics import kl_divergence
     from pastkey.export.measure.paths import compared_text
 
@@ -165,7 +164,7 @@ def test_the_quality_figures_are_those_of_the_two_models(exported: Export) -> No
     assert found == pytest.approx(made.bundle.manifest.parity["int8"]["kl_divergence"], rel=0.01)
 
 
-def test_the_manifest_says_what_the_graph_is(exported: Export) -> None:
+def test_the_manifest_says_what_the_graph_is(exported):
     made = exported("head_size_10_context_11")
     manifest, graph = made.bundle.manifest, made.graph()
     assert manifest.source == "Plain"
@@ -179,7 +178,7 @@ def test_the_manifest_says_what_the_graph_is(exported: Export) -> None:
     assert dict(manifest.operators) == {name: operators.count(name) for name in set(operators)}
 
 
-def test_the_folder_holds_the_files_of_the_manifest_and_nothing_else(exported: Export) -> None:
+def test_the_folder_holds_the_files_of_the_manifest_and_nothing_else(exported):
     bundle = exported("llama", "int8").bundle
     found = {path.relative_to(bundle.path).as_posix() for path in bundle.path.rglob("*") if path.is_file()}
     assert found == {*bundle.manifest.files, names.MANIFEST}
@@ -200,7 +199,7 @@ class Replaced:
 
 
 @pytest.fixture(scope="module")
-def replaced(tmp_path_factory: pytest.TempPathFactory) -> Replaced:
+def replaced(tmp_path_factory):
     out = tmp_path_factory.mktemp("a") / "größer & 50 %"
     out.mkdir()
     (out / names.MANIFEST).write_text("{}")
@@ -211,13 +210,13 @@ def replaced(tmp_path_factory: pytest.TempPathFactory) -> Replaced:
     return Replaced(module, before, out)
 
 
-def test_force_replaces_a_bundle_whatever_its_name(replaced: Replaced) -> None:
+def test_force_replaces_a_bundle_whatever_its_name(replaced):
     assert open_bundle(replaced.out, verify=True).manifest.context_length == 32
     assert not (replaced.out / "old.txt").exists()
     assert list(replaced.out.parent.iterdir()) == [replaced.out]
 
 
-def test_the_module_is_left_as_it_was(replaced: Replaced) -> None:
+def test_the_module_is_left_as_it_was(replaced):
     assert all(child.training for child in replaced.module.modules())
     state = replaced.module.state_dict()
     assert all(torch.equal(tensor, replaced.before[name]) for name, tensor in state.items())
@@ -251,9 +250,7 @@ class BakedLayer(Plain):
     ],
     ids=["positions", "second_layer"],
 )
-def test_a_wrong_graph_is_found_and_no_folder_is_left(
-    module: nn.Module, check: str, layer: str, tmp_path: Path
-) -> None:
+def test_a_wrong_graph_is_found_and_no_folder_is_left(module, check, layer, tmp_path):
     with pytest.raises(ParityError) as caught:
         export(module, tmp_path / "bundle", context_length=20)
     sentence = str(caught.value)
@@ -263,7 +260,7 @@ def test_a_wrong_graph_is_found_and_no_folder_is_left(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_graph_is_found_in_a_model_that_only_repeats_itself(tmp_path: Path) -> None:
+def test_a_wrong_graph_is_found_in_a_model_that_only_repeats_itself(tmp_path):
     """Over equal tokens attention gives the same, whatever its weights: the text must not be all of one token."""
 
     class Repeating(TableRope):
@@ -290,7 +287,7 @@ def run_greedily(module: nn.Module, ids: list[int], steps: int) -> list[int]:
     return ids
 
 
-def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path: Path) -> None:
+def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path):
     class FirstRow(Plain):
         def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
             return super().embed(input_ids, position_ids[:1])
@@ -308,9 +305,7 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path:
         ({"context_length": None}, "give it with context_length=N"),
     ],
 )
-def test_unknown_choices_are_refused_before_any_work(
-    settings: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_choices_are_refused_before_any_work(settings, sentence, tmp_path, monkeypatch):
     monkeypatch.setattr(grafting, "in_contract", None)
     with pytest.raises(InputError) as caught:
         export(Plain(), tmp_path / "bundle", **({"context_length": 8} | settings))
@@ -318,7 +313,7 @@ def test_unknown_choices_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path, monkeypatch):
     out = tmp_path / "bundle"
     out.mkdir()
     (out / names.MANIFEST).write_text("{}")
@@ -333,9 +328,7 @@ def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path: Path, monkey
     assert (out / names.MANIFEST).read_text() == "{}"
 
 
-def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(tmp_path, monkeypatch):
     def spoil(model: ir.Model, context_length: int) -> None:
         for node in model.graph:
             if node.op_type == "GroupQueryAttention":

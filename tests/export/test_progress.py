@@ -16,7 +16,7 @@ class Heard(Progress):
         self.all.append(f"warning: {sentence}")
 
 
-def test_a_recorder_passes_everything_on_and_keeps_the_warnings() -> None:
+def test_a_recorder_passes_everything_on_and_keeps_the_warnings():
     heard = Heard()
     recorder = Recorder(heard)
     recorder.stage("trace")

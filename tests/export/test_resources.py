@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -11,7 +10,7 @@ from pastkey.export import resources
 from pastkey.export.settings import ExportConfig
 
 
-def test_a_weight_that_is_shared_counts_once() -> None:
+def test_a_weight_that_is_shared_counts_once():
     module = nn.Module()
     module.one = nn.Linear(3, 5, bias=False)
     module.other = nn.Linear(3, 5, bias=False)
@@ -29,9 +28,7 @@ def test_a_weight_that_is_shared_counts_once() -> None:
         (ExportConfig("int8", max_kl=0.1), 15),
     ],
 )
-def test_a_disk_without_room_is_refused_with_both_sizes(
-    config: ExportConfig, bytes_per_weight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_is_refused_with_both_sizes(config, bytes_per_weight, tmp_path, monkeypatch):
     out, weights = tmp_path / "not" / "there" / "yet", 10**9
     needed = resources.needs(weights, config, resident_bytes=0)
     assert needed.disk == bytes_per_weight * weights
@@ -44,7 +41,7 @@ def test_a_disk_without_room_is_refused_with_both_sizes(
         resources.require_room(out, needed)
 
 
-def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path, monkeypatch):
     weights = 10**3
     needed = resources.needs(weights, ExportConfig("int8"), resident_bytes=4 * weights)
     assert needed.memory - resources.needs(weights, ExportConfig("int8"), resident_bytes=0).memory == 8 * weights
@@ -55,9 +52,7 @@ def test_memory_that_is_allocated_is_not_asked_for_again(tmp_path: Path, monkeyp
         resources.require_room(tmp_path, needed)
 
 
-def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(tmp_path, monkeypatch):
     needed = resources.needs(10**9, ExportConfig("int8"), resident_bytes=0)
     for free, fits in ((needed.memory, True), (needed.memory - 1, False), (None, True)):
         monkeypatch.setattr(resources, "available_memory", lambda free=free: free)
@@ -68,16 +63,14 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(
                 resources.require_room(tmp_path, needed)
 
 
-def test_a_temporary_file_is_a_part_of_the_disk() -> None:
+def test_a_temporary_file_is_a_part_of_the_disk():
     plain, with_file = (
         resources.needs(10**9, ExportConfig("int8"), resident_bytes=0, temporary_bytes=size) for size in (0, 4 * 10**9)
     )
     assert with_file.disk - plain.disk == 4 * 10**9
 
 
-def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(monkeypatch):
     module = nn.Linear(1000, 2000, bias=False)
     resources.require_files(module, ExportConfig(shard_size=2_000_001))
     with pytest.raises(InputError, match=r"a weight takes 2 MB in int8, .* smaller than 2 MB: a weight is never split"):

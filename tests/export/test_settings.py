@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import re
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
@@ -16,7 +16,7 @@ from pastkey.export.cli import export_command
 from pastkey.export.settings import ExportConfig, ExportOptions
 
 
-def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> None:
+def test_python_and_the_command_line_have_the_same_settings_and_defaults():
     parser = argparse.ArgumentParser()
     export_command.add_arguments(parser)
     told = vars(parser.parse_args(["source", "--out", "bundle"]))
@@ -54,13 +54,13 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults() -> No
         ({"precision": "fp32", "sensitivity": "table.json"}, "--sensitivity tells what int8 costs"),
     ],
 )
-def test_what_cannot_be_is_refused_when_it_is_said(settings: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_is_refused_when_it_is_said(settings, sentence):
     with pytest.raises(InputError) as raised:
         ExportConfig(**settings)
     assert sentence in str(raised.value)
 
 
-def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one() -> None:
+def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one():
     for target, graph in (("qnn", "auto"), ("coreml", "auto"), ("cpu", "static")):
         config = ExportConfig(precision="fp32", chunk=8, target=target, graph=graph)
         assert config.static

@@ -83,8 +83,8 @@ def leftovers(folder: Path) -> list[Path]:
     "step", [pytest.param(FP32, marks=pytest.mark.slow), pytest.param(TEXT, marks=pytest.mark.matrix), QUANTIZED]
 )
 def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
-    step: str, checkpoint: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    step, checkpoint, trained, tmp_path, monkeypatch
+):
     out, expected = tmp_path / "bundle", open_bundle(trained)
     subprocess.run([sys.executable, "-c", KILLED, checkpoint, out, step], check=False)
     assert not out.exists()
@@ -111,9 +111,7 @@ def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
 @pytest.mark.matrix
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
 @pytest.mark.parametrize("stage", range(1, 9))
-def test_a_kill_at_the_beginning_of_any_stage_leaves_nothing_half_written(
-    stage: int, checkpoint: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_a_kill_at_the_beginning_of_any_stage_leaves_nothing_half_written(stage, checkpoint, trained, tmp_path):
     out, expected = tmp_path / "bundle", open_bundle(trained)
     done = subprocess.run([sys.executable, "-c", KILLED_AT_A_STAGE, checkpoint, out, str(stage)], check=False)
     assert done.returncode < 0
@@ -123,7 +121,7 @@ def test_a_kill_at_the_beginning_of_any_stage_leaves_nothing_half_written(
     assert not leftovers(tmp_path)
 
 
-def test_an_export_without_resume_removes_the_steps_and_says_so(tmp_path: Path) -> None:
+def test_an_export_without_resume_removes_the_steps_and_says_so(tmp_path):
     (tmp_path / ".bundle.0123abcd.partial" / STEPS).mkdir(parents=True)
     heard = Heard()
     with pytest.raises(MissingFileError):
@@ -139,9 +137,7 @@ def test_an_export_without_resume_removes_the_steps_and_says_so(tmp_path: Path) 
 
 # --- failures -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("resume", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_disk_that_fills_while_a_shard_is_written_is_one_sentence(
-    resume: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_fills_while_a_shard_is_written_is_one_sentence(resume, checkpoint, tmp_path, monkeypatch, capsys):
     def full(self: WeightsFile) -> None:
         if ".fp32" not in self.path.parts:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -170,7 +166,7 @@ def test_a_disk_that_fills_while_a_shard_is_written_is_one_sentence(
         assert not leftovers(tmp_path)
 
 
-def test_a_module_has_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_has_no_steps(tmp_path, capsys):
     assert identity(Plain(), ExportConfig()) is None
     assert main(["export", "mine.py:make", "--out", str(tmp_path / "bundle"), "--resume"]) == 2
     assert "--resume is for a source in files, and this is a module" in capsys.readouterr().err
@@ -201,9 +197,7 @@ def filled(folder: Path, source: dict[str, Any], config: ExportConfig) -> Steps:
         ({"precision": "fp32"}, 0),
     ],
 )
-def test_a_step_of_other_options_is_made_again_with_those_after_it(
-    options: dict[str, Any], kept: int, tmp_path: Path
-) -> None:
+def test_a_step_of_other_options_is_made_again_with_those_after_it(options, kept, tmp_path):
     filled(tmp_path, {"a": 1}, ExportConfig())
     (tmp_path / "onnx" / "unfinished").write_bytes(b"")
     (tmp_path / ".ort-1").mkdir()
@@ -218,7 +212,7 @@ def test_a_step_of_other_options_is_made_again_with_those_after_it(
 
 
 @pytest.mark.parametrize("spoilt", ["source", "file", "record", "missing"])
-def test_a_step_of_another_source_or_with_other_files_is_made_again(spoilt: str, tmp_path: Path) -> None:
+def test_a_step_of_another_source_or_with_other_files_is_made_again(spoilt, tmp_path):
     filled(tmp_path, {"a": 1}, ExportConfig())
     if spoilt == "file":
         (tmp_path / ".fp32/onnx/a").write_bytes(b"12")
@@ -231,14 +225,14 @@ def test_a_step_of_another_source_or_with_other_files_is_made_again(spoilt: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_records_and_the_float32_bundle_are_not_in_the_bundle(tmp_path: Path) -> None:
+def test_records_and_the_float32_bundle_are_not_in_the_bundle(tmp_path):
     steps = filled(tmp_path, {"a": 1}, ExportConfig())
     steps.remove()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["onnx", "onnx/b"]
 
 
 # --- a source that changes ----------------------------------------------------------------------------------------
-def test_a_source_that_changes_under_an_export_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_changes_under_an_export_is_refused(tmp_path):
     source, config = tmp_path / "model", ExportConfig()
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -255,9 +249,7 @@ def test_a_source_that_changes_under_an_export_is_refused(tmp_path: Path) -> Non
     require_unchanged(source, config, before)
 
 
-def test_a_source_that_changes_while_its_weights_are_read_is_refused(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_while_its_weights_are_read_is_refused(llama_folder, tmp_path, monkeypatch):
     original = pretrained._load
 
     def load(*args: Any, **options: Any) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
@@ -25,9 +23,7 @@ from .graft.own.biases import DECODERS as BIASES
 
 
 @pytest.mark.parametrize("target", divided(["cuda", "openvino", "webgpu"], quick=["cuda"], ci=["webgpu"]))
-def test_a_bundle_for_what_is_not_here_is_proved_on_the_processor_and_says_so(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_for_what_is_not_here_is_proved_on_the_processor_and_says_so(target, tmp_path, monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: [providers.CPU])
     report = export(Plain(), tmp_path / "bundle", target=target, context_length=8)
     assert report.verification.ok
@@ -38,9 +34,7 @@ def test_a_bundle_for_what_is_not_here_is_proved_on_the_processor_and_says_so(
     assert load(tmp_path / "bundle", "cpu").generate([1, 2], max_new_tokens=2).ids
 
 
-def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(tmp_path, monkeypatch):
     proved: list[dict[str, Any]] = []
 
     class Recorded(Engine):
@@ -72,7 +66,7 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(
 
 
 @pytest.mark.parametrize("build", divided([llama, gpt2], ci=[llama, gpt2]))
-def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_a_portable_bundle_has_onnx_standard_operators_only(build, tmp_path):
     export(build(), tmp_path / "bundle", precision="fp32", target="portable", context_length=40)
     bundle = open_bundle(tmp_path / "bundle")
     assert (bundle.manifest.target, bundle.manifest.graph) == ("portable", "standard")
@@ -84,9 +78,7 @@ def test_a_portable_bundle_has_onnx_standard_operators_only(build: Callable[[], 
 
 
 @pytest.mark.parametrize("precision", divided(list(PRECISIONS), ci=["fp32", "int8"]))
-def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(
-    precision: str, tmp_path: Path
-) -> None:
+def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(precision, tmp_path):
     capped = BIASES["soft_cap"].make()
     report = export(capped, tmp_path / "bundle", precision=precision, target="webgpu", context_length=8)
     assert report.manifest.graph == "standard"
@@ -103,7 +95,7 @@ class Beyond(Plain):
         return super().forward(input_ids, position_ids) * 1e5 * 1e-5
 
 
-def test_float16_that_overflows_is_refused_though_the_processor_does_not_see_it(tmp_path: Path) -> None:
+def test_float16_that_overflows_is_refused_though_the_processor_does_not_see_it(tmp_path):
     with pytest.raises(NumericsError, match=r"the value \w+ reaches [\d.e+]+, and float16 ends at 65,504: export with"):
         export(Beyond(), tmp_path / "bundle", precision="fp16", context_length=8)
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ def show(live: bool, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return screen
 
 
-def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch):
     screen = show(False, monkeypatch)
     with Stages() as stages:
         stages.stage("trace")
@@ -49,7 +49,7 @@ def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch: pytest.M
     ]
 
 
-def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch):
     screen = show(False, monkeypatch)
     monkeypatch.setattr(terminal, "_HEARTBEAT", 0.0)
     monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
@@ -61,7 +61,7 @@ def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch: pyt
     assert re.search(r"^  trace( 25%)?: 0 s$", screen.getvalue(), re.MULTILINE)
 
 
-def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
     with Stages() as stages:
@@ -76,7 +76,7 @@ def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch: pytest.Mon
     assert drawn.endswith(" s\n")
 
 
-def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(terminal, "_REDRAWN", 1000)  # no thread draws
@@ -99,7 +99,7 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
     ]
 
 
-def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setenv("COLUMNS", "40")
     with Stages() as stages:
@@ -108,7 +108,7 @@ def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch: pytest.MonkeyPatch
     assert len(current) <= 40
 
 
-def test_an_interrupted_stage_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_stage_ends_its_line(monkeypatch):
     screen = show(True, monkeypatch)
 
     def run() -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 
-from .commands import Command, fails
+from .commands import fails
 from .measure.test_verify import alter_weight
 
 
-def test_verify_against_the_source_and_alone(small: Path, factory: Path, command: Command) -> None:
+def test_verify_against_the_source_and_alone(small, factory, command):
     status, out, err = command("verify", small, f"{factory}:Small")
     assert (status, out) == (0, "")
     assert f"{small} against source, 12 tokens: equal" in err
@@ -24,7 +23,7 @@ def test_verify_against_the_source_and_alone(small: Path, factory: Path, command
     assert f"{small} against own uncached run, 12 tokens: equal" in err
 
 
-def test_verify_json_is_one_object_with_a_figure_per_check(small: Path, factory: Path, command: Command) -> None:
+def test_verify_json_is_one_object_with_a_figure_per_check(small, factory, command):
     status, printed, _ = command("verify", small, f"{factory}:Small", "--json")
     assert (status, printed.count("\n")) == (0, 1)
     result = json.loads(printed)
@@ -36,7 +35,7 @@ def test_verify_json_is_one_object_with_a_figure_per_check(small: Path, factory:
     }  # fmt: skip
 
 
-def test_verify_int8_measures_its_distance_from_the_source(trained: Path, checkpoint: Path, command: Command) -> None:
+def test_verify_int8_measures_its_distance_from_the_source(trained, checkpoint, command):
     status, printed, _ = command("verify", trained, checkpoint, "--json")
     result = json.loads(printed)
     assert status == 0
@@ -44,9 +43,7 @@ def test_verify_int8_measures_its_distance_from_the_source(trained: Path, checkp
     assert result["top1_agreement"] > 0.5
 
 
-def test_altered_weights_with_a_matching_manifest_are_a_difference(
-    small: Path, factory: Path, tmp_path: Path, command: Command
-) -> None:
+def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factory, tmp_path, command):
     altered = alter_weight(open_bundle(small), tmp_path, "qkv.weight", 3.0).path
     status, printed, _ = command("verify", altered, f"{factory}:Small", "--json")
     result = json.loads(printed)
@@ -60,7 +57,7 @@ def test_altered_weights_with_a_matching_manifest_are_a_difference(
     assert "FAIL prefill" in told
 
 
-def test_a_source_of_another_shape_is_a_mistake(small: Path, factory: Path, checkpoint: Path, command: Command) -> None:
+def test_a_source_of_another_shape_is_a_mistake(small, factory, checkpoint, command):
     fails(
         command("verify", small, f"{factory}:other_vocabulary"),
         "has 37 tokens",
@@ -70,7 +67,7 @@ def test_a_source_of_another_shape_is_a_mistake(small: Path, factory: Path, chec
     fails(command("verify", small, checkpoint), "of 1 layers, 1 heads of size 16", "of 2 layers, 2 heads of size 16")
 
 
-def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, command: Command) -> None:
+def test_a_hash_that_does_not_match_names_the_file(small, tmp_path, command):
     altered = tmp_path / "altered"
     shutil.copytree(small, altered)
     data = altered / "onnx" / "model.onnx_data"
@@ -80,7 +77,7 @@ def test_a_hash_that_does_not_match_names_the_file(small: Path, tmp_path: Path, 
     fails(command("verify", altered, "--json"), "model.onnx_data was altered: its sha256 is", "copy it again")
 
 
-def test_a_key_is_asked_for_before_anything_else(small: Path, tmp_path: Path, command: Command) -> None:
+def test_a_key_is_asked_for_before_anything_else(small, tmp_path, command):
     pytest.importorskip("cryptography")
     bundle, key, public = tmp_path / "bundle", tmp_path / "me.pem", tmp_path / "me.pub.pem"
     shutil.copytree(small, bundle)

@@ -24,30 +24,30 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_is_remembered(monkeypatch):
     """The targets say so in the environment, which other tests have as well."""
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     workplace()
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_valid_is_read(name: str) -> None:
+def test_what_is_valid_is_read(name):
     assert outcome(TARGETS[name], TARGETS[name].valid()).kind == "value"
 
 
 @pytest.mark.parametrize("seeds", [FIRST, pytest.param(FURTHER, marks=pytest.mark.slow)], ids=["first", "further"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_give_a_value_or_a_sentence(name: str, seeds: range) -> None:
+def test_any_bytes_give_a_value_or_a_sentence(name, seeds):
     for seed in seeds:
         found = outcome(TARGETS[name], input_of(TARGETS[name], seed))
         assert found.kind != "traceback", f"seed {seed}: {found.told}"  # a busy machine is slow at times
 
 
 @pytest.mark.parametrize("file", sorted(REGRESSIONS.glob("*/*")), ids=lambda file: f"{file.parent.name}-{file.name}")
-def test_what_was_a_finding_is_none_any_more(file: Path) -> None:
+def test_what_was_a_finding_is_none_any_more(file):
     found = outcome(TARGETS[file.parent.name], file.read_bytes())
     assert found.well, found.told
 
 
-def test_the_regressions_are_small() -> None:
+def test_the_regressions_are_small():
     assert sum(file.stat().st_size for file in REGRESSIONS.glob("*/*")) <= 500_000

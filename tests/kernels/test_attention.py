@@ -154,7 +154,7 @@ each_level = pytest.mark.parametrize("level", LEVELS)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory):
     """The outcomes of all cases at a level, run once."""
     known: dict[str, dict[Any, Outcome]] = {}
 
@@ -200,7 +200,7 @@ def agree(level: str, tokens: int, a: Sequence[Array], b: Sequence[Array]) -> bo
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_equals_group_query_attention(outcomes: Outcomes, name: str) -> None:
+def test_equals_group_query_attention(outcomes, name):
     found = outcomes("portable")
     feed = SAME[name][0]
     ours, theirs = found["ours", name].outputs[0], found["theirs", name].outputs[0]
@@ -217,7 +217,7 @@ def test_equals_group_query_attention(outcomes: Outcomes, name: str) -> None:
 
 
 @each_level
-def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: str) -> None:
+def test_every_level_gives_the_bits_of_the_reference(outcomes, level):
     found, reference = outcomes(level), outcomes("portable")
     for key in reference:
         if key[0] != "theirs":
@@ -228,7 +228,7 @@ def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LENGTHS)
-def test_every_form_of_the_cache_equals_numpy(outcomes: Outcomes, form: str, name: str) -> None:
+def test_every_form_of_the_cache_equals_numpy(outcomes, form, name):
     feed = draw(*LENGTHS[name], form=form)
     y, keys, values = outcomes("portable")["form", form, name, 1].outputs[0]
     expected = in_numpy(feed, (6, 2), form)
@@ -238,14 +238,14 @@ def test_every_form_of_the_cache_equals_numpy(outcomes: Outcomes, form: str, nam
 
 
 @pytest.mark.parametrize("cap", CAPS)
-def test_a_soft_cap_of_any_size_equals_numpy(outcomes: Outcomes, cap: float) -> None:
+def test_a_soft_cap_of_any_size_equals_numpy(outcomes, cap):
     expected = in_numpy(draw([150], 7), (6, 2), "float32", cap)
     assert np.abs(outcomes("portable")["cap", cap].outputs[0][0] - expected[0]).max() < 5e-6
 
 
 @each_level
 @pytest.mark.parametrize("name", LENGTHS)
-def test_an_int8_cache_has_keys_by_the_scales_of_their_channels(outcomes: Outcomes, level: str, name: str) -> None:
+def test_an_int8_cache_has_keys_by_the_scales_of_their_channels(outcomes, level, name):
     found = outcomes(level)["channels", name].outputs[0]
     expected = in_numpy(draw(*LENGTHS[name], form="int8", key_scale=True), (6, 2), "int8")
     assert np.abs(found[0] - expected[0]).max() < 5e-6
@@ -253,7 +253,7 @@ def test_an_int8_cache_has_keys_by_the_scales_of_their_channels(outcomes: Outcom
 
 
 @each_level
-def test_any_number_of_threads_gives_the_same_bits(outcomes: Outcomes, level: str) -> None:
+def test_any_number_of_threads_gives_the_same_bits(outcomes, level):
     found = outcomes(level)
     for form in FORMS:
         for name in LENGTHS:
@@ -265,7 +265,7 @@ def test_any_number_of_threads_gives_the_same_bits(outcomes: Outcomes, level: st
 @each_level
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [-1, 130])
-def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes: Outcomes, level: str, form: str, window: int) -> None:
+def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes, level, form, window):
     found = outcomes(level)
     whole, keys, values = found["prompt", form, window].outputs[0]
     for i, (y, *cache) in zip(ALONE, found["alone", form, window].outputs, strict=True):
@@ -279,7 +279,7 @@ def not_finite(found: dict[Any, Outcome], name: str) -> set[tuple[int, int]]:
 
 
 @each_level
-def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes: Outcomes, level: str) -> None:
+def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes, level):
     found = outcomes(level)
     later = {(i, h) for i in range(3, 8) for h in range(3)}
     assert not_finite(found, "query") == not_finite(found, "inf query") == {(3, 0)}
@@ -296,17 +296,17 @@ def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes: Outcom
 
 
 @each_level
-def test_keys_before_the_window_are_not_read(outcomes: Outcomes, level: str) -> None:
+def test_keys_before_the_window_are_not_read(outcomes, level):
     assert np.isfinite(outcomes(level)["before the window",].outputs[0][0]).all()
 
 
-def test_a_row_of_zeros_has_the_scale_zero(outcomes: Outcomes) -> None:
+def test_a_row_of_zeros_has_the_scale_zero(outcomes):
     y, keys, _ = outcomes("portable")["zeros",].outputs[0]
     assert (keys[0, :, 149] == 0).all()
     assert np.isfinite(y).all()
 
 
-def test_float16_is_rounded_to_even_from_subnormal_to_infinity(outcomes: Outcomes) -> None:
+def test_float16_is_rounded_to_even_from_subnormal_to_infinity(outcomes):
     written = CASES["float16",].feeds[0]["query"][0, 0, 6 * 64 :].reshape(4, 64)
     _, keys, values = outcomes("portable")["float16",].outputs[0]
     with np.errstate(over="ignore"):

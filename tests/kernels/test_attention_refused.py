@@ -132,7 +132,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Array], dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("level", ["portable", "avx512"])
-def test_each_is_refused_with_a_sentence(level: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_each_is_refused_with_a_sentence(level, tmp_path_factory):
     cases = [
         Case(attention(feed, **HEADS | attributes), [feed], 2, IN_PLACE) for feed, attributes, _ in REFUSED.values()
     ]
@@ -150,7 +150,7 @@ def test_each_is_refused_with_a_sentence(level: str, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("form", ["float32", "float16"])
-def test_a_cache_at_an_odd_address_is_refused(form: str) -> None:
+def test_a_cache_at_an_odd_address_is_refused(form):
     feed = draw([40], 3, form=form)
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(machine("portable")[1])

@@ -19,7 +19,7 @@ print(level())
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("cpu", "level"), [("cortex-a53", "neon"), ("cortex-a76", "dotprod"), ("neoverse-v1", "i8mm")])
-def test_the_level_is_the_highest_that_the_cpu_has(cpu: str, level: str) -> None:
+def test_the_level_is_the_highest_that_the_cpu_has(cpu, level):
     def chosen(forced: str) -> str:
         python, library, _ = emulated()
         environment = {**os.environ, "QEMU_CPU": cpu, "PASTKEY_KERNELS": forced}

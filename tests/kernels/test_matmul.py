@@ -92,7 +92,7 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[Any, Outcome]]:
+def outcomes(tmp_path_factory):
     """The outcomes of all cases at a level, run once."""
     known: dict[str, list[Outcome] | None] = {}
 
@@ -129,7 +129,7 @@ def by_tiles(level: str, m: int) -> bool:
 
 
 @each_level
-def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: str) -> None:
+def test_every_level_gives_the_bits_of_the_reference(outcomes, level):
     found, reference = outcomes(level), outcomes("portable")
     for key, case in CASES.items():
         for feed, ours, theirs in zip(case.feeds, found[key].outputs, reference[key].outputs, strict=True):
@@ -139,7 +139,7 @@ def test_every_level_gives_the_bits_of_the_reference(outcomes: Outcomes, level: 
 
 
 @each_level
-def test_a_row_has_the_same_bits_among_others(outcomes: Outcomes, level: str) -> None:
+def test_a_row_has_the_same_bits_among_others(outcomes, level):
     found = outcomes(level)
     for key, case in CASES.items():
         if key[0] in ("special", "empty"):
@@ -158,7 +158,7 @@ def test_a_row_has_the_same_bits_among_others(outcomes: Outcomes, level: str) ->
 
 
 @each_level
-def test_bits_are_the_same_for_any_number_of_threads(outcomes: Outcomes, level: str) -> None:
+def test_bits_are_the_same_for_any_number_of_threads(outcomes, level):
     found = outcomes(level)
     for form in FORMS:
         for gate in (-1, 0):
@@ -169,7 +169,7 @@ def test_bits_are_the_same_for_any_number_of_threads(outcomes: Outcomes, level: 
 
 @each_level
 @each_form
-def test_decoding_is_as_matmul_nbits(outcomes: Outcomes, level: str, form: str) -> None:
+def test_decoding_is_as_matmul_nbits(outcomes, level, form):
     if level in ARM_LEVELS and form == "int4 without zero points":
         pytest.skip("onnxruntime's kernel for ARM rounds X in another way here")
     found = outcomes(level)
@@ -182,7 +182,7 @@ def test_decoding_is_as_matmul_nbits(outcomes: Outcomes, level: str, form: str) 
 
 @each_level
 @each_form
-def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: str, form: str) -> None:
+def test_errors_are_those_of_int8_and_of_two_terms(outcomes, level, form):
     found = outcomes(level)
     for n, k in SHAPES:
         weights, x = draw(form, n, k), rows(k)
@@ -196,7 +196,7 @@ def test_errors_are_those_of_int8_and_of_two_terms(outcomes: Outcomes, level: st
 
 @each_level
 @pytest.mark.parametrize(("activation", "gate"), GATES)
-def test_activations_and_gates_are_those_of_float64(outcomes: Outcomes, level: str, activation: str, gate: int) -> None:
+def test_activations_and_gates_are_those_of_float64(outcomes, level, activation, gate):
     found = outcomes(level)
     for n, k in ((34, 32), (200, 64)):
         weights, x = Weights.draw(n, k), sparse(k)
@@ -208,9 +208,7 @@ def test_activations_and_gates_are_those_of_float64(outcomes: Outcomes, level: s
 
 @each_level
 @pytest.mark.parametrize(("norm", "skip", "beta", "summed"), NORMS)
-def test_norms_are_those_of_float64(
-    outcomes: Outcomes, level: str, norm: str, skip: int, beta: int, summed: int
-) -> None:
+def test_norms_are_those_of_float64(outcomes, level, norm, skip, beta, summed):
     key = ("norm", norm, skip, beta, summed)
     weights = Weights.draw(34, 160)
     gamma = np.random.default_rng(7).random(160).astype(np.float32)
@@ -224,9 +222,7 @@ def test_norms_are_those_of_float64(
 
 @each_level
 @each_form
-def test_nan_and_infinity_reach_every_column_of_their_row_and_no_other(
-    outcomes: Outcomes, level: str, form: str
-) -> None:
+def test_nan_and_infinity_reach_every_column_of_their_row_and_no_other(outcomes, level, form):
     for terms in (1, 2):
         together, *alone = (outputs[0] for outputs in outcomes(level)["special", form, terms].outputs)
         for i, y in enumerate(alone):
@@ -236,5 +232,5 @@ def test_nan_and_infinity_reach_every_column_of_their_row_and_no_other(
 
 
 @each_level
-def test_no_rows_give_no_rows(outcomes: Outcomes, level: str) -> None:
+def test_no_rows_give_no_rows(outcomes, level):
     assert outcomes(level)["empty",].outputs[0][0].shape == (0, 17)

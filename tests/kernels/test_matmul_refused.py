@@ -5,8 +5,6 @@ With a library built with PASTKEY_SANITIZE (kernels/README.md), a read or write 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,7 +160,7 @@ ALLOWED: dict[str, tuple[bytes, dict[str, Array]]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Outcome]]:
+def outcomes(tmp_path_factory):
     def run(level: str) -> dict[str, Outcome]:
         cases = {name: Case(model, [feed], threads=2) for name, (model, feed, _) in REFUSED.items()}
         cases |= {name: Case(model, [feed], threads=2) for name, (model, feed) in ALLOWED.items()}
@@ -174,7 +172,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     return run
 
 
-def test_wrong_graphs_and_inputs_are_refused(outcomes: Callable[[str], dict[str, Outcome]]) -> None:
+def test_wrong_graphs_and_inputs_are_refused(outcomes):
     found = outcomes("portable")  # the checks are the same for every level
     for name, (_, _, message) in REFUSED.items():
         assert found[name].error, name
@@ -182,7 +180,7 @@ def test_wrong_graphs_and_inputs_are_refused(outcomes: Callable[[str], dict[str,
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outcome]], level: str) -> None:
+def test_unusual_graphs_and_inputs_run(outcomes, level):
     found = outcomes(level)
     assert {name: found[name].error for name in ALLOWED if found[name].error} == {}
     assert {name: found[name].outputs[0][0].shape for name in ALLOWED} == {
@@ -198,7 +196,7 @@ def test_unusual_graphs_and_inputs_run(outcomes: Callable[[str], dict[str, Outco
 
 
 @pytest.mark.parametrize("name", ["bias", "row_scales"])
-def test_floats_at_an_odd_place_of_their_file_are_refused(name: str, tmp_path: Path) -> None:
+def test_floats_at_an_odd_place_of_their_file_are_refused(name, tmp_path):
     """They are read where the file is mapped."""
     model, content = onnx.load_from_string(matmul(changed())), b""
     for tensor in model.graph.initializer:
@@ -216,6 +214,6 @@ def test_floats_at_an_odd_place_of_their_file_are_refused(name: str, tmp_path: P
         onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
 
 
-def test_a_level_that_does_not_exist_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_level_that_does_not_exist_is_refused(tmp_path_factory):
     with pytest.raises(AssertionError, match="PASTKEY_KERNELS is avx1024, expected portable, avx2, avx_vnni"):
         run_at("avx1024", [Case(matmul(changed()), [FEED])], tmp_path_factory.mktemp("level"))

@@ -7,8 +7,6 @@ PASTKEY_FUZZ=20000 in the environment runs so many more.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,9 +106,7 @@ def matmul_case(rng: Random) -> Case:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("make", [attention_case, matmul_case])
-def test_a_random_case_ends_in_outputs_or_in_an_error(
-    make: Callable[[Random], Case], level: str, tmp_path: Path
-) -> None:
+def test_a_random_case_ends_in_outputs_or_in_an_error(make, level, tmp_path):
     cases = [make(np.random.default_rng(seed)) for seed in range(CASES)]
     found = run_at(level, cases, tmp_path)
     if found is None:

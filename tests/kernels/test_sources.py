@@ -43,7 +43,7 @@ LEVELS = [file for file in SOURCES if file not in ("csrc/library.cc", "csrc/cpu.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", LEVELS)
-def test_a_level_shares_no_function_with_another(file: str, tmp_path: Path) -> None:
+def test_a_level_shares_no_function_with_another(file, tmp_path):
     """Of a weak function the linker keeps one copy, with instructions that a processor may lack."""
     compiled("-O0", *SOURCES[file], "-c", KERNELS / file, "-o", tmp_path / "object")
     symbols = subprocess.run(["nm", "-C", tmp_path / "object"], capture_output=True, text=True, check=True).stdout
@@ -52,12 +52,12 @@ def test_a_level_shares_no_function_with_another(file: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", SOURCES)
-def test_no_frame_is_too_large_for_a_thread_of_128_kilobytes(file: str, tmp_path: Path) -> None:
+def test_no_frame_is_too_large_for_a_thread_of_128_kilobytes(file, tmp_path):
     flags = ["-O3", "-ffp-contract=off", *SOURCES[file], "-Werror", "-Wframe-larger-than=24576"]
     compiled(*flags, "-c", KERNELS / file, "-o", tmp_path / "object")
 
 
-def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None:
+def test_without_memory_or_an_output_an_operator_says_so(tmp_path):
     """A std::terminate or a write to a null pointer would end the process."""
     program = tmp_path / "boundary"
     compiled(Path(__file__).with_name("boundary.cc"), "-o", program)
@@ -67,7 +67,7 @@ def test_without_memory_or_an_output_an_operator_says_so(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
-def test_a_program_links_the_static_library_beside_another_of_operators(tmp_path: Path) -> None:
+def test_a_program_links_the_static_library_beside_another_of_operators(tmp_path):
     configure = ["-S", str(KERNELS), "-B", str(tmp_path / "build"), "-DPASTKEY_STATIC=ON", "-DCMAKE_BUILD_TYPE=Debug"]
     for step in (configure, ["--build", str(tmp_path / "build")],
                  ["--install", str(tmp_path / "build"), "--prefix", str(tmp_path)]):  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -23,9 +22,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
 
 
-def test_an_unforeseen_error_names_the_file_that_was_read(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_unforeseen_error_names_the_file_that_was_read(command, monkeypatch, tmp_path):
     (tmp_path / "pastkey.json").write_text('{"kind": "bundle"}')
     status, _, _ = command("inspect", tmp_path)
     assert status == 2
@@ -40,23 +37,19 @@ def test_an_unforeseen_error_names_the_file_that_was_read(
 
 
 @pytest.mark.parametrize("error", [ModuleNotFoundError("No module", name="else"), RecursionError(), AssertionError()])
-def test_no_error_ends_in_status_1(
-    error: Exception, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_error_ends_in_status_1(error, command, monkeypatch, tmp_path):
     failing(monkeypatch, error)
     status, _, err = command("inspect", tmp_path)
     assert status == 2
     assert err.startswith("pastkey inspect: stopped by a fault")
 
 
-def test_a_command_in_a_sentence_keeps_its_spaces(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_command_in_a_sentence_keeps_its_spaces(command, monkeypatch, tmp_path):
     failing(monkeypatch, InputError("type  pastkey run 'a  b'  and\ntry again"))
     assert command("inspect", tmp_path)[2] == "pastkey inspect: type  pastkey run 'a  b'  and try again\n"
 
 
-def test_a_chat_without_jinja_ends_before_the_export(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_without_jinja_ends_before_the_export(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setattr("pastkey.exported.exported", lambda source: pytest.fail("exports"))
     status, _, err = command("chat", "org/name", "--prompt", "x")
@@ -64,18 +57,16 @@ def test_a_chat_without_jinja_ends_before_the_export(command: Command, monkeypat
     assert "type  pip install jinja2  and try again" in err
 
 
-def test_the_end_that_a_command_asks_for_is_kept(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_end_that_a_command_asks_for_is_kept(command, monkeypatch, tmp_path):
     failing(monkeypatch, SystemExit(143))
     assert command("inspect", tmp_path)[0] == 143
 
 
-def test_a_misspelt_command_is_named_with_the_nearest(command: Command) -> None:
+def test_a_misspelt_command_is_named_with_the_nearest(command):
     assert command("chta") == (2, "", "pastkey: no command 'chta'; did you mean chat?\n")
 
 
-def test_a_path_that_is_no_text_is_shown(command: Command) -> None:
+def test_a_path_that_is_no_text_is_shown(command):
     status, _, err = command("inspect", "a\udcffb")
     assert status == 2
     assert "no such bundle" in err
@@ -83,7 +74,7 @@ def test_a_path_that_is_no_text_is_shown(command: Command) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes the streams")
 @pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_a_standard_stream_that_is_closed_is_no_fault(closed: str) -> None:
+def test_a_standard_stream_that_is_closed_is_no_fault(closed):
     told = "import sys; from pastkey.__main__ import main; sys.exit(main(['devices']))"
     done = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, told], check=False)
     assert done.returncode == 0

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 
 import pytest
 
@@ -19,7 +18,7 @@ from pastkey.errors import InputError
         (command.id_list, "1, 2,,3", [1, 2, 3]),
     ],
 )
-def test_an_argument_is_read(read: Callable[[str], object], text: str, value: object) -> None:
+def test_an_argument_is_read(read, text, value):
     assert read(text) == value
 
 
@@ -33,13 +32,13 @@ def test_an_argument_is_read(read: Callable[[str], object], text: str, value: ob
         (command.id_list, "1,a", "'1,a' is not a list of token ids such as 1,2,3"),
     ],
 )
-def test_an_argument_of_another_kind_is_named(read: Callable[[str], object], text: str, sentence: str) -> None:
+def test_an_argument_of_another_kind_is_named(read, text, sentence):
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         read(text)
     assert str(caught.value) == sentence
 
 
-def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys):
     parser = command.Parser(prog="pastkey run")
     parser.add_argument("--top-k", type=command.natural_int)
     with pytest.raises(SystemExit) as ended:
@@ -58,9 +57,7 @@ def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys: pytest.Capt
         (["hi"], "'hi' stands without a flag; the following arguments are required: --prompt"),
     ],
 )
-def test_a_flag_that_is_none_is_named_with_the_nearest(
-    capsys: pytest.CaptureFixture[str], given: list[str], sentence: str
-) -> None:
+def test_a_flag_that_is_none_is_named_with_the_nearest(capsys, given, sentence):
     parser = command.Parser(prog="pastkey run")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--top-k", type=command.natural_int)
@@ -70,7 +67,7 @@ def test_a_flag_that_is_none_is_named_with_the_nearest(
 
 
 @pytest.mark.parametrize(("threads", "told"), [(None, ""), (1, ""), (250, "warning: --threads 250 is more than the ")])
-def test_more_threads_than_cores_are_told(capsys: pytest.CaptureFixture[str], threads: int | None, told: str) -> None:
+def test_more_threads_than_cores_are_told(capsys, threads, told):
     parser = command.Parser(prog="pastkey run")
     command.add_placement(parser)
     given = [] if threads is None else ["--threads", str(threads)]
@@ -80,13 +77,13 @@ def test_more_threads_than_cores_are_told(capsys: pytest.CaptureFixture[str], th
     assert err.count("\n") == bool(told)
 
 
-def test_input_is_utf_8() -> None:
+def test_input_is_utf_8():
     assert command.decode_input("Zoë 日".encode()) == "Zoë 日"
     with pytest.raises(InputError, match="standard input is not UTF-8 text: byte 2 is 0xeb"):
         command.decode_input(b"Zo\xeb")
 
 
-def test_json_is_one_line_of_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_one_line_of_standard_output(capsys):
     command.say("said")
     command.print_json({"text": "Zoë\n"})
     out, err = capsys.readouterr()
@@ -96,9 +93,7 @@ def test_json_is_one_line_of_standard_output(capsys: pytest.CaptureFixture[str])
         command.print_json({"loss": float("nan")})
 
 
-def test_a_terminal_gets_no_control_characters(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):
     text = "a\x1b[2J\tb\x9b1m\rc\n"
     command.print_text(text)
     assert capsys.readouterr().out == text

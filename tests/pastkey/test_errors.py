@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -32,13 +31,13 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_error_is_one_of_pastkey_and_a_builtin_too(kind: type[PastkeyError]) -> None:
+def test_every_error_is_one_of_pastkey_and_a_builtin_too(kind):
     builtin = (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError)
     assert issubclass(kind, PastkeyError)
     assert issubclass(kind, builtin)
 
 
-def test_an_error_is_its_sentence() -> None:
+def test_an_error_is_its_sentence():
     assert str(MissingFileError("no model.onnx in b: export again")) == "no model.onnx in b: export again"
     assert str(PastkeyError()) == ""
     error = ContextLengthError("512 tokens is the most", 512)
@@ -49,7 +48,7 @@ def test_an_error_is_its_sentence() -> None:
     ("error", "line"),
     [(ValueError("\n  first \nsecond"), "first"), (KeyError(), "KeyError"), (ValueError("x" * 400), "x" * 300)],
 )
-def test_of_a_librarys_error_the_first_line_is_told(error: Exception, line: str) -> None:
+def test_of_a_librarys_error_the_first_line_is_told(error, line):
     assert first_line(error) == line
 
 
@@ -59,7 +58,7 @@ def sentence(module: str, *needed_by: str) -> str:
     return str(found)
 
 
-def test_the_package_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_itself_is_named(monkeypatch):
     assert "type  pip install onnx-ir  and" in sentence("onnx_ir.passes")
     for module in NEEDED["export"]:
         monkeypatch.setitem(sys.modules, module, None)
@@ -68,12 +67,12 @@ def test_the_package_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "type  pip install jinja2  and" in sentence("jinja2", "export")
 
 
-def test_a_package_that_is_none_of_ours_stays_an_import_error() -> None:
+def test_a_package_that_is_none_of_ours_stays_an_import_error():
     error = ModuleNotFoundError(name="my_model.layers")
     assert missing_extra(error, "export") is error
 
 
-def test_what_is_named_is_what_the_extras_bring() -> None:
+def test_what_is_named_is_what_the_extras_bring():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for key, modules in NEEDED.items():
         brought = {re.split(r"[<>=!\[]", requirement)[0] for requirement in extras[key]}
@@ -81,7 +80,7 @@ def test_what_is_named_is_what_the_extras_bring() -> None:
 
 
 @pytest.mark.parametrize(("source", "extra"), [("m.gguf", "gguf"), ("hf", "huggingface"), ("org/name", "huggingface")])
-def test_an_export_names_at_once_what_its_source_needs(tmp_path: Path, source: str, extra: str) -> None:
+def test_an_export_names_at_once_what_its_source_needs(tmp_path, source, extra):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     modules = [*NEEDED["export"], *NEEDED[extra]]
@@ -96,7 +95,7 @@ def test_an_export_names_at_once_what_its_source_needs(tmp_path: Path, source: s
     assert done.stderr.endswith(f"pip install {packages}  and try again (pastkey's extras export,{extra})\n")
 
 
-def test_check_without_onnx_asks_for_onnx_alone() -> None:
+def test_check_without_onnx_asks_for_onnx_alone():
     program = (
         "import sys\nsys.modules['onnx'] = sys.modules['torch'] = None\nfrom pastkey.__main__ import main\n"
         "sys.exit(main(['check', 'bundle']))"

@@ -22,14 +22,14 @@ Exports = list[tuple[str, Path]]
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "pastkey" / "bundles"
 
 
 @pytest.fixture
-def exports(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Exports:
+def exports(monkeypatch, cache):
     """What was exported, by something quick in the place of an export."""
     found: Exports = []
 
@@ -48,12 +48,12 @@ def exports(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Exports:
     return found
 
 
-def test_a_source_is_exported_once(exports: Exports, cache: Path) -> None:
+def test_a_source_is_exported_once(exports, cache):
     assert exported("org/name") == exported("org/name") == str(cache / "org--name")
     assert exports == [("org/name", cache / "org--name")]
 
 
-def test_a_damaged_export_is_made_again(exports: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_export_is_made_again(exports, capsys):
     Path(exported("org/name"), "whole").unlink()
     bundle = Path(exported("org/name"))
     assert len(exports) == 2
@@ -62,7 +62,7 @@ def test_a_damaged_export_is_made_again(exports: Exports, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("given", ["bundle", "not/here/at all", "absent.gguf", "bundle.zip", "-"])
-def test_any_other_path_stays_as_it_is(exports: Exports, given: str) -> None:
+def test_any_other_path_stays_as_it_is(exports, given):
     Path("bundle").mkdir()
     Path("bundle", "pastkey.json").write_text("{}")
     Path("bundle", "config.json").write_text("{}")
@@ -72,9 +72,7 @@ def test_any_other_path_stays_as_it_is(exports: Exports, given: str) -> None:
 
 @pytest.mark.parametrize("command", ["run --prompt x", "chat"])
 @pytest.mark.parametrize("source", ["org/name", "folder", "model.gguf"])
-def test_a_source_that_is_not_trusted_is_not_exported(
-    exports: Exports, capsys: pytest.CaptureFixture[str], source: str, command: str
-) -> None:
+def test_a_source_that_is_not_trusted_is_not_exported(exports, capsys, source, command):
     Path("folder").mkdir()
     Path("folder", "config.json").write_text("{}")
     Path("model.gguf").touch()
@@ -100,9 +98,7 @@ def write(path: Path, text: str, when: int) -> None:
         ("folder", "folder/onnx/model.onnx"),
     ],
 )
-def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(
-    exports: Exports, cache: Path, source: str, file: str
-) -> None:
+def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(exports, cache, source, file):
     Path("model.gguf").touch()
     write(Path("folder", "config.json"), "{}", 1)
     write(Path(file), "one", 1)
@@ -116,7 +112,7 @@ def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(
     assert [path for path in cache.iterdir() if path.is_dir()] == [Path(second)]
 
 
-def test_what_lies_in_a_folder_beside_the_model_is_no_change(exports: Exports) -> None:
+def test_what_lies_in_a_folder_beside_the_model_is_no_change(exports):
     write(Path("folder", "config.json"), "{}", 1)
     first = exported("folder")
     write(Path("folder", ".hidden"), "", 1)
@@ -124,7 +120,7 @@ def test_what_lies_in_a_folder_beside_the_model_is_no_change(exports: Exports) -
     assert exported("folder") == first
 
 
-def test_several_processes_export_once(exports: Exports, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_export_once(exports, capsys):
     """Locks are of open files: threads stand for processes."""
     threads = [threading.Thread(target=exported, args=("org/name",)) for _ in range(4)]
     for thread in threads:
@@ -135,7 +131,7 @@ def test_several_processes_export_once(exports: Exports, capsys: pytest.CaptureF
     assert "another process exports org/name: waiting for its end" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written(exports: Exports, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(exports, cache, monkeypatch):
     cache.parent.parent.write_text("a file")
     with pytest.raises(ResourceError, match="name another with XDG_CACHE_HOME, or type  pastkey export org/name --out"):
         exported("org/name")
@@ -144,9 +140,7 @@ def test_a_cache_that_cannot_be_written(exports: Exports, cache: Path, monkeypat
         exported("org/name")
 
 
-def test_a_cached_export_is_opened_where_the_cache_is_read_only(
-    exports: Exports, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_export_is_opened_where_the_cache_is_read_only(exports, cache, monkeypatch):
     first = exported("org/name")
     monkeypatch.setattr(Path, "touch", lambda path: pytest.fail("writes"))
     assert exported("org/name") == first
@@ -162,20 +156,20 @@ def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(subprocess, "Popen", instead)
 
 
-def test_an_export_that_fails_ends_the_command_with_its_status(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_ends_the_command_with_its_status(cache, monkeypatch):
     child(monkeypatch, "raise SystemExit(2)")
     with pytest.raises(SystemExit) as caught:
         exported("org/name")
     assert caught.value.code == 2
 
 
-def test_an_export_that_was_killed_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_was_killed_is_told(cache, monkeypatch):
     child(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(ResourceError, match="the export of org/name was ended by signal 9"):
         exported("org/name")
 
 
-def test_ctrl_c_ends_the_export_which_removes_what_it_wrote(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_export_which_removes_what_it_wrote(cache, monkeypatch):
     program = (
         "import pathlib, signal, sys, time\npartial = pathlib.Path(sys.argv[1] + '.partial')\npartial.touch()\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
@@ -198,7 +192,7 @@ def _press_when(file: Path) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_export_imports_nothing_of_the_current_folder(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_imports_nothing_of_the_current_folder(cache, monkeypatch):
     """A model's folder may hold a random.py."""
     commands: list[list[str]] = []
 

@@ -22,7 +22,7 @@ def run(program: str) -> str:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_type_checkers_see_the_names_that_there_are(package: str) -> None:
+def test_type_checkers_see_the_names_that_there_are(package):
     module = importlib.import_module(package)
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     typed = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
@@ -33,7 +33,7 @@ def test_type_checkers_see_the_names_that_there_are(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_name_loads(package: str) -> None:
+def test_every_name_loads(package):
     if PACKAGES[package]:
         pytest.importorskip(PACKAGES[package])
     module = importlib.import_module(package)
@@ -43,7 +43,7 @@ def test_every_name_loads(package: str) -> None:
         _ = module.nothing
 
 
-def test_the_package_shows_what_there_is() -> None:
+def test_the_package_shows_what_there_is():
     assert {"Completion", "LanguageModel", "errors", "load", "__version__"} <= set(dir(pastkey))
     assert run("import pastkey; print(pastkey.errors.InputError.__name__, pastkey.__version__)").split() == [
         "InputError",
@@ -51,7 +51,7 @@ def test_the_package_shows_what_there_is() -> None:
     ]
 
 
-def test_importing_loads_no_stage_and_nothing_heavy() -> None:
+def test_importing_loads_no_stage_and_nothing_heavy():
     heavy = "{'numpy', 'torch', 'onnxruntime', 'importlib.metadata', 'pastkey.runtime'}"
     assert run(f"import sys, pastkey; print(sorted({heavy} & set(sys.modules)))") == "[]\n"
     stages = "pastkey.train, pastkey.export, pastkey.runtime"
@@ -62,7 +62,7 @@ def test_importing_loads_no_stage_and_nothing_heavy() -> None:
     ("stage", "name", "package"),
     [("train", "Decoder", "torch"), ("export", "export", "torch"), ("runtime", "load", "onnxruntime")],
 )
-def test_a_missing_package_is_told_in_a_sentence_by_every_stage(stage: str, name: str, package: str) -> None:
+def test_a_missing_package_is_told_in_a_sentence_by_every_stage(stage, name, package):
     program = (
         f"import sys\nsys.modules[{package!r}] = None\nfrom pastkey.errors import MissingExtraError\n"
         f"try:\n    from pastkey.{stage} import {name}\nexcept MissingExtraError as error:\n    print(error)"
@@ -70,14 +70,14 @@ def test_a_missing_package_is_told_in_a_sentence_by_every_stage(stage: str, name
     assert f"the package {package!r} is not installed" in run(program)
 
 
-def test_a_missing_module_of_ours_is_no_missing_extra() -> None:
+def test_a_missing_module_of_ours_is_no_missing_extra():
     _, get, _ = lazy_names("pastkey", {".nowhere": ["name"]})
     with pytest.raises(ModuleNotFoundError, match="nowhere") as raised:
         get("name")
     assert not isinstance(raised.value, MissingExtraError)
 
 
-def test_stories_is_the_module_that_its_type_says() -> None:
+def test_stories_is_the_module_that_its_type_says():
     pytest.importorskip("torch")
     assert run("from pastkey.train import stories; print(stories.stories.__name__, stories.__name__)").split() == [
         "stories",

@@ -17,7 +17,7 @@ def page(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-def test_export_and_runtime_name_a_provider_in_no_branch() -> None:
+def test_export_and_runtime_name_a_provider_in_no_branch():
     """Commands aside, which name one in an advice; the CPU is what proves every bundle."""
     named = {*PROVIDERS, *TARGETS, *(row.name for row in PROVIDERS.values())} - {"cpu", PROVIDERS["cpu"].name}
     found = [
@@ -32,7 +32,7 @@ def test_export_and_runtime_name_a_provider_in_no_branch() -> None:
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_the_columns_of_a_row_agree(name: str) -> None:
+def test_the_columns_of_a_row_agree(name):
     row = PROVIDERS[name]
     assert row.hardware
     assert row.source
@@ -43,7 +43,7 @@ def test_the_columns_of_a_row_agree(name: str) -> None:
     assert f"--target {name}" in row.remedy or not row.remedy
 
 
-def test_every_row_is_on_the_pages() -> None:
+def test_every_row_is_on_the_pages():
     for name in PROVIDERS.keys() - {"cpu"}:
         assert any(f"`{name}`" in line for line in page("gpu.md").splitlines() if line.startswith("| `")), name
     for name in TARGETS.keys() - {"cpu"}:

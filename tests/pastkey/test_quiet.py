@@ -9,7 +9,7 @@ import pytest
 from pastkey.quiet import quiet
 
 
-def test_what_a_library_says_is_held_back(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_library_says_is_held_back(capsys, caplog):
     with quiet():
         print("progress")
         print("remark", file=sys.stderr)
@@ -20,7 +20,7 @@ def test_what_a_library_says_is_held_back(capsys: pytest.CaptureFixture[str], ca
     assert [record.getMessage() for record in caplog.records] == ["the machine is on fire"]
 
 
-def test_afterwards_everything_speaks_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_afterwards_everything_speaks_again(capsys):
     with pytest.raises(ValueError, match="passes"), quiet():
         raise ValueError("an error passes")
     print("said")

@@ -29,7 +29,7 @@ class Outer:
     anything: Any = None
 
 
-def test_what_fits_is_made() -> None:
+def test_what_fits_is_made():
     found = parse(
         Outer,
         {"name": "n", "kind": "b", "rate": 1, "token": 0, "inner": [{"size": 3}], "counts": {"x": -1}, "on": False},
@@ -63,7 +63,7 @@ def test_what_fits_is_made() -> None:
         ({"name": "n", "on": ["x"] * 10**5}, "on is a list of 100,000; it must be true or false"),
     ],
 )
-def test_what_does_not_fit_is_named(content: Any, words: str) -> None:
+def test_what_does_not_fit_is_named(content, words):
     with pytest.raises(InputError, match=words) as caught:
         parse(Outer, content)
     assert len(str(caught.value)) < 300

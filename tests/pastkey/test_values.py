@@ -27,7 +27,7 @@ from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of,
         (None, False, False),
     ],
 )
-def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value: Any, whole: bool, number: bool) -> None:
+def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value, whole, number):
     assert (is_int(value), is_number(value)) == (whole, number)
 
 
@@ -35,17 +35,17 @@ def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value: An
     ("value", "size"),
     [(7, 7), (np.int64(7), 7), ("7", 7), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("3kb", 3000), ("0.5MB", 500_000)],
 )
-def test_a_size_is_a_number_of_bytes_or_a_text(value: object, size: int) -> None:
+def test_a_size_is_a_number_of_bytes_or_a_text(value, size):
     assert size_in_bytes(value, "size") == size
 
 
 @pytest.mark.parametrize("value", [0, -1, "0GB", "", "GB", "2TB", "2GiB", "-2GB", 2.5, True, None, "1e3", "\u0661GB"])
-def test_what_is_no_size_is_told(value: object) -> None:
+def test_what_is_no_size_is_told(value):
     with pytest.raises(InputError, match=r"^shard_size is .*; it must be a number of bytes, such as 500MB or 2GB$"):
         size_in_bytes(value, "shard_size")
 
 
-def test_a_path_is_a_text_or_a_path() -> None:
+def test_a_path_is_a_text_or_a_path():
     assert as_path("a/b") == as_path(Path("a/b")) == Path("a/b")
     wrong: tuple[Any, ...] = (None, 5, b"secret", ["a"])
     for value in wrong:
@@ -56,7 +56,7 @@ def test_a_path_is_a_text_or_a_path() -> None:
 @pytest.mark.parametrize(
     ("path", "why"), [("a\0b", "not the name"), ("\ud800", "not the name"), ("/" + "b" * 5000, "longer than a name")]
 )
-def test_a_path_that_no_system_takes_is_told(path: str, why: str) -> None:
+def test_a_path_that_no_system_takes_is_told(path, why):
     with pytest.raises(InputError, match=f"path is .*, which is {why}.*; it must be the path of a file") as told:
         as_path(path)
     assert len(str(told.value)) < 200
@@ -67,7 +67,7 @@ class Silent:
         raise RuntimeError
 
 
-def test_any_value_is_shown_in_one_short_line() -> None:
+def test_any_value_is_shown_in_one_short_line():
     deep: list[Any] = []
     for _ in range(10_000):
         deep = [deep]
@@ -79,7 +79,7 @@ def test_any_value_is_shown_in_one_short_line() -> None:
     assert len(shown("a" * 5000)) == 80
 
 
-def test_what_has_parts_is_told_from_what_has_none() -> None:
+def test_what_has_parts_is_told_from_what_has_none():
     parts: tuple[Any, ...] = ([], (1,), {1}, range(2), np.ones(1))
     none: tuple[Any, ...] = ("a", b"a", {1: 2}, np.array(1), None, 1, iter([1]), int)
     assert [is_collection(value) for value in (*parts, *none)] == [True] * len(parts) + [False] * len(none)
@@ -87,12 +87,12 @@ def test_what_has_parts_is_told_from_what_has_none() -> None:
     assert not any(is_one_of(value, ("a", "b")) for value in ("c", None, np.array(["a"]), ["a"]))
 
 
-def test_a_whole_number_may_have_a_least() -> None:
+def test_a_whole_number_may_have_a_least():
     assert [is_int(value, 2) for value in (1, 2, np.int32(3), True, "3")] == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1.32.0", (1, 32, 0)), ("1.23", (1, 23, 0)), ("1.33.0.dev20261102", (1, 33, 0))]
 )
-def test_a_version_is_its_first_three_numbers(text: str, numbers: tuple[int, int, int]) -> None:
+def test_a_version_is_its_first_three_numbers(text, numbers):
     assert parse_version(text) == numbers

@@ -17,7 +17,6 @@ from pastkey.train.loop import train
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
-from ..conftest import MadeOnce
 from ..export.families import build
 from ..export.graft.own.biases import DECODERS as BIASES
 from ..export.graft.own.blocks import DECODERS as OWN
@@ -130,7 +129,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained(made_once: MadeOnce) -> Checkpoint:
+def trained(made_once):
     """trained(PRESET, **settings): the folder of a checkpoint."""
     small = {"steps": 150, "context": 64, "hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab_size": 320}
 
@@ -148,7 +147,7 @@ def trained(made_once: MadeOnce) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def bundles(made_once: MadeOnce, trained: Checkpoint) -> Callable[[str], Path]:
+def bundles(made_once, trained):
     """bundles(NAME): the folder of a bundle of the table."""
 
     def bundle(name: str) -> Path:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ def weight_bytes(inspected: subprocess.CompletedProcess[str]) -> int:
 
 
 @pytest.mark.parametrize("name", divided(["llama-standard", "llama-standard-fp32"], ci=["llama-standard"]))
-def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], name: str) -> None:
+def test_openvino_runs_the_standard_graph_whole(bundles, name):
     bundle = bundles(name)
     done = run(OPENVINO, bundle, "--provider", "openvino", "--provider-option", "device_type=CPU")
     assert answered(done) == expected(bundle)
@@ -86,7 +86,7 @@ def test_openvino_runs_the_standard_graph_whole(bundles: Callable[[str], Path], 
     assert weight_bytes(placed) == pytest.approx(weight_bytes(pastkey_in(OPENVINO, "inspect", bundle, "--json")), 0.1)
 
 
-def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str], Path]) -> None:
+def test_openvino_leaves_the_attention_of_the_fused_graph(bundles):
     bundle = bundles("llama-fp32")
     refused = run(OPENVINO, bundle, "--provider", "openvino")
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -96,7 +96,7 @@ def test_openvino_leaves_the_attention_of_the_fused_graph(bundles: Callable[[str
     assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the CPU" in allowed.stderr
 
 
-def test_devices_names_wheels_and_devices() -> None:
+def test_devices_names_wheels_and_devices():
     for wheel, name, package, device in (
         (OPENVINO, "openvino", "onnxruntime-openvino ", "CPU"),
         (QNN, "qnn", "onnxruntime-qnn ", "CPU of "),  # without an NPU it emulates one on the CPU
@@ -111,7 +111,7 @@ def test_devices_names_wheels_and_devices() -> None:
     "name",
     divided(["llama-webgpu", "gpt2-webgpu-fp16", "llama-webgpu-int8"], ci=["gpt2-webgpu-fp16", "llama-webgpu-int8"]),
 )
-def test_webgpu_runs_its_own_graph_whole(bundles: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+def test_webgpu_runs_its_own_graph_whole(bundles, tmp_path, name):
     bundle = bundles(name)
     done = run(WEBGPU, bundle, home=tmp_path)  # where it was made for
     assert answered(done) == expected(bundle)
@@ -126,7 +126,7 @@ def test_webgpu_runs_its_own_graph_whole(bundles: Callable[[str], Path], tmp_pat
     assert (placed.returncode, "Traceback" in placed.stderr) == (0, False)
 
 
-def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles, tmp_path):
     bundle = bundles("llama-webgpu-static")
     done = run(WEBGPU, bundle, "--provider", "webgpu", home=tmp_path)
     assert answered(done) == expected(bundle)
@@ -135,9 +135,7 @@ def test_webgpu_runs_the_static_graph_whole_and_prefills_right(bundles: Callable
 
 # By the standard graph, and by the fused one.
 @pytest.mark.parametrize("name", divided(["soft-cap-webgpu-int8", "own-rope-webgpu"], ci=["soft-cap-webgpu-int8"]))
-def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(
-    bundles: Callable[[str], Path], tmp_path: Path, name: str
-) -> None:
+def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(bundles, tmp_path, name):
     bundle = bundles(name)
     for flags in ((), ("--provider", "webgpu")):
         options = ("--prompt-ids", "5,9,2", "--max-new-tokens", str(NEW_TOKENS), "--json", *flags)
@@ -146,7 +144,7 @@ def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(
         assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in 2 parts to ", done.stderr)
 
 
-def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles, tmp_path):
     bundle = bundles("llama-webgpu")
     numbers = ("--prompt-tokens", "20", "--new-tokens", "8", "--json")
     benched = pastkey_in(WEBGPU, "bench", bundle, *numbers, home=tmp_path)
@@ -164,7 +162,7 @@ def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles: Callable
     assert "token id 9999 is out of range" in asked.stderr
 
 
-def test_qnn_is_found_and_takes_no_sizes_that_change(bundles: Callable[[str], Path]) -> None:
+def test_qnn_is_found_and_takes_no_sizes_that_change(bundles):
     assert available(QNN)["qnn"]
     options = [part for option in HTP for part in ("--provider-option", option)]
     done = run(QNN, bundles("llama-standard-fp32"), "--provider", "qnn", *options)
@@ -180,7 +178,7 @@ ON_HTP = ["own-qnn", "qwen2-qnn", "gemma2-qnn"]
 
 
 @pytest.mark.parametrize("name", divided([*ON_HTP, "llama-qnn", "gpt2-qnn", "qwen3-qnn"], ci=ON_HTP))
-def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Path], name: str) -> None:
+def test_static_graphs_run_whole_on_the_emulated_htp(bundles, name):
     """The target and nothing else says where: an operator that stays behind would be refused."""
     bundle = bundles(name)
     flag = "--prompt" if name in ("llama-qnn", "gpt2-qnn") else "--prompt-ids"
@@ -192,9 +190,7 @@ def test_static_graphs_run_whole_on_the_emulated_htp(bundles: Callable[[str], Pa
         assert "leaves" not in done.stderr
 
 
-def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(
-    bundles: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(bundles, tmp_path):
     bundle, compiled = bundles("llama-qnn"), tmp_path / "compiled"
     done = pastkey_in(QNN, "compile", bundle, "--provider", "qnn", "--out", compiled, home=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -215,7 +211,7 @@ def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(
     assert "was altered: its sha256 is" in refused.stderr
 
 
-def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles: Callable[[str], Path]) -> None:
+def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles):
     """What a processor makes of the same graph says little: this is measured where it runs."""
     exact = Engine(open_bundle(bundles("llama-qnn")), providers="cpu", graph="all_logits")
     texts = self_generated_texts(exact, 0, 8, 63, batch=1)
@@ -234,7 +230,7 @@ def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles: Callab
     assert agreed.mean() >= 0.95
 
 
-def test_a_chip_that_does_not_exist_is_one_sentence(bundles: Callable[[str], Path]) -> None:
+def test_a_chip_that_does_not_exist_is_one_sentence(bundles):
     bundle = bundles("llama-qnn")
     done = run(QNN, bundle, "--provider", "qnn", "--provider-option", "htp_arch=99")
     assert (done.returncode, done.stdout) == (2, "")
@@ -253,9 +249,7 @@ def with_options(bundle: Path, folder: Path, target: str, options: Mapping[str, 
 
 
 @pytest.mark.parametrize("command", ["run", "inspect"])
-def test_qnn_loads_no_library_that_a_manifest_names(
-    bundles: Callable[[str], Path], tmp_path: Path, command: str
-) -> None:
+def test_qnn_loads_no_library_that_a_manifest_names(bundles, tmp_path, command):
     code, library, ran = tmp_path / "evil.c", tmp_path / "evil.so", tmp_path / "ran"
     code.write_text(
         f'#include <stdio.h>\n__attribute__((constructor)) static void go(void) {{ fclose(fopen("{ran}", "w")); }}\n'
@@ -269,7 +263,7 @@ def test_qnn_loads_no_library_that_a_manifest_names(
     assert not ran.exists()
 
 
-def test_openvino_writes_no_cache_that_a_manifest_names(bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_openvino_writes_no_cache_that_a_manifest_names(bundles, tmp_path):
     cache = tmp_path / "cache"
     options = {"device_type": "CPU", "cache_dir": str(cache)}
     bundle = with_options(bundles("llama-standard-fp32"), tmp_path / "bundle", "openvino", options)

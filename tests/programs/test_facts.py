@@ -41,12 +41,12 @@ def quoted(text: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def javascript() -> Path:
+def javascript():
     """The folder of @huggingface's packages."""
     return node_environment(Path(__file__).with_name("package.json")) / "node_modules" / "@huggingface"
 
 
-def test_transformers_js_reads_the_layers_of_each_type_from_this_key(javascript: Path) -> None:
+def test_transformers_js_reads_the_layers_of_each_type_from_this_key(javascript):
     source = (javascript / "transformers" / "src" / "configs.js").read_text(encoding="utf-8")
     keys: dict[str, str] = {}
     for cases, body in re.findall(r"((?:\s*case '[^']+':)+)(.*?)break;", source, re.DOTALL):
@@ -60,14 +60,14 @@ def test_transformers_js_reads_the_layers_of_each_type_from_this_key(javascript:
     assert set(known) <= set(re.findall(r"\['([^']+)'", decoders[1]))
 
 
-def test_transformers_js_runs_these_parts_of_a_tokenizer(javascript: Path) -> None:
+def test_transformers_js_runs_these_parts_of_a_tokenizer(javascript):
     source = (javascript / "tokenizers" / "dist" / "tokenizers.mjs").read_text(encoding="utf-8")
     parts = {part for parts in facts.JS_TOKENIZER_PARTS.values() for part in parts}
     assert parts
     assert parts <= set(re.findall(r'"(\w+)"', source))
 
 
-def test_genai_knows_these_types_and_tokenizers() -> None:
+def test_genai_knows_these_types_and_tokenizers():
     folder = folder_of(environment(*GENAI), "onnxruntime_genai")
     library = b"".join(file.read_bytes() for file in sorted(folder.glob("*.so")))
     assert [kind for kind in facts.GENAI_TYPES if b"\0" + kind.encode() + b"\0" not in library] == []
@@ -76,7 +76,7 @@ def test_genai_knows_these_types_and_tokenizers() -> None:
 
 
 @pytest.mark.matrix
-def test_transformers_has_these_decoders_and_names() -> None:
+def test_transformers_has_these_decoders_and_names():
     others = [(key, other, kinds.split()) for key, by in facts._OTHER_NAMES.items() for other, kinds in by.items()]
     asked = sorted({kind for _, _, kinds in others for kind in kinds})
     tokenizers = sorted(f"{kind}Fast" for kind in facts.TRANSFORMERS_ADDS_BOS)
@@ -96,7 +96,7 @@ def test_transformers_has_these_decoders_and_names() -> None:
 
 
 @pytest.mark.matrix
-def test_optimum_reads_heads_and_sizes_of_these_types_from_their_own_keys() -> None:
+def test_optimum_reads_heads_and_sizes_of_these_types_from_their_own_keys():
     source = folder_of(environment(*OPTIMUM), "optimum.onnxruntime") / "modeling_decoder.py"
     text = source.read_text(encoding="utf-8")
     for ours, key, field in (

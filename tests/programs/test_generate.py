@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def in_node(package: str, graph: Path, wanted: Sequence[tuple[list[int], dict[st
     ("package", "name"),
     [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", name) for name in FLOAT32],
 )
-def test_one_call_in_node_gives_the_ids_of_python(bundles: Callable[[str], Path], package: str, name: str) -> None:
+def test_one_call_in_node_gives_the_ids_of_python(bundles, package, name):
     bundle, wanted = bundles(name), calls()
     answers = in_node(package, bundle / names.GENERATE_GRAPH, [(c.prompt, c.settings(), 0) for c in wanted])
     assert [answer.get("ids", answer) for answer in answers] == expected(bundle)
@@ -61,7 +61,7 @@ def test_one_call_in_node_gives_the_ids_of_python(bundles: Callable[[str], Path]
     ("package", "name"),
     [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", "generate-fp32")],
 )
-def test_streamed_chunks_are_the_ids_of_one_call(bundles: Callable[[str], Path], package: str, name: str) -> None:
+def test_streamed_chunks_are_the_ids_of_one_call(bundles, package, name):
     bundle, wanted = bundles(name), calls()
     chunks = [(c.prompt, c.settings(), chunk) for chunk in (1, 3) for c in wanted]
     answers = in_node(package, bundle / names.GENERATE_STEP_GRAPH, chunks)
@@ -82,14 +82,14 @@ BAD: dict[str, tuple[list[int], dict[str, Any]]] = {
 }
 
 
-def test_bad_input_is_a_sentence_in_node(bundles: Callable[[str], Path]) -> None:
+def test_bad_input_is_a_sentence_in_node(bundles):
     graph = bundles("generate-fp32") / names.GENERATE_GRAPH
     answers = in_node("onnxruntime-node", graph, [(prompt, given, 0) for prompt, given in BAD.values()])
     for sentence, answer in zip(BAD, answers, strict=True):
         assert f"Name:'{sentence}'" in answer["error"]
 
 
-def test_what_javascript_would_take_in_silence_is_refused(bundles: Callable[[str], Path]) -> None:
+def test_what_javascript_would_take_in_silence_is_refused(bundles):
     graph = bundles("generate-fp32") / names.GENERATE_STEP_GRAPH
     wanted: list[tuple[list[int], dict[str, Any], int]] = [
         ([5], {"tempreture": 1}, 1),
@@ -105,7 +105,7 @@ def test_what_javascript_would_take_in_silence_is_refused(bundles: Callable[[str
 
 
 @pytest.fixture(scope="module")
-def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def c_program(tmp_path_factory):
     """examples/generate/generate.c, compiled, with the library beside it."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
@@ -128,14 +128,14 @@ def c_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_one_call_in_c_gives_the_ids_of_python(bundles: Callable[[str], Path], name: str, c_program: Path) -> None:
+def test_one_call_in_c_gives_the_ids_of_python(bundles, name, c_program):
     bundle, wanted = bundles(name), calls()
     found = answers_of([c_program], bundle / names.GENERATE_GRAPH, wanted, LD_LIBRARY_PATH=str(c_program.parent))
     assert found == expected(bundle)
 
 
 @pytest.fixture(scope="module")
-def java(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def java(tmp_path_factory):
     """A binding for Java, and how it is run on the library of Python's package."""
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
@@ -159,7 +159,7 @@ def java(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def java_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+def java_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.java, compiled."""
     binding, command = java
     folder = tmp_path_factory.mktemp("classes")
@@ -168,7 +168,7 @@ def java_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, lis
 
 
 @pytest.fixture(scope="module")
-def kotlin_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]]) -> list[str]:
+def kotlin_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.kt, compiled."""
     binding, command = java
     if (home := install_kotlin()) is None:
@@ -189,9 +189,7 @@ def kotlin_program(tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, l
 
 @pytest.mark.parametrize("language", ["java", "kotlin"])
 @pytest.mark.parametrize("name", ["generate-fp32", "generate-int8"])
-def test_one_call_in_java_and_kotlin_gives_the_ids_of_python(
-    bundles: Callable[[str], Path], name: str, language: str, request: pytest.FixtureRequest
-) -> None:
+def test_one_call_in_java_and_kotlin_gives_the_ids_of_python(bundles, name, language, request):
     program: list[str] = request.getfixturevalue(f"{language}_program")
     bundle, wanted = bundles(name), calls()[::2]  # of every way of choosing
     found = answers_of(program, bundle / names.GENERATE_GRAPH, wanted, ONNXRUNTIME=str(library()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(tmp_path_factory):
     """A decoder of random weights that takes any text, with a chat template and without."""
     folder, tokenizer = tmp_path_factory.mktemp("bundles"), vocabularies.byte_level()
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +37,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_its_tests_pass_where_it_is_installed(name: str, bundles: Path, tmp_path: Path) -> None:
+def test_its_tests_pass_where_it_is_installed(name, bundles, tmp_path):
     package = ROOT / "integrations" / name
     python = environment(name, ["pytest", "--editable", str(package)], "[cpu,chat,constrained]")
     done = subprocess.run(

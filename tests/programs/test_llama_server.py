@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ from ..shared import ROOT, shared
 
 
 @pytest.mark.matrix
-def test_the_tests_of_llama_cpp_pass_or_are_left_out_with_a_reason(tmp_path: Path) -> None:
+def test_the_tests_of_llama_cpp_pass_or_are_left_out_with_a_reason(tmp_path):
     pytest.importorskip("starlette", reason="the extra serve is not installed")
     given = os.environ | {"PASTKEY_STORIES260K": str(shared("models/stories260K"))}
     done = subprocess.run(
@@ -35,7 +34,7 @@ def test_the_tests_of_llama_cpp_pass_or_are_left_out_with_a_reason(tmp_path: Pat
     assert int(passed[1]) >= 40
 
 
-def test_every_test_that_is_left_out_has_a_reason_and_every_flag_a_meaning() -> None:
+def test_every_test_that_is_left_out_has_a_reason_and_every_flag_a_meaning():
     assert all(re.compile(name) and reason for name, reason in LEFT_OUT.items())
     words = ["--port", "80", "--offline", "--alias", "a", "--verbose", "--reasoning", "auto", "--ctx-size", "512"]
     assert read(words) == {"--port": "80", "--alias": "a", "--ctx-size": "512"}

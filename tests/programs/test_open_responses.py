@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ COMMON = {"model": MODEL, "max_output_tokens": 8, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with serving(write_tiny(folder / "bundle").path, "--alias", MODEL, log=folder / "log") as address:
         yield address
@@ -89,7 +88,7 @@ def require_end(response: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_response_has_every_field(case: str, address: str) -> None:
+def test_a_response_has_every_field(case, address):
     response = post(address, "/v1/responses", {**COMMON, "input": CASES[case]})
     require_fields(response)
     require_end(response)
@@ -101,7 +100,7 @@ def test_a_response_has_every_field(case: str, address: str) -> None:
     assert response["usage"]["output_tokens"] == 8
 
 
-def test_the_events_of_a_text_have_their_order_and_fields(address: str) -> None:
+def test_the_events_of_a_text_have_their_order_and_fields(address):
     whole = post(address, "/v1/responses", {**COMMON, "input": [HELLO]})
     events = events_of(address, input=[HELLO])
     kinds = [event["type"] for event in events]
@@ -137,7 +136,7 @@ def test_the_events_of_a_text_have_their_order_and_fields(address: str) -> None:
     assert {event["response"]["id"] for event in (created, progress, events[-1])} == {created["response"]["id"]}
 
 
-def test_the_events_of_a_required_tool_call_have_their_order_and_fields(address: str) -> None:
+def test_the_events_of_a_required_tool_call_have_their_order_and_fields(address):
     pytest.importorskip("llguidance", reason="llguidance is not installed")
     given = {"input": [HELLO], "tools": [TOOL], "tool_choice": "required", "max_output_tokens": 200}
     events = events_of(address, **given)
@@ -164,7 +163,7 @@ def test_the_events_of_a_required_tool_call_have_their_order_and_fields(address:
     assert {**echoed, **TOOL} == echoed
 
 
-def test_an_image_is_refused_by_name(address: str) -> None:
+def test_an_image_is_refused_by_name(address):
     image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(address, "/v1/responses", {**COMMON, "input": [{"role": "user", "content": [image]}]})

@@ -43,7 +43,7 @@ def run(*command: object) -> str:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2"])
-def test_what_optimum_exports_becomes_a_fused_bundle_that_it_loads(kind: str, tmp_path: Path) -> None:
+def test_what_optimum_exports_becomes_a_fused_bundle_that_it_loads(kind, tmp_path):
     run(Path(__file__).with_name("optimum_folder.py"), kind, tmp_path)
     folder, bundle = tmp_path / "onnx-folder", tmp_path / "bundle"
     report = export(folder, bundle, "fp32")

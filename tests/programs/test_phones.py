@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from pastkey.runtime import load
 
 from ..runtime import conftest as decoder
 from .generations import library
-from .phones import SAMPLED, Program, answers, call, check_altered, check_download, serving, with_old_merges
+from .phones import SAMPLED, answers, call, check_altered, check_download, serving, with_old_merges
 from .test_generate import java as java  # the binding, and how it is run
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -35,7 +34,7 @@ KOTLIN = [*(ANDROID / "app" / "src" / "main" / "kotlin").rglob("*.kt")]
 
 
 @pytest.fixture(scope="module")
-def kotlin() -> Path:
+def kotlin():
     """The folder of Kotlin's compiler and ktlint, from npm's packages."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
@@ -43,7 +42,7 @@ def kotlin() -> Path:
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def resources(tmp_path_factory):
     """The folder of the class R, which Android's resource compiler makes of the manifest, the layout and the texts."""
     if (framework := install_android_resources()) is None:
         pytest.skip("aapt is not installed, and only root can install Debian's")
@@ -59,9 +58,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def android(
-    tmp_path_factory: pytest.TempPathFactory, java: tuple[Path, list[str]], kotlin: Path, resources: Path
-) -> Program:
+def android(tmp_path_factory, java, kotlin, resources):
     """The project and tests/programs/android_program.kt. Of Android itself, the compiler sees stubs."""
     binding, command = java
     folder = tmp_path_factory.mktemp("android")
@@ -79,14 +76,14 @@ def android(
     return [*command, path, "Android_programKt"]
 
 
-def test_ktlint_finds_nothing(kotlin: Path) -> None:
+def test_ktlint_finds_nothing(kotlin):
     files = [*ANDROID.rglob("*.kt"), *ANDROID.rglob("*.kts")]
     command = [kotlin / "@naturalcycles" / "ktlint" / "resources" / "ktlint", *files]
     done = subprocess.run(command, cwd=ANDROID, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def test_android_writes_the_texts_of_python(android: Program, bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_android_writes_the_texts_of_python(android, bundles, tmp_path):
     bundle = with_old_merges(bundles("llama-fp32"), tmp_path / "served")
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in ("Zoë had", "Tom")]
     ends = [call("Tom", stop_after=2), call("Tom " * 20, max_new_tokens=99), call("Tom " * 600), call("Tom", top_p=0)]
@@ -104,21 +101,21 @@ def test_android_writes_the_texts_of_python(android: Program, bundles: Callable[
         assert wrong["error"] == "topP is 0.0; it must be above 0 and at most 1"
 
 
-def test_android_runs_the_int8_graph(android: Program, bundles: Callable[[str], Path], tmp_path: Path) -> None:
+def test_android_runs_the_int8_graph(android, bundles, tmp_path):
     bundle = with_old_merges(bundles("llama"), tmp_path / "served")
     with serving(bundle) as served, load(bundle, threads=1) as lm:
         (found,) = answers(android, served.url, tmp_path / "bundle", [call("Zoë had")])
         assert "".join(found["pieces"]) == lm.generate("Zoë had", max_new_tokens=24, prompt_lookup=False).text
 
 
-def test_android_brings_a_bundle_whole_or_not_at_all(android: Program, letters_bundle: Path, tmp_path: Path) -> None:
+def test_android_brings_a_bundle_whole_or_not_at_all(android, letters_bundle, tmp_path):
     check_download(android, letters_bundle, tmp_path / "bundle")
     check_altered(android, altered(letters_bundle, tmp_path / "altered"), tmp_path / "bundle2")
 
 
 # --- iOS -------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def letters_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def letters_bundle(tmp_path_factory):
     """A decoder of random weights over letters, whose weights lie beside the graph."""
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(decoder.ALPHABET)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -137,7 +134,7 @@ def altered(bundle: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ios(tmp_path_factory: pytest.TempPathFactory) -> Program:
+def ios(tmp_path_factory):
     """The package and tests/programs/ios_program.swift, over stand-ins for the packages of ios_stubs/."""
     header = onnxruntime_header()
     if sys.platform != "linux" or header is None or install_swift() is None:
@@ -161,7 +158,7 @@ def ios(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 
 @pytest.mark.matrix
-def test_ios_writes_the_texts_of_python(ios: Program, letters_bundle: Path, tmp_path: Path) -> None:
+def test_ios_writes_the_texts_of_python(ios, letters_bundle, tmp_path):
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in ("ab", "dog")]
     ends = [call("ab", stop_after=2), call("ab" * 19, max_new_tokens=99), call("ab" * 60), call("ab", top_p=0)]
     with serving(letters_bundle) as served, load(letters_bundle, threads=1) as lm:
@@ -176,14 +173,14 @@ def test_ios_writes_the_texts_of_python(ios: Program, letters_bundle: Path, tmp_
 
 
 @pytest.mark.matrix
-def test_ios_brings_a_bundle_whole_or_not_at_all(ios: Program, letters_bundle: Path, tmp_path: Path) -> None:
+def test_ios_brings_a_bundle_whole_or_not_at_all(ios, letters_bundle, tmp_path):
     check_download(ios, letters_bundle, tmp_path / "bundle")
     check_altered(ios, altered(letters_bundle, tmp_path / "altered"), tmp_path / "bundle2")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("file", [*IOS.rglob("*.swift"), ROOT / "examples/generate/Generate.swift"], ids=str)
-def test_swift_reads_every_source(file: Path) -> None:
+def test_swift_reads_every_source(file):
     """The view, too, which needs Apple's frameworks to be compiled."""
     if install_swift() is None:
         pytest.skip("Swift is not installed, and only root can install Debian's")

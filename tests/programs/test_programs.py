@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ CI_CASES.append(("llama", "browser"))
 
 
 @pytest.mark.parametrize(("name", "program"), divided(CASES, ci=CI_CASES))
-def test_the_same_folder_gives_the_same_greedy_tokens(bundles: Callable[[str], Path], name: str, program: str) -> None:
+def test_the_same_folder_gives_the_same_greedy_tokens(bundles, name, program):
     bundle = bundles(name)
     lm = pastkey.load(bundle)
     # An empty prompt is one where the tokenizer adds a BOS token.

@@ -23,14 +23,14 @@ ENVIRONMENTS = {"newest": RAY, "oldest": RAY_OLDEST}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
     tiny = decoder.Tiny.random([(8, 8), (16, 16)], context_length=100)
     return decoder.write_bundle(tmp_path_factory.mktemp("tiny") / "b", tiny, "fused", tokenizer=tokenizer).path
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[dict[str, Any]]:
+def rows(tmp_path):
     """Some of them cannot be answered."""
     made = [{**row, "temperature": 1.0, "prompt": row["prompt"] if row["id"] % 10 else ""} for row in plain_rows(64)]
     (tmp_path / "rows.json").write_text(json.dumps(made))
@@ -66,9 +66,7 @@ def expected(bundle: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("which", ENVIRONMENTS)
-def test_ray_answers_each_row_once_though_an_actor_is_killed(
-    which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_ray_answers_each_row_once_though_an_actor_is_killed(which, bundle, rows, tmp_path):
     run(which, "ray_rows.py", bundle, tmp_path)
     assert (tmp_path / "killed").exists()
     assert len([*tmp_path.glob("actor-*")]) >= 2
@@ -79,7 +77,7 @@ def test_ray_answers_each_row_once_though_an_actor_is_killed(
 
 
 @pytest.mark.parametrize("which", ENVIRONMENTS)
-def test_the_program_of_the_page_runs(which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_program_of_the_page_runs(which, bundle, rows, tmp_path):
     page = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "page.py").write_text(program.replace("/models/bundle", str(bundle)), encoding="utf-8")
@@ -90,9 +88,7 @@ def test_the_program_of_the_page_runs(which: str, bundle: Path, rows: list[dict[
 
 
 @pytest.mark.parametrize("which", ENVIRONMENTS)
-def test_datasets_map_answers_in_one_process_and_in_two(
-    which: str, bundle: Path, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_datasets_map_answers_in_one_process_and_in_two(which, bundle, rows, tmp_path):
     run(which, "datasets_rows.py", bundle, tmp_path)
     for processes in (1, 2):
         assert json.loads((tmp_path / f"{processes}.json").read_text()) == expected(bundle, rows)

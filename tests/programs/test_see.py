@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from benchmarks.environments import install_chromium, node_environment
 from pastkey.__main__ import main
 
-from .devtools import Page, opened
+from .devtools import opened
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +23,7 @@ FLAGS = {
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
+def browser():
     chromium = install_chromium()
     if chromium is None:
         pytest.skip("chromium is not installed, and only root can install Debian's package")
@@ -33,7 +32,7 @@ def browser() -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def axe() -> str:
+def axe():
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed")
     folder = node_environment(HERE / "axe" / "package.json", "axe")
@@ -41,7 +40,7 @@ def axe() -> str:
 
 
 @pytest.fixture(scope="module")
-def page_of(bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def page_of(bundles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
 
     @functools.cache
@@ -56,9 +55,7 @@ def page_of(bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_the_page_is_drawn_without_a_request_or_a_message(
-    page_of: Callable[[str], Path], browser: Page, axe: str, name: str
-) -> None:
+def test_the_page_is_drawn_without_a_request_or_a_message(page_of, browser, axe, name):
     file = page_of(name)
     for scheme, width in (("light", 1100), ("dark", 1100), ("light", 390), ("dark", 390)):
         browser.requests.clear()
@@ -80,7 +77,7 @@ def test_the_page_is_drawn_without_a_request_or_a_message(
         assert faults == []
 
 
-def test_the_slider_leads_from_the_prompt_to_the_end(page_of: Callable[[str], Path], browser: Page) -> None:
+def test_the_slider_leads_from_the_prompt_to_the_end(page_of, browser):
     browser.open(page_of("llama"))
     browser.run("document.getElementById('slider').focus()")
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,18 +32,18 @@ CLIENTS: dict[str, tuple[list[str] | None, str]] = {
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("served") / "bundle").path
 
 
 @pytest.fixture(scope="module")
-def address(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(bundle, tmp_path_factory):
     with serving(bundle, "--alias", MODEL, log=tmp_path_factory.mktemp("log") / "log") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def expected(bundle: Path) -> str:
+def expected(bundle):
     """What the runtime itself answers, as JSON."""
     from pastkey.runtime import load
 
@@ -61,7 +60,7 @@ def expected(bundle: Path) -> str:
 
 
 @pytest.mark.parametrize("name", divided(CLIENTS, ci=["openai"]))
-def test_a_client_reads_what_the_runtime_answers(name: str, address: str, expected: str, tmp_path: Path) -> None:
+def test_a_client_reads_what_the_runtime_answers(name, address, expected, tmp_path):
     requirements, program = CLIENTS[name]
     if requirements is None:
         pytest.importorskip("openai", reason="openai is not installed")

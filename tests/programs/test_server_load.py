@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -22,7 +21,7 @@ PROMPTS = [f"Prompt number {number} says" for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     flags = ("--alias", MODEL, "--max-concurrency", str(PLACES), "--max-queue", str(QUEUE))
     with serving(write_tiny(folder / "bundle").path, *flags, log=folder / "log") as address:
@@ -53,12 +52,12 @@ def stream(address: str, prompt: str, leave_after: int | None = None) -> str | i
 
 
 @pytest.fixture(scope="module")
-def alone(address: str) -> list[str | int | None]:
+def alone(address):
     """The texts of requests that nobody disturbs."""
     return [stream(address, prompt) for prompt in PROMPTS]
 
 
-def test_clients_that_go_away_change_no_text_of_others(address: str, alone: list[str | int | None]) -> None:
+def test_clients_that_go_away_change_no_text_of_others(address, alone):
     """Four read, and four leave after 1 to 20 events, beside one another."""
     with ThreadPoolExecutor(8) as pool:
         for turn in range(5):
@@ -68,9 +67,7 @@ def test_clients_that_go_away_change_no_text_of_others(address: str, alone: list
             assert [one.result() for one in left] == [None] * 4
 
 
-def test_of_many_requests_those_beyond_the_queue_are_refused_and_none_is_lost(
-    address: str, alone: list[str | int | None]
-) -> None:
+def test_of_many_requests_those_beyond_the_queue_are_refused_and_none_is_lost(address, alone):
     with ThreadPoolExecutor(100) as pool:
         found = [*pool.map(lambda number: (number % 8, stream(address, PROMPTS[number % 8])), range(100))]
     counts = Counter("right" if text == alone[which] else text for which, text in found)
@@ -79,7 +76,7 @@ def test_of_many_requests_those_beyond_the_queue_are_refused_and_none_is_lost(
     assert counts[429]
 
 
-def test_requests_whose_clients_left_hold_no_place(address: str, alone: list[str | int | None]) -> None:
+def test_requests_whose_clients_left_hold_no_place(address, alone):
     with ThreadPoolExecutor(PLACES + QUEUE) as pool:
         for _ in range(3):
             assert {*pool.map(lambda _: stream(address, "x", leave_after=1), range(PLACES))} == {None}

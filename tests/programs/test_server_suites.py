@@ -9,13 +9,11 @@ import json
 import math
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from benchmarks.environments import environment
 
-from ..conftest import Run
 from .serving import MODEL, serving, write_tiny
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -28,12 +26,12 @@ WINDOW, WINDOWS = 12, 10
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("served") / "bundle").path
 
 
 @pytest.mark.matrix
-def test_the_server_keeps_to_its_openapi_description(bundle: Path, tmp_path: Path) -> None:
+def test_the_server_keeps_to_its_openapi_description(bundle, tmp_path):
     """No status 5xx, none that is not described, and no reply of another shape.
 
     Left out: a check that whatever fits a schema is answered. A prompt may be empty, or a tool's answer missing.
@@ -69,7 +67,7 @@ metric_list:
 
 
 @pytest.mark.matrix
-def test_lm_eval_scores_as_the_eval_command_does(bundle: Path, tmp_path: Path, pastkey_command: Run) -> None:
+def test_lm_eval_scores_as_the_eval_command_does(bundle, tmp_path, pastkey_command):
     """A document of each window: its first token is given, the others are scored, as in `pastkey eval`."""
     sentences = " ".join(f"No. {place}: we sow corn, you mix cool drinks." for place in range(20))
     letters = enumerate(sentences[: WINDOW * WINDOWS])  # lm_eval moves a space at a beginning to what is scored

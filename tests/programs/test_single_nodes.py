@@ -242,9 +242,7 @@ def write(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tried]:
     ("provider", "dtype"),
     divided([("webgpu", F32), ("webgpu", F16), ("openvino", F32), ("qnn", F32)], ci=[("webgpu", F32)]),
 )
-def test_attributes_change_what_they_change_on_the_cpu_unless_the_table_has_them(
-    provider: str, dtype: np.dtype[Any], tmp_path: Path
-) -> None:
+def test_attributes_change_what_they_change_on_the_cpu_unless_the_table_has_them(provider, dtype, tmp_path):
     own = os.environ | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
     if provider == "webgpu":
         driver = install_lavapipe()

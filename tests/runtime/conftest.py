@@ -10,7 +10,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pastkey.contract.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 
 from ..onnx_text import encode_model
 
@@ -344,18 +344,18 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Tiny:
+def tiny():
     return Tiny.random([(8, 8), (16, 16)], context_length=600)
 
 
 @pytest.fixture(scope="session")
-def tiny_odd() -> Tiny:
+def tiny_odd():
     """Head sizes that only the standard graph takes."""
     return Tiny.random([(5, 3), (6, 6)], context_length=24)
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+def make_bundle(tmp_path_factory):
     def make(tiny: Tiny, graph: str = "fused", **fields: Any) -> Bundle:
         return write_bundle(tmp_path_factory.mktemp("bundle") / "b", tiny, graph, **fields)
 
@@ -363,23 +363,23 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundl
 
 
 @pytest.fixture(scope="session", params=["fused", "standard"])
-def bundle(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+def bundle(request, tiny, make_bundle):
     """The tiny decoder, once with each attention."""
     return make_bundle(tiny, request.param)
 
 
 @pytest.fixture(scope="session")
-def fused_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+def fused_bundle(tiny, make_bundle):
     return make_bundle(tiny, "fused")
 
 
 @pytest.fixture(scope="session")
-def standard_bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+def standard_bundle(tiny, make_bundle):
     return make_bundle(tiny, "standard")
 
 
 @pytest.fixture(scope="session")
-def letters() -> Tokenizer:
+def letters():
     """A tokenizer with one letter for each of the tiny decoder's ids; a is 0."""
     assert len(ALPHABET) == V
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(ALPHABET)}, []))
@@ -388,13 +388,13 @@ def letters() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def speaking_bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
+def speaking_bundle(tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer."""
     return make_bundle(tiny, "fused", tokenizer=letters)
 
 
 @pytest.fixture(scope="session")
-def talking(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Path:
+def talking(tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer and a chat template."""
     return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}).path
 
@@ -413,15 +413,13 @@ def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> LanguageModel:
+def model(request, tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer, loaded, once with each graph."""
     fields = {"chunk": 8} if request.param == "static" else {}
     return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
 
 
 @pytest.fixture(scope="module")
-def lm(speaking_bundle: Bundle) -> LanguageModel:
+def lm(speaking_bundle):
     """The tiny decoder with a tokenizer, loaded."""
     return load(speaking_bundle.path, threads=1)

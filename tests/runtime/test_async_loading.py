@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
-
 # Prints what the loop's own thread imports, and then what there is.
 PROGRAM = """
 import asyncio, sys, threading
@@ -36,11 +34,11 @@ def run(program: str) -> str:
     return done.stdout if done.returncode == 0 else done.stderr
 
 
-def test_the_first_load_of_a_process_imports_nothing_heavy_in_the_loop(fused_bundle: Bundle) -> None:
+def test_the_first_load_of_a_process_imports_nothing_heavy_in_the_loop(fused_bundle):
     assert run(PROGRAM.format(path=str(fused_bundle.path), prepare="")) == "True 3\n"
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_a_missing_library_is_told_in_a_sentence(fused_bundle: Bundle, package: str) -> None:
+def test_a_missing_library_is_told_in_a_sentence(fused_bundle, package):
     program = PROGRAM.format(path=str(fused_bundle.path), prepare=f"sys.modules[{package!r}] = None")
     assert f"MissingExtraError: the package {package!r} is not installed" in run(program)

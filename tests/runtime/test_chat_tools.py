@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError, TemplateWarning
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
 from pastkey.runtime.text.chat_template import ChatTemplate
-
-from .conftest import Tiny
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
@@ -41,7 +37,7 @@ def weather(city: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> MakeModel:
+def make_model(tiny, letters, make_bundle):
     def make(template: Any = PLAIN, tokenizer: Tokenizer = letters, **fields: Any) -> LanguageModel:
         bundle = make_bundle(tiny, "fused", tokenizer=tokenizer, tokenizer_config={"chat_template": template}, **fields)
         return load(bundle.path, threads=1)
@@ -50,12 +46,12 @@ def make_model(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle
 
 
 @pytest.fixture(scope="session")
-def model(make_model: MakeModel) -> LanguageModel:
+def model(make_model):
     return make_model()
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+def says(monkeypatch):
     """Lets every model say these texts, one after another; gives the options of each call."""
 
     def script(*texts: str) -> list[dict[str, Any]]:
@@ -84,7 +80,7 @@ def text_of(model: LanguageModel, ids: list[int]) -> str:
 
 
 # --- tools --------------------------------------------------------------------------------------------------------
-def test_a_tool_is_called_answered_and_gone_on_from(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_a_tool_is_called_answered_and_gone_on_from(make_model, says):
     model = make_model(TOOLS)
     call = '<tool_call>{"name": "weather", "arguments": {"city": "b"}}</tool_call>'
     calls = says("a " + call + call, "warm", "bye")
@@ -120,7 +116,7 @@ def test_a_tool_is_called_answered_and_gone_on_from(make_model: MakeModel, says:
     assert [said["role"] for said in chat.messages[-2:]] == ["user", "assistant"]
 
 
-def test_messages_of_openais_form_go_on(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_messages_of_openais_form_go_on(make_model, says):
     model = make_model(TOOLS)
     call = {"function": {"name": "weather", "arguments": '{"city": "b"}'}}
     said: list[dict[str, Any]] = [
@@ -144,12 +140,12 @@ def test_messages_of_openais_form_go_on(make_model: MakeModel, says: Callable[..
     assert chat.messages == said[:1]
 
 
-def test_messages_that_cannot_be_taken_are_told(make_model: MakeModel) -> None:
+def test_messages_that_cannot_be_taken_are_told(make_model):
     model = make_model(TOOLS)
     with pytest.raises(InputError, match="system is given, and messages begin with another"):
         model.chat("be", messages=[{"role": "system", "content": "x"}])
     with pytest.raises(InputError, match="message 1 is 3; an object"):
-        model.chat(messages=[3])  # type: ignore[list-item]
+        model.chat(messages=[3])
     with pytest.raises(InputError, match="the tool call weather has arguments that are not JSON"):
         model.chat(
             messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
@@ -160,7 +156,7 @@ def test_messages_that_cannot_be_taken_are_told(make_model: MakeModel) -> None:
     ]
 
 
-def test_a_result_goes_to_the_call_of_its_name(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_a_result_goes_to_the_call_of_its_name(make_model, says):
     says('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b"}</tool_call>')
     chat = make_model(TOOLS).chat(tools=[{"function": {"name": name}} for name in "ab"])
     chat.ask("hello")
@@ -169,7 +165,7 @@ def test_a_result_goes_to_the_call_of_its_name(make_model: MakeModel, says: Call
     assert [said.get("tool_call_id") for said in chat.messages[2:]] == ["call00001", "call00000", None]
 
 
-def test_an_answer_in_no_known_form_is_text(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_an_answer_in_no_known_form_is_text(make_model, says):
     says('{"name": "weather", "arguments": {}}', "<tool_call>{cut")
     chat = make_model(TOOLS).chat(tools=[weather])
     for text in ('{"name": "weather", "arguments": {}}', "<tool_call>{cut"):
@@ -181,7 +177,7 @@ def test_an_answer_in_no_known_form_is_text(make_model: MakeModel, says: Callabl
     assert chat.messages[-1] == {"role": "tool", "content": "warm", "name": "weather"}
 
 
-def test_without_tools_nothing_is_taken_for_a_call(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_without_tools_nothing_is_taken_for_a_call(make_model, says):
     text = '<tool_call>{"name": "weather"}</tool_call>'
     calls = says(text)
     answer = make_model(TOOLS).chat().ask("hello")
@@ -189,21 +185,19 @@ def test_without_tools_nothing_is_taken_for_a_call(make_model: MakeModel, says: 
 
 
 @pytest.mark.parametrize("content", [{1, 2}, float("nan"), object()])
-def test_a_result_that_is_not_json_is_told(model: LanguageModel, content: Any) -> None:
+def test_a_result_that_is_not_json_is_told(model, content):
     with pytest.raises(InputError, match="the result of a tool cannot be written as JSON"):
         model.chat().add_tool_result(content, name="weather")
 
 
-def test_a_template_for_tools_is_taken_where_there_are_some(make_model: MakeModel) -> None:
+def test_a_template_for_tools_is_taken_where_there_are_some(make_model):
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b{{ tools | length }}"}]
     model = make_model(named)
     assert model.chat()._rendered([]) == "a"
     assert model.chat(tools=[weather])._rendered([]) == "b1"
 
 
-def test_special_tokens_are_shown_on_request(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_special_tokens_are_shown_on_request(tiny, letters, make_bundle):
     special = Tokenizer.from_str(letters.to_str())
     model = load(make_bundle(tiny, "fused", tokenizer=letters).path, threads=1)
     plain = model.generate("abc", max_new_tokens=20, temperature=2.0, seed=1)
@@ -217,7 +211,7 @@ def test_special_tokens_are_shown_on_request(
 
 
 # --- variables, documents, parts ----------------------------------------------------------------------------------
-def test_variables_and_documents_reach_the_template(make_model: MakeModel, says: Callable[..., Any]) -> None:
+def test_variables_and_documents_reach_the_template(make_model, says):
     model = make_model("{{ documents[0].text }}{{ 'yes' if thinking else 'no' }}{{ messages[0].content }}")
     calls = says("a")
     model.chat(documents=[{"text": "abc"}], thinking=True).ask("x")
@@ -233,21 +227,21 @@ def test_variables_and_documents_reach_the_template(make_model: MakeModel, says:
         ({"enable_thinking": False}, "does not read the variable 'enable_thinking'"),
     ],
 )
-def test_what_a_template_leaves_out_is_told(make_model: MakeModel, options: dict[str, Any], words: str) -> None:
+def test_what_a_template_leaves_out_is_told(make_model, options, words):
     model = make_model("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
     with pytest.warns(TemplateWarning, match=f"the chat template {words}") as told:
         model.chat(**options)
     assert [warning.filename for warning in told] == [__file__]
 
 
-def test_a_later_system_text_that_is_left_out_is_told_where_it_is_set(make_model: MakeModel) -> None:
+def test_a_later_system_text_that_is_left_out_is_told_where_it_is_set(make_model):
     chat = make_model("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}").chat()
     with pytest.warns(TemplateWarning, match="leaves the system text out") as told:
         chat.set_system("be brief")
     assert [warning.filename for warning in told] == [__file__]
 
 
-def test_a_template_that_writes_all_is_silent(make_model: MakeModel) -> None:
+def test_a_template_that_writes_all_is_silent(make_model):
     template = "{{ tools }}{{ documents }}{{ x }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -255,7 +249,7 @@ def test_a_template_that_writes_all_is_silent(make_model: MakeModel) -> None:
         make_model(template).chat()
 
 
-def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model: MakeModel) -> None:
+def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model):
     model = make_model(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{{ messages[0].content }}"
@@ -270,7 +264,7 @@ def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model: 
 
 
 @pytest.mark.parametrize("name", ["continue_final_message", "add_generation_prompt"])
-def test_what_a_conversation_gives_itself_is_no_variable(model: LanguageModel, name: str) -> None:
+def test_what_a_conversation_gives_itself_is_no_variable(model, name):
     variables: dict[str, Any] = {name: 1}
     with pytest.raises(OptionError, match=rf"chat\(\) has no option '{name}'"):
         model.chat(**variables)
@@ -289,9 +283,7 @@ PARTS = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}]
         ("{{ messages[-1].content | upper }}", "abc", "ABC"),
     ],
 )
-def test_contents_come_in_the_form_that_the_template_takes(
-    make_model: MakeModel, says: Callable[..., Any], template: str, given: Any, expected: str
-) -> None:
+def test_contents_come_in_the_form_that_the_template_takes(make_model, says, template, given, expected):
     model = make_model(template)
     calls = says("a")
     model.chat().ask(given)
@@ -305,13 +297,13 @@ def test_contents_come_in_the_form_that_the_template_takes(
         (["a"], "a text was expected, or a list of parts"),
     ],
 )
-def test_a_part_that_is_no_text_is_refused(model: LanguageModel, content: Any, words: str) -> None:
+def test_a_part_that_is_no_text_is_refused(model, content, words):
     with pytest.raises(InputError, match=f"the message .*{words}"):
         model.chat().ask(content)
 
 
 # --- special tokens as text ---------------------------------------------------------------------------------------
-def test_a_user_cannot_end_a_message(make_model: MakeModel, letters: Tokenizer, says: Callable[..., Any]) -> None:
+def test_a_user_cannot_end_a_message(make_model, letters, says):
     marked = Tokenizer.from_str(letters.to_str())
     marked.add_special_tokens([AddedToken("<user>", special=True), AddedToken("<assistant>", special=True)])
     model = make_model(PLAIN, tokenizer=marked)
@@ -331,7 +323,7 @@ def test_a_user_cannot_end_a_message(make_model: MakeModel, letters: Tokenizer, 
 
 
 # --- going on -----------------------------------------------------------------------------------------------------
-def test_an_answer_that_was_cut_goes_on(model: LanguageModel) -> None:
+def test_an_answer_that_was_cut_goes_on(model):
     whole = model.chat().ask("hello", max_new_tokens=20)
     chat = model.chat()
     first = chat.ask("hello", max_new_tokens=8)
@@ -340,9 +332,7 @@ def test_an_answer_that_was_cut_goes_on(model: LanguageModel) -> None:
     assert len(chat.messages) == 2
 
 
-def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(
-    model: LanguageModel, says: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(model, says, monkeypatch):
     says("one", "two")
     chat = model.chat()
     chat.ask("hello")
@@ -352,19 +342,19 @@ def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(
     assert chat.messages[-1]["content"] == "one two"
 
 
-def test_there_must_be_something_to_go_on_from(model: LanguageModel) -> None:
+def test_there_must_be_something_to_go_on_from(model):
     with pytest.raises(InputError, match="the message is None; a text was expected, since there is nothing to go on"):
         model.chat("be brief").ask()
 
 
-def test_a_question_without_answer_is_answered(model: LanguageModel) -> None:
+def test_a_question_without_answer_is_answered(model):
     chat = model.chat()
     chat.messages = [{"role": "user", "content": "hello"}]
     assert chat.ask(max_new_tokens=5).ids == model.chat().ask("hello", max_new_tokens=5).ids
 
 
 # --- going back ---------------------------------------------------------------------------------------------------
-def test_undo_and_drop(model: LanguageModel) -> None:
+def test_undo_and_drop(model):
     chat = model.chat("be brief")
     answers = [chat.ask(text, max_new_tokens=4).text for text in ("a", "b", "c")]
     system = {"role": "system", "content": "be brief"}
@@ -385,7 +375,7 @@ def test_undo_and_drop(model: LanguageModel) -> None:
             back()
 
 
-def test_what_a_tool_said_goes_with_its_question(model: LanguageModel) -> None:
+def test_what_a_tool_said_goes_with_its_question(model):
     chat = model.chat()
     roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]
     chat.messages = [{"role": role, "content": "a"} for role in roles]
@@ -393,7 +383,7 @@ def test_what_a_tool_said_goes_with_its_question(model: LanguageModel) -> None:
     assert [said["role"] for said in chat.messages] == ["user", "assistant"]
 
 
-def test_another_system_text(model: LanguageModel) -> None:
+def test_another_system_text(model):
     chat = model.chat()
     chat.ask("a", max_new_tokens=2)
     chat.set_system("be brief")
@@ -407,7 +397,7 @@ def test_another_system_text(model: LanguageModel) -> None:
 
 
 # --- in a file ----------------------------------------------------------------------------------------------------
-def test_a_saved_conversation_goes_on(model: LanguageModel, tmp_path: Path) -> None:
+def test_a_saved_conversation_goes_on(model, tmp_path):
     chat = model.chat("be brief")
     chat.ask("é日", max_new_tokens=5)
     chat.save(tmp_path / "talk.json")
@@ -421,7 +411,7 @@ def test_a_saved_conversation_goes_on(model: LanguageModel, tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
 
 
-def test_a_conversation_that_the_template_does_not_take_is_not_loaded(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_conversation_that_the_template_does_not_take_is_not_loaded(make_model, tmp_path):
     strict = make_model(
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"
         "{% endfor %}"
@@ -441,7 +431,7 @@ def test_a_conversation_that_the_template_does_not_take_is_not_loaded(make_model
 
 
 # --- the templates of others --------------------------------------------------------------------------------------
-def test_a_final_message_is_continued_as_transformers_does() -> None:
+def test_a_final_message_is_continued_as_transformers_does():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
     from transformers.utils.chat_template_utils import render_jinja_template
 

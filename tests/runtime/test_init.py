@@ -16,7 +16,7 @@ print(*sys.modules.keys() - before)
 """
 
 
-def test_everything_that_is_offered_is_there() -> None:
+def test_everything_that_is_offered_is_there():
     offered: list[str] = vars(pastkey.runtime)["__all__"]
     for name in offered:
         assert getattr(pastkey.runtime, name).__name__ == name
@@ -33,7 +33,7 @@ def test_everything_that_is_offered_is_there() -> None:
         ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 190),  # 80 of them pastkey's
     ],
 )
-def test_importing_brings_few_modules_beside_what_it_stands_on(module: str, before: str, limit: int) -> None:
+def test_importing_brings_few_modules_beside_what_it_stands_on(module, before, limit):
     program = PROGRAM.format(module=module, before=before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     brought = done.stdout.split()

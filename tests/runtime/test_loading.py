@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def expected(speaking_bundle: Bundle) -> list[int]:
+def expected(speaking_bundle):
     return load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS).ids
 
 
@@ -41,9 +41,7 @@ def zipped(folder: Path, root: str = "", skip: str = "none") -> bytes:
 
 
 @pytest.mark.parametrize("root", ["", "bundle/"])
-def test_from_a_zip_file_and_its_bytes(
-    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_zip_file_and_its_bytes(speaking_bundle, expected, tmp_path, root, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     content = zipped(speaking_bundle.path, root)
@@ -57,9 +55,7 @@ def test_from_a_zip_file_and_its_bytes(
         assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_from_a_resource_of_a_package(
-    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_resource_of_a_package(speaking_bundle, expected, tmp_path, monkeypatch):
     """In a folder, and in a zip file that Python imports from."""
     content = zipped(speaking_bundle.path, "packed_bundle/data/")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -79,7 +75,7 @@ def test_from_a_resource_of_a_package(
         sys.path.remove(str(tmp_path / place))
 
 
-def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_refused(speaking_bundle, tmp_path):
     with pytest.raises(InputError, match="are not a zip file of a bundle folder"):
         load(b"abc")
     with pytest.raises(MissingFileError, match=r"holds no bundle: it has no pastkey\.json"):
@@ -98,9 +94,7 @@ def test_what_is_no_bundle_is_refused(speaking_bundle: Bundle, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("trust", [True, False])
-def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(
-    speaking_bundle: Bundle, tmp_path: Path, trust: bool
-) -> None:
+def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(speaking_bundle, tmp_path, trust):
     """The last of two entries of one name counts."""
     file = tmp_path / "b.zip"
     file.write_bytes(zipped(speaking_bundle.path))
@@ -123,9 +117,7 @@ def folders_of(count: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("trust", [True, False])
 @pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(90)], ids=["zeros", "folders"])
-def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(
-    content: dict[str, bytes], trust: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(content, trust, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -138,7 +130,7 @@ def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressions_that_bound_no_memory_are_refused(method: int) -> None:
+def test_compressions_that_bound_no_memory_are_refused(method):
     """bzip2 makes 46 MB of 40 bytes at once, whatever number was asked for."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", method) as archive:
@@ -150,7 +142,7 @@ def test_compressions_that_bound_no_memory_are_refused(method: int) -> None:
 # --- other processes ----------------------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_spawned_takes_a_model(speaking_bundle: Bundle, expected: list[int]) -> None:
+def test_a_process_that_is_spawned_takes_a_model(speaking_bundle, expected):
     program = (
         "import multiprocessing, pastkey\n"
         "def answer(model, queue):\n"
@@ -171,9 +163,7 @@ def test_a_process_that_is_spawned_takes_a_model(speaking_bundle: Bundle, expect
 
 
 @pytest.mark.skipif(not hasattr(multiprocessing, "get_context") or sys.platform == "win32", reason="there is no fork")
-def test_a_process_that_forks_while_others_generate_goes_on_in_both(
-    speaking_bundle: Bundle, expected: list[int]
-) -> None:
+def test_a_process_that_forks_while_others_generate_goes_on_in_both(speaking_bundle, expected):
     """In a process of its own: a child of pytest's would run its atexit handlers.
 
     With one thread: a child may inherit a lock that a thread of onnxruntime's pool held.
@@ -211,9 +201,7 @@ def test_a_process_that_forks_while_others_generate_goes_on_in_both(
     assert done.stdout == "all is well\n", done.stderr
 
 
-def test_a_model_is_quiet_and_has_a_logger(
-    speaking_bundle: Bundle, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_is_quiet_and_has_a_logger(speaking_bundle, capfd, caplog):
     threads = threading.active_count()
     with caplog.at_level("DEBUG", "pastkey"):
         load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS)
@@ -224,9 +212,7 @@ def test_a_model_is_quiet_and_has_a_logger(
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
-    speaking_bundle: Bundle, expected: list[int], tmp_path: Path
-) -> None:
+def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(speaking_bundle, expected, tmp_path):
     """A file that is anything else is refused: onnxruntime might be led to it."""
     with zipfile.ZipFile(io.BytesIO(zipped(speaking_bundle.path))) as archive:
         archive.extractall(tmp_path)
@@ -238,16 +224,14 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(
         load(tmp_path)
 
 
-def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path: Path) -> None:
+def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path):
     with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
         load(tmp_path, trust=False, draft=tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.parametrize("trust", [True, False])
-def test_a_fork_leaves_the_unpacked_files_where_they_are(
-    speaking_bundle: Bundle, expected: list[int], tmp_path: Path, trust: bool
-) -> None:
+def test_a_fork_leaves_the_unpacked_files_where_they_are(speaking_bundle, expected, tmp_path, trust):
     """Whether it closes the model or ends; in a process of its own, for the atexit handlers of pytest."""
     (tmp_path / "b.zip").write_bytes(zipped(speaking_bundle.path))
     program = (
@@ -270,9 +254,7 @@ def test_a_fork_leaves_the_unpacked_files_where_they_are(
     assert done.stdout == "True\nTrue\nTrue\nFalse\n", done.stderr
 
 
-def test_an_event_loop_goes_on_while_a_model_is_loaded(
-    speaking_bundle: Bundle, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected, monkeypatch):
     began, go_on = threading.Event(), threading.Event()
 
     def slow(*arguments: Any, **settings: Any) -> Bundle:

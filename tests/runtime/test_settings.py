@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 import pastkey
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, LanguageModel, Limits, Request, Session, load
 from pastkey.runtime.commands.flags import SAMPLING
@@ -45,7 +43,7 @@ UNTYPED = {
 FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
 
 
-def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
+def test_every_field_of_a_sampler_is_an_option_and_a_flag():
     assert FIELDS
     assert FIELDS <= CHAT_OPTIONS
     assert SAMPLING.keys() == FIELDS - UNTYPED.keys()
@@ -53,7 +51,7 @@ def test_every_field_of_a_sampler_is_an_option_and_a_flag() -> None:
     assert SamplingOptions.__optional_keys__ == FIELDS
 
 
-def test_every_option_is_explained() -> None:
+def test_every_option_is_explained():
     explained = re.findall(r"^ *- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
     assert sorted(explained) == sorted(GENERATE_OPTIONS)
 
@@ -96,14 +94,14 @@ WRONG: list[tuple[str, tuple[Any, ...]]] = [
 CASES = {name: values for names, values in WRONG for name in names.split()}
 
 
-def test_every_option_has_a_row_and_wrong_values() -> None:
+def test_every_option_has_a_row_and_wrong_values():
     assert CASES.keys() == _VALID.keys()
     named = GENERATE_OPTIONS | PlacementOptions.__optional_keys__
     assert named - _VALID.keys() == {"json_schema"}  # a schema is read and bounded by constraints/
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_python_would_take_in_silence_is_refused(name: str) -> None:
+def test_what_python_would_take_in_silence_is_refused(name):
     for value in CASES[name]:
         with pytest.raises(InputError, match=f"^{name} is "):
             require_valid({name: value})
@@ -133,7 +131,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(letters: Tokenizer, make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(letters, make_bundle, tmp_path_factory):
     template = "{% for m in messages %}{{ m.content }}.{% endfor %}"
     fields = {"tokenizer": letters, "hidden_size": E, "tokenizer_config": {"chat_template": template}}
     lm = load(make_bundle(Tiny.random([(8, 8), (16, 16)], context_length=48), "fused", **fields).path, threads=1)
@@ -205,7 +203,7 @@ TYPE_ERRORS: list[tuple[Call, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize("place", range(len(REFUSED)))
-def test_a_call_refuses_a_wrong_type_and_the_model_answers_the_same(world: World, place: int) -> None:
+def test_a_call_refuses_a_wrong_type_and_the_model_answers_the_same(world, place):
     call, word, values = REFUSED[place]
     expected = world.state()
     for value in values:
@@ -215,7 +213,7 @@ def test_a_call_refuses_a_wrong_type_and_the_model_answers_the_same(world: World
 
 
 @pytest.mark.parametrize("place", range(len(TYPE_ERRORS)))
-def test_a_wrong_type_is_a_type_error_that_names_the_argument(world: World, place: int) -> None:
+def test_a_wrong_type_is_a_type_error_that_names_the_argument(world, place):
     call, words, values = TYPE_ERRORS[place]
     expected = world.state()
     for value in values:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ MINUTES = float(os.environ.get("PASTKEY_SOAK_MINUTES", "0.25"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(signal, "pthread_kill"), reason="reads /proc/self")
-def test_sixteen_threads_leave_nothing_behind(talking: Path, tmp_path: Path) -> None:
+def test_sixteen_threads_leave_nothing_behind(talking, tmp_path):
     model, alone = load(talking, threads=1), load(talking, threads=1)
     soaked = Soak(model, alone, tmp_path).run(60 * MINUTES)
     print(f"\n{soaked.report()}")

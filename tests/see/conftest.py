@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import export
 
-from ..conftest import MadeOnce
 from ..export import decoders
 from ..export.families import CONTEXT, build
 from ..export.graft.own.parts import CONTEXT as OWN_CONTEXT
@@ -33,7 +31,7 @@ def module_of(name: str) -> tuple[nn.Module, int]:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(made_once: MadeOnce) -> Callable[..., Bundle]:
+def bundle_of(made_once):
     """bundle_of(NAME, **options): that decoder's float32 bundle, or as the options of `export` say."""
 
     def bundle(name: str, **options: str) -> Bundle:
@@ -48,7 +46,7 @@ def bundle_of(made_once: MadeOnce) -> Callable[..., Bundle]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Modules this small are slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
-
 from .test_page import data_of
 
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_a_bundle_becomes_a_page(classic: Path, command: Command, tmp_path: Path) -> None:
+def test_a_bundle_becomes_a_page(classic, command, tmp_path):
     page = tmp_path / "page.html"
     status, out, err = command("see", classic / "bundle", "--prompt", "what is statquest", "--out", page)
     assert (status, out) == (0, "")
@@ -26,9 +24,7 @@ def test_a_bundle_becomes_a_page(classic: Path, command: Command, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(
-    classic: Path, command: Command, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(classic, command, tmp_path):
     page, asked = tmp_path / "page.html", ["--prompt", "what is statquest", "--reference", classic / "bundle"]
     status, _, err = command("see", classic / "checkpoint", *asked, "--out", page)
     assert status == 0, err
@@ -39,7 +35,7 @@ def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(
 
 
 @pytest.mark.slow
-def test_a_module_of_ones_own_is_exported_for_the_page(command: Command, tmp_path: Path) -> None:
+def test_a_module_of_ones_own_is_exported_for_the_page(command, tmp_path):
     lesson, page = Path(__file__).parents[2] / "examples" / "lesson.py", tmp_path / "page.html"
     asked = [f"{lesson}:trained", "--prompt", "who hunts at night ?", "--out", page]
     status, _, err = command("see", *asked)
@@ -50,7 +46,7 @@ def test_a_module_of_ones_own_is_exported_for_the_page(command: Command, tmp_pat
     assert "owl" in data_of(page.read_text(encoding="utf-8"))["vocabulary"]
 
 
-def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Path) -> None:
+def test_a_panel_becomes_a_picture(classic, command, tmp_path):
     asked = [classic / "bundle", "--prompt", "what is statquest", "--png", "next", "--out", tmp_path / "next.png"]
     assert command("see", *asked)[0] == 0
     assert (tmp_path / "next.png").read_bytes().startswith(b"\x89PNG")
@@ -70,9 +66,7 @@ def test_a_panel_becomes_a_picture(classic: Path, command: Command, tmp_path: Pa
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_no_file(
-    classic: Path, command: Command, tmp_path: Path, flags: list[str], sentence: str
-) -> None:
+def test_a_mistake_is_one_sentence_and_no_file(classic, command, tmp_path, flags, sentence):
     page = tmp_path / "page.html"
     status, _, err = command("see", classic / "bundle", "--prompt", "what is statquest", "--out", page, *flags)
     assert status == 2
@@ -81,9 +75,7 @@ def test_a_mistake_is_one_sentence_and_no_file(
     assert not page.exists()
 
 
-def test_a_bundle_without_a_tokenizer_takes_ids(
-    bundle_of: Callable[..., Bundle], command: Command, tmp_path: Path
-) -> None:
+def test_a_bundle_without_a_tokenizer_takes_ids(bundle_of, command, tmp_path):
     page, bundle = tmp_path / "page.html", bundle_of("llama").path
     status, _, err = command("see", bundle, "--prompt", "a", "--out", page)
     assert (status, "no tokenizer" in err) == (2, True)
@@ -92,7 +84,7 @@ def test_a_bundle_without_a_tokenizer_takes_ids(
     assert command("see", bundle, "--prompt-ids", "3", "--out", tmp_path)[2].endswith("--out names the file to write\n")
 
 
-def test_a_long_text_says_what_is_left_out(bundle_of: Callable[..., Bundle], command: Command, tmp_path: Path) -> None:
+def test_a_long_text_says_what_is_left_out(bundle_of, command, tmp_path):
     page = tmp_path / "page.html"
     asked = ["--prompt-ids", "3,1,4,1,5,9,2,6", "--last", "4", "--heads", "2", "--max-new-tokens", "3"]
     assert command("see", bundle_of("llama").path, *asked, "--out", page)[0] == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ PERCENT, CHANNEL = 4, 0.06
 
 
 @pytest.fixture(scope="module")
-def numbers(classic: Path) -> dict[str, Any]:
+def numbers(classic):
     arguments = cli.argparse.ArgumentParser()
     cli.see_command.add_arguments(arguments)
     asked = arguments.parse_args(["bundle", "--prompt", "what is statquest", "--out", "page.html"])
@@ -42,13 +41,13 @@ def rows(first: str) -> list[dict[str, str]]:
     return [{key: cell.strip("`") for key, cell in row.items()} for row in rows_of(PAGE, first)]
 
 
-def test_the_sentences_and_tokens_are_those_of_the_training(numbers: dict[str, Any]) -> None:
+def test_the_sentences_and_tokens_are_those_of_the_training(numbers):
     assert all(f"`{sentence}`" in PAGE for sentence in LESSON)
     assert words(numbers) == LESSON[0].split()
     assert numbers["model"]["tokens"] == len(set(LESSON[0].split())) == 5
 
 
-def test_embeddings_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+def test_embeddings_are_those_of_the_page(numbers):
     parts = numbers["embedding"]["parts"]
     assert parts["word"].shape[1] == 16
     shown = rows("token")
@@ -59,7 +58,7 @@ def test_embeddings_are_those_of_the_page(numbers: dict[str, Any]) -> None:
             assert np.abs(parts[name][place, :3] - expected).max() < (0.006 if name == "position" else CHANNEL)
 
 
-def test_weights_of_attention_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+def test_weights_of_attention_are_those_of_the_page(numbers):
     weights, read = numbers["attention"]["weights"][0, 0], words(numbers)[:5]
     shown = rows("reads")
     assert [row["reads"] for row in shown] == read
@@ -70,14 +69,14 @@ def test_weights_of_attention_are_those_of_the_page(numbers: dict[str, Any]) -> 
         assert np.abs(100 * weights[place, : place + 1] - expected).max() < PERCENT
 
 
-def test_guesses_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+def test_guesses_are_those_of_the_page(numbers):
     every, shown = words(numbers), rows("after")
     assert [(row["after"], row["came next"]) for row in shown] == list(itertools.pairwise(every))
     for name, layer in zip(("before layer 1", "after layer 1"), numbers["layers"]["at"], strict=True):
         assert np.abs(100 * layer["next"] - [float(row[name]) for row in shown]).max() < PERCENT
 
 
-def test_steps_are_those_of_the_page(numbers: dict[str, Any]) -> None:
+def test_steps_are_those_of_the_page(numbers):
     prompt, every = numbers["text"]["prompt"], words(numbers)
     steps = [(prompt, 0), *((1, place) for place in range(prompt, len(every) - 1))]
     found = [(int(row["new keys and values"]), int(row["from the cache"])) for row in rows("step")]
@@ -89,9 +88,7 @@ def test_steps_are_those_of_the_page(numbers: dict[str, Any]) -> None:
     assert numbers["vocabulary"][numbers["next"]["ids"][1, 0]] == "statquest"
 
 
-def test_the_commands_run_and_make_the_pictures(
-    classic: Path, command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_run_and_make_the_pictures(classic, command, tmp_path, monkeypatch):
     (tmp_path / "classic").symlink_to(classic / "checkpoint")
     (tmp_path / "classic-bundle").symlink_to(classic / "bundle")
     monkeypatch.chdir(tmp_path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError
 from pastkey.export.graph.edit import replace_uses
 from pastkey.see.inspectable import inspectable
@@ -28,7 +27,7 @@ CI = ("own:differential", "own:post_norm", "hf:gemma2")  # weights below zero, n
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize("name", divided(FORMS, quick=("plain", "llama"), ci=CI))
-def test_every_form_of_decoder_is_seen_whole(bundle_of: Callable[..., Bundle], name: str) -> None:
+def test_every_form_of_decoder_is_seen_whole(bundle_of, name):
     bundle = bundle_of(name)
     ids = [(5 + 7 * place) % bundle.manifest.vocab_size for place in range(24)]
     seen = inspect(bundle, ids, 1, shown=24)
@@ -51,9 +50,9 @@ def test_every_form_of_decoder_is_seen_whole(bundle_of: Callable[..., Bundle], n
         pytest.param({"precision": "fp16"}, marks=pytest.mark.matrix),
     ],
 )
-def test_both_graphs_and_precisions_show_the_same(bundle_of: Callable[..., Bundle], options: dict[str, str]) -> None:
+def test_both_graphs_and_precisions_show_the_same(bundle_of, options):
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    one, other = (inspect(bundle_of("llama", **which), ids, 1, shown=99) for which in ({}, options))
+    one, other = (inspect(bundle_of("llama", **which), ids, 1, shown=99) for which in (dict[str, Any](), options))
     limit = 1e-5 if "graph" in options else 0.05
     for number in range(2):
         assert np.abs(one.attention[number] - other.attention[number]).max() < limit
@@ -61,7 +60,7 @@ def test_both_graphs_and_precisions_show_the_same(bundle_of: Callable[..., Bundl
         assert np.abs(left - right).max() < limit
 
 
-def test_a_graph_without_a_product_of_weights_and_values_is_refused(bundle_of: Callable[..., Bundle]) -> None:
+def test_a_graph_without_a_product_of_weights_and_values_is_refused(bundle_of):
     bundle = bundle_of("llama", graph="standard")
     model = ir.load(bundle.all_logits_graph)
     present = next(value for value in model.graph.outputs if value.name == "present.1.value")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError
 from pastkey.see import inspection
 from pastkey.see.inspectable import Inspectable, inspectable
@@ -26,9 +24,7 @@ IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize("family", divided(("gpt2", "gemma2"), ci=("gemma2",)))
-def test_attention_and_streams_are_those_that_transformers_returns(
-    bundle_of: Callable[..., Bundle], family: str
-) -> None:
+def test_attention_and_streams_are_those_that_transformers_returns(bundle_of, family):
     seen = inspect(bundle_of(f"hf:{family}"), IDS, 1, shown=99)
     module: Any = module_of(f"hf:{family}")[0]
     with torch.no_grad():
@@ -45,7 +41,7 @@ def test_attention_and_streams_are_those_that_transformers_returns(
             assert np.abs(expected.probabilities - seen.lens[number].probabilities).max() < 1e-5
 
 
-def test_embedding_and_positions_are_those_of_the_module(bundle_of: Callable[..., Bundle]) -> None:
+def test_embedding_and_positions_are_those_of_the_module(bundle_of):
     seen = inspect(bundle_of("plain"), IDS, 1, shown=99)
     module: Any = module_of("plain")[0]
     ids = torch.tensor(IDS)
@@ -55,7 +51,7 @@ def test_embedding_and_positions_are_those_of_the_module(bundle_of: Callable[...
     np.testing.assert_array_equal(seen.entering, seen.embedding + seen.positions)
 
 
-def test_rotary_positions_are_no_part_of_the_embedding(bundle_of: Callable[..., Bundle]) -> None:
+def test_rotary_positions_are_no_part_of_the_embedding(bundle_of):
     seen = inspect(bundle_of("llama"), IDS, 1, shown=99)
     module: Any = module_of("llama")[0]
     assert seen.positions is None
@@ -63,7 +59,7 @@ def test_rotary_positions_are_no_part_of_the_embedding(bundle_of: Callable[..., 
 
 
 @pytest.mark.parametrize("graph", ["fused", "standard"])  # which stacks the heads of a group
-def test_the_last_tokens_are_those_of_the_whole_text(bundle_of: Callable[..., Bundle], graph: str) -> None:
+def test_the_last_tokens_are_those_of_the_whole_text(bundle_of, graph):
     bundle = bundle_of("llama", **({} if graph == "fused" else {"graph": graph}))
     whole, end = (inspect(bundle, IDS, 7, shown=shown) for shown in (99, 4))
     assert (whole.first, end.first) == (0, 8)
@@ -77,7 +73,7 @@ def test_the_last_tokens_are_those_of_the_whole_text(bundle_of: Callable[..., Bu
     np.testing.assert_allclose(last, probabilities[range(4), [*IDS[9:], 7]], rtol=1e-4)
 
 
-def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of: Callable[..., Bundle]) -> None:
+def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of):
     bundle = bundle_of("llama")
     few = inspect(bundle, IDS, 1, shown=99, most_weights=200)  # of a head 12 * 15 / 2
     assert (list(few.attention), few.attention_heads) == ([0], [0, 1])
@@ -89,9 +85,7 @@ def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of: Callable[..., Bu
         inspect(bundle, IDS, 1, shown=99, heads=[4])
 
 
-def test_weights_that_are_not_those_of_the_call_are_refused(
-    bundle_of: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_those_of_the_call_are_refused(bundle_of, monkeypatch):
     def mistaken(model: ir.Model, calls: int, shown: int) -> Inspectable:
         found = inspectable(model, calls, shown)
         one, other = found.calls

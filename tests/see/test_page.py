@@ -23,7 +23,7 @@ def data_of(content: str) -> Any:
     return json.loads(found)
 
 
-def test_the_policy_allows_its_own_script_and_style_alone() -> None:
+def test_the_policy_allows_its_own_script_and_style_alone():
     content = page(example())
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', content)
     (style,) = re.findall(r"<style>(.*?)</style>", content, re.DOTALL)
@@ -35,7 +35,7 @@ def test_the_policy_allows_its_own_script_and_style_alone() -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!#)|\bon\w+=|style=["']|@import|url\(""", content)
 
 
-def test_no_token_ends_the_data_or_stands_for_a_part_of_the_page() -> None:
+def test_no_token_ends_the_data_or_stands_for_a_part_of_the_page():
     word = "</script><script>alert(1)</script>{{script}}{{data}}<!--"
     content = page(example(word))
     assert data_of(content)["vocabulary"] == [word]
@@ -43,7 +43,7 @@ def test_no_token_ends_the_data_or_stands_for_a_part_of_the_page() -> None:
     assert "<h1>Inside &lt;&lt;/script" in content
 
 
-def test_weights_are_bytes_without_what_is_masked() -> None:
+def test_weights_are_bytes_without_what_is_masked():
     panels = example()
     packed = data_of(page(panels))["attention"]["weights"]
     assert (packed["low"], packed["high"], packed["columns"]) == (0, 1, 4)
@@ -53,7 +53,7 @@ def test_weights_are_bytes_without_what_is_masked() -> None:
     assert np.abs(codes / 255 - expected).max() <= 0.5 / 255 + 1e-6
 
 
-def test_weights_below_zero_keep_their_sign() -> None:
+def test_weights_below_zero_keep_their_sign():
     panels = example()
     panels["attention"]["weights"][0, 0, 3, 0] = -0.25
     packed = data_of(page(panels))["attention"]["weights"]

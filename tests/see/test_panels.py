@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 import pastkey
-from pastkey.contract.bundle import Bundle
 from pastkey.see.inspection import inspect
 from pastkey.see.panels import Vocabulary, panels, visible
 from pastkey.see.text import EXAMPLE, continued, stages
@@ -17,7 +14,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 @pytest.mark.parametrize("shown", [99, 5])
-def test_every_panel_has_the_shown_tokens(bundle_of: Callable[..., Bundle], shown: int) -> None:
+def test_every_panel_has_the_shown_tokens(bundle_of, shown):
     bundle = bundle_of("llama")
     with pastkey.load(bundle.path, "cpu") as lm:
         text = continued(lm, PROMPT, 4, {})
@@ -44,19 +41,19 @@ def test_every_panel_has_the_shown_tokens(bundle_of: Callable[..., Bundle], show
     assert found["sampler"]["example"]
 
 
-def test_a_token_without_text_is_named_by_its_number() -> None:
+def test_a_token_without_text_is_named_by_its_number():
     words = Vocabulary(None)
     assert words.places([[7, 9], [9, 7]]).tolist() == [[0, 1], [1, 0]]
     assert words.texts == ["7", "9"]
 
 
-def test_what_does_not_show_has_a_sign() -> None:
+def test_what_does_not_show_has_a_sign():
     texts = ["a b", " the", "\n", "a\tb", "\x00\u202e", "", "  ", "é🚀"]
     assert list(map(visible, texts)) == ["a b", "␣the", "⏎", "a⇥b", "U+0000U+202E", "", "␣␣", "é🚀"]
 
 
 @pytest.mark.parametrize(("token", "text"), [(0, "a"), (1, r"\xf0"), (2, "[2]")])
-def test_a_part_of_a_character_shows_its_bytes(token: int, text: str) -> None:
+def test_a_part_of_a_character_shows_its_bytes(token, text):
     class Codec:
         def written(self, token: int) -> bytes:
             return [b"a", "🚀".encode()[:1], b""][token]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def panels_of(bundle: Bundle, *, reference: bool = False) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["llama", "plain"])
-def test_every_panel_can_be_drawn(bundle_of: Callable[..., Bundle], name: str) -> None:
+def test_every_panel_can_be_drawn(bundle_of, name):
     found = panels_of(bundle_of(name), reference=True)
     found["text"]["at"] = 2
     drawn = {panel: picture(found, panel) for panel in PICTURES}
@@ -43,7 +42,7 @@ def test_every_panel_can_be_drawn(bundle_of: Callable[..., Bundle], name: str) -
     assert {panel for panel in PICTURES if picture(found, panel) != drawn[panel]} == {"next", "sampler"}
 
 
-def test_a_picture_of_nothing_or_of_too_much_is_refused(bundle_of: Callable[..., Bundle]) -> None:
+def test_a_picture_of_nothing_or_of_too_much_is_refused(bundle_of):
     found = panels_of(bundle_of("llama"))
     with pytest.raises(InputError, match="there is no panel reference: no --reference is given"):
         picture(found, "reference")
@@ -56,7 +55,7 @@ def test_a_picture_of_nothing_or_of_too_much_is_refused(bundle_of: Callable[...,
         picture(found, "attention")
 
 
-def test_letters_that_the_font_lacks_are_their_codes(bundle_of: Callable[..., Bundle]) -> None:
+def test_letters_that_the_font_lacks_are_their_codes(bundle_of):
     found = panels_of(bundle_of("llama"))
     found["vocabulary"] = ["$x$ 犬"] * len(found["vocabulary"])
     assert picture(found, "tokens")  # and no warning

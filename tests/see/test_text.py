@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,7 @@ from pastkey.runtime.settings import SamplingConfig
 from pastkey.see.text import EXAMPLE, Text, continued, stages
 
 
-def test_a_text_ends_with_its_end_token_or_with_the_last_that_was_asked_for(classic: Path) -> None:
+def test_a_text_ends_with_its_end_token_or_with_the_last_that_was_asked_for(classic):
     with pastkey.load(classic / "bundle", "cpu") as lm:
         (end,) = lm.manifest.eos_token_ids
         text = continued(lm, "what is statquest", 9, {})
@@ -24,9 +22,7 @@ def test_a_text_ends_with_its_end_token_or_with_the_last_that_was_asked_for(clas
         assert short == Text(lm.prompt_ids("what is statquest"), 4, completion.ids[0], False)
 
 
-def test_a_text_of_more_tokens_than_fit_is_refused_before_it_is_computed(
-    classic: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_of_more_tokens_than_fit_is_refused_before_it_is_computed(classic, monkeypatch):
     monkeypatch.setattr("pastkey.see.text.MOST_TOKENS", 5)
     with pastkey.load(classic / "bundle", "cpu") as lm:
         monkeypatch.setattr(type(lm), "generate", None)
@@ -34,7 +30,7 @@ def test_a_text_of_more_tokens_than_fit_is_refused_before_it_is_computed(
             continued(lm, "what is statquest", 9, {})
 
 
-def test_stages_are_those_of_the_sampler_and_contain_its_draw() -> None:
+def test_stages_are_those_of_the_sampler_and_contain_its_draw():
     logits = np.random.default_rng(0).normal(0, 3, (3, 50)).astype(np.float32)
     text = Text([4, 8, 15], 2, 16, False)
     found = list(stages(text, 0, logits, {**EXAMPLE, "repetition_penalty": 1.3}, 5))

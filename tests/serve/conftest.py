@@ -51,7 +51,7 @@ def ids_of(text: str) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory):
     """A tiny decoder with a tokenizer, a chat template, and hidden states."""
     folder = tmp_path_factory.mktemp("serve") / "tiny"
     tiny = Tiny.random([(8, 8)], context_length=600)
@@ -60,7 +60,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def saying(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def saying(tmp_path_factory):
     """A bundle that answers a rendering with a text, and then says Z, its EOS token."""
 
     def made(rendered: str, answer: str) -> Path:
@@ -144,7 +144,7 @@ def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iter
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Path) -> Iterator[Served]:
+def served(bundle):
     with running(bundle) as found:
         yield found
 

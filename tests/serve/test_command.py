@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,7 @@ def parsed(*words: str) -> argparse.Namespace:
     return parser.parse_args(["b", *words])
 
 
-def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flags_the_settings_are_the_defaults(monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     assert settings_of(parsed()) == ServerSettings(names=("b",))
     found = settings_of(parsed("--max-queue", "0", "--alias", "x", "--alias", "y", "--default", "top_k=3"))
@@ -30,7 +29,7 @@ def test_without_flags_the_settings_are_the_defaults(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("given", ["inf", "-inf", "nan", "1e999", "4GB", ""])
-def test_a_memory_that_is_no_number_of_bytes_is_a_sentence(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_memory_that_is_no_number_of_bytes_is_a_sentence(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["serve", "nowhere", f"--max-memory={given}"])
     told = capsys.readouterr().err
@@ -40,7 +39,7 @@ def test_a_memory_that_is_no_number_of_bytes_is_a_sentence(given: str, capsys: p
     assert parsed("--max-memory", "4e9").max_memory == 4_000_000_000
 
 
-def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n", encoding="utf-8")
     monkeypatch.setenv(KEY, "three")
@@ -54,7 +53,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_another_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_address_needs_a_key(host, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(InputError, match="no key is set: add --api-key-file"):
         settings_of(parsed("--host", host))
@@ -64,7 +63,7 @@ def test_another_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LocalHost", "::1", "127.1.2.3"])
-def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_needs_none(host, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     assert settings_of(parsed("--host", host)).host == host
 
@@ -77,12 +76,12 @@ def test_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> None
         ("temperature=-1", "temperature is -1"),
     ],
 )
-def test_a_wrong_default_is_told(pair: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_default_is_told(pair, told, capsys):
     assert main(["serve", "nowhere", "--port", "0", "--default", pair]) == 2
     assert told in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_a_sentence(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", str(tmp_path), "--port", port]) == 2
@@ -91,6 +90,6 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("host", "port"), [("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 99999)])
-def test_an_address_that_is_not_here_is_a_sentence(host: str, port: int) -> None:
+def test_an_address_that_is_not_here_is_a_sentence(host, port):
     with pytest.raises(InputError, match=f"cannot listen on {host}"):
         listen(host, port)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from .conftest import Served, running
+from .conftest import running
 
 
 @pytest.fixture(scope="module")
-def hasty(bundle: Path) -> Iterator[Served]:
+def hasty(bundle):
     with running(bundle, receive_seconds=0.3) as served:
         yield served
 
@@ -28,19 +26,19 @@ def read(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX:"])
-def test_headers_that_do_not_end_in_time_close_the_connection(hasty: Served, sent: bytes) -> None:
+def test_headers_that_do_not_end_in_time_close_the_connection(hasty, sent):
     with socket.create_connection(("127.0.0.1", hasty.port), 60) as client:
         client.sendall(sent)
         assert read(client) == b""
 
 
-def test_the_second_request_of_a_connection_has_the_same_time(hasty: Served) -> None:
+def test_the_second_request_of_a_connection_has_the_same_time(hasty):
     with socket.create_connection(("127.0.0.1", hasty.port), 60) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
         assert read(client).endswith(b'{"status":"ok"}')
 
 
-def test_endless_headers_are_refused(hasty: Served) -> None:
+def test_endless_headers_are_refused(hasty):
     with socket.create_connection(("127.0.0.1", hasty.port), 60) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
         with contextlib.suppress(ConnectionError):
@@ -57,7 +55,7 @@ def client_error() -> bytes:
     )
 
 
-def test_what_is_no_http_is_refused(hasty: Served) -> None:
+def test_what_is_no_http_is_refused(hasty):
     with socket.create_connection(("127.0.0.1", hasty.port), 60) as client:
         client.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert read(client).lower() == client_error().lower()

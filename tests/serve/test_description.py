@@ -7,10 +7,8 @@ import re
 
 from pastkey.serve.app import TABLE
 
-from .conftest import Served
 
-
-def test_each_route_is_described_by_its_model(served: Served) -> None:
+def test_each_route_is_described_by_its_model(served):
     status, found = served.ask("/openapi.json")
     assert (status, found["openapi"]) == (200, "3.1.0")
     assert found["paths"].keys() == {re.sub(r":\w+}", "}", entry.path) for entry in TABLE}
@@ -24,7 +22,7 @@ def test_each_route_is_described_by_its_model(served: Served) -> None:
             assert schema["additionalProperties"] is False
 
 
-def test_every_reference_leads_to_a_schema(served: Served) -> None:
+def test_every_reference_leads_to_a_schema(served):
     found = served.ask("/openapi.json")[1]
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(found)))
     assert references

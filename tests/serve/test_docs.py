@@ -22,7 +22,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def patient(tmp_path_factory):
     """A bundle that reads every letter: one that it lacks is Q."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, [], unk_token="Q"))
     tokenizer.decoder = decoders.Fuse()
@@ -31,7 +31,7 @@ def patient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(folder, tiny, "fused", tokenizer=tokenizer, tokenizer_config=config).path
 
 
-def test_the_command_and_the_program_of_the_page_run(patient: Path, tmp_path: Path) -> None:
+def test_the_command_and_the_program_of_the_page_run(patient, tmp_path):
     pytest.importorskip("openai")
     (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"^    (curl (?:.*\\\n)?.*)$", PAGE, re.MULTILINE)
@@ -49,7 +49,7 @@ def test_the_command_and_the_program_of_the_page_run(patient: Path, tmp_path: Pa
     assert len(done.stdout) == 64 + 1 + 64  # the answer, a line break, the streamed answer
 
 
-def test_the_page_names_every_route_and_field() -> None:
+def test_the_page_names_every_route_and_field():
     for entry in TABLE:
         assert re.sub(r"{.*}", "NAME", entry.path) in PAGE
     for name in schemas.ModelBody.model_fields:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,31 +13,31 @@ PATH = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def locked(bundle: Path) -> Iterator[Served]:
+def locked(bundle):
     settings = {"keys": ("QZ", "ß2", "密2", "\udce92"), "body_bytes": 1000, "receive_seconds": 0.3}
     with running(bundle, allow_origins=("https://a.b",), allow_hosts=("Proxy.a",), **settings) as served:
         yield served
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9", "[::1]:8080", "LOCALHOST", "proxy.a", "PROXY.A:80"])
-def test_a_host_that_is_this_machine_may_be_asked(locked: Served, host: str) -> None:
+def test_a_host_that_is_this_machine_may_be_asked(locked, host):
     assert locked.ask("/health", Host=host) == (200, {"status": "ok"})
 
 
 @pytest.mark.parametrize("host", ["evil.com", "localhost.evil.com", "127.0.0.1.evil.com", "", "[", "0.0.0.0"])
-def test_another_host_is_refused_as_a_page_that_was_bound_anew_would_send_it(locked: Served, host: str) -> None:
+def test_another_host_is_refused_as_a_page_that_was_bound_anew_would_send_it(locked, host):
     status, reply = locked.ask("/health", Host=host)
     assert (status, "Host header" in reply["error"]["message"]) == (403, True)
 
 
-def test_a_page_of_another_site_may_not_ask(served: Served, locked: Served) -> None:
+def test_a_page_of_another_site_may_not_ask(served, locked):
     assert served.ask(PATH, BODY, Origin="https://a.b")[0] == 403
     assert served.ask(PATH, BODY, Origin="null")[0] == 403
     assert served.ask(PATH, BODY, Origin=f"http://127.0.0.1:{served.port}")[0] == 200
     assert locked.ask(PATH, BODY, Origin="https://a.b", Authorization="Bearer QZ")[0] == 200
 
 
-def test_cors_headers_are_those_of_allowed_origins(served: Served, locked: Served) -> None:
+def test_cors_headers_are_those_of_allowed_origins(served, locked):
     def allowed(server: Served, origin: str) -> str | None:
         client = server.connection()
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST", "Connection": "close"}
@@ -72,7 +69,7 @@ def test_cors_headers_are_those_of_allowed_origins(served: Served, locked: Serve
         ({"X-Api-Key": b"\xe92"}, 200),
     ],
 )
-def test_each_route_but_health_needs_a_key(locked: Served, headers: dict[str, Any], status: int) -> None:
+def test_each_route_but_health_needs_a_key(locked, headers, status):
     for path, body in (
         (PATH, BODY),
         ("/v1/models", None),
@@ -86,11 +83,11 @@ def test_each_route_but_health_needs_a_key(locked: Served, headers: dict[str, An
     assert locked.ask("/health")[0] == 200
 
 
-def test_the_page_which_has_the_weights_is_not_given_where_there_is_a_key(locked: Served) -> None:
+def test_the_page_which_has_the_weights_is_not_given_where_there_is_a_key(locked):
     assert locked.ask("/pastkey.json")[0] == 404
 
 
-def test_a_body_has_a_limit_of_size_however_it_is_sent(locked: Served) -> None:
+def test_a_body_has_a_limit_of_size_however_it_is_sent(locked):
     headers = {"Authorization": "Bearer QZ"}
     assert locked.ask(PATH, b"x" * 1001, **headers)[0] == 413
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: QZ\r\n"
@@ -99,7 +96,7 @@ def test_a_body_has_a_limit_of_size_however_it_is_sent(locked: Served) -> None:
     assert raw(locked, head + "Transfer-Encoding: chunked\r\n\r\n" + chunk * 3).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_that_does_not_come_is_given_up(locked: Served) -> None:
+def test_a_body_that_does_not_come_is_given_up(locked):
     head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: QZ\r\nContent-Length: 10\r\n\r\n"
     assert raw(locked, head).startswith(b"HTTP/1.1 408 ")
 

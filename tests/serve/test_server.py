@@ -23,7 +23,7 @@ from .conftest import Gate, Served, letters, running
 BODY = {"prompt": "abc", "max_tokens": 4}
 
 
-def test_while_the_model_is_loaded_the_status_is_503(bundle: Path) -> None:
+def test_while_the_model_is_loaded_the_status_is_503(bundle):
     go = threading.Event()
 
     def opened() -> LanguageModel:
@@ -40,7 +40,7 @@ def test_while_the_model_is_loaded_the_status_is_503(bundle: Path) -> None:
         assert served.ask("/v1/completions", BODY)[0] == 200
 
 
-def test_running_and_queued_requests_are_answered_before_the_end(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_and_queued_requests_are_answered_before_the_end(bundle, monkeypatch):
     with running(bundle, max_concurrency=1) as served, ThreadPoolExecutor(2) as clients:
         model = served.model
         text = model.generate("abc", max_new_tokens=4).text
@@ -54,7 +54,7 @@ def test_running_and_queued_requests_are_answered_before_the_end(bundle: Path, m
     assert model.closed
 
 
-def test_after_its_time_the_end_comes_anyway(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_its_time_the_end_comes_anyway(bundle, monkeypatch):
     with running(bundle, drain_seconds=1) as served:
         gate = Gate(served.model, monkeypatch)
         with served.response("/v1/completions", {**BODY, "max_tokens": 500, "stream": True}) as response:
@@ -83,7 +83,7 @@ def command(bundle: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_sigterm_ends_the_command_with_success(tmp_path: Path) -> None:
+def test_sigterm_ends_the_command_with_success(tmp_path):
     authors = {"do_sample": True, "top_k": 5}
     bundle = write_bundle(tmp_path / "b", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=authors)
     with command(bundle.path, "--alias", "a", "--default", "temperature=0") as process:
@@ -106,7 +106,7 @@ def test_sigterm_ends_the_command_with_success(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, status: int, tmp_path: Path) -> None:
+def test_a_signal_ends_a_server_that_still_loads(number, status, tmp_path):
     program = f"""if True:
         import tempfile, time
         from pastkey.runtime.model.unpack import TemporaryFolder
@@ -134,7 +134,7 @@ def test_a_signal_ends_a_server_that_still_loads(number: signal.Signals, status:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path: Path) -> None:
+def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path):
     wrong = {"do_sample": True, "top_p": 9}
     hot = write_bundle(tmp_path / "hot", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=wrong)
     for bundle, said in ((tmp_path, "pastkey.json"), (hot.path, "generation_config.json is not valid: top_p is 9")):
@@ -153,7 +153,7 @@ def bundle_with(template: str, folder: Path) -> Path:
     return write_bundle(folder / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
 
 
-def test_a_template_that_cannot_be_compiled_is_told_at_the_start(tmp_path: Path) -> None:
+def test_a_template_that_cannot_be_compiled_is_told_at_the_start(tmp_path):
     with command(bundle_with("{% for %}", tmp_path)) as process:
         assert process.stderr is not None
         lines = [process.stderr.readline() for _ in range(2)]
@@ -163,7 +163,7 @@ def test_a_template_that_cannot_be_compiled_is_told_at_the_start(tmp_path: Path)
 
 
 @pytest.mark.parametrize("template", ["{{ 'x' * 10**9 }}", "{{ '%1000000000d' % 1 }}", "{{ 10**10**10 }}"])
-def test_a_template_without_bounds_is_refused_and_the_server_goes_on(template: str, tmp_path: Path) -> None:
+def test_a_template_without_bounds_is_refused_and_the_server_goes_on(template, tmp_path):
     with running(bundle_with(template, tmp_path)) as served:
         status, reply = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
         assert status == 400

@@ -7,7 +7,6 @@ import http.client
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,7 @@ def begun(served: Served, content: dict[str, Any]) -> http.client.HTTPConnection
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_text_within_a_step(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
+def test_a_client_that_leaves_ends_its_text_within_a_step(bundle, monkeypatch, stream):
     with running(bundle) as served:
         gate = Gate(served.model, monkeypatch)
         gate.release(5)
@@ -59,9 +56,7 @@ def test_a_client_that_leaves_ends_its_text_within_a_step(
         assert served.ask(PATH, body("abc", 3))[0] == 200
 
 
-def test_a_queued_client_that_leaves_frees_its_place_and_no_others(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queued_client_that_leaves_frees_its_place_and_no_others(bundle, monkeypatch):
     with running(bundle, max_concurrency=1, max_queue=2) as served:
         expected = [served.model.generate(prompt, max_new_tokens=20).text for prompt in ("abc", "de")]
         gate = Gate(served.model, monkeypatch)
@@ -81,7 +76,7 @@ def test_a_queued_client_that_leaves_frees_its_place_and_no_others(
         assert served.model.activity.requests == 4  # the leaver never began
 
 
-def test_a_full_queue_is_a_429_that_says_when_to_ask_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_a_429_that_says_when_to_ask_again(bundle, monkeypatch):
     with running(bundle, max_concurrency=1, max_queue=0) as served:
         gate = Gate(served.model, monkeypatch)
         with ThreadPoolExecutor(1) as clients:
@@ -95,7 +90,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_ask_again(bundle: Path, monkeyp
             assert first.result()[0] == 200
 
 
-def test_requests_are_answered_in_the_order_of_their_arrival(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_answered_in_the_order_of_their_arrival(bundle, monkeypatch):
     prompts = ["ab", "bcd", "cdef", "defgh", "efghil", "fghilmn"]  # each is prefilled in one run of its own length
     with running(bundle, max_concurrency=1, max_queue=8) as served, ThreadPoolExecutor(6) as clients:
         shapes = runs_of(served.model.require_open().graph, monkeypatch)
@@ -109,7 +104,7 @@ def test_requests_are_answered_in_the_order_of_their_arrival(bundle: Path, monke
 
 
 @pytest.mark.matrix
-def test_every_request_is_answered_or_refused_and_none_is_lost(bundle: Path) -> None:
+def test_every_request_is_answered_or_refused_and_none_is_lost(bundle):
     """tests/programs/test_server_load.py asks a hundred times, for CI."""
     count = 10_000
     with running(bundle, max_concurrency=4, max_queue=8) as served:
@@ -134,7 +129,7 @@ def test_every_request_is_answered_or_refused_and_none_is_lost(bundle: Path) -> 
         assert served.ask(PATH, body("abc", 2))[1]["choices"][0]["text"] == text
 
 
-def test_a_reader_that_takes_nothing_holds_no_place(bundle: Path) -> None:
+def test_a_reader_that_takes_nothing_holds_no_place(bundle):
     with running(bundle, max_concurrency=1) as served:
         client = begun(served, body("abc", 590, stream=True))  # its events are more than a socket's buffers hold
         waiting.until(lambda: served.model.activity.requests == 1)
@@ -146,7 +141,7 @@ def test_a_reader_that_takes_nothing_holds_no_place(bundle: Path) -> None:
         client.close()
 
 
-def test_a_long_prefill_sends_pings(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prefill_sends_pings(bundle, monkeypatch):
     with running(bundle, ping_seconds=0.05) as served:
         gate = Gate(served.model, monkeypatch)
         with contextlib.closing(served.response(PATH, body("abc", 2, stream=True))) as response:
@@ -155,7 +150,7 @@ def test_a_long_prefill_sends_pings(bundle: Path, monkeypatch: pytest.MonkeyPatc
             assert list(data_of(response))[-1] == "[DONE]"
 
 
-def test_the_time_of_a_request_ends_its_text(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_request_ends_its_text(bundle, monkeypatch):
     with running(bundle, timeout=0.2) as served:
         runs_of(served.model.require_open().graph, monkeypatch, 0.01)
         reply = served.ask(PATH, body("abc", 500))[1]
@@ -163,7 +158,7 @@ def test_the_time_of_a_request_ends_its_text(bundle: Path, monkeypatch: pytest.M
         assert reply["usage"]["completion_tokens"] < 500
 
 
-def test_one_request_with_many_prompts_is_never_cut_by_the_queue(bundle: Path) -> None:
+def test_one_request_with_many_prompts_is_never_cut_by_the_queue(bundle):
     with running(bundle, max_concurrency=2, max_queue=0) as served:
         status, reply = served.ask(PATH, {"prompt": ["ab"] * 9, "max_tokens": 2, "n": 2})
         assert (status, [choice["index"] for choice in reply["choices"]]) == (200, list(range(18)))

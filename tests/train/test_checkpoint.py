@@ -40,7 +40,7 @@ def weights(model: Decoder) -> float:
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path):
     folder = bare_checkpoint(tmp_path / "checkpoint")
     save_checkpoint(folder, decoder(1), no_state(5, val_loss=1.5))
     return folder
@@ -56,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
         {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "norm": "layernorm"},
     ],
 )
-def test_a_configuration_knows_how_many_weights_a_decoder_has(changes: dict[str, Any]) -> None:
+def test_a_configuration_knows_how_many_weights_a_decoder_has(changes):
     model = decoder(0, **changes)
     assert model.config.weights == sum(parameter.numel() for parameter in model.parameters())
 
@@ -69,9 +69,7 @@ def test_a_configuration_knows_how_many_weights_a_decoder_has(changes: dict[str,
         ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000000000000000000000000000000; it must be a number"),
     ],
 )
-def test_sizes_without_weights_are_refused_before_a_layer_is_made(
-    changes: dict[str, Any], words: str, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_without_weights_are_refused_before_a_layer_is_made(changes, words, saved, monkeypatch):
     config = saved / names.CONFIG
     content = json.loads(config.read_text()) | changes
     config.write_text(json.dumps(content))
@@ -84,7 +82,7 @@ def test_sizes_without_weights_are_refused_before_a_layer_is_made(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_was_saved_is_loaded(tied: bool, tmp_path: Path) -> None:
+def test_what_was_saved_is_loaded(tied, tmp_path):
     model = decoder(3, tie_word_embeddings=tied)
     folder = bare_checkpoint(tmp_path / "c")
     save_checkpoint(folder, model, no_state(7))
@@ -101,14 +99,14 @@ def test_what_was_saved_is_loaded(tied: bool, tmp_path: Path) -> None:
     assert not list(folder.rglob("*.new"))
 
 
-def test_nothing_is_pickled(saved: Path) -> None:
+def test_nothing_is_pickled(saved):
     files = [file for file in saved.rglob("*") if file.is_file()]
     assert files
     for file in files:
         assert not file.read_bytes().startswith((b"\x80", b"PK")), file  # pickle, torch.save
 
 
-def test_the_model_loads_without_the_training_state(saved: Path) -> None:
+def test_the_model_loads_without_the_training_state(saved):
     shutil.rmtree(saved / "training")
     checkpoint = load_checkpoint(saved)
     with pytest.raises(IntegrityError, match=r"training/.* is missing"):
@@ -117,7 +115,7 @@ def test_the_model_loads_without_the_training_state(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", [names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
-def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named(saved, name, damage):
     file = saved / name
     content = bytearray(file.read_bytes())
     file.unlink()
@@ -130,14 +128,14 @@ def test_a_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
         load_checkpoint(saved)
 
 
-def test_a_newer_version_asks_for_an_upgrade(saved: Path) -> None:
+def test_a_newer_version_asks_for_an_upgrade(saved):
     manifest = json.loads((saved / names.MANIFEST).read_text())
     (saved / names.MANIFEST).write_text(json.dumps(manifest | {"format_version": 3}))
     with pytest.raises(IntegrityError, match="upgrade pastkey"):
         load_checkpoint(saved)
 
 
-def test_a_manifest_cannot_list_files_outside(saved: Path) -> None:
+def test_a_manifest_cannot_list_files_outside(saved):
     manifest = json.loads((saved / names.MANIFEST).read_text())
     manifest["training"]["files"]["../elsewhere"] = {"size": 1, "sha256": "0"}
     (saved / names.MANIFEST).write_text(json.dumps(manifest))
@@ -145,7 +143,7 @@ def test_a_manifest_cannot_list_files_outside(saved: Path) -> None:
         load_checkpoint(saved)
 
 
-def test_weights_that_do_not_fit_the_configuration_are_named(saved: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_configuration_are_named(saved, tmp_path):
     folder = bare_checkpoint(tmp_path / "other")
     save_checkpoint(folder, decoder(1, hidden_size=10), no_state())
     manifest = json.loads((saved / names.MANIFEST).read_text())
@@ -182,9 +180,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, limit: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("limit", range(14))
-def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(
-    saved: Path, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(saved, limit, monkeypatch):
     old, new = decoder(1), decoder(2)
     dying = operations(monkeypatch, limit)
     next(dying)
@@ -210,7 +206,7 @@ def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(
     assert weights(load_checkpoint(saved).model) == weights(decoder(3))
 
 
-def test_a_reader_leaves_a_save_in_progress_alone(saved: Path) -> None:
+def test_a_reader_leaves_a_save_in_progress_alone(saved):
     pending = saved / (STATE + ".new")
     pending.write_bytes(b"half of the next")
     load_checkpoint(saved)
@@ -228,9 +224,7 @@ def cut_short(saved: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch) -> N
     next(dying, None)
 
 
-def test_a_reader_between_two_saves_cannot_put_half_of_the_next_in_the_place_of_a_good_file(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_between_two_saves_cannot_put_half_of_the_next_in_the_place_of_a_good_file(saved, monkeypatch):
     """The reader sees NAME.new whole, and by the time that it reads it, the next save has begun to write it."""
     cut_short(saved, decoder(2), monkeypatch)
     checked = module._check
@@ -251,9 +245,7 @@ def test_a_reader_between_two_saves_cannot_put_half_of_the_next_in_the_place_of_
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_save_while_a_reader_reads_gives_the_model_of_one_save(
-    moment: str, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_while_a_reader_reads_gives_the_model_of_one_save(moment, saved, monkeypatch):
     loaded = module.safetensors.torch.load_file
 
     def saving(path: Path) -> Any:
@@ -272,7 +264,7 @@ def test_a_save_while_a_reader_reads_gives_the_model_of_one_save(
         load_optimizer(saved, training)
 
 
-def test_one_that_is_saved_each_time_it_is_read_is_a_sentence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_saved_each_time_it_is_read_is_a_sentence(saved, monkeypatch):
     loaded, step = module.safetensors.torch.load_file, iter(range(6, 1000))
 
     def saving(path: Path) -> Any:
@@ -300,7 +292,7 @@ for step in range(6, 100_000):
 
 
 @pytest.mark.slow
-def test_every_read_beside_a_process_that_saves_all_the_time_is_of_one_save(saved: Path) -> None:
+def test_every_read_beside_a_process_that_saves_all_the_time_is_of_one_save(saved):
     sums = [weights(decoder(seed)) for seed in (0, 1, 2)]
     process = subprocess.Popen([sys.executable, "-c", SAVE, str(saved)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with process:
@@ -319,7 +311,7 @@ def test_every_read_beside_a_process_that_saves_all_the_time_is_of_one_save(save
     load_checkpoint(saved)
 
 
-def test_a_save_cut_short_is_read_on_a_disk_that_takes_no_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_cut_short_is_read_on_a_disk_that_takes_no_writing(saved, monkeypatch):
     cut_short(saved, decoder(2), monkeypatch)
 
     def refused(*_: Any, **__: Any) -> None:
@@ -333,9 +325,7 @@ def test_a_save_cut_short_is_read_on_a_disk_that_takes_no_writing(saved: Path, m
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_an_interrupt_after_the_manifest_keeps_what_it_lists(
-    committed: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_after_the_manifest_keeps_what_it_lists(committed, saved, monkeypatch):
     written = module.write_json
 
     def interrupted(path: Path, content: Any) -> None:
@@ -353,7 +343,7 @@ def test_an_interrupt_after_the_manifest_keeps_what_it_lists(
     assert weights(load_checkpoint(saved).model) == weights(decoder(2 if committed else 1))
 
 
-def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing(saved, monkeypatch):
     def full(path: Path, content: bytes) -> None:
         path.write_bytes(content[:100])
         if path.name.startswith("state"):

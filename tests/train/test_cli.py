@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,13 +16,11 @@ FLAGS = [item for name, value in TINY.items() for item in (f"--{name.replace('_'
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     return write_corpus(tmp_path / "text.txt")
 
 
-def test_json_is_the_only_thing_on_standard_output(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_the_only_thing_on_standard_output(text, tmp_path, capsys):
     assert main(["train", "--out", str(tmp_path / "c"), "--data", str(text), "--json", *FLAGS]) == 0
     out, err = capsys.readouterr()
     figures = json.loads(out)
@@ -32,7 +29,7 @@ def test_json_is_the_only_thing_on_standard_output(
     assert "held-out loss" in err
 
 
-def test_without_json_standard_output_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_json_standard_output_is_empty(tmp_path, capsys):
     assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c"), "--steps", "200"]) == 0
     out, err = capsys.readouterr()
     assert out == ""
@@ -40,7 +37,7 @@ def test_without_json_standard_output_is_empty(tmp_path: Path, capsys: pytest.Ca
     assert "pastkey export" in err
 
 
-def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_goes_on(text, tmp_path, capsys):
     out = ["train", "--out", str(tmp_path / "c")]
     assert main([*out, "--data", str(text), *FLAGS]) == 0
     assert main([*out, "--resume"]) == 2
@@ -49,7 +46,7 @@ def test_resume_goes_on(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["step"] == 14
 
 
-def test_processes_get_the_words_that_python_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_get_the_words_that_python_gave(monkeypatch):
     words = ["train", "--processes", "2", "--out", "c", "--no-compile"]
     monkeypatch.setattr(sys, "argv", ["notebook", "--steps", "9"])
     monkeypatch.setattr(launch, "launch", lambda *given: 7 if given == (2, words) else 1)
@@ -72,13 +69,7 @@ def test_processes_get_the_words_that_python_gave(monkeypatch: pytest.MonkeyPatc
         (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    arguments: list[str],
-    sentence: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "text.txt")
     (tmp_path / "empty").mkdir()

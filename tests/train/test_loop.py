@@ -54,7 +54,7 @@ def same_weights(one: Path, two: Path) -> bool:
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
-def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path: Path) -> None:
+def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path):
     figures = loop.train(TrainConfig.from_given({"preset": "classic"}), tmp_path / "c")
     assert figures["val_loss"] < 0.01  # every position of both sentences, prompt and answer
     checkpoint = load_checkpoint(tmp_path / "c")
@@ -69,7 +69,7 @@ def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path: Path) -> Non
         assert ((best[:, 0] - best[:, 1]) > 5).all(), best  # int8 must not be able to turn the answer
 
 
-def test_a_run_learns_and_reports(text: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_reports(text, tmp_path):
     figures = loop.train(tiny(steps=150, save_every=75, learning_rate=0.01), tmp_path / "c", data=[text])
     first, last = (row["loss"] for row in (read_metrics(tmp_path / "c")[0], read_metrics(tmp_path / "c")[-2]))
     assert last < 0.6 * first
@@ -86,13 +86,13 @@ def test_a_run_learns_and_reports(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "kind"), [("gpt2", "bpe"), ("llama", "word"), ("qwen2", "bpe"), ("qwen3", "bpe"), ("classic", "word")]
 )
-def test_every_preset_trains_on_text(preset: str, kind: str, text: Path, tmp_path: Path) -> None:
+def test_every_preset_trains_on_text(preset, kind, text, tmp_path):
     config = tiny(preset=preset, tokenizer=kind, vocab_size=261, steps=2, context=8)
     loop.train(config, tmp_path / "c", data=[text])
     assert load_checkpoint(tmp_path / "c").config.max_position_embeddings == 8
 
 
-def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_large_batch(text, tmp_path):
     loop.train(tiny(steps=1, batch_size=4, accumulate=3, save_every=1), tmp_path / "c", data=[text])
     row = read_metrics(tmp_path / "c")[0]
     training = load_checkpoint(tmp_path / "c").training
@@ -110,14 +110,14 @@ def test_accumulated_batches_are_one_large_batch(text: Path, tmp_path: Path) -> 
 
 
 # --- interruption -------------------------------------------------------------------------------------------------
-def test_the_same_seed_gives_the_same_run(text: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(text, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         loop.train(tiny(seed=seed), tmp_path / name, data=[text])
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_gradient_checkpointing_gives_the_same_run(text: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_run(text, tmp_path):
     for name, option in (("plain", False), ("less", True)):
         loop.train(tiny(steps=4, layers=2, gradient_checkpointing=option), tmp_path / name, data=[text])
     assert losses(tmp_path / "plain") == losses(tmp_path / "less")
@@ -128,9 +128,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("stop_at", [4, 5, 7, 11])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    stop_at: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(stop_at, text, tmp_path, monkeypatch):
     loop.train(tiny(), tmp_path / "whole", data=[text])
     original = loop.Run._one_step
 
@@ -150,7 +148,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_end(text: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_end(text, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole, text), check=True, capture_output=True)
     rng = random.Random(1)
@@ -185,7 +183,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_end(text: Path, tmp_
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
-def test_settings_of_a_run_cannot_change_when_it_is_resumed(text: Path, tmp_path: Path) -> None:
+def test_settings_of_a_run_cannot_change_when_it_is_resumed(text, tmp_path):
     out = tmp_path / "c"
     loop.train(tiny(steps=8), out, data=[text])
     with pytest.raises(InputError, match="started with preset llama, not gpt2"):
@@ -199,7 +197,7 @@ def test_settings_of_a_run_cannot_change_when_it_is_resumed(text: Path, tmp_path
     assert loop.resume(out, {"steps": 12, "batch_size": 4, "threads": 1}, data=[text])["step"] == 12
 
 
-def test_there_must_be_something_to_resume(text: Path, tmp_path: Path) -> None:
+def test_there_must_be_something_to_resume(text, tmp_path):
     with pytest.raises(MissingFileError, match="nothing to resume"):
         loop.resume(tmp_path / "none", {})
     loop.train(tiny(steps=4), tmp_path / "c", data=[text])
@@ -208,7 +206,7 @@ def test_there_must_be_something_to_resume(text: Path, tmp_path: Path) -> None:
         loop.resume(tmp_path / "c", {"steps": 8})
 
 
-def test_a_folder_that_exists_is_kept_unless_forced(text: Path, tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_kept_unless_forced(text, tmp_path):
     out = tmp_path / "c"
     loop.train(tiny(steps=4), out, data=[text])
     with pytest.raises(ExistingFolderError, match="already exists"):
@@ -220,22 +218,20 @@ def test_a_folder_that_exists_is_kept_unless_forced(text: Path, tmp_path: Path) 
     assert load_checkpoint(out).training["settings"]["seed"] == 1
 
 
-def test_the_classic_lesson_refuses_settings_that_it_cannot_be_learnt_with(tmp_path: Path) -> None:
+def test_the_classic_lesson_refuses_settings_that_it_cannot_be_learnt_with(tmp_path):
     for settings, reason in (({"tokenizer": "bpe"}, "by words"), ({"context": 3}, "too short for the classic lesson")):
         with pytest.raises(InputError, match=reason):
             loop.train(TrainConfig.from_given({"preset": "classic", **settings}), tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text, tmp_path):
     with pytest.raises(NumericsError, match=r"training broke at step \d+.*smaller --learning-rate"):
         loop.train(tiny(steps=60, learning_rate=1e30, warmup_steps=0, save_every=60), tmp_path / "c", data=[text])
     assert list(tmp_path.iterdir()) == [text]
 
 
-def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "schedule", lambda config, step: 1.0 if step < 100 else 300.0)
     with pytest.raises(
         NumericsError, match=r"diverges: the mean loss .* keeps step 100, --resume .* a smaller --learn"
@@ -250,9 +246,7 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(
     assert figures["val_loss"] < 1.5
 
 
-def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(text, tmp_path, monkeypatch):
     loop.train(tiny(steps=100), tmp_path / "base", data=[text])
     monkeypatch.setattr(loop, "schedule", lambda config, step: 300.0)
     given = {"init": str(tmp_path / "base"), "steps": 40, "save_every": 20, "learning_rate": 5e-3}
@@ -261,9 +255,7 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(
     assert not (tmp_path / "c").exists()
 
 
-def test_a_full_disk_keeps_what_was_saved_and_says_which_step(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_keeps_what_was_saved_and_says_which_step(text, tmp_path, monkeypatch, capsys):
     save = loop.save_checkpoint
 
     def full(folder: Path, model: Any, state: Any, **more: Any) -> None:
@@ -277,14 +269,14 @@ def test_a_full_disk_keeps_what_was_saved_and_says_which_step(
     assert f"{tmp_path / 'c'} keeps step 4, --resume goes on from it\n" in capsys.readouterr().err
 
 
-def test_answers_without_text_have_a_loss_and_no_fault(tmp_path: Path) -> None:
+def test_answers_without_text_have_a_loss_and_no_fault(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": "ab", "completion": ""}\n{"prompt": "ba", "completion": ""}\n' * 20)
     figures = loop.train(tiny(steps=2, tokenizer="char"), tmp_path / "c", data=[data])
     assert figures["val_loss"] > 0
 
 
-def test_targets_that_are_ignored_are_not_trained() -> None:
+def test_targets_that_are_ignored_are_not_trained():
     inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, -100, -100], [-100, -100, -100]])
     model = loop.Decoder(tiny().model_config(9, None, 0))
     loss = next_token_loss(model, (inputs, targets))
@@ -294,7 +286,7 @@ def test_targets_that_are_ignored_are_not_trained() -> None:
 
 
 @pytest.mark.parametrize("broken", ["one line", b"\xff\xfe"])
-def test_a_bad_corpus_leaves_nothing(broken: str | bytes, tmp_path: Path) -> None:
+def test_a_bad_corpus_leaves_nothing(broken, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(broken.encode() if isinstance(broken, str) else broken)
     with pytest.raises(InputError):
@@ -303,9 +295,7 @@ def test_a_bad_corpus_leaves_nothing(broken: str | bytes, tmp_path: Path) -> Non
     assert not (tmp_path / "deep" / "c").exists()
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(text, tmp_path, monkeypatch):
     original = loop.save_checkpoint
 
     def full_at_8(folder: Path, model: Any, state: Any, **more: Any) -> None:
@@ -319,7 +309,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     assert load_checkpoint(tmp_path / "c").training["step"] == 4
 
 
-def test_training_puts_torch_back_as_it_was(text: Path, tmp_path: Path) -> None:
+def test_training_puts_torch_back_as_it_was(text, tmp_path):
     threads = torch.get_num_threads()
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -330,7 +320,7 @@ def test_training_puts_torch_back_as_it_was(text: Path, tmp_path: Path) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_the_checkpoint_records_is_the_run(text: Path, tmp_path: Path) -> None:
+def test_what_the_checkpoint_records_is_the_run(text, tmp_path):
     config = tiny(steps=4)
     loop.train(config, tmp_path / "c", data=[text])
     training = load_checkpoint(tmp_path / "c").training
@@ -342,7 +332,7 @@ def test_what_the_checkpoint_records_is_the_run(text: Path, tmp_path: Path) -> N
         loop.resume(tmp_path / "c", {"steps": 8})
 
 
-def test_minutes_plan_the_steps(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_plan_the_steps(text, tmp_path, monkeypatch):
     seconds = itertools.count()  # one passes at each look
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     figures = loop.train(dataclasses.replace(tiny(save_every=1000), minutes=2.0), tmp_path / "c", data=[text])
@@ -355,7 +345,7 @@ def test_minutes_plan_the_steps(text: Path, tmp_path: Path, monkeypatch: pytest.
     assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step takes more than the time
 
 
-def test_another_process_has_the_facts_that_the_first_prepared(tmp_path: Path) -> None:
+def test_another_process_has_the_facts_that_the_first_prepared(tmp_path):
     sources = (SourceTokens("a.txt", 60, 0.7), SourceTokens("b.txt", 40, 0.3))
     info = DataInfo("a.txt, b.txt", "0" * 64, 2, "<u2", 100, 10, 20, 0, 0, sources=sources)
     told = {"path": str(tmp_path / "new"), "info": json.loads(json.dumps(info.to_json()))}

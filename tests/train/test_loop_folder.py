@@ -45,7 +45,7 @@ def state(folder: Path) -> tuple[int, int]:
 
 
 @pytest.fixture
-def old(text: Path, tmp_path: Path) -> Path:
+def old(text, tmp_path):
     """A finished run of seed 0, alone in its folder."""
     out = tmp_path / "place" / "c"
     loop.train(tiny(steps=2), out, data=[text])
@@ -53,9 +53,7 @@ def old(text: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_run_is_at_its_name_from_its_first_save_on(
-    force: bool, old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_at_its_name_from_its_first_save_on(force, old, text, monkeypatch):
     out = old if force else old.with_name("d")
     before, seen = files(old), dict[int, tuple[int, int] | None]()
     original = loop.Run._one_step
@@ -74,9 +72,7 @@ def test_a_run_is_at_its_name_from_its_first_save_on(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("at", [3, 5])
-def test_a_run_that_ends_early_leaves_the_old_one_or_what_it_saved(
-    at: int, error: type[BaseException], old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ends_early_leaves_the_old_one_or_what_it_saved(at, error, old, text, monkeypatch):
     def end() -> None:
         raise error
 
@@ -94,9 +90,7 @@ def test_a_run_that_ends_early_leaves_the_old_one_or_what_it_saved(
         assert state(old) == (1, 12)
 
 
-def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(
-    old: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(old, text, monkeypatch):
     refused = []
 
     def others() -> None:
@@ -121,9 +115,7 @@ def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("saved", [False, True])
-def test_signals_leave_the_old_one_or_what_was_saved(
-    saved: bool, number: signal.Signals, status: int, old: Path, text: Path
-) -> None:
+def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old, text):
     before, every = files(old), "20" if saved else "100000"
     process = subprocess.Popen(
         [*command(old, text), "--force", "--seed", "1", "--steps", "1000000", "--save-every", every],
@@ -148,7 +140,7 @@ def test_signals_leave_the_old_one_or_what_was_saved(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
-def test_under_nohup_a_closed_terminal_ends_nothing(text: Path, tmp_path: Path) -> None:
+def test_under_nohup_a_closed_terminal_ends_nothing(text, tmp_path):
     process = subprocess.Popen(
         [*command(tmp_path / "c", text), "--save-every", "1"],
         stderr=subprocess.PIPE,

@@ -74,7 +74,7 @@ def random_ids(rows: int, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_have_one_row_per_position_and_look_only_back(variant: str) -> None:
+def test_logits_have_one_row_per_position_and_look_only_back(variant):
     model = decoder(variant)
     ids = random_ids(3, 7)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_logits_have_one_row_per_position_and_look_only_back(variant: str) -> No
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
-def test_rotary_logits_depend_on_distances_alone(variant: str) -> None:
+def test_rotary_logits_depend_on_distances_alone(variant):
     model = decoder(variant)
     ids = random_ids(2, 9)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_rotary_logits_depend_on_distances_alone(variant: str) -> None:
     assert torch.allclose(near, far, atol=2e-4)
 
 
-def test_sinusoids_are_those_of_the_paper() -> None:
+def test_sinusoids_are_those_of_the_paper():
     encoding = Sinusoids(5)(torch.tensor([[0, 3]]))[0]
     assert encoding[0].tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
     expected = [math.sin(3), math.cos(3), math.sin(3 / 10000 ** (2 / 5))]
@@ -104,12 +104,12 @@ def test_sinusoids_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
-def test_transformers_loads_the_checkpoint_and_computes_the_same(variant: str, tmp_path: Path) -> None:
+def test_transformers_loads_the_checkpoint_and_computes_the_same(variant, tmp_path):
     assert_transformers_computes_the_same(decoder(variant), tmp_path, [17])
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_scaled_rotary_positions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_scaled_rotary_positions_are_those_of_transformers(name, tmp_path):
     """In a text within the original context, and in one as long as the scaled context."""
     model = decoder("llama", rope_scaling=SCALINGS[name])
     assert_transformers_computes_the_same(model, tmp_path, [9, 40])
@@ -138,7 +138,7 @@ def assert_transformers_computes_the_same(model: Decoder, folder: Path, lengths:
         assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
 
 
-def test_generate_takes_the_likeliest_token_until_the_end_token() -> None:
+def test_generate_takes_the_likeliest_token_until_the_end_token():
     model = decoder("llama")
     prompt = random_ids(3, 4)
     rows = generate(model, prompt, 12)
@@ -151,7 +151,7 @@ def test_generate_takes_the_likeliest_token_until_the_end_token() -> None:
         assert 7 not in row
 
 
-def test_generate_stops_at_the_context_and_repeats_under_a_seed() -> None:
+def test_generate_stops_at_the_context_and_repeats_under_a_seed():
     model = decoder("odd", eos_token_id=None)
     prompt = random_ids(2, 3)
     assert [len(row) for row in generate(model, prompt, 50, temperature=1.0, seed=4)] == [5, 5]
@@ -159,7 +159,7 @@ def test_generate_stops_at_the_context_and_repeats_under_a_seed() -> None:
     assert first == again != other
 
 
-def test_gradient_checkpointing_keeps_one_activation_of_a_layer() -> None:
+def test_gradient_checkpointing_keeps_one_activation_of_a_layer():
     sizes: dict[str, Any] = BASE | {"num_hidden_layers": 6}
     model, ids = Decoder(ModelConfig(**sizes)), torch.arange(40)[None] % 101
     kept, gradients = [], []

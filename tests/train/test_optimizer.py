@@ -24,7 +24,7 @@ def decoder(preset: str = "llama") -> Decoder:
     return Decoder(tiny(preset=preset).model_config(9, None, 0))
 
 
-def test_the_learning_rate_warms_up_and_falls() -> None:
+def test_the_learning_rate_warms_up_and_falls():
     config = tiny(steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [schedule(config, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -36,7 +36,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert [schedule(short, step) for step in (3, 5)] == pytest.approx([0.8, 1.0])
 
 
-def test_only_projections_decay() -> None:
+def test_only_projections_decay():
     model = decoder("gpt2")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     (optimizer,) = make_optimizers(model, tiny(weight_decay=0.5, learning_rate=0.1, optimizer="adamw"))
@@ -49,13 +49,13 @@ def test_only_projections_decay() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 16), (2, 16, 5)])
-def test_singular_values_become_about_one(shape: tuple[int, int, int]) -> None:
+def test_singular_values_become_about_one(shape):
     values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
     assert values.min() > 0.3
     assert values.max() < 1.3
 
 
-def test_muon_takes_the_matrices_of_projections_alone() -> None:
+def test_muon_takes_the_matrices_of_projections_alone():
     model = decoder()
     adamw, muon = make_optimizers(model, tiny())
     named = {parameter: name for name, parameter in model.named_parameters()}
@@ -69,7 +69,7 @@ def test_muon_takes_the_matrices_of_projections_alone() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_restored_moments_give_the_same_steps(optimizer: str) -> None:
+def test_restored_moments_give_the_same_steps(optimizer):
     config, ids = tiny(optimizer=optimizer), torch.tensor([[1, 2, 3]])
     first, second = decoder(), decoder()
     optimizers = make_optimizers(first, config)

@@ -33,7 +33,7 @@ KINDS = ["llama", "gpt2", "checkpoint"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """One folder of each of KINDS, and a text."""
     folder = tmp_path_factory.mktemp("models")
     llama(eos_token_id=1, bos_token_id=0).save_pretrained(folder / "llama")
@@ -69,9 +69,7 @@ def opened(folder: Path) -> Any:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_stops_goes_on_as_if_it_had_not(
-    kind: str, lora: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, models, tmp_path, monkeypatch):
     config = settings(models / kind, lora=lora, learning_rate=1e-2)
     train(config, tmp_path / "whole", data=[models / "text.txt"])
     step = Run._one_step
@@ -95,7 +93,7 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(
     assert all(".lora_" in name for name in moments) == lora
 
 
-def test_a_fine_tuned_folder_is_one_of_transformers(models: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_folder_is_one_of_transformers(models, tmp_path):
     train(settings(models / "llama"), tmp_path / "out", data=[models / "text.txt"])
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -109,7 +107,7 @@ def test_a_fine_tuned_folder_is_one_of_transformers(models: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".new"] == []
 
 
-def test_an_adapter_is_one_of_peft(models: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_one_of_peft(models, tmp_path):
     import peft
 
     train(settings(models / "llama", lora=True, lora_rank=2), tmp_path / "out", data=[models / "text.txt"])
@@ -123,12 +121,12 @@ def test_an_adapter_is_one_of_peft(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / names.WEIGHTS).exists()
 
 
-def test_a_new_adapter_changes_nothing(models: Path) -> None:
+def test_a_new_adapter_changes_nothing(models):
     full, lora = (open_start(settings(models / "llama", lora=lora), Path("out")).model for lora in (False, True))
     assert torch.equal(logits(full), logits(lora))
 
 
-def test_samples_are_those_of_the_model(models: Path) -> None:
+def test_samples_are_those_of_the_model(models):
     model: Any = open_start(settings(models / "llama"), Path("out")).model
     (greedy,) = model.generate(IDS, 5, temperature=0.0, seed=0)
     ids = torch.cat((IDS, torch.tensor([greedy])), dim=1)
@@ -140,16 +138,14 @@ def test_samples_are_those_of_the_model(models: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "checkpoint"])
-def test_gradient_checkpointing_gives_the_same_run(kind: str, lora: bool, models: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_run(kind, lora, models, tmp_path):
     for name, option in (("plain", False), ("less", True)):
         config = settings(models / kind, gradient_checkpointing=option, lora=lora)
         train(config, tmp_path / name, data=[models / "text.txt"])
     assert read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "less")
 
 
-def test_an_interrupted_save_keeps_the_one_before(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_save_keeps_the_one_before(models, tmp_path, monkeypatch):
     out = tmp_path / "out"
     train(settings(models / "llama", steps=2), out, data=[models / "text.txt"])
     before = logits(reopen(out).model)
@@ -165,7 +161,7 @@ def test_an_interrupted_save_keeps_the_one_before(
     assert not list(out.rglob("*.new"))
 
 
-def test_a_model_is_fine_tuned_once_more(models: Path, tmp_path: Path) -> None:
+def test_a_model_is_fine_tuned_once_more(models, tmp_path):
     train(settings(models / "llama", steps=2), tmp_path / "one", data=[models / "text.txt"])
     first = open_start(settings(tmp_path / "one"), Path("out")).model
     assert torch.equal(logits(first), logits(reopen(tmp_path / "one").model))
@@ -175,13 +171,13 @@ def test_a_model_is_fine_tuned_once_more(models: Path, tmp_path: Path) -> None:
         open_start(settings(tmp_path / "adapter"), Path("out"))
 
 
-def test_the_context_is_the_models_or_512(models: Path) -> None:
+def test_the_context_is_the_models_or_512(models):
     assert open_start(settings(models / "llama", context=None), Path("out")).config.context == 80
     with pytest.raises(InputError, match="--context 81 is more than the 80 tokens"):
         open_start(settings(models / "llama", context=81), Path("out"))
 
 
-def test_the_base_of_an_adapter_must_be_there(models: Path, tmp_path: Path) -> None:
+def test_the_base_of_an_adapter_must_be_there(models, tmp_path):
     shutil.copytree(models / "llama", tmp_path / "base")
     train(settings(tmp_path / "base", lora=True, steps=2), tmp_path / "out", data=[models / "text.txt"])
     (tmp_path / "base").rename(tmp_path / "elsewhere")
@@ -191,7 +187,7 @@ def test_the_base_of_an_adapter_must_be_there(models: Path, tmp_path: Path) -> N
     assert resume(tmp_path / "out", {"steps": 4})["step"] == 4
 
 
-def test_what_cannot_be_opened_is_named(models: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_named(models, tmp_path):
     def refused(base: Path, words: str, kind: type[Exception] = InputError) -> None:
         with pytest.raises(kind, match=words):
             open_start(settings(base), Path("out"))
@@ -216,7 +212,7 @@ def test_what_cannot_be_opened_is_named(models: Path, tmp_path: Path) -> None:
     refused(folder, "has 301 tokens and the model 300 embeddings")
 
 
-def test_added_tokens_need_embeddings(models: Path, tmp_path: Path) -> None:
+def test_added_tokens_need_embeddings(models, tmp_path):
     folder = shutil.copytree(models / "llama", tmp_path / "grown")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<1>", "<2>", "<3>", "<4>", "<tool>", "</tool>"])  # of ids 296 to 301
@@ -225,7 +221,7 @@ def test_added_tokens_need_embeddings(models: Path, tmp_path: Path) -> None:
         open_start(settings(folder), Path("out"))
 
 
-def test_what_does_not_go_with_init_is_named(models: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_with_init_is_named(models, tmp_path):
     with pytest.raises(InputError, match="--layers is for a new model"):
         settings(models / "llama", layers=3)
     with pytest.raises(InputError, match="--lora is for a model that exists"):
@@ -237,7 +233,7 @@ def test_what_does_not_go_with_init_is_named(models: Path, tmp_path: Path) -> No
         train(settings(folder), folder, data=[models / "text.txt"], force=True)
 
 
-def test_a_changed_file_of_a_fine_tuned_folder_is_named(models: Path, tmp_path: Path) -> None:
+def test_a_changed_file_of_a_fine_tuned_folder_is_named(models, tmp_path):
     train(settings(models / "llama", steps=2), tmp_path / "out", data=[models / "text.txt"])
     with (tmp_path / "out" / names.WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
@@ -247,7 +243,7 @@ def test_a_changed_file_of_a_fine_tuned_folder_is_named(models: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_gguf_file_is_fine_tuned_and_goes_on(lora: bool, models: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_fine_tuned_and_goes_on(lora, models, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from ..export.source.test_gguf import write_gguf

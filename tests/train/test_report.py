@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from pastkey.train import report
 from pastkey.train.report import Metrics, Progress, draw_loss_curve, read_metrics
 
 
-def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path: Path) -> None:
+def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path):
     with Metrics(tmp_path, 0) as metrics:
         for step in (1, 2, 3):
             metrics.add({"step": step, "loss": 1 / step})
@@ -41,7 +40,7 @@ def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path: Path) -> N
         "\xff",
     ],
 )
-def test_a_line_that_was_edited_by_hand_is_kept_and_not_read(line: str, tmp_path: Path) -> None:
+def test_a_line_that_was_edited_by_hand_is_kept_and_not_read(line, tmp_path):
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([rows[0], line, *rows[1:]]) + "\n", encoding="latin-1")
     with Metrics(tmp_path, 3) as metrics:
@@ -51,7 +50,7 @@ def test_a_line_that_was_edited_by_hand_is_kept_and_not_read(line: str, tmp_path
     draw_loss_curve(tmp_path)
 
 
-def test_metrics_are_strict_json(tmp_path: Path) -> None:
+def test_metrics_are_strict_json(tmp_path):
     with Metrics(tmp_path, 0) as metrics:
         with pytest.raises(ValueError, match="JSON compliant"):
             metrics.add({"step": 1, "loss": float("nan")})
@@ -61,16 +60,14 @@ def test_metrics_are_strict_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [[{"step": 1, "loss": 3.0}], [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 2.9}]])
-def test_the_curve_is_drawn_from_however_many_points(rows: list[dict[str, float]], tmp_path: Path) -> None:
+def test_the_curve_is_drawn_from_however_many_points(rows, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw_loss_curve(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 2000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
-def test_away_from_a_terminal_progress_is_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_away_from_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     now = 100.0
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     with Progress(0) as progress:

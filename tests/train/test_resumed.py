@@ -21,7 +21,7 @@ from .helpers import tiny, write_corpus
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(tiny(steps=2, save_every=2), folder / "c", data=[write_corpus(folder / "c.txt")])
     return folder / "c"
@@ -36,13 +36,13 @@ def altered(trained: Path, folder: Path, **changes: Any) -> Path:
     return folder / "c"
 
 
-def test_a_training_is_read(trained: Path) -> None:
+def test_a_training_is_read(trained):
     found = read_training(load_checkpoint(trained))
     assert (found.step, found.config) == (2, tiny(steps=2, save_every=2))
     assert {name.rpartition(".")[2] for name in found.moments} == {"momentum", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained, tmp_path):
     checkpoint = load_checkpoint(trained)
     settings = {k: v for k, v in checkpoint.training["settings"].items() if k != "optimizer"}
     with pytest.raises(IntegrityError, match=r"proj\.weight\.exp_avg of shape"):
@@ -61,7 +61,7 @@ def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained: Path, tmp_pat
         ({"files": 3}, "has no list of files"),
     ],
 )
-def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, trained: Path, tmp_path: Path) -> None:
+def test_what_is_of_another_type_is_named(changes, words, trained, tmp_path):
     folder = altered(trained, tmp_path, **changes)
     with pytest.raises(IntegrityError, match=words):
         read_training(load_checkpoint(folder))
@@ -76,18 +76,14 @@ def test_what_is_of_another_type_is_named(changes: dict[str, Any], words: str, t
         ({"end": 10**4000}, "end is a number of more than 80 digits"),
     ],
 )
-def test_tokens_that_the_manifest_does_not_speak_of_are_refused(
-    changes: dict[str, Any], words: str, trained: Path, tmp_path: Path
-) -> None:
+def test_tokens_that_the_manifest_does_not_speak_of_are_refused(changes, words, trained, tmp_path):
     data = load_checkpoint(trained).training["data"]
     folder = altered(trained, tmp_path, data={**data, **changes})
     with pytest.raises(IntegrityError, match=words):
         read_training(load_checkpoint(folder))
 
 
-def test_moments_of_another_model_and_ids_of_no_token_are_refused(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_of_another_model_and_ids_of_no_token_are_refused(trained, monkeypatch):
     checkpoint = load_checkpoint(trained)
     from pastkey.train import resumed
 

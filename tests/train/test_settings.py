@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from pastkey.train.settings import PRESETS, TrainConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_gives_a_model(preset: str) -> None:
+def test_every_preset_gives_a_model(preset):
     config = TrainConfig.from_given({"preset": preset})
     model = config.model_config(99, None, 0)
     assert model.vocab_size == 99
@@ -26,7 +25,7 @@ def test_every_preset_gives_a_model(preset: str) -> None:
     ("preset", "model_type"),
     [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gpt2", "pastkey"), ("classic", "pastkey")],
 )
-def test_presets_are_the_architectures_they_are_named_after(preset: str, model_type: str) -> None:
+def test_presets_are_the_architectures_they_are_named_after(preset, model_type):
     assert TrainConfig.from_given({"preset": preset}).model_config(99, None, 0).model_type == model_type
 
 
@@ -47,7 +46,7 @@ def test_presets_are_the_architectures_they_are_named_after(preset: str, model_t
         ),
     ],
 )
-def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_sizes_that_are_not_given_follow_those_that_are(given, expected):
     model = TrainConfig.from_given(given).model_config(99, None, 0)
     assert {name: getattr(model, name) for name in expected} == expected
 
@@ -74,11 +73,11 @@ def test_sizes_that_are_not_given_follow_those_that_are(given: dict[str, Any], e
         ({"preset": "gpt2", "rope_scaling": "linear", "rope_factor": 2.0}, "those of the preset gpt2 are learned"),
     ],
 )
-def test_nonsense_is_refused(given: dict[str, Any], sentence: str) -> None:
+def test_nonsense_is_refused(given, sentence):
     with pytest.raises(InputError, match=sentence):
         TrainConfig.from_given(given)
 
 
-def test_the_settings_load_without_torch() -> None:
+def test_the_settings_load_without_torch():
     code = "import sys, pastkey.train, pastkey.train.cli, pastkey.train.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

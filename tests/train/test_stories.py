@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -30,32 +29,32 @@ LOST = (
 )
 
 
-def test_every_story_told_is_accepted() -> None:
+def test_every_story_told_is_accepted():
     refused = [verdict.reason for text in TOLD if not (verdict := check_story(text)).ok]
     assert refused == []
     assert acceptance(TOLD) == 1.0
 
 
-def test_stories_hardly_ever_repeat() -> None:
+def test_stories_hardly_ever_repeat():
     # Among n of N equally likely stories n²/2N pairs are expected to be the same: none of 30,000 says N is beyond 10⁸.
     told = list(itertools.islice(stories(5), 30_000))
     assert len(set(told)) == len(told)
 
 
-def test_the_same_seed_tells_the_same_stories() -> None:
+def test_the_same_seed_tells_the_same_stories():
     again = list(itertools.islice(stories(11), 20))
     assert again == TOLD[:20]
     assert list(itertools.islice(stories(12), 20)) != again
 
 
-def test_stories_are_short_and_of_few_words() -> None:
+def test_stories_are_short_and_of_few_words():
     lengths = [len(text.split()) for text in TOLD]
     assert min(lengths) >= 55
     assert max(lengths) <= 140
     assert len({word for text in TOLD for word in re.findall(r"[a-z]+", text.lower())}) < 700
 
 
-def test_articles_fit_their_nouns() -> None:
+def test_articles_fit_their_nouns():
     for text in itertools.islice(stories(3), 3000):
         assert not re.search(r"\b[Aa] [aeiou]", text), text
         assert not re.search(r"\ban [^aeiou]", text), text
@@ -81,7 +80,7 @@ def test_articles_fit_their_nouns() -> None:
         ("Lily found", "Lily  found"),
     ],
 )
-def test_what_does_not_agree_is_refused(right: str, wrong: str) -> None:
+def test_what_does_not_agree_is_refused(right, wrong):
     assert check_story(LOST).ok
     assert LOST.count(right) == 1
     verdict = check_story(LOST.replace(right, wrong))
@@ -90,7 +89,7 @@ def test_what_does_not_agree_is_refused(right: str, wrong: str) -> None:
 
 
 @pytest.mark.parametrize("text", TOLD[:12])
-def test_a_story_with_one_name_changed_is_refused(text: str) -> None:
+def test_a_story_with_one_name_changed_is_refused(text):
     places = list(re.finditer(rf"\b({'|'.join(NAMES)})\b", text))
     # Swapping the only mention of a friend gives another story just as good, so only repeated names are changed.
     repeated = [place for place in places if sum(other[0] == place[0] for other in places) > 1]
@@ -100,7 +99,7 @@ def test_a_story_with_one_name_changed_is_refused(text: str) -> None:
         assert not check_story(text[: place.start()] + other + text[place.end() :]).ok
 
 
-def test_a_story_cut_short_or_gone_on_is_refused() -> None:
+def test_a_story_cut_short_or_gone_on_is_refused():
     for text in TOLD[:60]:
         words = text.split(" ")
         for end in range(len(words)):
@@ -109,7 +108,7 @@ def test_a_story_cut_short_or_gone_on_is_refused() -> None:
         assert not check_story(text + " " + text).ok
 
 
-def test_sentences_in_another_order_are_refused() -> None:
+def test_sentences_in_another_order_are_refused():
     for text in TOLD[:60]:
         sentences = re.split(r"(?<=\.) ", text)
         for i in range(len(sentences) - 1):
@@ -119,22 +118,22 @@ def test_sentences_in_another_order_are_refused() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=200))
-def test_any_other_text_is_refused_without_a_crash(text: str) -> None:
+def test_any_other_text_is_refused_without_a_crash(text):
     assert not check_story(text).ok
 
 
-def test_space_around_a_story_does_not_matter() -> None:
+def test_space_around_a_story_does_not_matter():
     assert check_story(f"\n  {LOST}\n").ok
 
 
-def test_the_reason_says_where_the_story_left_the_grammar() -> None:
+def test_the_reason_says_where_the_story_left_the_grammar():
     reason = check_story(
         LOST.replace("the ball was gone", "").replace("the scarf was gone", "the ball was gone")
     ).reason
     assert "ball was gone" in reason
 
 
-def test_every_slot_and_feature_of_the_plots_exists() -> None:
+def test_every_slot_and_feature_of_the_plots_exists():
     def templates(node: Node) -> list[str]:
         return [node] if isinstance(node, str) else [text for part in node for text in templates(part)]
 
@@ -147,19 +146,19 @@ def test_every_slot_and_feature_of_the_plots_exists() -> None:
     assert used == set(SLOTS)
 
 
-def test_the_share_of_no_story_is_refused() -> None:
+def test_the_share_of_no_story_is_refused():
     with pytest.raises(InputError, match="no story"):
         acceptance([])
 
 
-def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path: Path) -> None:
+def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path):
     paragraphs, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     paragraphs.write_text(f"{LOST}\n\n{TOLD[0]}<|endoftext|>\n{TOLD[1]}\n", encoding="utf-8")
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in (LOST, *TOLD[:2])), encoding="utf-8")
     assert read_stories(paragraphs) == read_stories(lines) == [LOST, *TOLD[:2]]
 
 
-def test_the_command_prints_the_share(tmp_path: Path) -> None:
+def test_the_command_prints_the_share(tmp_path):
     file = tmp_path / "mixed.txt"
     file.write_text(f"{LOST}\n\nThis is no story.\n", encoding="utf-8")
     command = [sys.executable, "-m", "pastkey.train.stories", "--check"]

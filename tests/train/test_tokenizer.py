@@ -6,7 +6,6 @@ import importlib.util
 import json
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.train.tokenizer import (
     END_OF_TEXT,
-    TextTokenizer,
     _pieces,
     lesson_tokenizer,
     make_tokenizer,
@@ -34,20 +32,20 @@ BPE = train_bpe(TEXTS * 20, 300)
 
 @settings(max_examples=300, deadline=None)
 @given(st.text())
-def test_bpe_returns_any_text_unchanged(text: str) -> None:
+def test_bpe_returns_any_text_unchanged(text):
     ids = BPE.tokenizer.encode(text).ids
     assert BPE.tokenizer.decode(ids, skip_special_tokens=False) == END_OF_TEXT + text
     assert all(0 <= token < BPE.vocab_size for token in ids)
 
 
-def test_bpe_has_the_size_asked_for_and_is_the_same_every_time() -> None:
+def test_bpe_has_the_size_asked_for_and_is_the_same_every_time():
     assert BPE.vocab_size == 300
     assert train_bpe(TEXTS * 20, 300).tokenizer.to_str() == BPE.tokenizer.to_str()
     assert len(BPE.encode("the cat")) < len("the cat")
     assert train_bpe(TEXTS, 257).encode("ab") == [BPE.encode("a")[0], BPE.encode("b")[0]]
 
 
-def test_a_run_without_spaces_is_learnt_from_in_linear_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_spaces_is_learnt_from_in_linear_time(capsys):
     letters = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 100_000))
     started = time.process_time()
     trained = train_bpe([letters], 600)
@@ -59,7 +57,7 @@ def test_a_run_without_spaces_is_learnt_from_in_linear_time(capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-def test_words_are_learnt_as_without_the_limit() -> None:
+def test_words_are_learnt_as_without_the_limit():
     text = "the quick brown fox, the lazy dog's 1234567 " * 20 + "x" * 255
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,12 +73,12 @@ def test_words_are_learnt_as_without_the_limit() -> None:
     assert train_bpe([text], 320).tokenizer.get_vocab() == plain.get_vocab()
 
 
-def test_bpe_needs_a_token_for_every_byte() -> None:
+def test_bpe_needs_a_token_for_every_byte():
     with pytest.raises(InputError, match=r"--vocab-size is 256.*at least 257"):
         train_bpe(TEXTS, 256)
 
 
-def test_characters_return_the_text_and_refuse_others() -> None:
+def test_characters_return_the_text_and_refuse_others():
     tokenizer = train_char(TEXTS)
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.prompt(text)) == text
@@ -89,7 +87,7 @@ def test_characters_return_the_text_and_refuse_others() -> None:
         tokenizer.encode("the qat")
 
 
-def test_words_keep_the_frequent_and_merge_the_rest() -> None:
+def test_words_keep_the_frequent_and_merge_the_rest():
     tokenizer = train_word(["a a a b b c, c"] * 3, 6)
     assert tokenizer.vocab_size == 6
     assert tokenizer.decode(tokenizer.prompt("a, b c")) == "a , b c"
@@ -97,7 +95,7 @@ def test_words_keep_the_frequent_and_merge_the_rest() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char", "word"])
-def test_a_prompt_begins_with_the_token_that_ends_documents(kind: str) -> None:
+def test_a_prompt_begins_with_the_token_that_ends_documents(kind):
     tokenizer = make_tokenizer(kind, TEXTS, 280)
     end = tokenizer.tokenizer.token_to_id(END_OF_TEXT)
     assert tokenizer.begin == tokenizer.end == end
@@ -106,7 +104,7 @@ def test_a_prompt_begins_with_the_token_that_ends_documents(kind: str) -> None:
     assert tokenizer.decode([end, *tokenizer.encode("cat")]) == "cat"
 
 
-def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path: Path) -> None:
+def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path):
     lesson_tokenizer().save(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert sorted(tokenizer.get_vocab()) == ["<EOS>", "awesome", "is", "statquest", "what"]
@@ -118,7 +116,7 @@ def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path: Path) 
         lesson_tokenizer().encode("what is love")
 
 
-def test_the_configuration_says_what_is_added(tmp_path: Path) -> None:
+def test_the_configuration_says_what_is_added(tmp_path):
     BPE.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -131,7 +129,7 @@ def test_the_configuration_says_what_is_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, train_char(TEXTS), lesson_tokenizer()], ids=["bpe", "char", "lesson"])
-def test_transformers_reads_the_same_prompt(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_transformers_reads_the_same_prompt(tokenizer, tmp_path):
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     tokenizer.save(tmp_path)
@@ -146,7 +144,7 @@ def test_transformers_reads_the_same_prompt(tokenizer: TextTokenizer, tmp_path: 
         assert theirs.decode(tokenizer.encode(text)) == text
 
 
-def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path):
     lesson_tokenizer().save(tmp_path)
     found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
     assert (found.begin, found.end) == (None, 4)  # what it adds stands behind the prompt
@@ -165,7 +163,7 @@ def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path: Path) ->
         read_tokenizer(tmp_path / "endless.json")
 
 
-def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path: Path) -> None:
+def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path):
     BPE.tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = {"eos_token": {"content": "a"}, "pad_token": None, "bos_token": "b"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "one"}))
@@ -184,7 +182,7 @@ def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_documents_are_the_same_one_by_one_and_together(kind: str) -> None:
+def test_documents_are_the_same_one_by_one_and_together(kind):
     tokenizer = make_tokenizer(kind, TEXTS, 280)
     places = [f"line {number}" for number in range(len(TEXTS))]
     begin = [] if tokenizer.begin is None else [tokenizer.begin]
@@ -192,7 +190,7 @@ def test_documents_are_the_same_one_by_one_and_together(kind: str) -> None:
 
 
 @given(st.text(alphabet="ab ", max_size=60), st.integers(1, 7))
-def test_pieces_of_a_long_text_are_the_text(text: str, size: int) -> None:
+def test_pieces_of_a_long_text_are_the_text(text, size):
     pieces = list(_pieces(text, size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 2 * size for piece in pieces) or text == ""

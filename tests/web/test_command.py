@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-
-import pytest
 
 from pastkey.web import site
 
@@ -17,7 +14,7 @@ libraries = test_site.libraries
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_the_folder_has_the_files_of_the_site(command: Command, talking: Path, tmp_path: Path) -> None:
+def test_the_folder_has_the_files_of_the_site(command, talking, tmp_path):
     out = tmp_path / "out"
     status, _, said = command("web", talking, "--out", out)
     assert (status, said) == (0, f"{out}: try it with  python -m http.server -d {out}  at http://localhost:8000\n")
@@ -27,7 +24,7 @@ def test_the_folder_has_the_files_of_the_site(command: Command, talking: Path, t
     }
 
 
-def test_force_replaces_a_folder_of_its_own_and_no_other(command: Command, talking: Path, tmp_path: Path) -> None:
+def test_force_replaces_a_folder_of_its_own_and_no_other(command, talking, tmp_path):
     out, other = tmp_path / "out", tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("Dear")
@@ -39,15 +36,13 @@ def test_force_replaces_a_folder_of_its_own_and_no_other(command: Command, talki
     assert "pastkey did not write it" in said
 
 
-def test_a_bundle_of_slow_operators_says_what_to_export(
-    command: Command, talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_of_slow_operators_says_what_to_export(command, talking, tmp_path, monkeypatch):
     monkeypatch.setattr(test_site.module, "slow_on_cpu", lambda bundle: True)
     assert (
         "pastkey export SOURCE --out BUNDLE --target portable" in command("web", talking, "--out", tmp_path / "out")[2]
     )
 
 
-def test_a_folder_without_a_bundle_leaves_nothing(command: Command, tmp_path: Path) -> None:
+def test_a_folder_without_a_bundle_leaves_nothing(command, tmp_path):
     assert command("web", tmp_path, "--out", tmp_path / "out")[0] == 2
     assert not (tmp_path / "out").exists()

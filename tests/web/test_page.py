@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 
 import pastkey
 from benchmarks.environments import install_chromium
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import SamplingConfig
 from pastkey.runtime.sampling.random_stream import uniform
 from pastkey.runtime.sampling.sampler import Sampler
@@ -44,7 +43,7 @@ PASTKEY_JS, DOCS = ROOT / "web" / "page" / "pastkey.js", ROOT / "docs" / "web.md
 
 
 @pytest.fixture(scope="module")
-def packages() -> Path:
+def packages():
     folder = install()
     if folder is None:
         pytest.skip("npm is not installed")
@@ -52,7 +51,7 @@ def packages() -> Path:
 
 
 @pytest.fixture(scope="module")
-def launch(packages: Path) -> Iterator[Callable[..., Any]]:
+def launch(packages):
     """launch(*FLAGS): Chromium, started once for each set of flags."""
     chromium = install_chromium()
     if chromium is None:
@@ -71,7 +70,7 @@ def launch(packages: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture
-def page(launch: Callable[..., Any]) -> Iterator[Page]:
+def page(launch):
     """A new page of a browser without WebGPU, and without what earlier pages kept."""
     with launch().new_context() as context:
         context.set_default_timeout(60_000)
@@ -124,9 +123,7 @@ def wait_for(port: int) -> None:
     raise AssertionError(f"nothing answers at port {port}")
 
 
-def test_float32_writes_the_text_of_python_on_one_thread_which_it_says(
-    page: Page, bundles: Callable[[str], Path]
-) -> None:
+def test_float32_writes_the_text_of_python_on_one_thread_which_it_says(page, bundles):
     bundle = bundles("llama-fp32")
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).text
     with serving(site(bundle)) as (address, _):
@@ -139,9 +136,7 @@ def test_float32_writes_the_text_of_python_on_one_thread_which_it_says(
     assert page.locator("dd.warning").count() == 0
 
 
-def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie(
-    page: Page, bundles: Callable[[str], Path]
-) -> None:
+def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie(page, bundles):
     bundle = bundles("llama")
     lm = pastkey.load(bundle, "cpu")
     expected = lm.generate(PROMPT, max_new_tokens=NEW_TOKENS).ids
@@ -169,9 +164,7 @@ def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", ["llama-fp32", "llama-standard-fp32"])
-def test_webgpu_writes_the_text_of_python(
-    launch: Callable[..., Any], bundles: Callable[[str], Path], name: str
-) -> None:
+def test_webgpu_writes_the_text_of_python(launch, bundles, name):
     """Token by token where a prefill is wrong, or may be."""
     bundle = bundles(name)
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).text
@@ -182,7 +175,7 @@ def test_webgpu_writes_the_text_of_python(
         assert write(page, PROMPT, maxNewTokens=NEW_TOKENS) == expected
 
 
-def test_without_webgpu_the_page_says_why(page: Page, talking: Path) -> None:
+def test_without_webgpu_the_page_says_why(page, talking):
     with serving(site(talking)) as (address, _):
         page.goto(address)
         page.locator("#load:enabled").wait_for()
@@ -197,7 +190,7 @@ def test_without_webgpu_the_page_says_why(page: Page, talking: Path) -> None:
     assert said in ("this browser has no WebGPU", "WebGPU finds no graphics adapter")
 
 
-def test_a_conversation_is_that_of_python(page: Page, talking: Path) -> None:
+def test_a_conversation_is_that_of_python(page, talking):
     chat = pastkey.load(talking, "cpu").chat()
     expected = [chat.ask(question, max_new_tokens=8).text for question in ("abc", "de")]
     with serving(site(talking)) as (address, _):
@@ -221,7 +214,7 @@ def on_pastkey_serve(bundle: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("opened", [on_a_static_server, on_pastkey_serve])
-def test_it_is_used_by_the_keyboard_alone(page: Page, talking: Path, opened: Callable[[Path], Any]) -> None:
+def test_it_is_used_by_the_keyboard_alone(page, talking, opened):
     expected = pastkey.load(talking, "cpu").chat().ask("bcd ef", max_new_tokens=8).text
     keys, prompt = page.keyboard, page.locator("#prompt")
 
@@ -256,7 +249,7 @@ def test_it_is_used_by_the_keyboard_alone(page: Page, talking: Path, opened: Cal
         assert (prompt.input_value(), focused()) == ("", "prompt")
 
 
-def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> None:
+def test_stop_ends_a_text_and_continue_goes_on(page, talking):
     lm = pastkey.load(talking, "cpu")
     with serving(site(talking)) as (address, _):
         load(page, address)
@@ -277,7 +270,7 @@ def test_stop_ends_a_text_and_continue_goes_on(page: Page, talking: Path) -> Non
     assert text == lm.chat().ask("abc", max_new_tokens=len(text)).text
 
 
-def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Path]) -> None:
+def test_a_seed_draws_the_text_of_python(page, bundles):
     bundle = bundles("llama-fp32")
     drawn: Any = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
     expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS, seed=7, **drawn).text
@@ -289,8 +282,8 @@ def test_a_seed_draws_the_text_of_python(page: Page, bundles: Callable[[str], Pa
 
 
 def test_the_server_of_the_docs_isolates_and_the_page_takes_the_threads_of_the_machine(
-    page: Page, talking: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
+    page, talking, tmp_path, command
+):
     assert command("web", talking, "--out", tmp_path / "page")[0] == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -307,7 +300,7 @@ def test_the_server_of_the_docs_isolates_and_the_page_takes_the_threads_of_the_m
     assert said["Runs on"] == f"CPU (WebAssembly), {expected}"
 
 
-def test_the_program_of_the_docs_writes_the_text_of_python(page: Page, talking: Path) -> None:
+def test_the_program_of_the_docs_writes_the_text_of_python(page, talking):
     expected = pastkey.load(talking, "cpu").generate("abc", temperature=0.8, seed=7, max_new_tokens=64)
     program = shown("js").replace("Once upon a time", "abc")  # this model has letters alone
     files = {f"page/{name}": content for name, content in site(talking).items()}
@@ -320,7 +313,7 @@ def test_the_program_of_the_docs_writes_the_text_of_python(page: Page, talking: 
 
 
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "golden.f32"])
-def test_a_damaged_file_is_refused(page: Page, talking: Path, name: str) -> None:
+def test_a_damaged_file_is_refused(page, talking, name):
     files = dict(site(talking))
     content = files[name]
     whole = content if isinstance(content, bytes) else content.read_bytes()
@@ -332,7 +325,7 @@ def test_a_damaged_file_is_refused(page: Page, talking: Path, name: str) -> None
         assert page.locator("#form").is_hidden()
 
 
-def test_it_opens_and_writes_without_its_server(page: Page, talking: Path) -> None:
+def test_it_opens_and_writes_without_its_server(page, talking):
     with serving(site(talking)) as (address, end):
         load(page, address)
         expected = write(page, "abc", maxNewTokens=8)
@@ -342,7 +335,7 @@ def test_it_opens_and_writes_without_its_server(page: Page, talking: Path) -> No
         assert write(page, "abc", maxNewTokens=8) == expected
 
 
-def test_axe_finds_nothing(page: Page, packages: Path, talking: Path) -> None:
+def test_axe_finds_nothing(page, packages, talking):
     page.set_viewport_size({"width": 360, "height": 740})
 
     def found() -> list[Any]:
@@ -363,9 +356,7 @@ def test_axe_finds_nothing(page: Page, packages: Path, talking: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_without_a_tokenizer_it_takes_and_writes_ids(
-    page: Page, tiny: decoder.Tiny, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_without_a_tokenizer_it_takes_and_writes_ids(page, tiny, make_bundle):
     bundle = make_bundle(tiny, "standard", data_file="model.onnx_data")
     with serving(site(bundle)) as (address, _):
         load(page, address)
@@ -377,7 +368,7 @@ def test_without_a_tokenizer_it_takes_and_writes_ids(
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
-def test_the_sampler_draws_as_the_runtime_does() -> None:
+def test_the_sampler_draws_as_the_runtime_does():
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     rng = np.random.default_rng(0)

@@ -26,7 +26,6 @@ from pastkey.export.compat.bundle_view import read_bundle_view
 from pastkey.export.compat.check import check
 from pastkey.precisions import PRECISIONS
 
-from ..conftest import Export
 from .editing import edit, edit_graph, graph_input, record, verdicts
 
 ALL = (
@@ -38,7 +37,7 @@ JS = (NODE, BROWSER)
 
 # --- a bundle to break --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def whole(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(exported, tmp_path_factory):
     """An int8 bundle of grouped queries with a tokenizer, whose prompts begin with BOS."""
     folder = tmp_path_factory.mktemp("whole") / "bundle"
     shutil.copytree(exported("llama", "int8").bundle.path, folder)
@@ -62,13 +61,13 @@ def whole(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bundle(whole: Path, tmp_path: Path) -> Path:
+def bundle(whole, tmp_path):
     """A copy to break."""
     return Path(shutil.copytree(whole, tmp_path / "bundle"))
 
 
 # --- a whole one --------------------------------------------------------------------------------------------------
-def test_every_program_loads_what_export_writes(whole: Path) -> None:
+def test_every_program_loads_what_export_writes(whole):
     found = verdicts(whole)
     assert tuple(found) == ALL
     assert all(verdict.loads for verdict in found.values())
@@ -81,7 +80,7 @@ def test_every_program_loads_what_export_writes(whole: Path) -> None:
     assert "dtype: 'q8'" in found[NODE].how
 
 
-def test_a_standard_graph_takes_any_padding(exported: Export) -> None:
+def test_a_standard_graph_takes_any_padding(exported):
     found = verdicts(exported("head_size_10_context_11").bundle.path)
     assert all(verdict.loads for verdict in found.values())
     texts = [text for verdict in found.values() for text in verdict.warnings]
@@ -90,7 +89,7 @@ def test_a_standard_graph_takes_any_padding(exported: Export) -> None:
 
 
 @pytest.mark.slow
-def test_no_program_but_pastkey_and_plain_onnxruntime_knows_keys_and_values_of_two_sizes(exported: Export) -> None:
+def test_no_program_but_pastkey_and_plain_onnxruntime_knows_keys_and_values_of_two_sizes(exported):
     found = verdicts(exported("wider_values_context_2").bundle.path)
     assert [program for program, verdict in found.items() if verdict.loads] == ["pastkey", "onnxruntime"]
     assert "heads of size 8 for keys and 12 for values" in found[GENAI].reasons[0]
@@ -251,7 +250,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ..
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_broken_file_is_named_to_the_programs_that_read_it(name: str, whole: Path, bundle: Path) -> None:
+def test_each_broken_file_is_named_to_the_programs_that_read_it(name, whole, bundle):
     change, stopped, warned, words = BROKEN[name]
     before = verdicts(whole)
     change(bundle)
@@ -268,7 +267,7 @@ def test_each_broken_file_is_named_to_the_programs_that_read_it(name: str, whole
             assert not new, f"{program}: {new}"
 
 
-def test_undeclared_weights_stop_a_browser_and_only_warn_where_they_lie_beside_the_graph(bundle: Path) -> None:
+def test_undeclared_weights_stop_a_browser_and_only_warn_where_they_lie_beside_the_graph(bundle):
     javascript(use_external_data_format=...)(bundle)
     record(bundle)
     found = verdicts(bundle)
@@ -277,20 +276,20 @@ def test_undeclared_weights_stop_a_browser_and_only_warn_where_they_lie_beside_t
     assert any("from a hub it does not" in text for text in found[NODE].warnings)
 
 
-def test_a_shared_buffer_is_for_the_fused_graph(exported: Export, tmp_path: Path) -> None:
+def test_a_shared_buffer_is_for_the_fused_graph(exported, tmp_path):
     folder = Path(shutil.copytree(exported("head_size_10_context_11").bundle.path, tmp_path / "bundle"))
     genai("search", past_present_share_buffer=True)(folder)
     assert "past_present_share_buffer" in verdicts(folder)[GENAI].reasons[0]
 
 
-def test_a_file_altered_after_the_export_stops_pastkey_alone(bundle: Path) -> None:
+def test_a_file_altered_after_the_export_stops_pastkey_alone(bundle):
     tokenizer_config(padding_side="left")(bundle)
     found = verdicts(bundle)
     assert [program for program, verdict in found.items() if not verdict.loads] == ["pastkey"]
     assert "tokenizer_config.json" in found["pastkey"].reasons[0]
 
 
-def test_weights_cut_short_are_named_with_both_sizes(bundle: Path) -> None:
+def test_weights_cut_short_are_named_with_both_sizes(bundle):
     data = bundle / "onnx/model_quantized.onnx_data"
     size = data.stat().st_size
     data.write_bytes(data.read_bytes()[: size // 2])
@@ -307,7 +306,7 @@ def _places(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 
 
 @pytest.mark.parametrize("file", [names.CONFIG, names.GENERATION_CONFIG, names.GENAI_CONFIG, names.TOKENIZER_CONFIG])
-def test_values_of_any_kind_are_judged_and_never_fail(file: str, bundle: Path) -> None:
+def test_values_of_any_kind_are_judged_and_never_fail(file, bundle):
     whole = json.loads((bundle / file).read_text(encoding="utf-8"))
     for place in _places(whole):
         for odd in (None, True, -1, 0.5, "odd", ["odd"], {"odd": ["odd"]}):
@@ -321,7 +320,7 @@ def test_values_of_any_kind_are_judged_and_never_fail(file: str, bundle: Path) -
 
 
 # --- no bundle, and the command -----------------------------------------------------------------------------------
-def test_what_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_refused(bundle, tmp_path):
     with pytest.raises(MissingFileError, match="no such bundle"):
         check(tmp_path / "none")
     (bundle / PRECISIONS["int8"].graph).write_bytes(b"\x08nothing of a graph")
@@ -330,7 +329,7 @@ def test_what_is_no_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     assert main(["check", str(bundle)]) == 2
 
 
-def test_the_command_prints_a_verdict_per_program(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_verdict_per_program(bundle, capsys):
     config(model_type="mine")(bundle)
     record(bundle)
     assert main(["check", str(bundle)]) == 0  # it informs
@@ -342,7 +341,7 @@ def test_the_command_prints_a_verdict_per_program(bundle: Path, capsys: pytest.C
     assert any(line.startswith("    warning: it silently gives other text") for line in lines)
 
 
-def test_the_command_prints_one_json_object(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_one_json_object(bundle, capsys):
     assert main(["check", str(bundle), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["bundle"] == str(bundle)
@@ -353,7 +352,7 @@ def test_the_command_prints_one_json_object(bundle: Path, capsys: pytest.Capture
 
 # --- what is read, and with what ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [names.TOKENIZER, names.TOKENIZER_CONFIG, names.GENERATION_CONFIG])
-def test_a_file_that_the_manifest_does_not_list_is_not_read(name: str, bundle: Path) -> None:
+def test_a_file_that_the_manifest_does_not_list_is_not_read(name, bundle):
     manifest = json.loads((bundle / names.MANIFEST).read_text())
     del manifest["files"][name]
     (bundle / names.MANIFEST).write_text(json.dumps(manifest))
@@ -367,13 +366,13 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(name: str, bundle: P
     assert f"{name} is not listed in pastkey.json" in str(found.problem)
 
 
-def test_a_template_that_the_manifest_does_not_list_is_not_told_of(bundle: Path) -> None:
+def test_a_template_that_the_manifest_does_not_list_is_not_told_of(bundle):
     before = check(bundle)
     (bundle / names.CHAT_TEMPLATE).write_text("{{ messages }}")
     assert check(bundle) == before
 
 
-def test_the_command_needs_onnx_and_neither_torch_nor_another_program(bundle: Path) -> None:
+def test_the_command_needs_onnx_and_neither_torch_nor_another_program(bundle):
     program = (
         "import sys\nfrom pastkey.__main__ import main\n"
         f"assert main(['check', {str(bundle)!r}]) == 0\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,7 +18,7 @@ from pastkey.export.source.source import Source
 from pastkey.files.folder import sha256
 
 from ..cases import CASES
-from ..conftest import Export, Exported
+from ..conftest import Exported
 
 MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0")
 
@@ -37,14 +36,14 @@ def places(made: Exported) -> dict[str, tuple[int, int]]:
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def test_an_int8_embedding_and_its_tied_head_share_their_bytes(exported: Export) -> None:
+def test_an_int8_embedding_and_its_tied_head_share_their_bytes(exported):
     found = places(exported("llama", "int8"))
     table, blocks = found["model.embed_tokens.weight.table"], found["model.embed_tokens.weight.blocks"]
     assert table == blocks
     assert table[1] == 61 * 48  # one byte a weight; 48 is a multiple of 16
 
 
-def test_a_model_without_large_weights_has_no_weights_file(exported: Export) -> None:
+def test_a_model_without_large_weights_has_no_weights_file(exported):
     made = exported("three_axes")
     onnx_files = {path.name for path in (made.bundle.path / "onnx").iterdir()}
     assert onnx_files == {"model.onnx", "pastkey.onnx"}
@@ -52,7 +51,7 @@ def test_a_model_without_large_weights_has_no_weights_file(exported: Export) -> 
 
 
 # --- the manifest's records ---------------------------------------------------------------------------------------
-def test_every_file_is_recorded_with_its_size_and_hash(exported: Export) -> None:
+def test_every_file_is_recorded_with_its_size_and_hash(exported):
     bundle = exported("llama", "int8").bundle
     assert bundle.manifest.files
     for name, record in bundle.manifest.files.items():
@@ -65,7 +64,7 @@ def read(made: Exported, name: str) -> Any:
     return json.loads((made.bundle.path / name).read_text(encoding="utf-8"))
 
 
-def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> None:
+def test_config_json_of_a_module_holds_the_observed_sizes(exported):
     config = read(exported("multi_query_repeated_by_hand"), names.CONFIG)
     assert config["model_type"] == "llama"  # whose cache is the same
     assert config["architectures"] == ["RepeatedKv"]
@@ -74,13 +73,13 @@ def test_config_json_of_a_module_holds_the_observed_sizes(exported: Export) -> N
     assert (config["head_dim"], config["hidden_size"]) == (8, 32)
 
 
-def test_config_json_declares_the_weights_file_to_transformers_js(exported: Export) -> None:
+def test_config_json_declares_the_weights_file_to_transformers_js(exported):
     fp32, int8 = read(exported("llama"), names.CONFIG), read(exported("llama", "int8"), names.CONFIG)
     assert fp32["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
     assert int8["transformers.js_config"] == {"dtype": "q8", "use_external_data_format": {"model_quantized.onnx": 1}}
 
 
-def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:
+def test_genai_config_names_the_graphs_own_tensors(exported):
     for name, shared in (("llama", True), ("head_size_10_context_11", False)):
         made = exported(name)
         content = read(made, names.GENAI_CONFIG)
@@ -95,7 +94,7 @@ def test_genai_config_names_the_graphs_own_tensors(exported: Export) -> None:
         assert content["search"]["past_present_share_buffer"] is shared
 
 
-def test_infinity_and_nan_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+def test_infinity_and_nan_are_written_as_transformers_writes_them(tmp_path):
     limits = {"limits": (0.0, float("inf")), "inner": {"low": float("-inf"), "none": float("nan")}}
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "vocab_size": 8}
     source = Source(nn.Identity(), "source", 8, config={"model_type": "llama", **sizes, **limits})
@@ -106,14 +105,14 @@ def test_infinity_and_nan_are_written_as_transformers_writes_them(tmp_path: Path
     assert content["inner"] == {"low": {"__float__": "-Infinity"}, "none": {"__float__": "NaN"}}
 
 
-def test_generation_config_ends_at_the_context(exported: Export) -> None:
+def test_generation_config_ends_at_the_context(exported):
     content = read(exported("llama"), names.GENERATION_CONFIG)
     assert content["max_length"] == 40
     assert content["eos_token_id"] is None
 
 
 @pytest.mark.parametrize("adds", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_tokenizer_config_says_what_other_programs_would_guess(adds: bool, tmp_path: Path) -> None:
+def test_tokenizer_config_says_what_other_programs_would_guess(adds, tmp_path):
     tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
     if adds:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

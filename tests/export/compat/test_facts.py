@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,6 @@ from pastkey.export.compat.facts import (
 )
 from pastkey.train.checkpoint import TrainingState, save_checkpoint
 
-from ..conftest import Export
 from ..decoders import llama
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
@@ -48,7 +46,7 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, 
         ),
     ],
 )
-def test_optimum_reads_each_type_by_its_own_keys(config: dict[str, Any], expected: tuple[int, int, int]) -> None:
+def test_optimum_reads_each_type_by_its_own_keys(config, expected):
     cache = optimum_cache(config)
     assert isinstance(cache, Expected)
     assert cache.geometry == KVGeometry(*expected)
@@ -62,11 +60,11 @@ def test_optimum_reads_each_type_by_its_own_keys(config: dict[str, Any], expecte
         (HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4}, "qk_nope_head_dim"),
     ],
 )
-def test_a_missing_key_is_named(config: dict[str, Any], missing: str) -> None:
+def test_a_missing_key_is_named(config, missing):
     assert optimum_cache(config) == missing
 
 
-def test_transformers_js_counts_layers_by_the_types_own_key() -> None:
+def test_transformers_js_counts_layers_by_the_types_own_key():
     found = [js_layers_key(kind) for kind in ("llama", "gpt2", "mpt", "exaone", "openelm", "mixtral", "pastkey")]
     assert found == ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers", None, None]
 
@@ -76,12 +74,12 @@ LAYERS = (KVGeometry(2, 16, 16),) * 3
 SIZES = HEADS | {"architectures": ["Mine"], "num_hidden_layers": 3, "hidden_size": 128, "vocab_size": 5}
 
 
-def test_a_configuration_that_suits_is_kept_as_it_is() -> None:
+def test_a_configuration_that_suits_is_kept_as_it_is():
     own = SIZES | {"model_type": "qwen2", "rope_theta": 1e6, "architectures": ["Qwen2ForCausalLM"]}
     assert declare_cache(own, SIZES, LAYERS) == own
 
 
-def test_where_only_the_width_misleads_only_the_width_is_replaced() -> None:
+def test_where_only_the_width_misleads_only_the_width_is_replaced():
     own = SIZES | {"model_type": "qwen3", "hidden_size": 96, "rope_theta": 1e6}
     assert not suits(own, LAYERS)
     declared = declare_cache(own, SIZES, LAYERS)
@@ -91,7 +89,7 @@ def test_where_only_the_width_misleads_only_the_width_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmo2", "a_type_of_next_year"])
-def test_a_type_that_a_program_does_not_know_or_reads_otherwise_becomes_llama(kind: str) -> None:
+def test_a_type_that_a_program_does_not_know_or_reads_otherwise_becomes_llama(kind):
     own = SIZES | {"model_type": kind, "rope_scaling": {"type": "of its own"}, "architectures": ["Other"]}
     declared = declare_cache(own, SIZES, LAYERS)
     assert suits(declared, LAYERS)
@@ -101,7 +99,7 @@ def test_a_type_that_a_program_does_not_know_or_reads_otherwise_becomes_llama(ki
 
 
 @pytest.mark.parametrize("layers", [(KVGeometry(2, 16, 12),), (KVGeometry(2, 16, 16), KVGeometry(1, 16, 16))])
-def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers: tuple[KVGeometry, ...]) -> None:
+def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers):
     declared = declare_cache({}, SIZES | {"num_hidden_layers": len(layers)}, layers)
     assert declared["model_type"] == "pastkey"
     assert NOTE_KEY not in declared
@@ -110,7 +108,7 @@ def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers: tuple[KVGe
 
 
 @pytest.mark.parametrize("name", ["multi_query_repeated_by_hand", "three_axes"])
-def test_modules_of_any_heads_and_sizes_are_declared(name: str, exported: Export) -> None:
+def test_modules_of_any_heads_and_sizes_are_declared(name, exported):
     bundle = exported(name).bundle
     config = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
     assert suits(config, bundle.manifest.layers)
@@ -120,7 +118,7 @@ def test_modules_of_any_heads_and_sizes_are_declared(name: str, exported: Export
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pastkey", "llama"])
-def test_a_checkpoint_of_ours_is_declared(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_ours_is_declared(kind, checkpoint, tmp_path):
     """`checkpoint` is a Llama whose width is not heads times size; with learned positions it has no type."""
     source = checkpoint
     if kind == "pastkey":
@@ -142,7 +140,7 @@ def _learned_positions(checkpoint: Path, folder: Path) -> Path:
     return changed
 
 
-def test_transformers_parses_what_is_declared(exported: Export) -> None:
+def test_transformers_parses_what_is_declared(exported):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     bundle = exported("multi_query_repeated_by_hand").bundle
     config = transformers.AutoConfig.from_pretrained(bundle.path)

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def convolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def convolution(tmp_path_factory):
     own, out = DECODERS["short_conv"], tmp_path_factory.mktemp("convolution") / "bundle"
     export(own.make(), out, precision="fp32", context_length=own.context)
     return out
 
 
-def test_a_short_convolution_is_for_pastkey_and_plain_onnxruntime(convolution: Path) -> None:
+def test_a_short_convolution_is_for_pastkey_and_plain_onnxruntime(convolution):
     found = verdicts(convolution)
     assert [program for program, verdict in found.items() if verdict.loads] == ["pastkey", "onnxruntime"]
     assert pastkey.load(convolution).generate([1, 2, 3], max_new_tokens=4).ids
@@ -53,16 +53,14 @@ def no_first_rows(graph: onnx.GraphProto) -> None:
         (lambda graph: graph.input.remove(graph_input(graph, names.past_conv(0))), "past_conv.0 is not in the graph"),
     ],
 )
-def test_rows_other_than_the_manifests_stop_pastkey(
-    change: Callable[[onnx.GraphProto], object], words: str, convolution: Path, tmp_path: Path
-) -> None:
+def test_rows_other_than_the_manifests_stop_pastkey(change, words, convolution, tmp_path):
     folder = Path(shutil.copytree(convolution, tmp_path / "bundle"))
     edit_graph(folder, change, precision="fp32")
     record(folder)
     assert any(words in text for text in verdicts(folder)["pastkey"].reasons)
 
 
-def test_rows_that_the_manifest_does_not_tell_of_are_not_fed(convolution: Path, tmp_path: Path) -> None:
+def test_rows_that_the_manifest_does_not_tell_of_are_not_fed(convolution, tmp_path):
     folder = Path(shutil.copytree(convolution, tmp_path / "bundle"))
     edit(folder, names.MANIFEST, lambda c: c.pop("states"))
     assert "the input 'past_conv.0', which is not fed" in verdicts(folder)["pastkey"].reasons[0]

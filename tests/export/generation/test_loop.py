@@ -43,7 +43,7 @@ def made(folder: Path, kind: str) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def fused(tmp_path_factory):
     return made(tmp_path_factory.mktemp("fused") / "bundle", "fp32")
 
 
@@ -69,7 +69,7 @@ KINDS = ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "shor
 
 
 @pytest.mark.parametrize("kind", divided(KINDS, ci=KINDS))
-def test_the_ids_are_the_runtimes(kind: str, tmp_path: Path) -> None:
+def test_the_ids_are_the_runtimes(kind, tmp_path):
     bundle = made(tmp_path / "bundle", kind)
     vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
     for config in (SamplingConfig(seed=0), SamplingConfig(repetition_penalty=1.3, seed=0), DRAWN):
@@ -79,7 +79,7 @@ def test_the_ids_are_the_runtimes(kind: str, tmp_path: Path) -> None:
     assert names.GENERATE_GRAPH in bundle.manifest.files
 
 
-def test_inputs_and_outputs_are_those_that_the_format_names(fused: Bundle) -> None:
+def test_inputs_and_outputs_are_those_that_the_format_names(fused):
     inputs = {v.name: (v.type, v.shape) for v in opened(fused.path / names.GENERATE_GRAPH).get_inputs()}
     numbers = {name: ("tensor(float)", [1]) for name in names.GENERATE_NUMBERS}
     integers = {name: ("tensor(int64)", [1]) for name in names.GENERATE_INTEGERS}
@@ -90,7 +90,7 @@ def test_inputs_and_outputs_are_those_that_the_format_names(fused: Bundle) -> No
     assert set(ir.load(fused.path / names.GENERATE_GRAPH).opset_imports) <= {"", "com.microsoft"}
 
 
-def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
+def test_the_weights_are_those_of_the_bundles_file(fused):
     files = {path.name for path in (fused.path / "onnx").iterdir() if names.is_weights_file(path.name)}
     assert len(files) == 1
     for name in (names.GENERATE_GRAPH, names.GENERATE_STEP_GRAPH):
@@ -102,7 +102,7 @@ def test_the_weights_are_those_of_the_bundles_file(fused: Bundle) -> None:
         assert not loop.attributes["body"].as_graph().initializers
 
 
-def test_a_text_ends_at_an_end_id_which_is_its_last(fused: Bundle) -> None:
+def test_a_text_ends_at_an_end_id_which_is_its_last(fused):
     free = call(fused, [5, 9, 11], 30, DRAWN)
     end = free[12]
     cut = call(fused, [5, 9, 11], 30, DRAWN, (end, 1_000_000))
@@ -111,7 +111,7 @@ def test_a_text_ends_at_an_end_id_which_is_its_last(fused: Bundle) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT])
-def test_a_text_ends_one_token_behind_the_context(fused: Bundle, tokens: int) -> None:
+def test_a_text_ends_one_token_behind_the_context(fused, tokens):
     prompt = [3 + i % 7 for i in range(tokens)]
     assert call(fused, prompt, 10**12, DRAWN) == runtime(fused, prompt, 10**6, DRAWN)
     assert len(call(fused, prompt, 10**12, DRAWN)) == CONTEXT + 1 - tokens
@@ -133,16 +133,14 @@ def test_a_text_ends_one_token_behind_the_context(fused: Bundle, tokens: int) ->
         ([1], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
     ],
 )
-def test_bad_input_ends_the_run_with_a_sentence(
-    fused: Bundle, prompt: list[int], change: dict[str, float], sentence: str
-) -> None:
+def test_bad_input_ends_the_run_with_a_sentence(fused, prompt, change, sentence):
     feeds = as_feeds(DRAWN, 4) | {names.INPUT_IDS: np.array(prompt, np.int64).reshape(1, -1)}
     feeds |= {name: np.array([value], feeds[name].dtype) for name, value in change.items()}
     with pytest.raises(Exception, match=f"Name:'{sentence}'"):
         opened(fused.path / names.GENERATE_GRAPH).run(None, feeds)
 
 
-def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused: Bundle, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused, tmp_path):
     bundle = Bundle(Path(shutil.copytree(fused.path, tmp_path / "bundle")), fused.manifest)
     path = bundle.path / names.GENERATE_GRAPH
     model = ir.load(path)
@@ -175,12 +173,12 @@ class Host:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_chunks_say_what_one_call_says(fused: Bundle, size: int) -> None:
+def test_chunks_say_what_one_call_says(fused, size):
     assert_chunks_say_what_one_call_says(fused, size)
 
 
 @pytest.mark.slow
-def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path: Path) -> None:
+def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path):
     assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "fp32 standard"), 3)
 
 
@@ -196,28 +194,28 @@ def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:
         assert host.cache.shape[3] == 3 + 24
 
 
-def test_a_second_turn_goes_on_from_the_first_ones_cache(fused: Bundle) -> None:
+def test_a_second_turn_goes_on_from_the_first_ones_cache(fused):
     host = Host(fused)
     answer = host([5, 9, 11], 6, DRAWN)
     second = host([answer[-1], 7, 8], 6, DRAWN)
     assert second == call(fused, [5, 9, 11, *answer, 7, 8], 6, DRAWN)
 
 
-def test_a_shorter_history_forgets_the_rest_of_the_cache(fused: Bundle) -> None:
+def test_a_shorter_history_forgets_the_rest_of_the_cache(fused):
     host = Host(fused)
     host([5, 9, 11], 6, DRAWN)
     host.history = host.history[:2]
     assert host([3], 6, DRAWN) == call(fused, [5, 9, 3], 6, DRAWN)
 
 
-def test_no_new_tokens_still_feed_nothing(fused: Bundle) -> None:
+def test_no_new_tokens_still_feed_nothing(fused):
     host = Host(fused)
     assert host([5, 9], 0, DRAWN) == []
     assert host.history.size == 0
     assert host([5, 9], 4, DRAWN) == call(fused, [5, 9], 4, DRAWN)
 
 
-def test_a_call_after_the_last_token_of_all_gives_none(fused: Bundle) -> None:
+def test_a_call_after_the_last_token_of_all_gives_none(fused):
     host = Host(fused)
     ids = host([5] * 30, 10**6, DRAWN)
     assert len(ids) == CONTEXT + 1 - 30
@@ -226,7 +224,7 @@ def test_a_call_after_the_last_token_of_all_gives_none(fused: Bundle) -> None:
         host([1, 2], 4, DRAWN)
 
 
-def test_a_history_without_its_cache_is_refused(fused: Bundle) -> None:
+def test_a_history_without_its_cache_is_refused(fused):
     host = Host(fused)
     host.history = np.array([1, 2])
     with pytest.raises(Exception, match="history must have no more ids than cache has rows"):
@@ -242,8 +240,6 @@ def test_a_history_without_its_cache_is_refused(fused: Bundle) -> None:
         ((KVGeometry(2, 8, 8),), (StateGeometry(3, 8),), "short convolutions"),
     ],
 )
-def test_a_cache_of_several_shapes_has_no_step(
-    fused: Bundle, layers: tuple[KVGeometry, ...], states: tuple[StateGeometry, ...], reason: str | None
-) -> None:
+def test_a_cache_of_several_shapes_has_no_step(fused, layers, states, reason):
     found = why_no_step(dataclasses.replace(fused.manifest, layers=layers, states=states))
     assert (found is None) if reason is None else (reason in str(found))

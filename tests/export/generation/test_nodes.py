@@ -8,7 +8,7 @@ import pytest
 from .small_models import BOOL, FLOAT, INT64, run
 
 
-def test_a_branch_gives_what_its_condition_says() -> None:
+def test_a_branch_gives_what_its_condition_says():
     call = run(
         {"on": (BOOL, []), "x": (FLOAT, [3])},
         lambda n, given: n.branch(
@@ -24,7 +24,7 @@ def test_a_branch_gives_what_its_condition_says() -> None:
     np.testing.assert_array_equal(call(on=np.array(False), x=x), -x)
 
 
-def test_a_check_is_nought_or_an_error_with_the_sentence() -> None:
+def test_a_check_is_nought_or_an_error_with_the_sentence():
     call = run(
         {"x": (INT64, [1])},
         lambda n, given: n.require(n.add("Less", given["x"], n.number(5)), "x must be less than 5"),

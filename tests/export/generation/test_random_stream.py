@@ -14,7 +14,7 @@ SEEDS = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**53 + 1, 2**6
 
 
 @pytest.mark.parametrize("seed", [*SEEDS, *np.random.default_rng(0).integers(0, MAX_SEED, 4).tolist()])
-def test_they_are_the_runtimes(seed: int) -> None:
+def test_they_are_the_runtimes(seed):
     call = run(
         {"seed": (INT64, [1]), "places": (INT64, ["n"])},
         lambda n, given: uniforms(n, given["seed"], given["places"]),

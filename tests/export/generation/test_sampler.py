@@ -70,7 +70,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 3000])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_random_logits(config: SamplingConfig, vocab_size: int) -> None:
+def test_random_logits(config, vocab_size):
     rng = np.random.default_rng(vocab_size)
     pairs = [
         both(
@@ -95,16 +95,7 @@ def test_random_logits(config: SamplingConfig, vocab_size: int) -> None:
     seed=st.integers(0, 2**63 - 1),
     ids=st.lists(st.integers(0, 11), max_size=10),
 )
-def test_ties_and_what_cannot_be(
-    logits: np.ndarray,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    penalty: float,
-    seed: int,
-    ids: list[int],
-) -> None:
+def test_ties_and_what_cannot_be(logits, temperature, top_k, top_p, min_p, penalty, seed, ids):
     if np.isinf(logits).all():
         logits[3] = 0
     config = SamplingConfig(temperature, top_k, top_p, min_p, penalty, seed)

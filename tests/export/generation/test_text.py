@@ -64,7 +64,7 @@ def made(tmp_path: Path, tokenizer: Path) -> Report:
 
 
 @pytest.mark.parametrize("kind", [byte_level, pytest.param(sentencepiece, marks=pytest.mark.slow)])
-def test_one_call_takes_a_text_and_gives_the_runtimes(kind: Any, tmp_path: Path) -> None:
+def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
     report = made(tmp_path, kind(tmp_path))
     assert [warning for warning in report.warnings if "text.onnx" in warning] == []
     bundle = open_bundle(tmp_path / "bundle", verify=True)
@@ -83,19 +83,19 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind: Any, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     return made(folder, byte_level(folder)).path
 
 
-def test_a_call_for_no_tokens_gives_no_text(bundle: Path) -> None:
+def test_a_call_for_no_tokens_gives_no_text(bundle):
     session = opened(str(bundle / names.TEXT_GRAPH))
     feeds = settings(SamplingConfig(seed=0), 0) | {names.TEXT: np.array(["once"], object)}
     ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
     assert (ids.size, completion.tolist()) == (0, [""])
 
 
-def test_the_end_token_is_no_part_of_the_text(bundle: Path) -> None:
+def test_the_end_token_is_no_part_of_the_text(bundle):
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER))
     session = opened(str(bundle / names.TEXT_GRAPH))
     config = SamplingConfig(temperature=1.0, seed=4)
@@ -108,7 +108,7 @@ def test_the_end_token_is_no_part_of_the_text(bundle: Path) -> None:
     assert completion[0] == tokenizer.decode(before)
 
 
-def test_a_tokenizer_that_is_read_otherwise_is_refused_with_the_text(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_read_otherwise_is_refused_with_the_text(tmp_path):
     train_char(lines()).save(tmp_path)
     report = made(tmp_path, tmp_path / "tokenizer.json")
     (said,) = (warning for warning in report.warnings if "text.onnx" in warning)
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_is_read_otherwise_is_refused_with_the_text(tmp_path: P
         text_operators(bundle)
 
 
-def test_without_the_package_its_command_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_its_command_is_said(tmp_path, monkeypatch):
     load = builtins.__import__
 
     def absent(name: str, *rest: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pastkey.contract import names
@@ -13,11 +11,10 @@ from pastkey.export import export
 from pastkey.export.generation import write
 from pastkey.runtime import SamplingConfig
 
-from ..conftest import Export
 from ..decoders import Plain, llama
 
 
-def test_a_graph_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_says_something_else_is_not_kept(tmp_path, monkeypatch):
     settings = write.settings
 
     def other_seed(sampling: SamplingConfig, new: int) -> dict[str, write.Array]:
@@ -30,7 +27,7 @@ def test_a_graph_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_what_is_not_made_is_said(tmp_path: Path) -> None:
+def test_what_is_not_made_is_said(tmp_path):
     module = Plain(value_size=16, layers=2)
     report = export(module, tmp_path / "bundle", precision="fp32", context_length=40, generate=True)
     (said,) = (warning for warning in report.warnings if "generate_step" in warning)
@@ -38,16 +35,16 @@ def test_what_is_not_made_is_said(tmp_path: Path) -> None:
     assert names.GENERATE_GRAPH in open_bundle(tmp_path / "bundle").manifest.files
 
 
-def test_nothing_is_written_unless_it_is_asked_for(exported: Export) -> None:
+def test_nothing_is_written_unless_it_is_asked_for(exported):
     assert not [*(exported("llama").bundle.path / "onnx").glob("generate*")]
 
 
 @pytest.mark.parametrize("target", ["qnn", "webgpu"])
-def test_a_target_without_a_loop_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
+def test_a_target_without_a_loop_is_refused_before_the_work(target, tmp_path):
     with pytest.raises(InputError, match=f"writes a Loop, and {target} is not known to run one"):
         export(llama(), tmp_path / "bundle", precision="fp32", target=target, context_length=40, generate=True)
 
 
-def test_a_static_graph_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_static_graph_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match="a static one has fixed sizes"):
         export(llama(), tmp_path / "b", precision="fp32", graph="static", context_length=40, generate=True)

@@ -61,7 +61,7 @@ def run(module: nn.Module, watch: Callable[..., None] | None = None) -> tuple[Te
         "TransformerEncoderLayer", "TransformerEncoder", "TransformerEncoder_is_causal", "compiled",
     ],
 )  # fmt: skip
-def test_each_call_is_counted_once_and_changes_nothing(build: Callable[[], nn.Module], layers: int) -> None:
+def test_each_call_is_counted_once_and_changes_nothing(build, layers):
     module = build()
     logits, calls = run(module)
     assert len(calls) == layers
@@ -71,14 +71,14 @@ def test_each_call_is_counted_once_and_changes_nothing(build: Callable[[], nn.Mo
     torch.testing.assert_close(logits, untouched, rtol=1e-5, atol=1e-5)
 
 
-def test_a_call_has_four_axes_and_its_own_scale() -> None:
+def test_a_call_has_four_axes_and_its_own_scale():
     _, (call,) = run(OneHead(heads=1, size=16))
     assert call.query.shape == (2, 1, LENGTH, 16)
     assert call.scale == 0.3
     assert call.is_causal
 
 
-def test_a_call_names_the_line_that_made_it() -> None:
+def test_a_call_names_the_line_that_made_it():
     _, (call,) = run(Plain())
     file, line = call.where.split(":")
     assert file == "decoders.py"
@@ -87,7 +87,7 @@ def test_a_call_names_the_line_that_made_it() -> None:
     assert call.where.startswith("decoders.py:")  # the line that calls nn.MultiheadAttention, not torch's own
 
 
-def test_watch_sees_other_functions_but_not_those_of_the_handler() -> None:
+def test_watch_sees_other_functions_but_not_those_of_the_handler():
     seen: list[object] = []
     run(Plain(), lambda func, args, kwargs: seen.append(func))
     assert F.embedding in seen
@@ -97,7 +97,7 @@ def test_watch_sees_other_functions_but_not_those_of_the_handler() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
-def test_torch_is_put_back_as_it_was(fails: bool) -> None:
+def test_torch_is_put_back_as_it_was(fails):
     original, fastpath = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
 
     def handler(call: AttentionCall) -> Tensor:
@@ -119,7 +119,7 @@ def test_torch_is_put_back_as_it_was(fails: bool) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
-def test_every_submodules_training_mode_is_put_back(fails: bool) -> None:
+def test_every_submodules_training_mode_is_put_back(fails):
     module = NanoGpt().train()
     module.h[0].eval()
     modes = [child.training for child in module.modules()]
@@ -169,7 +169,7 @@ def one_by_one(given: AttentionCall) -> Tensor:
     ],
     ids=lambda changes: "_".join(changes) or "plain",
 )
-def test_windows_softcap_and_sinks_are_what_they_say(changes: dict[str, object]) -> None:
+def test_windows_softcap_and_sinks_are_what_they_say(changes):
     given = call(**changes)
     torch.testing.assert_close(attend(given), one_by_one(given))
     assert not torch.allclose(one_by_one(given), one_by_one(call())) or not changes
@@ -177,7 +177,7 @@ def test_windows_softcap_and_sinks_are_what_they_say(changes: dict[str, object])
         assert bool((attend(given) == 1).all())
 
 
-def test_a_described_mask_is_read_and_not_computed_with() -> None:
+def test_a_described_mask_is_read_and_not_computed_with():
     seen: list[AttentionCall] = []
 
     def keep(given: AttentionCall) -> Tensor:

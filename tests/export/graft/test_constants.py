@@ -35,7 +35,7 @@ class Counting(nn.Module):
         return total.erfinv() * torch.tensor(0.5).erfinv()
 
 
-def test_what_depends_on_constants_alone_is_computed_before_it_becomes_onnx() -> None:
+def test_what_depends_on_constants_alone_is_computed_before_it_becomes_onnx():
     module, x = Quantile().eval(), torch.tensor([[1.0, 2.0]])
     program = torch.export.export(module, (x,))
     assert any("erfinv" in name for name in operators(program))
@@ -45,7 +45,7 @@ def test_what_depends_on_constants_alone_is_computed_before_it_becomes_onnx() ->
     assert "weight" in program.state_dict  # not folded
 
 
-def test_a_program_that_changes_a_constant_stays_as_it_is() -> None:
+def test_a_program_that_changes_a_constant_stays_as_it_is():
     x = torch.tensor([0.1, 0.2])
     program = torch.export.export(Counting().eval(), (x,))
     before = operators(program)
@@ -55,6 +55,6 @@ def test_a_program_that_changes_a_constant_stays_as_it_is() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_program_without_constants_has_nothing_to_fold() -> None:
+def test_a_program_without_constants_has_nothing_to_fold():
     program = torch.export.export(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
     assert not fold_constants(program)

@@ -6,9 +6,7 @@ continuation; windows are smaller than the prompt. The figures are listed at the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,9 +37,7 @@ def skip_unless_known(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=IN_CI))
-def test_a_family_computes_what_transformers_computes(
-    family: str, tmp_path: Path, record_family: Callable[[str, float], None]
-) -> None:
+def test_a_family_computes_what_transformers_computes(family, tmp_path, record_family):
     skip_unless_known(family)
     model = build(family)
     report = export(model, tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
@@ -75,14 +71,14 @@ def assert_greedy_ids_are_those_of_transformers(model: Any, report: Report) -> N
 
 
 @pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "qwen3_moe", "phi3"], ci=["gpt_oss"]))
-def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family: str, tmp_path: Path) -> None:
+def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family, tmp_path):
     report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, graph="standard")
     assert report.manifest.graph == "standard"
     assert report.manifest.parity["fp32"]["ok"]
 
 
 @pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "mixtral"], ci=["gpt_oss"]))
-def test_a_family_in_int8_is_still_the_same_model(family: str, tmp_path: Path) -> None:
+def test_a_family_in_int8_is_still_the_same_model(family, tmp_path):
     report = export(build(family), tmp_path / "bundle", context_length=CONTEXT)
     assert report.manifest.parity["int8"]["ok"]
     assert report.manifest.quality["kl_divergence"] < 0.02
@@ -92,9 +88,7 @@ def test_a_family_in_int8_is_still_the_same_model(family: str, tmp_path: Path) -
     ("queries", "alibi"),
     divided(product(("grouped", "multi", "own"), (False, True)), ci=[("grouped", True)]),
 )
-def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
-    queries: str, alibi: bool, tmp_path: Path
-) -> None:
+def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(queries, alibi, tmp_path):
     heads = {"grouped": 2, "multi": 1, "own": 4}[queries]
     config = transformers.FalconConfig(
         vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=heads, alibi=alibi,
@@ -110,7 +104,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(
 
 
 @pytest.mark.parametrize("family", divided(REFUSED, ci=["doge", "llama4_text"]))
-def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path: Path) -> None:
+def test_what_cannot_be_grafted_is_refused_with_the_reason(family, tmp_path):
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:
         export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
@@ -119,7 +113,7 @@ def test_what_cannot_be_grafted_is_refused_with_the_reason(family: str, tmp_path
 
 
 @pytest.mark.slow
-def test_a_model_whose_own_positions_do_not_begin_at_0_is_asked_about(tmp_path: Path) -> None:
+def test_a_model_whose_own_positions_do_not_begin_at_0_is_asked_about(tmp_path):
     """RoBERTa's begin behind its padding token. No family that is exported has such."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=24, is_decoder=True, **sizes)

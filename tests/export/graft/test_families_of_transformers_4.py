@@ -17,7 +17,7 @@ AMONG_THEM = {"gpt2", "llama", "gemma2", "qwen3_moe", "gpt_oss"}
 
 
 @pytest.mark.matrix
-def test_families_under_transformers_4() -> None:
+def test_families_under_transformers_4():
     done = subprocess.run(
         [environment(*OPTIMUM), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", FILE],
         cwd=ROOT,

@@ -25,7 +25,7 @@ Given = Callable[..., GivenDecoder]
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> Given:
+def given(tmp_path):
     """The function that writes a kind's graph and opens it."""
 
     def make(kind: Kind = Kind(), window: int | None = None) -> GivenDecoder:  # noqa: B008  # it is frozen
@@ -35,7 +35,7 @@ def given(tmp_path: Path) -> Given:
     return make
 
 
-def test_it_computes_what_the_file_computes(given: Given) -> None:
+def test_it_computes_what_the_file_computes(given):
     decoder = given()
     ids = torch.arange(14).reshape(2, 7)
     past = [torch.zeros(2, 2, 0, 16)] * (2 * LAYERS)
@@ -59,12 +59,12 @@ def test_it_computes_what_the_file_computes(given: Given) -> None:
         (Kind(), 4000, False),  # a window that is too long to try
     ],
 )
-def test_a_run_shows_whether_past_may_have_holes(kind: Kind, window: int | None, padding: bool, given: Given) -> None:
+def test_a_run_shows_whether_past_may_have_holes(kind, window, padding, given):
     context = 8000 if window == 4000 else CONTEXT
     assert given(kind)._takes_holes(context, VOCABULARY, window) is padding
 
 
-def test_what_is_observed_and_the_two_graphs(given: Given) -> None:
+def test_what_is_observed_and_the_two_graphs(given):
     decoder = given(Kind(window=WINDOW), WINDOW)
     found = in_contract(decoder, CONTEXT, None, print)
     observation = found.observation
@@ -82,7 +82,7 @@ def test_what_is_observed_and_the_two_graphs(given: Given) -> None:
     assert "GroupQueryAttention" not in {node.op_type for node in standard.graph}
 
 
-def test_rotary_keys_can_be_shifted_and_counted_positions_cannot(given: Given) -> None:
+def test_rotary_keys_can_be_shifted_and_counted_positions_cannot(given):
     for kind, refused in ((Kind(), ""), (Kind(counts_positions=True), "it computes the positions of tokens itself")):
         decoder = given(kind)
         observation = decoder.observed(CONTEXT)
@@ -92,7 +92,7 @@ def test_rotary_keys_can_be_shifted_and_counted_positions_cannot(given: Given) -
         assert bool(shift.rotations) is not bool(refused)
 
 
-def test_an_unread_input_of_positions_is_no_position(given: Given, tmp_path: Path) -> None:
+def test_an_unread_input_of_positions_is_no_position(given, tmp_path):
     """Otherwise keys that the graph turns by its own count would be taken for keys without positions."""
     given(Kind(counts_positions=True))
     model = onnx.load(tmp_path / "model.onnx")
@@ -104,12 +104,12 @@ def test_an_unread_input_of_positions_is_no_position(given: Given, tmp_path: Pat
     assert not decoder.takes_positions
 
 
-def test_a_call_is_not_for_a_graph(given: Given) -> None:
+def test_a_call_is_not_for_a_graph(given):
     with pytest.raises(InputError, match="is for a module in Python"):
         in_contract(given(), CONTEXT, "model(ids)", print)
 
 
-def test_an_opset_that_onnxruntime_does_not_know_is_refused(given: Given, tmp_path: Path) -> None:
+def test_an_opset_that_onnxruntime_does_not_know_is_refused(given, tmp_path):
     given()
     model = onnx.load(tmp_path / "model.onnx")
     model.opset_import[0].version = 99
@@ -128,7 +128,7 @@ def change_logits(path: Path, *nodes: onnx.NodeProto, **weights: np.ndarray) -> 
     onnx.save(model, path)
 
 
-def test_a_graph_of_the_last_logits_alone_is_refused(given: Given, tmp_path: Path) -> None:
+def test_a_graph_of_the_last_logits_alone_is_refused(given, tmp_path):
     given()
     last = onnx.helper.make_node("Slice", ["whole", "begin", "end", "axis"], ["logits"])
     most = np.array([np.iinfo(np.int64).max])
@@ -138,7 +138,7 @@ def test_a_graph_of_the_last_logits_alone_is_refused(given: Given, tmp_path: Pat
         decoder.observed(CONTEXT)
 
 
-def test_group_query_attention_in_a_file_stays_and_has_no_standard_graph(given: Given, tmp_path: Path) -> None:
+def test_group_query_attention_in_a_file_stays_and_has_no_standard_graph(given, tmp_path):
     decoder = given()
     model, _ = decoder.graph("fused", decoder.observed(CONTEXT))
     onnx.save(onnx.load_from_string(_bytes(model, tmp_path)), tmp_path / "fused.onnx")

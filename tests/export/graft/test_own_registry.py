@@ -11,7 +11,7 @@ from .own.registry import DECODERS
 
 
 @pytest.fixture(params=DECODERS)
-def own(request: pytest.FixtureRequest) -> Own:
+def own(request):
     return DECODERS[request.param]
 
 
@@ -41,7 +41,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
-def test_a_text_is_read_from_left_to_right_and_alone(own: Own) -> None:
+def test_a_text_is_read_from_left_to_right_and_alone(own):
     module, ids = own.make(), texts(own)
     found = logits(own, module, ids)
     rounding = 1e-5 if all(p.dtype == torch.float32 for p in module.parameters()) else 2e-2
@@ -56,7 +56,7 @@ def test_a_text_is_read_from_left_to_right_and_alone(own: Own) -> None:
     assert apart(logits(own, module, ids[:1]), found[:1]) < rounding, "depends on the number of rows"
 
 
-def test_logits_depend_on_earlier_tokens(own: Own) -> None:
+def test_logits_depend_on_earlier_tokens(own):
     module, ids = own.make(), texts(own)
     off = apart(logits(own, module, ids)[0, -1], logits(own, module, changed(ids, -2, own.vocab))[0, -1])
     assert off == 0 if own.alone else off > 1e-2

@@ -29,7 +29,7 @@ class Elsewhere(nn.Module):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_weights_are_filled_wherever_they_are_used(mapped: bool) -> None:
+def test_weights_are_filled_wherever_they_are_used(mapped):
     torch.manual_seed(0)
     module = Elsewhere()
     ids = torch.arange(12).view(2, 6)

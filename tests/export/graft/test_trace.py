@@ -28,14 +28,14 @@ FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 10, 10), KVGeometry
 
 # --- choosing -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_auto_takes_the_fused_graph_where_the_operator_takes_the_heads(target: str) -> None:
+def test_auto_takes_the_fused_graph_where_the_operator_takes_the_heads(target):
     choice = choose_graph("auto", target, observed(FITTING, FITTING))
     assert choice.graph == "fused"
     assert f"target {target}" in choice.reason
 
 
 @pytest.mark.parametrize("target", ["portable", "openvino"])
-def test_auto_takes_the_standard_graph_where_the_target_does_not_run_the_fused_one(target: str) -> None:
+def test_auto_takes_the_standard_graph_where_the_target_does_not_run_the_fused_one(target):
     choice = choose_graph("auto", target, observed(FITTING))
     assert choice.graph == "standard"
     assert f"target {target}" in choice.reason
@@ -48,14 +48,14 @@ def test_auto_takes_the_standard_graph_where_the_target_does_not_run_the_fused_o
         ((UNEQUAL,), "keys of size 8 and values of size 16"),
     ],
 )
-def test_auto_takes_the_standard_graph_where_it_must_and_says_why(geometry: tuple[KVGeometry, ...], words: str) -> None:
+def test_auto_takes_the_standard_graph_where_it_must_and_says_why(geometry, words):
     choice = choose_graph("auto", "cpu", observed(*geometry))
     assert (choice.graph, choice.reason) == ("standard", f"GroupQueryAttention cannot take {words}")
     with pytest.raises(ContractError, match=words):
         choose_graph("fused", "cpu", observed(*geometry))
 
 
-def test_auto_takes_the_standard_graph_where_the_targets_attention_ignores_an_attribute() -> None:
+def test_auto_takes_the_standard_graph_where_the_targets_attention_ignores_an_attribute():
     capped = Observation((Layer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
     choice = choose_graph("auto", "webgpu", capped)
     assert choice == GraphChoice("standard", "GroupQueryAttention cannot take softcap, which webgpu ignores")
@@ -75,7 +75,7 @@ def traced_refusal(module: nn.Module) -> str:
     return sentence
 
 
-def test_a_trace_has_the_opset_of_the_oldest_runtime_and_leaves_torch_alone() -> None:
+def test_a_trace_has_the_opset_of_the_oldest_runtime_and_leaves_torch_alone():
     module = NanoGpt().train()
     loggers = [logging.getLogger(name).level for name in ("torch.onnx", "torch.export")]
     detect = torch.nn.modules.transformer._detect_is_causal_mask
@@ -90,7 +90,7 @@ def test_a_trace_has_the_opset_of_the_oldest_runtime_and_leaves_torch_alone() ->
     assert [logging.getLogger(name).level for name in ("torch.onnx", "torch.export")] == loggers
 
 
-def test_torch_is_put_back_after_a_trace_that_failed() -> None:
+def test_torch_is_put_back_after_a_trace_that_failed():
     attention, detect = torch.nn.functional.scaled_dot_product_attention, torch.nn.modules.transformer
     original = detect._detect_is_causal_mask
     traced_refusal(BranchesOnValues())
@@ -120,7 +120,7 @@ class BranchesOnLength(Plain):
         return hidden if input_ids.shape[1] > 4 else hidden * 1.0
 
 
-def test_a_branch_on_values_is_refused_with_its_line() -> None:
+def test_a_branch_on_values_is_refused_with_its_line():
     sentence = traced_refusal(BranchesOnValues())
     assert "torch could not trace BranchesOnValues" in sentence
     assert "test_trace.py:" in sentence
@@ -129,7 +129,7 @@ def test_a_branch_on_values_is_refused_with_its_line() -> None:
     assert "forward must not branch on values or lengths" in sentence
 
 
-def test_a_branch_on_the_length_is_refused_with_the_guard() -> None:
+def test_a_branch_on_the_length_is_refused_with_the_guard():
     sentence = traced_refusal(BranchesOnLength())
     assert (
         "holds only where sequence_length is at least 2 and at most 4: forward must not branch on a length" in sentence
@@ -138,12 +138,12 @@ def test_a_branch_on_the_length_is_refused_with_the_guard() -> None:
     assert "L['input_ids']" not in sentence
 
 
-def test_a_length_made_a_python_number_is_refused() -> None:
+def test_a_length_made_a_python_number_is_refused():
     module = Embedding(lambda ids, positions: positions[:, :1] + torch.arange(int(ids.shape[1])))
     assert "take lengths from tensor.shape and positions from position_ids" in traced_refusal(module)
 
 
-def test_complex_rotary_tables_are_refused_with_what_to_write() -> None:
+def test_complex_rotary_tables_are_refused_with_what_to_write():
     class Complex(Plain):
         def more(self) -> None:
             angles = torch.outer(torch.arange(self.context).float(), torch.ones(self.size // 2))
@@ -156,7 +156,7 @@ def test_complex_rotary_tables_are_refused_with_what_to_write() -> None:
     assert "keep rotary tables as real cos and sin, not as complex numbers" in traced_refusal(Complex())
 
 
-def test_half_precision_beside_attention_is_refused() -> None:
+def test_half_precision_beside_attention_is_refused():
     class HalfMlp(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -167,7 +167,7 @@ def test_half_precision_beside_attention_is_refused() -> None:
     assert "leave out autocast and casts" in sentence
 
 
-def test_calls_that_appear_only_while_traced_are_refused() -> None:
+def test_calls_that_appear_only_while_traced_are_refused():
     class Twice(Plain):
         def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
             if torch.compiler.is_exporting():
@@ -177,7 +177,7 @@ def test_calls_that_appear_only_while_traced_are_refused() -> None:
     assert "more attention calls while traced than when run" in traced_refusal(Twice())
 
 
-def test_calls_that_disappear_while_traced_are_refused() -> None:
+def test_calls_that_disappear_while_traced_are_refused():
     class Fewer(Plain):
         def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
             if torch.compiler.is_exporting() and block is self.blocks[1]:
@@ -187,7 +187,7 @@ def test_calls_that_disappear_while_traced_are_refused() -> None:
     assert "made 1 attention calls while traced and 2 when run" in traced_refusal(Fewer(layers=2))
 
 
-def test_an_encoders_own_mask_detection_does_not_stop_the_trace() -> None:
+def test_an_encoders_own_mask_detection_does_not_stop_the_trace():
     module = Encoder()
     model = trace(module, observe(module, 20), "standard", 20)
     assert sum(value.name.startswith("past_key_values.") for value in model.graph.inputs) == 4

@@ -31,7 +31,7 @@ Folder = Callable[[Kind], Path]
 
 
 @pytest.fixture
-def graph(tmp_path: Path) -> Folder:
+def graph(tmp_path):
     """The function that writes a kind's graph."""
 
     def write(kind: Kind) -> Path:
@@ -59,7 +59,7 @@ def run(model: Path, ids: np.ndarray, past: list[np.ndarray], mask: np.ndarray) 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_fused_attention_computes_the_same(name: str, graph: Folder, tmp_path: Path) -> None:
+def test_fused_attention_computes_the_same(name, graph, tmp_path):
     kind = KINDS[name]
     path = graph(kind)
     model = fused(read_given(path))
@@ -81,7 +81,7 @@ def test_fused_attention_computes_the_same(name: str, graph: Folder, tmp_path: P
         np.testing.assert_allclose(found, expected[:, -found.shape[1] :], atol=2e-5 * np.abs(expected).max())
 
 
-def test_counted_positions_become_those_of_each_row(graph: Folder, tmp_path: Path) -> None:
+def test_counted_positions_become_those_of_each_row(graph, tmp_path):
     """A shorter row in a batch, padded on the right, gets the positions of its own tokens afterwards."""
     path = graph(KINDS["gemma2"])
     ir.save(fused(read_given(path)), tmp_path / "fused.onnx")
@@ -102,19 +102,19 @@ def test_counted_positions_become_those_of_each_row(graph: Folder, tmp_path: Pat
     np.testing.assert_allclose(found[1], expected[0], atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_bias_on_scores_is_not_recognised(graph: Folder) -> None:
+def test_a_bias_on_scores_is_not_recognised(graph):
     with pytest.raises(UnrecognisedError, match="scores have a bias"):
         fused(read_given(graph(Kind(bias=True))))
 
 
-def test_a_window_as_long_as_the_context_is_none(graph: Folder) -> None:
+def test_a_window_as_long_as_the_context_is_none(graph):
     given = read_given(graph(Kind(window=WINDOW)))
     model = standard_form(given)
     assert [call.window for call in recognise(model, given.layers, WINDOW)] == [None] * LAYERS
     assert [call.window for call in recognise(model, given.layers, WINDOW + 1)] == [WINDOW] * LAYERS
 
 
-def test_a_window_is_found_in_a_long_context(graph: Folder) -> None:
+def test_a_window_is_found_in_a_long_context(graph):
     given = read_given(graph(Kind(window=1000)))
     assert [call.window for call in recognise(standard_form(given), given.layers, 4096)] == [1000] * LAYERS
 
@@ -146,7 +146,7 @@ CHANGED: dict[str, tuple[Callable[[ir.Model], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_another_form_stays_as_it_is(name: str, graph: Folder) -> None:
+def test_another_form_stays_as_it_is(name, graph):
     given = read_given(graph(Kind()))
     model = standard_form(given)
     change, reason = CHANGED[name]

@@ -11,14 +11,13 @@ import pytest
 from pastkey.export.graph.clean import fold_transposed_weights, merge_equal_weights, share_transposed_weights
 from pastkey.export.graph.edit import weight
 
-from ..conftest import Export, Exported
 from ..small_graphs import model_of
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(params=["one_block_twice", "llama"])
-def made(request: pytest.FixtureRequest, exported: Export) -> Exported:
+def made(request, exported):
     return exported(request.param)
 
 
@@ -28,7 +27,7 @@ def axes(value: onnx.ValueInfoProto) -> list[str | int]:
 
 # --- inputs and outputs -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("last", [False, True], ids=["common", "last"])
-def test_every_axis_has_its_designed_name_or_number(made: Exported, last: bool) -> None:
+def test_every_axis_has_its_designed_name_or_number(made, last):
     graph = made.graph(last=last).graph
     expected: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
@@ -52,7 +51,7 @@ def test_every_axis_has_its_designed_name_or_number(made: Exported, last: bool) 
     assert [value.name for value in graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
 
 
-def test_ids_are_int64_and_everything_else_is_float(made: Exported) -> None:
+def test_ids_are_int64_and_everything_else_is_float(made):
     graph = made.graph().graph
     ids = {"input_ids", "attention_mask", "position_ids"}
     for value in [*graph.input, *graph.output]:
@@ -61,7 +60,7 @@ def test_ids_are_int64_and_everything_else_is_float(made: Exported) -> None:
 
 
 # --- nothing of the machine ---------------------------------------------------------------------------------------
-def test_no_byte_of_a_graph_tells_where_it_was_made(made: Exported) -> None:
+def test_no_byte_of_a_graph_tells_where_it_was_made(made):
     for path in (made.bundle.all_logits_graph, made.bundle.last_logits_graph):
         content = path.read_bytes()
         for trace in (str(CHECKOUT).encode(), b"torch", b"/home", b"/usr", b"/tmp", b".py", b"site-packages", b"aten"):
@@ -69,7 +68,7 @@ def test_no_byte_of_a_graph_tells_where_it_was_made(made: Exported) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["all_logits", "last_logits"])
-def test_metadata_doc_strings_and_inferred_shapes_are_gone(made: Exported, last: bool) -> None:
+def test_metadata_doc_strings_and_inferred_shapes_are_gone(made, last):
     model = made.graph(last=last)
     assert (model.producer_name, model.producer_version, model.doc_string) == ("pastkey", "", "")
     assert not model.metadata_props
@@ -85,7 +84,7 @@ def test_metadata_doc_strings_and_inferred_shapes_are_gone(made: Exported, last:
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-def test_the_standard_graph_is_valid_onnx_of_the_standard_domain_only(exported: Export) -> None:
+def test_the_standard_graph_is_valid_onnx_of_the_standard_domain_only(exported):
     for name in ("head_size_10_context_11", "one_block_twice"):
         made = exported(name)
         onnx.checker.check_model(str(made.bundle.all_logits_graph), full_check=True)
@@ -93,7 +92,7 @@ def test_the_standard_graph_is_valid_onnx_of_the_standard_domain_only(exported: 
         assert {o.domain for o in made.graph().opset_import} == {""}
 
 
-def test_the_fused_graph_has_one_attention_operator_per_layer(exported: Export) -> None:
+def test_the_fused_graph_has_one_attention_operator_per_layer(exported):
     for name in ("llama", "gpt2"):
         made = exported(name)
         nodes = [node for node in made.graph().graph.node if node.op_type == "GroupQueryAttention"]
@@ -105,7 +104,7 @@ def test_the_fused_graph_has_one_attention_operator_per_layer(exported: Export) 
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
-def test_weights_carry_the_modules_names(made: Exported) -> None:
+def test_weights_carry_the_modules_names(made):
     known = dict([*made.module.named_parameters(), *made.module.named_buffers()])
     stored = {name: array for name, array in made.weights().items() if array.size > 16}
     stored = {name: array for name, array in stored.items() if not name.startswith(("cos_cache", "sin_cache"))}
@@ -116,12 +115,12 @@ def test_weights_carry_the_modules_names(made: Exported) -> None:
         assert any(array.shape == form.shape and np.array_equal(array, form) for form in (tensor, tensor.T)), name
 
 
-def test_no_two_initializers_are_equal(made: Exported) -> None:
+def test_no_two_initializers_are_equal(made):
     seen = [(array.dtype, array.shape, array.tobytes()) for array in made.weights().values()]
     assert len(seen) == len(set(seen))
 
 
-def test_a_tied_head_is_stored_once(exported: Export) -> None:
+def test_a_tied_head_is_stored_once(exported):
     made = exported("llama")
     weights = made.weights()
     assert "model.embed_tokens.weight" in weights
@@ -129,7 +128,7 @@ def test_a_tied_head_is_stored_once(exported: Export) -> None:
     assert sum(61 in array.shape for array in exported("gpt2").weights().values()) == 2
 
 
-def test_both_graphs_read_the_same_bytes(made: Exported) -> None:
+def test_both_graphs_read_the_same_bytes(made):
     def places(last: bool) -> dict[str, dict[str, str]]:
         external = {}
         for tensor in made.graph(last=last).graph.initializer:
@@ -147,7 +146,7 @@ def test_both_graphs_read_the_same_bytes(made: Exported) -> None:
 MATRIX = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
-def test_equal_weights_become_one_and_different_ones_stay() -> None:
+def test_equal_weights_become_one_and_different_ones_stay():
     other = MATRIX.copy()
     other[2, 3] = -1
     model = model_of(
@@ -160,7 +159,7 @@ def test_equal_weights_become_one_and_different_ones_stay() -> None:
     assert [value.name for value in model.graph[0].inputs] == ["a", "a"]
 
 
-def test_equal_content_of_another_type_or_shape_is_not_merged() -> None:
+def test_equal_content_of_another_type_or_shape_is_not_merged():
     model = model_of(
         "g (float[12] a, float[3,4] b, int32[12] c) => (float[12] y)"
         " { d = Cast <to = 1> (c) e = Add(a, d) f = Reshape(b, s) y = Add(e, f) }".replace("s)", "c)"),
@@ -170,7 +169,7 @@ def test_equal_content_of_another_type_or_shape_is_not_merged() -> None:
     assert sorted(model.graph.initializers) == ["a", "b", "c"]
 
 
-def test_a_head_that_is_the_embedding_transposed_reads_the_embedding() -> None:
+def test_a_head_that_is_the_embedding_transposed_reads_the_embedding():
     model = model_of(
         "g (float[3,4] e, float[4,3] h, int64[2] i) => (float[2,3] y) { x = Gather(e, i) y = MatMul(x, h) }",
         e=MATRIX, h=np.ascontiguousarray(MATRIX.T),
@@ -180,7 +179,7 @@ def test_a_head_that_is_the_embedding_transposed_reads_the_embedding() -> None:
     assert [node.op_type for node in model.graph] == ["Transpose", "Gather", "MatMul"]
 
 
-def test_a_transposed_weight_is_folded_only_where_nothing_else_reads_it() -> None:
+def test_a_transposed_weight_is_folded_only_where_nothing_else_reads_it():
     text = "g (float[3,4] w, float[2,4] x) => (float[2,3] y) {{ t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t){} }}"
     model = model_of(text.format(""), w=MATRIX)
     fold_transposed_weights(model)

@@ -8,7 +8,7 @@ from pastkey.export.graph import edit
 
 
 @pytest.fixture
-def model() -> ir.Model:
+def model():
     """y = Neg(a), z = Abs(a), where a = Relu(x)."""
     return ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["": 20]>\n'
@@ -25,7 +25,7 @@ def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model: ir.Model) -> None:
+def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model):
     array = np.ones(3, np.float32)
     value = edit.add_weight(model, "w", array)
     assert edit.weight(value) is array
@@ -34,14 +34,14 @@ def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model: ir.Model)
     assert edit.weight(None) is None
 
 
-def test_weights_that_nothing_reads_are_dropped(model: ir.Model) -> None:
+def test_weights_that_nothing_reads_are_dropped(model):
     used, _ = edit.add_weight(model, "used", np.ones(3)), edit.add_weight(model, "unused", np.ones(3))
     node_of(model, "Neg").replace_input_with(0, used)
     edit.drop_unused_weights(model)
     assert set(model.graph.initializers) == {"used"}
 
 
-def test_an_output_that_is_replaced_keeps_name_type_and_place(model: ir.Model) -> None:
+def test_an_output_that_is_replaced_keeps_name_type_and_place(model):
     neg = node_of(model, "Neg")
     sqrt = ir.node("Sqrt", [neg.inputs[0]])
     edit.replace_node(model, neg, sqrt)
@@ -51,7 +51,7 @@ def test_an_output_that_is_replaced_keeps_name_type_and_place(model: ir.Model) -
     assert model.graph.outputs[0].dtype == ir.DataType.FLOAT
 
 
-def test_several_nodes_stand_in_for_one_and_every_reader_follows(model: ir.Model) -> None:
+def test_several_nodes_stand_in_for_one_and_every_reader_follows(model):
     relu = node_of(model, "Relu")
     builder = edit.NodeBuilder(model, "clipped")
     low = builder.add("Max", relu.inputs[0], builder.constant("zero", np.zeros(1, np.float32)))

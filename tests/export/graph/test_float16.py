@@ -11,7 +11,6 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.export.graph.float16 import to_float16
 
-from ..conftest import Export
 from ..small_graphs import Array, model_of, run_model
 
 RNG = np.random.default_rng(0)
@@ -23,7 +22,7 @@ def halved(text: str, **weights: Array) -> ir.Model:
     return model
 
 
-def test_weights_and_inputs_are_float16_and_logits_float32() -> None:
+def test_weights_and_inputs_are_float16_and_logits_float32():
     w = RNG.normal(size=(8, 5)).astype(np.float32)
     x = RNG.normal(size=(2, 8)).astype(np.float16)
     model = halved("g (float[2,8] x, float[8,5] w) => (float[2,5] logits, float[2,5] y) { y = MatMul(x, w) "
@@ -35,7 +34,7 @@ def test_weights_and_inputs_are_float16_and_logits_float32() -> None:
     np.testing.assert_allclose(logits, -(x.astype(np.float32) @ w), rtol=0, atol=1e-2)
 
 
-def test_angles_of_late_positions_are_exact() -> None:
+def test_angles_of_late_positions_are_exact():
     text = """g (int64[1,3] p, float[1,4] f) => (float[1,3,4] y) {
         one = Constant <value_ints = [-1]> () q = Unsqueeze(p, one) r = Cast <to = 1> (q) a = Mul(r, f) y = Cos(a) }"""
     frequencies = np.array([[1.0, 0.3, 0.1, 0.01]], np.float32)
@@ -45,7 +44,7 @@ def test_angles_of_late_positions_are_exact() -> None:
     np.testing.assert_allclose(found, np.cos(positions[..., None] * frequencies), rtol=0, atol=2e-3)
 
 
-def test_squares_of_a_norm_do_not_overflow() -> None:
+def test_squares_of_a_norm_do_not_overflow():
     text = """g (float[1,4] x) => (float[1,4] y) {
         two = Constant <value_float = 2.0> () small = Constant <value_float = 1e-6> ()
         axis = Constant <value_ints = [-1]> ()
@@ -56,7 +55,7 @@ def test_squares_of_a_norm_do_not_overflow() -> None:
     np.testing.assert_allclose(found, wide / np.sqrt((wide**2).mean()), rtol=2e-3)
 
 
-def test_squares_of_a_norm_by_a_power_do_not_overflow() -> None:
+def test_squares_of_a_norm_by_a_power_do_not_overflow():
     text = """g (float[1,4] x, float two, float small, float power) => (float[1,4] y) {
         axis = Constant <value_ints = [-1]> ()
         s = Pow(x, two) m = ReduceMean(s, axis) e = Add(m, small) i = Pow(e, power) y = Mul(x, i) }"""
@@ -70,7 +69,7 @@ def test_squares_of_a_norm_by_a_power_do_not_overflow() -> None:
     np.testing.assert_allclose(found, wide / np.sqrt((wide**2).mean()), rtol=2e-3)
 
 
-def test_a_weight_that_both_read_stands_there_twice() -> None:
+def test_a_weight_that_both_read_stands_there_twice():
     text = "g (float[1,4] w) => (float[1,4] y, float[1,4] z) { y = Cos(w) z = Neg(w) }"
     w = np.array([[2049, 1, 2, 3]], np.float32)
     y, z = run_model(halved(text, w=w))
@@ -79,21 +78,21 @@ def test_a_weight_that_both_read_stands_there_twice() -> None:
     assert y.dtype == z.dtype == np.float16
 
 
-def test_masks_stay_finite_and_infinity_stays_infinite() -> None:
+def test_masks_stay_finite_and_infinity_stays_infinite():
     text = "g (float[3] x, float[3] w) => (float[3] y) { y = Add(x, w) }"
     w = np.array([np.finfo(np.float32).min, -np.inf, 1], np.float32)
     (found,) = run_model(halved(text, w=w), x=np.zeros(3, np.float16))
     assert found.tolist() == [-65504, -np.inf, 1]
 
 
-def test_what_is_no_float_stays() -> None:
+def test_what_is_no_float_stays():
     text = """g (int64[1,3] ids, float[3] x) => (float[1,3] y, int64[2] shape) {
         shape = Shape(ids) zero = Constant <value_int = 0> () t = Greater(ids, zero) n = Neg(x) y = Where(t, x, n) }"""
     y, shape = run_model(halved(text), ids=np.array([[0, 1, 2]]), x=np.array([1, 2, 3], np.float16))
     assert (y.tolist(), shape.tolist()) == ([[-1, 2, 3]], [1, 3])
 
 
-def test_an_export_in_float16(exported: Export) -> None:
+def test_an_export_in_float16(exported):
     made = exported("llama", "fp16")
     full = exported("llama", "fp32")
     bundle: Bundle = made.bundle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ def rotating(path: Path) -> list[bool]:
         pytest.param({"qkv_bias": True}, id="qwen2", marks=pytest.mark.matrix),
     ],
 )
-def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tmp_path: Path) -> None:
+def test_norms_skips_and_rotation_are_fused_exactly(changes, tmp_path):
     before, after, operators = graphs(llama(**changes), tmp_path)
     assert rotating(after) == [True, True]
     assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Split"} & set(operators)
@@ -66,7 +65,7 @@ def test_norms_skips_and_rotation_are_fused_exactly(changes: dict[str, bool], tm
     assert relative_difference(expected, one_by_one) < 3e-6
 
 
-def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: Path) -> None:
+def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path):
     before, after, operators = graphs(llama(head_dim=24, hidden_size=48), tmp_path)
     assert rotating(after) == [False, False]
     assert operators["SkipSimplifiedLayerNormalization"] == 4
@@ -75,7 +74,7 @@ def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path: P
 
 
 @pytest.mark.slow
-def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1
     )  # cos and sin, half a head each
@@ -106,7 +105,7 @@ class TurnedByToken(TableRope):
         pytest.param(CASES["gpt2"].build, 3e-6, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_not_the_pattern_is_left_alone(build: Callable[[], nn.Module], allowed: float, tmp_path: Path) -> None:
+def test_what_is_not_the_pattern_is_left_alone(build, allowed, tmp_path):
     before, after, _ = graphs(build(), tmp_path)
     assert not any(rotating(after))
     ids = list(range(30))
@@ -123,7 +122,7 @@ class OneRowOfPositions(Plain):
         return self.norm(self.token(input_ids) + self.position.weight[3])
 
 
-def test_a_sum_that_spreads_is_not_fused(tmp_path: Path) -> None:
+def test_a_sum_that_spreads_is_not_fused(tmp_path):
     before, after, operators = graphs(OneRowOfPositions(), tmp_path)
     assert operators["SimplifiedLayerNormalization"] == 1
     ids = list(range(30))

@@ -15,7 +15,7 @@ TEXT = (
 W = np.array([[1, 2, 3]], np.float32)
 
 
-def test_the_values_of_one_input_and_constants_are_found() -> None:
+def test_the_values_of_one_input_and_constants_are_found():
     model = model_of(TEXT, w=W)
     source = model.graph.inputs[0]
     inside = depends_only_on(model, [source])
@@ -24,7 +24,7 @@ def test_the_values_of_one_input_and_constants_are_found() -> None:
     assert [name for name, value in values.items() if constant(value)] == ["v"]
 
 
-def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone() -> None:
+def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
     model = model_of(TEXT, w=W)
     sine = next(node.outputs[0] for node in model.graph if node.op_type == "Sin")
     part = Part(model, sine, model.graph.inputs[0])

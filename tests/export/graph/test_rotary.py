@@ -71,7 +71,7 @@ def llama(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", divided(ROTARY, quick=["longrope"], ci=ROTARY))
-def test_scaled_frequencies_are_transformers_own(kind: str, tmp_path: Path) -> None:
+def test_scaled_frequencies_are_transformers_own(kind, tmp_path):
     """As far as the context reaches: beyond the original one where the frequencies do not depend on the length."""
     context = 48 if kind == "longrope" else 96
     llama(kind).save_pretrained(tmp_path / "llama")
@@ -102,7 +102,7 @@ def assert_computes_the_same(bundle: Path, folder: Path, context: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path: Path) -> None:
+def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path):
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
     flags = TINY | {"head_dim": 16, "steps": 4, "rope_scaling": "yarn", "rope_factor": 4.0}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -115,7 +115,7 @@ def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path: Path
     assert all(rotating(file) == [True] for file in bundle.glob("*.onnx"))
 
 
-def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path: Path) -> None:
+def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path):
     with pytest.raises(InputError, match="--context 48 or less"):
         export(llama("longrope"), tmp_path / "bundle", precision="fp32")
     assert list(tmp_path.iterdir()) == []

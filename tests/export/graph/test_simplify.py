@@ -21,16 +21,16 @@ def simplified(body: str, **weights: Array) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def test_an_epsilon_of_1e_8_is_not_taken_for_zero() -> None:
+def test_an_epsilon_of_1e_8_is_not_taken_for_zero():
     """A norm with it divides by the root of epsilon on a row of zeros, and by zero without."""
     assert simplified("a = Add(x, e) y = Sqrt(a)", e=np.full(1, 1e-8, np.float32)) == ["Add", "Sqrt"]
 
 
-def test_two_transpositions_that_undo_each_other_go() -> None:
+def test_two_transpositions_that_undo_each_other_go():
     body = "a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (a) y = Neg(b)"
     assert "Transpose" not in simplified(body)
 
 
-def test_what_depends_on_constants_alone_is_folded() -> None:
+def test_what_depends_on_constants_alone_is_folded():
     two, three = np.full(4, 2, np.float32), np.full(4, 3, np.float32)
     assert simplified("p = Mul(two, three) y = Add(x, p)", two=two, three=three) == ["Add"]

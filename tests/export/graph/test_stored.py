@@ -17,7 +17,7 @@ CONTENT = torch.arange(24.0).view(4, 6)
 
 
 @pytest.mark.parametrize("form", ["whole", "transposed", "a part", "reshaped", "of numpy"])
-def test_a_view_of_hollow_memory_reads_that_view_of_the_stored_tensor(form: str) -> None:
+def test_a_view_of_hollow_memory_reads_that_view_of_the_stored_tensor(form):
     weights = StoredWeights()
     hollow, other = weights.hollow(InMemory(CONTENT)), weights.hollow(InMemory(-CONTENT))
     views: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -40,7 +40,7 @@ def test_a_view_of_hollow_memory_reads_that_view_of_the_stored_tensor(form: str)
     assert not found.is_same(found.transposed())
 
 
-def test_numbers_in_memory_are_not_stored() -> None:
+def test_numbers_in_memory_are_not_stored():
     weights = StoredWeights()
     hollow = weights.hollow(InMemory(CONTENT))
     assert weights.weight(CONTENT) is weights.weight(None) is None

@@ -51,7 +51,7 @@ Evaluate = Callable[..., Result]
 
 
 @pytest.fixture
-def evaluated(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+def evaluated(capsys):
     """evaluated(ARGUMENT, ...): exit status, standard output and standard error of `pastkey eval`."""
 
     def run(*arguments: object) -> Result:
@@ -78,7 +78,7 @@ def saved(folder: Path, tokenizer: Tokenizer, **sizes: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, word_tokenizer: Tokenizer) -> Path:
+def folder(tmp_path_factory, checkpoint, word_tokenizer):
     """The checkpoint's bundles int8 and fp32, one without a tokenizer, texts, and what is no reference of them."""
     path = tmp_path_factory.mktemp("evaluated")
     (path / "mine.py").write_text(MINE.format(path=str(checkpoint)))
@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, word_toke
     return path
 
 
-def test_json_has_all_figures_and_nothing_else_is_printed(folder: Path, checkpoint: Path, evaluated: Evaluate) -> None:
+def test_json_has_all_figures_and_nothing_else_is_printed(folder, checkpoint, evaluated):
     choices = ("--text", folder / "text.txt", "--reference", checkpoint, "--json")
     status, out, err = evaluated(folder / "int8", *choices)
     assert (status, err, out.count("\n")) == (0, "", 1)
@@ -114,7 +114,7 @@ def test_json_has_all_figures_and_nothing_else_is_printed(folder: Path, checkpoi
     assert figures["perplexity"] != figures["reference_perplexity"]
 
 
-def test_perplexity_is_torchs_on_the_words_of_the_text(folder: Path, checkpoint: Path, evaluated: Evaluate) -> None:
+def test_perplexity_is_torchs_on_the_words_of_the_text(folder, checkpoint, evaluated):
     status, out, _ = evaluated(folder / "fp32", "--text", folder / "text.txt", "--length", 32, "--windows", 2, "--json")
     figures = json.loads(out)
     ids = torch.tensor([int(word[1:]) for word in (folder / "text.txt").read_text().split()[:64]]).view(2, 32)
@@ -127,9 +127,7 @@ def test_perplexity_is_torchs_on_the_words_of_the_text(folder: Path, checkpoint:
     assert [figures[key] for key in without] == [None] * 5
 
 
-def test_a_bundle_a_checkpoint_and_a_factory_are_the_same_reference(
-    folder: Path, checkpoint: Path, evaluated: Evaluate
-) -> None:
+def test_a_bundle_a_checkpoint_and_a_factory_are_the_same_reference(folder, checkpoint, evaluated):
     found = []
     for reference in (folder / "fp32", checkpoint, f"{folder}/mine.py:make", folder / "ids_only"):
         choices = ("--text", folder / "text.txt", "--reference", reference, "--threads", 1, "--json")
@@ -141,14 +139,14 @@ def test_a_bundle_a_checkpoint_and_a_factory_are_the_same_reference(
             assert figures[key] == pytest.approx(found[0][key], rel=1e-3), key
 
 
-def test_a_bundle_agrees_with_itself(folder: Path, evaluated: Evaluate) -> None:
+def test_a_bundle_agrees_with_itself(folder, evaluated):
     same = folder / "int8"
     _, out, _ = evaluated(same, "--text", folder / "text.txt", "--reference", same, "--json")
     figures = json.loads(out)
     assert [figures[key] for key in KEYS[1:4]] == [0, 1, 1]
 
 
-def test_a_person_is_shown_the_figures_line_by_line(folder: Path, checkpoint: Path, evaluated: Evaluate) -> None:
+def test_a_person_is_shown_the_figures_line_by_line(folder, checkpoint, evaluated):
     status, out, err = evaluated(folder / "fp32", "--text", folder / "text.txt", "--reference", checkpoint)
     lines = [line.split() for line in out.splitlines()]
     assert (status, err) == (0, "")
@@ -159,9 +157,7 @@ def test_a_person_is_shown_the_figures_line_by_line(folder: Path, checkpoint: Pa
     assert [line.split()[0] for line in out.splitlines()] == ["perplexity", f"{folder / 'fp32'}:"]
 
 
-def test_a_short_text_asks_no_longer_context_of_the_reference(
-    folder: Path, evaluated: Evaluate, tmp_path: Path
-) -> None:
+def test_a_short_text_asks_no_longer_context_of_the_reference(folder, evaluated, tmp_path):
     (tmp_path / "short.txt").write_text("\ufeffw1 w2 w3")
     choices = ("--text", tmp_path / "short.txt", "--reference", folder / "shorter", "--json")
     status, out, _ = evaluated(folder / "fp32", *choices)
@@ -186,9 +182,7 @@ def test_a_short_text_asks_no_longer_context_of_the_reference(
         (("fp32", "--text", "text.txt", "--reference", "shorter"), ("--length 20 or less",)),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(
-    arguments: tuple[str, ...], words: tuple[str, ...], folder: Path, evaluated: Evaluate
-) -> None:
+def test_a_mistake_is_one_sentence(arguments, words, folder, evaluated):
     options = ("--length", "--windows")
     known = [
         argument if argument.startswith("--") or arguments[i] in options else str(folder / argument)
@@ -201,7 +195,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"
 
 
 @pytest.mark.parametrize("command", ["eval", "verify"])
-def test_a_bundle_alone_needs_the_runtimes_packages_only(command: str, folder: Path) -> None:
+def test_a_bundle_alone_needs_the_runtimes_packages_only(command, folder):
     arguments = {
         "eval": ["eval", f"{folder}/int8", "--text", f"{folder}/text.txt", "--reference", f"{folder}/fp32", "--json"],
         "verify": ["verify", f"{folder}/int8", "--json"],

@@ -46,7 +46,7 @@ def measured(*arguments: Any, **others: Any) -> Any:
     return evaluate(*arguments, **others)
 
 
-def test_figures_of_known_odds_over_windows_of_different_lengths() -> None:
+def test_figures_of_known_odds_over_windows_of_different_lengths():
     bundle, reference = Fake("a", certain_of_the_same, [1, 1]), Fake("b", undecided, [1, 1])
     windows = [np.array([0, 0, 0, 1]), np.array([1, 0])]
     found = measured(bundle, windows, reference)
@@ -58,7 +58,7 @@ def test_figures_of_known_odds_over_windows_of_different_lengths() -> None:
     assert (found.bundle, found.reference) == ("a", "b")
 
 
-def test_long_windows_lose_no_position() -> None:
+def test_long_windows_lose_no_position():
     """Probabilities are taken some rows at a time."""
     for length in (64, 65, 128, 129, 200):
         ids = np.random.default_rng(length).integers(0, 2, length)
@@ -69,7 +69,7 @@ def test_long_windows_lose_no_position() -> None:
         assert found.kl_divergence == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
 
 
-def test_greedy_agreement_counts_nothing_after_the_first_difference() -> None:
+def test_greedy_agreement_counts_nothing_after_the_first_difference():
     bundle = Fake("a", undecided, range(32))
     reference = Fake("b", undecided, [*range(8), 99, *range(9, 32)])
     found = measured(bundle, [np.zeros(80, np.int64)] * 20, reference)
@@ -77,14 +77,14 @@ def test_greedy_agreement_counts_nothing_after_the_first_difference() -> None:
     assert bundle.asked == [(32, 32)] * 16
 
 
-def test_greedy_continuations_stay_within_the_longest_window() -> None:
+def test_greedy_continuations_stay_within_the_longest_window():
     bundle = Fake("a", undecided, range(32))
     windows = [np.zeros(10, np.int64), np.zeros(3, np.int64)]
     assert measured(bundle, windows, bundle).greedy_agreement == 1
     assert bundle.asked == [(5, 6), (1, 10)]  # the last token is not fed
 
 
-def test_without_a_reference_its_figures_are_none_and_nothing_is_written() -> None:
+def test_without_a_reference_its_figures_are_none_and_nothing_is_written():
     bundle = Fake("a", undecided, [])
     found = measured(bundle, [np.array([0, 1, 1])])
     assert found.to_json() == {
@@ -94,7 +94,7 @@ def test_without_a_reference_its_figures_are_none_and_nothing_is_written() -> No
     assert bundle.asked == []
 
 
-def test_the_logits_of_no_two_windows_are_held() -> None:
+def test_the_logits_of_no_two_windows_are_held():
     held: list[weakref.ref[np.ndarray]] = []
 
     def watched(ids: np.ndarray) -> np.ndarray:
@@ -110,12 +110,12 @@ def test_the_logits_of_no_two_windows_are_held() -> None:
 
 # --- bundles ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def windows() -> list[np.ndarray]:
+def windows():
     """Of a context of 40 and a vocabulary of 61, the last one shorter."""
     return cut_windows(np.random.default_rng(0).integers(0, 61, 150).tolist(), 40, 9)
 
 
-def test_perplexity_is_the_exponential_of_torchs_cross_entropy(exported: Any, windows: list[np.ndarray]) -> None:
+def test_perplexity_is_the_exponential_of_torchs_cross_entropy(exported, windows):
     llama = exported("llama")
     losses = torch.cat(
         [

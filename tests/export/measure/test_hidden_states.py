@@ -52,18 +52,18 @@ class Headed(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["linear", "tied", "einsum", "batched", "softcap"])
-def test_the_heads_input_is_seen(way: str) -> None:
+def test_the_heads_input_is_seen(way):
     module = Headed(way)
     expected = torch.tanh(module.embedding(torch.tensor(IDS))).detach().numpy()
     np.testing.assert_allclose(head_input(module, IDS), expected, atol=1e-6)
 
 
-def test_where_nothing_is_multiplied_that_is_said() -> None:
+def test_where_nothing_is_multiplied_that_is_said():
     with pytest.raises(ContractError, match="the logits of Headed was not seen in torch"):
         head_input(Headed("by_hand"), IDS)
 
 
-def test_cosine_distance() -> None:
+def test_cosine_distance():
     a = np.array([[1, 0], [0, 2], [0, 0]], np.float32)
     assert cosine_distance(a, 3 * a) == pytest.approx(0, abs=1e-12)
     assert cosine_distance(a, a[:, ::-1]) == pytest.approx(2 / 3)
@@ -71,7 +71,7 @@ def test_cosine_distance() -> None:
 
 
 @pytest.fixture(scope="module")
-def embedding(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def embedding(tmp_path_factory):
     out = tmp_path_factory.mktemp("llama") / "bundle"
     export(llama(), out, precision="fp32", context_length=40, hidden_states=True)
     return open_bundle(out)
@@ -99,7 +99,7 @@ def altered(bundle: Bundle, folder: Path) -> Bundle:
     return open_bundle(folder)
 
 
-def test_verify_compares_them_with_the_source_and_alone(embedding: Bundle, tmp_path: Path) -> None:
+def test_verify_compares_them_with_the_source_and_alone(embedding, tmp_path):
     module = llama()
     for given in (module, None):
         checks = {check.name: check for check in verify(embedding, given).checks}
@@ -113,7 +113,7 @@ def test_verify_compares_them_with_the_source_and_alone(embedding: Bundle, tmp_p
 
 
 @pytest.mark.slow
-def test_int8_is_compared_with_itself_and_with_float32(tmp_path: Path) -> None:
+def test_int8_is_compared_with_itself_and_with_float32(tmp_path):
     module = CASES["softcap_bias_and_scale"].build()
     export(module, tmp_path / "bundle", context_length=40, hidden_states=True)
     bundle = open_bundle(tmp_path / "bundle")

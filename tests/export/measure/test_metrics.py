@@ -26,17 +26,17 @@ from pastkey.export.measure.metrics import (
 LOGITS = arrays(np.float32, (3, 5), elements=st.floats(-50, 50, width=32))
 
 
-def test_log_softmax_of_known_odds() -> None:
+def test_log_softmax_of_known_odds():
     found = log_softmax(np.log(np.array([[1, 3]], np.float32)))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, [[math.log(0.25), math.log(0.75)]], rtol=1e-6)
 
 
-def test_log_softmax_does_not_overflow() -> None:
+def test_log_softmax_does_not_overflow():
     np.testing.assert_allclose(log_softmax(np.array([[1e30, 0.0]], np.float32)), [[0.0, -1e30]])
 
 
-def test_kl_divergence_of_two_coins_in_nats() -> None:
+def test_kl_divergence_of_two_coins_in_nats():
     fair, biased = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32))
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     assert kl_divergence(fair, biased) == pytest.approx(expected, rel=1e-6)
@@ -44,37 +44,37 @@ def test_kl_divergence_of_two_coins_in_nats() -> None:
 
 
 @given(LOGITS, LOGITS, st.floats(-20, 20))
-def test_kl_divergence_is_not_negative_and_knows_no_constant(a: np.ndarray, b: np.ndarray, shift: float) -> None:
+def test_kl_divergence_is_not_negative_and_knows_no_constant(a, b, shift):
     assert kl_divergence(a, b) >= 0
     assert kl_divergence(a, a) == 0
     assert kl_divergence(a, a + np.float32(shift)) == pytest.approx(0, abs=1e-5)
 
 
-def test_top1_agreement_is_a_share_of_positions() -> None:
+def test_top1_agreement_is_a_share_of_positions():
     a = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
     b = np.array([[1, 0], [0, 1], [0, 1], [0, 2]], np.float32)
     assert top1_agreement(a, b) == 0.75
 
 
-def test_relative_difference_is_of_the_largest_logit() -> None:
+def test_relative_difference_is_of_the_largest_logit():
     a = np.array([[-44.0, 2.0]], np.float32)
     assert relative_difference(a, a + np.float32(0.44)) == pytest.approx(0.01, rel=1e-4)
     assert relative_difference(a, a) == 0
 
 
-def test_relative_difference_of_nothing_but_zeros_is_zero() -> None:
+def test_relative_difference_of_nothing_but_zeros_is_zero():
     zeros = np.zeros((2, 3), np.float32)
     assert relative_difference(zeros, zeros) == 0
     assert relative_difference(zeros, zeros + np.float32(1e-6)) > 1
 
 
-def test_perplexity_of_an_even_choice_is_the_number_of_choices() -> None:
+def test_perplexity_of_an_even_choice_is_the_number_of_choices():
     assert perplexity(math.log(61)) == pytest.approx(61)
     with pytest.raises(NumericsError, match="loses 1e\\+03 nats per token"):
         perplexity(1e3)
 
 
-def test_agreeing_tokens_are_those_before_the_first_difference() -> None:
+def test_agreeing_tokens_are_those_before_the_first_difference():
     asked = iter([1, 2, 9, 4])
     assert agreeing_tokens(asked, [1, 2, 3, 4]) == 2
     assert next(asked) == 4  # nothing was asked for after it
@@ -92,7 +92,7 @@ def exactly(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("vocabulary", [61, 5000])
 @pytest.mark.parametrize("noise", [1e-4, 1e-2, 1, 10])
-def test_kl_is_exact_to_a_millionth_however_small_or_large(vocabulary: int, noise: float) -> None:
+def test_kl_is_exact_to_a_millionth_however_small_or_large(vocabulary, noise):
     rng = np.random.default_rng(0)
     reference = (3 * rng.normal(size=(20, vocabulary))).astype(np.float32)
     logits = (reference + noise * rng.normal(size=reference.shape)).astype(np.float32)
@@ -100,14 +100,14 @@ def test_kl_is_exact_to_a_millionth_however_small_or_large(vocabulary: int, nois
     np.testing.assert_allclose(found, exactly(reference, logits).astype(np.float64), rtol=2e-6)
 
 
-def test_kl_of_predictions_with_nothing_in_common_is_their_distance() -> None:
+def test_kl_of_predictions_with_nothing_in_common_is_their_distance():
     """A probability of e^-200 is no float32."""
     reference, logits = np.array([[100.0, -100.0]], np.float32), np.array([[-100.0, 100.0]], np.float32)
     assert kl_divergence(reference, logits) == pytest.approx(200, rel=1e-9)
     assert kl_divergence(reference, 100 * logits) == pytest.approx(20000, rel=1e-9)
 
 
-def test_kl_takes_any_number_of_axes_and_leaves_its_arguments_alone() -> None:
+def test_kl_takes_any_number_of_axes_and_leaves_its_arguments_alone():
     rng = np.random.default_rng(0)
     reference, logits = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
     before = reference.copy(), logits.copy()
@@ -118,13 +118,13 @@ def test_kl_takes_any_number_of_axes_and_leaves_its_arguments_alone() -> None:
     assert np.array_equal(logits, before[1])
 
 
-def test_kl_of_nan_is_nan() -> None:
+def test_kl_of_nan_is_nan():
     """Which no limit lets pass."""
     logits = np.zeros((1, 3), np.float32)
     assert math.isnan(kl_divergence(logits, np.full_like(logits, np.nan)))
 
 
-def test_sums_of_windows_are_those_of_all_positions_together() -> None:
+def test_sums_of_windows_are_those_of_all_positions_together():
     rng = np.random.default_rng(0)
     sums, ids, logits, expected = Sums(), list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for length in (130, 64, 3):

@@ -21,8 +21,6 @@ from pastkey.export.measure.paths import (
 from pastkey.export.progress import SILENT
 from pastkey.runtime import Engine
 
-from ..conftest import Export
-
 
 @pytest.mark.parametrize(
     ("length", "size", "ends", "sizes"),
@@ -36,12 +34,12 @@ from ..conftest import Export
         (1, 64, 1, [1]),
     ],
 )
-def test_a_text_is_run_in_parts_at_both_ends(length: int, size: int, ends: int, sizes: list[int]) -> None:
+def test_a_text_is_run_in_parts_at_both_ends(length, size, ends, sizes):
     assert sizes_of_runs(length, size, ends) == sizes
 
 
 @pytest.mark.parametrize("length", [1, 2, 40, TOKENS, 1040])
-def test_each_path_takes_every_token_once(length: int) -> None:
+def test_each_path_takes_every_token_once(length):
     for plan in (Plan.of(length), Plan.short(length)):
         for sizes in (*plan.paths.values(), plan.decoded_by_all_logits):
             assert sum(sizes) == length
@@ -49,14 +47,14 @@ def test_each_path_takes_every_token_once(length: int) -> None:
     assert len(Plan.of(length).paths["decode"]) <= 49
 
 
-def test_the_run_between_the_ends_is_told_from_them() -> None:
+def test_the_run_between_the_ends_is_told_from_them():
     plan = Plan.of(TOKENS)
     ends = {name: int(at_ends(sizes).sum()) for name, sizes in plan.paths.items()}
     assert ends == {"prefill": 1, "decode": 48, "chunks_of_7": 16, "chunks_of_64": 3}
     assert at_ends([6, 5]).all()
 
 
-def test_a_quick_proof_decodes_the_end_of_a_short_text(exported: Export) -> None:
+def test_a_quick_proof_decodes_the_end_of_a_short_text(exported):
     bundle = exported("llama").bundle
     texts = short_texts(Engine(bundle), 2)
     assert [text.size for text in texts] == [bundle.manifest.context_length] * 2
@@ -71,7 +69,7 @@ def test_a_quick_proof_decodes_the_end_of_a_short_text(exported: Export) -> None
     }
 
 
-def test_the_text_is_written_in_pieces_side_by_side(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_is_written_in_pieces_side_by_side(exported, monkeypatch):
     runs = list[tuple[int, ...]]()
     forward = Engine.forward
 

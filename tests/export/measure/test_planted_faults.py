@@ -13,7 +13,6 @@ from pastkey.export import export
 from pastkey.export.graft.probe.observe import observe
 from tools.planted_faults import FAULTS, found_by
 
-from ..conftest import Export
 from ..decoders import llama
 
 CONTEXT = 200
@@ -42,19 +41,19 @@ def unfound(bundle: Bundle, module: nn.Module, folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_every_fault_of_a_float32_bundle_is_found(tmp_path: Path) -> None:
+def test_every_fault_of_a_float32_bundle_is_found(tmp_path):
     module = llama(max_position_embeddings=CONTEXT)
     assert unfound(made(module, tmp_path), module, tmp_path) == set()
 
 
 @pytest.mark.slow
-def test_faults_of_an_int8_bundle_are_found_if_they_exceed_its_rounding(tmp_path: Path) -> None:
+def test_faults_of_an_int8_bundle_are_found_if_they_exceed_its_rounding(tmp_path):
     module = llama(max_position_embeddings=CONTEXT)
     assert unfound(made(module, tmp_path, "int8"), module, tmp_path) <= WITHIN_INT8
 
 
 @pytest.mark.slow
-def test_a_window_that_is_one_token_too_wide_is_found(tmp_path: Path) -> None:
+def test_a_window_that_is_one_token_too_wide_is_found(tmp_path):
     transformers: Any = pytest.importorskip("transformers")
     from pastkey.export.graft.huggingface import HuggingFaceDecoder
 
@@ -73,7 +72,7 @@ def test_a_window_that_is_one_token_too_wide_is_found(tmp_path: Path) -> None:
     assert found_by(bundle, "one window one token too wide", decoder, layers, tmp_path)
 
 
-def test_a_last_logits_graph_that_differs_from_the_other_is_found_in_int8(exported: Export, tmp_path: Path) -> None:
+def test_a_last_logits_graph_that_differs_from_the_other_is_found_in_int8(exported, tmp_path):
     bundle = exported("llama", "int8").bundle
     found = found_by(bundle, "the last-logits graph exchanges two rows of the head", None, (), tmp_path)
     assert found is not None

@@ -12,11 +12,10 @@ from pastkey.export.graft.streamed import computing_in_float64
 from pastkey.export.measure.metrics import relative_difference
 from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor, RecordedPredictor
 
-from ..conftest import Export
 from ..decoders import Plain
 
 
-def test_a_bundle_and_its_module_agree_in_logits_and_cache(exported: Export) -> None:
+def test_a_bundle_and_its_module_agree_in_logits_and_cache(exported):
     made = exported("gpt2")
     ids = np.arange(20, dtype=np.int64)
     module, bundle = ModulePredictor(made.module), BundlePredictor(made.bundle)
@@ -30,7 +29,7 @@ def test_a_bundle_and_its_module_agree_in_logits_and_cache(exported: Export) -> 
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported: Export) -> None:
+def test_a_greedy_continuation_is_told_by_one_run_of_a_module(exported):
     llama = exported("llama")
     prompt = np.array([3, 1, 4, 1, 5])
     written = prompt.tolist()
@@ -51,12 +50,12 @@ class Fails(Plain):
         return super().forward(input_ids, position_ids)
 
 
-def test_a_module_that_fails_is_told_with_its_line() -> None:
+def test_a_module_that_fails_is_told_with_its_line():
     with pytest.raises(InputError, match=r"Fails failed on a window of 10 tokens at test_predictors\.py:.*too many"):
         ModulePredictor(Fails()).logits(np.arange(10))
 
 
-def test_logits_that_are_not_finite_are_an_error() -> None:
+def test_logits_that_are_not_finite_are_an_error():
     module = Plain()
     nn.init.constant_(module.head.weight, torch.inf)
     with pytest.raises(NumericsError, match="the logits of Plain are not finite"):
@@ -72,7 +71,7 @@ class Single(Plain):
 
 
 @pytest.mark.parametrize("kind", [Plain, Single])
-def test_rounding_is_the_distance_of_float32_from_float64(kind: type[Plain]) -> None:
+def test_rounding_is_the_distance_of_float32_from_float64(kind):
     """Also where the module's code names float32: in float64 it does not round at all."""
     module, ids = kind(layers=2), np.arange(12)
     rounding = ModulePredictor(module).rounding(ids)
@@ -85,7 +84,7 @@ def test_rounding_is_the_distance_of_float32_from_float64(kind: type[Plain]) -> 
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_a_module_that_has_no_float64_has_no_rounding() -> None:
+def test_a_module_that_has_no_float64_has_no_rounding():
     class Refusing(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
             assert hidden.dtype == torch.float32
@@ -94,9 +93,7 @@ def test_a_module_that_has_no_float64_has_no_rounding() -> None:
     assert ModulePredictor(Refusing()).rounding(np.arange(12)) == 0
 
 
-def test_a_recorded_predictor_runs_each_text_once_and_then_closes_the_graph(
-    exported: Export, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recorded_predictor_runs_each_text_once_and_then_closes_the_graph(exported, monkeypatch):
     bundle, ids = exported("llama").bundle, np.arange(30)
     plain, recorded = BundlePredictor(bundle), RecordedPredictor(bundle)
     first = recorded.logits(ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from pastkey.export.measure import reference
 from pastkey.export.measure.predictors import ModulePredictor
 from pastkey.export.measure.reference import open_exported, open_reference
 
-from ..commands import Command, fails
-from ..conftest import Export
+from ..commands import fails
 
 MINE = """
 import torch
@@ -57,21 +55,19 @@ MAKES = "import torch\nfrom pastkey.train.checkpoint import load_checkpoint\ndef
 
 
 @pytest.fixture
-def factory(checkpoint: Path, tmp_path: Path) -> str:
+def factory(checkpoint, tmp_path):
     (tmp_path / "mine.py").write_text(f"{MAKES}    return load_checkpoint({str(checkpoint)!r}).model\n")
     return f"{tmp_path}/mine.py:make"
 
 
-def test_what_a_bundle_was_exported_from_comes_with_its_attention_calls(exported: Export, factory: str) -> None:
+def test_what_a_bundle_was_exported_from_comes_with_its_attention_calls(exported, factory):
     made = exported("llama")
     module, layers = open_exported(factory, made.bundle)
     assert module is not made.module
     assert [layer.geometry for layer in layers] == list(made.bundle.manifest.layers)
 
 
-def test_a_bundle_may_hold_keys_and_values_where_a_smaller_row_could_be_cached(
-    exported: Export, factory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_may_hold_keys_and_values_where_a_smaller_row_could_be_cached(exported, factory, monkeypatch):
     """As one of `--graph fused`, or of a version that knew no such row."""
     real = reference._open_module
 
@@ -85,14 +81,12 @@ def test_a_bundle_may_hold_keys_and_values_where_a_smaller_row_could_be_cached(
     assert [layer.geometry for layer in layers] == list(made.bundle.manifest.layers)
 
 
-def test_a_source_of_another_shape_is_not_what_it_was_exported_from(exported: Export, factory: str) -> None:
+def test_a_source_of_another_shape_is_not_what_it_was_exported_from(exported, factory):
     with pytest.raises(InputError, match="name the source that it was exported from"):
         open_exported(factory, exported("gpt2").bundle)
 
 
-def test_a_source_without_torch_names_the_packages(
-    exported: Export, factory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_without_torch_names_the_packages(exported, factory, monkeypatch):
     bundle = exported("llama").bundle
     for package in ("torch", "safetensors"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -103,7 +97,7 @@ def test_a_source_without_torch_names_the_packages(
 
 # --- modules that do not keep the contract ------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def followed(tmp_path_factory):
     """A folder with mine.py and the bundle that the command made of it."""
     folder = tmp_path_factory.mktemp("followed")
     (folder / "mine.py").write_text(MINE)
@@ -112,13 +106,13 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_bundle_is_verified_against_the_call_of_its_author(followed: Path, command: Command) -> None:
+def test_a_bundle_is_verified_against_the_call_of_its_author(followed, command):
     status, printed, _ = command("verify", followed / "bundle", f"{followed}/mine.py:make", "--json")
     assert (status, json.loads(printed)["reference"]) == (0, "source")
     assert command("verify", followed / "bundle", f"{followed}/mine.py:changed")[0] == 1
 
 
-def test_a_source_that_is_not_what_the_bundle_was_exported_from_is_refused(followed: Path, command: Command) -> None:
+def test_a_source_that_is_not_what_the_bundle_was_exported_from_is_refused(followed, command):
     name_it = "name the source that"
     fails(command("verify", followed / "bundle", f"{followed}/mine.py:smaller"), name_it)
     told = command("verify", followed / "bundle", f"{followed}/mine.py:of_one_argument")
@@ -126,7 +120,7 @@ def test_a_source_that_is_not_what_the_bundle_was_exported_from_is_refused(follo
     assert "--call" not in told[2]  # verify has none
 
 
-def test_eval_takes_such_a_module_as_a_reference(followed: Path) -> None:
+def test_eval_takes_such_a_module_as_a_reference(followed):
     bundle, ids = open_bundle(followed / "bundle"), list(range(40))
     module = open_reference(f"{followed}/mine.py:make", bundle, ids, 40)
     own = open_reference(str(bundle.path), bundle, ids, 40)

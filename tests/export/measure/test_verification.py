@@ -10,7 +10,7 @@ from pastkey.errors import ParityError
 from pastkey.export.measure.verification import Check, Verification
 
 
-def test_a_verification_is_the_same_after_json() -> None:
+def test_a_verification_is_the_same_after_json():
     checks = (
         Check("prefill", True, "mean_kl", 0.25, 0.5),
         Check("greedy", True, "first_difference", None, None, "why"),
@@ -19,7 +19,7 @@ def test_a_verification_is_the_same_after_json() -> None:
     assert Verification.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
-def test_the_first_check_that_failed_is_told() -> None:
+def test_the_first_check_that_failed_is_told():
     checks = tuple(Check(name, ok, "mean_kl", 1.0, 0.5, name) for name, ok in (("a", True), ("b", False), ("c", False)))
     verification = Verification("source", 7, checks, {})
     assert not verification.ok

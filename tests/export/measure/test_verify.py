@@ -63,7 +63,7 @@ def figure(check: Check) -> float:
 
 
 # --- right bundles ------------------------------------------------------------------------------------------------
-def test_fp32_against_its_source_is_equal_in_every_check(exported: Export) -> None:
+def test_fp32_against_its_source_is_equal_in_every_check(exported):
     made = exported("llama")
     verification = verify(made.bundle, made.module)
     assert verification.ok
@@ -77,14 +77,14 @@ def test_fp32_against_its_source_is_equal_in_every_check(exported: Export) -> No
 
 
 @pytest.mark.parametrize("name", ["llama", "head_size_10_context_11"])
-def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name: str, exported: Export) -> None:
+def test_a_bundle_alone_is_compared_with_its_own_uncached_run(name, exported):
     verification = verify(exported(name).bundle)
     assert verification.ok
     assert verification.reference == "own uncached run"
     assert [check.name for check in verification.checks] == CHECKS
 
 
-def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -> None:
+def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported):
     made = exported("llama", "int8")
     checks = {check.name: check for check in verify(made.bundle, made.module).checks}
     assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {"decode", "float32"}
@@ -94,7 +94,7 @@ def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported: Export) -
     assert figure(checks["chunks_of_7"]) <= PRECISIONS["fp32"].max_difference
 
 
-def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None:
+def test_int8_alone_is_held_to_the_recorded_divergence(exported):
     made = exported("llama", "int8")
     verification = verify(made.bundle)
     assert verification.ok
@@ -102,7 +102,7 @@ def test_int8_alone_is_held_to_the_recorded_divergence(exported: Export) -> None
     assert decode.limit == 2 * made.bundle.manifest.parity["int8"]["kl_divergence"]
 
 
-def test_progress_goes_forward_from_the_text_to_the_last_check(exported: Export) -> None:
+def test_progress_goes_forward_from_the_text_to_the_last_check(exported):
     class Seen(Progress):
         def __init__(self) -> None:
             self.parts: list[tuple[int, int]] = []
@@ -118,7 +118,7 @@ def test_progress_goes_forward_from_the_text_to_the_last_check(exported: Export)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_one_graph_is_open_at_a_time(precision: str, exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_is_open_at_a_time(precision, exported, monkeypatch):
     live = weakref.WeakSet[Any]()
 
     class Watched(Session):
@@ -139,7 +139,7 @@ def limits(exported: Export, precision: str, recorded: float | None, measured: f
     return Limits.of(dataclasses.replace(manifest, precision=precision, parity=parity), measured)
 
 
-def test_float32_has_one_limit(exported: Export) -> None:
+def test_float32_has_one_limit(exported):
     assert limits(exported, "fp32", None, None) == Limits(PRECISIONS["fp32"].max_difference, None, None)
 
 
@@ -155,13 +155,8 @@ def test_float32_has_one_limit(exported: Export) -> None:
     ],
 )
 def test_limits_of_quantized_bundles_follow_from_what_was_recorded(
-    precision: str,
-    recorded: float | None,
-    measured: float | None,
-    decode_kl: float,
-    fp32_kl: float,
-    exported: Export,
-) -> None:
+    precision, recorded, measured, decode_kl, fp32_kl, exported
+):
     found = limits(exported, precision, recorded, measured)
     assert found.relative == PRECISIONS["fp32"].max_difference
     assert found.decode_kl == pytest.approx(decode_kl)
@@ -181,9 +176,7 @@ def findings(verification: Verification) -> dict[str, Check]:
         ("model.layers.1.mlp.down_proj.weight", "first in what follows the last layer's keys and values"),
     ],
 )
-def test_an_altered_weight_is_found_and_its_layer_named(
-    weight: str, where: str, exported: Export, tmp_path: Path
-) -> None:
+def test_an_altered_weight_is_found_and_its_layer_named(weight, where, exported, tmp_path):
     made = exported("llama")
     bundle = alter_weight(made.bundle, tmp_path, weight, 2.0)
     verification = verify(bundle, made.module, layers=observe(made.module, 40).layers)
@@ -197,7 +190,7 @@ def test_an_altered_weight_is_found_and_its_layer_named(
         verification.require_ok("what I exported")
 
 
-def test_a_change_just_above_the_tolerance_is_found(exported: Export, tmp_path: Path) -> None:
+def test_a_change_just_above_the_tolerance_is_found(exported, tmp_path):
     made = exported("llama")
     bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 3e-4)
     expected = made.torch_logits(list(range(40)))
@@ -206,7 +199,7 @@ def test_a_change_just_above_the_tolerance_is_found(exported: Export, tmp_path: 
     assert "a position that is not of position_ids" in detail
 
 
-def test_a_difference_near_rounding_is_not_told_as_one_of_positions(exported: Export, tmp_path: Path) -> None:
+def test_a_difference_near_rounding_is_not_told_as_one_of_positions(exported, tmp_path):
     made = exported("llama")
     bundle = alter_weight(made.bundle, tmp_path, "model.embed_tokens.weight", 1.0 + 6e-5)
     found = findings(verify(bundle, made.module))["prefill"]
@@ -215,7 +208,7 @@ def test_a_difference_near_rounding_is_not_told_as_one_of_positions(exported: Ex
     assert "position_ids" not in found.detail
 
 
-def test_int8_against_another_source_of_the_same_shape_is_found(exported: Export) -> None:
+def test_int8_against_another_source_of_the_same_shape_is_found(exported):
     made = exported("llama", "int8")
     other = llama()
     with torch.no_grad():
@@ -229,7 +222,7 @@ def test_int8_against_another_source_of_the_same_shape_is_found(exported: Export
     assert "another model's bundle" in found.detail
 
 
-def test_greedy_ids_that_differ_are_told_with_their_step(exported: Export, tmp_path: Path) -> None:
+def test_greedy_ids_that_differ_are_told_with_their_step(exported, tmp_path):
     made = exported("llama")
     bundle = alter_weight(made.bundle, tmp_path, "model.layers.0.self_attn.k_proj.weight", -30.0)
     greedy = findings(verify(bundle, made.module)).get("greedy")
@@ -252,7 +245,7 @@ def broken_cache(made: Exported, folder: Path) -> Bundle:
     return Bundle(copy, made.bundle.manifest)
 
 
-def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported: Export, tmp_path: Path) -> None:
+def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported, tmp_path):
     made = exported("head_size_10_context_11")
     assert verify(made.bundle).ok
     two = exported("one_block_twice")

@@ -58,7 +58,7 @@ def adapted(module: nn.Module, folder: Path, **config: Any) -> Any:
     return model.merge_and_unload().eval()
 
 
-def test_patterns_of_modules_are_matched_as_by_peft() -> None:
+def test_patterns_of_modules_are_matched_as_by_peft():
     modules = [name for name, _ in llama().named_modules() if name]
     for pattern in ("q_proj", r"layers\.\d+\.mlp", ".+proj", "(q|k)_proj|norm", "model.layers.1", "l[^.]*", "^mlp", ""):
         found = ModulePatterns([pattern], Path("adapter_config.json"))
@@ -72,7 +72,7 @@ def merged(name: str, folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("adapters")
 
 
@@ -98,7 +98,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("graph", ["fused", pytest.param("standard", marks=pytest.mark.slow)])
-def test_texts_in_float32_are_those_of_the_merged_model(graph: str, made_once: MadeOnce, folder: Path) -> None:
+def test_texts_in_float32_are_those_of_the_merged_model(graph, made_once, folder):
     models = {name: merged(name, folder) for name in ADAPTERS}
     lm = load(bundle(made_once, "fp32", graph), adapters={name: folder / name for name in ADAPTERS})
     texts = {None: greedy(llama(), COUNT)} | {name: greedy(model, COUNT) for name, model in models.items()}
@@ -112,9 +112,7 @@ def test_texts_in_float32_are_those_of_the_merged_model(graph: str, made_once: M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_quantized_the_distance_from_the_merged_float32_model_is_that_of_the_base(
-    precision: str, made_once: MadeOnce, folder: Path
-) -> None:
+def test_quantized_the_distance_from_the_merged_float32_model_is_that_of_the_base(precision, made_once, folder):
     models = {name: merged(name, folder) for name in ADAPTERS}
     path = bundle(made_once, precision)
     lm = load(path, adapters={name: folder / name for name in ADAPTERS}, native=False)
@@ -131,13 +129,13 @@ def test_quantized_the_distance_from_the_merged_float32_model_is_that_of_the_bas
         assert any(key.startswith(names.CHANGES_PREFIX) for key in changes.onnx.get_modelmeta().custom_metadata_map)
 
 
-def test_an_adapter_of_zeros_changes_nothing(made_once: MadeOnce, tmp_path: Path) -> None:
+def test_an_adapter_of_zeros_changes_nothing(made_once, tmp_path):
     peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     lm = load(bundle(made_once, "fp32", "fused"), adapters={"zeros": tmp_path})
     assert np.abs(lm.logits(TEXT, "zeros") - lm.logits(TEXT)).max() < 1e-5
 
 
-def test_a_fused_projection_of_a_module_of_ones_own_works_as_its_module_does(tmp_path: Path) -> None:
+def test_a_fused_projection_of_a_module_of_ones_own_works_as_its_module_does(tmp_path):
     case = CASES["nano_gpt"]
     module = case.build().eval()
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and "head" not in name]
@@ -150,7 +148,7 @@ def test_a_fused_projection_of_a_module_of_ones_own_works_as_its_module_does(tmp
     assert np.abs(base - expected).max() > 1e-2
 
 
-def test_the_other_files_are_those_of_an_export_without_adapters(made_once: MadeOnce) -> None:
+def test_the_other_files_are_those_of_an_export_without_adapters(made_once):
     with_them, without = (bundle(made_once, "fp32", "fused", adapters=adapters) for adapters in (True, False))
 
     def hashes(path: Path) -> dict[str, str]:
@@ -165,12 +163,12 @@ def test_the_other_files_are_those_of_an_export_without_adapters(made_once: Made
 @pytest.mark.parametrize(
     "options", [{"target": "cuda"}, {"precision": "fp16"}, {"graph": "static", "precision": "fp32"}]
 )
-def test_other_targets_and_forms_are_refused(options: dict[str, Any]) -> None:
+def test_other_targets_and_forms_are_refused(options):
     with pytest.raises(InputError, match="--adapters is for the target cpu"):
         ExportConfig(adapters=True, **options)
 
 
-def test_an_adapter_of_what_is_no_projection_is_refused(made_once: MadeOnce, tmp_path: Path) -> None:
+def test_an_adapter_of_what_is_no_projection_is_refused(made_once, tmp_path):
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(InputError, match=r"lora_embedding_A.*only lora_A and lora_B of linear projections"):

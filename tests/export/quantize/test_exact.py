@@ -7,12 +7,10 @@ import numpy as np
 from pastkey.export.quantize.exact import exact_engine
 from pastkey.runtime import Engine
 
-from ..conftest import Export
-
 IDS = np.random.default_rng(0).integers(0, 61, 12)
 
 
-def test_exact_products_are_apart_from_rounded_ones_and_leave_no_file(exported: Export) -> None:
+def test_exact_products_are_apart_from_rounded_ones_and_leave_no_file(exported):
     made = exported("llama", "int8")
     files = sorted(made.bundle.path.rglob("*"))
     rounded = Engine(made.bundle, native=False).prefill(IDS)

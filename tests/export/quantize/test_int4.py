@@ -27,7 +27,6 @@ from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
-from ..conftest import Export
 from ..decoders import llama
 from ..plain_loop import open_graph, run_chunks
 
@@ -42,7 +41,7 @@ def bits_of(model: ir.Model) -> Counter[int]:
 @pytest.mark.parametrize(
     "name", divided(["llama", "gpt2", "nano_gpt", "one_block_twice"], quick=["llama"], ci=["gpt2"])
 )
-def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(name: str, exported: Export) -> None:
+def test_products_are_4_bit_and_what_is_gathered_or_makes_the_logits_is_8_bit(name, exported):
     made = exported(name, "int4")
     model = ir.load(made.bundle.all_logits_graph)
     assert made.bundle.all_logits_graph.name == "model_q4.onnx"
@@ -67,9 +66,7 @@ def divergence_of_int4(graph: Path, out: Path) -> float:
     return kl_divergence(run_chunks(graph, [IDS]), run_chunks(out, [IDS]))
 
 
-def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(
-    exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(exported, tmp_path, monkeypatch):
     """Both from one float32 graph. Without the Hessian each weight is rounded by itself."""
     graph = exported("llama").bundle.all_logits_graph
     by_hessian = divergence_of_int4(graph, tmp_path / "hessian")
@@ -78,7 +75,7 @@ def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(
     assert 0 < by_hessian < 0.8 * by_itself
 
 
-def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) -> None:
+def test_a_switch_opens_the_very_4_bit_matrix(exported, tmp_path):
     bundle = exported("llama").bundle
     weight = "model.layers.1.mlp.down_proj.weight"
     matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
@@ -101,7 +98,7 @@ def test_a_switch_opens_the_very_4_bit_matrix(exported: Export, tmp_path: Path) 
 
 
 # --- which are in 8 bits ------------------------------------------------------------------------------------------
-def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
+def test_what_costs_most_per_weight_is_ranked_first(exported):
     bundle = exported("llama").bundle
     folder = bundle.all_logits_graph.parent
     matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
@@ -113,7 +110,7 @@ def test_what_costs_most_per_weight_is_ranked_first(exported: Export) -> None:
     assert list(found.ranking) != [row.weight for row in found.rows if row.weight in matrices]
 
 
-def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first() -> None:
+def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first():
     def of(error: float, rows: int) -> Rounded:
         codes, scales = np.ones((rows, 1), np.uint8), np.ones((rows, 1), np.float32)
         return Rounded(Blocks(lambda: codes, codes, scales, 32, 32), error)
@@ -122,14 +119,14 @@ def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first() -
     assert by_error(found) == ("small", "large", "exact")
 
 
-def test_one_weight_in_24_is_in_8_bits_at_most() -> None:
+def test_one_weight_in_24_is_in_8_bits_at_most():
     assert in_int8([10, 20, 54, 1916]) == 2
     assert in_int8([1937]) == 0
     assert in_int8([]) == 0
 
 
 @pytest.mark.slow
-def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Export, tmp_path: Path) -> None:
+def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported, tmp_path):
     quality = exported("llama", "int4").bundle.manifest.quality
     table = tmp_path / "table.json"
     budget = quality["kl_divergence"] / 4
@@ -143,14 +140,14 @@ def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported: Expo
 
 
 @pytest.mark.slow
-def test_a_budget_that_int8_misses_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_budget_that_int8_misses_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(QualityError, match=r"over --max-kl 1e-09 by .*: allow more, or export with --precision int8"):
         export(llama(), tmp_path / "bundle", "int4", context_length=40, max_kl=1e-9)
     assert not list(tmp_path.iterdir())
 
 
 # --- what is recorded and verified --------------------------------------------------------------------------------
-def test_int4_has_bounds_of_its_own(exported: Export) -> None:
+def test_int4_has_bounds_of_its_own(exported):
     made = exported("llama", "int4")
     manifest = made.bundle.manifest
     assert set(manifest.parity) == {"fp32", "int4"}
@@ -161,7 +158,7 @@ def test_int4_has_bounds_of_its_own(exported: Export) -> None:
     assert checks["float32"].ok
 
 
-def test_other_programs_are_told_of_q4(exported: Export) -> None:
+def test_other_programs_are_told_of_q4(exported):
     bundle = exported("llama", "int4").bundle
     config = json.loads((bundle.path / names.CONFIG).read_text())
     assert config["transformers.js_config"]["dtype"] == "q4"
@@ -170,9 +167,7 @@ def test_other_programs_are_told_of_q4(exported: Export) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_how_many_are_in_8_bits(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_how_many_are_in_8_bits(checkpoint, tmp_path, capsys):
     from pastkey.__main__ import main
 
     out = tmp_path / "bundle"

@@ -21,7 +21,6 @@ from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
 from ...shared import divided
-from ..conftest import Export
 from ..decoders import Plain, gpt2, llama
 from ..plain_loop import run_chunks
 
@@ -40,7 +39,7 @@ def sensitive() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> float:
+def whole(tmp_path_factory):
     """What int8 costs it in nats, without a budget."""
     report = export(sensitive(), tmp_path_factory.mktemp("whole") / "bundle", context_length=40)
     assert "float32_weights" not in report.manifest.quality
@@ -53,7 +52,7 @@ def weights_of(bundle: Path) -> dict[str, str]:
     return {w.name: onnx.numpy_helper.to_array(w).dtype.name for w in model.graph.initializer}
 
 
-def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole: float, tmp_path: Path) -> None:
+def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole, tmp_path):
     out, table = tmp_path / "bundle", tmp_path / "table.json"
     report = export(sensitive(), out, context_length=40, max_kl=whole / 2, sensitivity=table)
     quality = open_bundle(out, verify=True).manifest.quality
@@ -73,7 +72,7 @@ def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole: floa
 
 
 @pytest.mark.slow
-def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as_a_whole(tmp_path: Path) -> None:
+def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as_a_whole(tmp_path):
     table = tmp_path / "table.json"
     export(llama(), tmp_path / "int8", context_length=40, sensitivity=table)
     rows = json.loads(table.read_text())["matrices"]
@@ -92,9 +91,7 @@ def test_a_budget_is_met_as_long_as_one_matrix_is_int8_and_a_tied_table_moves_as
 
 
 @pytest.mark.parametrize("max_kl", [0.0, float("nan")])
-def test_a_budget_that_is_none_is_refused_before_any_work(
-    max_kl: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_that_is_none_is_refused_before_any_work(max_kl, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_source", None)
     with pytest.raises(InputError, match="it must be a finite number of nats above 0"):
         export(Plain(), tmp_path / "bundle", context_length=8, max_kl=max_kl)
@@ -109,9 +106,7 @@ def test_a_budget_that_is_none_is_refused_before_any_work(
         ("mlp.down_proj", {"MatMul": 1, "MatMulNBits": 3, "Split": 1}),
     ],
 )
-def test_products_are_joined_with_others_of_their_kind(
-    kept: str, operators: dict[str, int], exported: Export, tmp_path: Path
-) -> None:
+def test_products_are_joined_with_others_of_their_kind(kept, operators, exported, tmp_path):
     """Of one layer; the other's q, k and v are joined, its gate and up as well."""
     made = exported("llama")
     weight = f"model.layers.0.{kept}.weight"
@@ -145,7 +140,7 @@ PLACES = ("blocks.0.v", "blocks.0.q", "blocks.0.o", "head", "token")
         ci=[("blocks.0.v", 0.0), ("blocks.0.q", 1e-40), ("blocks.0.o", 0.25), ("token", 0.0)],
     ),
 )
-def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_path: Path) -> None:
+def test_a_matrix_of_equal_numbers_is_exported(place, number, tmp_path):
     module = Plain()
     with torch.no_grad():
         module.get_submodule(place).weight.fill_(number)
@@ -157,9 +152,7 @@ def test_a_matrix_of_equal_numbers_is_exported(place: str, number: float, tmp_pa
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(checkpoint, tmp_path, capsys):
     from pastkey.__main__ import main
 
     out, table = tmp_path / "bundle", tmp_path / "table.json"
@@ -182,9 +175,7 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(
         (["--sensitivity", "table.csv"], "--sensitivity table.csv: a name that ends in .json was expected"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(
-    arguments: list[str], sentence: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_refuses_in_one_sentence(arguments, sentence, checkpoint, tmp_path, capsys):
     from pastkey.__main__ import main
 
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.graph.write import embedding_rows
 from pastkey.export.measure.metrics import kl_divergence
@@ -16,14 +15,13 @@ from pastkey.export.quantize import int8_kv
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
 
-from ..conftest import Export
 from ..decoders import llama
 
 IDS = np.random.default_rng(0).integers(0, 61, 80)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long") / "bundle"
     export(llama(), folder, context_length=INT8_KV_FROM + 1)
     return open_bundle(folder)
@@ -35,7 +33,7 @@ def decoded(session: Engine, first: int = 20) -> np.ndarray:
     return np.stack([session.decode(int(token)) for token in IDS[first:]])
 
 
-def test_an_int8_cache_is_close_to_a_float32_one(bundle: Bundle) -> None:
+def test_an_int8_cache_is_close_to_a_float32_one(bundle):
     assert bundle.int8_kv_graph is not None
     assert 0 < bundle.manifest.quality["int8_cache_kl"] < 1e-3
     exact, rounded = (decoded(Engine(bundle, int8_kv_from=first)) for first in (None, 30))
@@ -44,7 +42,7 @@ def test_an_int8_cache_is_close_to_a_float32_one(bundle: Bundle) -> None:
     assert kl_divergence(exact, rounded) < 1e-3
 
 
-def test_the_session_that_prefilled_is_gone_when_int8_decodes(bundle: Bundle) -> None:
+def test_the_session_that_prefilled_is_gone_when_int8_decodes(bundle):
     expected = decoded(Engine(bundle, int8_kv_from=1))
     engine = Engine(bundle, int8_kv_from=1)
     session = weakref.ref(engine.onnx)
@@ -55,9 +53,7 @@ def test_the_session_that_prefilled_is_gone_when_int8_decodes(bundle: Bundle) ->
 
 
 @pytest.mark.slow
-def test_a_table_that_is_read_from_the_file_stays_what_it_is(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_is_read_from_the_file_stays_what_it_is(bundle, tmp_path, monkeypatch):
     """Its rows have four axes, as the cache has, and are uint8."""
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)
     report = export(llama(), tmp_path / "rows", context_length=INT8_KV_FROM + 1)
@@ -67,13 +63,13 @@ def test_a_table_that_is_read_from_the_file_stays_what_it_is(
     np.testing.assert_array_equal(decoded(Engine(made, int8_kv_from=30)), decoded(Engine(bundle, int8_kv_from=30)))
 
 
-def test_a_context_that_never_gets_long_has_no_such_graph(exported: Export) -> None:
+def test_a_context_that_never_gets_long_has_no_such_graph(exported):
     made = exported("llama", "int8").bundle
     assert made.int8_kv_graph is None
     assert "int8_cache_kl" not in made.manifest.quality
 
 
-def test_an_int8_cache_that_costs_too_much_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_int8_cache_that_costs_too_much_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(int8_kv, "_MARGIN", 0.05)  # cuts off nearly everything
     report = export(llama(), tmp_path / "cut", context_length=INT8_KV_FROM + 1)
     assert open_bundle(tmp_path / "cut").int8_kv_graph is None

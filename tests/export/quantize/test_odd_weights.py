@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 import torch
 
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import ContractError, NumericsError, PastkeyError
+from pastkey.errors import ContractError, NumericsError
 from pastkey.export import export
 
 from ...shared import divided
@@ -35,9 +33,7 @@ SIZES = [
     ("kind", "width", "block"),  # less than a block, exactly one, and more
     divided(SIZES, quick=[(Tied, 33, 16)], ci=[(Plain, 1, 16), (Tied, 16, 16), (Plain, 17, 32), (Tied, 128, 32)]),
 )
-def test_widths_that_are_no_multiple_of_a_block_are_padded(
-    kind: type[Plain], width: int, block: int, tmp_path: Path
-) -> None:
+def test_widths_that_are_no_multiple_of_a_block_are_padded(kind, width, block, tmp_path):
     """K of q, k, v, of the embedding and of the head is `width`; that of o is heads times size, 10."""
     module = kind(width=width, heads=1, size=10)
     export(module, tmp_path / "bundle", context_length=40)
@@ -62,9 +58,7 @@ FAR = [("blocks.0.v", 1e-45), ("blocks.0.v", 1e4), ("blocks.0.o", 1e20)]
 
 
 @pytest.mark.parametrize(("place", "number"), divided(FAR, quick=FAR[2:], ci=FAR))
-def test_one_number_far_from_all_others_is_exported(
-    place: str, number: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_one_number_far_from_all_others_is_exported(place, number, tmp_path, recwarn):
     module = Plain()
     with torch.no_grad():
         module.get_submodule(place).weight[1, 2] = number
@@ -75,7 +69,7 @@ def test_one_number_far_from_all_others_is_exported(
 
 
 @pytest.mark.parametrize(("place", "number"), [("blocks.0.q", float("nan")), ("token", -float("inf"))])
-def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place: str, number: float, tmp_path: Path) -> None:
+def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place, number, tmp_path):
     module = Plain()
     with torch.no_grad():
         module.get_submodule(place).weight[1, 2] = number
@@ -91,9 +85,7 @@ def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place: str, n
         ("head", ContractError, "it gives NaN or infinity in its logits: check its weights"),
     ],
 )
-def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(
-    place: str, kind: type[PastkeyError], words: str, tmp_path: Path
-) -> None:
+def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(place, kind, words, tmp_path):
     module = Plain()
     with torch.no_grad():
         module.get_submodule(place).weight[1, 2] = 3e38
@@ -103,7 +95,7 @@ def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_decoder_of_zeros_is_exported(tmp_path: Path) -> None:
+def test_a_decoder_of_zeros_is_exported(tmp_path):
     module = Plain()
     with torch.no_grad():
         for parameter in module.parameters():

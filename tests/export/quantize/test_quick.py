@@ -22,7 +22,6 @@ from pastkey.export.quantize.rounding import int4_blocks
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
-from ..conftest import Export
 from ..decoders import llama
 from ..plain_loop import run_chunks
 
@@ -30,9 +29,7 @@ CONTEXT = 80
 
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_a_quick_bundle_is_proved_and_says_what_it_is(
-    precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quick_bundle_is_proved_and_says_what_it_is(precision, tmp_path, capsys):
     module = llama(max_position_embeddings=CONTEXT)
     report = export(module, tmp_path / "bundle", precision, context_length=CONTEXT, quick=True)
     bundle = open_bundle(report.path, verify=True)
@@ -54,7 +51,7 @@ def test_a_quick_bundle_is_proved_and_says_what_it_is(
     assert verify(bundle, module).ok  # the whole proof, of a text that the export did not see
 
 
-def test_a_quick_int8_graph_is_the_float32_graph_rounded_as_it_is(exported: Export, tmp_path: Path) -> None:
+def test_a_quick_int8_graph_is_the_float32_graph_rounded_as_it_is(exported, tmp_path):
     report = export(llama(), tmp_path / "bundle", context_length=40, quick=True)
     fp32 = exported("llama").bundle.all_logits_graph
     model = ir.load(fp32)
@@ -65,7 +62,7 @@ def test_a_quick_int8_graph_is_the_float32_graph_rounded_as_it_is(exported: Expo
     np.testing.assert_array_equal(run_chunks(graph, [ids]), run_chunks(tmp_path / "expected.onnx", [ids]))
 
 
-def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported: Export) -> None:
+def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported):
     model = ir.load(exported("llama").bundle.all_logits_graph)
     for name, found in rounded_to_nearest(model).items():
         stored = model.graph.initializers[name].const_value
@@ -77,7 +74,7 @@ def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported: Expo
         np.testing.assert_array_equal(found.scale_codes, expected.scale_codes)
 
 
-def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path, monkeypatch):
     def spoilt(model: ir.Model, *arguments: object) -> int:
         weight = next(v for name, v in model.graph.initializers.items() if name.endswith("o_proj.weight"))
         assert weight.const_value is not None
@@ -91,7 +88,7 @@ def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bundle_of_format_3_loads_and_has_no_such_field(exported: Export, tmp_path: Path) -> None:
+def test_a_bundle_of_format_3_loads_and_has_no_such_field(exported, tmp_path):
     folder = Path(shutil.copytree(exported("llama").bundle.path, tmp_path / "bundle"))
     content = json.loads((folder / names.MANIFEST).read_text())
     del content["quick"]

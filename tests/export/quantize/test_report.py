@@ -24,7 +24,7 @@ TABLE = Sensitivity(
 
 
 @pytest.mark.parametrize("name", ["table.json", "TABLE.JSON"])
-def test_the_table_as_json_replaces_an_older_one(name: str, tmp_path: Path) -> None:
+def test_the_table_as_json_replaces_an_older_one(name, tmp_path):
     file = tmp_path / name
     file.write_text("an older one")
     check_report_file(file, tmp_path / "bundle", [])
@@ -51,16 +51,14 @@ def test_the_table_as_json_replaces_an_older_one(name: str, tmp_path: Path) -> N
         ("nowhere/table.json", MissingFileError, "does not exist"),
     ],
 )
-def test_files_that_cannot_be_written_are_refused(file: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_refused(file, kind, words, tmp_path):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(kind, match=words):
         check_report_file(tmp_path / file, tmp_path / "bundle", [])
     assert [path.name for path in tmp_path.iterdir()] == ["folder.json"]
 
 
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
     def denied(**where: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where["dir"]))
 
@@ -69,7 +67,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
         check_report_file(tmp_path / "table.json", tmp_path / "bundle", [])
 
 
-def test_a_table_over_what_is_exported_is_refused(tmp_path: Path) -> None:
+def test_a_table_over_what_is_exported_is_refused(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     read = [tmp_path / "checkpoint", str(tmp_path / "tokenizer.json"), None]
     for file in ("checkpoint/config.json", "tokenizer.json"):
@@ -77,14 +75,14 @@ def test_a_table_over_what_is_exported_is_refused(tmp_path: Path) -> None:
             check_report_file(tmp_path / file, tmp_path / "bundle", read)
 
 
-def test_a_table_inside_the_bundle_that_is_replaced_is_refused(tmp_path: Path) -> None:
+def test_a_table_inside_the_bundle_that_is_replaced_is_refused(tmp_path):
     (tmp_path / "bundle" / "deep").mkdir(parents=True)
     for file in ("bundle/table.json", "bundle/deep/table.JSON", "bundle/deep/../table.json"):
         with pytest.raises(InputError, match="which is replaced: put it beside that"):
             check_report_file(tmp_path / file, tmp_path / "bundle", [])
 
 
-def test_a_file_of_a_like_name_stays(tmp_path: Path) -> None:
+def test_a_file_of_a_like_name_stays(tmp_path):
     like = tmp_path / "table.json.new"
     like.write_text("precious")
     write_report(tmp_path / "table.json", TABLE)

@@ -23,7 +23,7 @@ from pastkey.train.settings import PRESETS
 
 from ...shared import divided
 from ..blocks import scales_of
-from ..conftest import Export, Exported
+from ..conftest import Exported
 from ..decoders import drawn
 from ..plain_loop import run_chunks
 
@@ -42,7 +42,7 @@ def float_matrices(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def test_no_matrix_is_left_in_float(exported: Export) -> None:
+def test_no_matrix_is_left_in_float(exported):
     made = exported("llama", "int8")
     for last in (False, True):
         assert float_matrices(made.graph(last=last)) == []
@@ -50,7 +50,7 @@ def test_no_matrix_is_left_in_float(exported: Export) -> None:
     assert not {"MatMul", "Gemm"} & set(made.bundle.manifest.operators)
 
 
-def test_matmuls_run_on_int8_activations(exported: Export) -> None:
+def test_matmuls_run_on_int8_activations(exported):
     matmuls = [node for node in exported("llama", "int8").graph().graph.node if node.op_type == "MatMulNBits"]
     assert matmuls
     for node in matmuls:
@@ -113,9 +113,7 @@ def exact_matmuls(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
-    name: str, exported: Export, tmp_path: Path
-) -> None:
+def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(name, exported, tmp_path):
     import torch
 
     made = exported(name)
@@ -136,7 +134,7 @@ def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(
     assert kl_divergence(expected, shipped) < 0.02
 
 
-def test_small_decoders_shrink_to_a_third_at_most(exported: Export) -> None:
+def test_small_decoders_shrink_to_a_third_at_most(exported):
     report = exported("llama", "int8").report
     assert report.fp32_weight_bytes == exported("llama").report.weight_bytes
     assert report.weight_bytes <= 0.33 * report.fp32_weight_bytes
@@ -146,9 +144,7 @@ def test_small_decoders_shrink_to_a_third_at_most(exported: Export) -> None:
     ("preset", "tied"),
     divided(product(("gpt2", "llama"), (True, False)), ci=[("gpt2", True), ("llama", False)]),
 )
-def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(
-    preset: str, tied: bool, tmp_path: Path
-) -> None:
+def test_int8_takes_at_most_0_29_of_float32_from_three_million_parameters(preset, tied, tmp_path):
     sizes = {"vocab_size": 2003, "hidden_size": 288, "intermediate_size": 800, "tie_word_embeddings": tied}
     module = drawn(ModelConfig(**(dict(PRESETS[preset].model) | sizes)))
     assert sum(p.numel() for p in module.parameters()) >= 3_000_000

@@ -58,7 +58,7 @@ class Fake:
         return search(self, bundle, TEXT, write, max_kl)
 
 
-def test_without_a_budget_the_first_mixture_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_budget_the_first_mixture_is_taken(tmp_path, monkeypatch):
     fake = Fake(asked=5, enough=9)
     assert fake.search(tmp_path, monkeypatch, None).quality == {"kl_divergence": 1.0, "raised": 0}
     assert fake.tried == [0]
@@ -74,8 +74,8 @@ def test_without_a_budget_the_first_mixture_is_taken(tmp_path: Path, monkeypatch
     ],
 )
 def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
-    asked: int, enough: int, start: int, tried: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    asked, enough, start, tried, tmp_path, monkeypatch
+):
     fake = Fake(asked, enough, start)
     found = fake.search(tmp_path, monkeypatch)
     assert fake.tried == tried
@@ -83,7 +83,7 @@ def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
     assert found.weight_bytes == 7
 
 
-def test_a_budget_that_no_mixture_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_no_mixture_meets_is_refused(tmp_path, monkeypatch):
     fake = Fake(asked=5, enough=10)
     with pytest.raises(QualityError, match=r"with 9 of 10 matrices in fp32, over --max-kl 0\.5 by 0\.5"):
         fake.search(tmp_path, monkeypatch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ IDS = torch.tensor([[5, 17, 20, 9, 3, 11]])  # a checkpoint of characters has fe
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """Bases and what was trained of them: "full" and "lora" of a Llama, "own-lora" of a checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     llama(eos_token_id=1, bos_token_id=0).save_pretrained(folder / "llama")
@@ -51,7 +50,7 @@ def logits(module: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "own-lora"])
-def test_the_source_computes_what_was_trained(name: str, trained: Path) -> None:
+def test_the_source_computes_what_was_trained(name, trained):
     source = open_source(trained / name)
     expected = logits(reopen(trained / name).model)
     torch.testing.assert_close(logits(source.module), expected, rtol=1e-5, atol=1e-5)
@@ -63,7 +62,7 @@ def test_the_source_computes_what_was_trained(name: str, trained: Path) -> None:
         assert (source.eos_token_ids, source.context_length) == ((1,), 80)
 
 
-def test_a_folder_of_peft_alone_is_merged(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_of_peft_alone_is_merged(trained, tmp_path):
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model.peft_config["default"].base_model_name_or_path = str(trained / "llama")
     model.save_pretrained(tmp_path / "adapter")
@@ -74,9 +73,7 @@ def test_a_folder_of_peft_alone_is_merged(trained: Path, tmp_path: Path) -> None
     assert source.tokenizer is not None  # the base's
 
 
-def test_the_eos_tokens_of_the_base_end_texts_beside_that_of_the_adapters_tokenizer(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_the_eos_tokens_of_the_base_end_texts_beside_that_of_the_adapters_tokenizer(trained, tmp_path):
     folder = shutil.copytree(trained / "lora", tmp_path / "lora")
     config = json.loads((folder / names.TOKENIZER_CONFIG).read_text())
     tokenizer = json.loads((folder / names.TOKENIZER).read_text())
@@ -86,7 +83,7 @@ def test_the_eos_tokens_of_the_base_end_texts_beside_that_of_the_adapters_tokeni
         assert open_source(folder).eos_token_ids == expected
 
 
-def test_a_training_that_stopped_is_told(trained: Path, tmp_path: Path) -> None:
+def test_a_training_that_stopped_is_told(trained, tmp_path):
     folder = shutil.copytree(trained / "full", tmp_path / "full")
     manifest = json.loads((folder / names.MANIFEST).read_text())
     manifest["training"]["settings"]["steps"] = 9
@@ -94,7 +91,7 @@ def test_a_training_that_stopped_is_told(trained: Path, tmp_path: Path) -> None:
     assert any("stopped at step 2 of 9" in warning for warning in open_source(folder).warnings)
 
 
-def test_an_adapter_that_does_not_fit_is_named(trained: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_named(trained, tmp_path):
     folder = shutil.copytree(trained / "lora", tmp_path / "lora")
     content = json.loads((folder / names.ADAPTER_CONFIG).read_text())
     (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": "gone/far/away"}))
@@ -112,9 +109,7 @@ def test_an_adapter_that_does_not_fit_is_named(trained: Path, tmp_path: Path) ->
         open_source(trained / "full")
 
 
-def test_an_adapter_whose_base_was_never_fetched_is_told_with_the_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_whose_base_was_never_fetched_is_told_with_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": "some/base"}))
     (tmp_path / names.ADAPTER_WEIGHTS).write_bytes(b"")

@@ -68,7 +68,7 @@ raise SystemError("training")
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
+def script(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     return tmp_path / "train.py"
 
@@ -97,20 +97,20 @@ def notebook(folder: Path, *cells: str) -> Path:
     return folder / "lesson.ipynb"
 
 
-def test_what_is_needed_is_run_in_its_order_and_nothing_else(script: Path) -> None:
+def test_what_is_needed_is_run_in_its_order_and_nothing_else(script):
     config, number, fast = ran(script, "Small().made")
     assert (config.width, number, fast) == (3, 6, None)
     assert ran(script, "Config().width") == 6
     assert ran(script, "device") == "cpu"
 
 
-def test_a_value_may_be_given_in_the_place_of_the_files_own(script: Path) -> None:
+def test_a_value_may_be_given_in_the_place_of_the_files_own(script):
     assert ran(script, "vocab_size = 65; Model().vocabulary()") == 65
     assert ran(script, "width = 8; Config().width") == 8
     assert ran(script, "size = Config(7).width; helper(size)")[1] == 10
 
 
-def test_what_cannot_be_made_is_told_with_the_value_to_give(script: Path) -> None:
+def test_what_cannot_be_made_is_told_with_the_value_to_give(script):
     sentence = refusal(script, "Model(size=4)")
     assert f"making it failed at {script}:8 with FileNotFoundError" in sentence
     assert "'vocab_size = ...; Model(size=4)'" in sentence
@@ -121,21 +121,21 @@ def test_what_cannot_be_made_is_told_with_the_value_to_give(script: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["Model(", "Model(\0)"])
-def test_what_is_no_expression_is_told(text: str, script: Path) -> None:
+def test_what_is_no_expression_is_told(text, script):
     assert "is not valid Python" in refusal(script, text)
 
 
 @pytest.mark.parametrize("text", ["a = 1", "import os; Model()", "print(1); Model()"])
-def test_a_request_is_assignments_and_an_expression(text: str, script: Path) -> None:
+def test_a_request_is_assignments_and_an_expression(text, script):
     assert "does not end in an expression that gives it, or has more than assignments" in refusal(script, text)
 
 
-def test_a_later_definition_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+def test_a_later_definition_takes_the_place_of_an_earlier_one(tmp_path):
     file = notebook(tmp_path, "def make():\n    return 1", "first = make()", "def make():\n    return 2", "x = make()")
     assert ran(file, "first, x") == (1, 2)
 
 
-def test_magics_are_left_out(tmp_path: Path) -> None:
+def test_magics_are_left_out(tmp_path):
     file = notebook(
         tmp_path,
         "%pip install something\n!ls -l\nfiles = !ls\nimport math\nmath?\n?math\n",
@@ -150,22 +150,22 @@ def test_magics_are_left_out(tmp_path: Path) -> None:
     assert ran(file, "make()") == (6, 2, 2, 3)
 
 
-def test_an_error_of_a_notebook_names_cell_and_line(tmp_path: Path) -> None:
+def test_an_error_of_a_notebook_names_cell_and_line(tmp_path):
     file = notebook(tmp_path, "import math", "\nsize = math.sqrt('a')", "def make():\n    return size")
     assert f"make() needs size, and making it failed at {file}[2]:2 with TypeError" in refusal(file, "make()")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}'])
-def test_a_file_that_is_no_notebook_is_told(content: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_notebook_is_told(content, tmp_path):
     (tmp_path / "lesson.ipynb").write_text(content)
     assert "is not a notebook: JSON with a list of cells was expected" in refusal(tmp_path / "lesson.ipynb", "make")
 
 
-def test_a_script_that_is_no_python_is_told_with_the_line(tmp_path: Path) -> None:
+def test_a_script_that_is_no_python_is_told_with_the_line(tmp_path):
     (tmp_path / "train.py").write_text("import math\ndef make(:\n")
     assert f"{tmp_path}/train.py:2 is not valid Python: " in refusal(tmp_path / "train.py", "make")
 
 
-def test_a_star_import_may_make_any_name(tmp_path: Path) -> None:
+def test_a_star_import_may_make_any_name(tmp_path):
     (tmp_path / "train.py").write_text("from math import *\ndef make():\n    return floor(2.5)\n")
     assert ran(tmp_path / "train.py", "make()") == 2

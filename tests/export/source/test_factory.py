@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +76,20 @@ print("trained", sys.argv)
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path):
     (tmp_path / "neighbour.py").write_text("WIDTH = 4\n")
     (tmp_path / "mine.py").write_text(MODEL)
     return tmp_path / "mine.py"
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Path:
+def training(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
     return tmp_path / "train.py"
 
 
 @pytest.fixture
-def notebook(tmp_path: Path) -> Path:
+def notebook(tmp_path):
     cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", *TRAINING.splitlines(keepends=True)]}]
     (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": cells}))
     return tmp_path / "lesson.ipynb"
@@ -110,7 +109,7 @@ def values(source: Source) -> list[float]:
     return [value for weight in source.module.parameters() for value in weight.tolist()]
 
 
-def test_what_the_file_sets_for_its_process_is_restored(file: Path, tmp_path: Path) -> None:
+def test_what_the_file_sets_for_its_process_is_restored(file, tmp_path):
     file.write_text("import os\nos.chdir('/')\ntorch_default = __import__('torch').set_default_dtype\n" + MODEL)
     file.write_text(file.read_text() + "\ntorch_default(torch.bfloat16)\n")
     before = Path.cwd()
@@ -127,7 +126,7 @@ def test_what_the_file_sets_for_its_process_is_restored(file: Path, tmp_path: Pa
         ("{'a:b': Model(7)}['a:b']", 7),
     ],
 )  # fmt: skip
-def test_a_function_a_class_a_module_and_an_expression_give_the_module(text: str, width: int, file: Path) -> None:
+def test_a_function_a_class_a_module_and_an_expression_give_the_module(text, width, file):
     before = list(sys.path), list(sys.argv)
     source = opened(f"{file}:{text}")
     assert source.name == "Model"
@@ -150,7 +149,7 @@ def test_a_function_a_class_a_module_and_an_expression_give_the_module(text: str
         ("Model(", "is not valid Python"),
     ],
 )
-def test_what_gives_no_module_is_told(text: str, sentence: str, file: Path) -> None:
+def test_what_gives_no_module_is_told(text, sentence, file):
     assert sentence.format(file=file) in refusal(InputError, f"{file}:{text}")
 
 
@@ -162,7 +161,7 @@ def test_what_gives_no_module_is_told(text: str, sentence: str, file: Path) -> N
         ("raise SystemExit('usage: mine.py --data FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
     ],
 )
-def test_a_file_that_does_not_run_is_told_with_its_line(content: str, sentence: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_run_is_told_with_its_line(content, sentence, tmp_path):
     file = tmp_path / "broken.py"
     file.write_text(content)
     before = list(sys.path)
@@ -171,13 +170,13 @@ def test_a_file_that_does_not_run_is_told_with_its_line(content: str, sentence: 
 
 
 @pytest.mark.parametrize("name", ["none.py", "none.ipynb"])
-def test_a_missing_file_is_told(name: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_told(name, tmp_path):
     sentence = refusal(MissingFileError, f"{tmp_path}/{name}:make")
     assert sentence == f"no such file: {tmp_path}/{name}; expected path/to/file.py:factory"
 
 
 # --- training -------------------------------------------------------------------------------------------------------
-def test_a_script_that_trains_is_run_and_told_of(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_that_trains_is_run_and_told_of(training, capsys):
     source = opened(f"{training}:model")
     assert values(source) != [0, 0, 0]
     (sentence,) = source.warnings
@@ -186,7 +185,7 @@ def test_a_script_that_trains_is_run_and_told_of(training: Path, capsys: pytest.
     assert capsys.readouterr().out == f"trained ['{training}']\n"
 
 
-def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path: Path) -> None:
+def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path):
     file = tmp_path / "lesson.py"
     file.write_text(
         "import torch\n\n"
@@ -200,7 +199,7 @@ def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path: Path) -> N
     assert not opened(f"{file}:trained").warnings
 
 
-def test_with_weights_no_training_is_run(training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_weights_no_training_is_run(training, tmp_path, capsys):
     torch.save({"model": {"_orig_mod.weight": torch.full((3,), 5.0)}}, tmp_path / "state.pt")
     for text in ("model", "Model(3)", "width = 3; Model(width)"):
         told: list[str] = []
@@ -211,7 +210,7 @@ def test_with_weights_no_training_is_run(training: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out == ""
 
 
-def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook: Path, tmp_path: Path) -> None:
+def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook, tmp_path):
     source = opened(f"{notebook}:model")
     assert values(source) == [0, 0, 0]
     assert source.warnings[0].startswith(f"of {notebook} only what model needs was run, and no training")
@@ -221,7 +220,7 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook: Pat
     assert not any("no training" in sentence for sentence in source.warnings)
 
 
-def test_a_notebook_says_which_cell_saves_its_weights(notebook: Path) -> None:
+def test_a_notebook_says_which_cell_saves_its_weights(notebook):
     content = json.loads(notebook.read_text())
     for line, told in (
         ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [3] saves"),
@@ -236,7 +235,7 @@ def test_a_notebook_says_which_cell_saves_its_weights(notebook: Path) -> None:
 
 # --- packages -------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def package(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def package(tmp_path, request, monkeypatch):
     """A package in the working folder, which no module of another test is part of."""
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
@@ -255,7 +254,7 @@ def package(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "named", ["lm_of_mine/nets/model.py", "{path}/lm_of_mine/nets/model.py", "lm_of_mine.nets.model"]
 )
-def test_a_file_of_a_package_imports_its_neighbours(named: str, marked: bool, package: Path, tmp_path: Path) -> None:
+def test_a_file_of_a_package_imports_its_neighbours(named, marked, package, tmp_path):
     if marked:
         (package / "__init__.py").touch()
         (package.parent / "__init__.py").write_text("print('imported')\n")
@@ -268,7 +267,7 @@ def test_a_file_of_a_package_imports_its_neighbours(named: str, marked: bool, pa
     assert values(opened(f"{named}:Model()", weights=tmp_path / "weights.pt")) == [1.0] * 4
 
 
-def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(package: Path, tmp_path: Path) -> None:
+def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(package, tmp_path):
     (package / "model.py").write_text(MODEL.replace("from neighbour", "from top"))
     (package / "__init__.py").write_text("raise SystemError")  # which a file without relative imports does not run
     assert values(opened("lm_of_mine/nets/model.py:make")) == [0.0] * 4
@@ -276,7 +275,7 @@ def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(packa
     assert values(opened("lm_of_mine.nets:make")) == [0.0] * 4
 
 
-def test_a_package_that_does_something_when_it_is_imported_is_told(package: Path) -> None:
+def test_a_package_that_does_something_when_it_is_imported_is_told(package):
     start = package / "__init__.py"
     for line, told in (
         ("import sys; sys.exit(3)", "with SystemExit: 3, which ends Python: put what a program does under  if __name"),
@@ -289,7 +288,7 @@ def test_a_package_that_does_something_when_it_is_imported_is_told(package: Path
         assert told in message
 
 
-def test_a_package_of_a_name_that_is_taken_is_told(package: Path, tmp_path: Path) -> None:
+def test_a_package_of_a_name_that_is_taken_is_told(package, tmp_path):
     taken = tmp_path / "json"
     taken.mkdir()
     (taken / "__init__.py").touch()
@@ -297,7 +296,7 @@ def test_a_package_of_a_name_that_is_taken_is_told(package: Path, tmp_path: Path
     assert "Python already has another one of this name" in refusal(InputError, f"{taken / 'model.py'}:make")
 
 
-def test_a_module_that_is_not_there_is_told(package: Path) -> None:
+def test_a_module_that_is_not_there_is_told(package):
     for named, lacking in (("lm_of_mine.net.model", "lm_of_mine.net"), ("of_nobody", "of_nobody")):
         assert f"no module {named}: {lacking} is in neither" in refusal(MissingFileError, f"{named}:make")
     assert "math is not a Python file" in refusal(InputError, "math:make")

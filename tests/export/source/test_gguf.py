@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,7 +111,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 # --- what comes out -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True], ids=["F32", "Q8_0"])
-def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: bool) -> None:
+def test_the_bundle_writes_what_transformers_writes(tmp_path, quantized):
     file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
     export(file, tmp_path / "bundle", "fp32")
     expected = greedy(reference(file), PROMPT, 64)
@@ -131,9 +130,7 @@ def test_the_bundle_writes_what_transformers_writes(tmp_path: Path, quantized: b
 
 
 @pytest.mark.parametrize("room", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_large_weights_go_to_the_disk_if_it_has_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool
-) -> None:
+def test_large_weights_go_to_the_disk_if_it_has_room(tmp_path, monkeypatch, room):
     def full(self: TemporaryWeights, array: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
@@ -157,7 +154,7 @@ def test_large_weights_go_to_the_disk_if_it_has_room(
 
 
 @pytest.mark.parametrize("kept", [10, 3000, -100])
-def test_a_file_that_is_cut_short(tmp_path: Path, refusal: Callable[..., str], kept: int) -> None:
+def test_a_file_that_is_cut_short(tmp_path, refusal, kept):
     file = write_gguf(tmp_path / "tiny.gguf")
     file.write_bytes(file.read_bytes()[:kept])
     sentence = refusal(file)
@@ -166,7 +163,7 @@ def test_a_file_that_is_cut_short(tmp_path: Path, refusal: Callable[..., str], k
 
 
 @pytest.mark.parametrize("name", [names.TOKENIZER, names.TOKENIZER_CONFIG])
-def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path: Path, refusal: Callable[..., str], name: str) -> None:
+def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path, refusal, name):
     """transformers reads these files of the folder, too."""
     (tmp_path / "folder").mkdir()
     file = write_gguf(tmp_path / "folder" / "tiny.gguf")
@@ -175,15 +172,13 @@ def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path: Path, refusal: 
     assert f"{name} leads out of {tmp_path / 'folder'}" in refusal(file)
 
 
-def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path, refusal):
     sentence = refusal(write_gguf(tmp_path / "tiny.gguf", architecture="foo"))
     assert f"cannot load {tmp_path / 'tiny.gguf'}" in sentence
     assert "foo" in sentence
 
 
-def test_a_package_that_is_not_installed_comes_with_its_extra(
-    tmp_path: Path, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_not_installed_comes_with_its_extra(tmp_path, refusal, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     sentence = refusal(file)
@@ -193,9 +188,7 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(
 
 # --- a trained model ----------------------------------------------------------------------------------------------
 @pytest.mark.matrix  # minutes: SmolLM2-135M twice. Trained decoders that CI exports stand in tests/test_trained.py.
-def test_a_trained_model_writes_what_transformers_writes_and_answers_in_int8(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_model_writes_what_transformers_writes_and_answers_in_int8(tmp_path, capsys):
     file = smollm2()
     assert main(["export", str(file), "--out", str(tmp_path / "fp32"), "--precision", "fp32"]) == 0
     model, lm = reference(file), load(tmp_path / "fp32")

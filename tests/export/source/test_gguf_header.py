@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import time
-from pathlib import Path
 
 import pytest
 
@@ -27,7 +26,7 @@ SCORES = text("scores") + struct.pack("<IIQ2f", 9, 6, 2, 0.0, 1.0)
 TENSOR = text("w") + struct.pack("<IQQIQ", 2, 4, 2, 0, 32)
 
 
-def test_a_header_is_read(tmp_path: Path) -> None:
+def test_a_header_is_read(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(header([LAYERS, TOKENS, SCORES], [TENSOR]))
     found = read_gguf(file)
@@ -56,7 +55,7 @@ def test_a_header_is_read(tmp_path: Path) -> None:
         (header([], [text("w") + struct.pack("<I", 2**31) + bytes(16)]), "2147483648 axes"),
     ],
 )
-def test_counts_beyond_the_file_are_refused_at_once(content: bytes, words: str, tmp_path: Path) -> None:
+def test_counts_beyond_the_file_are_refused_at_once(content, words, tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(content)
     started = time.process_time()

@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pastkey.errors import InputError, MissingExtraError, MissingFileError, Past
 from pastkey.export.progress import SILENT, Progress
 from pastkey.export.source.hub import HubModel, find
 
-from ...loopback_hub import Files, LoopbackHub, serving
+from ...loopback_hub import Files, serving
 
 NAME = "org/tiny"
 WEIGHTS = b"weights " * 400_000
@@ -56,7 +55,7 @@ class Heard(Progress):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path, monkeypatch):
     """A Hub in the place of huggingface.co, and a cache in a folder of the test."""
     with serving() as served:
         monkeypatch.chdir(tmp_path)
@@ -95,7 +94,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 # --- what is fetched ----------------------------------------------------------------------------------------------
-def test_only_what_an_export_reads_is_fetched(hub: LoopbackHub) -> None:
+def test_only_what_an_export_reads_is_fetched(hub):
     repository = hub.add(NAME, {**SMALL, **OTHERS, "model.safetensors": WEIGHTS})
     heard = Heard()
     found = fetched(progress=heard)
@@ -107,21 +106,21 @@ def test_only_what_an_export_reads_is_fetched(hub: LoopbackHub) -> None:
     assert heard.shares[-1] == (len(WEIGHTS), len(WEIGHTS))
 
 
-def test_python_files_are_fetched_where_they_may_run(hub: LoopbackHub) -> None:
+def test_python_files_are_fetched_where_they_may_run(hub):
     hub.add(NAME, {**SMALL, **OTHERS, "model.safetensors": WEIGHTS})
     found = find(NAME, SILENT, network=True)
     found.fetch_small(SILENT, code=True)
     assert names_in(found.folder) == {*SMALL, "modeling_own.py"}
 
 
-def test_of_a_divided_model_the_listed_files_are_fetched(hub: LoopbackHub) -> None:
+def test_of_a_divided_model_the_listed_files_are_fetched(hub):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     parts: Files = dict.fromkeys(index["weight_map"].values(), WEIGHTS)
     hub.add(NAME, {**SMALL, **OTHERS, **parts, "model.safetensors.index.json": json.dumps(index).encode()})
     assert names_in(fetched().folder) == {*SMALL, *parts, "model.safetensors.index.json"}
 
 
-def test_what_is_in_the_cache_is_not_fetched_again_nor_needs_the_network(hub: LoopbackHub) -> None:
+def test_what_is_in_the_cache_is_not_fetched_again_nor_needs_the_network(hub):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     first = fetched()
     hub.asked.clear()
@@ -133,14 +132,14 @@ def test_what_is_in_the_cache_is_not_fetched_again_nor_needs_the_network(hub: Lo
     assert hub.asked == []
 
 
-def test_offline_mode_of_the_library_forbids_to_fetch(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_of_the_library_forbids_to_fetch(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "has no model org/tiny, and only `pastkey export` fetches" in refusal(MissingFileError)
     assert hub.asked == []
 
 
-def test_all_files_are_of_one_commit_though_the_repository_changes(hub: LoopbackHub) -> None:
+def test_all_files_are_of_one_commit_though_the_repository_changes(hub):
     """Before the first file, and between the small files and the weights."""
     repository = hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
 
@@ -160,7 +159,7 @@ def test_all_files_are_of_one_commit_though_the_repository_changes(hub: Loopback
     assert (found.folder / "tokenizer.json").read_bytes() == SMALL["tokenizer.json"] + b" "
 
 
-def test_a_download_that_breaks_goes_on_where_it_broke(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_goes_on_where_it_broke(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     hub.breaks = 1
@@ -171,7 +170,7 @@ def test_a_download_that_breaks_goes_on_where_it_broke(hub: LoopbackHub, monkeyp
 
 
 @pytest.mark.skipif(BEFORE_1, reason="counts files alone")
-def test_the_progress_counts_bytes(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_counts_bytes(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000_000)
     heard = Heard()
@@ -179,7 +178,7 @@ def test_the_progress_counts_bytes(hub: LoopbackHub, monkeypatch: pytest.MonkeyP
     assert [done for done, total in heard.shares if total == len(WEIGHTS)][:2] == [1_000_000, 2_000_000]
 
 
-def test_telemetry_is_off(hub: LoopbackHub) -> None:
+def test_telemetry_is_off(hub):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     fetched()
     assert hub.agents
@@ -189,13 +188,13 @@ def test_telemetry_is_off(hub: LoopbackHub) -> None:
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
-def test_an_id_that_does_not_exist(hub: LoopbackHub) -> None:
+def test_an_id_that_does_not_exist(hub):
     host = hub.address.removeprefix("http://")
     words = f"{host} has no model models/smol, or it is private, and there is no folder 'models' here: correct the id"
     assert words in refusal(MissingFileError, "models/smol")
 
 
-def test_a_private_model_is_read_with_its_token(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_model_is_read_with_its_token(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS}, token="hf_right")
     assert "or it is private" in refusal(MissingFileError)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -204,7 +203,7 @@ def test_a_private_model_is_read_with_its_token(hub: LoopbackHub, monkeypatch: p
     assert fetched().network
 
 
-def test_a_gated_model_says_how_to_be_let_in(hub: LoopbackHub) -> None:
+def test_a_gated_model_says_how_to_be_let_in(hub):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS}, gated=True, token="hf_right")
     words = f"accept its conditions at {hub.address}/{NAME}, make a token at {hub.address}/settings/tokens, and set it"
     assert words in refusal(InputError)
@@ -225,12 +224,12 @@ def test_a_gated_model_says_how_to_be_let_in(hub: LoopbackHub) -> None:
         ({"README.md": b""}, "has no model.safetensors: expected a decoder of transformers, or a bundle of pastkey"),
     ],
 )
-def test_a_repository_without_weights_that_can_be_read(hub: LoopbackHub, files: Files, words: str) -> None:
+def test_a_repository_without_weights_that_can_be_read(hub, files, words):
     hub.add(NAME, files)
     assert words in refusal(InputError)
 
 
-def test_a_hub_that_cannot_be_reached(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     words = refusal(ResourceError)
     assert "no path org/tiny exists, and no model of this id could be fetched from 127.0.0.1:9 (" in words
@@ -238,12 +237,12 @@ def test_a_hub_that_cannot_be_reached(hub: LoopbackHub, monkeypatch: pytest.Monk
     assert "type  hf download org/tiny --local-dir tiny  elsewhere and copy that folder" in words
 
 
-def test_a_hub_that_is_broken(hub: LoopbackHub) -> None:
+def test_a_hub_that_is_broken(hub):
     hub.status = 503
     assert refusal(ResourceError).endswith("answered 503 for org/tiny: try again later")
 
 
-def test_a_download_that_breaks_again_and_again_leaves_nothing_half_written(hub: LoopbackHub) -> None:
+def test_a_download_that_breaks_again_and_again_leaves_nothing_half_written(hub):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     hub.breaks = 1000
     assert "no model of this id could be fetched from" in refusal(ResourceError)
@@ -253,7 +252,7 @@ def test_a_download_that_breaks_again_and_again_leaves_nothing_half_written(hub:
     assert (fetched().folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_a_disk_that_is_too_small(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2_000_000})())
     words = refusal(ResourceError)
@@ -261,7 +260,7 @@ def test_a_disk_that_is_too_small(hub: LoopbackHub, monkeypatch: pytest.MonkeyPa
     assert "2 MB are free: make room, or name a folder on another disk with HF_HOME" in words
 
 
-def test_a_disk_that_becomes_full(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_becomes_full(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
 
     def full(*arguments: Any, **options: Any) -> None:
@@ -271,7 +270,7 @@ def test_a_disk_that_becomes_full(hub: LoopbackHub, monkeypatch: pytest.MonkeyPa
     assert "became full while org/tiny was fetched: make room, or name" in refusal(ResourceError)
 
 
-def test_a_cache_that_cannot_be_written(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
 
     def read_only(path: Any, *arguments: Any, **options: Any) -> None:
@@ -294,9 +293,7 @@ def test_a_cache_that_cannot_be_written(hub: LoopbackHub, tmp_path: Path, monkey
         ({"model_type": "no-such-model"}, "cannot load org/tiny: "),
     ],
 )
-def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(
-    hub: LoopbackHub, changed: dict[str, Any], words: str
-) -> None:
+def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(hub, changed, words):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
@@ -308,9 +305,7 @@ def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(
     assert not [line for line in hub.asked if "safetensors" in line]
 
 
-def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
-    hub: LoopbackHub,
-) -> None:
+def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(hub):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
@@ -323,7 +318,7 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_fetched(
     assert not [line for line in hub.asked if "safetensors" in line]
 
 
-def test_a_path_is_no_id(hub: LoopbackHub) -> None:
+def test_a_path_is_no_id(hub):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
@@ -333,7 +328,7 @@ def test_a_path_is_no_id(hub: LoopbackHub) -> None:
     assert hub.asked == []
 
 
-def test_a_bundle_is_not_exported_again(hub: LoopbackHub) -> None:
+def test_a_bundle_is_not_exported_again(hub):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from pastkey.export.source.open import open_source
 
@@ -342,14 +337,14 @@ def test_a_bundle_is_not_exported_again(hub: LoopbackHub) -> None:
         open_source(NAME, network=True)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface-hub  and try again (pastkey's extras export,huggingface)" in refusal(
         MissingExtraError
     )
 
 
-def test_the_module_imports_neither_torch_nor_the_library() -> None:
+def test_the_module_imports_neither_torch_nor_the_library():
     """A bundle is fetched by its id without torch."""
     code = "import sys, pastkey.export.source.hub; print({'torch', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -130,7 +130,7 @@ IDS = [1, 264, 7, 100, 7, 33, 259, 260, 261, 7, 0, 2]
 
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_decoder_computes_what_llama2c_computes(version: int, tied: bool, tmp_path: Path) -> None:
+def test_the_decoder_computes_what_llama2c_computes(version, tied, tmp_path):
     toy = Toy(tied=tied)
     source = open_source(checkpoint(tmp_path, toy.version1() if version else toy.version0()))
     with torch.no_grad():
@@ -144,14 +144,14 @@ def test_the_decoder_computes_what_llama2c_computes(version: int, tied: bool, tm
     [Toy(), pytest.param(Toy(kv_heads=4, dim=32, tied=False), marks=pytest.mark.slow)],
     ids=["standard", "fused"],
 )
-def test_the_bundle_computes_what_llama2c_computes(toy: Toy, tmp_path: Path) -> None:
+def test_the_bundle_computes_what_llama2c_computes(toy, tmp_path):
     report = export(checkpoint(tmp_path, toy.version0()), tmp_path / "bundle", precision="fp32")
     assert report.manifest.graph == ("standard" if toy.dim // toy.heads % 8 else "fused")
     expected = toy.logits(IDS)
     assert np.abs(load(tmp_path / "bundle").logits(IDS) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_the_header_becomes_the_configuration(tmp_path: Path) -> None:
+def test_the_header_becomes_the_configuration(tmp_path):
     source = open_source(checkpoint(tmp_path, Toy(tied=False).version0()), context_length=12)
     config = source.config
     assert (source.name, source.context_length, config["max_position_embeddings"]) == ("toy", 12, 12)
@@ -188,14 +188,14 @@ WHOLE = Toy().version0()
         (struct.pack("<7i", 24, 33, 2, 4, 2, -(2**31), 19) + bytes(99), "vocab_size 2147483648"),
     ],
 )
-def test_a_file_that_is_no_whole_checkpoint_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_whole_checkpoint_is_refused(content, words, tmp_path):
     path = checkpoint(tmp_path, content)
     sentence = refusal(InputError, path)
     assert sentence.startswith(f"{path} ")
     assert words in sentence
 
 
-def test_counts_are_bounded_before_a_layer_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_bounded_before_a_layer_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr("pastkey.export.source.llama2c.Decoder", None)
     narrow = struct.pack("<7i", 2, 1, 100_000, 1, 1, 3, 2) + bytes(4)
     assert "n_layers 100000" in refusal(InputError, checkpoint(tmp_path, narrow))
@@ -249,7 +249,7 @@ def encoded(text: str, pieces: list[Piece]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tok.bin").write_bytes(tokenizer_bin(PIECES))
     toy = dataclasses.replace(Toy(), vocab=len(PIECES))
@@ -260,7 +260,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @settings(max_examples=400, deadline=None)
 @given(st.text(st.sampled_from("aabbcc   é日<s>/xß\n🙂"), max_size=24))
-def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer, text):
     if any(special in text for special in ("<s>", "</s>")):
         return  # special tokens in a prompt are taken for what they are called
     ids = tokenizer.encode(text).ids
@@ -269,7 +269,7 @@ def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer: Tokenizer, text: st
 
 
 @pytest.mark.slow
-def test_a_bundle_takes_text_with_the_tokenizer(tmp_path: Path) -> None:
+def test_a_bundle_takes_text_with_the_tokenizer(tmp_path):
     (tmp_path / "tok.bin").write_bytes(tokenizer_bin(PIECES))
     toy = dataclasses.replace(Toy(), vocab=len(PIECES))
     model, out = checkpoint(tmp_path, toy.version0()), tmp_path / "bundle"
@@ -284,7 +284,7 @@ def test_a_bundle_takes_text_with_the_tokenizer(tmp_path: Path) -> None:
     assert '"add_bos_token": true' in (out / names.TOKENIZER_CONFIG).read_text()
 
 
-def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = open_source(checkpoint(tmp_path, WHOLE), tokenizer=tmp_path / "tokenizer.json")
     assert source.tokenizer == (tmp_path / "tokenizer.json").read_bytes()
@@ -307,7 +307,7 @@ GOOD = tokenizer_bin(PIECES)
         (tokenizer_bin([*PIECES[:-1], PIECES[-2]]), "each its own text"),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(content, words, tmp_path):
     path = tmp_path / "tok.bin"
     path.write_bytes(content)
     model = checkpoint(tmp_path, dataclasses.replace(Toy(), vocab=len(PIECES)).version0())

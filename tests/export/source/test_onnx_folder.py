@@ -20,7 +20,6 @@ from pastkey.export.measure.reference import open_exported
 from pastkey.export.source.onnx_folder import find_graph
 from pastkey.export.source.open import open_source
 
-from ...conftest import MadeOnce
 from ..given import CONTEXT, KV_HEADS, SIZE, VOCABULARY, Kind, write_folder
 
 PROMPT = [5, 17, 44, 3]
@@ -28,7 +27,7 @@ NEW = 24
 
 
 @pytest.fixture(scope="module")
-def folder(made_once: MadeOnce, word_tokenizer: Tokenizer) -> Path:
+def folder(made_once, word_tokenizer):
     """A folder as optimum writes it, of a Llama kind."""
     return made_once("onnx-folder", lambda made: write_folder(made, tokenizer=word_tokenizer, sliding_window=None))
 
@@ -44,7 +43,7 @@ def greedy(graph: Path, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_folder_of_optimum_becomes_a_bundle(precision: str, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_optimum_becomes_a_bundle(precision, folder, tmp_path):
     report = export(folder, tmp_path / "bundle", precision)
     manifest = report.manifest
     assert (manifest.graph, manifest.padding, manifest.opset) == ("fused", True, 20)
@@ -68,7 +67,7 @@ def test_a_folder_of_optimum_becomes_a_bundle(precision: str, folder: Path, tmp_
     assert lm.prompt_ids("w5 w17 w44 w3") == PROMPT
 
 
-def test_verify_compares_a_bundle_with_the_folder(folder: Path, tmp_path: Path) -> None:
+def test_verify_compares_a_bundle_with_the_folder(folder, tmp_path):
     export(folder, tmp_path / "bundle", "fp32", graph="standard")
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest.graph == "standard"
@@ -77,14 +76,14 @@ def test_verify_compares_a_bundle_with_the_folder(folder: Path, tmp_path: Path) 
     assert len(layers) == len(bundle.manifest.layers)
 
 
-def test_a_table_of_positions_shorter_than_the_context(tmp_path: Path) -> None:
+def test_a_table_of_positions_shorter_than_the_context(tmp_path):
     longer = write_folder(tmp_path / "given", Kind(learned=True), max_position_embeddings=4 * CONTEXT)
     with pytest.raises(InputError, match=rf"positions for {CONTEXT} tokens, .* with --context {CONTEXT}$"):
         export(longer, tmp_path / "bundle", "fp32")
     assert export(longer, tmp_path / "bundle", "fp32", context_length=CONTEXT).verification.ok
 
 
-def test_what_is_opened(folder: Path, tmp_path: Path) -> None:
+def test_what_is_opened(folder, tmp_path):
     source = open_source(folder)
     assert (source.name, source.context_length) == (folder.name, CONTEXT)
     assert source.bos_token_id is None
@@ -108,7 +107,7 @@ def test_what_is_opened(folder: Path, tmp_path: Path) -> None:
     assert find_graph(copy) is None  # safetensors are the model itself, and preferred
 
 
-def test_folders_without_a_decoder_in_float32_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_a_decoder_in_float32_are_refused(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     for name, sentence in (
@@ -137,7 +136,7 @@ def test_folders_without_a_decoder_in_float32_are_refused(folder: Path, tmp_path
         open_source(copy)
 
 
-def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_models_tokenizer_is_refused(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
@@ -150,12 +149,12 @@ def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "bundle").exists()
 
 
-def test_last_hidden_states_of_a_graph_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_last_hidden_states_of_a_graph_are_refused(folder, tmp_path):
     with pytest.raises(ContractError, match="is an ONNX graph, whose last hidden states cannot be compared"):
         export(folder, tmp_path / "bundle", "fp32", hidden_states=True)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "model.onnx").rename(tmp_path / "elsewhere.onnx")
@@ -173,7 +172,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
         open_source(copy)
 
 
-def test_attention_of_another_form_leaves_the_standard_graph(tmp_path: Path) -> None:
+def test_attention_of_another_form_leaves_the_standard_graph(tmp_path):
     report = export(write_folder(tmp_path / "folder", Kind(bias=True)), tmp_path / "bundle", "fp32")
     assert report.manifest.graph == "standard"
     assert "GroupQueryAttention cannot take the attention of model.onnx: scores have a bias" in (

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -32,7 +29,7 @@ TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>
 
 
 @pytest.fixture(scope="module")
-def bundle(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(saved_llama, tmp_path_factory):
     """The fp32 bundle of `saved_llama`."""
     out = tmp_path_factory.mktemp("bundle") / "bundle"
     export(saved_llama, out, "fp32")
@@ -40,7 +37,7 @@ def bundle(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
-def test_the_bundle_of_a_folder_writes_what_transformers_writes(saved_llama: Path, bundle: Path) -> None:
+def test_the_bundle_of_a_folder_writes_what_transformers_writes(saved_llama, bundle):
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
     expected = greedy(model, 48)
     assert len(set(expected)) > 10
@@ -51,7 +48,7 @@ WAYS = ["bfloat16", "tied", "shards"]
 
 
 @pytest.mark.parametrize("kind", divided(WAYS, ci=WAYS))
-def test_every_way_of_saving_gives_the_same_text(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_way_of_saving_gives_the_same_text(kind, tmp_path, capsys):
     model = llama(tie_word_embeddings=kind == "tied")
     if kind == "bfloat16":
         model = model.to(torch.bfloat16)
@@ -65,7 +62,7 @@ def test_every_way_of_saving_gives_the_same_text(kind: str, tmp_path: Path, caps
     assert load(out).generate(PROMPT, max_new_tokens=48).ids == greedy(again, 48)
 
 
-def test_no_network_is_tried(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_tried(saved_llama, monkeypatch):
     def refuse(*_: object) -> NoReturn:
         raise AssertionError("a connection was tried")
 
@@ -74,7 +71,7 @@ def test_no_network_is_tried(saved_llama: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_source(saved_llama).context_length == CONTEXT
 
 
-def test_a_context_length_is_found_under_every_name(tmp_path: Path, word_tokenizer: Tokenizer) -> None:
+def test_a_context_length_is_found_under_every_name(tmp_path, word_tokenizer):
     """ALiBi needs no table of positions: BLOOM's class has none of the names, and its folders have seq_length."""
     config = transformers.BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
@@ -110,9 +107,7 @@ SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
         pytest.param({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}, marks=pytest.mark.slow),
     ],
 )
-def test_the_authors_sampling_is_carried_along(
-    llama_folder: Path, tmp_path: Path, stated: dict[str, object], carried: dict[str, object]
-) -> None:
+def test_the_authors_sampling_is_carried_along(llama_folder, tmp_path, stated, carried):
     (llama_folder / names.GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": 1, **stated}))
     export(llama_folder, tmp_path / "bundle", "fp32")
     written = json.loads((tmp_path / "bundle" / names.GENERATION_CONFIG).read_text(encoding="utf-8"))
@@ -124,7 +119,7 @@ def test_the_authors_sampling_is_carried_along(
 
 
 @pytest.mark.slow
-def test_generation_stops_at_any_of_several_ends(saved_llama: Path, llama_folder: Path, tmp_path: Path) -> None:
+def test_generation_stops_at_any_of_several_ends(saved_llama, llama_folder, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
     text = greedy(model, 48)
     end = next(token for token in text if text.index(token) >= 5)
@@ -141,7 +136,7 @@ def test_generation_stops_at_any_of_several_ends(saved_llama: Path, llama_folder
 
 
 # --- tokenizer and configuration ----------------------------------------------------------------------------------
-def test_the_tokenizer_comes_along(saved_llama: Path, bundle: Path) -> None:
+def test_the_tokenizer_comes_along(saved_llama, bundle):
     config = json.loads((bundle / names.TOKENIZER_CONFIG).read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["add_bos_token"] is True
@@ -158,13 +153,13 @@ def test_the_tokenizer_comes_along(saved_llama: Path, bundle: Path) -> None:
 
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 writes the old field alone")
-def test_the_configuration_suits_old_and_new_programs(bundle: Path) -> None:
+def test_the_configuration_suits_old_and_new_programs(bundle):
     content = json.loads((bundle / names.CONFIG).read_text())
     assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 50000.0
     assert transformers.AutoConfig.from_pretrained(bundle).rope_parameters["rope_theta"] == 50000.0
 
 
-def test_every_special_token_that_a_template_may_write_comes_along(llama_folder: Path) -> None:
+def test_every_special_token_that_a_template_may_write_comes_along(llama_folder):
     tokenizer = bpe(bos=True)
     tokenizer.add_special_tokens({"cls_token": tokenizer.bos_token, "sep_token": tokenizer.eos_token})
     tokenizer.chat_template = "{{ cls_token }}{% for m in messages %}{{ m['content'] }}{{ sep_token }}{% endfor %}"
@@ -177,7 +172,7 @@ def test_every_special_token_that_a_template_may_write_comes_along(llama_folder:
     assert ChatTemplate(config["chat_template"], tokens).render(messages) == expected
 
 
-def test_templates_with_names_are_written_as_a_list(llama_folder: Path) -> None:
+def test_templates_with_names_are_written_as_a_list(llama_folder):
     tokenizer = bpe(bos=True)
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "tools: " + TEMPLATE}
     tokenizer.save_pretrained(llama_folder)
@@ -192,7 +187,7 @@ def test_templates_with_names_are_written_as_a_list(llama_folder: Path) -> None:
 
 # --- a model in hand ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_a_model_in_hand_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_model_in_hand_stays_as_it_was(tmp_path):
     model = llama().to(torch.bfloat16)
     model.set_attn_implementation("sdpa")
     model.train()
@@ -228,7 +223,7 @@ def bare():
 """
 
 
-def test_a_factory_may_return_a_model_of_transformers(tmp_path: Path) -> None:
+def test_a_factory_may_return_a_model_of_transformers(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(FACTORY.format(sizes=sizes()))
     source = open_source(f"{file}:bare")
@@ -236,9 +231,7 @@ def test_a_factory_may_return_a_model_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="works with transformers 4")
-def test_a_module_around_a_model_of_transformers_works_or_is_told_what_to_pass(
-    tmp_path: Path, refusal: Callable[..., str]
-) -> None:
+def test_a_module_around_a_model_of_transformers_works_or_is_told_what_to_pass(tmp_path, refusal):
     (tmp_path / "mine.py").write_text(FACTORY.format(sizes=sizes()))
     sentence = refusal(f"{tmp_path / 'mine.py'}:Wrapped", "--context", CONTEXT, "--precision", "fp32")
     assert sentence.endswith("export that model itself, or its folder")

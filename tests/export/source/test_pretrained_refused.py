@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,7 +44,7 @@ def shards(folder: Path) -> tuple[Path, dict[str, str], list[str]]:
     return index, listed, sorted(set(listed.values()))
 
 
-def test_a_shard_that_lacks_what_the_index_names(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_shard_that_lacks_what_the_index_names(tmp_path, refusal):
     index, listed, (first, second, *_) = shards(tmp_path / "model")
     shutil.copy(index.parent / first, index.parent / second)
     lacking = next(name for name, shard in listed.items() if shard == second)
@@ -53,14 +52,14 @@ def test_a_shard_that_lacks_what_the_index_names(tmp_path: Path, refusal: Callab
     assert refusal(index.parent) == f"{sentence} again"
 
 
-def test_shards_without_their_index(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_shards_without_their_index(tmp_path, refusal):
     index, _, (first, *_) = shards(tmp_path / "model")
     index.unlink()
     sentence = f"{index.parent} has the shard {first} and no {index.name}, which says what lies in which shard: fetch"
     assert refusal(index.parent) == f"{sentence} that file too"
 
 
-def test_two_shards_with_a_tensor_of_one_name(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_two_shards_with_a_tensor_of_one_name(tmp_path, refusal):
     index, listed, (first, second, *_) = shards(tmp_path / "model")
     twice = next(name for name, shard in listed.items() if shard == first)
     tensors = {f: safetensors.torch.load_file(index.parent / f) for f in (first, second)}
@@ -70,7 +69,7 @@ def test_two_shards_with_a_tensor_of_one_name(tmp_path: Path, refusal: Callable[
     assert refusal(index.parent) == f"{sentence} model's; fetch them again"
 
 
-def test_a_tensor_of_an_unknown_type(llama_folder: Path, refusal: Callable[..., str]) -> None:
+def test_a_tensor_of_an_unknown_type(llama_folder, refusal):
     file = llama_folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"X32"', 1))
@@ -83,7 +82,7 @@ def test_a_tensor_of_an_unknown_type(llama_folder: Path, refusal: Callable[..., 
 SHAPE = "has another shape" if TRANSFORMERS_4 else "has shape ("
 
 
-def test_a_tensor_without_numbers(llama_folder: Path, refusal: Callable[..., str]) -> None:
+def test_a_tensor_without_numbers(llama_folder, refusal):
     file = llama_folder / names.WEIGHTS
     tensors = safetensors.torch.load_file(file)
     empty = {"model.norm.weight": tensors["model.norm.weight"][:0], "unused": torch.zeros(0)}
@@ -94,7 +93,7 @@ def test_a_tensor_without_numbers(llama_folder: Path, refusal: Callable[..., str
 
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 takes the embedding")
-def test_tied_weights_that_are_saved_twice_and_differ(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_tied_weights_that_are_saved_twice_and_differ(tmp_path, refusal):
     folder = tmp_path / "model"
     llama(tie_word_embeddings=False).save_pretrained(folder)
     sentence = refusal(change(folder, tie_word_embeddings=True))
@@ -102,8 +101,8 @@ def test_tied_weights_that_are_saved_twice_and_differ(tmp_path: Path, refusal: C
 
 
 def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(
-    saved_llama: Path, llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]
-) -> None:
+    saved_llama, llama_folder, tmp_path, refusal
+):
     folder = llama_folder.rename(tmp_path / 'it\'s $(touch here) "mine"')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -135,9 +134,7 @@ def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized already (quantization_config says gptq)",)),
     ],
 )
-def test_a_configuration_that_does_not_fit(
-    llama_folder: Path, refusal: Callable[..., str], entries: dict[str, Any], words: Sequence[str]
-) -> None:
+def test_a_configuration_that_does_not_fit(llama_folder, refusal, entries, words):
     sentence = refusal(change(llama_folder, **entries))
     for word in words:
         assert word in sentence
@@ -145,13 +142,13 @@ def test_a_configuration_that_does_not_fit(
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_configuration_that_is_not_json(llama_folder: Path, refusal: Callable[..., str], content: str) -> None:
+def test_a_configuration_that_is_not_json(llama_folder, refusal, content):
     (llama_folder / names.CONFIG).write_text(content)
     assert str(llama_folder / names.CONFIG) in refusal(llama_folder)
 
 
 @pytest.mark.parametrize("kept", [10, 100_000])
-def test_weights_that_are_cut_short(llama_folder: Path, refusal: Callable[..., str], kept: int) -> None:
+def test_weights_that_are_cut_short(llama_folder, refusal, kept):
     file = llama_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     sentence = refusal(llama_folder)
@@ -159,7 +156,7 @@ def test_weights_that_are_cut_short(llama_folder: Path, refusal: Callable[..., s
     assert "fetch it again" in sentence
 
 
-def test_a_missing_shard(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_missing_shard(tmp_path, refusal):
     llama().save_pretrained(tmp_path / "model", max_shard_size="100KB")
     lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     lost.unlink()
@@ -195,7 +192,7 @@ def shard(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture
-def opened() -> Iterator[set[Path]]:
+def opened():
     """The files that Python opens meanwhile."""
     seen: set[Path] = set()
     watching = True
@@ -210,9 +207,7 @@ def opened() -> Iterator[set[Path]]:
 
 
 @pytest.mark.parametrize("name", ["evil.bin", "../evil.bin", "../outside.safetensors", "sub/model.safetensors"])
-def test_an_index_that_names_anything_but_safetensors_beside_it(
-    name: str, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
-) -> None:
+def test_an_index_that_names_anything_but_safetensors_beside_it(name, llama_folder, refusal, opened):
     named = shard(llama_folder, name).resolve()
     opened.clear()
     sentence = refusal(llama_folder)
@@ -222,20 +217,18 @@ def test_an_index_that_names_anything_but_safetensors_beside_it(
     assert not (llama_folder / "was-run").exists()
 
 
-def test_an_index_that_names_safetensors_beside_it_is_taken(llama_folder: Path) -> None:
+def test_an_index_that_names_safetensors_beside_it_is_taken(llama_folder):
     shard(llama_folder, "model-00001-of-00001.safetensors")
     assert open_source(llama_folder).tokenizer is not None
 
 
-def test_an_index_without_its_map(llama_folder: Path, refusal: Callable[..., str]) -> None:
+def test_an_index_without_its_map(llama_folder, refusal):
     (llama_folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     assert "index.json has no weight_map" in refusal(llama_folder)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "sub/x.safetensors.index.json", "../outside.safetensors", 3])
-def test_weights_that_a_configuration_names_elsewhere(
-    name: Any, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
-) -> None:
+def test_weights_that_a_configuration_names_elsewhere(name, llama_folder, refusal, opened):
     pickle = llama_folder.resolve() / "adapter_model.bin"
     torch.save({"mark": Opens(llama_folder / "was-run")}, pickle)
     opened.clear()
@@ -245,7 +238,7 @@ def test_weights_that_a_configuration_names_elsewhere(
 
 
 @pytest.mark.parametrize("header", [b"[" * 100_000, b"{"])
-def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, refusal: Callable[..., str]) -> None:
+def test_a_header_of_weights_that_is_no_json(header, llama_folder, refusal):
     weights = len(header).to_bytes(8, "little") + header + b"0" * 8
     (llama_folder / names.WEIGHTS).write_bytes(weights)
     assert "model.safetensors is cut short or damaged, its header is not JSON" in refusal(llama_folder)
@@ -260,16 +253,14 @@ def test_a_header_of_weights_that_is_no_json(header: bytes, llama_folder: Path, 
         {"text_config": {"num_hidden_layers": 10**9}},
     ],
 )
-def test_a_configuration_of_more_than_the_files_hold(
-    entries: dict[str, Any], llama_folder: Path, refusal: Callable[..., str]
-) -> None:
+def test_a_configuration_of_more_than_the_files_hold(entries, llama_folder, refusal):
     change(llama_folder, **entries)
     sentence = refusal(llama_folder)
     assert "config.json asks for more than the" in sentence
     assert "one of the two is another model's" in sentence
 
 
-def test_the_weights_are_those_of_the_files_that_transformers_reads(llama_folder: Path) -> None:
+def test_the_weights_are_those_of_the_files_that_transformers_reads(llama_folder):
     told: list[int] = []
     shutil.copy(llama_folder / names.WEIGHTS, llama_folder / "consolidated.safetensors")
     model = open_source(change(llama_folder, dtype="bfloat16"), before_loading=lambda weights, *_: told.append(weights))
@@ -281,9 +272,7 @@ LINKED = (names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG, 
 
 
 @pytest.mark.parametrize("name", [*LINKED, "additional_chat_templates/tool_use.jinja"])
-def test_a_link_that_leads_out_of_the_folder(
-    name: str, llama_folder: Path, refusal: Callable[..., str], opened: set[Path]
-) -> None:
+def test_a_link_that_leads_out_of_the_folder(name, llama_folder, refusal, opened):
     file = llama_folder / name
     secret = llama_folder.parent / "secret"
     if file.exists():
@@ -298,7 +287,7 @@ def test_a_link_that_leads_out_of_the_folder(
     assert secret.resolve() not in opened
 
 
-def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder, tmp_path):
     """Each file a link to a blob beside the snapshots, as a download makes it; one is a file of its own."""
     repository = tmp_path / "hub" / "models--org--tiny"
     snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
@@ -318,18 +307,18 @@ def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder: Path, tmp_path: P
     assert {"default", "tool_use"} <= {entry["name"] for entry in source.tokenizer_config["chat_template"]}
 
 
-def test_a_folder_that_is_itself_a_link_is_a_source(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_itself_a_link_is_a_source(llama_folder, tmp_path):
     (tmp_path / "named").symlink_to(llama_folder)
     assert open_source(tmp_path / "named").name == "tiny-llama"
 
 
-def test_an_encoder_decoder(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_an_encoder_decoder(tmp_path, refusal):
     small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
     transformers.T5ForConditionalGeneration(transformers.T5Config(**small)).save_pretrained(tmp_path / "t5")
     assert "holds an encoder-decoder (t5): only decoders can be exported" in refusal(tmp_path / "t5")
 
 
-def test_a_state_space_model(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_state_space_model(tmp_path, refusal):
     config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=2)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     told = refusal(tmp_path / "mamba")
@@ -338,7 +327,7 @@ def test_a_state_space_model(tmp_path: Path, refusal: Callable[..., str]) -> Non
     assert "keep another state than keys and values, as linear attention and state-space models do" in told
 
 
-def test_a_hybrid_is_refused_by_the_layers_that_it_has_and_not_by_its_class() -> None:
+def test_a_hybrid_is_refused_by_the_layers_that_it_has_and_not_by_its_class():
     """Dense Granite 4.0 is of a class that can have Mamba's layers, and has attention in every layer."""
     small = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     small |= {"intermediate_size": 16, "shared_intermediate_size": 16, "vocab_size": 40, "num_local_experts": 0}
@@ -353,16 +342,14 @@ def test_a_hybrid_is_refused_by_the_layers_that_it_has_and_not_by_its_class() ->
         opened("mamba", "attention")
 
 
-def test_a_model_without_a_head_for_language(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_model_without_a_head_for_language(tmp_path, refusal):
     transformers.LlamaModel(transformers.LlamaConfig(**sizes())).save_pretrained(tmp_path / "model")
     assert "has no weight 'lm_head.weight', which LlamaForCausalLM needs" in refusal(tmp_path / "model")
 
 
 # --- resources ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("short", ["memory", "disk"])
-def test_what_the_machine_has_not_is_said_before_loading(
-    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: str
-) -> None:
+def test_what_the_machine_has_not_is_said_before_loading(saved_llama, tmp_path, monkeypatch, short):
     def loads(*_: object, **__: object) -> NoReturn:
         raise AssertionError("it was loaded")
 
@@ -417,7 +404,7 @@ class TinyModel(PreTrainedModel):
 
 
 @pytest.fixture
-def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def custom(tmp_path, monkeypatch):
     """A folder whose model is Python code in it."""
     from safetensors.torch import save_file
 
@@ -441,16 +428,14 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_code_of_a_folder_does_not_run_unasked(custom: Path, refusal: Callable[..., str]) -> None:
+def test_code_of_a_folder_does_not_run_unasked(custom, refusal):
     (custom / "modeling_tiny.py").write_text("raise SystemExit('it ran')")
     sentence = refusal(custom)
     assert "brings Python code of its own (configuration_tiny.py, modeling_tiny.py)" in sentence
     assert "add --trust-remote-code" in sentence
 
 
-def test_code_that_is_trusted_runs_and_is_named(
-    custom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_code_that_is_trusted_runs_and_is_named(custom, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["export", str(custom), "--out", str(out), "--precision", "fp32", "--trust-remote-code"]
     assert main(arguments) == 0
@@ -461,7 +446,7 @@ def test_code_that_is_trusted_runs_and_is_named(
     assert "modeling_tiny.py" in capsys.readouterr().err
 
 
-def test_a_link_to_nothing_is_told(llama_folder: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_link_to_nothing_is_told(llama_folder, tmp_path, refusal):
     """As in a cache that was fetched in part."""
     (llama_folder / names.TOKENIZER).unlink(missing_ok=True)
     (llama_folder / names.TOKENIZER).symlink_to(tmp_path / "nowhere")

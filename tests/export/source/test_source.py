@@ -17,7 +17,6 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, Pastkey
 from pastkey.export.source.open import open_source
 from pastkey.files.durable import write_json
 
-from ...conftest import Run
 from ..decoders import Plain
 
 
@@ -28,7 +27,7 @@ def refusal(kind: type[PastkeyError], *arguments: Any, **settings: Any) -> str:
 
 
 # --- a module -----------------------------------------------------------------------------------------------------
-def test_a_module_brings_its_class_name_and_nothing_else() -> None:
+def test_a_module_brings_its_class_name_and_nothing_else():
     module = Plain()
     source = open_source(module, context_length=8)
     assert source.module is module
@@ -36,12 +35,12 @@ def test_a_module_brings_its_class_name_and_nothing_else() -> None:
     assert (source.tokenizer, source.config, source.eos_token_ids) == (None, {}, ())
 
 
-def test_a_module_needs_a_context_length() -> None:
+def test_a_module_needs_a_context_length():
     assert "on the command line, --context N" in refusal(InputError, Plain(), context_length=None)
 
 
 @pytest.mark.parametrize("length", [1, 8.0, True])
-def test_a_context_length_is_a_whole_number_from_two(length: Any) -> None:
+def test_a_context_length_is_a_whole_number_from_two(length):
     sentence = refusal(InputError, Plain(), context_length=length)
     assert f"the context length is {length!r}; it must be a whole number of tokens from 2" in sentence
 
@@ -58,12 +57,12 @@ def test_a_context_length_is_a_whole_number_from_two(length: Any) -> None:
         ),
     ],
 )
-def test_a_module_that_is_not_python_in_float_is_told(make: Any, what: str) -> None:
+def test_a_module_that_is_not_python_in_float_is_told(make, what):
     module = torch.nn.Sequential(make(torch.nn.Linear(2, 2)))
     assert refusal(InputError, module).startswith(f"{what}: give the Python module in float")
 
 
-def test_a_compiled_module_is_taken_out_of_its_wrapping() -> None:
+def test_a_compiled_module_is_taken_out_of_its_wrapping():
     module = Plain()
     source = open_source(torch.compile(module, backend="eager"), context_length=8)  # type: ignore[arg-type]
     assert source.module is module
@@ -71,7 +70,7 @@ def test_a_compiled_module_is_taken_out_of_its_wrapping() -> None:
 
 
 # --- a checkpoint -------------------------------------------------------------------------------------------------
-def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint: Path) -> None:
+def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint):
     source = open_source(checkpoint)
     assert (source.name, source.context_length) == ("checkpoint", 40)
     assert source.tokenizer == (checkpoint / names.TOKENIZER).read_bytes()
@@ -80,20 +79,20 @@ def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(c
     assert source.tokenizer_config["eos_token"] == "<end>"
 
 
-def test_the_context_of_a_checkpoint_can_be_shortened_but_not_stretched(checkpoint: Path) -> None:
+def test_the_context_of_a_checkpoint_can_be_shortened_but_not_stretched(checkpoint):
     source = open_source(checkpoint, context_length=16)
     assert (source.context_length, source.config["max_position_embeddings"]) == (16, 16)
     sentence = refusal(InputError, checkpoint, context_length=41)
     assert sentence == f"--context 41 is more than the 40 tokens that {checkpoint} was trained for"
 
 
-def test_a_missing_folder_is_told_what_a_source_is(tmp_path: Path) -> None:
+def test_a_missing_folder_is_told_what_a_source_is(tmp_path):
     sentence = refusal(MissingFileError, tmp_path / "none")
     assert f"no such source: {tmp_path}/none does not exist" in sentence
     assert "a llama2.c .bin, or path/to/file.py:factory" in sentence
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
     sentence = refusal(MissingFileError, tmp_path)
     assert f"{tmp_path} has no config.json, as a Hugging Face or ONNX folder has, and no pastkey.json" in sentence
 
@@ -106,9 +105,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     ],
     ids=["cut_short", "a_bundle"],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_file(
-    damage: Any, kind: type[PastkeyError], words: str, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_refused_with_the_file(damage, kind, words, checkpoint, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     damage(copy)
@@ -123,9 +120,7 @@ def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
     return folder / names.TOKENIZER
 
 
-def test_a_template_that_is_given_takes_the_place_of_the_own(
-    word_tokenizer: Tokenizer, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_template_that_is_given_takes_the_place_of_the_own(word_tokenizer, checkpoint, tmp_path):
     path = save(word_tokenizer, tmp_path, eos_token="<end>", chat_template="own")
     (tmp_path / names.CHAT_TEMPLATE).write_text("own, in a file")
     (tmp_path / "other.jinja").write_bytes(b"{{ messages }}\r\n")
@@ -135,7 +130,7 @@ def test_a_template_that_is_given_takes_the_place_of_the_own(
         assert opened.tokenizer_config["eos_token"] == "<end>"
 
 
-def test_a_template_that_cannot_be_used_is_told(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_template_that_cannot_be_used_is_told(word_tokenizer, tmp_path):
     path = save(word_tokenizer, tmp_path)
     (tmp_path / "binary.jinja").write_bytes(b"a\xff")
     (tmp_path / "good.jinja").write_text("{{ messages }}")
@@ -158,9 +153,7 @@ def stopped(checkpoint: Path, copy: Path, **training: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(
-    pastkey_command: Run, tmp_path: Path
-) -> None:
+def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(pastkey_command, tmp_path):
     folder = tmp_path / "a folder"
     assert pastkey_command("train", "--preset", "classic", "--steps", "4", "--out", folder).returncode == 0
     assert open_source(folder).warnings == ()
@@ -178,7 +171,5 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(
 @pytest.mark.parametrize(
     "training", [{}, {"step": 3}, {"step": "3", "settings": {"steps": 5}}, {"step": 3, "settings": []}]
 )
-def test_a_checkpoint_without_a_training_is_not_told_of(
-    training: dict[str, Any], checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_a_training_is_not_told_of(training, checkpoint, tmp_path):
     assert open_source(stopped(checkpoint, tmp_path / "copy", **training)).warnings == ()

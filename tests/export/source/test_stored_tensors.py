@@ -55,12 +55,12 @@ FOLLOWED = {
 
 
 @pytest.fixture(autouse=True)
-def every_matrix_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_matrix_is_large(monkeypatch):
     monkeypatch.setattr(stored_tensors, "LARGE", 1000)
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def reads(monkeypatch):
     """The shapes of the tensors that were read."""
     found: list[tuple[int, ...]] = []
     read_into, mapped = StoredTensor.read_into, StoredTensor.mapped
@@ -98,7 +98,7 @@ def logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 # --- torch --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("kind", "tied"), [("bf16", True), ("f16", False), ("", True), ("shards", False)])
-def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind, tied, tmp_path):
     folder = saved(llama(tie_word_embeddings=tied), tmp_path / "model", kind)
     module = open_source(folder).module
     expected = transformers.AutoModelForCausalLM.from_pretrained(
@@ -122,7 +122,7 @@ def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind: str, tied: bool, 
         assert torch.equal(logits(module, ids), expected(input_ids=ids, use_cache=False).logits)
 
 
-def test_a_file_that_changes_meanwhile_is_noticed(saved_llama: Path, tmp_path: Path) -> None:
+def test_a_file_that_changes_meanwhile_is_noticed(saved_llama, tmp_path):
     folder = Path(shutil.copytree(saved_llama, tmp_path / "model"))
     module = open_source(folder).module
     os.utime(folder / "model.safetensors", ns=(1, 1))
@@ -130,7 +130,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(saved_llama: Path, tmp_path: P
         logits(module, torch.arange(4)[None])
 
 
-def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama: Path) -> None:
+def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama):
     weights = StoredWeights()
 
     def load_another() -> Any:
@@ -143,7 +143,7 @@ def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama: Path)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
-def test_a_graph_is_made_without_reading_the_weights(saved_llama: Path, reads: list[tuple[int, ...]]) -> None:
+def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
     source = open_source(saved_llama)
     observation = observe(source.module, source.context_length)
     assert len(reads) > 10
@@ -175,9 +175,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("family", "kind"), divided(CASES, ci=[("llama", "tied"), ("gemma2", "bf16"), ("qwen3_moe", ""), ("bloom", "")])
 )
-def test_the_float32_bundle_is_that_of_loaded_weights(
-    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_float32_bundle_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
     if family not in transformers.CONFIG_MAPPING or (TRANSFORMERS_4 and family in FROM_TRANSFORMERS_5):
         pytest.skip(f"not with transformers {transformers.__version__}")
     context = 80 if kind == "tied" else CONTEXT
@@ -195,9 +193,7 @@ def test_the_float32_bundle_is_that_of_loaded_weights(
     assert bundle_files(tmp_path / "stored") == bundle_files(tmp_path / "whole")
 
 
-def test_a_weight_that_is_bound_to_another_tensor_is_found(
-    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_that_is_bound_to_another_tensor_is_found(saved_llama, tmp_path, monkeypatch):
     original = StoredWeights.weight
     held: list[StoredWeight] = []
 
@@ -213,7 +209,7 @@ def test_a_weight_that_is_bound_to_another_tensor_is_found(
         export(saved_llama, tmp_path / "bundle", "fp32")
 
 
-def test_weights_that_do_not_fit_are_not_loaded(saved_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
     module = open_source(saved_llama).module
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="reading all weights takes about"):
@@ -221,9 +217,7 @@ def test_weights_that_do_not_fit_are_not_loaded(saved_llama: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_a_trace_that_reads_a_stored_weight_loads_all(
-    saved_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, tmp_path, monkeypatch):
     """Such as a copy that torch makes of a parameter."""
     original = StoredWeights.weight
     monkeypatch.setattr(
@@ -233,7 +227,7 @@ def test_a_trace_that_reads_a_stored_weight_loads_all(
     assert any("reads a large weight, so that all are loaded" in sentence for sentence in report.warnings)
 
 
-def test_the_documentation_names_the_families_whose_weights_are_loaded() -> None:
+def test_the_documentation_names_the_families_whose_weights_are_loaded():
     page = (ROOT / "docs" / "sources-and-targets.md").read_text(encoding="utf-8")
     for start, families in (("- experts that transformers merges:", COMPUTED), ("along the time axis:", FOLLOWED)):
         listed = page.split(start)[1].split(";")[0]

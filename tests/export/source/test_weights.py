@@ -75,7 +75,7 @@ def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-def test_safetensors_are_no_pickle_and_a_missing_tied_weight_is_the_other_one(tmp_path: Path) -> None:
+def test_safetensors_are_no_pickle_and_a_missing_tied_weight_is_the_other_one(tmp_path):
     state = trained()
     save_file({name: state[name] for name in state if name != "head.weight"}, tmp_path / "state.safetensors")
     net = Net()
@@ -84,7 +84,7 @@ def test_safetensors_are_no_pickle_and_a_missing_tied_weight_is_the_other_one(tm
     assert same(net, state)
 
 
-def test_a_pickle_is_named_before_it_is_read(tmp_path: Path) -> None:
+def test_a_pickle_is_named_before_it_is_read(tmp_path):
     file = saved(trained(), tmp_path)
     sentence, warning = loaded(Net(), file)
     assert warning == f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it"
@@ -111,21 +111,21 @@ def test_a_pickle_is_named_before_it_is_read(tmp_path: Path) -> None:
         "optimizer", "compiled layers", "other classes", "outside the prefix",
     ],
 )  # fmt: skip
-def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(content: Any, words: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(content, words, tmp_path):
     state, net = trained(), Net()
     sentence, _ = loaded(net, saved(content(state), tmp_path))
     assert words in sentence
     assert same(net, state)
 
 
-def test_a_module_within_a_wrapper_of_its_own_gets_the_names_of_the_wrapper(tmp_path: Path) -> None:
+def test_a_module_within_a_wrapper_of_its_own_gets_the_names_of_the_wrapper(tmp_path):
     net = Wrapped()
     sentence, _ = loaded(net, saved(trained(), tmp_path))
     assert "with 'model.' in front of their names" in sentence
     assert same(net.model, trained())
 
 
-def test_half_precision_becomes_the_modules_own(tmp_path: Path) -> None:
+def test_half_precision_becomes_the_modules_own(tmp_path):
     net = Net()
     loaded(net, saved({name: tensor.bfloat16() for name, tensor in trained().items()}, tmp_path))
     assert net.embed.weight.dtype == torch.float32
@@ -150,7 +150,7 @@ def angles(kind: Any) -> Tensor:
     ],
     ids=["tril", "positions", "complex", "frequencies", "cos", "sin", "sinusoids", "not saved"],
 )
-def test_a_table_that_code_makes_is_left_out_and_said(table: Tensor, tmp_path: Path) -> None:
+def test_a_table_that_code_makes_is_left_out_and_said(table, tmp_path):
     name = "scratch" if table.shape == (3,) else "layers.0.bias"
     net = Net()
     sentence, _ = loaded(net, saved(trained() | {name: table}, tmp_path))
@@ -163,14 +163,14 @@ def test_a_table_that_code_makes_is_left_out_and_said(table: Tensor, tmp_path: P
     [torch.rand(4), torch.rand(4, 4), torch.tensor(0.5), torch.zeros(4), torch.ones(4), torch.rand(9, 4) * 0.1],
     ids=["bias", "matrix", "scalar", "zeros", "ones", "embedding"],
 )  # fmt: skip
-def test_a_weight_that_would_be_lost_is_refused(weight: Tensor, tmp_path: Path) -> None:
+def test_a_weight_that_would_be_lost_is_refused(weight, tmp_path):
     if weight.shape == (9, 4):
         weight[0] = 0  # as padding_idx=0 leaves it
     file = saved(trained() | {"layers.0.bias": weight, "more": torch.rand(2, 2)}, tmp_path)
     assert "layers.0.bias, for which the module has no place: 5 of its 7 weights fit" in refusal(Net(), file)
 
 
-def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_path):
     state = trained()
     file = saved({name: tensor for name, tensor in state.items() if name != "layers.1.weight"}, tmp_path)
     assert f"{file} lacks layers.1.weight: 4 of its 4 weights fit, and the module has 1 more" in refusal(Net(), file)
@@ -182,12 +182,12 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_pa
     assert words in refusal(Net(width=6), file)
 
 
-def test_a_tied_weight_that_was_not_tied_is_refused(tmp_path: Path) -> None:
+def test_a_tied_weight_that_was_not_tied_is_refused(tmp_path):
     file = saved(trained() | {"head.weight": torch.rand(8, 4)}, tmp_path)
     assert f"embed.weight and head.weight differ in {file}, and the module has one weight" in refusal(Net(), file)
 
 
-def test_buffers_may_be_missing_and_masks_may_be_for_another_context(tmp_path: Path) -> None:
+def test_buffers_may_be_missing_and_masks_may_be_for_another_context(tmp_path):
     state, net = trained(), Net(mask=3)
     sentence, _ = loaded(net, saved(state, tmp_path))
     assert "; 1 buffer stayed as the module makes them (mask)" in sentence
@@ -198,21 +198,21 @@ def test_buffers_may_be_missing_and_masks_may_be_for_another_context(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [{"step": 3}, [1, 2], torch.rand(3), {"model": Settings()}])
-def test_a_file_without_a_state_dict_is_told(content: Any, tmp_path: Path) -> None:
+def test_a_file_without_a_state_dict_is_told(content, tmp_path):
     assert "holds no state dict, which is tensors by name" in refusal(Net(), saved(content, tmp_path))
 
 
-def test_a_module_that_was_pickled_whole_holds_no_state_dict_and_runs_no_code(tmp_path: Path) -> None:
+def test_a_module_that_was_pickled_whole_holds_no_state_dict_and_runs_no_code(tmp_path):
     assert "holds no state dict" in refusal(Net(), saved(Net(), tmp_path))
 
 
-def test_weights_of_another_module_are_told_by_both_names(tmp_path: Path) -> None:
+def test_weights_of_another_module_are_told_by_both_names(tmp_path):
     file = saved({"encoder.w": torch.rand(2)}, tmp_path)
     words = f"no weight of {file} has a name of the module's: it has encoder.w and the module embed.weight"
     assert words in refusal(Net(), file)
 
 
-def test_files_that_are_no_weights_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_weights_are_told(tmp_path):
     for name, words in (("a.safetensors", "is not a safetensors file, or was cut short"), ("a.pt", "torch.load(")):
         (tmp_path / name).write_bytes(b"nothing")
         assert words in refusal(Net(), tmp_path / name)
@@ -235,7 +235,7 @@ class Evil:
         return function, tuple(arguments)
 
 
-def test_no_code_of_a_pickle_is_run(tmp_path: Path) -> None:
+def test_no_code_of_a_pickle_is_run(tmp_path):
     net, state, target = Net(), trained(), tmp_path / "evil"
     loaded(net, saved({"model": state, "extra": Evil(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
     assert same(net, state)
@@ -248,7 +248,7 @@ def test_no_code_of_a_pickle_is_run(tmp_path: Path) -> None:
 
 
 # --- with a source --------------------------------------------------------------------------------------------------
-def test_a_module_in_hand_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_module_in_hand_is_left_as_it_is(tmp_path):
     module, other = Plain(), Plain()
     with torch.no_grad():
         for weight in other.parameters():
@@ -260,6 +260,6 @@ def test_a_module_in_hand_is_left_as_it_is(tmp_path: Path) -> None:
     assert source.warnings[0].endswith("were loaded")
 
 
-def test_a_source_with_weights_of_its_own_takes_no_others(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_source_with_weights_of_its_own_takes_no_others(checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"is for a module .* brings its own weights: leave it out"):
         open_source(checkpoint, weights=tmp_path / "state.pt")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +18,7 @@ MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8
 TURN = {"layers": [0], "first": 0, "interleaved": False, "angles": [1.0, 0.1, 0.01, 0.001]}
 
 
-def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
     content = MANIFEST | {"window": 5, "shift": {"refused": "", "rotations": [TURN]}}
     write_json(tmp_path / names.MANIFEST, content)
     manifest = read_bundle(tmp_path).manifest
@@ -55,13 +53,13 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("shift", {"refused": 1}),
     ],
 )
-def test_a_field_of_another_kind_is_told_in_a_sentence(key: str, value: Any, tmp_path: Path) -> None:
+def test_a_field_of_another_kind_is_told_in_a_sentence(key, value, tmp_path):
     (tmp_path / names.MANIFEST).write_text(json.dumps(MANIFEST | {key: value}))
     with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
         read_bundle(tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_of_export_is_read(target: str, tmp_path: Path) -> None:
+def test_every_target_of_export_is_read(target, tmp_path):
     write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target})
     assert read_bundle(tmp_path).manifest.target == target

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ from pastkey.errors import InputError
         ({"mlp": "none", "intermediate_size": 0}, "pastkey"),
     ],
 )
-def test_what_is_written_is_read_again(fields: dict[str, Any], kind: str) -> None:
+def test_what_is_written_is_read_again(fields, kind):
     config = ModelConfig(vocab_size=300, **fields)
     written = json.loads(json.dumps(config.to_json()))
     assert written["model_type"] == config.model_type == kind
@@ -42,7 +41,7 @@ def test_what_is_written_is_read_again(fields: dict[str, Any], kind: str) -> Non
         ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm, layernorm or none"),
     ],
 )
-def test_a_field_out_of_range_is_named(fields: dict[str, Any], sentence: str) -> None:
+def test_a_field_out_of_range_is_named(fields, sentence):
     with pytest.raises(InputError, match=sentence):
         ModelConfig(**({"vocab_size": 300} | fields))
 
@@ -61,7 +60,7 @@ def test_a_field_out_of_range_is_named(fields: dict[str, Any], sentence: str) ->
         {"bos_token_id": 1.5},
     ],
 )
-def test_a_field_of_another_type_or_beyond_any_model_is_named(fields: dict[str, Any]) -> None:
+def test_a_field_of_another_type_or_beyond_any_model_is_named(fields):
     (name,) = fields
     with pytest.raises(InputError, match=name):
         ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | fields)
@@ -82,12 +81,12 @@ def test_a_field_of_another_type_or_beyond_any_model_is_named(fields: dict[str, 
         ),
     ],
 )
-def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling: dict[str, Any], sentence: str) -> None:
+def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling, sentence):
     with pytest.raises(InputError, match=sentence):
         ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | {"rope_scaling": scaling})
 
 
-def test_a_key_that_is_missing_or_unknown_is_named() -> None:
+def test_a_key_that_is_missing_or_unknown_is_named():
     written = ModelConfig(vocab_size=300).to_json()
     with pytest.raises(InputError, match=r"config\.json has no 'vocab_size'"):
         ModelConfig.from_json({key: value for key, value in written.items() if key != "vocab_size"})

@@ -48,9 +48,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("provider", "name", "value"), HOSTILE)
 @pytest.mark.parametrize("place", ["target", "compiled"])
-def test_an_option_that_a_manifest_may_not_set_is_refused(
-    tmp_path: Path, provider: str, name: str, value: str, place: str
-) -> None:
+def test_an_option_that_a_manifest_may_not_set_is_refused(tmp_path, provider, name, value, place):
     content = MANIFEST | {"target": provider, "provider_options": {name: value}}
     if place == "compiled":
         compiled = {"provider": provider, "options": {name: value}, "onnxruntime": "1.32.0"}
@@ -63,7 +61,7 @@ def test_an_option_that_a_manifest_may_not_set_is_refused(
         assert repr(provider if unknown else name) in str(refused.value)
 
 
-def test_options_of_the_table_are_kept(tmp_path: Path) -> None:
+def test_options_of_the_table_are_kept(tmp_path):
     given = {
         "qnn": {"htp_arch": "73", "soc_model": "43", "htp_performance_mode": "burst", "vtcm_mb": "8"},
         "openvino": {"device_type": "HETERO:GPU.1,CPU", "precision": "FP16", "num_of_threads": "4"},
@@ -79,18 +77,18 @@ def test_options_of_the_table_are_kept(tmp_path: Path) -> None:
         assert not_kept(target, options) == ""
 
 
-def test_a_manifest_may_set_the_defaults_of_every_provider() -> None:
+def test_a_manifest_may_set_the_defaults_of_every_provider():
     for provider, row in PROVIDERS.items():
         assert in_manifest(provider, row.options) == row.options
 
 
-def test_options_that_are_not_kept_are_named() -> None:
+def test_options_that_are_not_kept_are_named():
     given = {"htp_arch": "75", "backend_path": "libQnnHtp.so", "soc_model": "-1"}
     assert in_manifest("qnn", given) == {"htp_arch": "75"}
     assert "does not keep the provider options backend_path, soc_model" in not_kept("qnn", given)
 
 
-def test_the_page_on_the_format_has_every_option() -> None:
+def test_the_page_on_the_format_has_every_option():
     page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     for provider, row in PROVIDERS.items():
         listed = ", ".join(f"`{name}`" for name in row.manifest_options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pastkey.contract.source_files import source_files
 
 
-def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neighbours(tmp_path: Path) -> None:
+def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neighbours(tmp_path):
     graph = {"model.onnx", "model.onnx_data"}
     plain = {"config.json", "merges.txt"}
     for name in (
@@ -30,7 +30,7 @@ def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neigh
     assert source_files(tmp_path)["config.json"] == tmp_path / "config.json"
 
 
-def test_an_adapter_has_the_files_of_its_base(tmp_path: Path) -> None:
+def test_an_adapter_has_the_files_of_its_base(tmp_path):
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ from pastkey.files.durable import (
 from pastkey.files.folder import read_json
 
 
-def test_a_folder_appears_whole(tmp_path: Path) -> None:
+def test_a_folder_appears_whole(tmp_path):
     with whole_folder(tmp_path / "deep" / "out") as work:
         (work / "a").write_text("a")
         assert not (tmp_path / "deep" / "out").exists()
@@ -39,7 +38,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
 
 
-def test_nothing_stays_of_one_that_failed(tmp_path: Path) -> None:
+def test_nothing_stays_of_one_that_failed(tmp_path):
     def write_until_the_disk_is_full() -> None:
         with whole_folder(tmp_path / "out") as work:
             (work / "a").write_text("a")
@@ -50,7 +49,7 @@ def test_nothing_stays_of_one_that_failed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path: Path) -> None:
+def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
@@ -97,14 +96,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, numbers: set[int], error: BaseExcep
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux' own")
-def test_two_names_are_exchanged(tmp_path: Path) -> None:
+def test_two_names_are_exchanged(tmp_path):
     assert exchange(made(tmp_path / "one"), made(tmp_path / "other"))
     assert (name_of(tmp_path / "one"), name_of(tmp_path / "other")) == ("other", "one")
     with pytest.raises(FileNotFoundError, match="none"):
         exchange(tmp_path / "one", tmp_path / "none")
 
 
-def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path, monkeypatch):
     out = made(tmp_path / "out")
     failing(monkeypatch, set())
     replace(out)
@@ -114,9 +113,7 @@ def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path: Path, monke
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
 @pytest.mark.parametrize("broken", [1, 2])
-def test_a_rename_that_fails_or_is_interrupted_leaves_the_old_one(
-    broken: int, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rename_that_fails_or_is_interrupted_leaves_the_old_one(broken, error, tmp_path, monkeypatch):
     out = made(tmp_path / "out")
     failing(monkeypatch, {broken}, error)
     with pytest.raises(type(error)):
@@ -125,7 +122,7 @@ def test_a_rename_that_fails_or_is_interrupted_leaves_the_old_one(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_could_not_be_put_back_is_put_back_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_put_back_is_put_back_by_the_next(tmp_path, monkeypatch):
     """As after a kill between the two renames."""
     out = made(tmp_path / "out")
     with monkeypatch.context() as patch:
@@ -138,9 +135,7 @@ def test_what_could_not_be_put_back_is_put_back_by_the_next(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_disk_that_does_not_take_the_files_is_told_before_anything_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_does_not_take_the_files_is_told_before_anything_is_replaced(tmp_path, monkeypatch):
     out = made(tmp_path / "out")
 
     def write() -> None:
@@ -154,7 +149,7 @@ def test_a_disk_that_does_not_take_the_files_is_told_before_anything_is_replaced
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_folder_and_all_below_it_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_and_all_below_it_is_put_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "deep" / "er" / "a").write_text("a")
     (tmp_path / "b").write_text("b")
@@ -166,7 +161,7 @@ def test_a_folder_and_all_below_it_is_put_on_the_disk(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force: bool, tmp_path: Path) -> None:
+def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force, tmp_path):
     out = tmp_path / "out"
 
     def write() -> None:
@@ -181,7 +176,7 @@ def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(for
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     (tmp_path / "v1").mkdir()
     write_json(tmp_path / "v1" / "pastkey.json", {"v": 1})
     (tmp_path / "current").symlink_to("v1")
@@ -192,9 +187,7 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
 
 
-def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     write_json(file, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -206,7 +199,7 @@ def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):
     before = os.umask(0o022)
     try:
         for mode in (0o666, 0o600):
@@ -233,7 +226,7 @@ needs_locks = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no
 
 
 @pytest.fixture
-def living(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def living(tmp_path):
     """A process that writes the folder out and the file out.json, and where it fills the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
     with process:
@@ -244,9 +237,7 @@ def living(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 
 
 @needs_locks
-def test_what_a_process_left_goes_with_the_next_when_it_is_dead(
-    living: tuple[subprocess.Popen[str], Path], tmp_path: Path
-) -> None:
+def test_what_a_process_left_goes_with_the_next_when_it_is_dead(living, tmp_path):
     process, work = living
     others = [tmp_path / name for name in (".out.else.0123abcd.partial", ".out.0123.partial", ".in.0123abcd.old")]
     for other in others:
@@ -263,9 +254,7 @@ def test_what_a_process_left_goes_with_the_next_when_it_is_dead(
 
 
 @needs_locks
-def test_a_folder_that_another_process_writes_is_refused_until_that_dies(
-    living: tuple[subprocess.Popen[str], Path], tmp_path: Path
-) -> None:
+def test_a_folder_that_another_process_writes_is_refused_until_that_dies(living, tmp_path):
     """The lock follows the folder: that of a checkpoint is the one that its run has held from the beginning."""
     process, work = living
     write_json(work / "pastkey.json", {})
@@ -280,7 +269,7 @@ def test_a_folder_that_another_process_writes_is_refused_until_that_dies(
 
 
 @needs_locks
-def test_without_locks_nothing_is_refused_and_nothing_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_nothing_is_refused_and_nothing_removed(tmp_path, monkeypatch):
     import fcntl
 
     def unsupported(*_: object) -> None:
@@ -294,14 +283,14 @@ def test_without_locks_nothing_is_refused_and_nothing_removed(tmp_path: Path, mo
     assert left.exists()
 
 
-def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_folder_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
         pass
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------
-def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path: Path) -> None:
+def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path):
     out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
     (left / STEPS).mkdir(parents=True)
     with contextlib.suppress(ZeroDivisionError), whole_folder(out, resume=True) as work:
@@ -323,7 +312,7 @@ def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_a_living_process_fills_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_folder_that_a_living_process_fills_is_not_taken_over(tmp_path):
     left = tmp_path / ".out.0123abcd.partial"
     (left / STEPS).mkdir(parents=True)
     with locked(left), whole_folder(tmp_path / "out", resume=True) as work:

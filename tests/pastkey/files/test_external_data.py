@@ -104,7 +104,7 @@ def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
 
 
 @pytest.mark.parametrize("place", HIDING_PLACES)
-def test_external_data_is_found_wherever_a_tensor_may_stand(place: str, tmp_path: Path) -> None:
+def test_external_data_is_found_wherever_a_tensor_may_stand(place, tmp_path):
     good = write(tmp_path / "good", HIDING_PLACES[place](tensor()))
     assert list(external_data(good / names.LAST_LOGITS_GRAPH)) == [ExternalData(DATA, 16, 48)]
     open_bundle(good)
@@ -115,7 +115,7 @@ def test_external_data_is_found_wherever_a_tensor_may_stand(place: str, tmp_path
             open_bundle(folder, verify=verify)
 
 
-def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_tensor() -> None:
+def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_tensor():
     reach = {"TensorProto"}
     messages = {
         name: {field.number: field.message_type.name for field in message.fields if field.message_type is not None}
@@ -132,7 +132,7 @@ ELSEWHERE = ("/etc/passwd", "../model.onnx_data", "a/../../x", "a\\b", "C:x", "*
 
 
 @pytest.mark.parametrize("location", [*ELSEWHERE, "x\0", "\ud800"])
-def test_a_location_that_is_no_listed_file_beside_the_graph_is_refused(location: str, tmp_path: Path) -> None:
+def test_a_location_that_is_no_listed_file_beside_the_graph_is_refused(location, tmp_path):
     content = model_of(initializer=[tensor("???")]).SerializeToString()
     if location == "\ud800":  # which protobuf's own strings cannot hold
         model = content.replace(b"???", location.encode("utf-8", "surrogatepass"))
@@ -143,11 +143,11 @@ def test_a_location_that_is_no_listed_file_beside_the_graph_is_refused(location:
         open_bundle(folder)
 
 
-def test_a_location_may_be_written_in_more_than_one_way(tmp_path: Path) -> None:
+def test_a_location_may_be_written_in_more_than_one_way(tmp_path):
     open_bundle(write(tmp_path / "b", model_of(initializer=[tensor(f"./{DATA}")])))
 
 
-def test_an_address_in_memory_is_no_file_name_even_where_the_manifest_lists_it(tmp_path: Path) -> None:
+def test_an_address_in_memory_is_no_file_name_even_where_the_manifest_lists_it(tmp_path):
     folder = write(tmp_path / "b", model_of(initializer=[tensor("*/_ORT_MEM_ADDR_/*")]))
     fake = folder / "onnx" / "*" / "_ORT_MEM_ADDR_" / "*"
     fake.parent.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_an_address_in_memory_is_no_file_name_even_where_the_manifest_lists_it(t
         (0, "", "not an ONNX graph"),
     ],
 )
-def test_bytes_beyond_the_file_are_refused(offset: int | str, length: int | str, words: str, tmp_path: Path) -> None:
+def test_bytes_beyond_the_file_are_refused(offset, length, words, tmp_path):
     folder = write(tmp_path / "b", model_of(initializer=[tensor(offset=offset, length=length)]))
     with pytest.raises(IntegrityError, match=words):
         open_bundle(folder)
@@ -226,18 +226,18 @@ def with_key(key: str) -> onnx.TensorProto:
 @pytest.mark.parametrize(
     "made", [said_twice(), without_place(), undeclared(), with_key("prepacked_0"), tensor("./" * 2100 + DATA)]
 )
-def test_a_place_that_readers_may_read_otherwise_is_refused(made: onnx.TensorProto, tmp_path: Path) -> None:
+def test_a_place_that_readers_may_read_otherwise_is_refused(made, tmp_path):
     folder = write(tmp_path / "b", model_of(initializer=[made]))
     with pytest.raises(IntegrityError, match=r"not an ONNX graph|takes weights from"):
         open_bundle(folder)
 
 
-def test_a_tensor_in_parts_that_protobuf_merges_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_parts_that_protobuf_merges_is_refused(tmp_path):
     with pytest.raises(IntegrityError, match="a tensor takes '4000' bytes"):
         open_bundle(write(tmp_path / "b", merged_of_two()))
 
 
-def test_a_field_number_that_some_readers_cut_to_32_bits_is_refused(tmp_path: Path) -> None:
+def test_a_field_number_that_some_readers_cut_to_32_bits_is_refused(tmp_path):
     graph = model_of(initializer=[tensor("../../secret")]).graph.SerializeToString()
     folder = write(tmp_path / "b", within(b"\xba\x80\x80\x80\x10", graph))  # the 7 of graph, and 2**32
     with pytest.raises(IntegrityError, match="impossible number"):
@@ -267,12 +267,12 @@ def nested(depth: int) -> bytes:
         nested(20_000),
     ],
 )
-def test_a_file_that_is_no_graph_is_told_in_a_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_graph_is_told_in_a_sentence(content, tmp_path):
     with pytest.raises(IntegrityError, match=r"model\.onnx is not an ONNX graph"):
         open_bundle(write(tmp_path / "b", content))
 
 
-def test_inline_weights_are_skipped(tmp_path: Path) -> None:
+def test_inline_weights_are_skipped(tmp_path):
     inline = onnx.TensorProto(name="i", data_type=1, dims=[1 << 20], raw_data=b"j\x05../.." * (1 << 19))
     file = tmp_path / "m.onnx"
     file.write_bytes(model_of(initializer=[inline, tensor()]).SerializeToString())
@@ -327,9 +327,7 @@ def mutated(changes: list[tuple[int, str, bytes]]) -> bytes:
 
 @settings(max_examples=1500, derandomize=True, deadline=None)
 @given(mutations)
-def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, bytes]]
-) -> None:
+def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(tmp_path_factory, changes):
     file = tmp_path_factory.getbasetemp() / "damaged.onnx"
     file.write_bytes(mutated(changes))
     try:
@@ -351,7 +349,7 @@ def context(value: str | bytes) -> onnx.NodeProto:
 @pytest.mark.parametrize(
     "value", ["/etc/hostname", "../other.bin", "unlisted.bin", "a/../own.bin", "", b"\xff", b"own.bin\0" + b"x" * 5000]
 )
-def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path: Path, value: str | bytes, place: str) -> None:
+def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path, value, place):
     def listed(node: onnx.NodeProto) -> Any:
         if place == "subgraph":
             node = helper.make_node("If", ["c"], ["d"], then_branch=helper.make_graph([node], "inner", [], []))

@@ -23,12 +23,12 @@ from pastkey.files.folder import (
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", ""])
-def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name):
     with pytest.raises(IntegrityError, match="not a path inside"):
         parse_records(tmp_path, {name: {"size": 1, "sha256": "0"}})
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "secret").write_text("s")
     folder = tmp_path / "bundle"
     folder.mkdir()
@@ -62,9 +62,7 @@ def linked(target: str, place: str = "models--org--name/snapshots/1/a") -> tuple
         (f"../../blobs/{HASH}", "datasets--org--name/snapshots/1/a"),
     ],
 )
-def test_the_links_of_the_hub_cache_lead_to_its_own_store(
-    target: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_links_of_the_hub_cache_lead_to_its_own_store(target, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link, snapshot = linked(target, place)
     assert link.read_text() == "s"
@@ -86,9 +84,7 @@ def test_the_links_of_the_hub_cache_lead_to_its_own_store(
         (f"../blobs/{HASH}", "models--org--name/1/a"),
     ],
 )
-def test_any_other_link_to_a_store_leads_out(
-    target: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_other_link_to_a_store_leads_out(target, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / HASH).write_text("s")
@@ -96,13 +92,13 @@ def test_any_other_link_to_a_store_leads_out(
     assert leads_out(link, link.parent)
 
 
-def test_an_absolute_link_to_the_store_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absolute_link_to_the_store_leads_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link, snapshot = linked(str(tmp_path / "models--org--name" / "blobs" / HASH))
     assert leads_out(link, snapshot)
 
 
-def test_a_store_whose_content_lies_elsewhere_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_whose_content_lies_elsewhere_leads_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     link, snapshot = linked(f"../../blobs/{HASH}")
     blob = tmp_path / "models--org--name" / "blobs" / HASH
@@ -112,7 +108,7 @@ def test_a_store_whose_content_lies_elsewhere_leads_out(tmp_path: Path, monkeypa
     assert leads_out(link, snapshot)
 
 
-def test_a_file_behind_a_linked_folder_leads_out_and_a_link_within_does_not(tmp_path: Path) -> None:
+def test_a_file_behind_a_linked_folder_leads_out_and_a_link_within_does_not(tmp_path):
     folder = tmp_path / "bundle"
     (tmp_path / "elsewhere").mkdir()
     folder.mkdir()
@@ -128,16 +124,14 @@ def test_a_file_behind_a_linked_folder_leads_out_and_a_link_within_does_not(tmp_
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": \udcff}', "{", '{"a": "\x00"}', "[]", ""]
 )
-def test_what_is_no_json_object_is_told_in_a_sentence(content: str, tmp_path: Path) -> None:
+def test_what_is_no_json_object_is_told_in_a_sentence(content, tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(IntegrityError, match=r"a\.json (is not valid JSON|holds a JSON)"):
         read_json(file)
 
 
-def test_without_a_home_folder_hashes_are_checked_and_not_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_home_folder_hashes_are_checked_and_not_remembered(tmp_path, monkeypatch):
     """As in a container whose user has a number and no name."""
     pwd = pytest.importorskip("pwd")
 
@@ -157,9 +151,7 @@ def test_without_a_home_folder_hashes_are_checked_and_not_remembered(
 
 
 @pytest.mark.parametrize("place", ["relative", "", "/proc/none", "a file"])
-def test_without_a_place_for_the_cache_hashes_are_checked(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_place_for_the_cache_hashes_are_checked(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if place == "a file" else place)
@@ -171,9 +163,7 @@ def test_without_a_place_for_the_cache_hashes_are_checked(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", folder.name]
 
 
-def test_a_cache_that_is_no_json_or_cannot_be_written_costs_nothing_but_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_is_no_json_or_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     folder = tmp_path / "\udce9"
@@ -191,7 +181,7 @@ def test_a_cache_that_is_no_json_or_cannot_be_written_costs_nothing_but_time(
         check_hashes(named, records)
 
 
-def test_a_hash_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "a"
     file.write_text("right")
@@ -232,7 +222,7 @@ def in_hub_cache(cache: Path, *, shared: bool) -> Path:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_links_of_a_hubs_cache(tmp_path: Path, shared: bool) -> None:
+def test_the_links_of_a_hubs_cache(tmp_path, shared):
     """To its own stores, and nowhere else."""
     folder = in_hub_cache(tmp_path, shared=shared)
     file = folder / "onnx" / "file"
@@ -257,9 +247,7 @@ def test_the_links_of_a_hubs_cache(tmp_path: Path, shared: bool) -> None:
         ("org/name-1.5B", "type  pastkey export org/name-1.5B --out bundle  (it needs pastkey's extras export,hugg"),
     ],
 )
-def test_a_model_of_another_form_comes_with_the_command_that_exports_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, words: str
-) -> None:
+def test_a_model_of_another_form_comes_with_the_command_that_exports_it(tmp_path, monkeypatch, given, words):
     monkeypatch.chdir(tmp_path)
     Path("m.gguf").write_bytes(b"GGUF")
     Path("a b").mkdir()
@@ -295,7 +283,7 @@ def test_a_model_of_another_form_comes_with_the_command_that_exports_it(
         ("folder/model", False),
     ],
 )
-def test_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool) -> None:
+def test_an_id_of_the_hub(tmp_path, monkeypatch, text, expected):
     """ORG/NAME in the Hub's own letters, where neither that path nor a folder ORG exists."""
     monkeypatch.chdir(tmp_path)
     Path("here").mkdir()
@@ -315,7 +303,7 @@ def test_an_id_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text:
         ("./org/x@main", None),
     ],
 )
-def test_an_address_on_the_hub_is_told_as_an_id(text: str, known: str | None) -> None:
+def test_an_address_on_the_hub_is_told_as_an_id(text, known):
     assert (f"write {known}, which" in hub_hint(text)) if known else hub_hint(text) == ""
     with pytest.raises(MissingFileError, match=f"does not exist; .* {known}, which" if known else "does not exist"):
         require_manifest(Path(text), "bundle")

@@ -10,7 +10,7 @@ from pastkey.errors import ResourceError
 from pastkey.files import memory
 
 
-def test_more_than_is_available_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_is_available_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     memory.require_memory_for("a.bin", 1000)
     with pytest.raises(ResourceError, match=r"reading a\.bin takes about 2\.0 GB of memory and 0 MB are available"):
@@ -20,7 +20,7 @@ def test_more_than_is_available_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
-def test_available_memory_is_less_than_the_machine_has() -> None:
+def test_available_memory_is_less_than_the_machine_has():
     (total,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     found = memory.available_memory()
     assert found is not None

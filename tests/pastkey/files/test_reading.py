@@ -21,7 +21,7 @@ from pastkey.files.reading import (
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
-def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path: Path) -> None:
+def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path, words in (
@@ -37,7 +37,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path: Path) -> None:
         require_regular(tmp_path / "none" / "x")
 
 
-def test_a_file_without_content_is_not_read_for_its_size(tmp_path: Path) -> None:
+def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
     file = tmp_path / "large.json"
     with file.open("wb") as opened:
         opened.truncate(1 << 40)
@@ -61,19 +61,19 @@ def test_a_file_without_content_is_not_read_for_its_size(tmp_path: Path) -> None
         ("{", "Expecting property name"),
     ],
 )
-def test_json_that_later_code_could_not_take_is_refused(content: str, reason: str) -> None:
+def test_json_that_later_code_could_not_take_is_refused(content, reason):
     with pytest.raises(IntegrityError, match=reason):
         parse_json(content.encode(), "x.json")
     with pytest.raises(IntegrityError, match="not valid JSON"):
         parse_json(b'{"a": "\xff"}', "x.json")
 
 
-def test_json_of_the_deepest_kind_and_whole_surrogate_pairs_are_read() -> None:
+def test_json_of_the_deepest_kind_and_whole_surrogate_pairs_are_read():
     assert parse_json(r'"\ud83d\ude42"', "x") == "🙂"
     assert str(parse_json("[" * 99 + "]" * 99, "x")).count("[") == 99
 
 
-def test_what_a_parser_raises_is_a_sentence_with_the_file() -> None:
+def test_what_a_parser_raises_is_a_sentence_with_the_file():
     with pytest.raises(IntegrityError, match=r"a\.bin cannot be read as numbers \(list index out of range\)"):  # noqa: SIM117
         with reading("a.bin", "numbers"):
             [][0]
@@ -84,7 +84,7 @@ def test_what_a_parser_raises_is_a_sentence_with_the_file() -> None:
         raise LookupError
 
 
-def test_a_panic_is_caught_where_an_exception_is() -> None:
+def test_a_panic_is_caught_where_an_exception_is():
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")

@@ -19,7 +19,7 @@ def written(file: Path, header: Any, data: bytes = bytes(24), length: int | None
     return file
 
 
-def test_a_header_is_read(tmp_path: Path) -> None:
+def test_a_header_is_read(tmp_path):
     found = read_header(written(tmp_path / "x", WHOLE))
     assert found == {"w": StoredTensor("F32", (2, 3), 0, 24)}
     assert found["w"].elements == 6
@@ -53,12 +53,12 @@ def entry(**changes: Any) -> dict[str, Any]:
         ({}, "its header says"),
     ],
 )
-def test_a_header_that_cannot_be_true_is_refused(header: Any, words: str, tmp_path: Path) -> None:
+def test_a_header_that_cannot_be_true_is_refused(header, words, tmp_path):
     with pytest.raises(HeaderError, match=words):
         read_header(written(tmp_path / "x", header))
 
 
-def test_lengths_are_at_most_what_the_file_has(tmp_path: Path) -> None:
+def test_lengths_are_at_most_what_the_file_has(tmp_path):
     with pytest.raises(HeaderError, match="its header says that it alone has"):
         read_header(written(tmp_path / "x", WHOLE, length=2**63))
     with (tmp_path / "x").open("wb") as file:

@@ -28,7 +28,7 @@ def opened(**parts: Any) -> Tokenizer:
     return open_tokenizer(Tokenizer, json.dumps(WHOLE | parts).encode(), "t.json")
 
 
-def test_a_tokenizer_is_opened_without_cutting_and_padding() -> None:
+def test_a_tokenizer_is_opened_without_cutting_and_padding():
     assert opened().encode("a").ids == [0]
     padding = {
         "strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
@@ -51,25 +51,25 @@ def test_a_tokenizer_is_opened_without_cutting_and_padding() -> None:
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "is not a tokenizer.json"),
     ],
 )
-def test_what_is_beyond_the_bounds_is_refused(parts: Any, words: str) -> None:
+def test_what_is_beyond_the_bounds_is_refused(parts, words):
     with pytest.raises(IntegrityError, match=words):
         opened(**parts)
 
 
-def test_an_id_far_beyond_the_tokens_is_refused() -> None:
+def test_an_id_far_beyond_the_tokens_is_refused():
     require_dense({"a": 0, "b": 10_000}, "t.json")
     with pytest.raises(IntegrityError, match=r"t\.json has the token id 2147483648 and 2 tokens: expected ids up to"):
         require_dense({"a": 0, "b": 2**31}, "t.json")
 
 
-def test_a_template_of_many_pieces_is_refused() -> None:
+def test_a_template_of_many_pieces_is_refused():
     piece = {"Sequence": {"id": "A", "type_id": 0}}
     processor = {"type": "TemplateProcessing", "single": [piece] * 1001, "pair": [piece], "special_tokens": {}}
     with pytest.raises(IntegrityError, match="pieces, and 1,000 are the most"):
         opened(post_processor=processor)
 
 
-def test_a_panic_while_it_is_opened_is_a_sentence() -> None:
+def test_a_panic_while_it_is_opened_is_a_sentence():
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     with pytest.raises(IntegrityError, match=r"is not a tokenizer\.json that can be read"):
         opened(model=model | {"continuing_subword_prefix": "########"})

@@ -6,16 +6,12 @@ import multiprocessing
 import pickle
 import random
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 import pastkey
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, MissingFileError, OptionError
 from pastkey.runtime import Completion, LanguageModel, Stream, load
 from pastkey.runtime.bulk import generator as module
@@ -23,14 +19,14 @@ from pastkey.runtime.bulk.generator import Generator, as_python, as_text, told
 from pastkey.runtime.bulk.rows import Row, seed_of
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_NEW_TOKENS
 
-from ..conftest import TEMPLATE, Tiny
+from ..conftest import TEMPLATE
 from .rows import DRAWN, plain_rows
 
 HI = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
-def model(talking: Path) -> LanguageModel:
+def model(talking):
     return load(talking, threads=1)
 
 
@@ -49,7 +45,7 @@ def answered(generator: Generator, *rows: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_each_row_is_answered_as_by_a_call_of_its_own(talking: Path, model: LanguageModel, exact: bool) -> None:
+def test_each_row_is_answered_as_by_a_call_of_its_own(talking, model, exact):
     rows = plain_rows(40)
     made = Generator(talking, threads=1, exact=exact, **DRAWN)(columns(rows))
     assert made["text"] == alone(model, rows)
@@ -61,7 +57,7 @@ def test_each_row_is_answered_as_by_a_call_of_its_own(talking: Path, model: Lang
     assert len(set(made["text"])) > 30
 
 
-def test_neither_order_nor_company_changes_a_row(talking: Path) -> None:
+def test_neither_order_nor_company_changes_a_row(talking):
     rows = plain_rows(30)
     generator = Generator(talking, threads=1, **DRAWN)
     whole = dict(zip(columns(rows)["id"], generator(columns(rows))["text"], strict=True))
@@ -73,7 +69,7 @@ def test_neither_order_nor_company_changes_a_row(talking: Path) -> None:
     assert other["text"] != [whole[row["id"]] for row in rows]
 
 
-def test_what_neighbours_share_is_computed_once(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_neighbours_share_is_computed_once(talking, monkeypatch):
     generator = Generator(talking, threads=1, max_batch=2, max_new_tokens=2)
     cached: list[int] = []
     answer_of = module.answer_of
@@ -88,7 +84,7 @@ def test_what_neighbours_share_is_computed_once(talking: Path, monkeypatch: pyte
     assert sorted(cached) == [0, 0] + [len(begin)] * 6
 
 
-def test_arrays_and_missing_values_are_as_lists_and_none(talking: Path, model: LanguageModel) -> None:
+def test_arrays_and_missing_values_are_as_lists_and_none(talking, model):
     generator = Generator(talking, threads=1, max_new_tokens=3)
     made = generator(
         {
@@ -109,7 +105,7 @@ def test_arrays_and_missing_values_are_as_lists_and_none(talking: Path, model: L
     assert (as_text(None), as_text(["é"])) == (None, '["é"]')
 
 
-def test_conversations_are_answered_as_by_the_chat(talking: Path, model: LanguageModel) -> None:
+def test_conversations_are_answered_as_by_the_chat(talking, model):
     longer = [*HI, {"role": "assistant", "content": "no"}, {"role": "user", "content": "so"}]
     cut = longer[:2]  # an answer that goes on
     made = Generator(talking, threads=1, **DRAWN)({"id": ["a", "b", "c"], "messages": [HI, longer, cut]})
@@ -126,9 +122,7 @@ def test_conversations_are_answered_as_by_the_chat(talking: Path, model: Languag
         assert other.messages == chat.messages
 
 
-def test_a_bundle_that_was_exported_anew_is_talked_to_by_its_own_template(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_a_bundle_that_was_exported_anew_is_talked_to_by_its_own_template(tiny, letters, make_bundle):
     """Also by a generator that another one, over the same model, has closed."""
     first, second = (
         make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template}).path
@@ -142,9 +136,7 @@ def test_a_bundle_that_was_exported_anew_is_talked_to_by_its_own_template(
     assert one({"messages": [HI]})["prompt_tokens"] == [3]
 
 
-def test_tools_are_told_and_their_calls_are_read(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_tools_are_told_and_their_calls_are_read(tiny, letters, make_bundle):
     template = TEMPLATE.replace("<assistant>", "{{ tools[0].function.name if tools }}<assistant>")
     bundle = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template})
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -169,7 +161,7 @@ def test_tools_are_told_and_their_calls_are_read(
         ({"prompt": "a", "regex": "[", "choices": ["a"]}, "were both given"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_its_own_error(talking: Path, row: Any, words: str) -> None:
+def test_what_is_wrong_with_a_row_is_its_own_error(talking, row, words):
     before, bad, after = answered(Generator(talking, threads=1), {"prompt": "ab"}, row, {"prompt": "ab"})
     assert words in bad["error"]
     assert bad["text"] is None
@@ -177,7 +169,7 @@ def test_what_is_wrong_with_a_row_is_its_own_error(talking: Path, row: Any, word
     assert before["error"] is None
 
 
-def test_a_rows_settings_win_and_have_the_defaults_of_its_kind(talking: Path) -> None:
+def test_a_rows_settings_win_and_have_the_defaults_of_its_kind(talking):
     generator = Generator(talking, threads=1, regex="a*")
     options = generator._options
     parse = module.parse_request
@@ -193,7 +185,7 @@ def test_a_rows_settings_win_and_have_the_defaults_of_its_kind(talking: Path) ->
     assert options(parse({"messages": HI, "tools": [{}]}), 0)["keep_special_tokens"] is True
 
 
-def test_it_is_pickled_without_its_model_which_a_process_shares(talking: Path) -> None:
+def test_it_is_pickled_without_its_model_which_a_process_shares(talking):
     generator = Generator(talking, threads=1, **DRAWN)
     batch = {"prompt": ["abc"]}
     made = generator(batch)
@@ -207,7 +199,7 @@ def test_it_is_pickled_without_its_model_which_a_process_shares(talking: Path) -
     assert again(batch) == made
 
 
-def test_another_process_loads_it_again(talking: Path) -> None:
+def test_another_process_loads_it_again(talking):
     generator = Generator(talking, threads=1, **DRAWN)
     batch = {"prompt": ["abc"]}
     made = generator(batch)
@@ -216,12 +208,12 @@ def test_another_process_loads_it_again(talking: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["text", "error", "tool_calls"])
-def test_a_column_of_the_answers_is_refused(talking: Path, name: str) -> None:
+def test_a_column_of_the_answers_is_refused(talking, name):
     with pytest.raises(InputError, match=f"the batch has the column '{name}'"):
         Generator(talking)({"prompt": ["a"], name: ["b"]})
 
 
-def test_settings_are_looked_at_when_it_is_made(tmp_path: Path) -> None:
+def test_settings_are_looked_at_when_it_is_made(tmp_path):
     with pytest.raises(OptionError, match="did you mean 'temperature'"):
         pastkey.Generator("b", temprature=1)  # type: ignore[call-arg]
     with pytest.raises(InputError, match="temperature is -1"):
@@ -233,7 +225,7 @@ def test_settings_are_looked_at_when_it_is_made(tmp_path: Path) -> None:
     generator.close()  # of nothing
 
 
-def test_no_more_rows_are_begun_than_fit_and_all_are_closed(talking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_rows_are_begun_than_fit_and_all_are_closed(talking, monkeypatch):
     begun: list[Stream] = []
     stream = LanguageModel.stream
 
@@ -253,7 +245,7 @@ def test_no_more_rows_are_begun_than_fit_and_all_are_closed(talking: Path, monke
 
 
 @pytest.mark.parametrize("error", [MissingExtraError("no jinja2"), MemoryError()])
-def test_what_is_wrong_with_everybody_ends_the_job(error: Exception) -> None:
+def test_what_is_wrong_with_everybody_ends_the_job(error):
     with pytest.raises(type(error)):
         told(error)
     assert told(KeyError("x")) == "KeyError: 'x'"

@@ -21,12 +21,12 @@ WANTED: dict[str, Any] = {"bundle": "b", "shard": "", "temperature": 0.5}
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     return write_rows(tmp_path / "in.jsonl", plain_rows(10))
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path):
     return tmp_path / "sub" / "out.jsonl"
 
 
@@ -56,7 +56,7 @@ def complete(source: Path, out: Path) -> None:
     assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.job"]
 
 
-def test_rows_are_answered_once_whatever_the_stops(source: Path, out: Path) -> None:
+def test_rows_are_answered_once_whatever_the_stops(source, out):
     assert run(source, out, 4) == 4
     assert [row["id"] for row in read_rows(out)] == [3, 2, 1, 0]
     assert run(source, out, 4) == 4
@@ -68,7 +68,7 @@ def test_rows_are_answered_once_whatever_the_stops(source: Path, out: Path) -> N
     assert json.loads(job_file(out).read_text())["temperature"] == 0.5
 
 
-def test_an_output_that_is_cut_anywhere_goes_on(source: Path, out: Path) -> None:
+def test_an_output_that_is_cut_anywhere_goes_on(source, out):
     run(source, out)
     content = out.read_bytes()
     for end in [*range(0, len(content), 7), len(content) - 1]:
@@ -80,7 +80,7 @@ def test_an_output_that_is_cut_anywhere_goes_on(source: Path, out: Path) -> None
 
 
 @pytest.mark.parametrize("torn", [b"\0" * 40, b'\0\0\0\n{"id":8,"text":"x"}\n', b'{"id":9,"text":"x"}'])
-def test_what_a_power_cut_tore_is_cut_off(source: Path, out: Path, torn: bytes) -> None:
+def test_what_a_power_cut_tore_is_cut_off(source, out, torn):
     run(source, out, 4)
     whole = out.read_bytes()
     out.write_bytes(whole + torn)
@@ -89,7 +89,7 @@ def test_what_a_power_cut_tore_is_cut_off(source: Path, out: Path, torn: bytes) 
 
 
 @pytest.mark.parametrize("line", [b"x\n", b"3\n", b'{"id":1.5}\n', b'{"text":"a"}\n', b"\xff\n"])
-def test_an_output_that_was_altered_is_refused_and_left_alone(source: Path, out: Path, line: bytes) -> None:
+def test_an_output_that_was_altered_is_refused_and_left_alone(source, out, line):
     run(source, out, 2)
     out.write_bytes(line + out.read_bytes())
     altered = out.read_bytes()
@@ -106,7 +106,7 @@ def test_an_output_that_was_altered_is_refused_and_left_alone(source: Path, out:
         ({"shard": "1/2"}, "was begun with shard '', and now it is '1/2'"),
     ],
 )
-def test_a_job_does_not_go_on_with_something_else(source: Path, out: Path, changes: Any, words: str) -> None:
+def test_a_job_does_not_go_on_with_something_else(source, out, changes, words):
     for most in (3, 100):
         run(source, out, most)
         with pytest.raises(InputError, match=re.escape(words)):
@@ -117,14 +117,14 @@ def test_a_job_does_not_go_on_with_something_else(source: Path, out: Path, chang
         complete(source, out)
 
 
-def test_an_output_without_its_first_row_begins_as_it_is_asked(source: Path, out: Path) -> None:
+def test_an_output_without_its_first_row_begins_as_it_is_asked(source, out):
     """As a kill leaves it between the emptying and the job file of --force."""
     run(source, out, 0)
     assert run(source, out, temperature=0.7) == 10
     complete(source, out)
 
 
-def test_an_output_of_no_job_is_never_replaced(source: Path, out: Path) -> None:
+def test_an_output_of_no_job_is_never_replaced(source, out):
     out.parent.mkdir()
     out.write_text("mine")
     for force in (False, True):
@@ -134,7 +134,7 @@ def test_an_output_of_no_job_is_never_replaced(source: Path, out: Path) -> None:
     assert out.read_text() == "mine"
 
 
-def test_places_that_cannot_be_are_told(source: Path, tmp_path: Path) -> None:
+def test_places_that_cannot_be_are_told(source, tmp_path):
     for out, words in (
         (source / "out.jsonl", r"lies under .*, which is a file"),
         (tmp_path, "is a folder; a file was expected"),
@@ -145,13 +145,13 @@ def test_places_that_cannot_be_are_told(source: Path, tmp_path: Path) -> None:
             refuse_output(out, source)
 
 
-def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
+def test_two_rows_of_one_id_are_refused(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [{"id": 1}, {"id": "1"}, "bad", {"id": 1}])
     with pytest.raises(InputError, match="has the id 1 twice, in lines 1 and 4"):
         shard_ids(source, "2/2")
 
 
-def test_a_job_of_two_processes_at_once_is_refused(source: Path, out: Path) -> None:
+def test_a_job_of_two_processes_at_once_is_refused(source, out):
     with open_job(source, out, shard_ids(source, ""), WANTED) as job:
         answer(job, 2)
         with pytest.raises(InUseError, match="is being written by another process: wait"):
@@ -159,7 +159,7 @@ def test_a_job_of_two_processes_at_once_is_refused(source: Path, out: Path) -> N
     assert run(source, out) == 8
 
 
-def test_an_input_that_changes_meanwhile_is_told(source: Path, out: Path) -> None:
+def test_an_input_that_changes_meanwhile_is_told(source, out):
     def change() -> None:
         with open_job(source, out, shard_ids(source, ""), WANTED) as job:
             answer(job)
@@ -180,7 +180,7 @@ class Full:
         raise OSError(errno.ENOSPC, "no space")
 
 
-def test_a_full_disk_keeps_the_answers(source: Path, out: Path) -> None:
+def test_a_full_disk_keeps_the_answers(source, out):
     def fill() -> None:
         with open_job(source, out, shard_ids(source, ""), WANTED) as job:
             answer(job, 3)

@@ -33,7 +33,7 @@ def lines(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_json_lines_are_rows_with_their_ids_and_their_faults(tmp_path: Path) -> None:
+def test_json_lines_are_rows_with_their_ids_and_their_faults(tmp_path):
     path = lines(
         tmp_path / "a.jsonl",
         b'\xef\xbb\xbf{"id": 1}\r\n\n  \n{"prompt": "a"}\n[1]\n{"id"\n"\xff"\n{"id": "\\ud800"}\n{"id": null}\n'
@@ -49,7 +49,7 @@ def test_json_lines_are_rows_with_their_ids_and_their_faults(tmp_path: Path) -> 
         assert f"line {rows[place].number} of {path} is not valid JSON" in str(rows[place].content)
 
 
-def test_a_line_of_any_length_is_one_row_or_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_of_any_length_is_one_row_or_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST_JSON", 50)
     path = lines(tmp_path / "a.jsonl", b'{"id": 1}\n{"id": "' + b"x" * 3_000_000 + b'"}\n{"id": 3}\n' + b"y" * 60)
     rows = [*read_rows(path)]
@@ -57,7 +57,7 @@ def test_a_line_of_any_length_is_one_row_or_one_error(tmp_path: Path, monkeypatc
     assert "has more than 50 bytes" in str(rows[1].content)
 
 
-def test_what_is_no_file_of_rows_is_told(tmp_path: Path) -> None:
+def test_what_is_no_file_of_rows_is_told(tmp_path):
     with pytest.raises(MissingFileError):
         [*read_rows(tmp_path / "a.jsonl")]
     with pytest.raises(InputError, match="is a folder"):
@@ -76,7 +76,7 @@ def test_what_is_no_file_of_rows_is_told(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_line_of_the_output_has_the_id_the_fields_and_the_answer(row: Row, expected: dict[str, Any]) -> None:
+def test_a_line_of_the_output_has_the_id_the_fields_and_the_answer(row, expected):
     made = answered_line(row, ANSWER)
     assert made.endswith(b"\n")
     assert made.count(b"\n") == 1
@@ -84,7 +84,7 @@ def test_a_line_of_the_output_has_the_id_the_fields_and_the_answer(row: Row, exp
     assert json.loads(made, parse_constant=pytest.fail) == expected
 
 
-def test_an_answer_has_its_fields_and_what_was_asked_for() -> None:
+def test_an_answer_has_its_fields_and_what_was_asked_for():
     logprobs = [TokenLogprob(0, -0.5, [(0, -0.5), (26, -1.5)])]
     done = Completion("a", [0], "stop_string", 3, 1, 0.1, 0.2, logprobs=logprobs)
     expected = {"text": "a", "finish_reason": "stop_string", "prompt_tokens": 3, "new_tokens": 1, "error": None}
@@ -98,7 +98,7 @@ def test_an_answer_has_its_fields_and_what_was_asked_for() -> None:
     assert error_of("bad")["error"] == "bad"
 
 
-def test_the_seed_of_a_row_is_that_of_its_id_and_of_the_jobs_alone() -> None:
+def test_the_seed_of_a_row_is_that_of_its_id_and_of_the_jobs_alone():
     """Known answers: another program, or a later release, must come to the same."""
     assert seed_of(0, "a") == 8377945124198355113
     found = [seed_of(seed, identity) for seed in (0, 1) for identity in ("1", 1, "é", ["no id", "x", None])]
@@ -120,11 +120,11 @@ def test_the_seed_of_a_row_is_that_of_its_id_and_of_the_jobs_alone() -> None:
         ({"prompt": "a", "topic": "b", "step": 3, "source": 1, "model": "m", "need": 1}, Request("a")),
     ],
 )
-def test_what_a_row_asks_for(row: dict[str, Any], expected: Request) -> None:
+def test_what_a_row_asks_for(row, expected):
     assert parse_request(row) == expected
 
 
-def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them() -> None:
+def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them():
     def said(arguments: str) -> dict[str, Any]:
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
         return {"messages": [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, *HI]}
@@ -153,6 +153,6 @@ def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them() -> Non
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; an object of token ids and numbers"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told(row: dict[str, Any], sentence: str) -> None:
+def test_what_is_wrong_with_a_row_is_told(row, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         parse_request(row)

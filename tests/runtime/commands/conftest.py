@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 
 
 @pytest.fixture(scope="session")
-def model(talking: Path) -> LanguageModel:
+def model(talking):
     return load(talking, threads=1)

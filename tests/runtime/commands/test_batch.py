@@ -44,9 +44,7 @@ def answers(out: Path) -> dict[Any, dict[str, Any]]:
     return found
 
 
-def test_rows_of_every_kind_are_answered_and_reported(
-    talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_of_every_kind_are_answered_and_reported(talking, tmp_path, capsys):
     rows: list[Any] = [
         *plain_rows(5),
         {"prompt": "ab", "max_new_tokens": 2, "temperature": 0},
@@ -87,9 +85,7 @@ def test_rows_of_every_kind_are_answered_and_reported(
     ("rows", "status"),
     [(["no json", {"prompt": 5}], 1), (["no json"], 1), (["no json", {"prompt": "ab"}], 0), ([], 0)],
 )
-def test_a_job_whose_every_row_fails_ends_with_status_1(
-    talking: Path, tmp_path: Path, rows: list[Any], status: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_whose_every_row_fails_ends_with_status_1(talking, tmp_path, rows, status, capsys):
     source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     assert batch(talking, source, out) == status
     assert batch(talking, source, out) == status  # a finished job says the same again
@@ -97,7 +93,7 @@ def test_a_job_whose_every_row_fails_ends_with_status_1(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_terminated_goes_on(talking: Path, tmp_path: Path) -> None:
+def test_a_job_that_is_terminated_goes_on(talking, tmp_path):
     """By SIGTERM and by Ctrl-C, each time when a few rows more are written."""
     source, out = write_rows(tmp_path / "in.jsonl", plain_rows(250)), tmp_path / "out.jsonl"
     whole = tmp_path / "whole.jsonl"
@@ -122,7 +118,7 @@ def test_a_job_that_is_terminated_goes_on(talking: Path, tmp_path: Path) -> None
     assert answers(out) == answers(whole)
 
 
-def test_shards_give_what_the_whole_gives(talking: Path, tmp_path: Path) -> None:
+def test_shards_give_what_the_whole_gives(talking, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", plain_rows(21))
     parts = [tmp_path / f"{part}.jsonl" for part in (1, 2)]
     assert batch(talking, source, tmp_path / "whole.jsonl") == 0
@@ -131,7 +127,7 @@ def test_shards_give_what_the_whole_gives(talking: Path, tmp_path: Path) -> None
     assert answers(parts[0]) | answers(parts[1]) == answers(tmp_path / "whole.jsonl")
 
 
-def test_a_jobs_settings_stand_in_its_file(talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_jobs_settings_stand_in_its_file(talking, tmp_path, capsys):
     source, out, template = write_rows(tmp_path / "in.jsonl", plain_rows(4)), tmp_path / "a.jsonl", tmp_path / "t.jinja"
     template.write_text("{{ messages[0].content }}")
     flags = ("--logprobs", "1", "--exact", "--template", str(template))
@@ -146,15 +142,13 @@ def test_a_jobs_settings_stand_in_its_file(talking: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
-def test_a_shard_is_one_of_several(
-    talking: Path, tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shard_is_one_of_several(talking, tmp_path, shard, capsys):
     source = write_rows(tmp_path / "in.jsonl", plain_rows(2))
     assert batch(talking, source, tmp_path / "o.jsonl", f"--shard={shard}") == 2
     told(capsys, f"--shard is '{shard}'; I/N was expected")
 
 
-def test_mistakes_are_one_sentence(talking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(talking, tmp_path, capsys):
     source, out = write_rows(tmp_path / "in.jsonl", plain_rows(2)), tmp_path / "o.jsonl"
     assert batch(talking, tmp_path / "none", out) == 2
     told(capsys, "no such file")
@@ -171,9 +165,7 @@ def test_mistakes_are_one_sentence(talking: Path, tmp_path: Path, capsys: pytest
     told(capsys, "already exists")
 
 
-def test_a_full_disk_is_told_with_what_was_answered(
-    talking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_told_with_what_was_answered(talking, tmp_path, monkeypatch, capsys):
     def fill(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands.bench import bench, clamp, peak_rss_bytes
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_the_report_has_the_figures_and_what_they_were_measured_with(bundle: Bundle) -> None:
+def test_the_report_has_the_figures_and_what_they_were_measured_with(bundle):
     report = bench(bundle.path, prompt_tokens=20, new_tokens=10, threads=1).to_json()
     assert set(report) == {
         "prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "peak_rss_bytes", "int8_kernels",
@@ -31,15 +30,15 @@ def test_the_report_has_the_figures_and_what_they_were_measured_with(bundle: Bun
     ("asked", "context", "expected"),
     [((512, 128), 640, (512, 128)), ((512, 128), 639, (511, 128)), ((512, 128), 1, (1, 0)), ((2, 128), 11, (2, 5))],
 )
-def test_clamp(asked: tuple[int, int], context: int, expected: tuple[int, int]) -> None:
+def test_clamp(asked: tuple[int, int], context: int, expected: tuple[int, int]):
     assert clamp(*asked, context) == expected
 
 
-def test_without_new_tokens_there_is_no_decode_figure(bundle: Bundle) -> None:
+def test_without_new_tokens_there_is_no_decode_figure(bundle):
     assert bench(bundle.path, prompt_tokens=3, new_tokens=0, threads=1).decode_tokens_per_second is None
 
 
-def test_peak_memory_sees_what_was_held_and_let_go() -> None:
+def test_peak_memory_sees_what_was_held_and_let_go():
     program = (
         "from pastkey.runtime.commands.bench import peak_rss_bytes\n"
         "before = peak_rss_bytes()\n"
@@ -52,7 +51,7 @@ def test_peak_memory_sees_what_was_held_and_let_go() -> None:
     assert peak_rss_bytes()
 
 
-def test_bench(command: Run, bundle: Bundle) -> None:
+def test_bench(command, bundle):
     arguments = ["bench", bundle.path, "--prompt-tokens", 9, "--new-tokens", 4, "--threads", 1]
     status, out, err = command(*arguments, "--json")
     assert (status, err) == (0, "")
@@ -62,7 +61,7 @@ def test_bench(command: Run, bundle: Bundle) -> None:
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["prefill", "decode", "load", "memory"]
 
 
-def test_bench_says_what_it_clamped(command: Run, bundle: Bundle) -> None:
+def test_bench_says_what_it_clamped(command, bundle):
     status, _, err = command("bench", bundle.path, "--prompt-tokens", 9999, "--new-tokens", 2)
     assert status == 0
     assert "the context is 600: 598 + 2 tokens were measured" in err

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 
-from ..conftest import TEMPLATE, Tiny
+from ..conftest import TEMPLATE
 from .conversation import FLAGS, SETTINGS, chat, fails
 
 
 # --- the model's own sampling -------------------------------------------------------------------------------------
-def test_tokens_are_drawn_as_the_models_authors_set_it(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundle):
     sampling = {"do_sample": True, "temperature": 1.3, "top_k": 9, "top_p": 1.0}
     config = {"chat_template": TEMPLATE}
     made = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, generation_config=sampling)
@@ -38,7 +32,7 @@ def test_tokens_are_drawn_as_the_models_authors_set_it(
 
 
 # --- one question -------------------------------------------------------------------------------------------------
-def test_one_question(talking: Path, model: LanguageModel) -> None:
+def test_one_question(talking, model):
     answer = model.chat("be brief").ask("abc", **SETTINGS)
     arguments = ["--system", "be brief", "--prompt", "abc", *FLAGS]
     done = chat(talking, *arguments)
@@ -63,7 +57,7 @@ def test_one_question(talking: Path, model: LanguageModel) -> None:
     }
 
 
-def test_another_template(talking: Path, model: LanguageModel, tmp_path: Path) -> None:
+def test_another_template(talking, model, tmp_path):
     other = tmp_path / "other.jinja"
     other.write_text("{% for m in messages %}{{ m.content }}é{% endfor %}", encoding="utf-8")
     answer = model.chat(template=other).ask("abc", **SETTINGS)
@@ -82,10 +76,10 @@ def test_another_template(talking: Path, model: LanguageModel, tmp_path: Path) -
         (["--colour"], ["--colour"]),
     ],
 )
-def test_bad_input(talking: Path, arguments: list[str], words: list[str]) -> None:
+def test_bad_input(talking, arguments, words):
     fails(chat(talking, *arguments), *words)
 
 
-def test_a_bundle_that_cannot_chat_says_so_at_once(speaking_bundle: Bundle, bundle: Bundle) -> None:
+def test_a_bundle_that_cannot_chat_says_so_at_once(speaking_bundle, bundle):
     fails(chat(speaking_bundle.path), "has no chat template", "pastkey run")
     fails(chat(bundle.path), "has no tokenizer", "--prompt-ids")

@@ -25,12 +25,12 @@ QNN = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
 
 
 @pytest.fixture
-def static(make_bundle: MakeBundle, tiny: Any) -> Bundle:
+def static(make_bundle, tiny):
     return make_bundle(type(tiny).random([(8, 8)], 24), "static", chunk=4)
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def opened(monkeypatch):
     """What each session was opened with, on a device that writes its binaries as onnxruntime does."""
     calls: list[dict[str, Any]] = []
 
@@ -47,9 +47,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_static_graphs_are_compiled_and_everything_else_stays(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_static_graphs_are_compiled_and_everything_else_stays(static, opened, tmp_path):
     made = compile_bundle(static.path, tmp_path / "out", "qnn", {"htp_arch": "73"}, {"ep.share_ep_contexts": "0"})
     assert [call["path"] for call in opened] == ["pastkey_decode.onnx", "pastkey_prefill.onnx"]
     for call in opened:
@@ -64,9 +62,7 @@ def test_static_graphs_are_compiled_and_everything_else_stays(
     assert (made.path / common).read_bytes() == (static.path / common).read_bytes()
 
 
-def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
-    make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(make_bundle, tiny, opened, tmp_path):
     small, given = type(tiny).random([(8, 8)], 24), {"htp_arch": "73"}
     bundle = make_bundle(small, "static", chunk=4, target="qnn", provider_options=given)
     made = compile_bundle(bundle.path, tmp_path / "out")
@@ -75,8 +71,8 @@ def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(
 
 
 def test_a_bundle_of_another_target_is_proved_and_opened_on_the_provider_that_compiled_it(
-    make_bundle: MakeBundle, tiny: Any, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make_bundle, tiny, opened, tmp_path, monkeypatch
+):
     asked: list[Any] = []
     open_on_cpu = decoder_graph.open_session
 
@@ -98,9 +94,7 @@ def test_a_bundle_of_another_target_is_proved_and_opened_on_the_provider_that_co
         Engine(open_bundle(made.path), providers="qnn")
 
 
-def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(static, opened, tmp_path, capsys):
     given = {"htp_arch": "73", "backend_path": "libQnnHtp.so"}
     made = compile_bundle(static.path, tmp_path / "out", "qnn", given)
     assert all(one["providers"][1]["backend_path"] == "libQnnHtp.so" for one in opened)
@@ -109,18 +103,14 @@ def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(
     assert "does not keep the provider options backend_path" in capsys.readouterr().err
 
 
-def test_nothing_is_left_of_what_fails(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_of_what_fails(static, opened, tmp_path, monkeypatch):
     monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
     with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
         compile_bundle(static.path, tmp_path / "out", "qnn")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_provider_that_cannot_load_what_it_compiled_is_told(
-    static: Bundle, opened: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_provider_that_cannot_load_what_it_compiled_is_told(static, opened, tmp_path, monkeypatch):
     def fails(*given: Any, **placement: Any) -> None:
         raise ProviderError("cannot load; compile it again") from RuntimeError("EP_FAIL")
 
@@ -130,9 +120,7 @@ def test_a_provider_that_cannot_load_what_it_compiled_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_compiled_is_refused(
-    static: Bundle, fused_bundle: Bundle, opened: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_what_cannot_be_compiled_is_refused(static, fused_bundle, opened, tmp_path):
     with pytest.raises(InputError, match="has a fused graph, whose sizes change: export the model with --target qnn"):
         compile_bundle(fused_bundle.path, tmp_path / "out", "qnn")
     with pytest.raises(InputError, match="the CPU compiles nothing"):
@@ -146,14 +134,14 @@ def test_what_cannot_be_compiled_is_refused(
         compile_bundle(tmp_path / "out", tmp_path / "again", "qnn")
 
 
-def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch):
     monkeypatch.setattr(placement, "available", lambda: ["QNNExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="was compiled for npu9"):
         placement.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
     compiled = Compiled("qnn", QNN, "1.32.0")
     right: list[Any] = [None, "qnn", "QNNExecutionProvider", ["qnn"], ("qnn", {"soc_model": 57})]
     for choice in right:
-        name, options = cast(tuple[str, dict[str, str]], placement.for_compiled(choice, compiled))
+        name, options = cast("tuple[str, dict[str, str]]", placement.for_compiled(choice, compiled))
         assert (name, options["htp_arch"]) == ("qnn", "75")
     more = placement.for_compiled(("qnn", {"rpc_control_latency": "9"}), compiled)
     assert more == ("qnn", QNN | {"rpc_control_latency": "9"})
@@ -163,7 +151,7 @@ def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeyp
             placement.for_compiled(choice, compiled)
 
 
-def test_a_manifest_says_what_it_was_compiled_for_or_is_refused(static: Bundle) -> None:
+def test_a_manifest_says_what_it_was_compiled_for_or_is_refused(static):
     manifest = dataclasses.replace(static.manifest, compiled=Compiled("qnn", QNN, "1.32.0"))
     write_json(static.path / names.MANIFEST, manifest.to_json())
     assert open_bundle(static.path, verify=False).manifest == manifest

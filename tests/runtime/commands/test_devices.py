@@ -4,8 +4,6 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 
-import pytest
-
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands import devices
@@ -16,7 +14,7 @@ from pastkey.runtime.providers.ort import onnxruntime, wheels
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_every_known_provider_is_listed_once_with_available_ones_first() -> None:
+def test_every_known_provider_is_listed_once_with_available_ones_first():
     rows = devices.devices()
     assert rows[0].short_name == "cpu"
     assert rows[0].available
@@ -24,14 +22,14 @@ def test_every_known_provider_is_listed_once_with_available_ones_first() -> None
     assert all(row.note for row in rows if not row.available)
 
 
-def test_what_is_here_has_its_wheel_and_its_devices() -> None:
+def test_what_is_here_has_its_wheel_and_its_devices():
     cpu = devices.devices()[0]
     assert cpu.package.split()[1] == onnxruntime.__version__
     if hasattr(onnxruntime, "get_ep_devices"):
         assert [device.split()[0] for device in cpu.devices] == ["CPU"]
 
 
-def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch):
     qnn = PROVIDERS["qnn"]
 
     def fail(name: str) -> list[object]:
@@ -45,13 +43,13 @@ def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch: pytest.
     assert (row.available, row.note, row.package, row.devices) == (False, "no library", "onnxruntime-qnn 2", ())
 
 
-def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_nobody_knew_of_is_listed(monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: ["NewExecutionProvider", providers.CPU])
     (row,) = (row for row in devices.devices() if row.short_name == "new")
     assert (row.name, row.available, row.devices) == ("NewExecutionProvider", True, ())
 
 
-def test_portable_kernels_are_said_to_wait_for_a_request(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_kernels_are_said_to_wait_for_a_request(command, monkeypatch):
     monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
     for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's run, which read prompts faster")):
         here = NativeKernels("0.1.0", 1, level, "/library.so")
@@ -59,7 +57,7 @@ def test_portable_kernels_are_said_to_wait_for_a_request(command: Run, monkeypat
         assert f"native kernels: 0.1.0, {told}" in command("devices")[1]
 
 
-def test_devices(command: Run) -> None:
+def test_devices(command):
     status, out, _ = command("devices")
     assert status == 0
     assert f"cpu            available  any CPU; {wheels()[0]} {onnxruntime.__version__}" in out

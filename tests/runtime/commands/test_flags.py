@@ -11,7 +11,7 @@ from pastkey.runtime.commands.flags import limits_of
 from pastkey.runtime.sandbox.limits import Limits
 
 
-def test_what_limit_says() -> None:
+def test_what_limit_says():
     def given(*pairs: tuple[str, str]) -> Limits:
         return limits_of(argparse.Namespace(limits=pairs))
 

@@ -3,9 +3,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,8 @@ from pastkey.runtime.commands.inspection import Share, inspect, read_shares
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.parts import Assigned
 
-from ..conftest import Tiny
 
-
-def test_sizes_operators_and_placement(bundle: Bundle, tiny: Tiny) -> None:
+def test_sizes_operators_and_placement(bundle, tiny):
     inspection = inspect(bundle.path, threads=1)
     (share,) = inspection.shares
     assert share.provider == "cpu"
@@ -35,16 +31,14 @@ def test_sizes_operators_and_placement(bundle: Bundle, tiny: Tiny) -> None:
     assert inspection.kv_bytes_per_token == 4 * 2 * (8 + 8 + 16 + 16)
 
 
-def test_nothing_is_left_behind(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     inspect(bundle.path, threads=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_profile_that_was_cut_short_means_a_full_disk(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_that_was_cut_short_means_a_full_disk(bundle, tmp_path, monkeypatch):
     cut = tmp_path / "profile.json"
     cut.write_text('[{"cat": "Node", "na')
     monkeypatch.setattr("onnxruntime.InferenceSession.end_profiling", lambda _: str(cut))
@@ -52,11 +46,11 @@ def test_a_profile_that_was_cut_short_means_a_full_disk(
         inspect(bundle.path, threads=1)
 
 
-def test_one_token_of_context_is_enough(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_one_token_of_context_is_enough(tiny, make_bundle):
     assert inspect(make_bundle(type(tiny).random([(8, 8)], 1), "fused").path, threads=1).shares
 
 
-def test_nodes_are_counted_once_per_provider() -> None:
+def test_nodes_are_counted_once_per_provider():
     def node(name: str, provider: str, size: int) -> dict[str, object]:
         args = {"provider": provider, "op_name": name.split("_")[0], "parameter_size": str(size)}
         return {"cat": "Node", "name": f"{name}_kernel_time", "args": args}
@@ -77,9 +71,7 @@ def test_nodes_are_counted_once_per_provider() -> None:
 @pytest.mark.parametrize(
     ("reported", "in_file", "binary", "shown"), [(0, 300, 0, 300), (40, 300, 0, 40), (0, None, 500, 500)]
 )
-def test_of_a_compiled_part_that_took_its_weights_in_they_are_counted_in_its_files(
-    reported: int, in_file: int | None, binary: int, shown: int
-) -> None:
+def test_of_a_compiled_part_that_took_its_weights_in_they_are_counted_in_its_files(reported, in_file, binary, shown):
     npu = "NPUExecutionProvider"
     args = {"provider": npu, "op_name": "subgraph_1", "parameter_size": str(reported)}
     profile: list[dict[str, Any]] = [{"cat": "Node", "name": "subgraph_1_kernel_time", "args": args}]
@@ -88,9 +80,7 @@ def test_of_a_compiled_part_that_took_its_weights_in_they_are_counted_in_its_fil
 
 
 @pytest.mark.parametrize(("chunk", "files"), [(4, ["pastkey_prefill", "pastkey_decode"]), (1, ["pastkey_prefill"])])
-def test_each_graph_of_a_static_bundle_is_shown(
-    chunk: int, files: list[str], tiny: Tiny, make_bundle: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_graph_of_a_static_bundle_is_shown(chunk, files, tiny, make_bundle, capsys):
     bundle = make_bundle(tiny, "static", chunk=chunk)
     shares = inspect(bundle.path, threads=1).shares
     assert [share.graph for share in shares] == [f"onnx/{file}.onnx" for file in files]
@@ -119,14 +109,7 @@ class OnDevice(Engine):
 
 
 @pytest.mark.parametrize(("least", "shown"), [(999, "right"), (2, "prefill wrong"), (1, "wrong")])
-def test_what_a_device_computes_is_shown_as_run_says_it(
-    least: int,
-    shown: str,
-    fused_bundle: Bundle,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    command: Callable[..., tuple[int, str, str]],
-) -> None:
+def test_what_a_device_computes_is_shown_as_run_says_it(least, shown, fused_bundle, tmp_path, monkeypatch, command):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(OnDevice, "least", least)
     monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", OnDevice)
@@ -142,7 +125,7 @@ def test_what_a_device_computes_is_shown_as_run_says_it(
     assert f"golden logits on this device: {shown}\n" in command("inspect", fused_bundle.path)[1]
 
 
-def test_inspect(command: Callable[..., tuple[int, str, str]], bundle: Bundle) -> None:
+def test_inspect(command, bundle):
     status, out, err = command("inspect", bundle.path)
     assert (status, err) == (0, "")
     assert "golden logits" not in out  # of the CPU there are none to compare

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import MissingFileError
 from pastkey.runtime import load
 from pastkey.runtime.speculation.worth import Worth
@@ -30,13 +29,13 @@ def fails(result: tuple[int, str, str], *words: str) -> None:
         assert word in err
 
 
-def test_run_prints_the_continuation_and_nothing_else(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_prints_the_continuation_and_nothing_else(command, speaking_bundle):
     expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=9).text
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 9]
     assert command(*arguments) == (0, expected + "\n", "")
 
 
-def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_json_is_one_object_with_these_keys(command, speaking_bundle):
     settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.2, "top_p": 0.9, "seed": 5}
     settings |= {"top_k": 9, "min_p": 0.01, "repetition_penalty": 1.1}
     expected = load(speaking_bundle.path, threads=1).generate("abc", **settings)
@@ -51,14 +50,14 @@ def test_run_json_is_one_object_with_these_keys(command: Run, speaking_bundle: B
     assert (found["text"], found["ids"], found["new_tokens"]) == (expected.text, expected.ids, 9)
 
 
-def test_run_json_has_log_probabilities_where_they_are_asked_for(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_json_has_log_probabilities_where_they_are_asked_for(command, speaking_bundle):
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--logprobs", 2]
     found = json.loads(command(*arguments)[1])
     assert [entry["id"] for entry in found["logprobs"]] == found["ids"]
     assert [entry["top"][0] for entry in found["logprobs"]] == [[e["id"], e["logprob"]] for e in found["logprobs"]]
 
 
-def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_takes_bans(command, speaking_bundle):
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--max-new-tokens", 12]
     plain = command(*arguments)[1].strip()
     letter = next(letter for letter in plain if letter.strip())
@@ -68,7 +67,7 @@ def test_run_takes_bans(command: Run, speaking_bundle: Bundle) -> None:
     assert "suppress_tokens holds 99999; token ids are whole numbers" in err
 
 
-def test_run_decodes_with_draft_tokens_or_without(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_decodes_with_draft_tokens_or_without(command, speaking_bundle):
     arguments = ["run", speaking_bundle.path, "--prompt", "abcabc", "--max-new-tokens", 100, "--json"]
     plain, drafted, alone = (
         json.loads(command(*arguments, *flags)[1]) for flags in ([], ["--prompt-lookup"], ["--no-prompt-lookup"])
@@ -77,9 +76,7 @@ def test_run_decodes_with_draft_tokens_or_without(command: Run, speaking_bundle:
     assert drafted["draft_tokens"] > 0 == alone["draft_tokens"]
 
 
-def test_a_draft_model_changes_no_text(
-    command: Run, speaking_bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_model_changes_no_text(command, speaking_bundle, standard_bundle, monkeypatch):
     monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--temperature", "1", "--seed", "1", "--json"]
     plain, drafted = (json.loads(command(*arguments, *more)[1]) for more in ([], ["--draft", speaking_bundle.path]))
@@ -89,7 +86,7 @@ def test_a_draft_model_changes_no_text(
     assert (status, "a draft model is of no use to" in err) == (2, True)
 
 
-def test_run_with_ids_and_no_tokenizer_prints_ids(command: Run, bundle: Bundle) -> None:
+def test_run_with_ids_and_no_tokenizer_prints_ids(command, bundle):
     expected = load(bundle.path, threads=1).generate([1, 2, 3], max_new_tokens=4).ids
     status, out, _ = command("run", bundle.path, "--prompt-ids", "1,2, 3", "--max-new-tokens", 4)
     assert (status, [int(word) for word in out.split()]) == (0, expected)
@@ -97,13 +94,13 @@ def test_run_with_ids_and_no_tokenizer_prints_ids(command: Run, bundle: Bundle) 
     assert (json.loads(out)["ids"], json.loads(out)["text"]) == (expected, "")
 
 
-def test_run_stops_before_a_stop_string(command: Run, speaking_bundle: Bundle) -> None:
+def test_run_stops_before_a_stop_string(command, speaking_bundle):
     text = command("run", speaking_bundle.path, "--prompt", "abc")[1]
     _, out, _ = command("run", speaking_bundle.path, "--prompt", "abc", "--stop", "~", "--stop", text[3:5])
     assert out == text[: text.index(text[3:5])] + "\n"
 
 
-def test_run_reads_the_prompt_from_standard_input(speaking_bundle: Bundle) -> None:
+def test_run_reads_the_prompt_from_standard_input(speaking_bundle):
     program = [sys.executable, "-m", "pastkey", "run", str(speaking_bundle.path), "--max-new-tokens", "5", "--prompt"]
     piped = subprocess.run([*program, "-"], input=b"ab\xc3\xa9\n", capture_output=True, check=True)
     typed = subprocess.run([*program, "abé"], capture_output=True, check=True)
@@ -113,7 +110,7 @@ def test_run_reads_the_prompt_from_standard_input(speaking_bundle: Bundle) -> No
     assert b"UTF-8" in broken.stderr
 
 
-def test_run_on_a_terminal_of_another_encoding_shows_what_it_can(speaking_bundle: Bundle) -> None:
+def test_run_on_a_terminal_of_another_encoding_shows_what_it_can(speaking_bundle):
     program = [sys.executable, "-m", "pastkey", "run", str(speaking_bundle.path), "--prompt", "abc"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
@@ -122,7 +119,7 @@ def test_run_on_a_terminal_of_another_encoding_shows_what_it_can(speaking_bundle
     assert b"?" in done.stdout
 
 
-def test_a_closed_pipe_is_no_error(speaking_bundle: Bundle) -> None:
+def test_a_closed_pipe_is_no_error(speaking_bundle):
     program = f"{sys.executable} -m pastkey run {speaking_bundle.path} --prompt a --max-new-tokens 500 | head -c 1"
     done = subprocess.run(["sh", "-c", program], capture_output=True, check=True)
     assert done.stderr == b""
@@ -145,16 +142,16 @@ def test_a_closed_pipe_is_no_error(speaking_bundle: Bundle) -> None:
         (["--prompt", "a", "--colour", "red"], ["--colour"]),
     ],
 )
-def test_bad_input_to_run(command: Run, speaking_bundle: Bundle, arguments: list[str], words: list[str]) -> None:
+def test_bad_input_to_run(command, speaking_bundle, arguments, words):
     fails(command("run", speaking_bundle.path, *arguments), *words)
 
 
-def test_a_text_for_a_bundle_without_tokenizer(command: Run, bundle: Bundle) -> None:
+def test_a_text_for_a_bundle_without_tokenizer(command, bundle):
     fails(command("run", bundle.path, "--prompt", "a"), "has no tokenizer", "--prompt-ids")
 
 
 @pytest.mark.parametrize("name", ["run", "chat", "bench", "inspect"])
-def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
+def test_what_is_no_bundle(command, tmp_path, name):
     prompt = ["--prompt", "a"] if name in ("run", "chat") else []
     fails(command(name, tmp_path / "none", *prompt), "no such bundle")
     fails(command(name, tmp_path, *prompt), "is not a bundle")
@@ -162,9 +159,7 @@ def test_what_is_no_bundle(command: Run, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("graph", ["fused", "static"])
-def test_a_bundle_that_lost_its_manifest_is_told_as_that(
-    command: Run, make_bundle: Callable[..., Bundle], tiny: Any, graph: str
-) -> None:
+def test_a_bundle_that_lost_its_manifest_is_told_as_that(command, make_bundle, tiny, graph):
     path = make_bundle(tiny, graph, **({"chunk": 4} if graph == "static" else {})).path
     (path / "config.json").write_text("{}")  # as every exported bundle has
     (path / "pastkey.json").unlink()
@@ -179,7 +174,7 @@ def test_a_bundle_that_lost_its_manifest_is_told_as_that(
         load(path)
 
 
-def test_run_holds_a_text_to_what_a_flag_says(command: Run, speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_run_holds_a_text_to_what_a_flag_says(command, speaking_bundle, tmp_path):
     pytest.importorskip("llguidance")
     run = ("run", speaking_bundle.path, "--prompt", "abc")
     assert command(*run, "--regex", "(abba ){2}") == (0, "abba abba \n", "")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pastkey.errors import PastkeyError
-from pastkey.runtime import Chunk, LanguageModel, Stream
+from pastkey.runtime import Chunk, Stream
 from pastkey.runtime.commands import terminal
 from pastkey.runtime.commands.terminal import interruptions, print_answer
 
@@ -24,7 +24,7 @@ from .conversation import FLAGS, SETTINGS, chat, fails
 
 
 # --- from a pipe --------------------------------------------------------------------------------------------------
-def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking: Path, model: LanguageModel) -> None:
+def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking, model):
     conversation = model.chat("be brief")
     expected = [conversation.ask(text, **SETTINGS).text for text in ("abc", "é日")]
     done = chat(talking, "--system", "be brief", *FLAGS, given="abc\r\n\n  \né日".encode())
@@ -32,7 +32,7 @@ def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking: Path, mode
     assert done.stdout.decode() == "".join(text + "\n" for text in expected)
 
 
-def test_an_error_in_a_pipe_ends_it(talking: Path) -> None:
+def test_an_error_in_a_pipe_ends_it(talking):
     done = chat(talking, *FLAGS, given=b"what?\nabc\n")
     fails(done, "no token covers", "what?")
     assert done.stdout == b""
@@ -41,7 +41,7 @@ def test_an_error_in_a_pipe_ends_it(talking: Path) -> None:
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
-def test_commands_act_on_the_conversation(talking: Path, model: LanguageModel, tmp_path: Path) -> None:
+def test_commands_act_on_the_conversation(talking, model, tmp_path):
     conversation = model.chat("be brief")
     expected = [conversation.ask("abc", **SETTINGS).text]
     expected.append(conversation.ask("de", **SETTINGS).text)
@@ -59,9 +59,7 @@ def test_commands_act_on_the_conversation(talking: Path, model: LanguageModel, t
     assert json.loads(file.read_text(encoding="utf-8")) == {"messages": conversation.messages[:3]}
 
 
-def test_a_question_of_several_lines(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_question_of_several_lines(model, monkeypatch, capsys):
     asked: list[str] = []
     monkeypatch.setattr(terminal, "print_answer", lambda chat, text, *_, **__: asked.append(text))
     lines = '"""\none\n\n  two\n"""\n"""three"""\n  """four\nfive"""\n//help me\n/usr/bin is a folder\n a/b\n/help\n'
@@ -84,9 +82,7 @@ def test_a_question_of_several_lines(
         ('"""abc', ["has no end"]),
     ],
 )
-def test_a_command_that_cannot_be_done_is_told_and_not_asked(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, line: str, words: list[str]
-) -> None:
+def test_a_command_that_cannot_be_done_is_told_and_not_asked(model, monkeypatch, line, words):
     asked: list[str] = []
     monkeypatch.setattr(terminal, "print_answer", lambda chat, text, *_, **__: asked.append(text))
     monkeypatch.setattr(terminal, "_piped_lines", lambda: iter([line]))
@@ -97,13 +93,13 @@ def test_a_command_that_cannot_be_done_is_told_and_not_asked(
     assert asked == []
 
 
-def test_a_system_text_is_shown(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_system_text_is_shown(model, capsys):
     terminal._act("/system", "", model.chat("be brief"))
     terminal._act("/system", "", model.chat())
     assert capsys.readouterr().err == "be brief\nthere is no system text: /system TEXT gives one\n"
 
 
-def test_an_answer_that_fills_the_context_says_so(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_that_fills_the_context_says_so(model, capsys):
     chat = model.chat()
     terminal._tell_a_full_context(chat, chat.ask("a", max_new_tokens=4))
     assert capsys.readouterr().err == ""
@@ -112,9 +108,7 @@ def test_an_answer_that_fills_the_context_says_so(model: LanguageModel, capsys: 
 
 
 # --- interrupts ---------------------------------------------------------------------------------------------------
-def test_an_interrupt_ends_an_answer_and_keeps_it(
-    model: LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_ends_an_answer_and_keeps_it(model, capsys, monkeypatch):
     whole = model.chat().ask("abc", **SETTINGS).text
     step, steps = Stream.__next__, itertools.count()
 
@@ -134,7 +128,7 @@ def test_an_interrupt_ends_an_answer_and_keeps_it(
     assert following.cached_tokens == len("<user>abc.<assistant>") + 2
 
 
-def test_a_second_interrupt_is_one_as_always() -> None:
+def test_a_second_interrupt_is_one_as_always():
     before = signal.getsignal(signal.SIGINT)
     with interruptions() as interrupted:
         signal.raise_signal(signal.SIGINT)
@@ -206,7 +200,7 @@ class Terminal:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 @pytest.mark.parametrize("ending", ["/exit\n", "\x04", "interrupt"])
-def test_at_a_terminal(talking: Path, model: LanguageModel, ending: str) -> None:
+def test_at_a_terminal(talking, model, ending):
     conversation = model.chat()
     expected = [conversation.ask(text, **SETTINGS).text for text in ("abc", "de")]
     typed = Terminal(talking)
@@ -233,7 +227,7 @@ def test_at_a_terminal(talking: Path, model: LanguageModel, ending: str) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_an_interrupt_at_the_prompt_asks_before_it_ends(talking: Path, tmp_path: Path) -> None:
+def test_an_interrupt_at_the_prompt_asks_before_it_ends(talking, tmp_path):
     typed = Terminal(talking)
     typed.until("> ")
     typed.type("abc\n")

@@ -11,12 +11,12 @@ from pastkey.runtime.constraints.constraint import MAX_CHOICES, Constraint
 from pastkey.runtime.settings import GENERATE_OPTIONS, options_of
 
 
-def test_a_call_without_one_has_none() -> None:
+def test_a_call_without_one_has_none():
     assert Constraint.of({}) is None
     assert Constraint.of({"regex": None, "seed": 1}) is None
 
 
-def test_a_schema_is_taken_as_a_dict_or_as_its_text() -> None:
+def test_a_schema_is_taken_as_a_dict_or_as_its_text():
     schema = {"type": "object", "properties": {"é": {"const": "日"}}}
     as_dict, as_text = Constraint.of({"json_schema": schema}), Constraint.of({"json_schema": json.dumps(schema)})
     assert as_dict == as_text == Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
@@ -32,7 +32,7 @@ class Model:
         return {"type": "object", "title": cls.__name__}
 
 
-def test_a_schema_may_be_the_class_of_a_model() -> None:
+def test_a_schema_may_be_the_class_of_a_model():
     taken = options_of("generate", {"json_schema": Model, "seed": None}, GENERATE_OPTIONS)
     assert taken == {"json_schema": {"type": "object", "title": "Model"}}
     for value in (Model(), int, dict):
@@ -40,7 +40,7 @@ def test_a_schema_may_be_the_class_of_a_model() -> None:
             Constraint.of(options_of("generate", {"json_schema": value}, GENERATE_OPTIONS))
 
 
-def test_a_schema_may_be_a_model_of_pydantic() -> None:
+def test_a_schema_may_be_a_model_of_pydantic():
     pydantic = pytest.importorskip("pydantic")
     city: Any = pydantic.create_model("City", name=str, area=(float, pydantic.Field(ge=0)))
     model = pydantic.create_model("Country", cities=list[city], capital=(city, ...))
@@ -55,7 +55,7 @@ def test_a_schema_may_be_a_model_of_pydantic() -> None:
         options_of("generate", {"json_schema": unwritten}, GENERATE_OPTIONS)
 
 
-def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does() -> None:
+def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does():
     expected = Constraint("json_schema", "{}")
     taken: tuple[Any, ...] = (True, "true", {}, "{}")
     refused: tuple[Any, ...] = (False, " false ")
@@ -65,7 +65,7 @@ def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does
             Constraint.of({"json_schema": schema})
 
 
-def test_choices_are_the_texts_that_must_be_written() -> None:
+def test_choices_are_the_texts_that_must_be_written():
     constraint = Constraint.of({"choices": ("yes", 'n"o')})
     assert constraint is not None
     assert list(constraint.literals()) == ["yes", 'n"o']
@@ -113,12 +113,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), BAD, ids=[sentence[:50] for _, sentence in BAD])
-def test_what_cannot_be_one_is_refused(options: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_one_is_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Constraint.of(options)
 
 
-def test_what_is_just_not_too_deep_is_taken_and_a_circle_is_not_deep() -> None:
+def test_what_is_just_not_too_deep_is_taken_and_a_circle_is_not_deep():
     tree = {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
     for options in (
         {"json_schema": deep(90)},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,11 +14,9 @@ jsonschema = pytest.importorskip("jsonschema")
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.constraints.lazy import LazyVocabulary
 from pastkey.runtime.loading import load
-from pastkey.runtime.model.language_model import LanguageModel
 from pastkey.runtime.text.codec import TextCodec
 
 LETTERS = '{}[]":, -.0123456789aeflnrstuyé'  # what JSON is made of
@@ -39,7 +36,7 @@ def json_letters() -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=["fused", "standard"])
-def lm(request: pytest.FixtureRequest, tiny: Any, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+def lm(request, tiny, make_bundle):
     bundle = make_bundle(tiny, request.param, tokenizer=json_letters(), eos_token_ids=(0,))
     return load(bundle.path)
 
@@ -57,7 +54,7 @@ SCHEMA = {
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 200}
 
 
-def test_whatever_is_drawn_validates(lm: LanguageModel) -> None:
+def test_whatever_is_drawn_validates(lm):
     for seed in range(40):
         done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED)
         assert done.finish_reason == "stop"
@@ -68,13 +65,13 @@ def test_whatever_is_drawn_validates(lm: LanguageModel) -> None:
     jsonschema.validate(json.loads(greedy.text), SCHEMA)
 
 
-def test_a_constraint_that_takes_no_text_is_met_at_once(lm: LanguageModel, speaking_bundle: Bundle) -> None:
+def test_a_constraint_that_takes_no_text_is_met_at_once(lm, speaking_bundle):
     assert lm.generate("ta", regex="a{0}", min_new_tokens=2).finish_reason == "stop"
     done = load(speaking_bundle.path, threads=1).generate("abc", regex="a{0}")  # a model without EOS
     assert (done.text, done.finish_reason) == ("", "stop")
 
 
-def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm: LanguageModel) -> None:
+def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
     assert lm.tokenizer is not None
     true, dot = (lm.tokenizer.encode(letter)[0] for letter in "t.")
     for regex in ("a\\.t", "[0-9][.]t"):  # where it is forced and where it is chosen
@@ -89,7 +86,7 @@ def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm: LanguageModel) -> No
     assert (held.text, held.finish_reason) == ("a" * 20, "length")
 
 
-def test_a_stream_is_the_generation_and_its_forced_tokens_are_run_together(lm: LanguageModel) -> None:
+def test_a_stream_is_the_generation_and_its_forced_tokens_are_run_together(lm):
     whole = lm.generate("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
     stream = lm.stream("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
     before = lm.scheduler.steps
@@ -99,7 +96,7 @@ def test_a_stream_is_the_generation_and_its_forced_tokens_are_run_together(lm: L
     assert lm.scheduler.steps - before < whole.new_tokens - whole.forced_tokens + 5
 
 
-def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm: LanguageModel) -> None:
+def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm):
     """The greedy text is what a loop over uncached logits with the same masks gives."""
     done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
     following = lm.vocabulary.matcher({"json_schema": SCHEMA})
@@ -113,7 +110,7 @@ def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm: LanguageModel
     assert done.ids == ids[len(prompt) :]
 
 
-def test_a_text_that_is_certain_needs_no_run(lm: LanguageModel) -> None:
+def test_a_text_that_is_certain_needs_no_run(lm):
     before = lm.scheduler.steps
     for options in ({"choices": ["return"]}, {"json_schema": {"const": [1, 2]}}, {"regex": "aaa"}):
         done = lm.generate("ta", reuse_prefix=True, **options)
@@ -123,7 +120,7 @@ def test_a_text_that_is_certain_needs_no_run(lm: LanguageModel) -> None:
     assert lm.generate("ta", reuse_prefix=True, max_new_tokens=3).text == lm.generate("ta", max_new_tokens=3).text
 
 
-def test_a_limit_cuts_it_short_and_says_so(lm: LanguageModel) -> None:
+def test_a_limit_cuts_it_short_and_says_so(lm):
     whole = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
     for most in range(whole.new_tokens):
         cut = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=most)
@@ -132,14 +129,14 @@ def test_a_limit_cuts_it_short_and_says_so(lm: LanguageModel) -> None:
     assert (exact.ids, exact.finish_reason) == (whole.ids, "stop")
 
 
-def test_with_log_probabilities_each_token_is_chosen(lm: LanguageModel) -> None:
+def test_with_log_probabilities_each_token_is_chosen(lm):
     done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, logprobs=2)
     assert (done.finish_reason, done.forced_tokens) == ("stop", 0)
     assert len(done.logprobs) == len(done.ids)
     jsonschema.validate(json.loads(done.text), SCHEMA)
 
 
-def test_other_options_go_with_it_or_are_told(lm: LanguageModel) -> None:
+def test_other_options_go_with_it_or_are_told(lm):
     options: dict[str, Any] = {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3}
     for seed in range(10):
         done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, seed=seed, top_p=0.9, min_p=0.1, **options)
@@ -155,13 +152,13 @@ def test_other_options_go_with_it_or_are_told(lm: LanguageModel) -> None:
         jsonschema.validate(json.loads(done.text), SCHEMA)
 
 
-def test_stop_strings_end_it_too(lm: LanguageModel) -> None:
+def test_stop_strings_end_it_too(lm):
     done = lm.generate("ta", json_schema=SCHEMA, stop="ees", max_new_tokens=200)
     assert (done.finish_reason, done.stop_string) == ("stop_string", "ees")
     assert done.text.endswith('"t')
 
 
-def test_a_session_goes_on_behind_it(lm: LanguageModel) -> None:
+def test_a_session_goes_on_behind_it(lm):
     with lm.session() as session:
         first = session.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
         second = session.generate(": ", choices=["yes", "nay", "true"][1:], max_new_tokens=20)
@@ -172,7 +169,7 @@ def test_a_session_goes_on_behind_it(lm: LanguageModel) -> None:
         assert free.ids == lm.generate(session.ids[:-5], max_new_tokens=5).ids
 
 
-def test_many_at_once_are_as_alone(lm: LanguageModel) -> None:
+def test_many_at_once_are_as_alone(lm):
     kinds: list[dict[str, Any]] = [{"json_schema": SCHEMA}, {"regex": "[a-f]{20}"}, {}, {"choices": ["true", "false"]}]
     alone = [lm.generate("ta", seed=seed, **SAMPLED | kinds[seed % 4]).text for seed in range(12)]
 
@@ -188,7 +185,7 @@ def test_many_at_once_are_as_alone(lm: LanguageModel) -> None:
     ]
 
 
-def test_drafts_change_nothing(lm: LanguageModel) -> None:
+def test_drafts_change_nothing(lm):
     repeating: dict[str, Any] = {"regex": "(te |ta |es ){2,60}"}
     prompt = "te ta es te ta es te ta es "
     done = lm.generate(prompt, max_new_tokens=120, **repeating)
@@ -196,7 +193,7 @@ def test_drafts_change_nothing(lm: LanguageModel) -> None:
     assert re.fullmatch("(te |ta |es )+", done.text)
 
 
-def test_wrong_ones_are_told_by_the_call(lm: LanguageModel) -> None:
+def test_wrong_ones_are_told_by_the_call(lm):
     before = lm.scheduler.steps
     for call in (lm.generate, lm.stream, lm.session().stream):
         with pytest.raises(InputError, match="regex cannot be followed"):
@@ -206,20 +203,20 @@ def test_wrong_ones_are_told_by_the_call(lm: LanguageModel) -> None:
     assert lm.scheduler.steps == before
 
 
-def test_a_dead_end_is_an_error_where_it_comes_and_the_model_goes_on(lm: LanguageModel) -> None:
+def test_a_dead_end_is_an_error_where_it_comes_and_the_model_goes_on(lm):
     with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
         lm.generate("ta", grammar='start: /[a]/ b\nb: "Z"')
     assert lm.generate("ta", regex="[a]").text == "a"
 
 
-def test_without_a_tokenizer_there_is_nothing_to_hold() -> None:
+def test_without_a_tokenizer_there_is_nothing_to_hold():
     vocabulary = LazyVocabulary(None, 9, ())
     assert vocabulary.matcher({"seed": 3}) is None
     with pytest.raises(InputError, match="this bundle has no tokenizer, so that no text can be held to regex"):
         vocabulary.matcher({"regex": "a"})
 
 
-def test_the_vocabulary_is_read_once() -> None:
+def test_the_vocabulary_is_read_once():
     vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
     vocabulary.matcher({"regex": "a"})
     read = vocabulary._read

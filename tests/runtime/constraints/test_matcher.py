@@ -127,7 +127,7 @@ _seen = {"valid": 0, "cut": 0, "refused": 0}
 
 @settings(max_examples=150)
 @given(SCHEMAS, st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_parses_and_validates(schema: dict[str, Any], seed: int, jump: bool) -> None:
+def test_what_is_written_parses_and_validates(schema, seed, jump):
     for make in MAKES:
         try:
             text = make.written(seed, json_schema=schema, jump=jump)
@@ -141,7 +141,7 @@ def test_what_is_written_parses_and_validates(schema: dict[str, Any], seed: int,
             jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
 
-def test_most_of_these_schemas_were_followed_to_their_end() -> None:
+def test_most_of_these_schemas_were_followed_to_their_end():
     if sum(_seen.values()) < 300:
         pytest.skip("the test above did not run")
     assert _seen["valid"] > 0.7 * sum(_seen.values()), _seen
@@ -164,7 +164,7 @@ EXPRESSIONS = [
 
 @settings(max_examples=60)
 @given(st.sampled_from(EXPRESSIONS), st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_matches_the_expression(expression: str, seed: int, jump: bool) -> None:
+def test_what_is_written_matches_the_expression(expression, seed, jump):
     for make in MAKES:
         text = make.written(seed, regex=expression, jump=jump)
         assert text is None or re.fullmatch(expression, text)
@@ -172,18 +172,18 @@ def test_what_is_written_matches_the_expression(expression: str, seed: int, jump
 
 @settings(max_examples=60)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_is_one_of_the_choices(choices: list[str], seed: int, jump: bool) -> None:
+def test_what_is_written_is_one_of_the_choices(choices, seed, jump):
     for make in (BYTES, PIECES):
         assert make.written(seed, choices=choices, jump=jump) in choices
 
 
-def test_each_of_the_choices_is_written_by_some_seed() -> None:
+def test_each_of_the_choices_is_written_by_some_seed():
     choices = ["a", "ab", "abb", "the", "the cat", '{"', "日"]
     for make in MAKES:
         assert {make.written(seed, choices=choices) for seed in range(300)} == set(choices)
 
 
-def test_what_is_written_follows_the_grammar() -> None:
+def test_what_is_written_follows_the_grammar():
     grammar = """
         start: sum "."
         sum: product ("-" product)*
@@ -202,7 +202,7 @@ def test_what_is_written_follows_the_grammar() -> None:
     assert found > 30
 
 
-def test_a_grammar_may_name_a_special_token() -> None:
+def test_a_grammar_may_name_a_special_token():
     tokenizer = vocabularies.byte_level()
     tokenizer.add_special_tokens(["<call>"])
     make = made(lambda: tokenizer)
@@ -214,7 +214,7 @@ def test_a_grammar_may_name_a_special_token() -> None:
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
-def test_forced_tokens_are_those_that_nothing_else_could_follow() -> None:
+def test_forced_tokens_are_those_that_nothing_else_could_follow():
     for make in MAKES:
         following = make.matcher(json_schema={"const": {"abe": "the"}})
         most = following.forced(3)
@@ -228,7 +228,7 @@ def test_forced_tokens_are_those_that_nothing_else_could_follow() -> None:
         assert following.forced(9) == []
 
 
-def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else() -> None:
+def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else():
     for make in MAKES:
         following = make.matcher(regex="ab*")
         logits = np.zeros(make.vocabulary.size, np.float32)
@@ -242,7 +242,7 @@ def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else() -> None:
         assert not following.complete
 
 
-def test_a_vocabulary_without_an_end_ends_where_nothing_may_follow() -> None:
+def test_a_vocabulary_without_an_end_ends_where_nothing_may_follow():
     tokenizer = vocabularies.characters()
     codec = TextCodec(tokenizer)
     tokens = [b"", *(letter.encode() for letter in vocabularies.CHARACTERS)]
@@ -256,7 +256,7 @@ def test_a_vocabulary_without_an_end_ends_where_nothing_may_follow() -> None:
     assert following.complete
 
 
-def test_a_draft_is_cut_where_it_may_not_go_on() -> None:
+def test_a_draft_is_cut_where_it_may_not_go_on():
     following = BYTES.matcher(regex="abab[0-9]*")
     ids = BYTES.codec.encode
     assert following.allowed_draft([]) == []
@@ -266,14 +266,14 @@ def test_a_draft_is_cut_where_it_may_not_go_on() -> None:
     assert following.masked(np.zeros(BYTES.vocabulary.size))[ids("ab")[0]] == 0  # and it stands where it stood
 
 
-def test_a_token_that_may_not_follow_is_an_error_of_one_sentence() -> None:
+def test_a_token_that_may_not_follow_is_an_error_of_one_sentence():
     following = BYTES.matcher(regex="ab")
     with pytest.raises(InputError, match="the grammar leads to a place") as error:
         following.follow(BYTES.codec.encode("x"), 0)
     assert "\n" not in str(error.value)
 
 
-def test_a_place_from_which_no_token_leads_on_is_an_error() -> None:
+def test_a_place_from_which_no_token_leads_on_is_an_error():
     """A character that the vocabulary lacks, where it could not be seen before."""
     following = CHARACTERS.matcher(grammar='start: "a" b\nb: "Ω"')
     following.follow(CHARACTERS.codec.encode("a"), 0)
@@ -284,7 +284,7 @@ def test_a_place_from_which_no_token_leads_on_is_an_error() -> None:
         following.masked(np.zeros(CHARACTERS.vocabulary.size))
 
 
-def test_a_token_that_another_option_forces_is_refused_with_the_reason() -> None:
+def test_a_token_that_another_option_forces_is_refused_with_the_reason():
     following = BYTES.matcher(regex="ab*")
     a, x = BYTES.codec.encode("a")[0], BYTES.codec.encode("x")[0]
     following.require(a)
@@ -295,20 +295,20 @@ def test_a_token_that_another_option_forces_is_refused_with_the_reason() -> None
     following.require(BYTES.end)
 
 
-def test_the_logits_are_not_written_into() -> None:
+def test_the_logits_are_not_written_into():
     logits = np.zeros(BYTES.vocabulary.size, np.float32)
     following = BYTES.matcher(regex="ab")
     following.masked(logits)
     assert not logits.any()
 
 
-def test_the_first_line_tells_what_is_wrong() -> None:
+def test_the_first_line_tells_what_is_wrong():
     assert first_sentence("at 1(8): x\n  |\nerror: unclosed group\n") == "unclosed group"
     assert first_sentence("NoExtensionBias\n<non-verbose/>") == "NoExtensionBias"
     assert first_sentence("") == ""
 
 
-def test_one_that_restarts_follows_the_same_tokens_again() -> None:
+def test_one_that_restarts_follows_the_same_tokens_again():
     following = BYTES.matcher(regex="(ab){3}")
     ids = BYTES.codec.encode("ab", add_special_tokens=False)
     following.follow(ids, 0)

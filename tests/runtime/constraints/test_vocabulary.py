@@ -43,14 +43,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
-def test_what_cannot_be_followed_or_met_is_one_sentence(options: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_followed_or_met_is_one_sentence(options, sentence):
     for _ in range(2):
         with pytest.raises(InputError, match=sentence) as error:
             matcher(BYTES, **options)
         assert "\n" not in str(error.value)
 
 
-def test_what_the_vocabulary_cannot_write_is_told_at_the_call() -> None:
+def test_what_the_vocabulary_cannot_write_is_told_at_the_call():
     for options, sentence in (
         ({"choices": ["abc", "a\nb"]}, "choices asks for .*, and no token of this model's vocabulary writes '.n'"),
         ({"json_schema": {"properties": {"Z": {}}, "required": ["Z"]}}, "json_schema asks for '\"Z\"', .* writes 'Z'"),
@@ -64,7 +64,7 @@ def test_what_the_vocabulary_cannot_write_is_told_at_the_call() -> None:
         assert matcher(PIECES, **options).can_begin
 
 
-def test_a_regex_never_leads_to_a_character_without_a_token() -> None:
+def test_a_regex_never_leads_to_a_character_without_a_token():
     following = matcher(CHARACTERS, regex="aΩ|ab")
     ids = following.forced(9)
     assert len(ids) == 2
@@ -90,7 +90,7 @@ HUGE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(HUGE)))
-def test_a_huge_one_is_refused_or_begun_in_seconds(number: int) -> None:
+def test_a_huge_one_is_refused_or_begun_in_seconds(number):
     started = time.process_time()
     try:
         following = matcher(BYTES, **HUGE[number])
@@ -102,7 +102,7 @@ def test_a_huge_one_is_refused_or_begun_in_seconds(number: int) -> None:
     assert time.process_time() - started < 20
 
 
-def test_a_constraint_is_compiled_once() -> None:
+def test_a_constraint_is_compiled_once():
     options = {"choices": [f"{i} is a number of its own" for i in range(10_000)]}
     started = time.process_time()
     first = matcher(BYTES, **options)
@@ -118,7 +118,7 @@ def _any(following: Matcher) -> int:
     return int(np.argmax(following.masked(np.zeros(BYTES.size, np.float32))))
 
 
-def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise() -> None:
+def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise():
     schema = {"const": {"a": [1, 2], "b": None}}
     compact = schema | {"x-guidance": {"item_separator": ",", "key_separator": ":", "whitespace_flexible": False}}
     for given, expected in ((schema, json.dumps(schema["const"])), (compact, '{"a":[1,2],"b":null}')):
@@ -129,7 +129,7 @@ def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise() -> None:
         assert following.complete
 
 
-def test_without_the_library_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
     original = builtins.__import__
 
     def missing(name: str, *rest: Any, **named: Any) -> Any:

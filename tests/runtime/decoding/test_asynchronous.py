@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError
 from pastkey.runtime import LanguageModel, load
 
@@ -33,7 +32,7 @@ def slowed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, seconds: float
     return ends
 
 
-def test_many_tasks_get_the_texts_of_calls_alone(lm: LanguageModel) -> None:
+def test_many_tasks_get_the_texts_of_calls_alone(lm):
     prompts = ["a", "bc", "def", "ghij"] * 5
     expected = [lm.generate(prompt, **SETTINGS) for prompt in prompts]
 
@@ -51,7 +50,7 @@ def test_many_tasks_get_the_texts_of_calls_alone(lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("call", ["astream", "agenerate"])
-def test_a_cancelled_task_stops_within_one_step(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_cancelled_task_stops_within_one_step(lm, monkeypatch, call):
     ends = slowed(lm, monkeypatch, 0.02)
 
     async def read() -> None:
@@ -79,7 +78,7 @@ def test_a_cancelled_task_stops_within_one_step(lm: LanguageModel, monkeypatch: 
     assert lm.generate("abc", **SETTINGS).new_tokens == 25
 
 
-def test_leaving_and_closing_end_it(lm: LanguageModel) -> None:
+def test_leaving_and_closing_end_it(lm):
     async def leave() -> list[int]:
         async with lm.astream("abc", **SETTINGS) as stream:
             async for _ in stream:
@@ -93,7 +92,7 @@ def test_leaving_and_closing_end_it(lm: LanguageModel) -> None:
     assert lm.scheduler.live == 0
 
 
-def test_the_loop_goes_on_within_each_run(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_goes_on_within_each_run(lm, monkeypatch):
     """A run waits for a tick of the loop that comes after it has begun."""
     graph, ticked, came = lm.require_open().graph, threading.Semaphore(0), list[bool]()
     run = graph.run
@@ -116,9 +115,9 @@ def test_the_loop_goes_on_within_each_run(lm: LanguageModel, monkeypatch: pytest
     assert came == [True] * 10
 
 
-def test_errors_come_where_they_belong(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_come_where_they_belong(lm, monkeypatch):
     with pytest.raises(OptionError, match=r"astream\(\) has no option"):
-        lm.astream("abc", temprature=1)  # type: ignore[call-arg]
+        lm.astream("abc", temprature=1)
     with pytest.raises(InputError, match="temperature"):
         lm.astream("abc", temperature=-1)
 
@@ -134,7 +133,7 @@ def test_errors_come_where_they_belong(lm: LanguageModel, monkeypatch: pytest.Mo
     assert lm.scheduler.live == 0
 
 
-def test_a_model_that_is_closed_ends_its_asynchronous_calls(speaking_bundle: Bundle) -> None:
+def test_a_model_that_is_closed_ends_its_asynchronous_calls(speaking_bundle):
     model = load(speaking_bundle.path, threads=1)
 
     async def close_early() -> list[Any]:
@@ -150,7 +149,7 @@ def test_a_model_that_is_closed_ends_its_asynchronous_calls(speaking_bundle: Bun
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 warns of forks beside threads
-def test_a_forked_process_makes_asynchronous_calls(lm: LanguageModel) -> None:
+def test_a_forked_process_makes_asynchronous_calls(lm):
     expected = asyncio.run(lm.agenerate("abc", max_new_tokens=5)).ids
     child = os.fork()
     if child == 0:

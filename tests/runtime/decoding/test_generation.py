@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
@@ -13,17 +10,15 @@ from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.sampling.penalties import apply_repetition_penalty
 from pastkey.runtime.settings import SamplingConfig
 
-from ..conftest import Tiny
-
 PROMPT = [5, 6, 7]
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Engine:
+def session(bundle):
     return Engine(bundle, threads=1)
 
 
-def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny) -> None:
+def test_greedy_generation_equals_the_uncached_loop(session, tiny):
     generation = Generation(session, Request(PROMPT, max_new_tokens=20))
     assert list(generation) == tiny.greedy(PROMPT, 20)
     assert generation.finish_reason == "length"
@@ -32,7 +27,7 @@ def test_greedy_generation_equals_the_uncached_loop(session: Engine, tiny: Tiny)
     assert generation.decode_seconds > 0
 
 
-def test_an_end_token_ends_it_and_is_not_yielded(session: Engine, tiny: Tiny) -> None:
+def test_an_end_token_ends_it_and_is_not_yielded(session, tiny):
     expected = tiny.greedy(PROMPT, 20)
     end = next(token for i, token in enumerate(expected) if i >= 2 and token not in expected[:i])
     generation = Generation(session, Request(PROMPT, max_new_tokens=20, end_ids=[36 if end != 36 else 35, end]))
@@ -43,14 +38,14 @@ def test_an_end_token_ends_it_and_is_not_yielded(session: Engine, tiny: Tiny) ->
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
-def test_the_last_token_may_stand_behind_the_context(session: Engine, prompt: int, expected: int) -> None:
+def test_the_last_token_may_stand_behind_the_context(session, prompt, expected):
     session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     generation = Generation(session, Request(list(range(prompt)), max_new_tokens=100))
     assert len(list(generation)) == expected
     assert generation.finish_reason == "length"
 
 
-def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: Engine, tiny: Tiny) -> None:
+def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session, tiny):
     ids = list(PROMPT)
     for _ in range(12):
         ids.append(int(np.argmax(apply_repetition_penalty(tiny(ids)[-1], ids, 3.0))))
@@ -59,7 +54,7 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session: E
     assert list(Generation(session, Request(PROMPT, max_new_tokens=12, sampling=penalty))) == ids[3:]
 
 
-def test_a_generation_that_another_took_over_says_so(session: Engine) -> None:
+def test_a_generation_that_another_took_over_says_so(session):
     first = Generation(session, Request(PROMPT, max_new_tokens=10))
     next(first)
     second = Generation(session, Request([1, 2], max_new_tokens=3))
@@ -77,6 +72,6 @@ def test_a_generation_that_another_took_over_says_so(session: Engine) -> None:
         ([1], -1, "max_new"),
     ],
 )
-def test_what_cannot_be_continued_is_refused_at_once(session: Engine, prompt: list[int], new: Any, word: str) -> None:
+def test_what_cannot_be_continued_is_refused_at_once(session, prompt, new, word):
     with pytest.raises(InputError, match=word):
         Generation(session, Request(prompt, max_new_tokens=new))

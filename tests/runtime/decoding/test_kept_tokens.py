@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime import Engine, Generation, LanguageModel, Request, load
+from pastkey.runtime import Engine, Generation, Request, load
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 from pastkey.runtime.engine import engine as engines
 
-from ..conftest import Tiny
 from ..rotary import RotaryTiny
 
 MakeBundle = Callable[..., Bundle]
@@ -47,26 +44,26 @@ def continued(tiny: RotaryTiny, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=["fused", "standard"])
-def bundle(request: pytest.FixtureRequest, make_bundle: MakeBundle, tiny_rotary: RotaryTiny) -> Bundle:
+def bundle(request, make_bundle, tiny_rotary):
     return make_bundle(tiny_rotary, request.param, shift=tiny_rotary.shift)
 
 
 @pytest.fixture(scope="module")
-def tiny_rotary() -> RotaryTiny:
+def tiny_rotary():
     return RotaryTiny.of(16, CONTEXT, pairs=4)
 
 
 @pytest.fixture
-def lm(bundle: Bundle) -> LanguageModel:
+def lm(bundle):
     return load(bundle.path, threads=1)
 
 
 # --- by itself ----------------------------------------------------------------------------------------------------
 
 
-def test_settings_out_of_range(lm: LanguageModel) -> None:
+def test_settings_out_of_range(lm):
     with pytest.raises(InputError, match='context_overflow is \'drop\'; it must be "error" or "shift"'):
-        lm.generate([1], context_overflow="drop")  # type: ignore[call-overload]
+        lm.generate([1], context_overflow="drop")
     with pytest.raises(InputError, match="num_sink_tokens is 33; it must be a whole number from 0 to 32, half"):
         lm.generate([1], context_overflow="shift", num_sink_tokens=33)
     with pytest.raises(InputError, match="token id 37 is out of range"):
@@ -75,14 +72,14 @@ def test_settings_out_of_range(lm: LanguageModel) -> None:
         lm.generate(ids_of(100), context_overflow="shift", prompt_logprobs=True)
 
 
-def test_a_bundle_whose_cache_cannot_be_shifted(make_bundle: MakeBundle, tiny: Tiny) -> None:
+def test_a_bundle_whose_cache_cannot_be_shifted(make_bundle, tiny):
     with pytest.raises(InputError, match='context_overflow is "shift", and this bundle does not say'):
         load(make_bundle(tiny).path).generate([1], context_overflow="shift")
 
 
 # --- generating ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("prompt_tokens", [5, 60, CONTEXT])
-def test_the_text_goes_on_as_the_reference_does(lm: LanguageModel, tiny_rotary: RotaryTiny, prompt_tokens: int) -> None:
+def test_the_text_goes_on_as_the_reference_does(lm, tiny_rotary, prompt_tokens):
     prompt = ids_of(prompt_tokens)
     completion = lm.generate(prompt, max_new_tokens=150, context_overflow="shift")
     assert completion.ids == continued(tiny_rotary, prompt, 150)
@@ -91,19 +88,19 @@ def test_the_text_goes_on_as_the_reference_does(lm: LanguageModel, tiny_rotary: 
     assert completion.prompt_tokens == prompt_tokens
 
 
-def test_without_it_the_text_ends_with_the_context(lm: LanguageModel) -> None:
+def test_without_it_the_text_ends_with_the_context(lm):
     completion = lm.generate(ids_of(60), max_new_tokens=150)
     assert (completion.new_tokens, completion.finish_reason, completion.dropped_tokens) == (5, "length", 0)
 
 
-def test_several_texts_at_the_same_time(lm: LanguageModel, tiny_rotary: RotaryTiny) -> None:
+def test_several_texts_at_the_same_time(lm, tiny_rotary):
     prompts = [ids_of(count, count) for count in (3, 30, 50, 61, 64)]
     found = lm.generate(prompts, max_new_tokens=100, context_overflow="shift", prompt_lookup=False)
     assert [completion.ids for completion in found] == [continued(tiny_rotary, prompt, 100) for prompt in prompts]
     assert (lm.scheduler.batched > 100) is (lm.manifest.graph == "fused")
 
 
-def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm: LanguageModel, tiny_rotary: RotaryTiny) -> None:
+def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm, tiny_rotary):
     ids = ids_of(500)
     gone = -(-(500 - CONTEXT) // BLOCK) * BLOCK
     kept = [*ids[:SINKS], *ids[SINKS + gone :]]
@@ -115,13 +112,13 @@ def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm: LanguageModel, ti
     assert again.cached_tokens == len(kept) + 3  # what is cut as the last prompt was is computed once
 
 
-def test_what_was_shifted_is_no_prefix(lm: LanguageModel) -> None:
+def test_what_was_shifted_is_no_prefix(lm):
     prompt = ids_of(50)
     options = {"max_new_tokens": 40, "context_overflow": "shift", "reuse_prefix": True}
-    found = lm.generate(prompt, **options)  # type: ignore[call-overload]
+    found = lm.generate(prompt, **options)
     kept = [*prompt, *found.ids]
     kept = [*kept[:SINKS], *kept[SINKS + found.dropped_tokens :]]
-    assert lm.generate(kept, **options).cached_tokens == 0  # type: ignore[call-overload]
+    assert lm.generate(kept, **options).cached_tokens == 0
     store = PrefixStore(lm.require_open().graph)
     engine = lm.parts.new_engine()
     engine.prefill(prompt)
@@ -131,9 +128,9 @@ def test_what_was_shifted_is_no_prefix(lm: LanguageModel) -> None:
     assert store.take([*prompt[:SINKS], *prompt[14:]])[1] == 0
 
 
-def test_a_step_that_is_interrupted_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_interrupted_within_a_shift(lm, monkeypatch):
     options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
-    stream = lm.stream(ids_of(50), **options)  # type: ignore[arg-type]
+    stream = lm.stream(ids_of(50), **options)
     found = [next(stream).ids[0] for _ in range(15)]
 
     def interrupted(*_: object) -> None:
@@ -145,10 +142,10 @@ def test_a_step_that_is_interrupted_within_a_shift(lm: LanguageModel, monkeypatc
             next(stream)
     stream.close()
     assert len(found) == 15
-    assert lm.generate(ids_of(50), **options).ids[:15] == found  # type: ignore[call-overload]
+    assert lm.generate(ids_of(50), **options).ids[:15] == found
 
 
-def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_fail_together_within_a_shift(lm, monkeypatch):
     """Each ends with the error."""
 
     def interrupted(*_: object) -> None:
@@ -158,8 +155,8 @@ def test_rows_that_fail_together_within_a_shift(lm: LanguageModel, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(engines, "moved_by", interrupted)
         with pytest.raises(MemoryError):
-            lm.generate([ids_of(50)] * 2, **options)  # type: ignore[call-overload]
-    assert lm.generate(ids_of(50), **options).new_tokens == 30  # type: ignore[call-overload]
+            lm.generate([ids_of(50)] * 2, **options)
+    assert lm.generate(ids_of(50), **options).new_tokens == 30
 
 
 class Fives(Matcher):
@@ -190,7 +187,7 @@ class Fives(Matcher):
         return list(draft)
 
 
-def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle: Bundle) -> None:
+def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle):
     engine = Engine(bundle, threads=1)
     generation = Generation(
         engine, Request(ids_of(50), max_new_tokens=110, context_overflow="shift", constraint=Fives())
@@ -201,7 +198,7 @@ def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle: Bundle) -> None:
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------
-def test_a_session_holds_what_is_in_the_context(lm: LanguageModel, tiny_rotary: RotaryTiny, tmp_path: Path) -> None:
+def test_a_session_holds_what_is_in_the_context(lm, tiny_rotary, tmp_path):
     session, prompt = lm.session(), ids_of(50)
     found = session.generate(prompt, max_new_tokens=60, context_overflow="shift")
     text = [*prompt, *found.ids]
@@ -219,7 +216,7 @@ def test_a_session_holds_what_is_in_the_context(lm: LanguageModel, tiny_rotary: 
     assert session.generate(max_new_tokens=3).ids == continued(tiny_rotary, kept[:20], 3)
 
 
-def test_a_session_takes_more_than_the_context_holds(lm: LanguageModel) -> None:
+def test_a_session_takes_more_than_the_context_holds(lm):
     session = lm.session()
     with pytest.raises(InputError, match="the prompt has 200 tokens"):
         session.append(ids_of(200))
@@ -229,7 +226,7 @@ def test_a_session_takes_more_than_the_context_holds(lm: LanguageModel) -> None:
     assert session.generate(max_new_tokens=2).cached_tokens == 200 - gone - 2
 
 
-def test_a_saved_session_of_what_is_local(make_bundle: MakeBundle, tmp_path: Path) -> None:
+def test_a_saved_session_of_what_is_local(make_bundle, tmp_path):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
     lm = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1)
     session, ids = lm.session(), ids_of(600)
@@ -246,7 +243,7 @@ def test_a_saved_session_of_what_is_local(make_bundle: MakeBundle, tmp_path: Pat
     assert session.generate(max_new_tokens=5).cached_tokens == 0
 
 
-def test_local_texts_at_the_same_time(make_bundle: MakeBundle) -> None:
+def test_local_texts_at_the_same_time(make_bundle):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
     local = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1)
     whole = load(make_bundle(tiny, "fused").path, threads=1)
@@ -261,9 +258,7 @@ def test_local_texts_at_the_same_time(make_bundle: MakeBundle) -> None:
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
 
 
-def test_a_conversation_keeps_what_comes_before_its_first_question(
-    tiny_rotary: RotaryTiny, letters: Tokenizer, make_bundle: MakeBundle
-) -> None:
+def test_a_conversation_keeps_what_comes_before_its_first_question(tiny_rotary, letters, make_bundle):
     config = {"chat_template": TEMPLATE}
     fields = {"tokenizer": letters, "tokenizer_config": config, "shift": tiny_rotary.shift}
     lm = load(make_bundle(tiny_rotary, "fused", **fields).path, threads=1)
@@ -280,7 +275,7 @@ def test_a_conversation_keeps_what_comes_before_its_first_question(
     assert answer.dropped_tokens > CONTEXT
 
 
-def test_the_command(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(lm, capsys):
     ids = ",".join(map(str, ids_of(100)))
     arguments = ["run", str(lm.bundle.path), "--prompt-ids", ids, "--max-new-tokens", "5", "--json"]
     assert main(arguments) == 2
@@ -291,7 +286,7 @@ def test_the_command(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> N
     assert (found["ids"], found["dropped_tokens"]) == (expected.ids, expected.dropped_tokens)
 
 
-def test_what_cannot_shift_is_not_told_to(lm: LanguageModel, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_what_cannot_shift_is_not_told_to(lm, tiny, make_bundle):
     with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
         lm.score(ids_of(CONTEXT + 1))
     older = load(make_bundle(tiny, "fused").path, threads=1)

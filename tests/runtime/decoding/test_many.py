@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError
-from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime import Completion, load
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 PROMPTS = ["abc" * (number + 1) for number in range(21)]
@@ -20,7 +19,7 @@ def same(found: Completion, expected: Completion) -> bool:
     return (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
 
 
-def test_each_is_as_if_alone_and_in_order(model: LanguageModel) -> None:
+def test_each_is_as_if_alone_and_in_order(model):
     told: list[tuple[int, int]] = []
     found = model.generate(PROMPTS, progress=lambda done, count: told.append((done, count)), **SETTINGS)
     expected = [model.generate(prompt, **SETTINGS) for prompt in PROMPTS]
@@ -30,7 +29,7 @@ def test_each_is_as_if_alone_and_in_order(model: LanguageModel) -> None:
     assert model.scheduler.live == 0
 
 
-def test_they_share_runs(speaking_bundle: Bundle) -> None:
+def test_they_share_runs(speaking_bundle):
     model = load(speaking_bundle.path, threads=1, max_batch=8)
     model.generate(PROMPTS, **SETTINGS)
     assert model.scheduler.batched > 20 * 9
@@ -41,14 +40,14 @@ def test_they_share_runs(speaking_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2], [3]], ([1, 2], (3,)), np.array([[1, 2], [3, 4]]), [np.array([1, 2])]])
-def test_ids_of_any_kind(model: LanguageModel, prompts: Any) -> None:
+def test_ids_of_any_kind(model, prompts):
     found = model.generate(prompts, **SETTINGS)
     assert [completion.ids for completion in found] == [
         model.generate([int(token) for token in prompt], **SETTINGS).ids for prompt in prompts
     ]
 
 
-def test_a_stream_of_several_tells_whose_each_piece_is(model: LanguageModel) -> None:
+def test_a_stream_of_several_tells_whose_each_piece_is(model):
     streams = model.stream_many(PROMPTS[:3], **SETTINGS)
     texts = ["", "", ""]
     places = []
@@ -60,7 +59,7 @@ def test_a_stream_of_several_tells_whose_each_piece_is(model: LanguageModel) -> 
     assert [completion and completion.text for completion in streams.completions] == texts
 
 
-def test_what_is_wrong_is_told_before_anything_runs(model: LanguageModel) -> None:
+def test_what_is_wrong_is_told_before_anything_runs(model):
     steps = model.scheduler.steps
     for prompts, words in (
         (["abc", ""], "the prompt is empty"),
@@ -70,11 +69,11 @@ def test_what_is_wrong_is_told_before_anything_runs(model: LanguageModel) -> Non
         with pytest.raises(InputError, match=words):
             model.stream_many(prompts)
     with pytest.raises(OptionError, match=r"stream_many\(\) has no option 'temprature'"):
-        model.stream_many(["abc"], temprature=1)  # type: ignore[call-arg]
+        model.stream_many(["abc"], temprature=1)
     assert model.scheduler.steps == steps
 
 
-def test_an_error_of_the_callback_ends_all(model: LanguageModel) -> None:
+def test_an_error_of_the_callback_ends_all(model):
     def stop(done: int, _: int) -> None:
         raise RuntimeError(f"{done} are enough")
 
@@ -84,7 +83,7 @@ def test_an_error_of_the_callback_ends_all(model: LanguageModel) -> None:
     assert model.generate("abc", **SETTINGS).new_tokens == 12
 
 
-def test_closing_and_cancelling_keep_what_there_is(model: LanguageModel) -> None:
+def test_closing_and_cancelling_keep_what_there_is(model):
     expected = [model.generate(prompt, **SETTINGS).ids for prompt in PROMPTS[:3]]
     for end in ("close", "cancel"):
         streams = model.stream_many(PROMPTS[:3], **SETTINGS)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.model.unpack import TemporaryFolder
@@ -22,9 +21,7 @@ from ..conftest import runs_of
 SETTINGS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, "seed": 1}
 
 
-def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(lm, monkeypatch):
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     chunks = list(itertools.islice(stream, 5))
@@ -41,9 +38,7 @@ def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_one_that_another_thread_cancels_ends_within_one_step(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, others: int
-) -> None:
+def test_one_that_another_thread_cancels_ends_within_one_step(lm, monkeypatch, others):
     beside = [lm.stream(prompt, **SETTINGS) for prompt in ("de", "f")[:others]]
     for other in beside:
         next(other)
@@ -70,7 +65,7 @@ def test_one_that_another_thread_cancels_ends_within_one_step(
     assert lm.generate("abc", **SETTINGS).ids == expected.ids
 
 
-def test_a_long_prefill_is_cancelled_within_a_chunk(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prefill_is_cancelled_within_a_chunk(lm, monkeypatch):
     runs = runs_of(lm.require_open().graph, monkeypatch, 0.05)
     stream = lm.stream("a" * 600, max_new_tokens=1)
     threading.Timer(0.01, stream.cancel).start()
@@ -80,7 +75,7 @@ def test_a_long_prefill_is_cancelled_within_a_chunk(lm: LanguageModel, monkeypat
     assert stream.completion.new_tokens == 0
 
 
-def test_a_deadline_ends_it_with_what_there_is(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_ends_it_with_what_there_is(lm, monkeypatch):
     expected = lm.generate("abc", **SETTINGS)
     runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
     completion = lm.generate("abc", **SETTINGS, timeout=0.2, prompt_lookup=False)
@@ -93,12 +88,12 @@ def test_a_deadline_ends_it_with_what_there_is(lm: LanguageModel, monkeypatch: p
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_an_impossible_deadline_is_refused(lm: LanguageModel, timeout: Any) -> None:
+def test_an_impossible_deadline_is_refused(lm, timeout):
     with pytest.raises(InputError, match=r"timeout is .* seconds above 0"):
         lm.stream("abc", timeout=timeout)
 
 
-def test_one_may_come_from_another_thread_each_time(lm: LanguageModel) -> None:
+def test_one_may_come_from_another_thread_each_time(lm):
     expected = lm.generate("abc", **SETTINGS).ids
     stream, found = lm.stream("abc", **SETTINGS), list[int]()
     while stream.completion is None:
@@ -108,9 +103,7 @@ def test_one_may_come_from_another_thread_each_time(lm: LanguageModel) -> None:
     assert found == expected
 
 
-def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(lm, monkeypatch):
     stream = lm.stream("abc", **SETTINGS)
     next(stream)
     runs_of(lm.require_open().graph, monkeypatch, 0.02)
@@ -120,7 +113,7 @@ def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(
     assert stream.completion.finish_reason == "cancelled"
 
 
-def test_an_error_that_is_thrown_into_it_ends_it(lm: LanguageModel) -> None:
+def test_an_error_that_is_thrown_into_it_ends_it(lm):
     stream = lm.stream("abc", **SETTINGS)
     next(stream)
     with pytest.raises(KeyError):
@@ -146,7 +139,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_second_reader_of_a_stream_is_told_and_the_first_goes_on(lm: LanguageModel, several: bool) -> None:
+def test_a_second_reader_of_a_stream_is_told_and_the_first_goes_on(lm, several):
     expected = lm.generate("abc", max_new_tokens=4).ids
     gate = Gate()
     options: Any = {"max_new_tokens": 4, "logits_processor": gate}
@@ -163,7 +156,7 @@ def test_a_second_reader_of_a_stream_is_told_and_the_first_goes_on(lm: LanguageM
     assert [token for chunk in chunks for token in (chunk[1] if several else chunk).ids] == expected
 
 
-def test_a_second_task_that_reads_a_stream_is_told_and_the_first_goes_on(lm: LanguageModel) -> None:
+def test_a_second_task_that_reads_a_stream_is_told_and_the_first_goes_on(lm):
     expected = lm.generate("abc", max_new_tokens=4).ids
 
     async def run() -> list[int]:
@@ -182,7 +175,7 @@ def test_a_second_task_that_reads_a_stream_is_told_and_the_first_goes_on(lm: Lan
     assert asyncio.run(run()) == expected
 
 
-def test_a_stream_is_not_read_from_within(lm: LanguageModel) -> None:
+def test_a_stream_is_not_read_from_within(lm):
     found: list[str] = []
 
     def within(ids: object, logits: Any) -> Any:
@@ -199,7 +192,7 @@ def test_a_stream_is_not_read_from_within(lm: LanguageModel) -> None:
 
 
 # --- the model's own end ------------------------------------------------------------------------------------------
-def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bundle: Bundle) -> None:
+def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bundle):
     model = load(speaking_bundle.path, threads=1)
     stream, session = model.stream("abc", **SETTINGS), model.session()
     session.append("abc")
@@ -228,7 +221,7 @@ def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bun
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, others: int) -> None:
+def test_a_step_s_own_callback_may_close_the_model(speaking_bundle, others):
     temporary = TemporaryFolder()
     model = LanguageModel(speaking_bundle, threads=1, temporary=temporary)
     model.generate("stored", max_new_tokens=2, reuse_prefix=True)
@@ -256,9 +249,7 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle: Bundle, othe
     model.close()
 
 
-def test_a_stream_that_is_alone_is_ten_frames_from_onnxruntime(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_is_alone_is_ten_frames_from_onnxruntime(lm, monkeypatch):
     onnx, depths = lm.require_open().graph.onnx, list[int]()
     run = onnx.run_with_iobinding
 

@@ -16,7 +16,7 @@ GRAPH = '<ir_version: 10, opset_import: ["": 21]> g (int64[N, M] x) => (int64[N,
 
 
 @pytest.fixture(scope="module")
-def session() -> Session:
+def session():
     return Session(encode_model(GRAPH, {})[0], providers=["CPUExecutionProvider"])
 
 
@@ -27,13 +27,13 @@ def told(binding: Binding, session: Session) -> Any:
 
 
 @pytest.fixture(params=[True, False], ids=["processor", "device"])
-def binding(request: pytest.FixtureRequest, session: Session, monkeypatch: pytest.MonkeyPatch) -> Binding:
+def binding(request, session, monkeypatch):
     if not request.param:
         monkeypatch.setattr(session, "get_providers", lambda: ["DeviceExecutionProvider"])
     return Binding(session)
 
 
-def test_each_run_has_what_was_given_to_it(binding: Binding, session: Session) -> None:
+def test_each_run_has_what_was_given_to_it(binding, session):
     for rows in ([[1, 2]], [[3, 4]], [[5]], [[6], [7]], [[8, 9]]):
         array = np.array(rows, np.int64)
         binding.feed("x", array)

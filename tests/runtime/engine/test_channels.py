@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.runtime.engine.channels import Kind, changed, rotation
+from pastkey.runtime.engine.channels import changed, rotation
 
 N, K, R = 12, 8, 3
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", ["rotated", "scaled", "permuted"])
-def test_an_update_follows_its_weight(kind: Kind, axis: int) -> None:
+def test_an_update_follows_its_weight(kind, axis):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(R, K)).astype(np.float32), rng.normal(size=(N, R)).astype(np.float32)
     size = (N, K)[axis]
@@ -28,5 +28,5 @@ def test_an_update_follows_its_weight(kind: Kind, axis: int) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 6, 8])
-def test_a_rotation_is_orthogonal(size: int) -> None:
+def test_a_rotation_is_orthogonal(size):
     np.testing.assert_allclose(rotation(size) @ rotation(size).T, np.eye(size), atol=1e-12)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.engine import decoder_graph
 from pastkey.runtime.engine.caches import int8_kv
@@ -16,10 +13,8 @@ from pastkey.runtime.providers import ort
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.values import parse_version
 
-from ..conftest import Tiny
 
-
-def test_engines_over_one_graph_keep_apart(bundle: Bundle, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_over_one_graph_keep_apart(bundle, tiny, monkeypatch):
     first = Engine(bundle, threads=1)
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)  # none is opened any more
     second, third = Engine.over(first.graph), Engine.over(first.graph)
@@ -36,7 +31,7 @@ def test_engines_over_one_graph_keep_apart(bundle: Bundle, tiny: Tiny, monkeypat
     parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
     reason="this onnxruntime has no attention over an int8 cache",
 )
-def test_the_int8_graph_is_opened_once(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_the_int8_graph_is_opened_once(tiny, make_bundle):
     first = Engine(make_bundle(tiny, "fused", int8_kv=True), threads=1, int8_kv_from=4)
     second = Engine.over(first.graph)
     for engine in (first, second):
@@ -45,9 +40,7 @@ def test_the_int8_graph_is_opened_once(tiny: Tiny, make_bundle: Callable[..., Bu
     assert first.cache.int8.onnx is second.cache.int8.onnx
 
 
-def test_what_can_be_decoded_together(
-    fused_bundle: Bundle, standard_bundle: Bundle, tiny: Tiny, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_what_can_be_decoded_together(fused_bundle, standard_bundle, tiny, make_bundle):
     graph = Engine(fused_bundle, threads=1).graph
     assert graph.batches
     assert graph.copies
@@ -59,7 +52,7 @@ def test_what_can_be_decoded_together(
     assert not graph.batches
 
 
-def test_a_copy_holds_the_same_and_goes_on_apart(bundle: Bundle, tiny: Tiny) -> None:
+def test_a_copy_holds_the_same_and_goes_on_apart(bundle, tiny):
     engine = Engine(bundle, threads=1)
     engine.prefill([1, 2, 3, 4])
     for length, room in ((4, 0), (2, 200), (None, 0)):
@@ -71,15 +64,13 @@ def test_a_copy_holds_the_same_and_goes_on_apart(bundle: Bundle, tiny: Tiny) -> 
     np.testing.assert_allclose(engine.decode(5), tiny([1, 2, 3, 4, 5])[-1], atol=1e-4)
 
 
-def test_all_logits_come_of_the_graph_of_the_last_ones(bundle: Bundle, tiny: Tiny) -> None:
+def test_all_logits_come_of_the_graph_of_the_last_ones(bundle, tiny):
     engine = Engine(bundle, threads=1)
     ids = [number % 37 for number in range(300)]
     np.testing.assert_allclose(engine.all_logits(ids), tiny(ids), atol=2e-4)
 
 
-def test_a_run_has_fewer_tokens_behind_a_long_text_where_scores_are_stored(
-    standard_bundle: Bundle, fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_has_fewer_tokens_behind_a_long_text_where_scores_are_stored(standard_bundle, fused_bundle, monkeypatch):
     standard = DecoderGraph(standard_bundle, threads=1)
     monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", (1, 0))
     assert DecoderGraph(fused_bundle, threads=1).chunk_sizes(8000, 0)[-1] > standard.chunk_sizes(8000, 0)[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +16,12 @@ PLACE = {"file": "weights", "offset": 64, "shape": [11, 3, 16]}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "weights").write_bytes(b"x" * 64 + TABLE.tobytes())
     return tmp_path
 
 
-def test_rows_are_the_tables(folder: Path) -> None:
+def test_rows_are_the_tables(folder):
     ids = np.array([[10, 0, 3], [3, 3, 9]])
     found = EmbeddingRows(folder, json.dumps(PLACE))[ids]
     assert found.shape == (2, 3, 3, 16)
@@ -30,7 +29,7 @@ def test_rows_are_the_tables(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "pread"), reason="this system has no pread, nor fork")
-def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) -> None:
+def test_reading_moves_no_position_that_a_forked_process_shares(folder):
     rows = EmbeddingRows(folder, json.dumps(PLACE))
     os.lseek(rows._file, 5, os.SEEK_SET)
     rows[np.array([[10, 3]])]
@@ -51,18 +50,18 @@ def test_reading_moves_no_position_that_a_forked_process_shares(folder: Path) ->
         ["weights"],
     ],
 )
-def test_a_place_that_cannot_be_is_refused(folder: Path, place: object) -> None:
+def test_a_place_that_cannot_be_is_refused(folder, place):
     with pytest.raises(IntegrityError, match="does not say where its embedding is"):
         EmbeddingRows(folder, json.dumps(place))
 
 
-def test_no_file_of_another_folder_is_read(folder: Path) -> None:
+def test_no_file_of_another_folder_is_read(folder):
     (folder / "inside").mkdir()
     with pytest.raises(IntegrityError):
         EmbeddingRows(folder / "inside", json.dumps(PLACE | {"file": "../weights"}))
 
 
-def test_a_file_that_was_cut_meanwhile_is_noticed(folder: Path) -> None:
+def test_a_file_that_was_cut_meanwhile_is_noticed(folder):
     rows = EmbeddingRows(folder, json.dumps(PLACE))
     with (folder / "weights").open("r+b") as file:
         file.truncate(80)

@@ -16,8 +16,6 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError
 from pastkey.runtime.engine.engine import Engine
 
-from ..conftest import Tiny
-
 MakeBundle = Callable[..., Bundle]
 TOLERANCE = 2e-6  # of the largest logit: float32 against the reference's float64
 
@@ -33,35 +31,35 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Engine:
+def session(bundle):
     return Engine(bundle, graph="all_logits", threads=1)
 
 
 @pytest.fixture
-def last(bundle: Bundle) -> Engine:
+def last(bundle):
     return Engine(bundle, threads=1)
 
 
 # --- one row ------------------------------------------------------------------------------------------------------
-def test_forward_equals_the_uncached_reference(session: Engine, tiny: Tiny) -> None:
+def test_forward_equals_the_uncached_reference(session, tiny):
     ids = random_ids(40)
     assert_close(session.forward(ids[None])[0], tiny(ids))
 
 
-def test_decode_token_by_token_equals_prefill_across_growth(last: Engine, tiny: Tiny) -> None:
+def test_decode_token_by_token_equals_prefill_across_growth(last, tiny):
     ids = random_ids(330)  # beyond two buffers of GROWTH_STEP rows
     steps = np.stack([last.decode(int(token)) for token in ids])
     assert_close(steps, tiny(ids))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 256, 1000])
-def test_chunked_prefill_equals_one_pass(last: Engine, tiny: Tiny, chunk_size: int) -> None:
+def test_chunked_prefill_equals_one_pass(last, tiny, chunk_size):
     ids = random_ids(65)
     assert_close(last.prefill(ids, chunk_size), tiny(ids)[-1])
     assert last.length == 65
 
 
-def test_decode_after_trim_equals_fresh_prefill(session: Engine, tiny: Tiny) -> None:
+def test_decode_after_trim_equals_fresh_prefill(session, tiny):
     first, second = random_ids(40, seed=1), random_ids(40, seed=2)
     session.prefill(first)
     session.trim(15)
@@ -69,21 +67,21 @@ def test_decode_after_trim_equals_fresh_prefill(session: Engine, tiny: Tiny) -> 
     assert_close(np.stack([session.decode(int(token)) for token in second]), tiny(mixed)[15:])
 
 
-def test_reset_forgets(session: Engine, tiny: Tiny) -> None:
+def test_reset_forgets(session, tiny):
     session.prefill(random_ids(20, seed=1))
     session.reset()
     assert session.length == 0
     assert_close(session.forward(random_ids(9)[None])[0], tiny(random_ids(9)))
 
 
-def test_logits_of_a_step_stay_what_they_were(last: Engine) -> None:
+def test_logits_of_a_step_stay_what_they_were(last):
     first = last.decode(3)
     kept = first.copy()
     last.decode(4)
     np.testing.assert_array_equal(first, kept)
 
 
-def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd: Tiny, make_bundle: MakeBundle) -> None:
+def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd, make_bundle):
     session = Engine(make_bundle(tiny_odd, "standard"), threads=1)
     ids = random_ids(24)
     assert_close(np.stack([session.decode(int(token)) for token in ids]), tiny_odd(ids))
@@ -92,9 +90,7 @@ def test_head_sizes_that_differ_between_keys_and_values_and_layers(tiny_odd: Tin
 # --- several rows -------------------------------------------------------------------------------------------------
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), steps=st.integers(0, 6), seed=st.integers(0, 99))
-def test_a_padded_batch_equals_each_row_alone(
-    session: Engine, tiny: Tiny, lengths: list[int], steps: int, seed: int
-) -> None:
+def test_a_padded_batch_equals_each_row_alone(session, tiny, lengths, steps, seed):
     session.reset()
     longest = max(lengths)
     texts = [random_ids(length + steps, seed=seed + row) for row, length in enumerate(lengths)]
@@ -112,7 +108,7 @@ def test_a_padded_batch_equals_each_row_alone(
             assert_close(logits[row], expected[row][length + step : length + step + 1])
 
 
-def test_a_padded_batch_survives_trim_and_growth(session: Engine, tiny: Tiny) -> None:
+def test_a_padded_batch_survives_trim_and_growth(session, tiny):
     texts = [random_ids(300, seed=1), random_ids(300, seed=2)]
     ids, mask = np.array([texts[0][:8], texts[1][:8]]), np.ones((2, 8), np.int64)
     mask[1, 5:] = 0
@@ -126,16 +122,14 @@ def test_a_padded_batch_survives_trim_and_growth(session: Engine, tiny: Tiny) ->
     assert_close(logits[1, 0], tiny(texts[1][:285])[-1])
 
 
-def test_the_standard_graph_takes_padding_at_the_left(standard_bundle: Bundle, tiny: Tiny) -> None:
+def test_the_standard_graph_takes_padding_at_the_left(standard_bundle, tiny):
     session = Engine(standard_bundle, threads=1)
     session.forward([[0, 0, 5], [6, 7, 8]], [[0, 0, 1], [1, 1, 1]])
     logits = session.forward([[9, 1], [9, 2]])
     assert_close(logits[:, 0], np.stack([tiny([5, 9, 1])[-1], tiny([6, 7, 8, 9, 2])[-1]]))
 
 
-def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(
-    fused_bundle: Bundle, standard_bundle: Bundle, tiny: Tiny
-) -> None:
+def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(fused_bundle, standard_bundle, tiny):
     session = Engine(fused_bundle, threads=1)
     session.forward([[1, 2], [3, 4]])
     with pytest.raises(InputError, match="appends several tokens to one row only"):
@@ -148,23 +142,23 @@ def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(
 
 
 @pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]]])
-def test_the_fused_graph_refuses_padding_that_is_not_at_the_right(fused_bundle: Bundle, mask: list[list[int]]) -> None:
+def test_the_fused_graph_refuses_padding_that_is_not_at_the_right(fused_bundle, mask):
     with pytest.raises(InputError, match="only at the right end"):
         Engine(fused_bundle, graph="all_logits", threads=1).forward([[1, 2, 3]], mask)
 
 
-def test_the_last_graph_refuses_a_row_that_ends_in_padding(last: Engine) -> None:
+def test_the_last_graph_refuses_a_row_that_ends_in_padding(last):
     with pytest.raises(InputError, match='open graph="all_logits"'):
         last.forward([[1, 2], [3, 0]], [[1, 1], [1, 0]])
 
 
-def test_a_mask_of_another_shape_or_other_values_is_refused(session: Engine) -> None:
+def test_a_mask_of_another_shape_or_other_values_is_refused(session):
     for mask in ([[1]], [[1, 2]]):
         with pytest.raises(InputError, match="ones and zeros of shape"):
             session.forward([[1, 2]], mask)
 
 
-def test_another_number_of_rows_needs_a_reset(session: Engine) -> None:
+def test_another_number_of_rows_needs_a_reset(session):
     session.forward([[1, 2], [3, 4]])
     with pytest.raises(InputError, match="call reset"):
         session.decode(1)
@@ -174,19 +168,19 @@ def test_another_number_of_rows_needs_a_reset(session: Engine) -> None:
 
 # --- what is refused ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ids", [[37], [-1], [3, 10**9]])
-def test_ids_out_of_range_are_refused(last: Engine, ids: list[int]) -> None:
+def test_ids_out_of_range_are_refused(last, ids):
     with pytest.raises(InputError, match="out of range: this model's ids are 0 to 36"):
         last.prefill(ids)
     assert last.length == 0
 
 
 @pytest.mark.parametrize("ids", [[], [[1, 2]], [0.5], ["a"], 3])
-def test_what_is_no_row_of_ids_is_refused(last: Engine, ids: Any) -> None:
+def test_what_is_no_row_of_ids_is_refused(last, ids):
     with pytest.raises(InputError, match=r"token ids are whole numbers of shape \(T,\)"):
         last.prefill(ids)
 
 
-def test_the_whole_context_is_usable_and_no_more(last: Engine) -> None:
+def test_the_whole_context_is_usable_and_no_more(last):
     with pytest.raises(InputError, match="the prompt has 601 tokens; the context is 600"):
         last.prefill(random_ids(601))
     last.prefill(random_ids(599))
@@ -196,7 +190,7 @@ def test_the_whole_context_is_usable_and_no_more(last: Engine) -> None:
     assert last.length == 600
 
 
-def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundle) -> None:
+def test_nan_in_the_logits_names_the_position(tiny, make_bundle):
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
     weights["position"][5] = np.nan
@@ -210,7 +204,7 @@ def test_nan_in_the_logits_names_the_position(tiny: Tiny, make_bundle: MakeBundl
 
 
 @pytest.mark.parametrize("graph", ["fused", "standard"])
-def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: MakeBundle, graph: str) -> None:
+def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny, make_bundle, graph):
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
     weights["position"][5:] = np.nan
@@ -227,7 +221,7 @@ def test_a_run_that_failed_leaves_the_cache_as_it_was(tiny: Tiny, make_bundle: M
     assert_close(session.decode(int(ids[4])), tiny(ids)[-1])
 
 
-def test_nan_at_padding_is_no_error(session: Engine) -> None:
+def test_nan_at_padding_is_no_error(session):
     logits = np.zeros((1, 3, 37), np.float32)
     logits[0, 2] = np.nan
     session.graph.check_finite(logits, 0, 3, np.array([[1, 1, 0]]))
@@ -250,9 +244,7 @@ IDS = [5, 6, 7, 8, 9]
         ([5], 0),
     ],
 )
-def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(
-    session: Engine, tiny: Tiny, wanted: list[int], kept: int
-) -> None:
+def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(session, tiny, wanted, kept):
     session.prefill(IDS[:-2])
     for token in IDS[-2:]:
         session.decode(token)
@@ -264,13 +256,13 @@ def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(
     assert session.keep_prefix([*wanted, 3]) == len(wanted) - 1
 
 
-def test_keep_prefix_after_a_trim_keeps_no_more_than_there_is(session: Engine) -> None:
+def test_keep_prefix_after_a_trim_keeps_no_more_than_there_is(session):
     session.prefill(IDS)
     session.trim(2)
     assert session.keep_prefix(IDS) == 2
 
 
-def test_keep_prefix_forgets_rows_that_it_cannot_compare(session: Engine) -> None:
+def test_keep_prefix_forgets_rows_that_it_cannot_compare(session):
     session.forward([[5, 6], [7, 8]])
     assert session.keep_prefix([5, 6, 7]) == 0
     session.reset()
@@ -278,15 +270,13 @@ def test_keep_prefix_forgets_rows_that_it_cannot_compare(session: Engine) -> Non
     assert session.keep_prefix([5, 6, 7, 8]) == 2
 
 
-def test_keep_prefix_forgets_padding(bundle: Bundle) -> None:
+def test_keep_prefix_forgets_padding(bundle):
     session = Engine(bundle, graph="all_logits", threads=1)
     session.forward([[5, 6, 7]], mask=[[1, 1, 0]])
     assert session.keep_prefix([5, 6, 7, 8]) == 0
 
 
-def test_keep_prefix_forgets_a_run_that_was_cut_short(
-    session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keep_prefix_forgets_a_run_that_was_cut_short(session, tiny, monkeypatch):
     """An interrupt may come between the run and what is noted of it."""
     session.prefill(IDS)
     with monkeypatch.context() as patch:
@@ -298,9 +288,7 @@ def test_keep_prefix_forgets_a_run_that_was_cut_short(
 
 
 @pytest.mark.parametrize("step", ["reserve", "trim", "_place"])
-def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
-    session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(session, tiny, monkeypatch, step):
     prompt = [token % 37 for token in range(300)]
     session.prefill(prompt[:200])
     calls = itertools.count()
@@ -323,7 +311,7 @@ def test_a_session_that_was_interrupted_while_its_cache_changed_begins_anew(
     np.testing.assert_allclose(session.prefill(prompt), tiny(prompt)[-1], atol=1e-4)
 
 
-def test_a_bundle_of_format_1_computes_the_same(tiny: Tiny, make_bundle: MakeBundle) -> None:
+def test_a_bundle_of_format_1_computes_the_same(tiny, make_bundle):
     engine = Engine(make_bundle(tiny, "fused", format_version=1), threads=1)
     assert {"attention_mask", "logits_to_keep"} <= {value.name for value in engine.onnx.get_inputs()}
     ids = random_ids(20)

@@ -33,13 +33,13 @@ LIMIT = 1e-3
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def stored(fused_bundle: Bundle) -> Golden:
+def stored(fused_bundle):
     return Golden.computed(Engine(fused_bundle, threads=1), 3, LIMIT)
 
 
@@ -75,25 +75,25 @@ def proved(engine: Engine, bundle: Bundle) -> list[str]:
     return [str(warning.message) for warning in told if warning.category is FallbackWarning]
 
 
-def test_golden_logits_are_of_the_end_and_of_beginnings(stored: Golden) -> None:
+def test_golden_logits_are_of_the_end_and_of_beginnings(stored):
     assert len(stored.ids) == TOKENS
     assert stored.ends.tolist() == [TOKENS // 8, TOKENS // 2, TOKENS]
     assert stored.ids.max() < 37
     assert stored.logits.shape == (3, 37)
 
 
-def test_there_are_two_rows_at_least_and_no_more_tokens_than_the_context(make_bundle: MakeBundle, tiny: Any) -> None:
+def test_there_are_two_rows_at_least_and_no_more_tokens_than_the_context(make_bundle, tiny):
     short = make_bundle(type(tiny).random([(8, 8)], 6), "fused")
     golden = Golden.computed(Engine(short, threads=1), 0, LIMIT)
     assert (len(golden.ids), golden.ends.tolist()) == (6, [1, 6])
 
 
-def test_the_processor_is_not_proved(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_is_not_proved(fused_bundle, monkeypatch):
     monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("read"))
     require_golden(Engine(fused_bundle, threads=1), fused_bundle)
 
 
-def test_a_device_that_is_right_is_remembered(fused_bundle: Bundle, home: Path) -> None:
+def test_a_device_that_is_right_is_remembered(fused_bundle, home):
     engine = on(fused_bundle, off=LIMIT / 2)
     assert proved(engine, fused_bundle) == []
     assert not engine.graph.one_by_one
@@ -106,7 +106,7 @@ def test_a_device_that_is_right_is_remembered(fused_bundle: Bundle, home: Path) 
     assert len(list((home / "pastkey").iterdir())) == 1
 
 
-def test_without_a_cache_folder_it_is_proved_at_each_load(fused_bundle: Bundle, home: Path) -> None:
+def test_without_a_cache_folder_it_is_proved_at_each_load(fused_bundle, home):
     home.mkdir()
     (home / "pastkey").write_text("in the way")
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_without_a_cache_folder_it_is_proved_at_each_load(fused_bundle: Bundle, 
         assert engine.runs
 
 
-def test_another_driver_is_another_device(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_driver_is_another_device(fused_bundle, monkeypatch):
     proved(on(fused_bundle), fused_bundle)
     monkeypatch.setenv("VK_DRIVER_FILES", "another.json")
     engine = on(fused_bundle)
@@ -123,7 +123,7 @@ def test_another_driver_is_another_device(fused_bundle: Bundle, monkeypatch: pyt
     assert engine.runs
 
 
-def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundle: Bundle) -> None:
+def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundle):
     expected = Engine(fused_bundle, threads=1).prefill([5, 6, 7, 8])
     for _ in range(2):  # the second time from memory
         engine = on(fused_bundle, off=0.1)
@@ -136,7 +136,7 @@ def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundl
         assert engine.runs == [1, 1, 1, 1]
 
 
-def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
+def test_every_logit_is_there_one_token_at_a_time(fused_bundle):
     engine = Engine(fused_bundle, graph="all_logits", threads=1)
     expected = engine.forward([[5, 6, 7]])
     engine.reset()
@@ -148,8 +148,8 @@ def test_every_logit_is_there_one_token_at_a_time(fused_bundle: Bundle) -> None:
 
 
 def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
-    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make_bundle, tiny, stored, tmp_path, monkeypatch
+):
     monkeypatch.setitem(PROVIDERS, "device", Provider("DeviceExecutionProvider", misses_keys=True))
     for limit, one_by_one in ((LIMIT, False), (0.05, True)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {limit}"))
@@ -164,7 +164,7 @@ def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
             everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
 
 
-def test_other_options_and_settings_are_another_device(fused_bundle: Bundle) -> None:
+def test_other_options_and_settings_are_another_device(fused_bundle):
     proved(on(fused_bundle), fused_bundle)
     others: list[Any] = [(("webgpu", {"deviceId": "1"}), {}), (None, {"ep.webgpuexecutionprovider.x": "1"})]
     for asked in others:
@@ -178,7 +178,7 @@ def test_other_options_and_settings_are_another_device(fused_bundle: Bundle) -> 
         assert not again.runs
 
 
-def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_of_float16_is_said(fused_bundle, monkeypatch):
     engine = on(fused_bundle, off=np.inf, least=1)
     engine.graph.manifest = dataclasses.replace(engine.manifest, precision="fp16")
     with pytest.raises(ProviderError, match=r"overflow in float16.*--precision fp32, or int8"):
@@ -186,16 +186,14 @@ def test_overflow_of_float16_is_said(fused_bundle: Bundle, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("off", [0.1, np.nan])
-def test_a_device_that_computes_something_else_is_refused(fused_bundle: Bundle, off: float) -> None:
+def test_a_device_that_computes_something_else_is_refused(fused_bundle, off):
     engine = on(fused_bundle, off=off, least=1)
     with pytest.raises(ProviderError, match=r"'device' computes other logits on this device than the CPU: off by"):
         proved(engine, fused_bundle)
     assert not engine.graph.one_by_one
 
 
-def test_a_bundle_of_format_1_is_compared_with_the_processor(
-    make_bundle: MakeBundle, tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_of_format_1_is_compared_with_the_processor(make_bundle, tiny, monkeypatch):
     old = make_bundle(tiny, "fused", format_version=1)
     made: list[Engine] = []
     computed = Golden.computed.__func__  # type: ignore[attr-defined]
@@ -210,9 +208,7 @@ def test_a_bundle_of_format_1_is_compared_with_the_processor(
 
 
 @pytest.fixture
-def wrong_native(
-    make_bundle: MakeBundle, tiny: Any, stored: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def wrong_native(make_bundle, tiny, stored, tmp_path, monkeypatch):
     """A bundle whose native graph is that of another decoder."""
     other = make_bundle(dataclasses.replace(tiny, weights={n: w[::-1] for n, w in tiny.weights.items()}), "fused")
     folder = tmp_path / "native"
@@ -230,7 +226,7 @@ def wrong_native(
     return folder
 
 
-def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native, monkeypatch):
     told = r"onnxruntime's kernels run the bundle: the native kernels \(native 0.1.0, avx2\) compute other logits"
     expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
     for _ in range(2):  # the second time from memory
@@ -243,7 +239,7 @@ def test_wrong_native_kernels_are_left_for_onnxruntimes(wrong_native: Path, monk
         load(wrong_native, threads=1, native=True)
 
 
-def test_a_native_graph_that_cannot_be_opened_is_left_for_onnxruntimes(wrong_native: Path) -> None:
+def test_a_native_graph_that_cannot_be_opened_is_left_for_onnxruntimes(wrong_native):
     expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
     graph = wrong_native / names.NATIVE_GRAPH
     graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"NotMul"))
@@ -257,7 +253,7 @@ def test_a_native_graph_that_cannot_be_opened_is_left_for_onnxruntimes(wrong_nat
         load(wrong_native, threads=1, native=True)
 
 
-def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_native_kernels_are_inspected(wrong_native, capsys):
     with pytest.warns(FallbackWarning):
         found = inspect(wrong_native, threads=1)
     assert found.kernels.startswith("onnxruntime")
@@ -270,12 +266,10 @@ def test_wrong_native_kernels_are_inspected(wrong_native: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(("offs", "taken"), [([0.04, 0.03, 0.02, 0.01], 2), ([0.09, 0.05, 0.06, 0.08], 1)])
-def test_a_sequence_whose_logits_rounding_decides_is_not_taken(
-    offs: list[float], taken: int, fused_bundle: Bundle
-) -> None:
+def test_a_sequence_whose_logits_rounding_decides_is_not_taken(offs, taken, fused_bundle):
     """The limit follows from what rounding does to the sequence: exact products are `offs` from the golden logits."""
     engine = Engine(fused_bundle, threads=1)
-    found = Golden.computed(engine, 3, 0.05, cast(Engine, Exact(engine, offs)))
+    found = Golden.computed(engine, 3, 0.05, cast("Engine", Exact(engine, offs)))
     np.testing.assert_array_equal(found.ids, np.random.default_rng(taken).integers(0, 37, len(found.ids)))
     assert found.limit == pytest.approx(max(0.05, 2 * offs[taken]))
 
@@ -291,15 +285,13 @@ class Exact:
         return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
-def test_what_the_bundle_brings_is_what_counts(fused_bundle: Bundle, stored: Golden, tmp_path: Path) -> None:
+def test_what_the_bundle_brings_is_what_counts(fused_bundle, stored, tmp_path):
     folder = copied(fused_bundle, tmp_path, dataclasses.replace(stored, logits=stored.logits + 1, limit=0.5))
     assert Golden.of(folder).limit == 0.5
     np.testing.assert_array_equal(Golden.of(folder).logits, stored.logits + 1)
 
 
-def test_golden_logits_take_no_more_memory_than_their_file(
-    fused_bundle: Bundle, stored: Golden, tmp_path: Path
-) -> None:
+def test_golden_logits_take_no_more_memory_than_their_file(fused_bundle, stored, tmp_path):
     arrays: dict[str, Any] = {"ids": stored.ids, "ends": stored.ends, "logits": stored.logits, "limit": stored.limit}
     whole = io.BytesIO()
     np.savez(whole, **arrays)
@@ -315,9 +307,7 @@ def test_golden_logits_take_no_more_memory_than_their_file(
             Golden.of(folder)
 
 
-def test_golden_logits_that_cannot_be_read_are_one_sentence(
-    fused_bundle: Bundle, stored: Golden, tmp_path: Path
-) -> None:
+def test_golden_logits_that_cannot_be_read_are_one_sentence(fused_bundle, stored, tmp_path):
     for number, broken in enumerate(
         [
             dataclasses.replace(stored, logits=stored.logits[:, :5]),
@@ -337,7 +327,7 @@ def copied(bundle: Bundle, folder: Path, golden: Golden) -> Bundle:
     return Bundle(folder, dataclasses.replace(bundle.manifest, files=files))
 
 
-def test_text_is_made_of_an_engine_that_was_proved(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_made_of_an_engine_that_was_proved(fused_bundle, monkeypatch):
     asked: list[Engine] = []
     monkeypatch.setattr(
         "pastkey.runtime.model.language_model.require_golden", lambda engine, bundle: asked.append(engine)

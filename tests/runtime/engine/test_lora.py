@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 
 from ..adapters import lora, merged, write_adapter, write_safetensors
-from ..conftest import Tiny, write_bundle
+from ..conftest import write_bundle
 
 IDS = [3, 14, 15, 9, 2, 6]
 
 
 @pytest.fixture(scope="module")
-def lm(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+def lm(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "bundle"
     write_bundle(folder, tiny, "fused", adapters=True)
     return load(folder)
@@ -34,7 +34,7 @@ def lm(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
         ({"lora_alpha": 6, "alpha_pattern": {r"^model\.w[qk]\d": 2, ".*": 4}}, {"wq0": 1, "wo1": 2, "wv0": 2}),
     ],
 )
-def test_the_scale_is_that_of_peft(config: Any, scale: Any, lm: LanguageModel, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_scale_is_that_of_peft(config, scale, lm, tiny, tmp_path):
     matrices = lora(tiny, ["wq0", "wo1", "wv0"])
     scales = scale if isinstance(scale, dict) else dict.fromkeys(["wq0", "wo1", "wv0"], scale)
     scaled = {m: (a, scales[m.removeprefix("model.")] * b) for m, (a, b) in matrices.items()}
@@ -46,7 +46,7 @@ def test_the_scale_is_that_of_peft(config: Any, scale: Any, lm: LanguageModel, t
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "of rank 0", "of zeros"])
-def test_other_forms_of_matrices_are_read(kind: str, lm: LanguageModel, tiny: Tiny, tmp_path: Path) -> None:
+def test_other_forms_of_matrices_are_read(kind, lm, tiny, tmp_path):
     matrices = lora(tiny, ["wk0"], rank=0 if kind == "of rank 0" else 2)
     a, b = matrices["model.wk0"]
     stored: tuple[Any, Any]
@@ -109,15 +109,7 @@ ONES = np.ones((2, 24), np.float32)
         ({}, lambda folder: (folder / "adapter_config.json").unlink(), MissingFileError, "adapter_config.json"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_in_a_sentence(
-    config: Any,
-    change: Callable[[Path], object] | None,
-    error: type[Exception],
-    words: str,
-    lm: LanguageModel,
-    tiny: Tiny,
-    tmp_path: Path,
-) -> None:
+def test_what_is_no_plain_lora_is_refused_in_a_sentence(config, change, error, words, lm, tiny, tmp_path):
     folder = write_adapter(tmp_path / "a", lora(tiny, ["wq0"]), **config)
     if change is not None:
         change(folder)
@@ -133,15 +125,13 @@ def test_what_is_no_plain_lora_is_refused_in_a_sentence(
         ("model.wq0", ((2, 23), (32, 2)), "as a matrix of 32 x 23; it has 32 x 24"),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(
-    module: str, shapes: Any, words: str, lm: LanguageModel, tmp_path: Path
-) -> None:
+def test_an_adapter_of_another_model_is_refused(module, shapes, words, lm, tmp_path):
     matrices = {module: tuple(np.ones(shape, np.float32) for shape in shapes)}
     with pytest.raises(InputError, match=words):
         lm.load_adapter("bad", write_adapter(tmp_path / "a", matrices))  # type: ignore[arg-type]
 
 
-def test_a_wrapper_may_add_a_prefix_to_the_names(lm: LanguageModel, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_wrapper_may_add_a_prefix_to_the_names(lm, tiny, tmp_path):
     matrices = lora(tiny, ["wq1"])
     lm.load_adapter("deep", write_adapter(tmp_path / "a", {f"wrapped.{m}": pair for m, pair in matrices.items()}, r=2))
     try:

@@ -49,13 +49,13 @@ def peft_key(patterns: Sequence[str], name: str) -> str | None:
         [".*a.*b.*"],
     ],
 )
-def test_the_first_that_matches_is_that_of_peft(patterns: list[str]) -> None:
+def test_the_first_that_matches_is_that_of_peft(patterns):
     found = ModulePatterns(patterns, FILE)
     for name in NAMES:
         assert found.first(name) == peft_key(patterns, name)
 
 
-def test_what_is_accepted_at_random_has_the_meaning_of_peft() -> None:
+def test_what_is_accepted_at_random_has_the_meaning_of_peft():
     rng, accepted, matched = random.Random(7), 0, 0
     for _ in range(3000):
         pattern = "".join(rng.choices(PIECES.split(), k=rng.randint(1, 7)))
@@ -78,7 +78,7 @@ def test_what_is_accepted_at_random_has_the_meaning_of_peft() -> None:
         "[", "[z-a]", "[]a]", "[^]", "a{2,1}", r"\b", r"\1", "\\", r"\p", "(?i)a", "(?=a)", "(?P<n>a)", "{", "a}",
     ],
 )  # fmt: skip
-def test_other_patterns_are_refused_by_name(pattern: str) -> None:
+def test_other_patterns_are_refused_by_name(pattern):
     with pytest.raises(InputError, match=re.escape(f"has the alpha_pattern {pattern!r}; names and plain patterns")):
         ModulePatterns(["a", pattern], FILE)
 
@@ -86,7 +86,7 @@ def test_other_patterns_are_refused_by_name(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["(a|a)" * 60 + "x", "a?" * 60 + "a" * 60 + "x", ".*" * 60 + "x", "(a|aa)" * 60 + "x", "[a.]{0,99}" * 60]
 )
-def test_what_takes_re_exponential_time_ends(pattern: str) -> None:
+def test_what_takes_re_exponential_time_ends(pattern):
     assert ModulePatterns([pattern], FILE).first("a" * 60 + "!") is None
 
 
@@ -100,7 +100,7 @@ def test_what_takes_re_exponential_time_ends(pattern: str) -> None:
     ],
     ids=["long", "branches", "parts", "many"],
 )
-def test_what_takes_too_long_is_refused(patterns: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_refused(patterns, names, monkeypatch):
     monkeypatch.setattr(module_patterns, "_MOST_STEPS", 100_000)
     with pytest.raises(InputError, match="an alpha_pattern that takes too long to match"):
         list(map(ModulePatterns(patterns, FILE).first, names))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def overlapping(count: int) -> bytes:
     return packed.getvalue()
 
 
-def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_arrays_are_read_as_they_were_written(tmp_path):
     np.savez(tmp_path / "a.npz", **ARRAYS)
     found = read_npz(tmp_path / "a.npz")
     assert list(found) == list(ARRAYS)
@@ -60,7 +59,7 @@ def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
         (archive(header("(1,)") + bytes(4))[8:], "is not in the file|Bad magic|Overlapped|not a zip"),
     ],
 )
-def test_other_archives_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_other_archives_are_refused(tmp_path, content, words):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises((ValueError, zipfile.BadZipFile), match=words):
         read_npz(tmp_path / "a.npz")

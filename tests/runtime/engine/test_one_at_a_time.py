@@ -26,7 +26,7 @@ class Counter:
         threading.Event().wait(0.01)
 
 
-def test_one_runs_at_a_time() -> None:
+def test_one_runs_at_a_time():
     counter = Counter()
 
     def enter() -> None:

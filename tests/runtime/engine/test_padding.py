@@ -7,7 +7,7 @@ import numpy as np
 from pastkey.runtime.engine.padding import Padding
 
 
-def test_without_padding_all_is_real() -> None:
+def test_without_padding_all_is_real():
     padding = Padding()
     for length, tokens in ((0, 3), (3, 1), (4, 200)):
         mask, positions = padding.of_run(length, 2, tokens, None)
@@ -16,7 +16,7 @@ def test_without_padding_all_is_real() -> None:
         assert np.array_equal(positions, [np.arange(length, length + tokens)] * 2)
 
 
-def test_a_position_is_the_number_of_real_tokens_before_it() -> None:
+def test_a_position_is_the_number_of_real_tokens_before_it():
     padding = Padding()
     mask, positions = padding.of_run(0, 2, 3, np.array([[1, 1, 0], [1, 1, 1]]))
     assert positions.tolist() == [[0, 1, 1], [0, 1, 2]]
@@ -27,7 +27,7 @@ def test_a_position_is_the_number_of_real_tokens_before_it() -> None:
     assert positions.flags.c_contiguous
 
 
-def test_what_is_left_of_it() -> None:
+def test_what_is_left_of_it():
     padding = Padding()
     assert padding.first(3) is None
     padding.mask = np.array([[1, 0, 1]])

@@ -20,7 +20,6 @@ from pastkey.runtime.engine.shift import turned
 from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
 
-from ..conftest import Tiny
 from ..rotary import RotaryTiny
 
 MakeBundle = Callable[..., Bundle]
@@ -60,13 +59,13 @@ def compare(tiny: RotaryTiny, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_logits_are_those_of_keys_turned_at_their_new_places(form: str, make_bundle: MakeBundle) -> None:
+def test_the_logits_are_those_of_keys_turned_at_their_new_places(form, make_bundle):
     graph, decoder, fields = FORMS[form]
     tiny = RotaryTiny.of(SIZE, CONTEXT, **decoder)
     compare(tiny, Engine(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1))
 
 
-def test_a_cache_of_fixed_shapes(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_fixed_shapes(make_bundle, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
     tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=4)
     compare(tiny, Engine(make_bundle(tiny, "standard", shift=tiny.shift), threads=1))
@@ -76,7 +75,7 @@ def test_a_cache_of_fixed_shapes(make_bundle: MakeBundle, monkeypatch: pytest.Mo
     parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
     reason="this onnxruntime has no int8 cache",
 )
-def test_an_int8_cache_is_rounded_anew(make_bundle: MakeBundle) -> None:
+def test_an_int8_cache_is_rounded_anew(make_bundle):
     tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
     bundle = make_bundle(tiny, "fused", shift=tiny.shift, int8_kv=True)
     found = []
@@ -92,7 +91,7 @@ def test_an_int8_cache_is_rounded_anew(make_bundle: MakeBundle) -> None:
     assert np.abs(found[0] - found[1]).max() < 0.05 * np.abs(found[1]).max()
 
 
-def test_keys_in_float16_stay_so() -> None:
+def test_keys_in_float16_stay_so():
     keys = np.random.default_rng(0).normal(size=(1, 2, 5, 8)).astype(np.float16)
     rotation = KeyRotation((0,), 2, False, (0.5, 0.1))
     there = turned(keys, rotation, 30)
@@ -105,12 +104,12 @@ def test_keys_in_float16_stay_so() -> None:
 
 # --- what the cache says of itself --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def bundle(make_bundle: MakeBundle) -> Bundle:
+def bundle(make_bundle):
     tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
     return make_bundle(tiny, "fused", shift=tiny.shift)
 
 
-def test_what_is_left_is_no_prefix_of_a_text(bundle: Bundle) -> None:
+def test_what_is_left_is_no_prefix_of_a_text(bundle):
     engine, ids = Engine(bundle, threads=1), ids_of(40)
     engine.prefill(ids)
     engine.shift(4, 10)
@@ -125,7 +124,7 @@ def test_what_is_left_is_no_prefix_of_a_text(bundle: Bundle) -> None:
     assert engine.cached_ids == kept
 
 
-def test_an_error_within_a_shift_empties_the_cache(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_within_a_shift_empties_the_cache(bundle, monkeypatch):
     engine = Engine(bundle, threads=1)
     engine.prefill(ids_of(40))
 
@@ -149,21 +148,21 @@ def test_an_error_within_a_shift_empties_the_cache(bundle: Bundle, monkeypatch: 
 
 
 @pytest.mark.parametrize(("keep", "count"), [(-1, 2), (0, 11), (8, 3), (4, -1)])
-def test_tokens_that_are_not_there(bundle: Bundle, keep: int, count: int) -> None:
+def test_tokens_that_are_not_there(bundle, keep, count):
     engine = Engine(bundle, threads=1)
     engine.prefill(ids_of(10))
     with pytest.raises(InputError, match="takes one row without padding, and tokens that are there"):
         engine.shift(keep, count)
 
 
-def test_several_rows(bundle: Bundle) -> None:
+def test_several_rows(bundle):
     engine = Engine(bundle, threads=1)
     engine.forward([ids_of(10), ids_of(10, 1)])
     with pytest.raises(InputError, match="a cache of 2 rows of 10 tokens"):
         engine.shift(0, 2)
 
 
-def test_a_bundle_that_does_not_say_how_its_keys_turn(make_bundle: MakeBundle, tiny: Tiny) -> None:
+def test_a_bundle_that_does_not_say_how_its_keys_turn(make_bundle, tiny):
     old = Engine(make_bundle(tiny), threads=1)
     refused = Engine(make_bundle(tiny, shift=CacheShift("its positions are learned")), threads=1)
     with pytest.raises(InputError, match="since an older pastkey wrote it: export it again"):
@@ -181,9 +180,7 @@ LOCAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", LOCAL)
-def test_what_no_window_sees_leaves_the_cache(
-    form: str, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_window_sees_leaves_the_cache(form, make_bundle, monkeypatch):
     monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.PREFILL_CHUNK", 32)
     graph, decoder = LOCAL[form]
     tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, **decoder)
@@ -203,7 +200,7 @@ def test_what_no_window_sees_leaves_the_cache(
     assert engine.nbytes <= whole.nbytes / 3
 
 
-def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle: MakeBundle) -> None:
+def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle):
     tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
     engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
     ids = ids_of(700)
@@ -221,7 +218,7 @@ def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle: MakeBundle) ->
     assert engine.keep_prefix(ids[:200]) == 0
 
 
-def test_a_copy_and_a_shift_of_what_is_local(make_bundle: MakeBundle) -> None:
+def test_a_copy_and_a_shift_of_what_is_local(make_bundle):
     tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
     engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
     ids, reference = ids_of(900), tiny.reference()

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.errors import InputError, IntegrityError, OptionError
 from pastkey.files.durable import write_json
-from pastkey.runtime import Generator, LanguageModel, load
+from pastkey.runtime import Generator, load
 from pastkey.runtime.decoding.batching.scheduler import Scheduler
 from pastkey.runtime.engine.caches.slab import Slab
 
 from ..adapters import lora, merged, write_adapter
-from ..conftest import Tiny, write_bundle
+from ..conftest import write_bundle
 
 PROMPT = [5, 1, 30, 2, 2, 7, 19, 4]
 COUNT = 12
@@ -28,7 +25,7 @@ ADAPTED = {"one": ["wq0", "wv0", "wo1"], "two": ["wk1", "wo0"]}
 
 
 @pytest.fixture(scope="module", params=["fused", "standard"])
-def folder(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tiny, tmp_path_factory):
     """A bundle, with its adapters beside it."""
     made = tmp_path_factory.mktemp(request.param)
     write_bundle(made / "bundle", tiny, request.param, adapters=True)
@@ -38,12 +35,12 @@ def folder(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def lm(folder: Path) -> LanguageModel:
+def lm(folder):
     return load(folder / "bundle", adapters={name: folder / name for name in ADAPTED})
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Tiny) -> dict[str | None, list[int]]:
+def expected(tiny):
     found: dict[str | None, list[int]] = {None: tiny.greedy(PROMPT, COUNT)}
     for seed, (name, weights) in enumerate(ADAPTED.items()):
         found[name] = merged(tiny, lora(tiny, weights, seed=seed)).greedy(PROMPT, COUNT)
@@ -51,17 +48,13 @@ def expected(tiny: Tiny) -> dict[str | None, list[int]]:
     return found
 
 
-def test_each_request_has_the_text_of_its_merged_model(
-    lm: LanguageModel, expected: dict[str | None, list[int]]
-) -> None:
+def test_each_request_has_the_text_of_its_merged_model(lm, expected):
     for name in (*NAMES, *NAMES):
         assert lm.generate(PROMPT, max_new_tokens=COUNT, adapter=name).ids == expected[name]
 
 
 @pytest.mark.parametrize("content", [False, True])
-def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(
-    content: bool, tiny: Tiny, letters: Tokenizer, tmp_path: Path
-) -> None:
+def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(content, tiny, letters, tmp_path):
     whole = merged(tiny, lora(tiny, ADAPTED["one"])).greedy(PROMPT, COUNT)
     base = tiny.greedy(PROMPT, COUNT)
     end = next(token for token in whole[2:] if token in base)  # the base model goes on behind it
@@ -76,7 +69,7 @@ def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(
     assert lm.generate(PROMPT, max_new_tokens=COUNT).ids == base
 
 
-def test_logits_and_scores_are_those_of_the_merged_model(lm: LanguageModel, tiny: Tiny) -> None:
+def test_logits_and_scores_are_those_of_the_merged_model(lm, tiny):
     model = merged(tiny, lora(tiny, ADAPTED["one"], seed=0))
     np.testing.assert_allclose(lm.logits(PROMPT, "one"), model(PROMPT), rtol=0, atol=1e-4)
     logits = model(PROMPT)[:-1]
@@ -85,9 +78,7 @@ def test_logits_and_scores_are_those_of_the_merged_model(lm: LanguageModel, tiny
     assert lm.score(PROMPT, "one").total == pytest.approx(total, abs=1e-3)
 
 
-def test_requests_of_one_adapter_are_batched_and_all_get_on(
-    lm: LanguageModel, expected: dict[str | None, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_of_one_adapter_are_batched_and_all_get_on(lm, expected, monkeypatch):
     batches, decode = [], Slab.decode
 
     def watched(slab: Slab, engines: Any, tokens: Any) -> Any:
@@ -109,9 +100,7 @@ def test_requests_of_one_adapter_are_batched_and_all_get_on(
         assert len({graph for graphs in batches for graph in graphs}) == 3
 
 
-def test_the_batch_of_the_request_that_waited_longest_is_next(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_batch_of_the_request_that_waited_longest_is_next(lm, monkeypatch):
     if lm.manifest.graph != "fused":
         pytest.skip("the standard graph has no batches")
     turns, decode = [], Scheduler._decode
@@ -137,7 +126,7 @@ def test_the_batch_of_the_request_that_waited_longest_is_next(
     assert turns == [graphs[0], graphs[1], graphs[0], graphs[1]]
 
 
-def test_a_cached_prefix_serves_its_own_adapter_alone(lm: LanguageModel, expected: dict[str | None, list[int]]) -> None:
+def test_a_cached_prefix_serves_its_own_adapter_alone(lm, expected):
     for name in NAMES:
         first = lm.generate(PROMPT, max_new_tokens=COUNT, adapter=name, reuse_prefix=True)
         assert (first.cached_tokens, first.ids) == (0, expected[name])
@@ -147,9 +136,7 @@ def test_a_cached_prefix_serves_its_own_adapter_alone(lm: LanguageModel, expecte
         assert again.ids == expected[name]
 
 
-def test_a_session_keeps_its_adapter_and_so_does_its_file(
-    lm: LanguageModel, expected: dict[str | None, list[int]], tmp_path: Path
-) -> None:
+def test_a_session_keeps_its_adapter_and_so_does_its_file(lm, expected, tmp_path):
     session = lm.session("one")
     session.append(PROMPT)
     session.save(tmp_path / "one.npz")
@@ -159,12 +146,10 @@ def test_a_session_keeps_its_adapter_and_so_does_its_file(
         with pytest.raises(IntegrityError, match="was saved with an adapter, and not with the one that"):
             lm.load_session(tmp_path / "one.npz", name)
     with pytest.raises(OptionError, match="has no option 'adapter'"):
-        session.generate(adapter="two")  # type: ignore[call-arg]
+        session.generate(adapter="two")
 
 
-def test_an_adapter_is_unloaded_while_a_request_runs_to_its_end(
-    lm: LanguageModel, folder: Path, expected: dict[str | None, list[int]]
-) -> None:
+def test_an_adapter_is_unloaded_while_a_request_runs_to_its_end(lm, folder, expected):
     lm.generate(PROMPT, max_new_tokens=COUNT, adapter="one", reuse_prefix=True)
     session = lm.session("one")
     stream = lm.stream(PROMPT, max_new_tokens=COUNT, adapter="one", reuse_prefix=True)
@@ -182,7 +167,7 @@ def test_an_adapter_is_unloaded_while_a_request_runs_to_its_end(
     assert lm.generate(PROMPT, max_new_tokens=COUNT, adapter="one").ids == expected["one"]
 
 
-def test_the_adapter_graph_opens_with_the_first_adapter_and_closes_with_the_last(folder: Path) -> None:
+def test_the_adapter_graph_opens_with_the_first_adapter_and_closes_with_the_last(folder):
     lm = load(folder / "bundle")
     assert lm.adapters._graph is None
     lm.load_adapter("one", folder / "one")
@@ -194,21 +179,19 @@ def test_the_adapter_graph_opens_with_the_first_adapter_and_closes_with_the_last
     assert lm.adapters._graph is None
 
 
-def test_another_process_loads_the_same_adapters(lm: LanguageModel, expected: dict[str | None, list[int]]) -> None:
+def test_another_process_loads_the_same_adapters(lm, expected):
     copied = pickle.loads(pickle.dumps(lm))
     assert copied.generate(PROMPT, max_new_tokens=COUNT, adapter="two").ids == expected["two"]
 
 
-def test_the_command_takes_a_folder(
-    command: Callable[..., tuple[int, str, str]], folder: Path, expected: dict[str | None, list[int]]
-) -> None:
+def test_the_command_takes_a_folder(command, folder, expected):
     arguments = ["--prompt-ids", ",".join(map(str, PROMPT)), "--max-new-tokens", COUNT, "--json"]
     for name in ADAPTED:
         status, out, err = command("run", folder / "bundle", "--adapter", folder / name, *arguments)
         assert (status, json.loads(out)["ids"], err) == (0, expected[name], "")
 
 
-def test_each_row_of_a_batch_names_its_adapter(folder: Path, lm: LanguageModel) -> None:
+def test_each_row_of_a_batch_names_its_adapter(folder, lm):
     adapters = {name: folder / name for name in ADAPTED}
     generator = Generator(folder / "bundle", adapters=adapters, max_new_tokens=COUNT, logprobs=0)
     rows = generator({"prompt": [PROMPT] * 6, "adapter": ["one", None, "two", "one", "three", "two"]})
@@ -232,7 +215,7 @@ def test_each_row_of_a_batch_names_its_adapter(folder: Path, lm: LanguageModel) 
         (lambda lm, folder: lm.session("three"), "there is no adapter 'three'"),
         (lambda lm, folder: lm.generate(PROMPT, adapter=3), "adapter is 3"),
         (
-            lambda lm, folder: load(folder / "bundle", adapters=cast(Any, ["one"])),
+            lambda lm, folder: load(folder / "bundle", adapters=cast("Any", ["one"])),
             "adapters is .*a mapping of names to folders",
         ),
         (
@@ -241,14 +224,12 @@ def test_each_row_of_a_batch_names_its_adapter(folder: Path, lm: LanguageModel) 
         ),
     ],
 )
-def test_what_is_wrong_is_told(
-    call: Callable[[LanguageModel, Path], object], words: str, lm: LanguageModel, folder: Path
-) -> None:
+def test_what_is_wrong_is_told(call, words, lm, folder):
     with pytest.raises(InputError, match=words):
         call(lm, folder)
 
 
-def test_a_bundle_without_the_graph_says_how_to_get_it(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_without_the_graph_says_how_to_get_it(tiny, folder, tmp_path):
     write_bundle(tmp_path / "plain", tiny, "fused")
     with pytest.raises(InputError, match=r"export it again with .* --adapters"):
         load(tmp_path / "plain", adapters={"one": folder / "one"})

@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingFileError, OptionError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.speculation.worth import Worth
 
-from ..conftest import Tiny, runs_of
+from ..conftest import runs_of
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
 
 @pytest.fixture(scope="module")
-def near(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Path:
+def near(tiny, letters, make_bundle):
     """A bundle of the same vocabulary that mostly says the same."""
     rng = np.random.default_rng(1)
     weights = {name: weight + rng.normal(0, 0.02, weight.shape) for name, weight in tiny.weights.items()}
@@ -33,18 +30,18 @@ def near(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> 
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
+def always(monkeypatch):
     """Three tokens are drafted in each step, whatever that costs."""
     monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
 
 
 @pytest.fixture
-def drafted(speaking_bundle: Bundle, near: Path, always: None) -> Iterator[LanguageModel]:
+def drafted(speaking_bundle, near, always):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         yield model
 
 
-def test_every_call_gives_the_text_of_the_model_alone(drafted: LanguageModel, lm: LanguageModel) -> None:
+def test_every_call_gives_the_text_of_the_model_alone(drafted, lm):
     expected = lm.generate("abc", **DRAWN)
     found = drafted.generate("abc", **DRAWN)
     assert (found.text, found.ids) == (expected.text, expected.ids)
@@ -61,7 +58,7 @@ def test_every_call_gives_the_text_of_the_model_alone(drafted: LanguageModel, lm
     ]
 
 
-def test_log_probabilities_are_the_models(drafted: LanguageModel, lm: LanguageModel) -> None:
+def test_log_probabilities_are_the_models(drafted, lm):
     found, expected = (model.generate("abc", logprobs=2, **DRAWN) for model in (drafted, lm))
     assert found.accepted_tokens > 20
     assert [place.id for place in found.logprobs] == expected.ids
@@ -70,9 +67,7 @@ def test_log_probabilities_are_the_models(drafted: LanguageModel, lm: LanguageMo
     )
 
 
-def test_a_session_goes_on_in_both_caches(
-    drafted: LanguageModel, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_session_goes_on_in_both_caches(drafted, lm, monkeypatch):
     """The draft model reads no more of the text than what is new to it."""
     assert drafted.draft is not None
     engine = drafted.draft.model.parts.require_open()
@@ -85,7 +80,7 @@ def test_a_session_goes_on_in_both_caches(
     session.close()
 
 
-def test_its_caches_count_as_memory(speaking_bundle: Bundle, near: Path, always: None, lm: LanguageModel) -> None:
+def test_its_caches_count_as_memory(speaking_bundle, near, always, lm):
     """Where there is no room for it, a text does without."""
     needed = lm.memory.estimate(3 + 40 + 1)
     expected = lm.generate("abc", **DRAWN).ids
@@ -97,7 +92,7 @@ def test_its_caches_count_as_memory(speaking_bundle: Bundle, near: Path, always:
                 assert (found.draft_tokens > 0) == drafts
 
 
-def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle: Bundle, near: Path, always: None) -> None:
+def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle, near, always):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         assert model.draft is not None
     assert model.draft.model.closed
@@ -111,7 +106,7 @@ def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle: Bun
         assert not own.closed
 
 
-def test_a_pickled_model_has_its_draft_model(drafted: LanguageModel) -> None:
+def test_a_pickled_model_has_its_draft_model(drafted):
     with pickle.loads(pickle.dumps(drafted)) as again:
         assert again.draft.opened
         assert again.generate("abc", **DRAWN).ids == drafted.generate("abc", **DRAWN).ids
@@ -134,26 +129,20 @@ def other_letters(order: str) -> Tokenizer:
         ("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDEXY", "it has 2 tokens that the model does not have"),
     ],
 )
-def test_another_vocabulary_is_refused(
-    tiny: Tiny, speaking_bundle: Bundle, make_bundle: Callable[..., Bundle], order: str, difference: str
-) -> None:
+def test_another_vocabulary_is_refused(tiny, speaking_bundle, make_bundle, order, difference):
     other = make_bundle(tiny, "fused", tokenizer=other_letters(order))
     with pytest.raises(InputError, match=difference):
         load(speaking_bundle.path, threads=1, draft=other.path)
 
 
-def test_the_same_ids_in_another_file_are_no_other_vocabulary(
-    tiny: Tiny, speaking_bundle: Bundle, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_the_same_ids_in_another_file_are_no_other_vocabulary(tiny, speaking_bundle, make_bundle):
     tokenizer = other_letters("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE")
     tokenizer.decoder = decoders.ByteFallback()
     other = make_bundle(tiny, "fused", tokenizer=tokenizer)
     load(speaking_bundle.path, threads=1, draft=other.path).close()
 
 
-def test_without_tokenizers_the_number_of_ids_counts(
-    tiny: Tiny, fused_bundle: Bundle, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_without_tokenizers_the_number_of_ids_counts(tiny, fused_bundle, make_bundle):
     load(fused_bundle.path, threads=1, draft=fused_bundle.path).close()
     model, other = load(fused_bundle.path, threads=1), load(fused_bundle.path, threads=1)
     manifest = dataclasses.replace(other.manifest, vocab_size=40)
@@ -162,16 +151,15 @@ def test_without_tokenizers_the_number_of_ids_counts(
         load(model.bundle.path, threads=1, draft=other)
 
 
-def test_a_graph_that_decodes_token_by_token_is_refused(standard_bundle: Bundle, fused_bundle: Bundle) -> None:
+def test_a_graph_that_decodes_token_by_token_is_refused(standard_bundle, fused_bundle):
     with pytest.raises(InputError, match=r"a draft model is of no use to .*which decodes token by token"):
         load(standard_bundle.path, threads=1, draft=fused_bundle.path)
 
 
 @pytest.mark.parametrize("kind", ["standard", "static"])
 def test_any_graph_may_draft(
-    tiny: Tiny, letters: Tokenizer, speaking_bundle: Bundle, lm: LanguageModel, always: None,
-    make_bundle: Callable[..., Bundle], kind: str,
-) -> None:  # fmt: skip
+    tiny, letters, speaking_bundle, lm, always,
+    make_bundle, kind):  # fmt: skip
     fields = {"chunk": 8} if kind == "static" else {}
     other = make_bundle(tiny, kind, tokenizer=letters, **fields)
     with load(speaking_bundle.path, threads=1, draft=other.path) as model:
@@ -180,11 +168,11 @@ def test_any_graph_may_draft(
         assert found.accepted_tokens == found.draft_tokens > 20
 
 
-def test_options_are_named(lm: LanguageModel, drafted: LanguageModel, speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_options_are_named(lm, drafted, speaking_bundle, tmp_path):
     with pytest.raises(InputError, match="draft is True, and this model has no draft model"):
         lm.generate("abc", draft=True)
     with pytest.raises(OptionError, match="did you mean 'draft'"):
-        drafted.generate("abc", drafts=True)  # type: ignore[call-overload]
+        drafted.generate("abc", drafts=True)
     assert lm.generate("abc", draft=False, max_new_tokens=1).new_tokens == 1
     with pytest.raises(MissingFileError):
         load(speaking_bundle.path, draft=tmp_path / "none")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, ResourceError
-from pastkey.runtime import Engine, LanguageModel, load
+from pastkey.runtime import Engine, load
 from pastkey.runtime.engine import decoder_graph
 
 from ..conftest import Tiny
@@ -23,16 +20,14 @@ POOLINGS = {"mean": lambda states: states.mean(0), "last": lambda states: states
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "no_padding"])
-def embedding_bundle(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> Bundle:
+def embedding_bundle(request, tiny, letters, make_bundle):
     graph = "fused" if request.param == "fused" else "standard"
     fields = {"padding": False} if request.param == "no_padding" else {}
     return make_bundle(tiny, graph, tokenizer=letters, hidden_size=E, **fields)
 
 
 @pytest.fixture(scope="module")
-def embedder(embedding_bundle: Bundle) -> LanguageModel:
+def embedder(embedding_bundle):
     return load(embedding_bundle.path, threads=1)
 
 
@@ -48,9 +43,7 @@ def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("length", [1, 2, 9, 40])
-def test_one_text_has_what_the_head_multiplies_pooled(
-    embedder: LanguageModel, tiny: Tiny, pooling: Any, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_text_has_what_the_head_multiplies_pooled(embedder, tiny, pooling, length, monkeypatch):
     monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 16)  # so that the longest takes three runs
     (ids,) = texts_of(tiny, length)
     expected = POOLINGS[pooling](tiny.hidden_states(ids))
@@ -62,9 +55,7 @@ def test_one_text_has_what_the_head_multiplies_pooled(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_several_texts_have_the_vectors_of_each_alone_in_their_order(
-    embedder: LanguageModel, tiny: Tiny, pooling: Any
-) -> None:
+def test_several_texts_have_the_vectors_of_each_alone_in_their_order(embedder, tiny, pooling):
     texts = texts_of(tiny, 7, 300, 1, 7, 30, 2, 129, 30, 1, 5, 5, 5, 6, 90)
     expected = np.stack([unit(POOLINGS[pooling](tiny.hidden_states(ids))) for ids in texts])
     found = embedder.embed(texts, pooling=pooling)
@@ -72,15 +63,15 @@ def test_several_texts_have_the_vectors_of_each_alone_in_their_order(
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_a_text_is_encoded_as_a_prompt(embedder: LanguageModel) -> None:
+def test_a_text_is_encoded_as_a_prompt(embedder):
     ids = embedder.prompt_ids("abc")
     np.testing.assert_array_equal(embedder.embed("abc"), embedder.embed(ids))
-    np.testing.assert_array_equal(embedder.embed(np.array(ids)), embedder.embed(ids))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(embedder.embed(np.array(ids)), embedder.embed(ids))
     np.testing.assert_array_equal(embedder.embed(["abc", "b"])[0], embedder.embed("abc"))
     assert embedder.embed(["abc"]).shape == (1, E)
 
 
-def test_threads_and_generations_beside_it_change_nothing(embedder: LanguageModel, tiny: Tiny) -> None:
+def test_threads_and_generations_beside_it_change_nothing(embedder, tiny):
     texts = texts_of(tiny, 6, 17, 260, 3)
     expected, continuation = embedder.embed(texts), embedder.generate("abc", max_new_tokens=20).ids
 
@@ -93,7 +84,7 @@ def test_threads_and_generations_beside_it_change_nothing(embedder: LanguageMode
         assert all(pool.map(work, range(8)))
 
 
-def test_what_cannot_be_embedded(embedder: LanguageModel) -> None:
+def test_what_cannot_be_embedded(embedder):
     context = embedder.manifest.context_length
     for wrong, words in (
         ([], "the text is empty"),
@@ -105,19 +96,19 @@ def test_what_cannot_be_embedded(embedder: LanguageModel) -> None:
         with pytest.raises(InputError, match=words):
             embedder.embed(wrong)
     with pytest.raises(InputError, match="pooling is 'cls'; it must be one of mean, last, none"):
-        embedder.embed("a", pooling="cls")  # type: ignore[arg-type]
+        embedder.embed("a", pooling="cls")
     with pytest.raises(InputError, match="one text at a time"):
         embedder.embed(["a", "b"], pooling="none")
 
 
-def test_a_bundle_without_hidden_states_says_how_it_gets_them(lm: LanguageModel, model: LanguageModel) -> None:
+def test_a_bundle_without_hidden_states_says_how_it_gets_them(lm, model):
     with pytest.raises(InputError, match=r"pastkey export SOURCE --out BUNDLE --hidden-states"):
         lm.embed("abc")
     with pytest.raises(InputError, match="no hidden states"):
         model.embed("abc")
 
 
-def test_hidden_states_that_are_not_finite(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_hidden_states_that_are_not_finite(tiny, make_bundle):
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
     weights["position"][4] = np.nan
@@ -130,7 +121,7 @@ def test_hidden_states_that_are_not_finite(tiny: Tiny, make_bundle: Callable[...
         found.embed([1, 2, 3, 4, 5])
 
 
-def test_a_limit_holds_for_the_texts_that_are_run_together(embedding_bundle: Bundle, tiny: Tiny) -> None:
+def test_a_limit_holds_for_the_texts_that_are_run_together(embedding_bundle, tiny):
     texts = texts_of(tiny, 5, 6, 7)
     with load(embedding_bundle.path, threads=1) as free:
         expected, room = free.embed(texts), 3 * free.memory.estimate(128)
@@ -141,7 +132,7 @@ def test_a_limit_holds_for_the_texts_that_are_run_together(embedding_bundle: Bun
         limited.embed(texts)
 
 
-def test_an_engine_gives_logits_and_hidden_states_in_any_order(embedding_bundle: Bundle, tiny: Tiny) -> None:
+def test_an_engine_gives_logits_and_hidden_states_in_any_order(embedding_bundle, tiny):
     (ids,) = texts_of(tiny, 12)
     logits, states = tiny(ids), tiny.hidden_states(ids)
     engine = Engine(embedding_bundle, threads=1)
@@ -156,6 +147,6 @@ def test_an_engine_gives_logits_and_hidden_states_in_any_order(embedding_bundle:
     np.testing.assert_allclose(kept[0], states[9:], atol=1e-5)
 
 
-def test_the_all_logits_graph_says_that_the_other_has_them(embedding_bundle: Bundle) -> None:
+def test_the_all_logits_graph_says_that_the_other_has_them(embedding_bundle):
     with pytest.raises(InputError, match='open graph="last_logits"'):
         Engine(embedding_bundle, graph="all_logits").hidden_states([[1]])

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import IntegrityError
 from pastkey.runtime import ChatOptions, load
 from pastkey.runtime.model.generation_config import sampling_defaults
-
-from ..conftest import Tiny
 
 ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
 
@@ -30,16 +25,14 @@ ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition
         ({"eos_token_id": 3, "max_length": 40, "num_beams": 4}, {}),
     ],
 )
-def test_what_counts(
-    tiny: Tiny, make_bundle: Callable[..., Bundle], found: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_what_counts(tiny, make_bundle, found, expected):
     bundle = make_bundle(tiny, "fused", generation_config=found)
     assert sampling_defaults(bundle) == expected
     unlisted = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files={}))
     assert sampling_defaults(unlisted) == {}
 
 
-def test_the_library_uses_them_on_request_only(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_the_library_uses_them_on_request_only(tiny, make_bundle):
     found = {"do_sample": True, "temperature": 3.0}
     model = load(make_bundle(tiny, "fused", generation_config=found).path, threads=1)
     assert model.sampling_defaults == {"temperature": 3.0}
@@ -50,7 +43,7 @@ def test_the_library_uses_them_on_request_only(tiny: Tiny, make_bundle: Callable
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("top_p", 2), ("repetition_penalty", 0)])
-def test_a_value_out_of_range_is_told(tiny: Tiny, make_bundle: Callable[..., Bundle], name: str, value: Any) -> None:
+def test_a_value_out_of_range_is_told(tiny, make_bundle, name, value):
     bundle = make_bundle(tiny, "fused", generation_config={"do_sample": True, name: value})
     with pytest.raises(IntegrityError, match=rf"generation_config\.json is not valid: {name} is {value!r}"):
         sampling_defaults(bundle)

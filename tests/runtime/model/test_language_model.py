@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import pastkey
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
-from ..conftest import Tiny
 
-
-def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Tokenizer) -> None:
+def test_generate_continues_a_text(lm, tiny, letters):
     expected = tiny.greedy(letters.encode("once upon").ids, 12)
     completion = lm.generate("once upon", max_new_tokens=12)
     assert completion.ids == expected
@@ -31,12 +26,12 @@ def test_generate_continues_a_text(lm: LanguageModel, tiny: Tiny, letters: Token
     assert completion.decode_seconds > 0
 
 
-def test_a_stream_refuses_before_the_first_chunk(lm: LanguageModel) -> None:
+def test_a_stream_refuses_before_the_first_chunk(lm):
     with pytest.raises(InputError, match="temperature"):
         lm.stream("abc", temperature=-1)
 
 
-def test_a_stop_string_ends_the_text_before_it(lm: LanguageModel) -> None:
+def test_a_stop_string_ends_the_text_before_it(lm):
     text = lm.generate("abc", max_new_tokens=30).text
     stop = text[5:8]
     completion = lm.generate("abc", max_new_tokens=30, stop=["~", stop])
@@ -46,7 +41,7 @@ def test_a_stop_string_ends_the_text_before_it(lm: LanguageModel) -> None:
     assert lm.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
 
 
-def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) -> None:
+def test_text_held_back_for_a_stop_string_comes_at_the_end(lm):
     text = lm.generate("abc", max_new_tokens=10).text
     completion = lm.generate("abc", max_new_tokens=10, stop=text[-2:] + "~")
     assert (completion.text, completion.finish_reason) == (text, "length")
@@ -54,14 +49,14 @@ def test_text_held_back_for_a_stop_string_comes_at_the_end(lm: LanguageModel) ->
 
 
 @pytest.mark.parametrize("ids", [np.array([1, 2], np.uint8), np.array([1, 2], np.int32), range(1, 3), iter([1, 2])])
-def test_ids_of_any_kind_are_taken(lm: LanguageModel, ids: Any) -> None:
+def test_ids_of_any_kind_are_taken(lm, ids):
     found = lm.generate(ids, max_new_tokens=3).ids
     assert found == lm.generate([1, 2], max_new_tokens=3).ids
     assert all(type(token) is int for token in found)
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
-def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, call: str) -> None:
+def test_a_misspelt_option_is_named_with_its_call(byte_model, call):
     chat = byte_model.chat()
     calls = {
         "generate": byte_model.generate,
@@ -85,7 +80,7 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model: LanguageModel, cal
             calls[call]("?", **{near: 1})
 
 
-def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bundle: Bundle) -> None:
+def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
     every: dict[str, Any] = dict.fromkeys(GENERATE_OPTIONS)
     chats: dict[str, Any] = dict.fromkeys(CHAT_OPTIONS)
     going: dict[str, Any] = dict.fromkeys(SESSION_OPTIONS)
@@ -102,7 +97,7 @@ def test_none_is_not_set_in_every_option(byte_model: LanguageModel, speaking_bun
         assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
 
 
-def test_logits_of_nothing_are_refused(lm: LanguageModel) -> None:
+def test_logits_of_nothing_are_refused(lm):
     with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
         lm.logits([])
 
@@ -112,7 +107,7 @@ MANY_BYTES = "a日é🙂."
 
 
 @pytest.fixture(scope="module", params=["byte_level", "byte_fallback"])
-def byte_model(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+def byte_model(request, tiny, make_bundle):
     """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it has a chat template, too."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = "".join(part for part, _ in byte_level.pre_tokenize_str(MANY_BYTES + "?"))  # one for each byte
@@ -133,7 +128,7 @@ def byte_model(request: pytest.FixtureRequest, tiny: Tiny, make_bundle: Callable
 
 
 @pytest.mark.parametrize("count", range(len(MANY_BYTES.encode()) + 2))
-def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model: LanguageModel, count: int) -> None:
+def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model, count):
     data = MANY_BYTES.encode()
     expected = data[:count].decode("utf-8", "ignore")
     completion = byte_model.generate([0], max_new_tokens=count)
@@ -146,14 +141,12 @@ def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model
     assert chat.messages[-1] == {"role": "assistant", "content": expected}
 
 
-def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byte_model: LanguageModel) -> None:
+def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byte_model):
     completion = byte_model.generate([0], stop="日")
     assert (completion.text, completion.finish_reason) == ("a", "stop_string")
 
 
-def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
-    lm: LanguageModel, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(lm, tiny, letters, make_bundle):
     drawn: dict[str, Any] = {"max_new_tokens": 30, "temperature": 2.0, "seed": 1}
     free = lm.generate("abc", **drawn)
     first, second = [token for i, token in enumerate(free.ids) if i > 0 and token not in free.ids[:i]][:2]
@@ -173,12 +166,12 @@ def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(
 
 
 @pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"eos_token_id": 37}, {"stop_token_ids": [37]}])
-def test_an_end_id_that_is_none_is_refused(lm: LanguageModel, given: dict[str, Any]) -> None:
+def test_an_end_id_that_is_none_is_refused(lm, given):
     with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a .*token id"):
         lm.generate("abc", **given)
 
 
-def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
+def test_logits_of_every_position(lm, tiny):
     ids = [3, 1, 4, 1, 5]
     for given in (ids, np.array(ids)):
         logits = lm.logits(given)
@@ -186,7 +179,7 @@ def test_logits_of_every_position(lm: LanguageModel, tiny: Tiny) -> None:
         np.testing.assert_allclose(logits, tiny(ids), atol=1e-4)
 
 
-def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> None:
+def test_a_bundle_without_tokenizer_takes_ids(bundle, tiny):
     model = load(bundle.path, threads=1)
     completion = model.generate([1, 2, 3], max_new_tokens=6)
     assert completion.ids == tiny.greedy([1, 2, 3], 6)
@@ -198,14 +191,14 @@ def test_a_bundle_without_tokenizer_takes_ids(bundle: Bundle, tiny: Tiny) -> Non
         model.generate([1], stop=["a"])
 
 
-def test_a_prompt_beyond_the_context_is_refused(lm: LanguageModel) -> None:
+def test_a_prompt_beyond_the_context_is_refused(lm):
     with pytest.raises(InputError, match="the prompt has 700 tokens; the context is 600"):
         lm.generate("a" * 700)
     completion = lm.generate("a" * 600)
     assert (completion.new_tokens, completion.finish_reason) == (1, "length")
 
 
-def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle, tmp_path):
     folder = tmp_path / "b"
     shutil.copytree(speaking_bundle.path, folder)
     graph = folder / names.LAST_LOGITS_GRAPH
@@ -219,7 +212,7 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle: Bundle
 
 
 @pytest.mark.parametrize("providers", ["cpu", [("cpu", {})]])
-def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> None:
+def test_providers_in_every_form(speaking_bundle, providers):
     one: Any = np.int64(1)
     assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
 
@@ -227,11 +220,11 @@ def test_providers_in_every_form(speaking_bundle: Bundle, providers: Any) -> Non
 @pytest.mark.parametrize(
     ("prompt", "odd"), [([1, "a"], "'a'"), ([1, [2]], r"\[2\]"), ([1, 2.5], "2.5"), ([1, None], "None")]
 )
-def test_the_one_id_that_is_none_is_named(lm: LanguageModel, prompt: Any, odd: str) -> None:
+def test_the_one_id_that_is_none_is_named(lm, prompt, odd):
     with pytest.raises(InputError, match=f"the prompt holds {odd}; token ids are whole numbers from 0 to"):
         lm.generate(prompt)
 
 
-def test_an_id_beyond_any_number_is_refused(lm: LanguageModel) -> None:
+def test_an_id_beyond_any_number_is_refused(lm):
     with pytest.raises(InputError, match="token id"):
         lm.generate([10**30])

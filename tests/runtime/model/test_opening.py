@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Completion, LanguageModel, load
-
-from ..conftest import Tiny
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def mute(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+def mute(tiny, make_bundle):
     return load(make_bundle(tiny, "fused").path, threads=1)
 
 
@@ -33,9 +28,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.5, "top_k": 3, "seed": 2}, {"suppress_tokens": [1, 2], "prompt_lookup": False}]
 )
-def test_log_probabilities_are_the_models_own_whatever_the_settings(
-    model: LanguageModel, tiny: Tiny, settings: dict[str, Any]
-) -> None:
+def test_log_probabilities_are_the_models_own_whatever_the_settings(model, tiny, settings):
     prompt = [5, 6, 7, 9, 5, 6]
     found = model.generate(prompt, max_new_tokens=20, logprobs=3, prompt_logprobs=True, **settings)
     plain = model.generate(prompt, max_new_tokens=20, **settings)
@@ -52,7 +45,7 @@ def test_log_probabilities_are_the_models_own_whatever_the_settings(
         np.testing.assert_allclose([p for _, p in entry.top], np.sort(expected[place])[::-1][:3], atol=1e-4)
 
 
-def test_a_chunk_has_those_of_its_token(lm: LanguageModel) -> None:
+def test_a_chunk_has_those_of_its_token(lm):
     stream = lm.stream("abc", logprobs=0, **DRAWN)
     chunks = list(stream)
     assert stream.completion is not None
@@ -62,7 +55,7 @@ def test_a_chunk_has_those_of_its_token(lm: LanguageModel) -> None:
     assert all(chunk.logprobs == [] for chunk in lm.stream("abc", **DRAWN))
 
 
-def test_those_of_drafts_and_of_rows_decoded_together_are_the_same(lm: LanguageModel) -> None:
+def test_those_of_drafts_and_of_rows_decoded_together_are_the_same(lm):
     prompts = ["abcabcabc", "aaaa", "cab"]
     settings: dict[str, Any] = {"max_new_tokens": 30, "logprobs": 1}
     alone = [lm.generate(prompt, prompt_lookup=False, **settings) for prompt in prompts]
@@ -77,7 +70,7 @@ def test_those_of_drafts_and_of_rows_decoded_together_are_the_same(lm: LanguageM
             np.testing.assert_allclose([entry.logprob for entry in found.logprobs], expected, atol=1e-4)
 
 
-def test_a_prompt_that_is_cached_is_computed_anew_for_its_log_probabilities(lm: LanguageModel) -> None:
+def test_a_prompt_that_is_cached_is_computed_anew_for_its_log_probabilities(lm):
     first = lm.generate("abcabc", reuse_prefix=True, **DRAWN)
     again = lm.generate("abcabc", reuse_prefix=True, prompt_logprobs=True, **DRAWN)
     assert (again.ids, again.cached_tokens) == (first.ids, 0)
@@ -85,14 +78,14 @@ def test_a_prompt_that_is_cached_is_computed_anew_for_its_log_probabilities(lm: 
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 40])
-def test_a_prompt_has_log_probabilities_without_new_tokens(model: LanguageModel, length: int) -> None:
+def test_a_prompt_has_log_probabilities_without_new_tokens(model, length):
     prompt = [i % 7 for i in range(length)]
     found = model.generate(prompt, max_new_tokens=0, prompt_logprobs=True)
     assert found.prompt_logprobs == model.generate(prompt, max_new_tokens=1, prompt_logprobs=True).prompt_logprobs
     assert (found.ids, found.logprobs, found.finish_reason) == ([], [], "length")
 
 
-def test_the_figures(lm: LanguageModel) -> None:
+def test_the_figures(lm):
     found = lm.generate("abcabcabc", max_new_tokens=100)
     assert 0 < found.accepted_tokens <= found.draft_tokens
     assert found.seconds_to_first_token == found.prefill_seconds > 0
@@ -105,13 +98,13 @@ def texts(lm: LanguageModel, **settings: Any) -> Completion:
     return lm.generate("abcabcabc", max_new_tokens=40, **settings)
 
 
-def test_no_sequence_comes_twice(lm: LanguageModel) -> None:
+def test_no_sequence_comes_twice(lm):
     ids = [*lm.prompt_ids("abca"), *lm.generate("abca", max_new_tokens=30, no_repeat_ngram_size=2).ids]
     pairs = list(itertools.pairwise(ids))
     assert len(set(pairs)) == len(pairs)
 
 
-def test_drafts_and_rows_meet_the_same_settings(lm: LanguageModel) -> None:
+def test_drafts_and_rows_meet_the_same_settings(lm):
     settings: dict[str, Any] = {
         "temperature": 1.0, "seed": 3, "dry_multiplier": 0.5, "presence_penalty": 0.3, "min_new_tokens": 5,
         "xtc_probability": 0.4, "xtc_threshold": 0.05, "typical_p": 0.9, "max_new_tokens": 30,
@@ -125,7 +118,7 @@ def test_drafts_and_rows_meet_the_same_settings(lm: LanguageModel) -> None:
         assert session.generate(**settings).ids == alone[0]
 
 
-def test_bad_words_as_texts(lm: LanguageModel) -> None:
+def test_bad_words_as_texts(lm):
     assert lm.tokenizer is not None
     plain = texts(lm)
     letter = next(letter for letter in plain.text if letter.strip())
@@ -137,9 +130,7 @@ def test_bad_words_as_texts(lm: LanguageModel) -> None:
     assert pair not in texts(lm, bad_words=[pair]).text
 
 
-def test_the_end_comes_where_it_is_asked_for(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_the_end_comes_where_it_is_asked_for(tiny, letters, make_bundle):
     lm = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=[3]).path, threads=1)
     found = lm.generate("abc", max_new_tokens=5, forced_eos_token_id=3, suppress_tokens=[])
     assert (found.finish_reason, found.new_tokens) == ("stop", 4)
@@ -150,7 +141,7 @@ def test_the_end_comes_where_it_is_asked_for(
     assert lm.generate("abc", max_new_tokens=5, min_new_tokens=2, logit_bias={3: 100.0}).new_tokens == 2
 
 
-def test_a_function_of_ones_own_sees_the_text_as_it_grows(lm: LanguageModel) -> None:
+def test_a_function_of_ones_own_sees_the_text_as_it_grows(lm):
     seen: list[list[int]] = []
 
     def processor(ids: Any, logits: Any) -> Any:
@@ -165,7 +156,7 @@ def test_a_function_of_ones_own_sees_the_text_as_it_grows(lm: LanguageModel) -> 
     assert all(ids[: len(one)] == one for one in seen)
 
 
-def test_one_that_fails_ends_its_own_generation_and_no_other(lm: LanguageModel) -> None:
+def test_one_that_fails_ends_its_own_generation_and_no_other(lm):
     def failing(ids: Any, logits: Any) -> Any:
         if len(ids) > 6:
             raise ValueError("enough")
@@ -182,7 +173,7 @@ def test_one_that_fails_ends_its_own_generation_and_no_other(lm: LanguageModel) 
     assert lm.scheduler.live == 0
 
 
-def test_one_that_asks_the_same_model_is_told(lm: LanguageModel) -> None:
+def test_one_that_asks_the_same_model_is_told(lm):
     def asking(ids: Any, logits: Any) -> Any:
         lm.generate("abc", max_new_tokens=1)
         return logits
@@ -192,7 +183,7 @@ def test_one_that_asks_the_same_model_is_told(lm: LanguageModel) -> None:
     assert lm.generate("abc", max_new_tokens=1).new_tokens == 1
 
 
-def test_breakers_are_texts_or_ids(lm: LanguageModel, mute: LanguageModel) -> None:
+def test_breakers_are_texts_or_ids(lm, mute):
     assert lm.tokenizer is not None
     settings: dict[str, Any] = {"dry_multiplier": 5.0, "dry_allowed_length": 1}
     plain = texts(lm, dry_sequence_breakers=[], **settings)
@@ -216,17 +207,17 @@ def test_breakers_are_texts_or_ids(lm: LanguageModel, mute: LanguageModel) -> No
         ({"suppress_tokens": range(37)}, "the settings ban every token"),
     ],
 )
-def test_options_out_of_range_are_named(lm: LanguageModel, options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_named(lm, options, message):
     with pytest.raises(InputError, match=message):
         lm.generate("abc", **options)
 
 
-def test_bad_words_need_a_tokenizer(mute: LanguageModel) -> None:
+def test_bad_words_need_a_tokenizer(mute):
     with pytest.raises(InputError, match="this bundle has no tokenizer, so that bad words have no ids"):
         mute.generate([5, 6], bad_words=["a"])
 
 
-def test_the_number_of_sinks_is_looked_at_in_any_case(lm: LanguageModel) -> None:
+def test_the_number_of_sinks_is_looked_at_in_any_case(lm):
     with pytest.raises(InputError, match=r"num_sink_tokens is .*; it must be a whole number from 0$"):
         lm.stream("abc", num_sink_tokens=-1)
     assert lm.generate("abc", num_sink_tokens=1000, max_new_tokens=1).new_tokens == 1

@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, ResourceError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.engine import decoder_graph
-
-from ..conftest import Tiny
 
 
 @pytest.mark.parametrize("chunk", [4, 512])
-def test_it_is_the_log_softmax_of_each_token_after_those_before_it(
-    model: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_it_is_the_log_softmax_of_each_token_after_those_before_it(model, tiny, monkeypatch, chunk):
     monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", chunk)
     ids = [5, 6, 7, 9, 11, 5, 6, 7, 3, 4]
     logits = tiny(ids).astype(np.float64)
@@ -29,7 +24,7 @@ def test_it_is_the_log_softmax_of_each_token_after_those_before_it(
     assert found.total == pytest.approx(sum(numbers))
 
 
-def test_a_text_and_one_token(model: LanguageModel) -> None:
+def test_a_text_and_one_token(model):
     assert model.score("abc") == model.score(model.prompt_ids("abc"))
     assert (model.score([5]).logprobs, model.score([5]).total, model.score([5]).mean) == ([None], 0.0, 0.0)
     assert model.score("abc").mean == model.score("abc").total / 2
@@ -38,14 +33,14 @@ def test_a_text_and_one_token(model: LanguageModel) -> None:
     np.testing.assert_allclose(scored, [entry.logprob for entry in prompt[1:] if entry], atol=1e-5)
 
 
-def test_what_cannot_be_scored(model: LanguageModel) -> None:
+def test_what_cannot_be_scored(model):
     with pytest.raises(InputError, match="the context is"):
         model.score([5] * (model.manifest.context_length + 1))
     with pytest.raises(InputError, match="token id 999"):
         model.score([999])
 
 
-def test_a_score_keeps_the_memory_limit(speaking_bundle: Bundle) -> None:
+def test_a_score_keeps_the_memory_limit(speaking_bundle):
     with load(speaking_bundle.path, threads=1) as free:
         room = free.memory.estimate(10)
     with load(speaking_bundle.path, threads=1, max_memory=room) as limited:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, OptionError, ResourceError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.engine import decoder_graph
-
-from ..conftest import Tiny
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
 
-def test_a_text_goes_on_from_where_it_stands(model: LanguageModel) -> None:
+def test_a_text_goes_on_from_where_it_stands(model):
     session = model.session()
     session.append("once upon")
     first = session.generate(**SETTINGS)
@@ -44,7 +39,7 @@ def test_a_text_goes_on_from_where_it_stands(model: LanguageModel) -> None:
     assert third.ids == model.generate([*whole, *second.ids], **SETTINGS).ids
 
 
-def test_what_was_yielded_stands_in_the_session(model: LanguageModel) -> None:
+def test_what_was_yielded_stands_in_the_session(model):
     session = model.session()
     stream = session.stream("abc", **SETTINGS)
     expected = model.generate("abc", **SETTINGS).ids
@@ -60,7 +55,7 @@ def test_what_was_yielded_stands_in_the_session(model: LanguageModel) -> None:
     assert session.generate(**SETTINGS | {"max_new_tokens": 9}).ids == expected[3:]
 
 
-def test_a_stream_of_an_earlier_state_is_refused(lm: LanguageModel) -> None:
+def test_a_stream_of_an_earlier_state_is_refused(lm):
     session = lm.session()
     made = session.stream("abc", **SETTINGS)
     session.append("x")
@@ -69,7 +64,7 @@ def test_a_stream_of_an_earlier_state_is_refused(lm: LanguageModel) -> None:
     assert session.text == "x"
 
 
-def test_a_text_in_pieces_has_the_tokens_of_the_whole(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> None:
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tiny, make_bundle):
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefghi▁")}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -86,7 +81,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tiny: Tiny, make_bundle: C
         assert session.generate(" a", max_new_tokens=4).ids == lm.generate("a cab fed a", max_new_tokens=4).ids
 
 
-def test_a_fork_and_its_origin_go_on_apart(model: LanguageModel) -> None:
+def test_a_fork_and_its_origin_go_on_apart(model):
     session = model.session()
     session.append("once upon")
     session.generate(**SETTINGS)
@@ -99,7 +94,7 @@ def test_a_fork_and_its_origin_go_on_apart(model: LanguageModel) -> None:
     assert other.cached_tokens == one.cached_tokens == 20
 
 
-def test_trim_and_keep_go_back(model: LanguageModel) -> None:
+def test_trim_and_keep_go_back(model):
     session = model.session()
     session.append("once upon a time")
     session.trim(9)
@@ -112,10 +107,10 @@ def test_trim_and_keep_go_back(model: LanguageModel) -> None:
     assert completion.cached_tokens == 5
     for length in (-1, 100, 1.5, True):
         with pytest.raises(InputError, match="cannot be trimmed to"):
-            session.trim(length)  # type: ignore[arg-type]
+            session.trim(length)
 
 
-def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
+def test_what_a_session_cannot_do_is_refused(lm):
     session = lm.session()
     with pytest.raises(InputError, match="the session is empty: append a text first"):
         session.generate()
@@ -126,7 +121,7 @@ def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
                 begin(wrong)
         assert session.ids == []
     with pytest.raises(OptionError, match=r"session\.generate\(\) has no option 'reuse_prefix'"):
-        session.generate("a", reuse_prefix=True)  # type: ignore[call-arg]
+        session.generate("a", reuse_prefix=True)
     with session:
         session.append("abc")
     assert repr(session) == "<Session, closed>"
@@ -136,7 +131,7 @@ def test_what_a_session_cannot_do_is_refused(lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_stream_cannot_be_copied(lm: LanguageModel, copied: Callable[[object], object]) -> None:
+def test_a_stream_cannot_be_copied(lm, copied):
     session = lm.session()
     session.append("abc")
     with session.stream(max_new_tokens=5) as stream:
@@ -146,7 +141,7 @@ def test_a_stream_cannot_be_copied(lm: LanguageModel, copied: Callable[[object],
         assert len(list(stream)) == 4
 
 
-def test_closing_a_session_ends_its_stream(lm: LanguageModel) -> None:
+def test_closing_a_session_ends_its_stream(lm):
     session = lm.session()
     stream = session.stream("abc", **SETTINGS)
     next(stream)
@@ -155,9 +150,7 @@ def test_closing_a_session_ends_its_stream(lm: LanguageModel) -> None:
     assert lm.scheduler.live == 0
 
 
-def test_cancel_from_another_thread_keeps_what_was_generated(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancel_from_another_thread_keeps_what_was_generated(lm, monkeypatch):
     expected = lm.generate("abc", max_new_tokens=500).ids
     session = lm.session()
     graph, started = lm.require_open().graph, threading.Event()
@@ -182,7 +175,7 @@ def test_cancel_from_another_thread_keeps_what_was_generated(
     assert [*completion.ids, *rest.ids] == expected[: completion.new_tokens + 20]
 
 
-def test_sixteen_sessions_at_the_same_time(model: LanguageModel) -> None:
+def test_sixteen_sessions_at_the_same_time(model):
     barrier = threading.Barrier(16)
 
     def grow(number: int) -> list[int]:
@@ -207,7 +200,7 @@ def test_sixteen_sessions_at_the_same_time(model: LanguageModel) -> None:
     assert found == [expected(number) for number in range(16)]
 
 
-def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle: Bundle) -> None:
+def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle):
     per_token = load(speaking_bundle.path, threads=1).memory.estimate(1)
     assert per_token == 4 * 2 * (8 + 8 + 16 + 16)
     model = load(speaking_bundle.path, threads=1, max_memory=100 * per_token)
@@ -226,14 +219,7 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle: Bundle) ->
 
 
 @pytest.mark.parametrize("graph", ["fused", "standard"])
-def test_what_fails_leaves_a_session_as_it_was(
-    graph: str,
-    tiny: Tiny,
-    letters: Tokenizer,
-    make_bundle: Callable[..., Bundle],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_what_fails_leaves_a_session_as_it_was(graph, tiny, letters, make_bundle, monkeypatch, tmp_path):
     """Beyond 20 tokens the decoder gives NaN."""
     position = tiny.weights["position"].copy()
     position[20:] = np.nan

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import LanguageModel, Session, load
-
-from ..conftest import Tiny
+from pastkey.runtime import load
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
 
 @pytest.fixture
-def session(model: LanguageModel) -> Session:
+def session(model):
     session = model.session()
     session.append("once upon")
     session.generate(**SETTINGS)
     return session
 
 
-def test_it_goes_on_as_if_it_had_never_left(model: LanguageModel, session: Session, tmp_path: Path) -> None:
+def test_it_goes_on_as_if_it_had_never_left(model, session, tmp_path):
     session.save(tmp_path / "s")
     again = load(model.bundle.path, threads=1).load_session(tmp_path / "s")
     assert again.ids == session.ids
@@ -38,12 +33,12 @@ def test_it_goes_on_as_if_it_had_never_left(model: LanguageModel, session: Sessi
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_an_empty_one_is_one_too(model: LanguageModel, tmp_path: Path) -> None:
+def test_an_empty_one_is_one_too(model, tmp_path):
     model.session().save(tmp_path / "s")
     assert model.load_session(tmp_path / "s").generate("ab", **SETTINGS).ids == model.generate("ab", **SETTINGS).ids
 
 
-def test_cut_anywhere_it_is_refused(model: LanguageModel, session: Session, tmp_path: Path) -> None:
+def test_cut_anywhere_it_is_refused(model, session, tmp_path):
     session.save(tmp_path / "s")
     content = (tmp_path / "s").read_bytes()
     lengths = [*range(0, len(content), 100), len(content) - 1]
@@ -54,7 +49,7 @@ def test_cut_anywhere_it_is_refused(model: LanguageModel, session: Session, tmp_
             model.load_session(tmp_path / "cut")
 
 
-def test_altered_content_is_refused(model: LanguageModel, session: Session, tmp_path: Path) -> None:
+def test_altered_content_is_refused(model, session, tmp_path):
     session.save(tmp_path / "s")
     content = (tmp_path / "s").read_bytes()
     refused = 0
@@ -78,9 +73,7 @@ def test_altered_content_is_refused(model: LanguageModel, session: Session, tmp_
         {"arr_0": np.zeros((1, 2, 20, 8))}, {"bundle": 3},
     ],
 )  # fmt: skip
-def test_content_that_does_not_go_with_the_bundle_is_refused(
-    model: LanguageModel, session: Session, tmp_path: Path, fields: dict[str, Any]
-) -> None:
+def test_content_that_does_not_go_with_the_bundle_is_refused(model, session, tmp_path, fields):
     session.save(tmp_path / "s")
     with np.load(tmp_path / "s") as saved:
         content: dict[str, Any] = {**saved, **fields}
@@ -90,16 +83,14 @@ def test_content_that_does_not_go_with_the_bundle_is_refused(
         model.load_session(tmp_path / "made")
 
 
-def test_another_bundle_is_refused(
-    model: LanguageModel, session: Session, tmp_path: Path, tiny: Tiny, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_another_bundle_is_refused(model, session, tmp_path, tiny, make_bundle):
     session.save(tmp_path / "s")
     other = load(make_bundle(type(tiny).random([(8, 8), (16, 16)], 600, seed=1), "fused").path, threads=1)
     with pytest.raises(IntegrityError, match="was saved by another bundle than"):
         other.load_session(tmp_path / "s")
 
 
-def test_where_there_is_none(model: LanguageModel, session: Session, tmp_path: Path) -> None:
+def test_where_there_is_none(model, session, tmp_path):
     with pytest.raises(MissingFileError, match="no such file"):
         model.load_session(tmp_path / "none")
     with pytest.raises(InputError, match="is a folder; a file was expected"):
@@ -111,9 +102,7 @@ def test_where_there_is_none(model: LanguageModel, session: Session, tmp_path: P
 
 
 @pytest.mark.parametrize("step", ["fsync", "full"])
-def test_a_full_disk_leaves_what_stood_there(
-    model: LanguageModel, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_a_full_disk_leaves_what_stood_there(model, session, tmp_path, monkeypatch, step):
     session.save(tmp_path / "s")
     before = (tmp_path / "s").read_bytes()
     session.generate(**SETTINGS)

@@ -17,7 +17,7 @@ pytest.importorskip("cryptography")
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.contract.names import MANIFEST, SIGNATURE
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.runtime import load
@@ -28,19 +28,19 @@ OPENSSL = shutil.which("openssl")
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
+def keys(tmp_path):
     return tmp_path / "me.pem", new_key(tmp_path / "me.pem")
 
 
 @pytest.fixture
-def signed(speaking_bundle: Bundle, keys: tuple[Path, Path], tmp_path: Path) -> Path:
+def signed(speaking_bundle, keys, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(speaking_bundle.path, folder)
     assert sign_bundle(folder, keys[0]) == folder / SIGNATURE
     return folder
 
 
-def test_the_one_who_has_the_public_key_knows_the_bundle(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_the_one_who_has_the_public_key_knows_the_bundle(signed, keys):
     require_signature(signed, keys[1])
     assert (signed / SIGNATURE).stat().st_size == 64
     expected = load(signed, threads=1).generate("abc", max_new_tokens=5).ids  # readers ignore it otherwise
@@ -50,7 +50,7 @@ def test_the_one_who_has_the_public_key_knows_the_bundle(signed: Path, keys: tup
     assert open_bundle(signed, verify=True)
 
 
-def test_signing_anew_replaces_the_signature(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_signing_anew_replaces_the_signature(signed, keys, tmp_path):
     before = (signed / SIGNATURE).read_bytes()
     assert sign_bundle(signed, keys[0]).read_bytes() == before  # ed25519 draws nothing
     other = new_key(tmp_path / "other.pem")
@@ -87,9 +87,7 @@ def lengthen(folder: Path) -> None:
         (shutil.rmtree, MissingFileError, "no such bundle"),
     ],
 )
-def test_whatever_is_not_as_it_was_signed_is_one_sentence(
-    signed: Path, keys: tuple[Path, Path], alter: Callable[[Path], None], kind: type[PastkeyError], words: str
-) -> None:
+def test_whatever_is_not_as_it_was_signed_is_one_sentence(signed, keys, alter, kind, words):
     alter(signed)
     for check in (lambda: require_signature(signed, keys[1]), lambda: load(signed, key=keys[1])):
         with pytest.raises(kind, match=words) as raised:
@@ -97,7 +95,7 @@ def test_whatever_is_not_as_it_was_signed_is_one_sentence(
         assert str(raised.value).count("\n") == 0
 
 
-def test_an_altered_file_is_found_by_its_hash(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_an_altered_file_is_found_by_its_hash(signed, keys):
     load(signed, key=keys[1]).close()
     weights = next(signed.glob("onnx/*"))
     weights.write_bytes(bytes(weights.stat().st_size))
@@ -107,7 +105,7 @@ def test_an_altered_file_is_found_by_its_hash(signed: Path, keys: tuple[Path, Pa
         load(signed, key=keys[1], verify=False)
 
 
-def test_what_is_not_whole_is_not_signed(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_what_is_not_whole_is_not_signed(signed, keys):
     (signed / SIGNATURE).unlink()
     weights = next(signed.glob("onnx/*"))
     weights.write_bytes(bytes(weights.stat().st_size))
@@ -153,9 +151,7 @@ def damaged() -> bytes:
         (None, "no such file"),
     ],
 )
-def test_a_file_that_is_no_such_key_is_one_sentence(
-    signed: Path, tmp_path: Path, content: Callable[[], bytes] | None, words: str
-) -> None:
+def test_a_file_that_is_no_such_key_is_one_sentence(signed, tmp_path, content, words):
     file = tmp_path / "key.pem"
     if content is not None:
         file.write_bytes(content())
@@ -166,7 +162,7 @@ def test_a_file_that_is_no_such_key_is_one_sentence(
     assert (signed / SIGNATURE).read_bytes() == before
 
 
-def test_a_key_file_of_any_bytes_is_a_key_or_a_sentence(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_key_file_of_any_bytes_is_a_key_or_a_sentence(signed, keys, tmp_path):
     rng, file, refused = random.Random(1), tmp_path / "altered.pem", 0
     for number in range(400):
         content = bytearray(keys[number % 2].read_bytes())
@@ -182,14 +178,14 @@ def test_a_key_file_of_any_bytes_is_a_key_or_a_sentence(signed: Path, keys: tupl
     assert 300 < refused < 400
 
 
-def test_the_two_halves_are_not_taken_for_one_another(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_the_two_halves_are_not_taken_for_one_another(signed, keys):
     with pytest.raises(InputError, match="cannot be read as an Ed25519PrivateKey"):
         sign_bundle(signed, keys[1])
     with pytest.raises(InputError, match="cannot be read as an Ed25519PublicKey"):
         require_signature(signed, keys[0])
 
 
-def test_a_new_key_replaces_none(tmp_path: Path) -> None:
+def test_a_new_key_replaces_none(tmp_path):
     file, public = tmp_path / "a.pem", new_key(tmp_path / "a.pem")
     assert public == tmp_path / "a.pub.pem"
     if sys.platform != "win32":
@@ -207,7 +203,7 @@ def test_a_new_key_replaces_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not on this machine")
-def test_openssl_makes_the_keys_and_checks_the_signature(speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_openssl_makes_the_keys_and_checks_the_signature(speaking_bundle, tmp_path):
     folder, private, public = tmp_path / "bundle", tmp_path / "k.pem", tmp_path / "p.pem"
     shutil.copytree(speaking_bundle.path, folder)
 
@@ -228,7 +224,7 @@ def test_openssl_makes_the_keys_and_checks_the_signature(speaking_bundle: Bundle
     assert openssl(*check, signature).returncode != 0
 
 
-def test_the_command_makes_a_key_and_signs(speaking_bundle: Bundle, tmp_path: Path, command: Command) -> None:
+def test_the_command_makes_a_key_and_signs(speaking_bundle, tmp_path, command):
     folder, key = tmp_path / "bundle", tmp_path / "me.pem"
     shutil.copytree(speaking_bundle.path, folder)
     status, out, err = command("sign", folder, "--new-key", key)
@@ -251,7 +247,7 @@ def test_the_command_makes_a_key_and_signs(speaking_bundle: Bundle, tmp_path: Pa
         assert words in err
 
 
-def test_without_the_package_one_sentence_names_it(signed: Path, keys: tuple[Path, Path]) -> None:
+def test_without_the_package_one_sentence_names_it(signed, keys):
     program = "import sys; sys.modules['cryptography'] = None; from pastkey.__main__ import main; main(sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", program, "sign", str(signed), "--key", str(keys[0])],

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import IntegrityError
 from pastkey.runtime import Engine
 from pastkey.runtime.providers.inference import RunFailedError, Session
 from pastkey.runtime.providers.ort import RunError
 
 
-def test_a_run_that_fails_names_the_graph(standard_bundle: Bundle) -> None:
+def test_a_run_that_fails_names_the_graph(standard_bundle):
     graph = standard_bundle.all_logits_graph
     session = Session(str(graph), providers=["CPUExecutionProvider"])
     with pytest.raises(RunFailedError, match=r"cannot run .*model\.onnx") as caught:
@@ -24,5 +23,5 @@ def test_a_run_that_fails_names_the_graph(standard_bundle: Bundle) -> None:
         session.run_with_iobinding(binding)
 
 
-def test_an_engine_runs_by_it(standard_bundle: Bundle) -> None:
+def test_an_engine_runs_by_it(standard_bundle):
     assert isinstance(Engine(standard_bundle).onnx, Session)

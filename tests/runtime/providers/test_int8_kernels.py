@@ -12,7 +12,7 @@ import pytest
 
 from pastkey.__main__ import main
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
@@ -49,14 +49,12 @@ NEOVERSE_V1 = f"{NEOVERSE_N1} sve i8mm bf16"
         ("x86_64", None, "unknown", None),
     ],
 )
-def test_the_kernels_are_those_that_onnxruntime_chooses(
-    machine: str, flags: str | None, name: str, fast: bool | None
-) -> None:
+def test_the_kernels_are_those_that_onnxruntime_chooses(machine, flags, name, fast):
     found = choose_int8_kernels(machine, None if flags is None else flags.split())
     assert (found.name, found.fast) == (name, fast)
 
 
-def test_flags_are_read_as_linux_writes_them() -> None:
+def test_flags_are_read_as_linux_writes_them():
     x86 = (
         "processor\t: 0\nmodel name\t: A CPU: 2 GHz\nflags\t\t: fpu avx2 fma\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\n"
     )
@@ -66,20 +64,20 @@ def test_flags_are_read_as_linux_writes_them() -> None:
     assert read_cpuinfo("processor\t: 0\nhart\t: 2\nisa\t: rv64imafdc\n") is None
 
 
-def test_a_mac_has_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mac_has_dot_products(monkeypatch):
     monkeypatch.setattr(int8_kernels.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(int8_kernels.platform, "machine", lambda: "arm64")
     assert int8_kernels.int8_kernels().name == "neon"
 
 
-def test_a_system_that_does_not_say_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_say_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(int8_kernels, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(int8_kernels.platform, "system", lambda: "Windows")
     assert int8_kernels.processor_flags() is None
     assert int8_kernels.int8_kernels().name == "unknown"
 
 
-def test_float32_and_other_providers_take_none_of_them() -> None:
+def test_float32_and_other_providers_take_none_of_them():
     assert int8_kernels_of("int8", "CPUExecutionProvider") == int8_kernels.int8_kernels()
     assert int8_kernels_of("fp32", "CPUExecutionProvider") is None
     assert int8_kernels_of("int8", "CUDAExecutionProvider") is None
@@ -87,13 +85,13 @@ def test_float32_and_other_providers_take_none_of_them() -> None:
 
 # --- where it is said ---------------------------------------------------------------------------------------------
 @pytest.fixture
-def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_vnni(monkeypatch):
     found = choose_int8_kernels("x86_64", HASWELL.split())
     monkeypatch.setattr(int8_kernels, "int8_kernels", lambda: found)
 
 
 @pytest.fixture
-def int8_bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
+def int8_bundle(fused_bundle, tmp_path):
     """One that calls itself int8: what its weights are does not matter here."""
     folder = Path(shutil.copytree(fused_bundle.path, tmp_path / "int8"))
     (folder / PRECISIONS["fp32"].graph).rename(folder / PRECISIONS["int8"].graph)
@@ -104,9 +102,7 @@ def int8_bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
 
 
 @pytest.mark.usefixtures("without_vnni")
-def test_inspect_and_bench_say_it_in_one_line_of_an_int8_bundle(
-    int8_bundle: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_and_bench_say_it_in_one_line_of_an_int8_bundle(int8_bundle, capsys):
     path = str(int8_bundle.path)
     assert main(["inspect", path]) == 0
     printed = capsys.readouterr().out
@@ -121,7 +117,7 @@ def test_inspect_and_bench_say_it_in_one_line_of_an_int8_bundle(
 
 
 @pytest.mark.usefixtures("without_vnni")
-def test_a_float32_bundle_says_nothing_of_them(fused_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_float32_bundle_says_nothing_of_them(fused_bundle, capsys):
     assert inspect(fused_bundle.path).int8_kernels is None
     assert bench(fused_bundle.path, prompt_tokens=2, new_tokens=1).int8_kernels is None
     assert main(["inspect", str(fused_bundle.path)]) == 0
@@ -129,16 +125,14 @@ def test_a_float32_bundle_says_nothing_of_them(fused_bundle: Bundle, capsys: pyt
 
 
 @pytest.mark.usefixtures("without_vnni")
-def test_devices_says_it_of_the_processor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_devices_says_it_of_the_processor(capsys):
     assert main(["devices"]) == 0
     assert "int8 MatMuls on this CPU: AVX2 kernels, for want of VNNI" in capsys.readouterr().out
     assert main(["devices", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["int8_kernels"]["name"] == "avx2"
 
 
-def test_nothing_is_said_at_load(
-    speaking_bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_said_at_load(speaking_bundle, capfd, monkeypatch):
     from pastkey.runtime import load
 
     asked: list[Callable[..., object]] = []

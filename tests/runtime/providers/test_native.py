@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ Install = Callable[..., None]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+def install(tmp_path, monkeypatch):
     """Installs a package of the name, of this source, in the place of any other."""
 
     def install(source: str) -> None:
@@ -64,7 +64,7 @@ def write_graph(bundle: Bundle, version: int = 1, **attributes: Any) -> None:
 
 
 @pytest.fixture
-def bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
+def bundle(fused_bundle, tmp_path):
     manifest = dataclasses.replace(fused_bundle.manifest, native=1)
     made = dataclasses.replace(fused_bundle, path=tmp_path, manifest=manifest)
     write_graph(made, version=1, terms=2)
@@ -80,7 +80,7 @@ def bundle(fused_bundle: Bundle, tmp_path: Path) -> Bundle:
     ],
     ids=["no library", "no import", "another package"],
 )
-def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, install: Install, bundle: Bundle) -> None:
+def test_a_library_that_cannot_be_loaded_says_why(source, words, install, bundle):
     install(source)
     found = native_kernels()
     assert found is not None
@@ -92,7 +92,7 @@ def test_a_library_that_cannot_be_loaded_says_why(source: str, words: str, insta
 
 
 @pytest.mark.parametrize("ends", [(1000,), (64, 1000, 100)])
-def test_a_library_that_is_cut_short_says_so(ends: tuple[int, ...], tmp_path: Path, install: Install) -> None:
+def test_a_library_that_is_cut_short_says_so(ends, tmp_path, install):
     """The loader would end the process by SIGBUS, with a wheel's record beside it or without."""
     install(package("library.so"))
     elf = b"\x7fELF\x02\x01" + struct.pack("<26xQ16xH6x", 64, len(ends))
@@ -105,7 +105,7 @@ def test_a_library_that_is_cut_short_says_so(ends: tuple[int, ...], tmp_path: Pa
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
 @pytest.mark.parametrize("size", [0, 60, 100, 4096, 200_000])
-def test_a_copy_of_the_library_that_was_cut_is_refused(size: int, tmp_path: Path, install: Install) -> None:
+def test_a_copy_of_the_library_that_was_cut_is_refused(size, tmp_path, install):
     content = Path(importlib.import_module(PACKAGE).library_path()).read_bytes()
     sys.modules.pop(PACKAGE)
     install(package("library.so"))
@@ -115,9 +115,7 @@ def test_a_copy_of_the_library_that_was_cut_is_refused(size: int, tmp_path: Path
     assert "cut short by" in found.refused or "it cannot be loaded: " in found.refused
 
 
-def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, monkeypatch):
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
@@ -138,9 +136,7 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(
      (2, {"rotate": 1}, "has the attribute 'rotate', which the operators do not have"),
      (2, {"gate": 0, "caps": [1.0, 2.0]}, "has the attribute 'caps'")],
 )  # fmt: skip
-def test_a_graph_that_the_operators_do_not_know_is_not_run(
-    version: int, attributes: dict[str, object], told: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, told, bundle, monkeypatch):
     """onnxruntime would run it without what it asks for."""
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
@@ -153,7 +149,7 @@ def test_a_graph_that_the_operators_do_not_know_is_not_run(
         kernels_for(bundle, CPU, True)
 
 
-def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, monkeypatch):
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
@@ -171,7 +167,7 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle: Bundle, monkeypatc
         kernels_for(plain, CPU, True)
 
 
-def test_the_portable_kernels_run_where_they_are_asked_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_portable_kernels_run_where_they_are_asked_for(bundle, monkeypatch):
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
     here = NativeKernels("0.1.0", 1, "portable", "/library.so")
@@ -182,7 +178,7 @@ def test_the_portable_kernels_run_where_they_are_asked_for(bundle: Bundle, monke
     assert kernels_for(bundle, CPU, None) is here
 
 
-def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_the_error_says_where_to_get_it(bundle, monkeypatch):
     monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: None)
     assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
@@ -190,7 +186,7 @@ def test_without_a_library_the_error_says_where_to_get_it(bundle: Bundle, monkey
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
-def test_the_installed_library_says_its_level_and_version() -> None:
+def test_the_installed_library_says_its_level_and_version():
     native_kernels.cache_clear()
     found = native_kernels()
     assert found is not None

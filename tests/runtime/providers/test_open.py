@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,6 @@ from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.open import default_threads
 from pastkey.values import parse_version
 
-from ..conftest import Tiny
-
 MakeBundle = Callable[..., Bundle]
 
 
@@ -32,7 +29,7 @@ def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, **fields))
 
 
-def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle: Bundle) -> None:
+def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle):
     layers = (bundle.manifest.layers[0], KVGeometry(2, 16, 24))
     with pytest.raises(IntegrityError) as caught:
         Engine(with_manifest(bundle, layers=layers))
@@ -40,27 +37,27 @@ def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle: Bund
     assert "(batch_size, 2, past_sequence_length, 24) in the manifest" in str(caught.value)
 
 
-def test_a_manifest_of_another_vocabulary_is_refused(bundle: Bundle) -> None:
+def test_a_manifest_of_another_vocabulary_is_refused(bundle):
     with pytest.raises(IntegrityError, match=r"'logits' is \(B, N, 37\) .*\(batch_size, sequence_length, 38\)"):
         Engine(with_manifest(bundle, vocab_size=38))
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_manifest_with_other_layers_names_the_tensor(bundle: Bundle, count: int) -> None:
+def test_a_manifest_with_other_layers_names_the_tensor(bundle, count):
     layers = (bundle.manifest.layers * 2)[:count]
     with pytest.raises(IntegrityError, match=r"has (the|no) tensor '(present|past_key_values)\.\d"):
         Engine(with_manifest(bundle, layers=layers))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
-def test_a_path_that_is_no_text_is_told(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_path_that_is_no_text_is_told(bundle, tmp_path):
     copy = tmp_path / os.fsdecode(b"b\xff")
     shutil.copytree(bundle.path, copy)
     with pytest.raises(InputError, match="is not UTF-8, and onnxruntime takes no other path: rename the folder"):
         Engine(open_bundle(copy))
 
 
-def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle, tmp_path):
     copy = tmp_path / "b"
     shutil.copytree(bundle.path, copy)
     shutil.copy(bundle.all_logits_graph, copy / names.LAST_LOGITS_GRAPH)
@@ -68,7 +65,7 @@ def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle: Bundle, tmp_pat
         Engine(replace(bundle, path=copy))
 
 
-def test_a_graph_that_is_none_is_one_sentence(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_graph_that_is_none_is_one_sentence(bundle, tmp_path):
     copy = tmp_path / "b"
     shutil.copytree(bundle.path, copy)
     (copy / names.LAST_LOGITS_GRAPH).write_bytes(b"no graph at all")
@@ -76,9 +73,7 @@ def test_a_graph_that_is_none_is_one_sentence(bundle: Bundle, tmp_path: Path) ->
         Engine(replace(bundle, path=copy))
 
 
-def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monkeypatch):
     def create(*_: object) -> None:
         raise ort.OrtError[0](
             "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
@@ -89,7 +84,7 @@ def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(
         Engine(bundle)
 
 
-def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) -> None:
+def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle):
     with pytest.raises(MissingExtraError, match=r"needs onnxruntime 99\.1\.0.*pip install --upgrade onnxruntime"):
         Engine(with_manifest(bundle, min_onnxruntime="99.1.0"))
 
@@ -102,8 +97,8 @@ def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle: Bundle) ->
     ],
 )
 def test_a_graph_that_a_provider_cannot_compile_is_one_sentence_with_a_way_on(
-    standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, remedy: str
-) -> None:
+    standard_bundle, monkeypatch, target, remedy
+):
     def fails(*given: Any, **more: Any) -> Any:
         raise ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
 
@@ -114,9 +109,7 @@ def test_a_graph_that_a_provider_cannot_compile_is_one_sentence_with_a_way_on(
     assert str(caught.value).endswith(f"Failed to finalize the graph. Code: 1002; {remedy}")
 
 
-def test_a_provider_that_finds_no_device_is_one_sentence(
-    bundle: Bundle, standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_provider_that_finds_no_device_is_one_sentence(bundle, standard_bundle, monkeypatch):
     def none(*given: Any, **more: Any) -> Any:
         raise RuntimeError("No supported adapters")
 
@@ -126,7 +119,7 @@ def test_a_provider_that_finds_no_device_is_one_sentence(
         Engine(standard_bundle, providers="webgpu")
 
 
-def test_threads(bundle: Bundle) -> None:
+def test_threads(bundle):
     session = Engine(bundle, threads=2)
     assert session.graph.threads == session.onnx.get_session_options().intra_op_num_threads == 2
     assert Engine(bundle).graph.threads == default_threads()
@@ -136,9 +129,7 @@ def test_threads(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_a_download_cache_of_links_is_loaded(
-    tiny: Tiny, make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
-) -> None:
+def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path, monkeypatch, in_memory):
     """Weights beside the graph, each file a link to a blob under another name, as such caches lay them out.
 
     onnxruntime 1.24.1 is handed the weights in memory, as the others can be.
@@ -160,7 +151,7 @@ def test_a_download_cache_of_links_is_loaded(
     np.testing.assert_allclose(session.forward([ids])[0], tiny(ids), atol=1e-4)
 
 
-def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny: Tiny, make_bundle: MakeBundle) -> None:
+def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny, make_bundle):
     bundle = make_bundle(tiny)
     (bundle.path / "onnx" / "further.onnx").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"further\.onnx is not listed in pastkey\.json"):

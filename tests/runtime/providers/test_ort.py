@@ -13,7 +13,7 @@ from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
 
 
-def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypatch):
     install(monkeypatch, {"onnxruntime-gpu": "1.22.1"})
     with pytest.raises(MissingExtraError, match=r"older than 1\.23\.0.* type  pip install --upgrade onnxruntime-gpu "):
         ort.require_supported("1.22.1")
@@ -28,9 +28,7 @@ def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypat
         ({}, "onnxruntime"),  # built from source
     ],
 )
-def test_the_wheel_that_answers_is_the_one_to_upgrade(
-    installed: dict[str, str], first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wheel_that_answers_is_the_one_to_upgrade(installed, first, monkeypatch):
     install(monkeypatch, installed)
     monkeypatch.setattr(ort.onnxruntime, "__version__", "1.24.1" if len(installed) == 1 else "1.27.0")
     assert ort.upgrade_command() == f"pip install --upgrade {first}"
@@ -42,7 +40,7 @@ def install(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.23.0", "1.24.1", "1.32.0", "2.0.0"])
-def test_other_releases_are_taken(version: str) -> None:
+def test_other_releases_are_taken(version):
     ort.require_supported(version)
 
 
@@ -56,7 +54,7 @@ def test_other_releases_are_taken(version: str) -> None:
     ],
 )
 @pytest.mark.skipif(parse_version(ort.onnxruntime.__version__) < ort.TELEMETRY_SINCE, reason="it has none")
-def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before: str, warnings: int) -> None:
+def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before, warnings):
     program = (
         f"import os, warnings; name = 'ORT_DISABLE_TELEMETRY'; {before}\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
@@ -69,7 +67,7 @@ def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before: str, 
 
 
 @pytest.mark.parametrize("missing", ["absent", "damaged"])
-def test_without_onnxruntime_the_command_to_type_is_named(missing: str) -> None:
+def test_without_onnxruntime_the_command_to_type_is_named(missing):
     # None makes the import fail; an empty module is what a half uninstalled wheel leaves.
     stub = {"absent": "None", "damaged": "types.ModuleType('onnxruntime')"}[missing]
     program = f"import sys, types\nsys.modules['onnxruntime'] = {stub}\nfrom pastkey.__main__ import main\n"

@@ -55,7 +55,7 @@ def session(*groups: tuple[str, str]) -> Session:
 
 
 @pytest.fixture
-def chain(tmp_path: Path) -> Path:
+def chain(tmp_path):
     path = tmp_path / "chain.onnx"
     path.write_bytes(encode_model(CHAIN, {})[0])
     return path
@@ -70,7 +70,7 @@ weighted (float[3,5] x) => (float[3,5] c1) {
 
 
 @pytest.fixture
-def named_by_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def named_by_output(monkeypatch):
     """Calls a node in a file by the first letter of what it yields."""
     import pastkey.runtime.providers.parts as parts
 
@@ -84,7 +84,7 @@ def named_by_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def named(chain: Path, named_by_output: None) -> Path:
+def named(chain, named_by_output):
     """The chain, whose nodes are called a to f."""
     return chain
 
@@ -97,11 +97,11 @@ def parts_of(session: Session, path: Path) -> dict[str, int | None]:
     return {name: given.parts for name, given in assigned(session, path).items()}
 
 
-def test_a_provider_that_compiles_says_its_parts_itself(named: Path) -> None:
+def test_a_provider_that_compiles_says_its_parts_itself(named):
     assert parts_of(session((NPU, "ab"), (CPU, "c"), (NPU, "de"), (CPU, "f")), named) == {NPU: 2, CPU: 2}
 
 
-def test_nodes_that_hand_on_tensors_are_one_part(named: Path) -> None:
+def test_nodes_that_hand_on_tensors_are_one_part(named):
     each = [(CPU, name) for name in "abcdef"]
     assert parts_of(session(*each), named) == {CPU: 2}  # f reads the graph's input alone
     without_b = [(NPU if name == "b" else CPU, name) for name in "abcdef"]
@@ -110,15 +110,13 @@ def test_nodes_that_hand_on_tensors_are_one_part(named: Path) -> None:
     assert parts_of(session(*without_d), named) == {CPU: 3, NPU: 1}
 
 
-def test_operators_are_counted(named: Path) -> None:
+def test_operators_are_counted(named):
     given = Session([Subgraph(CPU, [Node("a", "Neg")]), Subgraph(CPU, [Node("f", "Abs")])])
     assert assigned(given, named) == {CPU: Assigned({"Neg": 1, "Abs": 1}, 2)}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data_file", ["", "weights"])
-def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(
-    tmp_path: Path, named_by_output: None, data_file: str
-) -> None:
+def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(tmp_path, named_by_output, data_file):
     path = tmp_path / "weighted.onnx"
     weights = {"w": np.zeros((3, 5), np.float32), "v": np.zeros(5, np.float32)}
     path.write_bytes(encode_model(WEIGHTED, weights, data_file)[0])
@@ -128,23 +126,23 @@ def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(
     assert weight_bytes_of(session((NPU, "ac"), (CPU, "b")), path) == {NPU: 60 + 20, CPU: None}
 
 
-def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain: Path, named: Path, tmp_path: Path) -> None:
+def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain, named, tmp_path):
     assert parts_of(session((CPU, "a"), (CPU, "a")), named) == {CPU: None}
     other = tmp_path / "graph.ort"
     other.write_bytes(b"\xff" * 40)
     assert parts_of(session((CPU, "a")), other) == {CPU: None}
 
 
-def test_nodes_without_names_in_the_file_leave_them_unknown(chain: Path) -> None:
+def test_nodes_without_names_in_the_file_leave_them_unknown(chain):
     assert parts_of(session((CPU, "a")), chain) == {CPU: None}
 
 
-def test_without_a_record_nothing_is_known(chain: Path) -> None:
+def test_without_a_record_nothing_is_known(chain):
     assert assigned(object(), chain) == {}
     assert assigned(onnxruntime.InferenceSession(str(chain), providers=[CPU]), chain) == {}
 
 
-def test_the_record_of_onnxruntime_itself(chain: Path) -> None:
+def test_the_record_of_onnxruntime_itself(chain):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     opened = onnxruntime.InferenceSession(str(chain), options, providers=[CPU])

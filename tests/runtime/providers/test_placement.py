@@ -4,11 +4,9 @@ import dataclasses
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.providers import placement as providers
-from pastkey.runtime.settings import Choice
 
 CPU = providers.Placement((("CPUExecutionProvider", {}),))
 REFUSED = [known.name for known in PROVIDERS.values() if "fused" not in known.graphs]
@@ -23,19 +21,19 @@ def names_of(placement: providers.Placement) -> list[str]:
 
 
 @pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
-def test_the_cpu_by_every_name(choice: Choice | None) -> None:
+def test_the_cpu_by_every_name(choice):
     assert providers.resolve(choice) == CPU
 
 
-def test_a_portable_bundle_runs_on_the_cpu() -> None:
+def test_a_portable_bundle_runs_on_the_cpu():
     assert providers.resolve(None, target="portable") == CPU
 
 
-def test_options_are_kept() -> None:
+def test_options_are_kept():
     assert providers.resolve([("cpu", {"use_arena": "0"})]).providers == (("CPUExecutionProvider", {"use_arena": "0"}),)
 
 
-def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
     default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
     for choice, target in (("qnn", "cpu"), (None, "qnn")):
@@ -47,19 +45,19 @@ def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch: 
             providers.resolve(("qnn", {"htp_arch": missing}))
 
 
-def test_one_that_takes_nothing_is_told_with_its_options() -> None:
+def test_one_that_takes_nothing_is_told_with_its_options():
     sentence = str(providers.takes_nothing("QNNExecutionProvider", {"htp_arch": "75", "soc_model": "9"}))
     assert "'qnn' takes nothing of this bundle's graph with htp_arch=75, soc_model=9: one of these" in sentence
 
 
-def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch):
     here(monkeypatch, "CUDAExecutionProvider")
     for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
         assert names_of(placement) == ["cuda", "cpu"]
         assert (placement.whole, placement.tells) == (False, True)
 
 
-def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch):
     here(monkeypatch, "OpenVINOExecutionProvider")
     for choice in ("openvino", ("openvino", {"device_type": "CPU"}), ["openvino"]):
         placement = providers.resolve(choice)
@@ -72,7 +70,7 @@ def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(m
         assert (placement.whole, placement.tells) == (False, True)
 
 
-def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
+def test_what_stays_behind_is_counted_by_operator_the_most_first():
     assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
     many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
     assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
@@ -84,7 +82,7 @@ def test_what_stays_behind_is_counted_by_operator_the_most_first() -> None:
     assert "CPU: export the model again if an older pastkey wrote this bundle, or let it, with" in sentence
 
 
-def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheels_over_one_another_are_named(monkeypatch):
     assert providers.overlapping() == ""
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-webgpu"])
     assert "the packages onnxruntime, onnxruntime-webgpu lie over one another" in providers.overlapping()
@@ -95,7 +93,7 @@ def test_wheels_over_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         providers.resolve("openvino")
 
 
-def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch):
     known, gpu = PROVIDERS, "pip install onnxruntime-gpu, with CUDA and cuDNN"
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
     assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
@@ -110,7 +108,7 @@ def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch
     )
 
 
-def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch):
     here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
     for choice in (None, "qnn"):
         placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
@@ -123,7 +121,7 @@ def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(mo
         providers.require_values(PROVIDERS["qnn"], {"htp_arch": "99"})
 
 
-def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_is_here_where_its_package_is(monkeypatch):
     assert "QNNExecutionProvider" not in providers.available()
     monkeypatch.setattr(providers, "_installed", lambda module: module == "onnxruntime_qnn")
     assert providers.available()[0] == "QNNExecutionProvider"
@@ -132,31 +130,31 @@ def test_a_plugin_is_here_where_its_package_is(monkeypatch: pytest.MonkeyPatch) 
         providers.plugin_devices("QNNExecutionProvider")
 
 
-def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it() -> None:
+def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it():
     with pytest.raises(ProviderError, match=r"'coreml' is not on this machine; here: .*cpu.*macOS"):
         providers.resolve("coreml")
 
 
 @pytest.mark.parametrize("name", ["gpu9", "", "azure"])
-def test_an_unknown_provider_is_refused(name: str) -> None:
+def test_an_unknown_provider_is_refused(name):
     with pytest.raises(ProviderError, match=r"is unknown; here: .*; known are cpu, cuda, "):
         providers.resolve(name)
 
 
-def test_a_bundle_made_for_absent_hardware_says_so() -> None:
+def test_a_bundle_made_for_absent_hardware_says_so():
     with pytest.raises(ProviderError, match="the bundle was made for webgpu"):
         providers.resolve(None, target="webgpu")
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino", "webgpu"])
-def test_the_fused_graph_goes_on_where_it_was_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_graph_goes_on_where_it_was_run(name, monkeypatch):
     full = PROVIDERS[name].name
     monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
     assert providers.resolve(name, graph="fused").providers[0] == (full, {})
 
 
 @pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
-def test_the_fused_graph_is_refused_where_it_was_not(full: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
     sentence = "this bundle has the fused graph, which the execution provider '.*' was never seen to run"
     for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
@@ -165,7 +163,7 @@ def test_the_fused_graph_is_refused_where_it_was_not(full: str, monkeypatch: pyt
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
 
 
-def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeypatch):
     here(monkeypatch, "WebGpuExecutionProvider")
     for graph in ("fused", "standard"):
         for choice in (None, "webgpu"):
@@ -175,7 +173,7 @@ def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeyp
     assert providers.resolve(None, target="webgpu", graph="static").whole
 
 
-def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: Bundle) -> None:
+def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):
     fused = fused_bundle.manifest
     static, int8 = dataclasses.replace(fused, graph="static"), dataclasses.replace(fused, precision="int8")
     for name, manifest, advice in (
@@ -187,7 +185,7 @@ def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle: 
         assert advice in providers.other_graph(name, manifest)
 
 
-def test_a_provider_that_did_not_start_is_not_passed_over_in_silence() -> None:
+def test_a_provider_that_did_not_start_is_not_passed_over_in_silence():
     wanted = providers.Placement((("CUDAExecutionProvider", {}), *CPU.providers))
     providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):

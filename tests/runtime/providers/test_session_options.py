@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers.session_options import WHOLE, set_options
@@ -26,7 +24,7 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle: Bundle) -> None:
+def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle):
     options = Engine(bundle, threads=2, session_options=GIVEN).onnx.get_session_options()
     assert options.enable_cpu_mem_arena is options.enable_mem_pattern is False
     assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
@@ -39,7 +37,7 @@ def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle: Bundle) -
     assert plain.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle: Bundle) -> None:
+def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle):
     expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=8).ids
     model = load(speaking_bundle.path, threads=1, session_options=GIVEN)
     again = pickle.loads(pickle.dumps(model))
@@ -64,12 +62,12 @@ def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle
         ("session." + "x" * 2000, "1", "onnxruntime .* does not take the session option session.xxx"),
     ],
 )
-def test_what_cannot_be_set(bundle: Bundle, name: str, value: object, words: str) -> None:
+def test_what_cannot_be_set(bundle, name, value, words):
     with pytest.raises(InputError, match=words):
         Engine(bundle, session_options={name: value})
 
 
-def test_a_path_is_a_text(tmp_path: Path) -> None:
+def test_a_path_is_a_text(tmp_path):
     options = onnxruntime.SessionOptions()
     set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
     assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")

@@ -13,13 +13,13 @@ def banned(logits: np.ndarray) -> set[int]:
     return set(np.flatnonzero(np.isneginf(logits)).tolist())
 
 
-def test_a_forced_token_is_the_only_one_also_where_it_was_banned() -> None:
+def test_a_forced_token_is_the_only_one_also_where_it_was_banned():
     found = bans.force(bans.suppress(LOGITS, [2]), 2)
     assert banned(found) == {0, 1, 3, 4}
     assert found[2] == 0
 
 
-def test_nothing_is_written_into() -> None:
+def test_nothing_is_written_into():
     LOGITS.flags.writeable = False
     bans.add_bias(LOGITS, {1: 2.0})
     bans.suppress(LOGITS, [1])

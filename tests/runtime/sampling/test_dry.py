@@ -28,13 +28,7 @@ def log(probabilities: list[float]) -> np.ndarray:
         ([0, 1, 2, 3, 4, 0, 1], FIFTHS, 1.0, 4, {}),
     ],
 )
-def test_dry(
-    seen: list[int],
-    expected: list[float],
-    multiplier: float,
-    allowed_length: int,
-    breakers: dict[int, list[tuple[int, ...]]],
-) -> None:
+def test_dry(seen, expected, multiplier, allowed_length, breakers):
     logits = log([1 / len(expected)] * len(expected))
     changed = apply_dry(logits, seen, multiplier, 1.1, allowed_length, breakers)
     np.testing.assert_allclose(softmax(changed), expected, atol=1e-5)
@@ -74,15 +68,13 @@ def dry_by_definition(
         st.integers(0, 3), st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1), max_size=2
     ),
 )
-def test_dry_equals_its_definition(
-    seen: list[int], base: float, allowed: int, breakers: dict[int, list[tuple[int, ...]]]
-) -> None:
+def test_dry_equals_its_definition(seen, base, allowed, breakers):
     logits = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
     found = apply_dry(logits, seen, 2.0, base, allowed, breakers)
     np.testing.assert_allclose(found, logits - 2.0 * dry_by_definition(4, seen, base, allowed, breakers))
 
 
-def test_the_penalty_of_a_long_repetition_is_finite() -> None:
+def test_the_penalty_of_a_long_repetition_is_finite():
     found = apply_dry(np.zeros(3, np.float32), [1] * 5000, 1.0, 1.75)
     assert np.isfinite(found).all()
     assert found[1] == pytest.approx(-(1.75**158))  # the largest power that float32 holds
@@ -96,12 +88,12 @@ def encode(text: str) -> list[int]:
     return [PIECES.index(letter) if letter in PIECES else 99 for letter in text]
 
 
-def test_a_token_that_holds_a_breaker_breaks_alone() -> None:
+def test_a_token_that_holds_a_breaker_breaks_alone():
     found = sequence_breakers(["\n", "*", [7, 8], [0]], PIECES, encode)
     assert found == {1: {()}, 2: {()}, 3: {()}, 4: {()}, 5: {()}, 6: {()}, 7: {(8,)}, 0: {()}}
 
 
-def test_a_token_that_begins_one_breaks_with_the_rest() -> None:
+def test_a_token_that_begins_one_breaks_with_the_rest():
     found = sequence_breakers(["**"], PIECES, encode)
     assert found == {3: {(3,)}, 4: {(3,)}, 5: {()}, 6: {()}}
     assert sequence_breakers(["</a"], PIECES, encode) == {7: {(99, 0)}, 8: {(0,)}}

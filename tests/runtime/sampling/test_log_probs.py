@@ -14,7 +14,7 @@ logit_arrays = arrays(np.float32, st.integers(1, 40), elements=st.floats(-300, 3
 
 
 @given(logits=logit_arrays, top=st.integers(0, 45), place=st.integers(0, 39))
-def test_they_are_the_log_softmax(logits: np.ndarray, top: int, place: int) -> None:
+def test_they_are_the_log_softmax(logits, top, place):
     token = place % logits.size
     wide = logits.astype(np.float64) - logits.max()
     expected = wide - np.log(np.exp(wide).sum())
@@ -26,6 +26,6 @@ def test_they_are_the_log_softmax(logits: np.ndarray, top: int, place: int) -> N
     np.testing.assert_allclose([p for _, p in found.top], expected[[i for i, _ in found.top]], rtol=1e-6, atol=1e-5)
 
 
-def test_of_equal_ones_the_smaller_id_comes_first() -> None:
+def test_of_equal_ones_the_smaller_id_comes_first():
     assert likeliest(np.array([1, 5, 5, 2, 5], np.float32), 2) == [1, 2]
     assert likeliest(np.array([1, 5], np.float32), 0) == []

@@ -15,7 +15,7 @@ def log(probabilities: list[float]) -> np.ndarray:
     return np.log(np.array(probabilities, np.float32))
 
 
-def test_presence_counts_once_and_frequency_each_time() -> None:
+def test_presence_counts_once_and_frequency_each_time():
     logits = np.array([2.0, -2.0, 4.0, BANNED], np.float32)
     found = penalties.apply_presence_and_frequency_penalty(logits, [0, 1, 0, 0, 3], 0.5, 0.25)
     np.testing.assert_array_equal(found, [0.75, -2.75, 4, BANNED])
@@ -23,7 +23,7 @@ def test_presence_counts_once_and_frequency_each_time() -> None:
     np.testing.assert_array_equal(penalties.apply_presence_and_frequency_penalty(logits, [0], -1, -1)[0], 4)
 
 
-def test_only_the_last_tokens_count() -> None:
+def test_only_the_last_tokens_count():
     assert penalties.last([1, 2, 3], -1).tolist() == [1, 2, 3]
     assert [penalties.last([1, 2, 3], count).tolist() for count in (0, 2, 3, 9)] == [[], [2, 3], [1, 2, 3], [1, 2, 3]]
 
@@ -38,7 +38,7 @@ def test_only_the_last_tokens_count() -> None:
         (1, [4, 0, 4], {0, 4}),
     ],
 )
-def test_no_sequence_of_that_size_comes_twice(size: int, seen: list[int], expected: set[int]) -> None:
+def test_no_sequence_of_that_size_comes_twice(size, seen, expected):
     logits = np.zeros(6, np.float32)
     found = penalties.ban_repeated_ngrams(logits, seen, size)
     assert set(np.flatnonzero(found == BANNED).tolist()) == expected
@@ -58,9 +58,7 @@ FIFTHS = [0.2] * 5
         ([0, 1, 2, 0, 0], [0.000000, 0.000023, 0.000023, 0.499977, 0.499977], 1.0, 5.0, 5.0),
     ],
 )
-def test_the_penalties_together(
-    seen: list[int], expected: list[float], repetition: float, frequency: float, presence: float
-) -> None:
+def test_the_penalties_together(seen, expected, repetition, frequency, presence):
     changed = penalties.apply_repetition_penalty(log(FIFTHS), seen, repetition)
     changed = penalties.apply_presence_and_frequency_penalty(changed, seen, presence, frequency)
     np.testing.assert_allclose(softmax(changed), expected, atol=1e-5)

@@ -14,7 +14,7 @@ LOGITS = np.array([1.0, -np.inf, 3.0], np.float32)
 IDS = np.array([4, 5])
 
 
-def test_it_is_given_copies_that_it_may_write_into() -> None:
+def test_it_is_given_copies_that_it_may_write_into():
     LOGITS.flags.writeable = IDS.flags.writeable = False
 
     def processor(ids: Any, logits: Any) -> Any:
@@ -29,14 +29,14 @@ def test_it_is_given_copies_that_it_may_write_into() -> None:
     assert IDS[0] == 4
 
 
-def test_it_is_given_float32_also_of_what_float32_cannot_hold() -> None:
+def test_it_is_given_float32_also_of_what_float32_cannot_hold():
     wide = np.array([1e308, -1e308, -np.inf])
     found = apply_processor(wide, IDS, lambda _, logits: logits)
     most = np.finfo(np.float32).max
     np.testing.assert_array_equal(found, [most, -most, -np.inf])
 
 
-def test_it_may_give_another_array_of_another_precision() -> None:
+def test_it_may_give_another_array_of_another_precision():
     found = apply_processor(LOGITS, IDS, lambda _, logits: logits.astype(np.float64) * 2)
     np.testing.assert_array_equal(found, [2, -np.inf, 6])
 
@@ -64,6 +64,6 @@ class Wrong:
         (lambda ids: ids, "raised TypeError"),
     ],
 )
-def test_what_is_wrong_with_it_is_told(processor: Any, message: str) -> None:
+def test_what_is_wrong_with_it_is_told(processor, message):
     with pytest.raises(InputError, match=message):
         apply_processor(LOGITS, IDS, processor)

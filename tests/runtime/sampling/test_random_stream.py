@@ -27,9 +27,7 @@ WORD = 2**32 - 1
         ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
     ],
 )
-def test_the_generator_gives_the_published_answers(
-    counter: tuple[int, int], key: tuple[int, int], answer: tuple[int, int]
-) -> None:
+def test_the_generator_gives_the_published_answers(counter, key, answer):
     assert threefry2x32(key, counter) == answer
 
 
@@ -43,11 +41,11 @@ def test_the_generator_gives_the_published_answers(
         (MAX_SEED, 1000, 0.0955491390217722),
     ],
 )
-def test_the_documented_numbers(seed: int, place: int, number: float) -> None:
+def test_the_documented_numbers(seed, place, number):
     assert uniform(seed, place) == number
 
 
-def test_the_numbers_are_uniform_and_depend_on_nothing_before() -> None:
+def test_the_numbers_are_uniform_and_depend_on_nothing_before():
     drawn = np.array([uniform(seed, place) for seed in range(4) for place in range(5000)])
     assert drawn.min() >= 0
     assert drawn.max() < 1
@@ -60,23 +58,23 @@ def test_the_numbers_are_uniform_and_depend_on_nothing_before() -> None:
     assert uniform(3, 77) == rows[3, 77]
 
 
-def test_a_lane_is_a_stream_of_its_own() -> None:
+def test_a_lane_is_a_stream_of_its_own():
     assert len({uniform(1, 2, lane) for lane in range(8)}) == 8
 
 
-def test_a_continuation_has_a_seed_of_its_own() -> None:
+def test_a_continuation_has_a_seed_of_its_own():
     seeds = [continuation_seed(seed, number) for seed in (0, 1, MAX_SEED) for number in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed <= MAX_SEED for seed in seeds)
     assert [continuation_seed(seed, 0) for seed in (0, 1, MAX_SEED)] == [0, 1, MAX_SEED]
 
 
-def test_the_documented_continuations() -> None:
+def test_the_documented_continuations():
     assert continuation_seed(1, 1) == 3683160032914396005
     assert continuation_seed(MAX_SEED, 7) == 6868561896620353006
 
 
-def test_a_fresh_seed_is_another_one_each_time() -> None:
+def test_a_fresh_seed_is_another_one_each_time():
     seeds = {fresh_seed() for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed <= MAX_SEED for seed in seeds)

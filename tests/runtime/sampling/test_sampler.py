@@ -31,9 +31,7 @@ EXTREMES = st.sampled_from([2e-45, 1e-40, 1e-38, 1.0, 1e38])
     temperature=st.sampled_from([0.0, 5e-324, 1e-300]) | EXTREMES,
     rest=st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]),
 )
-def test_no_penalty_and_temperature_overflow(
-    logits: np.ndarray, seen: list[int], penalty: float, temperature: float, rest: dict[str, Any]
-) -> None:
+def test_no_penalty_and_temperature_overflow(logits, seen, penalty, temperature, rest):
     """A warning of numpy's is an error here, and infinity less infinity is one."""
     config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, seed=0, **rest)
     penalised = penalties.apply_repetition_penalty(logits, seen, penalty)
@@ -44,20 +42,20 @@ def test_no_penalty_and_temperature_overflow(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
-def test_a_tiny_penalty_repeats_the_likeliest_token_that_was_seen(temperature: float) -> None:
+def test_a_tiny_penalty_repeats_the_likeliest_token_that_was_seen(temperature):
     logits = np.array([1, 3, 2, -1], np.float32)
     sampler = Sampler(SamplingConfig(temperature=temperature, repetition_penalty=1e-40, seed=0))
     assert sampler(logits, [0, 2, 3]) == 2
 
 
-def test_draws_follow_the_probabilities() -> None:
+def test_draws_follow_the_probabilities():
     sampler = Sampler(SamplingConfig(temperature=1.0, seed=0))
     counts = np.bincount([sampler(LOGITS, [0] * place) for place in range(5000)], minlength=5)
     # Four standard deviations of a share at 5000 draws are at most 0.028.
     np.testing.assert_allclose(counts / 5000, PROBABILITIES, atol=0.028)
 
 
-def test_a_seed_repeats_and_another_does_not() -> None:
+def test_a_seed_repeats_and_another_does_not():
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
         return [sampler(LOGITS, [0] * place) for place in range(50)]
@@ -67,13 +65,13 @@ def test_a_seed_repeats_and_another_does_not() -> None:
     assert tokens(None) != tokens(None)
 
 
-def test_a_draw_goes_by_the_seed_and_the_place_alone() -> None:
+def test_a_draw_goes_by_the_seed_and_the_place_alone():
     sampler = Sampler(SamplingConfig(temperature=1.0, seed=7))
     tokens = [sampler(LOGITS, [0] * place) for place in range(50)]
     assert [sampler(LOGITS, [1] * place) for place in reversed(range(50))] == tokens[::-1]
 
 
-def test_settings_count_as_float32() -> None:
+def test_settings_count_as_float32():
     settings = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
     config = Sampler(SamplingConfig(**settings)).config  # type: ignore[arg-type]
     assert {name: getattr(config, name) for name in settings} == {k: float(np.float32(v)) for k, v in settings.items()}
@@ -96,12 +94,12 @@ def test_settings_count_as_float32() -> None:
         ("forced_decoder_ids", [(1,)]), ("forced_decoder_ids", [(-1, 2)]), ("forced_eos_token_id", -1),
     ],
 )  # fmt: skip
-def test_settings_out_of_range_are_named(field: str, value: Any) -> None:
+def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
         SamplingConfig(**{field: value})
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_numbers_are_numbers():
     SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
 
 
@@ -135,7 +133,7 @@ def by_definition(logits: np.ndarray, ids: list[int], config: SamplingConfig) ->
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300, 9000])
-def test_the_token_is_that_of_the_definition(size: int) -> None:
+def test_the_token_is_that_of_the_definition(size):
     rng = np.random.default_rng(size)
     for _ in range(400 if size < 1000 else 80):
         logits = rng.normal(0, rng.choice([0.01, 1, 4, 30]), size).astype(np.float32)
@@ -187,12 +185,12 @@ def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings
         ({"temperature": 1.0, "typical_p": 0.01}, [], 3),
     ],
 )
-def test_each_setting_has_its_effect(settings: dict[str, Any], ids: list[int], token: int) -> None:
+def test_each_setting_has_its_effect(settings, ids, token):
     assert choice(ids, **settings) == token
     assert choice(ids, seed=5, **settings) == token
 
 
-def test_the_order_of_the_first_half() -> None:
+def test_the_order_of_the_first_half():
     """A bias is penalised; a forced token comes although it is a bad word; a function sees what is banned."""
     logits = np.array([1.0, 2.0, 0.0], np.float32)
     assert choice([0], logits, logit_bias={0: 2.0}, repetition_penalty=3.0) == 1  # (1 + 2) / 3, and not 1 / 3 + 2
@@ -208,14 +206,14 @@ def test_the_order_of_the_first_half() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_place_where_all_is_banned_is_an_error(temperature: float) -> None:
+def test_a_place_where_all_is_banned_is_an_error(temperature):
     with pytest.raises(InputError, match="the settings ban every token at this place"):
         choice([], temperature=temperature, suppress_tokens=range(5))
     with pytest.raises(InputError, match="the settings ban every token"):
         choice([], temperature=temperature, suppress_tokens=[2], forced_decoder_ids=[(0, 2)])
 
 
-def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own() -> None:
+def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own():
     config = SamplingConfig(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.2, seed=4)
     sampler, plain = Sampler(config), Sampler(SamplingConfig(temperature=1.0, seed=4))
     applied = 0
@@ -229,7 +227,7 @@ def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own() -> None:
     assert 0.27 < applied / 4000 < 0.33
 
 
-def test_xtc_of_a_threshold_above_one_half_never_applies() -> None:
+def test_xtc_of_a_threshold_above_one_half_never_applies():
     sampler = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
     plain = Sampler(SamplingConfig(temperature=1.0, seed=4))
     assert [sampler(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
@@ -242,7 +240,7 @@ def test_xtc_of_a_threshold_above_one_half_never_applies() -> None:
         {"forced_eos_token_id": 5}, {"suppress_tokens": [5]},
     ],
 )  # fmt: skip
-def test_an_id_out_of_the_vocabulary_is_named(settings: dict[str, Any]) -> None:
+def test_an_id_out_of_the_vocabulary_is_named(settings):
     (name,) = settings
     with pytest.raises(InputError, match=f"{name} holds 5; token ids are whole numbers from 0 to 4"):
         Sampler(SamplingConfig(**settings), vocab_size=5)
@@ -264,9 +262,7 @@ def test_an_id_out_of_the_vocabulary_is_named(settings: dict[str, Any]) -> None:
         },
     ),
 )  # fmt: skip
-def test_whatever_the_settings_a_token_comes_that_is_not_banned(
-    logits: np.ndarray, ids: list[int], settings: dict[str, Any]
-) -> None:
+def test_whatever_the_settings_a_token_comes_that_is_not_banned(logits, ids, settings):
     """A warning of numpy's is an error here."""
     token = choice(ids, logits, seed=1, **settings)
     assert 0 <= token < 9
@@ -281,7 +277,7 @@ def test_whatever_the_settings_a_token_comes_that_is_not_banned(
         {"dry_multiplier": 10**30, "dry_base": 10**30}, {"temperature": 10**30, "top_k": 10**30},
     ],
 )  # fmt: skip
-def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings: dict[str, Any]) -> None:
+def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings):
     floats = {name: float(value) if not isinstance(value, dict) else {1: 1e30} for name, value in settings.items()}
     floats |= {"top_k": 1000} if "top_k" in settings else {}
     logits = np.arange(5, dtype=np.float32)
@@ -297,12 +293,12 @@ def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings: dict[str
         ("dry_sequence_breakers", [[1], [2]], 4),
     ],
 )
-def test_ids_may_be_an_array(field: str, value: Any, token: int) -> None:
+def test_ids_may_be_an_array(field, value, token):
     logits = np.arange(5, dtype=np.float32)
     assert choice([0, 1, 2], logits, **{field: np.array(value)}) == token
 
 
-def test_stages_show_what_a_call_draws_from() -> None:
+def test_stages_show_what_a_call_draws_from():
     config = SamplingConfig(temperature=0.5, top_k=3, min_p=0.3, seed=4, suppress_tokens=(1,))
     shown = list(Sampler(config).stages(LOGITS, [2]))
     assert [name for name, _ in shown] == ["penalties", "temperature", "top_k", "min_p"]

@@ -42,13 +42,13 @@ def some_left(logits: np.ndarray) -> np.ndarray:
 
 
 @given(logits=logit_arrays, ids=id_lists, penalty=st.sampled_from([0.5, 1.25, 3.0]))
-def test_repetition_penalty(logits: np.ndarray, ids: list[int], penalty: float) -> None:
+def test_repetition_penalty(logits, ids, penalty):
     expected = apply(theirs.RepetitionPenaltyLogitsProcessor(penalty), ids, logits)
     same(penalties.apply_repetition_penalty(logits, ids, penalty), expected)
 
 
 @given(logits=logit_arrays, ids=id_lists, size=st.integers(1, 5))
-def test_no_repeat_ngram_size(logits: np.ndarray, ids: list[int], size: int) -> None:
+def test_no_repeat_ngram_size(logits, ids, size):
     expected = apply(theirs.NoRepeatNGramLogitsProcessor(size), ids, logits)
     same(penalties.ban_repeated_ngrams(logits, ids, size), expected)
 
@@ -58,7 +58,7 @@ def test_no_repeat_ngram_size(logits: np.ndarray, ids: list[int], size: int) -> 
     ids=id_lists,
     words=st.lists(st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3), min_size=1, max_size=6),
 )
-def test_bad_words_ids(logits: np.ndarray, ids: list[int], words: list[list[int]]) -> None:
+def test_bad_words_ids(logits, ids, words):
     if all(word == [3] for word in words):
         words.append([5, 6])
     expected = apply(theirs.NoBadWordsLogitsProcessor(words, eos_token_id=[3]), ids, logits)
@@ -66,18 +66,18 @@ def test_bad_words_ids(logits: np.ndarray, ids: list[int], words: list[list[int]
 
 
 @given(logits=logit_arrays, bias=st.dictionaries(st.integers(0, SIZE - 1), st.sampled_from([-1.5, 4.0]), min_size=1))
-def test_logit_bias(logits: np.ndarray, bias: dict[int, float]) -> None:
+def test_logit_bias(logits, bias):
     processor = theirs.SequenceBiasLogitsProcessor({(token,): number for token, number in bias.items()})
     same(bans.add_bias(logits, bias), apply(processor, [0], logits))
 
 
 @given(logits=logit_arrays, tokens=st.lists(st.integers(0, SIZE - 1), max_size=5))
-def test_suppress_tokens(logits: np.ndarray, tokens: list[int]) -> None:
+def test_suppress_tokens(logits, tokens):
     same(bans.suppress(logits, tokens), apply(theirs.SuppressTokensLogitsProcessor(tokens), [0], logits))
 
 
 @given(logits=logit_arrays | spread, k=st.integers(1, 70))
-def test_top_k(logits: np.ndarray, k: int) -> None:
+def test_top_k(logits, k):
     logits = some_left(logits)
     same(truncation.keep_top_k(logits, k), apply(theirs.TopKLogitsWarper(k), [0], logits))
 
@@ -89,7 +89,7 @@ def near(logits: np.ndarray, p: float) -> bool:
 
 
 @given(logits=logit_arrays | spread, p=st.floats(0.01, 0.999))
-def test_top_p(logits: np.ndarray, p: float) -> None:
+def test_top_p(logits, p):
     logits = some_left(logits)
     found = truncation.keep_top_p(logits, p)
     expected = apply(theirs.TopPLogitsWarper(p), [0], logits)
@@ -100,7 +100,7 @@ def test_top_p(logits: np.ndarray, p: float) -> None:
 
 
 @given(logits=logit_arrays | spread, p=st.floats(0.01, 1.0))
-def test_min_p(logits: np.ndarray, p: float) -> None:
+def test_min_p(logits, p):
     logits = some_left(logits)
     shares = truncation.softmax(logits) / truncation.softmax(logits).max()
     if (np.abs(shares - p) < 1e-9).any():
@@ -109,7 +109,7 @@ def test_min_p(logits: np.ndarray, p: float) -> None:
 
 
 @given(logits=logit_arrays | spread, p=st.floats(0.01, 0.999))
-def test_typical_p(logits: np.ndarray, p: float) -> None:
+def test_typical_p(logits, p):
     logits = some_left(logits)
     probabilities = truncation.softmax(logits)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -122,14 +122,14 @@ def test_typical_p(logits: np.ndarray, p: float) -> None:
 
 
 @given(logits=logit_arrays, ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=9), least=st.integers(1, 6))
-def test_min_new_tokens(logits: np.ndarray, ids: list[int], least: int) -> None:
+def test_min_new_tokens(logits, ids, least):
     processor = theirs.MinNewTokensLengthLogitsProcessor(4, least, [2, 5])
     (change,) = _changes(SamplingConfig(min_new_tokens=least), _Text(4, None, frozenset({2, 5}), {}))
     same(change(logits, np.array(ids)), apply(processor, ids, logits))
 
 
 @given(logits=logit_arrays, ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=9))
-def test_forced_eos_token_id(logits: np.ndarray, ids: list[int]) -> None:
+def test_forced_eos_token_id(logits, ids):
     processor = theirs.ForcedEOSTokenLogitsProcessor(7, 2)
     (change,) = _changes(SamplingConfig(forced_eos_token_id=2), _Text(4, 3, frozenset({2}), {}))
     same(change(logits, np.array(ids)), apply(processor, ids, logits))
@@ -147,7 +147,7 @@ WHOLE: dict[str, Any] = {
     ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=20),
     names=st.sets(st.sampled_from(sorted(WHOLE))),
 )
-def test_the_order_is_that_of_generate(seed: int, ids: list[int], names: set[str]) -> None:
+def test_the_order_is_that_of_generate(seed, ids, names):
     """Every subset of the settings, as `generate` of transformers lists their processors."""
     from transformers import GenerationConfig
     from transformers.generation.utils import GenerationMixin
@@ -174,6 +174,6 @@ def test_the_order_is_that_of_generate(seed: int, ids: list[int], names: set[str
     np.testing.assert_allclose(truncation.softmax(found), expected.numpy(), atol=2e-6)
 
 
-def test_greedy_takes_what_is_left() -> None:
+def test_greedy_takes_what_is_left():
     sampler = Sampler(SamplingConfig(suppress_tokens=[2], min_new_tokens=1), prompt_tokens=1, end_ids=[1])
     assert sampler(np.array([0, 2, 3, 1], np.float32), [0]) == 3

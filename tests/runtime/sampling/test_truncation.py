@@ -24,11 +24,11 @@ def kept(logits: np.ndarray) -> set[int]:
 @pytest.mark.parametrize(
     ("k", "expected"), [(1, {1}), (2, {1, 3}), (4, {0, 1, 3, 4}), (5, {0, 1, 2, 3, 4}), (9, set(range(5)))]
 )
-def test_top_k(k: int, expected: set[int]) -> None:
+def test_top_k(k, expected):
     assert kept(sampling.keep_top_k(LOGITS, k)) == expected
 
 
-def test_top_k_keeps_ties() -> None:
+def test_top_k_keeps_ties():
     assert kept(sampling.keep_top_k(np.array([1.0, 2.0, 1.0, 0.0]), 2)) == {0, 1, 2}
 
 
@@ -40,19 +40,19 @@ def test_top_k_keeps_ties() -> None:
         (0.96, set(range(5))),
     ],
 )
-def test_top_p_keeps_the_fewest_that_reach_it(p: float, expected: set[int]) -> None:
+def test_top_p_keeps_the_fewest_that_reach_it(p, expected):
     assert kept(sampling.keep_top_p(LOGITS, p)) == expected
 
 
 @pytest.mark.parametrize(
     ("p", "expected"), [(0.2, {0, 1, 3, 4}), (0.5, {1, 3}), (0.76, {1}), (1.0, {1}), (0.1, set(range(5)))]
 )
-def test_min_p_is_a_share_of_the_likeliest(p: float, expected: set[int]) -> None:
+def test_min_p_is_a_share_of_the_likeliest(p, expected):
     assert kept(sampling.keep_min_p(LOGITS, p)) == expected
 
 
 @pytest.mark.parametrize(("drawn", "expected"), [(0.0, 1), (0.49, 1), (0.51, 3), (1 - 2**-53, 3)])
-def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn: float, expected: int) -> None:
+def test_the_ends_of_the_unit_interval_draw_tokens_with_probability(drawn, expected):
     logits = np.array([-np.inf, 1.0, -np.inf, 1.0, -np.inf])
     assert sampling.draw(logits, drawn) == expected
 
@@ -74,7 +74,7 @@ def log(probabilities: list[float]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("n", "expected"), [(1.0, [0.3, 0.4]), (3.0, TENTHS), (0.5, [0.4]), (1e30, TENTHS)], ids=["1", "3", "half", "huge"]
 )
-def test_top_n_sigma(n: float, expected: list[float]) -> None:
+def test_top_n_sigma(n, expected):
     after(expected, sampling.keep_top_n_sigma(log(TENTHS), n))
     # Neither a temperature before it nor what is banned changes what it keeps.
     banned = np.append(log(TENTHS), np.float32(-np.inf))
@@ -90,11 +90,11 @@ def test_top_n_sigma(n: float, expected: list[float]) -> None:
         (0.5, [0.4, 0.3, 0.2, 0.1]),
     ],
 )
-def test_xtc_excludes_all_top_choices_but_the_last(threshold: float, expected: list[float]) -> None:
+def test_xtc_excludes_all_top_choices_but_the_last(threshold, expected):
     after(expected, sampling.exclude_top_choices(log([0.4, 0.3, 0.2, 0.1]), threshold))
 
 
-def test_of_equal_top_choices_the_last_one_stays() -> None:
+def test_of_equal_top_choices_the_last_one_stays():
     assert kept(sampling.exclude_top_choices(log([0.3, 0.05, 0.3, 0.3, 0.05]), 0.2)) == {1, 3, 4}
 
 
@@ -102,11 +102,11 @@ def test_of_equal_top_choices_the_last_one_stays() -> None:
     ("probabilities", "expected"),
     [([0.97, 0.01, 0.01, 0.01], [0.97]), ([0.4, 0.2, 0.2, 0.2], [0.2, 0.2, 0.2])],
 )
-def test_typical(probabilities: list[float], expected: list[float]) -> None:
+def test_typical(probabilities, expected):
     after(expected, sampling.keep_typical(log(probabilities), 0.5))
 
 
-def test_typical_of_many_tokens_is_as_by_a_whole_sort() -> None:
+def test_typical_of_many_tokens_is_as_by_a_whole_sort():
     rng = np.random.default_rng(0)
     for scale in (0.01, 1.0, 3.0):
         logits = rng.normal(0, scale, 9000)
@@ -118,7 +118,7 @@ def test_typical_of_many_tokens_is_as_by_a_whole_sort() -> None:
             assert kept(sampling.keep_typical(logits, p)) == set(few.tolist())
 
 
-def test_top_p_of_many_tokens_is_as_by_a_whole_sort() -> None:
+def test_top_p_of_many_tokens_is_as_by_a_whole_sort():
     rng = np.random.default_rng(0)
     for scale in (0.01, 1.0, 3.0):
         logits = rng.normal(0, scale, 9000)
@@ -142,7 +142,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 @given(logits=logit_arrays | with_bans, factor=st.sampled_from([1.0, 1e4, 1e300]))
-def test_a_stage_drops_tokens_and_changes_none(stage: str, logits: np.ndarray, factor: float) -> None:
+def test_a_stage_drops_tokens_and_changes_none(stage, logits, factor):
     """What is banned stays so, one token stays, nothing is written into, and no warning is given."""
     if np.isneginf(logits).all():
         logits[0] = 1.0
@@ -159,7 +159,7 @@ def test_a_stage_drops_tokens_and_changes_none(stage: str, logits: np.ndarray, f
 
 
 @given(logits=with_bans)
-def test_probabilities_are_of_what_is_left(logits: np.ndarray) -> None:
+def test_probabilities_are_of_what_is_left(logits):
     logits[0] = 1.0
     found = sampling.softmax(logits)
     exponentials = np.exp(logits.astype(np.float64) - logits.max())
@@ -167,7 +167,7 @@ def test_probabilities_are_of_what_is_left(logits: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("size", [7, 1000, 49152])
-def test_a_draw_of_few_among_many_is_bit_for_bit_that_of_all(size: int) -> None:
+def test_a_draw_of_few_among_many_is_bit_for_bit_that_of_all(size):
     """The probabilities of the text's definition, in docs/bundle-format.md, over the whole vocabulary."""
     rng = np.random.default_rng(size)
     for _ in range(20):

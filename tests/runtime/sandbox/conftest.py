@@ -8,24 +8,23 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import LimitWarning
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
-from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime import Completion, load
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.model import SandboxedModel
 
 from ...onnx_text import encode_model, field, nodes, values
-from ..conftest import Tiny, tiny_graph
+from ..conftest import tiny_graph
 
 SMALL = Limits(memory=400_000_000, seconds=3.0)  # in which the tiny decoder loads on a busy machine
 EASY = Limits(memory=400_000_000, seconds=60.0)
@@ -90,14 +89,14 @@ def mend(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def talking_bundle(tiny: Tiny, letters: Any, make_bundle: Callable[..., Bundle]) -> Bundle:
+def talking_bundle(tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer and a chat template."""
     template = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] | lower }}{% endfor %}<a>"
     return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template})
 
 
 @pytest.fixture
-def hostile(talking_bundle: Bundle, tiny: Tiny, tmp_path: Path) -> Hostile:
+def hostile(talking_bundle, tiny, tmp_path):
     """hostile(GRAPH): a bundle with this graph; hostile("") one to be changed and mended."""
 
     def make(kind: str) -> Path:
@@ -130,14 +129,14 @@ def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> Sandbo
 
 
 @pytest.fixture(scope="session")
-def untrusted(talking_bundle: Bundle) -> Iterator[SandboxedModel]:
+def untrusted(talking_bundle):
     """The tiny decoder in a process of its own."""
     with opened(talking_bundle.path) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
-def trusted(talking_bundle: Bundle) -> LanguageModel:
+def trusted(talking_bundle):
     """The same, here."""
     return load(talking_bundle.path, threads=1)
 

@@ -7,13 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime import LanguageModel
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
@@ -28,7 +25,7 @@ def silent(call: str) -> str:
     return hooked(hook)
 
 
-def test_what_a_task_gets(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_what_a_task_gets(untrusted, trusted):
     async def both() -> None:
         for options in ({"logprobs": 2}, {"stop": ["m"]}, {"max_new_tokens": 0}):
             mine, theirs = [await model.agenerate("hello", **options) for model in (untrusted, trusted)]
@@ -37,7 +34,7 @@ def test_what_a_task_gets(untrusted: SandboxedModel, trusted: LanguageModel) -> 
         assert chunks[0] == chunks[1]
         assert await untrusted.ascore("hello") == trusted.score("hello")
         with pytest.raises(InputError, match="each alone, or all to generate"):
-            untrusted.astream(["a"])  # type: ignore[list-item]
+            untrusted.astream(["a"])
         async with untrusted.astream("hello", max_new_tokens=500) as stream:
             await anext(stream)
         assert stream.completion is not None
@@ -47,9 +44,7 @@ def test_what_a_task_gets(untrusted: SandboxedModel, trusted: LanguageModel) -> 
 
 
 @pytest.mark.parametrize("call", ["stream", "next"])
-def test_the_loop_goes_on_beside_a_silent_process(
-    talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_the_loop_goes_on_beside_a_silent_process(talking_bundle, monkeypatch, call):
     monkeypatch.setattr(process, "BOOT", silent(call))
 
     async def use(model: SandboxedModel) -> float:
@@ -81,7 +76,7 @@ def test_the_loop_goes_on_beside_a_silent_process(
         assert asyncio.run(use(model)) < 5
 
 
-def test_a_program_ends_while_a_process_is_silent(talking_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_program_ends_while_a_process_is_silent(talking_bundle, tmp_path):
     program = f"""
 import asyncio, sys, warnings
 import pastkey

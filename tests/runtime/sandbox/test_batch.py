@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime.sandbox import process
 
 from .conftest import hooked
@@ -29,7 +27,7 @@ def lines(content: Any) -> str:
     return "".join(json.dumps(row) + "\n" for row in content)
 
 
-def test_rows_are_answered_in_the_process(command: Command, talking_bundle: Bundle, tmp_path: Path) -> None:
+def test_rows_are_answered_in_the_process(command, talking_bundle, tmp_path):
     source, template, answers = tmp_path / "rows.jsonl", tmp_path / "own.jinja", []
     source.write_text(lines(rows()))
     template.write_text("{{ messages[0].content }}")
@@ -67,9 +65,7 @@ HONEST = "{'place': 0, 'answer': dict(text='a', finish_reason='stop', prompt_tok
         ("iter([{'answer': {}}])", "gave an answer that is none (the answer has no 'place')"),
     ],
 )
-def test_a_process_that_was_taken_over_ends_the_job(
-    command: Command, talking_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: str, told: str
-) -> None:
+def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp_path, monkeypatch, answers, told):
     """And is no row's own error; nor is the bundle opened here instead."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text(lines([{"prompt": "ab"}]))
@@ -84,9 +80,7 @@ def test_a_process_that_was_taken_over_ends_the_job(
 
 
 @pytest.mark.parametrize("flags", [("--provider", "cuda"), ("--provider", "cpu", "--provider-option", "a=b")])
-def test_rows_are_answered_on_the_cpu_alone(
-    command: Command, talking_bundle: Bundle, tmp_path: Path, flags: tuple[str, ...]
-) -> None:
+def test_rows_are_answered_on_the_cpu_alone(command, talking_bundle, tmp_path, flags):
     source = tmp_path / "rows.jsonl"
     source.write_text(lines([{"prompt": "ab"}]))
     status, _, err = command("batch", talking_bundle.path, source, "--out", tmp_path / "o.jsonl", "--untrusted", *flags)
@@ -94,7 +88,7 @@ def test_rows_are_answered_on_the_cpu_alone(
     assert "an untrusted bundle runs on the CPU alone" in err
 
 
-def test_a_command_that_would_not_heed_a_flag_has_none(command: Command, talking_bundle: Bundle) -> None:
+def test_a_command_that_would_not_heed_a_flag_has_none(command, talking_bundle):
     """`sign` is for one's own bundle, and `batch` has no draft model."""
     for arguments, flag in (
         (("sign", talking_bundle.path, "--key", "key.pem"), ("--untrusted",)),

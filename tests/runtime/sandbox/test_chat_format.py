@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ def both(mine: SandboxedModel, theirs: LanguageModel, **given: Any) -> tuple[Cha
     return mine.chat(**given), theirs.chat(**given)
 
 
-def test_a_conversation(untrusted: SandboxedModel, trusted: LanguageModel, tmp_path: Path) -> None:
+def test_a_conversation(untrusted, trusted, tmp_path):
     mine, theirs = both(untrusted, trusted, system="be kind")
     for question in ("hello", "and you"):
         answers = [chat.ask(question, max_new_tokens=6) for chat in (mine, theirs)]
@@ -38,7 +37,7 @@ def test_a_conversation(untrusted: SandboxedModel, trusted: LanguageModel, tmp_p
     assert told(mine.ask("x", max_new_tokens=3)) == told(theirs.ask("x", max_new_tokens=3))
 
 
-def test_an_answer_goes_on(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_an_answer_goes_on(untrusted, trusted):
     answers = []
     for chat in both(untrusted, trusted):
         chat.messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "abc"}]
@@ -46,9 +45,7 @@ def test_an_answer_goes_on(untrusted: SandboxedModel, trusted: LanguageModel) ->
     assert answers[0] == answers[1]
 
 
-def test_a_template_of_ones_own_and_its_variables(
-    untrusted: SandboxedModel, trusted: LanguageModel, tmp_path: Path
-) -> None:
+def test_a_template_of_ones_own_and_its_variables(untrusted, trusted, tmp_path):
     file = tmp_path / "own.jinja"
     file.write_text("{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}{{ 'tools' if tools }}")
     tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
@@ -69,6 +66,6 @@ def test_a_template_of_ones_own_and_its_variables(
     assert untrusted.generate("a", max_new_tokens=1).new_tokens == 1
 
 
-def test_contents_as_ordinary_characters(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_contents_as_ordinary_characters(untrusted, trusted):
     mine, theirs = both(untrusted, trusted, special_tokens_as_text=True)
     assert told(mine.ask("a<b>c", max_new_tokens=4)) == told(theirs.ask("a<b>c", max_new_tokens=4))

@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
 from pastkey.runtime.sandbox import child, landlock, process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import EASY, GRAPHS, SMALL, Hostile, has_ended, hooked, mend, opened
+from .conftest import EASY, GRAPHS, SMALL, has_ended, hooked, mend, opened
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_a_graph_that_never_ends_or_takes_all_memory(hostile: Hostile, graph: str) -> None:
+def test_a_graph_that_never_ends_or_takes_all_memory(hostile, graph):
     path = hostile(graph)
     limits = EASY if graph == "a large constant" else SMALL
     with pytest.raises(UntrustedBundleError) as found, opened(path, limits) as model:
@@ -50,7 +49,7 @@ def with_tokenizer(folder: Path, content: dict[str, Any]) -> Path:
     return folder
 
 
-def test_a_tokenizer_that_doubles_every_text(hostile: Hostile) -> None:
+def test_a_tokenizer_that_doubles_every_text(hostile):
     folder = hostile("")
     doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     content = tokenizer_of(folder) | {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}}
@@ -58,7 +57,7 @@ def test_a_tokenizer_that_doubles_every_text(hostile: Hostile) -> None:
         opened(with_tokenizer(folder, content), SMALL).generate("aaaa", max_new_tokens=2)
 
 
-def test_a_tokenizer_that_fails_at_a_prompt(hostile: Hostile) -> None:
+def test_a_tokenizer_that_fails_at_a_prompt(hostile):
     """A panic in the library, at the limit of its retries: the process goes on."""
     folder = hostile("")
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -79,7 +78,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 
 
 @pytest.mark.parametrize("template", BOMBS)
-def test_a_template_that_asks_for_too_much(untrusted: SandboxedModel, template: str, tmp_path: Path) -> None:
+def test_a_template_that_asks_for_too_much(untrusted, template, tmp_path):
     """The process of the other tests lives on."""
     pytest.importorskip("jinja2")
     file = tmp_path / "template.jinja"
@@ -90,7 +89,7 @@ def test_a_template_that_asks_for_too_much(untrusted: SandboxedModel, template: 
     assert untrusted.generate("ab", max_new_tokens=1).new_tokens == 1
 
 
-def test_a_template_that_never_ends(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_never_ends(hostile, monkeypatch):
     """Beside the limit of its operations, the process has one of time."""
     pytest.importorskip("jinja2")
     without = "from pastkey.runtime.text import chat_template\nchat_template.MAX_WORK = 10**15\n"
@@ -105,7 +104,7 @@ def test_a_template_that_never_ends(hostile: Hostile, monkeypatch: pytest.Monkey
         model.chat()
 
 
-def test_one_that_crashes_within_a_call(talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_crashes_within_a_call(talking_bundle, monkeypatch):
     crash = "import ctypes\nfrom pastkey.runtime.sandbox import server\n"
     crash += "server.Server.do_score = lambda self, text: ctypes.string_at(0)\n"
     monkeypatch.setattr(process, "BOOT", hooked(crash))
@@ -149,7 +148,7 @@ server.Server.do_defaults = spy
 
 
 @pytest.mark.skipif(not landlock.abi(), reason="this kernel has no landlock, or a container denies it")
-def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_can_reach(talking_bundle, tmp_path, monkeypatch):
     """Once the bundle is open: in every thread, whichever library has started it."""
     import socket
 
@@ -179,7 +178,7 @@ def test_what_it_can_reach(talking_bundle: Bundle, tmp_path: Path, monkeypatch: 
     assert set(found.values()) == {"PermissionError"}, found
 
 
-def test_a_parent_that_dies_takes_it_along(hostile: Hostile, tmp_path: Path) -> None:
+def test_a_parent_that_dies_takes_it_along(hostile, tmp_path):
     """Whatever it does: here it stands in a loop of native code that never looks up."""
     program = f"""
 import pastkey, sys, threading, warnings
@@ -202,7 +201,7 @@ lm.score([1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_of_the_parent_does_not_keep_it(talking_bundle: Bundle) -> None:
+def test_a_fork_of_the_parent_does_not_keep_it(talking_bundle):
     program = f"""
 import os, pastkey, time, warnings
 warnings.simplefilter("ignore")
@@ -224,7 +223,7 @@ time.sleep(100)
             os.kill(fork, signal.SIGKILL)
 
 
-def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) -> None:
+def test_zip_files_are_unpacked_there(talking_bundle, tmp_path):
     file = tmp_path / "b.zip"
     with zipfile.ZipFile(file, "w") as archive:
         for part in talking_bundle.path.rglob("*"):
@@ -245,7 +244,7 @@ def test_zip_files_are_unpacked_there(talking_bundle: Bundle, tmp_path: Path) ->
         opened(bomb)
 
 
-def test_what_is_no_bundle(tmp_path: Path) -> None:
+def test_what_is_no_bundle(tmp_path):
     with pytest.raises(MissingFileError, match="no such bundle: "):
         opened(tmp_path / "nowhere")
     with pytest.raises(MissingFileError, match=r"has no pastkey\.json"):
@@ -254,12 +253,12 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         opened(b"")
 
 
-def test_a_folder_that_is_no_bundle_is_not_walked_through(talking_bundle: Bundle) -> None:
+def test_a_folder_that_is_no_bundle_is_not_walked_through(talking_bundle):
     assert child._size_of(Path(os.sep)) == 0
     assert child._size_of(talking_bundle.path) > 100_000
 
 
-def test_a_bundle_in_the_cache_of_a_hub(talking_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_in_the_cache_of_a_hub(talking_bundle, tmp_path):
     """Whose files are links to a store beside it."""
     store = tmp_path / "models--a--b"
     snapshot = store / "snapshots" / "0123" / "bundle"
@@ -275,7 +274,7 @@ def test_a_bundle_in_the_cache_of_a_hub(talking_bundle: Bundle, tmp_path: Path) 
         assert model.generate("ab", max_new_tokens=2).new_tokens == 2
 
 
-def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, talking_bundle: Bundle) -> None:
+def test_no_landlock_is_told(tmp_path, monkeypatch, talking_bundle):
     import pastkey
     from pastkey.errors import LimitWarning
 
@@ -289,7 +288,7 @@ def test_no_landlock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ta
     model.close()
 
 
-def test_a_signature_is_looked_at_there(hostile: Hostile, tmp_path: Path) -> None:
+def test_a_signature_is_looked_at_there(hostile, tmp_path):
     pytest.importorskip("cryptography")
     from pastkey.runtime.model.signature import new_key, sign_bundle
 

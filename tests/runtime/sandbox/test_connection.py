@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ class Text:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left():
     """No descriptor, no thread, no process."""
     before = descriptors(), threading.active_count(), children()
     yield
@@ -84,12 +83,12 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("program", NONSENSE)
-def test_nonsense(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonsense(program, monkeypatch):
     found = ended(monkeypatch, f"ask(); {program}; time.sleep(1000)")
     assert found.startswith(NONSENSE[program])
 
 
-def test_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends(monkeypatch):
     assert ended(monkeypatch, "ask(); os.kill(os.getpid(), signal.SIGSEGV)") == "was ended by SIGSEGV"
     assert ended(monkeypatch, "ask(); os.abort()") == "was ended by SIGABRT"
     assert ended(monkeypatch, "ask(); os.kill(os.getpid(), signal.SIGKILL)") == "was ended by SIGKILL"
@@ -98,7 +97,7 @@ def test_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended(monkeypatch, "ask(); os.close(1); time.sleep(1000)") == "was ended by SIGKILL"
 
 
-def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence(monkeypatch):
     """Also of one that does not read what it is asked."""
     told = "gave no answer within 1 s, and was ended"
     assert ended(monkeypatch, "time.sleep(1000)", Limits(seconds=1.0)) == told
@@ -109,14 +108,14 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     made.close()
 
 
-def test_what_it_started_ends_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_it_started_ends_with_it(monkeypatch, tmp_path):
     told = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid))"
     program = f"ask()\npid = os.fork()\nif pid: {told}; os._exit(4)\ntime.sleep(1000)"
     assert "ended" in ended(monkeypatch, program, Limits(seconds=3.0))
     assert has_ended(int((tmp_path / "pid").read_text()))
 
 
-def test_one_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_start(monkeypatch):
     monkeypatch.setattr(process, "BOOT", "raise SystemExit(5)")
     with pytest.raises(UntrustedBundleError, match=r"b(, asked to start,)? ended with status 5; limits in force: 20 s"):
         Connection(Path("b"), LIMITS)
@@ -127,7 +126,7 @@ def test_one_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_no_room_for_a_thread(monkeypatch, number):
     start, begun = threading.Thread.start, []
 
     def refused(self: threading.Thread) -> None:
@@ -143,7 +142,7 @@ def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch, number: int) -> N
         Connection(Path("b"), LIMITS)
 
 
-def test_errors_are_sentences_of_known_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_sentences_of_known_classes(monkeypatch):
     answers = [
         ("InputError", "odd\x1b[31m text\n", "odd [31m text ", InputError),
         ("ContextLengthError", "x", "fails (x); limits in force", UntrustedBundleError),
@@ -165,7 +164,7 @@ def test_errors_are_sentences_of_known_classes(monkeypatch: pytest.MonkeyPatch) 
     made.close()
 
 
-def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch):
     """Here in the reverse order."""
     program = (
         "\nasked = [ask() for _ in range(8)]\nfor i in asked[::-1]: say({'id': i, 'value': {'text': str(i)}})\nask()"
@@ -179,7 +178,7 @@ def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch: pytest.Mon
     assert made.closed
 
 
-def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_sent(monkeypatch):
     monkeypatch.setattr(process, "BOOT", ANSWERING + "ask()")
     made = Connection(Path("b"), LIMITS)
     deep: list[object] = []
@@ -195,7 +194,7 @@ def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-def test_a_fork_of_the_parent_has_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_of_the_parent_has_no_process(monkeypatch):
     monkeypatch.setattr(process, "BOOT", ANSWERING + "\nsay({'id': ask(), 'value': {'text': 'well'}})\nask()")
     made = Connection(Path("b"), LIMITS)
     pid = os.fork()
@@ -211,7 +210,7 @@ def test_a_fork_of_the_parent_has_no_process(monkeypatch: pytest.MonkeyPatch) ->
     made.close()
 
 
-def test_an_interrupted_call_leaves_the_next_one_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_leaves_the_next_one_in_step(monkeypatch):
     """The answer that nobody waits for any more is taken as it was asked for, a long one."""
     program = "\ntime.sleep(1.0)\nsay({'id': ask(), 'value': {'text': 'x' * 20_000_000}})\n"
     program += "say({'id': ask(), 'value': {'text': 'well'}})\nask()"

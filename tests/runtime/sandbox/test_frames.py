@@ -16,7 +16,7 @@ def sent(content: dict[str, Any], **more: bool) -> bytes:
     return stream.getvalue()
 
 
-def test_a_message_comes_as_it_was_sent() -> None:
+def test_a_message_comes_as_it_was_sent():
     stream = io.BytesIO(sent({"a": "é日"}) + sent({"a": "\ud800"}, ascii_only=True))
     found = [read_frame(stream, json.loads, lambda: 100) for _ in range(3)]
     assert found == [{"a": "é日"}, {"a": "\ud800"}, None]
@@ -35,12 +35,12 @@ def test_a_message_comes_as_it_was_sent() -> None:
         (HEADER.pack(4) + b"{{{{", "."),
     ],
 )
-def test_anything_else_is_malformed(content: bytes, told: str) -> None:
+def test_anything_else_is_malformed(content, told):
     with pytest.raises(MalformedError, match=told):
         read_frame(io.BytesIO(content), json.loads, lambda: 100)
 
 
-def test_errors_by_their_kind() -> None:
+def test_errors_by_their_kind():
     assert failure_of(InputError("odd \ud800")) == {"kind": "InputError", "sentence": "odd ?"}
     assert failure_of(InputError("no token covers 'out of memory'"))["kind"] == "InputError"
     assert failure_of(MemoryError()) == {"kind": "memory", "sentence": "MemoryError"}

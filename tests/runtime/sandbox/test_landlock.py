@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -38,7 +37,7 @@ print(json.dumps({
 
 
 @pytest.mark.skipif(not landlock.abi(), reason="this kernel has no landlock, or a container denies it")
-def test_a_process_opens_what_it_was_allowed_and_nothing_else(tmp_path: Path) -> None:
+def test_a_process_opens_what_it_was_allowed_and_nothing_else(tmp_path):
     import socket
 
     allowed = tmp_path / "allowed"
@@ -65,7 +64,7 @@ def test_a_process_opens_what_it_was_allowed_and_nothing_else(tmp_path: Path) ->
     assert {found["read"], found["list"]} == {"done"}
 
 
-def test_rights_by_abi() -> None:
+def test_rights_by_abi():
     """Of each ABI what the kernel's documentation says that it can deny."""
     assert [landlock.handled(version)[0].bit_length() for version in range(1, 8)] == [13, 14, 15, 15, 16, 16, 16]
     assert [landlock.handled(version)[1] for version in range(1, 8)] == [0, 0, 0, 3, 3, 3, 3]
@@ -73,7 +72,7 @@ def test_rights_by_abi() -> None:
     assert [landlock.denies_tcp(version) for version in (0, 3, 4, 7)] == [False, False, True, True]
 
 
-def test_system_calls_and_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_calls_and_structures(tmp_path, monkeypatch):
     """By the numbers of include/uapi/asm-generic/unistd.h, and the layouts of include/uapi/linux/landlock.h."""
     called: list[tuple[int, tuple[object, ...]]] = []
 
@@ -102,7 +101,7 @@ def test_system_calls_and_structures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert closed == [9, 9, 77]
 
 
-def test_without_landlock_nothing_is_denied_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_landlock_nothing_is_denied_and_it_is_said(monkeypatch):
     monkeypatch.setattr(landlock, "_syscall", lambda number, *_: -1)
     assert landlock.abi() == 0
     assert landlock.restrict([]) == 0
@@ -112,7 +111,7 @@ def test_without_landlock_nothing_is_denied_and_it_is_said(monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(not landlock.abi(), reason="this kernel has no landlock, or a container denies it")
-def test_what_the_kernel_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernel_refuses_is_an_error(monkeypatch):
     real = landlock._syscall
     monkeypatch.setattr(landlock, "_syscall", lambda number, *a: real(number, *a) if number == 444 else real(445, 0))
     with pytest.raises(OSError, match="landlock: "):

@@ -14,12 +14,9 @@ import numpy as np
 import pytest
 
 import pastkey
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError, UntrustedBundleError
-from pastkey.runtime import LanguageModel
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
-from pastkey.runtime.sandbox.model import SandboxedModel
 
 from .conftest import EASY, beside, hooked, opened, told
 
@@ -34,14 +31,14 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_generate(untrusted: SandboxedModel, trusted: LanguageModel, options: dict[str, Any]) -> None:
+def test_generate(untrusted, trusted, options):
     given = {"max_new_tokens": 12, **options}
     prompts: list[Any] = ["hello world.", [1, 2, 3], np.array([5, 6])]
     for prompt in prompts:
         assert told(untrusted.generate(prompt, **given)) == told(trusted.generate(prompt, **given))
 
 
-def test_generate_several(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_generate_several(untrusted, trusted):
     prompts = ["ab", "hello", "xyz."]
     mine, theirs = (list(map(beside, model.generate(prompts, max_new_tokens=5))) for model in (untrusted, trusted))
     assert mine == theirs
@@ -49,7 +46,7 @@ def test_generate_several(untrusted: SandboxedModel, trusted: LanguageModel) -> 
         untrusted.generate(["ab", "ß"])
 
 
-def test_score(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_score(untrusted, trusted):
     ids = list(range(30))
     assert untrusted.score("hello") == trusted.score("hello")
     assert untrusted.score(ids) == trusted.score(ids)
@@ -57,7 +54,7 @@ def test_score(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
     assert untrusted.sampling_defaults == trusted.sampling_defaults
 
 
-def test_int8_and_what_authors_set(tiny: Any, letters: Any, make_bundle: Callable[..., Bundle]) -> None:
+def test_int8_and_what_authors_set(tiny, letters, make_bundle):
     bundle = make_bundle(
         tiny, "fused", tokenizer=letters, int8_kv=True,
         generation_config={"do_sample": True, "temperature": 0.6, "suppress_tokens": [3]},
@@ -69,7 +66,7 @@ def test_int8_and_what_authors_set(tiny: Any, letters: Any, make_bundle: Callabl
         assert model.manifest == here.manifest
 
 
-def test_errors_are_those_of_the_model(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_errors_are_those_of_the_model(untrusted, trusted):
     calls: list[Callable[[Any], object]] = [
         lambda lm: lm.generate(""),
         lambda lm: lm.generate([]),
@@ -95,7 +92,7 @@ def test_errors_are_those_of_the_model(untrusted: SandboxedModel, trusted: Langu
         assert str(mine.value) == str(theirs.value)
 
 
-def test_threads_and_tasks(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_threads_and_tasks(untrusted, trusted):
     prompts = ["abc", "hello", "world.", "xyz", "q", "the cat", "dog", "a b c d"]
     alone = [beside(trusted.generate(prompt, max_new_tokens=20)) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
@@ -108,7 +105,7 @@ def test_threads_and_tasks(untrusted: SandboxedModel, trusted: LanguageModel) ->
     assert [beside(one) for one in asyncio.run(tasks())] == alone
 
 
-def test_a_task_that_is_cancelled_ends_its_generation(untrusted: SandboxedModel) -> None:
+def test_a_task_that_is_cancelled_ends_its_generation(untrusted):
     async def cancelled() -> None:
         stream = untrusted.astream("hello", max_new_tokens=500)
         chunks: list[str] = []
@@ -131,20 +128,20 @@ def test_a_task_that_is_cancelled_ends_its_generation(untrusted: SandboxedModel)
     assert untrusted.generate("a", max_new_tokens=1).new_tokens == 1
 
 
-def test_what_it_lacks_is_said(untrusted: SandboxedModel, talking_bundle: Bundle) -> None:
+def test_what_it_lacks_is_said(untrusted, talking_bundle):
     with pytest.raises(InputError, match="logits_processor is a function"):
         untrusted.generate("a", logits_processor=lambda ids, logits: logits)
     for name in ("session", "embed", "logits", "scheduler"):
         with pytest.raises(AttributeError, match=f"a sandboxed model has no '{name}'; it has generate, .* trust=True"):
             getattr(untrusted, name)
     with pytest.raises(OptionError, match="has no option 'n'"):
-        untrusted.generate("a", n=2)  # type: ignore[call-overload]
+        untrusted.generate("a", n=2)
     with pytest.raises(InputError, match="runs on the CPU alone"):
         pastkey.load(talking_bundle.path, "cuda", trust=False)
     with pytest.raises(InputError, match="limits are for a bundle that is not trusted, and trust is True"):
         pastkey.load(talking_bundle.path, limits=EASY)  # type: ignore[call-overload]
     with pytest.raises(TypeError):
-        pastkey.load(talking_bundle.path, threads=1, draft=untrusted)  # type: ignore[call-overload]
+        pastkey.load(talking_bundle.path, threads=1, draft=untrusted)
     with pytest.raises(InputError, match="trust is None"):
         pastkey.load(talking_bundle.path, trust=None)  # type: ignore[call-overload]
     assert "fp32" in repr(untrusted)
@@ -152,13 +149,13 @@ def test_what_it_lacks_is_said(untrusted: SandboxedModel, talking_bundle: Bundle
     assert untrusted.limits.seconds == 60
 
 
-def test_settings_of_numpy(talking_bundle: Bundle) -> None:
+def test_settings_of_numpy(talking_bundle):
     given: dict[str, Any] = {"max_memory": np.int64(10**9), "prefix_bytes": np.int64(0), "max_batch": np.int32(2)}
     with opened(talking_bundle.path, allow_fallback=True, **given) as model:
         assert len(model.generate(["a", "b", "c"], max_new_tokens=1)) == 3
 
 
-def test_a_closed_model(talking_bundle: Bundle) -> None:
+def test_a_closed_model(talking_bundle):
     model = opened(talking_bundle.path)
     stream = model.stream("hello", max_new_tokens=500)
     next(stream)
@@ -176,7 +173,7 @@ def test_a_closed_model(talking_bundle: Bundle) -> None:
             call()
 
 
-def test_one_that_nobody_holds_is_ended(talking_bundle: Bundle) -> None:
+def test_one_that_nobody_holds_is_ended(talking_bundle):
     gc.collect()
     before, threads = set(Path("/proc/self/fd").iterdir()), threading.active_count()
     for _ in range(3):
@@ -211,9 +208,7 @@ def test_one_that_nobody_holds_is_ended(talking_bundle: Bundle) -> None:
         ("next", "P.Step(5, P.Chunk('x' * 17_000_000, []))", r"answered with a message of 17,0\d\d,\d\d\d bytes"),
     ],
 )
-def test_a_process_that_was_taken_over(
-    talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, what: str, answer: str, told: str
-) -> None:
+def test_a_process_that_was_taken_over(talking_bundle, monkeypatch, what, answer, told):
     """It answers well until this call."""
     hook = "from pastkey.runtime.sandbox import server\nimport pastkey.runtime.sandbox.protocol as P\n"
     hook += f"server.Server.do_{what} = lambda self, **given: {answer}\n"

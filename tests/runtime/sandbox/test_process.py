@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 import pastkey
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import UntrustedBundleError
 from pastkey.runtime.sandbox import process
 
 
-def test_what_it_starts_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_it_starts_with(monkeypatch, tmp_path):
     """No environment but what libraries need, no path but theirs, no terminal, not the folder where we are."""
     monkeypatch.setenv("SECRET_TOKEN", "x")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -40,7 +39,7 @@ def test_what_it_starts_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (folder, alone) == (os.sep, True)
 
 
-def test_libraries_are_found_and_no_more_is_read_than_they() -> None:
+def test_libraries_are_found_and_no_more_is_read_than_they():
     roots, rights = process.libraries()
     assert Path(roots[0]) == Path(pastkey.__file__).resolve().parent.parent
     import numpy
@@ -51,7 +50,7 @@ def test_libraries_are_found_and_no_more_is_read_than_they() -> None:
     assert not any(Path.home() == Path(place) and kind == "read" for place, kind in rights)
 
 
-def test_a_package_beside_other_things_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_beside_other_things_is_read_alone(tmp_path, monkeypatch):
     (tmp_path / "jinja2").mkdir()
     (tmp_path / "jinja2" / "__init__.py").touch()
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -64,7 +63,7 @@ def test_a_package_beside_other_things_is_read_alone(tmp_path: Path, monkeypatch
     assert [str(tmp_path), "read"] not in rights
 
 
-def test_without_a_python_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_python_to_start(monkeypatch):
     monkeypatch.setattr(process.sys, "executable", "")
     with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a process of its own"):
         process.started("b")
@@ -74,7 +73,7 @@ def test_without_a_python_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes the streams")
-def test_a_program_without_standard_streams(talking_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_program_without_standard_streams(talking_bundle, tmp_path):
     told = (
         f"import pastkey; from pathlib import Path; lm = pastkey.load({str(talking_bundle.path)!r}, trust=False); "
         f"Path({str(tmp_path / 'out')!r}).write_text(str(lm.generate('a', max_new_tokens=2).new_tokens))"

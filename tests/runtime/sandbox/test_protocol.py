@@ -19,7 +19,7 @@ COMPLETION = Completion(
 
 
 @pytest.mark.parametrize("value", [Step(5, Chunk("te", [3], [LOGPROB])), Step(whole=COMPLETION), Score([1], [None], 0)])
-def test_what_is_sent_comes_back_equal(value: Any) -> None:
+def test_what_is_sent_comes_back_equal(value):
     assert parse(type(value), json.loads(json.dumps(asdict(value)))) == value
 
 
@@ -55,6 +55,6 @@ def whole(**fields: Any) -> dict[str, Any]:
         (Reply, {"id": 1, "failure": {"kind": "InputError"}}),
     ],
 )
-def test_anything_else_is_no_answer(kind: type[Any], value: Any) -> None:
+def test_anything_else_is_no_answer(kind, value):
     with pytest.raises(InputError):
         parse(kind, value)

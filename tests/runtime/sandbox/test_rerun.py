@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,12 @@ import pytest
 from pastkey.contract.bundle import Bundle
 from pastkey.runtime.sandbox import process
 
-from .conftest import Hostile, hooked
+from .conftest import hooked
 
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_run_and_chat(command: Command, talking_bundle: Bundle) -> None:
+def test_run_and_chat(command, talking_bundle):
     flags = ("--max-new-tokens", 5, "--threads", 1, "--json")
     for name, prompt in (("run", "hello"), ("chat", "hello")):
         found = [
@@ -35,9 +34,7 @@ def texts_of_run(command: Command, bundle: Bundle) -> str:
     return text
 
 
-def test_inspect_and_bench(
-    command: Command, talking_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inspect_and_bench(command, talking_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     plain, limited = (command("inspect", talking_bundle.path, "--threads", 1, *more) for more in ((), ("--untrusted",)))
     assert limited[:2] == plain[:2]
@@ -49,7 +46,7 @@ def test_inspect_and_bench(
 
 
 @pytest.mark.parametrize("name", ["run", "inspect"])
-def test_a_hostile_bundle_is_one_sentence_and_status_2(command: Command, hostile: Hostile, name: str) -> None:
+def test_a_hostile_bundle_is_one_sentence_and_status_2(command, hostile, name):
     flags = ("--prompt", "hello") if name == "run" else ()
     limits = ("--limit", "seconds=2", "--limit", "memory=400e6")
     status, out, err = command(name, hostile("a loop"), *flags, "--untrusted", *limits)
@@ -74,18 +71,14 @@ def test_a_hostile_bundle_is_one_sentence_and_status_2(command: Command, hostile
     ],
 )
 @pytest.mark.parametrize("name", ["run", "bench"])
-def test_flags_that_do_not_fit(
-    command: Command, talking_bundle: Bundle, name: str, flags: tuple[str, ...], told: str
-) -> None:
+def test_flags_that_do_not_fit(command, talking_bundle, name, flags, told):
     prompt = ("--prompt", "a") if name == "run" else ()
     status, out, err = command(name, talking_bundle.path, *prompt, *flags)
     assert (status, out) == (2, "")
     assert told in err
 
 
-def test_what_a_terminal_would_act_on_is_not_printed(
-    command: Command, talking_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, monkeypatch):
     hook = "from pastkey.runtime.commands import rerun\n"
     hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
     monkeypatch.setattr(process, "BOOT", hooked(hook))

@@ -21,7 +21,7 @@ def ran(program: str, *arguments: object) -> str:
     return done.stdout.strip()
 
 
-def test_memory_ends_where_it_was_said() -> None:
+def test_memory_ends_where_it_was_said():
     """What is allocated counts; a file that is mapped does not."""
     program = """
 import mmap, sys
@@ -38,7 +38,7 @@ except MemoryError:
     assert ran(program, sparse) == f"no memory {sparse.stat().st_size}"
 
 
-def test_shared_memory_ends_too() -> None:
+def test_shared_memory_ends_too():
     program = """
 import mmap
 assert rlimits.limit_memory(100_000_000, 0, final=True)
@@ -50,7 +50,7 @@ except OSError:
     assert ran(program) == "no memory"
 
 
-def test_a_first_limit_may_be_raised_and_a_final_one_not() -> None:
+def test_a_first_limit_may_be_raised_and_a_final_one_not():
     program = """
 import resource
 rlimits.limit_memory(50_000_000, 0, final=False)
@@ -63,7 +63,7 @@ print(soft == hard, resource.getrlimit(resource.RLIMIT_DATA)[1] == hard)
     assert ran(program) == "True True"
 
 
-def test_files(tmp_path: Path) -> None:
+def test_files(tmp_path):
     program = """
 import os, sys
 assert rlimits.limit_files(1000)
@@ -82,14 +82,14 @@ except OSError as error:
     assert ran(program, tmp_path / "f").split("\n") == ["1000", "File too large", "Too many open files True"]
 
 
-def test_without_the_module_of_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_module_of_limits(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert not rlimits.limit_files(0)
     monkeypatch.setattr(rlimits.sys, "platform", "darwin")
     assert not rlimits.limit_memory(1, 1, final=True)
 
 
-def test_size_of_what_is_on_the_disk(tmp_path: Path) -> None:
+def test_size_of_what_is_on_the_disk(tmp_path):
     (tmp_path / "a").write_bytes(bytes(1000))
     (tmp_path / "b").mkdir()
     with (tmp_path / "b" / "sparse").open("wb") as file:

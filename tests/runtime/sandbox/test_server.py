@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime.commands.untrusted_rows import answer_here
 from pastkey.runtime.loading import load
 from pastkey.runtime.sandbox.connection import name_of
@@ -30,7 +29,7 @@ def answers(server: Server, *asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def server(talking_bundle: Bundle) -> Server:
+def server(talking_bundle):
     made = Server(talking_bundle.path, io.BytesIO(), io.BytesIO())
     settings = {"load": name_of(load), "threads": 1, "max_memory": None, "prefix_bytes": 0, "max_batch": 2}
     (found,) = answers(made, {"what": "load", "given": settings})
@@ -38,7 +37,7 @@ def server(talking_bundle: Bundle) -> Server:
     return made
 
 
-def test_each_call_has_one_answer(server: Server) -> None:
+def test_each_call_has_one_answer(server):
     found = answers(
         server,
         {"what": "score", "given": {"text": "abc"}},
@@ -56,14 +55,14 @@ def test_each_call_has_one_answer(server: Server) -> None:
     assert [one["failure"]["kind"] for one in found[4:]] == ["fault", "InputError"]
 
 
-def test_what_needs_no_answer_has_none(server: Server) -> None:
+def test_what_needs_no_answer_has_none(server):
     server._target = target = io.BytesIO()
     server._answer({"id": 0, "what": "cancel", "given": {"number": 99}})
     server._answer({"id": 0, "what": "nonsense", "given": {}})
     assert target.getvalue() == b""
 
 
-def test_what_json_cannot_hold_is_a_sentence(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_json_cannot_hold_is_a_sentence(server, monkeypatch):
     monkeypatch.setattr(Server, "do_render", lambda self, **_: "\ud800")
     (found,) = answers(server, {"what": "render", "given": {}})
     assert found["failure"] == {
@@ -75,5 +74,5 @@ def test_what_json_cannot_hold_is_a_sentence(server: Server, monkeypatch: pytest
     assert found["failure"]["kind"] == "fault"
 
 
-def test_a_function_is_found_by_its_name() -> None:
+def test_a_function_is_found_by_its_name():
     assert function_of(name_of(answer_here)) is answer_here

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.runtime import LanguageModel
-from pastkey.runtime.sandbox.model import SandboxedModel
 from pastkey.runtime.sandbox.server import read_options
 from pastkey.runtime.sandbox.stream import sent_options
 
 
-def test_chunks_are_those_of_the_model(untrusted: SandboxedModel, trusted: LanguageModel) -> None:
+def test_chunks_are_those_of_the_model(untrusted, trusted):
     mine = untrusted.stream("hello", max_new_tokens=9, logprobs=2)
     assert mine.completion is None
     assert list(mine) == list(trusted.stream("hello", max_new_tokens=9, logprobs=2))
@@ -20,14 +18,14 @@ def test_chunks_are_those_of_the_model(untrusted: SandboxedModel, trusted: Langu
     assert next(mine, None) is None
 
 
-def test_what_is_wrong_is_raised_at_the_first_token(untrusted: SandboxedModel) -> None:
+def test_what_is_wrong_is_raised_at_the_first_token(untrusted):
     stream = untrusted.stream("ß")
     with pytest.raises(InputError, match="no token covers"):
         next(stream)
     assert next(stream, None) is None
 
 
-def test_the_value_at_the_end(untrusted: SandboxedModel) -> None:
+def test_the_value_at_the_end(untrusted):
     stream = untrusted.stream("hello", max_new_tokens=1)
     next(stream)
     with pytest.raises(StopIteration) as end:
@@ -35,7 +33,7 @@ def test_the_value_at_the_end(untrusted: SandboxedModel) -> None:
     assert end.value.value is stream.completion
 
 
-def test_close_and_cancel(untrusted: SandboxedModel) -> None:
+def test_close_and_cancel(untrusted):
     with untrusted.stream("hello", max_new_tokens=500, logprobs=1) as stream:
         seen = [next(stream) for _ in range(4)]
     completion = stream.completion
@@ -59,7 +57,7 @@ def test_close_and_cancel(untrusted: SandboxedModel) -> None:
         untrusted.stream("hello").throw(KeyError)
 
 
-def test_unread_and_dropped_streams_hold_nobody_up(untrusted: SandboxedModel) -> None:
+def test_unread_and_dropped_streams_hold_nobody_up(untrusted):
     for _ in range(80):  # more than the process has threads
         next(untrusted.stream("hello", max_new_tokens=50))
     kept = [untrusted.stream("hello", max_new_tokens=50) for _ in range(20)]
@@ -69,12 +67,12 @@ def test_unread_and_dropped_streams_hold_nobody_up(untrusted: SandboxedModel) ->
     assert [len(list(stream)) for stream in kept] == [49] * 20
 
 
-def test_a_deadline(untrusted: SandboxedModel) -> None:
+def test_a_deadline(untrusted):
     found = untrusted.generate("hello", max_new_tokens=590, timeout=1e-6)
     assert found.finish_reason == "deadline"
 
 
-def test_one_thread_at_a_time_reads_a_stream(untrusted: SandboxedModel) -> None:
+def test_one_thread_at_a_time_reads_a_stream(untrusted):
     stream = untrusted.stream("hello", max_new_tokens=500)
     next(stream)
     stream._reading.acquire()
@@ -89,7 +87,7 @@ def test_one_thread_at_a_time_reads_a_stream(untrusted: SandboxedModel) -> None:
     assert stream.completion.finish_reason == "cancelled"
 
 
-def test_options_as_they_are_sent() -> None:
+def test_options_as_they_are_sent():
     given = {
         "logit_bias": {np.int64(3): 1.5}, "stop": ("a", "b"), "suppress_tokens": {4}, "seed": None,
         "temperature": np.float32(0.5), "bad_words_ids": np.array([[1, 2]]), "json_schema": {"type": "object"},

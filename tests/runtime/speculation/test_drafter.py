@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import ResourceError
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.generation import Generation
@@ -19,7 +18,7 @@ from pastkey.runtime.settings import SamplingConfig
 from pastkey.runtime.speculation.drafter import Drafter
 from pastkey.runtime.speculation.worth import Worth
 
-from ..conftest import Tiny, V
+from ..conftest import V
 
 PROMPT = [5, 6, 7]
 SETTINGS: list[dict[str, Any]] = [
@@ -42,12 +41,12 @@ class Always(Worth):
 
 
 @pytest.fixture(scope="module")
-def engine(fused_bundle: Bundle) -> Engine:
+def engine(fused_bundle):
     return Engine(fused_bundle, threads=1)
 
 
 @pytest.fixture(scope="module")
-def other(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Engine:
+def other(tiny, make_bundle):
     """A model near the tiny decoder, as one that was quantized is, which sees less."""
     rng = np.random.default_rng(1)
     weights = {name: weight + rng.normal(0, 0.02, weight.shape) for name, weight in tiny.weights.items()}
@@ -80,9 +79,7 @@ def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **option
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_text_is_that_without_a_draft_model(
-    engine: Engine, other: Engine, settings: dict[str, Any], count: int
-) -> None:
+def test_the_text_is_that_without_a_draft_model(engine, other, settings, count):
     plain, _ = text(engine, **settings)
     for prompt_lookup in (False, True):
         drafted, generation = text(engine, drafter_over(other, count), prompt_lookup=prompt_lookup, **settings)
@@ -91,14 +88,14 @@ def test_the_text_is_that_without_a_draft_model(
         assert engine.length == len(PROMPT) + 59  # the last token is not fed, and no rejected one stays
 
 
-def test_its_own_draft_is_always_accepted(engine: Engine, fused_bundle: Bundle) -> None:
+def test_its_own_draft_is_always_accepted(engine, fused_bundle):
     """Drawn tokens, too: the draft is drawn by the number of its place in the text."""
     for settings in SETTINGS:
         _, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1)), **settings)
         assert generation.draft_tokens == generation.accepted_tokens > 40
 
 
-def test_beyond_its_context_nothing_is_drafted(engine: Engine, other: Engine) -> None:
+def test_beyond_its_context_nothing_is_drafted(engine, other):
     plain, _ = text(engine, new=200)
     drafted, generation = text(engine, drafter_over(other), new=200)
     assert drafted == plain
@@ -106,7 +103,7 @@ def test_beyond_its_context_nothing_is_drafted(engine: Engine, other: Engine) ->
     assert 0 < generation.draft_tokens < 100
 
 
-def test_a_draft_ends_before_the_end_of_the_text(engine: Engine, fused_bundle: Bundle) -> None:
+def test_a_draft_ends_before_the_end_of_the_text(engine, fused_bundle):
     plain, _ = text(engine)
     end = next(token for i, token in enumerate(plain) if i >= 4 and token not in plain[:i])
     drafted, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1), 7), end_ids=[end])
@@ -137,7 +134,7 @@ class OnlyEven(Matcher):
         return [token for place, token in enumerate(draft) if not any(other % 2 for other in draft[: place + 1])]
 
 
-def test_a_constraint_holds_for_drafts(engine: Engine, other: Engine) -> None:
+def test_a_constraint_holds_for_drafts(engine, other):
     plain, _ = text(engine, constraint=OnlyEven())
     drafted, generation = text(engine, drafter_over(other), constraint=OnlyEven())
     assert drafted == plain
@@ -145,9 +142,7 @@ def test_a_constraint_holds_for_drafts(engine: Engine, other: Engine) -> None:
     assert generation.accepted_tokens > 5
 
 
-def test_another_number_of_padded_ids_is_no_other_vocabulary(
-    engine: Engine, tiny: Tiny, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_another_number_of_padded_ids_is_no_other_vocabulary(engine, tiny, make_bundle):
     drafter = drafter_over(Engine(make_bundle(tiny, "fused"), threads=1))
     seen: list[int] = []
     drafter.begin(lambda logits, ids: seen.append(logits.size) or int(np.argmax(logits)), (), V + 3, None)  # type: ignore[func-returns-value]
@@ -159,9 +154,7 @@ def test_another_number_of_padded_ids_is_no_other_vocabulary(
 
 
 # --- what fails ---------------------------------------------------------------------------------------------------
-def test_not_finite_logits_of_the_draft_model_end_the_drafts_alone(
-    engine: Engine, tiny: Tiny, make_bundle: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_not_finite_logits_of_the_draft_model_end_the_drafts_alone(engine, tiny, make_bundle, caplog):
     weights = {**tiny.weights, "position": tiny.weights["position"].copy()}
     weights["position"][20:] = np.nan
     broken = Engine(make_bundle(dataclasses.replace(tiny, weights=weights), "fused"), threads=1)
@@ -175,9 +168,7 @@ def test_not_finite_logits_of_the_draft_model_end_the_drafts_alone(
     assert "the draft model failed" in caplog.text
 
 
-def test_a_draft_that_the_model_cannot_compute_ends_the_drafts_alone(
-    tiny: Tiny, other: Engine, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_a_draft_that_the_model_cannot_compute_ends_the_drafts_alone(tiny, other, make_bundle):
     """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
     script = [6, 7, *range(8, 22), 9]
     broken = tiny.saying(script)
@@ -189,7 +180,7 @@ def test_a_draft_that_the_model_cannot_compute_ends_the_drafts_alone(
     assert generation.finish_reason == "stop"
 
 
-def test_no_memory_for_it_is_no_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_memory_for_it_is_no_error(engine, caplog):
     def refuse(ids: Sequence[int], most: int) -> Engine:
         raise ResourceError("there is none")
 
@@ -199,9 +190,7 @@ def test_no_memory_for_it_is_no_error(engine: Engine, caplog: pytest.LogCaptureF
     assert not caplog.text
 
 
-def test_an_interrupt_within_a_draft_leaves_the_text_right(
-    engine: Engine, other: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_within_a_draft_leaves_the_text_right(engine, other, monkeypatch):
     plain, _ = text(engine)
     run, calls = other.graph.run, 0
 
@@ -228,7 +217,7 @@ def test_an_interrupt_within_a_draft_leaves_the_text_right(
     assert generation.accepted_tokens > 10
 
 
-def test_functions_of_the_users_see_no_draft(engine: Engine, other: Engine) -> None:
+def test_functions_of_the_users_see_no_draft(engine, other):
     seen: list[int] = []
 
     def watched(ids: Any, logits: Any) -> Any:

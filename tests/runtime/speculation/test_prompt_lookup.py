@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import NumericsError
 from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS, SamplingConfig
 from pastkey.runtime.speculation.prompt_lookup import PromptLookup
-
-from ..conftest import Tiny
 
 PROMPT = [5, 6, 7, 9, 11, 5, 6, 7]
 
@@ -43,23 +39,23 @@ def repeating() -> PromptLookup:
         ([], []),
     ],
 )
-def test_what_followed_the_last_time_is_drafted(ids: list[int], expected: list[int]) -> None:
+def test_what_followed_the_last_time_is_drafted(ids, expected):
     assert repeating().draft(ids, 3) == expected
 
 
-def test_no_more_is_drafted_than_there_is_room_for() -> None:
+def test_no_more_is_drafted_than_there_is_room_for():
     ids = [1, 2, 3, 4, 5, 6, 1, 2, 3]
     assert [repeating().draft(ids, most) for most in (-1, 0, 1, 2, 3)] == [[], [], [4], [4, 5], [4, 5]]
 
 
-def test_a_growing_text_is_drafted_as_a_whole_one() -> None:
+def test_a_growing_text_is_drafted_as_a_whole_one():
     ids = np.random.default_rng(0).integers(0, 4, 200).tolist()
     growing = repeating()
     for end in range(len(ids)):
         assert growing.draft(ids[:end], 7) == repeating().draft(ids[:end], 7), end
 
 
-def test_drafts_grow_while_they_are_accepted_whole() -> None:
+def test_drafts_grow_while_they_are_accepted_whole():
     ids = [*range(20), *range(12)]
     prompt_lookup, drafts = PromptLookup(), []
     for accepted in (1, 3, 7, 6, 0, 1, 3):
@@ -69,7 +65,7 @@ def test_drafts_grow_while_they_are_accepted_whole() -> None:
     assert drafts[2] == [12, 13, 14, 15, 16, 17, 18]
 
 
-def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones() -> None:
+def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones():
     prompt_lookup = repeating()
     prompt_lookup.record(7, 6)
     prompt_lookup.record(1, 1)
@@ -77,7 +73,7 @@ def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones() -> None:
     assert len(prompt_lookup.draft([*range(20), *range(12)], 7)) == 3
 
 
-def test_after_rejected_drafts_more_must_agree_until_one_is_accepted() -> None:
+def test_after_rejected_drafts_more_must_agree_until_one_is_accepted():
     ids = [1, 2, 3, 4, 9, 1, 2, 3]
     prompt_lookup = PromptLookup()
     assert prompt_lookup.draft(ids, 1) == [4]  # three tokens agree
@@ -89,7 +85,7 @@ def test_after_rejected_drafts_more_must_agree_until_one_is_accepted() -> None:
     assert prompt_lookup.draft(ids, 1) == [4]
 
 
-def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected() -> None:
+def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected():
     ids = [*range(20), *range(10)]
     prompt_lookup = PromptLookup()
     for _ in range(100):
@@ -100,7 +96,7 @@ def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected() ->
 
 # --- generating ---------------------------------------------------------------------------------------------------
 @pytest.fixture
-def session(fused_bundle: Bundle) -> Engine:
+def session(fused_bundle):
     return Engine(fused_bundle, threads=1)
 
 
@@ -122,9 +118,7 @@ def steps_of(session: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [{}, {"temperature": 0.3, "seed": 3}, {"temperature": 0.2, "top_k": 3, "seed": 1}, {"repetition_penalty": 1.1}],
     ids=["greedy", "sampled", "top_k", "penalty"],
 )
-def test_the_text_is_the_same_in_fewer_steps(
-    session: Engine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
+def test_the_text_is_the_same_in_fewer_steps(session, monkeypatch, settings):
     sampling = SamplingConfig(**settings)
     plain = list(Generation(session, Request(PROMPT, max_new_tokens=200, sampling=sampling, prompt_lookup=False)))
     runs = steps_of(session, monkeypatch)
@@ -136,7 +130,7 @@ def test_the_text_is_the_same_in_fewer_steps(
     assert session.length == len(PROMPT) + 199  # the last token is not fed, and no rejected token stays
 
 
-def test_rejected_drafts_leave_nothing_behind(session: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_drafts_leave_nothing_behind(session, tiny, monkeypatch):
     monkeypatch.setattr(PromptLookup, "draft", lambda self, ids, most: [36, 35, 34][: max(0, most)])
     plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
     assert not {34, 35, 36} & set(plain)
@@ -147,7 +141,7 @@ def test_rejected_drafts_leave_nothing_behind(session: Engine, tiny: Tiny, monke
     np.testing.assert_allclose(session.decode(plain[-1]), tiny([*PROMPT, *plain])[-1], atol=1e-4)
 
 
-def test_an_end_token_in_an_accepted_draft_ends_it(session: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_token_in_an_accepted_draft_ends_it(session, monkeypatch):
     plain = list(Generation(session, Request(PROMPT, max_new_tokens=30, prompt_lookup=False)))
     end = next(token for i, token in enumerate(plain) if i >= 2 and token not in plain[:i])
     known = [*PROMPT, *plain]
@@ -159,7 +153,7 @@ def test_an_end_token_in_an_accepted_draft_ends_it(session: Engine, monkeypatch:
 
 
 @pytest.mark.parametrize("new", [1, 3, 30])
-def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle: Bundle, new: int) -> None:
+def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle, new):
     session = Engine(fused_bundle, threads=1)
     session.graph.manifest = session.manifest.__class__(**{**vars(session.manifest), "context_length": 24})
     prompt = [3, 4, 5] * 5
@@ -169,7 +163,7 @@ def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle: Bundle, new: int)
     assert session.length <= 24
 
 
-def test_a_conversation_goes_on_from_what_was_accepted(session: Engine, tiny: Tiny) -> None:
+def test_a_conversation_goes_on_from_what_was_accepted(session, tiny):
     first = Generation(session, Request(PROMPT, max_new_tokens=200))
     taken = [next(first) for _ in range(101)]  # given up in the middle of a step, perhaps
     following = [*PROMPT, *taken, 8, 9]
@@ -178,9 +172,7 @@ def test_a_conversation_goes_on_from_what_was_accepted(session: Engine, tiny: Ti
     assert second.cached_tokens >= len(PROMPT) + 100
 
 
-def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
-    tiny: Tiny, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(tiny, make_bundle):
     """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
     prompt, end = [3, 4, 5] * 5, 9
     broken = tiny.saying([*prompt[1:], 3, 4, end])
@@ -194,7 +186,7 @@ def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(
         list(Generation(session, Request(prompt, max_new_tokens=30)))
 
 
-def test_the_standard_graph_generates_one_by_one(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_standard_graph_generates_one_by_one(standard_bundle, monkeypatch):
     """Its cache would be copied to be trimmed."""
     session = Engine(standard_bundle, threads=1)
     assert not session.graph.supports_drafts

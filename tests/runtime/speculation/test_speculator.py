@@ -36,7 +36,7 @@ class Nines(Drafter):
         self.stopped = True
 
 
-def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts() -> None:
+def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts():
     drafter, text = Nines(), list(TEXT)
     speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
     assert speculator.draft(text, 9) == [4]
@@ -54,7 +54,7 @@ def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts() -> None:
     assert drafter.told == [(1, 1), (2, 0), (2, 0), (1, 0)]
 
 
-def test_without_either_there_is_no_draft() -> None:
+def test_without_either_there_is_no_draft():
     speculator = Speculator(prompt_lookup=False, drafter=None, constraint=None)
     assert speculator.draft(TEXT, 9) == []
     speculator.start()
@@ -65,7 +65,7 @@ def test_without_either_there_is_no_draft() -> None:
     speculator.stop()
 
 
-def test_after_its_end_nothing_is_drafted() -> None:
+def test_after_its_end_nothing_is_drafted():
     drafter = Nines()
     speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
     speculator.stop()
@@ -79,9 +79,7 @@ def test_after_its_end_nothing_is_drafted() -> None:
     ("tokens", "expected"),
     [([4, 5, 8], [0, 0, 3]), ([4, 8], [0, 2]), ([8], [1]), ([None], [1])],
 )
-def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(
-    tokens: list[int | None], expected: list[int]
-) -> None:
+def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(tokens, expected):
     speculator, text = Speculator(prompt_lookup=True, drafter=Nines(), constraint=None), list(TEXT)
     speculator.end(1, 1)  # three are drafted now
     found = []
@@ -92,7 +90,7 @@ def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(
     assert found == expected
 
 
-def test_tokens_that_had_to_follow_end_what_a_draft_would_have_brought() -> None:
+def test_tokens_that_had_to_follow_end_what_a_draft_would_have_brought():
     speculator = Speculator(prompt_lookup=True, drafter=None, constraint=None)
     speculator.end(1, 1)
     speculator.guess(TEXT, 9)

@@ -68,9 +68,7 @@ def speed(texts: int, new: int, acceptance: float, *, cost: float, prompt: int =
 @pytest.mark.parametrize(("cost", "guess"), list(itertools.product([0.05, 0.2, 0.6, 1.5], [0.7, 1.0, 3.0])))
 @pytest.mark.parametrize(("prompt", "new"), [(1, 16), (10, 64), (10, 300), (500, 64), (500, 300)])
 @pytest.mark.parametrize("acceptance", [0.0, 0.1])
-def test_a_useless_draft_model_never_costs_3_percent(
-    cost: float, guess: float, prompt: int, new: int, acceptance: float
-) -> None:
+def test_a_useless_draft_model_never_costs_3_percent(cost, guess, prompt, new, acceptance):
     for texts in (1, 4):
         assert speed(texts, new, acceptance, cost=cost, prompt=prompt, guess=guess) >= 0.97
 
@@ -79,12 +77,12 @@ def test_a_useless_draft_model_never_costs_3_percent(
     ("cost", "acceptance", "least", "least_after_long"),
     [(0.05, 0.9, 1.9, 1.5), (0.1, 0.8, 1.4, 1.2), (0.3, 0.8, 1.1, 1.0)],
 )
-def test_a_good_one_is_used(cost: float, acceptance: float, least: float, least_after_long: float) -> None:
+def test_a_good_one_is_used(cost, acceptance, least, least_after_long):
     assert speed(8, 128, acceptance, cost=cost) > least
     assert speed(8, 128, acceptance, cost=cost, prompt=300) > least_after_long
 
 
-def test_as_many_tokens_are_drafted_as_bring_most_a_second() -> None:
+def test_as_many_tokens_are_drafted_as_bring_most_a_second():
     def found(rate: float, cost: float) -> int:
         return known(cost).tokens(rate, 1, 100)
 
@@ -102,7 +100,7 @@ def test_as_many_tokens_are_drafted_as_bring_most_a_second() -> None:
     assert found(0.1, 0.3) == 0
 
 
-def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end() -> None:
+def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end():
     worth = Worth(0.1, 0.01)
     assert worth.tokens(0.9, 1, 100) == 0
     worth.note_step(4, 1.0)
@@ -114,7 +112,7 @@ def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end() -> None
     assert worth.tokens(0.9, 1, 1) <= 1
 
 
-def test_a_step_without_drafts_is_timed_again_now_and_then() -> None:
+def test_a_step_without_drafts_is_timed_again_now_and_then():
     worth = known()
     for _ in range(REFRESH):
         assert worth.tokens(0.9, 1, 100) > 0
@@ -124,7 +122,7 @@ def test_a_step_without_drafts_is_timed_again_now_and_then() -> None:
     assert worth.tokens(0.9, 1, 100) > 0
 
 
-def test_a_run_that_something_else_held_up_switches_nothing_off() -> None:
+def test_a_run_that_something_else_held_up_switches_nothing_off():
     worth = known()
     worth.note_drafting([(1, 0.1), (1, 0.1)])
     worth.balance = 5.0
@@ -136,7 +134,7 @@ def test_a_run_that_something_else_held_up_switches_nothing_off() -> None:
     assert worth.tokens(0.9, 1, 100) > 0
 
 
-def test_a_text_that_becomes_another_is_tried_again() -> None:
+def test_a_text_that_becomes_another_is_tried_again():
     worth = Worth(0.05, 0.005)
     text = Text(worth, cost=0.05, prompt=10, seed=0)
     text.decode(300, 0.0)
@@ -145,7 +143,7 @@ def test_a_text_that_becomes_another_is_tried_again() -> None:
     assert text.accepted - before > 200
 
 
-def test_a_text_begins_with_the_rate_of_others_and_finds_its_own() -> None:
+def test_a_text_begins_with_the_rate_of_others_and_finds_its_own():
     rate = Rate(0.9)
     assert rate.value == pytest.approx(0.9)
     for _ in range(6):
@@ -156,6 +154,6 @@ def test_a_text_begins_with_the_rate_of_others_and_finds_its_own() -> None:
     assert rate.value > 0.9
 
 
-def test_what_is_judged_ends_with_the_first_rejected_token() -> None:
+def test_what_is_judged_ends_with_the_first_rejected_token():
     assert [observed(3, accepted) for accepted in range(4)] == [1, 2, 3, 3]
     assert observed(0, 0) == 1  # it said that nothing follows

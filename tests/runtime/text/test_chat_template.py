@@ -6,8 +6,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -66,7 +65,7 @@ TEMPLATES = {
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
+def reference():
     """A tokenizer of transformers, whose apply_chat_template takes a template."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
     tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -79,7 +78,7 @@ def conversation(system: str | None, texts: list[str]) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_rendering_is_that_of_transformers(reference: Any, name: str) -> None:
+def test_a_rendering_is_that_of_transformers(reference, name):
     template = ChatTemplate(TEMPLATES[name], TOKENS)
 
     @given(st.none() | st.text(), st.lists(st.text() | st.sampled_from(["<b>&'\"", " a\n", "é\t日"]), min_size=1))
@@ -232,7 +231,7 @@ _TOOL = st.builds(
 
 
 @pytest.mark.parametrize("name", TOOL_TEMPLATES)
-def test_tools_and_documents_are_rendered_as_by_transformers(name: str) -> None:
+def test_tools_and_documents_are_rendered_as_by_transformers(name):
     pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
     from jinja2 import exceptions
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -271,12 +270,12 @@ def test_tools_and_documents_are_rendered_as_by_transformers(name: str) -> None:
     assert len(agreed) > 30
 
 
-def test_a_template_knows_the_variables_that_it_reads() -> None:
+def test_a_template_knows_the_variables_that_it_reads():
     template = ChatTemplate("{% if thinking %}{{ bos_token }}{% endif %}{% set x = 1 %}{{ x }}{{ messages }}")
     assert template.variables == {"thinking", "bos_token", "messages"}
 
 
-def test_a_message_that_cannot_be_continued_is_told() -> None:
+def test_a_message_that_cannot_be_continued_is_told():
     for messages in ([], [{"role": "assistant", "content": None}], [{"role": "assistant", "content": []}]):
         with pytest.raises(InputError, match="the last message has no text to continue"):
             ChatTemplate("{{ messages }}").render(messages, continue_final_message=True)
@@ -288,7 +287,7 @@ def test_a_message_that_cannot_be_continued_is_told() -> None:
     assert template.render([{"role": "assistant", "content": parts}], continue_final_message=True) == "ab"
 
 
-def test_a_rendering_word_for_word() -> None:
+def test_a_rendering_word_for_word():
     """The same without transformers, so that it is seen wherever the tests run."""
     messages = conversation("Be brief.", ["Hi ", "Hello.", "Bye"])
     assert ChatTemplate(TEMPLATES["chatml"]).render(messages) == (
@@ -309,14 +308,14 @@ def test_a_rendering_word_for_word() -> None:
         ("{{ messages | nothing }}", "is not valid Jinja: No filter named 'nothing'"),
     ],
 )
-def test_a_template_that_fails_is_told_in_a_sentence(template: str, words: str) -> None:
+def test_a_template_that_fails_is_told_in_a_sentence(template, words):
     with pytest.raises(InputError, match=f"the chat template {words}"):
         ChatTemplate(template, TOKENS).render([{"role": "assistant", "content": "a"}])
 
 
 # --- from a bundle ------------------------------------------------------------------------------------------------
 @pytest.fixture
-def bundle_with(tmp_path: Path, speaking_bundle: Bundle) -> Callable[..., Bundle]:
+def bundle_with(tmp_path, speaking_bundle):
     """A bundle with these two files, both listed unless `listed` says which."""
 
     def make(config: dict[str, Any] | None, file: str | None = None, listed: Sequence[str] | None = None) -> Bundle:
@@ -345,14 +344,12 @@ def bundle_with(tmp_path: Path, speaking_bundle: Bundle) -> Callable[..., Bundle
         (None, "a", "a"),
     ],
 )
-def test_where_a_template_is_found(
-    config: dict[str, Any] | None, file: str | None, expected: str, bundle_with: Callable[..., Bundle]
-) -> None:
+def test_where_a_template_is_found(config, file, expected, bundle_with):
     template = ChatTemplate.from_bundle(bundle_with(config, file))
     assert template.render([{"role": "user", "content": "x"}]) == expected
 
 
-def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle_with: Callable[..., Bundle]) -> None:
+def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle_with):
     config = {"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}
     template = ChatTemplate.from_bundle(bundle_with(config, "added", listed=[names.TOKENIZER_CONFIG]))
     assert template.render([]) == "<s>a"
@@ -362,9 +359,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle_with: Callabl
         ChatTemplate.from_bundle(bundle_with(config, "added", listed=[]))
 
 
-def test_another_template_is_taken_with_the_bundles_special_tokens(
-    bundle_with: Callable[..., Bundle], tmp_path: Path
-) -> None:
+def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, tmp_path):
     bundle = bundle_with({"chat_template": "a", "bos_token": "<s>"}, "b")
     other = tmp_path / "other.jinja"
     other.write_text("{{ bos_token }}é", encoding="utf-8")
@@ -378,20 +373,18 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(
 
 
 @pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}])
-def test_a_bundle_without_template_points_to_run(
-    config: dict[str, Any] | None, bundle_with: Callable[..., Bundle]
-) -> None:
+def test_a_bundle_without_template_points_to_run(config, bundle_with):
     with pytest.raises(InputError, match=r"has no chat template .* pastkey run BUNDLE --prompt TEXT"):
         ChatTemplate.from_bundle(bundle_with(config))
 
 
-def test_named_templates_without_a_default_are_listed(bundle_with: Callable[..., Bundle]) -> None:
+def test_named_templates_without_a_default_are_listed(bundle_with):
     named = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
     with pytest.raises(InputError, match=r"named tool_use, rag, and none named default.* --template FILE"):
         ChatTemplate.from_bundle(bundle_with(named))
 
 
-def test_without_jinja2_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jinja2_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"'jinja2' is not installed.*pip install jinja2  and"):
         ChatTemplate("a")

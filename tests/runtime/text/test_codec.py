@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -83,7 +82,7 @@ def _begins_a_character(data: bytes) -> bool:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("make", ALL)
-def test_the_pieces_of_any_ids_are_together_their_text(make: Callable[[], Tokenizer], keep: bool) -> None:
+def test_the_pieces_of_any_ids_are_together_their_text(make, keep):
     tokenizer = make()
     codec = TextCodec(tokenizer)
 
@@ -96,7 +95,7 @@ def test_the_pieces_of_any_ids_are_together_their_text(make: Callable[[], Tokeni
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 @given(data=st.binary(max_size=20))
-def test_the_pieces_of_any_bytes_are_together_their_text(make: Callable[[], Tokenizer], data: bytes) -> None:
+def test_the_pieces_of_any_bytes_are_together_their_text(make, data):
     tokenizer = make()
     codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, data)
     assert streamed(codec, ids) == whole_text(codec, ids)
@@ -111,7 +110,7 @@ def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 @pytest.mark.parametrize("text", ["é", "日本", "🙂🙂", "a日\n🙂é b", "\ufffd", "日\ufffd", "naïve 日本語 👩‍💻"])
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
-def test_text_that_ends_inside_a_character_ends_before_it(make: Callable[[], Tokenizer], text: str) -> None:
+def test_text_that_ends_inside_a_character_ends_before_it(make, text):
     tokenizer = make()
     codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, text.encode())
     for end in range(len(ids) + 1):
@@ -129,16 +128,14 @@ def test_text_that_ends_inside_a_character_ends_before_it(make: Callable[[], Tok
         (b"\xf0\x9f\x99", "", 0),
     ],
 )
-def test_bytes_that_can_be_no_character_are_shown_at_the_end_as_anywhere(
-    data: bytes, expected: str, bytes_shown: int
-) -> None:
+def test_bytes_that_can_be_no_character_are_shown_at_the_end_as_anywhere(data, expected, bytes_shown):
     codec = TextCodec(byte_level())
     assert streamed(codec, byte_ids(codec._tokenizer, data)) == expected
     codec = TextCodec(sentence_piece())  # its decoder shows no character of a run of bytes with a fault
     assert streamed(codec, byte_ids(codec._tokenizer, data)) == "�" * bytes_shown
 
 
-def test_a_token_of_a_letter_and_the_beginning_of_a_character_shows_the_letter() -> None:
+def test_a_token_of_a_letter_and_the_beginning_of_a_character_shows_the_letter():
     letters = _byte_letters()
     pieces = [*letters, "a" + letters[0xE6]]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
@@ -155,7 +152,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
-def test_a_character_comes_as_soon_as_it_is_whole() -> None:
+def test_a_character_comes_as_soon_as_it_is_whole():
     codec = TextCodec(byte_level())
     stream = TextStream(codec)
     pieces = [stream.push(token) for token in codec.encode("a日b")]
@@ -164,7 +161,7 @@ def test_a_character_comes_as_soon_as_it_is_whole() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
-def test_special_tokens_are_kept_on_request(make: Callable[[], Tokenizer]) -> None:
+def test_special_tokens_are_kept_on_request(make):
     tokenizer = make()
     codec = TextCodec(tokenizer)
     [end] = ids_of(tokenizer, ["<end>"])
@@ -173,7 +170,7 @@ def test_special_tokens_are_kept_on_request(make: Callable[[], Tokenizer]) -> No
     assert streamed(codec, ids) == "日 a"
 
 
-def test_a_space_between_words_is_kept() -> None:
+def test_a_space_between_words_is_kept():
     tokenizer = sentence_piece()
     stream = TextStream(TextCodec(tokenizer))
     ids = ids_of(tokenizer, ["▁the", "<end>", "▁cat", "s"])
@@ -186,9 +183,7 @@ def test_a_space_between_words_is_kept() -> None:
     start=st.integers(0, 11),
     make=st.sampled_from([byte_level, sentence_piece]),
 )
-def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(
-    text: str, before: str, start: int, make: Callable[[], Tokenizer]
-) -> None:
+def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(text, before, start, make):
     tokenizer = make()
     codec, stop = TextCodec(tokenizer), text[start % len(text) :]
     said = before + text + "é"
@@ -205,13 +200,13 @@ def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
-def test_what_is_encoded_is_decoded() -> None:
+def test_what_is_encoded_is_decoded():
     codec = TextCodec(byte_level())
     text = "the cat\n日本 ✓ \t é"
     assert codec.decode(codec.encode(text)) == text
 
 
-def test_the_tokenizers_own_begin_token_is_the_prompt_of_no_text() -> None:
+def test_the_tokenizers_own_begin_token_is_the_prompt_of_no_text():
     tokenizer = byte_level()
     end = tokenizer.token_to_id("<end>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", end)])
@@ -232,7 +227,7 @@ SENTENCE_PIECE = {
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("form", SENTENCE_PIECE)
-def test_pieces_have_the_tokens_of_the_whole_text(form: str, bos: bool) -> None:
+def test_pieces_have_the_tokens_of_the_whole_text(form, bos):
     tokenizer = Tokenizer(models.Unigram([(token, -1.0) for token in ("<unk>", "▁", "a", "b")], 0, byte_fallback=False))
     tokenizer.pre_tokenizer, tokenizer.normalizer = SENTENCE_PIECE[form]
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<e>", special=True)])
@@ -250,7 +245,7 @@ def test_pieces_have_the_tokens_of_the_whole_text(form: str, bos: bool) -> None:
         assert codec.encode("") + codec.encode_after(codec.encode(""), "a b") == codec.encode("a b")
 
 
-def test_a_later_piece_gets_no_space_from_a_byte_level_tokenizer() -> None:
+def test_a_later_piece_gets_no_space_from_a_byte_level_tokenizer():
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     codec = TextCodec(tokenizer)
@@ -258,7 +253,7 @@ def test_a_later_piece_gets_no_space_from_a_byte_level_tokenizer() -> None:
     assert codec.decode(ids + codec.encode_after(ids, "b") + codec.encode_after(ids, " a")).strip() == "ab a"
 
 
-def test_an_empty_prompt_without_begin_token_is_refused() -> None:
+def test_an_empty_prompt_without_begin_token_is_refused():
     with pytest.raises(InputError, match="the prompt is empty and the tokenizer adds no BOS token"):
         TextCodec(byte_level()).encode("")
 
@@ -270,7 +265,7 @@ def test_an_empty_prompt_without_begin_token_is_refused() -> None:
         (characters, "ab xbc", "'xbc'"),
     ],
 )
-def test_a_word_without_token_is_named(make: Callable[[], Tokenizer], text: str, word: str) -> None:
+def test_a_word_without_token_is_named(make, text, word):
     with pytest.raises(InputError, match=f"no token covers {word}"):
         TextCodec(make()).encode(text)
 
@@ -285,11 +280,11 @@ def test_a_word_without_token_is_named(make: Callable[[], Tokenizer], text: str,
         (word_piece, "the playing."),
     ],
 )
-def test_text_that_tokens_cover_is_taken(make: Callable[[], Tokenizer], text: str) -> None:
+def test_text_that_tokens_cover_is_taken(make, text):
     assert TextCodec(make()).encode(text)
 
 
-def test_accents_that_the_normalizer_drops_are_no_missing_words() -> None:
+def test_accents_that_the_normalizer_drops_are_no_missing_words():
     tokenizer = characters()
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
@@ -297,12 +292,12 @@ def test_accents_that_the_normalizer_drops_are_no_missing_words() -> None:
     assert TextCodec(tokenizer).encode("A\N{COMBINING ACUTE ACCENT}b")
 
 
-def test_text_that_is_no_utf8_is_refused() -> None:
+def test_text_that_is_no_utf8_is_refused():
     with pytest.raises(InputError, match="not valid UTF-8"):
         TextCodec(byte_level()).encode("a\udcff")
 
 
-def test_a_saved_tokenizer_neither_cuts_nor_pads_a_prompt() -> None:
+def test_a_saved_tokenizer_neither_cuts_nor_pads_a_prompt():
     tokenizer = byte_level()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=8)
@@ -310,14 +305,14 @@ def test_a_saved_tokenizer_neither_cuts_nor_pads_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", ""])
-def test_a_tokenizer_file_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+def test_a_tokenizer_file_that_is_none_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(IntegrityError, match=r"tokenizer\.json is not a tokenizer"):
         TextCodec.from_file(path)
 
 
-def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_begins() -> None:
+def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_begins():
     vocabulary = {"<unk>": 0, "▁Once": 1, "▁time": 2, "ly": 3, "▁": 4}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
@@ -334,9 +329,7 @@ def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_be
 
 
 @pytest.mark.parametrize("read", [lambda codec: codec.pieces(), lambda codec: codec.decode([0])])
-def test_a_decoder_that_panics_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, read: Callable[[TextCodec], Any]
-) -> None:
+def test_a_decoder_that_panics_is_one_sentence(monkeypatch, read):
     class Panic(BaseException):
         __module__ = "pyo3_runtime"
 

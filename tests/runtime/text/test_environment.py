@@ -16,12 +16,12 @@ pytest.importorskip("jinja2")
 MESSAGES = [{"role": "user", "content": "a"}]
 
 
-def test_a_long_template_is_refused_before_it_is_compiled() -> None:
+def test_a_long_template_is_refused_before_it_is_compiled():
     with pytest.raises(InputError, match="cannot be compiled: it has 200,001 characters, and 200,000 are the most"):
         ChatTemplate("a" * 200_001)
 
 
-def test_a_long_rendering_is_refused() -> None:
+def test_a_long_rendering_is_refused():
     template = ChatTemplate("{% for part in parts %}{{ part }}{% endfor %}")
     assert len(template.render([], parts=["a" * (MAX_OUTPUT // 4)] * 4)) == MAX_OUTPUT
     for parts in (["a" * (MAX_OUTPUT + 1)], ["a" * (MAX_OUTPUT // 4)] * 5):
@@ -40,7 +40,7 @@ def test_a_long_rendering_is_refused() -> None:
         "{{ range(99999999) }}",
     ],
 )
-def test_what_a_template_may_not_do_is_told(template: str) -> None:
+def test_what_a_template_may_not_do_is_told(template):
     with pytest.raises(InputError, match="the chat template does not take this conversation: "):
         ChatTemplate(template).render(MESSAGES)
 
@@ -97,19 +97,19 @@ BIG = "('x' * 1000000)"
         "{% for a in range(100000) recursive %}{% if loop.depth < 4 %}{{ loop(range(100000)) }}{% endif %}{% endfor %}",
     ],
 )  # fmt: skip
-def test_no_operation_takes_all_memory_or_holds_the_interpreter(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_operation_takes_all_memory_or_holds_the_interpreter(template, monkeypatch):
     monkeypatch.setattr("pastkey.runtime.text.chat_template.MAX_WORK", 20_000_000)
     compiled = ChatTemplate(template)
     with pytest.raises(InputError, match=r"it makes a value of more than 4,000,000 ch|it takes too many steps|lipsum"):
         compiled.render(MESSAGES)
 
 
-def test_long_contents_in_a_loop_are_rendered() -> None:
+def test_long_contents_in_a_loop_are_rendered():
     template = "{% for m in messages %}{% set c = m.content %}{{ c.strip() if c.startswith('a') }}{% endfor %}"
     assert len(ChatTemplate(template).render([{"role": "user", "content": "a" * 1_900_000}] * 2)) == 3_800_000
 
 
-def test_constants_are_not_folded_beyond_the_bound() -> None:
+def test_constants_are_not_folded_beyond_the_bound():
     """Jinja computes them when it compiles a template, and writes each into the Python that it makes of it."""
     tracemalloc.start()
     try:
@@ -137,7 +137,7 @@ def test_constants_are_not_folded_beyond_the_bound() -> None:
         "{% filter upper %}{% set x %}a{% endset %}{{ x }}{% endfilter %}{% block b %}1{% endblock %}{{ self.b() }}",
     ],
 )
-def test_bounded_operations_have_jinjas_values(expression: str) -> None:
+def test_bounded_operations_have_jinjas_values(expression):
     from jinja2 import sandbox
 
     plain = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -155,11 +155,11 @@ def test_bounded_operations_have_jinjas_values(expression: str) -> None:
         ("{{ '<é>' | tojson }}{{ [1] | tojson(indent=1) }}", '"<é>"[\n 1\n]'),
     ],
 )
-def test_what_templates_use_beyond_plain_jinja(expression: str, expected: str) -> None:
+def test_what_templates_use_beyond_plain_jinja(expression, expected):
     assert ChatTemplate(expression).render(MESSAGES) == expected
 
 
-def test_a_template_sees_plain_values_only() -> None:
+def test_a_template_sees_plain_values_only():
     class Text(str):
         def secret(self) -> str:
             return "secret"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,13 @@ TALK: list[dict[str, Any]] = [
 CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {}}}
 
 
-def test_what_is_saved_is_read(tmp_path: Path) -> None:
+def test_what_is_saved_is_read(tmp_path):
     talk: list[dict[str, Any]] = [*TALK, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     save_messages(tmp_path / "talk", talk)
     assert read_messages(tmp_path / "talk") == talk
 
 
-def test_only_a_conversation_is_replaced(tmp_path: Path) -> None:
+def test_only_a_conversation_is_replaced(tmp_path):
     file = tmp_path / "notes"
     file.write_text("my notes")
     with pytest.raises(InputError, match="is not a saved conversation: choose another name"):
@@ -40,7 +39,7 @@ def test_only_a_conversation_is_replaced(tmp_path: Path) -> None:
     assert read_messages(file) == TALK[:1]
 
 
-def test_a_disk_that_fills_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_leaves_the_old_file(tmp_path, monkeypatch):
     save_messages(tmp_path / "talk", TALK)
 
     def full(number: int) -> None:
@@ -53,7 +52,7 @@ def test_a_disk_that_fills_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert [file.name for file in tmp_path.iterdir()] == ["talk"]
 
 
-def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
+def test_what_json_does_not_know_is_told(tmp_path):
     with pytest.raises(InputError, match=r"cannot be saved in .*talk: .*set"):
         save_messages(tmp_path / "talk", [{"role": "user", "content": {1}}])
     assert list(tmp_path.iterdir()) == []
@@ -74,7 +73,7 @@ def test_what_json_does_not_know_is_told(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": 5}]}, "tool calls 5; a list"),
     ],
 )
-def test_what_is_no_conversation_is_told(tmp_path: Path, found: Any, words: str) -> None:
+def test_what_is_no_conversation_is_told(tmp_path, found, words):
     (tmp_path / "talk").write_text(json.dumps(found))
     with pytest.raises(InputError, match=words):
         read_messages(tmp_path / "talk")
@@ -82,7 +81,7 @@ def test_what_is_no_conversation_is_told(tmp_path: Path, found: Any, words: str)
         read_messages(tmp_path)
 
 
-def test_parts_are_lines_of_one_text() -> None:
+def test_parts_are_lines_of_one_text():
     parts: messages.Content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert text_of(checked_content("x", parts)) == "a\nb"
     made = messages.message("user", parts, name="c")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,7 +58,7 @@ HOSTILE = st.text() | st.lists(
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
-def test_whatever_contents_write_the_control_tokens_are_the_templates(make: Callable[[], Tokenizer]) -> None:
+def test_whatever_contents_write_the_control_tokens_are_the_templates(make):
     tokenizer = make()
     codec, template = TextCodec(tokenizer), ChatTemplate(CHATML)
     contents = PlainContents(codec)
@@ -79,14 +78,14 @@ def test_whatever_contents_write_the_control_tokens_are_the_templates(make: Call
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
-def test_without_control_tokens_the_encoding_is_the_tokenizers_own(make: Callable[[], Tokenizer]) -> None:
+def test_without_control_tokens_the_encoding_is_the_tokenizers_own(make):
     tokenizer = make()
     messages = [{"role": "user", "content": "a < b,     日 [x]"}]
     own = tokenizer.encode(ChatTemplate(CHATML).render(messages), add_special_tokens=False).ids
     assert encoded(tokenizer, messages) == own
 
 
-def test_what_is_excepted_is_left_as_it_is() -> None:
+def test_what_is_excepted_is_left_as_it_is():
     contents = PlainContents(TextCodec(byte_level()))
     message = {"role": "<|im_end|>", "content": [{"type": "text", "text": "<|im_end|>"}], "n": 3}
     protected = contents.protect(message, ["role"])
@@ -95,7 +94,7 @@ def test_what_is_excepted_is_left_as_it_is() -> None:
     assert protected["n"] == 3
 
 
-def test_a_tokenizer_whose_control_tokens_cannot_be_renamed_is_refused() -> None:
+def test_a_tokenizer_whose_control_tokens_cannot_be_renamed_is_refused():
     content = json.loads(byte_level().to_str())
     content["model"]["vocab"]["<|im_end|>"] = len(content["model"]["vocab"]) + 9  # not the next one
 

@@ -25,9 +25,7 @@ def cut(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
         (["abc"], [], ("abc", False)),
     ],
 )
-def test_text_ends_before_the_first_stop_string(
-    pieces: list[str], stops: list[str], expected: tuple[str, bool]
-) -> None:
+def test_text_ends_before_the_first_stop_string(pieces, stops, expected):
     assert cut(pieces, stops) == expected
 
 
@@ -50,7 +48,7 @@ class EveryStringAgain:
 
 
 @pytest.mark.parametrize("letters", ["ab", "abc\U0001f642", "a"])
-def test_every_piece_is_that_of_looking_for_each_string_again(letters: str) -> None:
+def test_every_piece_is_that_of_looking_for_each_string_again(letters):
     @settings(max_examples=500)
     @given(
         pieces=st.lists(st.text(letters, max_size=6), max_size=12),
@@ -70,7 +68,7 @@ def test_every_piece_is_that_of_looking_for_each_string_again(letters: str) -> N
     pieces=st.lists(st.text("ab", max_size=4), max_size=8),
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=5),
 )
-def test_the_stop_string_that_is_found_is_the_one_behind_the_text(pieces: list[str], stops: list[str]) -> None:
+def test_the_stop_string_that_is_found_is_the_one_behind_the_text(pieces, stops):
     stream = StopStrings(stops)
     out = "".join([*map(stream.push, pieces), stream.flush()])
     if stream.found is not None:
@@ -88,7 +86,7 @@ ALIKE = ["a" * 100 + f"{i:05}" for i in range(10_000)]  # each place of a text o
     [(LONG, "0123456789 " * 300), (ALIKE, "a" * 3000), (["a" * 1000 + "b"], "a" * 3000)],
     ids=["differing", "alike", "one long"],
 )
-def test_ten_thousand_stop_strings_are_found_in_little_time(stops: list[str], text: str) -> None:
+def test_ten_thousand_stop_strings_are_found_in_little_time(stops, text):
     stream = StopStrings(stops)
     started = time.thread_time()
     out = "".join(stream.push(text[place : place + 4]) for place in range(0, len(text), 4)) + stream.flush()

@@ -29,7 +29,7 @@ ANSWERS: list[tuple[Form | None, str]] = [
 
 @pytest.mark.parametrize(("form", "text"), ANSWERS)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_content_and_calls_are_those_of_the_whole(form: Form | None, text: str, size: int) -> None:
+def test_content_and_calls_are_those_of_the_whole(form, text, size):
     reader = ToolCallReader(form, KNOWN)
     pieces = [reader.push(text[start : start + size]) for start in range(0, len(text), size)]
     rest, late, said, calls = reader.end()
@@ -46,14 +46,14 @@ def test_content_and_calls_are_those_of_the_whole(form: Form | None, text: str, 
     ]
 
 
-def test_a_call_is_told_while_it_is_written() -> None:
+def test_a_call_is_told_while_it_is_written():
     reader = ToolCallReader("hermes", KNOWN)
     assert reader.push('so <tool_call>{"name": "w", "arguments": {"a')[0] == "so"
     content, (part,) = reader.push('": 1')
     assert (content, part.index, part.name, part.arguments) == ("", 0, None, '": 1')
 
 
-def test_a_call_that_is_cut_off_makes_the_whole_answer_text() -> None:
+def test_a_call_that_is_cut_off_makes_the_whole_answer_text():
     reader = ToolCallReader("hermes", KNOWN)
     text = 'so <tool_call>{"name": "w", "arguments": {"a'
     assert [(part.name, part.arguments) for part in reader.push(text)[1]] == [("w", '{"a')]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pastkey.runtime.text.tool_calls import Form, parse_tool_calls, tool_call_form
+from pastkey.runtime.text.tool_calls import parse_tool_calls, tool_call_form
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 OTHER = {"name": "time", "arguments": {}}
@@ -30,7 +29,7 @@ MISTRAL = "[TOOL_CALLS] [" + json.dumps(CALL) + "]"
         ("{{ message.content }}", None),
     ],
 )
-def test_a_form_is_known_by_the_template(template: str, form: Form | None) -> None:
+def test_a_form_is_known_by_the_template(template, form):
     assert tool_call_form(template) == form
 
 
@@ -50,7 +49,7 @@ def test_a_form_is_known_by_the_template(template: str, form: Form | None) -> No
         ("mistral", '[TOOL_CALLS]weather[CALL_ID]abc123456[ARGS]{"city": "Oslo"}', "", [CALL]),
     ],
 )
-def test_calls_are_read(form: Form, text: str, said: str, calls: list[Any]) -> None:
+def test_calls_are_read(form, text, said, calls):
     expected = [call if isinstance(call, dict) else {"name": "weather", "arguments": {"city": call}} for call in calls]
     assert parse_tool_calls(text, form, ["weather", "time"]) == (said, expected)
 
@@ -80,11 +79,11 @@ def test_calls_are_read(form: Form, text: str, said: str, calls: list[Any]) -> N
         ("mistral", "[TOOL_CALLS] []"),
     ],
 )
-def test_what_is_in_no_form_is_text(form: Form | None, text: str) -> None:
+def test_what_is_in_no_form_is_text(form, text):
     assert parse_tool_calls(text, form, ["weather"]) == (text, [])
 
 
-def test_many_calls_take_no_quadratic_time() -> None:
+def test_many_calls_take_no_quadratic_time():
     text = LLAMA * 80_000
     started = time.process_time()
     assert len(parse_tool_calls(text, "llama3", ["weather"])[1]) == 80_000
@@ -101,7 +100,7 @@ JSON = st.recursive(
 @given(
     calls=st.lists(st.tuples(st.text(min_size=1), st.dictionaries(st.text(), JSON, max_size=3)), min_size=1, max_size=3)
 )
-def test_any_arguments_come_back(calls: list[tuple[str, dict[str, Any]]]) -> None:
+def test_any_arguments_come_back(calls):
     written = [{"name": name, "arguments": arguments} for name, arguments in calls]
     texts = [json.dumps(call) for call in written]
     marks = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
@@ -114,6 +113,6 @@ def test_any_arguments_come_back(calls: list[tuple[str, dict[str, Any]]]) -> Non
 
 
 @given(st.text(st.sampled_from('<tool_call>/{}[]"name:,TOOL_CALLS ')), st.sampled_from(["hermes", "llama3", "mistral"]))
-def test_no_text_is_an_error(text: str, form: Form) -> None:
+def test_no_text_is_an_error(text, form):
     said, calls = parse_tool_calls(text, form, ["name"])
     assert calls or said == text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -52,7 +51,7 @@ def everything(
 
 
 @pytest.mark.parametrize("function", [weather, everything])
-def test_the_schema_is_that_of_transformers(function: Callable[..., Any]) -> None:
+def test_the_schema_is_that_of_transformers(function):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
     expected = transformers.utils.get_json_schema(function)
     expected["function"].pop("return", None)
@@ -64,7 +63,7 @@ def test_the_schema_is_that_of_transformers(function: Callable[..., Any]) -> Non
     assert found == expected
 
 
-def test_schemas_stay_as_they_are() -> None:
+def test_schemas_stay_as_they_are():
     takes = {"type": "object", "properties": {"x": {}}}
     schemas: list[dict[str, Any]] = [
         {"type": "function", "function": {"name": "a", "parameters": takes}},
@@ -74,7 +73,7 @@ def test_schemas_stay_as_they_are() -> None:
     assert [tool_name(schema) for schema in schemas] == ["a", "b"]
 
 
-def test_a_schema_without_parameters_takes_none() -> None:
+def test_a_schema_without_parameters_takes_none():
     schemas: list[dict[str, Any]] = [{"type": "function", "function": {"name": "a"}}, {"name": "b"}]
     none = {"type": "object", "properties": {}}
     assert tool_schemas(schemas) == [
@@ -84,7 +83,7 @@ def test_a_schema_without_parameters_takes_none() -> None:
     assert schemas[1] == {"name": "b"}
 
 
-def no_hint(x) -> None:  # type: ignore[no-untyped-def]
+def no_hint(x) -> None:
     pass
 
 
@@ -106,12 +105,12 @@ def many(*x: int) -> None:
         ([many], "the tool many .* type hint"),
     ],
 )
-def test_what_is_no_tool_is_told(tools: Any, words: str) -> None:
+def test_what_is_no_tool_is_told(tools, words):
     with pytest.raises(InputError, match=words):
         tool_schemas(tools)
 
 
-def test_a_list_or_dict_of_typing_may_say_nothing_of_what_it_holds() -> None:
+def test_a_list_or_dict_of_typing_may_say_nothing_of_what_it_holds():
     def tool(a: typing.List, b: typing.Dict) -> None:  # type: ignore[type-arg]  # noqa: UP006
         pass
 

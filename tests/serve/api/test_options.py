@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +28,7 @@ DRAWING: dict[str, Any] = {"do_sample": True, "top_k": 3}
         (DRAWING, {}, {"temperature": 0}, GREEDY),
     ],
 )
-def test_a_request_comes_before_the_flags_and_these_before_the_models_own(
-    tmp_path: Path, authors: dict[str, Any] | None, flags: dict[str, Any], asked: Any, expected: dict[str, Any]
-) -> None:
+def test_a_request_comes_before_the_flags_and_these_before_the_models_own(tmp_path, authors, flags, asked, expected):
     own = {} if authors is None else {"generation_config": authors}
     tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": TEMPLATE}
     bundle = write_bundle(tmp_path / "tiny", tiny, "fused", tokenizer=letters(), tokenizer_config=config, **own).path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -11,19 +10,19 @@ from pastkey.serve.api.schemas import ChatBody, CompletionBody, EmbeddingBody, T
 from pastkey.serve.errors import RequestError
 
 
-def test_a_null_is_an_absent_field_whatever_its_name() -> None:
+def test_a_null_is_an_absent_field_whatever_its_name():
     body = parsed(CompletionBody, b'{"prompt": "a", "seed": null, "suffix": null}')
     assert body.model_fields_set == {"prompt"}
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[1]", b'"a"', b"{", b'{"prompt": Infinity}', b"\xff"])
-def test_what_is_no_object_is_refused(body: bytes) -> None:
+def test_what_is_no_object_is_refused(body):
     with pytest.raises(RequestError, match=r"^the body is not "):
         parsed(CompletionBody, body)
 
 
 @pytest.mark.parametrize("field", ['"a": 1', '"with_pieces": "yes"', '"content": 1'])
-def test_types_are_strict_and_unknown_fields_refused(field: str) -> None:
+def test_types_are_strict_and_unknown_fields_refused(field):
     with pytest.raises(RequestError):
         parsed(TokenizeBody, f'{{"content": "x", {field}}}'.encode())
 
@@ -67,7 +66,7 @@ HI = {"role": "user", "content": "hi"}
         (EmbeddingBody, {"input": [[1], [-1]]}, "input.1.0", "Input should be greater than or equal to 0"),
     ],
 )
-def test_an_error_names_the_field_and_no_branch_of_its_type(kind: Any, body: Any, param: str, said: str) -> None:
+def test_an_error_names_the_field_and_no_branch_of_its_type(kind, body, param, said):
     with pytest.raises(RequestError) as told:
         parsed(kind, json.dumps(body).encode())
     assert (told.value.param, str(told.value)) == (param, f"{param}: {said}")

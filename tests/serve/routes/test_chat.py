@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from ...runtime.conftest import Tiny, write_bundle
-from ..conftest import CALL, TOOL, Served, letters, running
+from ..conftest import CALL, TOOL, letters, running
 
 HI = [{"role": "user", "content": "hi"}]
 RENDERED = "<user>hi.<assistant>"
 PATH = "/v1/chat/completions"
 
 
-def test_an_answer_has_every_field_and_is_the_runtimes(served: Served) -> None:
+def test_an_answer_has_every_field_and_is_the_runtimes(served):
     expected = served.model.generate_chat(HI, max_new_tokens=6)
     status, reply = served.ask(PATH, {"model": "tiny", "messages": HI, "max_tokens": 6})
     assert status == 200
@@ -37,7 +33,7 @@ def test_an_answer_has_every_field_and_is_the_runtimes(served: Served) -> None:
     assert served.ask("/chat/completions", {"messages": HI, "max_tokens": 6})[1]["choices"] == reply["choices"]
 
 
-def test_a_stream_has_the_role_once_the_same_text_one_end_and_the_usage(served: Served) -> None:
+def test_a_stream_has_the_role_once_the_same_text_one_end_and_the_usage(served):
     body = {"messages": HI, "max_completion_tokens": 6, "stream_options": {"include_usage": True}}
     whole = served.ask(PATH, {"messages": HI, "max_tokens": 6})[1]
     *chunks, usage, done = served.events(PATH, body)
@@ -54,7 +50,7 @@ def test_a_stream_has_the_role_once_the_same_text_one_end_and_the_usage(served: 
     assert "usage" not in served.events(PATH, {"messages": HI, "max_tokens": 1})[0]
 
 
-def test_several_answers_differ_by_their_seeds_and_a_seed_repeats_them(served: Served) -> None:
+def test_several_answers_differ_by_their_seeds_and_a_seed_repeats_them(served):
     body = {"messages": HI, "max_tokens": 8, "n": 3, "temperature": 1.5, "seed": 4}
     first, again = (served.ask(PATH, body)[1]["choices"] for _ in range(2))
     assert first == again
@@ -67,7 +63,7 @@ def test_several_answers_differ_by_their_seeds_and_a_seed_repeats_them(served: S
     assert streamed == [choice["message"]["content"] for choice in first]
 
 
-def test_log_probabilities_have_bytes_that_join_to_the_text(served: Served) -> None:
+def test_log_probabilities_have_bytes_that_join_to_the_text(served):
     body = {"messages": HI, "max_tokens": 5, "logprobs": True, "top_logprobs": 2}
     choice = served.ask(PATH, body)[1]["choices"][0]
     content = choice["logprobs"]["content"]
@@ -82,7 +78,7 @@ def test_log_probabilities_have_bytes_that_join_to_the_text(served: Served) -> N
     assert streamed == content
 
 
-def test_stop_bias_and_penalties_reach_the_sampler(served: Served) -> None:
+def test_stop_bias_and_penalties_reach_the_sampler(served):
     text = served.ask(PATH, {"messages": HI, "max_tokens": 9})[1]["choices"][0]["message"]["content"]
     stopped = served.ask(PATH, {"messages": HI, "max_tokens": 9, "stop": [text[-1]]})[1]["choices"][0]
     assert (stopped["message"]["content"], stopped["finish_reason"]) == (text[: text.index(text[-1])], "stop")
@@ -90,7 +86,7 @@ def test_stop_bias_and_penalties_reach_the_sampler(served: Served) -> None:
     assert biased["message"]["content"] == "ddd"
 
 
-def test_what_cannot_change_the_answer_is_accepted(served: Served) -> None:
+def test_what_cannot_change_the_answer_is_accepted(served):
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "id_slot": 1}
     ignored |= {"parallel_tool_calls": True, "cache_prompt": True, "top_k": None, "made_up": None}
     assert served.ask(PATH, {"messages": HI, "max_tokens": 1, **ignored})[0] == 200
@@ -118,7 +114,7 @@ def test_what_cannot_change_the_answer_is_accepted(served: Served) -> None:
         ({"chat_template_kwargs": {"mood": 1}}, 400, None, "does not read 'mood'"),
     ],
 )
-def test_a_wrong_field_is_named(served: Served, change: Any, status: int, param: str | None, said: str) -> None:
+def test_a_wrong_field_is_named(served, change, status, param, said):
     found, reply = served.ask(PATH, {"messages": HI, "max_tokens": 1, **change})
     error = reply["error"]
     assert (found, error["param"]) == (status, param)
@@ -134,7 +130,7 @@ def test_a_wrong_field_is_named(served: Served, change: Any, status: int, param:
         ({}, "own has no tokenizer"),
     ],
 )
-def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path, fields, said):
     folder = tmp_path / "private place"
     write_bundle(folder, Tiny.random([(8, 8)], context_length=24), "fused", **fields)
     with running(folder, names=("own",)) as served:
@@ -150,19 +146,19 @@ def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path: Path, field
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": NaN}', b"\xff", b"[" * 100_000, b'"\\ud800"'])
-def test_a_body_that_is_no_object_is_told(served: Served, body: bytes) -> None:
+def test_a_body_that_is_no_object_is_told(served, body):
     status, reply = served.ask(PATH, body)
     assert status == 400
     assert reply["error"]["message"].startswith("the body is not ")
 
 
 @pytest.fixture(scope="module")
-def calling(saying: Callable[[str, str], Path]) -> Iterator[Served]:
+def calling(saying):
     with running(saying("wet." + RENDERED, "so " + CALL)) as found:
         yield found
 
 
-def test_a_tool_call_is_apart_from_the_content(calling: Served) -> None:
+def test_a_tool_call_is_apart_from_the_content(calling):
     choice = calling.ask(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 90})[1]["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "so"
@@ -171,7 +167,7 @@ def test_a_tool_call_is_apart_from_the_content(calling: Served) -> None:
     assert len(call["id"]) == 9
 
 
-def test_a_streamed_tool_call_comes_in_parts_and_is_no_content(calling: Served) -> None:
+def test_a_streamed_tool_call_comes_in_parts_and_is_no_content(calling):
     *chunks, _ = calling.events(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 90})
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content") or "" for delta in deltas) == "so"
@@ -184,7 +180,7 @@ def test_a_streamed_tool_call_comes_in_parts_and_is_no_content(calling: Served) 
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_a_call_can_be_asked_for_and_forbidden(served: Served) -> None:
+def test_a_call_can_be_asked_for_and_forbidden(served):
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "wet", "parameters": schema}}
@@ -198,7 +194,7 @@ def test_a_call_can_be_asked_for_and_forbidden(served: Served) -> None:
     assert (status, "tool_choice is 'dry'" in reply["error"]["message"]) == (400, True)
 
 
-def test_json_is_what_the_format_asks_for(served: Served) -> None:
+def test_json_is_what_the_format_asks_for(served):
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"], "additionalProperties": False}
     asked = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}

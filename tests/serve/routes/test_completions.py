@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,12 @@ from pastkey.runtime import load
 from ...runtime.adapters import lora, write_adapter
 from ...runtime.conftest import Tiny, write_bundle
 from ...runtime.decoding.batching import waiting
-from ..conftest import Served, ids_of, letters, running
+from ..conftest import ids_of, letters, running
 
 PATH = "/v1/completions"
 
 
-def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> None:
+def test_texts_ids_and_lists_of_them_are_continued_in_order(served):
     texts = [one.text for one in served.model.generate(["abc", "so "], max_new_tokens=4)]
     prompt: Any
     for prompt in (["abc", "so "], [ids_of("abc"), ids_of("so ")]):
@@ -30,7 +28,7 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served: Served) -> N
     assert served.ask("/completions", {"prompt": "abc"})[1]["usage"]["completion_tokens"] == 16
 
 
-def test_a_limit_of_minus_one_is_the_contexts_end(served: Served) -> None:
+def test_a_limit_of_minus_one_is_the_contexts_end(served):
     full = served.model.manifest.context_length + 1  # the last token is told and never read
     usage = served.ask(PATH, {"prompt": "abc", "max_tokens": -1})[1]["usage"]
     assert usage["total_tokens"] == full
@@ -39,12 +37,12 @@ def test_a_limit_of_minus_one_is_the_contexts_end(served: Served) -> None:
         assert served.ask("/v1/chat/completions", {**chat, **limit})[1]["usage"]["total_tokens"] == full
 
 
-def test_one_request_has_a_bounded_number_of_texts(served: Served) -> None:
+def test_one_request_has_a_bounded_number_of_texts(served):
     status, reply = served.ask(PATH, {"prompt": ["abc"] * 513, "n": 2})
     assert (status, reply["error"]["message"]) == (400, "the request asks for 1026 texts; at most 1024 at once")
 
 
-def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
+def test_a_stream_has_the_texts_of_the_whole_reply(served):
     body = {"prompt": ["abc", "so "], "max_tokens": 4, "echo": True, "n": 2, "seed": 1, "temperature": 1.0}
     *chunks, done = served.events(PATH, {**body, "stream_options": {"include_usage": False}})
     texts, reasons = [""] * 4, [""] * 4
@@ -57,7 +55,7 @@ def test_a_stream_has_the_texts_of_the_whole_reply(served: Served) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_echo_with_log_probabilities_scores_the_prompt(served: Served, tokens: int) -> None:
+def test_echo_with_log_probabilities_scores_the_prompt(served, tokens):
     body = {"prompt": ids_of("abca"), "max_tokens": tokens, "echo": True, "logprobs": 2}
     reply = served.ask(PATH, body)[1]
     choice = reply["choices"][0]
@@ -75,9 +73,7 @@ def test_echo_with_log_probabilities_scores_the_prompt(served: Served, tokens: i
 @pytest.mark.parametrize(
     ("defaults", "given"), [({}, {"max_tokens": 0}), ({"max_new_tokens": 0}, {}), ({"max_new_tokens": 0}, {"n": 2})]
 )
-def test_echo_without_new_tokens_is_the_prompt_alone(
-    saying: Callable[[str, str], Path], defaults: dict[str, Any], given: dict[str, Any]
-) -> None:
+def test_echo_without_new_tokens_is_the_prompt_alone(saying, defaults, given):
     """Whether streamed or not, also where the model would end the text at once."""
     n = given.get("n", 1)
     with running(saying("abc", ""), defaults=defaults) as served:
@@ -110,7 +106,7 @@ def test_echo_without_new_tokens_is_the_prompt_alone(
         ({"stop": 3}, None, "stop"),
     ],
 )
-def test_a_wrong_field_is_named(served: Served, change: Any, param: str | None, said: str) -> None:
+def test_a_wrong_field_is_named(served, change, param, said):
     if "regex" in change:
         pytest.importorskip("llguidance")
     status, reply = served.ask(PATH, {"prompt": "abc", "max_tokens": 1, **change})
@@ -120,7 +116,7 @@ def test_a_wrong_field_is_named(served: Served, change: Any, param: str | None, 
     assert param is None or error["param"] == param
 
 
-def test_a_request_with_an_adapters_name_as_its_model_is_answered_with_it(tmp_path: Path) -> None:
+def test_a_request_with_an_adapters_name_as_its_model_is_answered_with_it(tmp_path):
     tiny = Tiny.random([(8, 8)], context_length=600)
     bundle = write_bundle(tmp_path / "tiny", tiny, "fused", tokenizer=letters(), adapters=True).path
     adapter = write_adapter(tmp_path / "poems", lora(tiny, ["wq0", "wo0"]))

@@ -7,12 +7,12 @@ import base64
 import numpy as np
 import pytest
 
-from ..conftest import Served, ids_of
+from ..conftest import ids_of
 
 PATH = "/v1/embeddings"
 
 
-def test_embeddings_are_the_runtimes_in_both_forms(served: Served) -> None:
+def test_embeddings_are_the_runtimes_in_both_forms(served):
     expected = served.model.embed(["abc", "so"])
     for given in (["abc", "so"], [ids_of("abc"), ids_of("so")]):
         reply = served.ask(PATH, {"model": "tiny", "input": given})[1]
@@ -25,5 +25,5 @@ def test_embeddings_are_the_runtimes_in_both_forms(served: Served) -> None:
 
 
 @pytest.mark.parametrize("change", [{"dimensions": 3}, {"input": ""}, {"input": []}, {"input": "a" * 700}])
-def test_what_cannot_be_embedded_is_told(served: Served, change: dict[str, object]) -> None:
+def test_what_cannot_be_embedded_is_told(served, change):
     assert served.ask(PATH, {"input": "abc", **change})[0] == 400

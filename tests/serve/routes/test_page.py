@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
-from pathlib import Path
 
-import pytest
-
-from ..conftest import Served, running
+from ..conftest import running
 
 
-def test_without_the_page_the_root_says_what_this_is(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_page_the_root_says_what_this_is(served, monkeypatch):
     monkeypatch.setitem(sys.modules, "pastkey.web", None)
     served.service.site = None
     with served.response("/") as response:
@@ -19,9 +16,7 @@ def test_without_the_page_the_root_says_what_this_is(served: Served, monkeypatch
         assert response.read().startswith(b"pastkey serve: tiny. ")
 
 
-def test_the_files_of_the_page_are_given_and_no_others(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_files_of_the_page_are_given_and_no_others(bundle, tmp_path, monkeypatch):
     (tmp_path / "run.mjs").write_text("1", encoding="utf-8")
     web = types.ModuleType("pastkey.web")
     web.site = lambda bundle: {"index.html": b"<p>", "a/run.mjs": tmp_path / "run.mjs"}  # type: ignore[attr-defined]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..conftest import CALL, TOOL, Served, running
+from ..conftest import CALL, TOOL, running
 
 PATH = "/v1/responses"
 FLAT: dict[str, Any] = {"type": "function", **TOOL["function"]}
@@ -19,7 +17,7 @@ TEXT = [
 ]  # fmt: skip
 
 
-def test_an_answer_is_that_of_chat(served: Served) -> None:
+def test_an_answer_is_that_of_chat(served):
     chat = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5})[1]
     for given in ("hi", [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]):
         status, reply = served.ask(PATH, {"input": given, "max_output_tokens": 5})
@@ -30,7 +28,7 @@ def test_an_answer_is_that_of_chat(served: Served) -> None:
         assert reply["usage"]["total_tokens"] == chat["usage"]["total_tokens"]
 
 
-def test_the_events_are_in_order_and_end_with_the_whole(served: Served) -> None:
+def test_the_events_are_in_order_and_end_with_the_whole(served):
     body = {"input": "hi", "max_output_tokens": 3, "instructions": "so"}
     *events, done = served.events(PATH, body)
     assert done == "[DONE]"
@@ -47,9 +45,7 @@ def test_the_events_are_in_order_and_end_with_the_whole(served: Served) -> None:
 
 
 @pytest.mark.parametrize(("answer", "text"), [("abQ", "a"), ("bQ", "")])
-def test_tokens_without_a_text_at_the_end_have_log_probabilities(
-    saying: Callable[[str, str], Path], answer: str, text: str
-) -> None:
+def test_tokens_without_a_text_at_the_end_have_log_probabilities(saying, answer, text):
     """Those of a stop string, here."""
     with running(saying("<user>hi.<assistant>", answer), defaults={"temperature": 0.0, "stop": ["bQ"]}) as served:
         body = {"input": "hi", "include": ["message.output_text.logprobs"]}
@@ -60,7 +56,7 @@ def test_tokens_without_a_text_at_the_end_have_log_probabilities(
     assert [one for event in events if "delta" in event for one in event["logprobs"]] == part["logprobs"]
 
 
-def test_a_call_is_an_item_of_its_own(saying: Callable[[str, str], Path]) -> None:
+def test_a_call_is_an_item_of_its_own(saying):
     with running(saying("wet.<user>hi.<assistant>", "so " + CALL)) as calling:
         body = {"input": "hi", "tools": [FLAT], "max_output_tokens": 90}
         reply = calling.ask(PATH, body)[1]
@@ -75,7 +71,7 @@ def test_a_call_is_an_item_of_its_own(saying: Callable[[str, str], Path]) -> Non
     assert {event["output_index"] for event in deltas} == {1}
 
 
-def test_calls_and_their_results_go_on(served: Served) -> None:
+def test_calls_and_their_results_go_on(served):
     items = [
         {"role": "user", "content": "hi"},
         {"type": "reasoning", "summary": []},
@@ -102,6 +98,6 @@ def test_calls_and_their_results_go_on(served: Served) -> None:
         ({"truncation": "auto"}, "truncation"),
     ],
 )
-def test_what_is_not_supported_is_named(served: Served, change: Any, param: str) -> None:
+def test_what_is_not_supported_is_named(served, change, param):
     status, reply = served.ask(PATH, {"input": "hi", **change})
     assert (status, reply["error"]["param"]) == (400, param)

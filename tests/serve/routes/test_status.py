@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..conftest import TEMPLATE, Served
+from ..conftest import TEMPLATE
 
 
-def test_the_model_is_listed_with_and_without_v1(served: Served) -> None:
+def test_the_model_is_listed_with_and_without_v1(served):
     for prefix in ("", "/v1"):
         (model,) = served.ask(prefix + "/models")[1]["data"]
         assert (model["id"], model["object"], model["meta"]["n_ctx_train"]) == ("tiny", "model", 600)
@@ -13,7 +13,7 @@ def test_the_model_is_listed_with_and_without_v1(served: Served) -> None:
         assert served.ask(prefix + "/models/gpt-9")[1]["error"]["code"] == "model_not_found"
 
 
-def test_the_metrics_count_what_was_done(served: Served) -> None:
+def test_the_metrics_count_what_was_done(served):
     def metrics() -> dict[str, float]:
         with served.response("/metrics") as response:
             assert response.headers["content-type"].startswith("text/plain; version=")
@@ -29,13 +29,13 @@ def test_the_metrics_count_what_was_done(served: Served) -> None:
     assert after['pastkey_http_requests_total{route="/completions",status="200"}'] >= 1
 
 
-def test_the_props_have_the_template_and_no_path(served: Served) -> None:
+def test_the_props_have_the_template_and_no_path(served):
     props = served.ask("/props")[1]
     assert (props["chat_template"], props["context_length"]) == (TEMPLATE, 600)
     assert str(served.model.bundle.path) not in str(props)
 
 
-def test_an_unknown_route_and_method_are_errors_in_json(served: Served) -> None:
+def test_an_unknown_route_and_method_are_errors_in_json(served):
     assert served.ask("/v1/nothing")[0] == 404
     assert served.ask("/v1/nothing", {})[0] == 404
     for path in ("/v1/chat/completions", "/tokenize"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..conftest import Served, ids_of
+from ..conftest import ids_of
 
 
-def test_text_becomes_tokens_and_text_again(served: Served) -> None:
+def test_text_becomes_tokens_and_text_again(served):
     assert served.ask("/tokenize", {"content": "so {a}"}) == (200, {"tokens": ids_of("so {a}")})
     assert served.ask("/tokenize", {"content": ""})[1] == {"tokens": []}
     pieces = served.ask("/v1/tokenize", {"content": "so", "with_pieces": True})[1]["tokens"]
@@ -15,7 +15,7 @@ def test_text_becomes_tokens_and_text_again(served: Served) -> None:
     assert served.ask("/detokenize", {"tokens": [10**20]})[0] == 400
 
 
-def test_the_template_is_applied(served: Served) -> None:
+def test_the_template_is_applied(served):
     messages = [{"role": "developer", "content": "so"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     status, reply = served.ask("/apply-template", {"messages": messages})
     assert (status, reply) == (200, {"prompt": "<system>so.<user>hi.<assistant>"})

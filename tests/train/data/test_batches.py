@@ -19,7 +19,7 @@ from ..helpers import write_corpus
 from .helpers import corpus_of, ids, write_lines, written
 
 
-def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
+def test_targets_are_the_inputs_one_token_later(tmp_path):
     info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
     tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
     inputs, targets = tokens.draw(5, seed=1, step=3)
@@ -27,7 +27,7 @@ def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
     assert inputs[:, 1:].equal(targets[:, :-1])
 
 
-def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path: Path) -> None:
+def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
     info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
     one, two = (Tokens(tmp_path / TOKENS_TRAIN, info, 8) for _ in range(2))
     one.draw(4, seed=1, step=0)
@@ -36,14 +36,14 @@ def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path: Path) -> Non
     assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=2, step=7)[0])
 
 
-def test_short_documents_are_read_from_their_beginning(tmp_path: Path) -> None:
+def test_short_documents_are_read_from_their_beginning(tmp_path):
     info = written(tmp_path, corpus_of(*("abc\n" + "d" * number for number in range(40))), context=60)
     inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(50, seed=0, step=0)
     assert (inputs[:, 0] == info.begin).all()  # type: ignore[attr-defined]
     assert len({tuple(row) for row in inputs.tolist()}) > 10
 
 
-def test_a_window_ends_with_its_document(tmp_path: Path) -> None:
+def test_a_window_ends_with_its_document(tmp_path):
     info = written(tmp_path, corpus_of(*(f"{number}\n" + "d" * number for number in range(100))), context=60)
     inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(200, seed=0, step=0)
     assert len(inputs[0]) == 60
@@ -55,19 +55,19 @@ def test_a_window_ends_with_its_document(tmp_path: Path) -> None:
         assert trained[-1] == info.end or len(trained) == 60
 
 
-def test_every_token_of_the_corpus_is_drawn(tmp_path: Path) -> None:
+def test_every_token_of_the_corpus_is_drawn(tmp_path):
     info = written(tmp_path, corpus_of("abc", "def", "ghijklmnopqrstuvwxyz", "0123456789"), context=8)
     _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(500, seed=0, step=0)
     assert set(targets.flatten().tolist()) == set(ids(tmp_path, TOKENS_TRAIN, info)) | {NOT_TRAINED}
 
 
-def test_long_documents_are_read_from_anywhere(tmp_path: Path) -> None:
+def test_long_documents_are_read_from_anywhere(tmp_path):
     info = written(tmp_path, corpus_of("\n".join(map(str, range(10_000)))))
     inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(200, seed=0, step=0)
     assert len({tuple(row) for row in inputs.tolist()}) > 190
 
 
-def test_without_a_begin_token_documents_start_with_the_end_token(tmp_path: Path) -> None:
+def test_without_a_begin_token_documents_start_with_the_end_token(tmp_path):
     documents = [f"{number}\nx" for number in range(100, 140)]
     tokenizer = dataclasses.replace(train_char(documents), begin=None)
     info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
@@ -77,7 +77,7 @@ def test_without_a_begin_token_documents_start_with_the_end_token(tmp_path: Path
     assert {row[5] for row in targets.tolist() if row[5] != NOT_TRAINED} == {tokenizer.end}  # after five characters
 
 
-def test_an_end_token_in_a_text_with_a_begin_token_ends_no_document(tmp_path: Path) -> None:
+def test_an_end_token_in_a_text_with_a_begin_token_ends_no_document(tmp_path):
     documents = [f"ab\n{number}" for number in range(100, 140)]
     tokenizer = train_char(documents)
     tokenizer = dataclasses.replace(tokenizer, end=tokenizer.encode("\n")[0])  # as the end of a turn
@@ -86,7 +86,7 @@ def test_an_end_token_in_a_text_with_a_begin_token_ends_no_document(tmp_path: Pa
     assert {tuple(row[[2, 6]].tolist()) for row in targets} == {(tokenizer.end, tokenizer.end)}
 
 
-def test_tokens_of_short_and_long_documents_are_as_likely(tmp_path: Path) -> None:
+def test_tokens_of_short_and_long_documents_are_as_likely(tmp_path):
     short, long = ["a" * 9] * 300, ["b" * 199] * 15
     info = written(tmp_path, corpus_of(*short, *long), 200)
     tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 200)
@@ -98,7 +98,7 @@ def test_tokens_of_short_and_long_documents_are_as_likely(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("begin", [True, False])
-def test_validation_reads_every_token_once(size: int, begin: bool, tmp_path: Path) -> None:
+def test_validation_reads_every_token_once(size, begin, tmp_path):
     documents = [f"{number}\n" + "ab" * number for number in range(200)]
     tokenizer = train_char(documents)
     tokenizer = tokenizer if begin else dataclasses.replace(tokenizer, begin=None)
@@ -110,7 +110,7 @@ def test_validation_reads_every_token_once(size: int, begin: bool, tmp_path: Pat
     assert targets == found[1:]
 
 
-def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path: Path) -> None:
+def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path):
     tokenizer = lesson_tokenizer()
     info = write_lesson(tmp_path, tokenizer)
     tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
@@ -130,7 +130,7 @@ def example_tokens(folder: Path) -> Tokens:
     return Tokens(folder / TOKENS_TRAIN, info, 6)
 
 
-def test_targets_that_are_not_trained_are_left_out(tmp_path: Path) -> None:
+def test_targets_that_are_not_trained_are_left_out(tmp_path):
     inputs, targets = example_tokens(tmp_path).draw(3, seed=0, step=0)
     assert inputs.min() >= 0
     assert (targets[:, :3] == NOT_TRAINED).all()  # the prompt
@@ -141,12 +141,12 @@ def test_targets_that_are_not_trained_are_left_out(tmp_path: Path) -> None:
     assert sum(int((targets != NOT_TRAINED).sum()) for _, targets in batches) == 5 * 3
 
 
-def test_the_first_prompt_is_that_of_the_first_row(tmp_path: Path) -> None:
+def test_the_first_prompt_is_that_of_the_first_row(tmp_path):
     tokenizer = train_char(["0123456789ab"])
     assert example_tokens(tmp_path).first_prompt() == tokenizer.prompt("001")  # the first one is held out
 
 
-def test_every_row_is_drawn_once_in_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
+def test_every_row_is_drawn_once_in_an_epoch_in_an_order_of_its_own(tmp_path):
     tokens = example_tokens(tmp_path)
     epochs = [
         [tuple(row) for step in range(first, first + 19) for row in tokens.draw(5, 0, step)[0].tolist()]
@@ -159,7 +159,7 @@ def test_every_row_is_drawn_once_in_an_epoch_in_an_order_of_its_own(tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", ["text", "examples"])
-def test_sources_are_drawn_by_their_weights(form: str, tmp_path: Path) -> None:
+def test_sources_are_drawn_by_their_weights(form, tmp_path):
     def row(name: str) -> dict[str, str]:
         return {"text": name * 9 + "\n"} if form == "text" else {"prompt": name, "completion": name}
 
@@ -174,7 +174,7 @@ def test_sources_are_drawn_by_their_weights(form: str, tmp_path: Path) -> None:
     assert 0.68 < share < 0.82
 
 
-def test_parts_are_the_trained_targets_in_rows_of_about_one_length(tmp_path: Path) -> None:
+def test_parts_are_the_trained_targets_in_rows_of_about_one_length(tmp_path):
     info = written(tmp_path, corpus_of(*("d" * number for number in range(1, 60))), context=60)
     inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(20, 0, 0)
     targets[3, :10] = targets[7] = NOT_TRAINED

@@ -20,12 +20,12 @@ FILES = ("tokenizer.json", "tokenizer_config.json", TOKENS_TRAIN, TOKENS_VAL)
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     return write_corpus(tmp_path / "text.txt")
 
 
 @pytest.fixture
-def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def tokenized(monkeypatch):
     """One entry for each time that a corpus is tokenized."""
     times: list[int] = []
     write: Callable[..., DataInfo] = prepare.write_tokens
@@ -44,9 +44,7 @@ def run(folder: Path, data: list[Path | str], **changes: Any) -> tuple[DataInfo,
     return info, {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_a_second_run_does_not_tokenize_again(
-    text: Path, tmp_path: Path, tokenized: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_does_not_tokenize_again(text, tmp_path, tokenized, capsys):
     first = run(tmp_path / "1", [text])
     assert run(tmp_path / "2", [text]) == first
     assert len(tokenized) == 1
@@ -56,9 +54,7 @@ def test_a_second_run_does_not_tokenize_again(
     assert (len(tokenized), info.corpus, files) == (1, "other.txt", first[1])
 
 
-def test_other_text_another_tokenizer_and_another_context_are_tokenized(
-    text: Path, tmp_path: Path, tokenized: list[int]
-) -> None:
+def test_other_text_another_tokenizer_and_another_context_are_tokenized(text, tmp_path, tokenized):
     run(tmp_path / "1", [text])
     run(tmp_path / "2", [text], tokenizer="word")
     run(tmp_path / "3", [text], context=16)
@@ -72,9 +68,7 @@ def test_other_text_another_tokenizer_and_another_context_are_tokenized(
 
 
 @pytest.mark.parametrize("name", ["pastkey.json", "tokenizer.json", TOKENS_TRAIN])
-def test_a_damaged_entry_is_made_again(
-    name: str, text: Path, tmp_path: Path, tokenized: list[int], own_cache: Path
-) -> None:
+def test_a_damaged_entry_is_made_again(name, text, tmp_path, tokenized, own_cache):
     first = run(tmp_path / "1", [text])
     (entry,) = (own_cache / "pastkey" / "tokens").iterdir()
     content = (entry / name).read_bytes()
@@ -85,9 +79,7 @@ def test_a_damaged_entry_is_made_again(
     assert len(tokenized) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(
-    text: Path, tmp_path: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_time(text, tmp_path, tokenized, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (str(tmp_path / "file"), "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", place)
@@ -96,9 +88,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
     assert not Path("relative").exists()
 
 
-def test_a_system_without_links_copies(
-    text: Path, tmp_path: Path, tokenized: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_links_copies(text, tmp_path, tokenized, monkeypatch):
     def refused(*_: object) -> None:
         raise OSError
 
@@ -107,9 +97,7 @@ def test_a_system_without_links_copies(
     assert len(tokenized) == 1
 
 
-def test_the_least_recently_used_entries_go(
-    text: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_least_recently_used_entries_go(text, tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(cache, "MOST_BYTES", 20_000)
     for number, context in enumerate([8, 16, 8, 12]):  # the first one is used again
         run(tmp_path / str(number), [text], context=context)
@@ -120,7 +108,7 @@ def test_the_least_recently_used_entries_go(
     assert len([*(own_cache / "pastkey" / "tokens").iterdir()]) == 1
 
 
-def test_refused_data_is_not_kept(text: Path, tmp_path: Path, own_cache: Path) -> None:
+def test_refused_data_is_not_kept(text, tmp_path, own_cache):
     with pytest.raises(InputError, match="give more text"):
         run(tmp_path / "1", [text], context=100_000)
     assert not (own_cache / "pastkey" / "tokens").exists()

@@ -22,14 +22,14 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ({"messages": None, "prompt": None, "text": "a"}, "a", ["a"]),  # as Parquet fills rows
     ],
 )
-def test_a_row_becomes_a_document(row: dict[str, Any], content: Any, texts: list[str]) -> None:
+def test_a_row_becomes_a_document(row, content, texts):
     document = document_of(row, "a.jsonl, line 1")
     assert document.content == content
     assert list(document.texts()) == texts
     assert document.masked == (not isinstance(content, str))
 
 
-def test_different_documents_have_different_bytes() -> None:
+def test_different_documents_have_different_bytes():
     rows: list[dict[str, Any]] = [
         {"text": "ab"},
         {"prompt": "a", "completion": "b"},
@@ -57,6 +57,6 @@ def test_different_documents_have_different_bytes() -> None:
         ({"messages": MESSAGES, "tools": ["t"]}, "it must be a list of JSON schemas"),
     ],
 )
-def test_a_row_of_no_format_is_refused(row: Any, sentence: str) -> None:
+def test_a_row_of_no_format_is_refused(row, sentence):
     with pytest.raises(InputError, match=sentence):
         document_of(row, "a.jsonl, line 1")

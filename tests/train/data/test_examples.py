@@ -18,7 +18,7 @@ PAIR = {"prompt": "the cat ", "completion": "sat"}
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_turn_is_trained_with_its_end_and_nothing_behind(template: str) -> None:
+def test_a_turn_is_trained_with_its_end_and_nothing_behind(template):
     pytest.importorskip("transformers")
     tokenizer = chat_tokenizer(template)
     (example,) = encode_examples([document_of(chat("hi", "hello", "bye", "\nbye"), "row 1")], tokenizer)
@@ -29,7 +29,7 @@ def test_a_turn_is_trained_with_its_end_and_nothing_behind(template: str) -> Non
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_the_mask_is_the_one_of_transformers(template: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_mask_is_the_one_of_transformers(template, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tokenizer")
     ours = chat_tokenizer(template)
@@ -43,7 +43,7 @@ def test_the_mask_is_the_one_of_transformers(template: str, tmp_path_factory: py
     assert example.trained.astype(int).tolist() == list(expected["assistant_masks"])
 
 
-def test_a_prompt_has_the_tokens_that_it_has_for_generation() -> None:
+def test_a_prompt_has_the_tokens_that_it_has_for_generation():
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
     assert tokenizer.encode("cat sat")[-1] == tokenizer.encode(" sat")[0]  # one token, were it not for the boundary
     (example,) = encode_examples([document_of(PAIR, "row 1")], tokenizer)
@@ -53,7 +53,7 @@ def test_a_prompt_has_the_tokens_that_it_has_for_generation() -> None:
     assert not example.trained[: len(prompt)].any()
 
 
-def test_offsets_without_spaces_do_not_move_the_boundary() -> None:
+def test_offsets_without_spaces_do_not_move_the_boundary():
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
     template = tokenizer.tokenizer.post_processor
     tokenizer.tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
@@ -61,7 +61,7 @@ def test_offsets_without_spaces_do_not_move_the_boundary() -> None:
     assert test_ids[:-1] == [tokenizer.end, *tokenizer.encode("the cat "), *tokenizer.encode("sat")]
 
 
-def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front() -> None:
+def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front():
     tokenizer = train_bpe(["\u2581the\u2581cat\u2581sat"] * 3, 300)
     spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -72,7 +72,7 @@ def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front() ->
     assert example.ids[1:-1].tolist() == tokenizer.encode("the cat")
 
 
-def test_a_text_is_trained_as_a_whole() -> None:
+def test_a_text_is_trained_as_a_whole():
     tokenizer = train_char(["the cat"])
     (example,) = encode_examples([document_of({"text": "the cat"}, "row 1")], tokenizer)
     assert trained_text(example, tokenizer) == ["the cat<|endoftext|>"]
@@ -80,7 +80,7 @@ def test_a_text_is_trained_as_a_whole() -> None:
     assert not example.trained[0]
 
 
-def test_an_answer_without_a_special_token_has_no_end() -> None:
+def test_an_answer_without_a_special_token_has_no_end():
     pytest.importorskip("transformers")
     plain = chat_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
                            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
@@ -90,7 +90,7 @@ def test_an_answer_without_a_special_token_has_no_end() -> None:
 
 
 @pytest.mark.parametrize("row", [{"prompt": "the", "completion": "dog"}, {"text": "dog"}])
-def test_an_unknown_character_is_named_by_its_place(row: dict[str, str]) -> None:
+def test_an_unknown_character_is_named_by_its_place(row):
     tokenizer: TextTokenizer = replace(train_char(["the cat"]))
     documents = [document_of({"text": "cat"}, "a.jsonl, line 1"), document_of(row, "a.jsonl, line 2")]
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from pastkey.errors import InputError
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from pastkey.train.data.token_files import DataInfo
-from pastkey.train.tokenizer import TextTokenizer, train_bpe
+from pastkey.train.tokenizer import train_bpe
 
 from .helpers import CHATML, MARKED, chat, chat_tokenizer, corpus_of, written
 
@@ -19,7 +18,7 @@ PAIRS = [{"prompt": f"the cat {number}", "completion": " sat"} for number in ran
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> TextTokenizer:
+def tokenizer():
     return train_bpe(["the cat sat on the mat 0123456789"], 280)
 
 
@@ -29,7 +28,7 @@ def rows(folder: Path, name: str, info: DataInfo) -> list[list[int]]:
     return found
 
 
-def test_completions_are_trained_and_prompts_and_padding_are_not(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_completions_are_trained_and_prompts_and_padding_are_not(tokenizer, tmp_path):
     info = written(tmp_path, corpus_of(*PAIRS), 30, tokenizer)
     assert info.masked
     assert info.row_length == 31
@@ -47,9 +46,7 @@ def test_completions_are_trained_and_prompts_and_padding_are_not(tokenizer: Text
     assert info.val_bytes == 2 * len(" sat")
 
 
-def test_of_few_examples_the_first_is_held_out_and_one_alone_is_in_both(
-    tokenizer: TextTokenizer, tmp_path: Path
-) -> None:
+def test_of_few_examples_the_first_is_held_out_and_one_alone_is_in_both(tokenizer, tmp_path):
     info = written(tmp_path, corpus_of(*PAIRS[:3]), 12, tokenizer)
     assert (info.train_tokens // 13, info.val_tokens // 13) == (2, 1)
     info = written(tmp_path, corpus_of({"text": "the cat"}, *PAIRS[:2]), 12, tokenizer)
@@ -59,7 +56,7 @@ def test_of_few_examples_the_first_is_held_out_and_one_alone_is_in_both(
     assert rows(tmp_path, TOKENS_TRAIN, info) == rows(tmp_path, TOKENS_VAL, info)
 
 
-def test_text_beside_examples_goes_into_as_many_windows_as_it_needs(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_text_beside_examples_goes_into_as_many_windows_as_it_needs(tokenizer, tmp_path):
     text = "the cat sat on the mat " * 10
     info = written(tmp_path, corpus_of({"text": text}, *PAIRS[:2]), 12, tokenizer)
     trained = [token for row in rows(tmp_path, TOKENS_TRAIN, info) for token in row if token >= 0]
@@ -67,14 +64,14 @@ def test_text_beside_examples_goes_into_as_many_windows_as_it_needs(tokenizer: T
     assert info.cut == 0
 
 
-def test_an_example_longer_than_a_window_loses_its_end_and_is_counted(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_an_example_longer_than_a_window_loses_its_end_and_is_counted(tokenizer, tmp_path):
     long = {"prompt": "the cat", "completion": " sat on the mat" * 20}
     info = written(tmp_path, corpus_of(long, *PAIRS[:2]), 12, tokenizer)
     assert info.cut == 1
     assert info.train_tokens == 2 * 13
 
 
-def test_a_large_vocabulary_takes_four_bytes(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_a_large_vocabulary_takes_four_bytes(tokenizer, tmp_path):
     assert written(tmp_path, corpus_of(*PAIRS), 12, tokenizer).dtype == "<i2"
     tokenizer = train_bpe(["the cat"], 260)
     tokenizer.tokenizer.add_tokens([f"[{number}]" for number in range(33_000)])
@@ -98,15 +95,13 @@ OUTSIDE = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgenera
         (CHATML, chat("hi " * 99, "hello"), "no token of test .*3 examples are longer than the context of 64 tokens"),
     ],
 )
-def test_data_that_trains_no_answer_or_no_end_is_refused(
-    template: str, row: dict[str, Any], sentence: str, tmp_path: Path
-) -> None:
+def test_data_that_trains_no_answer_or_no_end_is_refused(template, row, sentence, tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(InputError, match=sentence):
         written(tmp_path, corpus_of(row, row, row), 64, chat_tokenizer(template))
 
 
-def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path: Path) -> None:
+def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path):
     pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 64, tokenizer)
@@ -114,7 +109,7 @@ def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path: Path) -> None
     assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
 
 
-def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_path: Path) -> None:
+def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_path):
     pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     rows = [chat("hi", "hello"), {"text": "hello"}, {"prompt": "hi", "completion": " hello"}] * 10
@@ -125,7 +120,7 @@ def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_pat
 
 
 @pytest.mark.parametrize("count", [4, 25])
-def test_what_is_held_out_trains_something(count: int, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_what_is_held_out_trains_something(count, tokenizer, tmp_path):
     long = {"prompt": "the cat " * 20, "completion": " sat"}
     rows = [dict(pair) for pair in PAIRS[:count]]
     rows[0] = rows[min(19, count - 2)] = long

@@ -20,7 +20,7 @@ def packed(examples: list[list[int]], length: int) -> tuple[list[list[int]], Pac
     return np.frombuffer(file.getvalue(), "<i2").reshape(-1, length).tolist(), packer
 
 
-def test_an_example_goes_where_the_least_space_is_left() -> None:
+def test_an_example_goes_where_the_least_space_is_left():
     rows, packer = packed([[1] * 6, [2] * 7, [3] * 3, [4] * 4], 10)
     assert sorted(rows) == [[1] * 6 + [4] * 4, [2] * 7 + [3] * 3]
     assert packer.windows == 2
@@ -28,7 +28,7 @@ def test_an_example_goes_where_the_least_space_is_left() -> None:
 
 
 @pytest.mark.parametrize("most_open", [1, 4, 512])
-def test_every_example_is_whole_in_one_window(most_open: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_is_whole_in_one_window(most_open, monkeypatch):
     monkeypatch.setattr(packing, "_OPEN", most_open)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 33, 500)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,7 @@ from ..helpers import tiny, write_corpus
 from .helpers import CHATML, chat, chat_tokenizer, write_lines
 
 
-def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_turns(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_turns(tmp_path, capsys):
     pytest.importorskip("transformers")
     data = write_lines(tmp_path / "chat.jsonl", [chat(f"the cat {n}?", "sat") for n in range(30)])
     (tmp_path / "given").mkdir()
@@ -35,7 +32,7 @@ def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_
         assert "[[sat<|im_end|>]]" in capsys.readouterr().err
 
 
-def test_a_tokenizer_in_hand_and_a_shorter_window_are_taken(tmp_path: Path) -> None:
+def test_a_tokenizer_in_hand_and_a_shorter_window_are_taken(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", [{"prompt": "the cat", "completion": " sat"}] * 30)
     made = chat_tokenizer(None)
     info, tokenizer = prepare(tiny(), tmp_path, [data], made, context=20)
@@ -43,9 +40,7 @@ def test_a_tokenizer_in_hand_and_a_shorter_window_are_taken(tmp_path: Path) -> N
     assert tokenizer.tokenizer is made.tokenizer
 
 
-def test_of_a_large_corpus_a_tokenizer_learns_from_every_nth_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_large_corpus_a_tokenizer_learns_from_every_nth_document(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TOKENIZER_BYTES", 200)
     data = write_lines(tmp_path / "a.jsonl", [{"text": f"cat{number:03} " * 5} for number in range(100)])
     (tmp_path / "c").mkdir()
@@ -56,7 +51,7 @@ def test_of_a_large_corpus_a_tokenizer_learns_from_every_nth_document(
     assert set("0123456789") <= set(tokenizer.tokenizer.get_vocab())
 
 
-def test_a_resumed_run_refuses_other_text_and_other_weights(tmp_path: Path) -> None:
+def test_a_resumed_run_refuses_other_text_and_other_weights(tmp_path):
     text = write_corpus(tmp_path / "text.txt")
     info, _ = prepare(tiny(), tmp_path, [f"{text}=2"])
     require_same_data([f"{text}=2"], info)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pastkey.train.data.preview import marked, show_example
@@ -11,7 +9,7 @@ from pastkey.train.data.preview import marked, show_example
 from .helpers import chat, chat_tokenizer, corpus_of, written
 
 
-def test_trained_text_is_green_or_between_marks() -> None:
+def test_trained_text_is_green_or_between_marks():
     tokenizer = chat_tokenizer()
     tokens = [~token for token in tokenizer.encode("the cat")] + tokenizer.encode(" sat\x1b[31m")
     assert marked(tokens, tokenizer, coloured=False) == "the cat[[ sat\ufffd[31m]]"
@@ -21,14 +19,7 @@ def test_trained_text_is_green_or_between_marks() -> None:
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
-def test_the_first_example_is_shown(
-    terminal: bool,
-    no_color: str,
-    coloured: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 100, tokenizer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pastkey.errors import InputError
@@ -15,7 +13,7 @@ from ..helpers import write_corpus
 from .helpers import corpus_of, ids, texts, written
 
 
-def test_every_document_is_in_one_of_the_files_between_end_tokens(tmp_path: Path) -> None:
+def test_every_document_is_in_one_of_the_files_between_end_tokens(tmp_path):
     documents = [f"document {number}\nof many" for number in range(45)]
     corpus = corpus_of(*documents)
     tokenizer = train_bpe(documents, 300)
@@ -33,7 +31,7 @@ def test_every_document_is_in_one_of_the_files_between_end_tokens(tmp_path: Path
     assert info.val_bytes == sum(len(text) for text in held_out)
 
 
-def test_the_tail_of_a_single_document_is_held_out(tmp_path: Path) -> None:
+def test_the_tail_of_a_single_document_is_held_out(tmp_path):
     corpus = open_corpus([write_corpus(tmp_path / "a.txt")])
     tokenizer = train_char(texts(corpus))
     info = written(tmp_path, corpus, tokenizer=tokenizer)
@@ -43,12 +41,12 @@ def test_the_tail_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     assert info.val_bytes == len(val.encode())
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     characters = "".join(chr(0x3400 + number) for number in range(70_000) if not 0xD800 <= 0x3400 + number < 0xE000)
     assert written(tmp_path, corpus_of("\n" + characters)).dtype == "<u4"
     assert written(tmp_path, corpus_of("\n" + characters[:500] * 10)).dtype == "<u2"
 
 
-def test_too_little_text_for_the_context_is_refused(tmp_path: Path) -> None:
+def test_too_little_text_for_the_context_is_refused(tmp_path):
     with pytest.raises(InputError, match="one window of the context takes 129"):
         written(tmp_path, corpus_of("a line\nand another line\n"), context=128)

@@ -17,7 +17,7 @@ from pastkey.train.data.sources import open_corpus, survey
 from .helpers import corpus_of, texts, write_lines
 
 
-def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
+def test_a_folder_gives_its_text_files_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "c.txt").write_text("third\nline", encoding="utf-8")
     (tmp_path / "a.md").write_text("first", encoding="utf-8")
@@ -26,12 +26,12 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
     assert texts(open_corpus([tmp_path])) == ["first", "second", "third\nline"]
 
 
-def test_the_end_token_separates_documents(tmp_path: Path) -> None:
+def test_the_end_token_separates_documents(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n".encode())
     assert texts(open_corpus([tmp_path / "a.txt"])) == ["one\r\ntwo", "three"]
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
     file = tmp_path / "latin.txt"
     file.write_bytes("ein Kätzchen".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt is not UTF-8 text: byte 5 is 0xe4"):
@@ -39,26 +39,26 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", " \n\n ", "<|endoftext|>\n"])
-def test_an_empty_corpus_is_refused(content: str, tmp_path: Path) -> None:
+def test_an_empty_corpus_is_refused(content, tmp_path):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(InputError, match=r"a\.txt is empty"):
         survey(open_corpus([tmp_path / "a.txt"]))
 
 
-def test_an_empty_text_beside_others_is_a_shard_that_was_not_written(tmp_path: Path) -> None:
+def test_an_empty_text_beside_others_is_a_shard_that_was_not_written(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").touch()
     with pytest.raises(InputError, match=r"b\.txt is empty: remove it, or write it again"):
         survey(open_corpus([tmp_path]))
 
 
-def test_a_single_line_is_refused_unless_it_is_long() -> None:
+def test_a_single_line_is_refused_unless_it_is_long():
     with pytest.raises(InputError, match="a single line of 11 bytes"):
         survey(corpus_of("hello world"))
     assert survey(corpus_of("hello world " * 1000)).documents == 1
 
 
-def test_missing_paths_and_folders_without_text_are_refused(tmp_path: Path) -> None:
+def test_missing_paths_and_folders_without_text_are_refused(tmp_path):
     with pytest.raises(MissingFileError, match="no such file or folder"):
         open_corpus([tmp_path / "none"])
     with pytest.raises(InputError, match=r"has no \.txt or \.md file"):
@@ -66,7 +66,7 @@ def test_missing_paths_and_folders_without_text_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
-def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is a pipe, which can be read once"):
         open_corpus([tmp_path / "pipe"])
@@ -82,7 +82,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path: Path) ->
         os.close(write)
 
 
-def test_the_fingerprint_knows_documents_apart() -> None:
+def test_the_fingerprint_knows_documents_apart():
     one, two = survey(corpus_of("a\nb", "c")), survey(corpus_of("a\n", "bc"))
     assert one.fingerprint != two.fingerprint
     assert one == survey(corpus_of("a\nb", "c"))
@@ -93,7 +93,7 @@ ROWS = [{"text": "one\ntwo"}, {"text": "thr\u00e9e", "url": "x"}]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "ndjson", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_every_format_has_the_same_documents(suffix: str, tmp_path: Path) -> None:
+def test_every_format_has_the_same_documents(suffix, tmp_path):
     file = write_lines(tmp_path / f"a.{suffix}", ROWS)
     lines = ("\ufeff" + file.read_text(encoding="utf-8") + "\n").encode()
     if suffix == "jsonl.gz":
@@ -111,7 +111,7 @@ def test_every_format_has_the_same_documents(suffix: str, tmp_path: Path) -> Non
     assert [document.place for document in corpus.documents()] == [f"{file}, {place} 1", f"{file}, {place} 2"]
 
 
-def test_parquet_has_conversations_without_the_fields_that_other_rows_have(tmp_path: Path) -> None:
+def test_parquet_has_conversations_without_the_fields_that_other_rows_have(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}]
     rows = [{"messages": talk, "text": None}, {"messages": None, "text": "c"}]
@@ -120,7 +120,7 @@ def test_parquet_has_conversations_without_the_fields_that_other_rows_have(tmp_p
     assert found == [Conversation(talk), "c"]
 
 
-def test_a_folder_with_data_leaves_its_readme_alone(tmp_path: Path) -> None:
+def test_a_folder_with_data_leaves_its_readme_alone(tmp_path):
     (tmp_path / "README.md").write_text("read me")
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "2.jsonl", [{"text": "second"}])
@@ -143,7 +143,7 @@ def test_a_folder_with_data_leaves_its_readme_alone(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_data_is_named_by_file_and_line(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_what_is_no_data_is_named_by_file_and_line(content, sentence, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises((InputError, IntegrityError), match=re.escape(sentence)):
         survey(open_corpus([tmp_path / "a.jsonl"]))
@@ -153,13 +153,13 @@ CUT = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
 
 
 @pytest.mark.parametrize("content", [b"no gzip", CUT], ids=["no gzip", "cut"])
-def test_damaged_compressed_files_are_named(content: bytes, tmp_path: Path) -> None:
+def test_damaged_compressed_files_are_named(content, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"a\.jsonl\.gz .*copy it again"):
         survey(open_corpus([tmp_path / "a.jsonl.gz"]))
 
 
-def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST_BYTES", 100)
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)
     lines = [f"line {number} \u00e9" for number in range(50)]
@@ -173,9 +173,7 @@ def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path: Path, monkeypatc
     assert "".join(found[-2:]) == "\u00e9" * 99
 
 
-def test_a_byte_that_is_not_utf8_is_counted_from_the_beginning_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_byte_that_is_not_utf8_is_counted_from_the_beginning_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 8)
     (tmp_path / "a.txt").write_bytes(b"one<|endoftext|>two \xe4")
     with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: byte 20 is 0xe4"):
@@ -183,7 +181,7 @@ def test_a_byte_that_is_not_utf8_is_counted_from_the_beginning_of_the_file(
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
-def test_paths_may_have_weights(tmp_path: Path) -> None:
+def test_paths_may_have_weights(tmp_path):
     for name in ("a.txt", "b=2.txt", "c=3"):
         (tmp_path / name).write_text("text")
     found = open_corpus([f"{tmp_path}/a.txt=0.7", f"{tmp_path}/b=2.txt=0.3"])
@@ -202,9 +200,7 @@ def test_paths_may_have_weights(tmp_path: Path) -> None:
         (["c.txt=1"], "no such file or folder: c.txt"),
     ],
 )
-def test_wrong_weights_are_refused(
-    data: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_weights_are_refused(data, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("text")
@@ -212,7 +208,7 @@ def test_wrong_weights_are_refused(
         open_corpus(data)
 
 
-def test_a_file_that_changes_is_told(tmp_path: Path) -> None:
+def test_a_file_that_changes_is_told(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", ROWS)
     corpus = open_corpus([file])
     corpus.require_unchanged()

@@ -17,7 +17,7 @@ from .helpers import corpus_of, ids, write_lines, written
 
 
 @pytest.mark.parametrize("rows", ["text", "examples"])
-def test_the_size_of_a_batch_changes_nothing(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_batch_changes_nothing(rows, tmp_path, monkeypatch):
     documents = [{"text": f"document {number}\n" + "x" * (number % 7)} for number in range(50)]
     pairs = [{"prompt": "a", "completion": "b"}] if rows == "examples" else []
     corpus = corpus_of(*documents, *pairs)
@@ -29,13 +29,13 @@ def test_the_size_of_a_batch_changes_nothing(rows: str, tmp_path: Path, monkeypa
     assert contents[0] == contents[1] == contents[2]
 
 
-def test_progress_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenizing, "_SAID_EVERY", 0.0)
     written(tmp_path, corpus_of(*["some text\n" * 100] * 30))
     assert "tokenizing: 0 of 0 MB" in capsys.readouterr().err
 
 
-def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_path: Path) -> None:
+def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_path):
     for name in "ab":
         write_lines(tmp_path / f"{name}.jsonl", [{"text": name * 10}] * 40)
     corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
@@ -49,7 +49,7 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     assert info.val_tokens == 4 * 11 + 1
 
 
-def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
+def test_a_weighted_source_fills_a_window(tmp_path):
     for name, length in (("a", 90), ("b", 9)):
         write_lines(tmp_path / f"{name}.jsonl", [{"text": name * length}] * 40)
     corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
@@ -57,13 +57,13 @@ def test_a_weighted_source_fills_a_window(tmp_path: Path) -> None:
         write_tokens(tmp_path, corpus, survey(corpus), train_char(["ab"]), 400)
 
 
-def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat"}, {"text": "the dog"}])
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):
         written(tmp_path, open_corpus([file]), tokenizer=train_char(["the cat"]))
 
 
-def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_file_that_changes_meanwhile_is_told(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat\n" * 9}] * 3)
     corpus = open_corpus([file])
     found = survey(corpus)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,11 +17,11 @@ from ..helpers import tiny, write_corpus
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     return write_corpus(tmp_path / "text.txt")
 
 
-def test_on_the_cpu_nothing_changes_unless_it_is_asked_for() -> None:
+def test_on_the_cpu_nothing_changes_unless_it_is_asked_for():
     device = choose_device(tiny(device="cpu"), 0)
     assert (str(device), device.bfloat16, device.compiled, device.peak_flops) == ("cpu, float32", False, False, None)
     asked = choose_device(tiny(device="cpu", precision="bfloat16", compile=True, peak_tflops=2.0), 0)
@@ -31,7 +29,7 @@ def test_on_the_cpu_nothing_changes_unless_it_is_asked_for() -> None:
     assert asked.peak_flops == 2e12
 
 
-def test_a_device_that_is_missing_is_one_sentence() -> None:
+def test_a_device_that_is_missing_is_one_sentence():
     for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
             with pytest.raises(InputError, match=f"--device is {kind}, and torch sees no .*--device cpu"):
@@ -40,7 +38,7 @@ def test_a_device_that_is_missing_is_one_sentence() -> None:
         tiny(device="tpu")
 
 
-def test_each_process_needs_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_needs_a_card_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="has no card of its own, there are 2: start at most 2 processes"):
@@ -58,11 +56,11 @@ def test_each_process_needs_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         ("NVIDIA A10G", None),
     ],
 )
-def test_the_peak_of_a_card_is_known_or_none(name: str, tflops: int | None) -> None:
+def test_the_peak_of_a_card_is_known_or_none(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
-def test_the_operations_of_a_token_are_those_that_torch_counts() -> None:
+def test_the_operations_of_a_token_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     config = tiny(layers=3).model_config(40, None, 0)
@@ -73,13 +71,13 @@ def test_the_operations_of_a_token_are_those_that_torch_counts() -> None:
     assert flops_per_token(model, config) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.02)
 
 
-def test_the_layers_are_the_longest_list_of_modules() -> None:
+def test_the_layers_are_the_longest_list_of_modules():
     model = Decoder(tiny(layers=3).model_config(40, None, 0))
     assert layers_of(model) == list(model.model.layers)
     assert layers_of(model.lm_head) == [model.lm_head]
 
 
-def test_a_run_in_bfloat16_learns_and_saves_float32(text: Path, tmp_path: Path) -> None:
+def test_a_run_in_bfloat16_learns_and_saves_float32(text, tmp_path):
     for name, precision in (("a", "float32"), ("b", "bfloat16")):
         loop.train(tiny(precision=precision), tmp_path / name, data=[text])
     a, b = ([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in "ab")
@@ -88,9 +86,7 @@ def test_a_run_in_bfloat16_learns_and_saves_float32(text: Path, tmp_path: Path) 
     assert {p.dtype for p in load_checkpoint(tmp_path / "b").model.parameters()} == {torch.float32}
 
 
-def test_the_device_may_change_when_a_run_is_resumed(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_device_may_change_when_a_run_is_resumed(text, tmp_path, capsys):
     loop.train(tiny(steps=4), tmp_path / "c", data=[text])
     loop.resume(tmp_path / "c", {"steps": 8, "precision": "bfloat16", "device": "cpu", "learning_rate": 1e-3})
     said = capsys.readouterr().err
@@ -100,7 +96,7 @@ def test_the_device_may_change_when_a_run_is_resumed(
 
 @pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")  # torch compiles with warnings about its own old parts
-def test_compiled_layers_compute_the_same(text: Path, tmp_path: Path) -> None:
+def test_compiled_layers_compute_the_same(text, tmp_path):
     for name, compiled in (("a", False), ("b", True)):
         loop.train(tiny(steps=4, layers=2, compile=compiled), tmp_path / name, data=[text])
     a, b = (read_metrics(tmp_path / name) for name in "ab")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ Start = Callable[..., list[tuple[int, str]]]
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
+def start():
     """Starts a training in several processes, and returns the status and standard error of each."""
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "fork_ranks.py")],
@@ -54,12 +54,12 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
-def one(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(text, tmp_path_factory):
     """The run of one process."""
     out = tmp_path_factory.mktemp("one") / "c"
     loop.train(tiny(**SIZES), out, data=[text])
@@ -86,9 +86,7 @@ def assert_same_run(out: Path, one: Path) -> None:
     ("world", "more"),
     [(2, ["--shard"]), (3, []), matrix(2, []), matrix(3, ["--shard"])],
 )
-def test_several_processes_compute_what_one_does(
-    world: int, more: list[str], start: Start, text: Path, one: Path, tmp_path: Path
-) -> None:
+def test_several_processes_compute_what_one_does(world, more, start, text, one, tmp_path):
     answers = start(world, *flags(tmp_path / "c", text), *more)
     assert [status for status, _ in answers] == [0] * world
     assert f"on {world} processes, each on cpu" in answers[0][1]
@@ -108,9 +106,7 @@ def test_several_processes_compute_what_one_does(
         matrix((3, 2), "--shard"),
     ],
 )
-def test_a_run_is_resumed_with_another_number_of_processes(
-    worlds: tuple[int, int], shard: str, start: Start, text: Path, one: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_resumed_with_another_number_of_processes(worlds, shard, start, text, one, tmp_path):
     out = tmp_path / "c"
     began, goes_on = (shard if world > 1 else "--no-shard" for world in worlds)
     after_a_save = [0, str(out / "pastkey.json")]
@@ -122,7 +118,7 @@ def test_a_run_is_resumed_with_another_number_of_processes(
     assert_same_run(out, one)
 
 
-def test_a_dead_process_ends_the_run_with_one_sentence(start: Start, text: Path, one: Path, tmp_path: Path) -> None:
+def test_a_dead_process_ends_the_run_with_one_sentence(start, text, one, tmp_path):
     out = tmp_path / "c"
     answers = start(3, *flags(out, text), kill=[1, str(out / "pastkey.json")])
     assert answers[1][0] == -9
@@ -152,7 +148,7 @@ command._fail = stopped(command._fail)
 """
 
 
-def test_torchruns_signal_does_not_silence_the_process_that_says_why(start: Start, text: Path, tmp_path: Path) -> None:
+def test_torchruns_signal_does_not_silence_the_process_that_says_why(start, text, tmp_path):
     answers = start(2, *flags(tmp_path / "c", text), kill=[1, str(tmp_path / "c" / "pastkey.json")], before=STOPPED)
     assert [status for status, _ in answers] == [2, -9]
     assert answers[0][1].splitlines()[-1].startswith("pastkey train: a process of this run ended or was stopped: ")
@@ -169,7 +165,7 @@ loop.save_checkpoint = full
 """
 
 
-def test_a_full_disk_ends_all_processes_with_one_sentence(start: Start, text: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_all_processes_with_one_sentence(start, text, tmp_path):
     answers = start(2, *flags(tmp_path / "c", text), before=FULL)
     assert [status for status, _ in answers] == [2, 2]
     assert "pastkey train: the disk is full" in answers[0][1]
@@ -185,9 +181,7 @@ def test_a_full_disk_ends_all_processes_with_one_sentence(start: Start, text: Pa
         matrix(["--device", "cuda"], "torch sees no CUDA device"),
     ],
 )
-def test_a_mistake_is_one_sentence_of_one_process(
-    more: list[str], sentence: str, start: Start, text: Path, tmp_path: Path
-) -> None:
+def test_a_mistake_is_one_sentence_of_one_process(more, sentence, start, text, tmp_path):
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     answers = start(3, *flags(tmp_path / "c", text), *more)
@@ -198,7 +192,7 @@ def test_a_mistake_is_one_sentence_of_one_process(
 
 
 @pytest.mark.matrix
-def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text: Path, tmp_path: Path) -> None:
+def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text, tmp_path):
     out = tmp_path / "c"
     command = [sys.executable, "-m", "pastkey", "train", "--processes", "2", *map(str, flags(out, text))]
     process = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
@@ -214,12 +208,12 @@ def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text
     assert said.endswith("of 2 was ended by signal 9\n")
 
 
-def test_one_process_has_nothing_to_shard(tmp_path: Path) -> None:
+def test_one_process_has_nothing_to_shard(tmp_path):
     with pytest.raises(InputError, match="--shard divides a model among processes, and this is one"):
         loop.train(tiny(shard=True), tmp_path / "c")
 
 
-def test_the_advice_for_a_batch_that_is_not_divided_is_right() -> None:
+def test_the_advice_for_a_batch_that_is_not_divided_is_right():
     with pytest.raises(InputError, match=r"a batch of 12 rows .* among 5 processes: start 2 or 3 or 4, or begin"):
         Ranks(0, 5).require_divides(12)
     with pytest.raises(InputError, match="among 2 processes: start 1, or begin a run whose --batch-size is a multiple"):

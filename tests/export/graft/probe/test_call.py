@@ -176,7 +176,7 @@ def probed(module: nn.Module, asked: str | None = None) -> Probed:
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
-def test_the_call_is_found_and_how_the_logits_lie(kind: type[Counted]) -> None:
+def test_the_call_is_found_and_how_the_logits_lie(kind):
     module = kind()
     found = probed(module)
     expression, order = FOUND[kind]
@@ -191,12 +191,12 @@ def test_the_call_is_found_and_how_the_logits_lie(kind: type[Counted]) -> None:
             assert torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
 
 
-def test_a_call_that_is_given_is_taken() -> None:
+def test_a_call_that_is_given_is_taken():
     found = probed(Tupled(), "model(ids)[0]")
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
 
 
-def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell() -> None:
+def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell():
     class Quoted(Counted):
         def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
             return {"it's $HOME": self.logits(ids) * (2 if scale is None else 1)}
@@ -216,7 +216,7 @@ class NoisyUnlessTold(Counted):
         return self.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
 
 
-def test_a_plain_call_that_is_random_is_mended_by_no_other() -> None:
+def test_a_plain_call_that_is_random_is_mended_by_no_other():
     found = probed(NoisyUnlessTold())
     assert (found.call.expression, [cause.kind for cause in found.breaches]) == ("model(ids)", [Kind.CHANCE])
 
@@ -229,7 +229,7 @@ def breach(change: Callable[[Tensor], Tensor]) -> list[Kind]:
     return [cause.kind for cause in probed(Broken()).breaches]
 
 
-def test_what_a_decoder_does_not_do_is_seen() -> None:
+def test_what_a_decoder_does_not_do_is_seen():
     assert breach(lambda x: x.flip(1))[0] == Kind.LOOK_AHEAD
     assert breach(lambda x: x - x.mean(0)) == [Kind.ROWS]
     assert breach(lambda x: x + torch.rand_like(x)) == [Kind.CHANCE]
@@ -237,7 +237,7 @@ def test_what_a_decoder_does_not_do_is_seen() -> None:
     assert breach(torch.zeros_like) == [Kind.UNKNOWN]
 
 
-def test_a_module_that_gives_no_logits_is_refused_with_what_to_type() -> None:
+def test_a_module_that_gives_no_logits_is_refused_with_what_to_type():
     class Loss(Counted):
         def forward(self, ids: Tensor) -> Any:
             return self.logits(ids).mean()
@@ -246,7 +246,7 @@ def test_a_module_that_gives_no_logits_is_refused_with_what_to_type() -> None:
         probed(Loss())
 
 
-def test_a_module_of_one_length_alone_is_refused_by_that() -> None:
+def test_a_module_of_one_length_alone_is_refused_by_that():
     class Whole(Counted):
         def forward(self, ids: Tensor) -> Any:
             return self.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))
@@ -256,7 +256,7 @@ def test_a_module_of_one_length_alone_is_refused_by_that() -> None:
     assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
 
 
-def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None:
+def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
     ids = torch.zeros((2, 3), dtype=torch.long)
     assert Call("positions").raw(nn.Module(), ids).tolist() == [[0, 1, 2]] * 2
     assert Call("future").raw(nn.Module(), ids).tolist() == (~Call("past").raw(nn.Module(), ids)).tolist()
@@ -269,7 +269,7 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python() -> None
     "expression",
     ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids)[0].transpose(1, 2).log()"],
 )
-def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
+def test_a_call_of_the_module_alone_is_plain(expression):
     assert is_plain(expression)
 
 
@@ -289,7 +289,7 @@ def test_a_call_of_the_module_alone_is_plain(expression: str) -> None:
         "model(",
     ],
 )
-def test_a_call_that_does_more_is_not_plain(expression: str) -> None:
+def test_a_call_that_does_more_is_not_plain(expression):
     assert not is_plain(expression)
 
 
@@ -329,7 +329,7 @@ class Wide(Counted):
         (lambda hidden, logits: (hidden[:, -1], logits), "[1] [0]"),
     ],
 )
-def test_two_results_that_may_both_be_the_logits_are_asked_for(make: Any, places: str) -> None:
+def test_two_results_that_may_both_be_the_logits_are_asked_for(make, places):
     assert asked_calls(Wide(make)) == [f"model(ids){place}" for place in places.split()]
 
 
@@ -348,12 +348,12 @@ def test_two_results_that_may_both_be_the_logits_are_asked_for(make: Any, places
         (lambda hidden, logits: (hidden.flip(1), logits), "[1]"),
     ],
 )
-def test_one_result_that_alone_can_be_the_logits_is_taken(make: Any, place: str) -> None:
+def test_one_result_that_alone_can_be_the_logits_is_taken(make, place):
     assert probed(Wide(make)).call.expression == f"model(ids){place}"
 
 
 @pytest.mark.parametrize("zeros", [0, 3])
-def test_probabilities_are_told_from_logits(zeros: int) -> None:
+def test_probabilities_are_told_from_logits(zeros):
     class Sampled(Counted):
         def forward(self, ids: Tensor) -> Any:
             seen = torch.arange(VOCAB) < VOCAB - zeros
@@ -385,7 +385,7 @@ class SoftOwn(Soft):
 
 
 @pytest.mark.parametrize("contract", [True, False])
-def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract: bool) -> None:
+def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract):
     module = SoftContract(NanoGpt().eval()) if contract else SoftOwn(drawn(lambda: Gpt(Causal)))
     with pytest.raises(InputError, match="gives probabilities") as caught:
         in_contract(module, CONTEXT, None, print)
@@ -427,11 +427,11 @@ class Scaled(Counted):
         (Scaled, "model(ids)"),
     ],
 )
-def test_a_flag_that_asks_for_logits_is_tried(kind: type[Counted], call: str) -> None:
+def test_a_flag_that_asks_for_logits_is_tried(kind, call):
     assert probed(kind()).call.expression == call
 
 
-def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for() -> None:
+def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for():
     class Hidden(Counted):
         def forward(self, ids: Tensor, return_logits: bool = False) -> Any:
             return self.logits(ids) if return_logits else self.token(ids)
@@ -449,7 +449,7 @@ def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for() -> No
         (lambda logits: (logits[..., :4], logits[:, :, None]), "model(ids)[1][:, :, 0]"),
     ],
 )
-def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(make: Any, call: str) -> None:
+def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(make, call):
     class Laid(Counted):
         def forward(self, ids: Tensor) -> Any:
             return make(self.logits(ids))
@@ -458,7 +458,7 @@ def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(mak
     assert is_plain(call)
 
 
-def test_logits_of_one_row_that_stand_across_are_told_with_the_call_that_works() -> None:
+def test_logits_of_one_row_that_stand_across_are_told_with_the_call_that_works():
     class Across(Counted):
         def forward(self, ids: Tensor) -> Any:
             (_,) = ids.shape

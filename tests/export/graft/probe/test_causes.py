@@ -75,12 +75,12 @@ def lines_of(owner: type) -> range:
     return range(first, first + len(lines))
 
 
-def test_the_table_has_all_that_must_be_refused() -> None:
+def test_the_table_has_all_that_must_be_refused():
     assert CAUSES.keys() == REFUSED.keys()
 
 
 @pytest.mark.parametrize("name", divided(REFUSED, quick=["no_mask", "mean_over_time", "noise", "gru"], ci=REFUSED))
-def test_a_module_is_refused_by_its_true_cause_and_line(name: str) -> None:
+def test_a_module_is_refused_by_its_true_cause_and_line(name):
     owner, words, count = CAUSES[name]
     error = refusal(REFUSED[name].make(), CONTEXT if REFUSED[name].cause == "fixed length" else SHORT)
     told = re.search(r"([\w.]+\.py):(\d+)(?:-(\d+))? " + words, str(error))
@@ -111,7 +111,7 @@ class SeveralAttentions(Gpt):
         return self.lm_head(x + self.open(x))
 
 
-def test_one_run_tells_everything_that_stands_in_the_way() -> None:
+def test_one_run_tells_everything_that_stands_in_the_way():
     error = refusal(SeveralAttentions().eval())
     kinds = [cause.kind for cause in error.causes]
     assert kinds == [Kind.CHANCE] * 2 + [Kind.LOOK_AHEAD] * 3 + [Kind.RECURRENCE]
@@ -130,7 +130,7 @@ class Dropping(Scored):
         return F.dropout(scores.softmax(-1), 0.1) @ v
 
 
-def test_the_mask_behind_active_dropout_is_looked_at() -> None:
+def test_the_mask_behind_active_dropout_is_looked_at():
     assert [c.kind for c in refusal(Gpt(Dropping).eval()).causes] == [Kind.CHANCE, Kind.LOOK_AHEAD]
 
 
@@ -141,7 +141,7 @@ class LoopAndNoise(nn.Module):
         return x + torch.rand_like(x)
 
 
-def test_noise_is_found_where_no_trace_is_made() -> None:
+def test_noise_is_found_where_no_trace_is_made():
     error = refusal(Mixing(LoopAndNoise()).eval())
     assert error.causes[0].kind == Kind.CHANCE
     assert Kind.DATA in [cause.kind for cause in error.causes]
@@ -161,7 +161,7 @@ class LeftOutByNumpy(nn.Module):
 
 
 @pytest.mark.parametrize("build", [pytest.param(LeftOutByPython, marks=pytest.mark.slow), LeftOutByNumpy])
-def test_chance_is_found_whoever_draws(build: type[nn.Module]) -> None:
+def test_chance_is_found_whoever_draws(build):
     assert refusal(Mixing(build()).eval()).causes[0].kind == Kind.CHANCE
 
 
@@ -172,7 +172,7 @@ class RarelyOtherwise(nn.Module):
         return torch.tanh(x) if x.abs().max() > 1e6 else x
 
 
-def test_a_branch_on_the_tokens_is_found_though_no_text_takes_it() -> None:
+def test_a_branch_on_the_tokens_is_found_though_no_text_takes_it():
     assert [cause.kind for cause in refusal(Mixing(RarelyOtherwise()).eval()).causes] == [Kind.DATA]
 
 
@@ -189,7 +189,7 @@ class Asserting(Gpt):
 
 
 @pytest.mark.slow
-def test_assertions_and_branches_on_tables_are_no_cause() -> None:
+def test_assertions_and_branches_on_tables_are_no_cause():
     assert in_contract(Asserting(Causal).eval(), SHORT, None, lambda _: None).call == "model(ids)"
 
 
@@ -199,7 +199,7 @@ class OfWhole(Scored):
 
 
 @pytest.mark.slow
-def test_a_call_that_drops_out_and_is_not_causal_is_told_both() -> None:
+def test_a_call_that_drops_out_and_is_not_causal_is_told_both():
     sentence = str(refusal(Gpt(OfWhole).eval()))
     assert "drops out numbers outside training" in sentence
     assert "lets the token at position 0 see that at 1" in sentence
@@ -209,13 +209,13 @@ def test_a_call_that_drops_out_and_is_not_causal_is_told_both() -> None:
 # --- the sentence -------------------------------------------------------------------------------------------------
 
 
-def test_the_truer_cause_comes_first_and_none_twice() -> None:
+def test_the_truer_cause_comes_first_and_none_twice():
     ahead = Cause(Kind.LOOK_AHEAD, "looks ahead", "model.py:7")
     error = NoCacheError("Model", [ahead, Cause(Kind.CHANCE, "draws", "model.py:9"), ahead])
     assert [cause.where for cause in error.causes] == ["model.py:9", "model.py:7"]
 
 
-def test_what_is_unknown_where_a_cause_is_known_is_left_out() -> None:
+def test_what_is_unknown_where_a_cause_is_known_is_left_out():
     state = Cause(Kind.STATE, "keeps", "model.py:9", "Attention")
     unknown = [
         Cause(Kind.UNKNOWN, "joins rows", f"model.py:{i}", owner) for i, owner in enumerate(("Attention", "Other"))
@@ -223,7 +223,7 @@ def test_what_is_unknown_where_a_cause_is_known_is_left_out() -> None:
     assert [cause.owner for cause in NoCacheError("Model", [*unknown, state]).causes] == ["Attention", "Other"]
 
 
-def test_what_is_seen_from_outside_is_added_where_it_is_not_explained() -> None:
+def test_what_is_seen_from_outside_is_added_where_it_is_not_explained():
     error = NoCacheError("Model", [Cause(Kind.LOOK_AHEAD, "averages", "model.py:7")])
     seen = [Cause(Kind.LOOK_AHEAD, "changes"), Cause(Kind.ROWS, "changes rows")]
     assert [cause.kind for cause in error.with_(seen).causes] == [Kind.ROWS, Kind.LOOK_AHEAD]
@@ -246,11 +246,11 @@ class Counting(Gpt):
         return logits + self.share * self.calls if self.share else logits
 
 
-def test_a_buffer_that_no_logits_read_is_no_state() -> None:
+def test_a_buffer_that_no_logits_read_is_no_state():
     assert in_contract(Counting(0).eval(), SHORT, None, lambda _: None).call == "model(ids)"
 
 
-def test_a_count_that_the_logits_read_is_no_cache() -> None:
+def test_a_count_that_the_logits_read_is_no_cache():
     (cause,) = refusal(Counting(1e-9).eval()).causes
     assert (cause.kind, cause.what) == (Kind.STATE, "writes into the buffer calls")
 
@@ -262,7 +262,7 @@ class ComplexScores(Scored):
         return scores.masked_fill(torch.ones(q.size(2), q.size(2)).triu(1).bool(), float("-inf")).softmax(-1) @ v
 
 
-def test_products_of_complex_matrices_are_told_by_their_line() -> None:
+def test_products_of_complex_matrices_are_told_by_their_line():
     (cause,) = refusal(Gpt(ComplexScores, layers=1).eval()).causes
     assert cause.what.startswith("multiplies matrices of complex numbers")
     assert cause.where.startswith("test_causes.py:")
@@ -281,7 +281,7 @@ class Conjugated(Scored):
         return super().scores(self.turned(q), self.turned(k))
 
 
-def test_conjugated_numbers_are_followed() -> None:
+def test_conjugated_numbers_are_followed():
     module = Gpt(Conjugated, layers=1).eval()
     made = in_contract(module, SHORT, None, lambda _: None).module
     ids = torch.arange(SHORT)[None]
@@ -300,7 +300,7 @@ class Flexible(Scored):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, that it is slow without torch.compile
-def test_flex_attention_is_told_with_what_to_write() -> None:
+def test_flex_attention_is_told_with_what_to_write():
     (cause,) = refusal(Gpt(Flexible, layers=1).eval()).causes
     assert cause.what.startswith("calls flex_attention, which cannot be followed: write F.scaled_dot_product_attention")
     assert cause.where.startswith("test_causes.py:") or cause.where.startswith("parts.py:")
@@ -320,7 +320,7 @@ class AlwaysTraining(Gpt):
         return dropped
 
 
-def test_a_train_of_its_own_that_ignores_eval_is_told() -> None:
+def test_a_train_of_its_own_that_ignores_eval_is_told():
     error = refusal(AlwaysTraining())
     assert [cause.kind for cause in error.causes] == [Kind.TRAINING]
     assert "the train() of AlwaysTraining decides" in str(error)

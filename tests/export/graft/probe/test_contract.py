@@ -56,7 +56,7 @@ def apart(found: Contracted, reference: nn.Module) -> float:
 
 
 # --- the two ways -------------------------------------------------------------------------------------------------
-def test_a_module_that_keeps_the_contract_is_not_followed() -> None:
+def test_a_module_that_keeps_the_contract_is_not_followed():
     found, said = taken(NanoGpt(context=SHORT))
     assert (found.call, said, found.proved) == ("", [], SHORT)
     assert isinstance(found.module, NanoGpt)
@@ -96,7 +96,7 @@ class Routed(Plain):
         [IgnoresPositions, NotTraced, AlmostLast, Routed], quick=[IgnoresPositions], ci=[NotTraced, AlmostLast, Routed]
     ),
 )
-def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(build: type[Plain]) -> None:
+def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(build):
     found, _ = taken(build())
     assert found.call.startswith("model(ids, position_ids=positions)")
 
@@ -157,7 +157,7 @@ OTHERWISE = (
 
 
 @pytest.mark.parametrize("build", divided(OTHERWISE, quick=OTHERWISE[::4], ci=OTHERWISE))
-def test_positions_that_change_the_plain_logits_are_asked_about(build: type[Plain]) -> None:
+def test_positions_that_change_the_plain_logits_are_asked_about(build):
     """Each of the two calls that the sentence offers is then taken, and rows of different lengths may share a batch."""
     module, ids = build().eval(), torch.arange(SHORT)[None]
     sentence = refusal(InputError, module)
@@ -174,7 +174,7 @@ def test_positions_that_change_the_plain_logits_are_asked_about(build: type[Plai
         assert torch.allclose(logits[:, -expected.shape[1] :], expected, atol=1e-4)
 
 
-def test_a_plain_call_that_fails_for_one_token_alone_or_for_padding_alone_is_compared_too() -> None:
+def test_a_plain_call_that_fails_for_one_token_alone_or_for_padding_alone_is_compared_too():
     class OneToken(Optional):
         default = staticmethod(lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0))
 
@@ -209,7 +209,7 @@ AGREEING = (Optional, EqualAmongOthers, NeededAfterAll, AheadUnlessGiven)
 
 
 @pytest.mark.parametrize("build", divided(AGREEING, quick=AGREEING[:1], ci=AGREEING))
-def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(build: type[Plain]) -> None:
+def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(build):
     for call in (None, "model(ids, position_ids=positions)"):
         found, _ = taken(build().eval(), call=call)
         assert isinstance(found.module, build)
@@ -225,7 +225,7 @@ class OtherwiseWhenLong(Gpt):
 
 
 @pytest.mark.slow
-def test_another_computation_for_long_texts_is_seen() -> None:
+def test_another_computation_for_long_texts_is_seen():
     sentence = refusal(ContractError, OtherwiseWhenLong(Causal, context=720).eval(), 720)
     assert "was followed, and is off by" in sentence
     assert "on a text of 701 tokens, the shortest that was found to differ among lengths of up to 720: " in sentence
@@ -239,7 +239,7 @@ class SeenWhole(Plain):
         return super().embed(input_ids, position_ids) + 0.1 * beyond[:, None, None]
 
 
-def test_a_module_of_the_contract_is_refused_by_its_line_and_the_shortest_text_that_differs() -> None:
+def test_a_module_of_the_contract_is_refused_by_its_line_and_the_shortest_text_that_differs():
     sentence = refusal(ContractError, SeenWhole(), 40)
     assert re.search(r"test_contract.py:\d+ computes with a number made from the length of the text", sentence)
     assert "on a text of 21 tokens, the shortest that was found to differ among lengths of up to 40" in sentence
@@ -255,7 +255,7 @@ class Grows(Gpt):
         return super().embed(idx) + (self.longest - 16) * torch.linspace(-1, 1, WIDTH)
 
 
-def test_what_a_long_run_leaves_behind_is_seen() -> None:
+def test_what_a_long_run_leaves_behind_is_seen():
     sentence = refusal(ContractError, Grows(Causal).eval(), CONTEXT)
     assert f"gives a text other logits after a run over {CONTEXT} tokens" in sentence
 
@@ -277,12 +277,12 @@ class FullOfOne(Gpt):
 
 
 @pytest.mark.slow
-def test_a_number_of_rows_that_changes_what_is_computed_is_seen() -> None:
+def test_a_number_of_rows_that_changes_what_is_computed_is_seen():
     assert "was followed, and is off by" in refusal(ContractError, FullOfOne().eval(), CONTEXT)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
-def test_another_precision_is_taken_in_float32_and_said() -> None:
+def test_another_precision_is_taken_in_float32_and_said():
     module = Gpt(Causal).eval().to(torch.bfloat16)
     found, said = taken(module)
     assert said == ["Gpt is bfloat16 on cpu: it was copied to the CPU in float32"]
@@ -317,7 +317,7 @@ class Settings:
     ],
     ids=["dict", "frozen dataclass", "namespace"],
 )
-def test_half_precision_in_settings_becomes_float32_in_the_copy_alone(settings: Any, dtype_of: Any) -> None:
+def test_half_precision_in_settings_becomes_float32_in_the_copy_alone(settings, dtype_of):
     module = AnyDtype(settings, dtype_of).eval()
     found, said = taken(module)
     assert (found.call, len(said)) == ("model(ids)", 1)
@@ -328,7 +328,7 @@ def test_half_precision_in_settings_becomes_float32_in_the_copy_alone(settings: 
     assert apart(found, reference.eval()) < 1e-5
 
 
-def test_a_line_that_makes_half_precision_is_told_with_what_to_write() -> None:
+def test_a_line_that_makes_half_precision_is_told_with_what_to_write():
     sentence = refusal(ContractError, AnyDtype(None, lambda _: torch.float16).eval())
     assert re.search(r"test_contract.py:\d+ makes half precision, and a module is exported in float32", sentence)
     assert "--call" not in sentence
@@ -349,7 +349,7 @@ class MixedMlp(Plain):
         return super().logits(hidden)
 
 
-def test_autocast_is_left_out_and_said() -> None:
+def test_autocast_is_left_out_and_said():
     module, reference = Mixed(Causal).eval(), Gpt(Causal).eval()
     reference.load_state_dict(module.state_dict())
     found, said = taken(module)
@@ -362,17 +362,17 @@ def test_autocast_is_left_out_and_said() -> None:
     assert (found.call, len(said)) == ("model(ids, position_ids=positions)", 1)
 
 
-def test_a_module_without_numbers_is_refused() -> None:
+def test_a_module_without_numbers_is_refused():
     assert "device meta" in refusal(ContractError, Gpt(Causal).to("meta"))
 
 
-def test_a_context_larger_than_the_tables_is_refused_with_the_line() -> None:
+def test_a_context_larger_than_the_tables_is_refused_with_the_line():
     sentence = refusal(InputError, Gpt(Causal).eval(), context=CONTEXT + 1)
     assert f"fails on {CONTEXT + 1} tokens, the context that was asked for, at " in sentence
     assert "with --context N" in sentence
 
 
-def test_a_module_that_cannot_be_copied_is_refused() -> None:
+def test_a_module_that_cannot_be_copied_is_refused():
     module = Gpt(Causal).eval()
     module.lock = threading.Lock()  # type: ignore[assignment]
     sentence = refusal(ContractError, module)
@@ -388,7 +388,7 @@ def test_a_module_that_cannot_be_copied_is_refused() -> None:
         ("ids", "could not be run as ids: it gives no logits (B, T, V), (B, V) or without B"),
     ],
 )
-def test_a_call_that_fails_is_told_with_its_error(call: str, words: str) -> None:
+def test_a_call_that_fails_is_told_with_its_error(call, words):
     sentence = refusal(InputError, Gpt(Causal).eval(), call=call)
     assert words in sentence
     assert '--call "model(ids, None)[0]"' in sentence
@@ -429,7 +429,7 @@ AS_IT_WAS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", divided(AS_IT_WAS, quick=["of_the_contract", "tril_buffer", "noise"], ci=AS_IT_WAS))
-def test_a_module_is_as_it_was_whether_taken_or_refused(name: str) -> None:
+def test_a_module_is_as_it_was_whether_taken_or_refused(name):
     module = AS_IT_WAS[name]().train()
     first = next(iter(module.children()))
     first.eval().requires_grad_(False)
@@ -448,7 +448,7 @@ def test_a_module_is_as_it_was_whether_taken_or_refused(name: str) -> None:
     assert [key for key in before if not same(before[key], after[key])] == []
 
 
-def test_autocast_of_another_thread_stays() -> None:
+def test_autocast_of_another_thread_stays():
     def half() -> torch.dtype:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype

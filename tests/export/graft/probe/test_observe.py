@@ -30,29 +30,29 @@ def reason(module: nn.Module, context: int = 20) -> str:
     return str(caught.value)
 
 
-def test_the_geometry_is_what_the_calls_receive() -> None:
+def test_the_geometry_is_what_the_calls_receive():
     observation = observe(Plain(heads=6, kv_heads=2, size=10, value_size=12, layers=3), 20)
     assert observation.geometry == (KVGeometry(kv_heads=2, key_head_size=10, value_head_size=12),) * 3
     assert [layer.heads for layer in observation.layers] == [6, 6, 6]
     assert observation.vocab_size == 37
 
 
-def test_a_block_applied_twice_is_two_layers() -> None:
+def test_a_block_applied_twice_is_two_layers():
     assert len(observe(Twice(size=10, kv_heads=2), 20).layers) == 2
 
 
-def test_a_layer_names_its_submodule_and_line() -> None:
+def test_a_layer_names_its_submodule_and_line():
     layers = observe(MultiHead(layers=2), 20).layers
     assert [layer.module for layer in layers] == ["blocks.0.attention", "blocks.1.attention"]
     assert all(layer.where.startswith("decoders.py:") for layer in layers)
 
 
 @pytest.mark.parametrize("context", [2, 20])
-def test_no_longer_text_is_tried_than_the_context(context: int) -> None:
+def test_no_longer_text_is_tried_than_the_context(context):
     assert observe(NanoGpt(context=context), context).vocab_size == 65  # NanoGpt asserts the length
 
 
-def test_running_with_a_cache_gives_what_running_without_gives() -> None:
+def test_running_with_a_cache_gives_what_running_without_gives():
     module = Plain(kv_heads=2, layers=2)
     ids = random_ids(2, 9, 37)
     whole = run_uncached(module, ids)
@@ -62,7 +62,7 @@ def test_running_with_a_cache_gives_what_running_without_gives() -> None:
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
-def test_attention_must_be_seen() -> None:
+def test_attention_must_be_seen():
     class Bigram(Plain):
         def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
             return hidden
@@ -91,7 +91,7 @@ def alibi(length: int) -> Tensor:
     return (-slopes * distance).masked_fill(~causal(length), float("-inf"))
 
 
-def test_attention_must_be_causal() -> None:
+def test_attention_must_be_causal():
     sentence = reason(Attending(lambda length: {}))
     assert "attention call 0 (test_observe.py:" in sentence
     assert "is not causal" in sentence
@@ -110,7 +110,7 @@ def test_attention_must_be_causal() -> None:
     ],
     ids=["window_of_3", "window_of_19", "all_ones", "padding", "alibi", "floats", "one_row"],
 )
-def test_a_mask_must_be_the_causal_one(mask: Callable[[int], Tensor]) -> None:
+def test_a_mask_must_be_the_causal_one(mask):
     assert "is not" in reason(Attending(lambda length: {"attn_mask": mask(length)}))
 
 
@@ -124,7 +124,7 @@ def test_a_mask_must_be_the_causal_one(mask: Callable[[int], Tensor]) -> None:
     ],
     ids=["bool", "bool_of_four_axes", "minus_infinity", "lowest_number"],
 )
-def test_the_causal_mask_is_accepted_in_every_form(mask: Callable[[int], Tensor]) -> None:
+def test_the_causal_mask_is_accepted_in_every_form(mask):
     assert len(observe(Attending(lambda length: {"attn_mask": mask(length)}), 20).layers) == 1
 
 
@@ -163,7 +163,7 @@ class Autocast(Plain):
     ],
     ids=["dropout", "merged_heads", "a_layer_per_token", "autocast"],
 )
-def test_attention_calls_must_be_of_the_form_that_a_cache_has(build: Callable[[], nn.Module], words: str) -> None:
+def test_attention_calls_must_be_of_the_form_that_a_cache_has(build, words):
     assert words in reason(build())
 
 
@@ -189,15 +189,15 @@ class Returning(Plain):
     ],
     ids=["tuple", "dict", "last", "sequence_first", "half", "not_finite"],
 )
-def test_float32_logits_of_every_position_must_be_returned(change: Callable[[Tensor], Any]) -> None:
+def test_float32_logits_of_every_position_must_be_returned(change):
     assert "returned" in reason(Returning(change))
 
 
-def test_a_forward_that_takes_anything_is_accepted() -> None:
+def test_a_forward_that_takes_anything_is_accepted():
     assert observe(Wrapper(Plain()), 20).vocab_size == 37
 
 
-def test_a_forward_that_fails_is_not_of_the_contract() -> None:
+def test_a_forward_that_fails_is_not_of_the_contract():
     class NeedsMask(Plain):
         def forward(  # type: ignore[override]
             self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor
@@ -207,11 +207,11 @@ def test_a_forward_that_fails_is_not_of_the_contract() -> None:
     assert "missing 1 required positional argument: 'attention_mask'" in reason(NeedsMask())
 
 
-def test_the_position_table_must_be_as_long_as_the_context() -> None:
+def test_the_position_table_must_be_as_long_as_the_context():
     assert "IndexError" in reason(Plain(context=16), context=17)
 
 
-def test_a_head_wider_than_the_embedding_is_refused() -> None:
+def test_a_head_wider_than_the_embedding_is_refused():
     module = Plain()
     module.head = nn.Linear(32, 40)
     with pytest.raises(ContractError, match="returns logits of 40 tokens and embeds 37"):
@@ -219,7 +219,7 @@ def test_a_head_wider_than_the_embedding_is_refused() -> None:
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
-def test_a_weight_that_is_not_finite_is_named() -> None:
+def test_a_weight_that_is_not_finite_is_named():
     module = Plain()
     with torch.no_grad():
         module.blocks[0]["q"].weight[3, 4] = float("inf")
@@ -227,7 +227,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         require_finite(module)
 
 
-def test_a_buffer_may_hold_infinity() -> None:
+def test_a_buffer_may_hold_infinity():
     module = Plain()
     module.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
     assert observe(module, 20).vocab_size == 37

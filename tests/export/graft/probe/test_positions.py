@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,7 +104,7 @@ FOUND: dict[type[Plain], tuple[int, int, bool]] = {  # first channel, pairs, int
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
-def test_a_rotation_is_found(kind: type[Plain]) -> None:
+def test_a_rotation_is_found(kind):
     module = kind(context=CONTEXT, layers=2)
     found = shift_of(module)
     assert found.refused == ""
@@ -118,14 +117,14 @@ def test_a_rotation_is_found(kind: type[Plain]) -> None:
         assert np.abs(rotation.angles[module.pairs :]).sum() < 1e-6
 
 
-def test_angles_of_a_long_context_are_as_precise_as_its_positions_need() -> None:
+def test_angles_of_a_long_context_are_as_precise_as_its_positions_need():
     found = shift_of(Turning(context=8192), 8192).rotations[0].angles
     expected = Turning.theta ** (-np.arange(4) / 4)
     # float32's own: half a unit of the last place of 8192.
     assert np.abs(np.array(found) - expected).max() * 8192 < 2e-3
 
 
-def test_four_runs_show_the_angles_of_a_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_runs_show_the_angles_of_a_long_context(monkeypatch):
     first: list[int] = []
 
     def run(module: nn.Module, ids: Tensor, position_ids: Tensor) -> Uncached:
@@ -137,11 +136,11 @@ def test_four_runs_show_the_angles_of_a_long_context(monkeypatch: pytest.MonkeyP
     assert first == [0, 1, 90, 8176]
 
 
-def test_without_positions_only_rows_go() -> None:
+def test_without_positions_only_rows_go():
     assert shift_of(Unplaced(context=CONTEXT)) == CacheShift()
 
 
-def test_layers_that_turn_by_other_angles() -> None:
+def test_layers_that_turn_by_other_angles():
     class Both(Turning):
         def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
             self.theta = {0: 100.0, 1: 10.0, 2: 100.0}[next(i for i, b in enumerate(self.blocks) if b is block)]
@@ -159,11 +158,11 @@ def test_layers_that_turn_by_other_angles() -> None:
         (FasterLater, LEARNED),
     ],
 )
-def test_what_no_shift_can_move_is_refused(kind: type[Plain], reason: str) -> None:
+def test_what_no_shift_can_move_is_refused(kind, reason):
     assert reason in shift_of(kind(context=CONTEXT)).refused
 
 
-def test_a_context_without_room() -> None:
+def test_a_context_without_room():
     assert shift_of(Turning(context=1), 1).refused == "its context is one token"
 
 
@@ -223,7 +222,7 @@ EXPORTED: dict[str, Callable[[], nn.Module]] = {
         product(EXPORTED, ("fused", "standard")), quick=[("llama", "fused")], ci=[("a part, interleaved", "standard")]
     ),
 )
-def test_a_shifted_bundle_computes_what_streaming_does(name: str, graph: str, tmp_path: Path) -> None:
+def test_a_shifted_bundle_computes_what_streaming_does(name, graph, tmp_path):
     module = EXPORTED[name]()
     report = export(module, out=tmp_path / "b", precision="fp32", graph=graph, context_length=CONTEXT)
     assert report.manifest.shift is not None

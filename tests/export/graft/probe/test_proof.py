@@ -28,7 +28,7 @@ def works(module: nn.Module, context: int = 20) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decoders_of_the_contract_pass(name: str) -> None:
+def test_decoders_of_the_contract_pass(name):
     case = CASES[name]
     assert works(case.build(), case.context)
 
@@ -81,22 +81,22 @@ class TooShort(Plain):
     "build",
     [Convolution, RunningMean, TokenShift, IgnoresPositions, Ahead, Random],
 )
-def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(build: type[Plain]) -> None:
+def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(build):
     module = build()
     assert not works(module)
     assert not any(child._forward_hooks for child in module.modules())
 
 
-def test_a_failure_beyond_position_0_is_seen() -> None:
+def test_a_failure_beyond_position_0_is_seen():
     with pytest.raises(IndexError):
         works(TooShort(), context=12)
 
 
-def test_a_convolution_is_seen_at_the_smallest_context_too() -> None:
+def test_a_convolution_is_seen_at_the_smallest_context_too():
     assert not works(Convolution(context=2), context=2)
 
 
-def test_no_positions_at_all_are_accepted() -> None:
+def test_no_positions_at_all_are_accepted():
     """Attention that is causal gives order enough; nothing is baked in that a cache would break."""
 
     class NoPositions(Plain):
@@ -137,7 +137,7 @@ OF_LENGTH = {
 
 
 @pytest.mark.parametrize("name", OF_LENGTH)
-def test_numbers_that_depend_on_the_length_are_seen_with_the_shortest_text(name: str) -> None:
+def test_numbers_that_depend_on_the_length_are_seen_with_the_shortest_text(name):
     factor, shortest = OF_LENGTH[name]
     proof = proved(scaled(factor)())
     assert (proof.longest, proof.differs) == (40, shortest)
@@ -182,11 +182,11 @@ OF_CONTENT = {
 
 
 @pytest.mark.parametrize("name", OF_CONTENT)
-def test_numbers_that_depend_on_a_rare_content_are_seen(name: str) -> None:
+def test_numbers_that_depend_on_a_rare_content_are_seen(name):
     assert proved(scaled(OF_CONTENT[name])(vocab=5000)).differs
 
 
-def test_a_norm_that_few_tokens_exceed_is_seen() -> None:
+def test_a_norm_that_few_tokens_exceed_is_seen():
     class Loud(Plain):
         def more(self) -> None:
             self.token.weight.data[4321] *= 3
@@ -226,12 +226,12 @@ class BannedAndMixed(Banned):
     mixes = True
 
 
-def test_banned_tokens_hide_no_difference() -> None:
+def test_banned_tokens_hide_no_difference():
     assert works(Banned(), 40)
     assert not works(BannedAndMixed(), 40)
 
 
-def test_a_maximum_that_changes_no_logit_is_accepted() -> None:
+def test_a_maximum_that_changes_no_logit_is_accepted():
     assert works(Sliced(), 40)
 
 
@@ -243,7 +243,7 @@ class Chosen(Plain):
         return super().logits(hidden * torch.where(tie.abs() > 1e-12, 2.0, 1.0))
 
 
-def test_float64_decides_where_rounding_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_decides_where_rounding_chooses(monkeypatch):
     module = Chosen(width=256, size=64)
     assert works(module)
     monkeypatch.setattr(proof_module._Runs, "in_float64", lambda runs: None)
@@ -251,13 +251,13 @@ def test_float64_decides_where_rounding_chooses(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("build", [scaled(OF_LENGTH["base_by_the_last_position"][0]), Product])
-def test_a_large_vocabulary_is_compared_on_long_texts_too(build: type[Plain], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_is_compared_on_long_texts_too(build, monkeypatch):
     monkeypatch.setattr(proof_module, "_LOGITS", 4 * 500)
     proof = proved(build(vocab=500))
     assert (proof.longest, proof.differs) == (40, 31)
 
 
-def test_a_head_whose_rows_cannot_be_chosen_bounds_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_whose_rows_cannot_be_chosen_bounds_the_length(monkeypatch):
     class Mixed(Plain):
         def logits(self, hidden: Tensor) -> Tensor:
             return super().logits(hidden) + hidden.sum(-1, keepdim=True)
@@ -266,7 +266,7 @@ def test_a_head_whose_rows_cannot_be_chosen_bounds_the_length(monkeypatch: pytes
     assert proved(Mixed(vocab=500)).longest == 16
 
 
-def test_work_bounds_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_bounds_the_length(monkeypatch):
     monkeypatch.setattr(proof_module, "_WORK", 4e5)
     assert SHORTEST < proved(Plain()).longest < 40
     monkeypatch.setattr(proof_module, "_WORK", 1)

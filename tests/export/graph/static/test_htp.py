@@ -28,7 +28,7 @@ NORM = ["Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Mul"]
 
 @pytest.mark.parametrize("products", ["n = Mul(x, r) y = Mul(w, n)", "n = Mul(r, x) y = Mul(n, w)", "y = Mul(x, r)"])
 @pytest.mark.parametrize("sizes", [(3, 8), (1, 3, 8), (1, 3, 2, 8)])
-def test_a_norm_has_at_most_three_axes_and_its_weight_second(sizes: tuple[int, ...], products: str) -> None:
+def test_a_norm_has_at_most_three_axes_and_its_weight_second(sizes, products):
     axes = ",".join(map(str, sizes))
     model = model_of(
         f"g (float[{axes}] x, float[8] w, float two, float e, int64[1] last) => (float[{axes}] y) "
@@ -46,7 +46,7 @@ def test_a_norm_has_at_most_three_axes_and_its_weight_second(sizes: tuple[int, .
     assert [weight(value) is None for value in scaled.inputs] == [True, False]
 
 
-def test_rows_are_gathered_by_one_number_each() -> None:
+def test_rows_are_gathered_by_one_number_each():
     model = model_of(
         "g (float[4] x, float[4,3,5] w, int64[2,6,1] i, int64[6,2] j) => (float[2,6,3,5] y, float[6,5] z) "
         "{ y = GatherND(w, i) z = GatherND(w, j) }",
@@ -62,7 +62,7 @@ def test_rows_are_gathered_by_one_number_each() -> None:
 
 
 @pytest.mark.parametrize("operator", ["Tanh", "Neg", "Elu <alpha = 0.3>"])
-def test_an_operator_of_five_axes_is_computed_over_four(operator: str) -> None:
+def test_an_operator_of_five_axes_is_computed_over_four(operator):
     model = model_of(
         "g (float[1,2,3,4,5] x) => (float[1,2,3,4,5] y) "
         f"{{ c = Constant <value_float = 20.0> () a = Div(x, c) b = {operator} (a) y = Mul(b, c) }}"
@@ -75,7 +75,7 @@ def test_an_operator_of_five_axes_is_computed_over_four(operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", ["Tanh", "Sigmoid"])
-def test_what_the_htp_takes_as_it_is_stays(operator: str) -> None:
+def test_what_the_htp_takes_as_it_is_stays(operator):
     axes = "1,2,3,4" if operator == "Tanh" else "1,1,2,3,4"
     model = model_of(f"g (float[{axes}] x) => (float[{axes}] y) {{ y = {operator}(x) }}")
     x = RNG.standard_normal([int(size) for size in axes.split(",")]).astype(np.float32)

@@ -9,25 +9,25 @@ import onnx
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, open_bundle
-from pastkey.export import Report, export
+from pastkey.contract.bundle import open_bundle
+from pastkey.export import export
 from pastkey.export.graph.static.qdq import MASKED
 
 from ...decoders import llama
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("qdq") / "b"
     return export(llama(), out, precision="int8", target="qnn", chunk=7, context_length=40)
 
 
 @pytest.fixture(scope="module")
-def bundle(report: Report) -> Bundle:
+def bundle(report):
     return open_bundle(report.path)
 
 
-def test_it_is_verified_and_measured_on_the_processor(report: Report) -> None:
+def test_it_is_verified_and_measured_on_the_processor(report):
     manifest = report.manifest
     assert (manifest.precision, manifest.target, manifest.graph) == ("int8", "qnn", "static")
     assert manifest.static is not None
@@ -39,7 +39,7 @@ def test_it_is_verified_and_measured_on_the_processor(report: Report) -> None:
     assert 0 < manifest.quality["kl_divergence"] < 0.01
 
 
-def test_only_matmuls_are_quantized_to_8_bits_with_16_bits_of_activations(bundle: Bundle) -> None:
+def test_only_matmuls_are_quantized_to_8_bits_with_16_bits_of_activations(bundle):
     for path in bundle.static_graphs:
         model = onnx.load(path)
         makers = {output: node for node in model.graph.node for output in node.output}
@@ -55,7 +55,7 @@ def test_only_matmuls_are_quantized_to_8_bits_with_16_bits_of_activations(bundle
         assert not {"Where", "Shape"} & {node.op_type for node in model.graph.node}
 
 
-def test_both_graphs_round_activations_alike(bundle: Bundle) -> None:
+def test_both_graphs_round_activations_alike(bundle):
     """Else a token would be another one by the graph of a chunk than by that of one token."""
     scales = []
     for path in bundle.static_graphs:
@@ -67,7 +67,7 @@ def test_both_graphs_round_activations_alike(bundle: Bundle) -> None:
     assert len(scales[0]) > 20
 
 
-def test_both_graphs_share_a_data_file(bundle: Bundle) -> None:
+def test_both_graphs_share_a_data_file(bundle):
     found = {path.name for path in bundle.all_logits_graph.parent.iterdir()}
     data = Path(names.STATIC_DATA).name
     assert found == {

@@ -19,7 +19,6 @@ from pastkey.runtime import load
 
 from ....shared import divided
 from ...cases import CASES, MORE_CASES
-from ...conftest import Export
 from ...small_graphs import model_of
 
 CHECKS = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "greedy"}
@@ -45,7 +44,7 @@ QUICK, IN_CI = ("softcap_bias_and_scale",), ("llama", "gpt2", "transformer_encod
     "name",
     divided([*QUICK, *IN_CI, "nano_gpt", "tied_projections", "offset_positions"], quick=QUICK, ci=IN_CI),
 )
-def test_a_decoder_computes_the_same_by_static_graphs(name: str, tmp_path: Path) -> None:
+def test_a_decoder_computes_the_same_by_static_graphs(name, tmp_path):
     case = (CASES | MORE_CASES)[name]
     report = export_static(case.build(), tmp_path / "b", case.context)
     require_equal(report)
@@ -73,7 +72,7 @@ def require_fixed(path: Path, bundle: Bundle, tokens: int) -> None:
     assert files <= {names.weights_file(bundle.all_logits_graph.name), Path(names.STATIC_DATA).name}
 
 
-def test_the_folder_has_the_common_graph_and_no_last_logits(exported: Export) -> None:
+def test_the_folder_has_the_common_graph_and_no_last_logits(exported):
     made = exported("llama", "fp32", "static")
     found = {path.name: path for path in made.bundle.all_logits_graph.parent.iterdir()}
     graphs = {"model.onnx", "model.onnx_data", "pastkey_decode.onnx", "pastkey_prefill.onnx"}
@@ -93,7 +92,7 @@ WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
 
 
 @pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, ci=WINDOWS[1:]))
-def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], tmp_path: Path) -> None:
+def test_windows_are_masks_of_their_own(family, windows, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import CONTEXT, build
 
@@ -106,7 +105,7 @@ def test_windows_are_masks_of_their_own(family: str, windows: tuple[int, ...], t
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "sentence"), [("bloom", "needs more than masks"), ("lfm2", "it keeps rows beside")])
-def test_what_masks_cannot_tell_is_refused(family: str, sentence: str, tmp_path: Path) -> None:
+def test_what_masks_cannot_tell_is_refused(family, sentence, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import CONTEXT, build
 
@@ -140,6 +139,6 @@ SEEN = "some = Greater(attention_mask, zero) axes = Constant <value_ints = [1, 2
     ],
     ids=["not_causal", "no_lowest_score", "arithmetic"],
 )
-def test_a_condition_that_is_no_mask_of_earlier_tokens_is_refused(body: str, tmp_path: Path) -> None:
+def test_a_condition_that_is_no_mask_of_earlier_tokens_is_refused(body, tmp_path):
     with pytest.raises(ContractError, match="needs more than masks"):
         make_static(standard(body), 2, 5, WeightsFile(tmp_path / "data"))

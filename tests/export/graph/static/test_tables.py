@@ -40,7 +40,7 @@ def for_core_ml(name: str, made_once: MadeOnce) -> Path:
 @pytest.mark.parametrize(
     "name", divided(["llama", "gpt2", "gpt_j", "encoder_layers", "nano_gpt"], quick=["gpt2"], ci=["llama", "gpt_j"])
 )
-def test_core_ml_takes_every_node_in_one_part(name: str, made_once: MadeOnce) -> None:
+def test_core_ml_takes_every_node_in_one_part(name, made_once):
     out = for_core_ml(name, made_once)
     bundle = open_bundle(out)
     assert bundle.manifest.parity["fp32"]["ok"]
@@ -71,7 +71,7 @@ def usability(path: Path) -> str:
     return (done.stdout + done.stderr).partition("Checking CoreML MLProgram")[2]
 
 
-def test_a_table_that_is_too_small_is_refused(made_once: MadeOnce, tmp_path: Path) -> None:
+def test_a_table_that_is_too_small_is_refused(made_once, tmp_path):
     bundle = open_bundle(Path(shutil.copytree(for_core_ml("gpt2", made_once), tmp_path / "b")))
     for path in bundle.static_graphs:
         model = onnx.load(path, load_external_data=False)
@@ -85,7 +85,7 @@ def test_a_table_that_is_too_small_is_refused(made_once: MadeOnce, tmp_path: Pat
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Path) -> None:
+def test_what_positions_make_is_a_table_of_the_context(tokens, tmp_path):
     angles = RNG.normal(size=(4,)).astype(np.float32)
     text = (
         f"g (int64[1,{tokens}] position_ids, float[4,1] angles, float[4,{tokens}] x) => (float[4,{tokens}] logits) {{ "
@@ -110,7 +110,7 @@ def test_what_positions_make_is_a_table_of_the_context(tokens: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("index", [0, 2, -1])
-def test_what_core_ml_lacks_is_written_in_other_operators(index: int) -> None:
+def test_what_core_ml_lacks_is_written_in_other_operators(index):
     model = model_of(
         "g (float[3,2] x, int64 index) => (float[2] logits) { y = Reciprocal(x) z = Neg(y) logits = Gather(z, index) }",
         index=np.array(index),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -20,7 +18,7 @@ IDS = np.random.default_rng(0).integers(0, 33, 12)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_the_rows_are_read_from_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rows_are_read_from_the_file(name, tmp_path, monkeypatch):
     """llama's table is its head too; gpt2 gathers positions by another input, which stays in the graph."""
     case = CASES[name]
     found = []
@@ -41,7 +39,7 @@ def test_the_rows_are_read_from_the_file(name: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_float32_and_small_tables_stay_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_and_small_tables_stay_in_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)
     case = CASES["llama"]
     export(case.build(), tmp_path / "fp32", context_length=case.context, precision="fp32")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from pastkey.providers import Form
 from pastkey.runtime import load
 
 from ....shared import divided
-from ...conftest import Export
 from ...decoders import llama
 from ...small_graphs import model_of, run_model
 
@@ -43,7 +41,7 @@ FAMILIES = ("gemma2", "cohere2", "granite", "llama", "gpt2", "opt", "bloom", "lf
     ],
     ids=["plain", "bias_and_softcap", "tied"],
 )
-def test_they_are_the_heads_input_whatever_the_head_is_made_of(body: str, form: Form | None) -> None:
+def test_they_are_the_heads_input_whatever_the_head_is_made_of(body, form):
     weights = {
         "w": RNG.normal(size=(H, V)).astype(np.float32),
         "e": RNG.normal(size=(V, H)).astype(np.float32),
@@ -87,7 +85,7 @@ def transformers_states(model: Any, ids: list[int]) -> np.ndarray:
         ],
     ),
 )
-def test_they_are_those_of_transformers(family: str, precision: str, graph: str, tmp_path: Path) -> None:
+def test_they_are_those_of_transformers(family, precision, graph, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import build
 
@@ -109,7 +107,7 @@ def test_they_are_those_of_transformers(family: str, precision: str, graph: str,
 
 
 @pytest.mark.slow
-def test_smoothing_leaves_their_channels_as_they_are(tmp_path: Path) -> None:
+def test_smoothing_leaves_their_channels_as_they_are(tmp_path):
     """Scales that move from the last norm into the head would be another vector, with the same logits."""
     module = llama(tie_word_embeddings=False)
     with torch.no_grad():  # channels of very different sizes, which are worth being moved
@@ -126,7 +124,7 @@ def test_smoothing_leaves_their_channels_as_they_are(tmp_path: Path) -> None:
     assert cosine_distance(expected, found) < 1e-2
 
 
-def test_a_bundle_is_as_before_without_them_and_its_manifest_must_agree(exported: Export, tmp_path: Path) -> None:
+def test_a_bundle_is_as_before_without_them_and_its_manifest_must_agree(exported, tmp_path):
     manifest = exported("three_axes").bundle.manifest
     shutil.copytree(exported("three_axes").bundle.path, tmp_path / "plain")
     assert manifest.hidden_size is None
@@ -151,7 +149,7 @@ class TwoHeads(torch.nn.Module):
         return logits + torch.softmax(self.other(logits), -1)
 
 
-def test_a_decoder_without_one_head_is_refused(tmp_path: Path) -> None:
+def test_a_decoder_without_one_head_is_refused(tmp_path):
     with pytest.raises(ContractError, match="TwoHeads cannot give its last hidden states, since no one multiplication"):
         export(TwoHeads(), tmp_path / "bundle", precision="fp32", context_length=8, hidden_states=True)
     assert not (tmp_path / "bundle").exists()

@@ -36,7 +36,7 @@ def chosen_from(model: ir.Model) -> str:
     ],
     ids=["head", "softcap", "no_head"],
 )
-def test_the_last_logits_are_those_of_the_whole(body: str, source: str, int8: bool) -> None:
+def test_the_last_logits_are_those_of_the_whole(body, source, int8):
     model = model_of(TEXT.format(body), w=W)
     if int8:
         quantize(model)
@@ -52,7 +52,7 @@ def test_the_last_logits_are_those_of_the_whole(body: str, source: str, int8: bo
     assert [str(d) for d in logits.shape] == [names.BATCH, names.KEPT, "9"]
 
 
-def test_everything_of_an_int8_head_reads_the_chosen_positions() -> None:
+def test_everything_of_an_int8_head_reads_the_chosen_positions():
     model = model_of(TEXT.format("h = Neg(x) logits = MatMul(h, w)"), w=W)
     quantize(model)
     keep_last_positions(model, take_head(model))

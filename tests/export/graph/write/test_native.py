@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -63,9 +62,7 @@ MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
         ),
     ],
 )
-def test_a_node_takes_in_what_stands_around_it(
-    body: str, operator: str, attributes: dict[str, object], bits: int
-) -> None:
+def test_a_node_takes_in_what_stands_around_it(body, operator, attributes, bits):
     model = model_of(TEXT.format(body), **WEIGHTS)
     quantize(model, rounded={"w": round_to_nearest(WEIGHTS["w"].T, 32)} if bits == 4 else {})
     x = RNG.normal(size=(2, 3, K)).astype(np.float32)
@@ -99,7 +96,7 @@ def _run_native(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
         "n = SimplifiedLayerNormalization (x, g) p = MatMul(n, w) q = Neg(n) r = MatMul(q, w) y = Add(p, r)",
     ],
 )
-def test_what_others_read_stays(body: str) -> None:
+def test_what_others_read_stays(body):
     model = model_of(TEXT.format(body), **WEIGHTS)
     quantize(model)
     before = [node.op_type for node in model.graph if node.op_type in ("Sigmoid", "SimplifiedLayerNormalization")]
@@ -107,7 +104,7 @@ def test_what_others_read_stays(body: str) -> None:
     assert {node.op_type for node in model.graph} >= {*before, MATMUL}
 
 
-def test_both_terms_of_the_head_are_one_node() -> None:
+def test_both_terms_of_the_head_are_one_node():
     model = model_of(TEXT.replace("] y)", "] logits)").format("h = Neg(x) logits = MatMul(h, w)"), **WEIGHTS)
     quantize(model)
     keep_last_positions(model, take_head(model))
@@ -122,7 +119,7 @@ def test_both_terms_of_the_head_are_one_node() -> None:
         np.testing.assert_allclose(_run_native(model, **inputs), expected, rtol=2e-5, atol=2e-4)
 
 
-def test_scales_are_read_where_they_lie(tmp_path: Path) -> None:
+def test_scales_are_read_where_they_lie(tmp_path):
     """Two matrices share a table of scales in the weights file: each node has its own rows of it."""
     model = model_of(TEXT.format("p = MatMul(x, v) y = MatMul(p, w)"), **WEIGHTS)
     quantize(model)
@@ -151,7 +148,7 @@ def test_scales_are_read_where_they_lie(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.concatenate([part.numpy() for part in parts]), whole)
 
 
-def test_a_matrix_in_blocks_of_16_stays() -> None:
+def test_a_matrix_in_blocks_of_16_stays():
     model = model_of("g (float[m,48] x, float[48,9] w) => (float[m,9] y) { y = MatMul(x, w) }", w=np.ones((48, 9), "f"))
     quantize(model)
     assert [node.op_type for node in model.graph if node.op_type.startswith("MatMul")] == ["MatMulNBits"]

@@ -41,7 +41,7 @@ def head_of(body: str, columns: int = 32) -> ir.Model:
     ],
     ids=["plain", "tied", "bias_and_softcap", "positions_mixed", "two_products", "no_weight"],
 )
-def test_a_head_is_a_product_with_position_wise_operators_behind_it(body: str, found: bool) -> None:
+def test_a_head_is_a_product_with_position_wise_operators_behind_it(body, found):
     model = head_of(body)
     head = output_head(model)
     assert (head is not None) == found
@@ -52,7 +52,7 @@ def test_a_head_is_a_product_with_position_wise_operators_behind_it(body: str, f
 
 @pytest.mark.parametrize("columns", [32, 40], ids=["whole_blocks", "padded"])
 @pytest.mark.parametrize("body", ["logits = MatMul(x, w)", "p = MatMul(x, w) s = Add(p, b) logits = Tanh(s)"])
-def test_an_int8_head_is_marked_with_all_that_reads_its_input(body: str, columns: int) -> None:
+def test_an_int8_head_is_marked_with_all_that_reads_its_input(body, columns):
     model = head_of(body, columns)
     quantize(model)
     head = take_head(model)
@@ -67,12 +67,12 @@ def test_an_int8_head_is_marked_with_all_that_reads_its_input(body: str, columns
     assert not any(node.metadata_props for node in model.graph)  # taken once
 
 
-def test_a_head_that_stays_in_float32_is_found() -> None:
+def test_a_head_that_stays_in_float32_is_found():
     model = head_of("logits = MatMul(x, w)")
     quantize(model, keep=["w"])
     assert [node.op_type for node in take_head(model)] == ["MatMul"]
 
 
-def test_a_graph_without_logits_has_no_head() -> None:
+def test_a_graph_without_logits_has_no_head():
     model = model_of("g (float[2,3] x) => (float[2,3] y) { y = Identity(x) }")
     assert output_head(model) is None

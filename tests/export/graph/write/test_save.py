@@ -14,7 +14,6 @@ from pastkey.export.quantize.adapters import take_adaptable
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
-from ...conftest import Export
 from ...small_graphs import Array, model_of
 
 TEXT = (
@@ -37,7 +36,7 @@ def places(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
     return {w.name: {e.key: e.value for e in w.external_data} for w in model.graph.initializer if w.external_data}
 
 
-def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path: Path) -> None:
+def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path):
     rng = np.random.default_rng(0)
     w, v = (rng.normal(size=(64, 64)).astype(np.float32) for _ in range(2))
     told, all_logits, last_logits = written(tmp_path, w, v)
@@ -50,7 +49,7 @@ def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path: Path) ->
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), {"w": w, "v": v}[tensor.name])
 
 
-def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path: Path) -> None:
+def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path):
     w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     model = model_of(TEXT, w=w, v=w + 1)
     quantize(model)
@@ -63,6 +62,6 @@ def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path: Path) -> None:
         assert not any(node.metadata_props for node in ir.load(graph).graph)
 
 
-def test_the_manifest_counts_the_operators_of_the_all_logits_graph(exported: Export) -> None:
+def test_the_manifest_counts_the_operators_of_the_all_logits_graph(exported):
     made = exported("llama", "int8")
     assert dict(made.bundle.manifest.operators) == count_operators(ir.load(made.bundle.all_logits_graph))

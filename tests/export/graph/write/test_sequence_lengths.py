@@ -8,7 +8,6 @@ import onnx_ir as ir
 from pastkey.contract import names
 from pastkey.export.graph.write.sequence_lengths import take_sequence_lengths
 
-from ...conftest import Export
 from ...small_graphs import model_of, run_model
 
 FUSED = """
@@ -33,7 +32,7 @@ def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def test_lengths_stand_in_the_place_of_the_mask() -> None:
+def test_lengths_stand_in_the_place_of_the_mask():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 16)).astype(np.float32)
     past = {name: rng.normal(size=(2, 2, 8, 8)).astype(np.float32) for name in ("past_key", "past_value")}
@@ -51,13 +50,13 @@ def test_lengths_stand_in_the_place_of_the_mask() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_graph_without_the_operator_keeps_its_mask() -> None:
+def test_a_graph_without_the_operator_keeps_its_mask():
     model = model_of("g (int64[b,s] attention_mask) => (int64[b,s] y) { y = Neg(attention_mask) }")
     take_sequence_lengths(model)
     assert [value.name for value in model.graph.inputs] == [names.ATTENTION_MASK]
 
 
-def test_every_attention_call_of_an_export_reads_the_same_lengths(exported: Export) -> None:
+def test_every_attention_call_of_an_export_reads_the_same_lengths(exported):
     for name in ("llama", "gpt2"):
         graph = exported(name, "fp32").graph(last=True).graph
         calls = [node for node in graph.node if node.op_type == "GroupQueryAttention"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -19,19 +18,19 @@ from ...plain_loop import onnxruntime
 from ...small_graphs import model_of
 
 
-def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path: Path) -> None:
+def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path):
     file = WeightsFile(tmp_path / "data")
     assert [file.place(content) for content in (b"abc", b"de", b"abc")] == [("data", 0), ("data", 64), ("data", 0)]
     assert (tmp_path / "data").read_bytes() == b"abc" + bytes(61) + b"de"
 
 
-def test_large_content_begins_on_a_page(tmp_path: Path) -> None:
+def test_large_content_begins_on_a_page(tmp_path):
     file = WeightsFile.of(tmp_path / "model.onnx")
     assert [file.place(content)[1] for content in (b"abc", bytes(1 << 20))] == [0, 4096]
     assert (tmp_path / "model.onnx_data").stat().st_size == file.size == 4096 + (1 << 20)
 
 
-def test_shards_stay_below_their_size_and_share_equal_content(tmp_path: Path) -> None:
+def test_shards_stay_below_their_size_and_share_equal_content(tmp_path):
     file = WeightsFile.of(tmp_path / "model.onnx", 100)
     contents = (b"a" * 60, b"b" * 35, b"c" * 36, b"d" * 99, b"a" * 60)
     shards = [names.weights_file("model.onnx", shard) for shard in range(4)]
@@ -43,9 +42,7 @@ def test_shards_stay_below_their_size_and_share_equal_content(tmp_path: Path) ->
     assert file.size == sum(sizes.values())
 
 
-def test_what_no_shard_takes_and_more_shards_than_are_read_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_shard_takes_and_more_shards_than_are_read_are_refused(tmp_path, monkeypatch):
     file = WeightsFile.of(tmp_path / "model.onnx", 2 * 10**6)
     with pytest.raises(InputError, match=r"a weight takes 3 MB, and .* smaller than 2 MB: .* larger --shard-size$"):
         file.place(bytes(3 * 10**6))
@@ -59,7 +56,7 @@ def test_what_no_shard_takes_and_more_shards_than_are_read_are_refused(
         file.place(b"c" * 10**6)
 
 
-def test_a_file_above_4_gib_is_written_and_read_at_its_offsets(tmp_path: Path) -> None:
+def test_a_file_above_4_gib_is_written_and_read_at_its_offsets(tmp_path):
     weight = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32)
     model = model_of("g (float[1,20] x, float[20,20] w) => (float[1,20] y) { y = MatMul(x, w) }", w=weight)
     file, end = WeightsFile.of(tmp_path / "model.onnx"), 5 << 30
@@ -76,7 +73,7 @@ def test_a_file_above_4_gib_is_written_and_read_at_its_offsets(tmp_path: Path) -
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight, rtol=1e-5)
 
 
-def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_them(tmp_path: Path) -> None:
+def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_them(tmp_path):
     weight = np.ones((20, 20), np.float32)
     model = model_of("g (float[1,20] x, float[20,20] w) => (float[1,20] y) { y = MatMul(x, w) }", w=weight)
     path = tmp_path / "probe.onnx"
@@ -88,7 +85,7 @@ def test_a_graph_that_is_saved_with_its_weights_stays_as_it_is_and_goes_with_the
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
-def test_a_weight_that_the_disk_has_no_room_for_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_a_weight_that_the_disk_has_no_room_for_is_an_error_with_its_number(tmp_path):
     import resource
 
     weight = np.ones((200, 200), np.float32)
@@ -103,7 +100,7 @@ def test_a_weight_that_the_disk_has_no_room_for_is_an_error_with_its_number(tmp_
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_small_weight_of_another_file_is_copied_into_the_graph(tmp_path: Path) -> None:
+def test_a_small_weight_of_another_file_is_copied_into_the_graph(tmp_path):
     model = model_of(
         "g (float[1,3] x, float[3] b) => (float[1,3] y) { y = Add(x, b) }", b=np.arange(3, dtype=np.float32)
     )
@@ -117,7 +114,7 @@ def test_a_small_weight_of_another_file_is_copied_into_the_graph(tmp_path: Path)
     assert session.run(None, {"x": np.ones((1, 3), np.float32)})[0].tolist() == [[1, 2, 3]]
 
 
-def test_two_graphs_share_their_weights(tmp_path: Path) -> None:
+def test_two_graphs_share_their_weights(tmp_path):
     weight, small = np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32), np.ones(20, np.float32)
     x = np.ones((1, 20), np.float32)
     file = WeightsFile(tmp_path / "data")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.export.quantize.calibrate.activations import probing
 
-from ...conftest import Export
 from ...plain_loop import run_chunks
 
 
-def test_a_probe_sees_values_inside_and_leaves_the_graph_and_the_folder_as_they_were(exported: Export) -> None:
+def test_a_probe_sees_values_inside_and_leaves_the_graph_and_the_folder_as_they_were(exported):
     graph = exported("llama").bundle.all_logits_graph
     model = ir.load(graph)
     before, files = ir.to_proto(model).SerializeToString(), sorted(graph.parent.iterdir())
@@ -31,7 +28,7 @@ def test_a_probe_sees_values_inside_and_leaves_the_graph_and_the_folder_as_they_
     assert sorted(graph.parent.iterdir()) == files
 
 
-def test_weights_that_were_changed_in_memory_count(exported: Export, tmp_path: Path) -> None:
+def test_weights_that_were_changed_in_memory_count(exported, tmp_path):
     graph = exported("llama").bundle.all_logits_graph
     model = ir.load(graph)
     value = model.graph.initializers["model.layers.0.mlp.up_proj.weight"]

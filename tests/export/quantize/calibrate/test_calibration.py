@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from tokenizers import Tokenizer, processors
 
@@ -14,7 +12,7 @@ OWN = "leave out --calibration for text of the model's own"
 
 
 @pytest.fixture
-def tokenizer(word_tokenizer: Tokenizer) -> bytes:
+def tokenizer(word_tokenizer):
     return word_tokenizer.to_str().encode()
 
 
@@ -22,7 +20,7 @@ def words(count: int) -> str:
     return " ".join(f"w{i % 7}" for i in range(count))
 
 
-def test_the_fewest_tokens_that_are_taken(tokenizer: bytes, tmp_path: Path) -> None:
+def test_the_fewest_tokens_that_are_taken(tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(words(64))
     assert read_calibration(file, tokenizer, 8) == [i % 7 for i in range(64)]
@@ -40,16 +38,14 @@ def test_the_fewest_tokens_that_are_taken(tokenizer: bytes, tmp_path: Path) -> N
     ],
     ids=["empty", "one", "63", "binary", "all_the_same", "nearly_the_same"],
 )
-def test_a_text_that_cannot_be_used_is_one_sentence(
-    content: bytes, sentence: str, tokenizer: bytes, tmp_path: Path
-) -> None:
+def test_a_text_that_cannot_be_used_is_one_sentence(content, sentence, tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_bytes(content)
     with pytest.raises(InputError, match=rf"^\S*text\.txt {sentence}"):
         read_calibration(file, tokenizer, 8)
 
 
-def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer, tmp_path):
     adding = Tokenizer.from_str(word_tokenizer.to_str())
     adding.post_processor = processors.TemplateProcessing("<end> $A <end>", special_tokens=[("<end>", 60)])
     file = tmp_path / "text.txt"
@@ -58,7 +54,7 @@ def test_tokens_that_the_tokenizer_adds_do_not_make_a_text(word_tokenizer: Token
         read_calibration(file, adding.to_str().encode(), 8)
 
 
-def test_no_file_a_folder_and_no_tokenizer(tokenizer: bytes, tmp_path: Path) -> None:
+def test_no_file_a_folder_and_no_tokenizer(tokenizer, tmp_path):
     with pytest.raises(MissingFileError, match=r"no such file: .*none\.txt"):
         read_calibration(tmp_path / "none.txt", tokenizer, 8)
     with pytest.raises(InputError, match="is a folder; a file was expected"):

@@ -12,7 +12,6 @@ from pastkey.export.quantize.calibrate.segments import captured
 from pastkey.export.quantize.rounding.matrices import matmul_weight
 
 from ....shared import divided
-from ...conftest import Export
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 37, size) for seed, size in enumerate((30, 30, 11))]
 
@@ -26,7 +25,7 @@ def read_by_matmuls(model: ir.Model) -> list[str]:
 @pytest.mark.parametrize(
     "name", divided(["llama", "gpt2", "one_block_twice", "nano_gpt"], quick=["llama"], ci=["one_block_twice"])
 )
-def test_every_segmentation_gives_the_values_of_one_run(name: str, exported: Export) -> None:
+def test_every_segmentation_gives_the_values_of_one_run(name, exported):
     graph = exported(name).bundle.all_logits_graph
     files = sorted(graph.parent.iterdir())
     wanted = [*read_by_matmuls(ir.load(graph)), names.LOGITS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from pastkey.export.quantize.calibrate.smoothing_groups import find_groups
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.runtime import Engine
 
-from ...conftest import Export
 from ...decoders import llama
 from ...plain_loop import run_chunks
 
@@ -46,7 +44,7 @@ def smoothed(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
         ("nano_gpt", 3),  # q, k, v are one MatMul, so that the values have none of their own; the head is tied
     ],
 )
-def test_smoothing_changes_no_logits(name: str, groups: int, exported: Export, tmp_path: Path) -> None:
+def test_smoothing_changes_no_logits(name, groups, exported, tmp_path):
     made = exported(name)
     graph = made.bundle.all_logits_graph
     (ids,) = (t.tolist() for t in self_generated_texts(Engine(made.bundle), 0, 1, made.bundle.manifest.context_length))
@@ -58,14 +56,12 @@ def test_smoothing_changes_no_logits(name: str, groups: int, exported: Export, t
     assert relative_difference(expected, run_chunks(tmp_path / "smoothed.onnx", [ids])) < 5e-6
 
 
-def test_weights_that_have_several_places_are_in_no_group(exported: Export) -> None:
+def test_weights_that_have_several_places_are_in_no_group(exported):
     assert find_groups(ir.load(exported("one_block_twice").bundle.all_logits_graph)) == []
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_channels_between_two_products_are_put_in_the_order_of_their_size(
-    name: str, exported: Export, tmp_path: Path
-) -> None:
+def test_channels_between_two_products_are_put_in_the_order_of_their_size(name, exported, tmp_path):
     """One activation of each of two layers' MLPs; GPT-2's first projection has a bias, which moves along."""
     graph = exported(name).bundle.all_logits_graph
     model = ir.load(graph)
@@ -107,9 +103,7 @@ class PerHead(nn.Module):
         ("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16))),
     ],
 )
-def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
-    place: str, between: Callable[[], nn.Module], tmp_path: Path
-) -> None:
+def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(place, between, tmp_path):
     module = llama()
     for layer in module.model.layers:
         parent, name = place.split(".")
@@ -124,7 +118,7 @@ def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(
 
 
 @pytest.mark.slow
-def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path: Path) -> None:
+def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path):
     """The norm's weights are each a channel's, so that channels cannot be mixed behind it."""
     module = llama()
     for layer in module.model.layers:
@@ -141,9 +135,7 @@ def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path: Path) ->
 
 @pytest.mark.parametrize("number", [0.0, 1e-45, 3e38])
 @pytest.mark.parametrize("projection", ["q_proj", "down_proj", "v_proj"])
-def test_weights_without_any_size_to_go_by_are_left_as_they_are(
-    projection: str, number: float, exported: Export, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_weights_without_any_size_to_go_by_are_left_as_they_are(projection, number, exported, recwarn):
     """A layer that was switched off, numbers that cannot be divided by, and one that overflows when it is scaled."""
     made = exported("llama")
     model = ir.load(made.bundle.all_logits_graph)
@@ -162,7 +154,7 @@ def test_weights_without_any_size_to_go_by_are_left_as_they_are(
     assert not list(recwarn)
 
 
-def test_activations_that_are_nothing_are_left_as_they_are(exported: Export, recwarn: pytest.WarningsRecorder) -> None:
+def test_activations_that_are_nothing_are_left_as_they_are(exported, recwarn):
     made = exported("llama")
     model = ir.load(made.bundle.all_logits_graph)
     groups = find_groups(model)
@@ -173,9 +165,7 @@ def test_activations_that_are_nothing_are_left_as_they_are(exported: Export, rec
 
 
 @pytest.mark.parametrize("factor", [1.5, np.nan])
-def test_smoothing_that_changes_the_logits_is_not_taken(
-    factor: float, exported: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_smoothing_that_changes_the_logits_is_not_taken(factor, exported, monkeypatch, tmp_path):
     made = exported("llama")
 
     def wrong(model: ir.Model, *_: object) -> None:
@@ -192,7 +182,7 @@ def test_smoothing_that_changes_the_logits_is_not_taken(
     assert not [path for path in graph.parent.iterdir() if path.name.startswith(("probe", "segment"))]
 
 
-def test_channels_of_other_sizes_cost_int8_less(tmp_path: Path) -> None:
+def test_channels_of_other_sizes_cost_int8_less(tmp_path):
     """Outliers as trained decoders have them: a norm's weight that is 40 times its neighbours'."""
     module = llama()
     with torch.no_grad():

@@ -35,7 +35,7 @@ def names_of(weights: tuple[ChannelWeight, ...]) -> list[tuple[str, int]]:
     ],
     ids=["gated", "bias", "vector", "gelu", "norm", "twice", "two_products"],
 )
-def test_what_makes_the_channels(body: str, divided: list[str], permuted: list[str]) -> None:
+def test_what_makes_the_channels(body, divided, permuted):
     square = RNG.normal(size=(16, 16)).astype(np.float32)
     text = f"g ({INPUTS}, float[16,16] sq) => (float[1,T,8] y) {{ {body} y = MatMul(h, down) }}"
     group = next(group for group in find_groups(model_of(text, **WEIGHTS, sq=square)) if group.activation == "h")
@@ -57,7 +57,7 @@ def test_what_makes_the_channels(body: str, divided: list[str], permuted: list[s
     ],
     ids=["activation_read_elsewhere", "producer_read_elsewhere", "not_elementwise", "producer_shared", "reader_shared"],
 )
-def test_what_something_else_reads_is_in_no_group(body: str) -> None:
+def test_what_something_else_reads_is_in_no_group(body):
     model = model_of(f"g ({INPUTS}) => (float[1,T,8] y, float[1,T,N] z) {{ {body} }}", **WEIGHTS)
     assert [group for group in find_groups(model) if group.activation == "h"] == []
 
@@ -73,9 +73,7 @@ def test_what_something_else_reads_is_in_no_group(body: str) -> None:
     ],
     ids=["matmul", "bias", "vector", "norm", "values_read_elsewhere"],
 )
-def test_values_are_divided_and_rotated_behind_their_projection(
-    values: str, divided: list[str] | None, rotatable: bool
-) -> None:
+def test_values_are_divided_and_rotated_behind_their_projection(values, divided, rotatable):
     inputs = "float[1,T,8] x, float[1,T,32] q, float[1,T,16] k, float[1,2,P,8] past_k, float[1,2,P,8] past_v"
     inputs += ", int32[1] seqlens, int32[1] total, float[8,16] w, float[16] c, float[32,8] o"
     attention = "com.microsoft.GroupQueryAttention <num_heads: int = 4, kv_num_heads: int = 2>"

@@ -14,7 +14,6 @@ from pastkey.export.quantize.int4 import rounded
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 
 from ....shared import divided
-from ...conftest import Export
 from ...mixtures import DECODERS, logits_of
 
 
@@ -26,7 +25,7 @@ def windows_of(bundle: Bundle) -> list[npt.NDArray[np.int64]]:
 
 
 @pytest.mark.parametrize("name", divided(DECODERS, quick=["nano_gpt"], ci=DECODERS))
-def test_the_table_says_what_each_matrix_costs(name: str, exported: Export) -> None:
+def test_the_table_says_what_each_matrix_costs(name, exported):
     bundle = exported(name).bundle
     windows = windows_of(bundle)
     found = sensitivity(ir.load(bundle.all_logits_graph), bundle.all_logits_graph.parent, windows)
@@ -47,7 +46,7 @@ def test_the_table_says_what_each_matrix_costs(name: str, exported: Export) -> N
     assert not list(bundle.all_logits_graph.parent.glob("probe*"))
 
 
-def test_a_budget_keeps_the_fewest_of_the_worst_products(exported: Export) -> None:
+def test_a_budget_keeps_the_fewest_of_the_worst_products(exported):
     bundle = exported("llama").bundle
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
     plain = sensitivity(ir.load(bundle.all_logits_graph), folder, windows)
@@ -64,7 +63,7 @@ def test_a_budget_keeps_the_fewest_of_the_worst_products(exported: Export) -> No
     assert sensitivity(ir.load(bundle.all_logits_graph), folder, windows, plain.kl_divergence * 1.01).keep == ()
 
 
-def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export) -> None:
+def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported):
     bundle = exported("nano_gpt").bundle
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
     plain = sensitivity(ir.load(bundle.all_logits_graph), folder, windows)
@@ -76,7 +75,7 @@ def test_a_budget_below_what_the_embeddings_cost_keeps_them_too(exported: Export
         sensitivity(ir.load(bundle.all_logits_graph), folder, windows, 1e-12)
 
 
-def test_int4_cannot_get_below_what_int8_embeddings_cost(exported: Export) -> None:
+def test_int4_cannot_get_below_what_int8_embeddings_cost(exported):
     bundle = exported("nano_gpt").bundle
     windows, folder = windows_of(bundle), bundle.all_logits_graph.parent
     found = rounded(ir.load(bundle.all_logits_graph), folder, windows)

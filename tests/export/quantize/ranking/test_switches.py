@@ -12,14 +12,13 @@ from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, qua
 from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
 
 from ....shared import divided
-from ...conftest import Export
 from ...mixtures import DECODERS, logits_of
 from ...small_graphs import model_of, run_model
 
 RNG = np.random.default_rng(0)
 
 
-def test_nodes_that_share_a_weight_share_its_switch() -> None:
+def test_nodes_that_share_a_weight_share_its_switch():
     """A tied embedding is gathered, and multiplied by transposed."""
     embedding = RNG.normal(size=(9, 32)).astype(np.float32)
     model = model_of(
@@ -38,7 +37,7 @@ def test_nodes_that_share_a_weight_share_its_switch() -> None:
 
 
 @pytest.mark.parametrize("name", divided(DECODERS, quick=["llama"], ci=DECODERS))
-def test_every_mixture_is_the_graph_that_is_quantized_so(name: str, exported: Export) -> None:
+def test_every_mixture_is_the_graph_that_is_quantized_so(name, exported):
     bundle = exported(name).bundle
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, bundle.manifest.context_length)
     model = ir.load(bundle.all_logits_graph)

@@ -29,7 +29,7 @@ MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 70)).flatmap(
 
 @given(MATRICES, st.sampled_from([16, 32]))
 @settings(max_examples=200, deadline=None)
-def test_a_round_trip_errs_by_half_a_step_at_most(matrix: Array, block_size: int) -> None:
+def test_a_round_trip_errs_by_half_a_step_at_most(matrix, block_size):
     quantized = quantize_blocks(matrix, block_size)
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
@@ -44,7 +44,7 @@ def test_a_round_trip_errs_by_half_a_step_at_most(matrix: Array, block_size: int
     assert (np.abs(found.astype(np.float64) - matrix) <= slack).all()
 
 
-def test_zeros_are_stored_as_zeros() -> None:
+def test_zeros_are_stored_as_zeros():
     quantized = quantize_blocks(np.zeros((2, 40), np.float32), 32)
     assert (quantized.data == 128).all()
     assert (dequantize_blocks(quantized) == 0).all()
@@ -52,12 +52,12 @@ def test_zeros_are_stored_as_zeros() -> None:
 
 
 @pytest.mark.parametrize("number", [-3.5, 1e-30, 1e30])
-def test_a_constant_block_is_exact(number: float) -> None:
+def test_a_constant_block_is_exact(number):
     matrix = np.full((1, 32), number, np.float32)
     np.testing.assert_allclose(dequantize_blocks(quantize_blocks(matrix, 32)), matrix, rtol=1e-6)
 
 
-def test_a_block_too_small_to_divide_by_becomes_zero() -> None:
+def test_a_block_too_small_to_divide_by_becomes_zero():
     matrix = np.full((1, 32), 1e-40, np.float32)
     matrix[0, 0] = -1e-40
     quantized = quantize_blocks(matrix, 32)
@@ -65,7 +65,7 @@ def test_a_block_too_small_to_divide_by_becomes_zero() -> None:
     assert (np.abs(dequantize_blocks(quantized)) <= 1e-37).all()
 
 
-def test_both_ends_of_the_range_are_used_and_padding_is_zero() -> None:
+def test_both_ends_of_the_range_are_used_and_padding_is_zero():
     matrix = np.array([[-2.0, 2.0, 1.0]], np.float32)
     quantized = quantize_blocks(matrix, 16)
     assert quantized.data[0, 0, :4].tolist() == [1, 255, 192, 128]
@@ -74,7 +74,7 @@ def test_both_ends_of_the_range_are_used_and_padding_is_zero() -> None:
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
+def test_a_matrix_that_is_not_finite_is_refused(number):
     matrix = np.ones((2, 3), np.float32)
     matrix[1, 2] = number
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -84,7 +84,7 @@ def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"), [(1, 16), (16, 16), (17, 32), (32, 32), (48, 16), (64, 32), (80, 16), (576, 32)]
 )
-def test_the_block_size_with_the_fewer_bytes_is_chosen(columns: int, expected: int) -> None:
+def test_the_block_size_with_the_fewer_bytes_is_chosen(columns, expected):
     def stored(size: int) -> int:
         return -(-columns // size) * (size + 1)
 
@@ -92,7 +92,7 @@ def test_the_block_size_with_the_fewer_bytes_is_chosen(columns: int, expected: i
     assert stored(expected) <= min(stored(16), stored(32))
 
 
-def test_scales_are_rounded_up_so_that_no_weight_is_cut_off() -> None:
+def test_scales_are_rounded_up_so_that_no_weight_is_cut_off():
     scales = np.random.default_rng(0).lognormal(size=(9, 7)).astype(np.float32)
     codes, row_scales = encode_scales(scales)
     assert (codes.dtype.name, codes.shape, row_scales.shape) == ("uint8", (9, 7), (9, 1))
@@ -103,7 +103,7 @@ def test_scales_are_rounded_up_so_that_no_weight_is_cut_off() -> None:
     assert (nearest < codes).any()
 
 
-def test_joined_matrices_are_the_matrices_below_one_another() -> None:
+def test_joined_matrices_are_the_matrices_below_one_another():
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(rows, 40)).astype(np.float32) for rows in (3, 1, 5)]
     quantized = [quantize_blocks(part, 32) for part in parts]
@@ -129,9 +129,7 @@ def at_once(matrix: Array, block_size: int) -> tuple[Array, Array, Array]:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("shape", "block_size"), [((1, 1), 16), ((64, 33), 32), ((200, 576), 32), ((129, 40), 16)])
-def test_rows_by_rows_every_bit_is_that_of_the_whole_matrix(
-    shape: tuple[int, int], block_size: int, transposed: bool
-) -> None:
+def test_rows_by_rows_every_bit_is_that_of_the_whole_matrix(shape, block_size, transposed):
     matrix = (np.random.default_rng(0).standard_t(3, shape[:: -1 if transposed else 1]) * 0.02).astype(np.float32)
     matrix[0] *= 1e-40
     matrix = matrix.T if transposed else matrix

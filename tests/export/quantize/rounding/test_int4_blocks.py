@@ -37,7 +37,7 @@ def nearest(matrix: Array, block_size: int) -> Array:
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost(block_size: int) -> None:
+def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost(block_size):
     matrix, x = drawn(24, 96)
     found = dequantize(Gptq(x.T @ x).round(matrix, block_size).blocks)
     other = drawn(24, 96, seed=1)[1]
@@ -50,7 +50,7 @@ def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost
     assert error(found, other) < 2 * error(nearest(matrix, block_size), other)
 
 
-def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> None:
+def test_activations_whose_squares_overflow_leave_each_weight_by_itself():
     matrix, _ = drawn(5, 64)
     hessians = [np.full((64, 64), np.inf, np.float32), np.eye(64, dtype=np.float32)]
     found, alone = (Gptq(hessian).round(matrix, 32).blocks for hessian in hessians)
@@ -58,7 +58,7 @@ def test_activations_whose_squares_overflow_leave_each_weight_by_itself() -> Non
 
 
 @pytest.mark.parametrize(("rows", "columns", "block_size"), [(7, 50, 32), (5, 40, 16), (1, 16, 16), (3, 96, 32)])
-def test_onnxruntime_multiplies_by_what_dequantize_says(rows: int, columns: int, block_size: int) -> None:
+def test_onnxruntime_multiplies_by_what_dequantize_says(rows, columns, block_size):
     """Also where a row is padded, and where a row's zero points end in half a byte."""
     matrix, x = drawn(rows, columns)
     found = Gptq(x.T @ x).round(matrix, block_size).blocks
@@ -86,34 +86,34 @@ def test_onnxruntime_multiplies_by_what_dequantize_says(rows: int, columns: int,
 
 
 @pytest.mark.parametrize("number", [0.0, -3.5, 1e30, 1e-40])
-def test_a_matrix_of_equal_numbers_is_exact(number: float) -> None:
+def test_a_matrix_of_equal_numbers_is_exact(number):
     matrix = np.full((2, 40), number, np.float32)
     found = dequantize(Gptq(np.eye(40, dtype=np.float32)).round(matrix, 32).blocks)
     np.testing.assert_allclose(found, matrix, rtol=1e-5, atol=1e-37)
 
 
-def test_channels_that_no_text_ever_reads_are_rounded_by_themselves() -> None:
+def test_channels_that_no_text_ever_reads_are_rounded_by_themselves():
     matrix, _ = drawn(4, 32)
     found = dequantize(Gptq(np.zeros((32, 32), np.float32)).round(matrix, 32).blocks)
     assert np.abs(found - matrix).max() <= (matrix.max(1) - matrix.min(1)).max() / 15
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_a_matrix_that_is_not_finite_is_refused(number: float) -> None:
+def test_a_matrix_that_is_not_finite_is_refused(number):
     matrix = np.ones((2, 16), np.float32)
     matrix[1, 2] = number
     with pytest.raises(ValueError, match="NaN or infinity"):
         Gptq(np.eye(16, dtype=np.float32)).round(matrix, 16)
 
 
-def test_matrices_below_one_another_are_one() -> None:
+def test_matrices_below_one_another_are_one():
     parts = [Gptq(np.eye(48, dtype=np.float32)).round(drawn(rows, 48, rows)[0], 16).blocks for rows in (3, 5)]
     joined = join(parts)
     assert (joined.bits, joined.block_size) == (4, 16)
     np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))
 
 
-def test_the_error_is_that_of_the_products_on_the_text_and_of_damping_over_the_products() -> None:
+def test_the_error_is_that_of_the_products_on_the_text_and_of_damping_over_the_products():
     matrix, x = drawn(24, 96)
     hessian = x.T @ x
     blocks, error = Gptq(hessian).round(matrix, 32)
@@ -123,7 +123,7 @@ def test_the_error_is_that_of_the_products_on_the_text_and_of_damping_over_the_p
     assert error == pytest.approx(cost / whole, rel=1e-4)
 
 
-def test_a_layer_that_is_switched_off_has_no_error() -> None:
+def test_a_layer_that_is_switched_off_has_no_error():
     matrix, x = drawn(24, 96)
     assert Gptq(np.zeros((96, 96), np.float32)).round(matrix, 32).error == 0
     assert Gptq(x.T @ x).round(0 * matrix, 32).error == 0

@@ -31,9 +31,7 @@ def unread() -> np.ndarray:
         ("y = Add(x, w)", (1, 8), None),
     ],
 )
-def test_a_weight_that_is_multiplied_by_is_found_unread(
-    body: str, shape: tuple[int, ...], found: tuple[int, int] | None
-) -> None:
+def test_a_weight_that_is_multiplied_by_is_found_unread(body, shape, found):
     text = f"g (float[2,8] x, float[{shape[0]},{shape[1]}] w) => (float[2,N] y) {{ {body} }}"
     model = model_of(text, w=np.zeros(shape, np.float32))
     value = model.graph.initializers["w"]
@@ -42,7 +40,7 @@ def test_a_weight_that_is_multiplied_by_is_found_unread(
     assert [read.shape for read in reads] == ([] if found is None else [found])
 
 
-def test_a_gathered_table_is_found_unread_and_a_computed_value_has_no_shape() -> None:
+def test_a_gathered_table_is_found_unread_and_a_computed_value_has_no_shape():
     model = model_of(
         "g (int64[2] i, float[9,8] w) => (float[2,8] y) { y = Gather(w, i) }", w=np.zeros((9, 8), np.float32)
     )
@@ -54,7 +52,7 @@ def test_a_gathered_table_is_found_unread_and_a_computed_value_has_no_shape() ->
     assert shape_of(None) is None
 
 
-def test_a_lazy_weight_is_made_each_time_that_it_is_read() -> None:
+def test_a_lazy_weight_is_made_each_time_that_it_is_read():
     model = model_of("g (float[2] x) => (float[2] y) { y = Neg(x) }")
     made = []
 

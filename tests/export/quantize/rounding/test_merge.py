@@ -23,7 +23,7 @@ def matmuls(model: ir.Model) -> list[ir.Node]:
 
 
 # --- rule 2 -------------------------------------------------------------------------------------------------------
-def test_products_that_read_one_activation_become_one() -> None:
+def test_products_that_read_one_activation_become_one():
     model = model_of(
         "g (float[2,50] x, float[50,23] w, float[50,9] v) => (float[2,N] y)"
         " { a = MatMul(x, w) b = MatMul(x, v) c = Sigmoid(b) y = Concat <axis = 1> (a, c) }",
@@ -36,7 +36,7 @@ def test_products_that_read_one_activation_become_one() -> None:
     np.testing.assert_allclose(run_model(model, x=X)[0], expected, atol=0.15)
 
 
-def test_products_of_different_activations_stay_apart() -> None:
+def test_products_of_different_activations_stay_apart():
     model = model_of(
         "g (float[2,50] x, float[50,23] w, float[50,9] v) => (float[2,23] a, float[2,9] b)"
         " { z = Neg(x) a = MatMul(x, w) b = MatMul(z, v) }",
@@ -71,7 +71,7 @@ BIASED = "q0 = MatMul(x, wq) q = Add(q0, bq) k0 = MatMul(x, wk) k = Add(k0, bk) 
     ],
     ids=["plain", "biases", "one_bias", "keys_changed", "values_read_elsewhere"],
 )
-def test_queries_keys_and_values_are_one_where_the_operator_can_take_them_so(body: str, qkv: bool) -> None:
+def test_queries_keys_and_values_are_one_where_the_operator_can_take_them_so(body, qkv):
     model = model_of(TEXT.format(body, ATTENTION), **WEIGHTS)
     (projections,) = find_mergeable(matmuls(model))
     assert (projections.attention is not None) == qkv
@@ -79,7 +79,7 @@ def test_queries_keys_and_values_are_one_where_the_operator_can_take_them_so(bod
 
 
 @pytest.mark.parametrize("body", [PLAIN, BIASED], ids=["plain", "biases"])
-def test_attention_over_merged_projections_is_the_same(body: str) -> None:
+def test_attention_over_merged_projections_is_the_same(body):
     x = RNG.normal(size=(1, 5, 8)).astype(np.float32)
     feeds = {"x": x, "past_k": np.zeros((1, 1, 0, 8), np.float32), "past_v": np.zeros((1, 1, 0, 8), np.float32)}
     feeds |= {"seqlens": np.array([4], np.int32), "total": np.array([5], np.int32)}

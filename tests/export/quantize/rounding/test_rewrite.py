@@ -53,7 +53,7 @@ BIAS = RNG.normal(size=23).astype(np.float32)
     ],
     ids=["MatMul", "MatMul_of_a_transposed_weight", "Gemm", "Gemm_with_bias", "Gemm_transB"],
 )
-def test_every_form_of_a_product_is_quantized(body: str, weights: dict[str, Array], expected: Array) -> None:
+def test_every_form_of_a_product_is_quantized(body, weights, expected):
     model = graph_of(body, **weights)
     if weights["w"].shape[0] == 23:  # x has K columns whichever way the weight lies
         model.graph.inputs[0].shape = ir.Shape([2, 50])
@@ -71,7 +71,7 @@ def test_every_form_of_a_product_is_quantized(body: str, weights: dict[str, Arra
     np.testing.assert_allclose(run(model, X), expected, atol=0.15)
 
 
-def test_a_gathered_table_is_quantized_and_cut_to_its_width() -> None:
+def test_a_gathered_table_is_quantized_and_cut_to_its_width():
     table = RNG.normal(size=(5, 50)).astype(np.float32)
     model = graph_of("y = Gather(w, i)", w=table)
     quantize(model)
@@ -80,7 +80,7 @@ def test_a_gathered_table_is_quantized_and_cut_to_its_width() -> None:
     np.testing.assert_array_equal(run(model, X[:, :5]), expected)
 
 
-def test_a_tied_table_is_stored_once_for_both_uses() -> None:
+def test_a_tied_table_is_stored_once_for_both_uses():
     table = RNG.normal(size=(5, 48)).astype(np.float32)
     model = graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table)
     quantize(model)
@@ -105,7 +105,7 @@ def error_of_product(output: str, columns: int) -> float:
 
 
 @pytest.mark.parametrize("columns", [64, 60], ids=["whole_blocks", "padded"])
-def test_the_output_head_reads_what_int8_left_of_its_input_too(columns: int) -> None:
+def test_the_output_head_reads_what_int8_left_of_its_input_too(columns):
     assert error_of_product("logits", columns) < error_of_product("y", columns) / 50
 
 
@@ -118,20 +118,20 @@ def test_the_output_head_reads_what_int8_left_of_its_input_too(columns: int) -> 
     ],
     ids=["no_weight", "alpha", "transA"],
 )
-def test_what_has_no_quantized_form_is_left_alone(body: str) -> None:
+def test_what_has_no_quantized_form_is_left_alone(body):
     model = graph_of(body, w=W)
     quantize(model)
     assert "MatMulNBits" not in {node.op_type for node in model.graph}
 
 
-def test_a_weight_that_is_not_finite_is_named() -> None:
+def test_a_weight_that_is_not_finite_is_named():
     broken = W.copy()
     broken[3, 3] = np.nan
     with pytest.raises(InputError, match="the weight w holds NaN or infinity, which cannot be quantized"):
         quantize(graph_of("y = MatMul(x, w)", w=broken))
 
 
-def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own() -> None:
+def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own():
     """In several steps, since the sizes stand in the graph itself."""
     matrices = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
     body = " ".join(f"a{i} = MatMul(x{i}, w{i})" for i in range(70))

@@ -10,7 +10,7 @@ from pastkey.export.quantize.rounding.workers import for_each_part, one_thread_e
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 65, 300])
-def test_each_row_is_worked_on_once(rows: int) -> None:
+def test_each_row_is_worked_on_once(rows):
     found = np.zeros(rows, int)
 
     def work(part: slice) -> None:
@@ -20,14 +20,14 @@ def test_each_row_is_worked_on_once(rows: int) -> None:
     assert found.tolist() == [1] * rows
 
 
-def test_torch_has_one_thread_in_each_worker_and_its_own_number_after() -> None:
+def test_torch_has_one_thread_in_each_worker_and_its_own_number_after():
     before = torch.get_num_threads()
     with one_thread_each() as pool:
         assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
     assert torch.get_num_threads() == before
 
 
-def test_what_a_worker_raises_is_raised() -> None:
+def test_what_a_worker_raises_is_raised():
     def work(part: slice) -> None:
         if part.start == 128:
             raise ValueError("NaN or infinity")

@@ -24,7 +24,7 @@ SOME_ONLY = r"\p{L}+|\p{N}{2,3}+\p{N}|[ \n]"  # the rest is dropped
 
 
 @pytest.fixture(scope="module")
-def trained() -> Tokenizer:
+def trained():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -45,7 +45,7 @@ def files(tokenizer: Tokenizer, folder: Path, vocabulary: str, merges: str) -> t
 
 
 @pytest.mark.parametrize(("vocabulary", "merges"), [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
-def test_gpt2s_two_files_give_its_tokenizer(vocabulary: str, merges: str, trained: Tokenizer, tmp_path: Path) -> None:
+def test_gpt2s_two_files_give_its_tokenizer(vocabulary, merges, trained, tmp_path):
     fields = from_gpt2(*files(trained, tmp_path, vocabulary, merges)).fields("mine")
     made = Tokenizer.from_buffer(fields["tokenizer"])
     for text in sample_texts():
@@ -56,7 +56,7 @@ def test_gpt2s_two_files_give_its_tokenizer(vocabulary: str, merges: str, traine
     assert fields["tokenizer_config"]["eos_token"] == END_OF_TEXT
 
 
-def test_files_that_do_not_belong_together_are_told(trained: Tokenizer, tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_told(trained, tmp_path):
     content, file = files(trained, tmp_path, "encoder.json", "vocab.bpe")
     with pytest.raises(InputError, match=r"vocab.bpe merges '.+', which .*encoder.json has no id for"):
         from_gpt2({text: number for text, number in content.items() if number < 300}, file)
@@ -68,7 +68,7 @@ def test_files_that_do_not_belong_together_are_told(trained: Tokenizer, tmp_path
         from_gpt2(content, file)
 
 
-def test_the_lowest_rank_is_merged_first_from_the_left() -> None:
+def test_the_lowest_rank_is_merged_first_from_the_left():
     ranks = {"aa": 1, "ab": 0, "aab": 2}
 
     def rank_of(left: str, right: str) -> int:
@@ -84,7 +84,7 @@ def test_the_lowest_rank_is_merged_first_from_the_left() -> None:
 
 
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, GPT4_WORDS, CASES, SOME_ONLY])
-def test_an_encoding_of_tiktoken_gives_equal_ids_on_every_text(pattern: str, trained: Tokenizer) -> None:
+def test_an_encoding_of_tiktoken_gives_equal_ids_on_every_text(pattern, trained):
     tiktoken = pytest.importorskip("tiktoken")
     encoding = tiktoken.Encoding(
         "mine", pat_str=pattern, mergeable_ranks=ranks(trained), special_tokens={END_OF_TEXT: 702, "<|b|>": 700}
@@ -93,7 +93,7 @@ def test_an_encoding_of_tiktoken_gives_equal_ids_on_every_text(pattern: str, tra
     assert fields["eos_token_ids"] == (702,)
 
 
-def test_an_encoding_whose_words_are_read_otherwise_is_refused(trained: Tokenizer) -> None:
+def test_an_encoding_whose_words_are_read_otherwise_is_refused(trained):
     tiktoken = pytest.importorskip("tiktoken")
     encoding = tiktoken.Encoding("mine", pat_str=r"\w+|[^\w\s]", mergeable_ranks=ranks(trained), special_tokens={})
     with pytest.raises(InputError, match=r"the tokenizer.json made of mine gives the ids"):

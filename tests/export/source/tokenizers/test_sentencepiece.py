@@ -62,20 +62,20 @@ def tokens(tokenizer: Tokenizer, text: str) -> list[str]:
     return list(tokenizer.encode(text).tokens)
 
 
-def test_bpe_makes_the_piece_of_the_highest_score_first(tmp_path: Path) -> None:
+def test_bpe_makes_the_piece_of_the_highest_score_first(tmp_path):
     tokenizer = made(write(tmp_path, BPE, SPECIALS + LETTERS + WORDS[:-1]))
     assert tokens(tokenizer, "abc") == ["▁a", "bc"]
     assert tokens(tokenizer, "  ab  abc ") == ["▁", "ab", "▁a", "bc"]
     assert tokenizer.decode(tokenizer.encode("ab abc").ids) == "ab abc"
 
 
-def test_unigram_takes_the_pieces_of_the_highest_sum(tmp_path: Path) -> None:
+def test_unigram_takes_the_pieces_of_the_highest_sum(tmp_path):
     tokenizer = made(write(tmp_path, UNIGRAM, SPECIALS + LETTERS + WORDS))
     assert tokens(tokenizer, "abc") == ["▁a", "bc"]
     assert tokens(tokenizer, "abc abab") == ["▁a", "bc", "▁", "ab", "ab"]
 
 
-def test_unknown_characters_are_bytes_where_the_model_has_them(tmp_path: Path) -> None:
+def test_unknown_characters_are_bytes_where_the_model_has_them(tmp_path):
     in_bytes = [piece(f"<0x{byte:02X}>", kind=BYTE) for byte in range(256)]
     tokenizer = made(write(tmp_path, BPE, SPECIALS + in_bytes + LETTERS, trainer=field(35, 1)))
     assert tokens(tokenizer, "aé") == ["▁", "a", "<0xC3>", "<0xA9>"]
@@ -83,13 +83,13 @@ def test_unknown_characters_are_bytes_where_the_model_has_them(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", [UNIGRAM, BPE])
-def test_user_defined_pieces_are_whole_and_survive_normalizing(kind: int, tmp_path: Path) -> None:
+def test_user_defined_pieces_are_whole_and_survive_normalizing(kind, tmp_path):
     own = [piece("\n", kind=USER_DEFINED), piece("(a)", kind=USER_DEFINED)]
     tokenizer = made(write(tmp_path, kind, SPECIALS + own + LETTERS))
     assert tokenizer.encode("a\n(a)b").ids == [5, 6, 3, 4, 7]
 
 
-def test_special_tokens_have_the_ids_that_the_training_gave_them(tmp_path: Path) -> None:
+def test_special_tokens_have_the_ids_that_the_training_gave_them(tmp_path):
     conversion = from_sentencepiece(write(tmp_path, BPE, SPECIALS + LETTERS))
     assert (conversion.bos, conversion.eos) == (1, 2)
     assert conversion.tokenizer.encode("a</s>").ids == [3, 4, 2]
@@ -106,9 +106,7 @@ def test_special_tokens_have_the_ids_that_the_training_gave_them(tmp_path: Path)
         (BPE, [piece("old", kind=UNUSED)], b"", b"", "pieces that are not used ('old')"),
     ],
 )
-def test_what_tokenizer_json_has_no_words_for_is_refused(
-    kind: int, pieces: list[bytes], trainer: bytes, normalizer: bytes, words: str, tmp_path: Path
-) -> None:
+def test_what_tokenizer_json_has_no_words_for_is_refused(kind, pieces, trainer, normalizer, words, tmp_path):
     with pytest.raises(InputError) as caught:
         made(write(tmp_path, kind, SPECIALS + LETTERS + pieces, trainer, normalizer))
     assert f"{tmp_path}/mine.model has {words}" in str(caught.value)
@@ -125,19 +123,19 @@ def test_what_tokenizer_json_has_no_words_for_is_refused(
         (b"".join([*SPECIALS, piece("a"), piece("a")]), "its 5 pieces are not one unknown"),
     ],
 )
-def test_what_is_no_model_is_told(content: bytes, words: str, tmp_path: Path) -> None:
+def test_what_is_no_model_is_told(content, words, tmp_path):
     (tmp_path / "mine.model").write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_model(tmp_path / "mine.model")
     assert words in str(caught.value)
 
 
-def test_pairs_are_in_the_order_of_what_they_make() -> None:
+def test_pairs_are_in_the_order_of_what_they_make():
     assert merges_by_score({"a": -9.0, "b": -9.0, "ab": -2.0, "aba": -1.0}) == [("ab", "a"), ("a", "b")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="the package is installed")
-def test_without_the_package_it_says_that_nothing_was_compared(tmp_path: Path) -> None:
+def test_without_the_package_it_says_that_nothing_was_compared(tmp_path):
     conversion = from_sentencepiece(write(tmp_path, BPE, SPECIALS + LETTERS))
     (sentence,) = conversion.fields("mine")["warnings"]
     assert "not compared with the original" in sentence
@@ -164,7 +162,7 @@ TRAINED = [*product(("bpe", "unigram", "char"), ("nmt_nfkc", "identity", "nfkc_c
 
 
 @pytest.mark.parametrize(("kind", "rule", "name"), divided(TRAINED, quick=TRAINED[::4], ci=TRAINED))
-def test_a_trained_model_gives_equal_ids_on_every_text(kind: str, rule: str, name: str, tmp_path: Path) -> None:
+def test_a_trained_model_gives_equal_ids_on_every_text(kind, rule, name, tmp_path):
     package, options = pytest.importorskip("sentencepiece"), OPTIONS[name]
     if kind == "char" and options.get("byte_fallback"):
         pytest.skip("its trainer knows no bytes for characters")

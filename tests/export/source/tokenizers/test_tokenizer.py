@@ -32,7 +32,7 @@ def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
     return folder / names.TOKENIZER
 
 
-def test_a_tokenizer_brings_its_special_tokens_in_either_form(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_brings_its_special_tokens_in_either_form(word_tokenizer, tmp_path):
     path = save(word_tokenizer, tmp_path, eos_token={"content": "<end>"}, bos_token="w3")
     for given in (path, tmp_path):  # the file, or its folder
         source = open_source(Plain(vocab=61), context_length=8, tokenizer=given)
@@ -40,15 +40,13 @@ def test_a_tokenizer_brings_its_special_tokens_in_either_form(word_tokenizer: To
         assert (source.bos_token_id, source.eos_token_ids) == (3, (60,))
 
 
-def test_a_tokenizer_without_a_configuration_has_no_special_tokens(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_configuration_has_no_special_tokens(word_tokenizer, tmp_path):
     source = open_source(Plain(), context_length=8, tokenizer=save(word_tokenizer, tmp_path))
     assert (source.bos_token_id, source.eos_token_ids) == (None, ())
     assert source.tokenizer_config == {}
 
 
-def test_a_chat_template_in_a_file_of_its_own_comes_into_the_configuration(
-    word_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_chat_template_in_a_file_of_its_own_comes_into_the_configuration(word_tokenizer, tmp_path):
     path = save(word_tokenizer, tmp_path, eos_token="<end>", chat_template="in the configuration")
     source = open_source(Plain(vocab=61), context_length=8, tokenizer=path)
     assert source.tokenizer_config == {"eos_token": "<end>", "chat_template": "in the configuration"}
@@ -62,9 +60,7 @@ def test_a_chat_template_in_a_file_of_its_own_comes_into_the_configuration(
 
 
 @pytest.mark.parametrize("name", [names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE])
-def test_what_lies_beside_a_tokenizer_is_no_link_out_of_its_folder(
-    name: str, word_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_what_lies_beside_a_tokenizer_is_no_link_out_of_its_folder(name, word_tokenizer, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (tmp_path / "folder").mkdir()
     path = save(word_tokenizer, tmp_path / "folder")
@@ -72,20 +68,20 @@ def test_what_lies_beside_a_tokenizer_is_no_link_out_of_its_folder(
     assert f"{name} leads out of {path.parent}" in refusal(InputError, Plain(vocab=61), tokenizer=path)
 
 
-def test_a_tokenizer_that_is_named_may_be_a_link(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_named_may_be_a_link(word_tokenizer, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "mine.json").symlink_to(save(word_tokenizer, tmp_path / "folder"))
     source = open_source(Plain(vocab=61), context_length=8, tokenizer=tmp_path / "mine.json")
     assert source.tokenizer == (tmp_path / "folder" / names.TOKENIZER).read_bytes()
 
 
-def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_told(tmp_path):
     sentence = refusal(MissingFileError, Plain(), tokenizer=tmp_path / "none.json")
     assert f"no such tokenizer: {tmp_path}/none.json does not exist" in sentence
 
 
 @pytest.mark.parametrize("content", ["{}", "not json"])
-def test_an_invalid_tokenizer_is_told(content: str, tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_is_told(content, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(content)
     sentence = refusal(IntegrityError, Plain(), tokenizer=file)
@@ -101,7 +97,7 @@ def test_an_invalid_tokenizer_is_told(content: str, tmp_path: Path) -> None:
     ],
     ids=["words", "unigram", "bpe"],
 )
-def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer, tmp_path):
     source = open_source(Plain(), context_length=8, tokenizer=save(tokenizer, tmp_path))
     check_tokenizer(source, 38)
     with pytest.raises(InputError) as caught:
@@ -109,7 +105,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tokenizer: Tokeniz
     assert "makes token ids up to 37, but the model has 37 embeddings (ids 0 to 36)" in str(caught.value)
 
 
-def test_added_tokens_count_too(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_added_tokens_count_too(word_tokenizer, tmp_path):
     copy = Tokenizer.from_str(word_tokenizer.to_str())
     copy.add_tokens(["further"])
     source = open_source(Plain(), context_length=8, tokenizer=save(copy, tmp_path))
@@ -153,7 +149,7 @@ def made(tokenizer: Path | str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("text", ["make", "instance", "Tokenizer.from_str(make().to_str())"])
-def test_a_factory_may_give_a_tokenizer(text: str, tmp_path: Path) -> None:
+def test_a_factory_may_give_a_tokenizer(text, tmp_path):
     (tmp_path / "mine.py").write_text(FACTORY)
     source = opened(f"{tmp_path}/mine.py:{text}")
     assert made(f"{tmp_path}/mine.py:{text}").encode("b a c").ids == [1, 0, 2]
@@ -161,13 +157,13 @@ def test_a_factory_may_give_a_tokenizer(text: str, tmp_path: Path) -> None:
     assert source.tokenizer_config == {"clean_up_tokenization_spaces": False, "add_bos_token": False}
 
 
-def test_a_notebook_may_give_a_tokenizer_without_being_run(tmp_path: Path) -> None:
+def test_a_notebook_may_give_a_tokenizer_without_being_run(tmp_path):
     cells = [{"cell_type": "code", "source": FACTORY}, {"cell_type": "code", "source": "raise SystemError"}]
     (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": cells}))
     assert made(f"{tmp_path}/lesson.ipynb:instance").encode("b").ids == [1]
 
 
-def test_a_factory_that_gives_no_tokenizer_is_told(tmp_path: Path) -> None:
+def test_a_factory_that_gives_no_tokenizer_is_told(tmp_path):
     (tmp_path / "mine.py").write_text(FACTORY)
     expected = "a tokenizers.Tokenizer, a tiktoken.Encoding, or the ids of characters or words was expected"
     for text, words in (
@@ -180,7 +176,7 @@ def test_a_factory_that_gives_no_tokenizer_is_told(tmp_path: Path) -> None:
         assert words in refusal(InputError, Plain(), tokenizer=f"{tmp_path}/mine.py:{text}")
 
 
-def test_a_folder_is_searched_for_the_forms_in_order(tmp_path: Path, word_tokenizer: Tokenizer) -> None:
+def test_a_folder_is_searched_for_the_forms_in_order(tmp_path, word_tokenizer):
     assert "tokenizer.json does not exist; expected a tok" in refusal(MissingFileError, Plain(), tokenizer=tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\xff")
     assert "is not a SentencePiece model" in refusal(InputError, Plain(), tokenizer=tmp_path)
@@ -190,7 +186,7 @@ def test_a_folder_is_searched_for_the_forms_in_order(tmp_path: Path, word_tokeni
     assert opened(tmp_path).tokenizer == (tmp_path / names.TOKENIZER).read_bytes()
 
 
-def test_what_lies_beside_a_vocabulary_is_no_link_out_of_its_folder(tmp_path: Path) -> None:
+def test_what_lies_beside_a_vocabulary_is_no_link_out_of_its_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "secret").write_text("a b")
     (tmp_path / "folder" / "vocab.bpe").symlink_to(tmp_path / "secret")
@@ -198,12 +194,12 @@ def test_what_lies_beside_a_vocabulary_is_no_link_out_of_its_folder(tmp_path: Pa
     assert "vocab.bpe leads out of" in refusal(InputError, Plain(), tokenizer=tmp_path / "folder")
 
 
-def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+def test_a_pickle_is_not_read(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0}}))
     assert "meta.pkl is a pickle" in refusal(InputError, Plain(), tokenizer=tmp_path / "meta.pkl")
 
 
-def test_characters_are_told_from_vocabularies(tmp_path: Path) -> None:
+def test_characters_are_told_from_vocabularies(tmp_path):
     file = tmp_path / "mine.json"
     for content in ({"stoi": {"a": 0, "b": 1}}, {"a": 0, "b": 1, "<pad>": 2}, ["a", "b"], "ab"):
         file.write_text(json.dumps(content))
@@ -214,7 +210,7 @@ def test_characters_are_told_from_vocabularies(tmp_path: Path) -> None:
     assert made(file).encode("a who").ids == [2, 0]
 
 
-def test_a_notebook_or_a_file_may_give_words(tmp_path: Path) -> None:
+def test_a_notebook_or_a_file_may_give_words(tmp_path):
     text = 'token_to_id = {"what": 0, "is": 1, "<EOS>": 2}\nid_to_token = dict(map(reversed, token_to_id.items()))\n'
     (tmp_path / "mine.py").write_text(text)
     cells = [{"cell_type": "code", "source": text}, {"cell_type": "code", "source": "raise SystemError"}]
@@ -224,7 +220,7 @@ def test_a_notebook_or_a_file_may_give_words(tmp_path: Path) -> None:
 
 
 # --- eos ------------------------------------------------------------------------------------------------------------
-def test_an_eos_that_is_given_takes_the_place_of_the_own(word_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_eos_that_is_given_takes_the_place_of_the_own(word_tokenizer, tmp_path):
     path = save(word_tokenizer, tmp_path, eos_token="<end>")
     source = open_source(Plain(vocab=61), context_length=8, tokenizer=path, eos=(3, 5))
     assert source.eos_token_ids == (3, 5)

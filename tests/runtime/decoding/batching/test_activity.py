@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import QueueFullError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 
 
 @pytest.fixture
-def lm(fused_bundle: Bundle) -> LanguageModel:
+def lm(fused_bundle):
     return load(Path(fused_bundle.path), threads=1, max_batch=2, max_queue=1)
 
 
-def test_a_request_beyond_the_queue_is_refused_at_once_and_frees_nothing(lm: LanguageModel) -> None:
+def test_a_request_beyond_the_queue_is_refused_at_once_and_frees_nothing(lm):
     streams = [lm.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
     with pytest.raises(QueueFullError, match="3 requests are open"):
         lm.stream([1])
@@ -28,7 +27,7 @@ def test_a_request_beyond_the_queue_is_refused_at_once_and_frees_nothing(lm: Lan
 
 
 @pytest.mark.parametrize("end", ["close", "drop", "cancel"])
-def test_a_stream_that_ends_gives_its_place_back(lm: LanguageModel, end: str) -> None:
+def test_a_stream_that_ends_gives_its_place_back(lm, end):
     streams = [lm.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
     next(streams[0])
     if end == "close":
@@ -41,12 +40,12 @@ def test_a_stream_that_ends_gives_its_place_back(lm: LanguageModel, end: str) ->
     assert len(list(lm.stream([1], max_new_tokens=2))) == 2
 
 
-def test_a_batch_call_that_has_begun_is_not_cut(lm: LanguageModel) -> None:
+def test_a_batch_call_that_has_begun_is_not_cut(lm):
     assert len(lm.generate([[1, 2]] * 9, max_new_tokens=2)) == 9
     assert lm.activity.running == lm.activity.waiting == 0
 
 
-def test_the_activity_counts_what_runs_waits_and_was_done(lm: LanguageModel) -> None:
+def test_the_activity_counts_what_runs_waits_and_was_done(lm):
     before = lm.activity
     assert (before.running, before.waiting, before.requests) == (0, 0, 0)
     first, second = (lm.stream([1, 2, 3], max_new_tokens=5, reuse_prefix=True) for _ in range(2))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from ...rotary import RotaryTiny
 MakeBundle = Callable[..., Bundle]
 
 
-def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle: Bundle) -> None:
+def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle):
     engine = Engine(fused_bundle, threads=1)
     store = PrefixStore(engine.graph)
     memory = CacheMemory(engine.graph, [store], 300 * engine.graph.bytes_per_token)
@@ -42,7 +41,7 @@ def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle: Bundle
     assert memory.estimate(10**9) == memory.estimate(600)
 
 
-def test_without_a_limit_everything_fits(fused_bundle: Bundle) -> None:
+def test_without_a_limit_everything_fits(fused_bundle):
     engine = Engine(fused_bundle, threads=1)
     memory = CacheMemory(engine.graph, [PrefixStore(engine.graph)], None)
     memory.promise(engine, 10**12)
@@ -60,15 +59,13 @@ def test_without_a_limit_everything_fits(fused_bundle: Bundle) -> None:
         ("fused", {"window": 24}, 1000, 24 + 16 + 256),
     ],
 )
-def test_what_a_cache_takes(
-    graph: str, fields: dict[str, Any], tokens: int, rows: int, make_bundle: MakeBundle
-) -> None:
+def test_what_a_cache_takes(graph, fields, tokens, rows, make_bundle):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=graph == "fused")
     opened = DecoderGraph(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1, int8_kv_from=500)
     assert opened.cache_bytes(tokens) == rows * opened.bytes_per_token
 
 
-def test_the_cache_is_no_larger_than_was_estimated(make_bundle: MakeBundle) -> None:
+def test_the_cache_is_no_larger_than_was_estimated(make_bundle):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True)
     for fields in ({}, {"window": 24}, {"int8_kv": True}):
         bundle = make_bundle(tiny, "fused", shift=tiny.shift, **fields)
@@ -81,7 +78,7 @@ def test_the_cache_is_no_larger_than_was_estimated(make_bundle: MakeBundle) -> N
 
 
 @pytest.mark.parametrize("window", [None, 24])
-def test_memory_is_flat_but_for_the_cache(window: int | None, make_bundle: MakeBundle) -> None:
+def test_memory_is_flat_but_for_the_cache(window, make_bundle):
     tiny = RotaryTiny.of(16, 8192, layers=1, pairs=8, inside=True, window=window or 0)
     bundle = make_bundle(tiny, "fused", shift=tiny.shift, window=window)
     beside = {}

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.constraints.matcher import Matcher
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
@@ -33,7 +31,6 @@ from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.speculation.speculator import Speculator
 from pastkey.runtime.text.token_bytes import ExactEncoder
 
-from ...conftest import Tiny
 from .waiting import until
 
 pytest.importorskip("llguidance")
@@ -91,15 +88,13 @@ def named(moment: tuple[type, str, int, bool]) -> str:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def bundle(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> Bundle:
+def bundle(request, tiny, letters, make_bundle):
     kind = "fused" if request.param == "int8_kv" else request.param
     return make_bundle(tiny, kind, tokenizer=letters, **KINDS[request.param])
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Bundle) -> LanguageModel:
+def model(bundle):
     """Its int8 cache, where it has one, is used after a few tokens."""
     model = load(bundle.path, threads=1)
     model.require_open().graph.int8_kv_from = 8
@@ -107,7 +102,7 @@ def model(bundle: Bundle) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def expected(bundle: Bundle) -> dict[str, Completion]:
+def expected(bundle):
     """What each stream, and the call that leads, gives alone."""
     alone = load(bundle.path, threads=1)
     alone.require_open().graph.int8_kv_from = 8
@@ -163,12 +158,7 @@ def require_nothing_left(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("moment", MOMENTS, ids=named)
-def test_every_other_text_stays_as_it_is_alone(
-    model: LanguageModel,
-    expected: dict[str, Completion],
-    moment: tuple[type, str, int, bool],
-    error: type[BaseException],
-) -> None:
+def test_every_other_text_stays_as_it_is_alone(model, expected, moment, error):
     model.scheduler.exclusively(model.scheduler.store.clear)
     begun = {prompt: model.stream(prompt, **options) for prompt, options in STREAMS.items()}
     for prompt in ("abcabcab", "abababab", "abc"):
@@ -193,7 +183,7 @@ def test_every_other_text_stays_as_it_is_alone(
     require_nothing_left(model)
 
 
-def test_most_moments_come_in_each_kind_of_graph(model: LanguageModel) -> None:
+def test_most_moments_come_in_each_kind_of_graph(model):
     """Those above: what is never called raises nothing."""
     found = 0
     for moment in MOMENTS:
@@ -211,7 +201,7 @@ def test_most_moments_come_in_each_kind_of_graph(model: LanguageModel) -> None:
     assert found >= 12
 
 
-def test_the_caches_of_a_step_are_dropped_and_run_again(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_caches_of_a_step_are_dropped_and_run_again(model, monkeypatch):
     expected = model.generate("abcabcab", **STREAMS["abcabcab"])
     stream = model.stream("abcabcab", **STREAMS["abcabcab"])
     ids = [next(stream).ids[0] for _ in range(4)]
@@ -226,9 +216,7 @@ def test_the_caches_of_a_step_are_dropped_and_run_again(model: LanguageModel, mo
     require_nothing_left(model)
 
 
-def test_a_leader_that_is_interrupted_leaves_no_one_waiting(
-    model: LanguageModel, expected: dict[str, Completion]
-) -> None:
+def test_a_leader_that_is_interrupted_leaves_no_one_waiting(model, expected):
     """Threads that wait for its step lead themselves."""
     started = threading.Event()
     method = Generation.take
@@ -254,9 +242,7 @@ def test_a_leader_that_is_interrupted_leaves_no_one_waiting(
     require_nothing_left(model)
 
 
-def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(
-    model: LanguageModel, expected: dict[str, Completion]
-) -> None:
+def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expected):
     """llguidance swallows what is raised in its call, and is of no use afterwards."""
     for moment in range(3):
         stream = model.stream("abc", **STREAMS["abc"])
@@ -276,7 +262,7 @@ def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(
 
 
 # --- forks --------------------------------------------------------------------------------------------------------
-def test_a_fork_waits_for_the_step_that_runs(model: LanguageModel, expected: dict[str, Completion]) -> None:
+def test_a_fork_waits_for_the_step_that_runs(model, expected):
     scheduler, held, order = model.scheduler, threading.Event(), list[str]()
 
     def step() -> None:
@@ -301,7 +287,7 @@ def test_a_fork_waits_for_the_step_that_runs(model: LanguageModel, expected: dic
     require_nothing_left(model)
 
 
-def test_a_child_goes_on_with_the_model(model: LanguageModel, expected: dict[str, Completion]) -> None:
+def test_a_child_goes_on_with_the_model(model, expected):
     """The hooks alone, in this process: threads that waited are not there."""
     scheduler = model.scheduler
     with others_waiting(model, []):
@@ -314,7 +300,7 @@ def test_a_child_goes_on_with_the_model(model: LanguageModel, expected: dict[str
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_forks_while_a_thread_generates(model: LanguageModel, expected: dict[str, Completion]) -> None:
+def test_a_process_that_forks_while_a_thread_generates(model, expected):
     with ThreadPoolExecutor(1) as pool:
         end = threading.Event()
 
@@ -339,7 +325,7 @@ def test_a_process_that_forks_while_a_thread_generates(model: LanguageModel, exp
     require_nothing_left(model)
 
 
-def test_a_step_s_own_callback_may_fork(model: LanguageModel, expected: dict[str, Completion]) -> None:
+def test_a_step_s_own_callback_may_fork(model, expected):
     def forks(ids: Any, logits: Any) -> Any:
         Scheduler.before_fork(model.scheduler)
         Scheduler.after_fork(model.scheduler, child=False)

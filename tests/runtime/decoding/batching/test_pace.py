@@ -10,7 +10,7 @@ class Row:
     tokens_per_step: float
 
 
-def test_turns_pay_where_drafts_bring_more_than_the_other_rows() -> None:
+def test_turns_pay_where_drafts_bring_more_than_the_other_rows():
     pace = Pace()
     assert not pace.turns_pay([Row(4), Row(4)])  # nothing was timed
     pace.note(2, 0.010)
@@ -23,7 +23,7 @@ def test_turns_pay_where_drafts_bring_more_than_the_other_rows() -> None:
     assert not pace.turns_pay([Row(4)] * 8)
 
 
-def test_what_a_draft_costs_is_timed() -> None:
+def test_what_a_draft_costs_is_timed():
     pace = Pace()
     pace.note(1, 0.009)
     pace.note(2, 0.010)

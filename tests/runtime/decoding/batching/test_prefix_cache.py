@@ -5,15 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine, load
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 
-from ...conftest import Tiny
-
 
 @pytest.fixture
-def engine(bundle: Bundle) -> Engine:
+def engine(bundle):
     return Engine(bundle, threads=1)
 
 
@@ -28,7 +25,7 @@ def filled(engine: Engine, ids: list[int], *, decoded: int = 0) -> Engine:
 A, B = [1] * 20 + list(range(2, 30)), [1] * 20 + list(range(30, 2, -1))
 
 
-def test_the_nearest_is_taken_and_the_rest_equals_a_fresh_prefill(engine: Engine, tiny: Tiny) -> None:
+def test_the_nearest_is_taken_and_the_rest_equals_a_fresh_prefill(engine, tiny):
     store = PrefixStore(engine.graph)
     for ids in (A, B, [5, 6, 7]):
         store.put(filled(engine, ids))
@@ -39,7 +36,7 @@ def test_the_nearest_is_taken_and_the_rest_equals_a_fresh_prefill(engine: Engine
         np.testing.assert_allclose(found.prefill(prompt[cached:]), tiny(prompt)[-1], atol=1e-4)
 
 
-def test_one_that_is_shared_in_part_stays_for_others(engine: Engine) -> None:
+def test_one_that_is_shared_in_part_stays_for_others(engine):
     store = PrefixStore(engine.graph)
     store.put(filled(engine, A))
     one, other = store.take([*A[:20], 3, 3])[0], store.take([*A[:20], 4, 4])[0]
@@ -49,7 +46,7 @@ def test_one_that_is_shared_in_part_stays_for_others(engine: Engine) -> None:
     assert len(store) == 0
 
 
-def test_a_longer_text_takes_the_place_of_its_beginning(engine: Engine) -> None:
+def test_a_longer_text_takes_the_place_of_its_beginning(engine):
     store = PrefixStore(engine.graph)
     store.put(filled(engine, A[:30]))
     store.put(filled(engine, A))
@@ -57,7 +54,7 @@ def test_a_longer_text_takes_the_place_of_its_beginning(engine: Engine) -> None:
     assert len(store) == 2
 
 
-def test_the_least_recently_used_goes_first(engine: Engine) -> None:
+def test_the_least_recently_used_goes_first(engine):
     size = filled(engine, A).nbytes
     store = PrefixStore(engine.graph, 2 * size)
     other = [7] * 48
@@ -77,7 +74,7 @@ def test_the_least_recently_used_goes_first(engine: Engine) -> None:
     assert len(small) == 0
 
 
-def test_of_calls_that_keep_nothing_the_last_stays(engine: Engine) -> None:
+def test_of_calls_that_keep_nothing_the_last_stays(engine):
     store = PrefixStore(engine.graph)
     store.put(filled(engine, A), reuse=False)
     last = filled(engine, B)
@@ -87,7 +84,7 @@ def test_of_calls_that_keep_nothing_the_last_stays(engine: Engine) -> None:
     assert last.length == 0
 
 
-def test_what_was_decoded_is_left_out_where_exactness_is_asked_for(engine: Engine) -> None:
+def test_what_was_decoded_is_left_out_where_exactness_is_asked_for(engine):
     store = PrefixStore(engine.graph)
     store.put(filled(engine, A, decoded=18))
     assert store.take([*A, 1, 2], exact=True)[1] == 30
@@ -95,7 +92,7 @@ def test_what_was_decoded_is_left_out_where_exactness_is_asked_for(engine: Engin
 
 
 # --- by way of a model --------------------------------------------------------------------------------------------
-def test_requests_in_between_evict_no_conversation(speaking_bundle: Bundle) -> None:
+def test_requests_in_between_evict_no_conversation(speaking_bundle):
     model = load(speaking_bundle.path, threads=1)
     text = "once upon a time"
     for number in range(4):

@@ -6,22 +6,18 @@ import gc
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import NumericsError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 
-from ...conftest import TEMPLATE, Tiny, runs_of
+from ...conftest import TEMPLATE, runs_of
 from ...soak import Soak
 from .waiting import until
 
@@ -29,9 +25,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1,
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static", "int8_kv"])
-def any_bundle(
-    request: pytest.FixtureRequest, tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> Bundle:
+def any_bundle(request, tiny, letters, make_bundle):
     """With each way that a cache can be."""
     kind, fields = request.param, {}
     if kind == "static":
@@ -42,32 +36,30 @@ def any_bundle(
 
 
 @pytest.fixture
-def model(talking: Path) -> LanguageModel:
+def model(talking):
     return load(talking, threads=1)
 
 
 @pytest.fixture(scope="module")
-def fresh(talking: Path) -> LanguageModel:
+def fresh(talking):
     """Another model of the same weights, for what an answer should be."""
     return load(talking, threads=1)
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
+def pool():
     with ThreadPoolExecutor(16) as executor:
         yield executor
 
 
-def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle: Bundle, tmp_path: Path) -> None:
+def test_sixteen_threads_get_the_texts_of_calls_alone(any_bundle, tmp_path):
     model, alone = load(any_bundle.path, threads=1), load(any_bundle.path, threads=1)
     soaked = Soak(model, alone, tmp_path).run(2.0, watched=False)
     assert soaked.done.total() > 20
     assert bool(model.scheduler.batched) is (any_bundle.manifest.graph == "fused")
 
 
-def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
-    talking: Path, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(talking, fresh, monkeypatch):
     model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab", "cde", "ga", "fb"]
     shapes = runs_of(model.require_open().graph, monkeypatch)
     streams = [model.stream(prompt, **SETTINGS) for prompt in prompts]
@@ -79,9 +71,7 @@ def test_more_requests_than_a_batch_takes_get_the_texts_of_calls_alone(
     assert max(rows for rows, _ in shapes) == 3
 
 
-def test_streams_that_one_thread_reads_in_turn_are_decoded_together(
-    any_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_that_one_thread_reads_in_turn_are_decoded_together(any_bundle, monkeypatch):
     model, alone = load(any_bundle.path, threads=1), load(any_bundle.path, threads=1)
     prompts = ["a", "bcd" * 30, "efg"]
     expected = [alone.generate(prompt, **SETTINGS) for prompt in prompts]
@@ -98,9 +88,7 @@ def test_streams_that_one_thread_reads_in_turn_are_decoded_together(
         assert [rows for rows, _ in shapes].count(3) >= 20
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_bound(
-    model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_bound(model, fresh, monkeypatch):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
     next(read)
@@ -114,7 +102,7 @@ def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_b
     assert ids == fresh.generate("abc", **SETTINGS).ids[1:]
 
 
-def test_a_stream_that_was_only_made_takes_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_was_only_made_takes_nothing(model, monkeypatch):
     shapes = runs_of(model.require_open().graph, monkeypatch)
     made = model.stream("world", **SETTINGS)
     assert model.scheduler.live == 0
@@ -124,7 +112,7 @@ def test_a_stream_that_was_only_made_takes_nothing(model: LanguageModel, monkeyp
     assert (made.completion.ids, made.completion.finish_reason) == ([], "cancelled")
 
 
-def test_a_long_prompt_does_not_hold_the_others_up(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_does_not_hold_the_others_up(model, monkeypatch):
     stream = model.stream("abc", **SETTINGS | {"max_new_tokens": 60})
     next(stream)
     shapes = runs_of(model.require_open().graph, monkeypatch)
@@ -139,9 +127,7 @@ def test_a_long_prompt_does_not_hold_the_others_up(model: LanguageModel, monkeyp
     assert sum(chunks) == 500
 
 
-def test_a_late_comer_gets_its_first_token_within_three_steps(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_late_comer_gets_its_first_token_within_three_steps(model, monkeypatch):
     streams = [model.stream(prompt, **SETTINGS) for prompt in ("a", "bc", "def")]
     for _ in range(3):
         for stream in streams:
@@ -151,9 +137,7 @@ def test_a_late_comer_gets_its_first_token_within_three_steps(
     assert len(shapes) <= 3
 
 
-def test_an_error_belongs_to_its_own_generation(
-    tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]
-) -> None:
+def test_an_error_belongs_to_its_own_generation(tiny, letters, make_bundle):
     """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
     weights = dict(tiny.weights)
     weights["position"] = weights["position"].copy()
@@ -174,7 +158,7 @@ def test_an_error_belongs_to_its_own_generation(
     assert found == expected
 
 
-def test_a_stream_that_is_collected_leaves(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_is_collected_leaves(model, monkeypatch):
     circle: list[Any] = [model.stream("abc", **SETTINGS)]
     other = model.stream("de", **SETTINGS)
     next(circle[0])
@@ -189,9 +173,7 @@ def test_a_stream_that_is_collected_leaves(model: LanguageModel, monkeypatch: py
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
-def test_an_interrupt_at_any_moment_leaves_the_others_and_the_model_as_they_were(
-    model: LanguageModel, fresh: LanguageModel, pool: ThreadPoolExecutor
-) -> None:
+def test_an_interrupt_at_any_moment_leaves_the_others_and_the_model_as_they_were(model, fresh, pool):
     main = threading.main_thread().ident
     assert main is not None
     expected = {prompt: fresh.generate(prompt, **SETTINGS).ids for prompt in ("abc", "de", "f")}
@@ -220,9 +202,7 @@ def test_an_interrupt_at_any_moment_leaves_the_others_and_the_model_as_they_were
     assert interrupted == 40
 
 
-def test_eight_threads_hold_a_conversation_each(
-    model: LanguageModel, fresh: LanguageModel, pool: ThreadPoolExecutor
-) -> None:
+def test_eight_threads_hold_a_conversation_each(model, fresh, pool):
     barrier = threading.Barrier(8)
 
     def converse(lm: LanguageModel, place: int) -> list[dict[str, str]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import ANY
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine, LanguageModel, load
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
 from pastkey.runtime.sampling.random_stream import continuation_seed
@@ -25,7 +23,7 @@ def alone(model: LanguageModel, number: int, prompt: str = PROMPT) -> list[int]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
-def test_each_is_the_text_of_its_seed(model: LanguageModel, n: int) -> None:
+def test_each_is_the_text_of_its_seed(model, n):
     found = model.generate(PROMPT, n=n, **DRAWN)
     assert [completion.ids for completion in found] == [alone(model, number) for number in range(n)]
     assert found[0].ids == model.generate(PROMPT, **DRAWN).ids
@@ -37,13 +35,13 @@ def test_each_is_the_text_of_its_seed(model: LanguageModel, n: int) -> None:
     assert model.scheduler.live == 0
 
 
-def test_the_prompt_is_computed_once(lm: LanguageModel) -> None:
+def test_the_prompt_is_computed_once(lm):
     found = lm.generate(PROMPT, n=6, prompt_lookup=False, **DRAWN)
     assert [completion.cached_tokens for completion in found] == [0] + [22] * 5
 
 
 @pytest.mark.parametrize("reuse", [False, True])
-def test_prompts_that_begin_alike_share_it(model: LanguageModel, reuse: bool) -> None:
+def test_prompts_that_begin_alike_share_it(model, reuse):
     beginning = "abcdefgh" * 10
     prompts = [beginning + end for end in ("", "xyz", "x.y", " ")] + ["zyx" * 20, "zyx" * 21, "ab", "ab"]
     alone = [model.generate(prompt, **DRAWN) for prompt in prompts]
@@ -58,7 +56,7 @@ def test_prompts_that_begin_alike_share_it(model: LanguageModel, reuse: bool) ->
     assert model.scheduler.live == 0
 
 
-def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bundle]) -> None:
+def test_a_window_that_has_left_the_prompt_behind(make_bundle):
     """The second continuation begins when the first has ended."""
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
     lm = load(make_bundle(tiny, "fused", shift=tiny.shift, window=24).path, threads=1, max_batch=1)
@@ -72,7 +70,7 @@ def test_a_window_that_has_left_the_prompt_behind(make_bundle: Callable[..., Bun
 
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def engines(monkeypatch):
     """The bytes of all caches, of engines made from now on."""
     made: weakref.WeakSet[Engine] = weakref.WeakSet()
     begin = Engine._begin
@@ -86,9 +84,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 @pytest.mark.parametrize("caches", [1, 2, 3, 6])
-def test_the_copies_keep_the_memory_limit(
-    caches: int, make_bundle: Callable[..., Bundle], engines: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copies_keep_the_memory_limit(caches, make_bundle, engines, monkeypatch):
     """A cache of 256 tokens has no row to spare. Where no copy fits, a prompt takes the cache of one before it."""
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True)
     bundle = make_bundle(tiny, "fused", shift=tiny.shift)
@@ -114,9 +110,7 @@ def test_the_copies_keep_the_memory_limit(
     assert [completion.cached_tokens for completion in found][1:] == ([240] * 4 if caches in (1, 6) else ANY)
 
 
-def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(
-    lm: LanguageModel, engines: Callable[[], int]
-) -> None:
+def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(lm, engines):
     streams = lm.stream_many([PROMPT], n=4, prompt_lookup=False, **DRAWN)
     first, second, third, fourth = streams._streams
     next(first), next(second)
@@ -128,7 +122,7 @@ def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(
     assert next(second).ids == alone(lm, 1)[1:2]
 
 
-def test_several_prompts_and_streams(lm: LanguageModel) -> None:
+def test_several_prompts_and_streams(lm):
     told: list[tuple[int, int]] = []
     found = lm.generate([PROMPT, "ab"], lambda *done: told.append(done), n=3, **DRAWN)
     expected = [alone(lm, number, prompt) for prompt in (PROMPT, "ab") for number in range(3)]
@@ -140,7 +134,7 @@ def test_several_prompts_and_streams(lm: LanguageModel) -> None:
     assert ids == expected
 
 
-def test_where_the_first_has_ended_the_others_compute_their_own(lm: LanguageModel) -> None:
+def test_where_the_first_has_ended_the_others_compute_their_own(lm):
     streams = lm.stream_many([PROMPT], n=3, **DRAWN)
     first, second, third = streams._streams
     next(first)
@@ -150,7 +144,7 @@ def test_where_the_first_has_ended_the_others_compute_their_own(lm: LanguageMode
     assert [chunk.ids[0] for chunk in third if chunk.ids] == alone(lm, 2)
 
 
-def test_without_a_seed_each_call_draws_afresh_and_greedy_ones_are_equal(lm: LanguageModel) -> None:
+def test_without_a_seed_each_call_draws_afresh_and_greedy_ones_are_equal(lm):
     settings = {**DRAWN, "seed": None}
     one, other = (lm.generate(PROMPT, n=4, **settings) for _ in range(2))
     assert [completion.ids for completion in one] != [completion.ids for completion in other]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry
+from pastkey.contract.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
@@ -17,14 +16,12 @@ from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.engine import Engine
 
-from ...conftest import Tiny
-
 FIXED = dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True)
 IDS = np.random.default_rng(0).integers(0, 37, 200)
 
 
 @pytest.fixture
-def fixed(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def fixed(standard_bundle, monkeypatch):
     """The processor in the place of a provider that prefers fixed shapes."""
     with monkeypatch.context() as patch:
         patch.setitem(PROVIDERS, "cpu", FIXED)
@@ -34,15 +31,13 @@ def fixed(standard_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @pytest.fixture
-def plain(standard_bundle: Bundle) -> Engine:
+def plain(standard_bundle):
     engine = Engine(standard_bundle, threads=1, graph="all_logits")
     assert isinstance(engine.cache.float32, KVCache)
     return engine
 
 
-def test_prefill_and_decode_beyond_a_growth_equal_those_of_the_concatenating_cache(
-    fixed: Engine, plain: Engine
-) -> None:
+def test_prefill_and_decode_beyond_a_growth_equal_those_of_the_concatenating_cache(fixed, plain):
     for engine in (fixed, plain):
         engine.prefill(IDS[:100], chunk_size=40)
     shapes = set()
@@ -54,14 +49,14 @@ def test_prefill_and_decode_beyond_a_growth_equal_those_of_the_concatenating_cac
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_after_a_trim_stale_rows_are_holes(fixed: Engine, tiny: Tiny) -> None:
+def test_after_a_trim_stale_rows_are_holes(fixed, tiny):
     fixed.prefill(IDS[:30])
     fixed.trim(10)
     found = fixed.prefill(IDS[50:55])
     np.testing.assert_allclose(found, tiny([*IDS[:10], *IDS[50:55]])[-1], atol=1e-4)
 
 
-def test_after_a_reset_another_number_of_rows_fits(fixed: Engine, tiny: Tiny) -> None:
+def test_after_a_reset_another_number_of_rows_fits(fixed, tiny):
     fixed.prefill(IDS[:30])
     fixed.reset()
     found = fixed.forward(IDS[:6].reshape(2, 3))
@@ -70,7 +65,7 @@ def test_after_a_reset_another_number_of_rows_fits(fixed: Engine, tiny: Tiny) ->
         fixed.decode(1)
 
 
-def test_rows_with_padding_equal_each_row_alone(fixed: Engine, tiny: Tiny) -> None:
+def test_rows_with_padding_equal_each_row_alone(fixed, tiny):
     mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]])
     fixed.forward(np.where(mask, IDS[:8].reshape(2, 4), 0), mask)
     found = fixed.forward([[1], [2]])
@@ -78,7 +73,7 @@ def test_rows_with_padding_equal_each_row_alone(fixed: Engine, tiny: Tiny) -> No
     np.testing.assert_allclose(found[1, -1], tiny([*IDS[5:7], 2])[-1], atol=1e-4)
 
 
-def test_an_exception_within_a_run_drops_the_cache(fixed: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_within_a_run_drops_the_cache(fixed, tiny, monkeypatch):
     fixed.prefill(IDS[:10])
     with monkeypatch.context() as patch:
         patch.setattr(fixed.graph, "check_finite", interrupted)
@@ -92,9 +87,7 @@ def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_last_rows_of_the_context_are_used(
-    make_bundle: Callable[..., Bundle], tiny_odd: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_rows_of_the_context_are_used(make_bundle, tiny_odd, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "cpu", FIXED)
     engine = Engine(make_bundle(tiny_odd, "standard"), threads=1)
     ids = IDS[: tiny_odd.context_length]
@@ -104,14 +97,12 @@ def test_the_last_rows_of_the_context_are_used(
 
 
 @pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}, {"graph": "fused"}])
-def test_where_a_hole_is_no_padding_the_cache_concatenates(
-    fields: dict[str, Any], standard_bundle: Bundle, fixed: Engine
-) -> None:
+def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, standard_bundle, fixed):
     manifest = dataclasses.replace(standard_bundle.manifest, **fields)
     assert isinstance(CachePair(fixed.onnx, manifest, fixed.graph.cache_form, provider=FIXED).float32, KVCache)
 
 
-def test_fixed_rows_say_what_they_cannot() -> None:
+def test_fixed_rows_say_what_they_cannot():
     rows = FixedRows([KVGeometry(2, 4, 6)], context_length=300)
     with pytest.raises(InputError, match="holds 0 tokens and cannot be trimmed to 1"):
         rows.trim(1)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
-
-from ...conftest import Tiny
 
 IDS = np.random.default_rng(0).integers(0, 37, 80)
 
@@ -25,18 +23,18 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: Tiny, make_bundle: Callable[..., Bundle]) -> Bundle:
+def bundle(tiny, make_bundle):
     return make_bundle(tiny, "fused", int8_kv=True)
 
 
 @pytest.fixture
-def engine(bundle: Bundle) -> Engine:
+def engine(bundle):
     """Every token that is decoded goes through the int8 cache."""
     return Engine(bundle, threads=1, int8_kv_from=1)
 
 
 @pytest.fixture
-def exact(bundle: Bundle) -> Engine:
+def exact(bundle):
     return Engine(bundle, threads=1, int8_kv_from=None)
 
 
@@ -57,13 +55,13 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert 0 < difference < 0.05
 
 
-def test_decoding_goes_through_the_int8_cache_from_a_length_on(bundle: Bundle, exact: Engine) -> None:
+def test_decoding_goes_through_the_int8_cache_from_a_length_on(bundle, exact):
     found, expected = decoded(Engine(bundle, threads=1, int8_kv_from=30)), decoded(exact)
     np.testing.assert_array_equal(found[:10], expected[:10])  # tokens 20 to 29
     assert_close(found[10:], expected[10:])
 
 
-def test_a_row_is_rounded_once_to_the_nearest_step_of_its_channel(engine: Engine, exact: Engine) -> None:
+def test_a_row_is_rounded_once_to_the_nearest_step_of_its_channel(engine, exact):
     for either in (engine, exact):
         either.prefill(IDS[:20])
     engine.decode(int(IDS[20]))
@@ -75,7 +73,7 @@ def test_a_row_is_rounded_once_to_the_nearest_step_of_its_channel(engine: Engine
         np.testing.assert_array_equal(stored[:, :, :20], expected)
 
 
-def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine: Engine, exact: Engine) -> None:
+def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine, exact):
     """Several tokens at once go through the float32 cache, which gets the rows that only the other one had."""
     engine.prefill(IDS[:20])
     for token in IDS[20:40].tolist():
@@ -88,13 +86,13 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine: Engine, 
     assert lengths(engine) == (81, 80, 81)
 
 
-def test_a_prefill_of_a_few_tokens_stays_with_the_int8_cache(engine: Engine) -> None:
+def test_a_prefill_of_a_few_tokens_stays_with_the_int8_cache(engine):
     decoded(engine)
     engine.prefill([1, 2, 3])
     assert lengths(engine) == (83, 20, 83)
 
 
-def test_keys_and_values_of_every_token_can_be_seen(engine: Engine, exact: Engine) -> None:
+def test_keys_and_values_of_every_token_can_be_seen(engine, exact):
     decoded(engine)
     decoded(exact)
     for found, expected in zip(engine.cache.rows(80)[2:], exact.cache.rows(80)[2:], strict=True):
@@ -103,7 +101,7 @@ def test_keys_and_values_of_every_token_can_be_seen(engine: Engine, exact: Engin
         np.testing.assert_allclose(found, expected, atol=0.1)
 
 
-def test_the_second_graph_is_found_from_another_folder(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_graph_is_found_from_another_folder(bundle, monkeypatch):
     monkeypatch.chdir(bundle.path.parent)
     engine = Engine(open_bundle(bundle.path.name), threads=1, int8_kv_from=1)
     monkeypatch.chdir(bundle.path)
@@ -112,7 +110,7 @@ def test_the_second_graph_is_found_from_another_folder(bundle: Bundle, monkeypat
 
 
 @pytest.mark.parametrize("length", [-1, 81])
-def test_an_impossible_length_is_refused_and_changes_nothing(engine: Engine, length: int) -> None:
+def test_an_impossible_length_is_refused_and_changes_nothing(engine, length):
     decoded(engine)
     with pytest.raises(InputError, match="holds 80 tokens and cannot be trimmed"):
         engine.trim(length)
@@ -120,7 +118,7 @@ def test_an_impossible_length_is_refused_and_changes_nothing(engine: Engine, len
 
 
 @pytest.mark.parametrize("length", [10, 30])
-def test_trimming_forgets_in_both_caches(engine: Engine, tiny: Tiny, length: int) -> None:
+def test_trimming_forgets_in_both_caches(engine, tiny, length):
     decoded(engine)
     engine.trim(length)
     assert lengths(engine) == (length, min(length, 20), length)
@@ -130,14 +128,14 @@ def test_trimming_forgets_in_both_caches(engine: Engine, tiny: Tiny, length: int
     assert_close(logits, tiny(other)[-1])
 
 
-def test_after_a_reset_all_is_as_at_first(engine: Engine) -> None:
+def test_after_a_reset_all_is_as_at_first(engine):
     before = decoded(engine)
     engine.reset()
     assert lengths(engine) == (0, 0, 0)
     np.testing.assert_array_equal(decoded(engine), before)
 
 
-def test_keeping_a_prefix_keeps_it_in_int8(engine: Engine, tiny: Tiny) -> None:
+def test_keeping_a_prefix_keeps_it_in_int8(engine, tiny):
     decoded(engine)
     assert engine.keep_prefix([*IDS[:50].tolist(), 1, 2]) == 50
     assert lengths(engine) == (50, 20, 50)
@@ -146,9 +144,7 @@ def test_keeping_a_prefix_keeps_it_in_int8(engine: Engine, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("step", ["reserve", "advance", "trim"])
 @pytest.mark.parametrize("which", ["float32", "int8"])
-def test_an_interrupt_in_either_cache_leaves_the_next_answer_right(
-    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, which: str, step: str
-) -> None:
+def test_an_interrupt_in_either_cache_leaves_the_next_answer_right(engine, tiny, monkeypatch, which, step):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -167,7 +163,7 @@ def test_an_interrupt_in_either_cache_leaves_the_next_answer_right(
     np.testing.assert_allclose(engine.prefill(ids), tiny(ids)[-1], atol=1e-4)
 
 
-def test_several_rows_keep_the_float32_cache(engine: Engine, exact: Engine) -> None:
+def test_several_rows_keep_the_float32_cache(engine, exact):
     for either in (engine, exact):
         either.forward(IDS[:40].reshape(2, 20))
     np.testing.assert_array_equal(engine.forward(IDS[40:42, None]), exact.forward(IDS[40:42, None]))
@@ -176,14 +172,12 @@ def test_several_rows_keep_the_float32_cache(engine: Engine, exact: Engine) -> N
     assert engine.cache.int8 is None
 
 
-def test_the_graph_of_all_logits_keeps_the_float32_cache(bundle: Bundle) -> None:
+def test_the_graph_of_all_logits_keeps_the_float32_cache(bundle):
     engine = Engine(bundle, graph="all_logits", threads=1, int8_kv_from=1)
     decoded(engine)
     assert engine.cache.int8 is None
 
 
-def test_an_older_onnxruntime_decodes_without_it(
-    bundle: Bundle, exact: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_onnxruntime_decodes_without_it(bundle, exact, monkeypatch):
     monkeypatch.setattr(int8_kv, "MIN_ONNXRUNTIME", "999.0.0")
     np.testing.assert_array_equal(decoded(Engine(bundle, threads=1, int8_kv_from=1)), decoded(exact))

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP
 from pastkey.runtime.engine.engine import Engine
@@ -25,11 +23,11 @@ def expected_keys_and_values(tiny: Tiny, ids: list[int]) -> tuple[np.ndarray, np
 
 
 @pytest.fixture
-def session(bundle: Bundle) -> Engine:
+def session(bundle):
     return Engine(bundle, threads=1)
 
 
-def test_rows_are_the_keys_and_values_of_the_tokens(session: Engine, tiny: Tiny) -> None:
+def test_rows_are_the_keys_and_values_of_the_tokens(session, tiny):
     session.prefill([3, 1, 4])
     session.decode(1)
     keys, values, later, _ = session.cache.rows(4)
@@ -39,7 +37,7 @@ def test_rows_are_the_keys_and_values_of_the_tokens(session: Engine, tiny: Tiny)
     assert later.shape == (1, 2, 4, 16)
 
 
-def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) -> None:
+def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle):
     session = Engine(fused_bundle, threads=1)
     assert session.cache.float32.capacity == session.cache.float32.nbytes == 0
     capacities = []
@@ -52,7 +50,7 @@ def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle: Bundle) 
     assert session.cache.float32.nbytes == 600 * ROW_BYTES
 
 
-def test_the_concatenating_form_holds_what_there_is(standard_bundle: Bundle) -> None:
+def test_the_concatenating_form_holds_what_there_is(standard_bundle):
     session = Engine(standard_bundle, threads=1)
     session.prefill([1, 2, 3])
     assert session.cache.float32.nbytes == 3 * ROW_BYTES
@@ -64,14 +62,14 @@ def test_the_concatenating_form_holds_what_there_is(standard_bundle: Bundle) -> 
     assert session.cache.float32.nbytes == 0
 
 
-def test_rows_count(session: Engine) -> None:
+def test_rows_count(session):
     session.forward([[1], [2], [3]])
     assert session.cache.float32.batch == 3
     assert session.cache.float32.nbytes == 3 * session.cache.float32.capacity * ROW_BYTES
 
 
 @pytest.mark.parametrize("length", [-1, 4, 1.5])
-def test_trim_to_what_is_not_there_is_refused(session: Engine, length: Any) -> None:
+def test_trim_to_what_is_not_there_is_refused(session, length):
     session.prefill([1, 2, 3])
     with pytest.raises(InputError, match=r"holds 3 tokens|length is 1\.5; it must be a whole number"):
         session.trim(length)
@@ -79,7 +77,7 @@ def test_trim_to_what_is_not_there_is_refused(session: Engine, length: Any) -> N
     assert session.length == 3
 
 
-def test_the_cache_is_dropped_before_its_session(bundle: Bundle) -> None:
+def test_the_cache_is_dropped_before_its_session(bundle):
     """On WebGPU, the other order is a segmentation fault."""
     engine = Engine(bundle, threads=1)
     engine.prefill([1, 2, 3])
@@ -95,7 +93,7 @@ def test_the_cache_is_dropped_before_its_session(bundle: Bundle) -> None:
     assert dropped[-1] == "session"
 
 
-def test_trim_to_nothing_allows_another_batch(session: Engine, tiny: Tiny) -> None:
+def test_trim_to_nothing_allows_another_batch(session, tiny):
     session.prefill([1, 2, 3])
     session.trim(0)
     logits = session.forward([[5], [6]])

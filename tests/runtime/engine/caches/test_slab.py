@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.slab import Slab
 
-from ...conftest import Tiny
-
 
 @pytest.fixture
-def engine(fused_bundle: Bundle) -> Engine:
+def engine(fused_bundle):
     return Engine(fused_bundle, threads=1)
 
 
@@ -26,7 +23,7 @@ def begun(engine: Engine, ids: list[int]) -> Engine:
     return made
 
 
-def test_rows_of_any_length_give_the_logits_of_each_alone(engine: Engine, tiny: Tiny) -> None:
+def test_rows_of_any_length_give_the_logits_of_each_alone(engine, tiny):
     slab, texts = Slab(engine.graph, 16), [[3, 4], [5] * 130, list(range(30))]
     engines = [begun(engine, ids) for ids in texts]
     for token in range(140):
@@ -40,7 +37,7 @@ def test_rows_of_any_length_give_the_logits_of_each_alone(engine: Engine, tiny: 
     assert [made.exact_length for made in engines] == [2, 130, 30]
 
 
-def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine: Engine, tiny: Tiny) -> None:
+def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine, tiny):
     rng, slab = random.Random(0), Slab(engine.graph, 6)
     rows: dict[Engine, list[int]] = {}
     for _ in range(400):
@@ -81,9 +78,7 @@ def test_whoever_comes_goes_or_runs_alone_the_rows_are_right(engine: Engine, tin
 
 
 @pytest.mark.parametrize("step", ["run", "place", "_make_room", "_bind"])
-def test_an_exception_drops_the_caches_of_all(
-    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
+def test_an_exception_drops_the_caches_of_all(engine, tiny, monkeypatch, step):
     slab, engines = Slab(engine.graph, 4), [begun(engine, [1, 2, 3]), begun(engine, [4, 5])]
     slab.decode(engines, [6, 7])
     engines.append(begun(engine, [8, 9]))
@@ -105,7 +100,7 @@ def test_an_exception_drops_the_caches_of_all(
     np.testing.assert_allclose(second, tiny([4, 5, 7, 9])[-1], atol=1e-4)
 
 
-def test_a_row_that_leaves_makes_room(engine: Engine) -> None:
+def test_a_row_that_leaves_makes_room(engine):
     slab, engines = Slab(engine.graph, 2), [begun(engine, [1, 2]) for _ in range(3)]
     slab.decode(engines[:2], [3, 4])
     slab.remove(engines[0])

@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
+from pastkey.contract.bundle import StaticShape, open_bundle
 from pastkey.errors import InputError, IntegrityError
 from pastkey.files.durable import write_json
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs, visible_columns
 from pastkey.runtime.engine.engine import Engine
-
-from ...conftest import Tiny
 
 IDS = np.random.default_rng(0).integers(0, 37, 60)
 CHUNK = 4
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> Bundle:
+def bundle(tiny, letters, make_bundle):
     return make_bundle(tiny, "static", chunk=CHUNK, tokenizer=letters)
 
 
 @pytest.fixture
-def engine(bundle: Bundle) -> Engine:
+def engine(bundle):
     return Engine(bundle, threads=1)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 11])
-def test_prefill_and_decode_equal_the_uncached_run(engine: Engine, tiny: Tiny, length: int) -> None:
+def test_prefill_and_decode_equal_the_uncached_run(engine, tiny, length):
     np.testing.assert_allclose(engine.prefill(IDS[:length]), tiny(IDS[:length])[-1], atol=1e-4)
     for end in range(length + 1, length + 6):
         np.testing.assert_allclose(engine.decode(int(IDS[end - 1])), tiny(IDS[:end])[-1], atol=1e-4)
     assert engine.length == length + 5
 
 
-def test_all_logits_are_those_of_every_token(bundle: Bundle, tiny: Tiny) -> None:
+def test_all_logits_are_those_of_every_token(bundle, tiny):
     engine = Engine(bundle, threads=1, graph="all_logits")
     engine.forward(IDS[None, :5])
     np.testing.assert_allclose(engine.forward(IDS[None, 5:15])[0], tiny(IDS[:15])[5:], atol=1e-4)
 
 
-def test_rows_behind_a_trim_are_holes(engine: Engine, tiny: Tiny) -> None:
+def test_rows_behind_a_trim_are_holes(engine, tiny):
     engine.prefill(IDS[:30])
     assert engine.keep_prefix([*IDS[:10].tolist(), 36, 36]) == 10
     np.testing.assert_allclose(engine.prefill(IDS[40:43]), tiny([*IDS[:10], *IDS[40:43]])[-1], atol=1e-4)
@@ -56,7 +51,7 @@ def test_rows_behind_a_trim_are_holes(engine: Engine, tiny: Tiny) -> None:
     np.testing.assert_allclose(engine.prefill(IDS[:2]), tiny(IDS[:2])[-1], atol=1e-4)
 
 
-def test_the_context_can_be_filled_and_no_further(make_bundle: Callable[..., Bundle], tiny_odd: Tiny) -> None:
+def test_the_context_can_be_filled_and_no_further(make_bundle, tiny_odd):
     engine = Engine(make_bundle(tiny_odd, "static", chunk=7), threads=1)
     ids = IDS[: tiny_odd.context_length]
     engine.prefill(ids[:-1])  # its last run is filled up beyond the context
@@ -65,12 +60,12 @@ def test_the_context_can_be_filled_and_no_further(make_bundle: Callable[..., Bun
         engine.decode(1)
 
 
-def test_a_chunk_of_one_token_is_one_graph(make_bundle: Callable[..., Bundle], tiny_odd: Tiny) -> None:
+def test_a_chunk_of_one_token_is_one_graph(make_bundle, tiny_odd):
     engine = Engine(make_bundle(tiny_odd, "static", chunk=1), threads=1)
     np.testing.assert_allclose(engine.prefill(IDS[:9]), tiny_odd(IDS[:9])[-1], atol=1e-4)
 
 
-def test_it_takes_one_row_without_padding(engine: Engine) -> None:
+def test_it_takes_one_row_without_padding(engine):
     with pytest.raises(InputError, match="one row at a time and 2 were given: give each row alone"):
         engine.forward(IDS[:6].reshape(2, 3))
     with pytest.raises(InputError, match="takes no padding: give each row alone"):
@@ -78,9 +73,7 @@ def test_it_takes_one_row_without_padding(engine: Engine) -> None:
     assert engine.length == 0
 
 
-def test_an_exception_within_a_prefill_drops_the_cache(
-    engine: Engine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_within_a_prefill_drops_the_cache(engine, tiny, monkeypatch):
     engine.prefill(IDS[:10])
     assert isinstance(engine.cache, StaticGraphs)
     run, runs = engine.cache._prefill.run, []
@@ -99,7 +92,7 @@ def test_an_exception_within_a_prefill_drops_the_cache(
     np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
 
 
-def test_rows_and_nbytes(engine: Engine, tiny: Tiny) -> None:
+def test_rows_and_nbytes(engine, tiny):
     assert engine.cache.nbytes == 0
     engine.prefill(IDS[:5])
     x = tiny.weights["embedding"][IDS[:5]] + tiny.weights["position"][:5]
@@ -115,7 +108,7 @@ def test_rows_and_nbytes(engine: Engine, tiny: Tiny) -> None:
         (StaticShape(CHUNK, -1e4, (3,)), "has the tensor 'mask', which the manifest does not speak of"),
     ],
 )
-def test_another_shape_than_the_manifests_names_the_tensor(bundle: Bundle, static: StaticShape, sentence: str) -> None:
+def test_another_shape_than_the_manifests_names_the_tensor(bundle, static, sentence):
     with pytest.raises(IntegrityError, match=sentence):
         Engine(replace(bundle, manifest=replace(bundle.manifest, static=static)))
 
@@ -132,15 +125,13 @@ def test_another_shape_than_the_manifests_names_the_tensor(bundle: Bundle, stati
         ({"static": {"chunk": 4, "masked": -1.0, "windows": [0], "more": 1}}, "more"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(
-    bundle: Bundle, tmp_path: Path, change: dict[str, Any], sentence: str
-) -> None:
+def test_a_manifest_that_cannot_be_is_refused(bundle, tmp_path, change, sentence):
     write_json(tmp_path / names.MANIFEST, bundle.manifest.to_json() | change)
     with pytest.raises(IntegrityError, match=sentence):
         open_bundle(tmp_path)
 
 
-def test_visible_columns_are_real_and_no_later_ones() -> None:
+def test_visible_columns_are_real_and_no_later_ones():
     found = visible_columns(2, 2, 4)
     np.testing.assert_array_equal(found, [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]])
     np.testing.assert_array_equal(visible_columns(2, 2, 4, 2), [[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]])

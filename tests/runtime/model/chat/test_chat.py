@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, processors
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Chat, LanguageModel, load
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
-from ...conftest import Tiny, runs_of
+from ...conftest import runs_of
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
@@ -33,7 +31,7 @@ MakeModel = Callable[..., LanguageModel]
 
 
 @pytest.fixture(scope="session")
-def beginning_letters(letters: Tokenizer) -> Tokenizer:
+def beginning_letters(letters):
     """The tiny decoder's letters, with A put before every prompt."""
     tokenizer = Tokenizer.from_str(letters.to_str())
     tokenizer.add_special_tokens([AddedToken("A", special=True)])
@@ -42,7 +40,7 @@ def beginning_letters(letters: Tokenizer) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny: Tiny, beginning_letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> MakeModel:
+def make_model(tiny, beginning_letters, make_bundle):
     def make(template: str | None = TEMPLATE, graph: str = "fused", **fields: Any) -> LanguageModel:
         config = {"bos_token": "A"} | ({} if template is None else {"chat_template": template})
         bundle = make_bundle(tiny, graph, tokenizer=beginning_letters, tokenizer_config=config, **fields)
@@ -52,12 +50,12 @@ def make_model(tiny: Tiny, beginning_letters: Tokenizer, make_bundle: Callable[.
 
 
 @pytest.fixture(scope="session", params=["fused", "standard"])
-def model(request: pytest.FixtureRequest, make_model: MakeModel) -> LanguageModel:
+def model(request, make_model):
     return make_model(graph=request.param)
 
 
 @pytest.fixture(scope="session")
-def fresh(make_model: MakeModel) -> LanguageModel:
+def fresh(make_model):
     """Another model of the same weights, for what an answer should be."""
     return make_model()
 
@@ -68,9 +66,7 @@ def rendered_ids(model: LanguageModel, messages: list[dict[str, str]], template:
     return model.tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled(
-    model: LanguageModel, fresh: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled(model, fresh, monkeypatch):
     chat = model.chat("be brief")
     model.scheduler.store.clear()
     runs = runs_of(model.require_open().graph, monkeypatch)
@@ -88,7 +84,7 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     assert [message["content"] for message in chat.messages[2::2]] == [first.text, second.text]
 
 
-def test_the_template_alone_writes_the_begin_token(model: LanguageModel, beginning_letters: Tokenizer) -> None:
+def test_the_template_alone_writes_the_begin_token(model, beginning_letters):
     begin = beginning_letters.token_to_id("A")
     assert beginning_letters.encode("Ab").ids == [begin, begin, 1]
     answer = model.chat().ask("b", max_new_tokens=1)
@@ -103,9 +99,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["plain", "forgetful"])
-def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(
-    make_model: MakeModel, fresh: LanguageModel, template: str
-) -> None:
+def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(make_model, fresh, template):
     model = make_model(template)
 
     varied = VARIED | {"max_new_tokens": 9}
@@ -133,7 +127,7 @@ def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(
     check()
 
 
-def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left(model: LanguageModel) -> None:
+def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left(model):
     expected = model.chat().ask("hello", max_new_tokens=12)
     chat = model.chat()
     chunks = list(chat.stream("hello", max_new_tokens=12))
@@ -146,7 +140,7 @@ def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left
     assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
 
 
-def test_an_event_loop_gets_the_answers_of_calls(model: LanguageModel) -> None:
+def test_an_event_loop_gets_the_answers_of_calls(model):
     expected = model.chat("be")
     answers = [expected.ask("hello", **VARIED), expected.ask("and", **VARIED)]
 
@@ -158,13 +152,13 @@ def test_an_event_loop_gets_the_answers_of_calls(model: LanguageModel) -> None:
         assert stream.completion is not None
         assert (text, stream.completion.ids) == (answers[1].text, answers[1].ids)
         with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
-            await chat.aask("a", x=1)  # type: ignore[call-arg]
+            await chat.aask("a", x=1)
         return chat
 
     assert asyncio.run(talk()).messages == expected.messages
 
 
-def test_two_answers_of_one_conversation_at_once_are_refused(model: LanguageModel) -> None:
+def test_two_answers_of_one_conversation_at_once_are_refused(model):
     chat = model.chat()
     one, other = chat.stream("abc", **VARIED), chat.stream("def", **VARIED)
     next(one)
@@ -176,7 +170,7 @@ def test_two_answers_of_one_conversation_at_once_are_refused(model: LanguageMode
     assert model.scheduler.live == 0
 
 
-def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model: LanguageModel) -> None:
+def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model):
     chat = model.chat()
 
     async def leave() -> None:
@@ -192,7 +186,7 @@ def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model: LanguageMod
     assert model.scheduler.live == 0
 
 
-def test_settings_are_those_of_generate(model: LanguageModel, fresh: LanguageModel) -> None:
+def test_settings_are_those_of_generate(model, fresh):
     sampling: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "seed": 3, "max_new_tokens": 15}
     expected = fresh.generate(rendered_ids(fresh, [{"role": "user", "content": "hello"}]), **sampling)
     assert model.chat().ask("hello", **sampling).ids == expected.ids
@@ -203,7 +197,7 @@ def test_settings_are_those_of_generate(model: LanguageModel, fresh: LanguageMod
     assert len(model.chat().ask("hello").ids) == CHAT_NEW_TOKENS
 
 
-def test_a_new_conversation_keeps_the_system_text(model: LanguageModel) -> None:
+def test_a_new_conversation_keeps_the_system_text(model):
     chat = model.chat("be brief")
     first = chat.ask("hello", max_new_tokens=5)
     chat.reset()
@@ -213,7 +207,7 @@ def test_a_new_conversation_keeps_the_system_text(model: LanguageModel) -> None:
     assert again.cached_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
 
 
-def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model: LanguageModel) -> None:
+def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model):
     chat = model.chat()
     chat.ask("a" * 500, max_new_tokens=40)
     before = chat.messages
@@ -234,9 +228,7 @@ def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model:
         ("a", {"temperature": -1}, "temperature is -1"),
     ],
 )
-def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
-    model: LanguageModel, text: str, setting: dict[str, Any], words: str
-) -> None:
+def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model, text, setting, words):
     chat = model.chat()
     chat.ask("hello", max_new_tokens=3)
     before = chat.messages
@@ -245,7 +237,7 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(
     assert chat.messages is before
 
 
-def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle, tmp_path):
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
     lm = load(speaking_bundle.path, threads=1)
@@ -253,9 +245,7 @@ def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle: B
     assert answer.ids == lm.generate("abc.", max_new_tokens=5).ids
 
 
-def test_a_bundle_that_cannot_chat_says_so(
-    make_model: MakeModel, speaking_bundle: Bundle, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_a_bundle_that_cannot_chat_says_so(make_model, speaking_bundle, bundle, tmp_path):
     with pytest.raises(InputError, match=r"has no chat template .* pastkey run \S+ --prompt TEXT"):
         Chat(load(speaking_bundle.path, threads=1))
     with pytest.raises(InputError, match=r"has no tokenizer.* pastkey run \S+ --prompt-ids"):
@@ -269,7 +259,7 @@ def test_a_bundle_that_cannot_chat_says_so(
 @pytest.mark.parametrize(
     "messages", ["ab", [None], [{}], [{"role": 1}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}]]
 )
-def test_messages_that_are_none_are_refused_and_stay(model: LanguageModel, messages: Any) -> None:
+def test_messages_that_are_none_are_refused_and_stay(model, messages):
     chat = model.chat()
     expected = chat.ask("abc", max_new_tokens=3).ids
     chat.messages = messages

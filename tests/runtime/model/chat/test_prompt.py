@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, OptionError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.decoding.completion import completed
 
-from ...conftest import TEMPLATE, Tiny
+from ...conftest import TEMPLATE
 
 MESSAGES = [
     {"role": "user", "content": "hello"},
@@ -25,12 +22,12 @@ OPTIONS: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def lm(tiny: Tiny, letters: Tokenizer, make_bundle: Callable[..., Bundle]) -> LanguageModel:
+def lm(tiny, letters, make_bundle):
     config = {"chat_template": "{% if mood %}{{ mood }}{% endif %}" + TEMPLATE}
     return load(make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config).path, threads=1)
 
 
-def test_every_call_gives_the_answer_of_a_chat(lm: LanguageModel) -> None:
+def test_every_call_gives_the_answer_of_a_chat(lm):
     expected = lm.chat(messages=MESSAGES).ask(**OPTIONS)
     assert lm.generate_chat(MESSAGES, **OPTIONS).ids == expected.ids
     stream = lm.stream_chat(MESSAGES, **OPTIONS)
@@ -54,7 +51,7 @@ def test_every_call_gives_the_answer_of_a_chat(lm: LanguageModel) -> None:
     asyncio.run(asynchronous())
 
 
-def test_the_messages_stay_as_they_are_and_an_answer_is_continued(lm: LanguageModel) -> None:
+def test_the_messages_stay_as_they_are_and_an_answer_is_continued(lm):
     begun = [*MESSAGES, {"role": "assistant", "content": "a"}]
     before = [dict(message) for message in begun]
     assert lm.chat_text(begun).endswith("<assistant>a")
@@ -62,7 +59,7 @@ def test_the_messages_stay_as_they_are_and_an_answer_is_continued(lm: LanguageMo
     assert begun == before
 
 
-def test_variables_reach_the_template_and_unknown_ones_are_told(lm: LanguageModel) -> None:
+def test_variables_reach_the_template_and_unknown_ones_are_told(lm):
     assert lm.chat_text(MESSAGES, template_variables={"mood": "c"}).startswith("c<user>")
     tool = {"type": "function", "function": {"name": "w"}}
     for more in ({"template_variables": {"moud": 1}}, {"tools": [tool]}, {"documents": [{"text": "x"}]}):
@@ -70,18 +67,18 @@ def test_variables_reach_the_template_and_unknown_ones_are_told(lm: LanguageMode
             lm.generate_chat(MESSAGES, **more)
 
 
-def test_what_is_no_conversation_is_told(lm: LanguageModel) -> None:
+def test_what_is_no_conversation_is_told(lm):
     with pytest.raises(InputError, match="empty list"):
         lm.generate_chat([])
     with pytest.raises(InputError, match="message 1 is"):
         lm.generate_chat([{"content": "x"}])
     with pytest.raises(OptionError, match="stream_chat"):
-        lm.stream_chat(MESSAGES, temprature=1)  # type: ignore[call-arg]
+        lm.stream_chat(MESSAGES, temprature=1)
     with pytest.raises(InputError, match="context"):
         lm.generate_chat([{"role": "user", "content": "a" * 700}])
 
 
-def test_a_closed_stream_has_what_was_written(lm: LanguageModel) -> None:
+def test_a_closed_stream_has_what_was_written(lm):
     stream = lm.stream_chat(MESSAGES, **OPTIONS)
     said = next(stream).text + next(stream).text
     stream.close()

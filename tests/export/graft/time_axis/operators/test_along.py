@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,7 @@ from ..small import WIDTH, causal, cause, followed, result
         lambda x: x.sort(-1).values,
     ],
 )
-def test_along_channels_it_is_as_in_torch(function: Callable[[Tensor], Tensor]) -> None:
+def test_along_channels_it_is_as_in_torch(function):
     result(function)
 
 
@@ -46,15 +44,13 @@ def test_along_channels_it_is_as_in_torch(function: Callable[[Tensor], Tensor]) 
         (lambda x: x - x.mean(0), Kind.ROWS, "computes mean over the rows of the batch"),
     ],
 )
-def test_along_positions_it_is_refused_by_its_cause(
-    function: Callable[[Tensor], Tensor], kind: Kind | None, words: str
-) -> None:
+def test_along_positions_it_is_refused_by_its_cause(function, kind, words):
     found = cause(function)
     assert words in found.what or kind is None
     assert kind is None or found.kind == kind
 
 
-def test_scores_are_masked_by_a_triangle_in_the_manner_of_their_author() -> None:
+def test_scores_are_masked_by_a_triangle_in_the_manner_of_their_author():
     def linear(x: Tensor) -> Tensor:
         return (x @ x.mT).tril() @ x
 
@@ -62,7 +58,7 @@ def test_scores_are_masked_by_a_triangle_in_the_manner_of_their_author() -> None
     assert len(followed(linear).found) == 1
 
 
-def test_an_own_softmax_passes() -> None:
+def test_an_own_softmax_passes():
     def own(x: Tensor) -> Tensor:
         scores = (x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()

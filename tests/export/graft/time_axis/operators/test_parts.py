@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -38,12 +36,12 @@ def marked(x: Tensor) -> Tensor:
         marked,
     ],
 )
-def test_parts_of_channels_are_those_of_torch(function: Callable[[Tensor], Tensor]) -> None:
+def test_parts_of_channels_are_those_of_torch(function):
     result(function)
 
 
 @pytest.mark.parametrize("last", [lambda x: x[:, -1], lambda x: x[:, [-1], :].squeeze(1), lambda x: x[:, -1:][:, 0]])
-def test_the_last_position_is_computed_for_every_one(last: Callable[[Tensor], Tensor]) -> None:
+def test_the_last_position_is_computed_for_every_one(last):
     def function(x: Tensor) -> Tensor:
         return torch.tanh(last(x)) * 2
 
@@ -57,7 +55,7 @@ def test_the_last_position_is_computed_for_every_one(last: Callable[[Tensor], Te
         assert torch.allclose(value.tensor[0, length - 1].flatten(), expected.flatten(), atol=1e-6)
 
 
-def test_a_table_of_weights_is_looked_up_by_tokens() -> None:
+def test_a_table_of_weights_is_looked_up_by_tokens():
     table = torch.randn(VOCAB, 3, generator=torch.Generator().manual_seed(1))
     result(lambda x: table[x.argmax(-1)])
 
@@ -71,18 +69,18 @@ def test_a_table_of_weights_is_looked_up_by_tokens() -> None:
         lambda x: x[:, torch.arange(x.shape[1]).flip(0)],
     ],
 )
-def test_parts_of_the_positions_are_refused(function: Callable[[Tensor], Tensor]) -> None:
+def test_parts_of_the_positions_are_refused(function):
     run = followed(function)
     assert run.refused or run.known[run.program.logits].local
 
 
-def test_rows_that_are_taken_one_by_one_are_a_loop() -> None:
+def test_rows_that_are_taken_one_by_one_are_a_loop():
     with pytest.raises(NoCacheError) as caught:
         followed(lambda x: torch.stack([row * 2 for row in x.unbind(1)], 1))
     assert [found.kind for found in caught.value.causes] == [Kind.RECURRENCE]
 
 
-def test_a_write_into_the_positions_by_an_index_of_tokens_is_refused() -> None:
+def test_a_write_into_the_positions_by_an_index_of_tokens_is_refused():
     found = cause(lambda x: x.scatter(1, x.argmax(-1, keepdim=True).clamp(max=3), 0.0))
     assert found.what
     assert found.where.startswith("test_parts.py:")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,7 @@ MATRIX = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
         lambda x: torch.einsum("btc,tc->btc", x, torch.arange(x.shape[1])[:, None] * torch.ones(WIDTH)),
     ],
 )
-def test_products_of_channels_are_those_of_torch(function: Callable[[Tensor], Tensor]) -> None:
+def test_products_of_channels_are_those_of_torch(function):
     result(function)
 
 
@@ -50,7 +48,7 @@ def keys_first(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("function", [causal, by_einsum, keys_first])
-def test_a_product_of_rows_with_rows_is_an_attention(function: Callable[[Tensor], Tensor]) -> None:
+def test_a_product_of_rows_with_rows_is_an_attention(function):
     result(function)
     run = followed(function)
     (attention,) = run.found
@@ -67,14 +65,12 @@ def test_a_product_of_rows_with_rows_is_an_attention(function: Callable[[Tensor]
         (lambda x: x @ x.mT @ (x @ x.mT) @ x, None, ""),
     ],
 )
-def test_other_sums_over_positions_are_refused(
-    function: Callable[[Tensor], Tensor], kind: Kind | None, words: str
-) -> None:
+def test_other_sums_over_positions_are_refused(function, kind, words):
     found = [error.cause for error in followed(function).refused]
     assert found
     assert words in found[0].what
     assert kind is None or found[0].kind == kind
 
 
-def test_a_diagonal_is_refused() -> None:
+def test_a_diagonal_is_refused():
     assert cause(lambda x: torch.einsum("bthh->bth", x.view(1, -1, 2, 4)[..., :2])).what

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,16 +30,16 @@ from ..small import WIDTH, cause, result
         lambda x: x[:, :, :, None].expand(-1, -1, -1, 3).flatten(2),
     ],
 )
-def test_a_shape_of_another_form_holds_the_same_numbers(function: Callable[[Tensor], Tensor]) -> None:
+def test_a_shape_of_another_form_holds_the_same_numbers(function):
     assert len(result(function).time_axes(NEW)) == 1
 
 
-def test_positions_merged_with_others_are_an_axis_of_factors() -> None:
+def test_positions_merged_with_others_are_an_axis_of_factors():
     value = result(lambda x: x.reshape(-1, 4))
     assert value.axes[0] == Axis(2, NEW, 1, 2)
 
 
-def test_heads_that_are_repeated_stay_uncopied() -> None:
+def test_heads_that_are_repeated_stay_uncopied():
     def grouped(x: Tensor) -> Tensor:
         keys = x.view(1, x.shape[1], 2, 4).transpose(1, 2)
         return keys[:, :, None].expand(1, 2, 3, x.shape[1], 4).reshape(1, 6, x.shape[1], 4)
@@ -50,7 +49,7 @@ def test_heads_that_are_repeated_stay_uncopied() -> None:
     assert value.tensor.shape[1] == 2
 
 
-def test_two_expanded_axes_of_which_one_is_merged_in_the_wrong_order_are_copied() -> None:
+def test_two_expanded_axes_of_which_one_is_merged_in_the_wrong_order_are_copied():
     def function(x: Tensor) -> Tensor:
         wide = x.view(1, x.shape[1], 1, 2, 4, 1).expand(1, -1, 3, 2, 4, 5)
         return wide.reshape(1, x.shape[1], 6, 4, 5)
@@ -66,7 +65,7 @@ def test_two_expanded_axes_of_which_one_is_merged_in_the_wrong_order_are_copied(
         (lambda x: x.repeat_interleave(2, 1)[:, : x.shape[1]], "takes a part of the positions"),
     ],
 )
-def test_a_shape_that_mixes_positions_is_refused(function: Callable[[Tensor], Tensor], words: str) -> None:
+def test_a_shape_that_mixes_positions_is_refused(function, words):
     assert words in cause(function).what
 
 
@@ -112,5 +111,5 @@ def taken(x: Tensor, steps: list[tuple[str, tuple[int, ...]]]) -> Tensor:
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(chains())
-def test_chains_of_shapes_equal_those_of_torch(steps: list[tuple[str, tuple[int, ...]]]) -> None:
+def test_chains_of_shapes_equal_those_of_torch(steps):
     result(lambda x: taken(x, steps))

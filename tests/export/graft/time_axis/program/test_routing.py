@@ -134,7 +134,7 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("run", RIGHT, ids=lambda run: run.__name__)
-def test_all_rows_give_what_the_chosen_give(run: Callable[[Tensor], Tensor]) -> None:
+def test_all_rows_give_what_the_chosen_give(run):
     for seed in range(3):
         ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(replayed(run, ids), run(ids))
@@ -151,7 +151,7 @@ class Called(nn.Module):
 
 
 @pytest.mark.parametrize("run", RIGHT, ids=lambda run: run.__name__)
-def test_a_trace_on_one_text_is_right_of_another(run: Callable[[Tensor], Tensor]) -> None:
+def test_a_trace_on_one_text_is_right_of_another(run):
     module = Called(run).eval()
     exported = torch.export.export(module, (torch.zeros(1, LENGTH, dtype=torch.long),), strict=False).module()
     ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -159,7 +159,7 @@ def test_a_trace_on_one_text_is_right_of_another(run: Callable[[Tensor], Tensor]
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name.startswith("experts_")])
-def test_experts_are_traced_as_they_compute(name: str) -> None:
+def test_experts_are_traced_as_they_compute(name):
     module = DECODERS[name].make()
     for seed in range(3):
         ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
@@ -244,20 +244,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize("run", WRONG, ids=lambda run: run.__name__)
-def test_what_depends_on_the_rows_that_are_there_is_refused(run: Callable[[Tensor], Tensor]) -> None:
+def test_what_depends_on_the_rows_that_are_there_is_refused(run):
     with pytest.raises(ObstacleError) as caught:
         heard(run, LENGTH, VOCAB)
     assert caught.value.cause.kind == Kind.DATA
 
 
 @pytest.mark.parametrize("run", [another_sign, only_a_wrong_guess_raises, checked_within], ids=lambda run: run.__name__)
-def test_a_token_that_no_text_has_is_not_taken_for_an_assertion(run: Callable[[Tensor], Tensor]) -> None:
+def test_a_token_that_no_text_has_is_not_taken_for_an_assertion(run):
     with pytest.raises(ObstacleError) as caught:
         heard(run, LENGTH, MANY)
     assert caught.value.cause.kind == Kind.DATA
 
 
-def test_an_assertion_may_put_numbers_into_its_words() -> None:
+def test_an_assertion_may_put_numbers_into_its_words():
     def checked(ids: Tensor) -> Tensor:
         if ids.max() >= VOCAB:
             raise ValueError(f"the largest of {ids.shape[1]} tokens is {ids.max().item()}")
@@ -266,7 +266,7 @@ def test_an_assertion_may_put_numbers_into_its_words() -> None:
     assert heard(checked, LENGTH, VOCAB).answers
 
 
-def test_a_call_that_asks_nothing_is_run_once() -> None:
+def test_a_call_that_asks_nothing_is_run_once():
     runs = []
 
     def run(ids: Tensor) -> Tensor:

@@ -41,31 +41,31 @@ def alibi(scores: Tensor) -> Tensor:
     return masked(scores * 0.25 - SLOPES[:, None, None] * distance(*scores.shape[2:]))
 
 
-def test_a_causal_mask_is_plain_and_has_a_scale() -> None:
+def test_a_causal_mask_is_plain_and_has_a_scale():
     softmax = found(lambda scores: masked(scores * 0.125))
     assert (softmax.plain, softmax.window, softmax.softcap, softmax.sinks) == (True, None, None, None)
     assert torch.allclose(softmax.scale, torch.full((1, HEADS), 0.125, dtype=torch.float64), rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 5, 23])
-def test_a_window_is_told_by_its_length(window: int) -> None:
+def test_a_window_is_told_by_its_length(window):
     softmax = found(lambda scores: masked(scores, window))
     assert (softmax.plain, softmax.window) == (True, window)
 
 
-def test_a_bias_by_distance_is_a_row_for_each_head() -> None:
+def test_a_bias_by_distance_is_a_row_for_each_head():
     softmax = found(alibi)
     assert not softmax.plain
     assert torch.allclose(softmax.bias.float(), -SLOPES[:, None] * torch.arange(CONTEXT), atol=1e-5)
 
 
-def test_a_soft_cap_is_told() -> None:
+def test_a_soft_cap_is_told():
     softmax = found(lambda scores: masked(30 * torch.tanh(scores * 0.5 / 30)))
     assert softmax.softcap == pytest.approx(30, rel=1e-4)
     assert torch.allclose(softmax.scale, torch.tensor(0.5, dtype=torch.float64), rtol=1e-4)
 
 
-def test_sinks_take_their_share() -> None:
+def test_sinks_take_their_share():
     sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
     def change(scores: list[Tensor], total: int) -> Tensor:
@@ -78,24 +78,24 @@ def test_sinks_take_their_share() -> None:
     assert torch.allclose(softmax.sinks, sinks, atol=1e-4)
 
 
-def test_heads_have_scales_of_their_own() -> None:
+def test_heads_have_scales_of_their_own():
     scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     softmax = found(lambda scores: masked(scores * scales[:, None, None]))
     assert torch.allclose(softmax.scale[0], scales, rtol=1e-5)
 
 
-def test_two_products_are_added_each_with_its_scale() -> None:
+def test_two_products_are_added_each_with_its_scale():
     softmax = recognised(lambda s, total: masked(s[0] * 0.5 + s[1] * 2).softmax(-1), 2, (HEADS, 1), CONTEXT)
     assert softmax is not None
     assert torch.allclose(softmax.scale, torch.tensor([[0.5] * 3, [2.0] * 3], dtype=torch.float64), rtol=1e-5)
 
 
-def test_scores_that_are_left_out_have_no_scale() -> None:
+def test_scores_that_are_left_out_have_no_scale():
     assert float(found(lambda scores: masked(scores * 0)).scale.abs().max()) == 0
 
 
 @pytest.mark.parametrize("head", [0, 2])
-def test_a_later_token_that_is_seen_is_told_with_its_head(head: int) -> None:
+def test_a_later_token_that_is_seen_is_told_with_its_head(head):
     def one_ahead(scores: Tensor) -> Tensor:
         return torch.where(torch.arange(HEADS)[:, None, None] == head, masked(scores, ahead=1), masked(scores))
 
@@ -119,11 +119,11 @@ OTHER: dict[str, GivenWeights] = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_anything_else_is_left_as_it_is(name: str) -> None:
+def test_anything_else_is_left_as_it_is(name):
     assert recognised(OTHER[name], 1, (HEADS,), CONTEXT) is None
 
 
-def test_a_later_token_is_seen_where_the_weights_are_no_softmax() -> None:
+def test_a_later_token_is_seen_where_the_weights_are_no_softmax():
     def ahead(scores: list[Tensor], total: int) -> Tensor:
         del total
         return scores[0].relu()

@@ -40,14 +40,14 @@ def last(x: Tensor) -> Tensor:
     return causal(x)[:, -1]
 
 
-def test_a_plain_attention_is_planned_with_its_scale() -> None:
+def test_a_plain_attention_is_planned_with_its_scale():
     (planned,) = found(causal).plan.values()
     assert planned.known
     assert planned.scale == pytest.approx(0.5, rel=1e-6)
     assert (planned.window, planned.bias, planned.softcap, planned.sinks) == (None, False, None, False)
 
 
-def test_a_bias_is_kept_and_a_window_is_told() -> None:
+def test_a_bias_is_kept_and_a_window_is_told():
     kept = found(alibi)
     assert [planned.bias for planned in kept.plan.values()] == [True]
     assert torch.allclose(kept.constants["bias_0"], -0.5 * torch.arange(CONTEXT)[None].float(), atol=1e-5)
@@ -55,7 +55,7 @@ def test_a_bias_is_kept_and_a_window_is_told() -> None:
 
 
 @pytest.mark.parametrize("function", [causal, alibi, window, last])
-def test_it_computes_what_its_author_does_for_every_row(function: Function) -> None:
+def test_it_computes_what_its_author_does_for_every_row(function):
     module = Of(function).eval()
     decoder = TimeAxisDecoder(module, call, find(module, call, CONTEXT, VOCAB), CONTEXT)
     ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(7))
@@ -68,7 +68,7 @@ def test_it_computes_what_its_author_does_for_every_row(function: Function) -> N
     assert torch.equal(native[:1], whole_logits(module, call, ids[:1]))
 
 
-def test_a_mask_that_is_off_by_one_is_told_with_its_positions() -> None:
+def test_a_mask_that_is_off_by_one_is_told_with_its_positions():
     def ahead(x: Tensor) -> Tensor:
         future = torch.ones(x.shape[1], x.shape[1]).triu(2).bool()
         return (x @ x.mT).masked_fill(future, -torch.inf).softmax(-1) @ x
@@ -81,7 +81,7 @@ def test_a_mask_that_is_off_by_one_is_told_with_its_positions() -> None:
     assert cause.where.startswith("test_decoder.py:")
 
 
-def test_a_part_of_the_rows_that_comes_back_nowhere_is_refused() -> None:
+def test_a_part_of_the_rows_that_comes_back_nowhere_is_refused():
     with pytest.raises(NoCacheError, match="takes a part of the positions"):
         found(lambda x: x[:, 1:])
 
@@ -125,7 +125,7 @@ def of_a_softmax(x: Tensor) -> Tensor:
         (of_a_softmax, "scores of later tokens"),
     ],
 )
-def test_a_number_made_of_all_scores_before_the_mask_is_refused_with_its_line(function: Function, name: str) -> None:
+def test_a_number_made_of_all_scores_before_the_mask_is_refused_with_its_line(function, name):
     with pytest.raises(NoCacheError) as caught:
         found(function)
     (cause,) = [cause for cause in caught.value.causes if "before the mask" in cause.what]
@@ -162,5 +162,5 @@ def of_squares(x: Tensor) -> Tensor:
     "function",
     [the_largest_is_taken_away_first, softmax_before_the_mask, below_the_largest_that_is_seen, of_squares],
 )
-def test_a_number_of_all_scores_that_cancels_or_that_the_mask_precedes_is_none(function: Function) -> None:
+def test_a_number_of_all_scores_that_cancels_or_that_the_mask_precedes_is_none(function):
     assert len(found(function).plan) == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -40,7 +38,7 @@ def decoder_of(name: str, *, latents: bool = True) -> TimeAxisDecoder:
 
 
 @pytest.mark.parametrize("name", divided(SHAPES, quick=["latent_by_cat"], ci=SHAPES))
-def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name: str) -> None:
+def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name):
     own, decoder = DECODERS[name], decoder_of(name)
     assert {layer.geometry for layer in observe(decoder, own.context).layers} == {SHAPES[name]}
     ids = torch.randint(0, own.vocab, (2, 23), generator=torch.Generator().manual_seed(7))
@@ -52,13 +50,13 @@ def test_the_smallest_row_is_cached_and_gives_what_the_author_computes(name: str
 
 
 @pytest.mark.slow
-def test_the_fused_graph_gets_keys_and_values() -> None:
+def test_the_fused_graph_gets_keys_and_values():
     decoder = decoder_of("latent_by_cat", latents=False)
     assert observe(decoder, DECODERS["latent_by_cat"].context).layers[0].geometry == KVGeometry(HEADS, 12, 12)
 
 
 @pytest.mark.slow
-def test_the_runtimes_cache_holds_the_row_alone(tmp_path: Path) -> None:
+def test_the_runtimes_cache_holds_the_row_alone(tmp_path):
     """The export itself compares steps, chunks and batches of different lengths with the author's call."""
     own = DECODERS["latent_filled"]
     report = export(own.make(), tmp_path / "bundle", precision="int8", context_length=own.context)

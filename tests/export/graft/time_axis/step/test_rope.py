@@ -61,7 +61,7 @@ def found(query: Turn, key: Turn) -> Rotation | None:
 
 
 @pytest.mark.parametrize(("turn", "interleaved"), [(halves, False), (neighbours, True), (complex_numbers, True)])
-def test_a_rotation_is_found_with_the_angles_of_every_position(turn: Turn, interleaved: bool) -> None:
+def test_a_rotation_is_found_with_the_angles_of_every_position(turn, interleaved):
     rotation = found(turn, turn)
     assert rotation is not None
     assert rotation.interleaved == interleaved
@@ -77,10 +77,10 @@ def test_a_rotation_is_found_with_the_angles_of_every_position(turn: Turn, inter
     [(partial, partial), (added, added), (halves, neighbours), (halves, torch.clone)],
     ids=["a part of a head", "a sum", "two manners", "queries alone"],
 )
-def test_what_turns_not_both_alike_is_none(query: Turn, key: Turn) -> None:
+def test_what_turns_not_both_alike_is_none(query, key):
     assert found(query, key) is None
 
 
-def test_attention_without_positions_has_none() -> None:
+def test_attention_without_positions_has_none():
     run = followed(causal)
     assert find_rotation(run.program, run.found[0], run.known, weight, CONTEXT, swapped=False) is None

@@ -40,7 +40,7 @@ SHIFTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_the_kept_rows_and_the_new_ones_give_the_new_rows(name: str) -> None:
+def test_the_kept_rows_and_the_new_ones_give_the_new_rows(name):
     function, keep = SHIFTS[name]
     run = followed(function)
     (end,) = run.shifted_back
@@ -64,9 +64,7 @@ def test_the_kept_rows_and_the_new_ones_give_the_new_rows(name: str) -> None:
         (lambda x: convolved(x, MOST_ROWS + 2, MOST_ROWS + 1), Kind.RECURRENCE, f"the {MOST_ROWS + 1} tokens before"),
     ],
 )
-def test_rows_of_later_tokens_and_of_too_many_are_refused(
-    function: Callable[[Tensor], Tensor], kind: Kind, words: str
-) -> None:
+def test_rows_of_later_tokens_and_of_too_many_are_refused(function, kind, words):
     found = told(lambda: state(function))
     assert found.kind == kind
     assert words in found.what

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find
 
@@ -33,7 +30,7 @@ def decoder(function: Function) -> TimeAxisDecoder:
         lambda x: x.reshape(-1, WIDTH // 2).reshape(1, -1, WIDTH) + 1,
     ],
 )
-def test_tables_give_each_new_token_the_row_of_its_position(function: Callable[[Tensor], Tensor]) -> None:
+def test_tables_give_each_new_token_the_row_of_its_position(function):
     stepped = decoder(function)
     ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(6))
     positions = torch.tensor([[4, 5, 6], [0, 1, 2]])  # rows of different lengths
