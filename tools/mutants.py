@@ -1,0 +1,383 @@
+"""Small faults in the product, and whether the tests find them: `python -m tools.mutants draw|cover|run`.
+
+    python -m tools.mutants draw --seed 38 --count 120 > tools/mutants.jsonl
+    python -m tools.mutants cover tools/mutants.jsonl HITS TREE      # which tests run the line of which mutant
+    python -m tools.mutants run tools/mutants.jsonl HITS RESULTS TREE --minutes 45
+    python -m tools.mutants show tools/mutants.jsonl RESULTS...
+
+A mutant changes one comparison, constant or branch within a function, or drops one statement. The number of mutants
+of a room follows its lines. TREE is a checkout that is changed, so not the one that you work in. `cover` runs all
+tests once, with a mark in each line to be changed; a mark that a fixture or a child process of a test passes counts
+for that test. `run` starts the tests that pass a mutant's line, the quickest first, then the others of their files, up
+to the first failure. Each result is appended to RESULTS, so that a run goes on where one stopped. TREE holds a copy of
+this file, as a plugin of pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOMS = ("export", "runtime", "pastkey", "train", "serve", "see", "web")
+# What is to be removed needs no tests that find its faults.
+LEFT_OUT = (
+    "export/compat/bundle_view.py",
+    "export/compat/check.py",
+    "export/compat/hub_rules.py",
+    "export/compat/rules.py",
+    "export/export_cache.py",
+    "export/graft/time_axis/step/rope.py",
+    "export/graph/write/embedding_rows.py",
+    "export/quantize/int8_kv.py",
+    "export/steps.py",
+    "export/upgrade.py",
+    "runtime/commands/rerun.py",
+    "runtime/commands/untrusted_rows.py",
+    "runtime/decoding/batching/pace.py",
+    "runtime/engine/caches/int8_kv.py",
+    "runtime/model/chat/answer_stream.py",
+    "runtime/model/chat/calls.py",
+    "runtime/providers/int8_kernels.py",
+    "runtime/providers/parts.py",
+    "runtime/sandbox/",
+    "runtime/speculation/worth.py",
+    "see/panels.py",
+    "see/pictures.py",
+    "train/stories.py",
+    "train/story_plots.py",
+)
+PLUGIN = Path("pastkey/mutants_plugin.py")
+# Seconds of a mutant's tests, before which no further one begins; and of one test, as a multiple of its usual time.
+LIMIT, SLOWER, PATIENCE = 240, 10, 60
+OPPOSITE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}
+OPPOSITE |= {"in": "not in", "not in": "in"}
+_OPERATORS = {
+    ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=", ast.Is: "is",
+    ast.IsNot: "is not", ast.In: "in", ast.NotIn: "not in",
+}  # fmt: skip
+Mutant = dict[str, Any]
+
+
+class _Sites(ast.NodeVisitor):
+    """The mutants of one file: (kind, start and end of what is replaced in bytes, replacement, marked expression)."""
+
+    def __init__(self, text: str) -> None:
+        self.source = text.encode()
+        lines = self.source.splitlines(keepends=True)
+        self.starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
+        self.found: list[tuple[str, int, int, str, ast.expr]] = []
+        self.functions = 0
+        self.visit(ast.parse(text))
+
+    def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self.starts[node.lineno - 1] + node.col_offset
+        return start, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(self, node: ast.expr) -> str:
+        start, end = self.span(node)
+        return self.source[start:end].decode()
+
+    def add(self, kind: str, node: ast.expr | ast.stmt, new: str, marked: ast.expr) -> None:
+        if self.functions:
+            self.found.append((kind, *self.span(node), new, marked))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.functions += 1
+        for statement in node.body:
+            self.visit(statement)
+        self.functions -= 1
+
+    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]  # noqa: N815
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """A sentence: its numbers are told, not used."""
+
+    visit_Match = visit_JoinedStr  # type: ignore[assignment]  # noqa: N815  # patterns are no expressions
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.ops) == 1 and (operator := _OPERATORS.get(type(node.ops[0]))):
+            left, right = self.text(node.left), self.text(node.comparators[0])
+            self.add("comparison", node, f"({left} {OPPOSITE[operator]} {right})", node)
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self.add("constant", node, str(not node.value), node)
+        elif isinstance(node.value, int | float):
+            self.add("constant", node, f"({node.value!r} + 1)", node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        word = " or " if isinstance(node.op, ast.And) else " and "
+        self.add("branch", node, f"({word.join(f'({self.text(value)})' for value in node.values)})", node)
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.add("branch", node.test, f"(not ({self.text(node.test)}))", node.test)
+        self.generic_visit(node)
+
+    visit_IfExp = visit_If  # noqa: N815
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call):
+            self.add("dropped", node, "pass", node.value)
+            self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        if node.exc is not None:
+            self.add("dropped", node, "pass", node.exc)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+            self.add("dropped", node, "pass", node.value)
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.add("dropped", node, "pass", node.value)
+        self.generic_visit(node)
+
+
+def _room(path: Path) -> str:
+    """The folder of a stage, and of the two large ones the folder below."""
+    return "/".join(path.parts[:2]) if path.parts[0] in ("export", "runtime") and len(path.parts) > 2 else path.parts[0]
+
+
+def draw(root: Path, seed: int, count: int) -> list[Mutant]:
+    """Mutants of all rooms, by their lines; of each kind of one room about as many."""
+    sites: dict[str, list[tuple[Path, tuple[str, int, int, str, ast.expr], bytes]]] = defaultdict(list)
+    lines: Counter[str] = Counter()
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            place = path.relative_to(root)
+            if place.as_posix().startswith(LEFT_OUT):
+                continue
+            found = _Sites(path.read_text())
+            lines[_room(place)] += len(found.starts)
+            sites[_room(place)] += [(place, site, found.source) for site in found.found]
+    share = {room: count * number / lines.total() for room, number in lines.items()}
+    numbers = {room: int(number) for room, number in share.items()}
+    for room in sorted(share, key=lambda room: numbers[room] - share[room])[: count - sum(numbers.values())]:
+        numbers[room] += 1
+    choose, drawn = random.Random(seed), list[Mutant]()
+    for room in sorted(numbers):
+        kinds = sorted({site[0] for _, site, _ in sites[room]})
+        for _ in range(numbers[room]):
+            kind = kinds[len(drawn) % len(kinds)]
+            place, (_, start, end, new, marked), source = choose.choice([
+                one for one in sites[room]
+                if one[1][0] == kind and (one[0].as_posix(), one[1][1]) not in {(m["path"], m["start"]) for m in drawn}
+            ])  # fmt: skip
+            span = _Sites(source.decode()).span(marked)
+            drawn.append({
+                "id": len(drawn), "room": room, "kind": kind, "path": place.as_posix(),
+                "line": source[:start].count(b"\n") + 1, "start": start, "old": source[start:end].decode(), "new": new,
+                "marked": span,
+            })  # fmt: skip
+    return drawn
+
+
+def _changed(tree: Path, mutants: list[Mutant], marks: bool) -> Iterator[tuple[Path, bytes]]:
+    """The files of TREE with the mutants, or with a mark in the line of each."""
+    for path in sorted({mutant["path"] for mutant in mutants}):
+        text = (tree / path).read_bytes()
+        edits = list[tuple[int, int, str]]()
+        for mutant in (mutant for mutant in mutants if mutant["path"] == path):
+            start, end = mutant["start"], mutant["start"] + len(mutant["old"].encode())
+            assert text[start:end].decode() == mutant["old"], (
+                f"{path} is not the file that mutant {mutant['id']} was drawn from"
+            )
+            if marks:
+                start, end = mutant["marked"]
+                mark = f"(__import__('pastkey.mutants_plugin').mutants_plugin.hit({mutant['id']}), ("
+                edits += [(start, 0, mark), (end, -1, "))[1]")]
+            else:
+                edits.append((start, end - start, mutant["new"]))
+        for position, length, new in sorted(edits, reverse=True):
+            text = text[:position] + new.encode() + text[position + max(length, 0) :]
+        yield tree / path, text
+
+
+_seen: set[tuple[int, str]] = set()
+
+
+def hit(mutant: int) -> None:
+    """Writes that the running test passes the line of a mutant; a fixture's mark counts for all tests of its file."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "")
+    if (mutant, test) in _seen or "MUTANT_HITS" not in os.environ:
+        return
+    _seen.add((mutant, test))
+    name, _, phase = test.rpartition(" ")
+    try:
+        with Path(os.environ["MUTANT_HITS"]).open("a") as file:
+            file.write(f"{mutant}\t{name.partition('::')[0] if phase == '(setup)' else name}\n")
+    except OSError:
+        pass  # in a child that may write nothing
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes how long each test takes."""
+    if "MUTANT_HITS" in os.environ and report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(os.environ["MUTANT_HITS"]).open("a") as file:
+            file.write(f"seconds\t{report.nodeid}\t{report.duration:.3f}\t{report.outcome}\n")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that pass the line first, each by its time."""
+    if "MUTANT_TESTS" in os.environ:
+        order = {name: number for number, name in enumerate(json.loads(Path(os.environ["MUTANT_TESTS"]).read_text()))}
+        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Fails a test that takes far longer than it does, as in a loop without an end; begins none after the limit."""
+    if "MUTANT_TESTS" not in os.environ:
+        return (yield)
+    order = json.loads(Path(os.environ["MUTANT_TESTS"]).read_text())
+    if time.monotonic() - float(os.environ["MUTANT_BEGAN"]) > LIMIT:
+        item.session.shouldstop = "limit"
+        pytest.exit("limit", returncode=0)
+
+    def late(*_: object) -> None:
+        pytest.fail("takes too long")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(int(PATIENCE + SLOWER * order[item.nodeid]))
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+
+
+def _pytest(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pastkey.mutants_plugin", "-p", "no:cacheprovider", "-q", *arguments],
+        cwd=tree, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"} | variables,
+    )  # fmt: skip
+
+
+def cover(mutants: list[Mutant], hits: Path, tree: Path, arguments: list[str]) -> None:
+    """Runs all tests of TREE with the marks."""
+    (tree / PLUGIN).write_bytes(Path(__file__).read_bytes())
+    files = list(_changed(tree, mutants, marks=True))
+    before = {path: path.read_bytes() for path, _ in files}
+    try:
+        for path, text in files:
+            path.write_bytes(text)
+        done = _pytest(tree, *arguments, MUTANT_HITS=str(hits.absolute()))
+        print(done.stdout[-3000:], done.stderr[-1000:])
+    finally:
+        for path, text in before.items():
+            path.write_bytes(text)
+
+
+def run(mutants: list[Mutant], hits: Path, results: Path, tree: Path, minutes: float) -> None:
+    """Runs the tests of each mutant that has no result so far."""
+    (tree / PLUGIN).write_bytes(Path(__file__).read_bytes())
+    passing, seconds = defaultdict[str, set[str]](set), dict[str, float]()
+    for line in hits.read_text().splitlines():
+        first, name, *rest = line.split("\t")
+        if first != "seconds":
+            passing[first].add(name)
+        elif rest[1] == "passed":
+            seconds[name] = float(rest[0])
+    end = time.monotonic() + 60 * minutes
+    for mutant in mutants:
+        done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
+        if mutant["id"] in done or time.monotonic() > end:
+            continue
+        exact = passing[str(mutant["id"])]
+        files = {name.partition("::")[0] for name in exact}
+        chosen = {name: number for name, number in seconds.items() if name.partition("::")[0] in files}
+        names = sorted(chosen, key=lambda name: (name not in exact, chosen[name]))
+        began, killer = time.monotonic(), ""
+        if names:
+            order = tree / "mutant-tests.json"
+            order.write_text(json.dumps({name: chosen[name] for name in names}))
+            [(path, text)] = _changed(tree, [mutant], marks=False)
+            before = path.read_bytes()
+            try:
+                path.write_bytes(text)
+                ran = _pytest(tree, "-x", *sorted(files), MUTANT_TESTS=str(order), MUTANT_BEGAN=str(began))
+            finally:
+                path.write_bytes(before)
+            failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            killer = (failed or ["ERROR of pytest"])[0][:200] if ran.returncode else ""
+        result = {"id": mutant["id"], "tests": len(exact), "killer": killer, "seconds": round(time.monotonic() - began)}
+        with results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(mutant["path"], mutant["line"], mutant["kind"], result, flush=True)
+
+
+def show(mutants: list[Mutant], results: list[Path]) -> None:
+    """Killed by room, and the survivors, of one run or of several beside one another."""
+    found = [{row["id"]: row for row in map(json.loads, path.read_text().splitlines())} for path in results]
+    for room in [*sorted({mutant["room"] for mutant in mutants}), ""]:
+        here = [mutant for mutant in mutants if room in ("", mutant["room"])]
+        counts = [sum(bool(rows.get(mutant["id"], {}).get("killer")) for mutant in here) for rows in found]
+        print(f"{room or 'all':<24}{len(here):>5}", *(f"{count:>5}" for count in counts))
+    for mutant in mutants:
+        lives = [not rows[mutant["id"]]["killer"] if mutant["id"] in rows else None for rows in found]
+        if any(lives):
+            print(
+                lives,
+                f"{mutant['path']}:{mutant['line']}",
+                mutant["kind"],
+                mutant["old"][:60],
+                "->",
+                mutant["new"][:60],
+            )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Does what the first argument says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    asked = kinds.add_parser("draw")
+    asked.add_argument("--seed", type=int, default=38)
+    asked.add_argument("--count", type=int, default=120)
+    for what in ("cover", "run", "show"):
+        asked = kinds.add_parser(what)
+        asked.add_argument("list", type=Path)
+        if what == "show":
+            asked.add_argument("results", type=Path, nargs="+")
+            continue
+        asked.add_argument("hits", type=Path)
+        if what == "run":
+            asked.add_argument("results", type=Path)
+            asked.add_argument("--minutes", type=float, default=45)
+        asked.add_argument("tree", type=Path)
+        if what == "cover":
+            asked.add_argument("arguments", nargs="*", default=["-m", "not matrix"])
+    given = parser.parse_args(arguments)
+    if given.what == "draw":
+        for mutant in draw(Path(__file__).parent.parent, given.seed, given.count):
+            print(json.dumps(mutant))
+        return
+    mutants = [json.loads(line) for line in given.list.read_text().splitlines()]
+    if given.what == "cover":
+        cover(mutants, given.hits, given.tree.absolute(), given.arguments)
+    elif given.what == "run":
+        run(mutants, given.hits, given.results, given.tree.absolute(), given.minutes)
+    else:
+        show(mutants, given.results)
+
+
+if __name__ == "__main__":
+    main()
