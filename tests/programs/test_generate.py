@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.environments import install_kotlin, java_binding, node_environment, onnxruntime_header
 from pastkey.contract import names
 from tools import web_assets
 
+from .environments import install_kotlin, java_binding, node_environment, onnxruntime_header
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import pastkey
-from benchmarks.environments import OPTIMUM, environment
+from benchmarks.environments import environment
 from pastkey.export import export
 from pastkey.export.graft.given_graph import GivenDecoder
 from pastkey.export.source.open import open_source
+
+from .environments import OPTIMUM
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 

@@ -11,17 +11,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks.environments import (
-    ANDROID_JSON,
-    ROOT,
-    install_android_resources,
-    install_swift,
-    node_environment,
-    onnxruntime_header,
-)
+from benchmarks.environments import ROOT
 from pastkey.runtime import load
 
 from ..runtime import conftest as decoder
+from .environments import ANDROID_JSON, install_android_resources, install_swift, node_environment, onnxruntime_header
 from .generations import library
 from .phones import SAMPLED, answers, call, check_altered, check_download, serving, with_old_merges
 from .test_generate import java as java  # the binding, and how it is run

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from benchmarks.environments import RAY, RAY_OLDEST, ROOT, environment
+from benchmarks.environments import ROOT, environment
 
 from ..runtime import conftest as decoder
 from ..runtime.bulk.rows import plain_rows, read_rows, write_rows
+from .environments import RAY, RAY_OLDEST
 
 pytestmark = pytest.mark.matrix
 

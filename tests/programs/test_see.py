@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environments import install_chromium, node_environment
 from pastkey.__main__ import main
 
 from .devtools import opened
+from .environments import install_chromium, node_environment
 
 pytestmark = pytest.mark.slow
 

@@ -16,10 +16,11 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from benchmarks.environments import OPENVINO, QNN, ROOT, WEBGPU, environment, install_lavapipe
+from benchmarks.environments import ROOT, environment
 from pastkey.providers import PROVIDERS
 
 from ..shared import divided
+from .environments import OPENVINO, QNN, WEBGPU, install_lavapipe
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 import pastkey
-from benchmarks.environments import install_chromium
 from pastkey.runtime import SamplingConfig
 from pastkey.runtime.sampling.random_stream import uniform
 from pastkey.runtime.sampling.sampler import Sampler
@@ -26,6 +25,7 @@ from pastkey.web import site
 from tools.web_assets import install
 
 from ..programs import conftest as exported
+from ..programs.environments import install_chromium
 from ..runtime import conftest as decoder
 from .browser import ISOLATED, serving
 

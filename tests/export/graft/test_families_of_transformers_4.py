@@ -8,7 +8,9 @@ import subprocess
 
 import pytest
 
-from benchmarks.environments import OPTIMUM, ROOT, environment
+from benchmarks.environments import ROOT, environment
+
+from ...programs.environments import OPTIMUM
 
 FILE = "tests/export/graft/test_families.py"
 AT_LEAST = 30

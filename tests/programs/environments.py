@@ -1,0 +1,172 @@
+"""What the tests run other programs in, kept in .environments/ of the checkout between runs.
+
+A system package is installed only where PASTKEY_INSTALL=1 asks for it, as CI does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from benchmarks.environments import FOLDER, ROOT, one_at_a_time
+
+# 180 MB, of which two parts are kept: onnxruntime's binding for Java, of release 1.17, and DJL's tokenizers, of 0.28.
+_JAVA = "pyserini==0.40.0"
+_IN_JAVA = re.compile(
+    r"(ai/onnxruntime|ai/djl|org/slf4j|com/google/gson)/.*\.class|ai/djl/engine/api.properties"
+    r"|native/lib/(tokenizers.properties|linux-x86_64/libtokenizers.so)"
+)
+
+# Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
+GENAI = ("genai", ["onnxruntime-genai", "numpy"])
+# This checkout with its own extra for optimum, as the README tells users to install it.
+OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
+# The runtime from this checkout beside one wheel of onnxruntime, as its extra brings it.
+OPENVINO = ("openvino", ["onnxruntime-openvino>=1.24.1", "numpy", "tokenizers"])
+WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
+QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
+# Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
+RAY = ("ray", ["datasets"], "[cpu,ray]")
+# Ray 2.44 writes JSON by what pandas 3 has no more, and the newest pyarrow needs numpy 2.
+RAY_OLDEST = (
+    "ray-oldest",
+    ["datasets", "pandas<3", "pyarrow==17", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")],
+    "[cpu,ray]",
+)
+
+_MAY_INSTALL = os.environ.get("PASTKEY_INSTALL") == "1" and shutil.which("apt-get") is not None and os.geteuid() == 0
+
+ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
+
+
+@one_at_a_time
+def node_environment(manifest: Path, name: str = "node") -> Path:
+    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
+    folder = FOLDER / name
+    stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == content:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shutil.copy(manifest, folder)
+    # The CPU library is in the package; its install script would fetch others from elsewhere.
+    quiet = os.environ | {"ONNXRUNTIME_NODE_INSTALL": "skip"}
+    subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, env=quiet, check=True)
+    stamp.write_text(content)
+    return folder
+
+
+@one_at_a_time
+def install_chromium() -> str | None:
+    """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
+    if shutil.which("chromium") is None:
+        _install("chromium")
+    return shutil.which("chromium")
+
+
+@one_at_a_time
+def install_lavapipe() -> Path | None:
+    """Mesa's description of its Vulkan driver for processors, from Debian's package; None where it cannot be had."""
+    drivers = Path("/usr/share/vulkan/icd.d")
+    if not [*drivers.glob("lvp_icd*.json")]:
+        _install("mesa-vulkan-drivers")
+    return next(drivers.glob("lvp_icd*.json"), None)
+
+
+@one_at_a_time
+def onnxruntime_header() -> Path | None:
+    """The folder of onnxruntime's header for C, out of Debian's package; None where it cannot be had."""
+    folder = FOLDER / "onnxruntime-header"
+    header = folder / "usr" / "include" / "onnxruntime" / "onnxruntime_c_api.h"
+    if header.exists():
+        return header.parent
+    if not _MAY_INSTALL:
+        return None
+    # Unpacked, not installed: the library that the package depends on is another one than Python's.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for command in (["update"], ["download", "libonnxruntime-dev"]):
+        subprocess.run(["apt-get", "--quiet=2", *command], cwd=folder, check=False)
+    for package in folder.glob("*.deb"):  # none before Debian 13
+        subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+    return header.parent if header.exists() else None
+
+
+@one_at_a_time
+def java_binding() -> Path | None:
+    """A folder with onnxruntime's binding for Java and DJL's tokenizers, classes and libraries; None without a JDK.
+
+    Of the registries that tests may ask, one package of PyPI's carries them, in a jar of much else.
+    """
+    if shutil.which("javac") is None:
+        _install("default-jdk-headless")
+    if shutil.which("javac") is None:
+        return None
+    folder, native = FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
+    stamp = folder / "stamp"
+    wanted = f"{_JAVA} {_IN_JAVA.pattern}"
+    if stamp.exists() and stamp.read_text() == wanted:
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", _JAVA]
+    subprocess.run([*command, "--dest", str(folder)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (jar,) = (name for name in archive.namelist() if name.endswith(".jar"))
+        with archive.open(jar) as file, zipfile.ZipFile(file) as classes:
+            classes.extractall(folder, [*filter(_IN_JAVA.fullmatch, classes.namelist()), native])
+    wheel.unlink()
+    (folder / native).rename(folder / Path(native).name)
+    stamp.write_text(wanted)
+    return folder
+
+
+@one_at_a_time
+def install_kotlin() -> Path | None:
+    """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
+    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
+    if shutil.which("kotlinc") is None or not java.exists():
+        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
+            _install("kotlin")
+            _install("openjdk-21-jre-headless")
+    return java if shutil.which("kotlinc") is not None and java.exists() else None
+
+
+@one_at_a_time
+def install_android_resources() -> Path | None:
+    """Android's own resources, which its resource compiler `aapt` needs; None where Debian's packages cannot be had.
+
+    With them comes Android's JSON library, for a PC.
+    """
+    found = Path("/usr/share/android-framework-res/framework-res.apk")
+    if shutil.which("aapt") is None or not found.exists() or not ANDROID_JSON.exists():
+        with contextlib.suppress(subprocess.CalledProcessError):
+            for package in ("aapt", "android-framework-res", "libandroid-json-java"):
+                _install(package)
+    return found if shutil.which("aapt") is not None and found.exists() and ANDROID_JSON.exists() else None
+
+
+@one_at_a_time
+def install_swift() -> str | None:
+    """The path of Swift's compiler, from Debian's package of 440 MB; None where it cannot be had."""
+    if shutil.which("swiftc") is None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _install("swiftlang")
+    return shutil.which("swiftc")
+
+
+def _install(package: str) -> None:
+    """Installs a package of Debian's, where this process may."""
+    if not _MAY_INSTALL:
+        return
+    noninteractive = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
+        subprocess.run(["apt-get", "--quiet=2", *command], env=noninteractive, check=True)
