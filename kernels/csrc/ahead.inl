@@ -11,8 +11,8 @@ inline void prefetch(const uint8_t* p) { __prefetch(p); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 
-// Fetches what comes after `rows` rows of W from `row`, as far as `n` of their blocks from `b` are read now: a block has
-// `bytes`. In the order of addresses, since a processor's own prefetcher follows those.
+// Fetches what comes after `rows` rows of W from `row`, as far as `n` of their blocks from `b` are read now: a block
+// has `bytes`. In the order of addresses, since a processor's own prefetcher follows those.
 inline void fetch_ahead(const Weights& w, size_t row, size_t rows, size_t b, size_t n, size_t bytes) {
   const uint8_t* p = w.codes + ((row + rows) * w.blocks + rows * b) * bytes + kAhead;
   for (size_t i = 0; i < rows * n * bytes; i += 64) prefetch(p + i);

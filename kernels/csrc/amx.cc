@@ -31,8 +31,7 @@ void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t
     }
     for (size_t t = 0; t < terms; t++) {
       transpose(parts[t]);
-      for (size_t i = 0; i < 16; i++)
-        _mm512_store_si512(packed + (t * blocks + b) * 1024 + i * 64, parts[t][i]);
+      for (size_t i = 0; i < 16; i++) _mm512_store_si512(packed + (t * blocks + b) * 1024 + i * 64, parts[t][i]);
     }
   }
 }
@@ -55,7 +54,8 @@ void pack(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* p
       const __m512 scale = _mm512_set1_ps(w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at]);
       __m128i codes[2] = {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
       int zero = 128;
-      if (bits == 8) codes[1] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
+      if (bits == 8)
+        codes[1] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
       else {
         const __m128i four = _mm_set1_epi8(15), odd = _mm_and_si128(_mm_srli_epi16(codes[0], 4), four);
         const __m128i even = _mm_and_si128(codes[0], four);

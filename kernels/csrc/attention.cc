@@ -18,10 +18,10 @@
 namespace pastkey {
 namespace {
 
-constexpr size_t kFewTasks = 64;                  // fewer are divided into parts
+constexpr size_t kFewTasks = 64;                   // fewer are divided into parts
 constexpr size_t kMostScratch = size_t{32} << 20;  // bytes of divided tasks' sums
-constexpr size_t kWriteTokens = 16;               // new tokens a task writes
-constexpr size_t kFewRows = 8;                    // more read a copy of a part
+constexpr size_t kWriteTokens = 16;                // new tokens a task writes
+constexpr size_t kFewRows = 8;                     // more read a copy of a part
 constexpr int64_t kMostHeads = 1 << 16;
 
 const AttentionKernels& kernels() {
@@ -227,8 +227,10 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
     refuse("past_value is %s of %s and past_key %s of %s, expected the same", to_string(past_value.shape).c_str(),
            to_string(past_value.type), to_string(past_key.shape).c_str(), to_string(past_key.type));
   for (const Tensor* tensor : {&past_key, &past_value})
-    if (c.cache == CacheType::float32) tensor->data<float>();
-    else if (c.cache == CacheType::float16) tensor->data<uint16_t>();
+    if (c.cache == CacheType::float32)
+      tensor->data<float>();
+    else if (c.cache == CacheType::float16)
+      tensor->data<uint16_t>();
   const Shape& cache = past_key.shape;
   const int64_t heads = static_cast<int64_t>(heads_), kv_heads = static_cast<int64_t>(kv_heads_);
   if (query.shape.size() != 3 || query.shape[0] < 1 || query.shape[1] < 1)
@@ -309,8 +311,8 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   const Tensor y = context.required_output(0, {query.shape[0], query.shape[1], heads * d}, "output");
   const Tensor present_key = context.required_output(1, cache, "present_key");
   const Tensor present_value = context.required_output(2, cache, "present_value");
-  if (present_key.raw != past_key.raw || present_value.raw != past_value.raw ||
-      present_key.type != past_key.type || present_value.type != past_value.type)
+  if (present_key.raw != past_key.raw || present_value.raw != past_value.raw || present_key.type != past_key.type ||
+      present_value.type != past_value.type)
     refuse("present_key and present_value are other buffers than past_key and past_value, expected the same");
   const size_t bytes = c.batch * kv_heads_ * c.room * row_bytes(c.cache, c.d), y_bytes = y.size * sizeof(float);
   if (overlap(past_key, bytes, past_value, bytes) || overlap(past_key, bytes, y, y_bytes) ||

@@ -9,13 +9,13 @@ namespace pastkey {
 // A row's keys are summed in parts that start at multiples of kAttentionPart and are merged in order. What a part holds
 // depends on positions only, so a row has the same bits in any step, in any batch and on any number of threads.
 constexpr size_t kAttentionPart = 128;
-constexpr size_t kAttentionRows = 32;         // the most rows of one call
+constexpr size_t kAttentionRows = 32;          // the most rows of one call
 constexpr size_t kAttentionMaxHeadSize = 256;  // a head size is a multiple of 16
 
 enum class CacheType { float32, float16, int8 };
 
-// Products of many rows with float16 keys and values by tiles; they are nullptr where there are none. Memory for them is
-// aligned to 64 bytes.
+// Products of many rows with float16 keys and values by tiles; they are nullptr where there are none. Memory for them
+// is aligned to 64 bytes.
 struct AttentionTiles {
   size_t (*size)(size_t head_size);  // bytes of `packed`
   // query [count, D]; only between begin and end, on one thread, as score and add
@@ -38,7 +38,7 @@ struct AttentionRows {
   const float* query;  // [count, D], rotated and scaled
   const size_t* from;  // [count]: a row sees the keys [from, to)
   const size_t* to;
-  const char* keys;    // the first token's; int8: D codes and their scale, a float
+  const char* keys;  // the first token's; int8: D codes and their scale, a float
   const char* values;
   CacheType cache;
   float softcap;  // 0: none

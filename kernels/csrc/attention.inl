@@ -61,12 +61,14 @@ Vec soft_cap(Vec x, float cap) {
 float shift_of(float top) { return top == -kInfinity ? 0.f : top; }
 
 template <class T>
-constexpr size_t row_bytes(size_t d) { return d * sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0); }
+constexpr size_t row_bytes(size_t d) {
+  return d * sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0);
+}
 
 // Keys or values of a part.
 template <class T>
 struct Rows {
-  const char* data;  // [128, row_bytes]
+  const char* data;     // [128, row_bytes]
   const float* scales;  // [128] or null
   size_t d;
   bool ahead;  // to ask for what lies behind, since these are read for the first time
@@ -244,8 +246,7 @@ void add_rows(Rows<T> values, size_t first, const Ranges& ranges, const float* w
     add_values<T, 1>(again, weights + r * kPart, ranges.from[first + r], least_of(begin, ranges.to[first + r]),
                      out + r * d);
   add_values<T, R>(values, weights, begin, end, out);
-  for (size_t r = 0; r < R; r++)
-    add_values<T, 1>(again, weights + r * kPart, end, ranges.to[first + r], out + r * d);
+  for (size_t r = 0; r < R; r++) add_values<T, 1>(again, weights + r * kPart, end, ranges.to[first + r], out + r * d);
   for (size_t r = 0; r < R; r++)
     if (ranges.from[first + r] < ranges.to[first + r])
       merge_values(d, out + r * d, before[first + r], now[first + r], sums + (first + r) * d);
@@ -323,13 +324,11 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   }
   if (a.copy) {
     const Rows<float> copy = copied(values, begin, end, a.copy);
-    each_rows(a.count, [&](auto n, size_t r) {
-      add_rows<float, n.value>(copy, r, ranges, weights, before, now, sums.values);
-    });
+    each_rows(a.count,
+              [&](auto n, size_t r) { add_rows<float, n.value>(copy, r, ranges, weights, before, now, sums.values); });
   } else {
-    each_rows(a.count, [&](auto n, size_t r) {
-      add_rows<T, n.value>(values, r, ranges, weights, before, now, sums.values);
-    });
+    each_rows(a.count,
+              [&](auto n, size_t r) { add_rows<T, n.value>(values, r, ranges, weights, before, now, sums.values); });
   }
 }
 

@@ -30,6 +30,7 @@ inline Vec each(F f) {
   return {{f(0), f(1), f(2), f(3)}};
 }
 
+// clang-format off: a line each
 inline Vec zero() { return each([](int) { return vdupq_n_f32(0); }); }
 inline Vec set1(float x) { return each([=](int) { return vdupq_n_f32(x); }); }
 inline Vec load(const float* p) { return each([=](int i) { return vld1q_f32(p + 4 * i); }); }
@@ -52,6 +53,7 @@ inline Vec div(Vec a, Vec b) { return each([&](int i) { return vdivq_f32(a.v[i],
 inline Vec fma(Vec a, Vec b, Vec c) { return each([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); }); }
 inline float32x4_t max(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // not vmaxq: of NaN
 inline Vec max(Vec a, Vec b) { return each([&](int i) { return max(a.v[i], b.v[i]); }); }
+// clang-format on
 inline Vec sign(Vec a) {
   return each([&](int i) { return vbslq_f32(vdupq_n_u32(0x80000000u), a.v[i], vdupq_n_f32(1)); });
 }

@@ -48,6 +48,7 @@ float half_to_float(uint16_t h) {
 }
 
 Vec zero() { return {}; }
+// clang-format off: a line each
 Vec set1(float x) { return each([&](size_t) { return x; }); }
 Vec load(const float* p) { return each([&](size_t i) { return p[i]; }); }
 Vec load(const uint16_t* p) { return each([&](size_t i) { return half_to_float(p[i]); }); }
@@ -65,6 +66,7 @@ Vec sign(const Vec& a) {
   return each([&](size_t i) { return from_bits((bits_of(a.v[i]) & 0x80000000u) | 0x3f800000u); });
 }
 Vec exp2_bits(const Vec& a) { return each([&](size_t i) { return from_bits((bits_of(a.v[i]) << 23) + 0x3f800000u); }); }
+// clang-format on
 Vec zero_below(const Vec& x, float least, const Vec& y) {
   return each([&](size_t i) { return x.v[i] < least ? 0.f : y.v[i]; });
 }
@@ -80,7 +82,9 @@ float sum_of(const Lanes& a) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 Quad fold4(const Lanes* a) { return {{sum_of(a[0]), sum_of(a[1]), sum_of(a[2]), sum_of(a[3])}}; }
-Vec fold16(const Quad* a) { return each([&](size_t i) { return a[i / 4].v[i % 4]; }); }
+Vec fold16(const Quad* a) {
+  return each([&](size_t i) { return a[i / 4].v[i % 4]; });
+}
 float reduce_add(const Vec& a) { return sum_of(fold(a)); }
 float reduce_max(const Vec& a) {
   float most = a.v[0];

@@ -2,8 +2,8 @@
 // by four rows at a time, each register with one block of a row. More rows take it by 8 rows: a panel of them is turned
 // in the L1 cache, so that a register has four weights of each row.
 #include <immintrin.h>
-
 #include <math.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -294,8 +294,10 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
     for (int j = 0; j < bits; j++)
       for (int m = 0; m < M; m++) {
         const int8_t* q = x.q + (in + m * blocks) * kBlock + 4 * j;
-        if (bits == 4) d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
-        else d[m] = dot(d[m], weights[j], broadcast(q));
+        if (bits == 4)
+          d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
+        else
+          d[m] = dot(d[m], weights[j], broadcast(q));
       }
     for (int m = 0; m < M; m++) {
       const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
@@ -326,8 +328,7 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     __m256 sum = _mm256_setzero_ps();
     for (size_t t = 0; t < terms; t++) {
       const size_t at = i * terms + t;
-      const __m256 term =
-          _mm256_add_ps(_mm256_add_ps(acc[0][at], acc[2][at]), _mm256_add_ps(acc[1][at], acc[3][at]));
+      const __m256 term = _mm256_add_ps(_mm256_add_ps(acc[0][at], acc[2][at]), _mm256_add_ps(acc[1][at], acc[3][at]));
       sum = t ? _mm256_add_ps(sum, term) : term;
     }
     if (w.row_scales) sum = _mm256_mul_ps(sum, row_scale);
@@ -343,8 +344,10 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   if (rows * terms > kByRows)
     for (; j + kRows <= count; j += kRows) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
-  if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  if (rows * terms % 2)
+    by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else
+    by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 // of 4 bits. More rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
 // weights of each row.
 #include <immintrin.h>
-
 #include <math.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -126,8 +126,8 @@ struct Four<8> {
       d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
     }
     const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
-    return _mm512_add_epi32(
-        start, _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+    return _mm512_add_epi32(start,
+                            _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
   }
 };
 
@@ -177,8 +177,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
       const size_t in = (from + m) * w.blocks + b;
       const __m512i q0 = _mm512_maskz_loadu_epi8(masks.first, x.q + in * kBlock);
       const __m512i q1 = _mm512_maskz_loadu_epi8(masks.second, x.q + in * kBlock + 64);
-      const __m512i start = _mm512_permutexvar_epi32(
-          expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
+      const __m512i start =
+          _mm512_permutexvar_epi32(expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
       const __m512 of_x =
           _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(masks.blocks, x.scale + in)));
       const __m512i d = four.dots(q0, q1, start);
@@ -337,8 +337,7 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     __m512 sum = _mm512_setzero_ps();
     for (size_t t = 0; t < terms; t++) {
       const size_t at = i * terms + t;
-      const __m512 term =
-          _mm512_add_ps(_mm512_add_ps(acc[0][at], acc[2][at]), _mm512_add_ps(acc[1][at], acc[3][at]));
+      const __m512 term = _mm512_add_ps(_mm512_add_ps(acc[0][at], acc[2][at]), _mm512_add_ps(acc[1][at], acc[3][at]));
       sum = t ? _mm512_add_ps(sum, term) : term;
     }
     if (w.row_scales) sum = _mm512_mul_ps(sum, row_scale);
@@ -354,8 +353,10 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   if (rows * terms > kByRows)
     for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
-  if (rows * terms % 2) by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  if (rows * terms % 2)
+    by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  else
+    by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace

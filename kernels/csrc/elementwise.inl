@@ -22,7 +22,7 @@ inline float exponential(float x) {
   x = x > 88.f ? 88.f : x;
   const float shifted = fmaf(x, 1.44269504f, kToInteger), n = shifted - kToInteger;
   const float f = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n log(2), |f| <= 0.35
-  float p = 1.f / 5040;  // Taylor's polynomial
+  float p = 1.f / 5040;                                                 // Taylor's polynomial
   p = fmaf(p, f, 1.f / 720);
   p = fmaf(p, f, 1.f / 120);
   p = fmaf(p, f, 1.f / 24);
@@ -36,9 +36,7 @@ inline float exponential(float x) {
 inline float silu(float x) { return x / (1.f + exponential(-x)); }
 
 // x / 2 (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-inline float gelu_tanh(float x) {
-  return x / (1.f + exponential(-1.59576912f * fmaf(0.044715f * x * x, x, x)));
-}
+inline float gelu_tanh(float x) { return x / (1.f + exponential(-1.59576912f * fmaf(0.044715f * x * x, x, x))); }
 
 // x times the normal distribution; its tail by Abramowitz and Stegun 7.1.26, absolute error 1e-7.
 inline float gelu(float x) {

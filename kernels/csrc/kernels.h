@@ -8,9 +8,9 @@
 
 namespace pastkey {
 
-constexpr size_t kBlock = 32;      // weights along K with one scale
-constexpr size_t kMaxRows = 32;    // rows times terms that a call of multiply takes
-constexpr size_t kTileRows = 32;   // rows of X and of W that a call of multiply_tile takes
+constexpr size_t kBlock = 32;     // weights along K with one scale
+constexpr size_t kMaxRows = 32;   // rows times terms that a call of multiply takes
+constexpr size_t kTileRows = 32;  // rows of X and of W that a call of multiply_tile takes
 
 // W [n, blocks, 32], as com.microsoft.MatMulNBits stores weights: unsigned, at any address. Those of 8 bits have the
 // zero point 128. Of 4 bits two are in a byte, the even one low; a block has a zero point of 4 bits, stored as they
@@ -75,7 +75,9 @@ struct TileKernels {
 };
 
 static constexpr size_t packed_rows_size(size_t blocks, size_t terms) { return 16 * blocks * kBlock * 2 * terms; }
-static constexpr size_t packed_weights_size(size_t blocks, size_t terms) { return kTileRows * blocks * kBlock * 2 * terms; }
+static constexpr size_t packed_weights_size(size_t blocks, size_t terms) {
+  return kTileRows * blocks * kBlock * 2 * terms;
+}
 
 extern const MatMulKernels portable_matmul, avx2_matmul, avx_vnni_matmul, avx512_matmul;
 extern const MatMulKernels neon_matmul, dotprod_matmul, i8mm_matmul;

@@ -25,7 +25,7 @@ inline double exponential(double x) {
   x = x > 1. ? 1. : x;
   const double shifted = multiply_add(x, 1.4426950408889634, kToInteger), n = shifted - kToInteger;
   const double f = multiply_add(n, -0.6931471805599453, x);  // |f| <= 0.35
-  double p = 1. / 362880;  // Taylor's polynomial
+  double p = 1. / 362880;                                    // Taylor's polynomial
   p = multiply_add(p, f, 1. / 40320);
   p = multiply_add(p, f, 1. / 5040);
   p = multiply_add(p, f, 1. / 720);

@@ -93,8 +93,10 @@ class Product {
     const Tensor scales = info.required_constant(input + 1, "scales");
     if (scales.size != w_.n * w_.blocks)
       refuse("scales has shape %s, expected [%zu, %zu]", to_string(scales.shape).c_str(), w_.n, w_.blocks);
-    if (scales.type == kUint8) w_.scale_codes = scales.data<uint8_t>();
-    else w_.scales = scales.data<float>();
+    if (scales.type == kUint8)
+      w_.scale_codes = scales.data<uint8_t>();
+    else
+      w_.scales = scales.data<float>();
 
     w_.row_scales = vector(info.constant(input + 2, "row_scales"), w_.n);
     if (w_.scale_codes && !w_.row_scales) refuse("row_scales is missing, expected with scales of uint8");
@@ -232,7 +234,8 @@ class Product {
           tiles_->multiply_tile(w_, panel.data() + h * weights_size, rows + i / kHalf * group_size, n, terms_,
                                 h * columns() + first, count, product, stride);
         };
-        if (halves == 1) multiply(0, to, columns());
+        if (halves == 1)
+          multiply(0, to, columns());
         else
           for (size_t h = 0; h < 2; h++) multiply(h, tile[h], kTileRows);
         if (halves == 1 && activation_ == Activation::none) continue;
@@ -260,8 +263,8 @@ class Product {
 class MatMulInt8 {
  public:
   static constexpr const char* kName = "MatMulInt8";
-  static constexpr Slot kInputs[] = {required(kFloat), required(kUint8), required(kAnyType), optional(kFloat),
-                                     optional(kFloat), optional(kUint8)};
+  static constexpr Slot kInputs[] = {required(kFloat), required(kUint8), required(kAnyType),
+                                     optional(kFloat), optional(kFloat), optional(kUint8)};
   static constexpr Slot kOutputs[] = {required(kFloat)};
 
   explicit MatMulInt8(const KernelInfo& info) : product_(info, 1) {}
@@ -280,9 +283,9 @@ class MatMulInt8 {
 class NormMatMulInt8 {
  public:
   static constexpr const char* kName = "NormMatMulInt8";
-  static constexpr Slot kInputs[] = {required(kFloat),   optional(kFloat), required(kFloat), optional(kFloat),
-                                     required(kUint8),   required(kAnyType), optional(kFloat), optional(kFloat),
-                                     optional(kUint8)};
+  static constexpr Slot kInputs[] = {required(kFloat), optional(kFloat), required(kFloat),
+                                     optional(kFloat), required(kUint8), required(kAnyType),
+                                     optional(kFloat), optional(kFloat), optional(kUint8)};
   static constexpr Slot kOutputs[] = {required(kFloat), optional(kFloat)};
 
   explicit NormMatMulInt8(const KernelInfo& info) : product_(info, 4) {

@@ -9,6 +9,7 @@
 #endif
 
 #include <math.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -141,8 +142,10 @@ struct Rows {
       int32x4_t sums[4];
       each<4>([&](auto r) { sums[r.value] = dot(halves[r.value][0], halves[r.value][1], q0, q1); });
       int32x4_t d = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
-      if (Bits == 4) d = vmlaq_n_s32(d, block.zeros, x.start[in] / 128);
-      else if (kStarts) d = vaddq_s32(d, vdupq_n_s32(x.start[in]));
+      if (Bits == 4)
+        d = vmlaq_n_s32(d, block.zeros, x.start[in] / 128);
+      else if (kStarts)
+        d = vaddq_s32(d, vdupq_n_s32(x.start[in]));
       acc[m.value] = vfmaq_f32(acc[m.value], vmulq_n_f32(vcvtq_f32_s32(d), x.scale[in]), block.scales);
     });
   }

@@ -29,8 +29,7 @@ struct Error {
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2)))
 #endif
-inline void
-refuse(const char* format, ...) {
+inline void refuse(const char* format, ...) {
   char text[512];
   va_list arguments;
   va_start(arguments, format);
@@ -61,12 +60,18 @@ inline const char* to_string(ONNXTensorElementDataType type) {
 
 template <class T>
 constexpr ONNXTensorElementDataType element_type() {
-  if constexpr (std::is_same_v<T, float>) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  else if constexpr (std::is_same_v<T, int8_t>) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-  else if constexpr (std::is_same_v<T, uint8_t>) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-  else if constexpr (std::is_same_v<T, int32_t>) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-  else if constexpr (std::is_same_v<T, uint16_t>) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-  else return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  if constexpr (std::is_same_v<T, float>)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  else if constexpr (std::is_same_v<T, int8_t>)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+  else if constexpr (std::is_same_v<T, uint8_t>)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  else if constexpr (std::is_same_v<T, uint16_t>)
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  else
+    return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 
 // Throws where a call of the API failed.
@@ -87,8 +92,8 @@ struct Tensor {
 
   explicit operator bool() const { return raw != nullptr; }
 
-  // The elements, refused where they are of another type, or do not lie as C++ has them: weights are where their file is
-  // mapped.
+  // The elements, refused where they are of another type, or do not lie as C++ has them: weights are where their file
+  // is mapped.
   template <class T>
   T* data() const {
     if (raw && type != element_type<T>())
@@ -350,8 +355,7 @@ const OrtCustomOp* custom_op() {
     };
     o.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
       auto* instance = static_cast<Instance*>(kernel);
-      return guarded(instance->api, Kernel::kName,
-                     [&] { instance->kernel.compute(Context(instance->api, context)); });
+      return guarded(instance->api, Kernel::kName, [&] { instance->kernel.compute(Context(instance->api, context)); });
     };
     o.KernelDestroy = [](void* kernel) { delete static_cast<Instance*>(kernel); };
     o.GetName = [](const OrtCustomOp*) { return Kernel::kName; };

@@ -4,4 +4,4 @@
 #ifdef __cplusplus
 extern "C"
 #endif
-OrtStatus* ORT_API_CALL PastkeyRegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);
+    OrtStatus* ORT_API_CALL PastkeyRegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base);

@@ -1,5 +1,6 @@
 // The reference: what every other level must give, bit for bit.
 #include <math.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -22,8 +23,7 @@ int32_t dot_int4(const Weights& w, size_t row, size_t b, const int8_t* q) {
   const uint8_t* codes = w.codes + (row * w.blocks + b) * kHalf;
   const int zero = w.zeros ? w.zeros[row * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
   int32_t dot = 0;
-  for (size_t i = 0; i < kHalf; i++)
-    dot += ((codes[i] & 15) - zero) * q[i] + ((codes[i] >> 4) - zero) * q[kHalf + i];
+  for (size_t i = 0; i < kHalf; i++) dot += ((codes[i] & 15) - zero) * q[i] + ((codes[i] >> 4) - zero) * q[kHalf + i];
   return dot;
 }
 

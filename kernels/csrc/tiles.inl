@@ -51,7 +51,8 @@ void begin(uint8_t* saved) {
 }
 
 void end(const uint8_t* saved) {
-  if (saved[0]) _tile_loadconfig(saved);  // its palette
+  if (saved[0])
+    _tile_loadconfig(saved);  // its palette
   else
     _tile_release();
 }
