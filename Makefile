@@ -18,9 +18,11 @@ MATRIX ?=
 CHOSEN = $(if $(MATRIX),,$(if $(SLOW),not matrix,not slow))
 WORKERS ?= 2
 BENCH_ARGS ?=
-TESTS := -m pytest -n $(WORKERS) --dist worksteal --durations 20
+TIMES := $(CURDIR)/.environments/times
+TESTS = -m pytest -n $(WORKERS) --dist worksteal --junitxml $(TIMES)/$(1).xml
+COMPILER := $(shell command -v c++)
 
-.PHONY: help demo test quick check kernels web-assets ci release matrix oldest runtime-oldest runtime-newest bench docs clean
+.PHONY: help demo test quick slowest check kernels sanitize web-assets ci release matrix oldest runtime-oldest runtime-newest bench docs clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,15 +35,21 @@ demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32
 	$(BIN)/python -m benchmarks stories demo/fp32 demo/int8
 	$(BIN)/python examples/tell_story.py demo/int8
 
-test: check  ## ruff, mypy and the tests: SLOW=1 as CI, MATRIX=1 all, PYTEST_ARGS="tests/runtime -k cache"
-	$(BIN)/python $(TESTS) -m "$(CHOSEN)" $(PYTEST_ARGS)
+test: $(VENV)/installed  ## ruff, mypy, kernels and tests: SLOW=1 as CI, MATRIX=1 all, PYTEST_ARGS="tests/runtime -k cache"
+	$(MAKE) --jobs 2 --output-sync check $(if $(COMPILER),kernels)
+	$(BIN)/python $(call TESTS,test) -m "$(CHOSEN)" $(PYTEST_ARGS)
+	$(if $(COMPILER),,@echo "The native kernels were NOT tested: there is no C++ compiler (c++).")
 
 quick: $(VENV)/installed  ## The tests that neither train nor export, in seconds
-	$(BIN)/python $(TESTS) -m quick $(PYTEST_ARGS)
+	$(BIN)/python $(call TESTS,quick) -m quick $(PYTEST_ARGS)
 
-check: $(VENV)/installed  ## ruff and mypy
+slowest: $(VENV)/installed  ## The fifty slowest tests of the last runs, and the sum of each folder
+	$(BIN)/python -m tools.slowest
+
+check: $(VENV)/installed  ## ruff, mypy, and the format of the C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.cc kernels/csrc/*.h kernels/csrc/*.inl tests/kernels/*.cc
 	$(BIN)/python -m tools.typecheck
 
 kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for the tests and your bundles: docs/native.md
@@ -50,17 +58,28 @@ $(VENV)/kernels: $(VENV)/installed $(shell git ls-files kernels 2>/dev/null)
 	$(BIN)/python -m pip install --quiet --force-reinstall ./kernels
 	touch $@
 
+# Python itself has none of the sanitizers, so that the processes that run graphs load one first.
+sanitize: $(VENV)/installed  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pip install --quiet --upgrade --target $(ENVIRONMENTS)/sanitize \
+		--config-settings=cmake.define.PASTKEY_SANITIZE=ON ./kernels
+	PASTKEY_SANITIZED=$(CURDIR)/$(ENVIRONMENTS)/sanitize/pastkey_kernels/libpastkey_kernels.so \
+		$(BIN)/python $(call TESTS,sanitize) -m "not slow" tests/kernels/test_matmul.py tests/kernels/test_attention.py \
+		tests/kernels/test_matmul_refused.py tests/kernels/test_attention_refused.py tests/kernels/test_random.py
+
 web-assets: $(VENV)/installed  ## Install the JavaScript libraries of `pastkey web` with npm: docs/web.md
 	$(BIN)/python -m tools.web_assets
 
-# runtime-oldest and runtime-newest have neither a compiler nor the kernels.
-ci:  ## What CI runs: the slow tests, then parts in further environments (oldest, runtime-oldest, runtime-newest), docs
-	$(MAKE) kernels
-	$(MAKE) test SLOW=1
-	$(MAKE) oldest
-	$(MAKE) runtime-oldest
-	$(MAKE) runtime-newest
+# The runtime's own tests run in runtime-oldest and runtime-newest, where there is neither torch nor the kernels.
+ci: export PASTKEY_REQUIRE ?= kernels,node,chromium
+ci:  ## What CI runs: the slow tests, then parts in further environments, kernels under sanitizers, JavaScript, docs
+	$(MAKE) test SLOW=1 PYTEST_ARGS="--ignore tests/runtime"
+	PASTKEY_REQUIRE= $(MAKE) oldest
+	PASTKEY_REQUIRE= $(MAKE) runtime-oldest
+	PASTKEY_REQUIRE= $(MAKE) runtime-newest
+	$(MAKE) sanitize
+	$(MAKE) javascript
 	$(MAKE) docs
+	$(MAKE) slowest
 
 release: $(VENV)/installed  ## The sdist and the wheel in dist/, tried on two Pythons: docs/releasing.md
 	$(BIN)/python -m pip install --quiet --group release
@@ -75,7 +94,7 @@ matrix:  ## By hand: every case of each table, every Python here, every release 
 
 # Export to chat with the oldest release of every package. An old one may warn of a newer one beside it.
 oldest: $(ENVIRONMENTS)/oldest/installed
-	$(ENVIRONMENTS)/oldest/bin/python $(TESTS) -W default -m "oldest and not slow" $(PYTEST_ARGS)
+	$(ENVIRONMENTS)/oldest/bin/python $(call TESTS,oldest) -W default -m "oldest and not slow" $(PYTEST_ARGS)
 
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 	$(PYTHON) -m venv --clear $(@D)
@@ -98,7 +117,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
 		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
-	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(TESTS) -m "not slow" $(PYTEST_ARGS)
+	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(call TESTS,$@) -m "not slow" $(PYTEST_ARGS)
 
 bench: $(VENV)/installed  ## pastkey beside other engines, then many streams: benchmarks/results.md, docs/performance.md
 	$(BIN)/python -m benchmarks peers --page benchmarks/results.md $(BENCH_ARGS)

@@ -174,6 +174,25 @@ def classic(pastkey_command, made_once):
     return made_once("classic", make)
 
 
+# A skip whose reason begins so is for want of what it names. PASTKEY_REQUIRE=kernels,node makes it a failure.
+WANTING = {
+    "kernels": ("the native kernels", "no C++ compiler"),
+    "node": ("node", "npm"),
+    "chromium": ("chromium", "playwright"),
+}
+
+
+def pytest_sessionfinish(session):
+    """Fails a run that skipped a test for want of what PASTKEY_REQUIRE names."""
+    if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is None:
+        return  # one of the processes whose reports come together elsewhere
+    reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}
+    for name in filter(None, os.environ.get("PASTKEY_REQUIRE", "").split(",")):
+        for reason in sorted(reason for reason in reasons if reason.startswith(WANTING[name])):
+            reporter.write_line(f"\nPASTKEY_REQUIRE names {name}, and tests were skipped: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture
 def record_family(record_property):
     """record_family(FAMILY, its worst figure), to be shown at the end of the run."""

@@ -64,6 +64,11 @@ def machine(level: str) -> tuple[Sequence[str], str, dict[str, str]]:
         from .emulation import emulated
 
         return emulated()
+    if library := os.environ.get("PASTKEY_SANITIZED"):  # `make sanitize`
+        named = ["c++", "-print-file-name=libasan.so"]
+        first = subprocess.run(named, capture_output=True, text=True, check=True).stdout.strip()
+        # Python and onnxruntime keep memory to their end. A library that throws needs its own C++ library loaded.
+        return [sys.executable], library, {"LD_PRELOAD": f"{first} libstdc++.so.6", "ASAN_OPTIONS": "detect_leaks=0"}
     from pastkey_kernels import library_path
 
     return [sys.executable], library_path(), {}

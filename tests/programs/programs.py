@@ -52,7 +52,7 @@ def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
     packages = _node_folder() / "node_modules"
     chromium = install_chromium()
     if chromium is None:
-        pytest.skip("chromium is not installed, and only root can install Debian's package")
+        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
     places = {

@@ -24,7 +24,7 @@ from pastkey.runtime.engine.engine import Engine
 from ..shared import divided
 from .environments import OPENVINO, QNN, WEBGPU, install_lavapipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 PROMPT, NEW_TOKENS = "Zoë had 37", 24
 HTP = ("backend_type=htp", "htp_arch=75", "soc_model=57")

@@ -15,7 +15,7 @@ from pastkey.export.compat import facts
 
 from .environments import GENAI, OPTIMUM, node_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 _OF_TRANSFORMERS = """
 import json, sys, transformers
@@ -77,7 +77,6 @@ def test_genai_knows_these_types_and_tokenizers():
     assert [name for name in names if name not in library] == []
 
 
-@pytest.mark.matrix
 def test_transformers_has_these_decoders_and_names():
     others = [(key, other, kinds.split()) for key, by in facts._OTHER_NAMES.items() for other, kinds in by.items()]
     asked = sorted({kind for _, _, kinds in others for kind in kinds})
@@ -97,7 +96,6 @@ def test_transformers_has_these_decoders_and_names():
         assert {kind: found["other_names"][kind].get(key) for kind in kinds} == dict.fromkeys(kinds, other)
 
 
-@pytest.mark.matrix
 def test_optimum_reads_heads_and_sizes_of_these_types_from_their_own_keys():
     source = folder_of(environment(*OPTIMUM), "optimum.onnxruntime") / "modeling_decoder.py"
     text = source.read_text(encoding="utf-8")

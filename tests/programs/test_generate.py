@@ -19,7 +19,7 @@ from tools import web_assets
 from .environments import install_kotlin, java_binding, node_environment, onnxruntime_header
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 HERE = Path(__file__).parent
 
@@ -110,7 +110,7 @@ def c_program(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     if (header := onnxruntime_header()) is None:
-        pytest.skip("onnxruntime's header is not here, and only root can fetch Debian's package")
+        pytest.skip("onnxruntime's header is not here; PASTKEY_INSTALL=1 fetches Debian's")
     folder = tmp_path_factory.mktemp("c")
     (folder / "libonnxruntime.so.1").symlink_to(library())
     command: list[str | Path] = [
@@ -140,7 +140,7 @@ def java(tmp_path_factory):
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
     if (binding := java_binding()) is None:
-        pytest.skip("no JDK is installed, and only root can install Debian's")
+        pytest.skip("no JDK is installed; PASTKEY_INSTALL=1 installs Debian's")
     folder = tmp_path_factory.mktemp("java")
     shutil.copy(binding / "libonnxruntime4j_jni.so", folder)
     (folder / "versions").write_text("VERS_1.17.0 { global: Ort*; local: *; };")
@@ -172,7 +172,7 @@ def kotlin_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.kt, compiled."""
     binding, command = java
     if (home := install_kotlin()) is None:
-        pytest.skip("Kotlin's compiler is not installed, and only root can install Debian's")
+        pytest.skip("Kotlin's compiler is not installed; PASTKEY_INSTALL=1 installs Debian's")
     folder = tmp_path_factory.mktemp("classes")
     standard = "/usr/share/java/kotlin-stdlib.jar:/usr/share/java/kotlin-stdlib-jdk7.jar"
     compiling: list[str | Path] = [

@@ -39,7 +39,7 @@ def kotlin():
 def resources(tmp_path_factory):
     """The folder of the class R, which Android's resource compiler makes of the manifest, the layout and the texts."""
     if (framework := install_android_resources()) is None:
-        pytest.skip("aapt is not installed, and only root can install Debian's")
+        pytest.skip("aapt is not installed; PASTKEY_INSTALL=1 installs Debian's")
     folder, main = tmp_path_factory.mktemp("resources"), ANDROID / "app" / "src" / "main"
     manifest = ElementTree.parse(main / "AndroidManifest.xml")
     manifest.getroot().set("package", "com.example.pastkey")  # Gradle sets it by `namespace`
@@ -132,7 +132,7 @@ def ios(tmp_path_factory):
     """The package and tests/programs/ios_program.swift, over stand-ins for the packages of ios_stubs/."""
     header = onnxruntime_header()
     if sys.platform != "linux" or header is None or install_swift() is None:
-        pytest.skip("Swift or onnxruntime's header is not installed, and only root can install Debian's")
+        pytest.skip("Swift or onnxruntime's header is not installed; PASTKEY_INSTALL=1 installs Debian's")
     folder = tmp_path_factory.mktemp("ios")
     (folder / "module.modulemap").write_text(f'module COnnxRuntime {{ header "{header}/onnxruntime_c_api.h" }}')
     (folder / "libonnxruntime.so.1").symlink_to(library())
@@ -177,6 +177,6 @@ def test_ios_brings_a_bundle_whole_or_not_at_all(ios, letters_bundle, tmp_path):
 def test_swift_reads_every_source(file):
     """The view, too, which needs Apple's frameworks to be compiled."""
     if install_swift() is None:
-        pytest.skip("Swift is not installed, and only root can install Debian's")
+        pytest.skip("Swift is not installed; PASTKEY_INSTALL=1 installs Debian's")
     done = subprocess.run(["swiftc", "-frontend", "-parse", file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

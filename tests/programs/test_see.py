@@ -26,7 +26,7 @@ FLAGS = {
 def browser():
     chromium = install_chromium()
     if chromium is None:
-        pytest.skip("chromium is not installed, and only root can install Debian's package")
+        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
     with opened(chromium) as page:
         yield page
 

@@ -22,7 +22,7 @@ from pastkey.providers import PROVIDERS
 from ..shared import divided
 from .environments import OPENVINO, QNN, WEBGPU, install_lavapipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"

@@ -55,7 +55,7 @@ def launch(packages):
     """launch(*FLAGS): Chromium, started once for each set of flags."""
     chromium = install_chromium()
     if chromium is None:
-        pytest.skip("chromium is not installed, and only root can install Debian's package")
+        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
     with playwright.sync_playwright() as driver:
         started: dict[tuple[str, ...], Any] = {}
 
