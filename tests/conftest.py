@@ -174,6 +174,15 @@ def classic(pastkey_command, made_once):
     return made_once("classic", make)
 
 
+@pytest.fixture(scope="session")
+def short_exports():
+    """Exports in this process are short. Folders whose tests export use it in each test."""
+    from . import short_exports as module  # which imports torch
+
+    with module.short_exports():
+        yield
+
+
 @pytest.fixture
 def record_family(record_property):
     """record_family(FAMILY, its worst figure), to be shown at the end of the run."""
