@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
