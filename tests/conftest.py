@@ -193,6 +193,15 @@ def pytest_sessionfinish(session):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="session")
+def short_exports():
+    """Exports in this process are short. Folders whose tests export use it in each test."""
+    from . import short_exports as module  # which imports torch
+
+    with module.short_exports():
+        yield
+
+
 @pytest.fixture
 def record_family(record_property):
     """record_family(FAMILY, its worst figure), to be shown at the end of the run."""

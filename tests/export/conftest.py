@@ -62,6 +62,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short(short_exports):
+    """Exports of these tests are short."""
+
+
 @pytest.fixture(scope="session")
 def word_tokenizer():
     """A tokenizer of as many words as `llama` has embeddings; the last one ends a text."""

@@ -22,3 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="the native kernels are not installed: pip install ./kernels"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short(short_exports):
+    """Exports of these tests are short."""

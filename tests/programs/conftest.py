@@ -158,3 +158,8 @@ def bundles(made_once, trained):
         return made_once(f"bundle-{name}", make) / "bundle"
 
     return bundle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short(short_exports):
+    """Exports of these tests are short."""

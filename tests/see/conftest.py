@@ -52,3 +52,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short(short_exports):
+    """Exports of these tests are short."""

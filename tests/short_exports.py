@@ -1,0 +1,77 @@
+"""Short exports in tests: an equal decoder is traced once a process, and calibration runs on short windows.
+
+torch's trace takes nine tenths of the export of a tiny decoder. Its graph depends on the module and on the observation
+of it alone, so the second export of an equal module gets a copy of the first graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.export import grafting
+from pastkey.export.graph.stored import stored_weights
+from pastkey.export.quantize.calibrate import calibration
+
+_CALIBRATION_LENGTH = 64  # tokens of a window, in place of 256
+_LARGEST = 4_000_000  # bytes of weights of a decoder whose graph is kept
+
+
+class _Key(pickle.Pickler):
+    """Pickles a module with the bytes of its tensors, and the code of its classes, in place of their names alone."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.storages: dict[tuple[int, int], int] = {}
+
+    def persistent_id(self, value: Any) -> object:
+        if isinstance(value, Tensor):
+            shared = (value.untyped_storage().data_ptr(), value.storage_offset())
+            place = self.storages.setdefault(shared, len(self.storages))  # tied weights stay one initializer
+            content = hashlib.sha256(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            return type(value).__name__, place, str(value.dtype), tuple(value.shape), value.stride(), content.digest()
+        if isinstance(value, type) and issubclass(value, nn.Module) and not value.__module__.startswith("torch."):
+            functions = [method.__code__ for method in vars(value).values() if hasattr(method, "__code__")]
+            return value.__module__, value.__qualname__, [(code.co_code, repr(code.co_consts)) for code in functions]
+        return None
+
+
+def _key(*values: object) -> bytes | None:
+    """A hash of these values; None if they hold something that cannot be pickled, as a function inside another."""
+    file = io.BytesIO()
+    try:
+        _Key(file).dump(values)
+    except Exception:  # a module may hold anything
+        return None
+    return hashlib.sha256(file.getvalue()).digest()
+
+
+@contextlib.contextmanager
+def short_exports() -> Iterator[None]:
+    """While open, exports in this process are short."""
+    traced: dict[bytes, ir.Model] = {}
+    trace = grafting.trace
+
+    def trace_once(module: nn.Module, *observed: Any) -> ir.Model:
+        *observed, say = observed
+        small = sum(parameter.nbytes for parameter in module.parameters()) < _LARGEST
+        key = _key(module, *observed) if small and stored_weights(module) is None else None
+        if key is None:
+            return trace(module, *observed, say)
+        if key not in traced:
+            traced[key] = trace(module, *observed, say).clone()
+        return traced[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grafting, "trace", trace_once)
+        patch.setattr(calibration, "LENGTH", _CALIBRATION_LENGTH)
+        yield
