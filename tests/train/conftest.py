@@ -1,10 +1,14 @@
-"""What the tests of training share: a cache folder of their own, and a text."""
+"""What the tests of training share: a cache folder of their own, a text, and one finished run."""
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from .helpers import write_corpus
+from pastkey.train import loop
+
+from .helpers import tiny, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +22,17 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def text(tmp_path):
     return write_corpus(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The run of `tiny()`, finished. Its text is beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    loop.train(tiny(), folder / "c", data=[write_corpus(folder / "text.txt")])
+    return folder / "c"
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(whole, tmp_path / "copy")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pastkey.contract import names
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState
+from pastkey.train.loop import Run
 from pastkey.train.settings import TrainConfig
 
 TINY: dict[str, Any] = {
@@ -25,6 +29,26 @@ TINY: dict[str, Any] = {
     "tokenizer": "char",
     "threads": 1,
 }
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], object]) -> None:
+    """Lets something happen before the step after step `at` of a run."""
+    original = Run._one_step
+
+    def stepping(run: Run) -> dict[str, Any]:
+        if run.step == at:
+            happens()
+        return original(run)
+
+    monkeypatch.setattr(Run, "_one_step", stepping)
+
+
+class Stop(BaseException):
+    """Ends a run."""
+
+
+def stop() -> None:
+    raise Stop
 
 
 def tiny(**changes: Any) -> TrainConfig:

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
 from pastkey.contract import names
 from pastkey.contract.config import ModelConfig
-from pastkey.errors import IntegrityError
-from pastkey.files.folder import file_record
+from pastkey.errors import InputError, IntegrityError, InUseError, MissingFileError, PastkeyError
+from pastkey.files.durable import locked
+from pastkey.files.folder import file_records
 from pastkey.train import checkpoint as module
-from pastkey.train.checkpoint import STATE, finish_or_discard, load_checkpoint, load_optimizer, save_checkpoint
+from pastkey.train.checkpoint import (
+    STATE,
+    TOKENS_VAL,
+    check_settled,
+    finish_or_discard,
+    layout_of,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+)
 from pastkey.train.model import Decoder
 
-from ..shared import ROOT
+from ..crash import Killed, at_every_operation
 from .helpers import bare_checkpoint, no_state
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
 
 
 def decoder(seed: int, **changes: Any) -> Decoder:
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
-    return Decoder(ModelConfig(**(sizes | heads | changes)))
+    return Decoder(ModelConfig(**(SIZES | changes)))
 
 
-def weights(model: Decoder) -> float:
+def weights(model: torch.nn.Module) -> float:
     return sum(tensor.double().sum().item() for tensor in model.state_dict().values())
 
 
@@ -61,26 +73,6 @@ def test_a_configuration_knows_how_many_weights_a_decoder_has(changes):
     assert model.config.weights == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"num_hidden_layers": 1000}, "it holds 672 weights, and the configuration is of"),
-        ({"vocab_size": 2**31 - 1}, "and the configuration is of"),
-        ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000000000000000000000000000000; it must be a number"),
-    ],
-)
-def test_sizes_without_weights_are_refused_before_a_layer_is_made(changes, words, saved, monkeypatch):
-    config = saved / names.CONFIG
-    content = json.loads(config.read_text()) | changes
-    config.write_text(json.dumps(content))
-    manifest = json.loads((saved / names.MANIFEST).read_text())
-    manifest["files"][names.CONFIG] = dataclasses.asdict(file_record(config))
-    (saved / names.MANIFEST).write_text(json.dumps(manifest))
-    monkeypatch.setattr(module, "Decoder", None)
-    with pytest.raises(ValueError, match=words):
-        load_checkpoint(saved)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_was_saved_is_loaded(tied, tmp_path):
     model = decoder(3, tie_word_embeddings=tied)
@@ -96,152 +88,159 @@ def test_what_was_saved_is_loaded(tied, tmp_path):
     with safe_open(folder / names.WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
         assert ("lm_head.weight" in file.keys()) != tied  # noqa: SIM118 (not a dict)
-    assert not list(folder.rglob("*.new"))
 
 
-def test_nothing_is_pickled(saved):
-    files = [file for file in saved.rglob("*") if file.is_file()]
-    assert files
-    for file in files:
-        assert not file.read_bytes().startswith((b"\x80", b"PK")), file  # pickle, torch.save
+# --- what is refused ----------------------------------------------------------------------------------------------
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Changes the manifest."""
+
+    def spoil(folder: Path) -> None:
+        manifest = json.loads((folder / names.MANIFEST).read_text())
+        change(manifest)
+        (folder / names.MANIFEST).write_text(json.dumps(manifest))
+
+    return spoil
 
 
-def test_the_model_loads_without_the_training_state(saved):
-    shutil.rmtree(saved / "training")
-    checkpoint = load_checkpoint(saved)
-    with pytest.raises(IntegrityError, match=r"training/.* is missing"):
-        load_optimizer(saved, checkpoint.training)
+def listed(name: str, content: bytes) -> Callable[[Path], None]:
+    """Puts another file in the place of one, as the manifest says."""
+
+    def spoil(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+        rewritten(lambda manifest: manifest["files"].update(file_records(folder, [name])))(folder)
+
+    return spoil
 
 
-@pytest.mark.parametrize("name", [names.CONFIG, names.WEIGHTS, names.TOKENIZER, names.TOKENIZER_CONFIG])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
-def test_a_damaged_file_is_named(saved, name, damage):
-    file = saved / name
-    content = bytearray(file.read_bytes())
-    file.unlink()
-    if damage == "truncated":
-        file.write_bytes(content[:-1])
-    elif damage == "altered":
-        content[-1] ^= 1
-        file.write_bytes(content)
-    with pytest.raises(IntegrityError, match=rf"{name} .*{damage if damage != 'altered' else 'was altered'}"):
+def configured(**changes: Any) -> Callable[[Path], None]:
+    config = ModelConfig(**SIZES).to_json() | changes
+    return listed(names.CONFIG, json.dumps(config).encode())
+
+
+def of_integers() -> bytes:
+    return safetensors.torch.save({"a": torch.zeros(672, dtype=torch.int32)})
+
+
+Refused = Mapping[str, tuple[Callable[[Path], object], type[PastkeyError], str]]
+REFUSED: Refused = {
+    **{f"no {name}": (lambda f, name=name: (f / name).unlink(), IntegrityError, f"{name} is missing")
+       for name in module._MODEL_FILES},
+    "cut": (lambda f: (f / names.WEIGHTS).write_bytes(b"1"), IntegrityError, "model.safetensors has 1 bytes"),
+    "altered": (lambda f: (f / names.TOKENIZER).write_text("[]"), IntegrityError, "tokenizer.json was altered"),
+    "no folder": (shutil.rmtree, MissingFileError, "no such checkpoint"),
+    "a newer version": (rewritten(lambda m: m.update(format_version=3)), IntegrityError, "upgrade pastkey"),
+    "a bundle": (rewritten(lambda m: m.update(kind="bundle")), InputError, "name the checkpoint it came from"),
+    "no training": (rewritten(lambda m: m.update(training=3)), IntegrityError, "no valid 'training'"),
+    "a file that is not listed": (
+        rewritten(lambda m: m["files"].pop(names.WEIGHTS)), IntegrityError, "does not list model.safetensors",
+    ),
+    "a file outside": (
+        rewritten(lambda m: m["training"]["files"].update({"../x": {}})), IntegrityError, "not a path inside",
+    ),
+    "other sizes": (configured(hidden_size=10), IntegrityError, "model.safetensors does not fit"),
+    "other names": (
+        configured(qk_norm=True, intermediate_size=10, max_position_embeddings=1, vocab_size=17),
+        IntegrityError, "model.safetensors does not fit",
+    ),
+    "more layers": (configured(num_hidden_layers=1000), IntegrityError, "it holds 672 weights, and the configuration"),
+    "a large vocabulary": (configured(vocab_size=2**31 - 1), IntegrityError, "and the configuration is of"),
+    "impossible layers": (configured(num_hidden_layers=10**30), InputError, "num_hidden_layers is 10000"),
+    "a cut header": (listed(names.WEIGHTS, b"1" * 20), IntegrityError, "is cut short or damaged"),
+    "integers": (listed(names.WEIGHTS, of_integers()), IntegrityError, "holds numbers of the type 'I32'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", REFUSED)
+def test_a_spoilt_checkpoint_is_refused_before_a_layer_is_made(spoilt, saved, monkeypatch):
+    spoil, error, word = REFUSED[spoilt]
+    spoil(saved)
+    if spoilt not in ("no training", "other names"):
+        monkeypatch.setattr(module, "Decoder", None)
+    with pytest.raises(error, match=re.escape(word)):
         load_checkpoint(saved)
 
 
-def test_a_newer_version_asks_for_an_upgrade(saved):
-    manifest = json.loads((saved / names.MANIFEST).read_text())
-    (saved / names.MANIFEST).write_text(json.dumps(manifest | {"format_version": 3}))
-    with pytest.raises(IntegrityError, match="upgrade pastkey"):
-        load_checkpoint(saved)
+def test_the_model_loads_without_the_training_state_which_training_asks_for(saved):
+    training = load_checkpoint(saved).training
+    (saved / TOKENS_VAL).unlink()
+    assert load_checkpoint(saved).training == training
+    with pytest.raises(IntegrityError, match=r"tokens-val\.bin is missing"):
+        load_optimizer(saved, training)
+    rewritten(lambda manifest: manifest["training"]["files"].pop(STATE))(saved)
+    with pytest.raises(IntegrityError, match=r"does not list training/state"):
+        load_optimizer(saved, load_checkpoint(saved).training)
 
 
-def test_a_manifest_cannot_list_files_outside(saved):
-    manifest = json.loads((saved / names.MANIFEST).read_text())
-    manifest["training"]["files"]["../elsewhere"] = {"size": 1, "sha256": "0"}
-    (saved / names.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(IntegrityError, match="not a path inside"):
-        load_checkpoint(saved)
+# --- ended at any operation ---------------------------------------------------------------------------------------
+class Adapter:
+    """A model with a layout of its own."""
+
+    layout = module.PEFT
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def save(self, folder: Path) -> None:
+        for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS):
+            (folder / name).write_text(f"{name} of {self.seed}")
 
 
-def test_weights_that_do_not_fit_the_configuration_are_named(saved, tmp_path):
-    folder = bare_checkpoint(tmp_path / "other")
-    save_checkpoint(folder, decoder(1, hidden_size=10), no_state())
-    manifest = json.loads((saved / names.MANIFEST).read_text())
-    manifest["files"][names.CONFIG] = json.loads((folder / names.MANIFEST).read_text())["files"][names.CONFIG]
-    shutil.copy(folder / names.CONFIG, saved / names.CONFIG)
-    (saved / names.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(IntegrityError, match=r"model\.safetensors does not fit"):
-        load_checkpoint(saved)
+def read(folder: Path) -> tuple[int, object]:
+    """The step of a checkpoint, and something of the model of that step."""
+    if layout_of(folder) is None:
+        checkpoint = load_checkpoint(folder)
+        load_optimizer(folder, checkpoint.training)
+        return checkpoint.training["step"], weights(checkpoint.model)
+    step = check_settled(folder)["step"]
+    return step, [(folder / name).read_text() for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS)]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing may clean up after it."""
+# Three files and their folders, the manifest, its folder, and the renames of the three; a layout's folder before that.
+DECODER = [*5 * ["fsync"], "open", "fsync", "replace", "fsync", *3 * ["replace"]]
+ADAPTER = ["mkdir", *2 * ["replace", "fsync"], *DECODER[2:], "rmdir"]
 
 
-def operations(monkeypatch: pytest.MonkeyPatch, limit: int) -> Iterator[None]:
-    """Makes the process "die" before its `limit`-th change of the disk."""
-    done = 0
-
-    def counted(original: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done > limit:
-                raise Killed
-            return original(*arguments, **options)
-
-        return call
-
-    monkeypatch.setattr(os, "fsync", counted(os.fsync))
-    monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
-    yield
-    monkeypatch.undo()
-
-
-@pytest.mark.parametrize("limit", range(14))
-def test_a_save_cut_short_at_any_operation_leaves_the_old_or_the_new(saved, limit, monkeypatch):
-    old, new = decoder(1), decoder(2)
-    dying = operations(monkeypatch, limit)
-    next(dying)
-    killed = False
-    try:
-        save_checkpoint(saved, new, no_state(6))
-    except Killed:
-        killed = True
-    next(dying, None)
-    # Three fsyncs, those of two folders, the manifest's fsync and rename, a folder's fsync, three renames.
-    assert killed == (limit < 11)
-    before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
-    checkpoint = load_checkpoint(saved)
-    step = checkpoint.training["step"]
-    assert step == (5 if limit < 7 else 6)
-    assert weights(checkpoint.model) == weights(old if step == 5 else new)
-    load_optimizer(saved, checkpoint.training)
-    assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before  # readers change nothing
-    finish_or_discard(saved)
-    assert load_checkpoint(saved).training["step"] == step
-    assert not list(saved.rglob("*.new"))
-    save_checkpoint(saved, decoder(3), no_state(7))
-    assert weights(load_checkpoint(saved).model) == weights(decoder(3))
+@pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")], ids=repr)
+@pytest.mark.parametrize(("model", "operations"), [(decoder, DECODER), (Adapter, ADAPTER)])
+def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(model, operations, error, tmp_path):
+    expected = {}
+    for step in (5, 6):
+        whole = bare_checkpoint(tmp_path / f"whole {step}")
+        save_checkpoint(whole, model(step), no_state(step))
+        expected[step] = read(whole)
+    save = at_every_operation(
+        tmp_path,
+        lambda folder: shutil.copytree(tmp_path / "whole 5", folder, dirs_exist_ok=True),
+        lambda folder: save_checkpoint(folder, model(6), no_state(6)),
+        error,
+    )
+    ends, steps = [*save], []
+    assert ends[-1][1] == operations
+    for folder, _ in ends:
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        step, found = read(folder)
+        steps.append(step)
+        assert (step, found) == expected[step]
+        if model is decoder:  # whose readers change nothing
+            assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+        assert isinstance(error, Killed) or step == 6 or not [file for file in before if file.suffix == ".new"]
+        finish_or_discard(folder)
+        assert not list(folder.rglob("*.new"))
+        assert read(folder) == (step, found)
+    assert steps == sorted(steps)
+    assert {*steps} == {5, 6}
+    save_checkpoint(folder, model(7), no_state(7))
+    assert read(folder)[0] == 7
 
 
-def test_a_reader_leaves_a_save_in_progress_alone(saved):
+def test_a_running_process_is_not_taken_for_a_dead_one(saved):
     pending = saved / (STATE + ".new")
     pending.write_bytes(b"half of the next")
-    load_checkpoint(saved)
+    with locked(saved), pytest.raises(InUseError):
+        check_settled(saved)
     assert pending.exists()
-    finish_or_discard(saved)
+    assert check_settled(saved)["step"] == 5
     assert not pending.exists()
-
-
-def cut_short(saved: Path, model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves `model` as step 6 by a process that dies before its first rename."""
-    dying = operations(monkeypatch, 8)
-    next(dying)
-    with pytest.raises(Killed):
-        save_checkpoint(saved, model, no_state(6))
-    next(dying, None)
-
-
-def test_a_reader_between_two_saves_cannot_put_half_of_the_next_in_the_place_of_a_good_file(saved, monkeypatch):
-    """The reader sees NAME.new whole, and by the time that it reads it, the next save has begun to write it."""
-    cut_short(saved, decoder(2), monkeypatch)
-    checked = module._check
-
-    def late(folder: Path, *arguments: Any) -> dict[str, str]:
-        found = checked(folder, *arguments)
-        monkeypatch.setattr(module, "_check", checked)
-        finish_or_discard(folder)  # as the training process does, which then goes on
-        (folder / (names.WEIGHTS + ".new")).write_bytes(b"half of the next")
-        return found
-
-    monkeypatch.setattr(module, "_check", late)
-    checkpoint = load_checkpoint(saved)
-    assert checkpoint.training["step"] == 6
-    assert weights(checkpoint.model) == weights(decoder(2))
-    assert (saved / (names.WEIGHTS + ".new")).read_bytes() == b"half of the next"
-    assert weights(load_checkpoint(saved).model) == weights(decoder(2))
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -262,95 +261,3 @@ def test_a_save_while_a_reader_reads_gives_the_model_of_one_save(moment, saved, 
     save_checkpoint(saved, decoder(3), no_state(7))
     with pytest.raises(IntegrityError, match="was saved anew since its model was read"):
         load_optimizer(saved, training)
-
-
-def test_one_that_is_saved_each_time_it_is_read_is_a_sentence(saved, monkeypatch):
-    loaded, step = module.safetensors.torch.load_file, iter(range(6, 1000))
-
-    def saving(path: Path) -> Any:
-        tensors = loaded(path)
-        save_checkpoint(saved, decoder(2), no_state(next(step)))
-        return tensors
-
-    monkeypatch.setattr(module.safetensors.torch, "load_file", saving)
-    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.2)
-    with pytest.raises(IntegrityError, match="was saved anew each time that it was read"):
-        load_checkpoint(saved)
-
-
-SAVE = """
-import sys
-from pathlib import Path
-from tests.train.helpers import no_state
-from tests.train.test_checkpoint import decoder
-from pastkey.train.checkpoint import save_checkpoint
-models = [decoder(seed) for seed in (0, 1, 2)]
-print("ready", flush=True)
-for step in range(6, 100_000):
-    save_checkpoint(Path(sys.argv[1]), models[step % 3], no_state(step))
-"""
-
-
-@pytest.mark.slow
-def test_every_read_beside_a_process_that_saves_all_the_time_is_of_one_save(saved):
-    sums = [weights(decoder(seed)) for seed in (0, 1, 2)]
-    process = subprocess.Popen([sys.executable, "-c", SAVE, str(saved)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    with process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            steps = []
-            for _ in range(60):
-                checkpoint = load_checkpoint(saved)
-                steps.append(checkpoint.training["step"])
-                assert weights(checkpoint.model) == sums[steps[-1] % 3] or steps[-1] == 5
-        finally:
-            process.kill()
-    assert steps == sorted(steps)
-    assert len(set(steps)) > 10
-    load_checkpoint(saved)
-
-
-def test_a_save_cut_short_is_read_on_a_disk_that_takes_no_writing(saved, monkeypatch):
-    cut_short(saved, decoder(2), monkeypatch)
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError(30, "Read-only file system")
-
-    for name in ("replace", "rename", "unlink", "write_bytes", "mkdir"):
-        monkeypatch.setattr(Path, name, refused)
-    checkpoint = load_checkpoint(saved)
-    assert weights(checkpoint.model) == weights(decoder(2))
-    load_optimizer(saved, checkpoint.training)
-
-
-@pytest.mark.parametrize("committed", [False, True])
-def test_an_interrupt_after_the_manifest_keeps_what_it_lists(committed, saved, monkeypatch):
-    written = module.write_json
-
-    def interrupted(path: Path, content: Any) -> None:
-        if committed:
-            written(path, content)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_json", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(saved, decoder(2), no_state(6))
-    monkeypatch.undo()
-    assert weights(load_checkpoint(saved).model) == weights(decoder(2 if committed else 1))
-    assert bool(list(saved.rglob("*.new"))) == committed
-    finish_or_discard(saved)
-    assert weights(load_checkpoint(saved).model) == weights(decoder(2 if committed else 1))
-
-
-def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing(saved, monkeypatch):
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:100])
-        if path.name.startswith("state"):
-            raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(module, "_write_through", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(saved, decoder(2), no_state(6))
-    assert not list(saved.rglob("*.new"))
-    assert weights(load_checkpoint(saved).model) == weights(decoder(1))

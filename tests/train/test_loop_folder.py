@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pastkey.errors import (
-    InUseError,
-)
+from pastkey.errors import InUseError
 from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint
 
-from .helpers import command, tiny
-
-
-def when(monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], object]) -> None:
-    """Lets something happen before the step after step `at`."""
-    original = loop.Run._one_step
-
-    def stepping(run: loop.Run) -> dict[str, Any]:
-        if run.step == at:
-            happens()
-        return original(run)
-
-    monkeypatch.setattr(loop.Run, "_one_step", stepping)
+from .helpers import before_step, command, tiny
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -45,11 +31,10 @@ def state(folder: Path) -> tuple[int, int]:
 
 
 @pytest.fixture
-def old(text, tmp_path):
+def old(copy, tmp_path):
     """A finished run of seed 0, alone in its folder."""
-    out = tmp_path / "place" / "c"
-    loop.train(tiny(steps=2), out, data=[text])
-    return out
+    (tmp_path / "place").mkdir()
+    return copy.rename(tmp_path / "place" / "c")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -65,29 +50,22 @@ def test_a_run_is_at_its_name_from_its_first_save_on(force, old, text, monkeypat
 
     monkeypatch.setattr(loop.Run, "_one_step", looking)
     assert loop.train(tiny(seed=1), out, data=[text], force=force)["checkpoint"] == str(out)
-    first = (0, 2) if force else None
+    first = (0, 12) if force else None
     assert seen == dict.fromkeys(range(4), first) | {step: (1, step // 4 * 4) for step in range(4, 12)}
     assert {path.name for path in out.parent.iterdir()} == {"c", out.name}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("at", [3, 5])
+@pytest.mark.parametrize(("at", "error"), [(3, KeyboardInterrupt), (5, ValueError)])
 def test_a_run_that_ends_early_leaves_the_old_one_or_what_it_saved(at, error, old, text, monkeypatch):
     def end() -> None:
         raise error
 
     before = files(old)
-    when(monkeypatch, at, end)
+    before_step(monkeypatch, at, end)
     with pytest.raises(error):
         loop.train(tiny(seed=1), old, data=[text], force=True)
     assert list(old.parent.iterdir()) == [old]
-    if at < 4:
-        assert files(old) == before
-    else:
-        assert state(old) == (1, 4)
-        monkeypatch.undo()
-        loop.resume(old, {})
-        assert state(old) == (1, 12)
+    assert files(old) == before if at < 4 else state(old) == (1, 4)
 
 
 def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(old, text, monkeypatch):
@@ -104,17 +82,25 @@ def test_while_a_run_trains_nobody_else_trains_there_or_replaces_it(old, text, m
                 attempt()
             refused.append(attempt)
 
-    when(monkeypatch, 3, others)
-    loop.resume(old, {"steps": 4})
-    when(monkeypatch, 5, others)
-    loop.train(tiny(seed=1), old, data=[text], force=True)
+    before_step(monkeypatch, 13, others)
+    loop.resume(old, {"steps": 14})
+    before_step(monkeypatch, 5, others)
+    loop.train(tiny(seed=1, steps=6), old, data=[text], force=True)
     assert len(refused) == 6
+
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "number", "status"),
+    [
+        pytest.param(saved, *row, marks=() if saved and row == SIGNALS[0] else pytest.mark.matrix)
+        for saved, row in itertools.product((False, True), SIGNALS)
+    ],
+)
 def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old, text):
     before, every = files(old), "20" if saved else "100000"
     process = subprocess.Popen(
@@ -136,22 +122,3 @@ def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old,
     assert "Traceback" not in told
     assert list(old.parent.iterdir()) == [old]
     assert state(old) >= (1, 20) if saved else files(old) == before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
-def test_under_nohup_a_closed_terminal_ends_nothing(text, tmp_path):
-    process = subprocess.Popen(
-        [*command(tmp_path / "c", text), "--save-every", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    with process:
-        while not (tmp_path / "c" / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGHUP)
-        process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert state(tmp_path / "c")[1] == 24

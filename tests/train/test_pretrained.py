@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.train import checkpoint as module
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
-from pastkey.train.loop import Run, resume, train
+from pastkey.train.loop import resume, train
 from pastkey.train.model import positions_like
 from pastkey.train.pretrained import open_start, reopen
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
 
-from .helpers import tiny, write_corpus
+from ..shared import divided
+from .helpers import Stop, before_step, stop, tiny, write_corpus
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
@@ -50,7 +54,8 @@ def models(tmp_path_factory):
 
 def settings(base: Path, **others: Any) -> TrainConfig:
     given = {"init": str(base), "steps": 4, "save_every": 2, "batch_size": 2, "context": 16, "threads": 1}
-    return TrainConfig.from_given(given | {"learning_rate": 1e-3} | others)
+    given |= {"lora_rank": 2}
+    return TrainConfig.from_given(given | {"learning_rate": 1e-2} | others)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -67,58 +72,71 @@ def opened(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, models, tmp_path, monkeypatch):
-    config = settings(models / kind, lora=lora, learning_rate=1e-2)
-    train(config, tmp_path / "whole", data=[models / "text.txt"])
-    step = Run._one_step
+@pytest.fixture(scope="module")
+def whole(models):
+    """whole(KIND, LORA): the run of four steps of that model, which is made once."""
 
-    def stopped(run: Run) -> Any:
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return step(run)
+    def made(kind: str, lora: bool) -> Path:
+        out = models / f"{kind}-{lora}"
+        if not out.exists():
+            train(settings(models / kind, lora=lora), out, data=[models / "text.txt"])
+        return out
 
-    monkeypatch.setattr(Run, "_one_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "cut", data=[models / "text.txt"])
-    monkeypatch.undo()
+    return made
+
+
+RUNS = [*itertools.product(KINDS, [False, True])]
+CI = [("llama", True), ("gpt2", False), ("checkpoint", False), ("checkpoint", True)]
+
+
+@pytest.mark.parametrize(("kind", "lora"), divided(RUNS, quick=CI))
+def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, whole, models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, stop)
+        with pytest.raises(Stop):
+            train(settings(models / kind, lora=lora), tmp_path / "cut", data=[models / "text.txt"])
     resume(tmp_path / "cut", {})
-    whole, cut = (read_metrics(tmp_path / name) for name in ("whole", "cut"))
-    assert whole == cut
-    assert whole[-1]["val_loss"] < whole[2]["val_loss"]
-    one, two = opened(tmp_path / "whole"), opened(tmp_path / "cut")
+    whole_metrics, cut = read_metrics(whole(kind, lora)), read_metrics(tmp_path / "cut")
+    assert whole_metrics == cut
+    assert cut[-1]["val_loss"] < cut[2]["val_loss"]
+    one, two = opened(whole(kind, lora)), opened(tmp_path / "cut")
     assert torch.equal(logits(one.model), logits(two.model))
-    moments = load_optimizer(tmp_path / "whole", one.training)
+    moments = load_optimizer(tmp_path / "cut", two.training)
     assert all(".lora_" in name for name in moments) == lora
 
 
-def test_a_fine_tuned_folder_is_one_of_transformers(models, tmp_path):
-    train(settings(models / "llama"), tmp_path / "out", data=[models / "text.txt"])
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+@pytest.mark.parametrize(("kind", "lora"), [("llama", True), ("checkpoint", False)])
+def test_gradient_checkpointing_gives_the_same_run(kind, lora, whole, models, tmp_path):
+    config = settings(models / kind, gradient_checkpointing=True, lora=lora)
+    train(config, tmp_path / "less", data=[models / "text.txt"])
+    assert read_metrics(whole(kind, lora)) == read_metrics(tmp_path / "less")
+
+
+def test_a_fine_tuned_folder_is_one_of_transformers(whole):
+    out = whole("llama", False)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert torch.equal(loaded(IDS).logits, logits(reopen(tmp_path / "out").model))
+    assert torch.equal(loaded(IDS).logits, logits(reopen(out).model))
     assert not torch.equal(loaded(IDS).logits, llama(eos_token_id=1, bos_token_id=0)(IDS).logits)
     assert loaded.config.max_position_embeddings == llama().config.max_position_embeddings  # not the run's context
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer("Once upon").input_ids == bpe(bos=True)("Once upon").input_ids
     assert tokenizer.eos_token_id == 1
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.suffix == ".new"] == []
 
 
-def test_an_adapter_is_one_of_peft(models, tmp_path):
+def test_an_adapter_is_one_of_peft(whole, models):
     import peft
 
-    train(settings(models / "llama", lora=True, lora_rank=2), tmp_path / "out", data=[models / "text.txt"])
-    content = json.loads((tmp_path / "out" / names.ADAPTER_CONFIG).read_text())
+    out = whole("llama", True)
+    content = json.loads((out / names.ADAPTER_CONFIG).read_text())
     assert (content["r"], content["lora_alpha"]) == (2, 4)
     assert content["base_model_name_or_path"] == str(models / "llama")
     projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(content["target_modules"]) == projections
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded(IDS).logits, logits(reopen(tmp_path / "out").model))
-    assert not (tmp_path / "out" / names.WEIGHTS).exists()
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    assert torch.equal(loaded(IDS).logits, logits(reopen(out).model))
+    assert not (out / names.WEIGHTS).exists()
 
 
 def test_a_new_adapter_changes_nothing(models):
@@ -136,39 +154,11 @@ def test_samples_are_those_of_the_model(models):
     assert len(model.generate(IDS, 200, temperature=1.0, seed=1)[0]) <= 80 - IDS.shape[1]  # the context
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "checkpoint"])
-def test_gradient_checkpointing_gives_the_same_run(kind, lora, models, tmp_path):
-    for name, option in (("plain", False), ("less", True)):
-        config = settings(models / kind, gradient_checkpointing=option, lora=lora)
-        train(config, tmp_path / name, data=[models / "text.txt"])
-    assert read_metrics(tmp_path / "plain") == read_metrics(tmp_path / "less")
-
-
-def test_an_interrupted_save_keeps_the_one_before(models, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    train(settings(models / "llama", steps=2), out, data=[models / "text.txt"])
-    before = logits(reopen(out).model)
-
-    def interrupted(path: Path, content: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_json", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        resume(out, {"steps": 4})
-    monkeypatch.undo()
-    assert torch.equal(logits(reopen(out).model), before)
-    assert not list(out.rglob("*.new"))
-
-
-def test_a_model_is_fine_tuned_once_more(models, tmp_path):
-    train(settings(models / "llama", steps=2), tmp_path / "one", data=[models / "text.txt"])
-    first = open_start(settings(tmp_path / "one"), Path("out")).model
-    assert torch.equal(logits(first), logits(reopen(tmp_path / "one").model))
-    adapter = settings(models / "llama", steps=2, lora=True)
-    train(adapter, tmp_path / "adapter", data=[models / "text.txt"])
+def test_a_model_is_fine_tuned_once_more_and_an_adapter_is_not(whole):
+    first = open_start(settings(whole("llama", False)), Path("out")).model
+    assert torch.equal(logits(first), logits(reopen(whole("llama", False)).model))
     with pytest.raises(InputError, match="is an adapter and no model"):
-        open_start(settings(tmp_path / "adapter"), Path("out"))
+        open_start(settings(whole("llama", True)), Path("out"))
 
 
 def test_the_context_is_the_models_or_512(models):
@@ -187,37 +177,40 @@ def test_the_base_of_an_adapter_must_be_there(models, tmp_path):
     assert resume(tmp_path / "out", {"steps": 4})["step"] == 4
 
 
-def test_what_cannot_be_opened_is_named(models, tmp_path):
-    def refused(base: Path, words: str, kind: type[Exception] = InputError) -> None:
-        with pytest.raises(kind, match=words):
-            open_start(settings(base), Path("out"))
-
-    refused(tmp_path / "none", "--init takes a checkpoint, a Hugging Face folder or a GGUF file", MissingFileError)
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "has no config.json")
-    folder = shutil.copytree(models / "llama", tmp_path / "changed")
-    weights = (folder / names.WEIGHTS).read_bytes()
-    (folder / names.WEIGHTS).write_bytes(weights[:1000])
-    refused(folder, "cannot load")
-    (folder / names.WEIGHTS).rename(folder / "pytorch_model.bin")
-    refused(folder, "cannot load")
+def configured(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / names.CONFIG).read_text())
-    (folder / names.WEIGHTS).write_bytes(weights)
-    (folder / names.CONFIG).write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    refused(folder, "has no weight 'model.layers.2")
-    (folder / names.CONFIG).write_text(json.dumps(config))
+    (folder / names.CONFIG).write_text(json.dumps(config | changes))
+
+
+def one_token_more(folder: Path) -> None:
     content = json.loads((folder / names.TOKENIZER).read_text())
     content["model"]["vocab"]["too many"] = 300
     (folder / names.TOKENIZER).write_text(json.dumps(content))
-    refused(folder, "has 301 tokens and the model 300 embeddings")
 
 
-def test_added_tokens_need_embeddings(models, tmp_path):
-    folder = shutil.copytree(models / "llama", tmp_path / "grown")
+def added_tokens(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<1>", "<2>", "<3>", "<4>", "<tool>", "</tool>"])  # of ids 296 to 301
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="has 302 tokens and the model 300 embeddings"):
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "no folder": (shutil.rmtree, MissingFileError, "--init takes a checkpoint, a Hugging Face folder or a GGUF file"),
+    "no configuration": (lambda folder: (folder / names.CONFIG).unlink(), InputError, "has no config.json"),
+    "cut weights": (lambda folder: os.truncate(folder / names.WEIGHTS, 1000), InputError, "cannot load"),
+    "a pickle": (lambda f: (f / names.WEIGHTS).rename(f / "pytorch_model.bin"), InputError, "cannot load"),
+    "more layers": (lambda f: configured(f, num_hidden_layers=3), InputError, "has no weight 'model.layers.2"),
+    "one token more": (one_token_more, InputError, "has 301 tokens and the model 300 embeddings"),
+    "added tokens": (added_tokens, InputError, "has 302 tokens and the model 300 embeddings"),
+}
+
+
+@pytest.mark.parametrize("spoilt", REFUSED)
+def test_a_start_that_cannot_be_opened_is_refused(spoilt, models, tmp_path):
+    spoil, error, word = REFUSED[spoilt]
+    folder = shutil.copytree(models / "llama", tmp_path / "spoilt")
+    spoil(folder)
+    with pytest.raises(error, match=word):
         open_start(settings(folder), Path("out"))
 
 
@@ -233,26 +226,21 @@ def test_what_does_not_go_with_init_is_named(models, tmp_path):
         train(settings(folder), folder, data=[models / "text.txt"], force=True)
 
 
-def test_a_changed_file_of_a_fine_tuned_folder_is_named(models, tmp_path):
-    train(settings(models / "llama", steps=2), tmp_path / "out", data=[models / "text.txt"])
+def test_a_changed_file_of_a_fine_tuned_folder_is_named(whole, tmp_path):
+    shutil.copytree(whole("llama", False), tmp_path / "out")
     with (tmp_path / "out" / names.WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
     with pytest.raises(IntegrityError, match=r"model\.safetensors was altered"):
-        resume(tmp_path / "out", {"steps": 4})
+        resume(tmp_path / "out", {"steps": 6})
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_gguf_file_is_fine_tuned_and_goes_on(lora, models, tmp_path):
+def test_a_gguf_file_is_fine_tuned_and_goes_on(models, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from ..export.source.test_gguf import write_gguf
 
     file = write_gguf(tmp_path / "model.gguf", quantized=True)
-    train(settings(file, lora=lora, steps=2), tmp_path / "out", data=[models / "text.txt"])
-    if lora:
-        assert json.loads((tmp_path / "out" / names.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(file)
-    else:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert torch.equal(loaded(IDS).logits, logits(reopen(tmp_path / "out").model))
-    assert resume(tmp_path / "out", {"steps": 4})["step"] == 4
+    train(settings(file, lora=True, steps=2), tmp_path / "out", data=[models / "text.txt"])
+    assert json.loads((tmp_path / "out" / names.ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(file)
+    assert resume(tmp_path / "out", {"steps": 3})["step"] == 3

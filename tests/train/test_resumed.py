@@ -3,101 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError
-from pastkey.train.checkpoint import TOKENS_TRAIN, load_checkpoint
-from pastkey.train.loop import train
-from pastkey.train.resumed import read_training
+from pastkey.train import resumed
+from pastkey.train.checkpoint import TOKENS_TRAIN, Checkpoint, load_checkpoint
+from pastkey.train.data.token_files import DataInfo
+from pastkey.train.resumed import Resumed, read_training
+from pastkey.train.settings import TrainConfig
 
-from .helpers import tiny, write_corpus
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    train(tiny(steps=2, save_every=2), folder / "c", data=[write_corpus(folder / "c.txt")])
-    return folder / "c"
+from ..wrong_values import without, wrong_fields
+from .helpers import tiny
 
 
-def altered(trained: Path, folder: Path, **changes: Any) -> Path:
-    """A copy whose manifest says something else of the training."""
-    shutil.copytree(trained, folder / "c")
-    manifest = json.loads((folder / "c" / names.MANIFEST).read_text())
-    manifest["training"] |= changes
-    (folder / "c" / names.MANIFEST).write_text(json.dumps(manifest))
-    return folder / "c"
+@pytest.fixture
+def read(copy, monkeypatch):
+    """Reads the training with parts of it changed, of a checkpoint whose moments are those that it was saved with."""
+    checkpoint: Checkpoint = load_checkpoint(copy)
+    moments = resumed.load_optimizer(copy, checkpoint.training)
+    monkeypatch.setattr(resumed, "load_optimizer", lambda folder, training: moments)
+
+    def reading(part: str | None = None, value: Any = None, **fields: Any) -> Resumed:
+        training = dict(checkpoint.training)
+        if part is not None:
+            training[part] = training[part] | fields if fields else value
+        return read_training(dataclasses.replace(checkpoint, training=training))
+
+    return reading
 
 
-def test_a_training_is_read(trained):
-    found = read_training(load_checkpoint(trained))
-    assert (found.step, found.config) == (2, tiny(steps=2, save_every=2))
+def test_a_training_is_read(read):
+    found = read()
+    assert (found.step, found.config) == (12, tiny())
     assert {name.rpartition(".")[2] for name in found.moments} == {"momentum", "exp_avg", "exp_avg_sq"}
 
 
-def test_a_checkpoint_from_before_muon_goes_on_with_adamw(trained, tmp_path):
-    checkpoint = load_checkpoint(trained)
-    settings = {k: v for k, v in checkpoint.training["settings"].items() if k != "optimizer"}
+@pytest.mark.parametrize(("part", "kind"), [("settings", TrainConfig), ("data", DataInfo)])
+def test_a_field_that_is_missing_or_of_another_type_is_told_with_the_file(part, kind, read, copy):
+    whole = load_checkpoint(copy).training[part]
+    for name, value in [*wrong_fields(kind), ("of nobody", 1)]:
+        with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
+            read(part, without(whole, name, value))
+
+
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "a step that is a text": ("step", "2", "step is not a whole number"),
+    "a step below 0": ("step", -1, "step is not a whole number"),
+    "settings that are a list": ("settings", [], "settings is"),
+    "tokens of objects": ("data", {"dtype": "|O"}, "the type of the tokens"),
+    "fewer tokens": ("data", {"train_tokens": 5}, "which are not the 5 tokens"),
+    "more tokens": ("data", {"val_tokens": 10**6}, "which are not the 1,000,000 tokens"),
+    "rows that do not fit": ("data", {"row_length": 10**6}, "tokens that the manifest speaks of"),
+    "sources that do not add up": ("data", {"sources": [{"name": "a", "tokens": 3}]}, "do not add up"),
+    "an end token beyond the model": ("data", {"end": 10**6}, "holds the token id 1000000"),
+    "a begin token beyond the model": ("data", {"begin": 10**6}, "holds the token id 1000000"),
+    "a context beyond the tokens": ("settings", {"context": 10**6}, "too few"),
+    "an optimizer of another run": (
+        "settings",
+        {"optimizer": "adamw"},
+        r"proj\.weight\.exp_avg of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", REFUSED)
+def test_a_training_that_does_not_agree_with_its_files_is_refused(spoilt, read):
+    part, change, word = REFUSED[spoilt]
+    with pytest.raises(IntegrityError, match=word):
+        read(part, **change) if isinstance(change, dict) else read(part, change)
+
+
+def test_a_checkpoint_from_before_muon_goes_on_with_adamw(read, copy):
+    settings = {k: v for k, v in load_checkpoint(copy).training["settings"].items() if k != "optimizer"}
     with pytest.raises(IntegrityError, match=r"proj\.weight\.exp_avg of shape"):
-        read_training(load_checkpoint(altered(trained, tmp_path, settings=settings)))
+        read("settings", settings)
+    with pytest.raises(InputError, match="holds the model alone"):
+        read_training(dataclasses.replace(load_checkpoint(copy), training={}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"step": "2"}, "step is not a whole number"),
-        ({"settings": []}, "settings is"),
-        ({"settings": {"steps": True}}, "steps is True"),
-        ({"settings": {"batch_size": 10.5}}, "it must be a whole number"),
-        ({"settings": {"what": 1}}, "unknown key 'what'"),
-        ({"data": {"corpus": "x"}}, "data has no"),
-        ({"files": 3}, "has no list of files"),
-    ],
-)
-def test_what_is_of_another_type_is_named(changes, words, trained, tmp_path):
-    folder = altered(trained, tmp_path, **changes)
-    with pytest.raises(IntegrityError, match=words):
-        read_training(load_checkpoint(folder))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"dtype": "|O"}, "the type of the tokens"),
-        ({"train_tokens": 5}, "which are not the 5 tokens"),
-        ({"end": 10**6}, "holds the token id 1000000"),
-        ({"end": 10**4000}, "end is a number of more than 80 digits"),
-    ],
-)
-def test_tokens_that_the_manifest_does_not_speak_of_are_refused(changes, words, trained, tmp_path):
-    data = load_checkpoint(trained).training["data"]
-    folder = altered(trained, tmp_path, data={**data, **changes})
-    with pytest.raises(IntegrityError, match=words):
-        read_training(load_checkpoint(folder))
-
-
-def test_moments_of_another_model_and_ids_of_no_token_are_refused(trained, monkeypatch):
-    checkpoint = load_checkpoint(trained)
-    from pastkey.train import resumed
-
+def test_moments_of_another_model_and_ids_of_no_token_are_refused(read, copy, monkeypatch):
+    tokens = copy / TOKENS_TRAIN
+    tokens.write_bytes(np.full(tokens.stat().st_size // 2, 65535, "<u2").tobytes())
+    with pytest.raises(IntegrityError, match="holds the token id 65535"):
+        read()
     monkeypatch.setattr(resumed, "load_optimizer", lambda folder, training: {})
     with pytest.raises(IntegrityError, match="exp_avg of shape"):
-        read_training(checkpoint)
-    with pytest.raises(InputError, match="holds the model alone"):
-        read_training(dataclasses.replace(checkpoint, training={}))
-    monkeypatch.setattr(resumed, "_check_moments", lambda checkpoint, config, moments: None)
-    tokens = trained / TOKENS_TRAIN
-    whole = tokens.read_bytes()
-    try:
-        tokens.write_bytes(np.full(len(whole) // 2, 65535, "<u2").tobytes())
-        with pytest.raises(IntegrityError, match="holds the token id 65535"):
-            read_training(checkpoint)
-    finally:
-        tokens.write_bytes(whole)
+        read()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -13,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastkey.errors import InputError
-from pastkey.train.stories import Mention, _parts, acceptance, check_story, read_stories, stories
-from pastkey.train.story_plots import CHARACTERS, SLOTS, STORY, Node
+from pastkey.train.stories import Mention, _parts, acceptance, check_story, main, read_stories, stories
+from pastkey.train.story_plots import CHARACTERS, SLOTS, STORY, TRAITS, Node
 
-TOLD = list(itertools.islice(stories(11), 400))
+TOLD = list(itertools.islice(stories(11), 100))
 NAMES = sorted({entry["name"] for entry in CHARACTERS})
 
 LOST = (
@@ -36,8 +35,8 @@ def test_every_story_told_is_accepted():
 
 
 def test_stories_hardly_ever_repeat():
-    # Among n of N equally likely stories n²/2N pairs are expected to be the same: none of 30,000 says N is beyond 10⁸.
-    told = list(itertools.islice(stories(5), 30_000))
+    # Among n of N equally likely stories n²/2N pairs are expected to be the same: none of 4,000 says N is beyond 10⁶.
+    told = list(itertools.islice(stories(5), 4_000))
     assert len(set(told)) == len(told)
 
 
@@ -55,7 +54,7 @@ def test_stories_are_short_and_of_few_words():
 
 
 def test_articles_fit_their_nouns():
-    for text in itertools.islice(stories(3), 3000):
+    for text in itertools.islice(stories(3), 500):
         assert not re.search(r"\b[Aa] [aeiou]", text), text
         assert not re.search(r"\ban [^aeiou]", text), text
         assert "  " not in text
@@ -88,7 +87,7 @@ def test_what_does_not_agree_is_refused(right, wrong):
     assert verdict.reason
 
 
-@pytest.mark.parametrize("text", TOLD[:12])
+@pytest.mark.parametrize("text", TOLD[:4])
 def test_a_story_with_one_name_changed_is_refused(text):
     places = list(re.finditer(rf"\b({'|'.join(NAMES)})\b", text))
     # Swapping the only mention of a friend gives another story just as good, so only repeated names are changed.
@@ -100,7 +99,7 @@ def test_a_story_with_one_name_changed_is_refused(text):
 
 
 def test_a_story_cut_short_or_gone_on_is_refused():
-    for text in TOLD[:60]:
+    for text in TOLD[:6]:
         words = text.split(" ")
         for end in range(len(words)):
             assert not check_story(" ".join(words[:end])).ok
@@ -109,28 +108,24 @@ def test_a_story_cut_short_or_gone_on_is_refused():
 
 
 def test_sentences_in_another_order_are_refused():
-    for text in TOLD[:60]:
+    for text in TOLD[:6]:
         sentences = re.split(r"(?<=\.) ", text)
         for i in range(len(sentences) - 1):
             swapped = [*sentences[:i], sentences[i + 1], sentences[i], *sentences[i + 2 :]]
             assert not check_story(" ".join(swapped)).ok
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=50, derandomize=True, deadline=None)
 @given(st.text(max_size=200))
 def test_any_other_text_is_refused_without_a_crash(text):
     assert not check_story(text).ok
 
 
-def test_space_around_a_story_does_not_matter():
+def test_space_around_a_story_does_not_matter_and_the_reason_says_where_it_left_the_grammar():
     assert check_story(f"\n  {LOST}\n").ok
-
-
-def test_the_reason_says_where_the_story_left_the_grammar():
-    reason = check_story(
-        LOST.replace("the ball was gone", "").replace("the scarf was gone", "the ball was gone")
-    ).reason
-    assert "ball was gone" in reason
+    assert "ball was gone" in check_story(LOST.replace("the scarf was gone", "the ball was gone")).reason
+    with pytest.raises(InputError, match="no story"):
+        acceptance([])
 
 
 def test_every_slot_and_feature_of_the_plots_exists():
@@ -146,9 +141,18 @@ def test_every_slot_and_feature_of_the_plots_exists():
     assert used == set(SLOTS)
 
 
-def test_the_share_of_no_story_is_refused():
-    with pytest.raises(InputError, match="no story"):
-        acceptance([])
+def test_entries_of_a_slot_have_the_same_features():
+    assert SLOTS
+    for slot, entries in SLOTS.items():
+        assert len({frozenset(entry) for entry in entries}) == 1, slot
+        assert all(all(text for text in entry.values()) for entry in entries), slot
+
+
+def test_a_character_is_told_by_one_name_and_kind():
+    seen = {(entry["name"], entry["kind"]) for entry in CHARACTERS}
+    assert len(seen) == len(CHARACTERS)
+    assert {entry["they"] for entry in CHARACTERS} == {"she", "he"}
+    assert len({entry["name"] for entry in TRAITS}) == len(TRAITS)
 
 
 def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path):
@@ -158,14 +162,19 @@ def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path):
     assert read_stories(paragraphs) == read_stories(lines) == [LOST, *TOLD[:2]]
 
 
-def test_the_command_prints_the_share(tmp_path):
+def test_the_command_tells_stories_and_prints_the_share(tmp_path, monkeypatch, capsys):
     file = tmp_path / "mixed.txt"
     file.write_text(f"{LOST}\n\nThis is no story.\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pastkey.train.stories", "--check"]
-    done = subprocess.run([*command, str(file), "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == {"stories": 2, "accepted_share": 0.5}
-    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=True)
-    assert "50.0% of 2 stories" in done.stdout
-    done = subprocess.run([*command, str(tmp_path / "none.txt")], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no such file" in done.stderr
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}')
+    for arguments, status, out, err in (
+        (["--check", str(file), "--json"], 0, '{"stories": 2, "accepted_share": 0.5}', ""),
+        (["--check", str(file)], 0, "50.0% of 2 stories\n  after '' the", ""),
+        (["--seed", "11", "--count", "2"], 0, f"{TOLD[0]}\n\n{TOLD[1]}\n\n", ""),
+        (["--check", str(tmp_path / "none.txt")], 2, "", "no such file"),
+        (["--check", str(tmp_path / "bad.jsonl")], 2, "", "does not hold one JSON object with a text per line"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["stories", *arguments])
+        assert main() == status
+        told = capsys.readouterr()
+        assert out in told.out
+        assert err in told.err

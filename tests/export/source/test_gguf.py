@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,7 @@ from benchmarks.environments import smollm2
 from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
+from pastkey.errors import InputError, MissingExtraError, MissingFileError
 from pastkey.export import export
 from pastkey.export.graft.probe.observe import natively, run_uncached
 from pastkey.export.graph.stored import stored_weights
@@ -110,9 +113,8 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("quantized", [pytest.param(False, marks=pytest.mark.slow), True], ids=["F32", "Q8_0"])
-def test_the_bundle_writes_what_transformers_writes(tmp_path, quantized):
-    file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
+def test_the_bundle_writes_what_transformers_writes(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
     export(file, tmp_path / "bundle", "fp32")
     expected = greedy(reference(file), PROMPT, 64)
     assert len(expected) == 64
@@ -129,8 +131,10 @@ def test_the_bundle_writes_what_transformers_writes(tmp_path, quantized):
         assert lm.tokenizer.encode(text) == original(text)["input_ids"]
 
 
-@pytest.mark.parametrize("room", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_large_weights_go_to_the_disk_if_it_has_room(tmp_path, monkeypatch, room):
+@pytest.mark.parametrize(("quantized", "room"), [(True, True), (True, False), (False, True)])
+def test_weights_are_those_of_transformers_and_large_ones_go_to_the_disk_if_it_has_room(
+    tmp_path, monkeypatch, quantized, room
+):
     def full(self: TemporaryWeights, array: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
@@ -138,7 +142,7 @@ def test_large_weights_go_to_the_disk_if_it_has_room(tmp_path, monkeypatch, room
         monkeypatch.setattr(TemporaryWeights, "add", full)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
     monkeypatch.setattr(stored_tensors, "LARGE", 1000)
-    file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
+    file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
     told: list[tuple[int, int, int]] = []
     module = open_source(file, before_loading=lambda *sizes: told.append(sizes)).module
     ((number, *places),) = told
@@ -151,39 +155,39 @@ def test_large_weights_go_to_the_disk_if_it_has_room(tmp_path, monkeypatch, room
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------
+def linked_out(name: str) -> Callable[[Path], None]:
+    """transformers reads these files of the folder too."""
+
+    def spoil(file: Path) -> None:
+        (file.parent.parent / "secret").write_text("{}")
+        (file.parent / name).symlink_to(file.parent.parent / "secret")
+
+    return spoil
 
 
-@pytest.mark.parametrize("kept", [10, 3000, -100])
-def test_a_file_that_is_cut_short(tmp_path, refusal, kept):
-    file = write_gguf(tmp_path / "tiny.gguf")
-    file.write_bytes(file.read_bytes()[:kept])
-    sentence = refusal(file)
-    assert f"{file} is cut short" in sentence
-    assert sentence.endswith("fetch it again")
+REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    **{f"{size} bytes": (lambda file, size=size: os.truncate(file, size), InputError, "cut short.*fetch it again")
+       for size in (10, 3000, 400_000)},
+    **{name: (linked_out(name), InputError, f"{name} leads out of") for name in (names.TOKENIZER, names.CONFIG)},
+    "unknown": (lambda file: write_gguf(file, architecture="foo"), InputError, r"cannot load .*tiny\.gguf: .*foo"),
+    "gone": (Path.unlink, MissingFileError, "no such source"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [names.TOKENIZER, names.TOKENIZER_CONFIG])
-def test_a_link_beside_it_that_leads_out_of_the_folder(tmp_path, refusal, name):
-    """transformers reads these files of the folder, too."""
+@pytest.mark.parametrize("spoilt", REFUSED)
+def test_a_spoilt_file_is_refused(spoilt, tmp_path):
+    spoil, error, word = REFUSED[spoilt]
     (tmp_path / "folder").mkdir()
-    file = write_gguf(tmp_path / "folder" / "tiny.gguf")
-    (tmp_path / "secret").write_text("{}")
-    (tmp_path / "folder" / name).symlink_to(tmp_path / "secret")
-    assert f"{name} leads out of {tmp_path / 'folder'}" in refusal(file)
+    spoil(file := write_gguf(tmp_path / "folder" / "tiny.gguf"))
+    with pytest.raises(error, match=word):
+        open_source(file)
 
 
-def test_an_architecture_that_transformers_cannot_read_is_named(tmp_path, refusal):
-    sentence = refusal(write_gguf(tmp_path / "tiny.gguf", architecture="foo"))
-    assert f"cannot load {tmp_path / 'tiny.gguf'}" in sentence
-    assert "foo" in sentence
-
-
-def test_a_package_that_is_not_installed_comes_with_its_extra(tmp_path, refusal, monkeypatch):
-    file = write_gguf(tmp_path / "tiny.gguf")
+def test_a_package_that_is_not_installed_comes_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    sentence = refusal(file)
-    assert "the package 'gguf' is not installed" in sentence
-    assert "type  pip install gguf  and try again (pastkey's extras export,gguf)" in sentence
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MissingExtraError, match=r"type  pip install gguf  and .* \(pastkey's extras export,gguf\)"):
+        open_source(tmp_path / "tiny.gguf")
 
 
 # --- a trained model ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a manifest may say."""
+"""What a manifest may say, and the names in a bundle."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, read_bundle
+from pastkey.contract.bundle import CacheShift, KeyRotation, KVGeometry, Manifest, parse_manifest, read_bundle
 from pastkey.errors import IntegrityError
 from pastkey.files.durable import write_json
 from pastkey.providers import TARGETS
 
+from ...wrong_values import without, wrong_fields
+
 MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
-
-
 TURN = {"layers": [0], "first": 0, "interleaved": False, "angles": [1.0, 0.1, 0.01, 0.001]}
+STATIC = {"chunk": 4, "masked": -100.0, "windows": [0]}
 
 
 def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
@@ -26,40 +27,63 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
     assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
 
 
+def test_a_field_that_is_missing_or_of_another_type_or_out_of_range_is_told_with_the_file(tmp_path):
+    cases = [*wrong_fields(Manifest)]
+    assert len(cases) > 300
+    for name, value in cases:
+        with pytest.raises(IntegrityError, match=r"/pastkey\.json "):
+            parse_manifest(tmp_path, without(MANIFEST, name, value))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("vocab_size", True),
-        ("context_length", 0),
-        ("layers", [{"kv_heads": "1", "key_head_size": 8, "value_head_size": 8}]),
-        ("layers", [{"kv_heads": 1, "key_head_size": -8, "value_head_size": 8}]),
-        ("eos_token_ids", [1e400]),
-        ("bos_token_id", "1"),
-        ("target", ["cpu"]),
-        ("target", ""),
         ("target", "../cpu"),
         ("target", "CPU"),
         ("target", "tensorrt"),  # a provider, and no target
         ("target", "z" * 1_000_000),
-        ("parity", "good"),
         ("precision", "fp8"),
         ("graph", "other"),
-        ("window", 0),
+        ("graph", "static"),  # without its sizes
+        ("static", STATIC),
+        ("compiled", {"provider": "qnn", "options": {}, "onnxruntime": "1.32.0"}),
+        ("states", [{"rows": 1, "size": 1}]),
         ("shift", {"rotations": [{**TURN, "layers": [1]}]}),
         ("shift", {"rotations": [{**TURN, "first": 1}]}),
-        ("shift", {"rotations": [{**TURN, "first": -1}]}),
-        ("shift", {"rotations": [{**TURN, "angles": [4.0]}]}),
-        ("shift", {"rotations": [{"layers": [0]}]}),
-        ("shift", {"refused": 1}),
+        ("min_onnxruntime", "1.23; x"),
     ],
 )
-def test_a_field_of_another_kind_is_told_in_a_sentence(key, value, tmp_path):
-    (tmp_path / names.MANIFEST).write_text(json.dumps(MANIFEST | {key: value}))
-    with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
+def test_fields_that_do_not_agree_are_refused(key, value, tmp_path):
+    write_json(tmp_path / names.MANIFEST, MANIFEST | {key: value})
+    with pytest.raises(IntegrityError, match=rf"pastkey\.json is not valid.*{key}") as refused:
         read_bundle(tmp_path)
+    assert len(str(refused.value)) < 1000
+
+
+def test_hidden_states_and_static_graphs_exclude_each_other(tmp_path):
+    content = MANIFEST | {"graph": "static", "static": STATIC}
+    assert parse_manifest(tmp_path, content).graph == "static"
+    with pytest.raises(IntegrityError, match="hidden_size"):
+        parse_manifest(tmp_path, content | {"hidden_size": 8})
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_of_export_is_read(target, tmp_path):
     write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target})
     assert read_bundle(tmp_path).manifest.target == target
+
+
+def test_the_tensors_of_a_layer_differ_by_what_they_hold():
+    made = {name(layer) for name in (names.past_key, names.past_value, names.present_key, names.present_value)
+            for layer in (0, 1, 11)}  # fmt: skip
+    assert len(made) == 12
+    assert names.past_key(11) == "past_key_values.11.key"
+    assert names.present_value(0) == "present.0.value"
+
+
+def test_weights_files_are_named_as_transformers_js_counts_them():
+    found = [names.weights_file("model.onnx", shard) for shard in range(3)]
+    assert found == ["model.onnx_data", "model.onnx_data_1", "model.onnx_data_2"]
+    assert all(names.is_weights_file(name) and names.is_weights_file(name, "model.onnx") for name in found)
+    assert not names.is_weights_file("model_q4.onnx_data", "model.onnx")
+    assert not any(names.is_weights_file(name) for name in ("model.onnx", "a_datas", "_data", "model.onnx_data_x"))

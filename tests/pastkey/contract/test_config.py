@@ -7,6 +7,10 @@ import pytest
 from pastkey.contract.config import ModelConfig, RopeScaling
 from pastkey.errors import InputError
 
+from ...wrong_values import without, wrong_fields
+
+WRITTEN = ModelConfig(vocab_size=300).to_json()
+
 
 @pytest.mark.parametrize(
     ("fields", "kind"),
@@ -14,6 +18,7 @@ from pastkey.errors import InputError
         ({}, "llama"),
         ({"qkv_bias": True}, "qwen2"),
         ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True}, "pastkey"),
         ({"rope_scaling": RopeScaling("linear", 2)}, "llama"),
         ({"rope_scaling": RopeScaling("yarn", 4.0, 64, attention_factor=1.5, beta_fast=16.0)}, "llama"),
         ({"rope_scaling": RopeScaling("llama3", 8.0, 64, low_freq_factor=0.5)}, "llama"),
@@ -28,67 +33,50 @@ def test_what_is_written_is_read_again(fields, kind):
     assert ModelConfig.from_json(written) == config
 
 
+def test_a_field_that_is_missing_or_of_another_type_or_out_of_range_is_named():
+    for name, value in [*wrong_fields(ModelConfig), ("num_hidden_layers", 10**30), ("experts", 8)]:
+        with pytest.raises(InputError, match=name if name != "rope_scaling" else "rope|factor|beta|original"):
+            ModelConfig.from_json(without(WRITTEN, name, value))
+
+
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("fields", "name"),
     [
-        ({"vocab_size": 0}, "vocab_size is 0; it must be a whole number from 1"),
-        ({"head_dim": True}, "head_dim is True; it must be a whole number from 1"),
-        ({"num_key_value_heads": 4}, "it must be a divisor of num_attention_heads"),
-        (
-            {"rope_scaling": RopeScaling("linear", 2), "position_encoding": "learned"},
-            "rope_scaling .* must be left out: the positions are learned",
-        ),
-        ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm, layernorm or none"),
+        ({"head_dim": True}, "head_dim"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4; .* a divisor of"),
+        ({"rope_scaling": RopeScaling("linear", 2), "position_encoding": "learned"}, "rope_scaling .* be left out"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm"),
+        ({"mlp": "moe"}, "mlp"),
+        ({"position_encoding": "alibi"}, "position_encoding"),
+        ({"mlp": "none"}, "intermediate_size"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"head_dim": 3}, "head_dim is 3; .* an even number"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"eos_token_id": 300}, "eos_token_id"),
     ],
 )
-def test_a_field_out_of_range_is_named(fields, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_fields_that_do_not_agree_are_named(fields, name):
+    with pytest.raises(InputError, match=name):
         ModelConfig(**({"vocab_size": 300} | fields))
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("scaling", "name"),
     [
-        {"num_hidden_layers": 10**30},
-        {"num_hidden_layers": 1001},
-        {"vocab_size": 2**31},
-        {"rope_theta": "x"},
-        {"rope_theta": 1e400},
-        {"norm_eps": [1]},
-        {"tie_word_embeddings": 1},
-        {"norm": ["rmsnorm"]},
-        {"bos_token_id": 1.5},
-    ],
-)
-def test_a_field_of_another_type_or_beyond_any_model_is_named(fields):
-    (name,) = fields
-    with pytest.raises(InputError, match=name):
-        ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | fields)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "sentence"),
-    [
-        ({"rope_type": "longrope", "factor": 2}, "rope_type is 'longrope'; it must be linear, dynamic, yarn, llama3"),
-        ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5; it must be a number from 1"),
-        ({"rope_type": "linear"}, "rope_scaling has no 'factor'"),
-        ({"rope_type": "linear", "factor": 2, "mscale": 1}, "rope_scaling has an unknown key 'mscale'"),
-        ({"rope_type": "linear", "factor": 2, "beta_fast": 3}, "beta_fast is 3; it must be left out with linear"),
-        ({"rope_type": "yarn", "factor": 2}, "original_max_position_embeddings is None; it must be a whole number"),
+        ({"rope_type": "longrope"}, "rope_type is 'longrope'; it must be linear, dynamic, yarn, llama3"),
+        ({"factor": 0.5}, "factor is 0.5; it must be a number from 1"),
+        ({"mscale": 1}, "unknown key 'mscale'"),
+        ({"beta_fast": 3}, "beta_fast is 3; it must be left out with linear"),
+        ({"rope_type": "yarn"}, "original_max_position_embeddings is None; it must be a whole number"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 8, "beta_slow": 32}, "beta_fast is 32.0"),
         (
-            {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 8, "low_freq_factor": 4},
+            {"rope_type": "llama3", "original_max_position_embeddings": 8, "low_freq_factor": 4},
             r"high_freq_factor is 4\.0; it must be a number above low_freq_factor \(4\)",
         ),
     ],
 )
-def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling, sentence):
-    with pytest.raises(InputError, match=sentence):
-        ModelConfig.from_json(ModelConfig(vocab_size=300).to_json() | {"rope_scaling": scaling})
-
-
-def test_a_key_that_is_missing_or_unknown_is_named():
-    written = ModelConfig(vocab_size=300).to_json()
-    with pytest.raises(InputError, match=r"config\.json has no 'vocab_size'"):
-        ModelConfig.from_json({key: value for key, value in written.items() if key != "vocab_size"})
-    with pytest.raises(InputError, match=r"config\.json has the key 'experts'"):
-        ModelConfig.from_json(written | {"experts": 8})
+def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling, name):
+    with pytest.raises(InputError, match=name):
+        ModelConfig.from_json(WRITTEN | {"rope_scaling": {"rope_type": "linear", "factor": 2, **scaling}})

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,50 +17,18 @@ from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
 from pastkey.files.durable import (
     STEPS,
-    exchange,
     locked,
     refuse_existing,
     remove_leftovers,
     resumable_bytes,
     sync_folder,
-    sync_tree,
     whole_file,
     whole_folder,
     write_json,
 )
 from pastkey.files.folder import read_json
 
-
-def test_a_folder_appears_whole(tmp_path):
-    with whole_folder(tmp_path / "deep" / "out") as work:
-        (work / "a").write_text("a")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
-
-
-def test_nothing_stays_of_one_that_failed(tmp_path):
-    def write_until_the_disk_is_full() -> None:
-        with whole_folder(tmp_path / "out") as work:
-            (work / "a").write_text("a")
-            raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write_until_the_disk_is_full()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExistingFolderError, match="did not write it"), whole_folder(out, force=True):
-        pass
-    write_json(out / "pastkey.json", {})
-    with whole_folder(out, force=True) as work:
-        (work / "new").write_text("new")
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+from ...crash import Killed, at_every_operation
 
 
 def made(path: Path, name: str = "") -> Path:
@@ -70,133 +39,122 @@ def made(path: Path, name: str = "") -> Path:
 
 
 def name_of(path: Path) -> str:
-    found = read_json(path / "pastkey.json")["name"]
+    found = read_json(path / "pastkey.json" if path.is_dir() else path)["name"]
     assert isinstance(found, str)
     return found
 
 
 def replace(out: Path) -> None:
     with whole_folder(out, force=True) as work:
+        (work / "deep").mkdir()
+        (work / "deep" / "a").write_text("a")
         write_json(work / "pastkey.json", {"name": "new"})
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, numbers: set[int], error: BaseException | None = None) -> None:
-    """Where there is no exchange, lets the renames of these numbers fail."""
-    rename, done = Path.rename, 0
-
-    def counted(path: Path, target: Path) -> Path:
-        nonlocal done
-        done += 1
-        if done in numbers:
-            raise error or OSError(errno.EIO, "broken")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", counted)
-    monkeypatch.setattr(module, "exchange", lambda one, other: False)
+def replace_file(out: Path) -> None:
+    write_json(out, {"name": "new"})
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux' own")
-def test_two_names_are_exchanged(tmp_path):
-    assert exchange(made(tmp_path / "one"), made(tmp_path / "other"))
-    assert (name_of(tmp_path / "one"), name_of(tmp_path / "other")) == ("other", "one")
-    with pytest.raises(FileNotFoundError, match="none"):
-        exchange(tmp_path / "one", tmp_path / "none")
+# --- ended at any operation ---------------------------------------------------------------------------------------
+FILE = ["open", "fsync", "replace"]
+FILLED = [*3 * ["mkdir"], *FILE, *4 * ["fsync"]]  # its parent, itself and its content; two files and two folders
+FOLDER = [*FILLED, "exchange", "fsync", "unlink", "rmdir"]  # the flush of its parent; the old one
+RENAMED = [*FILLED, "exchange", *3 * ["rename"], "fsync", "unlink", "rmdir"]
+NEW = [*FILLED, "rename", "fsync"]
+Save = Callable[[Path], None]
 
 
-def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path, monkeypatch):
-    out = made(tmp_path / "out")
-    failing(monkeypatch, set())
-    replace(out)
-    assert name_of(out) == "new"
-    assert list(tmp_path.iterdir()) == [out]
+@pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=repr)
+@pytest.mark.parametrize(
+    ("save", "old", "exchanges", "operations"),
+    [
+        (replace_file, replace_file, True, FILE),
+        (replace, None, True, NEW),
+        (replace, made, True, FOLDER),
+        (replace, made, False, RENAMED),
+    ],
+    ids=["file", "new folder", "folder", "folder by renames"],
+)
+def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(
+    save, old, exchanges, operations, error, tmp_path, monkeypatch
+):
+    if not exchanges:  # as on some file systems
+        monkeypatch.setattr(module, "exchange", lambda one, other: False)
+    elif "exchange" in operations and sys.platform != "linux":
+        pytest.skip("renameat2 is Linux' own")
+
+    def make(place: Path) -> None:
+        if old is made:
+            made(place / "out", "old")
+        elif old is not None:
+            write_json(place / "out", {"name": "old"})
+
+    found = []
+    ends = [*at_every_operation(tmp_path, make, lambda place: save(place / "out"), error)]
+    assert ends[-1][1] == operations
+    for place, _ in ends:
+        out = place / "out"
+        left = {path.name for path in place.iterdir()} - {"out"}
+        remove_leftovers(out)
+        assert [path for path in place.iterdir() if path != out] == []
+        found.append(name_of(out) if out.exists() else "none")
+        if found[-1] == "new":
+            assert save is replace_file or (out / "deep" / "a").read_text() == "a"
+        elif not isinstance(error, Killed):
+            assert not left, "an error cleans up"
+    assert set(found) == {"none" if old is None else "old", "new"}
+    assert found[-1] == "new"
+    assert isinstance(error, OSError) or found == sorted(found, key="new".__eq__)  # an error may be without effect
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
-@pytest.mark.parametrize("broken", [1, 2])
-def test_a_rename_that_fails_or_is_interrupted_leaves_the_old_one(broken, error, tmp_path, monkeypatch):
-    out = made(tmp_path / "out")
-    failing(monkeypatch, {broken}, error)
-    with pytest.raises(type(error)):
-        replace(out)
-    assert name_of(out) == "out"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_what_could_not_be_put_back_is_put_back_by_the_next(tmp_path, monkeypatch):
-    """As after a kill between the two renames."""
-    out = made(tmp_path / "out")
-    with monkeypatch.context() as patch:
-        failing(patch, {2, 3})
-        with pytest.raises(OSError, match="broken"):
-            replace(out)
-    assert not out.exists()
-    remove_leftovers(out)
-    assert name_of(out) == "out"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_disk_that_does_not_take_the_files_is_told_before_anything_is_replaced(tmp_path, monkeypatch):
-    out = made(tmp_path / "out")
-
-    def write() -> None:
-        with whole_folder(out, force=True) as work:
-            (work / "a").write_text("a")
-            monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-
-    with pytest.raises(OSError, match="broken"):
-        write()
-    assert name_of(out) == "out"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_folder_and_all_below_it_is_put_on_the_disk(tmp_path, monkeypatch):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "deep" / "er" / "a").write_text("a")
-    (tmp_path / "b").write_text("b")
-    synced: list[int] = []
-    monkeypatch.setattr("os.fsync", synced.append)
-    sync_tree(tmp_path)
-    assert len(synced) == 5
+def test_a_folder_appears_whole(tmp_path):
+    with whole_folder(tmp_path / "deep" / "out") as work:
+        (work / "a").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
     sync_folder(tmp_path / "none")  # a system that opens no folders
+
+
+def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# --- what is replaced ---------------------------------------------------------------------------------------------
+def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    refuse_existing(out, force=True)  # an empty folder
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExistingFolderError, match="did not write it"), whole_folder(out, force=True):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force, tmp_path):
     out = tmp_path / "out"
-
-    def write() -> None:
+    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):  # noqa: SIM117
         with whole_folder(out, force=force) as work:
-            write_json(work / "pastkey.json", {"by": "us"})
-            out.mkdir()
-            write_json(out / "pastkey.json", {"by": "another"})
-
-    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):
-        write()
-    assert read_json(out / "pastkey.json") == {"by": "us" if force else "another"}
+            write_json(work / "pastkey.json", {"name": "ours"})
+            made(out, "another's")
+    assert name_of(out) == ("ours" if force else "another's")
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
-    (tmp_path / "v1").mkdir()
-    write_json(tmp_path / "v1" / "pastkey.json", {"v": 1})
+    made(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
-    with whole_folder(tmp_path / "current", force=True) as work:
-        write_json(work / "pastkey.json", {"v": 2})
-    assert read_json(tmp_path / "current" / "pastkey.json") == {"v": 2}
-    assert read_json(tmp_path / "v1" / "pastkey.json") == {"v": 1}
+    replace(tmp_path / "current")
+    assert (name_of(tmp_path / "current"), name_of(tmp_path / "v1")) == ("new", "v1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    file = tmp_path / "a.json"
-    write_json(file, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(file, {"a": float("nan")})
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError, match="broken"):
-        write_json(file, {"a": 2})
-    assert read_json(file) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):
@@ -283,12 +241,6 @@ def test_without_locks_nothing_is_refused_and_nothing_removed(tmp_path, monkeypa
     assert left.exists()
 
 
-def test_a_folder_under_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="which is a file"), whole_folder(tmp_path / "file" / "out"):
-        pass
-
-
 # --- resuming -----------------------------------------------------------------------------------------------------
 def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path):
     out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
@@ -301,9 +253,7 @@ def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path):
     assert resumable_bytes(out) == 4
     with whole_folder(out, resume=True) as work:
         assert work == left
-        (work / "a").unlink()
         (work / STEPS).rmdir()
-        (work / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # One without steps is removed.
     (tmp_path / ".other.00000000.partial").mkdir()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, ResourceError
+from pastkey.files import memory
 from pastkey.files.folder import read_json, read_text
+from pastkey.files.protobuf import BYTES, VARINT, DamagedError, fields, varint
 from pastkey.files.reading import (
     is_panic,
     last_read,
@@ -97,3 +99,43 @@ def test_a_panic_is_caught_where_an_exception_is():
         tokenizer.encode(hostile)
     with pytest.raises(IntegrityError, match="cannot be read as a text"), reading("t.json", "a text"):
         tokenizer.encode(hostile)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+def test_more_than_is_available_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    memory.require_memory_for("a.bin", 1000)
+    with pytest.raises(ResourceError, match=r"reading a\.bin takes about 2\.0 GB of memory and 0 MB are available"):
+        memory.require_memory_for("a.bin", 2 * 10**9)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)  # a system that does not say
+    memory.require_memory_for("a.bin", 1 << 60)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
+def test_available_memory_is_less_than_the_machine_has():
+    (total,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    found = memory.available_memory()
+    assert found is not None
+    assert 0 < found <= int(total.split()[1]) << 10
+
+
+# --- the fields of a message by the wire format alone ---------------------------------------------------------------
+def test_each_field_is_told_with_its_place():
+    content = bytes([0x08, 0x96, 0x01, 0x12, 0x02]) + b"ab" + bytes([0x1D, 1, 0, 0, 0])
+    found = list(fields(content, 0, len(content)))
+    assert found == [(1, VARINT, 1, 3), (2, BYTES, 5, 7), (3, 5, 8, 12)]
+    assert varint(content, 1) == (150, 3)
+    assert content[5:7] == b"ab"
+
+
+@pytest.mark.parametrize(
+    "content", [bytes([0x12, 0x05, 0x61]), bytes([0x0B]), bytes([0x08, *[0x80] * 10, 0x01]), bytes([0x1D, 1, 0])]
+)
+def test_what_is_no_message_is_damaged(content):
+    with pytest.raises(DamagedError):
+        list(fields(content, 0, len(content)))
+
+
+def test_a_number_that_is_cut_short_ends_the_bytes():
+    with pytest.raises(IndexError):
+        varint(bytes([0x80]), 0)

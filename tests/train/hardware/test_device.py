@@ -13,12 +13,7 @@ from pastkey.train.loss import next_token_loss
 from pastkey.train.model import Decoder
 from pastkey.train.report import read_metrics
 
-from ..helpers import tiny, write_corpus
-
-
-@pytest.fixture
-def text(tmp_path):
-    return write_corpus(tmp_path / "text.txt")
+from ..helpers import tiny
 
 
 def test_on_the_cpu_nothing_changes_unless_it_is_asked_for():
@@ -77,21 +72,17 @@ def test_the_layers_are_the_longest_list_of_modules():
     assert layers_of(model.lm_head) == [model.lm_head]
 
 
-def test_a_run_in_bfloat16_learns_and_saves_float32(text, tmp_path):
-    for name, precision in (("a", "float32"), ("b", "bfloat16")):
-        loop.train(tiny(precision=precision), tmp_path / name, data=[text])
-    a, b = ([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in "ab")
+def test_a_run_in_bfloat16_learns_and_saves_float32(whole, tmp_path):
+    loop.train(tiny(precision="bfloat16"), tmp_path / "c", data=[whole.with_name("text.txt")])
+    a, b = ([row["loss"] for row in read_metrics(out) if "loss" in row] for out in (whole, tmp_path / "c"))
     assert a != b
     assert b == pytest.approx(a, rel=0.02)
-    assert {p.dtype for p in load_checkpoint(tmp_path / "b").model.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_checkpoint(tmp_path / "c").model.parameters()} == {torch.float32}
 
 
-def test_the_device_may_change_when_a_run_is_resumed(text, tmp_path, capsys):
-    loop.train(tiny(steps=4), tmp_path / "c", data=[text])
-    loop.resume(tmp_path / "c", {"steps": 8, "precision": "bfloat16", "device": "cpu", "learning_rate": 1e-3})
-    said = capsys.readouterr().err
-    assert "parameters on cpu, float32\n" in said
-    assert "parameters on cpu, bfloat16 autocast\n" in said
+def test_the_device_may_change_when_a_run_is_resumed(copy, capsys):
+    loop.resume(copy, {"steps": 13, "precision": "bfloat16", "device": "cpu", "learning_rate": 1e-3})
+    assert "parameters on cpu, bfloat16 autocast\n" in capsys.readouterr().err
 
 
 @pytest.mark.matrix
