@@ -17,6 +17,8 @@ from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
+from .vectors import defined_token, sampling_vectors
+
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
@@ -103,33 +105,12 @@ def test_numpy_numbers_are_numbers():
     SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
 
 
-# --- the definition of docs/bundle-format.md, bit for bit -----------------------------------------------------------
-def by_definition(logits: np.ndarray, ids: list[int], config: SamplingConfig) -> int:
-    """Every step over the whole vocabulary in float64, as the text has it."""
-    c, x = Sampler(config).config, logits.astype(np.float64)
-    if c.repetition_penalty != 1:
-        for token in set(ids):
-            x[token] = x[token] / c.repetition_penalty if x[token] > 0 else x[token] * c.repetition_penalty
-    if not c.temperature:
-        return int(np.argmax(x))
-
-    def probabilities() -> np.ndarray:
-        exponentials = np.exp(x - x.max())
-        return exponentials / exponentials.sum()
-
-    x = (x - x.max()) / c.temperature
-    if 0 < c.top_k < x.size:
-        x = np.where(x >= np.sort(x)[-c.top_k], x, -np.inf)
-    if c.top_p < 1:
-        p = probabilities()
-        order = np.argsort(-p, kind="stable")
-        dropped = order[np.append(0.0, np.cumsum(p[order])[:-1]) >= c.top_p]
-        x[dropped] = -np.inf
-    if c.min_p:
-        x = np.where(x >= x.max() + math.log(c.min_p), x, -np.inf)
-    sums = np.cumsum(probabilities())
-    assert c.seed is not None
-    return int(np.flatnonzero(sums / sums[-1] > uniform(c.seed, len(ids)))[0])
+# --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
+@pytest.mark.parametrize("vector", sampling_vectors(), ids=lambda vector: vector.name)
+def test_a_vectors_token_is_drawn(vector):
+    assert defined_token(vector.logits, vector.ids, vector.u, **vector.settings)[0] == vector.expected
+    assert uniform(vector.seed, len(vector.ids)) == vector.u
+    assert Sampler(SamplingConfig(**vector.options))(vector.logits, vector.ids) == vector.expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300, 9000])
@@ -138,16 +119,16 @@ def test_the_token_is_that_of_the_definition(size):
     for _ in range(400 if size < 1000 else 80):
         logits = rng.normal(0, rng.choice([0.01, 1, 4, 30]), size).astype(np.float32)
         logits = np.round(logits) if rng.random() < 0.3 else logits  # ties
-        config = SamplingConfig(
-            temperature=float(rng.choice([0, 0.1, 0.7, 1, 3])),
-            top_k=int(rng.choice([0, 0, 1, 5, 40, 10**6])),
-            top_p=float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
-            min_p=float(rng.choice([0, 0, 0.05, 1])),
-            repetition_penalty=float(rng.choice([0.7, 1, 1, 1.2])),
-            seed=int(rng.integers(0, 2**63 - 1)),
-        )
-        ids = rng.integers(0, size, int(rng.integers(0, 60))).tolist()
-        assert Sampler(config)(logits, ids) == by_definition(logits, ids, config), config
+        settings = {
+            "temperature": float(rng.choice([0, 0.1, 0.7, 1, 3])),
+            "top_k": int(rng.choice([0, 0, 1, 5, 40, 10**6])),
+            "top_p": float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
+            "min_p": float(rng.choice([0, 0, 0.05, 1])),
+            "repetition_penalty": float(rng.choice([0.7, 1, 1, 1.2])),
+        }
+        seed, ids = int(rng.integers(0, 2**63 - 1)), rng.integers(0, size, int(rng.integers(0, 60))).tolist()
+        expected, _ = defined_token(logits, ids, uniform(seed, len(ids)), **settings)
+        assert Sampler(SamplingConfig(**settings, seed=seed))(logits, ids) == expected, settings  # type: ignore[arg-type]
 
 
 # --- the other stages -----------------------------------------------------------------------------------------------
