@@ -43,20 +43,6 @@ def test_no_penalty_and_temperature_overflow(logits, seen, penalty, temperature,
         assert penalised[token] == penalised.max()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
-def test_a_tiny_penalty_repeats_the_likeliest_token_that_was_seen(temperature):
-    logits = np.array([1, 3, 2, -1], np.float32)
-    sampler = Sampler(SamplingConfig(temperature=temperature, repetition_penalty=1e-40, seed=0))
-    assert sampler(logits, [0, 2, 3]) == 2
-
-
-def test_draws_follow_the_probabilities():
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=0))
-    counts = np.bincount([sampler(LOGITS, [0] * place) for place in range(5000)], minlength=5)
-    # Four standard deviations of a share at 5000 draws are at most 0.028.
-    np.testing.assert_allclose(counts / 5000, PROBABILITIES, atol=0.028)
-
-
 def test_a_seed_repeats_and_another_does_not():
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
@@ -65,18 +51,7 @@ def test_a_seed_repeats_and_another_does_not():
     assert tokens(7) == tokens(7)
     assert tokens(7) != tokens(8)
     assert tokens(None) != tokens(None)
-
-
-def test_a_draw_goes_by_the_seed_and_the_place_alone():
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=7))
-    tokens = [sampler(LOGITS, [0] * place) for place in range(50)]
-    assert [sampler(LOGITS, [1] * place) for place in reversed(range(50))] == tokens[::-1]
-
-
-def test_settings_count_as_float32():
-    settings = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
-    config = Sampler(SamplingConfig(**settings)).config  # type: ignore[arg-type]
-    assert {name: getattr(config, name) for name in settings} == {k: float(np.float32(v)) for k, v in settings.items()}
+    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +74,6 @@ def test_settings_count_as_float32():
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=f"^{field} is .*; it must be "):
         SamplingConfig(**{field: value})
-
-
-def test_numpy_numbers_are_numbers():
-    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
 
 
 # --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
@@ -149,6 +120,7 @@ def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings
         ({"frequency_penalty": 0.2}, [1], 1),
         ({"frequency_penalty": 0.2}, [1, 1], 3),
         ({"frequency_penalty": 0.2, "penalty_last_n": 2}, [1, 1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 0}, [1, 0], 1),
         ({"repetition_penalty": 9.0, "penalty_last_n": 1}, [1, 0], 1),
         ({"repetition_penalty": 9.0, "penalty_last_n": 2}, [1, 0], 3),
         ({"no_repeat_ngram_size": 2}, [1, 1], 3),
@@ -206,12 +178,8 @@ def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own():
         else:
             assert sampler(LOGITS, ids) == plain(LOGITS, ids)
     assert 0.27 < applied / 4000 < 0.33
-
-
-def test_xtc_of_a_threshold_above_one_half_never_applies():
-    sampler = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
-    plain = Sampler(SamplingConfig(temperature=1.0, seed=4))
-    assert [sampler(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
+    never = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
+    assert [never(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
 
 
 @pytest.mark.parametrize(
