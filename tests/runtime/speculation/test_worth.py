@@ -8,7 +8,7 @@ import random
 import pytest
 
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
-from pastkey.runtime.speculation.worth import REFRESH, Rate, Worth, observed
+from pastkey.runtime.speculation.worth import Rate, Worth, observed
 
 PER_TOKEN = 0.2  # of a step, for each further token of a run
 
@@ -106,37 +106,6 @@ def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end():
     assert worth.tokens(0.9, 1, 100) > 0
     assert worth.tokens(0.9, 1, 0) == 0
     assert worth.tokens(0.9, 1, 1) <= 1
-
-
-def test_a_step_without_drafts_is_timed_again_now_and_then():
-    worth = known()
-    for _ in range(REFRESH):
-        assert worth.tokens(0.9, 1, 100) > 0
-        worth.note_step(4, 1.6)
-    assert worth.tokens(0.9, 1, 100) == 0
-    worth.note_step(1, 1.0)
-    assert worth.tokens(0.9, 1, 100) > 0
-
-
-def test_a_run_that_something_else_held_up_switches_nothing_off():
-    worth = known()
-    worth.note_drafting([(1, 0.1), (1, 0.1)])
-    worth.balance = 5.0
-    for _ in range(2):
-        worth.note_drafting([(1, 1000.0), (1, 1000.0)])
-        worth.note_step(3, 1000.0)
-        worth.note_draft(2, 2)
-    assert worth.balance > 5.0
-    assert worth.tokens(0.9, 1, 100) > 0
-
-
-def test_a_text_that_becomes_another_is_tried_again():
-    worth = Worth(0.05, 0.005)
-    text = Text(worth, cost=0.05, prompt=10, seed=0)
-    text.decode(300, 0.0)
-    before = text.accepted
-    text.decode(600, 1.0)
-    assert text.accepted - before > 200
 
 
 def test_a_text_begins_with_the_rate_of_others_and_finds_its_own():

@@ -7,10 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pastkey.contract import names
-from pastkey.contract.bundle import StaticShape, open_bundle
+from pastkey.contract.bundle import StaticShape
 from pastkey.errors import InputError, IntegrityError
-from pastkey.files.durable import write_json
 from pastkey.runtime.engine.caches.static_graphs import visible_columns
 from pastkey.runtime.engine.engine import Engine
 
@@ -75,24 +73,6 @@ def test_rows_and_nbytes(engine, tiny):
 def test_another_shape_than_the_manifests_names_the_tensor(bundle, static, sentence):
     with pytest.raises(IntegrityError, match=sentence):
         Engine(replace(bundle, manifest=replace(bundle.manifest, static=static)))
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"static": None}, "static is None; it must be there where the graph is static"),
-        ({"graph": "standard"}, "static is StaticShape.*; it must be there where the graph is static"),
-        ({"static": {"chunk": 0, "masked": -1.0, "windows": [0]}}, "chunk is 0"),
-        ({"static": {"chunk": 4, "masked": 0.0, "windows": [0]}}, "masked is 0.0"),
-        ({"static": {"chunk": 4, "masked": -1.0, "windows": [-1]}}, r"windows\[0\] is -1"),
-        ({"static": {"chunk": 4}}, "static has no 'masked'"),
-        ({"static": {"chunk": 4, "masked": -1.0, "windows": [0], "more": 1}}, "more"),
-    ],
-)
-def test_a_manifest_that_cannot_be_is_refused(bundle, tmp_path, change, sentence):
-    write_json(tmp_path / names.MANIFEST, bundle.manifest.to_json() | change)
-    with pytest.raises(IntegrityError, match=sentence):
-        open_bundle(tmp_path)
 
 
 def test_visible_columns_are_real_and_no_later_ones():
