@@ -1,37 +1,33 @@
-"""The library's choice of a token is that of the stages, at each level in a process of its own.
+"""The library's choice of a token is that of the sampling vectors, at each level in a process of its own.
 
 As a program: checks the level that PASTKEY_KERNELS names.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 SIZE = 5003  # no multiple of a part
-SETTINGS: list[dict[str, Any]] = [
-    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logit_bias": {3: 2.5, 4: -math.inf}},
-    {"temperature": 0.8},
-    {"temperature": 1.0, "frequency_penalty": 0.3, "penalty_last_n": 20},
-    {"temperature": 0.9, "logit_bias": {5: 20.0, 7: -math.inf}, "repetition_penalty": 0.5},
-    {"temperature": 1.3, "min_p": 0.05},
-    {"temperature": 0.8, "top_k": 40, "presence_penalty": 2.0},
-    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2},
-    {"temperature": 0.3, "top_p": 0.99, "min_p": 0.02},
-    {"temperature": 0.7, "top_k": 60, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1},
-]
 
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_the_tokens_of_a_level_are_those_of_the_stages(level):
     environment = {**os.environ, "PASTKEY_KERNELS": level, "ORT_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_draw"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     if "a level that this CPU or this build lacks" in done.stderr:
         pytest.skip(f"this machine has no {level}")
     assert done.returncode == 0, done.stderr
@@ -43,25 +39,23 @@ def check_level() -> None:
     from pastkey.runtime.sampling.sampler import Sampler
     from pastkey.runtime.settings import SamplingConfig
 
+    from ..runtime.sampling.vectors import sampling_vectors
+
     found = native_kernels()
     assert found is not None
     assert not found.refused, found.refused
-    rng, library = np.random.default_rng(0), found.library
-
-    steep = rng.permutation(7.3 - 1.5 * np.log(np.arange(1, SIZE + 1))).astype(np.float32)
-    spread = (3 * rng.standard_normal(SIZE)).astype(np.float32)
-    masked = np.where(rng.random(SIZE) < 0.9, np.float32(-np.inf), spread)
-    for logits in (steep, spread, np.round(spread, 1), masked):
-        for one in SETTINGS:
-            sampler = Sampler(SamplingConfig(seed=3, **one), library=library)
-            stages = Sampler(SamplingConfig(seed=3, **one))
-            assert sampler._native is not None
-            ids = [*rng.integers(0, SIZE, 60).tolist(), *np.argsort(-logits)[:5].tolist()]
-            for _ in range(10):
-                text, u = np.array(ids), float(rng.random())
-                assert sampler(logits, ids) == stages(logits, ids), one
-                assert sampler._native(logits, text, u) is not None, f"{one} was not decided"
-                ids.append(int(rng.integers(0, SIZE)))
+    library = found.library
+    for vector in sampling_vectors():
+        config = SamplingConfig(**vector.options)
+        sampler, stages = Sampler(config, library=library), Sampler(config)
+        logits, text = vector.logits, np.array(vector.ids, np.int64)
+        if sampler._native is None:
+            assert not vector.settings, vector.name
+        elif vector.settings.get("top_k", 0) <= logits.size // 64:
+            assert sampler._native(logits, text, vector.u) == vector.expected, vector.name
+        for more in range(8):  # other numbers
+            ids = [*vector.ids, *[0] * more]
+            assert sampler(logits, ids) == stages(logits, ids), vector.name
 
     def draw(logits: np.ndarray, u: float, text: list[int] = [], **one: Any) -> int | None:  # noqa: B006 - only read
         made = NativeDraw.of(library, SamplingConfig(**one))

@@ -3,7 +3,6 @@
 import com.example.pastkey.Sampling
 import com.example.pastkey.Writer
 import com.example.pastkey.download
-import com.example.pastkey.uniform
 import java.io.File
 import org.json.JSONArray
 import org.json.JSONObject
@@ -22,7 +21,6 @@ fun main(words: Array<String>) {
 }
 
 fun answer(writer: Writer, call: JSONObject): JSONObject {
-    if (call.has("place")) return JSONObject(mapOf("uniform" to uniform(call.getLong("seed"), call.getInt("place"))))
     val pieces = JSONArray()
     val stopAfter = call.optInt("stop_after", Int.MAX_VALUE)
     return try {
@@ -34,6 +32,7 @@ fun answer(writer: Writer, call: JSONObject): JSONObject {
             call.getDouble("repetition_penalty").toFloat(),
             call.getLong("seed"),
         )
+        if (call.has("logits")) return JSONObject(mapOf("token" to drawn(sampling, call)))
         val result = writer.write(
             call.getString("prompt"), sampling, call.getInt("max_new_tokens"), { pieces.length() >= stopAfter },
         ) { pieces.put(it) }
@@ -41,4 +40,12 @@ fun answer(writer: Writer, call: JSONObject): JSONObject {
     } catch (error: Exception) {
         JSONObject(mapOf("error" to error.message))
     }
+}
+
+fun drawn(sampling: Sampling, call: JSONObject): Long {
+    val logits = call.getJSONArray("logits")
+    val ids = call.getJSONArray("ids")
+    return sampling.next(
+        FloatArray(logits.length()) { logits.getDouble(it).toFloat() }, List(ids.length()) { ids.getLong(it) },
+    )
 }

@@ -8,9 +8,12 @@ struct Call: Decodable {
     let top_k, max_new_tokens: Int
     let seed: UInt64
     let stop_after: Int?
+    let logits: [Float]? // with ids: only a token is drawn
+    let ids: [Int]?
 }
 
 struct Answer: Encodable {
+    var token: Int?
     var pieces: [String]?
     var ending: String?
     var error: String?
@@ -41,6 +44,9 @@ struct Answer: Encodable {
             let sampling = try Sampling(
                 temperature: call.temperature, topK: call.top_k, topP: call.top_p, minP: call.min_p,
                 repetitionPenalty: call.repetition_penalty, seed: call.seed)
+            if let logits = call.logits, let ids = call.ids {
+                return Answer(token: sampling.next(logits, after: ids))
+            }
             var pieces: [String] = []
             if let stopAfter = call.stop_after { // as the view does: by its stream, which is left
                 for try await piece in writer.pieces(after: call.prompt, sampling, maxNewTokens: call.max_new_tokens) {

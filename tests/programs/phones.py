@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..runtime.sampling.vectors import sampling_vectors
 from .generations import library
 
 Program = Sequence[str | Path]  # the command; it takes an address, a folder and a hash
@@ -89,14 +92,18 @@ def with_old_merges(bundle: Path, folder: Path) -> Path:
 
 SAMPLED: list[dict[str, Any]] = [
     {},
-    {"repetition_penalty": 1.5},
-    {"temperature": 1.0, "seed": 3},
-    {"temperature": 1.7, "seed": 2**63 - 1},
-    {"temperature": 1.2, "top_k": 5, "seed": 11},
-    {"temperature": 1.3, "top_p": 0.7, "seed": 2**53 + 1},
-    {"temperature": 1.2, "min_p": 0.05, "seed": 2**32},
     {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 2**62 + 5},
 ]
+
+
+def check_vectors(program: Program, url: str, folder: Path) -> None:
+    """The program draws the tokens of the sampling vectors."""
+    vectors = [vector for vector in sampling_vectors() if vector.generates]
+    calls = [
+        call("", **vector.settings, seed=vector.seed, ids=vector.ids, logits=np.maximum(vector.logits, -1e30).tolist())
+        for vector in vectors
+    ]
+    assert [found["token"] for found in answers(program, url, folder, calls)] == [each.expected for each in vectors]
 
 
 def check_download(program: Program, bundle: Path, folder: Path) -> None:

@@ -17,7 +17,7 @@ from pastkey.runtime import load
 from ..runtime import conftest as decoder
 from .environments import ANDROID_JSON, install_android_resources, install_swift, node_environment, onnxruntime_header
 from .generations import library
-from .phones import SAMPLED, answers, call, check_altered, check_download, serving, with_old_merges
+from .phones import SAMPLED, answers, call, check_altered, check_download, check_vectors, serving, with_old_merges
 from .test_generate import java as java  # the binding, and how it is run
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -93,6 +93,7 @@ def test_android_writes_the_texts_of_python(android, bundles, tmp_path):
         assert (whole["tokens"], "".join(whole["pieces"])) == (expected.new_tokens, expected.text)
         assert long["error"] == f"the prompt has {len(lm.prompt_ids('Tom ' * 600))} tokens, the context 64"
         assert wrong["error"] == "topP is 0.0; it must be above 0 and at most 1"
+        check_vectors(android, served.url, tmp_path / "bundle")
 
 
 def test_android_runs_the_int8_graph(android, bundles, tmp_path):
@@ -164,6 +165,7 @@ def test_ios_writes_the_texts_of_python(ios, letters_bundle, tmp_path):
         assert "".join(whole["pieces"]) == lm.generate("ab" * 19, max_new_tokens=99, prompt_lookup=False).text
         assert long["error"] == "the prompt has 120 tokens, the context 40"
         assert wrong["error"] == "topP is out of range"
+        check_vectors(ios, served.url, tmp_path / "bundle")
 
 
 @pytest.mark.matrix

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import random
 import signal
@@ -90,10 +91,11 @@ class Soak:
             "prompt_lookup": rng.random() < 0.7,
         }
 
-    def run(self, seconds: float, threads: int = 16, *, watched: bool = True) -> Soaked:
+    def run(self, seconds: float, threads: int = 16, *, most: float = math.inf, watched: bool = True) -> Soaked:
         """Raises whatever a thread raises, and AssertionError for a wrong text.
 
-        `watched`: interrupts, forks, and looks at what is left, which Linux alone tells.
+        `most`: ends after so many texts. `watched`: interrupts, forks, and looks at what is left, which Linux alone
+        tells.
         """
         found = Soaked()
         self._settle()
@@ -103,7 +105,7 @@ class Soak:
         def work(number: int) -> None:
             rng = random.Random(number)
             try:
-                while time.monotonic() < end and not stop.is_set():
+                while time.monotonic() < end and self.done.total() < most and not stop.is_set():
                     kind = rng.choices(list(self._kinds), [weight for weight, _ in self._kinds.values()])[0]
                     self._kinds[kind][1](self, rng)
                     with self._mutex:

@@ -140,24 +140,25 @@ def test_messages_of_openais_form_go_on(make_model, says):
     assert chat.messages == said[:1]
 
 
-def test_messages_that_cannot_be_taken_are_told(make_model):
-    model = make_model(TOOLS)
-    with pytest.raises(InputError, match="system is given, and messages begin with another"):
-        model.chat("be", messages=[{"role": "system", "content": "x"}])
-    with pytest.raises(InputError, match="message 1 is 3; an object"):
-        model.chat(messages=[3])
-    with pytest.raises(InputError, match="the tool call weather has arguments that are not JSON"):
-        model.chat(
-            messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
-        )
-    assert model.chat("be", messages=[{"role": "user", "content": "a"}]).messages == [
-        {"role": "system", "content": "be"},
-        {"role": "user", "content": "a"},
-    ]
+CALL = '<tool_call>{"name": "weather"}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "tools"),
+    [('{"name": "weather", "arguments": {}}', [weather]), ("<tool_call>{cut", [weather]), (CALL, None)],
+)
+def test_an_answer_in_no_known_form_or_without_tools_is_text(make_model, says, text, tools):
+    calls = says(text)
+    chat = make_model(TOOLS).chat(tools=tools)
+    answer = chat.ask("hello")
+    assert (answer.text, answer.tool_calls, calls[0]["keep_special_tokens"]) == (text, [], tools is not None)
+    assert chat.messages[-1] == {"role": "assistant", "content": text}
+    chat.add_tool_result("warm", name="weather")  # the application read it by itself
+    assert chat.messages[-1] == {"role": "tool", "content": "warm", "name": "weather"}
 
 
 def test_a_result_goes_to_the_call_of_its_name(make_model, says):
-    says('<tool_call>{"name": "a"}</tool_call><tool_call>{"name": "b"}</tool_call>')
+    says(CALL.replace("weather", "a") + CALL.replace("weather", "b"))
     chat = make_model(TOOLS).chat(tools=[{"function": {"name": name}} for name in "ab"])
     chat.ask("hello")
     for name in ("b", "a", "c"):
@@ -165,29 +166,28 @@ def test_a_result_goes_to_the_call_of_its_name(make_model, says):
     assert [said.get("tool_call_id") for said in chat.messages[2:]] == ["call00001", "call00000", None]
 
 
-def test_an_answer_in_no_known_form_is_text(make_model, says):
-    says('{"name": "weather", "arguments": {}}', "<tool_call>{cut")
-    chat = make_model(TOOLS).chat(tools=[weather])
-    for text in ('{"name": "weather", "arguments": {}}', "<tool_call>{cut"):
-        chat.reset()
-        answer = chat.ask("hello")
-        assert (answer.text, answer.tool_calls) == (text, [])
-    assert chat.messages[-1] == {"role": "assistant", "content": "<tool_call>{cut"}
-    chat.add_tool_result("warm", name="weather")  # the application read it by itself
-    assert chat.messages[-1] == {"role": "tool", "content": "warm", "name": "weather"}
+BROKEN_CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
+REFUSED: dict[str, tuple[Callable[[LanguageModel], object], type[Exception], str]] = {
+    "two system texts": (lambda m: m.chat("be", messages=[{"role": "system", "content": "x"}]), InputError, "system"),
+    "no message": (lambda m: m.chat(messages=[3]), InputError, "message 1 is 3"),
+    "arguments": (lambda m: m.chat(messages=BROKEN_CALL), InputError, "arguments that are not JSON"),
+    "a result's set": (lambda m: m.chat().add_tool_result({1, 2}, name="weather"), InputError, "written as JSON"),
+    "a result's nan": (lambda m: m.chat().add_tool_result(float("nan"), name="weather"), InputError, "as JSON"),
+    "a picture": (lambda m: m.chat().ask([{"type": "image", "url": "x"}]), InputError, "this model reads text"),
+    "a text in a list": (lambda m: m.chat().ask(["a"]), InputError, "a list of parts"),
+    "no question": (lambda m: m.chat("be brief").ask(), InputError, "there is nothing to go on"),
+    "nothing to undo": (lambda m: m.chat("be brief").undo(), InputError, "there is no question to"),
+    "nothing to drop": (lambda m: m.chat("be brief").drop(), InputError, "there is no question to"),
+    "a variable": (lambda m: m.chat(continue_final_message=1), OptionError, "has no option 'continue_final_message'"),
+    "its own variable": (lambda m: m.chat(add_generation_prompt=1), OptionError, "has no option"),
+}
 
 
-def test_without_tools_nothing_is_taken_for_a_call(make_model, says):
-    text = '<tool_call>{"name": "weather"}</tool_call>'
-    calls = says(text)
-    answer = make_model(TOOLS).chat().ask("hello")
-    assert (answer.text, answer.tool_calls, calls[0]["keep_special_tokens"]) == (text, [], False)
-
-
-@pytest.mark.parametrize("content", [{1, 2}, float("nan"), object()])
-def test_a_result_that_is_not_json_is_told(model, content):
-    with pytest.raises(InputError, match="the result of a tool cannot be written as JSON"):
-        model.chat().add_tool_result(content, name="weather")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_conversation_cannot_take_is_refused(model, name):
+    call, error, word = REFUSED[name]
+    with pytest.raises(error, match=word):
+        call(model)
 
 
 def test_a_template_for_tools_is_taken_where_there_are_some(make_model):
@@ -232,42 +232,41 @@ def test_what_a_template_leaves_out_is_told(make_model, options, words):
     with pytest.warns(TemplateWarning, match=f"the chat template {words}") as told:
         model.chat(**options)
     assert [warning.filename for warning in told] == [__file__]
-
-
-def test_a_later_system_text_that_is_left_out_is_told_where_it_is_set(make_model):
-    chat = make_model("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}").chat()
-    with pytest.warns(TemplateWarning, match="leaves the system text out") as told:
-        chat.set_system("be brief")
-    assert [warning.filename for warning in told] == [__file__]
-
-
-def test_a_template_that_writes_all_is_silent(make_model):
-    template = "{{ tools }}{{ documents }}{{ x }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    if "system" in options:
+        with pytest.warns(TemplateWarning, match=f"the chat template {words}") as told:
+            model.chat().set_system("be brief")
+        assert [warning.filename for warning in told] == [__file__]
+    template = "{{ tools }}{{ documents }}{{ enable_thinking }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_model(template).chat("be brief", tools=[weather], documents=[{"text": "a"}], x=1)
-        make_model(template).chat()
+        make_model(template).chat(**options)
 
 
-def test_a_template_without_place_for_a_system_text_says_so_at_once(make_model):
+def test_a_template_that_takes_no_system_text_or_no_tools_refuses_them_at_once(make_model, tmp_path):
     model = make_model(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{{ messages[0].content }}"
+        "{% for m in messages %}{% if m.role in ('system', 'tool') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="no system role; it takes no system text: begin the first question with it"):
+    with pytest.raises(InputError, match="no system; it takes no system text: begin the first question with it"):
         model.chat("be brief")
     chat = model.chat()
     chat.ask("a", max_new_tokens=1)
+    before = chat.messages
     with pytest.raises(InputError, match="it takes no system text"):
         chat.set_system("be brief")
+    for content, error, words in (
+        ('{"messages": [{"role": "tool", "content": "a"}]}', InputError, "no tool"),
+        ('{"messages": [{"role"', IntegrityError, "is not valid JSON"),
+        (None, MissingFileError, "is missing"),
+    ):
+        if content is None:
+            (tmp_path / "talk.json").unlink()
+        else:
+            (tmp_path / "talk.json").write_text(content)
+        with pytest.raises(error, match=words):
+            chat.load(tmp_path / "talk.json")
+    assert chat.messages is before
     assert (chat.system, len(chat.messages)) == (None, 2)
-
-
-@pytest.mark.parametrize("name", ["continue_final_message", "add_generation_prompt"])
-def test_what_a_conversation_gives_itself_is_no_variable(model, name):
-    variables: dict[str, Any] = {name: 1}
-    with pytest.raises(OptionError, match=rf"chat\(\) has no option '{name}'"):
-        model.chat(**variables)
 
 
 PARTS = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}]
@@ -288,18 +287,6 @@ def test_contents_come_in_the_form_that_the_template_takes(make_model, says, tem
     calls = says("a")
     model.chat().ask(given)
     assert text_of(model, calls[0]["prompt"]) == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([{"type": "image", "url": "x"}], "has the part .*; this model reads text"),
-        (["a"], "a text was expected, or a list of parts"),
-    ],
-)
-def test_a_part_that_is_no_text_is_refused(model, content, words):
-    with pytest.raises(InputError, match=f"the message .*{words}"):
-        model.chat().ask(content)
 
 
 # --- special tokens as text ---------------------------------------------------------------------------------------
@@ -330,6 +317,8 @@ def test_an_answer_that_was_cut_goes_on(model):
     rest = chat.ask(max_new_tokens=12)
     assert first.text + rest.text == whole.text == chat.messages[-1]["content"]
     assert len(chat.messages) == 2
+    del chat.messages[1]  # a question without answer is answered
+    assert chat.ask(max_new_tokens=20).text == whole.text
 
 
 def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(model, says, monkeypatch):
@@ -340,17 +329,6 @@ def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(model, says, mo
     pieces = list(chat.stream())
     assert "".join(piece.text for piece in pieces) == " two"
     assert chat.messages[-1]["content"] == "one two"
-
-
-def test_there_must_be_something_to_go_on_from(model):
-    with pytest.raises(InputError, match="the message is None; a text was expected, since there is nothing to go on"):
-        model.chat("be brief").ask()
-
-
-def test_a_question_without_answer_is_answered(model):
-    chat = model.chat()
-    chat.messages = [{"role": "user", "content": "hello"}]
-    assert chat.ask(max_new_tokens=5).ids == model.chat().ask("hello", max_new_tokens=5).ids
 
 
 # --- going back ---------------------------------------------------------------------------------------------------
@@ -370,14 +348,7 @@ def test_undo_and_drop(model):
     chat.drop()
     chat.drop()
     assert chat.messages == [system]
-    for back in (chat.undo, chat.drop):
-        with pytest.raises(InputError, match="there is no question to"):
-            back()
-
-
-def test_what_a_tool_said_goes_with_its_question(model):
-    chat = model.chat()
-    roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]  # what a tool said goes with its question
     chat.messages = [{"role": role, "content": "a"} for role in roles]
     chat.drop()
     assert [said["role"] for said in chat.messages] == ["user", "assistant"]
@@ -409,25 +380,6 @@ def test_a_saved_conversation_goes_on(model, tmp_path):
     chat.save(tmp_path / "talk.json")
     assert len(json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]) == 5
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
-
-
-def test_a_conversation_that_the_template_does_not_take_is_not_loaded(make_model, tmp_path):
-    strict = make_model(
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"
-        "{% endfor %}"
-    )
-    chat = strict.chat()
-    chat.ask("a", max_new_tokens=1)
-    before = chat.messages
-    (tmp_path / "talk.json").write_text('{"messages": [{"role": "tool", "content": "a"}]}')
-    with pytest.raises(InputError, match="no tools"):
-        chat.load(tmp_path / "talk.json")
-    with pytest.raises(MissingFileError, match="is missing"):
-        chat.load(tmp_path / "none.json")
-    (tmp_path / "talk.json").write_text('{"messages": [{"role"')
-    with pytest.raises(IntegrityError, match="is not valid JSON"):
-        chat.load(tmp_path / "talk.json")
-    assert chat.messages is before
 
 
 # --- the templates of others --------------------------------------------------------------------------------------

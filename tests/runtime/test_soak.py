@@ -12,7 +12,7 @@ from pastkey.runtime import load
 
 from .soak import Soak
 
-MINUTES = float(os.environ.get("PASTKEY_SOAK_MINUTES", "0.25"))
+MINUTES = float(os.environ.get("PASTKEY_SOAK_MINUTES", "0.06"))
 
 
 @pytest.mark.slow

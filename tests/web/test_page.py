@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 
 import pastkey
-from pastkey.runtime import SamplingConfig
 from pastkey.runtime.sampling.random_stream import uniform
-from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.web import site
 from tools.web_assets import install
 
 from ..programs import conftest as exported
 from ..programs.environments import install_chromium
 from ..runtime import conftest as decoder
+from ..runtime.sampling.vectors import sampling_vectors
 from .browser import ISOLATED, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -368,21 +367,15 @@ def test_without_a_tokenizer_it_takes_and_writes_ids(page, tiny, make_bundle):
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
-def test_the_sampler_draws_as_the_runtime_does():
+def test_the_sampler_draws_the_tokens_of_the_vectors():
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    rng = np.random.default_rng(0)
-    settings: list[dict[str, Any]] = [
-        {}, {"repetition_penalty": 1.3}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 5},
-        {"temperature": 1, "top_p": 0.6}, {"temperature": 2, "min_p": 0.05},
-        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1},
+    vectors = [vector for vector in sampling_vectors() if vector.generates]
+    cases = [
+        {"logits": [max(logit, -1e30) for logit in vector.logits.tolist()], "ids": vector.ids, "seed": str(vector.seed),
+         "settings": vector.settings}
+        for vector in vectors
     ]  # fmt: skip
-    cases, expected = [], []
-    for given in settings * 20:
-        logits = rng.normal(0, 3, 200).astype(np.float32).round(1)  # with equal ones
-        ids, seed = rng.integers(0, 200, 12).tolist(), int(rng.integers(0, 2**63))
-        expected.append(Sampler(SamplingConfig(**given, seed=seed))(logits, ids))
-        cases.append({"logits": logits.tolist(), "ids": ids, "seed": str(seed), "settings": given})
     script = f"""
         import {{ Sampler, uniform }} from {json.dumps(str(PASTKEY_JS))};
         import {{ readFileSync }} from "node:fs";
@@ -395,4 +388,4 @@ def test_the_sampler_draws_as_the_runtime_does():
     """
     command = ["node", "--input-type=module", "--eval", script]
     done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [expected, uniform(2**63 - 1, 1000)]
+    assert json.loads(done.stdout) == [[vector.expected for vector in vectors], uniform(2**63 - 1, 1000)]

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from pastkey.errors import InputError
 from pastkey.runtime.constraints.lazy import LazyVocabulary
+from pastkey.runtime.constraints.vocabulary import Vocabulary
 from pastkey.runtime.loading import load
 from pastkey.runtime.text.codec import TextCodec
 
@@ -54,15 +55,39 @@ SCHEMA = {
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 200}
 
 
-def test_whatever_is_drawn_validates(lm):
-    for seed in range(40):
-        done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED)
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"logprobs": 2},
+    {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS)
+def test_whatever_is_drawn_validates(lm, options):
+    for seed in range(8):
+        done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED | options)
         assert done.finish_reason == "stop"
-        assert done.forced_tokens > 20
         assert done.new_tokens == len(done.ids)
+        if "logprobs" in options:  # each token is chosen
+            assert (done.forced_tokens, len(done.logprobs)) == (0, len(done.ids))
+        else:
+            assert done.forced_tokens > 20
         jsonschema.validate(json.loads(done.text), SCHEMA)
-    greedy = lm.generate("ta", json_schema=json.dumps(SCHEMA), max_new_tokens=200)
-    jsonschema.validate(json.loads(greedy.text), SCHEMA)
+
+
+def test_what_other_options_leave_of_it(lm):
+    (a,) = lm.prompt_ids("a")
+    for options in ({"forced_decoder_ids": [[0, a + 2]]}, {"suppress_tokens": lm.prompt_ids("ae")}):
+        with pytest.raises(InputError, match=r"no allowed token|ban every token"):
+            lm.generate("ta", regex="[ae]", **options)
+    done = lm.generate("ta", json_schema=SCHEMA, stop="ees", max_new_tokens=200)
+    assert (done.finish_reason, done.stop_string) == ("stop_string", "ees")
+    assert done.text.endswith('"t')
+    whole = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
+    for most in (0, 1, 7, whole.new_tokens - 1, whole.new_tokens):
+        cut = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=most)
+        assert (cut.ids, cut.finish_reason) == (whole.ids[:most], "stop" if cut.ids == whole.ids else "length")
 
 
 def test_a_constraint_that_takes_no_text_is_met_at_once(lm, speaking_bundle):
@@ -120,44 +145,6 @@ def test_a_text_that_is_certain_needs_no_run(lm):
     assert lm.generate("ta", reuse_prefix=True, max_new_tokens=3).text == lm.generate("ta", max_new_tokens=3).text
 
 
-def test_a_limit_cuts_it_short_and_says_so(lm):
-    whole = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
-    for most in range(whole.new_tokens):
-        cut = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=most)
-        assert (cut.ids, cut.finish_reason) == (whole.ids[:most], "length")
-    exact = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=whole.new_tokens)
-    assert (exact.ids, exact.finish_reason) == (whole.ids, "stop")
-
-
-def test_with_log_probabilities_each_token_is_chosen(lm):
-    done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, logprobs=2)
-    assert (done.finish_reason, done.forced_tokens) == ("stop", 0)
-    assert len(done.logprobs) == len(done.ids)
-    jsonschema.validate(json.loads(done.text), SCHEMA)
-
-
-def test_other_options_go_with_it_or_are_told(lm):
-    options: dict[str, Any] = {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3}
-    for seed in range(10):
-        done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, seed=seed, top_p=0.9, min_p=0.1, **options)
-        jsonschema.validate(json.loads(done.text), SCHEMA)
-    (a,) = lm.prompt_ids("a")
-    with pytest.raises(InputError, match=r"no allowed token|ban every token"):
-        lm.generate("ta", regex="[ae]", forced_decoder_ids=[[0, a + 2]])
-    with pytest.raises(InputError, match=r"no allowed token|ban every token"):
-        lm.generate("ta", regex="[ae]", suppress_tokens=lm.prompt_ids("ae"))
-    many = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, temperature=1.0, seed=4, n=3)
-    assert many[0].text == lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200, temperature=1.0, seed=4).text
-    for done in many:
-        jsonschema.validate(json.loads(done.text), SCHEMA)
-
-
-def test_stop_strings_end_it_too(lm):
-    done = lm.generate("ta", json_schema=SCHEMA, stop="ees", max_new_tokens=200)
-    assert (done.finish_reason, done.stop_string) == ("stop_string", "ees")
-    assert done.text.endswith('"t')
-
-
 def test_a_session_goes_on_behind_it(lm):
     with lm.session() as session:
         first = session.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
@@ -209,17 +196,15 @@ def test_a_dead_end_is_an_error_where_it_comes_and_the_model_goes_on(lm):
     assert lm.generate("ta", regex="[a]").text == "a"
 
 
+def test_the_vocabulary_is_read_once(monkeypatch):
+    vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
+    vocabulary.matcher({"regex": "a"})
+    monkeypatch.setattr(Vocabulary, "of", None)
+    vocabulary.matcher({"regex": "e"})
+
+
 def test_without_a_tokenizer_there_is_nothing_to_hold():
     vocabulary = LazyVocabulary(None, 9, ())
     assert vocabulary.matcher({"seed": 3}) is None
     with pytest.raises(InputError, match="this bundle has no tokenizer, so that no text can be held to regex"):
         vocabulary.matcher({"regex": "a"})
-
-
-def test_the_vocabulary_is_read_once():
-    vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
-    vocabulary.matcher({"regex": "a"})
-    read = vocabulary._read
-    assert read is not None
-    vocabulary.matcher({"regex": "e"})
-    assert vocabulary._read is read

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,29 +123,29 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 SCHEMAS = st.recursive(LEAVES, containers, max_leaves=8)
-_seen = {"valid": 0, "cut": 0, "refused": 0}
 
 
-@settings(max_examples=150)
-@given(SCHEMAS, st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_parses_and_validates(schema, seed, jump):
-    for make in MAKES:
-        try:
-            text = make.written(seed, json_schema=schema, jump=jump)
-        except InputError as error:
-            if make is not CHARACTERS and "cannot be followed" not in str(error):
-                raise
-            _seen["refused"] += 1
-            continue
-        _seen["cut" if text is None else "valid"] += 1
-        if text is not None:
-            jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+def test_what_is_written_parses_and_validates():
+    """And most of these schemas are followed to their end."""
+    ends = Counter[str]()
 
+    @settings(max_examples=60)
+    @given(SCHEMAS, st.integers(0, 2**32 - 1), st.booleans())
+    def require_valid(schema: Any, seed: int, jump: bool) -> None:
+        for make in MAKES:
+            try:
+                text = make.written(seed, json_schema=schema, jump=jump)
+            except InputError as error:
+                if make is not CHARACTERS and "cannot be followed" not in str(error):
+                    raise
+                ends["refused"] += 1
+                continue
+            ends["cut" if text is None else "valid"] += 1
+            if text is not None:
+                jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
-def test_most_of_these_schemas_were_followed_to_their_end():
-    if sum(_seen.values()) < 300:
-        pytest.skip("the test above did not run")
-    assert _seen["valid"] > 0.7 * sum(_seen.values()), _seen
+    require_valid()
+    assert ends["valid"] > 0.7 * ends.total(), ends
 
 
 # --- expressions, choices, grammars -----------------------------------------------------------------------------------
@@ -162,17 +163,17 @@ EXPRESSIONS = [
 ]
 
 
-@settings(max_examples=60)
-@given(st.sampled_from(EXPRESSIONS), st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_matches_the_expression(expression, seed, jump):
+@settings(max_examples=40)
+@given(
+    st.sampled_from(EXPRESSIONS),
+    st.lists(st.text(min_size=1), min_size=1, max_size=6),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_what_is_written_matches_the_expression_or_is_one_of_the_choices(expression, choices, seed, jump):
     for make in MAKES:
         text = make.written(seed, regex=expression, jump=jump)
         assert text is None or re.fullmatch(expression, text)
-
-
-@settings(max_examples=60)
-@given(st.lists(st.text(min_size=1), min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.booleans())
-def test_what_is_written_is_one_of_the_choices(choices, seed, jump):
     for make in (BYTES, PIECES):
         assert make.written(seed, choices=choices, jump=jump) in choices
 
@@ -180,7 +181,7 @@ def test_what_is_written_is_one_of_the_choices(choices, seed, jump):
 def test_each_of_the_choices_is_written_by_some_seed():
     choices = ["a", "ab", "abb", "the", "the cat", '{"', "日"]
     for make in MAKES:
-        assert {make.written(seed, choices=choices) for seed in range(300)} == set(choices)
+        assert {make.written(seed, choices=choices) for seed in range(120)} == set(choices)
 
 
 def test_what_is_written_follows_the_grammar():
@@ -192,14 +193,14 @@ def test_what_is_written_follows_the_grammar():
     """
     found = 0
     for make in MAKES:
-        for seed in range(20):
+        for seed in range(12):
             text = make.written(seed, grammar=grammar)
             if text is not None:
                 found += 1
                 assert text.endswith(".")
                 assert re.fullmatch(r"[-\[\]0-9]+", text[:-1])
                 eval(text[:-1].replace("[", "(").replace("]", ")"))
-    assert found > 30
+    assert found > 18
 
 
 def test_a_grammar_may_name_a_special_token():
@@ -263,7 +264,14 @@ def test_a_draft_is_cut_where_it_may_not_go_on():
     assert following.allowed_draft(ids("abab12x3")) == ids("abab12")
     assert following.allowed_draft(ids("x")) == []
     assert not following.complete
-    assert following.masked(np.zeros(BYTES.vocabulary.size))[ids("ab")[0]] == 0  # and it stands where it stood
+    logits = np.zeros(BYTES.vocabulary.size)
+    assert following.masked(logits)[ids("ab")[0]] == 0  # and it stands where it stood
+    assert not logits.any()
+    following.follow(ids("ab", add_special_tokens=False), 0)
+    expected = following.forced(20)
+    following.restart()
+    following.follow(ids("ab", add_special_tokens=False), 0)
+    assert following.forced(20) == expected
 
 
 def test_a_token_that_may_not_follow_is_an_error_of_one_sentence():
@@ -295,25 +303,7 @@ def test_a_token_that_another_option_forces_is_refused_with_the_reason():
     following.require(BYTES.end)
 
 
-def test_the_logits_are_not_written_into():
-    logits = np.zeros(BYTES.vocabulary.size, np.float32)
-    following = BYTES.matcher(regex="ab")
-    following.masked(logits)
-    assert not logits.any()
-
-
 def test_the_first_line_tells_what_is_wrong():
     assert first_sentence("at 1(8): x\n  |\nerror: unclosed group\n") == "unclosed group"
     assert first_sentence("NoExtensionBias\n<non-verbose/>") == "NoExtensionBias"
     assert first_sentence("") == ""
-
-
-def test_one_that_restarts_follows_the_same_tokens_again():
-    following = BYTES.matcher(regex="(ab){3}")
-    ids = BYTES.codec.encode("ab", add_special_tokens=False)
-    following.follow(ids, 0)
-    expected = following.forced(20)
-    assert expected
-    following.restart()
-    following.follow(ids, 0)
-    assert following.forced(20) == expected

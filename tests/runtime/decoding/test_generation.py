@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
-from pastkey.runtime.sampling.penalties import apply_repetition_penalty
-from pastkey.runtime.settings import SamplingConfig
 
 PROMPT = [5, 6, 7]
 
@@ -43,15 +40,6 @@ def test_the_last_token_may_stand_behind_the_context(session, prompt, expected):
     generation = Generation(session, Request(list(range(prompt)), max_new_tokens=100))
     assert len(list(generation)) == expected
     assert generation.finish_reason == "length"
-
-
-def test_the_repetition_penalty_counts_the_prompt_and_the_text_so_far(session, tiny):
-    ids = list(PROMPT)
-    for _ in range(12):
-        ids.append(int(np.argmax(apply_repetition_penalty(tiny(ids)[-1], ids, 3.0))))
-    assert ids[3:] != tiny.greedy(PROMPT, 12)
-    penalty = SamplingConfig(repetition_penalty=3.0)
-    assert list(Generation(session, Request(PROMPT, max_new_tokens=12, sampling=penalty))) == ids[3:]
 
 
 def test_a_generation_that_another_took_over_says_so(session):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.__main__ import main
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, Generation, Request, load
@@ -58,23 +56,27 @@ def lm(bundle):
     return load(bundle.path, threads=1)
 
 
-# --- by itself ----------------------------------------------------------------------------------------------------
+SHIFT: dict[str, Any] = {"context_overflow": "shift"}
+REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
+    ([1], {"context_overflow": "drop"}, "context_overflow is 'drop'"),
+    ([1], {**SHIFT, "num_sink_tokens": 33}, "num_sink_tokens is 33"),
+    ([*ids_of(100), 37], SHIFT, "token id 37 is out of range"),
+    (ids_of(100), {**SHIFT, "prompt_logprobs": True}, "the prompt has 100 tokens; the context is 64"),
+    (ids_of(100), {}, r"--context-overflow shift"),
+]
 
 
-def test_settings_out_of_range(lm):
-    with pytest.raises(InputError, match='context_overflow is \'drop\'; it must be "error" or "shift"'):
-        lm.generate([1], context_overflow="drop")
-    with pytest.raises(InputError, match="num_sink_tokens is 33; it must be a whole number from 0 to 32, half"):
-        lm.generate([1], context_overflow="shift", num_sink_tokens=33)
-    with pytest.raises(InputError, match="token id 37 is out of range"):
-        lm.generate([*ids_of(100), 37], context_overflow="shift")
-    with pytest.raises(InputError, match="the prompt has 100 tokens; the context is 64"):
-        lm.generate(ids_of(100), context_overflow="shift", prompt_logprobs=True)
-
-
-def test_a_bundle_whose_cache_cannot_be_shifted(make_bundle, tiny):
+def test_what_cannot_be_kept_is_refused(lm, make_bundle, tiny):
+    for prompt, options, words in REFUSED:
+        with pytest.raises(InputError, match=words):
+            lm.generate(prompt, **options)
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        lm.score(ids_of(CONTEXT + 1))
+    fixed = load(make_bundle(tiny).path, threads=1)  # its positions are learned
     with pytest.raises(InputError, match='context_overflow is "shift", and this bundle does not say'):
-        load(make_bundle(tiny).path).generate([1], context_overflow="shift")
+        fixed.generate([1], context_overflow="shift")
+    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
+        fixed.generate([1] * (tiny.context_length + 1))
 
 
 # --- generating ---------------------------------------------------------------------------------------------------
@@ -86,11 +88,8 @@ def test_the_text_goes_on_as_the_reference_does(lm, tiny_rotary, prompt_tokens):
     assert completion.finish_reason == "length"
     assert completion.dropped_tokens == -(-(prompt_tokens + 149 - CONTEXT) // BLOCK) * BLOCK
     assert completion.prompt_tokens == prompt_tokens
-
-
-def test_without_it_the_text_ends_with_the_context(lm):
-    completion = lm.generate(ids_of(60), max_new_tokens=150)
-    assert (completion.new_tokens, completion.finish_reason, completion.dropped_tokens) == (5, "length", 0)
+    cut = lm.generate(prompt, max_new_tokens=150)  # without it the text ends with the context
+    assert (cut.ids, cut.finish_reason) == (completion.ids[: CONTEXT - prompt_tokens + 1], "length")
 
 
 def test_several_texts_at_the_same_time(lm, tiny_rotary):
@@ -128,35 +127,22 @@ def test_what_was_shifted_is_no_prefix(lm):
     assert store.take([*prompt[:SINKS], *prompt[14:]])[1] == 0
 
 
-def test_a_step_that_is_interrupted_within_a_shift(lm, monkeypatch):
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_fault_within_a_shift_ends_the_texts_of_its_step(lm, monkeypatch, others):
     options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
-    stream = lm.stream(ids_of(50), **options)
-    found = [next(stream).ids[0] for _ in range(15)]
-
-    def interrupted(*_: object) -> None:
-        raise MemoryError
-
+    expected = lm.generate(ids_of(50), **options)
     with monkeypatch.context() as patched:
         patched.setattr(engines, "moved_by", interrupted)
+        stream = lm.stream_many([ids_of(50)] * (1 + others), **options)
+        found = [next(stream)[1].ids[0] for _ in range(15 * (1 + others))]
         with pytest.raises(MemoryError):
-            next(stream)
-    stream.close()
-    assert len(found) == 15
-    assert lm.generate(ids_of(50), **options).ids[:15] == found
+            list(stream)
+    assert found[:: 1 + others] == expected.ids[:15]
+    assert lm.generate(ids_of(50), **options).ids == expected.ids
 
 
-def test_rows_that_fail_together_within_a_shift(lm, monkeypatch):
-    """Each ends with the error."""
-
-    def interrupted(*_: object) -> None:
-        raise MemoryError
-
-    options = {"max_new_tokens": 30, "context_overflow": "shift", "prompt_lookup": False}
-    with monkeypatch.context() as patched:
-        patched.setattr(engines, "moved_by", interrupted)
-        with pytest.raises(MemoryError):
-            lm.generate([ids_of(50)] * 2, **options)
-    assert lm.generate(ids_of(50), **options).new_tokens == 30
+def interrupted(*_: object) -> None:
+    raise MemoryError
 
 
 class Fives(Matcher):
@@ -273,22 +259,3 @@ def test_a_conversation_keeps_what_comes_before_its_first_question(tiny_rotary, 
     expected = lm.generate(text, num_sink_tokens=head, **options)  # type: ignore[call-overload]
     assert (answer.text, answer.dropped_tokens) == (expected.text, expected.dropped_tokens)
     assert answer.dropped_tokens > CONTEXT
-
-
-def test_the_command(lm, capsys):
-    ids = ",".join(map(str, ids_of(100)))
-    arguments = ["run", str(lm.bundle.path), "--prompt-ids", ids, "--max-new-tokens", "5", "--json"]
-    assert main(arguments) == 2
-    assert "or let its oldest tokens go (--context-overflow shift)" in capsys.readouterr().err
-    assert main([*arguments, "--context-overflow", "shift", "--num-sink-tokens", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    expected = lm.generate(ids_of(100), max_new_tokens=5, context_overflow="shift", num_sink_tokens=2)
-    assert (found["ids"], found["dropped_tokens"]) == (expected.ids, expected.dropped_tokens)
-
-
-def test_what_cannot_shift_is_not_told_to(lm, tiny, make_bundle):
-    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
-        lm.score(ids_of(CONTEXT + 1))
-    older = load(make_bundle(tiny, "fused").path, threads=1)
-    with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
-        older.generate([1] * (tiny.context_length + 1))

@@ -26,7 +26,13 @@ def test_each_is_as_if_alone_and_in_order(model):
     assert len(found) == 21
     assert all(map(same, found, expected))
     assert told == [(done, 21) for done in range(1, 22)]
+    with pytest.raises(RuntimeError, match="enough"):  # an error of the callback ends all
+        model.generate(PROMPTS, progress=enough, **SETTINGS)
     assert model.scheduler.live == 0
+
+
+def enough(done: int, count: int) -> None:
+    raise RuntimeError("enough")
 
 
 def test_they_share_runs(speaking_bundle):
@@ -71,16 +77,6 @@ def test_what_is_wrong_is_told_before_anything_runs(model):
     with pytest.raises(OptionError, match=r"stream_many\(\) has no option 'temprature'"):
         model.stream_many(["abc"], temprature=1)
     assert model.scheduler.steps == steps
-
-
-def test_an_error_of_the_callback_ends_all(model):
-    def stop(done: int, _: int) -> None:
-        raise RuntimeError(f"{done} are enough")
-
-    with pytest.raises(RuntimeError, match="1 are enough"):
-        model.generate(PROMPTS, progress=stop, **SETTINGS)
-    assert model.scheduler.live == 0
-    assert model.generate("abc", **SETTINGS).new_tokens == 12
 
 
 def test_closing_and_cancelling_keep_what_there_is(model):

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import itertools
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,14 +21,28 @@ from ..conftest import runs_of
 SETTINGS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, "seed": 1}
 
 
-def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(lm, monkeypatch):
+def elsewhere(call: Callable[[], object]) -> None:
+    """Calls it in another thread, and waits for its end."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("end", ["close", "leave", "throw"])
+def test_a_stream_that_is_ended_runs_no_step_more_and_tells_what_there_was(lm, monkeypatch, end):
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     chunks = list(itertools.islice(stream, 5))
     runs = runs_of(lm.require_open().graph, monkeypatch)
-    stream.close()
+    if end == "close":
+        stream.close()
+    elif end == "leave":
+        with stream:
+            pass
+    else:
+        with pytest.raises(KeyError):
+            stream.throw(KeyError("x"))
     assert runs == []
-    assert stream.completion is not None
     assert stream.completion.ids == expected.ids[:5]
     assert stream.completion.text == "".join(chunk.text for chunk in chunks) == expected.text[:5]
     assert stream.completion.finish_reason == "cancelled"
@@ -38,91 +52,76 @@ def test_one_that_is_closed_runs_no_step_more_and_tells_what_there_was(lm, monke
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_one_that_another_thread_cancels_ends_within_one_step(lm, monkeypatch, others):
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_a_stream_that_another_thread_ends_while_it_is_read_ends_within_one_step(lm, end, others):
     beside = [lm.stream(prompt, **SETTINGS) for prompt in ("de", "f")[:others]]
     for other in beside:
         next(other)
-    expected = lm.generate("abc", **SETTINGS)
-    stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
-    next(stream)
-    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
-    moment = list[int]()
+    expected, places = lm.generate("abc", **SETTINGS), list[int]()
 
-    def cancel() -> None:
-        time.sleep(0.1)
-        moment.append(len(runs))
-        stream.cancel()
+    def ending(ids: Any, logits: Any) -> Any:
+        places.append(len(ids))
+        if len(places) == 5:
+            elsewhere(getattr(stream, end))
+        return logits
 
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    list(stream)
-    thread.join()
-    assert len(runs) - moment[0] <= 1
-    assert 3 <= len(runs) < 20
-    assert stream.completion is not None
-    assert stream.completion.finish_reason == "cancelled"
-    assert stream.completion.ids == expected.ids[: stream.completion.new_tokens]
+    stream = lm.stream("abc", **SETTINGS, logits_processor=ending)
+    found = [token for chunk in stream for token in chunk.ids]
+    assert found == expected.ids[: len(found)]
+    assert 4 <= len(found) <= 5
+    assert len(places) <= 6
+    assert (stream.completion.finish_reason, stream.completion.ids) == ("cancelled", found)
     assert lm.generate("abc", **SETTINGS).ids == expected.ids
 
 
 def test_a_long_prefill_is_cancelled_within_a_chunk(lm, monkeypatch):
-    runs = runs_of(lm.require_open().graph, monkeypatch, 0.05)
+    graph, run, tokens = lm.require_open().graph, lm.require_open().graph.run, list[int]()
+
+    def cancelled(cache: Any, ids: Any, *arguments: Any) -> Any:
+        tokens.append(ids.size)
+        elsewhere(stream.cancel)
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(graph, "run", cancelled)
     stream = lm.stream("a" * 600, max_new_tokens=1)
-    threading.Timer(0.01, stream.cancel).start()
     assert list(stream) == []
-    assert runs == [(1, 200)]
-    assert stream.completion is not None
+    assert tokens == [200]
     assert stream.completion.new_tokens == 0
 
 
-def test_a_deadline_ends_it_with_what_there_is(lm, monkeypatch):
-    expected = lm.generate("abc", **SETTINGS)
-    runs = runs_of(lm.require_open().graph, monkeypatch, 0.02)
-    completion = lm.generate("abc", **SETTINGS, timeout=0.2, prompt_lookup=False)
+class Clock:
+    """In place of `time`: a second passes in each step."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.perf_counter = self.monotonic
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def __call__(self, ids: Any, logits: Any) -> Any:
+        self.now += 1
+        return logits
+
+
+def test_a_deadline_ends_a_text_with_what_there_is(lm, monkeypatch):
+    expected, clock = lm.generate("abc", **SETTINGS), Clock()
+    monkeypatch.setattr("pastkey.runtime.decoding.generation.time", clock)
+    completion = lm.generate("abc", **SETTINGS, timeout=9.5, logits_processor=clock)
     assert completion.finish_reason == "deadline"
-    assert 3 <= len(runs) <= 11
-    assert completion.ids == expected.ids[: completion.new_tokens]
-    assert completion.text == expected.text[: completion.new_tokens]
-    # One that waits for another's long step ends in time, too.
+    assert (clock.now, completion.new_tokens, completion.decode_seconds) == (10, 9, 9)
+    assert completion.text == expected.text[:9]
     assert lm.generate("abc", max_new_tokens=2, timeout=60).finish_reason == "length"
+    for timeout in (0, -1, float("nan")):
+        with pytest.raises(InputError, match=r"timeout is .* seconds above 0"):
+            lm.stream("abc", timeout=timeout)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_an_impossible_deadline_is_refused(lm, timeout):
-    with pytest.raises(InputError, match=r"timeout is .* seconds above 0"):
-        lm.stream("abc", timeout=timeout)
-
-
-def test_one_may_come_from_another_thread_each_time(lm):
-    expected = lm.generate("abc", **SETTINGS).ids
+def test_each_next_may_come_from_another_thread(lm):
     stream, found = lm.stream("abc", **SETTINGS), list[int]()
     while stream.completion is None:
-        thread = threading.Thread(target=lambda: found.extend(t for c in itertools.islice(stream, 1) for t in c.ids))
-        thread.start()
-        thread.join()
-    assert found == expected
-
-
-def test_one_that_another_thread_closes_while_it_is_read_comes_to_its_end(lm, monkeypatch):
-    stream = lm.stream("abc", **SETTINGS)
-    next(stream)
-    runs_of(lm.require_open().graph, monkeypatch, 0.02)
-    threading.Timer(0.05, stream.close).start()
-    assert len(list(stream)) < 30
-    assert stream.completion is not None
-    assert stream.completion.finish_reason == "cancelled"
-
-
-def test_an_error_that_is_thrown_into_it_ends_it(lm):
-    stream = lm.stream("abc", **SETTINGS)
-    next(stream)
-    with pytest.raises(KeyError):
-        stream.throw(KeyError("x"))
-    with lm.stream("abc", **SETTINGS) as other:
-        next(other)
-    for ended in (stream, other):
-        assert ended.completion is not None
-        assert ended.completion.new_tokens == 1
+        elsewhere(lambda: found.extend(t for c in itertools.islice(stream, 1) for t in c.ids))
+    assert found == lm.generate("abc", **SETTINGS).ids
 
 
 # --- readers at the same time ---------------------------------------------------------------------------------------
@@ -201,7 +200,6 @@ def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bun
     with model:
         pass
     assert list(stream) == []
-    assert stream.completion is not None
     assert stream.completion.finish_reason == "cancelled"
     assert repr(model).endswith("(fp32, closed)>")
     for call in (
@@ -243,7 +241,6 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle, others):
     assert (model.closed, len(model.scheduler.store)) == (True, 0)
     for stream in beside:
         assert len(list(stream)) <= 5  # decoded ahead, or none
-        assert stream.completion is not None
         assert stream.completion.finish_reason == "cancelled"
     assert model.scheduler.live == 0
     model.close()

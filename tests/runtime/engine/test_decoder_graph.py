@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from pastkey.runtime import Engine
 from pastkey.runtime.engine import decoder_graph
-from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
-from pastkey.runtime.providers import ort
 from pastkey.runtime.providers.ort import onnxruntime
-from pastkey.values import parse_version
 
 
 def test_engines_over_one_graph_keep_apart(bundle, tiny, monkeypatch):
@@ -27,19 +23,6 @@ def test_engines_over_one_graph_keep_apart(bundle, tiny, monkeypatch):
     assert first.onnx is second.onnx
 
 
-@pytest.mark.skipif(
-    parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
-    reason="this onnxruntime has no attention over an int8 cache",
-)
-def test_the_int8_graph_is_opened_once(tiny, make_bundle):
-    first = Engine(make_bundle(tiny, "fused", int8_kv=True), threads=1, int8_kv_from=4)
-    second = Engine.over(first.graph)
-    for engine in (first, second):
-        engine.prefill([1, 2, 3, 4, 5])
-        engine.decode(6)
-    assert first.cache.int8.onnx is second.cache.int8.onnx
-
-
 def test_what_can_be_decoded_together(fused_bundle, standard_bundle, tiny, make_bundle):
     graph = Engine(fused_bundle, threads=1).graph
     assert graph.batches
@@ -50,18 +33,6 @@ def test_what_can_be_decoded_together(fused_bundle, standard_bundle, tiny, make_
     assert not Engine(make_bundle(tiny, "static", chunk=4), threads=1).graph.batches
     graph.one_by_one = True
     assert not graph.batches
-
-
-def test_a_copy_holds_the_same_and_goes_on_apart(bundle, tiny):
-    engine = Engine(bundle, threads=1)
-    engine.prefill([1, 2, 3, 4])
-    for length, room in ((4, 0), (2, 200), (None, 0)):
-        copied = engine.copy(length, room)
-        begin = [1, 2, 3, 4][:length]
-        assert copied.cached_ids == begin
-        assert copied.exact_length == len(begin)
-        np.testing.assert_allclose(copied.prefill([9, 8]), tiny([*begin, 9, 8])[-1], atol=1e-4)
-    np.testing.assert_allclose(engine.decode(5), tiny([1, 2, 3, 4, 5])[-1], atol=1e-4)
 
 
 def test_all_logits_come_of_the_graph_of_the_last_ones(bundle, tiny):

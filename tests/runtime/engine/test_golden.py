@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
@@ -75,16 +74,13 @@ def proved(engine: Engine, bundle: Bundle) -> list[str]:
     return [str(warning.message) for warning in told if warning.category is FallbackWarning]
 
 
-def test_golden_logits_are_of_the_end_and_of_beginnings(stored):
+def test_golden_logits_are_of_the_end_and_of_beginnings(stored, make_bundle, tiny):
     assert len(stored.ids) == TOKENS
     assert stored.ends.tolist() == [TOKENS // 8, TOKENS // 2, TOKENS]
     assert stored.ids.max() < 37
     assert stored.logits.shape == (3, 37)
-
-
-def test_there_are_two_rows_at_least_and_no_more_tokens_than_the_context(make_bundle, tiny):
     short = make_bundle(type(tiny).random([(8, 8)], 6), "fused")
-    golden = Golden.computed(Engine(short, threads=1), 0, LIMIT)
+    golden = Golden.computed(Engine(short, threads=1), 0, LIMIT)  # two rows at least, and no more than the context
     assert (len(golden.ids), golden.ends.tolist()) == (6, [1, 6])
 
 
@@ -115,12 +111,22 @@ def test_without_a_cache_folder_it_is_proved_at_each_load(fused_bundle, home):
         assert engine.runs
 
 
-def test_another_driver_is_another_device(fused_bundle, monkeypatch):
+ANOTHER: list[tuple[Any, dict[str, str], str]] = [  # options, settings, drivers
+    (None, {}, "another.json"),
+    (("webgpu", {"deviceId": "1"}), {}, ""),
+    (None, {"ep.webgpuexecutionprovider.x": "1"}, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "settings", "driver"), ANOTHER)
+def test_other_drivers_options_and_settings_are_another_device(options, settings, driver, fused_bundle, monkeypatch):
     proved(on(fused_bundle), fused_bundle)
-    monkeypatch.setenv("VK_DRIVER_FILES", "another.json")
-    engine = on(fused_bundle)
-    proved(engine, fused_bundle)
-    assert engine.runs
+    monkeypatch.setenv("VK_DRIVER_FILES", driver)
+    for remembered in (False, True):
+        engine = on(fused_bundle)
+        engine.graph.asked = (options, settings) if options or settings else engine.graph.asked
+        proved(engine, fused_bundle)
+        assert bool(engine.runs) is not remembered
 
 
 def test_a_device_that_only_prefills_wrong_takes_one_token_at_a_time(fused_bundle):
@@ -164,31 +170,18 @@ def test_where_keys_are_missed_more_than_the_bug_off_is_never_taken_for_right(
             everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
 
 
-def test_other_options_and_settings_are_another_device(fused_bundle):
-    proved(on(fused_bundle), fused_bundle)
-    others: list[Any] = [(("webgpu", {"deviceId": "1"}), {}), (None, {"ep.webgpuexecutionprovider.x": "1"})]
-    for asked in others:
-        engine = on(fused_bundle)
-        engine.graph.asked = asked
-        proved(engine, fused_bundle)
-        assert engine.runs
-        again = on(fused_bundle)
-        again.graph.asked = asked
-        proved(again, fused_bundle)
-        assert not again.runs
-
-
-def test_overflow_of_float16_is_said(fused_bundle, monkeypatch):
-    engine = on(fused_bundle, off=np.inf, least=1)
-    engine.graph.manifest = dataclasses.replace(engine.manifest, precision="fp16")
-    with pytest.raises(ProviderError, match=r"overflow in float16.*--precision fp32, or int8"):
-        proved(engine, fused_bundle)
-
-
-@pytest.mark.parametrize("off", [0.1, np.nan])
-def test_a_device_that_computes_something_else_is_refused(fused_bundle, off):
+@pytest.mark.parametrize(
+    ("off", "precision", "words"),
+    [
+        (0.1, "fp32", r"'device' computes other logits on this device than the CPU: off by"),
+        (np.nan, "fp32", r"'device' computes other logits on this device than the CPU: off by"),
+        (np.inf, "fp16", r"overflow in float16.*--precision fp32, or int8"),
+    ],
+)
+def test_a_device_that_computes_something_else_is_refused(fused_bundle, off, precision, words):
     engine = on(fused_bundle, off=off, least=1)
-    with pytest.raises(ProviderError, match=r"'device' computes other logits on this device than the CPU: off by"):
+    engine.graph.manifest = dataclasses.replace(engine.manifest, precision=precision)
+    with pytest.raises(ProviderError, match=words):
         proved(engine, fused_bundle)
     assert not engine.graph.one_by_one
 
@@ -285,39 +278,36 @@ class Exact:
         return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
-def test_what_the_bundle_brings_is_what_counts(fused_bundle, stored, tmp_path):
-    folder = copied(fused_bundle, tmp_path, dataclasses.replace(stored, logits=stored.logits + 1, limit=0.5))
-    assert Golden.of(folder).limit == 0.5
-    np.testing.assert_array_equal(Golden.of(folder).logits, stored.logits + 1)
+def packed(golden: Golden, save: Any = np.savez, **changes: Any) -> bytes:
+    arrays = {name: getattr(golden, name) for name in ("ids", "ends", "logits", "limit")} | changes
+    content = io.BytesIO()
+    save(content, **arrays)
+    return content.getvalue()
 
 
-def test_golden_logits_take_no_more_memory_than_their_file(fused_bundle, stored, tmp_path):
-    arrays: dict[str, Any] = {"ids": stored.ids, "ends": stored.ends, "logits": stored.logits, "limit": stored.limit}
-    whole = io.BytesIO()
-    np.savez(whole, **arrays)
-    packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
-    shape = str(stored.logits.shape).encode()
-    longer = whole.getvalue().replace(shape + b", }" + b" " * 20, b"(2, 999999999999), }".ljust(len(shape) + 23))
-    assert longer != whole.getvalue()
-    for content in (packed.getvalue(), longer, b"", b"PK", whole.getvalue()[:-30]):
-        folder = copied(fused_bundle, tmp_path / hashlib.sha256(content).hexdigest()[:8], stored)
-        (folder.path / names.GOLDEN).write_bytes(content)
-        with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read"):
-            Golden.of(folder)
+BROKEN: dict[str, Any] = {
+    "compressed": lambda golden: packed(golden, np.savez_compressed),
+    "longer than it is": lambda golden: packed(golden).replace(
+        b"(3, 37), }" + b" " * 20, b"(3, 37000000000000000), }".ljust(30)
+    ),
+    "empty": lambda golden: b"",
+    "cut short": lambda golden: packed(golden)[:-30],
+    "another vocabulary": lambda golden: packed(golden, logits=golden.logits[:, :5]),
+    "another number of ends": lambda golden: packed(golden, ends=golden.ends[:1]),
+    "another number of ids": lambda golden: packed(golden, ids=golden.ids[:9]),
+    "ids out of range": lambda golden: packed(golden, ids=golden.ids + 37),
+}
 
 
-def test_golden_logits_that_cannot_be_read_are_one_sentence(fused_bundle, stored, tmp_path):
-    for number, broken in enumerate(
-        [
-            dataclasses.replace(stored, logits=stored.logits[:, :5]),
-            dataclasses.replace(stored, ends=stored.ends[:1]),
-            dataclasses.replace(stored, ids=stored.ids[:9]),
-            dataclasses.replace(stored, ids=stored.ids + 37),
-        ]
-    ):
-        with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read .*: export the bundle again"):
-            Golden.of(copied(fused_bundle, tmp_path / str(number), broken))
+@pytest.mark.parametrize("spoilt", BROKEN)
+def test_golden_logits_that_cannot_be_read_are_refused(fused_bundle, stored, tmp_path, spoilt):
+    bundle = copied(fused_bundle, tmp_path, dataclasses.replace(stored, limit=0.5))
+    assert Golden.of(bundle).limit == 0.5  # the bundle's own count
+    content = BROKEN[spoilt](stored)
+    assert content != packed(stored)
+    (bundle.path / names.GOLDEN).write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read .*: export the bundle again"):
+        Golden.of(bundle)
 
 
 def copied(bundle: Bundle, folder: Path, golden: Golden) -> Bundle:

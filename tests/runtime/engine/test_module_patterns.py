@@ -57,7 +57,7 @@ def test_the_first_that_matches_is_that_of_peft(patterns):
 
 def test_what_is_accepted_at_random_has_the_meaning_of_peft():
     rng, accepted, matched = random.Random(7), 0, 0
-    for _ in range(3000):
+    for _ in range(1500):
         pattern = "".join(rng.choices(PIECES.split(), k=rng.randint(1, 7)))
         try:
             found = ModulePatterns([pattern], FILE)
@@ -67,8 +67,8 @@ def test_what_is_accepted_at_random_has_the_meaning_of_peft():
         for name in NAMES:
             assert found.first(name) == peft_key([pattern], name), (pattern, name)
             matched += found.first(name) is not None
-    assert accepted > 500
-    assert matched > 500
+    assert accepted > 250
+    assert matched > 250
 
 
 @pytest.mark.parametrize(

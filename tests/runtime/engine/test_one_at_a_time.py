@@ -1,4 +1,4 @@
-"""A second thread waits while one is inside, and a method may call another."""
+"""The lock is held within a method, which may call another."""
 
 from __future__ import annotations
 
@@ -8,33 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pastkey.runtime.engine.one_at_a_time import one_at_a_time
 
 
-class Counter:
+class Locked:
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.inside = self.most = 0
-        self.together = threading.Barrier(2)
+
+    def free(self) -> bool:
+        """Whether another thread could enter."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.lock.acquire, blocking=False).result()
 
     @one_at_a_time
-    def enter(self) -> None:
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        self.rest()
-        self.inside -= 1
+    def outer(self) -> bool:
+        return self.inner()
 
     @one_at_a_time
-    def rest(self) -> None:
-        threading.Event().wait(0.01)
+    def inner(self) -> bool:
+        return self.free()
 
 
-def test_one_runs_at_a_time():
-    counter = Counter()
-
-    def enter() -> None:
-        counter.together.wait()
-        counter.enter()
-
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(enter) for _ in range(2)]:
-            future.result()
-    assert counter.most == 1
-    assert counter.enter.__name__ == "enter"
+def test_one_thread_is_inside_at_a_time():
+    locked = Locked()
+    assert not locked.outer()
+    assert locked.free()
+    assert locked.outer.__name__ == "outer"

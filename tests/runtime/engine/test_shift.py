@@ -13,12 +13,8 @@ from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine import engine as engines
-from pastkey.runtime.engine.caches import int8_kv
-from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.shift import turned
-from pastkey.runtime.providers import ort
-from pastkey.values import parse_version
 
 from ..rotary import RotaryTiny
 
@@ -32,6 +28,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # graph, decod
     "standard, a part": ("standard", {"pairs": 3}, {}),
     "standard, interleaved": ("standard", {"pairs": 8, "interleaved": True}, {}),
     "static": ("static", {"pairs": 4}, {"chunk": 8}),
+    "fixed": ("standard", {"pairs": 4}, {}),
 }
 
 
@@ -59,36 +56,12 @@ def compare(tiny: RotaryTiny, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_logits_are_those_of_keys_turned_at_their_new_places(form, make_bundle):
+def test_the_logits_are_those_of_keys_turned_at_their_new_places(form, make_bundle, monkeypatch):
+    if form == "fixed":
+        monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
     graph, decoder, fields = FORMS[form]
     tiny = RotaryTiny.of(SIZE, CONTEXT, **decoder)
     compare(tiny, Engine(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1))
-
-
-def test_a_cache_of_fixed_shapes(make_bundle, monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
-    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=4)
-    compare(tiny, Engine(make_bundle(tiny, "standard", shift=tiny.shift), threads=1))
-
-
-@pytest.mark.skipif(
-    parse_version(ort.onnxruntime.__version__) < parse_version(int8_kv.MIN_ONNXRUNTIME),
-    reason="this onnxruntime has no int8 cache",
-)
-def test_an_int8_cache_is_rounded_anew(make_bundle):
-    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
-    bundle = make_bundle(tiny, "fused", shift=tiny.shift, int8_kv=True)
-    found = []
-    for int8_from in (8, None):
-        engine = Engine(bundle, threads=1, int8_kv_from=int8_from)
-        engine.prefill(ids_of(40))
-        for token in ids_of(10, 1):
-            engine.decode(token)
-        engine.shift(4, 20)
-        found.append(engine.decode(3))
-        assert isinstance(engine.cache, CachePair)
-        assert (engine.cache.int8 is not None) is (int8_from == 8)
-    assert np.abs(found[0] - found[1]).max() < 0.05 * np.abs(found[1]).max()
 
 
 def test_keys_in_float16_stay_so():
@@ -153,13 +126,10 @@ def test_tokens_that_are_not_there(bundle, keep, count):
     engine.prefill(ids_of(10))
     with pytest.raises(InputError, match="takes one row without padding, and tokens that are there"):
         engine.shift(keep, count)
-
-
-def test_several_rows(bundle):
-    engine = Engine(bundle, threads=1)
-    engine.forward([ids_of(10), ids_of(10, 1)])
+    several = Engine(bundle, threads=1)
+    several.forward([ids_of(10), ids_of(10, 1)])
     with pytest.raises(InputError, match="a cache of 2 rows of 10 tokens"):
-        engine.shift(0, 2)
+        several.shift(0, 2)
 
 
 def test_a_bundle_that_does_not_say_how_its_keys_turn(make_bundle, tiny):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records, parse_records
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime.commands.bench import bench
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers import int8_kernels
 from pastkey.runtime.providers.int8_kernels import choose_int8_kernels, int8_kernels_of, read_cpuinfo
@@ -102,40 +100,11 @@ def int8_bundle(fused_bundle, tmp_path):
 
 
 @pytest.mark.usefixtures("without_vnni")
-def test_inspect_and_bench_say_it_in_one_line_of_an_int8_bundle(int8_bundle, capsys):
+def test_inspect_and_bench_say_it_of_an_int8_bundle_alone(int8_bundle, fused_bundle, capsys):
     path = str(int8_bundle.path)
     assert main(["inspect", path]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("AVX2 kernels, for want of VNNI") == 1
-    assert "\nint8 MatMuls here: AVX2 kernels" in printed
-    assert main(["bench", path, "--prompt-tokens", "2", "--new-tokens", "1"]) == 0
-    assert "\nint8     AVX2 kernels, for want of VNNI" in capsys.readouterr().out
-    for command in (["inspect", path, "--json"], ["bench", path, "--json", "--new-tokens", "1"]):
-        assert main(command) == 0
-        found = json.loads(capsys.readouterr().out)["int8_kernels"]
-        assert (found["name"], found["fast"]) == ("avx2", False)
-
-
-@pytest.mark.usefixtures("without_vnni")
-def test_a_float32_bundle_says_nothing_of_them(fused_bundle, capsys):
+    assert capsys.readouterr().out.count("\nint8 MatMuls here: AVX2 kernels, for want of VNNI") == 1
+    assert main(["bench", path, "--prompt-tokens", "2", "--new-tokens", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["int8_kernels"]
+    assert (found["name"], found["fast"]) == ("avx2", False)
     assert inspect(fused_bundle.path).int8_kernels is None
-    assert bench(fused_bundle.path, prompt_tokens=2, new_tokens=1).int8_kernels is None
-    assert main(["inspect", str(fused_bundle.path)]) == 0
-    assert "VNNI" not in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("without_vnni")
-def test_devices_says_it_of_the_processor(capsys):
-    assert main(["devices"]) == 0
-    assert "int8 MatMuls on this CPU: AVX2 kernels, for want of VNNI" in capsys.readouterr().out
-    assert main(["devices", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["int8_kernels"]["name"] == "avx2"
-
-
-def test_nothing_is_said_at_load(speaking_bundle, capfd, monkeypatch):
-    from pastkey.runtime import load
-
-    asked: list[Callable[..., object]] = []
-    monkeypatch.setattr(int8_kernels, "processor_flags", lambda: asked.append(load))
-    load(speaking_bundle.path).generate("a", max_new_tokens=1)
-    assert (capfd.readouterr(), asked) == (("", ""), [])

@@ -46,6 +46,19 @@ def install(tmp_path, monkeypatch):
     sys.modules.update(installed)
 
 
+@pytest.fixture
+def found(monkeypatch):
+    """found(KERNELS): as if this library were installed."""
+    for name in ("PASTKEY_NATIVE", "PASTKEY_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def here(kernels: NativeKernels | None) -> NativeKernels | None:
+        monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: kernels)
+        return kernels
+
+    return here
+
+
 def package(library: str) -> str:
     return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
 
@@ -115,10 +128,8 @@ def test_a_copy_of_the_library_that_was_cut_is_refused(size, tmp_path, install):
     assert "cut short by" in found.refused or "it cannot be loaded: " in found.refused
 
 
-def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, monkeypatch):
-    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
-    here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
-    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, found):
+    here = found(NativeKernels("0.2.0", 2, "avx2", "/library.so"))
     for version in (1, 2, 3):
         of_version = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=version))
         warns = pytest.warns(FallbackWarning, match="needs 3") if version == 3 else contextlib.nullcontext()
@@ -136,11 +147,9 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, monkey
      (2, {"rotate": 1}, "has the attribute 'rotate', which the operators do not have"),
      (2, {"gate": 0, "caps": [1.0, 2.0]}, "has the attribute 'caps'")],
 )  # fmt: skip
-def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, told, bundle, monkeypatch):
+def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, told, bundle, found):
     """onnxruntime would run it without what it asks for."""
-    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
-    here = NativeKernels("0.2.0", 2, "avx2", "/library.so")
-    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+    here = found(NativeKernels("0.2.0", 2, "avx2", "/library.so"))
     assert kernels_for(bundle, CPU, None) is here
     write_graph(bundle, version, **attributes)
     with pytest.warns(FallbackWarning, match=told):
@@ -149,10 +158,8 @@ def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, 
         kernels_for(bundle, CPU, True)
 
 
-def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, monkeypatch):
-    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
-    here = NativeKernels("0.1.0", 1, "avx2", "/library.so")
-    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
+def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, found, monkeypatch):
+    here = found(NativeKernels("0.1.0", 1, "avx2", "/library.so"))
     assert kernels_for(bundle, CPU, None) is here
     assert kernels_for(bundle, CPU, False) is None
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
@@ -165,21 +172,12 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, monkeypatch):
     plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
     with pytest.raises(ProviderError, match=r"has no native graph"):
         kernels_for(plain, CPU, True)
-
-
-def test_the_portable_kernels_run_where_they_are_asked_for(bundle, monkeypatch):
-    monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
-    monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
-    here = NativeKernels("0.1.0", 1, "portable", "/library.so")
-    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: here)
-    assert kernels_for(bundle, CPU, None) is None
-    assert kernels_for(bundle, CPU, True) is here
+    portable = found(NativeKernels("0.1.0", 1, "portable", "/library.so"))
+    monkeypatch.delenv("PASTKEY_NATIVE")
+    assert [kernels_for(bundle, CPU, asked) for asked in (None, True)] == [None, portable]
     monkeypatch.setenv("PASTKEY_KERNELS", "portable")
-    assert kernels_for(bundle, CPU, None) is here
-
-
-def test_without_a_library_the_error_says_where_to_get_it(bundle, monkeypatch):
-    monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: None)
+    assert kernels_for(bundle, CPU, None) is portable
+    found(None)
     assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
         kernels_for(bundle, CPU, True)

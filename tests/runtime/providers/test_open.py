@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
+from pastkey.contract.bundle import Bundle, KVGeometry, Manifest, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import open as opening
@@ -29,24 +29,47 @@ def with_manifest(bundle: Bundle, **fields: Any) -> Bundle:
     return replace(bundle, manifest=replace(bundle.manifest, **fields))
 
 
-def test_a_manifest_of_other_sizes_names_the_tensor_and_both_shapes(bundle):
-    layers = (bundle.manifest.layers[0], KVGeometry(2, 16, 24))
-    with pytest.raises(IntegrityError) as caught:
-        Engine(with_manifest(bundle, layers=layers))
-    assert "'past_key_values.1.value' is (B, 2, P1, 16)" in str(caught.value)
-    assert "(batch_size, 2, past_sequence_length, 24) in the manifest" in str(caught.value)
+OTHER: dict[str, tuple[Callable[[Manifest], dict[str, Any]], type[Exception], str]] = {
+    "another head size": (
+        lambda m: {"layers": (m.layers[0], KVGeometry(2, 16, 24))},
+        IntegrityError,
+        r"'past_key_values.1.value' is \(B, 2, P1, 16\).*\(batch_size, 2, past_sequence_length, 24\) in the manifest",
+    ),
+    "another vocabulary": (
+        lambda m: {"vocab_size": 38},
+        IntegrityError,
+        r"'logits' is \(B, N, 37\) .*\(batch_size, sequence_length, 38\)",
+    ),
+    "fewer layers": (lambda m: {"layers": m.layers[:1]}, IntegrityError, r"has the tensor '(present|past_key_values)"),
+    "more layers": (lambda m: {"layers": m.layers * 2}, IntegrityError, r"has no tensor '(present|past_key_values)"),
+    "a newer onnxruntime": (
+        lambda m: {"min_onnxruntime": "99.1.0"},
+        MissingExtraError,
+        r"needs onnxruntime 99\.1\.0.*pip install --upgrade onnxruntime",
+    ),
+}
 
 
-def test_a_manifest_of_another_vocabulary_is_refused(bundle):
-    with pytest.raises(IntegrityError, match=r"'logits' is \(B, N, 37\) .*\(batch_size, sequence_length, 38\)"):
-        Engine(with_manifest(bundle, vocab_size=38))
+@pytest.mark.parametrize("name", OTHER)
+def test_a_manifest_of_another_graph_is_refused(bundle, name):
+    change, error, words = OTHER[name]
+    with pytest.raises(error, match=words):
+        Engine(with_manifest(bundle, **change(bundle.manifest)))
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_manifest_with_other_layers_names_the_tensor(bundle, count):
-    layers = (bundle.manifest.layers * 2)[:count]
-    with pytest.raises(IntegrityError, match=r"has (the|no) tensor '(present|past_key_values)\.\d"):
-        Engine(with_manifest(bundle, layers=layers))
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"no graph at all", r"onnxruntime .* cannot load .*pastkey\.onnx"),
+        (None, r"pastkey\.onnx has no tensor 'logits_start'"),
+    ],
+)
+def test_another_graph_file_is_refused(bundle, tmp_path, content, words):
+    copy = tmp_path / "b"
+    shutil.copytree(bundle.path, copy)
+    (copy / names.LAST_LOGITS_GRAPH).write_bytes(content or bundle.all_logits_graph.read_bytes())
+    with pytest.raises(IntegrityError, match=words):
+        Engine(replace(bundle, path=copy))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
@@ -55,22 +78,6 @@ def test_a_path_that_is_no_text_is_told(bundle, tmp_path):
     shutil.copytree(bundle.path, copy)
     with pytest.raises(InputError, match="is not UTF-8, and onnxruntime takes no other path: rename the folder"):
         Engine(open_bundle(copy))
-
-
-def test_a_graph_without_what_pastkey_asks_it_is_refused(bundle, tmp_path):
-    copy = tmp_path / "b"
-    shutil.copytree(bundle.path, copy)
-    shutil.copy(bundle.all_logits_graph, copy / names.LAST_LOGITS_GRAPH)
-    with pytest.raises(IntegrityError, match=r"pastkey\.onnx has no tensor 'logits_start'"):
-        Engine(replace(bundle, path=copy))
-
-
-def test_a_graph_that_is_none_is_one_sentence(bundle, tmp_path):
-    copy = tmp_path / "b"
-    shutil.copytree(bundle.path, copy)
-    (copy / names.LAST_LOGITS_GRAPH).write_bytes(b"no graph at all")
-    with pytest.raises(IntegrityError, match=r"onnxruntime .* cannot load .*pastkey\.onnx"):
-        Engine(replace(bundle, path=copy))
 
 
 def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monkeypatch):
@@ -82,11 +89,6 @@ def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monk
     monkeypatch.setattr(opening, "_create", create)
     with pytest.raises(MemoryError, match=r"too little memory to load .*pastkey\.onnx: .*bad_alloc"):
         Engine(bundle)
-
-
-def test_a_bundle_for_a_newer_onnxruntime_says_how_to_upgrade(bundle):
-    with pytest.raises(MissingExtraError, match=r"needs onnxruntime 99\.1\.0.*pip install --upgrade onnxruntime"):
-        Engine(with_manifest(bundle, min_onnxruntime="99.1.0"))
 
 
 @pytest.mark.parametrize(

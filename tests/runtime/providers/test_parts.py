@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pastkey.runtime.providers.ort import onnxruntime
-from pastkey.runtime.providers.parts import Assigned, assigned
+from pastkey.runtime.providers.parts import assigned
 
 from ...onnx_text import encode_model
 
@@ -97,22 +97,14 @@ def parts_of(session: Session, path: Path) -> dict[str, int | None]:
     return {name: given.parts for name, given in assigned(session, path).items()}
 
 
-def test_a_provider_that_compiles_says_its_parts_itself(named):
-    assert parts_of(session((NPU, "ab"), (CPU, "c"), (NPU, "de"), (CPU, "f")), named) == {NPU: 2, CPU: 2}
-
-
 def test_nodes_that_hand_on_tensors_are_one_part(named):
+    assert parts_of(session((NPU, "ab"), (CPU, "c"), (NPU, "de"), (CPU, "f")), named) == {NPU: 2, CPU: 2}
     each = [(CPU, name) for name in "abcdef"]
     assert parts_of(session(*each), named) == {CPU: 2}  # f reads the graph's input alone
     without_b = [(NPU if name == "b" else CPU, name) for name in "abcdef"]
     assert parts_of(session(*without_b), named) == {CPU: 2, NPU: 1}  # a reaches d past b
     without_d = [(NPU if name == "d" else CPU, name) for name in "abcdef"]
     assert parts_of(session(*without_d), named) == {CPU: 3, NPU: 1}
-
-
-def test_operators_are_counted(named):
-    given = Session([Subgraph(CPU, [Node("a", "Neg")]), Subgraph(CPU, [Node("f", "Abs")])])
-    assert assigned(given, named) == {CPU: Assigned({"Neg": 1, "Abs": 1}, 2)}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data_file", ["", "weights"])
@@ -131,10 +123,6 @@ def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain, named, tmp_pa
     other = tmp_path / "graph.ort"
     other.write_bytes(b"\xff" * 40)
     assert parts_of(session((CPU, "a")), other) == {CPU: None}
-
-
-def test_nodes_without_names_in_the_file_leave_them_unknown(chain):
-    assert parts_of(session((CPU, "a")), chain) == {CPU: None}
 
 
 def test_without_a_record_nothing_is_known(chain):

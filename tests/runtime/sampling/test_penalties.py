@@ -15,19 +15,6 @@ def log(probabilities: list[float]) -> np.ndarray:
     return np.log(np.array(probabilities, np.float32))
 
 
-def test_presence_counts_once_and_frequency_each_time():
-    logits = np.array([2.0, -2.0, 4.0, BANNED], np.float32)
-    found = penalties.apply_presence_and_frequency_penalty(logits, [0, 1, 0, 0, 3], 0.5, 0.25)
-    np.testing.assert_array_equal(found, [0.75, -2.75, 4, BANNED])
-    np.testing.assert_array_equal(penalties.apply_presence_and_frequency_penalty(logits, [], 0.5, 0.25), logits)
-    np.testing.assert_array_equal(penalties.apply_presence_and_frequency_penalty(logits, [0], -1, -1)[0], 4)
-
-
-def test_only_the_last_tokens_count():
-    assert penalties.last([1, 2, 3], -1).tolist() == [1, 2, 3]
-    assert [penalties.last([1, 2, 3], count).tolist() for count in (0, 2, 3, 9)] == [[], [2, 3], [1, 2, 3], [1, 2, 3]]
-
-
 # --- n-grams ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("size", "seen", "expected"),

@@ -17,6 +17,8 @@ from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
+from .vectors import defined_token, sampling_vectors
+
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
@@ -41,20 +43,6 @@ def test_no_penalty_and_temperature_overflow(logits, seen, penalty, temperature,
         assert penalised[token] == penalised.max()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1.0])
-def test_a_tiny_penalty_repeats_the_likeliest_token_that_was_seen(temperature):
-    logits = np.array([1, 3, 2, -1], np.float32)
-    sampler = Sampler(SamplingConfig(temperature=temperature, repetition_penalty=1e-40, seed=0))
-    assert sampler(logits, [0, 2, 3]) == 2
-
-
-def test_draws_follow_the_probabilities():
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=0))
-    counts = np.bincount([sampler(LOGITS, [0] * place) for place in range(5000)], minlength=5)
-    # Four standard deviations of a share at 5000 draws are at most 0.028.
-    np.testing.assert_allclose(counts / 5000, PROBABILITIES, atol=0.028)
-
-
 def test_a_seed_repeats_and_another_does_not():
     def tokens(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
@@ -63,18 +51,7 @@ def test_a_seed_repeats_and_another_does_not():
     assert tokens(7) == tokens(7)
     assert tokens(7) != tokens(8)
     assert tokens(None) != tokens(None)
-
-
-def test_a_draw_goes_by_the_seed_and_the_place_alone():
-    sampler = Sampler(SamplingConfig(temperature=1.0, seed=7))
-    tokens = [sampler(LOGITS, [0] * place) for place in range(50)]
-    assert [sampler(LOGITS, [1] * place) for place in reversed(range(50))] == tokens[::-1]
-
-
-def test_settings_count_as_float32():
-    settings = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1}
-    config = Sampler(SamplingConfig(**settings)).config  # type: ignore[arg-type]
-    assert {name: getattr(config, name) for name in settings} == {k: float(np.float32(v)) for k, v in settings.items()}
+    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -99,37 +76,12 @@ def test_settings_out_of_range_are_named(field, value):
         SamplingConfig(**{field: value})
 
 
-def test_numpy_numbers_are_numbers():
-    SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
-
-
-# --- the definition of docs/bundle-format.md, bit for bit -----------------------------------------------------------
-def by_definition(logits: np.ndarray, ids: list[int], config: SamplingConfig) -> int:
-    """Every step over the whole vocabulary in float64, as the text has it."""
-    c, x = Sampler(config).config, logits.astype(np.float64)
-    if c.repetition_penalty != 1:
-        for token in set(ids):
-            x[token] = x[token] / c.repetition_penalty if x[token] > 0 else x[token] * c.repetition_penalty
-    if not c.temperature:
-        return int(np.argmax(x))
-
-    def probabilities() -> np.ndarray:
-        exponentials = np.exp(x - x.max())
-        return exponentials / exponentials.sum()
-
-    x = (x - x.max()) / c.temperature
-    if 0 < c.top_k < x.size:
-        x = np.where(x >= np.sort(x)[-c.top_k], x, -np.inf)
-    if c.top_p < 1:
-        p = probabilities()
-        order = np.argsort(-p, kind="stable")
-        dropped = order[np.append(0.0, np.cumsum(p[order])[:-1]) >= c.top_p]
-        x[dropped] = -np.inf
-    if c.min_p:
-        x = np.where(x >= x.max() + math.log(c.min_p), x, -np.inf)
-    sums = np.cumsum(probabilities())
-    assert c.seed is not None
-    return int(np.flatnonzero(sums / sums[-1] > uniform(c.seed, len(ids)))[0])
+# --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
+@pytest.mark.parametrize("vector", sampling_vectors(), ids=lambda vector: vector.name)
+def test_a_vectors_token_is_drawn(vector):
+    assert defined_token(vector.logits, vector.ids, vector.u, **vector.settings)[0] == vector.expected
+    assert uniform(vector.seed, len(vector.ids)) == vector.u
+    assert Sampler(SamplingConfig(**vector.options))(vector.logits, vector.ids) == vector.expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 300, 9000])
@@ -138,16 +90,16 @@ def test_the_token_is_that_of_the_definition(size):
     for _ in range(400 if size < 1000 else 80):
         logits = rng.normal(0, rng.choice([0.01, 1, 4, 30]), size).astype(np.float32)
         logits = np.round(logits) if rng.random() < 0.3 else logits  # ties
-        config = SamplingConfig(
-            temperature=float(rng.choice([0, 0.1, 0.7, 1, 3])),
-            top_k=int(rng.choice([0, 0, 1, 5, 40, 10**6])),
-            top_p=float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
-            min_p=float(rng.choice([0, 0, 0.05, 1])),
-            repetition_penalty=float(rng.choice([0.7, 1, 1, 1.2])),
-            seed=int(rng.integers(0, 2**63 - 1)),
-        )
-        ids = rng.integers(0, size, int(rng.integers(0, 60))).tolist()
-        assert Sampler(config)(logits, ids) == by_definition(logits, ids, config), config
+        settings = {
+            "temperature": float(rng.choice([0, 0.1, 0.7, 1, 3])),
+            "top_k": int(rng.choice([0, 0, 1, 5, 40, 10**6])),
+            "top_p": float(rng.choice([0.01, 0.5, 0.9, 0.999, 1, 1])),
+            "min_p": float(rng.choice([0, 0, 0.05, 1])),
+            "repetition_penalty": float(rng.choice([0.7, 1, 1, 1.2])),
+        }
+        seed, ids = int(rng.integers(0, 2**63 - 1)), rng.integers(0, size, int(rng.integers(0, 60))).tolist()
+        expected, _ = defined_token(logits, ids, uniform(seed, len(ids)), **settings)
+        assert Sampler(SamplingConfig(**settings, seed=seed))(logits, ids) == expected, settings  # type: ignore[arg-type]
 
 
 # --- the other stages -----------------------------------------------------------------------------------------------
@@ -168,6 +120,7 @@ def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings
         ({"frequency_penalty": 0.2}, [1], 1),
         ({"frequency_penalty": 0.2}, [1, 1], 3),
         ({"frequency_penalty": 0.2, "penalty_last_n": 2}, [1, 1, 0], 1),
+        ({"repetition_penalty": 9.0, "penalty_last_n": 0}, [1, 0], 1),
         ({"repetition_penalty": 9.0, "penalty_last_n": 1}, [1, 0], 1),
         ({"repetition_penalty": 9.0, "penalty_last_n": 2}, [1, 0], 3),
         ({"no_repeat_ngram_size": 2}, [1, 1], 3),
@@ -225,12 +178,8 @@ def test_xtc_applies_as_often_as_is_asked_by_a_draw_of_its_own():
         else:
             assert sampler(LOGITS, ids) == plain(LOGITS, ids)
     assert 0.27 < applied / 4000 < 0.33
-
-
-def test_xtc_of_a_threshold_above_one_half_never_applies():
-    sampler = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
-    plain = Sampler(SamplingConfig(temperature=1.0, seed=4))
-    assert [sampler(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
+    never = Sampler(SamplingConfig(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.51, seed=4))
+    assert [never(LOGITS, [0] * i) for i in range(50)] == [plain(LOGITS, [0] * i) for i in range(50)]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **option
     return list(generation), generation
 
 
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_text_is_that_without_a_draft_model(engine, other, settings, count):
     plain, _ = text(engine, **settings)
@@ -166,18 +166,6 @@ def test_not_finite_logits_of_the_draft_model_end_the_drafts_alone(engine, tiny,
     assert 0 < generation.accepted_tokens < 20
     assert given_back == [broken]
     assert "the draft model failed" in caplog.text
-
-
-def test_a_draft_that_the_model_cannot_compute_ends_the_drafts_alone(tiny, other, make_bundle):
-    """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
-    script = [6, 7, *range(8, 22), 9]
-    broken = tiny.saying(script)
-    broken.weights["position"][17:] = np.nan
-    rambling = Engine(make_bundle(tiny.saying([*script[:-1], *[3] * 20]), "fused"), threads=1)
-    engine = Engine(make_bundle(broken, "fused"), threads=1)
-    ids, generation = text(engine, drafter_over(rambling, 7), end_ids=[9])
-    assert ids == script[2:][: script[2:].index(9)]
-    assert generation.finish_reason == "stop"
 
 
 def test_no_memory_for_it_is_no_error(engine, caplog):

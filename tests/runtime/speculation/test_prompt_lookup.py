@@ -163,15 +163,6 @@ def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle, new):
     assert session.length <= 24
 
 
-def test_a_conversation_goes_on_from_what_was_accepted(session, tiny):
-    first = Generation(session, Request(PROMPT, max_new_tokens=200))
-    taken = [next(first) for _ in range(101)]  # given up in the middle of a step, perhaps
-    following = [*PROMPT, *taken, 8, 9]
-    second = Generation(session, Request(following, max_new_tokens=1, reuse_prefix=True))
-    assert list(second) == [int(np.argmax(tiny(following)[-1]))]
-    assert second.cached_tokens >= len(PROMPT) + 100
-
-
 def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(tiny, make_bundle):
     """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
     prompt, end = [3, 4, 5] * 5, 9

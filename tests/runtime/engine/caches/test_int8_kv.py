@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.engine import Engine
@@ -84,83 +81,6 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine, exact):
     assert_close(found, exact.prefill(IDS))
     assert_close(engine.decode(3), exact.decode(3))
     assert lengths(engine) == (81, 80, 81)
-
-
-def test_a_prefill_of_a_few_tokens_stays_with_the_int8_cache(engine):
-    decoded(engine)
-    engine.prefill([1, 2, 3])
-    assert lengths(engine) == (83, 20, 83)
-
-
-def test_keys_and_values_of_every_token_can_be_seen(engine, exact):
-    decoded(engine)
-    decoded(exact)
-    for found, expected in zip(engine.cache.rows(80)[2:], exact.cache.rows(80)[2:], strict=True):
-        assert found.shape == (1, 2, 80, 16)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, atol=0.1)
-
-
-def test_the_second_graph_is_found_from_another_folder(bundle, monkeypatch):
-    monkeypatch.chdir(bundle.path.parent)
-    engine = Engine(open_bundle(bundle.path.name), threads=1, int8_kv_from=1)
-    monkeypatch.chdir(bundle.path)
-    decoded(engine)
-    assert lengths(engine) == (80, 20, 80)
-
-
-@pytest.mark.parametrize("length", [-1, 81])
-def test_an_impossible_length_is_refused_and_changes_nothing(engine, length):
-    decoded(engine)
-    with pytest.raises(InputError, match="holds 80 tokens and cannot be trimmed"):
-        engine.trim(length)
-    assert lengths(engine) == (80, 20, 80)
-
-
-@pytest.mark.parametrize("length", [10, 30])
-def test_trimming_forgets_in_both_caches(engine, tiny, length):
-    decoded(engine)
-    engine.trim(length)
-    assert lengths(engine) == (length, min(length, 20), length)
-    other = [*IDS[:length].tolist(), 7, 8, 9]
-    for token in other[length:]:
-        logits = engine.decode(token)
-    assert_close(logits, tiny(other)[-1])
-
-
-def test_after_a_reset_all_is_as_at_first(engine):
-    before = decoded(engine)
-    engine.reset()
-    assert lengths(engine) == (0, 0, 0)
-    np.testing.assert_array_equal(decoded(engine), before)
-
-
-def test_keeping_a_prefix_keeps_it_in_int8(engine, tiny):
-    decoded(engine)
-    assert engine.keep_prefix([*IDS[:50].tolist(), 1, 2]) == 50
-    assert lengths(engine) == (50, 20, 50)
-    assert_close(engine.prefill([1, 2]), tiny([*IDS[:50].tolist(), 1, 2])[-1])
-
-
-@pytest.mark.parametrize("step", ["reserve", "advance", "trim"])
-@pytest.mark.parametrize("which", ["float32", "int8"])
-def test_an_interrupt_in_either_cache_leaves_the_next_answer_right(engine, tiny, monkeypatch, which, step):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def change() -> None:
-        engine.trim(15)
-        engine.decode(1)
-        engine.prefill(IDS[16:])
-
-    decoded(engine)
-    with monkeypatch.context() as patch:
-        patch.setattr(getattr(engine.cache, which), step, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            change()
-    ids: Sequence[int] = IDS[:30].tolist()
-    assert engine.keep_prefix(ids) == 0
-    np.testing.assert_allclose(engine.prefill(ids), tiny(ids)[-1], atol=1e-4)
 
 
 def test_several_rows_keep_the_float32_cache(engine, exact):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract import names
-from pastkey.contract.bundle import StaticShape, open_bundle
+from pastkey.contract.bundle import StaticShape
 from pastkey.errors import InputError, IntegrityError
-from pastkey.files.durable import write_json
-from pastkey.runtime.engine.caches.static_graphs import StaticGraphs, visible_columns
+from pastkey.runtime.engine.caches.static_graphs import visible_columns
 from pastkey.runtime.engine.engine import Engine
 
 IDS = np.random.default_rng(0).integers(0, 37, 60)
@@ -29,26 +26,10 @@ def engine(bundle):
     return Engine(bundle, threads=1)
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 11])
-def test_prefill_and_decode_equal_the_uncached_run(engine, tiny, length):
-    np.testing.assert_allclose(engine.prefill(IDS[:length]), tiny(IDS[:length])[-1], atol=1e-4)
-    for end in range(length + 1, length + 6):
-        np.testing.assert_allclose(engine.decode(int(IDS[end - 1])), tiny(IDS[:end])[-1], atol=1e-4)
-    assert engine.length == length + 5
-
-
 def test_all_logits_are_those_of_every_token(bundle, tiny):
     engine = Engine(bundle, threads=1, graph="all_logits")
     engine.forward(IDS[None, :5])
     np.testing.assert_allclose(engine.forward(IDS[None, 5:15])[0], tiny(IDS[:15])[5:], atol=1e-4)
-
-
-def test_rows_behind_a_trim_are_holes(engine, tiny):
-    engine.prefill(IDS[:30])
-    assert engine.keep_prefix([*IDS[:10].tolist(), 36, 36]) == 10
-    np.testing.assert_allclose(engine.prefill(IDS[40:43]), tiny([*IDS[:10], *IDS[40:43]])[-1], atol=1e-4)
-    engine.reset()
-    np.testing.assert_allclose(engine.prefill(IDS[:2]), tiny(IDS[:2])[-1], atol=1e-4)
 
 
 def test_the_context_can_be_filled_and_no_further(make_bundle, tiny_odd):
@@ -73,25 +54,6 @@ def test_it_takes_one_row_without_padding(engine):
     assert engine.length == 0
 
 
-def test_an_exception_within_a_prefill_drops_the_cache(engine, tiny, monkeypatch):
-    engine.prefill(IDS[:10])
-    assert isinstance(engine.cache, StaticGraphs)
-    run, runs = engine.cache._prefill.run, []
-
-    def interrupted(*arguments: Any) -> Any:
-        runs.append(1)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        return run(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.cache._prefill, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.prefill(IDS[10:30])
-    assert (engine.length, engine.nbytes) == (0, 0)
-    np.testing.assert_allclose(engine.prefill(IDS[:11]), tiny(IDS[:11])[-1], atol=1e-4)
-
-
 def test_rows_and_nbytes(engine, tiny):
     assert engine.cache.nbytes == 0
     engine.prefill(IDS[:5])
@@ -111,24 +73,6 @@ def test_rows_and_nbytes(engine, tiny):
 def test_another_shape_than_the_manifests_names_the_tensor(bundle, static, sentence):
     with pytest.raises(IntegrityError, match=sentence):
         Engine(replace(bundle, manifest=replace(bundle.manifest, static=static)))
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"static": None}, "static is None; it must be there where the graph is static"),
-        ({"graph": "standard"}, "static is StaticShape.*; it must be there where the graph is static"),
-        ({"static": {"chunk": 0, "masked": -1.0, "windows": [0]}}, "chunk is 0"),
-        ({"static": {"chunk": 4, "masked": 0.0, "windows": [0]}}, "masked is 0.0"),
-        ({"static": {"chunk": 4, "masked": -1.0, "windows": [-1]}}, r"windows\[0\] is -1"),
-        ({"static": {"chunk": 4}}, "static has no 'masked'"),
-        ({"static": {"chunk": 4, "masked": -1.0, "windows": [0], "more": 1}}, "more"),
-    ],
-)
-def test_a_manifest_that_cannot_be_is_refused(bundle, tmp_path, change, sentence):
-    write_json(tmp_path / names.MANIFEST, bundle.manifest.to_json() | change)
-    with pytest.raises(IntegrityError, match=sentence):
-        open_bundle(tmp_path)
 
 
 def test_visible_columns_are_real_and_no_later_ones():

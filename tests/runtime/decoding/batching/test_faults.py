@@ -1,0 +1,251 @@
+"""An exception in a run or in an allocation ends what it belongs to; every other text stays as it is alone.
+
+A KeyboardInterrupt leaves the call that leads. Any other exception ends the generations of its run. The faults come at
+two seams: the graph's `run`, before onnxruntime or after it, and onnxruntime's memory for arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pastkey.runtime import LanguageModel, load
+from pastkey.runtime.decoding.completion import Completion
+from pastkey.runtime.providers.inference import RunFailedError
+from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.text.token_bytes import ExactEncoder
+
+from .waiting import until
+
+pytest.importorskip("llguidance")
+
+DRAWN: dict[str, Any] = {"temperature": 1.0, "seed": 1, "logprobs": 1, "prompt_lookup": False}
+# Begun before the fault: one that was read, one that has a prefill before it, one with drafts, one with a constraint.
+STREAMS: dict[str, dict[str, Any]] = {
+    "abcabcab": {**DRAWN, "max_new_tokens": 14},
+    "de" * 40: {**DRAWN, "max_new_tokens": 5, "prompt_logprobs": True},
+    "abababab": {**DRAWN, "max_new_tokens": 10, "prompt_lookup": True},
+    "abc": {"max_new_tokens": 30, "regex": "[a-d][ef]gggg[hi]jjj[kl]", "temperature": 1.0, "seed": 2},
+}
+READ = ("abcabcab", "abababab", "abc")
+LEAD = "fg" * 62  # two runs, and its cache grows while it decodes
+OPTIONS: dict[str, Any] = {**DRAWN, "max_new_tokens": 7, "reuse_prefix": True}
+KINDS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "standard": {},
+    "static": {"chunk": 8},
+    "int8_kv": {"int8_kv": True},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def bundle(request, tiny, letters, make_bundle):
+    kind = "fused" if request.param == "int8_kv" else request.param
+    return make_bundle(tiny, kind, tokenizer=letters, **KINDS[request.param])
+
+
+def opened(bundle: Any) -> LanguageModel:
+    """An int8 cache is used after a few tokens."""
+    model = load(bundle.path, threads=1)
+    model.require_open().graph.int8_kv_from = 8
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return opened(bundle)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    """What each text is alone."""
+    alone = opened(bundle)
+    return {prompt: alone.generate(prompt, **options) for prompt, options in {**STREAMS, LEAD: OPTIONS}.items()}
+
+
+class Counted:
+    """Counts calls of a function, and raises once at one of them."""
+
+    def __init__(self, call: Callable[..., Any], at: int, error: type[BaseException], *, after: bool = False) -> None:
+        self.call, self.at, self.error, self.after, self.calls = call, at, error, after, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        fails = self.calls - 1 == self.at
+        if fails and not self.after:
+            raise self.error("injected")
+        found = self.call(*arguments, **options)
+        if fails:
+            raise self.error("injected")
+        return found
+
+
+@contextlib.contextmanager
+def fault(model: LanguageModel, moment: str, at: int, error: type[BaseException]) -> Iterator[Counted]:
+    owner: Any = model.require_open().graph if moment != "memory" else onnxruntime.OrtValue
+    name = "run" if moment != "memory" else "ortvalue_from_numpy"
+    counted = Counted(getattr(owner, name), at, error, after=moment == "after a run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield counted
+
+
+def require_same(model: LanguageModel, found: Completion | None, expected: Completion) -> None:
+    """The text, and in float32 its log-probabilities up to the last bits."""
+    assert found is not None
+    assert (found.text, found.ids, found.finish_reason) == (expected.text, expected.ids, expected.finish_reason)
+    tolerance = 1e-4 if model.bundle.int8_kv_graph is None else 0.05
+    for ours, theirs in ((found.logprobs, expected.logprobs), (found.prompt_logprobs, expected.prompt_logprobs)):
+        values = [[None if one is None else one.logprob for one in each] for each in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], abs=tolerance)
+
+
+def require_nothing_left(model: LanguageModel) -> None:
+    activity = model.activity
+    assert (activity.running, activity.waiting, activity.cache_bytes, model.scheduler.live) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("moment", ["before a run", "after a run", "memory"])
+def test_a_fault_leaves_every_other_text_as_it_is_alone(model, expected, moment, error):
+    """At each run of a call, and at every third of its allocations: in its prefill, its steps, batches and growth."""
+    came, at = True, 0
+    while came:
+        model.scheduler.exclusively(model.scheduler.store.clear)
+        begun = {prompt: model.stream(prompt, **options) for prompt, options in STREAMS.items()}
+        for prompt in READ:
+            next(begun[prompt])
+        with fault(model, moment, at, error) as counted, contextlib.suppress(error):
+            model.generate(LEAD, **OPTIONS)
+        came, failed = counted.calls > at, 0
+        for prompt, stream in begun.items():
+            try:
+                list(stream)
+                require_same(model, stream.completion, expected[prompt])
+            except OSError:
+                failed += 1
+        assert failed <= (len(READ) if came and error is OSError else 0)
+        require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+        require_nothing_left(model)
+        at += 3 if moment == "memory" else 1
+    assert at > 8
+
+
+class Waiting:
+    """A processor of logits: in its first step it stands still until other calls wait, and then raises, if it is to."""
+
+    def __init__(self, model: LanguageModel, others: int, error: type[BaseException] | None = None) -> None:
+        self.model, self.others, self.error, self.inside = model, others, error, threading.Event()
+
+    def __call__(self, ids: Any, logits: Any) -> Any:
+        if not self.inside.is_set():
+            self.inside.set()
+            until(lambda: self.model.activity.waiting == self.others)
+            if self.error is not None:
+                raise self.error
+        return logits
+
+
+def beside(model: LanguageModel, gate: Waiting, prompts: Sequence[str], lead: str = "f") -> dict[str, Any]:
+    """Calls in threads that begin when the first step of `lead` has come to its processor: each text, or its error."""
+
+    def called(prompt: str) -> Any:
+        try:
+            if prompt != lead:
+                assert gate.inside.wait(60)
+                return model.generate(prompt, **STREAMS[prompt])
+            return model.generate(lead, max_new_tokens=9, logits_processor=gate)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(len(prompts) + 1) as pool:
+        return dict(zip([lead, *prompts], pool.map(called, [lead, *prompts]), strict=True))
+
+
+def test_a_leader_that_is_interrupted_leaves_no_one_waiting(model, expected):
+    """Threads that wait for its step lead themselves."""
+    prompts = ["abcabcab", "abc"]
+    found = beside(model, Waiting(model, 2, KeyboardInterrupt), prompts)
+    assert isinstance(found["f"], KeyboardInterrupt)
+    for prompt in prompts:
+        require_same(model, found[prompt], expected[prompt])
+    require_nothing_left(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RunFailedError])
+def test_an_error_in_the_run_of_a_text_that_waits_is_that_texts_own(model, expected, monkeypatch, error):
+    """Whichever thread leads."""
+    graph, run = model.require_open().graph, model.require_open().graph.run
+
+    def failing(cache: Any, ids: Any, *arguments: Any) -> Any:
+        if 4 in ids and ids.size > 8:  # an e in a prefill
+            raise error("injected")
+        return run(cache, ids, *arguments)
+
+    monkeypatch.setattr(graph, "run", failing)
+    found = beside(model, Waiting(model, 2), ["de" * 40, "abc"])
+    monkeypatch.undo()
+    assert isinstance(found["de" * 40], error)
+    assert found["f"].ids == model.generate("f", max_new_tokens=9).ids
+    require_same(model, found["abc"], expected["abc"])
+    require_nothing_left(model)
+
+
+def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expected):
+    """llguidance swallows what is raised in its call, and is of no use afterwards."""
+    stream = model.stream("abc", **STREAMS["abc"])
+    next(stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExactEncoder, "__call__", Counted(lambda *_: [], 0, KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    again = model.generate("abc", **STREAMS["abc"])
+    require_same(model, again, expected["abc"])
+    require_nothing_left(model)
+
+
+# --- forks --------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("where", ["beside a step", "in a step's own callback"])
+def test_a_fork_goes_on_in_both_processes(model, expected, where):
+    """It waits for the step that runs, unless it is that step's."""
+    inside, children = threading.Event(), list[int]()
+
+    def fork() -> None:
+        child = os.fork()
+        if child:
+            children.append(child)
+        elif where == "beside a step":
+            signal.alarm(60)  # where it waits for a thread that is not there
+            try:
+                require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+                os._exit(0)
+            finally:
+                os._exit(1)
+        else:
+            os._exit(0)
+
+    def processor(ids: Any, logits: Any) -> Any:
+        inside.set()
+        if where != "beside a step" and not children:
+            fork()
+        return logits
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(model.generate, "abc", max_new_tokens=60, logits_processor=processor)
+        assert inside.wait(60)
+        if where == "beside a step":
+            fork()
+        assert len(future.result(60).ids) == 60
+    _, status = os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+    require_nothing_left(model)

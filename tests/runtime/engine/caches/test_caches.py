@@ -1,0 +1,102 @@
+"""Each cache computes what one uncached pass computes: appended to, trimmed, kept, copied and interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pastkey.providers import PROVIDERS
+from pastkey.runtime.engine.caches.fixed import FixedKVCache
+from pastkey.runtime.engine.caches.int8_kv import CachePair
+from pastkey.runtime.engine.caches.kv import KVCache
+from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
+from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers.ort import onnxruntime
+
+from ...rotary import RotaryTiny
+
+# graph, fields of the bundle, options of the engine, class of the cache, and its largest error in parts of a logit
+FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any], type, float]] = {
+    "fused": ("fused", {}, {}, KVCache, 5e-6),
+    "standard": ("standard", {}, {}, KVCache, 5e-6),
+    "static": ("static", {"chunk": 4}, {}, StaticGraphs, 5e-6),
+    "fixed": ("standard", {}, {}, FixedKVCache, 5e-6),
+    "int8": ("fused", {"int8_kv": True}, {"int8_kv_from": 30}, CachePair, 0.05),
+    "window": ("fused", {"window": 24}, {}, KVCache, 5e-6),
+}
+STEPS = st.one_of(
+    st.tuples(st.just("prefill"), st.integers(1, 150)),
+    st.tuples(st.just("decode"), st.integers(1, 6)),
+    st.tuples(st.sampled_from(["trim", "keep", "copy"]), st.floats(0, 1)),
+    st.tuples(st.sampled_from(["reset", "interrupt"]), st.none()),
+)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request, tiny, make_bundle):
+    """An engine, the decoder and the tolerance."""
+    graph, fields, options, kind, tolerance = FORMS[request.param]
+    decoder = tiny
+    if request.param == "window":
+        decoder = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
+        fields = {**fields, "shift": decoder.shift}
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is FixedKVCache:
+            patch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
+        engine = Engine(make_bundle(decoder, graph, **fields), threads=1, **options)
+    assert isinstance(engine.cache if kind in (StaticGraphs, CachePair) else engine.cache.float32, kind)
+    return engine, decoder, tolerance
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, min_size=3, max_size=9), seed=st.integers(0, 99))
+def test_every_way_through_a_cache_equals_the_uncached_pass(form, steps, seed):
+    engine, decoder, tolerance = form
+    engine.reset()
+    rng, ids = np.random.default_rng(seed), list[int]()
+
+    def require_right(logits: np.ndarray) -> None:
+        expected = decoder(ids)[-1]
+        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+    for step, size in [*steps, ("prefill", 5), ("decode", 1)]:
+        if step == "prefill":
+            new = rng.integers(0, 37, min(size, 590 - len(ids))).tolist()
+            ids += new
+            require_right(engine.prefill(new, chunk_size=64))
+        elif step == "decode":
+            for token in rng.integers(0, 37, size).tolist():
+                ids.append(token)
+                require_right(engine.decode(token))
+        elif step == "reset":
+            engine.reset()
+            ids.clear()
+        elif step == "interrupt":  # in a trim, a growth, or behind a run: the cache is empty
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", interrupted)
+                patch.setattr(engine.graph, "check_finite", interrupted)
+                if engine.can_trim(len(ids) // 2):
+                    engine.trim(len(ids) // 2)
+                engine.append([1, 2, 3])
+            ids.clear()
+            assert (engine.length, engine.nbytes) == (0, 0)
+        elif engine.can_trim(length := int(size * len(ids))):
+            if step == "trim":
+                engine.trim(length)
+            elif step == "copy":
+                engine = engine.copy(length, room=3)
+            else:
+                assert engine.keep_prefix([*ids[:length], 36, 36]) == length
+            del ids[length:]
+        assert engine.length == len(ids)
+        assert engine.cached_ids == ids
