@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from typing import Any
 
 import pytest
 
+from pastkey.errors import InputError
 from pastkey.runtime.commands import rerun, untrusted_rows
+from pastkey.runtime.commands.flags import limits_of
 from pastkey.runtime.sandbox import process
+from pastkey.runtime.sandbox.limits import Limits
 
-from .conftest import hooked
+from ..sandbox import conftest as bundles
 
+hostile, talking_bundle = bundles.hostile, bundles.talking_bundle
 UNTRUSTED = ("--untrusted", "--limit", "seconds=60")
+
+
+def test_what_limit_says():
+    def given(*pairs: tuple[str, str]) -> Limits:
+        return limits_of(argparse.Namespace(limits=pairs))
+
+    assert given() == Limits()
+    assert given(("memory", "4e9"), ("seconds", "2.5")) == Limits(4_000_000_000, 2.5)
+    with pytest.raises(InputError):
+        given(("memory", "inf"))
 
 
 @pytest.mark.parametrize("name", ["run", "chat"])
@@ -69,7 +84,7 @@ def test_flags_that_do_not_fit(command, talking_bundle, tmp_path, name, case):
 def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, monkeypatch):
     hook = f"import {rerun.__name__} as rerun\n"
     hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
-    monkeypatch.setattr(process, "BOOT", hooked(hook))
+    monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
     found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")
     assert found[:2] == (2, "a?[31mé\n")
     assert found[2].endswith("b?\n")
@@ -111,7 +126,7 @@ def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp
     source.write_text('{"prompt": "ab"}\n')
     hook = f"import os\nimport {untrusted_rows.__name__} as untrusted_rows\n"
     hook += f"untrusted_rows.answer_here = lambda *_, **__: {answers}\n"
-    monkeypatch.setattr(process, "BOOT", hooked(hook))
+    monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
     status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--untrusted")
     assert status == 2
     assert words in err
@@ -119,12 +134,10 @@ def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp
     assert len(out.read_text().splitlines()) == honest
 
 
-def test_a_command_that_would_not_heed_a_flag_has_none(command, talking_bundle):
+@pytest.mark.parametrize(
+    "arguments", [("sign", "b", "--key", "k.pem", "--untrusted"), ("batch", "b", "in.jsonl", "--out", "o", "--draft=b")]
+)
+def test_a_command_that_would_not_heed_a_flag_has_none(command, arguments):
     """`sign` is for one's own bundle, and `batch` has no draft model."""
-    for arguments, flag in (
-        (("sign", talking_bundle.path, "--key", "key.pem"), ("--untrusted",)),
-        (("batch", talking_bundle.path, "in.jsonl", "--out", "out.jsonl"), ("--draft=b",)),
-    ):
-        status, _, err = command(*arguments, *flag)
-        assert status == 2
-        assert f"no flag {flag[0].partition('=')[0]}" in err
+    status, _, err = command(*arguments)
+    assert (status, f"no flag {arguments[-1].partition('=')[0]}" in err) == (2, True)
