@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,15 +53,14 @@ def test_each_request_has_the_text_of_its_merged_model(lm, expected):
         assert lm.generate(PROMPT, max_new_tokens=COUNT, adapter=name).ids == expected[name]
 
 
-@pytest.mark.parametrize("content", [False, True])
-def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(content, tiny, letters, tmp_path):
+def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(tiny, letters, tmp_path):
     whole = merged(tiny, lora(tiny, ADAPTED["one"])).greedy(PROMPT, COUNT)
     base = tiny.greedy(PROMPT, COUNT)
     end = next(token for token in whole[2:] if token in base)  # the base model goes on behind it
     write_bundle(tmp_path / "bundle", tiny, "fused", adapters=True, tokenizer=letters)
     folder = write_adapter(tmp_path / "one", lora(tiny, ADAPTED["one"]), lora_alpha=2, r=2)
     token = letters.id_to_token(end)
-    write_json(folder / "tokenizer_config.json", {"eos_token": {"content": token} if content else token})
+    write_json(folder / "tokenizer_config.json", {"eos_token": {"content": token}})
     lm = load(tmp_path / "bundle", adapters={"one": folder})
     found = lm.generate(PROMPT, max_new_tokens=COUNT, adapter="one")
     assert (found.ids, found.finish_reason) == (whole[: whole.index(end)], "stop")
@@ -100,9 +99,8 @@ def test_requests_of_one_adapter_are_batched_and_all_get_on(lm, expected, monkey
         assert len({graph for graphs in batches for graph in graphs}) == 3
 
 
+@pytest.mark.parametrize("folder", ["fused"], indirect=True)  # the standard graph has no batches
 def test_the_batch_of_the_request_that_waited_longest_is_next(lm, monkeypatch):
-    if lm.manifest.graph != "fused":
-        pytest.skip("the standard graph has no batches")
     turns, decode = [], Scheduler._decode
 
     def watched(scheduler: Scheduler, rows: Any) -> None:
@@ -203,33 +201,27 @@ def test_each_row_of_a_batch_names_its_adapter(folder, lm):
     generator.close()
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda lm, folder: lm.load_adapter("one", folder / "one"), "an adapter 'one' is loaded already"),
-        (
-            lambda lm, folder: lm.load_adapter("", folder / "one"),
-            "adapter is ''; it must be the name of a loaded adapter",
-        ),
-        (lambda lm, folder: lm.unload_adapter("three"), "there is no adapter 'three'"),
-        (lambda lm, folder: lm.session("three"), "there is no adapter 'three'"),
-        (lambda lm, folder: lm.generate(PROMPT, adapter=3), "adapter is 3"),
-        (
-            lambda lm, folder: load(folder / "bundle", adapters=cast("Any", ["one"])),
-            "adapters is .*a mapping of names to folders",
-        ),
-        (
-            lambda lm, folder: load(folder / "bundle", trust=False, adapters={"one": folder / "one"}),
-            "adapters are for a bundle that is trusted",
-        ),
-    ],
-)
-def test_what_is_wrong_is_told(call, words, lm, folder):
+REFUSED: dict[str, tuple[Any, str]] = {
+    "loaded already": (lambda lm, at: lm.load_adapter("one", at / "one"), "an adapter 'one' is loaded already"),
+    "no name": (lambda lm, at: lm.load_adapter("", at / "one"), "adapter is ''; it must be the name of a loaded"),
+    "unloading none": (lambda lm, at: lm.unload_adapter("three"), "there is no adapter 'three'"),
+    "a session of none": (lambda lm, at: lm.session("three"), "there is no adapter 'three'"),
+    "a number": (lambda lm, at: lm.generate(PROMPT, adapter=3), "adapter is 3"),
+    "a list": (lambda lm, at: load(at / "bundle", adapters=["one"]), "adapters is .*a mapping of names to folders"),
+    "untrusted": (
+        lambda lm, at: load(at / "bundle", trust=False, adapters={"one": at / "one"}),
+        "adapters are for a bundle that is trusted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_told(case, lm, folder):
+    call, words = REFUSED[case]
     with pytest.raises(InputError, match=words):
         call(lm, folder)
 
 
-def test_a_bundle_without_the_graph_says_how_to_get_it(tiny, folder, tmp_path):
-    write_bundle(tmp_path / "plain", tiny, "fused")
+def test_a_bundle_without_the_graph_says_how_to_get_it(fused_bundle, folder):
     with pytest.raises(InputError, match=r"export it again with .* --adapters"):
-        load(tmp_path / "plain", adapters={"one": folder / "one"})
+        load(fused_bundle.path, adapters={"one": folder / "one"})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shutil
 from typing import Any
@@ -11,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import pastkey
 from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError
-from pastkey.runtime import load
+from pastkey.runtime import ChatOptions, load
+from pastkey.runtime.model.generation_config import sampling_defaults
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
 
@@ -24,11 +26,6 @@ def test_generate_continues_a_text(lm, tiny, letters):
     assert (completion.prompt_tokens, completion.new_tokens) == (9, 12)
     assert completion.prefill_seconds > 0
     assert completion.decode_seconds > 0
-
-
-def test_a_stream_refuses_before_the_first_chunk(lm):
-    with pytest.raises(InputError, match="temperature"):
-        lm.stream("abc", temperature=-1)
 
 
 def test_a_stop_string_ends_the_text_before_it(lm):
@@ -55,29 +52,24 @@ def test_ids_of_any_kind_are_taken(lm, ids):
     assert all(type(token) is int for token in found)
 
 
-@pytest.mark.parametrize("call", ["generate", "stream", "chat.ask", "chat.stream"])
-def test_a_misspelt_option_is_named_with_its_call(byte_model, call):
+MISSPELT = {
+    "temprature": r"did you mean 'temperature'\?$",
+    "x": r"docs/sampling\.md",
+    "ignore_eos": r"eos_token_id=\[\] lets no EOS",
+    "num_return_sequences": r"generate\(n=...\) gives several",
+    "stop_token_id": r"did you mean 'stop_token_ids'\?",
+}
+
+
+@pytest.mark.parametrize("option", MISSPELT)
+def test_a_misspelt_option_is_named_with_its_call(byte_model, option):
     chat = byte_model.chat()
-    calls = {
-        "generate": byte_model.generate,
-        "stream": byte_model.stream,
-        "chat.ask": chat.ask,
-        "chat.stream": chat.stream,
-    }
-    with pytest.raises(OptionError, match=rf"^{call}\(\) has no option 'temprature'; did you mean 'temperature'\?$"):
-        calls[call]("?", temprature=1)
-    with pytest.raises(TypeError, match=rf"{call}\(\) has no option 'x'; docs/sampling\.md"):
-        calls[call]("?", x=1)
-    with pytest.raises(OptionError, match=rf"{call}\(\) has no option 'ignore_eos'; eos_token_id=\[\] lets no EOS"):
-        calls[call]("?", ignore_eos=True)
-    with pytest.raises(OptionError, match=r"has no option 'num_return_sequences'; generate\(n=...\) gives several"):
-        calls[call]("?", num_return_sequences=2)
-    if call != "generate":
-        with pytest.raises(OptionError, match=r"has no option 'n'; generate\(n=...\) and stream_many\(n=...\) give"):
-            calls[call]("?", n=2)
-    for near, meant in (("stop_token_id", "stop_token_ids"), ("eos_token_ids", "eos_token_id")):
-        with pytest.raises(OptionError, match=rf"'{near}'; did you mean '{meant}'\?"):
-            calls[call]("?", **{near: 1})
+    calls = {"generate": byte_model.generate, "chat.ask": chat.ask, "chat.stream": chat.stream}
+    for name, call in calls.items():
+        with pytest.raises(OptionError, match=rf"^{name}\(\) has no option '{option}'; {MISSPELT[option]}"):
+            call("?", **{option: 1})
+    with pytest.raises(OptionError, match=r"has no option 'n'; generate\(n=...\) and stream_many\(n=...\) give"):
+        byte_model.stream("?", n=2)
 
 
 def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
@@ -95,11 +87,6 @@ def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
     with load(speaking_bundle.path, **arguments) as model:
         assert model.max_batch > 1
         assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
-
-
-def test_logits_of_nothing_are_refused(lm):
-    with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
-        lm.logits([])
 
 
 # --- characters of several tokens ---------------------------------------------------------------------------------
@@ -165,12 +152,6 @@ def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(lm
     assert first not in told(eos_token_id=first, min_new_tokens=30)[0]
 
 
-@pytest.mark.parametrize("given", [{"eos_token_id": -1}, {"eos_token_id": 37}, {"stop_token_ids": [37]}])
-def test_an_end_id_that_is_none_is_refused(lm, given):
-    with pytest.raises(InputError, match=f"{next(iter(given))} is .*must be a .*token id"):
-        lm.generate("abc", **given)
-
-
 def test_logits_of_every_position(lm, tiny):
     ids = [3, 1, 4, 1, 5]
     for given in (ids, np.array(ids)):
@@ -187,13 +168,9 @@ def test_a_bundle_without_tokenizer_takes_ids(bundle, tiny):
     assert [chunk.ids for chunk in model.stream([1, 2, 3], max_new_tokens=2)] == [[t] for t in completion.ids[:2]]
     with pytest.raises(InputError, match=r"has no tokenizer.*--prompt-ids"):
         model.generate("text")
-    with pytest.raises(InputError, match="no tokenizer"):
-        model.generate([1], stop=["a"])
 
 
-def test_a_prompt_beyond_the_context_is_refused(lm):
-    with pytest.raises(InputError, match="the prompt has 700 tokens; the context is 600"):
-        lm.generate("a" * 700)
+def test_a_prompt_that_fills_the_context_has_one_more_token(lm):
     completion = lm.generate("a" * 600)
     assert (completion.new_tokens, completion.finish_reason) == (1, "length")
 
@@ -217,14 +194,60 @@ def test_providers_in_every_form(speaking_bundle, providers):
     assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "odd"), [([1, "a"], "'a'"), ([1, [2]], r"\[2\]"), ([1, 2.5], "2.5"), ([1, None], "None")]
-)
-def test_the_one_id_that_is_none_is_named(lm, prompt, odd):
-    with pytest.raises(InputError, match=f"the prompt holds {odd}; token ids are whole numbers from 0 to"):
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a text in ids": ([1, "a"], "the prompt holds 'a'; token ids are whole numbers from 0 to"),
+    "a list in ids": ([1, [2]], r"the prompt holds \[2\]; token ids"),
+    "a fraction": ([1, 2.5], r"the prompt holds 2\.5; token ids"),
+    "none": ([1, None], "the prompt holds None; token ids"),
+    "a large number": ([10**30], "token id"),
+    "beyond the context": ("a" * 700, "the prompt has 700 tokens; the context is 600"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_prompt_is_refused(lm, case):
+    prompt, words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
         lm.generate(prompt)
+    with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
+        lm.logits([])
 
 
-def test_an_id_beyond_any_number_is_refused(lm):
-    with pytest.raises(InputError, match="token id"):
-        lm.generate([10**30])
+# --- the sampling that a model's authors name -------------------------------------------------------------------------
+ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, **ALL}, ALL),
+        ({"do_sample": True, "temperature": 0.7, "top_k": None, "top_p": 1.0}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "top_k": 20}, {}),
+        ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
+        ({"eos_token_id": 3, "max_length": 40, "num_beams": 4}, {}),
+    ],
+)
+def test_what_counts(tiny, make_bundle, found, expected):
+    bundle = make_bundle(tiny, "fused", generation_config=found)
+    assert sampling_defaults(bundle) == expected
+    unlisted = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, files={}))
+    assert sampling_defaults(unlisted) == {}
+
+
+def test_the_library_uses_them_on_request_only(tiny, make_bundle):
+    found = {"do_sample": True, "temperature": 3.0}
+    model = load(make_bundle(tiny, "fused", generation_config=found).path, threads=1)
+    assert model.sampling_defaults == {"temperature": 3.0}
+    greedy = model.generate([1, 2, 3], max_new_tokens=20)
+    options: ChatOptions = {**model.sampling_defaults, "max_new_tokens": 20, "seed": 1}
+    drawn = model.generate([1, 2, 3], **options)
+    assert drawn.ids == model.generate([1, 2, 3], max_new_tokens=20, seed=1, temperature=3.0).ids != greedy.ids
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("top_p", 2), ("repetition_penalty", 0)])
+def test_a_value_out_of_range_is_told(tiny, make_bundle, name, value):
+    bundle = make_bundle(tiny, "fused", generation_config={"do_sample": True, name: value})
+    with pytest.raises(IntegrityError, match=rf"generation_config\.json is not valid: {name} is {value!r}"):
+        sampling_defaults(bundle)

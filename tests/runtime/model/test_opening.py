@@ -1,4 +1,4 @@
-"""What a call's options do to its text, and what comes back with it."""
+"""What a call's options do to its text, what comes back with it, and the score of a text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, ResourceError
 from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime.engine import decoder_graph
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
 
@@ -77,7 +78,7 @@ def test_a_prompt_that_is_cached_is_computed_anew_for_its_log_probabilities(lm):
     assert None not in again.prompt_logprobs[1:]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 17, 40])
+@pytest.mark.parametrize("length", [1, 2, 17])
 def test_a_prompt_has_log_probabilities_without_new_tokens(model, length):
     prompt = [i % 7 for i in range(length)]
     found = model.generate(prompt, max_new_tokens=0, prompt_logprobs=True)
@@ -128,6 +129,8 @@ def test_bad_words_as_texts(lm):
     pair = plain.text.strip()[:2]
     assert pair in plain.text
     assert pair not in texts(lm, bad_words=[pair]).text
+    with pytest.raises(InputError, match="the settings ban every token"):
+        texts(lm, suppress_tokens=range(37))
 
 
 def test_the_end_comes_where_it_is_asked_for(tiny, letters, make_bundle):
@@ -173,16 +176,6 @@ def test_one_that_fails_ends_its_own_generation_and_no_other(lm):
     assert lm.scheduler.live == 0
 
 
-def test_one_that_asks_the_same_model_is_told(lm):
-    def asking(ids: Any, logits: Any) -> Any:
-        lm.generate("abc", max_new_tokens=1)
-        return logits
-
-    with pytest.raises(InputError, match="the model was asked for something within one of its own steps"):
-        lm.generate("abc", logits_processor=asking)
-    assert lm.generate("abc", max_new_tokens=1).new_tokens == 1
-
-
 def test_breakers_are_texts_or_ids(lm, mute):
     assert lm.tokenizer is not None
     settings: dict[str, Any] = {"dry_multiplier": 5.0, "dry_allowed_length": 1}
@@ -195,29 +188,74 @@ def test_breakers_are_texts_or_ids(lm, mute):
     prompt = lm.prompt_ids("abcabcabc")
     assert mute.generate(prompt, max_new_tokens=40, dry_sequence_breakers=[[letter]], **settings).ids == by_text.ids
     assert mute.generate(prompt, max_new_tokens=40, **settings).ids == texts(lm, **settings).ids
-    with pytest.raises(InputError, match="dry_sequence_breakers have no ids: give lists of ids"):
-        mute.generate(prompt, dry_sequence_breakers=["a"], **settings)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9; it must be at most max_new_tokens, 8"),
-        ({"suppress_tokens": [999]}, "suppress_tokens holds 999; token ids are whole numbers from 0 to"),
-        ({"suppress_tokens": range(37)}, "the settings ban every token"),
-    ],
-)
-def test_options_out_of_range_are_named(lm, options, message):
-    with pytest.raises(InputError, match=message):
-        lm.generate("abc", **options)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more than there may be": (
+        {"min_new_tokens": 9, "max_new_tokens": 8},
+        "min_new_tokens is 9; it must be at most max",
+    ),
+    "no such id": ({"suppress_tokens": [999]}, "suppress_tokens holds 999; token ids are whole numbers from 0 to"),
+    "sinks below none": ({"num_sink_tokens": -1}, r"num_sink_tokens is .*; it must be a whole number from 0$"),
+    "a temperature below none": ({"temperature": -1}, "temperature"),
+    "no end": ({"eos_token_id": 37}, "eos_token_id is .*must be a .*token id"),
+    "an end below none": ({"eos_token_id": -1}, "eos_token_id is .*must be a .*token id"),
+    "no end of ones own": ({"stop_token_ids": [37]}, "stop_token_ids is .*must be a .*token id"),
+    "no draft model": ({"draft": True}, "draft is True, and this model has no draft model"),
+}
 
 
-def test_bad_words_need_a_tokenizer(mute):
-    with pytest.raises(InputError, match="this bundle has no tokenizer, so that bad words have no ids"):
-        mute.generate([5, 6], bad_words=["a"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_out_of_range_are_named_before_the_first_token(lm, case):
+    options, words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
+        lm.stream("abc", **options)
 
 
-def test_the_number_of_sinks_is_looked_at_in_any_case(lm):
-    with pytest.raises(InputError, match=r"num_sink_tokens is .*; it must be a whole number from 0$"):
-        lm.stream("abc", num_sink_tokens=-1)
-    assert lm.generate("abc", num_sink_tokens=1000, max_new_tokens=1).new_tokens == 1
+def test_what_needs_a_tokenizer_is_refused_without_one(mute):
+    for options, words in (
+        ({"bad_words": ["a"]}, "this bundle has no tokenizer, so that bad words have no ids"),
+        ({"dry_multiplier": 5.0, "dry_sequence_breakers": ["a"]}, "dry_sequence_breakers have no ids: give lists of"),
+        ({"stop": ["a"]}, "no tokenizer"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mute.generate([5, 6], **options)
+
+
+# --- the score of a text ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_a_score_is_the_log_softmax_of_each_token_after_those_before_it(model, tiny, monkeypatch, chunk):
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", chunk)
+    ids = [5, 6, 7, 9, 11, 5, 6, 7, 3, 4]
+    found = model.score(ids)
+    assert (found.ids, found.logprobs[0]) == (ids, None)
+    np.testing.assert_allclose(found.logprobs[1:], log_softmax(tiny(ids))[np.arange(9), ids[1:]], atol=1e-4)
+    assert found.total == pytest.approx(sum(found.logprobs[1:]))
+    assert found.mean == found.total / 9
+
+
+def test_a_text_and_one_token_are_scored(model):
+    assert model.score("abc") == model.score(model.prompt_ids("abc"))
+    assert (model.score([5]).logprobs, model.score([5]).total, model.score([5]).mean) == ([None], 0.0, 0.0)
+
+
+def test_what_cannot_be_scored(model):
+    with pytest.raises(InputError, match="the context is"):
+        model.score([5] * (model.manifest.context_length + 1))
+    with pytest.raises(InputError, match="token id 999"):
+        model.score([999])
+
+
+def test_a_score_keeps_the_memory_limit(speaking_bundle):
+    with load(speaking_bundle.path, threads=1) as free:
+        room = free.memory.estimate(10)
+    with load(speaking_bundle.path, threads=1, max_memory=room) as limited:
+        for ids in ([5] * 10, [5] * 10):  # nothing stays promised
+            assert len(limited.score(ids).logprobs) == len(limited.logits(ids)) == 10
+        for call in (limited.score, limited.logits):
+            with pytest.raises(ResourceError, match="the cache of 11 tokens takes"):
+                call([5] * 11)
+        holds = limited.session()
+        holds.append([5] * 6)
+        with pytest.raises(ResourceError, match="and others take"):
+            limited.score([5] * 5)

@@ -130,21 +130,13 @@ def test_what_a_session_cannot_do_is_refused(lm):
             call()
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_stream_cannot_be_copied(lm, copied):
-    session = lm.session()
-    session.append("abc")
-    with session.stream(max_new_tokens=5) as stream:
-        next(stream)
-        with pytest.raises(InputError, match="a stream can be neither copied nor pickled: give the model"):
-            copied(stream)
-        assert len(list(stream)) == 4
-
-
-def test_closing_a_session_ends_its_stream(lm):
+def test_closing_a_session_ends_its_stream_which_cannot_be_copied(lm):
     session = lm.session()
     stream = session.stream("abc", **SETTINGS)
     next(stream)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(InputError, match="a stream can be neither copied nor pickled: give the model"):
+            copied(stream)
     session.close()
     assert list(stream) == []
     assert lm.scheduler.live == 0
@@ -153,33 +145,34 @@ def test_closing_a_session_ends_its_stream(lm):
 def test_cancel_from_another_thread_keeps_what_was_generated(lm, monkeypatch):
     expected = lm.generate("abc", max_new_tokens=500).ids
     session = lm.session()
-    graph, started = lm.require_open().graph, threading.Event()
+    graph, started, cancelled = lm.require_open().graph, threading.Event(), threading.Event()
     run = graph.run
 
-    def slow(*arguments: Any) -> Any:
+    def held(*arguments: Any) -> Any:
         started.set()
-        threading.Event().wait(0.005)
+        assert cancelled.wait(60)
         return run(*arguments)
 
-    monkeypatch.setattr(graph, "run", slow)
+    monkeypatch.setattr(graph, "run", held)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(session.generate, "abc", max_new_tokens=500)
         assert started.wait(60)
         session.cancel()
+        cancelled.set()
         completion = future.result(60)
     monkeypatch.undo()
     assert completion.finish_reason == "cancelled"
-    assert completion.new_tokens < 100
+    assert completion.new_tokens < 3
     assert session.ids == [*lm.prompt_ids("abc"), *completion.ids]
     rest = session.generate(max_new_tokens=20)
     assert [*completion.ids, *rest.ids] == expected[: completion.new_tokens + 20]
 
 
-def test_sixteen_sessions_at_the_same_time(model):
+def test_sixteen_sessions_at_the_same_time(lm):
     barrier = threading.Barrier(16)
 
     def grow(number: int) -> list[int]:
-        session = model.session()
+        session = lm.session()
         session.append("abcdefghijklmnop"[number] * (number + 1))
         barrier.wait()
         for text in ("x", " yz", "."):
@@ -189,10 +182,10 @@ def test_sixteen_sessions_at_the_same_time(model):
         return session.ids
 
     def expected(number: int) -> list[int]:
-        ids = model.prompt_ids("abcdefghijklmnop"[number] * (number + 1))
+        ids = lm.prompt_ids("abcdefghijklmnop"[number] * (number + 1))
         for text in ("x", " yz", "."):
-            ids += model.prompt_ids(text)
-            ids += model.generate(ids, **SETTINGS).ids
+            ids += lm.prompt_ids(text)
+            ids += lm.generate(ids, **SETTINGS).ids
         return ids
 
     with ThreadPoolExecutor(16) as pool:
@@ -218,13 +211,12 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle):
     assert model.generate("abc", max_new_tokens=50).new_tokens == 50
 
 
-@pytest.mark.parametrize("graph", ["fused", "standard"])
-def test_what_fails_leaves_a_session_as_it_was(graph, tiny, letters, make_bundle, monkeypatch, tmp_path):
+def test_what_fails_leaves_a_session_as_it_was(tiny, letters, make_bundle, monkeypatch, tmp_path):
     """Beyond 20 tokens the decoder gives NaN."""
     position = tiny.weights["position"].copy()
     position[20:] = np.nan
     damaged = replace(tiny, weights={**tiny.weights, "position": position})
-    model = load(make_bundle(damaged, graph, tokenizer=letters).path, threads=1)
+    model = load(make_bundle(damaged, tokenizer=letters).path, threads=1)
     monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 8)  # so that the first of several runs end well
     session = model.session()
     session.append("once")

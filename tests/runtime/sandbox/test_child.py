@@ -4,116 +4,56 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pastkey
 from pastkey.contract import names
-from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, UntrustedBundleError
+from pastkey.errors import InputError, IntegrityError, LimitWarning, MissingFileError, UntrustedBundleError
 from pastkey.runtime.sandbox import child, landlock, process
 from pastkey.runtime.sandbox.model import SandboxedModel
 
-from .conftest import EASY, GRAPHS, SMALL, has_ended, hooked, mend, opened
+from .conftest import EASY, SMALL, has_ended, hooked, mend, opened
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_a_graph_that_never_ends_or_takes_all_memory(hostile, graph):
-    path = hostile(graph)
-    limits = EASY if graph == "a large constant" else SMALL
-    with pytest.raises(UntrustedBundleError) as found, opened(path, limits) as model:
+@pytest.mark.parametrize(
+    ("graph", "limits", "words"),
+    [("a loop", SMALL, "gave no answer within 1 s, and was ended"), ("a large constant", EASY, "has not the memory (")],
+)
+def test_a_graph_that_never_ends_or_takes_all_memory(hostile, graph, limits, words):
+    with pytest.raises(UntrustedBundleError) as found, opened(hostile(graph), limits) as model:
         model.generate("hello", max_new_tokens=3)
-    sentence = str(found.value)
-    assert f"limits in force: {limits.seconds:g} s for an answer" in sentence
-    told = {
-        "a loop": "gave no answer within 3 s, and was ended",
-        "a large constant": "has not the memory (",
-        "doubling functions": "gave no answer within 3 s, and was ended",
-    }[graph]
-    assert told in sentence
-
-
-def tokenizer_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / names.TOKENIZER).read_text())
-    return found
-
-
-def with_tokenizer(folder: Path, content: dict[str, Any]) -> Path:
-    (folder / names.TOKENIZER).write_text(json.dumps(content))
-    mend(folder)
-    return folder
-
-
-def test_a_tokenizer_that_doubles_every_text(hostile):
-    folder = hostile("")
-    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    content = tokenizer_of(folder) | {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}}
-    with pytest.raises(PastkeyError, match=r"replacements|make a text|not the memory|was ended"):
-        opened(with_tokenizer(folder, content), SMALL).generate("aaaa", max_new_tokens=2)
+    assert words in str(found.value)
+    assert f"limits in force: {limits.seconds:g} s for an answer" in str(found.value)
 
 
 def test_a_tokenizer_that_fails_at_a_prompt(hostile):
     """A panic in the library, at the limit of its retries: the process goes on."""
     folder = hostile("")
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    content = tokenizer_of(folder) | {"pre_tokenizer": split}
-    with opened(with_tokenizer(folder, content)) as model:
+    content = json.loads((folder / names.TOKENIZER).read_text())
+    (folder / names.TOKENIZER).write_text(json.dumps(content | {"pre_tokenizer": split}))
+    mend(folder)
+    with opened(folder) as model:
         with pytest.raises(InputError, match="the tokenizer fails at this text"):
             model.generate("a" * 40 + "b")
         assert model.generate([1, 2], max_new_tokens=2).new_tokens == 2
 
 
-BOMBS = {
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "does not take this conversation: maximum recursion",
-    "{{ 'a' * n }}": "does not take this conversation",  # no memory, or too long
-    "{% for a in range(n) %}{% for b in range(n) %}x{% endfor %}{% endfor %}": "it takes too many steps",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take this conversation",
-}
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize("template", BOMBS)
-def test_a_template_that_asks_for_too_much(untrusted, template, tmp_path):
+def test_a_template_that_asks_for_too_much(untrusted, tmp_path):
     """The process of the other tests lives on."""
     pytest.importorskip("jinja2")
     file = tmp_path / "template.jinja"
-    file.write_text("{{ messages[0]['content'] }}" + template)
-    n = 99_999 if "range" in template else 10**9
-    with pytest.raises(InputError, match=BOMBS[template]):
-        untrusted.chat_format(file).render([{"role": "user", "content": "Hi"}], n=n)
+    file.write_text("{{ 'a' * n }}")
+    with pytest.raises(InputError, match="does not take this conversation"):
+        untrusted.chat_format(file).render([{"role": "user", "content": "Hi"}], n=10**9)
     assert untrusted.generate("ab", max_new_tokens=1).new_tokens == 1
-
-
-def test_a_template_that_never_ends(hostile, monkeypatch):
-    """Beside the limit of its operations, the process has one of time."""
-    pytest.importorskip("jinja2")
-    without = "from pastkey.runtime.text import chat_template\nchat_template.MAX_WORK = 10**15\n"
-    monkeypatch.setattr(process, "BOOT", hooked(without))
-    folder = hostile("")
-    (folder / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": LOOP}))
-    mend(folder)
-    with (
-        opened(folder, SMALL) as model,
-        pytest.raises(UntrustedBundleError, match="asked to render a conversation, gave no answer within 3 s"),
-    ):
-        model.chat()
-
-
-def test_one_that_crashes_within_a_call(talking_bundle, monkeypatch):
-    crash = "import ctypes\nfrom pastkey.runtime.sandbox import server\n"
-    crash += "server.Server.do_score = lambda self, text: ctypes.string_at(0)\n"
-    monkeypatch.setattr(process, "BOOT", hooked(crash))
-    with opened(talking_bundle.path) as model:
-        assert model.generate("ab", max_new_tokens=1).new_tokens == 1
-        with pytest.raises(UntrustedBundleError, match="asked for a score, was ended by SIGSEGV; limits in force"):
-            model.score([1])
-        with pytest.raises(UntrustedBundleError, match="was ended by SIGSEGV"):
-            model.generate("ab")
 
 
 # Run within the process, by a hook in place of a call.
@@ -150,8 +90,6 @@ server.Server.do_defaults = spy
 @pytest.mark.skipif(not landlock.abi(), reason="this kernel has no landlock, or a container denies it")
 def test_what_it_can_reach(talking_bundle, tmp_path, monkeypatch):
     """Once the bundle is open: in every thread, whichever library has started it."""
-    import socket
-
     (tmp_path / "secret").write_text("x")
     monkeypatch.setenv("SECRET_TOKEN", "x")
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -200,55 +138,26 @@ lm.score([1])
     assert has_ended(pid)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_of_the_parent_does_not_keep_it(talking_bundle):
-    program = f"""
-import os, pastkey, time, warnings
-warnings.simplefilter("ignore")
-lm = pastkey.load({str(talking_bundle.path)!r}, threads=1, trust=False)
-fork = os.fork()
-if fork:
-    print(lm.connection._process.pid, fork, flush=True)
-time.sleep(100)
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pid, fork = map(int, parent.stdout.readline().split())
-        time.sleep(0.2)  # in which the fork begins
-        parent.kill()
-        parent.wait()
-        try:
-            assert has_ended(pid)
-        finally:
-            os.kill(fork, signal.SIGKILL)
-
-
 def test_zip_files_are_unpacked_there(talking_bundle, tmp_path):
     file = tmp_path / "b.zip"
     with zipfile.ZipFile(file, "w") as archive:
         for part in talking_bundle.path.rglob("*"):
             archive.write(part, f"b/{part.relative_to(talking_bundle.path)}")
-    for given in (file, file.read_bytes()):
-        with opened(given) as model:
-            folder = model.path
-            assert folder.is_dir()
-            assert model.generate("ab", max_new_tokens=2).new_tokens == 2
-        assert not folder.exists()
-    with pytest.raises(InputError, match="are not a zip file of a bundle folder"):
-        opened(b"no zip file")
-    bomb = tmp_path / "bomb.zip"
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+    with opened(file.read_bytes()) as model:
+        folder = model.path
+        assert folder.is_dir()
+        assert model.generate("ab", max_new_tokens=2).new_tokens == 2
+    assert not folder.exists()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pastkey.json", "{}")
-        archive.writestr("onnx/x", bytes(300_000_000))
+        archive.writestr("onnx/x", bytes(20_000_000))
     with pytest.raises(IntegrityError, match="would be unpacked to more than 20 times"):
-        opened(bomb)
+        opened(file)
 
 
 def test_what_is_no_bundle(tmp_path):
     with pytest.raises(MissingFileError, match="no such bundle: "):
         opened(tmp_path / "nowhere")
-    with pytest.raises(MissingFileError, match=r"has no pastkey\.json"):
-        opened(tmp_path)
     with pytest.raises(InputError, match="the bytes are not a zip file of a bundle folder"):
         opened(b"")
 
@@ -275,16 +184,12 @@ def test_a_bundle_in_the_cache_of_a_hub(talking_bundle, tmp_path):
 
 
 def test_no_landlock_is_told(tmp_path, monkeypatch, talking_bundle):
-    import pastkey
-    from pastkey.errors import LimitWarning
-
     lacking = "import pastkey.runtime.sandbox.landlock as l\nl.abi = lambda: 0\n"
     monkeypatch.setattr(process, "BOOT", hooked(lacking))
     with pytest.warns(LimitWarning, match=r"files and networks are open to it \(no landlock\)"):
         model = pastkey.load(talking_bundle.path, trust=False, limits=EASY)
     assert isinstance(model, SandboxedModel)
-    assert model.limits.landlock == 0
-    assert model.limits.missing[0] == "files and networks are open to it (no landlock)"
+    assert (model.limits.landlock, model.limits.missing[0]) == (0, "files and networks are open to it (no landlock)")
     model.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from pastkey.errors import InputError, UntrustedBundleError
-from pastkey.runtime.sandbox import connection, process
+from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.connection import Connection
+from pastkey.runtime.sandbox.frames import failure_of
 from pastkey.runtime.sandbox.limits import Limits
 
-from .conftest import children, descriptors, has_ended
+from .conftest import has_ended
 
 # Answers the first question as it should, then runs what stands behind it with `say(content)`.
 ANSWERING = """
@@ -39,79 +40,77 @@ class Text:
     text: str
 
 
+def children() -> list[str]:
+    """The processes that this one has started and that were not waited for."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ends
+            found += (task / "children").read_text().split()
+    return sorted(found)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """No descriptor, no thread, no process."""
-    before = descriptors(), threading.active_count(), children()
+
+    def held() -> tuple[int, int, list[str]]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), children()
+
+    before = held()
     yield
-    assert (descriptors(), threading.active_count(), children()) == before
+    assert held() == before
 
 
-def ended(monkeypatch: pytest.MonkeyPatch, program: str, limits: Limits = LIMITS) -> str:
-    """The sentence of a call to a process that runs this program."""
-    monkeypatch.setattr(process, "BOOT", ANSWERING + program)
-    made = Connection(Path("b"), limits)
-    try:
-        with pytest.raises(UntrustedBundleError) as first:
-            made.call("for a text", "text", Text, {})
-        with pytest.raises(UntrustedBundleError) as later:
-            made.call("again", "text", Text, {})
-        assert str(later.value) == str(first.value).replace(", asked for a text,", "")
-    finally:
-        made.close()
+@pytest.fixture
+def connected(monkeypatch):
+    """connected(PROGRAM, LIMITS): the way to a process that runs it."""
+    made: list[Connection] = []
+
+    def start(program: str, limits: Limits = LIMITS) -> Connection:
+        monkeypatch.setattr(process, "BOOT", ANSWERING + program)
+        made.append(Connection(Path("b"), limits))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+ENDED = {
+    "ask(); say(b'no json'); time.sleep(99)": "answered with a message is not valid JSON",
+    "ask(); say(b'[1]'); time.sleep(99)": "answered with a message that is not an object",
+    "ask(); os.write(1, b'abc'); os._exit(0)": "answered with a message that was cut short",
+    "ask(); os.write(1, b'\\xff' * 4); time.sleep(99)": "answered with a message of 4,294,967,295 bytes, and was ended",
+    "ask(); say({'id': 2, 'value': [], 'x': 1}); time.sleep(99)": "answered with a message that is none (a message",
+    "ask(); say({'id': 2, 'value': {'text': 5}}); time.sleep(99)": "gave an answer that is none (text is 5",
+    "ask(); say({'id': 9, 'value': {}}); time.sleep(99)": "answered with a message that nobody asked for, and was",
+    "ask(); os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
+    f"ask(); os.kill(os.getpid(), {signal.SIGRTMIN + 5})": "was ended by signal ",
+    "ask(); os._exit(3)": "ended with status 3",
+    "ask(); os.close(1); time.sleep(99)": "was ended by SIGKILL",
+    "time.sleep(99)": "gave no answer within 1 s, and was ended",
+}
+
+
+@pytest.mark.parametrize("program", ENDED)
+def test_a_process_that_does_not_answer_is_ended_with_a_sentence(connected, program):
+    made = connected(program, Limits(seconds=1.0) if program == "time.sleep(99)" else LIMITS)
+    with pytest.raises(UntrustedBundleError) as first:
+        made.call("for a text", "text", Text, {"much": "x" * 1_000_000})  # more than a pipe holds
+    begin = "the process of the untrusted bundle b, asked for a text, "
     sentence = str(first.value)
-    assert sentence.startswith("the process of the untrusted bundle b, asked for a text, ")
+    assert sentence.startswith(begin + ENDED[program])
     assert "; limits in force: 5 s for an answer, 0 MB of memory, no files but its own and the libraries" in sentence
-    return sentence.removeprefix("the process of the untrusted bundle b, asked for a text, ").partition(";")[0]
+    with pytest.raises(UntrustedBundleError) as later:
+        made.call("again", "text", Text, {})
+    assert str(later.value) == sentence.replace(", asked for a text,", "")
 
 
-NONSENSE = {
-    "say(b'no json')": "answered with a message is not valid JSON",
-    "say(b'[1]')": "answered with a message that is not an object",
-    "os.write(1, b'hello world, this is no message')": "answered with a message of ",
-    "os.write(1, b'abc'); os._exit(0)": "answered with a message that was cut short",
-    "os.write(1, b'\\xff' * 4)": "answered with a message of 4,294,967,295 bytes, and was ended",
-    "say(b'[' * 100000 + b']' * 100000)": "answered with a message is not valid JSON (nested more than 100 deep)",
-    "say({'id': 'two'})": "answered with a message that is none (id is 'two'",
-    "say({'id': 2, 'value': [], 'x': 1})": "answered with a message that is none (a message has an unknown key 'x'",
-    "say({'id': 2, 'value': {'text': 5}})": "gave an answer that is none (text is 5",
-    "say({'id': 2, 'value': {'text': 'a', 'more': 1}})": "gave an answer that is none (the answer has an unknown key",
-    "say(b'{\"id\": 2, \"value\": {\"text\": \"\\\\ud800\"}}')": "answered with a message is not valid JSON (half ",
-    "say({'id': 1, 'value': {'text': 'a'}})": "answered with a message that nobody asked for, and was ended",
-    "say({'id': 9, 'value': {'text': 'a'}})": "answered with a message that nobody asked for, and was ended",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("program", NONSENSE)
-def test_nonsense(program, monkeypatch):
-    found = ended(monkeypatch, f"ask(); {program}; time.sleep(1000)")
-    assert found.startswith(NONSENSE[program])
-
-
-def test_ends(monkeypatch):
-    assert ended(monkeypatch, "ask(); os.kill(os.getpid(), signal.SIGSEGV)") == "was ended by SIGSEGV"
-    assert ended(monkeypatch, "ask(); os.abort()") == "was ended by SIGABRT"
-    assert ended(monkeypatch, "ask(); os.kill(os.getpid(), signal.SIGKILL)") == "was ended by SIGKILL"
-    assert ended(monkeypatch, "ask(); os._exit(3)") == "ended with status 3"
-    assert ended(monkeypatch, f"ask(); os.kill(os.getpid(), {signal.SIGRTMIN + 5})").startswith("was ended by signal ")
-    assert ended(monkeypatch, "ask(); os.close(1); time.sleep(1000)") == "was ended by SIGKILL"
-
-
-def test_silence(monkeypatch):
-    """Also of one that does not read what it is asked."""
-    told = "gave no answer within 1 s, and was ended"
-    assert ended(monkeypatch, "time.sleep(1000)", Limits(seconds=1.0)) == told
-    monkeypatch.setattr(process, "BOOT", ANSWERING + "time.sleep(1000)")
-    made = Connection(Path("b"), Limits(seconds=1.0))
-    with pytest.raises(UntrustedBundleError, match=told):
-        made.call("for much", "text", Text, {"much": "x" * 10_000_000})
-    made.close()
-
-
-def test_what_it_started_ends_with_it(monkeypatch, tmp_path):
+def test_what_it_started_ends_with_it(connected, tmp_path):
     told = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid))"
-    program = f"ask()\npid = os.fork()\nif pid: {told}; os._exit(4)\ntime.sleep(1000)"
-    assert "ended" in ended(monkeypatch, program, Limits(seconds=3.0))
+    made = connected(f"ask()\npid = os.fork()\nif pid: {told}; os._exit(4)\ntime.sleep(99)", Limits(seconds=1.0))
+    with pytest.raises(UntrustedBundleError, match="ended"):
+        made.call("for a text", "text", Text, {})
     assert has_ended(int((tmp_path / "pid").read_text()))
 
 
@@ -119,30 +118,9 @@ def test_one_that_does_not_start(monkeypatch):
     monkeypatch.setattr(process, "BOOT", "raise SystemExit(5)")
     with pytest.raises(UntrustedBundleError, match=r"b(, asked to start,)? ended with status 5; limits in force: 20 s"):
         Connection(Path("b"), LIMITS)
-    monkeypatch.setattr(process, "BOOT", "import time; time.sleep(1000)")
-    monkeypatch.setattr(connection, "_START", 0.5)
-    with pytest.raises(UntrustedBundleError, match=r"b, asked to start, gave no answer within 0\.6 s, and was ended"):
-        Connection(Path("b"), Limits(seconds=0.6))
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_no_room_for_a_thread(monkeypatch, number):
-    start, begun = threading.Thread.start, []
-
-    def refused(self: threading.Thread) -> None:
-        if self.name == "pastkey-untrusted":
-            begun.append(self)
-            if len(begun) == number:
-                raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr(process, "BOOT", "import time; time.sleep(1000)")
-    with pytest.raises(UntrustedBundleError, match=r"cannot be started \(can't start new thread\): free memory"):
-        Connection(Path("b"), LIMITS)
-
-
-def test_errors_are_sentences_of_known_classes(monkeypatch):
+def test_errors_are_sentences_of_known_classes(connected):
     answers = [
         ("InputError", "odd\x1b[31m text\n", "odd [31m text ", InputError),
         ("ContextLengthError", "x", "fails (x); limits in force", UntrustedBundleError),
@@ -154,75 +132,21 @@ def test_errors_are_sentences_of_known_classes(monkeypatch):
         f"\nsay({{'id': ask(), 'failure': {{'kind': {kind!r}, 'sentence': {sentence!r}}}}})"
         for kind, sentence, *_ in answers
     )
-    monkeypatch.setattr(process, "BOOT", ANSWERING + program + "\nask()")
-    made = Connection(Path("b"), LIMITS)
-    for _, _, told, kind in answers:
+    made = connected(program + "\nask()")
+    for _, _, words, kind in answers:
         with pytest.raises(kind) as found:
             made.call("for a text", "text", Text, {})
-        assert told in str(found.value)
+        assert words in str(found.value)
         assert len(str(found.value)) <= 4000
-    made.close()
+    assert failure_of(KeyError("x")) == {"kind": "fault", "sentence": "KeyError: 'x'"}
+    assert failure_of(RuntimeError("can't start new thread"))["kind"] == "memory"
 
 
-def test_calls_of_many_threads_each_get_their_own_answer(monkeypatch):
+def test_calls_of_many_threads_each_get_their_own_answer(connected):
     """Here in the reverse order."""
-    program = (
+    made = connected(
         "\nasked = [ask() for _ in range(8)]\nfor i in asked[::-1]: say({'id': i, 'value': {'text': str(i)}})\nask()"
     )
-    monkeypatch.setattr(process, "BOOT", ANSWERING + program)
-    made = Connection(Path("b"), LIMITS)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: made.call("for", "text", Text, {}).text, range(8)))
     assert sorted(found) == [str(number) for number in range(2, 10)]
-    made.close()
-    assert made.closed
-
-
-def test_what_cannot_be_sent(monkeypatch):
-    monkeypatch.setattr(process, "BOOT", ANSWERING + "ask()")
-    made = Connection(Path("b"), LIMITS)
-    deep: list[object] = []
-    for _ in range(100_000):
-        deep = [deep]
-    for value in (object(), 10**5000, deep):
-        with pytest.raises(InputError, match="cannot be sent to the process of an untrusted bundle"):
-            made.call("for", "text", Text, {"value": value})
-    while deep:  # or its own end would be a deep recursion
-        deep = deep[0]  # type: ignore[assignment]
-    made.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-def test_a_fork_of_the_parent_has_no_process(monkeypatch):
-    monkeypatch.setattr(process, "BOOT", ANSWERING + "\nsay({'id': ask(), 'value': {'text': 'well'}})\nask()")
-    made = Connection(Path("b"), LIMITS)
-    pid = os.fork()
-    if not pid:
-        try:
-            made.close()  # does nothing
-            made.call("for a text", "text", Text, {})
-        except InputError as error:
-            os._exit(7 if "this process was forked" in str(error) else 8)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert made.call("for a text", "text", Text, {}).text == "well"
-    made.close()
-
-
-def test_an_interrupted_call_leaves_the_next_one_in_step(monkeypatch):
-    """The answer that nobody waits for any more is taken as it was asked for, a long one."""
-    program = "\ntime.sleep(1.0)\nsay({'id': ask(), 'value': {'text': 'x' * 20_000_000}})\n"
-    program += "say({'id': ask(), 'value': {'text': 'well'}})\nask()"
-    monkeypatch.setattr(process, "BOOT", ANSWERING + program)
-    made = Connection(Path("b"), LIMITS)
-    old = signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with pytest.raises(KeyboardInterrupt):
-            made.call("for a long text", "text", Text, {}, most=30_000_000)
-    finally:
-        signal.signal(signal.SIGALRM, old)
-    assert made.call("for a text", "text", Text, {}).text == "well"
-    assert not made._calls
-    made.close()

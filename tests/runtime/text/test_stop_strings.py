@@ -47,9 +47,9 @@ class EveryStringAgain:
         return out
 
 
-@pytest.mark.parametrize("letters", ["ab", "abc\U0001f642", "a"])
+@pytest.mark.parametrize("letters", ["ab", "abc\U0001f642"])
 def test_every_piece_is_that_of_looking_for_each_string_again(letters):
-    @settings(max_examples=500)
+    @settings(max_examples=100)
     @given(
         pieces=st.lists(st.text(letters, max_size=6), max_size=12),
         stops=st.lists(st.text(letters, min_size=1, max_size=7), max_size=6),

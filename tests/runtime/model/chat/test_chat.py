@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Chat, LanguageModel, load
+from pastkey.runtime.decoding.completion import completed
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
@@ -104,7 +105,7 @@ def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(make_model
 
     varied = VARIED | {"max_new_tokens": 9}
 
-    @settings(max_examples=40)
+    @settings(max_examples=15)
     @given(STEPS)
     def check(steps: list[tuple[str, str]]) -> None:
         chat = model.chat()
@@ -207,34 +208,23 @@ def test_a_new_conversation_keeps_the_system_text(model):
     assert again.cached_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
 
 
-def test_a_conversation_beyond_the_context_is_refused_and_stays_as_it_was(model):
+def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model):
     chat = model.chat()
     chat.ask("a" * 500, max_new_tokens=40)
     before = chat.messages
-    with pytest.raises(InputError, match=r"the conversation has 678 tokens; the context is 600: .*/reset"):
-        chat.ask("b" * 100)
-    assert chat.messages is before
+    for text, setting, words in (
+        ("b" * 100, {}, r"the conversation has 678 tokens; the context is 600: .*/reset"),
+        ("what?", {}, "no token covers"),
+        ("a", {"temperature": -1}, "temperature is -1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            chat.stream(text, **setting)
+        assert chat.messages is before
     answer = chat.ask("b", max_new_tokens=100)  # what has room is still answered, as far as there is room
     assert answer.finish_reason == "length"
     assert answer.prompt_tokens + answer.new_tokens == 601
     chat.reset()
     chat.ask("b" * 100, max_new_tokens=1)
-
-
-@pytest.mark.parametrize(
-    ("text", "setting", "words"),
-    [
-        ("what?", {}, r"no token covers .*what\?"),
-        ("a", {"temperature": -1}, "temperature is -1"),
-    ],
-)
-def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model, text, setting, words):
-    chat = model.chat()
-    chat.ask("hello", max_new_tokens=3)
-    before = chat.messages
-    with pytest.raises(InputError, match=words):
-        chat.stream(text, **setting)
-    assert chat.messages is before
 
 
 def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle, tmp_path):
@@ -269,3 +259,76 @@ def test_messages_that_are_none_are_refused_and_stay(model, messages):
         assert chat.messages is messages
     chat.reset()
     assert chat.ask("abc", max_new_tokens=3).ids == expected
+
+
+# --- stateless calls: the answers of a Chat, without one --------------------------------------------------------------
+MESSAGES = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "so"},
+    {"role": "user", "content": "b"},
+]
+
+
+@pytest.fixture(scope="module")
+def lm(make_model):
+    return make_model("{% if mood %}{{ mood }}{% endif %}" + TEMPLATE.removeprefix("{{ bos_token }}"))
+
+
+def test_every_call_gives_the_answer_of_a_chat(lm):
+    expected = lm.chat(messages=MESSAGES).ask(**VARIED)
+    assert lm.generate_chat(MESSAGES, **VARIED).ids == expected.ids
+    stream = lm.stream_chat(MESSAGES, **VARIED)
+    assert "".join(chunk.text for chunk in stream) == expected.text
+    assert stream.completion is not None
+    assert stream.completion.text == expected.text
+    prompt = lm.chat_prompt(MESSAGES)
+    assert [one.ids for one in completed(lm.stream_many([prompt], **VARIED))] == [expected.ids]
+
+    async def asynchronous() -> None:
+        assert (await lm.agenerate_chat(MESSAGES, **VARIED)).ids == expected.ids
+        async with lm.astream_chat(MESSAGES, **VARIED) as chunks:
+            assert "".join([chunk.text async for chunk in chunks]) == expected.text
+        many = lm.astream_many([prompt], 2, **VARIED)
+        places = {place async for place, _ in many}
+        assert places == {0, 1}
+        assert [one.ids for one in many.completions if one] == [
+            one.ids for one in lm.generate(prompt.ids, n=2, **VARIED)
+        ]
+
+    asyncio.run(asynchronous())
+
+
+def test_the_messages_stay_as_they_are_and_an_answer_is_continued(lm):
+    begun = [*MESSAGES, {"role": "assistant", "content": "a"}]
+    before = [dict(message) for message in begun]
+    assert lm.chat_text(begun).endswith("<assistant>a")
+    assert lm.generate_chat(begun, **VARIED).ids == lm.chat(messages=begun).ask(**VARIED).ids
+    assert begun == before
+
+
+def test_variables_reach_the_template_and_unknown_ones_are_told(lm):
+    assert lm.chat_text(MESSAGES, template_variables={"mood": "c"}).startswith("c<user>")
+    tool = {"type": "function", "function": {"name": "w"}}
+    for more in ({"template_variables": {"moud": 1}}, {"tools": [tool]}, {"documents": [{"text": "x"}]}):
+        with pytest.raises(InputError, match="the chat template does not read"):
+            lm.generate_chat(MESSAGES, **more)
+
+
+def test_what_is_no_conversation_is_told(lm):
+    with pytest.raises(InputError, match="empty list"):
+        lm.generate_chat([])
+    with pytest.raises(InputError, match="message 1 is"):
+        lm.generate_chat([{"content": "x"}])
+    with pytest.raises(OptionError, match="stream_chat"):
+        lm.stream_chat(MESSAGES, temprature=1)
+    with pytest.raises(InputError, match="context"):
+        lm.generate_chat([{"role": "user", "content": "a" * 700}])
+
+
+def test_a_closed_stream_has_what_was_written(lm):
+    stream = lm.stream_chat(MESSAGES, **VARIED)
+    said = next(stream).text + next(stream).text
+    stream.close()
+    assert stream.completion is not None
+    assert (stream.completion.text, stream.completion.finish_reason) == (said, "cancelled")
+    assert next(stream, None) is None
