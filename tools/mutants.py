@@ -172,15 +172,16 @@ def draw(root: Path, seed: int, count: int) -> list[Mutant]:
     numbers = {room: int(number) for room, number in share.items()}
     for room in sorted(share, key=lambda room: numbers[room] - share[room])[: count - sum(numbers.values())]:
         numbers[room] += 1
-    choose, drawn = random.Random(seed), list[Mutant]()
+    choose, drawn, chosen = random.Random(seed), list[Mutant](), set[tuple[object, ...]]()
     for room in sorted(numbers):
         kinds = sorted({site[0] for _, site, _ in sites[room]})
         for _ in range(numbers[room]):
             kind = kinds[len(drawn) % len(kinds)]
             place, (_, start, end, new, marked), source = choose.choice([
                 one for one in sites[room]
-                if one[1][0] == kind and (one[0].as_posix(), one[1][1]) not in {(m["path"], m["start"]) for m in drawn}
+                if one[1][0] == kind and (one[0].as_posix(), *one[1][1:4:2]) not in chosen
             ])  # fmt: skip
+            chosen.add((place.as_posix(), start, new))
             span = _Sites(source.decode()).span(marked)
             drawn.append({
                 "id": len(drawn), "room": room, "kind": kind, "path": place.as_posix(),
@@ -190,7 +191,7 @@ def draw(root: Path, seed: int, count: int) -> list[Mutant]:
     return drawn
 
 
-def _changed(tree: Path, mutants: list[Mutant], marks: bool) -> Iterator[tuple[Path, bytes]]:
+def changed(tree: Path, mutants: list[Mutant], marks: bool) -> Iterator[tuple[Path, bytes]]:
     """The files of TREE with the mutants, or with a mark in the line of each."""
     for path in sorted({mutant["path"] for mutant in mutants}):
         text = (tree / path).read_bytes()
@@ -275,7 +276,7 @@ def _pytest(tree: Path, *arguments: str, **variables: str) -> subprocess.Complet
 def cover(mutants: list[Mutant], hits: Path, tree: Path, arguments: list[str]) -> None:
     """Runs all tests of TREE with the marks."""
     (tree / PLUGIN).write_bytes(Path(__file__).read_bytes())
-    files = list(_changed(tree, mutants, marks=True))
+    files = list(changed(tree, mutants, marks=True))
     before = {path: path.read_bytes() for path, _ in files}
     try:
         for path, text in files:
@@ -310,7 +311,7 @@ def run(mutants: list[Mutant], hits: Path, results: Path, tree: Path, minutes: f
         if names:
             order = tree / "mutant-tests.json"
             order.write_text(json.dumps({name: chosen[name] for name in names}))
-            [(path, text)] = _changed(tree, [mutant], marks=False)
+            [(path, text)] = changed(tree, [mutant], marks=False)
             before = path.read_bytes()
             try:
                 path.write_bytes(text)
