@@ -10,9 +10,9 @@ import pytest
 
 from pastkey.__main__ import main
 
-from .devtools import opened
 from .environments import install_chromium, node_environment
 
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
@@ -27,8 +27,8 @@ def browser():
     chromium = install_chromium()
     if chromium is None:
         pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
-    with opened(chromium) as page:
-        yield page
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="module")
@@ -55,52 +55,47 @@ def page_of(bundles, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_the_page_is_drawn_without_a_request_or_a_message(page_of, browser, axe, name):
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 390)])
+def test_the_page_is_drawn_without_a_request_or_a_message(page_of, browser, axe, name, scheme, width):
     file = page_of(name)
-    for scheme, width in (("light", 1100), ("dark", 1100), ("light", 390), ("dark", 390)):
-        browser.requests.clear()
-        browser.open(file, width=width, scheme=scheme)
-        assert browser.requests == [file.as_uri()]
-        assert browser.messages == []
-        assert browser.run("document.documentElement.scrollWidth") <= width
-        assert browser.run(
+    requests, messages = [], []
+    size = {"width": width, "height": 900}
+    with browser.new_context(viewport=size, color_scheme=scheme, is_mobile=width < 600, offline=True) as context:
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto(file.as_uri())
+        assert requests == [file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(
             "[...document.querySelectorAll('canvas')].every(one => one.getContext('2d')"
             ".getImageData(0, 0, one.width, one.height).data.some(number => number))"
         )
-        assert browser.run("document.querySelectorAll('#chips .chip').length") == (
-            7 if "--last" in FLAGS[name] else browser.run("ids.length")
-        )
-        if (scheme, width) in {("light", 390), ("dark", 1100)}:
-            continue  # the rules of axe are of colours or of widths
-        browser.run(axe)
-        faults = browser.run("axe.run().then(found => found.violations.map(one => one.id + ': ' + one.nodes[0].html))")
-        assert faults == []
+        shown = 7 if "--last" in FLAGS[name] else page.evaluate("ids.length")
+        assert page.locator("#chips .chip").count() == shown
+        assert messages == []
+        page.evaluate(axe)
+        violations = "axe.run().then(found => found.violations.map(one => one.id + ': ' + one.nodes[0].html))"
+        assert page.evaluate(violations) == []
 
 
 def test_the_slider_leads_from_the_prompt_to_the_end(page_of, browser):
-    browser.open(page_of("llama"))
-    browser.run("document.getElementById('slider').focus()")
+    page = browser.new_page()
+    page.goto(page_of("llama").as_uri())
 
     def press(key: str) -> str:
-        for kind in ("rawKeyDown", "keyUp"):
-            code = {"Home": 36, "End": 35, "ArrowRight": 39}[key]
-            browser.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-        return str(browser.run("document.getElementById('where').textContent"))
+        page.press("#slider", key)
+        return str(page.text_content("#where"))
 
     assert "Read up to token 1," in press("Home")
     assert "inside the prompt" in press("ArrowRight")
-    assert "all" in browser.run("document.getElementById('cache-text').textContent")  # the prompt is read at once
-    last = press("End")
-    ended = browser.run("data.text.ended")
-    assert ("the end token follows" in last) == ended
-    read = browser.run("ids.length - 1")
-    assert f"keys and values of {read - 1} tokens come from the cache" in browser.run(
-        "document.getElementById('cache-text').textContent"
-    )
-    shown = browser.run("[...document.querySelectorAll('#bars .value')].map(one => one.textContent)")
-    assert len(shown) == 10
-    browser.run("document.getElementById('weights').focus()")
-    browser.send("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowUp", code="ArrowUp", windowsVirtualKeyCode=38)
-    assert "%" in browser.run("document.getElementById('weights-out').textContent")
-    browser.run("go(0)")  # the first token can read nothing but itself
-    assert browser.run("document.getElementById('reads').textContent").endswith("(itself)100 %")
+    assert "all" in page.text_content("#cache-text")  # the prompt is read at once
+    assert ("the end token follows" in press("End")) == page.evaluate("data.text.ended")
+    read = page.evaluate("ids.length - 1")
+    assert f"keys and values of {read - 1} tokens come from the cache" in page.text_content("#cache-text")
+    assert page.locator("#bars .value").count() == 10
+    page.press("#weights", "ArrowUp")
+    assert "%" in page.text_content("#weights-out")
+    press("Home")  # the first token can read nothing but itself
+    assert page.text_content("#reads").endswith("(itself)100 %")
