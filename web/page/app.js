@@ -130,7 +130,12 @@ function newPrompt(text) {
     log.replaceChildren();
     const entry = show("text", text);
     answer = entry.appendChild(document.createElement("span"));
-    return model.hasTokenizer ? text : text.split(/[\s,]+/).filter(Boolean).map(Number);
+    return model.hasTokenizer
+      ? text
+      : text
+          .split(/[\s,]+/)
+          .filter(Boolean)
+          .map(Number);
   }
   const system = form.elements.system.value.trim();
   if (!messages.length && system) messages.push({ role: "system", content: system });

@@ -80,7 +80,7 @@ async function request(url, options) {
 async function read(response, size, onBytes) {
   const bytes = new Uint8Array(size);
   let length = 0;
-  for (const reader = response.body.getReader(); ; ) {
+  for (const reader = response.body.getReader(); ;) {
     const { done, value } = await reader.read();
     if (done) return length === size ? bytes : bytes.subarray(0, length);
     if (length + value.length <= size) bytes.set(value, length);
