@@ -11,6 +11,7 @@ PASTKEY := $(BIN)/pastkey
 ENVIRONMENTS := .environments
 OLDEST := tests/constraints-oldest.txt
 DOCS := .venv-docs
+JAVASCRIPT := $(ENVIRONMENTS)/javascript
 # `make test SLOW=1` adds the slow tests that CI runs, `make test MATRIX=1` all. WORKERS processes share the tests.
 PYTEST_ARGS ?=
 SLOW ?=
@@ -135,6 +136,18 @@ $(DOCS)/installed: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+javascript: $(JAVASCRIPT)/installed  ## prettier and tsc over all JavaScript
+	$(JAVASCRIPT)/node_modules/.bin/prettier --config tools/javascript/package.json --check \
+		$(shell git ls-files tools/javascript '*.css' '*.html' '*.js' '*.mjs')
+	$(JAVASCRIPT)/node_modules/.bin/tsc --project tools/javascript
+
+$(JAVASCRIPT)/installed: tools/javascript/package.json
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cp $< $(@D)
+	cd $(@D) && npm install --silent --no-audit --no-fund
 	touch $@
 
 # pip 25.1 is the first that knows dependency groups.

@@ -22,7 +22,11 @@ export async function* stream(ort, session, prompt, settings = {}, chunk = 1) {
   if (!(chunk >= 1)) throw new RangeError(`chunk is ${chunk}; a whole number from 1 was expected`);
   const { maxNewTokens = 64, endIds = [] } = settings;
   const { type, shape } = session.inputMetadata.find(({ name }) => name === "cache"); // float16 of such a bundle
-  const empty = new ort.Tensor(type, type === "float16" ? new Uint16Array() : [], shape.map((size) => Number(size) || 0));
+  const empty = new ort.Tensor(
+    type,
+    type === "float16" ? new Uint16Array() : [],
+    shape.map((size) => Number(size) || 0),
+  );
   let held = { cache: empty, history: integers(ort, []) };
   let last = null;
   for (let left = maxNewTokens; left > 0 && !endIds.map(BigInt).includes(last); left -= chunk) {
@@ -36,7 +40,14 @@ export async function* stream(ort, session, prompt, settings = {}, chunk = 1) {
 }
 
 const DEFAULTS = {
-  maxNewTokens: 64, endIds: [], temperature: 0, topK: 0, topP: 1, minP: 0, repetitionPenalty: 1, seed: 0,
+  maxNewTokens: 64,
+  endIds: [],
+  temperature: 0,
+  topK: 0,
+  topP: 1,
+  minP: 0,
+  repetitionPenalty: 1,
+  seed: 0,
 };
 
 /** The inputs of a call: a graph requires them all. As they are given here, settings change nothing. */

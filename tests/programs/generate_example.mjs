@@ -1,7 +1,7 @@
-// Generations by examples/generate/ in Node: PACKAGE GRAPH [[prompt, settings, chunk]...] -> a line of JSON for each call:
-// {"ids": [...]} or {"error": "..."}. With a chunk they are streamed.
+// Generations by examples/generate/ in Node: PACKAGE GRAPH [[prompt, settings, chunk]...] -> a line of JSON for each
+// call: {"ids": [...]} or {"error": "..."}. With a chunk they are streamed.
 import { readFile } from "node:fs/promises";
-import { basename, dirname, join } from "node:path";
+import { dirname, join } from "node:path";
 import { readdirSync } from "node:fs";
 import { generate, stream } from "./generate.mjs";
 

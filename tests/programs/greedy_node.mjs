@@ -1,5 +1,6 @@
 // Greedy continuations by transformers.js in Node: BUNDLE NEW_TOKENS PROMPT... -> a line of JSON for each prompt.
 import { basename, dirname } from "node:path";
+// @ts-ignore: beside the copy of this file that runs
 import * as transformers from "@huggingface/transformers";
 import { greedy } from "./greedy.mjs";
 

@@ -2,7 +2,15 @@
 import { describe, environment } from "./pastkey.js";
 
 const $ = (id) => document.getElementById(id);
-const [form, log, error, status] = ["form", "log", "error", "status"].map($);
+const button = (id) => /** @type {HTMLButtonElement} */ ($(id));
+/** @type {(selector: string) => HTMLInputElement} */
+const input = (selector) => document.querySelector(selector);
+const [log, error, status] = ["log", "error", "status"].map($);
+const form = /** @type {HTMLFormElement} */ ($("form"));
+const typed = /** @type {HTMLTextAreaElement} */ ($("prompt"));
+const progress = /** @type {HTMLProgressElement} */ ($("progress"));
+/** A field of the form, by its name. */
+const field = (name) => /** @type {HTMLInputElement} */ (form.elements.namedItem(name));
 const MB = (bytes) => (bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);
 
 const ENDS = {
@@ -12,6 +20,7 @@ const ENDS = {
   cancelled: "Stopped",
 };
 
+/** @type {import("./pastkey.js").Index} */
 let index; // of the bundle
 let model; // what the worker says of it
 let messages = []; // the conversation
@@ -58,21 +67,21 @@ async function start() {
   const slow = "slow: WebAssembly dequantizes these weights at every token; export --target portable avoids it";
   if (index.slow_on_cpu) fact("On the CPU", slow, true);
   if (!here.secure) fact("Offline", "no: without HTTPS, files are neither kept nor checked by sha256", true);
-  document.querySelector("[value=webgpu]").disabled = !here.gpu;
+  input("[value=webgpu]").disabled = !here.gpu;
   $("no-gpu").textContent = here.gpu ? "" : `: ${here.whyNoGpu}`;
   $("load").textContent = missing ? `Load (${MB(missing)} to download)` : "Load";
-  $("load").disabled = false;
+  button("load").disabled = false;
   status.textContent = "The model is not loaded yet";
 }
 
 async function load() {
-  const provider = document.querySelector("[name=provider]:checked").value;
-  $("load").disabled = true;
-  $("progress").hidden = false;
+  const provider = input("[name=provider]:checked").value;
+  button("load").disabled = true;
+  progress.hidden = false;
   status.textContent = "Loading";
   model = await call("load", provider, ({ done, total, checking }) => {
     if (checking) status.textContent = "Comparing with the golden logits";
-    else $("progress").value = done / total;
+    else progress.value = done / total;
   });
   const { threads, fallback, oneByOne, hasChat, hasTokenizer } = model;
   const { whyOneThread } = await environment(index);
@@ -92,20 +101,20 @@ async function load() {
   $("system-label").hidden = !hasChat;
   $("send").textContent = hasChat ? "Send" : "Write";
   $("prompt-label").textContent = hasChat ? "Message" : hasTokenizer ? "Text to continue" : "Prompt, as token ids";
-  $("prompt").placeholder = hasChat ? "What is the capital of France?" : hasTokenizer ? "Once upon a time" : "1, 2, 3";
-  for (const [name, value] of Object.entries(index.sampling)) form.elements[name].value = value;
-  if (hasChat) form.elements.maxNewTokens.value = 512;
+  typed.placeholder = hasChat ? "What is the capital of France?" : hasTokenizer ? "Once upon a time" : "1, 2, 3";
+  for (const [name, value] of Object.entries(index.sampling)) field(name).value = `${value}`;
+  if (hasChat) field("maxNewTokens").value = "512";
   status.textContent = "Ready";
-  $("prompt").focus();
+  typed.focus();
 }
 
 // --- writing ------------------------------------------------------------------------------------------------------
 function options() {
   const given = {};
   for (const name of ["temperature", "topK", "topP", "minP", "repetitionPenalty", "maxNewTokens"])
-    given[name] = form.elements[name].valueAsNumber;
-  if (form.elements.seed.value) given.seed = BigInt(form.elements.seed.value);
-  given.stop = form.elements.stopTexts.value.split("\n").filter(Boolean);
+    given[name] = field(name).valueAsNumber;
+  if (field("seed").value) given.seed = BigInt(field("seed").value);
+  given.stop = field("stopTexts").value.split("\n").filter(Boolean);
   return given;
 }
 
@@ -130,9 +139,10 @@ function newPrompt(text) {
     log.replaceChildren();
     const entry = show("text", text);
     answer = entry.appendChild(document.createElement("span"));
-    return model.hasTokenizer ? text : text.split(/[\s,]+/).filter(Boolean).map(Number);
+    const numbers = text.split(/[\s,]+/).filter(Boolean);
+    return model.hasTokenizer ? text : numbers.map(Number);
   }
-  const system = form.elements.system.value.trim();
+  const system = field("system").value.trim();
   if (!messages.length && system) messages.push({ role: "system", content: system });
   messages.push({ role: "user", content: text });
   show("user", text);
@@ -167,9 +177,9 @@ async function write(prompt) {
 
 function busy(yes) {
   log.ariaBusy = `${yes}`; // a screen reader reads the answer once it is whole
-  $("stop").disabled = !yes;
-  for (const id of ["send", "clear"]) $(id).disabled = yes;
-  $("continue").disabled = yes || !unfinished;
+  button("stop").disabled = !yes;
+  for (const id of ["send", "clear"]) button(id).disabled = yes;
+  button("continue").disabled = yes || !unfinished;
 }
 
 // --- the controls -------------------------------------------------------------------------------------------------
@@ -181,15 +191,15 @@ const told = (action) => async (event) => {
   } catch (reason) {
     error.textContent = reason.message;
     status.textContent = "";
-    $("load").disabled = false;
+    button("load").disabled = false;
   }
 };
 
 $("load").onclick = told(load);
 form.onsubmit = told(async () => {
-  const text = $("prompt").value;
-  if (!text.trim() || $("send").disabled) return;
-  $("prompt").value = "";
+  const text = typed.value;
+  if (!text.trim() || button("send").disabled) return;
+  typed.value = "";
   await write(newPrompt(text));
 });
 $("continue").onclick = told(() => write(null));
@@ -198,11 +208,11 @@ $("clear").onclick = told(async () => {
   log.replaceChildren();
   [messages, unfinished, log.hidden, $("speed").textContent] = [[], false, true, ""];
   busy(false);
-  $("prompt").focus();
+  typed.focus();
 });
 // Not `onkeydown`: a handler there that returns false cancels the key.
 document.addEventListener("keydown", ({ key }) => key === "Escape" && $("stop").click());
-$("prompt").onkeydown = (event) => {
+typed.onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   form.requestSubmit();

@@ -18,6 +18,56 @@ const MOST_THREADS = 8;
 // smallest error that was seen; a limit above it cannot tell.
 const MISSED_KEYS = 2e-2;
 
+/**
+ * What `pastkey web` writes into pastkey.json, and the two numbers that `describe` adds.
+ *
+ * @typedef {object} Index
+ * @property {string} kind
+ * @property {number} format_version
+ * @property {string} source
+ * @property {string} precision
+ * @property {boolean} slow_on_cpu
+ * @property {string} graph
+ * @property {number} vocab_size
+ * @property {number} context_length
+ * @property {{ kv_heads: number, key_head_size: number, value_head_size: number }[]} layers
+ * @property {{ size: number }[]} states
+ * @property {number[]} eos_token_ids
+ * @property {Record<string, number>} sampling
+ * @property {string | null} chat_template
+ * @property {Record<string, string>} special_tokens
+ * @property {{ ids: number[], ends: number[], limit: number }} golden
+ * @property {string} graph_file
+ * @property {string[]} weights
+ * @property {string | null} tokenizer
+ * @property {Record<string, IndexedFile>} files
+ * @property {number} bytes to download in all
+ * @property {number} missing of these, not yet in this browser
+ */
+/** @typedef {{ size: number, sha256: string }} IndexedFile */
+/** @typedef {(progress: { done: number, total: number }) => void} OnProgress bytes */
+/** @typedef {{ provider?: string, threads?: number, onProgress?: OnProgress, signal?: AbortSignal }} LoadOptions */
+
+/**
+ * @typedef {object} SamplingOptions
+ * @property {number} [temperature]
+ * @property {number} [topK]
+ * @property {number} [topP]
+ * @property {number} [minP]
+ * @property {number} [repetitionPenalty]
+ * @property {number | bigint} [seed]
+ */
+/** @typedef {{ maxNewTokens?: number, stop?: string[], endIds?: number[], signal?: AbortSignal }} EndOptions */
+/** @typedef {SamplingOptions & EndOptions} GenerateOptions */
+/** @typedef {"stop" | "length" | "context" | "cancelled"} FinishReason */
+
+/**
+ * What is used of onnxruntime-web, whose module is imported by its address.
+ *
+ * @typedef {{ type: string, data: any, dims: number[], dispose(): void }} Tensor
+ * @typedef {{ run(inputs: Record<string, Tensor>): Promise<Record<string, Tensor>>, release(): Promise<void> }} Session
+ */
+
 /** The bundle, or what was asked of it, is not as expected. The message is one sentence for the user. */
 export class BundleError extends Error {
   name = "BundleError";
@@ -28,6 +78,9 @@ export class BundleError extends Error {
 /**
  * Reads the index that `pastkey web` writes: `pastkey.json` in the folder `base`.
  * Returns it with `bytes` (to download in all) and `missing` (of these, not yet in this browser).
+ *
+ * @param {string | URL} base
+ * @returns {Promise<Index>}
  */
 export async function describe(base) {
   const response = await request(new URL("pastkey.json", folder(base)), { cache: "no-cache" });
@@ -43,12 +96,20 @@ export async function describe(base) {
   return { ...index, bytes, missing };
 }
 
-/** All files of the index: name -> Uint8Array. Each has the size and sha256 of the index, or is refused. */
+/**
+ * All files of the index, by name. Each has the size and sha256 of the index, or is refused.
+ *
+ * @param {string | URL} base
+ * @param {Index} index
+ * @param {OnProgress} [onProgress]
+ * @param {AbortSignal} [signal]
+ */
 async function download(base, index, onProgress, signal) {
   const cache = await openCache();
   const wanted = new Set(Object.entries(index.files).map(([name, file]) => keyOf(base, name, file)));
   for (const { url } of (await cache?.keys()) ?? [])
     if (url.startsWith(folder(base)) && !wanted.has(url)) await cache.delete(url); // of an earlier bundle
+  /** @type {Record<string, Uint8Array>} */
   const found = {};
   let done = 0;
   for (const [name, file] of Object.entries(index.files)) {
@@ -80,7 +141,7 @@ async function request(url, options) {
 async function read(response, size, onBytes) {
   const bytes = new Uint8Array(size);
   let length = 0;
-  for (const reader = response.body.getReader(); ; ) {
+  for (const reader = response.body.getReader(); ;) {
     const { done, value } = await reader.read();
     if (done) return length === size ? bytes : bytes.subarray(0, length);
     if (length + value.length <= size) bytes.set(value, length);
@@ -125,14 +186,18 @@ export async function environment(index) {
 }
 
 async function withoutGpu(index) {
-  if (!globalThis.navigator?.gpu) return "this browser has no WebGPU";
-  const adapter = await navigator.gpu.requestAdapter().catch(() => null);
+  /** @type {{ requestAdapter(): Promise<{ features: Set<string> } | null> } | undefined} */
+  const gpu = globalThis.navigator?.["gpu"];
+  if (!gpu) return "this browser has no WebGPU";
+  const adapter = await gpu.requestAdapter().catch(() => null);
   if (!adapter) return "WebGPU finds no graphics adapter";
   const float16 = index.precision !== "fp16" || adapter.features.has("shader-f16");
   return float16 ? "" : "the graphics adapter has no float16 (shader-f16)";
 }
 
 // --- the model ----------------------------------------------------------------------------------------------------
+
+const library = (name) => import(new URL(name, LIBRARIES).href);
 
 /** A bundle with its tokenizer, its session and the KV cache of one sequence. One call at a time. */
 export class Model {
@@ -144,6 +209,9 @@ export class Model {
    *
    * On "webgpu" the model computes the golden logits first. If only a prefill is wrong there, prompts are read token by
    * token (`model.oneByOne`). If more is, or the session fails, the model runs on "wasm": `model.fallback` says why.
+   *
+   * @param {string | URL} base
+   * @param {LoadOptions} options
    */
   static async load(base, { provider = "wasm", threads, onProgress, signal } = {}) {
     const index = await describe(base);
@@ -176,14 +244,14 @@ export class Model {
 
   static async #open(index, files, provider, threads) {
     const [ort, { Tokenizer }, { Template }] = await Promise.all([
-      import(new URL(provider === "wasm" ? "ort.wasm.min.mjs" : "ort.webgpu.min.mjs", LIBRARIES)),
-      import(new URL("tokenizers.min.mjs", LIBRARIES)),
-      import(new URL("jinja.js", LIBRARIES)),
+      library(provider === "wasm" ? "ort.wasm.min.mjs" : "ort.webgpu.min.mjs"),
+      library("tokenizers.min.mjs"),
+      library("jinja.js"),
     ]);
     ort.env.wasm.wasmPaths = LIBRARIES.href;
     ort.env.wasm.numThreads = threads;
     const model = new Model();
-    Object.assign(model, { index, provider, threads, fallback: "", oneByOne: false });
+    Object.assign(model, { index, provider, threads });
     const externalData = index.weights.map((name) => ({ path: name.replace(/^.*\//, ""), data: files[name] }));
     const options = { executionProviders: [provider], externalData };
     // WebAssembly's MatMulNBits dequantizes its weights in every run. This dequantizes those of --target portable once.
@@ -203,12 +271,24 @@ export class Model {
     return model;
   }
 
+  /** @type {Index} */
+  index;
+  /** @type {"wasm" | "webgpu"} */
+  provider;
+  /** @type {number} */
+  threads;
+  fallback = ""; // why it is not the provider that was asked for
+  oneByOne = false; // whether prompts are read token by token
+
   #ort;
+  /** @type {Session} */
   #session;
   #tokenizer;
   #template;
   #golden; // logits (N, V) float32, after each length of index.golden.ends
-  #cache = {}; // name of a past input -> tensor
+  /** @type {Record<string, Tensor>} */
+  #cache = {}; // by the name of a past input
+  /** @type {number[]} */
   #ids = []; // the tokens that the cache holds
 
   get hasTokenizer() {
@@ -253,6 +333,10 @@ export class Model {
    *
    * Options, beside those of Sampler: `maxNewTokens` (64), `stop` (a list of texts, before which the text ends),
    * `endIds` (the bundle's), `signal` (an AbortSignal, heeded after each run).
+   *
+   * @param {string | number[]} prompt
+   * @param {GenerateOptions} options
+   * @returns {AsyncGenerator<{ id: number | null, text: string }, { ids: number[], finishReason: FinishReason }>}
    */
   async *generate(prompt, { maxNewTokens = 64, stop = [], endIds, signal, ...sampling } = {}) {
     const ends = endIds ?? this.index.eos_token_ids;
@@ -260,6 +344,7 @@ export class Model {
     this.#requireIds(ids);
     const sampler = new Sampler(sampling);
     const text = new TextStream((some) => (this.#tokenizer ? this.decode(some) : ""), ids, stop);
+    /** @type {{ ids: number[], finishReason: FinishReason }} */
     const result = { ids: [], finishReason: "length" };
     while (result.ids.length < maxNewTokens) {
       if (ids.length > this.index.context_length) result.finishReason = "context";
@@ -287,6 +372,10 @@ export class Model {
   /**
    * The logits (V,) after token ids, Float32Array: prefill of what the cache lacks, in chunks. Null where `signal`
    * aborted before the last chunk.
+   *
+   * @param {number[]} ids
+   * @param {AbortSignal} [signal]
+   * @returns {Promise<Float32Array | null>}
    */
   async logits(ids, signal) {
     this.#requireIds(ids);
@@ -480,6 +569,20 @@ class TextStream {
  * `repetitionPenalty` (1), `seed` (a new one): a whole number or a BigInt, 0 to 2**63 - 1.
  */
 export class Sampler {
+  /** @type {number} */
+  temperature;
+  /** @type {number} */
+  topK;
+  /** @type {number} */
+  topP;
+  /** @type {number} */
+  minP;
+  /** @type {number} */
+  repetitionPenalty;
+  /** @type {bigint} */
+  seed;
+
+  /** @param {SamplingOptions} options */
   constructor({ temperature = 0, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1, seed, ...others } = {}) {
     const [unknown] = Object.keys(others);
     if (unknown) throw new BundleError(`there is no option ${unknown}`);

@@ -3,13 +3,19 @@ const CACHE = "pastkey-page";
 const PAGE = ["./", "style.css", "app.js", "worker.js", "pastkey.js", "pastkey.json"];
 const ORT = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]; // for the CPU
 const FILES = [...PAGE, ...[...ORT, "tokenizers.min.mjs", "jinja.js"].map((name) => `lib/${name}`)];
-const home = new URL("./", self.location).href;
+const worker = /** @type {ServiceWorkerGlobalScope} */ (/** @type {unknown} */ (self));
+const home = new URL("./", worker.location.href).href;
 
-self.addEventListener("install", (event) =>
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(FILES)).then(() => self.skipWaiting())),
+worker.addEventListener("install", (event) =>
+  event.waitUntil(
+    caches
+      .open(CACHE)
+      .then((cache) => cache.addAll(FILES))
+      .then(() => worker.skipWaiting()),
+  ),
 );
-self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
-self.addEventListener("fetch", (event) => {
+worker.addEventListener("activate", (event) => event.waitUntil(worker.clients.claim()));
+worker.addEventListener("fetch", (event) => {
   const name = event.request.url.replace(home, "").replace(/[?#].*/, "") || "./";
   if (event.request.method !== "GET" || !(FILES.includes(name) || name.startsWith("lib/"))) return;
   event.respondWith(fromNetwork(event.request));

@@ -1,8 +1,10 @@
 // The model, beside the page, which so can paint and stop it: { id, call, argument } -> { id, value | error }.
 import { Model } from "./pastkey.js";
 
+/** @type {Model} */
 let model;
 let sequence = []; // the tokens of the prompt and the answer so far
+/** @type {AbortController} */
 let running;
 
 const calls = {
