@@ -23,7 +23,7 @@ TIMES := $(CURDIR)/.environments/times
 TESTS = -m pytest -n $(WORKERS) --dist worksteal --junitxml $(TIMES)/$(1).xml
 COMPILER := $(shell command -v c++)
 
-.PHONY: help demo test quick slowest check kernels sanitize web-assets ci release matrix oldest runtime-oldest runtime-newest bench docs clean
+.PHONY: help demo test quick slowest check kernels sanitize web-assets ci release matrix oldest runtime-oldest runtime-newest bench docs javascript clean
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
