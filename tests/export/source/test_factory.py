@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pastkey.errors import InputError, MissingFileError, PastkeyError
-from pastkey.export.source.open import open_source
+from pastkey.errors import InputError, MissingFileError
 from pastkey.export.source.source import Source
+
+from .opening import opened, refusal, write_notebook
 
 MODEL = """
 import torch
@@ -90,19 +89,7 @@ def training(tmp_path):
 
 @pytest.fixture
 def notebook(tmp_path):
-    cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", *TRAINING.splitlines(keepends=True)]}]
-    (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": cells}))
-    return tmp_path / "lesson.ipynb"
-
-
-def opened(source: str, **settings: Any) -> Source:
-    return open_source(source, **({"context_length": 8} | settings))
-
-
-def refusal(kind: type[PastkeyError], *arguments: Any, **settings: Any) -> str:
-    with pytest.raises(kind) as caught:
-        opened(*arguments, **settings)
-    return str(caught.value)
+    return write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING)
 
 
 def values(source: Source) -> list[float]:
@@ -134,38 +121,30 @@ def test_a_function_a_class_a_module_and_an_expression_give_the_module(text, wid
     assert (sys.path, sys.argv) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("missing", "has no function 'missing'; it defines Model, make"),
-        ("constant", "is a int"),
-        ("", "write {file}:NAME"),
-        ("number", "returned a int"),
-        ("fails", "failed at {file}:22 with IndexError"),
-        ("leaves", "failed at {file}:25 with SystemExit: 3"),
-        ("needs", "give them as in  {file}:'needs(config=..., depth=...)'"),
-        ("Model(depth=3)", "failed at {file} with TypeError: "),
-        ("pair", "take it out of the tuple, as in"),
-        ("Model(", "is not valid Python"),
-    ],
-)
-def test_what_gives_no_module_is_told(text, sentence, file):
-    assert sentence.format(file=file) in refusal(InputError, f"{file}:{text}")
+# the factory of `file`, or of a file with this content
+REFUSED: dict[str, tuple[str, str]] = {
+    "missing": (MODEL, "has no function 'missing'; it defines Model, make"),
+    "constant": (MODEL, "is a int"),
+    "": (MODEL, "write {file}:NAME"),
+    "number": (MODEL, "returned a int"),
+    "fails": (MODEL, "failed at {file}:22 with IndexError"),
+    "leaves": (MODEL, "failed at {file}:25 with SystemExit: 3"),
+    "needs": (MODEL, "give them as in  {file}:'needs(config=..., depth=...)'"),
+    "Model(depth=3)": (MODEL, "failed at {file} with TypeError: "),
+    "pair": (MODEL, "take it out of the tuple, as in"),
+    "Model(": (MODEL, "is not valid Python"),
+    "in_a_lack": ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
+    "in_no_python": ("def make(:\n", "{file}:1 is not valid Python"),
+    "in_a_program": ("raise SystemExit('usage: FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
-        ("def make(:\n", "{file}:1 is not valid Python"),
-        ("raise SystemExit('usage: mine.py --data FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
-    ],
-)
-def test_a_file_that_does_not_run_is_told_with_its_line(content, sentence, tmp_path):
-    file = tmp_path / "broken.py"
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_gives_no_module_is_told_with_its_line(text, file):
+    content, sentence = REFUSED[text]
     file.write_text(content)
     before = list(sys.path)
-    assert sentence.format(file=file) in refusal(InputError, f"{file}:make")
+    assert sentence.format(file=file) in refusal(InputError, f"{file}:{text}")
     assert sys.path == before
 
 
@@ -185,18 +164,13 @@ def test_a_script_that_trains_is_run_and_told_of(training, capsys):
     assert capsys.readouterr().out == f"trained ['{training}']\n"
 
 
-def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path):
-    file = tmp_path / "lesson.py"
-    file.write_text(
-        "import torch\n\n"
-        "def trained():\n"
-        "    model = torch.nn.Embedding(2, 3)\n"
-        "    optimizer = torch.optim.SGD(model.parameters())\n"
-        "    model(torch.tensor([0])).sum().backward()\n"
-        "    optimizer.step()\n"
-        "    return model\n"
-    )
-    assert not opened(f"{file}:trained").warnings
+def test_a_factory_that_trains_when_called_gives_no_warning(training):
+    lines = TRAINING.partition("model = ")
+    body = "".join(f"    {line}\n" for line in (lines[1] + lines[2]).splitlines())
+    training.write_text(f"{lines[0]}\ndef trained():\n{body}    return model\n")
+    source = opened(f"{training}:trained")
+    assert values(source) != [0, 0, 0]
+    assert not source.warnings
 
 
 def test_with_weights_no_training_is_run(training, tmp_path, capsys):
@@ -220,17 +194,18 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook, tmp
     assert not any("no training" in sentence for sentence in source.warnings)
 
 
-def test_a_notebook_says_which_cell_saves_its_weights(notebook):
-    content = json.loads(notebook.read_text())
-    for line, told in (
-        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [3] saves"),
-        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [3] saves"),
-        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [3] saves"),
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [2] saves"),
+        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [2] saves"),
+        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [2] saves"),
         ("torch.save(losses, 'losses.pt')", "with --weights FILE"),
-    ):
-        cells = [*content["cells"], {"cell_type": "code", "source": "1"}, {"cell_type": "code", "source": line}]
-        notebook.write_text(json.dumps({"cells": cells}))
-        assert opened(f"{notebook}:model").warnings[0].endswith(told)
+    ],
+)
+def test_a_notebook_says_which_cell_saves_its_weights(line, told, notebook):
+    write_notebook(notebook, TRAINING, line)
+    assert opened(f"{notebook}:model").warnings[0].endswith(told)
 
 
 # --- packages -------------------------------------------------------------------------------------------------------
