@@ -19,14 +19,6 @@ from ..helpers import write_corpus
 from .helpers import corpus_of, ids, write_lines, written
 
 
-def test_targets_are_the_inputs_one_token_later(tmp_path):
-    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
-    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
-    inputs, targets = tokens.draw(5, seed=1, step=3)
-    assert inputs.shape == targets.shape == (5, 8)
-    assert inputs[:, 1:].equal(targets[:, :-1])
-
-
 def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
     info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
     one, two = (Tokens(tmp_path / TOKENS_TRAIN, info, 8) for _ in range(2))
