@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import IntegrityError, ParityError, ResourceError
-from pastkey.export import export
-from pastkey.export.graft.probe.contract import in_contract
-from pastkey.export.graft.probe.observe import natively, observe, run_uncached
+from pastkey.errors import IntegrityError, ResourceError
+from pastkey.export import grafting
+from pastkey.export.graft.probe.observe import natively, run_uncached
 from pastkey.export.graft.streamed import in_float64, load, resident_bytes
-from pastkey.export.graft.trace import trace
-from pastkey.export.graph.clean import clean
-from pastkey.export.graph.fuse import fuse
+from pastkey.export.grafting import grafted, observed
 from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weights
+from pastkey.export.progress import SILENT, Progress
+from pastkey.export.settings import ExportConfig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
@@ -143,14 +143,12 @@ def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama):
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
-def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
-    source = open_source(saved_llama)
-    observation = observe(source.module, source.context_length)
+def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads, monkeypatch):
+    source, observation, choice = observed(open_source(saved_llama), ExportConfig(), SILENT)
     assert len(reads) > 10
     reads.clear()
-    model = trace(source.module, observation, "fused", source.context_length)
-    fuse(model, source.context_length)
-    clean(model, source.module, observation.geometry, observation.vocab_size)
+    monkeypatch.setattr(grafting, "find_shift", lambda *given: None)  # which runs the module
+    model = grafted(source, observation, choice, SILENT).model
     assert reads == []
     large = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value.nbytes > 1000
@@ -162,8 +160,12 @@ def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
     assert np.array_equal(matrix.numpy(), expected.detach().numpy().T)  # MatMul's layout
 
 
-def bundle_files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "onnx").iterdir()}
+def graph_of(folder: Path, context: int, progress: Progress = SILENT) -> tuple[nn.Module, Any, bytes]:
+    """The module of a folder, the model of its float32 graph, and that with its weights as a file."""
+    source = open_source(folder, context_length=context)
+    config = ExportConfig(context_length=context)
+    model = grafted(*observed(source, config, progress), progress).model
+    return source.module, model, ir.to_proto(model).SerializeToString()
 
 
 CASES = [
@@ -175,7 +177,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("family", "kind"), divided(CASES, ci=[("llama", "tied"), ("gemma2", "bf16"), ("qwen3_moe", ""), ("bloom", "")])
 )
-def test_the_float32_bundle_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
+def test_the_float32_graph_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
     if family not in transformers.CONFIG_MAPPING or (TRANSFORMERS_4 and family in FROM_TRANSFORMERS_5):
         pytest.skip(f"not with transformers {transformers.__version__}")
     context = 80 if kind == "tied" else CONTEXT
@@ -184,29 +186,10 @@ def test_the_float32_bundle_is_that_of_loaded_weights(family, kind, tmp_path, mo
     module = open_source(folder, context_length=context).module
     found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
     assert bool(found) == ((family in COMPUTED and not TRANSFORMERS_4) or family in CHANGED)
-    in_contract(module, context, None, lambda sentence: None)
+    module, _, graph = graph_of(folder, context)
     assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
-    options: dict[str, Any] = {"precision": "fp32", "context_length": context}
-    export(folder, tmp_path / "stored", **options)
     monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)
-    export(folder, tmp_path / "whole", **options)
-    assert bundle_files(tmp_path / "stored") == bundle_files(tmp_path / "whole")
-
-
-def test_a_weight_that_is_bound_to_another_tensor_is_found(saved_llama, tmp_path, monkeypatch):
-    original = StoredWeights.weight
-    held: list[StoredWeight] = []
-
-    def swapped(self: StoredWeights, raw: object) -> StoredWeight | None:
-        found = original(self, raw)
-        if found is not None and found.shape == (64, 96):
-            held.append(found)
-            return held[0]
-        return found
-
-    monkeypatch.setattr(StoredWeights, "weight", swapped)
-    with pytest.raises(ParityError, match="does not compute what its source computes"):
-        export(saved_llama, tmp_path / "bundle", "fp32")
+    assert graph_of(folder, context)[2] == graph
 
 
 def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
@@ -216,15 +199,16 @@ def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
         load(module)
 
 
-@pytest.mark.slow
-def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, tmp_path, monkeypatch):
+def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
     """Such as a copy that torch makes of a parameter."""
-    original = StoredWeights.weight
+    _, _, expected = graph_of(saved_llama, 80)
+    original, told = StoredWeights.weight, list[str]()
     monkeypatch.setattr(
         StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
     )
-    report = export(saved_llama, tmp_path / "bundle", "fp32")
-    assert any("reads a large weight, so that all are loaded" in sentence for sentence in report.warnings)
+    monkeypatch.setattr(Progress, "warn", lambda self, sentence: told.append(sentence))
+    assert graph_of(saved_llama, 80)[2] == expected
+    assert any("reads a large weight, so that all are loaded" in sentence for sentence in told)
 
 
 def test_the_documentation_names_the_families_whose_weights_are_loaded():
