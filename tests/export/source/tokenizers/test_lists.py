@@ -247,13 +247,9 @@ def test_an_encoding_whose_words_are_read_otherwise_is_refused(trained):
 
 def ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
     """Ranks as tiktoken has them: the vocabulary in its order, as bytes."""
-    decoder: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    byte_of = {decoder.pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
-    alphabet = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in byte_of]
-    for character in "".join(chr(code) for code in (*range(0xA1, 0xAD), *range(0xAE, 0x100))):
-        byte_of.setdefault(character, ord(character))
-    rest = sorted(set(range(256)) - set(byte_of.values()))
-    byte_of |= dict(zip([c for c in alphabet if c not in byte_of], rest, strict=True))
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     texts = [text for text, _ in ordered if text != END_OF_TEXT]
     return {bytes(byte_of[character] for character in text): rank for rank, text in enumerate(texts)}
