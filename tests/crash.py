@@ -7,6 +7,7 @@ or flush a file or a folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ def at_every_operation(
         folder = base / f"stop-{limit}"
         folder.mkdir()
         make(folder)
-        ended, done = run_until(limit, error, lambda folder=folder: save(folder))
+        ended, done = run_until(limit, error, functools.partial(save, folder))
         yield folder, done
         if not ended:
             return

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[PastkeyError], str]] = {
     **{
         f"larger than the files: {entries}": (change(**entries), InputError, "asks for more than the")
         for entries in (
-            {"num_hidden_layers": 10**9}, {"vocab_size": 2**40}, {"max_position_embeddings": 2**40},
+            {"num_hidden_layers": 65}, {"vocab_size": 2**40}, {"max_position_embeddings": 2**40},
             {"text_config": {"num_hidden_layers": 10**9}},
         )
     },
