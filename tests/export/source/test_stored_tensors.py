@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ from torch import nn
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from pastkey.errors import IntegrityError, ResourceError
-from pastkey.export import grafting
-from pastkey.export.graft.probe.observe import natively, run_uncached
+from pastkey.export.graft.probe.observe import Observation, natively, observe, run_uncached
 from pastkey.export.graft.streamed import in_float64, load, resident_bytes
+from pastkey.export.graft.trace import trace
 from pastkey.export.grafting import grafted, observed
+from pastkey.export.graph.clean import clean
+from pastkey.export.graph.fuse import fuse
 from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weights
-from pastkey.export.progress import SILENT, Progress
+from pastkey.export.progress import SILENT
 from pastkey.export.settings import ExportConfig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Source
 from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
 from pastkey.files import memory
 
@@ -143,13 +146,20 @@ def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama):
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
+def traced(source: Source, observation: Observation, warn: Callable[[str], None]) -> ir.Model:
+    model = trace(source.module, observation, "fused", source.context_length, warn)
+    fuse(model, source.context_length)
+    clean(model, source.module, observation.geometry, observation.vocab_size)
+    return model
+
+
 @pytest.mark.slow
-def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads, monkeypatch):
-    source, observation, choice = observed(open_source(saved_llama), ExportConfig(), SILENT)
+def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
+    source = open_source(saved_llama)
+    observation = observe(source.module, source.context_length)
     assert len(reads) > 10
     reads.clear()
-    monkeypatch.setattr(grafting, "find_shift", lambda *given: None)  # which runs the module
-    model = grafted(source, observation, choice, SILENT).model
+    model = traced(source, observation, pytest.fail)
     assert reads == []
     large = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value.nbytes > 1000
@@ -159,6 +169,29 @@ def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads, monkeyp
     matrix = large["model.model.layers.1.mlp.down_proj.weight"]
     expected = transformers.AutoModelForCausalLM.from_pretrained(saved_llama).model.layers[1].mlp.down_proj.weight
     assert np.array_equal(matrix.numpy(), expected.detach().numpy().T)  # MatMul's layout
+
+
+@pytest.mark.slow
+def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
+    """Such as a copy that torch makes of a parameter."""
+    source, told, original = open_source(saved_llama), list[str](), StoredWeights.weight
+    observation = observe(source.module, source.context_length)
+    monkeypatch.setattr(
+        StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
+    )
+    traced(source, observation, told.append)
+    assert not any(stored for *_, stored in parameters(source.module))
+    assert any("reads a large weight, so that all are loaded" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_transformers_computes_of_several_tensors_is_in_memory(family, tmp_path):
+    assert_in_memory(family, open_source(saved(build(family), tmp_path / "model"), context_length=CONTEXT).module)
+
+
+def assert_in_memory(family: str, module: nn.Module) -> None:
+    found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
+    assert bool(found) == ((family in COMPUTED and not TRANSFORMERS_4) or family in CHANGED)
 
 
 def graph_of(folder: Path, context: int) -> tuple[nn.Module, bytes]:
@@ -174,16 +207,14 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "kind"), divided(CASES, ci=[("gemma2", "bf16"), ("qwen3_moe", ""), ("bloom", "")]))
+@pytest.mark.parametrize(("family", "kind"), divided(CASES))
 def test_the_float32_graph_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
     if family not in transformers.CONFIG_MAPPING or (TRANSFORMERS_4 and family in FROM_TRANSFORMERS_5):
         pytest.skip(f"not with transformers {transformers.__version__}")
     context = 80 if kind == "tied" else CONTEXT
     model = llama(tie_word_embeddings=True) if kind == "tied" else build(family)
     folder = saved(model, tmp_path / "model", kind)
-    module = open_source(folder, context_length=context).module
-    found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
-    assert bool(found) == ((family in COMPUTED and not TRANSFORMERS_4) or family in CHANGED)
+    assert_in_memory(family, open_source(folder, context_length=context).module)
     module, graph = graph_of(folder, context)
     assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
     monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)
@@ -195,19 +226,6 @@ def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="reading all weights takes about"):
         load(module)
-
-
-@pytest.mark.slow
-def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
-    """Such as a copy that torch makes of a parameter."""
-    original, told = StoredWeights.weight, list[str]()
-    monkeypatch.setattr(
-        StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
-    )
-    monkeypatch.setattr(Progress, "warn", lambda self, sentence: told.append(sentence))
-    module, _ = graph_of(saved_llama, 80)
-    assert not any(stored for *_, stored in parameters(module))
-    assert any("reads a large weight, so that all are loaded" in sentence for sentence in told)
 
 
 def test_the_documentation_names_the_families_whose_weights_are_loaded():
