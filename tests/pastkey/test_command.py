@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +163,24 @@ def test_a_chat_without_jinja_ends_before_the_export(command, monkeypatch):
 def test_the_end_that_a_command_asks_for_is_kept(command, monkeypatch, tmp_path):
     failing(monkeypatch, SystemExit(143))
     assert command("inspect", tmp_path)[0] == 143
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize(("handler", "status"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 143)])
+def test_a_closed_terminal_ends_a_command_unless_it_is_ignored_as_under_nohup(command, monkeypatch, handler, status):
+    def run(arguments: object) -> int:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
+    before = signal.signal(signal.SIGHUP, handler), signal.getsignal(signal.SIGTERM)
+    try:
+        assert command("inspect", "bundle")[0] == status
+        assert (signal.getsignal(signal.SIGHUP) == handler) == (handler == signal.SIG_IGN)
+    finally:
+        for number, each in zip((signal.SIGHUP, signal.SIGTERM), before, strict=True):
+            signal.signal(number, each)
 
 
 def test_a_misspelt_command_is_named_with_the_nearest(command):

@@ -16,6 +16,7 @@ from pastkey.errors import ContextLengthError
 from pastkey.export import export
 from pastkey.export.graft.probe.observe import run_uncached
 from pastkey.export.source.open import open_source
+from pastkey.export.source.pretrained import open_model
 from pastkey.runtime import load
 from pastkey.runtime.text.chat_template import ChatTemplate
 
@@ -154,7 +155,7 @@ def test_a_model_in_hand_stays_as_it_was():
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         before = model(ids).logits
-        module = open_source(model).module
+        module = open_model(model, tokenizer=None, context_length=None).module
         assert torch.equal(model(ids).logits, before)
         assert torch.allclose(run_uncached(module, ids).logits, before.float(), atol=0.2)
     assert model.training

@@ -24,6 +24,7 @@ from pastkey.contract import names
 from pastkey.errors import ContractError, InputError, IntegrityError, MissingFileError, PastkeyError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
+from pastkey.export.source.stored_weights import MOST_POSITIONS
 
 from ..tiny_llama import TRANSFORMERS_4, sizes
 
@@ -167,7 +168,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[PastkeyError], str]] = {
     **{
         f"larger than the files: {entries}": (change(**entries), InputError, "asks for more than the")
         for entries in (
-            {"num_hidden_layers": 65}, {"vocab_size": 2**40}, {"max_position_embeddings": 2**40},
+            {"num_hidden_layers": 65}, {"vocab_size": 2**40}, {"max_position_embeddings": MOST_POSITIONS + 1},
             {"text_config": {"num_hidden_layers": 10**9}},
         )
     },

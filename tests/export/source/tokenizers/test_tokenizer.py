@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.export.source.source import check_tokenizer
+from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 
 from ...decoders import Plain
 from ..opening import opened, refusal, save, write_notebook
@@ -153,9 +154,7 @@ number = 7
 
 
 def made(tokenizer: Path | str) -> Tokenizer:
-    content = opened(PLAIN, tokenizer=tokenizer).tokenizer
-    assert content is not None
-    return Tokenizer.from_buffer(content)
+    return Tokenizer.from_buffer(read_tokenizer(tokenizer)["tokenizer"])
 
 
 @pytest.mark.parametrize("text", ["make", "instance", "Tokenizer.from_str(make().to_str())"])
