@@ -23,7 +23,6 @@ from .helpers import CHATML, chat, chat_tokenizer, corpus_of, write_lines, writt
 
 
 def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_turns(tmp_path, capsys):
-    pytest.importorskip("transformers")
     data = write_lines(tmp_path / "chat.jsonl", [chat(f"the cat {n}?", "sat") for n in range(30)])
     (tmp_path / "given").mkdir()
     chat_tokenizer().save(tmp_path / "given")
@@ -81,7 +80,6 @@ def test_trained_text_is_green_or_between_marks():
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
 def test_the_first_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 100, tokenizer)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)

@@ -200,13 +200,11 @@ OUTSIDE = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgenera
     ],
 )
 def test_data_that_trains_no_answer_or_no_end_is_refused(template, row, sentence, tmp_path):
-    pytest.importorskip("transformers")
     with pytest.raises(InputError, match=sentence):
         written(tmp_path, corpus_of(row, row, row), 64, chat_tokenizer(template))
 
 
 def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path):
-    pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 64, tokenizer)
     assert tokenizer.tokenizer.id_to_token(tokenizer.end) == "<|endoftext|>"
@@ -214,7 +212,6 @@ def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path):
 
 
 def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_path):
-    pytest.importorskip("transformers")
     tokenizer = chat_tokenizer()
     rows = [chat("hi", "hello"), {"text": "hello"}, {"prompt": "hi", "completion": " hello"}] * 10
     info = written(tmp_path, corpus_of(*rows), 64, tokenizer)
