@@ -6,6 +6,8 @@ or flush a file or a folder.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ class Killed(BaseException):
 def run_until(limit: int, error: BaseException, save: Callable[[], object]) -> tuple[bool, list[str]]:
     """Runs `save`, whose operation number `limit` raises `error`. Returns whether it came so far, and its operations.
 
-    The operations after that one raise too if the process was killed.
+    The operations after that one raise too if the process was killed. An interrupt comes when the operation is done.
     """
     done: list[str] = []
 
@@ -35,9 +37,12 @@ def run_until(limit: int, error: BaseException, save: Callable[[], object]) -> t
             if name == "open" and not arguments[1] & os.O_CREAT:  # changes nothing
                 return operation(*arguments, **options)
             done.append(name)
-            if len(done) == limit + 1 or (len(done) > limit and isinstance(error, Killed)):
-                raise error
-            return operation(*arguments, **options)
+            if len(done) <= limit or (len(done) > limit + 1 and not isinstance(error, Killed)):
+                return operation(*arguments, **options)
+            if isinstance(error, KeyboardInterrupt):
+                with contextlib.suppress(OSError):
+                    operation(*arguments, **options)
+            raise error
 
         return call
 
@@ -62,7 +67,7 @@ def at_every_operation(
         folder = base / f"stop-{limit}"
         folder.mkdir()
         make(folder)
-        ended, done = run_until(limit, error, lambda folder=folder: save(folder))
+        ended, done = run_until(limit, error, functools.partial(save, folder))
         yield folder, done
         if not ended:
             return

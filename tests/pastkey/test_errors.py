@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import subprocess
 import sys
 import tomllib
+import warnings
 
 import pytest
 
@@ -20,6 +22,7 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
+from pastkey.quiet import quiet
 
 from ..shared import ROOT
 
@@ -103,3 +106,25 @@ def test_check_without_onnx_asks_for_onnx_alone():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "type  pip install onnx  and try again" in done.stderr
+
+
+# --- ---------------------------------------------------------------------------------------------------------------
+def test_what_a_library_says_is_held_back(capsys, caplog):
+    with quiet():
+        print("progress")
+        print("remark", file=sys.stderr)
+        warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("library").error("remark")
+        logging.getLogger("library").critical("the machine is on fire")
+    assert capsys.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records] == ["the machine is on fire"]
+
+
+def test_afterwards_everything_speaks_again(capsys):
+    with pytest.raises(ValueError, match="passes"), quiet():
+        raise ValueError("an error passes")
+    print("said")
+    assert capsys.readouterr().out == "said\n"
+    assert logging.getLogger("library").isEnabledFor(logging.ERROR)
+    with pytest.warns(UserWarning, match="heard"):
+        warnings.warn("heard", stacklevel=1)

@@ -48,8 +48,10 @@ def exports(monkeypatch, cache):
     return found
 
 
-def test_a_source_is_exported_once(exports, cache):
-    assert exported("org/name") == exported("org/name") == str(cache / "org--name")
+def test_a_source_is_exported_once_and_then_opened_where_the_cache_is_read_only(exports, cache, monkeypatch):
+    first = exported("org/name")
+    monkeypatch.setattr(Path, "touch", lambda path: pytest.fail("writes"))
+    assert exported("org/name") == first == str(cache / "org--name")
     assert exports == [("org/name", cache / "org--name")]
 
 
@@ -70,8 +72,9 @@ def test_any_other_path_stays_as_it_is(exports, given):
     assert exports == []
 
 
-@pytest.mark.parametrize("command", ["run --prompt x", "chat"])
-@pytest.mark.parametrize("source", ["org/name", "folder", "model.gguf"])
+@pytest.mark.parametrize(
+    ("source", "command"), [("org/name", "chat"), ("folder", "run --prompt x"), ("model.gguf", "run --prompt x")]
+)
 def test_a_source_that_is_not_trusted_is_not_exported(exports, capsys, source, command):
     Path("folder").mkdir()
     Path("folder", "config.json").write_text("{}")
@@ -105,19 +108,13 @@ def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(expor
     first = exported(source)
     assert exported(str(Path(source).resolve())) == first
     write(Path(file), "two", 1)
-    assert exported(source) == first  # the same size at the same time
+    write(Path("folder", ".hidden"), "", 1)
+    write(Path("folder", "bundle", "pastkey.json"), "", 1)
+    assert exported(source) == first  # the same size at the same time, and what an export does not read
     write(Path(file), "two", 2)
     second = exported(source)
     assert len(exports) == 2
     assert [path for path in cache.iterdir() if path.is_dir()] == [Path(second)]
-
-
-def test_what_lies_in_a_folder_beside_the_model_is_no_change(exports):
-    write(Path("folder", "config.json"), "{}", 1)
-    first = exported("folder")
-    write(Path("folder", ".hidden"), "", 1)
-    write(Path("folder", "bundle", "pastkey.json"), "", 1)
-    assert exported("folder") == first
 
 
 def test_several_processes_export_once(exports, capsys):
@@ -140,12 +137,6 @@ def test_a_cache_that_cannot_be_written(exports, cache, monkeypatch):
         exported("org/name")
 
 
-def test_a_cached_export_is_opened_where_the_cache_is_read_only(exports, cache, monkeypatch):
-    first = exported("org/name")
-    monkeypatch.setattr(Path, "touch", lambda path: pytest.fail("writes"))
-    assert exported("org/name") == first
-
-
 def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Runs this program in the place of an export; its last argument is the target."""
     started = subprocess.Popen
@@ -156,16 +147,16 @@ def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(subprocess, "Popen", instead)
 
 
-def test_an_export_that_fails_ends_the_command_with_its_status(cache, monkeypatch):
-    child(monkeypatch, "raise SystemExit(2)")
-    with pytest.raises(SystemExit) as caught:
-        exported("org/name")
-    assert caught.value.code == 2
-
-
-def test_an_export_that_was_killed_is_told(cache, monkeypatch):
-    child(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(ResourceError, match="the export of org/name was ended by signal 9"):
+@pytest.mark.parametrize(
+    ("program", "error", "words"),
+    [
+        ("raise SystemExit(2)", SystemExit, "^2$"),
+        ("import os; os.kill(os.getpid(), 9)", ResourceError, "the export of org/name was ended by signal 9"),
+    ],
+)
+def test_an_export_that_fails_or_is_killed_ends_the_command(cache, monkeypatch, program, error, words):
+    child(monkeypatch, program)
+    with pytest.raises(error, match=words):
         exported("org/name")
 
 

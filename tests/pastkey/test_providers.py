@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pastkey.export.settings import ExportOptions
+from pastkey.precisions import PRECISIONS
 from pastkey.providers import PROVIDERS, TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +52,17 @@ def test_every_row_is_on_the_pages():
     *first, last = TARGETS
     assert f"`target` is `{'`, `'.join(first)}` or `{last}`" in page("bundle-format.md")
     assert f'''"{'", "'.join(first)}" or "{last}".''' in str(ExportOptions.__doc__)
+
+
+# --- ---------------------------------------------------------------------------------------------------------------
+def test_no_two_precisions_have_one_file_or_one_name_in_transformers_js():
+    for column in ("graph", "transformers_js", "bits"):
+        assert len({getattr(row, column) for row in PRECISIONS.values()}) == len(PRECISIONS), column
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_quantized_precision_has_bounds_and_a_finer_one(name):
+    row = PRECISIONS[name]
+    assert row.name == name
+    assert row.quantized == (row.max_kl > 0) == (row.decode_kl > 0) == (row.calibration_windows > 0)
+    assert not row.quantized or PRECISIONS[row.finer].bits > row.bits

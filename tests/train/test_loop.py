@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,14 @@ from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data.prepare import LESSON_PROMPTS
 from pastkey.train.data.token_files import DataInfo, SourceTokens
+from pastkey.train.hardware import launch
 from pastkey.train.loss import next_token_loss
 from pastkey.train.model import generate, positions_like
 from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import read_tokenizer
 
-from .helpers import Stop, before_step, stop, tiny, write_corpus
+from .helpers import TINY, Stop, before_step, stop, tiny, write_corpus
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -164,12 +166,12 @@ def test_a_full_disk_keeps_what_was_saved_and_says_which_step(text, tmp_path, mo
 def test_minutes_plan_the_steps(text, tmp_path, monkeypatch):
     seconds = itertools.count()  # one passes at each look
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    figures = loop.train(dataclasses.replace(tiny(save_every=1000), minutes=2.0), tmp_path / "c", data=[text])
+    figures = loop.train(dataclasses.replace(tiny(save_every=1000), minutes=0.7), tmp_path / "c", data=[text])
     training = load_checkpoint(tmp_path / "c").training
-    assert 100 < figures["step"] == training["step"] == training["settings"]["steps"] < 130
+    assert 30 < figures["step"] == training["step"] == training["settings"]["steps"] < 45
     with pytest.raises(InputError, match="is trained already"):
         loop.resume(tmp_path / "c", {})
-    assert loop.resume(tmp_path / "c", {"minutes": 1})["step"] > figures["step"]
+    assert loop.resume(tmp_path / "c", {"minutes": 0.3})["step"] > figures["step"]
     config = dataclasses.replace(tiny(save_every=1000), minutes=0.05)
     assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step takes more than the time
 
@@ -263,3 +265,52 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(whole, tmp_path, 
     with pytest.raises(NumericsError, match=r"diverges: .* at step 4, and was \d+\.\d+; nothing was saved yet"):
         loop.train(config, tmp_path / "c", data=[whole.with_name("text.txt")])
     assert not (tmp_path / "c").exists()
+
+
+# --- `pastkey train` as it is typed, with the mistakes that are made -----------------------------------------------
+FLAGS = [item for name, value in TINY.items() for item in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_json_is_the_only_thing_on_standard_output_and_resume_goes_on(text, tmp_path, capsys):
+    out = ["train", "--out", str(tmp_path / "c"), "--json"]
+    assert main([*out, "--data", str(text), *FLAGS]) == 0
+    told, err = capsys.readouterr()
+    figures = json.loads(told)
+    assert figures["step"] == 12
+    assert {"val_loss", "bits_per_byte", "tokens_per_second", "parameters", "seconds"} <= set(figures)
+    assert "held-out loss" in err
+    assert main([*out, "--resume"]) == 2
+    assert "trained already" in capsys.readouterr().err
+    assert main([*out, "--resume", "--steps", "14"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 14
+
+
+def test_processes_get_the_words_that_python_gave(monkeypatch):
+    words = ["train", "--processes", "2", "--out", "c", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["notebook", "--steps", "9"])
+    monkeypatch.setattr(launch, "launch", lambda *given: 7 if given == (2, words) else 1)
+    assert main(words) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "empty"], "the folder empty has no .txt"),
+        (["--resume"], "there is nothing to resume"),
+        (["--resume", "--force"], "not allowed with argument"),
+        (["--data", "text.txt", "--context", "100000"], "give more text, or a smaller --context"),
+        (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
+        (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
+        (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "text.txt")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    status, out, err = command("train", "--out", "c", *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err
+    assert sorted(tmp_path.iterdir()) == before

@@ -86,10 +86,10 @@ def whole(models):
 
 
 RUNS = [*itertools.product(KINDS, [False, True])]
-CI = [("llama", True), ("gpt2", False), ("checkpoint", False), ("checkpoint", True)]
+QUICK, CI = [("gpt2", False), ("checkpoint", False)], [("llama", True), ("checkpoint", True)]
 
 
-@pytest.mark.parametrize(("kind", "lora"), divided(RUNS, quick=CI))
+@pytest.mark.parametrize(("kind", "lora"), divided(RUNS, quick=QUICK, ci=CI))
 def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, whole, models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, 3, stop)
@@ -105,7 +105,10 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, whole, models, tm
     assert all(".lora_" in name for name in moments) == lora
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("llama", True), ("checkpoint", False)])
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    divided([("llama", True), ("checkpoint", False)], quick=[("checkpoint", False)], ci=[("llama", True)]),
+)
 def test_gradient_checkpointing_gives_the_same_run(kind, lora, whole, models, tmp_path):
     config = settings(models / kind, gradient_checkpointing=True, lora=lora)
     train(config, tmp_path / "less", data=[models / "text.txt"])
@@ -235,6 +238,7 @@ def test_a_changed_file_of_a_fine_tuned_folder_is_named(whole, tmp_path):
         resume(tmp_path / "out", {"steps": 6})
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_fine_tuned_and_goes_on(models, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")

@@ -1,19 +1,179 @@
-"""file.py:factory, notebook.ipynb:expression: what is run, what is taken, and what is told."""
+"""Of a script or notebook just what an expression needs is run."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from pastkey.errors import InputError, MissingFileError, PastkeyError
-from pastkey.export.source.open import open_source
+from pastkey.errors import InputError, MissingFileError
+from pastkey.export.source.definitions import parse_request, run_definitions
+from pastkey.export.source.factory import call_factory
 from pastkey.export.source.source import Source
 
+from .opening import opened, refusal, write_notebook
+
+SCRIPT = """
+from __future__ import annotations
+
+import math
+import no_such_package
+from dataclasses import dataclass, field
+
+with open("no_such_file.txt") as f:
+    text = f.read()
+    print(len(text))
+chars = sorted(set(text))
+vocab_size = len(chars)
+width = 2
+width *= 3
+device = "cpu"
+if math.pi > 4:
+    device = "cuda"
+try:
+    import no_such_package as fast
+except ImportError:
+    fast = None
+with open(__file__) as f:
+    own = f.read()
+    raise_if_called = undefined_name
+half, rest = divmod(width, 2)
+
+@dataclass
+class Config:
+    width: int = width
+    later: Later | None = None
+    parts: list[int] = field(default_factory=list)
+
+def helper(size):
+    text = "a name of its own"
+    return Config(size), size + half, fast
+
+class Model:
+    scale = math.sqrt(4.0)
+
+    def __init__(self, size=3):
+        self.made = helper(size)
+
+    def vocabulary(self):
+        return vocab_size
+
+class Small:
+    def __init__(self, size=3):
+        self.made = helper(size)
+
+for step in range(10):
+    raise SystemError("training")
+raise SystemError("training")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    return tmp_path / "train.py"
+
+
+def ran(file: Path, text: str) -> Any:
+    import sys
+
+    module = ModuleType("ran_by_a_test")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    request = parse_request(text, file)
+    run_definitions(file, request, module)
+    return eval(compile(request.expression, "<test>", "eval"), vars(module))
+
+
+def unmade(file: Path, text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        ran(file, text)
+    return str(caught.value)
+
+
+def test_what_is_needed_is_run_in_its_order_and_nothing_else(script):
+    config, number, fast = ran(script, "Small().made")
+    assert (config.width, number, fast) == (3, 6, None)
+    assert ran(script, "Config().width") == 6
+    assert ran(script, "device") == "cpu"
+
+
+def test_a_value_may_be_given_in_the_place_of_the_files_own(script):
+    assert ran(script, "vocab_size = 65; Model().vocabulary()") == 65
+    assert ran(script, "width = 8; Config().width") == 8
+    assert ran(script, "size = Config(7).width; helper(size)")[1] == 10
+
+
+def test_what_cannot_be_made_is_told_with_the_value_to_give(script):
+    sentence = unmade(script, "Model(size=4)")
+    assert f"making it failed at {script}:8 with FileNotFoundError" in sentence
+    assert "'vocab_size = ...; Model(size=4)'" in sentence
+    assert f"step needs step, which the for block at {script}:50 makes" in unmade(script, "step")
+    sentence = unmade(script, "no_such_package.Model()")
+    assert f"making it failed at {script}:5 with ModuleNotFoundError" in sentence
+    assert "give its value" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "is not valid Python") for text in ("Model(", "Model(\0)")),
+        *((text, "does not end in an expression") for text in ("a = 1", "import os; Model()", "print(1); Model()")),
+    ],
+)
+def test_a_request_is_assignments_and_an_expression(text, words, script):
+    assert words in unmade(script, text)
+
+
+def test_a_later_definition_takes_the_place_of_an_earlier_one(tmp_path):
+    cells = "def make():\n    return 1", "first = make()", "def make():\n    return 2", "x = make()"
+    file = write_notebook(tmp_path / "lesson.ipynb", *cells)
+    assert ran(file, "first, x") == (1, 2)
+
+
+def test_magics_are_left_out(tmp_path):
+    file = write_notebook(
+        tmp_path / "lesson.ipynb",
+        "%pip install something\n!ls -l\nfiles = !ls\nimport math\nmath?\n?math\n",
+        "%%time\nwidth = 6\nfor i in range(3):\n    raise SystemError\n",
+        "%%bash\nls | grep x\n",
+        "if width > 3:\n    %matplotlib inline\n    !pip install x\n    depth = 2\n",
+        "rest = (7\n% 4)\n",
+        "half a thought (",
+        "def make():\n    return width, math.floor(2.5), depth, rest\n",
+        "t = %time make()\nprint(make())\nraise SystemError\n",
+    )
+    assert ran(file, "make()") == (6, 2, 2, 3)
+
+
+def test_an_error_of_a_notebook_names_cell_and_line(tmp_path):
+    file = write_notebook(
+        tmp_path / "lesson.ipynb", "import math", "\nsize = math.sqrt('a')", "def make():\n    return size"
+    )
+    assert f"make() needs size, and making it failed at {file}[2]:2 with TypeError" in unmade(file, "make()")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": 3}', '{"cells": [{"cell_type": "code"}]}'])
+def test_a_file_that_is_no_notebook_is_told(content, tmp_path):
+    (tmp_path / "lesson.ipynb").write_text(content)
+    assert "is not a notebook: JSON with a list of cells was expected" in unmade(tmp_path / "lesson.ipynb", "make")
+
+
+def test_a_script_that_is_no_python_is_told_with_the_line(tmp_path):
+    (tmp_path / "train.py").write_text("import math\ndef make(:\n")
+    assert f"{tmp_path}/train.py:2 is not valid Python: " in unmade(tmp_path / "train.py", "make")
+
+
+def test_a_star_import_may_make_any_name(tmp_path):
+    (tmp_path / "train.py").write_text("from math import *\ndef make():\n    return floor(2.5)\n")
+    assert ran(tmp_path / "train.py", "make()") == 2
+
+
+# --- file.py:factory, notebook.ipynb:expression: what is run, what is taken, and what is told ----------------------
 MODEL = """
 import torch
 from torch import nn
@@ -90,19 +250,7 @@ def training(tmp_path):
 
 @pytest.fixture
 def notebook(tmp_path):
-    cells = [{"cell_type": "code", "source": ["%matplotlib inline\n", *TRAINING.splitlines(keepends=True)]}]
-    (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": cells}))
-    return tmp_path / "lesson.ipynb"
-
-
-def opened(source: str, **settings: Any) -> Source:
-    return open_source(source, **({"context_length": 8} | settings))
-
-
-def refusal(kind: type[PastkeyError], *arguments: Any, **settings: Any) -> str:
-    with pytest.raises(kind) as caught:
-        opened(*arguments, **settings)
-    return str(caught.value)
+    return write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING)
 
 
 def values(source: Source) -> list[float]:
@@ -134,38 +282,30 @@ def test_a_function_a_class_a_module_and_an_expression_give_the_module(text, wid
     assert (sys.path, sys.argv) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("missing", "has no function 'missing'; it defines Model, make"),
-        ("constant", "is a int"),
-        ("", "write {file}:NAME"),
-        ("number", "returned a int"),
-        ("fails", "failed at {file}:22 with IndexError"),
-        ("leaves", "failed at {file}:25 with SystemExit: 3"),
-        ("needs", "give them as in  {file}:'needs(config=..., depth=...)'"),
-        ("Model(depth=3)", "failed at {file} with TypeError: "),
-        ("pair", "take it out of the tuple, as in"),
-        ("Model(", "is not valid Python"),
-    ],
-)
-def test_what_gives_no_module_is_told(text, sentence, file):
-    assert sentence.format(file=file) in refusal(InputError, f"{file}:{text}")
+# the factory of `file`, or of a file with this content
+REFUSED: dict[str, tuple[str, str]] = {
+    "missing": (MODEL, "has no function 'missing'; it defines Model, make"),
+    "constant": (MODEL, "is a int"),
+    "": (MODEL, "write {file}:NAME"),
+    "number": (MODEL, "returned a int"),
+    "fails": (MODEL, "failed at {file}:22 with IndexError"),
+    "leaves": (MODEL, "failed at {file}:25 with SystemExit: 3"),
+    "needs": (MODEL, "give them as in  {file}:'needs(config=..., depth=...)'"),
+    "Model(depth=3)": (MODEL, "failed at {file} with TypeError: "),
+    "pair": (MODEL, "take it out of the tuple, as in"),
+    "Model(": (MODEL, "is not valid Python"),
+    "in_a_lack": ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
+    "in_no_python": ("def make(:\n", "{file}:1 is not valid Python"),
+    "in_a_program": ("raise SystemExit('usage: FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
+}
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
-        ("def make(:\n", "{file}:1 is not valid Python"),
-        ("raise SystemExit('usage: mine.py --data FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
-    ],
-)
-def test_a_file_that_does_not_run_is_told_with_its_line(content, sentence, tmp_path):
-    file = tmp_path / "broken.py"
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_gives_no_module_is_told_with_its_line(text, file):
+    content, sentence = REFUSED[text]
     file.write_text(content)
     before = list(sys.path)
-    assert sentence.format(file=file) in refusal(InputError, f"{file}:make")
+    assert sentence.format(file=file) in refusal(InputError, f"{file}:{text}")
     assert sys.path == before
 
 
@@ -185,18 +325,13 @@ def test_a_script_that_trains_is_run_and_told_of(training, capsys):
     assert capsys.readouterr().out == f"trained ['{training}']\n"
 
 
-def test_a_factory_that_trains_when_called_gives_no_warning(tmp_path):
-    file = tmp_path / "lesson.py"
-    file.write_text(
-        "import torch\n\n"
-        "def trained():\n"
-        "    model = torch.nn.Embedding(2, 3)\n"
-        "    optimizer = torch.optim.SGD(model.parameters())\n"
-        "    model(torch.tensor([0])).sum().backward()\n"
-        "    optimizer.step()\n"
-        "    return model\n"
-    )
-    assert not opened(f"{file}:trained").warnings
+def test_a_factory_that_trains_when_called_gives_no_warning(training):
+    lines = TRAINING.partition("model = ")
+    body = "".join(f"    {line}\n" for line in (lines[1] + lines[2]).splitlines())
+    training.write_text(f"{lines[0]}\ndef trained():\n{body}    return model\n")
+    module, warnings = call_factory(training, "trained")
+    assert next(module.parameters()).tolist() != [0, 0, 0]
+    assert warnings == ()
 
 
 def test_with_weights_no_training_is_run(training, tmp_path, capsys):
@@ -220,17 +355,18 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(notebook, tmp
     assert not any("no training" in sentence for sentence in source.warnings)
 
 
-def test_a_notebook_says_which_cell_saves_its_weights(notebook):
-    content = json.loads(notebook.read_text())
-    for line, told in (
-        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [3] saves"),
-        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [3] saves"),
-        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [3] saves"),
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [2] saves"),
+        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [2] saves"),
+        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [2] saves"),
         ("torch.save(losses, 'losses.pt')", "with --weights FILE"),
-    ):
-        cells = [*content["cells"], {"cell_type": "code", "source": "1"}, {"cell_type": "code", "source": line}]
-        notebook.write_text(json.dumps({"cells": cells}))
-        assert opened(f"{notebook}:model").warnings[0].endswith(told)
+    ],
+)
+def test_a_notebook_says_which_cell_saves_its_weights(line, told, notebook):
+    write_notebook(notebook, TRAINING, line)
+    assert opened(f"{notebook}:model").warnings[0].endswith(told)
 
 
 # --- packages -------------------------------------------------------------------------------------------------------

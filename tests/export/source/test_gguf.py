@@ -165,9 +165,12 @@ def linked_out(name: str) -> Callable[[Path], None]:
     return spoil
 
 
+def cut(size: int) -> Callable[[Path], None]:
+    return lambda file: os.truncate(file, size)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    **{f"{size} bytes": (lambda file, size=size: os.truncate(file, size), InputError, "cut short.*fetch it again")
-       for size in (10, 3000, 400_000)},
+    **{f"{size} bytes": (cut(size), InputError, "cut short.*fetch it again") for size in (10, 3000, 400_000)},
     **{name: (linked_out(name), InputError, f"{name} leads out of") for name in (names.TOKENIZER, names.CONFIG)},
     "unknown": (lambda file: write_gguf(file, architecture="foo"), InputError, r"cannot load .*tiny\.gguf: .*foo"),
     "gone": (Path.unlink, MissingFileError, "no such source"),

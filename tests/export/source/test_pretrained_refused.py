@@ -24,6 +24,7 @@ from pastkey.contract import names
 from pastkey.errors import ContractError, InputError, IntegrityError, MissingFileError, PastkeyError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
+from pastkey.export.source.stored_weights import MOST_POSITIONS
 
 from ..tiny_llama import TRANSFORMERS_4, sizes
 
@@ -167,7 +168,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[PastkeyError], str]] = {
     **{
         f"larger than the files: {entries}": (change(**entries), InputError, "asks for more than the")
         for entries in (
-            {"num_hidden_layers": 10**9}, {"vocab_size": 2**40}, {"max_position_embeddings": 2**40},
+            {"num_hidden_layers": 65}, {"vocab_size": 2**40}, {"max_position_embeddings": MOST_POSITIONS + 1},
             {"text_config": {"num_hidden_layers": 10**9}},
         )
     },
@@ -336,73 +337,31 @@ def test_what_the_machine_has_not_is_said_before_loading(saved_llama, tmp_path, 
 
 
 # --- a folder with code of its own --------------------------------------------------------------------------------
-CONFIGURATION = """
-from transformers import PretrainedConfig
-
-class TinyConfig(PretrainedConfig):
-    model_type = "tiny-custom"
-
-    def __init__(self, vocab_size=60, width=32, max_position_embeddings=40, **others):
-        self.vocab_size, self.width, self.max_position_embeddings = vocab_size, width, max_position_embeddings
-        super().__init__(**others)
-"""
-MODELING = """
-import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-
-from .configuration_tiny import TinyConfig
-
-class TinyModel(PreTrainedModel):
-    config_class = TinyConfig
-    _supports_sdpa = True
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.token = nn.Embedding(config.vocab_size, config.width)
-        self.position = nn.Embedding(config.max_position_embeddings, config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(self, input_ids, position_ids=None, attention_mask=None, use_cache=None, **_):
-        x = self.token(input_ids) + self.position(position_ids)
-        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        return CausalLMOutput(logits=self.head(x))
-"""
+CODE = {
+    "configuration_tiny.py": "from transformers import LlamaConfig\n\n"
+    "class TinyConfig(LlamaConfig):\n    model_type = 'tiny'\n",
+    "modeling_tiny.py": "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import TinyConfig\n\n"
+    "class TinyModel(LlamaForCausalLM):\n    config_class = TinyConfig\n",
+}
 
 
 @pytest.fixture
-def custom(tmp_path, monkeypatch):
+def custom(llama_folder, tmp_path, monkeypatch):
     """A folder whose model is Python code in it."""
-    from safetensors.torch import save_file
-
     # transformers copies such code into its cache before it imports it.
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    folder = tmp_path / "custom"
-    folder.mkdir()
-    (folder / "configuration_tiny.py").write_text(CONFIGURATION)
-    (folder / "modeling_tiny.py").write_text(MODELING)
-    torch.manual_seed(0)
-    shapes = {"token": (60, 32), "position": (40, 32), "qkv": (96, 32), "head": (60, 32)}
-    weights = {f"{name}.weight": torch.randn(shape) * 0.3 for name, shape in shapes.items()}
-    save_file(weights | {"qkv.bias": torch.zeros(96)}, folder / "model.safetensors", {"format": "pt"})
-    auto = {
-        "AutoConfig": "configuration_tiny.TinyConfig",
-        "AutoModelForCausalLM": "modeling_tiny.TinyModel",
-    }
-    sizes = {"vocab_size": 60, "width": 32, "max_position_embeddings": 40}
-    (folder / names.CONFIG).write_text(json.dumps({"model_type": "tiny-custom", "auto_map": auto, **sizes}))
-    return folder
+    for name, content in CODE.items():
+        (llama_folder / name).write_text(content)
+    auto = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyModel"}
+    change(model_type="tiny", architectures=["TinyModel"], auto_map=auto)(llama_folder)
+    return llama_folder
 
 
 def test_code_of_a_folder_runs_only_where_it_is_trusted(custom):
     told: list[str] = []
     source = open_source(custom, trust_remote_code=True, say=told.append)
-    assert (source.context_length, "auto_map" in source.config) == (40, False)
+    assert (type(source.module.model).__name__, "auto_map" in source.config) == ("TinyModel", False)
     assert f"run the Python code that {custom} brings: configuration_tiny.py, modeling_tiny.py" in told
     (custom / "modeling_tiny.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(InputError, match=r"\(configuration_tiny.py, modeling_tiny.py\).* add --trust-remote-code"):

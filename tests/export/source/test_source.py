@@ -10,39 +10,31 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
+from pastkey.__main__ import main
 from pastkey.contract import names
-from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
+from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.export.source.open import open_source
 from pastkey.files.durable import write_json
 
 from ..decoders import Plain
-
-
-def refusal(kind: type[PastkeyError], *arguments: Any, **settings: Any) -> str:
-    with pytest.raises(kind) as caught:
-        open_source(*arguments, **({"context_length": 8} | settings))
-    return str(caught.value)
+from .opening import opened, refusal, save
 
 
 # --- a module -----------------------------------------------------------------------------------------------------
-def test_a_module_brings_its_class_name_and_nothing_else():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_brings_its_class_name_and_nothing_else(compiled):
     module = Plain()
-    source = open_source(module, context_length=8)
+    source = opened(torch.compile(module, backend="eager") if compiled else module)
     assert source.module is module
     assert (source.name, source.context_length) == ("Plain", 8)
     assert (source.tokenizer, source.config, source.eos_token_ids) == (None, {}, ())
 
 
-def test_a_module_needs_a_context_length():
-    assert "on the command line, --context N" in refusal(InputError, Plain(), context_length=None)
-
-
-@pytest.mark.parametrize("length", [1, 8.0, True])
+@pytest.mark.parametrize("length", [None, 1, 8.0, True])
 def test_a_context_length_is_a_whole_number_from_two(length):
-    sentence = refusal(InputError, Plain(), context_length=length)
-    assert f"the context length is {length!r}; it must be a whole number of tokens from 2" in sentence
+    word = "on the command line, --context N" if length is None else f"the context length is {length!r}; it must be a"
+    assert word in refusal(InputError, Plain(), context_length=length)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, that both ways are deprecated
@@ -50,7 +42,6 @@ def test_a_context_length_is_a_whole_number_from_two(length):
     ("make", "what"),
     [
         (lambda part: torch.jit.trace(part, torch.zeros(1, 2)), "0 of Sequential is a module of TorchScript"),
-        (lambda part: torch.jit.script(part), "0 of Sequential is a module of TorchScript"),
         (
             lambda part: torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(part), {torch.nn.Linear})[0],
             "0 of Sequential is quantized already (Linear)",
@@ -62,72 +53,43 @@ def test_a_module_that_is_not_python_in_float_is_told(make, what):
     assert refusal(InputError, module).startswith(f"{what}: give the Python module in float")
 
 
-def test_a_compiled_module_is_taken_out_of_its_wrapping():
-    module = Plain()
-    source = open_source(torch.compile(module, backend="eager"), context_length=8)  # type: ignore[arg-type]
-    assert source.module is module
-    assert source.name == "Plain"
-
-
 # --- a checkpoint -------------------------------------------------------------------------------------------------
 def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint):
     source = open_source(checkpoint)
-    assert (source.name, source.context_length) == ("checkpoint", 40)
+    assert (source.name, source.context_length, source.warnings) == ("checkpoint", 40, ())
     assert source.tokenizer == (checkpoint / names.TOKENIZER).read_bytes()
     assert source.eos_token_ids == (60,)
     assert source.config["model_type"] == "llama"
     assert source.tokenizer_config["eos_token"] == "<end>"
-
-
-def test_the_context_of_a_checkpoint_can_be_shortened_but_not_stretched(checkpoint):
     source = open_source(checkpoint, context_length=16)
     assert (source.context_length, source.config["max_position_embeddings"]) == (16, 16)
     sentence = refusal(InputError, checkpoint, context_length=41)
     assert sentence == f"--context 41 is more than the 40 tokens that {checkpoint} was trained for"
 
 
-def test_a_missing_folder_is_told_what_a_source_is(tmp_path):
-    sentence = refusal(MissingFileError, tmp_path / "none")
-    assert f"no such source: {tmp_path}/none does not exist" in sentence
-    assert "a llama2.c .bin, or path/to/file.py:factory" in sentence
-
-
-def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
-    sentence = refusal(MissingFileError, tmp_path)
-    assert f"{tmp_path} has no config.json, as a Hugging Face or ONNX folder has, and no pastkey.json" in sentence
-
-
 @pytest.mark.parametrize(
     ("damage", "kind", "words"),
     [
+        (shutil.rmtree, MissingFileError, "copy does not exist; expected a checkpoint, "),
+        (lambda f: [file.unlink() for file in f.glob("*.json")], MissingFileError, "has no config.json, as a Hugging"),
         (lambda f: (f / names.WEIGHTS).write_bytes(bytes(8)), IntegrityError, "model.safetensors has 8 bytes"),
         (lambda f: (f / names.MANIFEST).write_text('{"kind": "bundle"}'), InputError, "a checkpoint was expected"),
     ],
-    ids=["cut_short", "a_bundle"],
+    ids=["no folder", "no configuration", "cut short", "a bundle"],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_file(damage, kind, words, checkpoint, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(checkpoint, copy)
-    damage(copy)
+def test_a_damaged_checkpoint_is_refused(damage, kind, words, checkpoint, tmp_path):
+    damage(copy := shutil.copytree(checkpoint, tmp_path / "copy"))
     assert words in refusal(kind, copy)
 
 
 # --- a chat template ----------------------------------------------------------------------------------------------
-def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
-    tokenizer.save(str(folder / names.TOKENIZER))
-    if config:
-        (folder / names.TOKENIZER_CONFIG).write_text(json.dumps(config))
-    return folder / names.TOKENIZER
-
-
 def test_a_template_that_is_given_takes_the_place_of_the_own(word_tokenizer, checkpoint, tmp_path):
     path = save(word_tokenizer, tmp_path, eos_token="<end>", chat_template="own")
     (tmp_path / names.CHAT_TEMPLATE).write_text("own, in a file")
     (tmp_path / "other.jinja").write_bytes(b"{{ messages }}\r\n")
     for source, tokenizer in ((Plain(vocab=61), path), (checkpoint, None)):
-        opened = open_source(source, tokenizer=tokenizer, context_length=8, chat_template=tmp_path / "other.jinja")
-        assert opened.tokenizer_config["chat_template"] == "{{ messages }}\n"
-        assert opened.tokenizer_config["eos_token"] == "<end>"
+        config = opened(source, tokenizer=tokenizer, chat_template=tmp_path / "other.jinja").tokenizer_config
+        assert (config["chat_template"], config["eos_token"]) == ("{{ messages }}\n", "<end>")
 
 
 def test_a_template_that_cannot_be_used_is_told(word_tokenizer, tmp_path):
@@ -144,32 +106,27 @@ def test_a_template_that_cannot_be_used_is_told(word_tokenizer, tmp_path):
 
 
 # --- training -----------------------------------------------------------------------------------------------------
-def stopped(checkpoint: Path, copy: Path, **training: Any) -> Path:
-    shutil.copytree(checkpoint, copy)
-    manifest = json.loads((copy / names.MANIFEST).read_text())
-    manifest["training"] |= training
-    write_json(copy / names.MANIFEST, manifest)
-    return copy
-
-
-@pytest.mark.slow
-def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(pastkey_command, tmp_path):
-    folder = tmp_path / "a folder"
-    assert pastkey_command("train", "--preset", "classic", "--steps", "4", "--out", folder).returncode == 0
-    assert open_source(folder).warnings == ()
+def stopped(folder: Path, **training: Any) -> Path:
     manifest = json.loads((folder / names.MANIFEST).read_text())
-    manifest["training"]["settings"]["steps"] = 6
+    manifest["training"] |= training
     write_json(folder / names.MANIFEST, manifest)
-    (sentence,) = open_source(folder).warnings
+    return folder
+
+
+def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(tmp_path):
+    folder = tmp_path / "a folder"
+    assert main(["train", "--preset", "classic", "--steps", "4", "--out", str(folder)]) == 0
+    settings = json.loads((folder / names.MANIFEST).read_text())["training"]["settings"]
+    assert open_source(folder).warnings == ()
+    (sentence,) = open_source(stopped(folder, settings=settings | {"steps": 6})).warnings
     assert sentence.startswith(f"the training of {folder} stopped at step 4 of 6: go on with  pastkey train ")
     _, *command = shlex.split(sentence.split("go on with  ")[1].split("  and export again")[0])
-    done = pastkey_command(*command)
-    assert done.returncode == 0, done.stderr
+    assert main(command) == 0
     assert open_source(folder).warnings == ()
 
 
 @pytest.mark.parametrize(
-    "training", [{}, {"step": 3}, {"step": "3", "settings": {"steps": 5}}, {"step": 3, "settings": []}]
+    "training", [{"step": 3}, {"step": "3", "settings": {"steps": 5}}, {"step": 3, "settings": []}]
 )
 def test_a_checkpoint_without_a_training_is_not_told_of(training, checkpoint, tmp_path):
-    assert open_source(stopped(checkpoint, tmp_path / "copy", **training)).warnings == ()
+    assert open_source(stopped(shutil.copytree(checkpoint, tmp_path / "copy"), **training)).warnings == ()

@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.errors import IntegrityError, ParityError, ResourceError
-from pastkey.export import export
-from pastkey.export.graft.probe.contract import in_contract
-from pastkey.export.graft.probe.observe import natively, observe, run_uncached
+from pastkey.errors import IntegrityError, ResourceError
+from pastkey.export.graft.probe.observe import Observation, natively, observe, run_uncached
 from pastkey.export.graft.streamed import in_float64, load, resident_bytes
 from pastkey.export.graft.trace import trace
+from pastkey.export.grafting import grafted, observed
 from pastkey.export.graph.clean import clean
 from pastkey.export.graph.fuse import fuse
 from pastkey.export.graph.stored import StoredWeight, StoredWeights, stored_weights
+from pastkey.export.progress import SILENT
+from pastkey.export.settings import ExportConfig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Source
 from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
 from pastkey.files import memory
 
@@ -143,14 +146,20 @@ def test_a_model_that_another_thread_loads_meanwhile_is_whole(saved_llama):
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
+def traced(source: Source, observation: Observation, warn: Callable[[str], None]) -> ir.Model:
+    model = trace(source.module, observation, "fused", source.context_length, warn)
+    fuse(model, source.context_length)
+    clean(model, source.module, observation.geometry, observation.vocab_size)
+    return model
+
+
+@pytest.mark.slow
 def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
     source = open_source(saved_llama)
     observation = observe(source.module, source.context_length)
     assert len(reads) > 10
     reads.clear()
-    model = trace(source.module, observation, "fused", source.context_length)
-    fuse(model, source.context_length)
-    clean(model, source.module, observation.geometry, observation.vocab_size)
+    model = traced(source, observation, pytest.fail)
     assert reads == []
     large = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value.nbytes > 1000
@@ -162,8 +171,34 @@ def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
     assert np.array_equal(matrix.numpy(), expected.detach().numpy().T)  # MatMul's layout
 
 
-def bundle_files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "onnx").iterdir()}
+@pytest.mark.slow
+def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
+    """Such as a copy that torch makes of a parameter."""
+    source, told, original = open_source(saved_llama), list[str](), StoredWeights.weight
+    observation = observe(source.module, source.context_length)
+    monkeypatch.setattr(
+        StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
+    )
+    traced(source, observation, told.append)
+    assert not any(stored for *_, stored in parameters(source.module))
+    assert any("reads a large weight, so that all are loaded" in sentence for sentence in told)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_transformers_computes_of_several_tensors_is_in_memory(family, tmp_path):
+    assert_in_memory(family, open_source(saved(build(family), tmp_path / "model"), context_length=CONTEXT).module)
+
+
+def assert_in_memory(family: str, module: nn.Module) -> None:
+    found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
+    assert bool(found) == ((family in COMPUTED and not TRANSFORMERS_4) or family in CHANGED)
+
+
+def graph_of(folder: Path, context: int) -> tuple[nn.Module, bytes]:
+    """The module of a folder, and its float32 graph with the weights as a file."""
+    source = open_source(folder, context_length=context)
+    model = grafted(*observed(source, ExportConfig(context_length=context), SILENT), SILENT).model
+    return source.module, ir.to_proto(model).SerializeToString()
 
 
 CASES = [
@@ -172,41 +207,18 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), divided(CASES, ci=[("llama", "tied"), ("gemma2", "bf16"), ("qwen3_moe", ""), ("bloom", "")])
-)
-def test_the_float32_bundle_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "kind"), divided(CASES))
+def test_the_float32_graph_is_that_of_loaded_weights(family, kind, tmp_path, monkeypatch):
     if family not in transformers.CONFIG_MAPPING or (TRANSFORMERS_4 and family in FROM_TRANSFORMERS_5):
         pytest.skip(f"not with transformers {transformers.__version__}")
     context = 80 if kind == "tied" else CONTEXT
     model = llama(tie_word_embeddings=True) if kind == "tied" else build(family)
     folder = saved(model, tmp_path / "model", kind)
-    module = open_source(folder, context_length=context).module
-    found = [name for name, parameter, stored in parameters(module) if not stored and parameter.nbytes >= 1000]
-    assert bool(found) == ((family in COMPUTED and not TRANSFORMERS_4) or family in CHANGED)
-    in_contract(module, context, None, lambda sentence: None)
+    assert_in_memory(family, open_source(folder, context_length=context).module)
+    module, graph = graph_of(folder, context)
     assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
-    options: dict[str, Any] = {"precision": "fp32", "context_length": context}
-    export(folder, tmp_path / "stored", **options)
     monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)
-    export(folder, tmp_path / "whole", **options)
-    assert bundle_files(tmp_path / "stored") == bundle_files(tmp_path / "whole")
-
-
-def test_a_weight_that_is_bound_to_another_tensor_is_found(saved_llama, tmp_path, monkeypatch):
-    original = StoredWeights.weight
-    held: list[StoredWeight] = []
-
-    def swapped(self: StoredWeights, raw: object) -> StoredWeight | None:
-        found = original(self, raw)
-        if found is not None and found.shape == (64, 96):
-            held.append(found)
-            return held[0]
-        return found
-
-    monkeypatch.setattr(StoredWeights, "weight", swapped)
-    with pytest.raises(ParityError, match="does not compute what its source computes"):
-        export(saved_llama, tmp_path / "bundle", "fp32")
+    assert graph_of(folder, context)[1] == graph
 
 
 def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
@@ -214,17 +226,6 @@ def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="reading all weights takes about"):
         load(module)
-
-
-@pytest.mark.slow
-def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, tmp_path, monkeypatch):
-    """Such as a copy that torch makes of a parameter."""
-    original = StoredWeights.weight
-    monkeypatch.setattr(
-        StoredWeights, "weight", lambda self, raw: None if len(getattr(raw, "shape", ())) == 2 else original(self, raw)
-    )
-    report = export(saved_llama, tmp_path / "bundle", "fp32")
-    assert any("reads a large weight, so that all are loaded" in sentence for sentence in report.warnings)
 
 
 def test_the_documentation_names_the_families_whose_weights_are_loaded():

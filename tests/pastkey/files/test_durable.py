@@ -17,6 +17,7 @@ from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
 from pastkey.files.durable import (
     STEPS,
+    exchange,
     locked,
     refuse_existing,
     remove_leftovers,
@@ -100,7 +101,7 @@ def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(
         found.append(name_of(out) if out.exists() else "none")
         if found[-1] == "new":
             assert save is replace_file or (out / "deep" / "a").read_text() == "a"
-        elif not isinstance(error, Killed):
+        elif isinstance(error, OSError):
             assert not left, "an error cleans up"
     assert set(found) == {"none" if old is None else "old", "new"}
     assert found[-1] == "new"
@@ -155,6 +156,12 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     replace(tmp_path / "current")
     assert (name_of(tmp_path / "current"), name_of(tmp_path / "v1")) == ("new", "v1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_an_exchange_with_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        exchange(made(tmp_path / "one"), tmp_path / "none")
+    assert name_of(tmp_path / "one") == "one"
 
 
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pastkey.train.data.documents import Document, document_of
 from pastkey.train.data.examples import Example
@@ -60,7 +61,8 @@ MARKED = (
 
 
 def chat_tokenizer(template: str | None = CHATML) -> TextTokenizer:
-    """Byte-level BPE with the tokens of ChatML."""
+    """Byte-level BPE with the tokens of ChatML, for tests that render templates."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
     made = train_bpe(["the cat sat on the mat", "a dog saw a cat"], 280)
     made.tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return replace(made, chat_template=template)

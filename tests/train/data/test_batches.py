@@ -19,14 +19,6 @@ from ..helpers import write_corpus
 from .helpers import corpus_of, ids, write_lines, written
 
 
-def test_targets_are_the_inputs_one_token_later(tmp_path):
-    info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
-    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
-    inputs, targets = tokens.draw(5, seed=1, step=3)
-    assert inputs.shape == targets.shape == (5, 8)
-    assert inputs[:, 1:].equal(targets[:, :-1])
-
-
 def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
     info = written(tmp_path, open_corpus([write_corpus(tmp_path / "a.txt")]))
     one, two = (Tokens(tmp_path / TOKENS_TRAIN, info, 8) for _ in range(2))
@@ -46,7 +38,7 @@ def test_short_documents_are_read_from_their_beginning(tmp_path):
 def test_a_window_ends_with_its_document(tmp_path):
     info = written(tmp_path, corpus_of(*(f"{number}\n" + "d" * number for number in range(100))), context=60)
     inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(200, seed=0, step=0)
-    assert len(inputs[0]) == 60
+    assert inputs.shape == targets.shape == (200, 60)
     for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
         trained = [token for token in wanted if token != NOT_TRAINED]
         assert wanted[: len(trained)] == trained  # padding is at the end
@@ -132,6 +124,7 @@ def example_tokens(folder: Path) -> Tokens:
 
 def test_targets_that_are_not_trained_are_left_out(tmp_path):
     inputs, targets = example_tokens(tmp_path).draw(3, seed=0, step=0)
+    assert inputs.shape == targets.shape == (3, 6)
     assert inputs.min() >= 0
     assert (targets[:, :3] == NOT_TRAINED).all()  # the prompt
     assert targets[:, 3:5].equal(inputs[:, 4:])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tokenizers import decoders, pre_tokenizers, processors
 
 from pastkey.errors import InputError
-from pastkey.train.data.documents import document_of
+from pastkey.train.data.chat import conversation_parts
+from pastkey.train.data.documents import Completion, Conversation, document_of
 from pastkey.train.data.examples import encode_examples
 from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
 
@@ -19,7 +21,6 @@ PAIR = {"prompt": "the cat ", "completion": "sat"}
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_a_turn_is_trained_with_its_end_and_nothing_behind(template):
-    pytest.importorskip("transformers")
     tokenizer = chat_tokenizer(template)
     (example,) = encode_examples([document_of(chat("hi", "hello", "bye", "\nbye"), "row 1")], tokenizer)
     assert trained_text(example, tokenizer) == ["hello<|im_end|>", "\nbye<|im_end|>"]
@@ -81,7 +82,6 @@ def test_a_text_is_trained_as_a_whole():
 
 
 def test_an_answer_without_a_special_token_has_no_end():
-    pytest.importorskip("transformers")
     plain = chat_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
                            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
     (example,) = encode_examples([document_of(chat("hi", "hello"), "row 1")], plain)
@@ -95,3 +95,105 @@ def test_an_unknown_character_is_named_by_its_place(row):
     documents = [document_of({"text": "cat"}, "a.jsonl, line 1"), document_of(row, "a.jsonl, line 2")]
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):
         encode_examples(documents, tokenizer)
+
+
+# --- each format's rows, and the sentences for rows of no format ---------------------------------------------------
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "content", "texts"),
+    [
+        ({"text": "a", "id": 3}, "a", ["a"]),
+        ({"prompt": "a", "completion": "b"}, Completion("a", "b"), ["ab"]),
+        ({"messages": MESSAGES, "text": "x"}, Conversation(MESSAGES), ["a", "b"]),
+        ({"messages": MESSAGES, "tools": [{"name": "t"}]}, Conversation(MESSAGES, [{"name": "t"}]), ["a", "b"]),
+        ({"messages": None, "prompt": None, "text": "a"}, "a", ["a"]),  # as Parquet fills rows
+    ],
+)
+def test_a_row_becomes_a_document(row, content, texts):
+    document = document_of(row, "a.jsonl, line 1")
+    assert document.content == content
+    assert list(document.texts()) == texts
+    assert document.masked == (not isinstance(content, str))
+
+
+def test_different_documents_have_different_bytes():
+    rows: list[dict[str, Any]] = [
+        {"text": "ab"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "", "completion": "ab"},
+    ]
+    rows += [{"messages": MESSAGES}, {"messages": MESSAGES[:1]}, {"messages": MESSAGES, "tools": []}]
+    assert len({document_of(row, "").canonical() for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (["a"], r"line 1 is \['a'\]; expected an object such as"),
+        ({}, "line 1 has the fields none; expected text, or prompt and completion, or messages"),
+        ({"prompt": "a"}, "line 1 has the fields prompt; expected"),
+        ({"text": 3}, "line 1: text is 3; it must be a text"),
+        ({"text": "\ud800"}, "it must be a text"),
+        ({"prompt": "a", "completion": MESSAGES}, "a conversation goes into the field messages"),
+        ({"messages": []}, r"messages is \[\]; it must be a list of messages"),
+        ({"messages": "hi"}, "messages is 'hi'; it must be a list"),
+        ({"messages": ["hi"]}, "a message is 'hi'; each must be an object with role and content"),
+        ({"messages": [{"from": "human", "value": "hi"}]}, "each must be an object with role and content"),
+        ({"messages": [{"role": "user", "text": "hi"}]}, "each must be an object with role and content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "each must be an object with role and content"),
+        ({"messages": MESSAGES, "tools": ["t"]}, "it must be a list of JSON schemas"),
+    ],
+)
+def test_a_row_of_no_format_is_refused(row, sentence):
+    with pytest.raises(InputError, match=sentence):
+        document_of(row, "a.jsonl, line 1")
+
+
+# --- the assistant's turns are found by the template's mark, or by rendering up to them; else the template is refused
+TALK = Conversation(chat("hi", "hello", "bye", "bye")["messages"])
+
+
+@pytest.mark.parametrize(("template", "behind"), [(CHATML, "\n"), (MARKED, "")])
+def test_the_turns_of_the_assistant_are_trained(template, behind):
+    parts = conversation_parts(TALK, chat_tokenizer(template))
+    assert [text for text, trained in parts if trained] == [f"hello<|im_end|>{behind}", f"bye<|im_end|>{behind}"]
+    other = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert parts[0] == (other, False)
+    assert "".join(text for text, _ in parts).count("<|im_start|>") == 4
+
+
+def test_a_template_reads_the_special_tokens_and_tools():
+    template = "{{ bos_token }}{{ tools | length if tools else 0 }}" + CHATML
+    tokenizer = replace(chat_tokenizer(template), special_tokens={"bos_token": "<s>"})
+    talk = replace(TALK, tools=[{"type": "function"}])
+    assert conversation_parts(talk, tokenizer)[0][0].startswith("<s>1<|im_start|>user")
+
+
+def test_a_conversation_without_an_assistant_has_no_trained_part():
+    parts = conversation_parts(Conversation(chat("hi")["messages"]), chat_tokenizer())
+    assert parts == [("<|im_start|>user\nhi<|im_end|>\n", False)]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them():
+    # as templates do that leave the reasoning of earlier turns out
+    last = "{% if loop.last %}<think></think>{% endif %}"
+    with pytest.raises(InputError, match="does not write message 2 as a continuation of those before it"):
+        conversation_parts(TALK, chat_tokenizer(CHATML.replace("{{ '<|im_start|>'", last + "{{ '<|im_start|>'")))
+    marked = chat_tokenizer(MARKED.replace("{{ '<|im_start|>'", last + "{{ '<|im_start|>'", 1))
+    assert [trained for _, trained in conversation_parts(TALK, marked)] == [False, True, False, True, False]
+    assert conversation_parts(TALK, chat_tokenizer("")) == [("", False)]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "messages need a tokenizer with a chat template"),
+        ("{% if %}", "the chat template does not take this conversation"),
+        ("{{ raise_exception('roles must alternate') }}", "does not take this conversation: roles must alternate"),
+    ],
+)
+def test_a_template_that_cannot_render_is_refused(template, sentence):
+    with pytest.raises(InputError, match=sentence):
+        conversation_parts(TALK, chat_tokenizer(template))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError
 from pastkey.train.data import sources
 from pastkey.train.data.documents import Conversation
 from pastkey.train.data.sources import open_corpus, survey
@@ -31,24 +31,38 @@ def test_the_end_token_separates_documents(tmp_path):
     assert texts(open_corpus([tmp_path / "a.txt"])) == ["one\r\ntwo", "three"]
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path):
-    file = tmp_path / "latin.txt"
-    file.write_bytes("ein Kätzchen".encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin\.txt is not UTF-8 text: byte 5 is 0xe4"):
-        survey(open_corpus([file]))
+CUT = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
+REFUSED: dict[str, tuple[str, bytes, type[PastkeyError], str]] = {
+    "a text": ("a.txt", b"", InputError, "a.txt is empty"),
+    "lines": ("a.txt", b" \n\n ", InputError, "a.txt is empty"),
+    "an end": ("a.txt", b"<|endoftext|>\n", InputError, "a.txt is empty"),
+    "a shard": ("b.txt", b"", InputError, "b.txt is empty: remove it, or write it again"),
+    "latin-1": ("a.txt", "ein K\u00e4tzchen".encode("latin-1"), InputError, "a.txt is not UTF-8 text: byte 5 is 0xe4"),
+    "behind a block": ("a.txt", b"one<|endoftext|>two \xe4", InputError, "a.txt is not UTF-8 text: byte 20 is 0xe4"),
+    "JSON lines": ("a.jsonl", b"\n\n", InputError, "a.jsonl is empty: remove it"),
+    "a byte": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xe4"}\n',
+        InputError,
+        "line 2 is not UTF-8 text: byte 10",
+    ),
+    "UTF-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), InputError, "a.jsonl, line 1 is not UTF-8 text"),
+    "an array": ("a.jsonl", b'[\n{"text": "a"}\n]', InputError, "line 1 begins a JSON array; one object a line"),
+    "cut JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b', IntegrityError, "a.jsonl, line 2 is not valid JSON"),
+    "no text": ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', InputError, "line 2 has the fields content; expected"),
+    "no gzip": ("a.jsonl.gz", b"no gzip", IntegrityError, "copy it again"),
+    "cut gzip": ("a.jsonl.gz", CUT, IntegrityError, "copy it again"),
+}
 
 
-@pytest.mark.parametrize("content", ["", " \n\n ", "<|endoftext|>\n"])
-def test_an_empty_corpus_is_refused(content, tmp_path):
-    (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(InputError, match=r"a\.txt is empty"):
-        survey(open_corpus([tmp_path / "a.txt"]))
-
-
-def test_an_empty_text_beside_others_is_a_shard_that_was_not_written(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
-    (tmp_path / "b.txt").touch()
-    with pytest.raises(InputError, match=r"b\.txt is empty: remove it, or write it again"):
+@pytest.mark.parametrize("spoilt", REFUSED)
+def test_what_is_no_data_is_named_by_file_and_line(spoilt, tmp_path, monkeypatch):
+    name, content, error, sentence = REFUSED[spoilt]
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 8)
+    if name == "b.txt":
+        (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=re.escape(sentence)):
         survey(open_corpus([tmp_path]))
 
 
@@ -128,37 +142,6 @@ def test_a_folder_with_data_leaves_its_readme_alone(tmp_path):
     assert texts(open_corpus([tmp_path])) == ["first", "second"]
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "a.jsonl is empty: remove it"),
-        (b"\n\n", "a.jsonl is empty: remove it"),
-        (b'{"text": "a"}\n{"text": "K\xe4tzchen"}\n', "a.jsonl, line 2 is not UTF-8 text: byte 11 is 0xe4"),
-        ('{"text": "a"}\n'.encode("utf-16"), "a.jsonl, line 1 is not UTF-8 text"),
-        (b'[\n{"text": "a"}\n]', "line 1 begins a JSON array; one object a line was expected"),
-        (b'{"text": "a"}\n{"text": "b', "a.jsonl, line 2 is not valid JSON"),
-        (
-            b'{"text": "a"}\n{"content": "b"}\n',
-            "line 2 has the fields content; expected text, or prompt and completion",
-        ),
-    ],
-)
-def test_what_is_no_data_is_named_by_file_and_line(content, sentence, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises((InputError, IntegrityError), match=re.escape(sentence)):
-        survey(open_corpus([tmp_path / "a.jsonl"]))
-
-
-CUT = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
-
-
-@pytest.mark.parametrize("content", [b"no gzip", CUT], ids=["no gzip", "cut"])
-def test_damaged_compressed_files_are_named(content, tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(content)
-    with pytest.raises(IntegrityError, match=r"a\.jsonl\.gz .*copy it again"):
-        survey(open_corpus([tmp_path / "a.jsonl.gz"]))
-
-
 def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST_BYTES", 100)
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)
@@ -171,13 +154,6 @@ def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path, monkeypatch):
     assert [line for text in found[:-3] for line in text.split("\n")] == lines
     assert found[-3] == "next"
     assert "".join(found[-2:]) == "\u00e9" * 99
-
-
-def test_a_byte_that_is_not_utf8_is_counted_from_the_beginning_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_BYTES", 8)
-    (tmp_path / "a.txt").write_bytes(b"one<|endoftext|>two \xe4")
-    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: byte 20 is 0xe4"):
-        survey(open_corpus([tmp_path / "a.txt"]))
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

@@ -208,11 +208,6 @@ def test_processes_that_the_command_starts_end_with_a_sentence_and_no_trace(text
     assert said.endswith("of 2 was ended by signal 9\n")
 
 
-def test_one_process_has_nothing_to_shard(tmp_path):
-    with pytest.raises(InputError, match="--shard divides a model among processes, and this is one"):
-        loop.train(tiny(shard=True), tmp_path / "c")
-
-
 def test_the_advice_for_a_batch_that_is_not_divided_is_right():
     with pytest.raises(InputError, match=r"a batch of 12 rows .* among 5 processes: start 2 or 3 or 4, or begin"):
         Ranks(0, 5).require_divides(12)
