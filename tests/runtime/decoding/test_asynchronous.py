@@ -80,29 +80,6 @@ def test_leaving_and_closing_end_it(lm):
     assert lm.scheduler.live == 0
 
 
-def test_the_loop_goes_on_within_each_run(lm, monkeypatch):
-    """A run waits for a tick of the loop that comes after it has begun."""
-    graph, ticked, came = lm.require_open().graph, threading.Semaphore(0), list[bool]()
-    run = graph.run
-
-    def waiting(*arguments: Any) -> Any:
-        while ticked.acquire(blocking=False):
-            pass
-        came.append(ticked.acquire(timeout=10))
-        return run(*arguments)
-
-    monkeypatch.setattr(graph, "run", waiting)
-
-    async def ticks() -> None:
-        task = asyncio.create_task(lm.agenerate("abc", max_new_tokens=10, prompt_lookup=False))
-        while not task.done():
-            await asyncio.sleep(0.001)
-            ticked.release()
-
-    asyncio.run(ticks())
-    assert came == [True] * 10
-
-
 def test_errors_come_where_they_belong(lm, monkeypatch):
     with pytest.raises(OptionError, match=r"astream\(\) has no option"):
         lm.astream("abc", temprature=1)

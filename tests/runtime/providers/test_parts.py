@@ -103,6 +103,8 @@ def test_nodes_that_hand_on_tensors_are_one_part(named):
     assert parts_of(session(*each), named) == {CPU: 2}  # f reads the graph's input alone
     without_b = [(NPU if name == "b" else CPU, name) for name in "abcdef"]
     assert parts_of(session(*without_b), named) == {CPU: 2, NPU: 1}  # a reaches d past b
+    assert parts_of(session((CPU, "a"), (CPU, "a")), named) == {CPU: None}
+    assert assigned(object(), named) == {}
     without_d = [(NPU if name == "d" else CPU, name) for name in "abcdef"]
     assert parts_of(session(*without_d), named) == {CPU: 3, NPU: 1}
 
@@ -116,18 +118,6 @@ def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(tmp_pa
     assert weight_bytes_of(session((NPU, "ab"), (NPU, "c")), path) == {NPU: 60 + 60 + 20}
     assert weight_bytes_of(session((NPU, "xyz")), path) == {NPU: 60 + 60 + 20}
     assert weight_bytes_of(session((NPU, "ac"), (CPU, "b")), path) == {NPU: 60 + 20, CPU: None}
-
-
-def test_without_names_or_a_graph_of_onnx_parts_are_unknown(chain, named, tmp_path):
-    assert parts_of(session((CPU, "a"), (CPU, "a")), named) == {CPU: None}
-    other = tmp_path / "graph.ort"
-    other.write_bytes(b"\xff" * 40)
-    assert parts_of(session((CPU, "a")), other) == {CPU: None}
-
-
-def test_without_a_record_nothing_is_known(chain):
-    assert assigned(object(), chain) == {}
-    assert assigned(onnxruntime.InferenceSession(str(chain), providers=[CPU]), chain) == {}
 
 
 def test_the_record_of_onnxruntime_itself(chain):

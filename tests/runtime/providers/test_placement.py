@@ -16,10 +16,6 @@ def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
 
 
-def names_of(placement: providers.Placement) -> list[str]:
-    return [providers.short_name(name) for name, _ in placement.providers]
-
-
 @pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
 def test_the_cpu_by_every_name(choice):
     assert providers.resolve(choice) == CPU
@@ -40,24 +36,34 @@ def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch):
             providers.resolve(("qnn", {"htp_arch": missing}))
 
 
-def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch):
-    here(monkeypatch, "CUDAExecutionProvider")
-    for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
-        assert names_of(placement) == ["cuda", "cpu"]
-        assert (placement.whole, placement.tells) == (False, True)
-
-
-def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch):
-    here(monkeypatch, "OpenVINOExecutionProvider")
-    for choice in ("openvino", ("openvino", {"device_type": "CPU"}), ["openvino"]):
-        placement = providers.resolve(choice)
-        assert providers.resolve(choice, graph="fused").whole  # which it does not, and says so
-        assert names_of(placement) == ["openvino"]
-        assert (placement.whole, placement.tells) == (True, False)
-    assert providers.resolve(None, target="openvino").whole
-    for placement in (providers.resolve("openvino", allow_fallback=True), providers.resolve(["openvino", "cpu"])):
-        assert names_of(placement) == ["openvino", "cpu"]
-        assert (placement.whole, placement.tells) == (False, True)
+@pytest.mark.parametrize(
+    ("choice", "settings", "expected"),
+    [
+        ("cuda", {}, ["cuda", "cpu"]),
+        (None, {"target": "cuda"}, ["cuda", "cpu"]),
+        ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
+        # One that is known to run whole graphs runs all of it, or is told that it need not.
+        ("openvino", {}, ["openvino"]),
+        (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
+        (["openvino"], {}, ["openvino"]),
+        ("openvino", {"graph": "fused"}, ["openvino"]),
+        (None, {"target": "openvino"}, ["openvino"]),
+        ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
+        (["openvino", "cpu"], {}, ["openvino", "cpu"]),
+        # WebGPU runs a bundle that was made for it in parts, and no other.
+        (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
+        ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
+        ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
+        ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
+        (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
+    ],
+)
+def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, settings, expected, monkeypatch):
+    here(monkeypatch, *(PROVIDERS[name].name for name in ("cuda", "tensorrt", "openvino", "webgpu")))
+    placement = providers.resolve(choice, **settings)
+    found = [providers.short_name(name) for name, _ in placement.providers]
+    whole = expected[-1] != "cpu"
+    assert (found, placement.whole, placement.tells) == (expected, whole, not whole)
 
 
 def test_what_stays_behind_is_counted_by_operator_the_most_first():
@@ -131,13 +137,6 @@ def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it():
             providers.resolve(asked, target)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino", "webgpu"])
-def test_the_fused_graph_goes_on_where_it_was_run(name, monkeypatch):
-    full = PROVIDERS[name].name
-    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
-    assert providers.resolve(name, graph="fused").providers[0] == (full, {})
-
-
 @pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
 def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
@@ -146,16 +145,6 @@ def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
         with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
             providers.resolve(choice, graph="fused")
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
-
-
-def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeypatch):
-    here(monkeypatch, "WebGpuExecutionProvider")
-    for graph in ("fused", "standard"):
-        for choice in (None, "webgpu"):
-            placement = providers.resolve(choice, target="webgpu", graph=graph)
-            assert (placement.whole, placement.tells) == (False, True)
-        assert providers.resolve("webgpu", target="cpu", graph=graph).whole
-    assert providers.resolve(None, target="webgpu", graph="static").whole
 
 
 def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):

@@ -220,20 +220,6 @@ def test_whatever_the_settings_a_token_comes_that_is_not_banned(logits, ids, set
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"frequency_penalty": 10**30}, {"presence_penalty": -(10**30)}, {"logit_bias": {1: 10**30}},
-        {"dry_multiplier": 10**30, "dry_base": 10**30}, {"temperature": 10**30, "top_k": 10**30},
-    ],
-)  # fmt: skip
-def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings):
-    floats = {name: float(value) if not isinstance(value, dict) else {1: 1e30} for name, value in settings.items()}
-    floats |= {"top_k": 1000} if "top_k" in settings else {}
-    logits = np.arange(5, dtype=np.float32)
-    assert choice([0, 1, 2] * 3, logits, seed=1, **settings) == choice([0, 1, 2] * 3, logits, seed=1, **floats)
-
-
-@pytest.mark.parametrize(
     ("field", "value", "token"),
     [
         ("suppress_tokens", [3, 4], 2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.errors import InputError
 from pastkey.runtime.engine.caches import int8_kv
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import ort
@@ -58,18 +57,6 @@ def test_decoding_goes_through_the_int8_cache_from_a_length_on(bundle, exact):
     assert_close(found[10:], expected[10:])
 
 
-def test_a_row_is_rounded_once_to_the_nearest_step_of_its_channel(engine, exact):
-    for either in (engine, exact):
-        either.prefill(IDS[:20])
-    engine.decode(int(IDS[20]))
-    assert lengths(engine) == (21, 20, 21)
-    assert engine.cache.int8 is not None
-    for stored, rows in zip(engine.cache.int8.arrays, exact.cache.float32.arrays, strict=True):
-        assert stored.dtype == np.int8
-        expected = np.clip(np.rint(rows[:, :, :20] / np.float32(8 / 127)), -128, 127)
-        np.testing.assert_array_equal(stored[:, :, :20], expected)
-
-
 def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine, exact):
     """Several tokens at once go through the float32 cache, which gets the rows that only the other one had."""
     engine.prefill(IDS[:20])
@@ -81,21 +68,6 @@ def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine, exact):
     assert_close(found, exact.prefill(IDS))
     assert_close(engine.decode(3), exact.decode(3))
     assert lengths(engine) == (81, 80, 81)
-
-
-def test_several_rows_keep_the_float32_cache(engine, exact):
-    for either in (engine, exact):
-        either.forward(IDS[:40].reshape(2, 20))
-    np.testing.assert_array_equal(engine.forward(IDS[40:42, None]), exact.forward(IDS[40:42, None]))
-    with pytest.raises(InputError, match="holds 2 rows and 1 were given"):
-        engine.decode(3)
-    assert engine.cache.int8 is None
-
-
-def test_the_graph_of_all_logits_keeps_the_float32_cache(bundle):
-    engine = Engine(bundle, graph="all_logits", threads=1, int8_kv_from=1)
-    decoded(engine)
-    assert engine.cache.int8 is None
 
 
 def test_an_older_onnxruntime_decodes_without_it(bundle, exact, monkeypatch):

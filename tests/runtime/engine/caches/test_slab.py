@@ -27,7 +27,7 @@ def begun(engine: Engine, ids: list[int]) -> Engine:
 def test_rows_that_join_leave_trim_and_run_alone_keep_their_logits(engine, tiny):
     rng, slab = random.Random(0), Slab(engine.graph, 6)
     rows: dict[Engine, list[int]] = {}
-    for _ in range(150):
+    for _ in range(120):
         action = rng.random()
         if action < 0.15 and len(rows) < 9:
             ids = [rng.randrange(37) for _ in range(rng.choice([2, 20, 120]))]
