@@ -242,7 +242,7 @@ def test_what_a_template_leaves_out_is_told(make_model, options, words):
         make_model(template).chat(**options)
 
 
-def test_a_template_that_takes_no_system_text_or_no_tools_refuses_them_at_once(make_model, tmp_path):
+def test_a_template_without_system_texts_or_tools_refuses_them(make_model, tmp_path):
     model = make_model(
         "{% for m in messages %}{% if m.role in ('system', 'tool') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
         "{{ m.content }}{% endfor %}"
@@ -321,7 +321,7 @@ def test_an_answer_that_was_cut_goes_on(model):
     assert chat.ask(max_new_tokens=20).text == whole.text
 
 
-def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(model, says, monkeypatch):
+def test_a_continued_answer_keeps_the_space_before_its_next_word(model, says, monkeypatch):
     says("one", "two")
     chat = model.chat()
     chat.ask("hello")

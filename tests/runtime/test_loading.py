@@ -92,7 +92,7 @@ def test_what_is_no_bundle_is_refused(speaking_bundle, tmp_path):
     assert not (tmp_path.parent / "outside").exists()
 
 
-def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(speaking_bundle, tmp_path):
+def test_errors_inside_a_zip_file_name_the_given_file(speaking_bundle, tmp_path):
     """The last of two entries of one name counts."""
     file = tmp_path / "b.zip"
     file.write_bytes(zipped(speaking_bundle.path))
@@ -114,7 +114,7 @@ def folders_of(count: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(30)], ids=["zeros", "folders"])
-def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(content, tmp_path, monkeypatch):
+def test_a_zip_bomb_stops_at_20_times_the_file(content, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -64,7 +64,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OTHERS)
-def test_whatever_is_drawn_validates(lm, options):
+def test_sampled_output_validates(lm, options):
     for seed in range(8):
         done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED | options)
         assert done.finish_reason == "stop"
@@ -76,7 +76,7 @@ def test_whatever_is_drawn_validates(lm, options):
         jsonschema.validate(json.loads(done.text), SCHEMA)
 
 
-def test_what_other_options_leave_of_it(lm):
+def test_stop_strings_limits_and_bans_with_a_constraint(lm):
     (a,) = lm.prompt_ids("a")
     for options in ({"forced_decoder_ids": [[0, a + 2]]}, {"suppress_tokens": lm.prompt_ids("ae")}):
         with pytest.raises(InputError, match=r"no allowed token|ban every token"):
@@ -111,7 +111,7 @@ def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
     assert (held.text, held.finish_reason) == ("a" * 20, "length")
 
 
-def test_a_stream_is_the_generation_and_its_forced_tokens_are_run_together(lm):
+def test_forced_tokens_of_a_stream_are_run_together(lm):
     whole = lm.generate("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
     stream = lm.stream("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
     before = lm.scheduler.steps
@@ -190,7 +190,7 @@ def test_wrong_ones_are_told_by_the_call(lm):
     assert lm.scheduler.steps == before
 
 
-def test_a_dead_end_is_an_error_where_it_comes_and_the_model_goes_on(lm):
+def test_a_dead_end_of_a_grammar_is_an_error(lm):
     with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
         lm.generate("ta", grammar='start: /[a]/ b\nb: "Z"')
     assert lm.generate("ta", regex="[a]").text == "a"

@@ -64,7 +64,7 @@ REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
 ]
 
 
-def test_what_cannot_be_kept_is_refused(lm, make_bundle, tiny):
+def test_context_overflow_options_that_are_refused(lm, make_bundle, tiny):
     for prompt, options, words in REFUSED:
         with pytest.raises(InputError, match=words):
             lm.generate(prompt, **options)
@@ -79,7 +79,7 @@ def test_what_cannot_be_kept_is_refused(lm, make_bundle, tiny):
 
 # --- generating ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("prompt_tokens", [5, 60, CONTEXT])
-def test_the_text_goes_on_as_the_reference_does(lm, tiny_rotary, prompt_tokens):
+def test_generation_with_shifts_equals_the_reference(lm, tiny_rotary, prompt_tokens):
     prompt = ids_of(prompt_tokens)
     completion = lm.generate(prompt, max_new_tokens=150, context_overflow="shift")
     assert completion.ids == continued(tiny_rotary, prompt, 150)
@@ -97,7 +97,7 @@ def test_several_texts_at_the_same_time(lm, tiny_rotary):
     assert (lm.scheduler.batched > 100) is (lm.manifest.graph == "fused")
 
 
-def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm, tiny_rotary):
+def test_a_cut_prompt_continues_as_its_kept_tokens(lm, tiny_rotary):
     ids = ids_of(500)
     gone = -(-(500 - CONTEXT) // BLOCK) * BLOCK
     kept = [*ids[:SINKS], *ids[SINKS + gone :]]
@@ -136,7 +136,7 @@ def interrupted(*_: object) -> None:
     raise MemoryError
 
 
-def test_tokens_that_a_constraint_forces_and_that_do_not_fit_at_once(make_bundle, tiny_rotary, letters):
+def test_more_forced_tokens_than_the_context_holds(make_bundle, tiny_rotary, letters):
     pytest.importorskip("llguidance")
     lm = load(make_bundle(tiny_rotary, "fused", tokenizer=letters, shift=tiny_rotary.shift).path, threads=1)
     found = lm.generate(ids_of(50), regex="[ab]f{100}[cd]", max_new_tokens=110, **SHIFT)

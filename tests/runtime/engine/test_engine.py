@@ -200,7 +200,7 @@ IDS = [5, 6, 7, 8, 9]
         ([5], 0),
     ],
 )
-def test_keep_prefix_keeps_what_is_shared_and_the_rest_equals_a_fresh_prefill(session, tiny, wanted, kept):
+def test_prefill_after_keep_prefix_equals_fresh_prefill(session, tiny, wanted, kept):
     session.prefill(IDS[:-2])
     for token in IDS[-2:]:
         session.decode(token)

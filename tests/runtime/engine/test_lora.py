@@ -109,7 +109,7 @@ ONES = np.ones((2, 24), np.float32)
         ({}, lambda folder: (folder / "adapter_config.json").unlink(), MissingFileError, "adapter_config.json"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_in_a_sentence(config, change, error, words, lm, tiny, tmp_path):
+def test_other_adapters_are_refused(config, change, error, words, lm, tiny, tmp_path):
     folder = write_adapter(tmp_path / "a", lora(tiny, ["wq0"]), **config)
     if change is not None:
         change(folder)

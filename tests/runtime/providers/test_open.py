@@ -80,7 +80,7 @@ def test_a_path_that_is_no_text_is_told(bundle, tmp_path):
         Engine(open_bundle(copy))
 
 
-def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monkeypatch):
+def test_too_little_memory_for_a_graph(bundle, monkeypatch):
     def create(*_: object) -> None:
         raise ort.OrtError[0](
             "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
@@ -98,9 +98,7 @@ def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monk
         ("cpu", "export the model again with --target webgpu, or take the provider 'cpu'"),
     ],
 )
-def test_a_graph_that_a_provider_cannot_compile_is_one_sentence_with_a_way_on(
-    standard_bundle, monkeypatch, target, remedy
-):
+def test_a_graph_that_a_provider_cannot_compile_is_refused_with_a_remedy(standard_bundle, monkeypatch, target, remedy):
     def fails(*given: Any, **more: Any) -> Any:
         raise ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
 

@@ -110,7 +110,7 @@ def test_nodes_that_hand_on_tensors_are_one_part(named):
 
 
 @pytest.mark.parametrize("data_file", ["", "weights"])
-def test_of_one_that_compiles_the_weights_are_counted_where_they_are_read(tmp_path, named_by_output, data_file):
+def test_weight_bytes_of_a_compiling_provider(tmp_path, named_by_output, data_file):
     path = tmp_path / "weighted.onnx"
     weights = {"w": np.zeros((3, 5), np.float32), "v": np.zeros(5, np.float32)}
     path.write_bytes(encode_model(WEIGHTED, weights, data_file)[0])

@@ -22,7 +22,7 @@ def test_the_cpu_by_every_name(choice):
     assert providers.resolve(choice, target="portable") == CPU
 
 
-def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch):
+def test_options_of_qnn(monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
     default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
     for choice, target in (("qnn", "cpu"), (None, "qnn")):
@@ -66,7 +66,7 @@ def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, sett
     assert (found, placement.whole, placement.tells) == (expected, whole, not whole)
 
 
-def test_what_stays_behind_is_counted_by_operator_the_most_first():
+def test_operators_left_to_the_cpu_are_counted():
     assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
     many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
     assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
@@ -89,7 +89,7 @@ def test_wheels_over_one_another_are_named(monkeypatch):
         providers.resolve("openvino")
 
 
-def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch):
+def test_the_command_that_installs_another_wheel(monkeypatch):
     known, gpu = PROVIDERS, "pip install onnxruntime-gpu, with CUDA and cuDNN"
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
     assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
@@ -104,7 +104,7 @@ def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch
     )
 
 
-def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch):
+def test_options_of_the_target_are_the_defaults_of_its_provider(monkeypatch):
     here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
     for choice in (None, "qnn"):
         placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
@@ -126,7 +126,7 @@ def test_a_plugin_is_here_where_its_package_is(monkeypatch):
         providers.plugin_devices("QNNExecutionProvider")
 
 
-def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it():
+def test_absent_and_unknown_providers_are_refused():
     for asked, target, words in (
         ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
         (None, "webgpu", "the bundle was made for webgpu"),
@@ -159,7 +159,7 @@ def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):
         assert advice in providers.other_graph(name, manifest)
 
 
-def test_a_provider_that_did_not_start_is_not_passed_over_in_silence():
+def test_a_provider_that_did_not_start_is_refused():
     wanted = providers.Placement((("CUDAExecutionProvider", {}), *CPU.providers))
     providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):

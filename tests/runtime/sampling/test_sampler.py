@@ -211,7 +211,7 @@ def test_an_id_out_of_the_vocabulary_is_named(settings):
         },
     ),
 )  # fmt: skip
-def test_whatever_the_settings_a_token_comes_that_is_not_banned(logits, ids, settings):
+def test_any_settings_give_a_token_that_is_not_banned(logits, ids, settings):
     """A warning of numpy's is an error here."""
     token = choice(ids, logits, seed=1, **settings)
     assert 0 <= token < 9

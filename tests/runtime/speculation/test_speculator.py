@@ -36,7 +36,7 @@ class Nines(Drafter):
         self.stopped = True
 
 
-def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts():
+def test_prompt_lookup_comes_before_the_draft_model():
     drafter, text = Nines(), list(TEXT)
     speculator = Speculator(prompt_lookup=True, drafter=drafter, constraint=None)
     assert speculator.draft(text, 9) == [4]
@@ -58,7 +58,7 @@ def test_the_text_itself_comes_first_and_each_hears_of_its_own_drafts():
     ("tokens", "expected"),
     [([4, 5, 8], [0, 0, 3]), ([4, 8], [0, 2]), ([8], [1]), ([None], [1])],
 )
-def test_beside_other_rows_what_a_draft_would_have_brought_is_counted(tokens, expected):
+def test_batched_steps_count_what_a_draft_would_have_brought(tokens, expected):
     speculator, text = Speculator(prompt_lookup=True, drafter=Nines(), constraint=None), list(TEXT)
     speculator.end(1, 1)  # three are drafted now
     found = []

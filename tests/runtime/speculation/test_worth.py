@@ -78,7 +78,7 @@ def test_a_good_one_is_used():
     assert speed(8, 128, 0.8, cost=0.1, prompt=300) > 1.2
 
 
-def test_as_many_tokens_are_drafted_as_bring_most_a_second():
+def test_the_length_of_a_draft_is_the_fastest():
     def found(rate: float, cost: float) -> int:
         return known(cost).tokens(rate, 1, 100)
 
@@ -96,7 +96,7 @@ def test_as_many_tokens_are_drafted_as_bring_most_a_second():
     assert found(0.1, 0.3) == 0
 
 
-def test_nothing_is_drafted_before_two_steps_were_timed_nor_at_the_end():
+def test_no_drafts_before_two_timed_steps_nor_at_the_end():
     worth = Worth(0.1, 0.01)
     assert worth.tokens(0.9, 1, 100) == 0
     worth.note_step(4, 1.0)

@@ -16,7 +16,7 @@ def lm(fused_bundle):
     return load(Path(fused_bundle.path), threads=1, max_batch=2, max_queue=1)
 
 
-def test_a_request_beyond_the_queue_is_refused_at_once_and_frees_nothing(lm):
+def test_a_request_beyond_the_queue_is_refused(lm):
     streams = [lm.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
     with pytest.raises(QueueFullError, match="3 requests are open"):
         lm.stream([1])

@@ -180,7 +180,7 @@ def test_a_leader_that_is_interrupted_leaves_no_one_waiting(model, expected):
 
 
 @pytest.mark.parametrize("error", [MemoryError, RunFailedError])
-def test_an_error_in_the_run_of_a_text_that_waits_is_that_texts_own(model, expected, monkeypatch, error):
+def test_an_error_belongs_to_the_text_whose_run_failed(model, expected, monkeypatch, error):
     """Whichever thread leads."""
     graph, run = model.require_open().graph, model.require_open().graph.run
 

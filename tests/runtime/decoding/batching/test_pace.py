@@ -10,7 +10,7 @@ class Row:
     tokens_per_step: float
 
 
-def test_turns_pay_where_drafts_bring_more_than_the_other_rows():
+def test_single_steps_pay_where_drafts_bring_more_than_a_batch():
     pace = Pace()
     assert not pace.turns_pay([Row(4), Row(4)])  # nothing was timed
     pace.note(2, 0.010)

@@ -57,7 +57,7 @@ def test_decoding_goes_through_the_int8_cache_from_a_length_on(bundle, exact):
     assert_close(found[10:], expected[10:])
 
 
-def test_what_was_decoded_in_int8_is_there_for_the_next_prefill(engine, exact):
+def test_prefill_after_int8_decoding(engine, exact):
     """Several tokens at once go through the float32 cache, which gets the rows that only the other one had."""
     engine.prefill(IDS[:20])
     for token in IDS[20:40].tolist():
