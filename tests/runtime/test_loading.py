@@ -182,11 +182,6 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(speaking_bundle, 
         load(tmp_path)
 
 
-def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path):
-    with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
-        load(tmp_path, trust=False, draft=tmp_path)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_leaves_the_unpacked_files_where_they_are(speaking_bundle, expected, tmp_path):
     """Whether it closes the model or ends; in a process of its own, for the atexit handlers of pytest."""

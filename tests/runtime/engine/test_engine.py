@@ -220,11 +220,3 @@ def test_keep_prefix_forgets_rows_and_padding_that_it_cannot_compare(session):
     session.reset()
     session.prefill([5, 6])
     assert session.keep_prefix([5, 6, 7, 8]) == 2
-
-
-def test_a_bundle_of_format_1_computes_the_same(tiny, make_bundle):
-    engine = Engine(make_bundle(tiny, "fused", format_version=1), threads=1)
-    assert {"attention_mask", "logits_to_keep"} <= {value.name for value in engine.onnx.get_inputs()}
-    ids = random_ids(20)
-    logits = np.concatenate([engine.prefill(ids[:15])[None], engine.all_logits(ids[15:])])
-    assert_close(logits, tiny(ids)[14:])

@@ -185,20 +185,6 @@ def test_a_device_that_computes_something_else_is_refused(fused_bundle, off, pre
     assert not engine.graph.one_by_one
 
 
-def test_a_bundle_of_format_1_is_compared_with_the_processor(make_bundle, tiny, monkeypatch):
-    old = make_bundle(tiny, "fused", format_version=1)
-    made: list[Engine] = []
-    computed = Golden.computed.__func__  # type: ignore[attr-defined]
-
-    def recorded(cls: type[Golden], engine: Engine, rows: int, limit: float) -> Golden:
-        made.append(engine)
-        return computed(cls, engine, rows, limit)
-
-    monkeypatch.setattr(Golden, "computed", classmethod(recorded))
-    assert proved(on(old), old) == []
-    assert [engine.providers for engine in made] == [["CPUExecutionProvider"]]
-
-
 @pytest.fixture
 def wrong_native(make_bundle, tiny, stored, tmp_path, monkeypatch):
     """A bundle whose native graph is that of another decoder."""

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 
-from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 from pastkey.runtime.speculation.worth import Rate, Worth, observed
 
 PER_TOKEN = 0.2  # of a step, for each further token of a run
-
-
-def known(draft: float = 0.1) -> Worth:
-    """After two steps of a second, and one draft."""
-    worth = Worth(draft, 0.1 * draft)
-    worth.note_step(1, 1.0)
-    worth.note_step(1, 1.0)
-    worth.balance = 100.0
-    return worth
 
 
 class Text:
@@ -76,24 +65,6 @@ def test_a_useless_draft_model_costs_little(cost, guess, prompt, new, acceptance
 def test_a_good_one_is_used():
     assert speed(8, 128, 0.8, cost=0.1) > 1.4
     assert speed(8, 128, 0.8, cost=0.1, prompt=300) > 1.2
-
-
-def test_the_length_of_a_draft_is_the_fastest():
-    def found(rate: float, cost: float) -> int:
-        return known(cost).tokens(rate, 1, 100)
-
-    def fastest(rate: float, cost: float) -> int:
-        speeds = [
-            sum(rate**place for place in range(count + 1)) / (1 + PER_TOKEN * count + cost * count)
-            for count in range(MAX_DRAFT_TOKENS + 1)
-        ]
-        return max(range(len(speeds)), key=speeds.__getitem__)
-
-    for rate, cost in itertools.product([0.5, 0.7, 0.85, 0.95], [0.02, 0.1, 0.3]):
-        if fastest(rate, cost) > 1:  # that of 0 and 1 is nearly equal
-            assert found(rate, cost) == fastest(rate, cost), (rate, cost)
-    assert found(1.0, 0.1) == MAX_DRAFT_TOKENS
-    assert found(0.1, 0.3) == 0
 
 
 def test_no_drafts_before_two_timed_steps_nor_at_the_end():
