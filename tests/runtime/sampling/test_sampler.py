@@ -116,6 +116,7 @@ def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings
         ({"suppress_tokens": [1, 3]}, [], 4),
         ({"bad_words_ids": [[0, 1]]}, [0], 3),
         ({"bad_words_ids": [[0, 1]]}, [4], 1),
+        ({"bad_words_ids": [[1]], "end_ids": [1]}, [], 1),
         ({"presence_penalty": 1.0}, [1], 3),
         ({"frequency_penalty": 0.2}, [1], 1),
         ({"frequency_penalty": 0.2}, [1, 1], 3),

@@ -138,6 +138,19 @@ def test_a_fault_leaves_every_other_text_as_it_is_alone(model, expected, moment,
     assert at > 8
 
 
+def test_a_fault_while_a_stream_leaves_a_batch_loses_its_cache_alone(model, expected, caplog):
+    streams = [model.stream(prompt, **STREAMS[prompt]) for prompt in ("abcabcab", "abc")]
+    for _ in range(3):
+        for stream in streams:
+            next(stream)
+    with fault(model, "memory", 0, OSError) as counted:
+        streams[0].close()
+    assert ("the cache of a generation was lost" in caplog.text) is (counted.calls > 0)
+    list(streams[1])
+    require_same(model, streams[1].completion, expected["abc"])
+    require_nothing_left(model)
+
+
 class Waiting:
     """A processor of logits: in its first step it stands still until other calls wait, and then raises, if it is to."""
 
@@ -247,5 +260,12 @@ def test_a_fork_goes_on_in_both_processes(model, expected, where):
         assert len(future.result(60).ids) == 60
     _, status = os.waitpid(children[0], 0)
     assert os.waitstatus_to_exitcode(status) == 0
+    require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+    require_nothing_left(model)
+
+
+def test_the_hooks_of_a_child_let_it_go_on(model, expected):
+    model.scheduler.before_fork()
+    model.scheduler.after_fork(child=True)
     require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
     require_nothing_left(model)
