@@ -111,7 +111,7 @@ def test_several_tokens_to_several_rows_are_refused_by_the_fused_graph_only(fuse
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
-MASKED: dict[str, tuple[str, Any, Any, str]] = {  # graph, ids, mask
+MASKED: dict[str, tuple[Any, Any, Any, str]] = {  # graph, ids, mask
     "padding at the left": ("all_logits", [[1, 2, 3]], [[0, 1, 1]], "only at the right end"),
     "padding in the middle": ("all_logits", [[1, 2, 3]], [[1, 0, 1]], "only at the right end"),
     "padding at the end": ("last_logits", [[1, 2], [3, 0]], [[1, 1], [1, 0]], 'open graph="all_logits"'),
