@@ -144,17 +144,6 @@ def test_a_text_that_is_certain_needs_no_run(lm):
     assert lm.generate("ta", reuse_prefix=True, max_new_tokens=3).text == lm.generate("ta", max_new_tokens=3).text
 
 
-def test_a_session_goes_on_behind_it(lm):
-    with lm.session() as session:
-        first = session.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
-        second = session.generate(": ", choices=["yes", "nay", "true"][1:], max_new_tokens=20)
-        assert first.text == lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200).text
-        assert second.text == lm.generate(session.ids[: -second.new_tokens], choices=["nay", "true"]).text
-        assert session.text == f"ta{first.text}: {second.text}"
-        free = session.generate(max_new_tokens=5)
-        assert free.ids == lm.generate(session.ids[:-5], max_new_tokens=5).ids
-
-
 def test_a_batch_of_constraints_is_as_each_alone(lm):
     prompts = ["ta", "tr", "{", "te"]
     together = lm.generate(prompts, json_schema=SCHEMA, seed=3, **SAMPLED)

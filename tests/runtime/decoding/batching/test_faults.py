@@ -243,39 +243,27 @@ def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expect
 # --- forks --------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("where", ["beside a step", "in a step's own callback"])
-def test_a_fork_goes_on_in_both_processes(model, expected, where):
-    """It waits for the step that runs, unless it is that step's."""
-    inside, children = threading.Event(), list[int]()
+def test_a_fork_beside_a_step_goes_on_in_both_processes(model, expected):
+    """It waits for the step that runs."""
+    inside = threading.Event()
 
-    def fork() -> None:
+    def processor(ids: Any, logits: Any) -> Any:
+        inside.set()
+        return logits
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(model.generate, "abc", max_new_tokens=60, logits_processor=processor)
+        assert inside.wait(60)
         child = os.fork()
-        if child:
-            children.append(child)
-        elif where == "beside a step":
+        if child == 0:
             signal.alarm(60)  # where it waits for a thread that is not there
             try:
                 require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
                 os._exit(0)
             finally:
                 os._exit(1)
-        else:
-            os._exit(0)
-
-    def processor(ids: Any, logits: Any) -> Any:
-        inside.set()
-        if where != "beside a step" and not children:
-            fork()
-        return logits
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(model.generate, "abc", max_new_tokens=60, logits_processor=processor)
-        assert inside.wait(60)
-        if where == "beside a step":
-            fork()
         assert len(future.result(60).ids) == 60
-    _, status = os.waitpid(children[0], 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
     require_nothing_left(model)
 
