@@ -182,7 +182,8 @@ def test_an_id_out_of_the_vocabulary_is_named(settings):
     settings=st.fixed_dictionaries(
         {},
         optional={
-            "repetition_penalty": st.sampled_from([2e-45, 0.5, 1e38]), "presence_penalty": st.sampled_from([-2.0, 1e38]),
+            "repetition_penalty": st.sampled_from([2e-45, 0.5, 2.0, 1e38]),
+            "presence_penalty": st.sampled_from([-2.0, 1e38]),
             "frequency_penalty": st.sampled_from([-1e38, 1.0]), "dry_multiplier": st.sampled_from([1.0, 1e38]),
             "no_repeat_ngram_size": st.integers(2, 4), "top_n_sigma": st.sampled_from([0.01, 1e38]),
             "typical_p": st.sampled_from([0.01, 0.9]), "xtc_probability": st.sampled_from([0.5, 1.0]),
