@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 # Prints what the loop's own thread imports, and then what there is.
 PROGRAM = """
 import asyncio, sys, threading
@@ -21,7 +19,6 @@ class Spy:
 async def main():
     sys.meta_path.insert(0, Spy())
     assert not LIBRARIES & set(sys.modules)
-    {prepare}
     with await pastkey.aload({path!r}, threads=1) as model:
         print(LIBRARIES <= set(sys.modules), len(model.generate([1, 2], max_new_tokens=3).ids))
 
@@ -35,10 +32,4 @@ def run(program: str) -> str:
 
 
 def test_the_first_load_of_a_process_imports_nothing_heavy_in_the_loop(fused_bundle):
-    assert run(PROGRAM.format(path=str(fused_bundle.path), prepare="")) == "True 3\n"
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_a_missing_library_is_told_in_a_sentence(fused_bundle, package):
-    program = PROGRAM.format(path=str(fused_bundle.path), prepare=f"sys.modules[{package!r}] = None")
-    assert f"MissingExtraError: the package {package!r} is not installed" in run(program)
+    assert run(PROGRAM.format(path=str(fused_bundle.path))) == "True 3\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -166,15 +166,16 @@ def test_a_result_goes_to_the_call_of_its_name(make_model, says):
     assert [said.get("tool_call_id") for said in chat.messages[2:]] == ["call00001", "call00000", None]
 
 
+NUMBER, LETTER = cast("list[Any]", [3]), cast("list[Any]", ["a"])
 BROKEN_CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
 REFUSED: dict[str, tuple[Callable[[LanguageModel], object], type[Exception], str]] = {
     "two system texts": (lambda m: m.chat("be", messages=[{"role": "system", "content": "x"}]), InputError, "system"),
-    "no message": (lambda m: m.chat(messages=[3]), InputError, "message 1 is 3"),
+    "no message": (lambda m: m.chat(messages=NUMBER), InputError, "message 1 is 3"),
     "arguments": (lambda m: m.chat(messages=BROKEN_CALL), InputError, "arguments that are not JSON"),
     "a result's set": (lambda m: m.chat().add_tool_result({1, 2}, name="weather"), InputError, "written as JSON"),
     "a result's nan": (lambda m: m.chat().add_tool_result(float("nan"), name="weather"), InputError, "as JSON"),
     "a picture": (lambda m: m.chat().ask([{"type": "image", "url": "x"}]), InputError, "this model reads text"),
-    "a text in a list": (lambda m: m.chat().ask(["a"]), InputError, "a list of parts"),
+    "a text in a list": (lambda m: m.chat().ask(LETTER), InputError, "a list of parts"),
     "no question": (lambda m: m.chat("be brief").ask(), InputError, "there is nothing to go on"),
     "nothing to undo": (lambda m: m.chat("be brief").undo(), InputError, "there is no question to"),
     "nothing to drop": (lambda m: m.chat("be brief").drop(), InputError, "there is no question to"),
@@ -211,13 +212,6 @@ def test_special_tokens_are_shown_on_request(tiny, letters, make_bundle):
 
 
 # --- variables, documents, parts ----------------------------------------------------------------------------------
-def test_variables_and_documents_reach_the_template(make_model, says):
-    model = make_model("{{ documents[0].text }}{{ 'yes' if thinking else 'no' }}{{ messages[0].content }}")
-    calls = says("a")
-    model.chat(documents=[{"text": "abc"}], thinking=True).ask("x")
-    assert text_of(model, calls[0]["prompt"]) == "abcyesx"
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -242,7 +236,7 @@ def test_what_a_template_leaves_out_is_told(make_model, options, words):
         make_model(template).chat(**options)
 
 
-def test_a_template_that_takes_no_system_text_or_no_tools_refuses_them_at_once(make_model, tmp_path):
+def test_a_template_without_system_texts_or_tools_refuses_them(make_model, tmp_path):
     model = make_model(
         "{% for m in messages %}{% if m.role in ('system', 'tool') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
         "{{ m.content }}{% endfor %}"
@@ -321,7 +315,7 @@ def test_an_answer_that_was_cut_goes_on(model):
     assert chat.ask(max_new_tokens=20).text == whole.text
 
 
-def test_an_answer_that_goes_on_keeps_the_space_of_its_next_word(model, says, monkeypatch):
+def test_a_continued_answer_keeps_the_space_before_its_next_word(model, says, monkeypatch):
     says("one", "two")
     chat = model.chat()
     chat.ask("hello")

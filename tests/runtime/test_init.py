@@ -33,7 +33,7 @@ def test_everything_that_is_offered_is_there():
         ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 190),  # 80 of them pastkey's
     ],
 )
-def test_importing_brings_few_modules_beside_what_it_stands_on(module, before, limit):
+def test_imports_are_few(module, before, limit):
     program = PROGRAM.format(module=module, before=before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     brought = done.stdout.split()

@@ -92,7 +92,7 @@ def test_what_is_no_bundle_is_refused(speaking_bundle, tmp_path):
     assert not (tmp_path.parent / "outside").exists()
 
 
-def test_what_is_wrong_inside_a_zip_file_is_told_by_the_name_that_was_given(speaking_bundle, tmp_path):
+def test_errors_inside_a_zip_file_name_the_given_file(speaking_bundle, tmp_path):
     """The last of two entries of one name counts."""
     file = tmp_path / "b.zip"
     file.write_bytes(zipped(speaking_bundle.path))
@@ -113,8 +113,8 @@ def folders_of(count: int) -> dict[str, bytes]:
     return {f"{number}/" + "a/" * 40 + "x": b"" for number in range(count)}
 
 
-@pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(30)], ids=["zeros", "folders"])
-def test_a_zip_bomb_stops_at_20_times_the_file_whatever_its_entries_claim(content, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(60)], ids=["zeros", "folders"])
+def test_a_zip_bomb_stops_at_20_times_the_file(content, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -180,11 +180,6 @@ def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(speaking_bundle, 
     (tmp_path / "onnx" / "other.onnx_data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"other\.onnx_data is not listed in pastkey\.json: it was added"):
         load(tmp_path)
-
-
-def test_a_draft_model_does_not_go_with_an_untrusted_bundle(tmp_path):
-    with pytest.raises(InputError, match="of no use to a bundle that is not trusted: leave draft"):
-        load(tmp_path, trust=False, draft=tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

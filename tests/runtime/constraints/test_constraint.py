@@ -55,7 +55,7 @@ def test_a_schema_may_be_a_model_of_pydantic():
         options_of("generate", {"json_schema": unwritten}, GENERATE_OPTIONS)
 
 
-def test_a_schema_may_be_true_which_all_json_validates_and_false_which_none_does():
+def test_boolean_schemas():
     expected = Constraint("json_schema", "{}")
     taken: tuple[Any, ...] = (True, "true", {}, "{}")
     refused: tuple[Any, ...] = (False, " false ")
@@ -113,12 +113,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), BAD, ids=[sentence[:50] for _, sentence in BAD])
-def test_what_cannot_be_one_is_refused(options, sentence):
+def test_an_invalid_constraint_is_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Constraint.of(options)
 
 
-def test_what_is_just_not_too_deep_is_taken_and_a_circle_is_not_deep():
+def test_the_deepest_schemas_and_recursive_ones_are_taken():
     tree = {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
     for options in (
         {"json_schema": deep(90)},

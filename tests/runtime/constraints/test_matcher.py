@@ -125,7 +125,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS = st.recursive(LEAVES, containers, max_leaves=8)
 
 
-def test_what_is_written_parses_and_validates():
+def test_output_validates_against_the_schema():
     """And most of these schemas are followed to their end."""
     ends = Counter[str]()
 
@@ -170,7 +170,7 @@ EXPRESSIONS = [
     st.integers(0, 2**32 - 1),
     st.booleans(),
 )
-def test_what_is_written_matches_the_expression_or_is_one_of_the_choices(expression, choices, seed, jump):
+def test_output_matches_the_regex_or_is_one_of_the_choices(expression, choices, seed, jump):
     for make in MAKES:
         text = make.written(seed, regex=expression, jump=jump)
         assert text is None or re.fullmatch(expression, text)
@@ -184,7 +184,7 @@ def test_each_of_the_choices_is_written_by_some_seed():
         assert {make.written(seed, choices=choices) for seed in range(120)} == set(choices)
 
 
-def test_what_is_written_follows_the_grammar():
+def test_output_follows_the_grammar():
     grammar = """
         start: sum "."
         sum: product ("-" product)*
@@ -215,7 +215,7 @@ def test_a_grammar_may_name_a_special_token():
 
 
 # --- the state --------------------------------------------------------------------------------------------------------
-def test_forced_tokens_are_those_that_nothing_else_could_follow():
+def test_forced_tokens():
     for make in MAKES:
         following = make.matcher(json_schema={"const": {"abe": "the"}})
         most = following.forced(3)
@@ -229,7 +229,7 @@ def test_forced_tokens_are_those_that_nothing_else_could_follow():
         assert following.forced(9) == []
 
 
-def test_the_end_is_allowed_where_the_grammar_is_met_and_nowhere_else():
+def test_eos_is_allowed_only_where_the_grammar_is_met():
     for make in MAKES:
         following = make.matcher(regex="ab*")
         logits = np.zeros(make.vocabulary.size, np.float32)

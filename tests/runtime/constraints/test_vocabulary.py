@@ -43,7 +43,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
-def test_what_cannot_be_followed_or_met_is_one_sentence(options, sentence):
+def test_a_wrong_constraint_is_refused(options, sentence):
     for _ in range(2):
         with pytest.raises(InputError, match=sentence) as error:
             matcher(BYTES, **options)

@@ -63,3 +63,10 @@ def test_a_generation_that_another_took_over_says_so(session):
 def test_what_cannot_be_continued_is_refused_at_once(session, prompt, new, word):
     with pytest.raises(InputError, match=word):
         Generation(session, Request(prompt, max_new_tokens=new))
+
+
+def test_a_prefix_in_the_engines_cache_is_reused(session, tiny):
+    first = [*PROMPT, *Generation(session, Request(PROMPT, max_new_tokens=9))]
+    second = Generation(session, Request([*first, 8, 9], max_new_tokens=3, reuse_prefix=True))
+    assert list(second) == tiny.greedy([*first, 8, 9], 3)
+    assert second.cached_tokens == len(first) - 1

@@ -10,9 +10,7 @@ import pytest
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
-from pastkey.runtime import Engine, Generation, Request, load
-from pastkey.runtime.constraints.matcher import Matcher
-from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
+from pastkey.runtime import load
 from pastkey.runtime.engine import engine as engines
 
 from ..rotary import RotaryTiny
@@ -66,7 +64,7 @@ REFUSED: list[tuple[list[int], dict[str, Any], str]] = [
 ]
 
 
-def test_what_cannot_be_kept_is_refused(lm, make_bundle, tiny):
+def test_context_overflow_options_that_are_refused(lm, make_bundle, tiny):
     for prompt, options, words in REFUSED:
         with pytest.raises(InputError, match=words):
             lm.generate(prompt, **options)
@@ -81,7 +79,7 @@ def test_what_cannot_be_kept_is_refused(lm, make_bundle, tiny):
 
 # --- generating ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("prompt_tokens", [5, 60, CONTEXT])
-def test_the_text_goes_on_as_the_reference_does(lm, tiny_rotary, prompt_tokens):
+def test_generation_with_shifts_equals_the_reference(lm, tiny_rotary, prompt_tokens):
     prompt = ids_of(prompt_tokens)
     completion = lm.generate(prompt, max_new_tokens=150, context_overflow="shift")
     assert completion.ids == continued(tiny_rotary, prompt, 150)
@@ -99,7 +97,7 @@ def test_several_texts_at_the_same_time(lm, tiny_rotary):
     assert (lm.scheduler.batched > 100) is (lm.manifest.graph == "fused")
 
 
-def test_a_prompt_that_is_cut_is_the_text_of_what_was_kept(lm, tiny_rotary):
+def test_a_cut_prompt_continues_as_its_kept_tokens(lm, tiny_rotary):
     ids = ids_of(500)
     gone = -(-(500 - CONTEXT) // BLOCK) * BLOCK
     kept = [*ids[:SINKS], *ids[SINKS + gone :]]
@@ -118,13 +116,6 @@ def test_what_was_shifted_is_no_prefix(lm):
     kept = [*prompt, *found.ids]
     kept = [*kept[:SINKS], *kept[SINKS + found.dropped_tokens :]]
     assert lm.generate(kept, **options).cached_tokens == 0
-    store = PrefixStore(lm.require_open().graph)
-    engine = lm.parts.new_engine()
-    engine.prefill(prompt)
-    engine.shift(SINKS, 10)
-    store.put(engine)
-    assert len(store) == 1  # for its memory
-    assert store.take([*prompt[:SINKS], *prompt[14:]])[1] == 0
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -145,42 +136,12 @@ def interrupted(*_: object) -> None:
     raise MemoryError
 
 
-class Fives(Matcher):
-    """A constraint that leaves no choice about the next hundred tokens."""
-
-    complete = False
-
-    def __init__(self) -> None:
-        self._left = [5] * 100
-
-    def masked(self, logits: Any) -> Any:
-        return logits
-
-    def require(self, token: int) -> None:
-        pass
-
-    def follow(self, tokens: Any, start: int) -> None:
-        pass
-
-    def restart(self) -> None:
-        pass
-
-    def forced(self, most: int) -> list[int]:
-        found, self._left = self._left[:most], []
-        return found
-
-    def allowed_draft(self, draft: Any) -> list[int]:
-        return list(draft)
-
-
-def test_tokens_that_must_follow_and_do_not_fit_at_once(bundle):
-    engine = Engine(bundle, threads=1)
-    generation = Generation(
-        engine, Request(ids_of(50), max_new_tokens=110, context_overflow="shift", constraint=Fives())
-    )
-    found = list(generation)
-    assert (len(found), found[:100], generation.forced_tokens) == (110, [5] * 100, 100)
-    assert engine.length + generation.kept.dropped == 159
+def test_more_forced_tokens_than_the_context_holds(make_bundle, tiny_rotary, letters):
+    pytest.importorskip("llguidance")
+    lm = load(make_bundle(tiny_rotary, "fused", tokenizer=letters, shift=tiny_rotary.shift).path, threads=1)
+    found = lm.generate(ids_of(50), regex="[ab]f{100}[cd]", max_new_tokens=110, **SHIFT)
+    assert (found.ids[1:-1], found.forced_tokens, found.finish_reason) == ([5] * 100, 100, "stop")
+    assert found.dropped_tokens == 3 * BLOCK
 
 
 # --- sessions -----------------------------------------------------------------------------------------------------

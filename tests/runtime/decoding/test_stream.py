@@ -29,7 +29,7 @@ def elsewhere(call: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("end", ["close", "leave", "throw"])
-def test_a_stream_that_is_ended_runs_no_step_more_and_tells_what_there_was(lm, monkeypatch, end):
+def test_an_ended_stream_runs_no_further_step(lm, monkeypatch, end):
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
     chunks = list(itertools.islice(stream, 5))
@@ -53,7 +53,7 @@ def test_a_stream_that_is_ended_runs_no_step_more_and_tells_what_there_was(lm, m
 
 @pytest.mark.parametrize("others", [0, 2])
 @pytest.mark.parametrize("end", ["cancel", "close"])
-def test_a_stream_that_another_thread_ends_while_it_is_read_ends_within_one_step(lm, end, others):
+def test_a_stream_ended_by_another_thread_ends_within_one_step(lm, end, others):
     beside = [lm.stream(prompt, **SETTINGS) for prompt in ("de", "f")[:others]]
     for other in beside:
         next(other)
@@ -138,7 +138,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_second_reader_of_a_stream_is_told_and_the_first_goes_on(lm, several):
+def test_a_second_thread_that_reads_a_stream_is_refused(lm, several):
     expected = lm.generate("abc", max_new_tokens=4).ids
     gate = Gate()
     options: Any = {"max_new_tokens": 4, "logits_processor": gate}
@@ -155,7 +155,7 @@ def test_a_second_reader_of_a_stream_is_told_and_the_first_goes_on(lm, several):
     assert [token for chunk in chunks for token in (chunk[1] if several else chunk).ids] == expected
 
 
-def test_a_second_task_that_reads_a_stream_is_told_and_the_first_goes_on(lm):
+def test_a_second_task_that_reads_a_stream_is_refused(lm):
     expected = lm.generate("abc", max_new_tokens=4).ids
 
     async def run() -> list[int]:
@@ -191,7 +191,7 @@ def test_a_stream_is_not_read_from_within(lm):
 
 
 # --- the model's own end ------------------------------------------------------------------------------------------
-def test_a_model_that_is_closed_ends_what_runs_and_refuses_the_rest(speaking_bundle):
+def test_closing_a_model_ends_its_streams(speaking_bundle):
     model = load(speaking_bundle.path, threads=1)
     stream, session = model.stream("abc", **SETTINGS), model.session()
     session.append("abc")

@@ -41,7 +41,7 @@ def test_all_logits_come_of_the_graph_of_the_last_ones(bundle, tiny):
     np.testing.assert_allclose(engine.all_logits(ids), tiny(ids), atol=2e-4)
 
 
-def test_a_run_has_fewer_tokens_behind_a_long_text_where_scores_are_stored(standard_bundle, fused_bundle, monkeypatch):
+def test_chunks_shrink_with_the_context_where_scores_are_stored(standard_bundle, fused_bundle, monkeypatch):
     standard = DecoderGraph(standard_bundle, threads=1)
     monkeypatch.setattr(decoder_graph, "FLASH_ATTENTION_FROM", (1, 0))
     assert DecoderGraph(fused_bundle, threads=1).chunk_sizes(8000, 0)[-1] > standard.chunk_sizes(8000, 0)[-1]

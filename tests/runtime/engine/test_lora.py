@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import load
+from pastkey.runtime import LanguageModel, load
 
 from ..adapters import lora, merged, write_adapter, write_safetensors
 from ..conftest import write_bundle
@@ -23,6 +23,14 @@ def lm(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapted") / "bundle"
     write_bundle(folder, tiny, "fused", adapters=True)
     return load(folder)
+
+
+def logits_with(lm: LanguageModel, folder: Path) -> np.ndarray:
+    lm.load_adapter("under test", folder)
+    try:
+        return lm.logits(IDS, "under test")
+    finally:
+        lm.unload_adapter("under test")
 
 
 @pytest.mark.parametrize(
@@ -38,11 +46,8 @@ def test_the_scale_is_that_of_peft(config, scale, lm, tiny, tmp_path):
     matrices = lora(tiny, ["wq0", "wo1", "wv0"])
     scales = scale if isinstance(scale, dict) else dict.fromkeys(["wq0", "wo1", "wv0"], scale)
     scaled = {m: (a, scales[m.removeprefix("model.")] * b) for m, (a, b) in matrices.items()}
-    lm.load_adapter("scaled", write_adapter(tmp_path / "a", matrices, **config))
-    try:
-        np.testing.assert_allclose(lm.logits(IDS, "scaled"), merged(tiny, scaled)(IDS), rtol=0, atol=1e-3)
-    finally:
-        lm.unload_adapter("scaled")
+    found = logits_with(lm, write_adapter(tmp_path / "a", matrices, **config))
+    np.testing.assert_allclose(found, merged(tiny, scaled)(IDS), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "of rank 0", "of zeros"])
@@ -60,12 +65,8 @@ def test_other_forms_of_matrices_are_read(kind, lm, tiny, tmp_path):
     else:
         b = b * 0
         stored = a, b
-    lm.load_adapter("other", write_adapter(tmp_path / "a", {"model.wk0": stored}, lora_alpha=2))
-    try:
-        want = merged(tiny, {"model.wk0": (a, b)})(IDS)
-        np.testing.assert_allclose(lm.logits(IDS, "other"), want, rtol=0, atol=1e-4)
-    finally:
-        lm.unload_adapter("other")
+    found = logits_with(lm, write_adapter(tmp_path / "a", {"model.wk0": stored}, lora_alpha=2))
+    np.testing.assert_allclose(found, merged(tiny, {"model.wk0": (a, b)})(IDS), rtol=0, atol=1e-4)
 
 
 def _cut(folder: Path) -> None:
@@ -109,7 +110,7 @@ ONES = np.ones((2, 24), np.float32)
         ({}, lambda folder: (folder / "adapter_config.json").unlink(), MissingFileError, "adapter_config.json"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_in_a_sentence(config, change, error, words, lm, tiny, tmp_path):
+def test_other_adapters_are_refused(config, change, error, words, lm, tiny, tmp_path):
     folder = write_adapter(tmp_path / "a", lora(tiny, ["wq0"]), **config)
     if change is not None:
         change(folder)
@@ -133,9 +134,5 @@ def test_an_adapter_of_another_model_is_refused(module, shapes, words, lm, tmp_p
 
 def test_a_wrapper_may_add_a_prefix_to_the_names(lm, tiny, tmp_path):
     matrices = lora(tiny, ["wq1"])
-    lm.load_adapter("deep", write_adapter(tmp_path / "a", {f"wrapped.{m}": pair for m, pair in matrices.items()}, r=2))
-    try:
-        want = merged(tiny, matrices, scale=2)(IDS)  # alpha 4, r 2
-        np.testing.assert_allclose(lm.logits(IDS, "deep"), want, rtol=0, atol=1e-3)
-    finally:
-        lm.unload_adapter("deep")
+    found = logits_with(lm, write_adapter(tmp_path / "a", {f"wrapped.{m}": p for m, p in matrices.items()}, r=2))
+    np.testing.assert_allclose(found, merged(tiny, matrices, scale=2)(IDS), rtol=0, atol=1e-3)  # alpha 4, r 2

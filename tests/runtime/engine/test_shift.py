@@ -56,7 +56,7 @@ def compare(tiny: RotaryTiny, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_logits_are_those_of_keys_turned_at_their_new_places(form, make_bundle, monkeypatch):
+def test_decode_after_shift_equals_keys_rotated_anew(form, make_bundle, monkeypatch):
     if form == "fixed":
         monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
     graph, decoder, fields = FORMS[form]

@@ -9,7 +9,6 @@ import importlib.util
 import struct
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,18 +113,6 @@ def test_a_library_that_is_cut_short_says_so(ends, tmp_path, install):
     found = native_kernels()
     assert found is not None
     assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 700 bytes: install it again"
-
-
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
-@pytest.mark.parametrize("size", [0, 60, 100, 4096, 200_000])
-def test_a_copy_of_the_library_that_was_cut_is_refused(size, tmp_path, install):
-    content = Path(importlib.import_module(PACKAGE).library_path()).read_bytes()
-    sys.modules.pop(PACKAGE)
-    install(package("library.so"))
-    (tmp_path / PACKAGE / "library.so").write_bytes(content[:size])
-    found = native_kernels()
-    assert found is not None
-    assert "cut short by" in found.refused or "it cannot be loaded: " in found.refused
 
 
 def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, found):

@@ -80,7 +80,7 @@ def test_a_path_that_is_no_text_is_told(bundle, tmp_path):
         Engine(open_bundle(copy))
 
 
-def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monkeypatch):
+def test_too_little_memory_for_a_graph(bundle, monkeypatch):
     def create(*_: object) -> None:
         raise ort.OrtError[0](
             "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"
@@ -91,34 +91,39 @@ def test_a_graph_that_memory_is_too_small_for_is_not_called_damaged(bundle, monk
         Engine(bundle)
 
 
-@pytest.mark.parametrize(
-    ("target", "remedy"),
-    [
-        ("webgpu", "export the model again if an older pastkey wrote this bundle, or take the provider 'cpu'"),
-        ("cpu", "export the model again with --target webgpu, or take the provider 'cpu'"),
-    ],
-)
-def test_a_graph_that_a_provider_cannot_compile_is_one_sentence_with_a_way_on(
-    standard_bundle, monkeypatch, target, remedy
+FAILED_STARTS: list[tuple[str, Exception, type[Exception], str]] = [  # the bundle's target, what onnxruntime raises
+    (
+        "webgpu",
+        ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7"),
+        ProviderError,
+        r"Code: 1002; export the model again if an older pastkey wrote this bundle, or take the provider 'cpu'$",
+    ),
+    (
+        "cpu",
+        ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7"),
+        ProviderError,
+        "Code: 1002; export the model again with --target webgpu, or take the provider 'cpu'$",
+    ),
+    (
+        "cpu",
+        RuntimeError("No supported adapters"),
+        StartError,
+        "could not start the execution provider 'webgpu'.*; ask for one .*: cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("target", "raised", "error", "words"), FAILED_STARTS)
+def test_a_provider_that_fails_to_start_is_refused_with_a_remedy(
+    standard_bundle, monkeypatch, target, raised, error, words
 ):
-    def fails(*given: Any, **more: Any) -> Any:
-        raise ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
+    def fails(*_: object, **__: object) -> None:
+        raise raised
 
     monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(opening, "Session", fails)
-    with pytest.raises(ProviderError) as caught:
+    with pytest.raises(error, match=words):
         Engine(with_manifest(standard_bundle, target=target), providers="webgpu")
-    assert str(caught.value).endswith(f"Failed to finalize the graph. Code: 1002; {remedy}")
-
-
-def test_a_provider_that_finds_no_device_is_one_sentence(bundle, standard_bundle, monkeypatch):
-    def none(*given: Any, **more: Any) -> Any:
-        raise RuntimeError("No supported adapters")
-
-    monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(opening, "Session", none)
-    with pytest.raises(StartError, match=r"could not start the execution provider 'webgpu'.*; ask for one .*: cpu"):
-        Engine(standard_bundle, providers="webgpu")
 
 
 def test_threads(bundle):

@@ -16,17 +16,13 @@ def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
 
 
-def names_of(placement: providers.Placement) -> list[str]:
-    return [providers.short_name(name) for name, _ in placement.providers]
-
-
 @pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
 def test_the_cpu_by_every_name(choice):
     assert providers.resolve(choice) == CPU
     assert providers.resolve(choice, target="portable") == CPU
 
 
-def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch):
+def test_options_of_qnn(monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
     default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
     for choice, target in (("qnn", "cpu"), (None, "qnn")):
@@ -40,27 +36,37 @@ def test_qnn_is_given_a_chip_that_options_override_and_that_exists(monkeypatch):
             providers.resolve(("qnn", {"htp_arch": missing}))
 
 
-def test_the_cpu_comes_last_and_what_it_runs_is_told(monkeypatch):
-    here(monkeypatch, "CUDAExecutionProvider")
-    for placement in (providers.resolve("cuda"), providers.resolve(None, target="cuda")):
-        assert names_of(placement) == ["cuda", "cpu"]
-        assert (placement.whole, placement.tells) == (False, True)
+@pytest.mark.parametrize(
+    ("choice", "settings", "expected"),
+    [
+        ("cuda", {}, ["cuda", "cpu"]),
+        (None, {"target": "cuda"}, ["cuda", "cpu"]),
+        ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
+        # One that is known to run whole graphs runs all of it, or is told that it need not.
+        ("openvino", {}, ["openvino"]),
+        (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
+        (["openvino"], {}, ["openvino"]),
+        ("openvino", {"graph": "fused"}, ["openvino"]),
+        (None, {"target": "openvino"}, ["openvino"]),
+        ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
+        (["openvino", "cpu"], {}, ["openvino", "cpu"]),
+        # WebGPU runs a bundle that was made for it in parts, and no other.
+        (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
+        ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
+        ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
+        ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
+        (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
+    ],
+)
+def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, settings, expected, monkeypatch):
+    here(monkeypatch, *(PROVIDERS[name].name for name in ("cuda", "tensorrt", "openvino", "webgpu")))
+    placement = providers.resolve(choice, **settings)
+    found = [providers.short_name(name) for name, _ in placement.providers]
+    whole = expected[-1] != "cpu"
+    assert (found, placement.whole, placement.tells) == (expected, whole, not whole)
 
 
-def test_one_that_ran_a_whole_graph_runs_all_of_it_or_is_told_that_it_need_not(monkeypatch):
-    here(monkeypatch, "OpenVINOExecutionProvider")
-    for choice in ("openvino", ("openvino", {"device_type": "CPU"}), ["openvino"]):
-        placement = providers.resolve(choice)
-        assert providers.resolve(choice, graph="fused").whole  # which it does not, and says so
-        assert names_of(placement) == ["openvino"]
-        assert (placement.whole, placement.tells) == (True, False)
-    assert providers.resolve(None, target="openvino").whole
-    for placement in (providers.resolve("openvino", allow_fallback=True), providers.resolve(["openvino", "cpu"])):
-        assert names_of(placement) == ["openvino", "cpu"]
-        assert (placement.whole, placement.tells) == (False, True)
-
-
-def test_what_stays_behind_is_counted_by_operator_the_most_first():
+def test_operators_left_to_the_cpu_are_counted():
     assert providers.counted({"Shape": 1}) == "1 operator (Shape)"
     many = {name: 8 - i for i, name in enumerate("ABCDEFG")}
     assert providers.counted(many) == "35 operators (A 8, B 7, C 6, D 5, E 4, F 3, ...)"
@@ -83,7 +89,7 @@ def test_wheels_over_one_another_are_named(monkeypatch):
         providers.resolve("openvino")
 
 
-def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch):
+def test_the_command_that_installs_another_wheel(monkeypatch):
     known, gpu = PROVIDERS, "pip install onnxruntime-gpu, with CUDA and cuDNN"
     monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
     assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
@@ -98,7 +104,7 @@ def test_another_wheel_comes_after_the_one_it_would_lie_over_is_gone(monkeypatch
     )
 
 
-def test_options_of_the_target_are_those_of_its_provider_where_none_are_given(monkeypatch):
+def test_options_of_the_target_are_the_defaults_of_its_provider(monkeypatch):
     here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
     for choice in (None, "qnn"):
         placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
@@ -120,7 +126,7 @@ def test_a_plugin_is_here_where_its_package_is(monkeypatch):
         providers.plugin_devices("QNNExecutionProvider")
 
 
-def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it():
+def test_absent_and_unknown_providers_are_refused():
     for asked, target, words in (
         ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
         (None, "webgpu", "the bundle was made for webgpu"),
@@ -131,13 +137,6 @@ def test_an_absent_provider_is_refused_with_what_is_here_and_what_brings_it():
             providers.resolve(asked, target)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "tensorrt", "openvino", "webgpu"])
-def test_the_fused_graph_goes_on_where_it_was_run(name, monkeypatch):
-    full = PROVIDERS[name].name
-    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
-    assert providers.resolve(name, graph="fused").providers[0] == (full, {})
-
-
 @pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
 def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
     monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
@@ -146,16 +145,6 @@ def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
         with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
             providers.resolve(choice, graph="fused")
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
-
-
-def test_webgpu_runs_a_bundle_that_was_made_for_it_in_parts_and_no_other(monkeypatch):
-    here(monkeypatch, "WebGpuExecutionProvider")
-    for graph in ("fused", "standard"):
-        for choice in (None, "webgpu"):
-            placement = providers.resolve(choice, target="webgpu", graph=graph)
-            assert (placement.whole, placement.tells) == (False, True)
-        assert providers.resolve("webgpu", target="cpu", graph=graph).whole
-    assert providers.resolve(None, target="webgpu", graph="static").whole
 
 
 def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):
@@ -170,7 +159,7 @@ def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):
         assert advice in providers.other_graph(name, manifest)
 
 
-def test_a_provider_that_did_not_start_is_not_passed_over_in_silence():
+def test_a_provider_that_did_not_start_is_refused():
     wanted = providers.Placement((("CUDAExecutionProvider", {}), *CPU.providers))
     providers.require_active(wanted, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="could not start the execution provider 'cuda'"):

@@ -10,7 +10,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
-from pastkey.runtime.providers.session_options import WHOLE, set_options
+from pastkey.runtime.providers.session_options import WHOLE
 
 GIVEN: dict[str, Any] = {
     "enable_cpu_mem_arena": False,
@@ -37,7 +37,7 @@ def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle):
     assert plain.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle):
+def test_a_pickled_model_keeps_its_session_options(speaking_bundle):
     expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=8).ids
     model = load(speaking_bundle.path, threads=1, session_options=GIVEN)
     again = pickle.loads(pickle.dumps(model))
@@ -62,12 +62,6 @@ def test_a_model_keeps_them_in_another_process_and_says_the_same(speaking_bundle
         ("session." + "x" * 2000, "1", "onnxruntime .* does not take the session option session.xxx"),
     ],
 )
-def test_what_cannot_be_set(bundle, name, value, words):
+def test_session_options_that_are_refused(bundle, name, value, words):
     with pytest.raises(InputError, match=words):
         Engine(bundle, session_options={name: value})
-
-
-def test_a_path_is_a_text(tmp_path):
-    options = onnxruntime.SessionOptions()
-    set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
-    assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")

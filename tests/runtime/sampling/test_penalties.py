@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.runtime.sampling import penalties
+from pastkey.runtime.sampling import bans, penalties
 from pastkey.runtime.sampling.truncation import softmax
 
 BANNED = -np.inf
@@ -49,3 +49,16 @@ def test_the_penalties_together(seen, expected, repetition, frequency, presence)
     changed = penalties.apply_repetition_penalty(log(FIFTHS), seen, repetition)
     changed = penalties.apply_presence_and_frequency_penalty(changed, seen, presence, frequency)
     np.testing.assert_allclose(softmax(changed), expected, atol=1e-5)
+
+
+def test_no_stage_writes_into_its_logits():
+    logits = np.array([1.0, 2.0, 3.0, 4.0, 5.0], np.float32)
+    logits.flags.writeable = False
+    bans.add_bias(logits, {1: 2.0})
+    bans.suppress(logits, [1])
+    bans.force(logits, 1)
+    bans.ban_bad_words(logits, [1], bans.bad_words([[1]]))
+    penalties.ban_repeated_ngrams(logits, [1, 2, 1], 2)
+    penalties.apply_repetition_penalty(logits, [1], 2.0)
+    penalties.apply_presence_and_frequency_penalty(logits, [1], 1.0, 1.0)
+    np.testing.assert_array_equal(logits, [1, 2, 3, 4, 5])

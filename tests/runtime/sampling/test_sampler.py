@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling import penalties
 from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
@@ -21,26 +20,6 @@ from .vectors import defined_token, sampling_vectors
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
-
-
-EXTREMES = st.sampled_from([2e-45, 1e-40, 1e-38, 1.0, 1e38])
-
-
-@given(
-    logits=arrays(np.float32, 12, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
-    seen=st.lists(st.integers(0, 11), max_size=12),
-    penalty=EXTREMES | st.floats(1e-3, 1e3),
-    temperature=st.sampled_from([0.0, 5e-324, 1e-300]) | EXTREMES,
-    rest=st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]),
-)
-def test_no_penalty_and_temperature_overflow(logits, seen, penalty, temperature, rest):
-    """A warning of numpy's is an error here, and infinity less infinity is one."""
-    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, seed=0, **rest)
-    penalised = penalties.apply_repetition_penalty(logits, seen, penalty)
-    assert np.isfinite(penalised).all()
-    token = Sampler(config)(logits, seen)
-    if temperature <= 1e-300:
-        assert penalised[token] == penalised.max()
 
 
 def test_a_seed_repeats_and_another_does_not():
@@ -116,6 +95,7 @@ def choice(ids: list[int] | None = None, logits: np.ndarray = LOGITS, **settings
         ({"suppress_tokens": [1, 3]}, [], 4),
         ({"bad_words_ids": [[0, 1]]}, [0], 3),
         ({"bad_words_ids": [[0, 1]]}, [4], 1),
+        ({"bad_words_ids": [[1]], "end_ids": [1]}, [], 1),
         ({"presence_penalty": 1.0}, [1], 3),
         ({"frequency_penalty": 0.2}, [1], 1),
         ({"frequency_penalty": 0.2}, [1, 1], 3),
@@ -202,35 +182,22 @@ def test_an_id_out_of_the_vocabulary_is_named(settings):
     settings=st.fixed_dictionaries(
         {},
         optional={
-            "repetition_penalty": st.sampled_from([0.5, 2.0]), "presence_penalty": st.sampled_from([-2.0, 1e38]),
+            "repetition_penalty": st.sampled_from([2e-45, 0.5, 2.0, 1e38]),
+            "presence_penalty": st.sampled_from([-2.0, 1e38]),
             "frequency_penalty": st.sampled_from([-1e38, 1.0]), "dry_multiplier": st.sampled_from([1.0, 1e38]),
             "no_repeat_ngram_size": st.integers(2, 4), "top_n_sigma": st.sampled_from([0.01, 1e38]),
             "typical_p": st.sampled_from([0.01, 0.9]), "xtc_probability": st.sampled_from([0.5, 1.0]),
             "top_k": st.integers(1, 12), "top_p": st.sampled_from([0.01, 0.9]), "min_p": st.sampled_from([0.1, 1.0]),
-            "temperature": st.sampled_from([1e-300, 0.5, 1e38]), "suppress_tokens": st.just([1, 2]),
+            "temperature": st.sampled_from([5e-324, 1e-300, 2e-45, 0.5, 1e38]), "suppress_tokens": st.just([1, 2]),
         },
     ),
 )  # fmt: skip
-def test_whatever_the_settings_a_token_comes_that_is_not_banned(logits, ids, settings):
+def test_any_settings_give_a_token_that_is_not_banned(logits, ids, settings):
     """A warning of numpy's is an error here."""
     token = choice(ids, logits, seed=1, **settings)
     assert 0 <= token < 9
     assert token not in settings.get("suppress_tokens", ())
     assert choice(ids, logits, seed=1, **settings) == token
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"frequency_penalty": 10**30}, {"presence_penalty": -(10**30)}, {"logit_bias": {1: 10**30}},
-        {"dry_multiplier": 10**30, "dry_base": 10**30}, {"temperature": 10**30, "top_k": 10**30},
-    ],
-)  # fmt: skip
-def test_a_whole_number_that_no_array_holds_counts_as_a_float(settings):
-    floats = {name: float(value) if not isinstance(value, dict) else {1: 1e30} for name, value in settings.items()}
-    floats |= {"top_k": 1000} if "top_k" in settings else {}
-    logits = np.arange(5, dtype=np.float32)
-    assert choice([0, 1, 2] * 3, logits, seed=1, **settings) == choice([0, 1, 2] * 3, logits, seed=1, **floats)
 
 
 @pytest.mark.parametrize(

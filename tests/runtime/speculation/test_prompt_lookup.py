@@ -65,7 +65,7 @@ def test_drafts_grow_while_they_are_accepted_whole():
     assert drafts[2] == [12, 13, 14, 15, 16, 17, 18]
 
 
-def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones():
+def test_a_shortened_draft_does_not_change_the_length():
     prompt_lookup = repeating()
     prompt_lookup.record(7, 6)
     prompt_lookup.record(1, 1)
@@ -73,7 +73,7 @@ def test_a_draft_that_was_cut_short_says_nothing_of_longer_ones():
     assert len(prompt_lookup.draft([*range(20), *range(12)], 7)) == 3
 
 
-def test_after_rejected_drafts_more_must_agree_until_one_is_accepted():
+def test_rejections_raise_the_length_of_a_match():
     ids = [1, 2, 3, 4, 9, 1, 2, 3]
     prompt_lookup = PromptLookup()
     assert prompt_lookup.draft(ids, 1) == [4]  # three tokens agree
@@ -85,7 +85,7 @@ def test_after_rejected_drafts_more_must_agree_until_one_is_accepted():
     assert prompt_lookup.draft(ids, 1) == [4]
 
 
-def test_a_long_agreement_is_drafted_from_however_many_drafts_were_rejected():
+def test_a_long_match_is_drafted_after_any_number_of_rejections():
     ids = [*range(20), *range(10)]
     prompt_lookup = PromptLookup()
     for _ in range(100):
@@ -163,7 +163,7 @@ def test_no_more_is_tried_than_is_wanted_or_fits(fused_bundle, new):
     assert session.length <= 24
 
 
-def test_a_draft_whose_logits_are_not_finite_does_not_end_the_text(tiny, make_bundle):
+def test_nan_behind_a_draft_does_not_end_the_text(tiny, make_bundle):
     """The text ends before position 17, from which on there are no numbers, and a draft reaches beyond."""
     prompt, end = [3, 4, 5] * 5, 9
     broken = tiny.saying([*prompt[1:], 3, 4, end])

@@ -54,7 +54,6 @@ def test_without_a_limit_everything_fits(fused_bundle):
         ("fused", {}, 5000, 1000),
         ("standard", {}, 100, 2 * 100),  # a run holds the cache before and after it
         ("static", {"chunk": 8}, 100, 1000),
-        ("fused", {"int8_kv": True}, 100, 100),
         ("fused", {"int8_kv": True}, 1000, 1250),  # an int8 cache beside it
         ("fused", {"window": 24}, 1000, 24 + 16 + 256),
     ],

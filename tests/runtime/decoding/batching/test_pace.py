@@ -10,7 +10,7 @@ class Row:
     tokens_per_step: float
 
 
-def test_turns_pay_where_drafts_bring_more_than_the_other_rows():
+def test_single_steps_pay_where_drafts_bring_more_than_a_batch():
     pace = Pace()
     assert not pace.turns_pay([Row(4), Row(4)])  # nothing was timed
     pace.note(2, 0.010)
@@ -21,15 +21,3 @@ def test_turns_pay_where_drafts_bring_more_than_the_other_rows():
     assert not pace.turns_pay([Row(3.5), Row(1)])
     pace.note(8, 0.015)
     assert not pace.turns_pay([Row(4)] * 8)
-
-
-def test_what_a_draft_costs_is_timed():
-    pace = Pace()
-    pace.note(1, 0.009)
-    pace.note(2, 0.010)
-    for _ in range(50):
-        pace.note(1, 0.030, draft=True)
-    assert not pace.turns_pay([Row(3.5), Row(3.5)])
-    for _ in range(50):
-        pace.note(1, 0.010, draft=True)
-    assert pace.turns_pay([Row(3.5), Row(3.5)])

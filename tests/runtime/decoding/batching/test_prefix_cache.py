@@ -76,7 +76,7 @@ def test_of_calls_that_keep_nothing_the_last_stays(engine):
     assert last.length == 0
 
 
-def test_what_was_decoded_is_left_out_where_exactness_is_asked_for(engine):
+def test_exact_reuses_prefilled_tokens_only(engine):
     store = PrefixStore(engine.graph)
     store.put(filled(engine, A, decoded=18))
     assert store.take([*A, 1, 2], exact=True)[1] == 30

@@ -113,7 +113,7 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(model, fresh, tmp_path):
     assert model.scheduler.batched
 
 
-def test_streams_that_one_thread_reads_in_turn_share_runs_of_as_many_rows_as_a_batch_takes(talking, fresh, monkeypatch):
+def test_streams_read_in_turn_are_batched_up_to_max_batch(talking, fresh, monkeypatch):
     model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab"]
     shapes = runs_of(model.require_open().graph, monkeypatch)
     found: list[list[int]] = [[] for _ in prompts]
@@ -125,7 +125,7 @@ def test_streams_that_one_thread_reads_in_turn_share_runs_of_as_many_rows_as_a_b
     assert rows.count(3) >= 20
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_bound(model, fresh, monkeypatch):
+def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, monkeypatch):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
     next(read)
@@ -139,7 +139,7 @@ def test_a_stream_that_nobody_reads_holds_nobody_up_and_is_not_decoded_without_b
     assert ids == fresh.generate("abc", **SETTINGS).ids[1:]
 
 
-def test_a_late_prompt_gets_its_token_soon_and_holds_no_others_up(model, monkeypatch):
+def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, monkeypatch):
     stream = model.stream("abc", **SETTINGS | {"max_new_tokens": 60})
     next(stream)
     shapes = runs_of(model.require_open().graph, monkeypatch)
@@ -193,7 +193,7 @@ def test_a_stream_that_is_collected_leaves(model, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
-def test_an_interrupt_at_any_moment_leaves_the_others_and_the_model_as_they_were(model, fresh, pool):
+def test_sigint_at_any_moment_changes_no_other_text(model, fresh, pool):
     main = threading.main_thread().ident
     assert main is not None
     expected = {prompt: fresh.generate(prompt, **SETTINGS).ids for prompt in ("abc", "de", "f")}

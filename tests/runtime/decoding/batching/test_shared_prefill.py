@@ -107,7 +107,7 @@ def test_the_copies_keep_the_memory_limit(caches, make_bundle, engines, monkeypa
     assert [completion.cached_tokens for completion in found][1:] == ([240] * 4 if caches in (1, 6) else ANY)
 
 
-def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(lm, engines):
+def test_closing_the_last_prompt_frees_the_shared_copy(lm, engines):
     streams = lm.stream_many([PROMPT], n=4, prompt_lookup=False, **DRAWN)
     first, second, third, fourth = streams._streams
     next(first), next(second)
@@ -119,7 +119,7 @@ def test_a_prompt_that_is_closed_before_it_begins_lets_the_copy_go(lm, engines):
     assert next(second).ids == alone(lm, 1)[1:2]
 
 
-def test_where_the_first_has_ended_the_others_compute_their_own(lm):
+def test_continuations_prefill_when_the_first_has_ended(lm):
     streams = lm.stream_many([PROMPT], n=3, **DRAWN)
     first, second, third = streams._streams
     next(first)
@@ -137,7 +137,7 @@ def test_several_prompts_have_continuations_each(lm):
     assert told == [(done, 6) for done in range(1, 7)]
 
 
-def test_without_a_seed_each_call_draws_afresh_and_greedy_ones_are_equal(lm):
+def test_calls_without_a_seed_differ_and_greedy_continuations_are_equal(lm):
     settings = {**DRAWN, "seed": None}
     one, other = (lm.generate(PROMPT, n=4, **settings) for _ in range(2))
     assert [completion.ids for completion in one] != [completion.ids for completion in other]

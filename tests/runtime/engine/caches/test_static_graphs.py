@@ -30,6 +30,7 @@ def test_all_logits_are_those_of_every_token(bundle, tiny):
     engine = Engine(bundle, threads=1, graph="all_logits")
     engine.forward(IDS[None, :5])
     np.testing.assert_allclose(engine.forward(IDS[None, 5:15])[0], tiny(IDS[:15])[5:], atol=1e-4)
+    assert Engine(bundle, threads=1).forward(IDS[None, :9]).shape == (1, 1, 37)
 
 
 def test_the_context_can_be_filled_and_no_further(make_bundle, tiny_odd):
