@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 
 import numpy as np
-import pytest
 
 from ..conftest import ids_of
 
@@ -22,8 +21,3 @@ def test_embeddings_are_the_runtimes_in_both_forms(served):
     reply = served.ask(PATH, {"input": "abc", "encoding_format": "base64"})[1]
     found = np.frombuffer(base64.b64decode(reply["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(found, expected[0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("change", [{"dimensions": 3}, {"input": ""}, {"input": []}, {"input": "a" * 700}])
-def test_what_cannot_be_embedded_is_told(served, change):
-    assert served.ask(PATH, {"input": "abc", **change})[0] == 400
