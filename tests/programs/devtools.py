@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .browser import FLAGS
+from ..web.browser import FLAGS
 
 
 class Page:

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.environments import GENAI, OPTIMUM, environment, install_chromium, node_environment
 
-from .browser import visit
+from ..web.browser import visit
 
 _HERE = Path(__file__).parent
 _OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -54,14 +54,14 @@ def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
         pytest.skip("chromium is not installed, and only root can install Debian's package")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
-    places = {
-        "/page.html": _HERE / "page.html",
-        "/greedy.mjs": _HERE / "greedy.mjs",
-        "/request.json": request,
-        "/node_modules": packages,
-        "/bundle": bundle,
+    files: dict[str, Path | bytes] = {
+        "page.html": _HERE / "page.html",
+        "greedy.mjs": _HERE / "greedy.mjs",
+        "request.json": request,
+        "node_modules": packages,
+        "bundle": bundle,
     }
-    path, content = visit(chromium, "/page.html", places)
+    path, content = visit(chromium, "page.html", files)
     assert path == "/answers", content
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
 

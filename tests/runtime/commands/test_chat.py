@@ -7,12 +7,9 @@ import json
 import pytest
 
 from pastkey.runtime import load
-from pastkey.runtime.commands import chat
 
 from ..conftest import TEMPLATE
 from .conftest import FLAGS, SETTINGS, fails
-
-CHAT = chat.__name__.rpartition(".")[2]
 
 
 def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundle, piped):
@@ -27,14 +24,14 @@ def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundl
         (("--temperature", "0"), {}, ""),
     ):
         answer = own.chat().ask("abc", max_new_tokens=7, seed=1, **settings).text
-        status, out, err = piped(b"abc\n", CHAT, made.path, "--max-new-tokens", "7", "--seed", "1", *flags)
+        status, out, err = piped(b"abc\n", "chat", made.path, "--max-new-tokens", "7", "--seed", "1", *flags)
         assert (status, out) == (0, answer + "\n")
         assert err[: len(authors)] == said
 
 
 def test_one_question(talking, model, command, piped):
     answer = model.chat("be brief").ask("abc", **SETTINGS)
-    arguments = (CHAT, talking, "--system", "be brief", *FLAGS, "--prompt")
+    arguments = ("chat", talking, "--system", "be brief", *FLAGS, "--prompt")
     assert command(*arguments, "abc") == (0, answer.text + "\n", "")
     assert piped(b"abc\n", *arguments, "-") == (0, answer.text + "\n", "")
     found = json.loads(command(*arguments, "abc", "--json")[1])
@@ -61,7 +58,7 @@ def test_another_template(talking, model, tmp_path, command):
     other.write_text("{% for m in messages %}{{ m.content }}é{% endfor %}", encoding="utf-8")
     answer = model.chat(template=other).ask("abc", **SETTINGS)
     assert answer.ids == model.generate("abcé", **SETTINGS).ids != model.chat().ask("abc", **SETTINGS).ids
-    status, out, _ = command(CHAT, talking, "--template", other, "--prompt", "abc", "--no-prompt-lookup", *FLAGS)
+    status, out, _ = command("chat", talking, "--template", other, "--prompt", "abc", "--no-prompt-lookup", *FLAGS)
     assert (status, out) == (0, answer.text + "\n")
 
 
@@ -75,9 +72,9 @@ def test_another_template(talking, model, tmp_path, command):
     ],
 )
 def test_bad_input(talking, command, arguments, words):
-    fails(command(CHAT, talking, *arguments), *words)
+    fails(command("chat", talking, *arguments), *words)
 
 
 def test_a_bundle_that_cannot_chat_says_so_at_once(speaking_bundle, fused_bundle, command):
-    fails(command(CHAT, speaking_bundle.path), "has no chat template", "pastkey run")
-    fails(command(CHAT, fused_bundle.path), "has no tokenizer", "--prompt-ids")
+    fails(command("chat", speaking_bundle.path), "has no chat template", "pastkey run")
+    fails(command("chat", fused_bundle.path), "has no tokenizer", "--prompt-ids")

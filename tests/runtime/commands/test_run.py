@@ -13,7 +13,6 @@ import pytest
 
 from pastkey.errors import MissingFileError
 from pastkey.runtime import load
-from pastkey.runtime.commands import run
 from pastkey.runtime.speculation.worth import Worth
 
 from .conftest import fails
@@ -101,7 +100,7 @@ def test_run_on_a_terminal_of_another_encoding_shows_what_it_can(speaking_bundle
         sys.executable,
         "-m",
         "pastkey",
-        run.__name__.rpartition(".")[2],
+        "run",
         speaking_bundle.path,
         "--prompt",
         "abc",

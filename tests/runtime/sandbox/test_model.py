@@ -10,7 +10,7 @@ import pytest
 
 import pastkey
 from pastkey.errors import InputError, OptionError, UntrustedBundleError
-from pastkey.runtime.sandbox import chat_format, process, protocol, server, stream
+from pastkey.runtime.sandbox import chat_format, process, stream
 from pastkey.runtime.sandbox.limits import Limits
 
 from .conftest import EASY, hooked, opened, told
@@ -114,7 +114,7 @@ def test_a_closed_model(talking_bundle):
 )
 def test_a_process_that_was_taken_over(talking_bundle, monkeypatch, what, answer, words):
     """It answers well until this call."""
-    hook = f"import {server.__name__} as server, {protocol.__name__} as P\n"
+    hook = "from pastkey.runtime.sandbox import protocol as P, server\n"
     hook += f"server.Server.do_{what} = lambda self, **given: {answer}\n"
     monkeypatch.setattr(process, "BOOT", hooked(hook))
 
