@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import pytest
@@ -37,19 +36,6 @@ def test_only_a_conversation_is_replaced(tmp_path):
     save_messages(file, TALK)
     save_messages(file, TALK[:1])
     assert read_messages(file) == TALK[:1]
-
-
-def test_a_disk_that_fills_leaves_the_old_file(tmp_path, monkeypatch):
-    save_messages(tmp_path / "talk", TALK)
-
-    def full(number: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_messages(tmp_path / "talk", TALK[:1])
-    assert read_messages(tmp_path / "talk") == TALK
-    assert [file.name for file in tmp_path.iterdir()] == ["talk"]
 
 
 def test_what_json_does_not_know_is_told(tmp_path):
