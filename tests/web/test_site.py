@@ -93,6 +93,11 @@ def test_template_special_tokens_and_sampling_are_those_of_the_runtime(make_bund
     assert index["sampling"] == {"temperature": 0.7, "topK": 40}
 
 
+def test_a_bundle_without_a_template_continues_texts(make_bundle, tiny, letters):
+    index = index_of(make_bundle(tiny, tokenizer=letters))
+    assert (index["tokenizer"], index["chat_template"]) == ("tokenizer.json", None)
+
+
 def test_a_checkout_without_the_libraries_names_the_target(talking, libraries):
     (libraries / "ort.wasm.min.mjs").unlink()
     libraries.rmdir()
