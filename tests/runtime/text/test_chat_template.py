@@ -309,16 +309,17 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, 
         read_template(tmp_path / "none.jinja")
 
 
-@pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}])
-def test_a_bundle_without_template_points_to_run(config, bundle_with):
-    with pytest.raises(InputError, match=r"has no chat template .* pastkey run BUNDLE --prompt TEXT"):
+NAMED = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}, NAMED]
+)
+def test_a_bundle_without_template_says_what_to_do(config, bundle_with):
+    none = r"has no chat template .* pastkey run BUNDLE --prompt TEXT"
+    named = r"named tool_use, rag, and none named default.* --template FILE"
+    with pytest.raises(InputError, match=named if config is NAMED else none):
         ChatTemplate.from_bundle(bundle_with(config))
-
-
-def test_named_templates_without_a_default_are_listed(bundle_with):
-    named = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
-    with pytest.raises(InputError, match=r"named tool_use, rag, and none named default.* --template FILE"):
-        ChatTemplate.from_bundle(bundle_with(named))
 
 
 def test_without_jinja2_it_is_named(monkeypatch):
