@@ -152,8 +152,8 @@ def served(bundle):
 
 @pytest.fixture(scope="session")
 def calling(saying):
-    """A server of a model that calls TOOL where it is said hi."""
-    with running(saying("wet." + RENDERED, "so " + CALL)) as found:
+    """A server of a model that calls TOOL twice where it is said hi."""
+    with running(saying("wet." + RENDERED, "so " + CALL + CALL)) as found:
         yield found
 
 

@@ -86,29 +86,29 @@ def test_stop_bias_and_penalties_reach_the_sampler(served):
 
 def test_what_cannot_change_the_answer_is_accepted(served):
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "id_slot": 1}
-    ignored |= {"parallel_tool_calls": True, "cache_prompt": True, "top_k": None, "made_up": None}
+    ignored |= {"seed": -1, "parallel_tool_calls": True, "cache_prompt": True, "top_k": None, "made_up": None}
     assert served.ask(PATH, {"messages": HI, "max_tokens": 1, **ignored})[0] == 200
 
 
 def test_a_tool_call_is_apart_from_the_content(calling):
-    choice = calling.ask(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 90})[1]["choices"][0]
+    choice = calling.ask(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 150})[1]["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "so"
-    (call,) = choice["message"]["tool_calls"]
-    assert (call["type"], call["function"]) == ("function", {"name": "wet", "arguments": '{"a": 1}'})
-    assert len(call["id"]) == 9
+    calls = choice["message"]["tool_calls"]
+    assert [call["function"] for call in calls] == [{"name": "wet", "arguments": '{"a": 1}'}] * 2
+    assert [(call["type"], len(call["id"])) for call in calls] == [("function", 9)] * 2
 
 
 def test_a_streamed_tool_call_comes_in_parts_and_is_no_content(calling):
-    *chunks, _ = calling.events(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 90})
+    *chunks, _ = calling.events(PATH, {"messages": HI, "tools": [TOOL], "max_tokens": 150})
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content") or "" for delta in deltas) == "so"
     parts = [part for delta in deltas for part in delta.get("tool_calls", ())]
-    assert all(part["index"] == 0 for part in parts)
-    assert [part["function"].get("name") for part in parts if "id" in part] == ["wet"]
-    assert "id" in parts[0]
-    assert len(parts) > 2
-    assert "".join(part["function"]["arguments"] for part in parts) == '{"a": 1}'
+    assert [(part["index"], part["function"].get("name")) for part in parts if "id" in part] == [(0, "wet"), (1, "wet")]
+    for index in range(2):
+        own = [part["function"]["arguments"] for part in parts if part["index"] == index]
+        assert len(own) > 2
+        assert "".join(own) == '{"a": 1}'
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 

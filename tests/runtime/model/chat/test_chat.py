@@ -323,3 +323,12 @@ def test_what_is_no_conversation_is_told(lm):
         lm.stream_chat(MESSAGES, temprature=1)
     with pytest.raises(InputError, match="context"):
         lm.generate_chat([{"role": "user", "content": "a" * 700}])
+
+
+def test_a_closed_stream_has_what_was_written(lm):
+    stream = lm.stream_chat(MESSAGES, **VARIED)
+    said = next(stream).text + next(stream).text
+    stream.close()
+    assert stream.completion is not None
+    assert (stream.completion.text, stream.completion.finish_reason) == (said, "cancelled")
+    assert next(stream, None) is None
