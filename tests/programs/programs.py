@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.environments import environment
 
-from .browser import visit
+from ..web.browser import visit
 from .environments import GENAI, OPTIMUM, install_chromium, node_environment
 
 _HERE = Path(__file__).parent
@@ -55,14 +55,14 @@ def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
         pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
-    places = {
-        "/page.html": _HERE / "page.html",
-        "/greedy.mjs": _HERE / "greedy.mjs",
-        "/request.json": request,
-        "/node_modules": packages,
-        "/bundle": bundle,
+    files: dict[str, Path | bytes] = {
+        "page.html": _HERE / "page.html",
+        "greedy.mjs": _HERE / "greedy.mjs",
+        "request.json": request,
+        "node_modules": packages,
+        "bundle": bundle,
     }
-    path, content = visit(chromium, "/page.html", places)
+    path, content = visit(chromium, "page.html", files)
     assert path == "/answers", content
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
 

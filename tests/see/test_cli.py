@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .test_page import data_of
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_bundle_becomes_a_page(classic, command, tmp_path):
@@ -34,16 +33,18 @@ def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(clas
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.slow
-def test_a_module_of_ones_own_is_exported_for_the_page(command, tmp_path):
-    lesson, page = Path(__file__).parents[2] / "examples" / "lesson.py", tmp_path / "page.html"
-    asked = [f"{lesson}:trained", "--prompt", "who hunts at night ?", "--out", page]
-    status, _, err = command("see", *asked)
-    assert status == 2
-    assert "--context N" in err
-    status, _, err = command("see", *asked, "--context", "16", "--tokenizer", f"{lesson}:tokenizer")
+def test_a_source_is_exported_for_the_page_with_its_context_and_tokenizer(classic, command, tmp_path, monkeypatch):
+    page, asked = tmp_path / "page.html", list[Any]()
+
+    def exported(source: str, out: Path, **given: Any) -> None:
+        asked.append((source, given))
+        shutil.copytree(classic / "bundle", out)
+
+    monkeypatch.setattr("pastkey.export.export", exported)
+    source, given = "lesson.py:trained", ("--context", "16", "--tokenizer", "lesson.py:tokenizer")
+    status, _, err = command("see", source, "--prompt", "what is", "--out", page, *given)
     assert status == 0, err
-    assert "owl" in data_of(page.read_text(encoding="utf-8"))["vocabulary"]
+    assert asked == [(source, {"precision": "fp32", "context_length": 16, "tokenizer": "lesson.py:tokenizer"})]
 
 
 def test_a_panel_becomes_a_picture(classic, command, tmp_path):

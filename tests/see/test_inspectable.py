@@ -22,7 +22,7 @@ FORMS = (
     "own:smeared_embedding", "own:latent", "own:two_latents", "hf:gpt2", "hf:gemma2", "hf:qwen3", "hf:olmo2",
     "hf:cohere", "hf:phi3", "hf:deepseek_v3", "hf:gpt_oss",
 )  # fmt: skip
-CI = ("own:differential", "own:post_norm", "hf:gemma2")  # weights below zero, norms behind, windows and soft caps
+CI = ("own:differential", "hf:gemma2")  # weights below zero; norms behind, windows and soft caps
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -46,7 +46,7 @@ def test_every_form_of_decoder_is_seen_whole(bundle_of, name):
     "options",
     [
         {"graph": "standard"},
-        pytest.param({"precision": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "int8"}, marks=pytest.mark.matrix),
         pytest.param({"precision": "fp16"}, marks=pytest.mark.matrix),
     ],
 )

@@ -36,6 +36,7 @@ TEMPLATE = (
 )
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "wet", "parameters": {"type": "object"}}}
 CALL = '<tool_call>{"name": "wet", "arguments": {"a": 1}}</tool_call>'
+RENDERED = "<user>hi.<assistant>"
 Reply = tuple[int, Any]
 
 
@@ -146,6 +147,13 @@ def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iter
 @pytest.fixture(scope="module")
 def served(bundle):
     with running(bundle) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def calling(saying):
+    """A server of a model that calls TOOL twice where it is said hi."""
+    with running(saying("wet." + RENDERED, "so " + CALL + CALL)) as found:
         yield found
 
 

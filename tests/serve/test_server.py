@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -74,35 +73,31 @@ def listens(served: Served) -> bool:
     return True
 
 
-def command(bundle: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pastkey", "serve", str(bundle), "--port", "0", "--threads", "1", *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PASTKEY_API_KEY": ""},
-    )
-
-
 def test_sigterm_ends_the_command_with_success(tmp_path):
-    authors = {"do_sample": True, "top_k": 5}
-    bundle = write_bundle(tmp_path / "b", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=authors)
-    with command(bundle.path, "--alias", "a", "--default", "temperature=0") as process:
+    """And what is wrong with a chat template is told at the start."""
+    authors, config = {"do_sample": True, "top_k": 5}, {"chat_template": "{% for %}"}
+    tiny, files = Tiny.random([(8, 8)], context_length=99), {"tokenizer": letters(), "tokenizer_config": config}
+    bundle = write_bundle(tmp_path / "b", tiny, "fused", generation_config=authors, **files)
+    flags = ("--port", "0", "--threads", "1", "--alias", "a", "--default", "temperature=0")
+    program = [sys.executable, "-m", "pastkey", "serve", bundle.path, *flags]
+    environment = os.environ | {"PASTKEY_API_KEY": ""}
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
-        told = process.stderr.readline()
-        port = int(told.rsplit(":", 1)[1].split("/")[0])
+        told = [process.stderr.readline() for _ in range(3)]
+        port = int(told[0].rsplit(":", 1)[1].split("/")[0])
 
         def ready() -> bool:
             client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             client.request("GET", "/health", headers={"Connection": "close"})
-            response = client.getresponse()
-            return bool(json.loads(response.read()).get("status") == "ok")
+            return bool(json.loads(client.getresponse().read()).get("status") == "ok")
 
         waiting.until(ready)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        own = "pastkey serve: defaults of the model's generation_config.json: temperature 1.0, top_k 5\n"
-        assert process.stderr.read() == own
-    assert told.startswith("pastkey serve: a at http://127.0.0.1:")
+        assert process.stderr.read() == ""
+    assert told[0].startswith("pastkey serve: a at http://127.0.0.1:")
+    assert told[1] == "pastkey serve: defaults of the model's generation_config.json: temperature 1.0, top_k 5\n"
+    assert "conversations will be refused: the chat template is not valid Jinja" in told[2]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -134,37 +129,20 @@ def test_a_signal_ends_a_server_that_still_loads(number, status, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path):
+def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path, command):
     wrong = {"do_sample": True, "top_p": 9}
     hot = write_bundle(tmp_path / "hot", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=wrong)
     for bundle, said in ((tmp_path, "pastkey.json"), (hot.path, "generation_config.json is not valid: top_p is 9")):
-        with command(bundle) as process:
-            assert process.stderr is not None
-            assert process.wait(60) == 2
-            (told,) = process.stderr.read().splitlines()
-        assert told.startswith("pastkey serve: ")
-        assert "http://" not in told
-        assert said in told
+        status, _, err = command("serve", bundle, "--port", 0, "--threads", 1)
+        assert (status, err.count("\n"), "http://" in err) == (2, 1, False)
+        assert err.startswith("pastkey serve: ")
+        assert said in err
 
 
-def bundle_with(template: str, folder: Path) -> Path:
-    tiny = Tiny.random([(8, 8)], context_length=600)
-    config = {"chat_template": template}
-    return write_bundle(folder / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
-
-
-def test_a_template_that_cannot_be_compiled_is_told_at_the_start(tmp_path):
-    with command(bundle_with("{% for %}", tmp_path)) as process:
-        assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(2)]
-        process.send_signal(signal.SIGTERM)
-    assert " at http://127.0.0.1:" in lines[0]
-    assert "conversations will be refused: the chat template is not valid Jinja" in lines[1]
-
-
-@pytest.mark.parametrize("template", ["{{ 'x' * 10**9 }}", "{{ '%1000000000d' % 1 }}", "{{ 10**10**10 }}"])
-def test_a_template_without_bounds_is_refused_and_the_server_goes_on(template, tmp_path):
-    with running(bundle_with(template, tmp_path)) as served:
+def test_a_template_without_bounds_is_refused_and_the_server_goes_on(tmp_path):
+    tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": "{{ 'x' * 10**9 }}"}
+    bundle = write_bundle(tmp_path / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
+    with running(bundle) as served:
         status, reply = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
         assert status == 400
         assert "it makes a value of more than 4,000,000 characters" in reply["error"]["message"]

@@ -103,32 +103,6 @@ def test_requests_are_answered_in_the_order_of_their_arrival(bundle, monkeypatch
         assert [tokens for _, tokens in shapes if tokens > 1] == [2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.matrix
-def test_every_request_is_answered_or_refused_and_none_is_lost(bundle):
-    """tests/programs/test_server_load.py asks a hundred times, for CI."""
-    count = 10_000
-    with running(bundle, max_concurrency=4, max_queue=8) as served:
-        text = served.model.generate("abc", max_new_tokens=2).text
-
-        def ask_many(count: int) -> list[int]:
-            found = []
-            with contextlib.closing(served.connection()) as client:
-                for _ in range(count):
-                    client.request("POST", PATH, json.dumps(body("abc", 2)))
-                    with client.getresponse() as response:
-                        reply = json.loads(response.read())
-                    found.append(response.status)
-                    assert response.status == 429 or reply["choices"][0]["text"] == text
-            return found
-
-        with ThreadPoolExecutor(50) as clients:
-            statuses = [status for found in clients.map(ask_many, [count // 50] * 50) for status in found]
-        assert len(statuses) == count
-        assert set(statuses) == {200, 429}
-        assert opened(served) == 0
-        assert served.ask(PATH, body("abc", 2))[1]["choices"][0]["text"] == text
-
-
 def test_a_reader_that_takes_nothing_holds_no_place(bundle):
     with running(bundle, max_concurrency=1) as served:
         client = begun(served, body("abc", 590, stream=True))  # its events are more than a socket's buffers hold

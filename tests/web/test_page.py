@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +121,6 @@ def wait_for(port: int) -> None:
     raise AssertionError(f"nothing answers at port {port}")
 
 
-def test_float32_writes_the_text_of_python_on_one_thread_which_it_says(page, bundles):
-    bundle = bundles("llama-fp32")
-    expected = pastkey.load(bundle, "cpu").generate(PROMPT, max_new_tokens=NEW_TOKENS).text
-    with serving(site(bundle)) as (address, _):
-        said = load(page, address)
-        assert write(page, PROMPT, maxNewTokens=NEW_TOKENS) == expected
-    assert (
-        said["Runs on"] == "CPU (WebAssembly), one thread, since the page is not cross-origin isolated: see docs/web.md"
-    )
-    assert said["Golden logits"].startswith("agree: off by ")
-    assert page.locator("dd.warning").count() == 0
-
-
 def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie(page, bundles):
     bundle = bundles("llama")
     lm = pastkey.load(bundle, "cpu")
@@ -189,31 +175,23 @@ def test_without_webgpu_the_page_says_why(page, talking):
     assert said in ("this browser has no WebGPU", "WebGPU finds no graphics adapter")
 
 
-def test_a_conversation_is_that_of_python(page, talking):
+def test_a_conversation_is_that_of_python_on_one_thread_which_it_says(page, talking):
     chat = pastkey.load(talking, "cpu").chat()
     expected = [chat.ask(question, max_new_tokens=8).text for question in ("abc", "de")]
     with serving(site(talking)) as (address, _):
-        load(page, address)
+        said = load(page, address)
         assert [write(page, question, maxNewTokens=8) for question in ("abc", "de")] == expected
+    alone = "one thread, since the page is not cross-origin isolated: see docs/web.md"
+    assert said["Runs on"] == f"CPU (WebAssembly), {alone}"
+    assert said["Golden logits"].startswith("agree: off by ")
+    assert page.locator("dd.warning").count() == 0
     assert page.locator("#log h2").all_text_contents() == ["You", "Model"] * 2
 
 
-@contextlib.contextmanager
-def on_a_static_server(bundle: Path) -> Iterator[str]:
-    with serving(site(bundle)) as (address, _):
-        yield address
-
-
-@contextlib.contextmanager
-def on_pastkey_serve(bundle: Path) -> Iterator[str]:
+def test_it_is_used_by_the_keyboard_alone(page, talking):
+    """As `pastkey serve` gives it."""
     from ..serve.conftest import running  # skips without the server's packages
 
-    with running(bundle) as served:
-        yield f"http://127.0.0.1:{served.port}/"
-
-
-@pytest.mark.parametrize("opened", [on_a_static_server, on_pastkey_serve])
-def test_it_is_used_by_the_keyboard_alone(page, talking, opened):
     expected = pastkey.load(talking, "cpu").chat().ask("bcd ef", max_new_tokens=8).text
     keys, prompt = page.keyboard, page.locator("#prompt")
 
@@ -226,8 +204,8 @@ def test_it_is_used_by_the_keyboard_alone(page, talking, opened):
         """What has the focus after each Tab."""
         return [[keys.press(key), focused()][1] for _ in range(times)]
 
-    with opened(talking) as address:
-        page.goto(address)
+    with running(talking) as served:
+        page.goto(f"http://127.0.0.1:{served.port}/")
         page.locator("#load:enabled").wait_for()
         assert tabs(2) == ["provider", "load"]
         keys.press("Enter")
@@ -311,13 +289,11 @@ def test_the_program_of_the_docs_writes_the_text_of_python(page, talking):
     assert "".join(text) == expected.text
 
 
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "golden.f32"])
-def test_a_damaged_file_is_refused(page, talking, name):
-    files = dict(site(talking))
-    content = files[name]
-    whole = content if isinstance(content, bytes) else content.read_bytes()
-    files[name] = whole[:-1] + bytes([whole[-1] ^ 1])
-    with serving(files) as (address, _):
+def test_a_damaged_file_is_refused(page, talking):
+    files, name = dict(site(talking)), "golden.f32"
+    whole = files[name]
+    assert isinstance(whole, bytes)
+    with serving(files | {name: whole[:-1] + bytes([whole[-1] ^ 1])}) as (address, _):
         page.goto(address)
         page.locator("#load:enabled").click()
         page.locator("#error", has_text=f"{name} is damaged: its sha256 is ").wait_for()
@@ -334,6 +310,7 @@ def test_it_opens_and_writes_without_its_server(page, talking):
         assert write(page, "abc", maxNewTokens=8) == expected
 
 
+@pytest.mark.matrix
 def test_axe_finds_nothing(page, packages, talking):
     page.set_viewport_size({"width": 360, "height": 740})
 

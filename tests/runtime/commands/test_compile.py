@@ -9,10 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, Compiled, open_bundle
-from pastkey.errors import InputError, IntegrityError, ProviderError
-from pastkey.files.durable import write_json
+from pastkey.errors import InputError, ProviderError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.compile import compile_bundle
 from pastkey.runtime.engine import decoder_graph
@@ -103,35 +101,45 @@ def test_an_option_that_no_bundle_may_set_is_used_and_not_kept(static, opened, t
     assert "does not keep the provider options backend_path" in capsys.readouterr().err
 
 
-def test_nothing_is_left_of_what_fails(static, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
-    with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
-        compile_bundle(static.path, tmp_path / "out", "qnn")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_provider_that_cannot_load_what_it_compiled_is_told(static, opened, tmp_path, monkeypatch):
+def test_what_fails_is_told_and_leaves_nothing(static, opened, tmp_path, monkeypatch):
     def fails(*given: Any, **placement: Any) -> None:
         raise ProviderError("cannot load; compile it again") from RuntimeError("EP_FAIL")
 
     monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", fails)
     with pytest.raises(ProviderError, match=r"'qnn' cannot load what it compiled \(EP_FAIL\): use the bundle as it is"):
         compile_bundle(static.path, tmp_path / "out", "qnn")
+    monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
+    with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
+        compile_bundle(static.path, tmp_path / "out", "qnn")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_compiled_is_refused(static, fused_bundle, opened, tmp_path):
-    with pytest.raises(InputError, match="has a fused graph, whose sizes change: export the model with --target qnn"):
-        compile_bundle(fused_bundle.path, tmp_path / "out", "qnn")
-    with pytest.raises(InputError, match="the CPU compiles nothing"):
-        compile_bundle(static.path, tmp_path / "out")
-    with pytest.raises(InputError, match="is what is to be compiled, and would be replaced: choose another --out"):
-        compile_bundle(static.path, static.path, "qnn", force=True)
-    with pytest.raises(InputError, match="keeps its context binaries beside the graphs"):
-        compile_bundle(static.path, tmp_path / "out", "qnn", None, {"ep.context_embed_mode": "1"})
-    compile_bundle(static.path, tmp_path / "out", "qnn")
-    with pytest.raises(InputError, match=r"is compiled already, for qnn \(.*htp_arch=75.*\)"):
-        compile_bundle(tmp_path / "out", tmp_path / "again", "qnn")
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a fused graph": (
+        lambda bundle, fused, out: compile_bundle(fused, out, "qnn"),
+        "has a fused graph, whose sizes change: export the model with --target qnn",
+    ),
+    "for the CPU": (lambda bundle, fused, out: compile_bundle(bundle, out), "the CPU compiles nothing"),
+    "into itself": (
+        lambda bundle, fused, out: compile_bundle(bundle, bundle, "qnn", force=True),
+        "is what is to be compiled, and would be replaced: choose another --out",
+    ),
+    "binaries in the graph": (
+        lambda bundle, fused, out: compile_bundle(bundle, out, "qnn", None, {"ep.context_embed_mode": "1"}),
+        "keeps its context binaries beside the graphs",
+    ),
+    "twice": (
+        lambda bundle, fused, out: compile_bundle(compile_bundle(bundle, out, "qnn").path, out / "again", "qnn"),
+        r"is compiled already, for qnn \(.*htp_arch=75.*\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compiled_is_refused(static, fused_bundle, opened, tmp_path, case):
+    compiled, words = REFUSED[case]
+    with pytest.raises(InputError, match=words):
+        compiled(static.path, fused_bundle.path, tmp_path / "out")
 
 
 def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeypatch):
@@ -149,13 +157,3 @@ def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeyp
     for choice, asked in zip(wrong, ("'cpu'", "htp_arch=73", "'openvino'"), strict=True):
         with pytest.raises(ProviderError, match=rf"was compiled for qnn .* 1\.32\.0, and {asked} was"):
             placement.for_compiled(choice, compiled)
-
-
-def test_a_manifest_says_what_it_was_compiled_for_or_is_refused(static):
-    manifest = dataclasses.replace(static.manifest, compiled=Compiled("qnn", QNN, "1.32.0"))
-    write_json(static.path / names.MANIFEST, manifest.to_json())
-    assert open_bundle(static.path, verify=False).manifest == manifest
-    for broken in ({"provider": "qnn"}, "qnn", {"provider": "qnn", "options": {"a": 1}, "onnxruntime": "1"}):
-        write_json(static.path / names.MANIFEST, manifest.to_json() | {"compiled": broken})
-        with pytest.raises(IntegrityError, match="is not valid"):
-            open_bundle(static.path, verify=False)

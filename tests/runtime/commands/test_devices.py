@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
-from collections.abc import Callable
+
+import pytest
 
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands import devices
+from pastkey.runtime.providers import ort
 from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.native import NativeKernels
-from pastkey.runtime.providers.ort import onnxruntime, wheels
+from pastkey.runtime.providers.ort import onnxruntime
 
-Run = Callable[..., tuple[int, str, str]]
+installed = functools.cache(importlib.metadata.packages_distributions)
+
+
+@pytest.fixture(autouse=True)
+def packages_are_looked_at_once(monkeypatch):
+    """Each look reads what every package of this environment holds."""
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", installed)
 
 
 def test_every_known_provider_is_listed_once_with_available_ones_first():
@@ -60,7 +69,7 @@ def test_portable_kernels_are_said_to_wait_for_a_request(command, monkeypatch):
 def test_devices(command):
     status, out, _ = command("devices")
     assert status == 0
-    assert f"cpu            available  any CPU; {wheels()[0]} {onnxruntime.__version__}" in out
+    assert f"cpu            available  any CPU; {ort.wheels()[0]} {onnxruntime.__version__}" in out
     assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
     status, out, _ = command("devices", "--json")
     rows = {row["short_name"]: row for row in json.loads(out)["devices"]}

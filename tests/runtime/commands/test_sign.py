@@ -9,10 +9,7 @@ import pytest
 pytest.importorskip("cryptography")
 
 from pastkey.contract.names import SIGNATURE
-from pastkey.runtime.commands import sign
 from pastkey.runtime.model.signature import require_signature
-
-NAME = sign.__name__.rpartition(".")[2]
 
 
 @pytest.fixture
@@ -22,12 +19,12 @@ def folder(talking, tmp_path):
 
 def test_a_key_is_made_and_signs(folder, tmp_path, command):
     key = tmp_path / "me.pem"
-    status, out, err = command(NAME, folder, "--new-key", key)
+    status, out, err = command("sign", folder, "--new-key", key)
     assert (status, out) == (0, "")
     assert f"{key}: keep it private; {tmp_path / 'me.pub.pem'} is for those who verify" in err
     assert f"{folder / SIGNATURE}: signed" in err
     require_signature(folder, tmp_path / "me.pub.pem")
-    assert command(NAME, folder, "--key", key)[0] == 0
+    assert command("sign", folder, "--key", key)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -40,6 +37,6 @@ def test_a_key_is_made_and_signs(folder, tmp_path, command):
     ],
 )
 def test_mistakes_are_one_sentence(command, arguments, words):
-    status, out, err = command(NAME, *arguments)
+    status, out, err = command("sign", *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -15,47 +14,56 @@ from pathlib import Path
 
 import pytest
 
-from pastkey.errors import PastkeyError
 from pastkey.runtime import Chunk, Stream
 from pastkey.runtime.commands import terminal
 from pastkey.runtime.commands.terminal import interruptions, print_answer
 
-from .conversation import FLAGS, SETTINGS, chat, fails
+from .conftest import FLAGS, SETTINGS, fails
 
 
 # --- from a pipe --------------------------------------------------------------------------------------------------
-def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking, model):
+def test_each_line_of_a_pipe_is_answered_in_one_conversation(talking, model, piped):
     conversation = model.chat("be brief")
     expected = [conversation.ask(text, **SETTINGS).text for text in ("abc", "é日")]
-    done = chat(talking, "--system", "be brief", *FLAGS, given="abc\r\n\n  \né日".encode())
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode() == "".join(text + "\n" for text in expected)
+    given = "abc\r\n\n  \né日\n/exit\nabc\n".encode()
+    found = piped(given, "chat", talking, "--system", "be brief", *FLAGS)
+    assert found == (0, "".join(text + "\n" for text in expected), "")
 
 
-def test_an_error_in_a_pipe_ends_it(talking):
-    done = chat(talking, *FLAGS, given=b"what?\nabc\n")
-    fails(done, "no token covers", "what?")
-    assert done.stdout == b""
-    fails(chat(talking, given=b"a\xff\n"), "standard input is not UTF-8 text")
-    fails(chat(talking, given=b"a" * 700), "the conversation has 718 tokens; the context is 600", "/reset", "/drop")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (b"what?\nabc\n", ["no token covers", "what?"]),
+        (b"a\xff\n", ["standard input is not UTF-8 text"]),
+        (b"a" * 700, ["the conversation has 718 tokens; the context is 600", "/reset", "/drop"]),
+        (b"/undo", ["there is no question to take back"]),
+        (b"/save", ["/save needs the name of a file: /save FILE"]),
+        (b"/load none.json", ["none.json is missing"]),
+        (b"/save none/talk.json", ["/save none/talk.json cannot be done: No such file or directory"]),
+        (b"/helo", ["there is no command /helo", "/help lists them", "//"]),
+        (b"/reset now", ["/reset stands alone: leave 'now' out, or ask the model with //reset"]),
+        (b'"""abc', ["has no end"]),
+    ],
+)
+def test_an_error_in_a_pipe_ends_it(talking, piped, given, words):
+    fails(piped(given, "chat", talking, *FLAGS), *words)
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
-def test_commands_act_on_the_conversation(talking, model, tmp_path):
+def test_commands_act_on_the_conversation(talking, model, tmp_path, piped):
     conversation = model.chat("be brief")
     expected = [conversation.ask("abc", **SETTINGS).text]
     expected.append(conversation.ask("de", **SETTINGS).text)
     conversation.undo()
-    expected.append(conversation.ask("x\n  y".replace("\n", " "), **SETTINGS).text)
+    expected.append(conversation.ask("x   y", **SETTINGS).text)
     conversation.drop()
     conversation.set_system("be long")
     file = tmp_path / "my talk.json"
     given = f"abc\nde\n/undo\nx   y\n/drop\n/system be long\n/save {file}\n/reset\n/load {file}\nde\n"
     expected.append(conversation.ask("de", **SETTINGS).text)
-    done = chat(talking, "--system", "be brief", *FLAGS, given=given.encode())
-    assert done.returncode == 0
-    assert done.stdout.decode() == "".join(text + "\n" for text in expected)
-    assert done.stderr.decode() == f"{file}: 3 messages\n" * 2
+    status, out, err = piped(given.encode(), "chat", talking, "--system", "be brief", *FLAGS)
+    assert (status, out) == (0, "".join(text + "\n" for text in expected))
+    assert err == f"{file}: 3 messages\n" * 2
     assert json.loads(file.read_text(encoding="utf-8")) == {"messages": conversation.messages[:3]}
 
 
@@ -68,29 +76,6 @@ def test_a_question_of_several_lines(model, monkeypatch, capsys):
     terminal.converse(model.chat())
     assert asked == ["one\n\n  two", "three", "four\nfive", "/help me", "/usr/bin is a folder", " a/b"]
     assert capsys.readouterr().err == terminal.HELP + "\n"
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("/undo", ["there is no question to take back"]),
-        ("/save", ["/save needs the name of a file: /save FILE"]),
-        ("/load none.json", ["none.json is missing"]),
-        ("/save none/talk.json", ["/save none/talk.json cannot be done: No such file or directory"]),
-        ("/helo", ["there is no command /helo", "/help lists them", "//"]),
-        ("/reset now", ["/reset stands alone: leave 'now' out, or ask the model with //reset"]),
-        ('"""abc', ["has no end"]),
-    ],
-)
-def test_a_command_that_cannot_be_done_is_told_and_not_asked(model, monkeypatch, line, words):
-    asked: list[str] = []
-    monkeypatch.setattr(terminal, "print_answer", lambda chat, text, *_, **__: asked.append(text))
-    monkeypatch.setattr(terminal, "_piped_lines", lambda: iter([line]))
-    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    with pytest.raises(PastkeyError) as told:
-        terminal.converse(model.chat())
-    assert all(word in str(told.value) for word in words)
-    assert asked == []
 
 
 def test_a_system_text_is_shown(model, capsys):
@@ -181,14 +166,6 @@ class Terminal:
         time.sleep(0.5)
         self.process.send_signal(signal.SIGINT)
 
-    def interrupt(self) -> None:
-        """Ctrl-C until it ends: one that comes just before readline waits for input is seen with the next."""
-        for _ in range(30):
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=2)
-                return
-
     def end(self) -> int:
         """The exit status."""
         try:
@@ -199,13 +176,12 @@ class Terminal:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-@pytest.mark.parametrize("ending", ["/exit\n", "\x04", "interrupt"])
-def test_at_a_terminal(talking, model, ending):
+@pytest.mark.parametrize("ending", ["Ctrl-D", "Ctrl-C"])
+def test_at_a_terminal(talking, model, tmp_path, ending):
     conversation = model.chat()
     expected = [conversation.ask(text, **SETTINGS).text for text in ("abc", "de")]
     typed = Terminal(talking)
-    typed.until("/help lists the commands")
-    typed.until("/exit or Ctrl-D ends.")
+    typed.until("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.")
     typed.until("> ")
     typed.type("abc\n")
     assert expected[0] in typed.until("\n> ")
@@ -213,34 +189,18 @@ def test_at_a_terminal(talking, model, ending):
     assert "no token covers" in typed.until("\n> ")
     typed.type("de\n")
     assert expected[1] in typed.until("\n> ")
-    typed.type("/helo\n")
-    assert "there is no command /helo" in typed.until("\n> ")
-    typed.type("/reset\n")
-    typed.until("> ")
-    typed.type("abc\n")
-    assert expected[0] in typed.until("\n> ")
-    if ending == "interrupt":
-        typed.interrupt()
+    if ending == "Ctrl-D":
+        typed.type("\x04")
     else:
-        typed.type(ending)
+        typed.press()
+        typed.until("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.")
+        typed.until("> ")
+        typed.type(f"/save {tmp_path / 'talk.json'}\n")
+        typed.until("4 messages")
+        typed.until("> ")
+        typed.press()  # what was typed was an answer to the first
+        typed.until("Ctrl-C once more ends")
+        typed.until("> ")
+        typed.press()
     assert typed.end() == 0
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_an_interrupt_at_the_prompt_asks_before_it_ends(talking, tmp_path):
-    typed = Terminal(talking)
-    typed.until("> ")
-    typed.type("abc\n")
-    typed.until("\n> ")
-    typed.press()
-    typed.until("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.")
-    typed.until("> ")
-    typed.type(f"/save {tmp_path / 'talk.json'}\n")
-    typed.until("2 messages")
-    typed.until("> ")
-    typed.press()  # what was typed was an answer to the first
-    typed.until("Ctrl-C once more ends")
-    typed.until("> ")
-    typed.press()
-    assert typed.end() == 0
-    assert len(json.loads((tmp_path / "talk.json").read_text())["messages"]) == 2
+    assert (tmp_path / "talk.json").exists() == (ending == "Ctrl-C")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.runtime.commands import rerun, untrusted_rows
 from pastkey.runtime.commands.flags import limits_of
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
@@ -82,7 +81,7 @@ def test_flags_that_do_not_fit(command, talking_bundle, tmp_path, name, case):
 
 
 def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, monkeypatch):
-    hook = f"import {rerun.__name__} as rerun\n"
+    hook = "from pastkey.runtime.commands import rerun\n"
     hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
     monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
     found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")
@@ -124,7 +123,7 @@ def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp
     """And is no row's own error; nor is the bundle opened here instead."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "ab"}\n')
-    hook = f"import os\nimport {untrusted_rows.__name__} as untrusted_rows\n"
+    hook = "import os\nfrom pastkey.runtime.commands import untrusted_rows\n"
     hook += f"untrusted_rows.answer_here = lambda *_, **__: {answers}\n"
     monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
     status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--untrusted")

@@ -42,9 +42,10 @@ def drafted(speaking_bundle, near, always):
 
 
 def test_every_call_gives_the_text_of_the_model_alone(drafted, lm):
-    expected = lm.generate("abc", **DRAWN)
-    found = drafted.generate("abc", **DRAWN)
+    expected, found = (model.generate("abc", logprobs=0, **DRAWN) for model in (lm, drafted))
     assert (found.text, found.ids) == (expected.text, expected.ids)
+    numbers = [[place.logprob for place in one.logprobs] for one in (expected, found)]
+    np.testing.assert_allclose(numbers[1], numbers[0], atol=1e-4)
     assert 20 < found.accepted_tokens < found.draft_tokens
     assert "".join(chunk.text for chunk in drafted.stream("abc", **DRAWN)) == expected.text
     assert asyncio.run(drafted.agenerate("abc", **DRAWN)).text == expected.text
@@ -56,15 +57,6 @@ def test_every_call_gives_the_text_of_the_model_alone(drafted, lm):
     assert [done.ids for done in drafted.generate("abc", n=3, **DRAWN)] == [
         done.ids for done in lm.generate("abc", n=3, **DRAWN)
     ]
-
-
-def test_log_probabilities_are_the_models(drafted, lm):
-    found, expected = (model.generate("abc", logprobs=2, **DRAWN) for model in (drafted, lm))
-    assert found.accepted_tokens > 20
-    assert [place.id for place in found.logprobs] == expected.ids
-    np.testing.assert_allclose(
-        [place.logprob for place in found.logprobs], [place.logprob for place in expected.logprobs], atol=1e-4
-    )
 
 
 def test_a_session_goes_on_in_both_caches(drafted, lm, monkeypatch):
@@ -133,13 +125,6 @@ def test_another_vocabulary_is_refused(tiny, speaking_bundle, make_bundle, order
     other = make_bundle(tiny, "fused", tokenizer=other_letters(order))
     with pytest.raises(InputError, match=difference):
         load(speaking_bundle.path, threads=1, draft=other.path)
-
-
-def test_the_same_ids_in_another_file_are_no_other_vocabulary(tiny, speaking_bundle, make_bundle):
-    tokenizer = other_letters("abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE")
-    tokenizer.decoder = decoders.ByteFallback()
-    other = make_bundle(tiny, "fused", tokenizer=tokenizer)
-    load(speaking_bundle.path, threads=1, draft=other.path).close()
 
 
 def test_without_tokenizers_the_number_of_ids_counts(fused_bundle):

@@ -234,12 +234,9 @@ def test_a_score_is_the_log_softmax_of_each_token_after_those_before_it(model, t
     assert found.mean == found.total / 9
 
 
-def test_a_text_and_one_token_are_scored(model):
+def test_what_is_scored_and_what_cannot_be(model):
     assert model.score("abc") == model.score(model.prompt_ids("abc"))
     assert (model.score([5]).logprobs, model.score([5]).total, model.score([5]).mean) == ([None], 0.0, 0.0)
-
-
-def test_what_cannot_be_scored(model):
     with pytest.raises(InputError, match="the context is"):
         model.score([5] * (model.manifest.context_length + 1))
     with pytest.raises(InputError, match="token id 999"):

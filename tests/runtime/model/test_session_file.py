@@ -78,7 +78,7 @@ def test_altered_content_is_refused(lm, saved, tmp_path):
         {"ids": [99]}, {"ids": [-1]}, {"ids": "abc"}, {"ids": [1.5]}, {"ids": [[1]]}, {"ids": [1] * 700},
         {"lengths": [22, 0, 0]}, {"lengths": [-1, 0, 0]}, {"lengths": [20, 0, 21]}, {"lengths": [20, 1, 0]},
         {"lengths": [1, 2]}, {"lengths": [20.0, 0, 0]}, {"arr_0": [1.0]}, {"arr_4": [1.0]},
-        {"arr_0": np.zeros((1, 2, 20, 8))}, {"bundle": 3},
+        {"arr_0": np.zeros((1, 2, 20, 8))}, {"arr_0": np.zeros((1, 2, 5, 8), np.float32)}, {"bundle": 3},
     ],
 )  # fmt: skip
 def test_content_that_does_not_go_with_the_bundle_is_refused(lm, saved, tmp_path, fields):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,13 +139,3 @@ def test_errors_are_sentences_of_known_classes(connected):
         assert len(str(found.value)) <= 4000
     assert failure_of(KeyError("x")) == {"kind": "fault", "sentence": "KeyError: 'x'"}
     assert failure_of(RuntimeError("can't start new thread"))["kind"] == "memory"
-
-
-def test_calls_of_many_threads_each_get_their_own_answer(connected):
-    """Here in the reverse order."""
-    made = connected(
-        "\nasked = [ask() for _ in range(8)]\nfor i in asked[::-1]: say({'id': i, 'value': {'text': str(i)}})\nask()"
-    )
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: made.call("for", "text", Text, {}).text, range(8)))
-    assert sorted(found) == [str(number) for number in range(2, 10)]

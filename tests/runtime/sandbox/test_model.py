@@ -10,7 +10,7 @@ import pytest
 
 import pastkey
 from pastkey.errors import InputError, OptionError, UntrustedBundleError
-from pastkey.runtime.sandbox import chat_format, process, protocol, server, stream
+from pastkey.runtime.sandbox import chat_format, process, stream
 from pastkey.runtime.sandbox.limits import Limits
 
 from .conftest import EASY, hooked, opened, told
@@ -57,13 +57,9 @@ def test_scores_rows_streams_tasks_and_conversations(untrusted, trusted):
     [
         lambda lm: lm.generate(""),
         lambda lm: lm.generate([99]),
-        lambda lm: lm.generate([1] * 700),
         lambda lm: lm.generate("\ud800"),
-        lambda lm: lm.generate(b"bytes"),
         lambda lm: lm.generate("a", temperature=-1),
         lambda lm: lm.generate("a", temprature=1),
-        lambda lm: lm.stream(["a", "b"]),
-        lambda lm: lm.score([]),
     ],
 )
 def test_errors_are_those_of_the_model(untrusted, trusted, call):
@@ -114,7 +110,7 @@ def test_a_closed_model(talking_bundle):
 )
 def test_a_process_that_was_taken_over(talking_bundle, monkeypatch, what, answer, words):
     """It answers well until this call."""
-    hook = f"import {server.__name__} as server, {protocol.__name__} as P\n"
+    hook = "from pastkey.runtime.sandbox import protocol as P, server\n"
     hook += f"server.Server.do_{what} = lambda self, **given: {answer}\n"
     monkeypatch.setattr(process, "BOOT", hooked(hook))
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
@@ -60,41 +59,7 @@ TEMPLATES = {
 {% macro turn(name) %}<{{ name }}>{% endmacro %}
 {% generation %}{% set state.seen = 9 %}{{ turn('assistant') }}{% endgeneration %}{{ state.seen }}
 """,
-    "dated": "{{ strftime_now('%Y') }} {%- for m in messages|reverse %} {{ m.content[:3] }} {%- endfor -%} {# end #}",
-}
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """A tokenizer of transformers, whose apply_chat_template takes a template."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **TOKENS)
-
-
-def conversation(system: str | None, texts: list[str]) -> list[dict[str, str]]:
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    return [*messages, *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts))]
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_rendering_is_that_of_transformers(reference, name):
-    template = ChatTemplate(TEMPLATES[name], TOKENS)
-
-    @settings(max_examples=30)
-    @given(st.none() | st.text(), st.lists(st.text() | st.sampled_from(["<b>&'\"", " a\n", "é\t日"]), min_size=1))
-    def check(system: str | None, texts: list[str]) -> None:
-        messages = conversation(system, texts)
-        expected = reference.apply_chat_template(
-            messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
-        )
-        assert template.render(messages) == expected
-
-    check()
-
-
-# In the manner of models that call tools: Hermes and Qwen, Llama 3, Command R, and of those that think first.
-TOOL_TEMPLATES = {
+    # In the manner of models that call tools: Hermes and Qwen, Llama 3, Command R, and of those that think first.
     "hermes": """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -164,7 +129,9 @@ TOOL_TEMPLATES = {
 {% endif %}{{ m.reasoning_content | default('') }}{{ m.thinking }}{% endfor %}{{ mode | default('fast') }}
 """,
 }
-_WORDS = st.text(max_size=5) | st.sampled_from(["</think>\nyes", ' a"b\n', "{{ x }}", "é日🙂", "<tool_call>"])
+_WORDS = st.text(max_size=5) | st.sampled_from(
+    ["</think>\nyes", ' a"b\n', "{{ x }}", "é\t日🙂", "<b>&'\"", "<tool_call>"]
+)
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False, allow_infinity=False) | _WORDS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_WORDS, inner, max_size=2),
@@ -177,7 +144,7 @@ _CALL = st.builds(
     st.integers(0, 999),
 )
 _MESSAGE = st.one_of(
-    st.builds(lambda text: {"role": "user", "content": text}, _WORDS),
+    st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "system"]), _WORDS),
     st.builds(lambda text: {"role": "assistant", "content": text}, _WORDS),
     st.builds(lambda text, thought: {"role": "assistant", "content": text, "reasoning": thought}, _WORDS, _WORDS),
     st.builds(
@@ -201,13 +168,13 @@ _TOOL = st.builds(
 )
 
 
-@pytest.mark.parametrize("name", TOOL_TEMPLATES)
-def test_tools_and_documents_are_rendered_as_by_transformers(name):
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendering_is_that_of_transformers(name):
     pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
     from jinja2 import exceptions
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = ChatTemplate(TOOL_TEMPLATES[name], TOKENS)
+    template = ChatTemplate(TEMPLATES[name], TOKENS)
     agreed: list[bool] = []
 
     @settings(max_examples=60)
@@ -229,7 +196,7 @@ def test_tools_and_documents_are_rendered_as_by_transformers(name):
             **TOKENS,
         }
         try:
-            rendered: Any = render_jinja_template([messages], chat_template=TOOL_TEMPLATES[name], **more)
+            rendered: Any = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
         except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
             with pytest.raises(InputError, match="the chat template does not take this conversation"):
                 template.render(messages, **more)
@@ -238,7 +205,7 @@ def test_tools_and_documents_are_rendered_as_by_transformers(name):
         agreed.append(True)
 
     check()
-    assert len(agreed) > 10
+    assert len(agreed) > 5
 
 
 def test_a_template_knows_the_variables_that_it_reads():
@@ -260,7 +227,7 @@ def test_a_message_that_cannot_be_continued_is_told():
 
 def test_a_rendering_word_for_word():
     """The same without transformers, so that it is seen wherever the tests run."""
-    messages = conversation("Be brief.", ["Hi "])
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
     assert ChatTemplate(TEMPLATES["chatml"]).render(messages) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
     )
@@ -342,16 +309,17 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, 
         read_template(tmp_path / "none.jinja")
 
 
-@pytest.mark.parametrize("config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}])
-def test_a_bundle_without_template_points_to_run(config, bundle_with):
-    with pytest.raises(InputError, match=r"has no chat template .* pastkey run BUNDLE --prompt TEXT"):
+NAMED = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}, NAMED]
+)
+def test_a_bundle_without_template_says_what_to_do(config, bundle_with):
+    none = r"has no chat template .* pastkey run BUNDLE --prompt TEXT"
+    named = r"named tool_use, rag, and none named default.* --template FILE"
+    with pytest.raises(InputError, match=named if config is NAMED else none):
         ChatTemplate.from_bundle(bundle_with(config))
-
-
-def test_named_templates_without_a_default_are_listed(bundle_with):
-    named = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
-    with pytest.raises(InputError, match=r"named tool_use, rag, and none named default.* --template FILE"):
-        ChatTemplate.from_bundle(bundle_with(named))
 
 
 def test_without_jinja2_it_is_named(monkeypatch):

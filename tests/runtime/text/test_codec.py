@@ -160,16 +160,6 @@ def test_a_character_comes_as_soon_as_it_is_whole():
     assert stream.flush() == ""
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
-def test_special_tokens_are_kept_on_request(make):
-    tokenizer = make()
-    codec = TextCodec(tokenizer)
-    [end] = ids_of(tokenizer, ["<end>"])
-    ids = [end, *byte_ids(tokenizer, "日".encode()), end, *byte_ids(tokenizer, b" a")]
-    assert streamed(codec, ids, keep=True) == codec.decode(ids, keep_special_tokens=True) == "<end>日<end> a"
-    assert streamed(codec, ids) == "日 a"
-
-
 def test_a_space_between_words_is_kept():
     tokenizer = sentence_piece()
     stream = TextStream(TextCodec(tokenizer))

@@ -69,6 +69,7 @@ TOO_LARGE = [
     f"{{{{ {BIG}.translate({{120: {BIG}}}) }}}}", "{{ (1).to_bytes(10**9, 'big') }}",
     # filters
     "{{ 'x' | center(10**9) }}", "{{ ('a\n' * 1000) | indent(1000000) }}", "{{ [1] | tojson(indent=10**9) }}",
+    "{{ [[1]] | tojson(indent=100000) }}",
     f"{{{{ ([1] * 1000) | tojson(separators=({BIG}, ':')) }}}}", "{{ 1 | round(-10**9) }}",
     "{{ '%1000000000d' | format(1) }}", "{{ ['x'] | map('center', 10**9) | list }}",
     f"{{{{ (['a'] * 1000) | join({BIG}) }}}}", "{{ ([[1]] * 100000) | sum(start=[]) }}",

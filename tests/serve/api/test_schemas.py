@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from pastkey.serve.api.schemas import ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, parsed
+from pastkey.serve.api.schemas import Body, ChatBody, CompletionBody, EmbeddingBody, parsed
 from pastkey.serve.errors import RequestError
 
 
@@ -21,51 +22,33 @@ def test_what_is_no_object_is_refused(body):
         parsed(CompletionBody, body)
 
 
-@pytest.mark.parametrize("field", ['"a": 1', '"with_pieces": "yes"', '"content": 1'])
-def test_types_are_strict_and_unknown_fields_refused(field):
-    with pytest.raises(RequestError):
-        parsed(TokenizeBody, f'{{"content": "x", {field}}}'.encode())
-
-
 HI = {"role": "user", "content": "hi"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "body", "param", "said"),
-    [
-        (CompletionBody, {"prompt": 3}, "prompt", "Input should be a valid string or a valid list"),
-        (CompletionBody, {"prompt": []}, "prompt", "List should have at least 1 item after validation, not 0"),
-        (CompletionBody, {"prompt": [-1]}, "prompt.0", "Input should be greater than or equal to 0"),
-        (CompletionBody, {"prompt": ["a", 3]}, "prompt.1", "Input should be a valid string"),
-        (CompletionBody, {"prompt": [1, "a"]}, "prompt.1", "Input should be a valid integer"),
-        (CompletionBody, {"prompt": [[1], ["a"]]}, "prompt.1.0", "Input should be a valid integer"),
-        (CompletionBody, {"prompt": "a", "stop": 3}, "stop", "Input should be a valid string or a valid list"),
-        (CompletionBody, {"prompt": "a", "stop": ["a", 3]}, "stop.1", "Input should be a valid string"),
-        (CompletionBody, {"prompt": "a", "n": "x", "stop": 3}, "n", "Input should be a valid integer"),
-        (CompletionBody, {"stop": "a"}, "prompt", "Field required"),
-        (ChatBody, {"messages": ["a"]}, "messages.0", "Input should be a valid dictionary"),
-        (
-            ChatBody,
-            {"messages": [HI, {**HI, "content": 3}]},
-            "messages.1.content",
-            "Input should be a valid string or a valid list",
-        ),
-        (
-            ChatBody,
-            {"messages": [{**HI, "content": ["a"]}]},
-            "messages.0.content.0",
-            "Input should be a valid dictionary",
-        ),
-        (
-            ChatBody,
-            {"messages": [HI], "tool_choice": "x"},
-            "tool_choice",
-            "Input should be 'none', 'auto' or 'required'",
-        ),
-        (ChatBody, {"messages": [HI], "tool_choice": {"type": "function"}}, "tool_choice.function", "Field required"),
-        (EmbeddingBody, {"input": [[1], [-1]]}, "input.1.0", "Input should be greater than or equal to 0"),
-    ],
-)
+REFUSED: list[tuple[type[Body], dict[str, Any], str, str]] = [
+    (CompletionBody, {"prompt": 3}, "prompt", "Input should be a valid string or a valid list"),
+    (CompletionBody, {"prompt": []}, "prompt", "List should have at least 1 item after validation, not 0"),
+    (CompletionBody, {"prompt": [-1]}, "prompt.0", "Input should be greater than or equal to 0"),
+    (CompletionBody, {"prompt": ["a", 3]}, "prompt.1", "Input should be a valid string"),
+    (CompletionBody, {"prompt": [[1], ["a"]]}, "prompt.1.0", "Input should be a valid integer"),
+    (CompletionBody, {"prompt": "a", "stop": 3}, "stop", "Input should be a valid string or a valid list"),
+    (CompletionBody, {"prompt": "a", "stop": ["a", 3]}, "stop.1", "Input should be a valid string"),
+    (CompletionBody, {"prompt": "a", "n": "x", "stop": 3}, "n", "Input should be a valid integer"),
+    (CompletionBody, {"stop": "a"}, "prompt", "Field required"),
+    (ChatBody, {"messages": ["a"]}, "messages.0", "Input should be a valid dictionary"),
+    (
+        ChatBody,
+        {"messages": [HI, {**HI, "content": ["a"]}]},
+        "messages.1.content.0",
+        "Input should be a valid dictionary",
+    ),
+    (ChatBody, {"messages": [HI], "tool_choice": "x"}, "tool_choice", "Input should be 'none', 'auto' or 'required'"),
+    (ChatBody, {"messages": [HI], "tool_choice": {"type": "function"}}, "tool_choice.function", "Field required"),
+    (EmbeddingBody, {"input": [[1], [-1]]}, "input.1.0", "Input should be greater than or equal to 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "param", "said"), REFUSED)
 def test_an_error_names_the_field_and_no_branch_of_its_type(kind, body, param, said):
     with pytest.raises(RequestError) as told:
         parsed(kind, json.dumps(body).encode())

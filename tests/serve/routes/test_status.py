@@ -1,8 +1,12 @@
-"""Models, health, metrics, props."""
+"""Models, health, metrics, props; tokens and embeddings."""
 
 from __future__ import annotations
 
-from ..conftest import TEMPLATE
+import base64
+
+import numpy as np
+
+from ..conftest import TEMPLATE, ids_of
 
 
 def test_the_model_is_listed_with_and_without_v1(served):
@@ -42,3 +46,29 @@ def test_an_unknown_route_and_method_are_errors_in_json(served):
         with served.response(path) as response:
             assert (response.status, response.headers["allow"]) == (405, "POST")
     assert served.ask("/health", {})[0] == 405
+
+
+def test_text_becomes_tokens_and_text_again(served):
+    assert served.ask("/tokenize", {"content": "so {a}"}) == (200, {"tokens": ids_of("so {a}")})
+    assert served.ask("/tokenize", {"content": ""})[1] == {"tokens": []}
+    pieces = served.ask("/v1/tokenize", {"content": "so", "with_pieces": True})[1]["tokens"]
+    assert [one["piece"] for one in pieces] == ["s", "o"]
+    assert served.ask("/detokenize", {"tokens": ids_of("so {a}")}) == (200, {"content": "so {a}"})
+
+
+def test_the_template_is_applied(served):
+    messages = [{"role": "developer", "content": "so"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    status, reply = served.ask("/apply-template", {"messages": messages})
+    assert (status, reply) == (200, {"prompt": "<system>so.<user>hi.<assistant>"})
+
+
+def test_embeddings_are_the_runtimes_in_both_forms(served):
+    expected = served.model.embed(["abc", "so"])
+    for given in (["abc", "so"], [ids_of("abc"), ids_of("so")]):
+        reply = served.ask("/v1/embeddings", {"model": "tiny", "input": given})[1]
+        assert reply["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+        assert [one["index"] for one in reply["data"]] == [0, 1]
+        np.testing.assert_allclose([one["embedding"] for one in reply["data"]], expected, rtol=1e-6)
+    reply = served.ask("/v1/embeddings", {"input": "abc", "encoding_format": "base64"})[1]
+    found = np.frombuffer(base64.b64decode(reply["data"][0]["embedding"]), "<f4")
+    np.testing.assert_allclose(found, expected[0], rtol=1e-6)

@@ -1,0 +1,138 @@
+"""What is wrong with a request is told by the field: a table of each route."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from ...runtime.conftest import Tiny, write_bundle
+from ..conftest import letters, running
+
+HI = [{"role": "user", "content": "hi"}]
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+# A request that is answered, which each case changes.
+RIGHT: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": HI, "max_tokens": 1},
+    COMPLETIONS: {"prompt": "abc", "max_tokens": 1},
+    RESPONSES: {"input": "hi", "max_output_tokens": 1},
+    "/v1/embeddings": {"input": "abc"},
+    "/tokenize": {"content": "so"},
+    "/detokenize": {"tokens": [1]},
+}
+ANY = {"type": "object", "minProperties": 2, "maxProperties": 1}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+# What is changed, the status, the field that the error names, and a key word.
+REFUSED: dict[str, list[tuple[dict[str, Any], int, str | None, str]]] = {
+    CHAT: [
+        ({"functions": []}, 400, "functions", "not known, or not supported"),
+        ({"temperature": "1"}, 400, "temperature", "valid number"),
+        ({"temperature": -1}, 400, "temperature", "temperature is -1"),
+        ({"stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage", "valid boolean"),
+        ({"messages": []}, 400, "messages", "at least 1"),
+        ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "'system'"),
+        (user([{"type": "image_url"}]), 400, "messages.0.content", "image_url"),
+        (user("hi" * 600), 400, "messages", "maximum context length is 600"),
+        (user("日"), 400, None, "no token covers"),
+        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not here"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+        ({"logit_bias": {"99": 1}}, 400, "logit_bias", "99"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "no tools"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format.type", "'text'"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "no json_schema"),
+        ({"chat_template_kwargs": {"mood": 1}}, 400, None, "does not read 'mood'"),
+        ({"json_schema": ANY}, 400, None, "json_schema"),
+    ],
+    COMPLETIONS: [
+        ({"prompt": None}, 400, "prompt", "required"),
+        ({"prompt": [99]}, 400, None, "99"),
+        ({"prompt": [[1], []]}, 400, None, "prompt"),
+        ({"prompt": [10**30]}, 400, None, ""),
+        ({"prompt": "abc" * 300}, 400, "prompt", "maximum context length is 600"),
+        ({"prompt": ["abc"] * 513, "n": 2}, 400, None, "the request asks for 1026 texts; at most 1024 at once"),
+        ({"suffix": "x"}, 400, "suffix", "not supported"),
+        ({"best_of": 3}, 400, "best_of", "not supported"),
+        ({"echo": True, "logprobs": 1, "stream": True}, 400, "stream", "not streamed"),
+        ({"regex": "("}, 400, None, "regex"),
+        ({"seed": -5}, 400, None, "seed is -5"),
+    ],
+    RESPONSES: [
+        ({"previous_response_id": "resp_1"}, 400, "previous_response_id", ""),
+        ({"conversation": "c"}, 400, "conversation", ""),
+        ({"background": True}, 400, "background", "stores nothing"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input.0", ""),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input.0", ""),
+        ({"input": [{"type": "function_call", "name": "x"}]}, 400, "input.0", ""),
+        ({"input": [{"role": "king", "content": "hi"}]}, 400, "input", ""),
+        ({"input": [{"role": "user", "content": 3}]}, 400, "input", ""),
+        ({"tool_choice": 3}, 400, "tool_choice", ""),
+        ({"tools": [{"type": "web_search"}]}, 400, "tools.0.type", ""),
+        ({"truncation": "auto"}, 400, "truncation", ""),
+    ],
+    "/v1/embeddings": [
+        ({"dimensions": 3}, 400, "dimensions", ""),
+        ({"input": ""}, 400, None, ""),
+        ({"input": []}, 400, "input", ""),
+        ({"input": "a" * 700}, 400, None, "context"),
+        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not here"),
+    ],
+    "/tokenize": [({"with_pieces": "yes"}, 400, "with_pieces", "valid boolean")],
+    "/detokenize": [({"tokens": [99]}, 400, None, "from 0 to 36"), ({"tokens": [10**20]}, 400, None, "")],
+}
+NEEDS_LLGUIDANCE = ("regex", "json_schema")
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "param", "word"),
+    [(path, *case) for path, cases in REFUSED.items() for case in cases],
+)
+def test_a_wrong_field_is_named(served, path, change, status, param, word):
+    if not importlib.util.find_spec("llguidance") and change.keys() & {*NEEDS_LLGUIDANCE}:
+        pytest.skip("llguidance is not installed")
+    found, reply = served.ask(path, RIGHT[path] | change)
+    error = reply["error"]
+    assert (found, error["param"] if param else None) == (status, param)
+    assert word in error["message"]
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("path", RIGHT)
+def test_what_each_case_changes_is_answered(served, path):
+    assert served.ask(path, RIGHT[path])[0] == 200
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"messages": NaN}', b"\xff", b"[" * 100_000, b'"\\ud800"'])
+def test_a_body_that_is_no_object_is_told(served, body):
+    status, reply = served.ask(CHAT, body)
+    assert status == 400
+    assert reply["error"]["message"].startswith("the body is not ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tokenizer": letters(), "tokenizer_config": {}}, "own has no chat template"),
+        ({"tokenizer": letters(), "tokenizer_config": {"chat_template": {"rag": "x"}}}, "own has chat templates named"),
+        ({}, "own has no tokenizer"),
+    ],
+)
+def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path, fields, said):
+    folder = tmp_path / "private place"
+    write_bundle(folder, Tiny.random([(8, 8)], context_length=24), "fused", **fields)
+    with running(folder, names=("own",)) as served:
+        for path, body in (
+            (CHAT, {"messages": HI}),
+            ("/apply-template", {"messages": HI}),
+            ("/responses", {"input": "hi"}),
+        ):
+            status, reply = served.ask(path, body)
+            assert status == 400
+            assert reply["error"]["message"].startswith(said)
+            assert "private place" not in str(reply)
