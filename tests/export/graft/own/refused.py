@@ -60,6 +60,13 @@ class Centred(nn.Module):
         return x - x.mean(dim=1, keepdim=True)
 
 
+class Fourier(nn.Module):
+    """FNet's mixing, for which there is no rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=1).real / 8
+
+
 # --- other rows, and chance -------------------------------------------------------------------------------------------
 class OverTheBatch(nn.Module):
     """Normalised over the rows, by their own figures in eval mode, too."""
@@ -202,6 +209,7 @@ REFUSED = {
     "one_head_ahead": Refused(lambda: Gpt(OneHeadAhead), OneHeadAhead, ahead(3)),
     "softmax_over_queries": Refused(lambda: Gpt(SoftmaxOverQueries), SoftmaxOverQueries, "softmax over the queries"),
     "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
+    "fourier": Refused(lambda: Mixing(Fourier()), Fourier, "computes fft_fft over all positions, later ones too"),
     "little_ahead": Refused(lambda: Gpt(LittleAhead), LittleAhead, "averages over all positions, later ones too"),
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
     "little_noise": Refused(lambda: Noisy(1e-4), Noisy, "draws random numbers outside training"),

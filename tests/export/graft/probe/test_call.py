@@ -201,6 +201,7 @@ def test_a_module_of_one_length_alone_is_refused_by_that():
     with pytest.raises(NoCacheError) as caught:
         probed(of(lambda m, ids: m.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))))
     assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
+    assert f"takes {CONTEXT} tokens, the whole context, and no fewer" in str(caught.value)
 
 
 def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
