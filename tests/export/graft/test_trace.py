@@ -25,7 +25,7 @@ def observed(*geometry: KVGeometry) -> Observation:
     return Observation(tuple(Layer(g, g.kv_heads, "", "") for g in geometry), 37)
 
 
-FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 10, 10), KVGeometry(2, 8, 16)
+FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 12, 12), KVGeometry(2, 8, 16)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
@@ -36,12 +36,12 @@ CHOSEN = {
     "fused on cuda": ("auto", "cuda", observed(FITTING), "fused", "target cuda"),
     "portable": ("auto", "portable", observed(FITTING), "standard", "target portable"),
     "openvino": ("auto", "openvino", observed(FITTING), "standard", "target openvino"),
-    "an odd size": ("auto", "cpu", observed(ODD), "standard", "cannot take a head size of 10, not a multiple of 8"),
+    "an odd size": ("auto", "cpu", observed(ODD), "standard", "cannot take a head size of 12, not a multiple of 8"),
     "two sizes": ("auto", "cpu", observed(UNEQUAL), "standard", "cannot take keys of size 8 and values of size 16"),
     "a soft cap": ("auto", "webgpu", CAPPED, "standard", "cannot take softcap, which webgpu ignores"),
     "a soft cap on the CPU": ("auto", "cpu", CAPPED, "fused", "target cpu"),
     "a standard graph": ("standard", "webgpu", CAPPED, "standard", ""),
-    "an odd size, fused": ("fused", "cpu", observed(ODD), "", "a head size of 10, not a multiple of 8"),
+    "an odd size, fused": ("fused", "cpu", observed(ODD), "", "a head size of 12, not a multiple of 8"),
     "two sizes, fused": ("fused", "cpu", observed(UNEQUAL), "", "keys of size 8 and values of size 16"),
     "a soft cap, fused": (
         "fused",
