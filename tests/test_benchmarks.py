@@ -18,12 +18,11 @@ from benchmarks import passes
 from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
 from benchmarks.peers import scaling, side_by_side
-from benchmarks.peers.convert import Source, chosen, of_bundle
-from benchmarks.peers.engines import ENGINES, REFERENCE, STREAM_ENGINES, WORKERS, Prepared, Worker
-from benchmarks.peers.streams import served, tables
+from benchmarks.peers.convert import Source, of_bundle
+from benchmarks.peers.engines import ENGINES, STREAM_ENGINES, Prepared, Worker
 from benchmarks.serve import Reply, Served, percentile
 from benchmarks.store import Store, digest_of_files
-from benchmarks.texts import Text, open_text
+from benchmarks.texts import open_text
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
 from pastkey.export import export
@@ -33,6 +32,7 @@ from pastkey.runtime import load
 from .export.decoders import llama
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
+from .shared import divided
 
 counted_once = functools.cache(passes.counted)
 BY_NAME = {question.name: question for question in QUESTIONS}
@@ -46,7 +46,7 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_an_export_reads_its_weights_seldom():
     """Counts depend on no size: float32's are read 206 times, and int8's 668, of which 255 write the own text."""
     counts = counted_once("int8")
@@ -118,7 +118,8 @@ def exported(folder):
     return folder
 
 
-QUICK = {
+IN_CI = ("step-cost", "batch", "speculation")
+ASKED = {
     "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work "
     "--text text.txt --only pastkey-step-streams",
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",
@@ -132,8 +133,6 @@ QUICK = {
     "text-embeddings": "tiny --threads 1 --rounds 1 --reference tiny",
     "speculation": "tiny --draft tiny --prompt-tokens 8 --new-tokens 6 --places 1 --rounds 1",
     "application": "tiny --threads 1 --ticks 5 --rounds 1 --new-tokens 4",
-}
-SLOW = {
     "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
     "serve": "tiny --rounds 1 --threads 1 --clients 1 3 --requests 2 --prompt-tokens 12 --new-tokens 4 --work work "
     "--text text.txt --only pastkey-serve",
@@ -147,17 +146,16 @@ SLOW = {
 
 
 def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page():
-    assert {*QUICK, *SLOW, *DRAWN} == {*BY_NAME}
+    assert {*ASKED, *DRAWN} == {*BY_NAME}
     assert all(quoted(question) for question in QUESTIONS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", divided(ASKED, ci=IN_CI))
 def test_a_question_is_answered(name, request, monkeypatch):
     if name in ("constrained", "serve"):
         pytest.importorskip({"constrained": "llguidance", "serve": "starlette"}[name])
-    made = "exported" if name in SLOW and name not in ("peers", "passes", "serve", "training") else "folder"
-    folder: Path = request.getfixturevalue(made)
+    folder: Path = request.getfixturevalue("exported" if "demo" in ASKED[name] else "folder")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))
     monkeypatch.setattr(side_by_side, "open_source", lambda _: Source(folder, "", "tiny"))
@@ -165,7 +163,7 @@ def test_a_question_is_answered(name, request, monkeypatch):
     monkeypatch.setattr(side_by_side, "LOADS", 1)
     monkeypatch.setattr(scaling, "SIZES", ((64, 1),))
     monkeypatch.setattr(passes, "counted", counted_once)
-    words = (QUICK | SLOW)[name].split()
+    words = ASKED[name].split()
     assert main([name, *words, "--json", "answer.json", "--page", "answer.md"]) == 0
     found = json.loads(Path("answer.json").read_text(encoding="utf-8"))
     assert found["facts"][0].startswith(f"`python -m benchmarks {name} ")
@@ -268,20 +266,6 @@ def test_an_answer_counts_up_to_its_end_token():
     assert cells == ["0.3000", "90.0%", "7.00", "50% (67%)"]
 
 
-def test_streams_are_counted_from_the_first_to_the_last():
-    fast, slow = (
-        served({"first_seconds": first, "last_seconds": last, "ids": [[1] * 5] * 2})
-        for first, last in (([1.0, 2.0], [3.0, 4.0]), ([2.0, 4.0], [4.0, 8.0]))
-    )
-    assert fast == {"throughput": 10 / 4, "decode": 4 / 2, "first": 1.5, "worst": 2.0}
-    memory = {"a": [1 << 20], "b": [2 << 20]}
-    measured = {2: [{"a": fast, "b": slow}, {"a": fast, "b": fast}, {"a": fast, "b": slow}]}
-    told = [part.rows for part in tables(measured, memory, "a") if isinstance(part, Table)]
-    assert told[1] == [["b", "2.00 (1.00 to 2.00)"]]
-    assert told[0] == [["a", "2.5 (2)"], ["b", "1.25 (1.5)"]]
-    assert told[3] == [["a", "1"], ["b", "2"]]
-
-
 def test_a_request_is_whole_rejected_or_lost():
     whole, lost = [Reply(200, 8, 0.1, 0.5), Reply(200, 8, 0.3, 0.9)], [Reply(0, 0, 0, 0), Reply(200, 0, 0, 1)]
     replies = [*whole, Reply(429, 0, 0, 0), *lost]
@@ -291,31 +275,10 @@ def test_a_request_is_whole_rejected_or_lost():
     assert [percentile(range(1, 101), share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, *STREAM_ENGINES], ids=lambda engine: engine.name)
-def test_the_worker_of_an_engine_serves_its_way(engine):
-    program = (WORKERS / f"{engine.runtime}_worker.py").read_text(encoding="utf-8")
-    assert f"{engine.way.replace('-', '_')}=" in program.split("serve(")[-1]
-
-
-def test_an_engine_that_is_asked_for_twice_is_measured_once():
-    found = chosen(ENGINES, ["genai-int8", "pastkey-fp32", "genai-int8"], False, REFERENCE)
-    assert [engine.name for engine in found] == ["pastkey-fp32", "genai-int8"]
-
-
 # --- texts, the store and the workers -----------------------------------------------------------------------------
-def test_a_prompt_goes_round_where_the_text_is_short():
-    text = Text("", ((1, 2), (3, 4)))
-    assert [text.prompt(3, first=number) for number in (1, 2)] == [[3, 4, 1], [1, 2, 3]]
-    with pytest.raises(AssertionError):
-        text.prompt(5)
-
-
 def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder, tmp_path):
-    bundle, file, once = (
-        open_bundle(folder / "tiny"),
-        tmp_path / "text.txt",
-        partial(Store(tmp_path / "work").once, key=1),
-    )
+    bundle, file = open_bundle(folder / "tiny"), tmp_path / "text.txt"
+    once = partial(Store(tmp_path / "work").once, key=1)
     found = open_text(folder / "text.txt", bundle, 1, once, own=1, most=3)
     assert [len(window) for window in found.windows] == [512] * 3
     file.write_text("a" * 510)

@@ -29,6 +29,7 @@ from pastkey.runtime import AsyncStream, LanguageModel, load
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
 from .runtime.decoding.batching import waiting
+from .shared import divided
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -63,7 +64,10 @@ def test_the_examples_cover_what_people_write():
     assert sources == {"lesson.py:trained", "nano_gpt.py:make", "own_module.py:make", "own_rope.py:make"}
 
 
-@pytest.mark.parametrize("command", [c for c in EXPORTS if "lesson" not in c], ids=lambda command: command.split()[1])
+OTHERS = [command for command in EXPORTS if "lesson" not in command]
+
+
+@pytest.mark.parametrize("command", divided(OTHERS, ci=OTHERS[:1]))
 def test_an_example_exports_verifies_and_runs(command, folder, capsys):
     _, source, *_, bundle = command.split()
     assert main(command.split()) == 0
@@ -74,6 +78,7 @@ def test_an_example_exports_verifies_and_runs(command, folder, capsys):
     assert len(json.loads(capsys.readouterr().out)["ids"]) == 8
 
 
+@pytest.mark.slow
 def test_the_lesson_trains_exports_itself_and_answers(folder):
     done = subprocess.run(
         [sys.executable, "examples/lesson.py"],
@@ -265,22 +270,6 @@ def test_the_window_shows_answers_stops_them_and_brings_questions_back(lm, monke
             assert line.value == ""
 
     asyncio.run(use())
-
-
-def test_the_window_tells_why_a_question_cannot_be_answered(lm):
-    pytest.importorskip("textual")
-    window = example("textual_chat.py")["ChatWindow"](lm.chat())
-
-    async def use() -> None:
-        async with window.run_test() as pilot:
-            window.query_one("Input").value = "x" * 1000
-            await pilot.press("enter")
-            await window.workers.wait_for_complete()
-            await pilot.pause()
-            assert "the context is 900" in window.said.children[-1].content
-
-    asyncio.run(use())
-    assert window.chat.messages == []
 
 
 # --- a wheel with a bundle ----------------------------------------------------------------------------------------

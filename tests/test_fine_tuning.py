@@ -33,7 +33,7 @@ def conversations(file: Path, manner: str) -> Path:
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")  # transformers' and peft's own
 def test_a_fine_tuned_model_answers_in_the_new_manner(tmp_path, pastkey_command):
     llama(eos_token_id=1, bos_token_id=0).save_pretrained(tmp_path / "base")

@@ -35,26 +35,5 @@ def test_it_feeds_what_the_graph_has(name):
     fed = set(re.findall(given, code(name), re.MULTILINE))
     assert fed == INPUTS
     assert re.search(rf'"{names.GENERATED_IDS}"|{{ {names.GENERATED_IDS}\b', code(name))
-
-
-def test_the_stream_feeds_what_the_second_graph_has():
-    stream = code("generate.mjs")
-    assert all(re.search(rf"\b{name}\b", stream) for name in STATE)
-
-
-def test_swift_calls_what_the_example_for_ios_calls():
-    """Which was compared with the declarations: no Swift is compiled here."""
-    ios = (EXAMPLES / "ios" / "Sources" / "PastkeyWriter" / "GraphDecoder.swift").read_text(encoding="utf-8")
-    swift = code("Generate.swift")
-    calls = re.findall(r"\bORT\w+|withInputs: |outputNames: |runOptions: nil|tensorData: |tensorData\(\)", swift)
-    calls += re.findall(r"elementType: |loggingLevel: \.\w+|modelPath: |sessionOptions: |\.int64|\.float\b", swift)
-    assert len(set(calls)) >= 12
-    assert [call for call in calls if call not in ios] == []
-
-
-def test_they_ask_for_the_packages_of_the_other_examples():
-    page = (ROOT / "docs" / "mobile.md").read_text(encoding="utf-8")
-    pins = r"onnxruntime(?:-android)?:([\d.]+\d)|OnnxRuntime --version ([\d.]+)|exact: \"([\d.]+)\"|-objc', '([\d.]+)'"
-    found = {version for name in SOURCES for groups in re.findall(pins, source(name)) for version in groups if version}
-    assert len(found) == 3
-    assert all(version in page for version in found)
+    if name == "generate.mjs":  # which streams, too
+        assert all(re.search(rf"\b{state}\b", code(name)) for state in STATE)

@@ -151,7 +151,7 @@ def test_without_network_an_export_takes_what_the_cache_has(first, hub, typed, h
     assert hub.asked == []
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_leaves_nothing(hub, model, tmp_path):
     """While the weights are fetched."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .export.commands import FACTORY
+from .shared import divided
 
 pytestmark = pytest.mark.slow
 
@@ -65,25 +66,17 @@ def test_what_refuses_sees_an_attempt(refused):
             refused("-c", f"import contextlib, socket\nwith contextlib.suppress(OSError): {code}")
 
 
-@pytest.mark.parametrize(
-    "module", ["pastkey.runtime.model.language_model", "pastkey.export.pipeline", "pastkey.train.loop"]
-)
-def test_an_import(refused, module):
-    refused("-c", f"import pastkey, {module}")
-
-
-def test_a_load_a_text_and_a_conversation(refused, classic, tmp_path):
+def test_imports_a_load_a_text_and_a_conversation(refused, classic, tmp_path):
+    refused("-c", "import pastkey, pastkey.runtime.model.language_model, pastkey.export.pipeline, pastkey.train.loop")
     bundle, template = classic / "bundle", tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}<EOS>{% endfor %}")
-    code = f"import pastkey; print(pastkey.load({str(bundle)!r}).generate('what is statquest').text)"
-    assert refused("-c", code) == "awesome\n"
     assert refused("-m", "pastkey", "run", bundle, "--prompt", "what is statquest") == "awesome\n"
     asked = ("-m", "pastkey", "chat", bundle, "--template", template)
     assert "awesome" in refused(*asked, "--prompt", "what is statquest")
     assert "awesome" in refused(*asked, stdin="what is statquest\n")
 
 
-@pytest.mark.parametrize("kind", ["module", "checkpoint", "huggingface"])
+@pytest.mark.parametrize("kind", divided(["module", "checkpoint", "huggingface"], ci=["huggingface"]))
 def test_an_export_and_its_verification(refused, classic, tmp_path, kind):
     flags: tuple[object, ...] = ("--precision", "fp32")
     if kind == "module":
@@ -131,22 +124,3 @@ def test_the_other_commands_look_for_no_model_on_the_hub(refused, classic, tmp_p
         "    print(status)"
     )
     assert refused("-c", program, json.dumps(commands)).split() == ["2"] * len(commands)
-
-
-def test_a_model_of_the_hub_that_is_in_the_cache(refused, classic, tmp_path, monkeypatch):
-    """The bundle that `chat` exported, and the files that an export fetched."""
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    shutil.copytree(classic / "bundle", tmp_path / "cache" / "pastkey" / "bundles" / "org--name")
-    assert refused("-m", "pastkey", "run", "org/name", "--prompt", "what is statquest") == "awesome\n"
-    model = tmp_path / "hub" / "hub" / "models--org--bundle"
-    shutil.copytree(classic / "bundle", model / "snapshots" / "0123")
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("0123")
-    program = (  # a bundle needs no torch
-        "import sys\nsys.modules |= dict.fromkeys(['torch', 'onnx', 'onnx_ir', 'transformers'])\n"
-        "from pastkey.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    refused("-c", program, "export", "org/bundle", "--out", tmp_path / "bundle", "--no-network")
-    assert refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt", "what is statquest") == "awesome\n"

@@ -39,20 +39,6 @@ def test_it_feeds_what_the_graphs_have(system):
     assert named <= INPUTS | {names.LOGITS} | beginnings | caches
 
 
-def test_the_renaming_of_the_cache_is_that_of_the_names():
-    """What both sources do to a past input's name, in Python."""
-    for past, present in (
-        (names.past_key(3), names.present_key(3)),
-        (names.past_value(0), names.present_value(0)),
-        (names.past_conv(2), names.present_conv(2)),
-    ):
-        attention = past.startswith(names.PAST_PREFIX)
-        renamed = (names.PAST_PREFIX, names.PRESENT_PREFIX) if attention else ("past_", "present_")
-        assert past.replace(*renamed) == present
-        for system in SOURCES:
-            assert all(f'"{word}"' in source(system) for word in renamed)
-
-
 def test_they_read_fields_that_the_manifest_has():
     read = {
         "android": re.findall(r'get\w+\("(\w+)"\)', source("android", "Manifest.kt")),

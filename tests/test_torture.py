@@ -17,6 +17,8 @@ import pytest
 from tools.torture import ERRORS, Fault, Nursery, Outcome, build_faults
 from tools.torture_scenes import SCENES, Scene
 
+from .shared import divided
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="commands run in forks")]
 
 KILLS = int(os.environ.get("PASTKEY_KILLS", "0"))  # 0: the short form
@@ -57,13 +59,8 @@ def whole(scene: Scene, nursery: Nursery, library: Path | None) -> Outcome:
     return outcome
 
 
-# Commands that train or export take minutes.
-NAMES = [
-    name
-    if name in ("conversation", "session", "hash cache", "bundle", "batch")
-    else pytest.param(name, marks=pytest.mark.matrix)
-    for name in SCENES
-]
+# CI has a file and a folder; `make matrix` has what is written likewise, and commands that train or export.
+NAMES = divided(SCENES, ci=("session", "bundle"))
 
 
 @pytest.mark.parametrize("name", NAMES)

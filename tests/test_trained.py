@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 from collections.abc import Callable
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.runtime import load
-from pastkey.runtime.engine.engine import Engine
 
 from .shared import shared
 
@@ -62,6 +57,7 @@ def stories(pastkey_command, tmp_path_factory):
     return out
 
 
+@pytest.mark.matrix  # a public clone has no ../shared
 def test_stories260k_tells_its_documented_story(stories, pastkey_command):
     done = pastkey_command("run", stories / "fp32", "--prompt", "", "--max-new-tokens", "256", "--json")
     assert json.loads(done.stdout)["text"] == STORY
@@ -69,12 +65,14 @@ def test_stories260k_tells_its_documented_story(stories, pastkey_command):
     assert done.stdout == STORY + "\n"
 
 
+@pytest.mark.matrix  # a public clone has no ../shared
 def test_stories260k_ends_its_story_with_the_token_that_begins_the_next(stories):
     told = load(stories / "fp32").generate("", max_new_tokens=500)
     assert told.finish_reason == "stop"
     assert told.text.startswith(STORY)
 
 
+@pytest.mark.matrix  # a public clone has no ../shared
 def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likely(stories):
     exact = load(stories / "fp32")
     told = exact.generate("", max_new_tokens=256).ids
@@ -86,84 +84,6 @@ def test_int8_of_stories260k_leaves_the_story_only_where_two_tokens_are_as_likel
     # calibration sees, and so on the number of threads.
     assert margin_where_they_part(told, found, logits) < 0.25
     assert kl_divergence(logits, quantized.logits([1, *told])) < 1e-3
-
-
-# --- gpt-nano-sort, of minGPT's demonstration ---------------------------------------------------------------------
-class Block(nn.Module):
-    """As minGPT has it, with its names."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(width, 3 * width), "c_proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.attn["c_proj"](mixed.transpose(1, 2).flatten(2))
-        hidden = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        return x + self.mlp["c_proj"](hidden)
-
-
-class Gpt(nn.Module):
-    def __init__(self, n_layer: int, n_head: int, n_embd: int, vocab_size: int, block_size: int, **_: Any) -> None:
-        super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, n_embd),
-                "wpe": nn.Embedding(block_size, n_embd),
-                "h": nn.Sequential(*(Block(n_embd, n_head) for _ in range(n_layer))),
-                "ln_f": nn.LayerNorm(n_embd),
-            }
-        )
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        part = self.transformer
-        hidden = part["h"](part["wte"](input_ids) + part["wpe"](position_ids))
-        logits: Tensor = self.lm_head(part["ln_f"](hidden))
-        return logits
-
-
-def arrays(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """The tensors of one of its JSON files."""
-    entries = {name: entry for name, entry in json.loads(path.read_text()).items() if "data" in (entry or {})}
-    return {
-        name: np.frombuffer(base64.b64decode(entry["data"]), "<f4").reshape(entry["shape"])
-        for name, entry in entries.items()
-    }
-
-
-@pytest.fixture(scope="module", params=PRECISIONS)
-def sorter(request, tmp_path_factory):
-    """The bundle of the trained sorter, in each precision."""
-    file = shared("models/gpt-nano-sort/gpt-nano-sort-model.json")
-    module = Gpt(**json.loads(file.read_text())["config"])
-    masks = {f"transformer.h.{i}.attn.bias" for i in range(3)}  # the causal one, which is no parameter
-    module.load_state_dict({k: torch.tensor(v) for k, v in arrays(file).items() if k not in masks})
-    out = tmp_path_factory.mktemp("sorter") / "bundle"
-    export(module, out, precision=request.param, context_length=11)
-    return out
-
-
-def test_the_sorter_sorts_all_its_729_inputs(sorter):
-    digits = np.array(list(product(range(3), repeat=6)))
-    session = Engine(open_bundle(sorter))
-    tokens = [session.forward(digits)[:, -1].argmax(-1)]
-    while len(tokens) < 6:
-        tokens.append(session.forward(tokens[-1][:, None])[:, -1].argmax(-1))
-    right = (np.stack(tokens, axis=1) == np.sort(digits, axis=1)).all(axis=1)
-    assert (len(right), int(right.sum())) == (729, 729)
-
-
-def test_the_sorter_computes_the_logits_that_came_with_it(sorter):
-    partials = arrays(shared("models/gpt-nano-sort/gpt-nano-sort-t0-partials.json"))
-    found = Engine(open_bundle(sorter), graph="all_logits").forward(partials["idx"].astype(int))
-    error = np.abs(found - partials["lm_head"]).max() / np.abs(partials["lm_head"]).max()
-    assert error < (1e-5 if open_bundle(sorter).manifest.precision == "fp32" else 0.02)
 
 
 # --- glassllm, a Llama of odd sizes whose own program is numpy ----------------------------------------------------
@@ -232,6 +152,7 @@ def glass():
     return model, tokenizer.encode(TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_bundle_agrees_with_glassllms_own_numpy(precision, glass, tmp_path):
     original, prompt = glass

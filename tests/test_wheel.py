@@ -14,7 +14,7 @@ import pytest
 from tools.wheel import ROOT, without_links
 
 
-@pytest.mark.slow
+@pytest.mark.matrix  # before a release
 def test_two_builds_are_the_same_bytes(tmp_path):
     built: list[Path] = []
     for number, (umask, when) in enumerate(((0o022, 1_500_000_000), (0o077, 1_700_000_000))):

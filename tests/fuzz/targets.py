@@ -7,11 +7,10 @@ from collections.abc import Mapping
 
 from .bundles import BUNDLES
 from .checkpoints import CHECKPOINTS
-from .jobs import JOBS
 from .reader import Target
 from .sources import SOURCES
 from .texts import TEXTS
 
-TARGETS: Mapping[str, Target] = {**BUNDLES, **JOBS, **CHECKPOINTS, **SOURCES, **TEXTS}
+TARGETS: Mapping[str, Target] = {**BUNDLES, **CHECKPOINTS, **SOURCES, **TEXTS}
 
 warnings.filterwarnings("ignore")  # of libraries, about odd values

@@ -1,8 +1,10 @@
-"""What people write: templates, conversations, corpora."""
+"""What people write: templates, conversations, corpora; and the rows of a job, with the output that it goes on with."""
 
 from __future__ import annotations
 
 import functools
+import io
+import json
 import warnings
 from collections.abc import Mapping
 
@@ -10,6 +12,8 @@ from pastkey.contract import names
 from pastkey.errors import LimitWarning, UntrustedBundleError
 from pastkey.export.measure.texts import encode_file
 from pastkey.runtime import Limits, load
+from pastkey.runtime.bulk.job import Job
+from pastkey.runtime.bulk.rows import answered_line, error_of, parse_request, read_rows
 from pastkey.runtime.sandbox.model import SandboxedModel
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
@@ -18,7 +22,7 @@ from pastkey.train.stories import read_stories
 from pastkey.train.tokenizer import train_bpe
 
 from .bundles import bundle_folder
-from .mutations import mutate_json, mutate_text
+from .mutations import mutate_bytes, mutate_json, mutate_text
 from .reader import Target, json_bytes, written
 from .samples import CORPUS, MESSAGES, TEMPLATE
 
@@ -54,6 +58,25 @@ def _calibration(content: bytes) -> object:
     return encode_file(written("calibration.txt", content), TextCodec.from_file(bundle_folder() / names.TOKENIZER))
 
 
+_ROWS = [{"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}}, {"id": "x", "messages": MESSAGES}]
+
+
+def _requests(content: bytes) -> object:
+    rows = [*read_rows(written("rows.jsonl", content))]
+    for row in rows:
+        assert json.loads(answered_line(row, error_of("no")))["id"] == row.id
+    return [parse_request(row.content) for row in rows if isinstance(row.content, dict)]
+
+
+def _output(content: bytes) -> object:
+    out = written("output.jsonl", content)
+    with out.open("ab", buffering=0) as file:
+        assert isinstance(file, io.FileIO)
+        job = Job(out, out, file, {1, "a"})
+        job.resume()
+        return job.done
+
+
 TEXTS: Mapping[str, Target] = {
     "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text),
     "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
@@ -62,6 +85,8 @@ TEXTS: Mapping[str, Target] = {
     "stories": Target(
         lambda content: read_stories(written("s.jsonl", content)), lambda: b'{"text": "a"}\n{"text": "b"}', mutate_json
     ),
+    "requests": Target(_requests, lambda: b"\n".join(json.dumps(row).encode() for row in _ROWS), mutate_json),
+    "output": Target(_output, lambda: b'{"id":1,"text":"x"}\n{"id":"a","error":"b"}\n', mutate_bytes),
     "messages": Target(
         lambda content: read_messages(written("chat.json", content)), json_bytes({"messages": MESSAGES}), mutate_json
     ),

@@ -96,43 +96,18 @@ def test_watch_sees_other_functions_but_not_those_of_the_handler():
     assert seen.count(F.layer_norm) == 1
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
-def test_torch_is_put_back_as_it_was(fails):
+def test_torch_is_put_back_as_it_was_after_an_exception():
     original, fastpath = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
 
     def handler(call: AttentionCall) -> Tensor:
-        if fails:
-            raise RuntimeError("in the handler")
-        return torch_attention(call)
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise RuntimeError("in the handler")
 
     query = torch.randn(1, 1, 3, 8)
-    try:
-        with intercept(handler):
-            assert F.scaled_dot_product_attention is not original
-            assert not torch.backends.mha.get_fastpath_enabled()
-            F.scaled_dot_product_attention(query, query, query, is_causal=True)
-    except RuntimeError as error:
-        assert fails and str(error) == "in the handler"  # noqa: PT017, PT018 - raised in one case only
+    with pytest.raises(RuntimeError, match="in the handler"), intercept(handler):
+        F.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert F.scaled_dot_product_attention is original
     assert torch.backends.mha.get_fastpath_enabled() is fastpath
-    assert F.scaled_dot_product_attention(query, query, query).shape == query.shape
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["after_a_run", "after_an_exception"])
-def test_every_submodules_training_mode_is_put_back(fails):
-    module = NanoGpt().train()
-    module.h[0].eval()
-    modes = [child.training for child in module.modules()]
-    try:
-        with evaluating(module):
-            assert not any(child.training for child in module.modules())
-            assert not torch.is_grad_enabled()
-            if fails:
-                raise RuntimeError
-    except RuntimeError:
-        assert fails
-    assert [child.training for child in module.modules()] == modes
-    assert torch.is_grad_enabled()
 
 
 # --- what a library's hook hands over -----------------------------------------------------------------------------

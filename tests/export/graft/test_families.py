@@ -1,12 +1,12 @@
 """Hugging Face decoders, family by family: what the graft gives equals transformers' own uncached eager run.
 
-`verify` compares prefill, decode token by token, chunks, a batch of rows of different lengths and a greedy
-continuation; windows are smaller than the prompt. The figures are listed at the end of the test run.
+Steps with a cache are compared in torch; an export's `verify` compares prefill, decode token by token, chunks, a batch
+of rows of different lengths and a greedy continuation. Windows are smaller than the prompt. The exports' figures are
+listed at the end of the test run.
 """
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -17,14 +17,23 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, InputError
 from pastkey.export import Report, export
+from pastkey.export.graft.probe.contract import in_contract
+from pastkey.export.graft.probe.logits import apart
+from pastkey.export.graft.probe.observe import run_on, run_uncached
+from pastkey.export.graft.trace import choose_graph
+from pastkey.export.source.open import open_source
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import load
 
 from ...shared import divided
 from ..families import CONTEXT, FAMILIES, FEW, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build, greedy
 
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")  # followed along the time axis for a smaller cache
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
+# Whose graph CI compares as well: ALiBi by hand, sinks and experts, latents of two head sizes, convolutions with a
+# window, keys and values that layers share.
+EXPORTED = ("bloom", "gpt_oss", "deepseek_v3", "lfm3", "gemma4_text")
+# How a token's rows are cached where that is not as keys and values: the rotated key and the latent.
+LATENT = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), KVGeometry(1, 8, 16))
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
@@ -36,7 +45,24 @@ def skip_unless_known(family: str) -> None:
         pytest.skip(f"transformers {transformers.__version__}: {FROM_TRANSFORMERS_5[family]}")
 
 
-@pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=IN_CI))
+@pytest.mark.parametrize("family", divided(FAMILIES, quick=("gpt2", "llama"), ci=(*QUICK, *IN_CI)))
+def test_steps_with_a_cache_give_transformers_own_logits(family):
+    skip_unless_known(family)
+    source = open_source(build(family), context_length=CONTEXT)
+    taken = in_contract(source.module, CONTEXT, None, lambda _: None)
+    assert taken.observation.geometry[0] == LATENT.get(family, taken.observation.geometry[0])
+    ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = build(family).eval()(ids).logits
+    past = run_uncached(taken.module, ids[:, :5])
+    logits = [past.logits]
+    for start, end in ((5, 6), (6, 13), *((i, i + 1) for i in range(13, 30))):
+        past = run_on(taken.module, past, ids[:, start:end])
+        logits.append(past.logits)
+    assert apart(torch.cat(logits, 1), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=EXPORTED))
 def test_a_family_computes_what_transformers_computes(family, tmp_path, record_family):
     skip_unless_known(family)
     model = build(family)
@@ -53,8 +79,6 @@ def test_a_family_computes_what_transformers_computes(family, tmp_path, record_f
     if family in BY_HAND:
         assert_greedy_ids_are_those_of_transformers(model, report)
         assert report.manifest.graph == ("standard" if family in ("bloom", "mpt") else "fused")  # ALiBi or not
-    if family in LATENT:
-        assert report.manifest.layers == (KVGeometry(1, 8, 16),) * 2  # the rotated key and the latent
     record_family(family, max(figures))
 
 
@@ -70,40 +94,38 @@ def assert_greedy_ids_are_those_of_transformers(model: Any, report: Report) -> N
     assert report.manifest.padding
 
 
-@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "qwen3_moe", "phi3"], ci=["gpt_oss"]))
+@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "qwen3_moe", "phi3"]))
 def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family, tmp_path):
     report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, graph="standard")
     assert report.manifest.graph == "standard"
     assert report.manifest.parity["fp32"]["ok"]
 
 
-@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "mixtral"], ci=["gpt_oss"]))
+@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "mixtral"]))
 def test_a_family_in_int8_is_still_the_same_model(family, tmp_path):
     report = export(build(family), tmp_path / "bundle", context_length=CONTEXT)
     assert report.manifest.parity["int8"]["ok"]
     assert report.manifest.quality["kl_divergence"] < 0.02
 
 
-@pytest.mark.parametrize(
-    ("queries", "alibi"),
-    divided(product(("grouped", "multi", "own"), (False, True)), ci=[("grouped", True)]),
-)
-def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(queries, alibi, tmp_path):
-    heads = {"grouped": 2, "multi": 1, "own": 4}[queries]
+@pytest.mark.slow
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(("queries", "heads"), [("grouped", 2), ("multi", 1), ("own", 4)])
+def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(queries, heads, alibi):
     config = transformers.FalconConfig(
         vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=heads, alibi=alibi,
         new_decoder_architecture=queries == "grouped", multi_query=queries == "multi", parallel_attn=queries != "own",
         bos_token_id=1, eos_token_id=2, max_position_embeddings=CONTEXT,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.FalconForCausalLM(config)
-    report = export(model, tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
-    assert report.manifest.parity["fp32"]["ok"]
-    assert {layer.kv_heads for layer in report.manifest.layers} == {heads}
-    assert report.manifest.graph == ("standard" if alibi else "fused")
+    source = open_source(transformers.FalconForCausalLM(config), context_length=CONTEXT)
+    observation = in_contract(source.module, CONTEXT, None, lambda _: None).observation
+    assert {layer.geometry.kv_heads for layer in observation.layers} == {heads}
+    assert choose_graph("auto", "cpu", observation).graph == ("standard" if alibi else "fused")
 
 
-@pytest.mark.parametrize("family", divided(REFUSED, ci=["doge", "llama4_text"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_grafted_is_refused_with_the_reason(family, tmp_path):
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:

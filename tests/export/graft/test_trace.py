@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,56 +14,55 @@ from torch import Tensor, nn
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
 from pastkey.export.graft.probe.observe import Layer, Observation, observe
-from pastkey.export.graft.trace import GraphChoice, choose_graph, trace
+from pastkey.export.graft.trace import choose_graph, trace
 from pastkey.export.graph.edit import IR_VERSION, OPSET
 
 from ..decoders import Encoder, NanoGpt, Plain
+from .plain import plain
 
 
 def observed(*geometry: KVGeometry) -> Observation:
     return Observation(tuple(Layer(g, g.kv_heads, "", "") for g in geometry), 37)
 
 
-FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 10, 10), KVGeometry(2, 8, 16)
+FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 12, 12), KVGeometry(2, 8, 16)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_auto_takes_the_fused_graph_where_the_operator_takes_the_heads(target):
-    choice = choose_graph("auto", target, observed(FITTING, FITTING))
-    assert choice.graph == "fused"
-    assert f"target {target}" in choice.reason
+CAPPED = Observation((Layer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
+# asked, target, what was observed -> the graph and the reason; or the reason of a refusal
+CHOSEN = {
+    "fused": ("auto", "cpu", observed(FITTING, FITTING), "fused", "target cpu"),
+    "fused on cuda": ("auto", "cuda", observed(FITTING), "fused", "target cuda"),
+    "portable": ("auto", "portable", observed(FITTING), "standard", "target portable"),
+    "openvino": ("auto", "openvino", observed(FITTING), "standard", "target openvino"),
+    "an odd size": ("auto", "cpu", observed(ODD), "standard", "cannot take a head size of 12, not a multiple of 8"),
+    "two sizes": ("auto", "cpu", observed(UNEQUAL), "standard", "cannot take keys of size 8 and values of size 16"),
+    "a soft cap": ("auto", "webgpu", CAPPED, "standard", "cannot take softcap, which webgpu ignores"),
+    "a soft cap on the CPU": ("auto", "cpu", CAPPED, "fused", "target cpu"),
+    "a standard graph": ("standard", "webgpu", CAPPED, "standard", ""),
+    "an odd size, fused": ("fused", "cpu", observed(ODD), "", "a head size of 12, not a multiple of 8"),
+    "two sizes, fused": ("fused", "cpu", observed(UNEQUAL), "", "keys of size 8 and values of size 16"),
+    "a soft cap, fused": (
+        "fused",
+        "webgpu",
+        CAPPED,
+        "",
+        "softcap, which webgpu ignores: use --graph standard, or auto",
+    ),
+}
 
 
-@pytest.mark.parametrize("target", ["portable", "openvino"])
-def test_auto_takes_the_standard_graph_where_the_target_does_not_run_the_fused_one(target):
-    choice = choose_graph("auto", target, observed(FITTING))
-    assert choice.graph == "standard"
-    assert f"target {target}" in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("geometry", "words"),
-    [
-        ((ODD,), "a head size of 10, not a multiple of 8"),
-        ((UNEQUAL,), "keys of size 8 and values of size 16"),
-    ],
-)
-def test_auto_takes_the_standard_graph_where_it_must_and_says_why(geometry, words):
-    choice = choose_graph("auto", "cpu", observed(*geometry))
-    assert (choice.graph, choice.reason) == ("standard", f"GroupQueryAttention cannot take {words}")
-    with pytest.raises(ContractError, match=words):
-        choose_graph("fused", "cpu", observed(*geometry))
-
-
-def test_auto_takes_the_standard_graph_where_the_targets_attention_ignores_an_attribute():
-    capped = Observation((Layer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
-    choice = choose_graph("auto", "webgpu", capped)
-    assert choice == GraphChoice("standard", "GroupQueryAttention cannot take softcap, which webgpu ignores")
-    assert choose_graph("auto", "cpu", capped).graph == "fused"
-    assert choose_graph("standard", "webgpu", capped).graph == "standard"
-    with pytest.raises(ContractError, match="cannot take softcap, which webgpu ignores: use --graph standard, or auto"):
-        choose_graph("fused", "webgpu", capped)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_graph_is_chosen_that_the_target_runs(name):
+    asked, target, seen, graph, reason = CHOSEN[name]
+    if not graph:
+        with pytest.raises(ContractError, match=reason):
+            choose_graph(asked, target, seen)
+        return
+    choice = choose_graph(asked, target, seen)
+    assert choice.graph == graph
+    assert reason in choice.reason
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------
@@ -93,98 +93,85 @@ def test_a_trace_has_the_opset_of_the_oldest_runtime_and_leaves_torch_alone():
 def test_torch_is_put_back_after_a_trace_that_failed():
     attention, detect = torch.nn.functional.scaled_dot_product_attention, torch.nn.modules.transformer
     original = detect._detect_is_causal_mask
-    traced_refusal(BranchesOnValues())
+    traced_refusal(plain(BRANCHES))
     assert torch.nn.functional.scaled_dot_product_attention is attention
     assert detect._detect_is_causal_mask is original
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-class Embedding(Plain):
-    def __init__(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.change = change
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return super().embed(input_ids, self.change(input_ids, position_ids))
+def branches_on_values(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+    hidden = Plain.embed(m, ids, at)
+    return hidden * 2 if at.max() > 30 else hidden
 
 
-class BranchesOnValues(Plain):
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = super().embed(input_ids, position_ids)
-        return hidden * 2 if position_ids.max() > 30 else hidden
+def branches_on_length(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+    hidden = Plain.embed(m, ids, at)
+    return hidden if ids.shape[1] > 4 else hidden * 1.0
 
 
-class BranchesOnLength(Plain):
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = super().embed(input_ids, position_ids)
-        return hidden if input_ids.shape[1] > 4 else hidden * 1.0
+def complex_tables(m: Plain) -> None:
+    angles = torch.outer(torch.arange(m.context).float(), torch.ones(m.size // 2))
+    m.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
 
 
-def test_a_branch_on_values_is_refused_with_its_line():
-    sentence = traced_refusal(BranchesOnValues())
-    assert "torch could not trace BranchesOnValues" in sentence
-    assert "test_trace.py:" in sentence
-    assert "what runs there depends on the values of a tensor" in sentence
-    assert "u0" not in sentence  # torch's symbols
-    assert "forward must not branch on values or lengths" in sentence
+def complex_numbers(m: Plain, heads: Tensor, at: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(heads.reshape(*heads.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * m.turns[at][:, None]).flatten(3)
 
 
-def test_a_branch_on_the_length_is_refused_with_the_guard():
-    sentence = traced_refusal(BranchesOnLength())
-    assert (
-        "holds only where sequence_length is at least 2 and at most 4: forward must not branch on a length" in sentence
-    )
+def half_precision(m: Plain, hidden: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return m.head(hidden).float()
+
+
+def twice(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        hidden = Plain.apply_block(m, block, hidden, at)
+    return Plain.apply_block(m, block, hidden, at)
+
+
+def not_the_second(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+    if torch.compiler.is_exporting() and block is m.blocks[1]:
+        return hidden
+    return Plain.apply_block(m, block, hidden, at)
+
+
+BRANCHES = {"embed": branches_on_values}
+REFUSED: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
+    "a branch on values": (BRANCHES, "forward must not branch on values or lengths"),
+    "a branch on the length": (
+        {"embed": branches_on_length},
+        "holds only where sequence_length is at least 2 and at most 4: forward must not branch on a length",
+    ),
+    "a length as a number": (
+        {"embed": lambda m, ids, at: Plain.embed(m, ids, at[:, :1] + torch.arange(int(ids.shape[1])))},
+        "take lengths from tensor.shape and positions from position_ids",
+    ),
+    "complex numbers": (
+        {"more": complex_tables, "turn": complex_numbers},
+        "keep rotary tables as real cos and sin, not as complex numbers",
+    ),
+    "half precision": ({"logits": half_precision}, "leave out autocast and casts"),
+    "further calls": ({"apply_block": twice}, "more attention calls while traced than when run"),
+    "fewer calls": ({"apply_block": not_the_second}, "made 1 attention calls while traced and 2 when run"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_traced_is_refused_with_what_to_write(name):
+    methods, words = REFUSED[name]
+    sentence = traced_refusal(plain(methods, layers=2))
+    assert words in sentence
     assert "generated guard" not in sentence
     assert "L['input_ids']" not in sentence
 
 
-def test_a_length_made_a_python_number_is_refused():
-    module = Embedding(lambda ids, positions: positions[:, :1] + torch.arange(int(ids.shape[1])))
-    assert "take lengths from tensor.shape and positions from position_ids" in traced_refusal(module)
-
-
-def test_complex_rotary_tables_are_refused_with_what_to_write():
-    class Complex(Plain):
-        def more(self) -> None:
-            angles = torch.outer(torch.arange(self.context).float(), torch.ones(self.size // 2))
-            self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
-
-        def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
-            pairs = torch.view_as_complex(heads.reshape(*heads.shape[:-1], -1, 2))
-            return torch.view_as_real(pairs * self.turns[position_ids][:, None]).flatten(3)
-
-    assert "keep rotary tables as real cos and sin, not as complex numbers" in traced_refusal(Complex())
-
-
-def test_half_precision_beside_attention_is_refused():
-    class HalfMlp(Plain):
-        def logits(self, hidden: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.head(hidden).float()
-
-    sentence = traced_refusal(HalfMlp())
-    assert "bfloat16" in sentence
-    assert "leave out autocast and casts" in sentence
-
-
-def test_calls_that_appear_only_while_traced_are_refused():
-    class Twice(Plain):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-            if torch.compiler.is_exporting():
-                hidden = super().apply_block(block, hidden, position_ids)
-            return super().apply_block(block, hidden, position_ids)
-
-    assert "more attention calls while traced than when run" in traced_refusal(Twice())
-
-
-def test_calls_that_disappear_while_traced_are_refused():
-    class Fewer(Plain):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-            if torch.compiler.is_exporting() and block is self.blocks[1]:
-                return hidden
-            return super().apply_block(block, hidden, position_ids)
-
-    assert "made 1 attention calls while traced and 2 when run" in traced_refusal(Fewer(layers=2))
+def test_a_branch_is_told_with_its_line():
+    sentence = traced_refusal(plain(BRANCHES))
+    assert "torch could not trace Decoder" in sentence
+    assert "test_trace.py:" in sentence
+    assert "what runs there depends on the values of a tensor" in sentence
+    assert "u0" not in sentence  # torch's symbols
 
 
 def test_an_encoders_own_mask_detection_does_not_stop_the_trace():

@@ -42,14 +42,6 @@ class BandBuffer(Scored):
         return super().scores(q, k).masked_fill(self.band[:T, :T] == 0, float("-inf"))
 
 
-class BandOfDistances(Scored):
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        i = torch.arange(q.size(2))[:, None]
-        j = torch.arange(k.size(2))[None, :]
-        allowed = (j <= i) & (i - j < WINDOW)
-        return torch.where(allowed, super().scores(q, k), torch.tensor(-1e30))
-
-
 class BandByRows(Scored):
     """A mask that is written in a loop over positions, into one that was made elsewhere."""
 
@@ -92,26 +84,6 @@ class AlibiOfColumns(Scored):
         return super().scores(q, k) + slopes(self.heads)[:, None, None] * torch.arange(k.size(2))
 
 
-class AlibiOfDistances(Scored):
-    """m * (j - i), out of a buffer."""
-
-    m: Tensor
-
-    def more(self) -> None:
-        self.register_buffer("m", slopes(self.heads)[:, None, None])
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        x = torch.arange(q.size(2))[None, :] - torch.arange(q.size(2))[:, None]
-        return super().scores(q, k) + (self.m * x).unsqueeze(0)
-
-
-class AlibiByEinsum(Scored):
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        n = torch.arange(q.size(2)).float()
-        distance = (n[:, None] - n[None]).clamp(min=0)
-        return super().scores(q, k) - torch.einsum("h,ij->hij", slopes(self.heads), distance)
-
-
 class AlibiToSdpa(Qkv):
     """A mask with the bias in it for scaled_dot_product_attention."""
 
@@ -138,17 +110,6 @@ class RelativeBuckets(Scored):
         return torch.matmul(q, k.transpose(3, 2)) * 0.4 + 2 * bias
 
 
-class BiasOfDistance(Scored):
-    """A learned number for each head and distance, gathered from a parameter."""
-
-    def more(self) -> None:
-        self.rel = nn.Parameter(torch.zeros(self.heads, CONTEXT))
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        place = torch.arange(q.size(2))
-        return super().scores(q, k) + 3 * self.rel[:, (place[:, None] - place).clamp(min=0)]
-
-
 class RelativeKeys(Scored):
     """Shaw: scores are q kᵀ and q times a vector for each distance."""
 
@@ -159,16 +120,6 @@ class RelativeKeys(Scored):
         place = torch.arange(q.size(2))
         vectors = self.er((place[:, None] - place).abs())  # (T, T, D)
         return super().scores(q, k) + torch.einsum("bhid,ijd->bhij", q, vectors) / math.sqrt(self.size)
-
-
-class NormedKeys(Scored):
-    """QK-norm by modules."""
-
-    def more(self) -> None:
-        self.q_norm, self.k_norm = nn.LayerNorm(self.size), nn.LayerNorm(self.size)
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return super().scores(self.q_norm(q), self.k_norm(k))
 
 
 class UnitKeys(Scored):
@@ -244,34 +195,19 @@ class LargestScores(Scored):
         return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
 
 
-class NearTheLargest(Scored):
-    """Scores that are far below the largest one of the row count nothing."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = causal(self.scores(q, k))
-        return scores.masked_fill(scores < scores.amax(-1, keepdim=True) - 3, float("-inf")).softmax(-1) @ v
-
-
 DECODERS = {
-    "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard", note="topk of masked scores"),
-    "near_the_largest": Own(lambda: Gpt(NearTheLargest), graph="standard", note="a threshold below the largest score"),
-    "band_buffer": Own(lambda: Gpt(BandBuffer), note="a window of 10"),
-    "band_of_distances": Own(lambda: Gpt(BandOfDistances), note="a window of 10"),
-    "band_by_vmap": Own(lambda: Gpt(BandByVmap), note="a window of 10, of a rule for one pair"),
-    "band_by_rows": Own(lambda: Gpt(BandByRows), note="a window of 10, in a loop over positions"),
-    "window_and_full": Own(Mixed, note="a layer of each"),
+    "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard"),  # topk of masked scores
+    "band_by_vmap": Own(lambda: Gpt(BandByVmap)),  # a window of 10, of a rule for one pair
+    "band_by_rows": Own(lambda: Gpt(BandByRows)),  # a window of 10, in a loop over positions
+    "window_and_full": Own(Mixed),  # a layer of each
     "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
-    "alibi_of_distances": Own(lambda: NoPositions(AlibiOfDistances), graph="standard"),
-    "alibi_by_einsum": Own(lambda: NoPositions(AlibiByEinsum), graph="standard"),
     "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),
-    "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard", note="T5"),
-    "bias_of_distance": Own(lambda: NoPositions(BiasOfDistance), graph="standard"),
-    "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard", note="Shaw: q times a table (T, T, D)"),
-    "qk_norm": Own(lambda: Gpt(NormedKeys)),
+    "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard"),  # T5
+    "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)
     "cosines_with_temperature": Own(lambda: Gpt(UnitKeys)),
     "soft_cap": Own(lambda: Gpt(Softcapped)),
     "sinks": Own(lambda: Gpt(Sinks)),
     "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
     "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
-    "differential": Own(lambda: Gpt(Differential), graph="standard", note="two softmaxes share the values"),
+    "differential": Own(lambda: Gpt(Differential), graph="standard"),  # two softmaxes share the values
 }  # fmt: skip

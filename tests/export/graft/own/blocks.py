@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .by_hand import TrilBuffer
-from .parts import HEADS, VOCAB, WIDTH, Block, Gpt, NoPositions, Own
-from .positions import Causal, RotaryGrouped, RotaryTables
+from .parts import VOCAB, WIDTH, Block, Gpt, Own
+from .positions import Causal, RotaryGrouped
 
 
 class RMSNorm(nn.Module):
@@ -35,15 +33,6 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class SquaredRelu(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(WIDTH, 64, bias=False), nn.Linear(64, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
-
-
 class DenseExperts(nn.Module):
     """All experts over all tokens; those outside the top two weigh nothing."""
 
@@ -58,33 +47,6 @@ class DenseExperts(nn.Module):
         weights = torch.zeros(*x.shape[:-1], self.w_in.size(0)).scatter(-1, which, top.softmax(-1))
         hidden = F.gelu(torch.einsum("btc,ech->bteh", x, self.w_in))
         return torch.einsum("bteh,ehc,bte->btc", hidden, self.w_out, weights)
-
-
-class ListedExperts(nn.Module):
-    """Flattened to (B*T, C); each expert of a list over all tokens, weighted by one column."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.experts = nn.Linear(WIDTH, 3), nn.ModuleList([SwiGLU(32) for _ in range(3)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        flat = x.view(-1, C)
-        weights = self.router(flat).softmax(dim=-1)  # (B*T, E)
-        out = torch.stack([expert(flat) for expert in self.experts], dim=1)  # (B*T, E, C)
-        return (weights.unsqueeze(-1) * out).sum(dim=1).view(B, T, C)
-
-
-class PostNorm(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.ln_1(x + self.attn(x))
-        return self.ln_2(x + self.mlp(x))
-
-
-class Parallel(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.ln_1(x)
-        return x + self.attn(normed) + self.mlp(normed)
 
 
 class Modern(nn.Module):
@@ -119,42 +81,6 @@ class Stack(nn.Module):
             for layer in self.layers:
                 h = layer(h)
         return self.output(self.norm(h)) / 2
-
-
-class ResidualOfEmbedding(Gpt):
-    """Each block gets the embedding again, by a learned weight; logits are capped."""
-
-    def __init__(self) -> None:
-        super().__init__(Causal)
-        self.lambdas = nn.Parameter(torch.full((2, 2), 0.5))
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = x0 = F.rms_norm(self.embed(idx), (WIDTH,))
-        for i, block in enumerate(self.blocks):
-            x = block(x + self.lambdas[i, 0] * x + self.lambdas[i, 1] * x0)
-        return 15 * torch.tanh(self.lm_head(self.ln_f(x)) / 15)
-
-
-class ValuesOfTheFirst(NoPositions):
-    """The first layer's values are mixed into those of the second."""
-
-    class Attention(RotaryTables):
-        def forward(self, x: Tensor, v1: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            q, k, v = (w(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
-            v = v if v1 is None else (v + v1) / 2
-            return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2)), v
-
-    def __init__(self) -> None:
-        super().__init__(self.Attention)
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x, v1 = self.embed(idx), None
-        for block in self.blocks:
-            y, v = block.attn(block.ln_1(x), v1)
-            v1 = v if v1 is None else v1
-            x = x + y
-            x = x + block.mlp(block.ln_2(x))
-        return self.lm_head(self.ln_f(x))
 
 
 class SmearedEmbedding(Gpt):
@@ -218,25 +144,6 @@ class ShortConv(nn.Module):
         return self.out(self.gate(x) * F.silu(mixed.transpose(1, 2)))
 
 
-class HalfSettings(Gpt):
-    """Converted to the dtype of its configuration, as lessons write it; in float32 if all of it is."""
-
-    def __init__(self) -> None:
-        super().__init__(TrilBuffer)
-        self.cfg: dict[str, Any] = {"dtype": torch.bfloat16, "n_layers": 2}
-        self.to(torch.bfloat16)
-
-    def float(self) -> HalfSettings:
-        self.cfg["dtype"] = torch.float32
-        return super().float()
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = self.embed(idx).to(self.cfg["dtype"])
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x).to(self.cfg["dtype"]))
-
-
 class BatchNorm(nn.Module):
     """With the figures of the training: over (B, C, T), or flattened to (B*T, C)."""
 
@@ -285,27 +192,16 @@ class Mixing(Gpt):
 
 
 DECODERS = {
-    "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU)), note="RMSNorm by hand, grouped queries, tied"),
-    "squared_relu": Own(lambda: Stack(Modern(SquaredRelu), Modern(SquaredRelu))),
+    "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm by hand, grouped queries, tied
     "dense_experts": Own(lambda: Stack(Modern(DenseExperts), Modern(DenseExperts))),
-    "listed_experts": Own(lambda: Stack(Modern(ListedExperts), Modern(ListedExperts)), note="over (B*T, C)"),
-    "post_norm": Own(lambda: Stack(*(PostNorm(Causal()) for _ in range(2)), positions=48)),
-    "parallel": Own(lambda: Stack(*(Parallel(RotaryTables()) for _ in range(2)))),
-    "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3, note="shared weights"),
-    "residual_of_embedding": Own(ResidualOfEmbedding, note="logits capped by tanh"),
-    "values_of_the_first": Own(ValuesOfTheFirst),
-    "half_precision": Own(lambda: Gpt(TrilBuffer).half(), note="export makes float32 of it"),
-    "bfloat16": Own(lambda: Gpt(TrilBuffer).bfloat16(), note="export makes float32 of it"),
-    "half_settings": Own(HalfSettings, note='x.to(cfg["dtype"]) of bfloat16; export makes float32 of it'),
-    "batch_norm": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=False)), note="over (B, C, T), in eval mode"),
-    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=True)), note="over (B*T, C), in eval mode"),
-    "group_norm_of_rows": Own(lambda: mixed(mlp=GroupNorm), note="over (B*T, C)"),
-    "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True, note="nanochat's: cat of the first row"),
-    "bigrams": Own(Bigrams, graph="standard", state=True, note="a shift of the ids themselves"),
-    "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True, note="ZeroPad2d, RWKV's"),
-    "shifted_keys": Own(lambda: mixed(attn=ShiftedKeys), graph="standard", state=True, note="pad, then [:, :-1]"),
-    "short_conv": Own(lambda: mixed(mlp=ShortConv), graph="standard", state=True, note="padding=3, cut to T; C groups"),
-    "short_conv_padded_left": Own(
-        lambda: mixed(mlp=lambda: ShortConv(3, both=False)), graph="standard", state=True, note="F.pad, kernel 3"
-    ),
+    "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3),  # shared weights
+    "batch_norm": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=False))),  # over (B, C, T), in eval mode
+    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=True))),  # over (B*T, C), in eval mode
+    "group_norm_of_rows": Own(lambda: mixed(mlp=GroupNorm)),  # over (B*T, C)
+    "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True),  # nanochat's: cat of the first row
+    "bigrams": Own(Bigrams, graph="standard", state=True),  # a shift of the ids themselves
+    "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True),  # ZeroPad2d, RWKV's
+    "shifted_keys": Own(lambda: mixed(attn=ShiftedKeys), graph="standard", state=True),  # pad, then [:, :-1]
+    "short_conv": Own(lambda: mixed(mlp=ShortConv), graph="standard", state=True),  # padding=3, cut to T; C groups
+    "short_conv_padded_left": Own(lambda: mixed(mlp=lambda: ShortConv(3, both=False)), graph="standard", state=True),
 }  # fmt: skip

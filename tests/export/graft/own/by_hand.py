@@ -32,13 +32,6 @@ class TriuAdded(Qkv):
         return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(self.size) + mask, dim=-1) @ v
 
 
-class LargeNegativeFill(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.matmul(q, k.transpose(-1, -2)) / k.shape[-1] ** 0.5
-        mask = torch.tril(torch.ones(scores.shape[-2:])).unsqueeze(0).unsqueeze(0)
-        return torch.matmul(scores.masked_fill(mask == 0, -1e9).softmax(dim=-1), v)
-
-
 class SmallNegativeFill(Qkv):
     """1e-4 of a weight is left of nothing: exp(-1e4) is 0."""
 
@@ -48,14 +41,6 @@ class SmallNegativeFill(Qkv):
         scores = torch.matmul(q, k.mT) * self.size**-0.5
         scores = scores * visible - 1e4 * (1 - visible)
         return scores.softmax(-1) @ v
-
-
-class Where(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(-2)
-        causal = torch.tril(torch.ones((T, T), dtype=torch.bool))
-        scores = q @ k.mT * self.size**-0.5
-        return torch.where(causal, scores, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
 
 class MultipliedAndRenormalised(Qkv):
@@ -77,14 +62,6 @@ class OwnSoftmax(Qkv):
         return softmax(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)) @ v
 
 
-class ExpMaskedAfterwards(Qkv):
-    """The mask times exp of the scores, and their sum below."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = torch.exp(q @ k.mT / math.sqrt(self.size)).tril()
-        return weights / weights.sum(-1, keepdim=True) @ v
-
-
 class AverageOfEarlier(nn.Module):
     """A table of weights in place of queries and keys, as a lecture begins."""
 
@@ -95,14 +72,6 @@ class AverageOfEarlier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = torch.tril(torch.ones(x.shape[1], x.shape[1]))
         return weights / weights.sum(1, keepdim=True) @ self.value(x)
-
-
-class SoftmaxInFloat32(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(-2)
-        mask = torch.full((1, 1, T, T), torch.finfo(q.dtype).min).triu_(1)
-        scores = torch.matmul(q, k.transpose(2, 3)) * self.size**-0.5 + mask
-        return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(q), v)
 
 
 class KeysTimesQueries(Qkv):
@@ -137,37 +106,6 @@ class FilledInPlace(Qkv):
         return torch.softmax(attn_scores / k.shape[-1] ** 0.5, dim=-1) @ v
 
 
-class ComparedPositions(Qkv):
-    """Queries scaled before the product; the mask is a comparison of two aranges."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        place = torch.arange(q.size(2), device=q.device)
-        hidden = place[None, :] > place[:, None]
-        return (q * self.size**-0.5 @ k.mT).masked_fill(hidden, float("-inf")).softmax(-1) @ v
-
-
-class MaskThatGrows(Qkv):
-    """Kept from call to call, made anew where a text is longer."""
-
-    def more(self) -> None:
-        self.kept: Tensor | None = None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        if self.kept is None or self.kept.size(0) < T:
-            self.kept = torch.triu(torch.full((T, T), float("-inf")), diagonal=1)
-        return (q @ k.mT / math.sqrt(self.size) + self.kept[:T, :T]).softmax(-1) @ v
-
-
-class ScaledByWidth(Qkv):
-    """By the width of the model in place of the head's, and dropout by a function that knows the mode."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wei = q @ k.transpose(-2, -1) * (self.heads * self.size) ** -0.5
-        wei = wei.masked_fill(torch.tril(torch.ones_like(wei)) == 0, float("-inf"))
-        return F.dropout(F.softmax(wei, dim=-1), 0.2, training=self.training) @ v
-
-
 class MaskOfLen(nn.Module):
     """One head over one text at a time, of len(x) rows."""
 
@@ -190,21 +128,14 @@ class HeadOfTen(TrilBuffer):
 DECODERS = {
     "tril_buffer": Own(lambda: Gpt(TrilBuffer)),
     "triu_added": Own(lambda: Gpt(TriuAdded)),
-    "large_negative_fill": Own(lambda: Gpt(LargeNegativeFill)),
-    "small_negative_added": Own(lambda: Gpt(SmallNegativeFill), note="scores * mask - 1e4 * (1 - mask)"),
-    "where": Own(lambda: Gpt(Where)),
+    "small_negative_added": Own(lambda: Gpt(SmallNegativeFill)),  # scores * mask - 1e4 * (1 - mask)
     "multiplied_and_renormalised": Own(lambda: Gpt(MultipliedAndRenormalised), graph="either"),
-    "own_softmax": Own(lambda: Gpt(OwnSoftmax), note="exp, max and sum"),
-    "average_of_earlier": Own(lambda: Gpt(AverageOfEarlier), note="no queries and keys at all"),
-    "exp_masked_afterwards": Own(lambda: Gpt(ExpMaskedAfterwards), graph="either"),
-    "softmax_in_float32": Own(lambda: Gpt(SoftmaxInFloat32)),
-    "keys_times_queries": Own(lambda: Gpt(KeysTimesQueries), graph="either", note="softmax over dim -2"),
-    "triu_indices": Own(lambda: Gpt(TriuIndices), note="torch.export makes T a constant"),
+    "own_softmax": Own(lambda: Gpt(OwnSoftmax)),  # exp, max and sum
+    "average_of_earlier": Own(lambda: Gpt(AverageOfEarlier)),  # no queries and keys at all
+    "keys_times_queries": Own(lambda: Gpt(KeysTimesQueries), graph="either"),  # softmax over dim -2
+    "triu_indices": Own(lambda: Gpt(TriuIndices)),  # torch.export makes T a constant
     "filled_in_place": Own(lambda: Gpt(FilledInPlace)),
-    "compared_positions": Own(lambda: Gpt(ComparedPositions)),
-    "mask_that_grows": Own(lambda: Gpt(MaskThatGrows), note="kept on self between calls"),
-    "scaled_by_width": Own(lambda: Gpt(ScaledByWidth), note="F.dropout(..., training=self.training)"),
-    "len_of_x": Own(lambda: Gpt(MaskOfLen), note="torch.export makes T a constant; one head without projection"),
+    "len_of_x": Own(lambda: Gpt(MaskOfLen)),  # torch.export makes T a constant; one head without projection
     "head_of_ten": Own(lambda: Gpt(lambda: HeadOfTen(width=40), width=40), graph="standard"),
     "context_16": Own(lambda: Gpt(TriuAdded, context=16), context=16),
     "context_300": Own(lambda: Gpt(TriuAdded, context=300, layers=1), context=300, layers=1),

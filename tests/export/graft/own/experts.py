@@ -56,19 +56,6 @@ class Counted(Experts):
         return y
 
 
-class IndexAdd(Experts):
-    """The rows by nonzero of a mask, the weights by a mask of two axes."""
-
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            mask = which == i
-            if mask.any():
-                rows = mask.any(dim=-1).nonzero().flatten()
-                y.index_add_(0, rows, (expert(x[rows]) * weights[mask].view(-1, 1)).to(y.dtype))
-        return y
-
-
 class Unique(Experts):
     """Only the experts that any token chose."""
 
@@ -99,19 +86,6 @@ class Hit(Experts):
         return final
 
 
-class Masked(Experts):
-    """A mask of rows reads and writes them."""
-
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            mask = (which == i).any(dim=-1)
-            if mask.any():
-                weight = (weights * (which == i)).sum(-1)[mask]
-                out[mask] += expert(x[mask]) * weight[:, None]
-        return out
-
-
 class Switch(Experts):
     """The best one alone, by a mask over the batch and the length."""
 
@@ -140,12 +114,10 @@ class Scattered(Experts):
 
 
 DECODERS = {
-    "experts_where": Own(lambda: Stack(Modern(Where), Modern(Where)), note="results[rows] += ..."),
-    "experts_counted": Own(lambda: Stack(Modern(Counted), Modern(Counted)), note="bincount(...).tolist()"),
-    "experts_index_add": Own(lambda: Stack(Modern(IndexAdd), Modern(IndexAdd)), note="if mask.any()"),
-    "experts_unique": Own(lambda: Stack(Modern(Unique), Modern(Unique)), note="for expert in unique(...)"),
-    "experts_hit": Own(lambda: Stack(Modern(Hit), Modern(Hit)), note="one_hot(...).permute(2, 1, 0)"),
-    "experts_masked": Own(lambda: Stack(Modern(Masked), Modern(Masked)), note="out[mask] += ..."),
-    "experts_scattered": Own(lambda: Stack(Modern(Scattered), Modern(Scattered)), note="masked_scatter, if mask.any()"),
-    "experts_switch": Own(lambda: Stack(Modern(Switch), Modern(Switch)), note="out[mask] = ..., (B, T)"),
+    "experts_where": Own(lambda: Stack(Modern(Where), Modern(Where))),  # results[rows] += ...
+    "experts_counted": Own(lambda: Stack(Modern(Counted), Modern(Counted))),  # bincount(...).tolist()
+    "experts_unique": Own(lambda: Stack(Modern(Unique), Modern(Unique))),  # for expert in unique(...)
+    "experts_hit": Own(lambda: Stack(Modern(Hit), Modern(Hit))),  # one_hot(...).permute(2, 1, 0)
+    "experts_scattered": Own(lambda: Stack(Modern(Scattered), Modern(Scattered))),  # masked_scatter, if mask.any()
+    "experts_switch": Own(lambda: Stack(Modern(Switch), Modern(Switch))),  # out[mask] = ..., (B, T)
 }

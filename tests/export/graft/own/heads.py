@@ -17,13 +17,6 @@ def future(length: int) -> Tensor:
     return torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
 
 
-class EinsumHeadsFirst(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sim = einsum("b h i d, b h j d -> b h i j", q, k) * self.size**-0.5
-        sim = sim.masked_fill(future(q.shape[2]), -torch.finfo(sim.dtype).max)
-        return einsum("b h i j, b h j d -> b h i d", sim.softmax(dim=-1), v)
-
-
 class EinsumLengthFirst(nn.Module):
     """Heads stay behind the length."""
 
@@ -58,31 +51,6 @@ class EinsumWeights(nn.Module):
         scores = torch.where(self.mask[: x.shape[1], : x.shape[1]].bool(), scores, -1e5)
         z = torch.einsum("bnqk,bknh->bqnh", scores.softmax(-1), v)
         return torch.einsum("bqnh,nhd->bqd", z, self.W_O) + self.b_O
-
-
-def split_heads(t: Tensor, h: int) -> Tensor:
-    """b n (h d) -> (b h) n d."""
-    return t.reshape(*t.shape[:2], h, -1).permute(0, 2, 1, 3).flatten(0, 1)
-
-
-def merge_heads(t: Tensor, h: int) -> Tensor:
-    """(b h) n d -> b n (h d)."""
-    return t.unflatten(0, (-1, h)).permute(0, 2, 1, 3).flatten(2)
-
-
-class Rearranged(nn.Module):
-    """Heads merged into the batch by helpers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(t, HEADS) for t in self.to_qkv(x).chunk(3, dim=-1))
-        dots = torch.einsum("bid,bjd->bij", q, k) * SIZE**-0.5
-        i, j = dots.shape[-2:]
-        dots.masked_fill_(torch.ones(i, j, dtype=torch.bool).triu_(j - i + 1), float("-inf"))
-        return self.to_out(merge_heads(torch.einsum("bij,bjd->bid", dots.softmax(-1), v), HEADS))
 
 
 class MergedBatch(nn.Module):
@@ -157,14 +125,6 @@ class GroupedByEinsum(Qkv):
         return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
 
 
-class Interleaved(Qkv):
-    """Keys and values repeated for the query heads by repeat_interleave."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        return (q @ k.mT / math.sqrt(self.size)).masked_fill(future(q.shape[2]), -torch.inf).softmax(-1) @ v
-
-
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     bs, n_kv_heads, slen, head_dim = x.shape
     if n_rep == 1:
@@ -209,17 +169,14 @@ class WiderValues(nn.Module):
 
 
 DECODERS = {
-    "einsum_heads_first": Own(lambda: Gpt(EinsumHeadsFirst)),
-    "einsum_length_first": Own(lambda: Gpt(EinsumLengthFirst), note="bqhd,bkhd->bhqk, scaled by the width"),
-    "einsum_weights": Own(lambda: Gpt(EinsumWeights), note="weights (H, C, D)"),
-    "rearranged": Own(lambda: Gpt(Rearranged), note="b n (h d) -> (b h) n d, by helpers"),
-    "bmm": Own(lambda: Gpt(MergedBatch), note="(B*H, T, D)"),
-    "baddbmm": Own(lambda: Gpt(lambda: MergedBatch(add=True)), note="the mask is added by the product"),
-    "module_per_head": Own(lambda: Gpt(ModulePerHead), graph="either", layers=8, note="layers: of each head"),
+    "einsum_length_first": Own(lambda: Gpt(EinsumLengthFirst)),  # bqhd,bkhd->bhqk, scaled by the width
+    "einsum_weights": Own(lambda: Gpt(EinsumWeights)),  # weights (H, C, D)
+    "bmm": Own(lambda: Gpt(MergedBatch)),  # (B*H, T, D)
+    "baddbmm": Own(lambda: Gpt(lambda: MergedBatch(add=True))),  # the mask is added by the product
+    "module_per_head": Own(lambda: Gpt(ModulePerHead), graph="either", layers=8),  # layers: of each head
     "grouped_in_five": Own(lambda: Gpt(lambda: GroupedInFive(kv_heads=2))),
     "grouped_by_einsum": Own(lambda: Gpt(lambda: GroupedByEinsum(kv_heads=2))),
-    "repeat_interleave": Own(lambda: Gpt(lambda: Interleaved(kv_heads=2))),
     "expand_and_reshape": Own(lambda: Gpt(lambda: Expanded(kv_heads=2))),
     "multi_query": Own(lambda: Gpt(MultiQuery)),
-    "wider_values": Own(lambda: Gpt(WiderValues), note="values of 32, keys of 8"),
+    "wider_values": Own(lambda: Gpt(WiderValues)),  # values of 32, keys of 8
 }  # fmt: skip

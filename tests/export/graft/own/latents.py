@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pastkey.contract.bundle import KVGeometry
+
 from .biases import causal
 from .parts import HEADS, WIDTH, Gpt, NoPositions, Own
 
@@ -149,13 +151,14 @@ class TurnedAfter(Unturned):
         return self.out_proj((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
+TURNED = KVGeometry(1, ROPE, RANK)  # the rotated key, and the latent
 DECODERS = {
-    "latent": Own(lambda: NoPositions(Latent), graph="standard", note="MLA, scores as a sum of two products"),
-    "latent_by_cat": Own(lambda: NoPositions(ByCat), graph="standard", note="MLA, keys of 12, values of 8"),
-    "latent_filled": Own(lambda: NoPositions(Filled), graph="standard", note="MLA, keys written into an empty tensor"),
-    "latent_absorbed": Own(lambda: NoPositions(Absorbed), graph="standard", note="MLA, absorbed by its author"),
-    "latent_unturned": Own(lambda: Gpt(Unturned), graph="standard", note="MLA without rotated keys, with biases"),
-    "two_latents": Own(lambda: Gpt(TwoLatents), note="one of keys and one of values"),
-    "latent_turned_after": Own(lambda: Gpt(TurnedAfter), graph="standard", note="rotary after the latent: no MLA"),
-    "wide_latent": Own(lambda: Gpt(partial(Unturned, rank=2 * WIDTH)), note="a latent as wide as keys and values"),
-}  # fmt: skip
+    "latent": Own(lambda: NoPositions(Latent), graph="standard", geometry=TURNED),  # scores of two products
+    "latent_by_cat": Own(lambda: NoPositions(ByCat), graph="standard", geometry=TURNED),
+    "latent_filled": Own(lambda: NoPositions(Filled), graph="standard", geometry=TURNED),  # new_empty
+    "latent_absorbed": Own(lambda: NoPositions(Absorbed), graph="standard", geometry=TURNED),
+    "latent_unturned": Own(lambda: Gpt(Unturned), graph="standard", geometry=KVGeometry(1, 6, 6)),
+    "two_latents": Own(lambda: Gpt(TwoLatents), geometry=KVGeometry(1, 8, 8)),  # one of keys and one of values
+    "latent_turned_after": Own(lambda: Gpt(TurnedAfter), graph="standard", geometry=KVGeometry(8, 4, 4)),
+    "wide_latent": Own(lambda: Gpt(partial(Unturned, rank=2 * WIDTH)), geometry=KVGeometry(HEADS, 8, 8)),
+}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,18 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .parts import CONTEXT, VOCAB, Gpt, Own, first
+from .parts import VOCAB, Gpt, Own, first
 from .positions import Causal
-
-
-class OptionalTargets(Gpt):
-    """(logits, loss), where the loss is None without targets."""
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits, loss = super().forward(idx), None
-        if targets is not None:
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-        return logits, loss
 
 
 class FlatWithTargets(Gpt):
@@ -35,12 +24,6 @@ class FlatWithTargets(Gpt):
         B, T, C = logits.shape
         logits = logits.view(B * T, C)
         return logits, F.cross_entropy(logits, targets.view(B * T))
-
-
-class RequiredTargets(Gpt):
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        logits = super().forward(x)
-        return F.cross_entropy(logits.transpose(1, 2), y), logits
 
 
 class LossInside(Gpt):
@@ -66,51 +49,11 @@ class LastWithoutTargets(Gpt):
         return self.lm_head(x[:, [-1], :]), None
 
 
-class LastOnly(Gpt):
-    """(B, V)."""
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = self.embed(idx)
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x[:, -1]))
-
-
-class LastOfLogits(Gpt):
-    """Cut behind the head, as a slice."""
-
-    def forward(self, idx: Tensor) -> Tensor:
-        return super().forward(idx)[:, -1:, :]
-
-
 class Probabilities(Gpt):
     """Logarithms of probabilities, which are logits, too."""
 
     def forward(self, idx: Tensor) -> Tensor:
         return F.log_softmax(super().forward(idx), dim=-1)
-
-
-class Dict(Gpt):
-    """With the hidden state beside the logits."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        return {"hidden": x, "logits": self.lm_head(self.ln_f(x))}
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    loss: Tensor | None = None
-    past: Any = None
-
-
-class Dataclass(Gpt):
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool = True) -> Output:
-        logits = super().forward(input_ids)
-        return Output(logits, None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
 class KeptOutput(Gpt):
@@ -151,13 +94,6 @@ class Unbatched(nn.Module):
         return self.head(x)
 
 
-class TimeFirst(Gpt):
-    """(T, B) -> (T, B, V), as recurrent networks were called."""
-
-    def forward(self, src: Tensor) -> Tensor:
-        return super().forward(src.t()).transpose(0, 1)
-
-
 class OneRow(Gpt):
     """(1, T): the positions are a table of one row, viewed as the batch."""
 
@@ -169,15 +105,12 @@ class OneRow(Gpt):
 class Bigram(nn.Module):
     """A table of logits, one row for each token: no token reads another one."""
 
-    def __init__(self, *, positions: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(VOCAB, VOCAB)
-        self.positions = nn.Embedding(CONTEXT, VOCAB) if positions else None
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits = self.table(idx)
-        if self.positions is not None:
-            logits = logits + self.positions(torch.arange(idx.size(1)))
+        logits: Tensor = self.table(idx)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
@@ -222,54 +155,19 @@ class StartPos(Gpt):
         return self.lm_head(self.ln_f(x)).float()
 
 
-class InputPos(Gpt):
-    """Positions as an argument that is None in training."""
-
-    def forward(self, idx: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        T = idx.size(1)
-        if self.wpe.num_embeddings < T:
-            raise ValueError(f"Cannot forward sequence of length {T}")
-        x = self.wte(idx) + (self.wpe.weight[:T] if input_pos is None else self.wpe(input_pos))
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x))
-
-
-class Asserting(Gpt):
-    """With the line that nearly everyone has, and checks that the ids are in range."""
-
-    def forward(self, idx: Tensor) -> Tensor:
-        _b, t = idx.size()
-        assert t <= self.wpe.num_embeddings, f"Cannot forward sequence of length {t}"
-        assert idx.max() < self.wte.num_embeddings, f"token {idx.max().item()} is not in the vocabulary"
-        return super().forward(idx)
-
-
 def targets(ids: Tensor) -> Tensor:
     return torch.zeros_like(ids)
 
 
 DECODERS = {
-    "optional_targets": Own(lambda: OptionalTargets(Causal), first, note="(logits, None)"),
     "flat_with_targets": Own(lambda: FlatWithTargets(Causal), first),
-    "required_targets": Own(lambda: RequiredTargets(Causal), lambda m, ids: m(ids, targets(ids))[1]),
-    "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"], note="cross_entropy over T - 1"),
-    "last_without_targets": Own(
-        lambda: LastWithoutTargets(Causal), lambda m, ids: m(ids, targets(ids))[0], note="m(ids) gives the last alone"
-    ),
-    "last_only": Own(lambda: LastOnly(Causal), note="(B, V)"),
-    "last_of_logits": Own(lambda: LastOfLogits(Causal), lambda m, ids: m(ids)[:, 0], note="(B, 1, V)"),
+    "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"]),  # cross_entropy over T - 1
+    "last_without_targets": Own(lambda: LastWithoutTargets(Causal), lambda m, ids: m(ids, targets(ids))[0]),
     "log_probabilities": Own(lambda: Probabilities(Causal)),
-    "dict": Own(lambda: Dict(Causal), lambda m, ids: m(ids)["logits"]),
-    "dataclass": Own(lambda: Dataclass(Causal), lambda m, ids: m(ids).logits),
-    "kept_output": Own(lambda: KeptOutput(Causal), lambda m, ids: m(ids).logits, note="self.OUT, transformers'"),
-    "unbatched": Own(Unbatched, lambda m, ids: torch.stack([m(row) for row in ids]), note="(T,) -> (T, V)"),
-    "time_first": Own(lambda: TimeFirst(Causal), lambda m, ids: m(ids.t()).transpose(0, 1), note="(T, B) -> (T, B, V)"),
-    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids]), note="B = 1 alone"),
-    "bigram": Own(Bigram, first, layers=1, alone=True, note="reads no earlier token; its cache holds zeros"),
-    "bigram_of_positions": Own(lambda: Bigram(positions=True), first, layers=1, alone=True),
-    "unused_cache": Own(UnusedCache, first, note="(logits, [None, None])"),
+    "kept_output": Own(lambda: KeptOutput(Causal), lambda m, ids: m(ids).logits),  # self.OUT, transformers'
+    "unbatched": Own(Unbatched, lambda m, ids: torch.stack([m(row) for row in ids])),  # (T) -> (T, V)
+    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids])),  # B = 1 alone
+    "bigram": Own(Bigram, first, layers=1, alone=True),  # reads no earlier token; its cache holds zeros
+    "unused_cache": Own(UnusedCache, first),  # (logits, [None, None])
     "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
-    "input_pos": Own(lambda: InputPos(Causal)),
-    "asserting": Own(lambda: Asserting(Causal)),
 }

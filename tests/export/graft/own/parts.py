@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pastkey.contract.bundle import KVGeometry
+
 CONTEXT, VOCAB, WIDTH, HEADS = 48, 29, 32, 4
 Call = Callable[[nn.Module, Tensor], Tensor]
 
@@ -36,7 +38,7 @@ class Own:
     layers: int = 2  # pairs of key and value caches
     state: bool = False  # keeps rows of earlier tokens beside keys and values
     alone: bool = False  # a token reads no earlier ones
-    note: str = ""
+    geometry: KVGeometry | None = None  # of each layer's cache, where a smaller row than keys and values is looked for
 
     def make(self) -> nn.Module:
         return drawn(self.build)
@@ -44,14 +46,12 @@ class Own:
 
 @dataclass(frozen=True)
 class Refused:
-    """A module that must be refused, and the kind of its true cause."""
+    """A module that must be refused."""
 
     build: Callable[[], nn.Module]
-    cause: str
-    call: Call = plainly
-    context: int = CONTEXT
-    vocab: int = VOCAB
-    note: str = ""
+    owner: type  # the class with the line of the true cause
+    words: str  # of that cause, as a pattern
+    causes: int = 1  # that are told
 
     def make(self) -> nn.Module:
         return drawn(self.build)

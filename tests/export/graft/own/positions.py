@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import CONTEXT, HEADS, VOCAB, WIDTH, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
 
 SIZE = WIDTH // HEADS
 
@@ -27,28 +27,17 @@ class Causal(Qkv):
 class PositionalEncoding(nn.Module):
     pe: Tensor
 
-    def __init__(self, d_model: int, max_len: int = CONTEXT, *, rows: bool = False) -> None:
+    def __init__(self, d_model: int, max_len: int = CONTEXT) -> None:
         super().__init__()
         position = torch.arange(max_len).unsqueeze(1)
         div_term = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
         pe = torch.zeros(max_len, d_model)
         pe[:, 0::2], pe[:, 1::2] = torch.sin(position * div_term), torch.cos(position * div_term)
-        self.register_buffer("pe", pe if rows else pe.unsqueeze(0))
-        self.rows, self.dropout = rows, nn.Dropout(0.1)
+        self.register_buffer("pe", pe.unsqueeze(0))
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(x + (self.pe[: x.size(1)] if self.rows else self.pe[:, : x.size(1), :]))
-
-
-class Sinusoidal(Gpt):
-    """The embedding times sqrt(C), and a buffer of sinusoids cut to T."""
-
-    def __init__(self, *, rows: bool = False) -> None:
-        super().__init__(Causal)
-        self.position = PositionalEncoding(WIDTH, rows=rows)
-
-    def embed(self, idx: Tensor) -> Tensor:
-        return self.position(self.wte(idx) * math.sqrt(WIDTH))
+        return self.dropout(x + self.pe[:, : x.size(1), :])
 
 
 class SinusoidalInForward(Gpt):
@@ -58,17 +47,6 @@ class SinusoidalInForward(Gpt):
         positions = torch.arange(idx.shape[1], dtype=torch.float32)[:, None]
         angles = positions / 10000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)
         return self.wte(idx) * 4 + torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class ParameterTable(Gpt):
-    """A parameter (1, C, width) cut to T."""
-
-    def __init__(self) -> None:
-        super().__init__(Causal)
-        self.pos_emb = nn.Parameter(torch.zeros(1, CONTEXT, WIDTH))
-
-    def embed(self, idx: Tensor) -> Tensor:
-        return self.wte(idx) + self.pos_emb[:, : idx.size(1), :]
 
 
 class PositionsOfTheBatch(Gpt):
@@ -182,33 +160,6 @@ def interleaved(x: Tensor) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
-class RotaryInterleaved(RotaryInForward):
-    """Pairs (2i, 2i + 1), written out."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cos, sin = self.angles(q.size(2)).cos(), self.angles(q.size(2)).sin()
-
-        def turn(t: Tensor) -> Tensor:
-            even, odd = t[..., ::2], t[..., 1::2]
-            return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).reshape(t.shape)
-
-        return attention(turn(q), turn(k), v)
-
-
-class RotaryPartial(RotaryInForward):
-    """The first half of each head alone."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = self.size // 2
-        emb = torch.cat([self.angles(q.size(2))[:, : half // 2]] * 2, dim=-1)
-
-        def turn(t: Tensor) -> Tensor:
-            rot, kept = t[..., :half], t[..., half:]
-            return torch.cat((rot * emb.cos() + rotate_half(rot) * emb.sin(), kept), dim=-1)
-
-        return attention(turn(q), turn(k), v)
-
-
 class RotaryComplex(Qkv):
     """freqs_cis by polar, multiplied as complex numbers before the heads move to the front."""
 
@@ -231,53 +182,13 @@ class RotaryComplex(Qkv):
         return self.o(y.transpose(1, 2).reshape(bsz, seqlen, -1))
 
 
-class TablesHandedDown(nn.Module):
-    """The model cuts the tables once and hands them to its layers, with the mask."""
-
-    cos: Tensor
-    sin: Tensor
-
-    class Layer(Qkv):
-        def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-            q, k, v = (w(x).unflatten(-1, (HEADS, SIZE)) for w in (self.q, self.k, self.v))  # (B, T, H, D)
-            cos, sin = cos[None, :, None], sin[None, :, None]
-            q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return self.o(((q @ k.mT) * SIZE**-0.5 + mask).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
-        self.layers = nn.ModuleList([self.Layer() for _ in range(2)])
-        angles = torch.outer(torch.arange(CONTEXT), 1.0 / 500 ** (torch.arange(0, SIZE, 2) / SIZE))
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h, T = self.embed(tokens) * 4, tokens.shape[1]
-        mask = torch.full((1, 1, T, T), float("-inf")).triu(diagonal=1)
-        for layer in self.layers:
-            h = h + layer(F.rms_norm(h, (WIDTH,)), self.cos[:T], self.sin[:T], mask)
-        return self.head(F.rms_norm(h, (WIDTH,)))
-
-
 DECODERS = {
-    "sinusoidal_buffer": Own(lambda: Sinusoidal(), note="pe[:, :T]"),
-    "sinusoidal_rows": Own(lambda: Sinusoidal(rows=True), note="pe[:T]"),
     "sinusoidal_in_forward": Own(lambda: SinusoidalInForward(Causal)),
-    "parameter_table": Own(ParameterTable),
     "positions_of_the_batch": Own(lambda: PositionsOfTheBatch(Causal)),
-    "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal), note="of ones_like(ids): a contraction over time"),
+    "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal)),  # of ones_like(ids): a contraction over time
     "no_positions": Own(lambda: NoPositions(Causal)),
-    "rotary_tables": Own(lambda: NoPositions(RotaryTables)),
-    "rotary_context_16": Own(lambda: NoPositions(lambda: RotaryTables(context=16)), context=16),
-    "rotary_in_bfloat16": Own(lambda: NoPositions(BfloatTables), note="tables of bfloat16 beside float32"),
-    "rotary_in_forward": Own(lambda: NoPositions(RotaryInForward)),
-    "rotary_kept": Own(lambda: NoPositions(RotaryKept), note="an attribute that grows"),
-    "rotary_by_length": Own(lambda: NoPositions(RotaryByLength), note="a dictionary of lengths"),
-    "rotary_interleaved": Own(lambda: NoPositions(RotaryInterleaved)),
-    "rotary_partial": Own(lambda: NoPositions(RotaryPartial)),
-    "rotary_complex": Own(lambda: NoPositions(RotaryComplex), note="polar, view_as_complex"),
-    "rotary_grouped": Own(lambda: NoPositions(lambda: RotaryGrouped(kv_heads=2))),
-    "rotary_handed_down": Own(TablesHandedDown, note="the mask and tables made once"),
+    "rotary_in_bfloat16": Own(lambda: NoPositions(BfloatTables)),  # tables of bfloat16 beside float32
+    "rotary_kept": Own(lambda: NoPositions(RotaryKept)),  # an attribute that grows
+    "rotary_by_length": Own(lambda: NoPositions(RotaryByLength)),  # a dictionary of lengths
+    "rotary_complex": Own(lambda: NoPositions(RotaryComplex)),  # polar, view_as_complex
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Modules that no cache is right for, each with its true cause: chance, other rows, recurrence, state, lengths."""
+"""Modules that no cache is right for, each with the line and the words of its true cause."""
 
 from __future__ import annotations
 
@@ -12,6 +12,59 @@ from .biases import Scored, causal
 from .blocks import Mixing
 from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Refused
 from .positions import Causal
+
+
+# --- later tokens -----------------------------------------------------------------------------------------------------
+class NoMask(Scored):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.scores(q, k).softmax(-1) @ v
+
+
+class DiagonalOfTwo(Scored):
+    """Each token sees the next one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(2)
+        return (self.scores(q, k) + torch.full((T, T), float("-inf")).triu(2)).softmax(-1) @ v
+
+
+class OneHeadAhead(Scored):
+    """The next token, in the last head."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = q.size(2)
+        hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
+        return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+class SoftmaxOverQueries(Scored):
+    """Over the wrong axis: later queries stand in the sum."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal(self.scores(q, k)).softmax(dim=-2) @ v
+
+
+class LittleAhead(Scored):
+    """A thousandth of the mean of all values, in one head."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = super().attend(q, k, v)
+        little = 1e-3 * v[:, :1].mean(dim=2, keepdim=True)
+        return torch.cat([y[:, :1] + little, y[:, 1:]], dim=1)
+
+
+class Centred(nn.Module):
+    """The mean over the whole text is taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(dim=1, keepdim=True)
+
+
+class Fourier(nn.Module):
+    """FNet's mixing, for which there is no rule."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=1).real / 8
 
 
 # --- other rows, and chance -------------------------------------------------------------------------------------------
@@ -32,50 +85,7 @@ class Noisy(Gpt):
         return x + self.noise * torch.randn_like(x)
 
 
-class ActiveDropout(Scored):
-    """F.dropout is active unless it is told otherwise."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.dropout(causal(self.scores(q, k)).softmax(-1), p=0.1) @ v
-
-
 # --- recurrence -------------------------------------------------------------------------------------------------------
-class SelectiveScan(nn.Module):
-    """Mamba's, as a loop."""
-
-    def __init__(self, state: int = 4) -> None:
-        super().__init__()
-        self.state, self.log_a = state, nn.Parameter(torch.zeros(WIDTH, state))
-        self.step, self.b, self.c = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, state), nn.Linear(WIDTH, state)
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta, b, c = F.softplus(self.step(x)), self.b(x), self.c(x)
-        h, ys = x.new_zeros(x.size(0), WIDTH, self.state), []
-        for t in range(x.size(1)):
-            decay = torch.exp(-delta[:, t, :, None] * self.log_a.exp())
-            h = decay * h + (delta[:, t] * x[:, t])[..., None] * b[:, t, None]
-            ys.append((h * c[:, t, None]).sum(-1))
-        return torch.stack(ys, dim=1)
-
-
-class WeightedKeyValue(nn.Module):
-    """RWKV's: a numerator and a denominator that decay."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.k, self.v, self.r = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.decay = nn.Parameter(torch.full((WIDTH,), 0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, v, r = self.k(x).exp(), self.v(x), self.r(x).sigmoid()
-        top = below = torch.zeros_like(x[:, 0])
-        out = []
-        for t in range(x.shape[1]):
-            top, below = top * torch.exp(-self.decay) + k[:, t] * v[:, t], below * torch.exp(-self.decay) + k[:, t]
-            out.append(r[:, t] * top / below)
-        return torch.stack(out, dim=1)
-
-
 class LinearAttention(nn.Module):
     """Sums of k vᵀ by cumsum."""
 
@@ -148,16 +158,6 @@ class WithStartPos(Gpt):
 
 
 # --- lengths and loops ------------------------------------------------------------------------------------------------
-class WholeContext(Gpt):
-    """Reshaped to the context, which every text must have."""
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = (self.wte(idx) + self.wpe.weight).view(-1, CONTEXT, WIDTH)
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x))
-
-
 class ScaledByLength(Scored):
     """By log T, which changes for the tokens before with each that is added."""
 
@@ -165,43 +165,7 @@ class ScaledByLength(Scored):
         return super().scores(q, k) * math.log(q.size(2) + 1)
 
 
-class CountedFromTheEnd(Gpt):
-    def embed(self, idx: Tensor) -> Tensor:
-        T = idx.size(1)
-        return self.wte(idx) + self.wpe(T - 1 - torch.arange(T))
-
-
-class UntilCertain(nn.Module):
-    """Applied again until little changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for _ in range(20):
-            before, y = y, torch.tanh(x + 0.3 * self.step(y))
-            if (y - before).abs().max() < 1e-5:
-                break
-        return y
-
-
 # --- rows and places that no cache has --------------------------------------------------------------------------------
-class LearnedToken(Gpt):
-    """A learned token in front of the text, whose logits are left out."""
-
-    def __init__(self) -> None:
-        super().__init__(Scored)
-        self.prefix = nn.Parameter(torch.zeros(1, 1, WIDTH))
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = torch.cat([self.prefix.expand(idx.size(0), -1, -1), self.embed(idx)], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x[:, 1:]))
-
-
 class LearnedKeys(Scored):
     """Two learned keys and values in front of the text's."""
 
@@ -234,25 +198,33 @@ class PlacesOfTheLargest(Scored):
         return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
 
 
+def ahead(head: int) -> str:
+    return rf"lets the token at position 0 see that at 1, a later one \(attention, head {head}\)"
+
+
+OF_LENGTH = "computes with a number made from the length of the text"
 REFUSED = {
-    "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), "batch mixing"),
-    "noise": Refused(lambda: Noisy(0.1), "noise", note="randn_like in eval mode"),
-    "active_dropout": Refused(lambda: Gpt(ActiveDropout), "dropout", note="F.dropout without training="),
-    "selective_scan": Refused(lambda: Mixing(SelectiveScan()), "recurrence", note="Mamba, a loop over T"),
-    "weighted_key_value": Refused(lambda: NoPositions(WeightedKeyValue), "recurrence", note="RWKV"),
-    "linear_attention": Refused(lambda: NoPositions(LinearAttention), "recurrence", note="cumsum"),
-    "gru": Refused(lambda: Mixing(Gru()), "recurrence", note="nn.GRU beside attention"),
-    "memory": Refused(lambda: NoPositions(Memory), "state", note="keys of the call before, on self"),
-    "cache_in_place": Refused(
-        lambda: WithStartPos(CacheInPlace), "cache written in place", lambda m, ids: m(ids, 0), note="m(ids, start_pos)"
+    "no_mask": Refused(lambda: Gpt(NoMask), NoMask, ahead(0)),
+    "diagonal_of_two": Refused(lambda: Gpt(DiagonalOfTwo), DiagonalOfTwo, ahead(0)),
+    "one_head_ahead": Refused(lambda: Gpt(OneHeadAhead), OneHeadAhead, ahead(3)),
+    "softmax_over_queries": Refused(lambda: Gpt(SoftmaxOverQueries), SoftmaxOverQueries, "softmax over the queries"),
+    "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
+    "fourier": Refused(lambda: Mixing(Fourier()), Fourier, "computes fft_fft over all positions, later ones too"),
+    "little_ahead": Refused(lambda: Gpt(LittleAhead), LittleAhead, "averages over all positions, later ones too"),
+    "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
+    "little_noise": Refused(lambda: Noisy(1e-4), Noisy, "draws random numbers outside training"),
+    "linear_attention": Refused(
+        lambda: NoPositions(LinearAttention), LinearAttention, "computes cumsum over earlier positions", 2
     ),
-    "whole_context": Refused(lambda: WholeContext(Causal), "fixed length", note="T == context"),
-    "scaled_by_length": Refused(lambda: Gpt(ScaledByLength), "length-dependent number", note="log(T + 1)"),
-    "counted_from_the_end": Refused(lambda: CountedFromTheEnd(Causal), "length-dependent number", note="T - 1 - i"),
-    "until_certain": Refused(lambda: Mixing(UntilCertain()), "data-dependent loop", note="if change < 1e-6: break"),
-    "learned_token": Refused(LearnedToken, "learned rows", note="a prefix or sink token"),
-    "learned_keys": Refused(lambda: Gpt(LearnedKeys), "learned rows", note="memory keys and values"),
-    "skewed": Refused(lambda: NoPositions(Skewed), "shifted scores", note="the Music Transformer's"),
-    "places_of_the_largest": Refused(lambda: Gpt(PlacesOfTheLargest), "places of scores", note="topk(...).indices"),
-    "little_noise": Refused(lambda: Noisy(1e-4), "noise", note="1e-4"),
-}  # fmt: skip
+    "gru": Refused(lambda: Mixing(Gru()), Gru, "computes gru over earlier positions"),
+    "memory": Refused(lambda: NoPositions(Memory), Memory, r"keeps blocks\.0\.attn\.kept from one call to the next"),
+    "cache_in_place": Refused(
+        lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2
+    ),
+    "scaled_by_length": Refused(lambda: Gpt(ScaledByLength), ScaledByLength, OF_LENGTH),
+    "learned_keys": Refused(lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows beside those of the text"),
+    "skewed": Refused(lambda: NoPositions(Skewed), Skewed, "multiplies by rows that are counted from the end"),
+    "places_of_the_largest": Refused(
+        lambda: Gpt(PlacesOfTheLargest), PlacesOfTheLargest, "reads where the largest scores are", 2
+    ),
+}

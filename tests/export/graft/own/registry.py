@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from . import biases, blocks, by_hand, experts, heads, latents, look_ahead, outputs, positions, refused, torch_layers
-from .parts import Own, Refused
+from . import biases, blocks, by_hand, experts, heads, latents, outputs, positions, torch_layers
+from .parts import Own
+from .refused import REFUSED as REFUSED
 
-DECODERS: dict[str, Own] = (
-    by_hand.DECODERS
-    | heads.DECODERS
-    | positions.DECODERS
-    | biases.DECODERS
-    | outputs.DECODERS
-    | torch_layers.DECODERS
-    | blocks.DECODERS
-    | experts.DECODERS
-    | latents.DECODERS
-)
-REFUSED: dict[str, Refused] = look_ahead.REFUSED | refused.REFUSED
+ROOMS = (by_hand, heads, positions, biases, outputs, torch_layers, blocks, experts, latents)
+DECODERS: dict[str, Own] = {name: own for room in ROOMS for name, own in room.DECODERS.items()}

@@ -27,17 +27,6 @@ class MultiHead(nn.Module):
         return self.attn(x, x, x, attn_mask=mask)[0]
 
 
-class MultiHeadTimeFirst(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(0, 1)
-        y, _ = self.attn(x, x, x, attn_mask=square_mask(x.size(0)), is_causal=True, need_weights=False)
-        return y.transpose(0, 1)
-
-
 class Encoder(nn.Module):
     """As torch's tutorial has it, but for the batch first."""
 
@@ -82,13 +71,6 @@ class EncoderTimeFirstMaskOutside(EncoderTimeFirst):
         return self.decoder(self.layers(x, src_mask))
 
 
-class SdpaCausal(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None, dropout_p=0.1 if self.training else 0, is_causal=True
-        )
-
-
 class SdpaGrouped(Qkv):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
@@ -106,12 +88,6 @@ class SdpaBoolean(Qkv):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, :, :T, :T], scale=0.4)
 
 
-class SdpaAdded(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = torch.full((1, 1, q.size(-2), q.size(-2)), float("-inf")).triu(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 class SdpaWindow(Qkv):
     """A band as a boolean mask."""
 
@@ -125,22 +101,14 @@ def with_mask(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 DECODERS = {
-    "multi_head_attention": Own(lambda: Gpt(MultiHead), note="need_weights is left True"),
-    "multi_head_time_first": Own(lambda: Gpt(MultiHeadTimeFirst)),
-    "transformer_encoder": Own(Encoder, note="generate_square_subsequent_mask inside"),
+    "multi_head_attention": Own(lambda: Gpt(MultiHead)),  # need_weights is left True
+    "transformer_encoder": Own(Encoder),  # generate_square_subsequent_mask inside
     "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
-    "transformer_encoder_time_first": Own(
-        EncoderTimeFirst, lambda m, ids: m(ids.t()).transpose(0, 1), note="len(src), a mask kept on self, (T, B)"
-    ),
+    "transformer_encoder_time_first": Own(EncoderTimeFirst, lambda m, ids: m(ids.t()).transpose(0, 1)),
     "transformer_encoder_time_first_mask_outside": Own(
-        EncoderTimeFirstMaskOutside,
-        lambda m, ids: m(ids.t(), square_mask(ids.size(1))).transpose(0, 1),
-        note="(T, B), an optional mask",
+        EncoderTimeFirstMaskOutside, lambda m, ids: m(ids.t(), square_mask(ids.size(1))).transpose(0, 1)
     ),
-    "sdpa_causal": Own(lambda: Gpt(SdpaCausal), note="no position_ids"),
-    "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2)), note="is_causal=T > 1"),
+    "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2))),  # is_causal=T > 1
     "sdpa_boolean_mask": Own(lambda: Gpt(SdpaBoolean)),
-    "sdpa_context_16": Own(lambda: Gpt(lambda: SdpaBoolean(context=16), context=16), context=16),
-    "sdpa_added_mask": Own(lambda: Gpt(SdpaAdded)),
-    "sdpa_window": Own(lambda: Gpt(SdpaWindow), note="a window of 8"),
+    "sdpa_window": Own(lambda: Gpt(SdpaWindow)),  # a window of 8
 }

@@ -49,125 +49,87 @@ class Output:
     logits: Tensor
 
 
-class Tupled(Counted):
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
-        return self.logits(ids) if targets is not None else self.logits(ids)[:, [-1]], None
+def of(forward: Callable[..., Any]) -> Counted:
+    """The decoder with this forward."""
+    made: Counted = type("Decoder", (Counted,), {"forward": forward})()
+    return made
 
 
-class InDictionary(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        return {"hidden": self.token(ids), "out": [self.logits(ids)]}
+def one_row(model: Counted, ids: Tensor) -> Tensor:
+    (_,) = ids.shape
+    return model.logits(ids[None])[0]
 
 
-class InDataclass(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        return Output(None, self.logits(ids))
+def batch_of_one(model: Counted, ids: Tensor) -> Tensor:
+    assert ids.shape[0] == 1
+    return model.logits(ids)
 
 
-class TimeFirst(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        assert ids.dim() == 2
-        return self.logits(ids.T).transpose(0, 1)
+def time_first(model: Counted, ids: Tensor) -> Tensor:
+    assert ids.dim() == 2
+    return model.logits(ids.T).transpose(0, 1)
 
 
-class OneRow(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        (length,) = ids.shape
-        return self.logits(ids.reshape(1, length))[0]
+def ahead_without_mask(model: Counted, ids: Tensor, mask: Tensor | None) -> Tensor:
+    scores = torch.zeros(ids.shape[1], ids.shape[1]) + (0.0 if mask is None else mask)
+    logits: Tensor = model.head(torch.tanh(scores.softmax(-1) @ model.token(ids)))
+    return logits
 
 
-class LastOnly(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        return self.logits(ids)[:, -1]
+def started(model: Counted, ids: Tensor, start_pos: int) -> Tensor:
+    return model.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
 
 
-class WithStart(Counted):
-    def forward(self, ids: Tensor, start_pos: int) -> Any:  # type: ignore[override]
-        return self.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
-
-
-class LastUnlessTargets(Counted):
+def last_unless_targets(
+    model: Counted, ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
+) -> Tensor:
     """Has its targets behind positions, which are no place for ids."""
-
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None) -> Any:
-        logits = self.logits(ids) if position_ids is None else self.logits(ids) + position_ids[..., None] * 0
-        return logits if targets is not None else logits[:, -1]
+    logits = model.logits(ids) if position_ids is None else model.logits(ids) + position_ids[..., None] * 0
+    return logits if targets is not None else logits[:, -1]
 
 
-class OneRowWithPositions(OneRow):
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Any:
-        logits = super().forward(ids)
-        return logits if position_ids is None else logits + position_ids[..., None]
-
-
-class WithMask(Counted):
-    """Looks ahead unless a mask is given."""
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
-        x = self.token(ids)
-        scores = torch.zeros(ids.shape[1], ids.shape[1]) + (0.0 if mask is None else mask)
-        return self.head(torch.tanh(scores.softmax(-1) @ x))
-
-
-class BatchOfOne(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        assert len(ids) == 1
-        return self.logits(ids)
-
-
-class BatchOfOneLast(BatchOfOne):
-    def forward(self, ids: Tensor) -> Any:
-        return super().forward(ids)[:, -1]
-
-
-class BatchOfOneWithTargets(BatchOfOne):
-    def forward(self, ids: Tensor, targets: Tensor) -> Any:  # type: ignore[override]
-        assert ids.shape == targets.shape
-        return None, super().forward(ids)
-
-
-class FirstRow(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        return self.logits(ids[:1])[0]
-
-
-class FirstRowLast(FirstRow):
-    def forward(self, ids: Tensor) -> Any:
-        assert len(ids) == 1
-        return super().forward(ids)[-1]
-
-
-class Squeezed(Counted):
-    def forward(self, ids: Tensor) -> Any:
-        return self.logits(ids).squeeze()
-
-
-class TimeFirstWithMask(WithMask):
-    """(T, B), and the mask is given."""
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Any:
-        return super().forward(ids.T, mask).transpose(0, 1)
-
-
-FOUND: dict[type[Counted], tuple[str, str]] = {
-    Counted: ("model(ids)", "btv"),
-    Tupled: ("model(ids, ids)[0]", "btv"),
-    InDictionary: ("model(ids)['out'][0]", "btv"),
-    InDataclass: ("model(ids).logits", "btv"),
-    TimeFirst: ("model(ids.T)", "tbv"),
-    OneRow: ("model(ids[0])", "tv"),
-    LastOnly: ("model(ids)", "bv"),
-    LastUnlessTargets: ("model(ids, targets=ids)", "btv"),
-    OneRowWithPositions: ("model(ids[0])", "tv"),
-    WithStart: ("model(ids, 0)", "btv"),
-    WithMask: ("model(ids, mask=future_scores)", "btv"),
-    TimeFirstWithMask: ("model(ids.T, mask=future_scores)", "tbv"),
-    BatchOfOne: ("model(ids[:1])", "btv"),
-    BatchOfOneLast: ("model(ids[:1])", "bv"),
-    BatchOfOneWithTargets: ("model(ids[:1], ids[:1])[1]", "btv"),
-    FirstRow: ("model(ids[:1])", "tv"),
-    FirstRowLast: ("model(ids[:1])", "v"),
-    Squeezed: ("model(ids)", "btv"),
+# The expression that is found, the order of the axes of its result, and a forward.
+FOUND: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "plain": ("model(ids)", "btv", lambda m, ids: m.logits(ids)),
+    "last without targets": (
+        "model(ids, ids)[0]",
+        "btv",
+        lambda m, ids, targets=None: (m.logits(ids) if targets is not None else m.logits(ids)[:, [-1]], None),
+    ),
+    "in a dictionary": (
+        "model(ids)['out'][0]",
+        "btv",
+        lambda m, ids: {"hidden": m.token(ids), "out": [m.logits(ids)]},
+    ),
+    "in a dataclass": ("model(ids).logits", "btv", lambda m, ids: Output(None, m.logits(ids))),
+    "time first": ("model(ids.T)", "tbv", lambda m, ids: time_first(m, ids)),
+    "one row": ("model(ids[0])", "tv", lambda m, ids: one_row(m, ids)),
+    "one row with positions": (
+        "model(ids[0])",
+        "tv",
+        lambda m, ids, position_ids=None: one_row(m, ids) + (0 if position_ids is None else position_ids[..., None]),
+    ),
+    "last alone": ("model(ids)", "bv", lambda m, ids: m.logits(ids)[:, -1]),
+    "targets behind positions": ("model(ids, targets=ids)", "btv", last_unless_targets),
+    "a batch of one": ("model(ids[:1])", "btv", lambda m, ids: batch_of_one(m, ids)),
+    "the last of one": ("model(ids[:1])", "bv", lambda m, ids: batch_of_one(m, ids)[:, -1]),
+    "targets of one": (
+        "model(ids[:1], ids[:1])[1]",
+        "btv",
+        lambda m, ids, targets: (None, batch_of_one(m, ids) + 0 * targets[..., None]),
+    ),
+    "the first row": ("model(ids[:1])", "tv", lambda m, ids: m.logits(ids[:1])[0]),
+    "the last of the first row": ("model(ids[:1])", "v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
+    "squeezed": ("model(ids)", "btv", lambda m, ids: m.logits(ids).squeeze()),
+}  # fmt: skip
+OTHERS: dict[str, tuple[str, str, Callable[..., Any]]] = {  # whose logits are others than those of `plain`
+    "a start": ("model(ids, 0)", "btv", started),
+    "a mask": ("model(ids, mask=future_scores)", "btv", lambda m, ids, mask=None: ahead_without_mask(m, ids, mask)),
+    "a mask, time first": (
+        "model(ids.T, mask=future_scores)",
+        "tbv",
+        lambda m, ids, mask=None: ahead_without_mask(m, ids.T, mask).transpose(0, 1),
+    ),
 }
 
 
@@ -175,85 +137,71 @@ def probed(module: nn.Module, asked: str | None = None) -> Probed:
     return find_call(module.eval(), CONTEXT, asked)
 
 
-@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
-def test_the_call_is_found_and_how_the_logits_lie(kind):
-    module = kind()
+@pytest.mark.parametrize("name", [*FOUND, *OTHERS])
+def test_the_call_is_found_and_how_the_logits_lie(name):
+    expression, order, forward = (FOUND | OTHERS)[name]
+    module = of(forward)
     found = probed(module)
-    expression, order = FOUND[kind]
     assert (found.call.expression, found.call.order) == (expression, order)
     assert (found.vocab_size, found.breaches) == (VOCAB, ())
     ids = torch.arange(6)[None]
     with torch.no_grad():
         logits = found.call(module, ids)
-    assert logits.shape == (1, 6 if "t" in order else 1, VOCAB)
-    if kind not in (WithStart, WithMask, TimeFirstWithMask):
-        with torch.no_grad():
-            assert torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
+        assert logits.shape == (1, 6 if "t" in order else 1, VOCAB)
+        assert name in OTHERS or torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
 
 
 def test_a_call_that_is_given_is_taken():
-    found = probed(Tupled(), "model(ids)[0]")
+    found = probed(of(FOUND["last without targets"][2]), "model(ids)[0]")
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
 
 
-def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell():
-    class Quoted(Counted):
-        def forward(self, ids: Tensor, scale: Any) -> Any:  # type: ignore[override]
-            return {"it's $HOME": self.logits(ids) * (2 if scale is None else 1)}
-
+def asked_calls(module: nn.Module) -> list[str]:
+    """The calls that a refusal proposes; each works when it is typed."""
     with pytest.raises(InputError) as caught:
-        probed(Quoted())
-    words = shlex.split(str(caught.value).partition("say which with")[2])
+        probed(module)
+    words = shlex.split(str(caught.value).rpartition(" with ")[2])
     calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
-    assert calls == ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]']
-    assert [probed(Quoted(), call).call.expression for call in calls] == calls
+    assert [probed(module, call).call.expression for call in calls] == calls
+    return calls
 
 
-class NoisyUnlessTold(Counted):
-    """Its argument is neither targets nor a mask."""
-
-    def forward(self, ids: Tensor, quiet: Tensor | None = None) -> Any:
-        return self.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
+def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell():
+    module = of(lambda m, ids, scale: {"it's $HOME": m.logits(ids) * (2 if scale is None else 1)})
+    assert asked_calls(module) == ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]']
 
 
-def test_a_plain_call_that_is_random_is_mended_by_no_other():
-    found = probed(NoisyUnlessTold())
-    assert (found.call.expression, [cause.kind for cause in found.breaches]) == ("model(ids)", [Kind.CHANCE])
+# A forward of the logits, and what it does that no decoder does.
+BREACHES: dict[str, tuple[Callable[..., Any], Kind]] = {
+    "later tokens": (lambda m, ids: m.logits(ids).flip(1), Kind.LOOK_AHEAD),
+    "other rows": (lambda m, ids: m.logits(ids) - m.logits(ids).mean(0), Kind.ROWS),
+    "chance": (lambda m, ids: m.logits(ids) + torch.rand(VOCAB), Kind.CHANCE),
+    "chance that another call mends": (
+        lambda m, ids, quiet=None: m.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0), Kind.CHANCE
+    ),
+    "no numbers": (lambda m, ids: m.logits(ids) * torch.nan, Kind.UNKNOWN),
+    "zeros": (lambda m, ids: torch.zeros_like(m.logits(ids)), Kind.UNKNOWN),
+}  # fmt: skip
 
 
-def breach(change: Callable[[Tensor], Tensor]) -> list[Kind]:
-    class Broken(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            return change(self.logits(ids))
-
-    return [cause.kind for cause in probed(Broken()).breaches]
-
-
-def test_what_a_decoder_does_not_do_is_seen():
-    assert breach(lambda x: x.flip(1))[0] == Kind.LOOK_AHEAD
-    assert breach(lambda x: x - x.mean(0)) == [Kind.ROWS]
-    assert breach(lambda x: x + torch.rand_like(x)) == [Kind.CHANCE]
-    assert breach(lambda x: x * torch.nan) == [Kind.UNKNOWN]
-    assert breach(torch.zeros_like) == [Kind.UNKNOWN]
+@pytest.mark.parametrize("name", BREACHES)
+def test_what_a_decoder_does_not_do_is_seen(name):
+    forward, kind = BREACHES[name]
+    found = probed(of(forward))
+    assert (found.call.expression, found.breaches[0].kind) == ("model(ids)", kind)
+    assert len(found.breaches) == 1 or kind is Kind.LOOK_AHEAD
 
 
 def test_a_module_that_gives_no_logits_is_refused_with_what_to_type():
-    class Loss(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            return self.logits(ids).mean()
-
     with pytest.raises(ContractError, match=r"it gives no logits .* --call"):
-        probed(Loss())
+        probed(of(lambda m, ids: m.logits(ids).mean()))
 
 
 def test_a_module_of_one_length_alone_is_refused_by_that():
-    class Whole(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            return self.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))
-
     with pytest.raises(NoCacheError) as caught:
-        probed(Whole())
+        probed(of(lambda m, ids: m.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))))
     assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
+    assert f"takes {CONTEXT} tokens, the whole context, and no fewer" in str(caught.value)
 
 
 def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
@@ -265,42 +213,17 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
         Call("open('x')").raw(nn.Module(), ids)
 
 
-@pytest.mark.parametrize(
-    "expression",
-    ["model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids)[0].transpose(1, 2).log()"],
-)
-def test_a_call_of_the_module_alone_is_plain(expression):
-    assert is_plain(expression)
+PLAIN = ("model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids).transpose(1, 2).log()")
+NOT_PLAIN = (
+    "torch.load('weights')", "torch.ops.load_library", "model.save(ids)", "model.log(ids)", "ids.log()",
+    "model(ids).tofile(ids)", "model.__class__", "().__class__.__base__", "[model(ids) for _ in ids]",
+    "(lambda: model(ids))()", "model(",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "torch.load('weights')",
-        "torch.ops.load_library",
-        "model.save(ids)",
-        "model.log(ids)",
-        "ids.log()",
-        "model(ids).tofile(ids)",
-        "model.__class__",
-        "().__class__.__base__",
-        "[model(ids) for _ in ids]",
-        "(lambda: model(ids))()",
-        "model(",
-    ],
-)
-def test_a_call_that_does_more_is_not_plain(expression):
-    assert not is_plain(expression)
-
-
-def asked_calls(module: nn.Module) -> list[str]:
-    """The calls that a refusal proposes; each works when it is typed."""
-    with pytest.raises(InputError) as caught:
-        probed(module)
-    words = shlex.split(str(caught.value).rpartition(" with ")[2])
-    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
-    assert [probed(module, call).call.expression for call in calls] == calls
-    return calls
+@pytest.mark.parametrize("expression", [*PLAIN, *NOT_PLAIN])
+def test_a_plain_call_is_one_of_the_module_alone(expression):
+    assert is_plain(expression) == (expression in PLAIN)
 
 
 class Wide(Counted):
@@ -354,12 +277,8 @@ def test_one_result_that_alone_can_be_the_logits_is_taken(make, place):
 
 @pytest.mark.parametrize("zeros", [0, 3])
 def test_probabilities_are_told_from_logits(zeros):
-    class Sampled(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            seen = torch.arange(VOCAB) < VOCAB - zeros
-            return [self.logits(ids).masked_fill(~seen, -torch.inf).softmax(-1)]
-
-    (call,) = asked_calls(Sampled())
+    seen = torch.arange(VOCAB) < VOCAB - zeros
+    (call,) = asked_calls(of(lambda m, ids: [m.logits(ids).masked_fill(~seen, -torch.inf).softmax(-1)]))
     assert call == ("model(ids)[0].clamp_min(1e-30).log()" if zeros else "model(ids)[0].log()")
     assert is_plain(call)
 
@@ -396,72 +315,40 @@ def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract):
         assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)
 
 
-class OnRequest(Counted):
-    """Its logits are made if they are asked for, as a flag or as an argument that must be given."""
-
-    def forward(self, ids: Tensor, targets: Tensor | None = None, *, get_logits: bool = False) -> Any:
-        return {"logits": self.logits(ids) if get_logits else None, "loss": None}
-
-
-class WithoutFlag(Counted):
-    def forward(self, ids: Tensor, skip_logits: bool = True) -> Any:
-        return None if skip_logits else self.logits(ids)
-
-
-class Required(Counted):
-    def forward(self, ids: Tensor, return_logits: bool) -> Any:  # type: ignore[override]
-        return self.logits(ids) if return_logits is True else None
+# Logits that are made if they are asked for, as a flag or as an argument that must be given.
+REQUESTED: dict[str, Callable[..., Any]] = {
+    "model(ids, get_logits=True)['logits']": lambda m, ids, targets=None, *, get_logits=False: {
+        "logits": m.logits(ids) if get_logits else None,
+        "loss": None,
+    },
+    "model(ids, skip_logits=False)": lambda m, ids, skip_logits=True: None if skip_logits else m.logits(ids),
+    "model(ids, True)": lambda m, ids, return_logits: m.logits(ids) if return_logits is True else None,
+    "model(ids)": lambda m, ids, scale_logits=False: m.logits(ids) * (2 if scale_logits else 1),
+}
 
 
-class Scaled(Counted):
-    def forward(self, ids: Tensor, scale_logits: bool = False) -> Any:
-        return self.logits(ids) * (2 if scale_logits else 1)
+@pytest.mark.parametrize("call", REQUESTED)
+def test_a_flag_that_asks_for_logits_is_tried(call):
+    assert probed(of(REQUESTED[call])).call.expression == call
 
 
-@pytest.mark.parametrize(
-    ("kind", "call"),
-    [
-        (OnRequest, "model(ids, get_logits=True)['logits']"),
-        (WithoutFlag, "model(ids, skip_logits=False)"),
-        (Required, "model(ids, True)"),
-        (Scaled, "model(ids)"),
-    ],
-)
-def test_a_flag_that_asks_for_logits_is_tried(kind, call):
-    assert probed(kind()).call.expression == call
+# What the calls are that a refusal proposes.
+ASKED: dict[str, tuple[list[str], Callable[..., Any]]] = {
+    "a flag that gives logits in place of hidden states": (
+        ["model(ids, return_logits=True)", "model(ids)"],
+        lambda m, ids, return_logits=False: m.logits(ids) if return_logits else m.token(ids),
+    ),
+    "across": (["model(ids).transpose(1, 2)"], lambda m, ids: m.logits(ids).transpose(1, 2)),
+    "across in a dictionary": (["model(ids)['out'].transpose(1, 2)"], lambda m, ids: {"out": m.logits(ids).mT}),
+    "two of each token": (["model(ids)[:, :, 0]"], lambda m, ids: torch.stack([m.logits(ids), m.logits(ids) * 2], 2)),
+    "two of each text": (["model(ids)[:, 0]"], lambda m, ids: torch.stack([m.logits(ids), m.logits(ids) * 2], 1)),
+    "beside a part": (["model(ids)[1][:, :, 0]"], lambda m, ids: (m.logits(ids)[..., :4], m.logits(ids)[:, :, None])),
+    "across, of one row": (["model(ids[0]).T"], lambda m, ids: one_row(m, ids).T),
+}
 
 
-def test_a_flag_that_gives_logits_in_place_of_hidden_states_is_asked_for():
-    class Hidden(Counted):
-        def forward(self, ids: Tensor, return_logits: bool = False) -> Any:
-            return self.logits(ids) if return_logits else self.token(ids)
-
-    assert asked_calls(Hidden()) == ["model(ids, return_logits=True)", "model(ids)"]
-
-
-@pytest.mark.parametrize(
-    ("make", "call"),
-    [
-        (lambda logits: logits.transpose(1, 2), "model(ids).transpose(1, 2)"),
-        (lambda logits: {"out": logits.mT}, "model(ids)['out'].transpose(1, 2)"),
-        (lambda logits: torch.stack([logits, logits * 2], 2), "model(ids)[:, :, 0]"),
-        (lambda logits: torch.stack([logits, logits * 2], 1), "model(ids)[:, 0]"),
-        (lambda logits: (logits[..., :4], logits[:, :, None]), "model(ids)[1][:, :, 0]"),
-    ],
-)
-def test_logits_whose_axes_stand_otherwise_are_told_with_the_call_that_works(make, call):
-    class Laid(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            return make(self.logits(ids))
-
-    assert asked_calls(Laid()) == [call]
-    assert is_plain(call)
-
-
-def test_logits_of_one_row_that_stand_across_are_told_with_the_call_that_works():
-    class Across(Counted):
-        def forward(self, ids: Tensor) -> Any:
-            (_,) = ids.shape
-            return self.logits(ids[None])[0].T
-
-    assert asked_calls(Across()) == ["model(ids[0]).T"]
+@pytest.mark.parametrize("name", ASKED)
+def test_logits_that_lie_otherwise_are_told_with_the_calls_that_work(name):
+    calls, forward = ASKED[name]
+    assert asked_calls(of(forward)) == calls
+    assert all(map(is_plain, calls))

@@ -22,6 +22,7 @@ from pastkey.export.graft.probe.observe import (
 )
 
 from ...decoders import MultiHead, NanoGpt, Plain, Twice, Wrapper
+from ..plain import plain
 
 
 def reason(module: nn.Module, context: int = 20) -> str:
@@ -63,22 +64,17 @@ def test_running_with_a_cache_gives_what_running_without_gives():
 
 # --- attention ----------------------------------------------------------------------------------------------------
 def test_attention_must_be_seen():
-    class Bigram(Plain):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-            return hidden
-
-    assert "made no call of F.scaled_dot_product_attention" in reason(Bigram())
+    module = plain({"apply_block": lambda m, block, hidden, at: hidden})
+    assert "made no call of F.scaled_dot_product_attention" in reason(module)
 
 
-class Attending(Plain):
+def attending(arguments: Callable[[int], dict[str, Any]]) -> nn.Module:
     """Passes `arguments(length)` to the call."""
 
-    def __init__(self, arguments: Callable[[int], dict[str, Any]]) -> None:
-        super().__init__()
-        self.arguments = arguments
+    def attend(m: Plain, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, **arguments(query.shape[2]))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, **self.arguments(query.shape[2]))
+    return plain({"attend": attend})
 
 
 def causal(length: int) -> Tensor:
@@ -92,7 +88,7 @@ def alibi(length: int) -> Tensor:
 
 
 def test_attention_must_be_causal():
-    sentence = reason(Attending(lambda length: {}))
+    sentence = reason(attending(lambda length: {}))
     assert "attention call 0 (test_observe.py:" in sentence
     assert "is not causal" in sentence
 
@@ -111,7 +107,7 @@ def test_attention_must_be_causal():
     ids=["window_of_3", "window_of_19", "all_ones", "padding", "alibi", "floats", "one_row"],
 )
 def test_a_mask_must_be_the_causal_one(mask):
-    assert "is not" in reason(Attending(lambda length: {"attn_mask": mask(length)}))
+    assert "is not" in reason(attending(lambda length: {"attn_mask": mask(length)}))
 
 
 @pytest.mark.parametrize(
@@ -125,90 +121,61 @@ def test_a_mask_must_be_the_causal_one(mask):
     ids=["bool", "bool_of_four_axes", "minus_infinity", "lowest_number"],
 )
 def test_the_causal_mask_is_accepted_in_every_form(mask):
-    assert len(observe(Attending(lambda length: {"attn_mask": mask(length)}), 20).layers) == 1
+    assert len(observe(attending(lambda length: {"attn_mask": mask(length)}), 20).layers) == 1
 
 
-class Merged(Plain):
+def merged(m: Plain, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Heads merged into the batch."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = len(query)
-        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).unflatten(0, (rows, -1))
+    rows = len(query)
+    query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).unflatten(0, (rows, -1))
 
 
-class Deeper(Plain):
+def deeper(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
     """As many layers as tokens."""
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = super().embed(input_ids, position_ids)
-        for _ in range(input_ids.shape[1]):
-            hidden = self.apply_block(self.blocks[0], hidden, position_ids)  # type: ignore[arg-type]
-        return hidden
+    hidden = Plain.embed(m, ids, at)
+    for _ in range(ids.shape[1]):
+        hidden = m.apply_block(m.blocks[0], hidden, at)  # type: ignore[arg-type]
+    return hidden
 
 
-class Autocast(Plain):
-    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return super().apply_block(block, hidden, position_ids)
+def autocast(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return Plain.apply_block(m, block, hidden, at)
 
 
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: Attending(lambda length: {"is_causal": True, "dropout_p": 0.1}), "drops out attention weights"),
-        (Merged, "received query, key and value of shapes (8, 1, 7, 8)"),
-        (Deeper, "makes different attention calls for different lengths"),
-        (Autocast, "computes in torch.bfloat16"),
-    ],
-    ids=["dropout", "merged_heads", "a_layer_per_token", "autocast"],
-)
-def test_attention_calls_must_be_of_the_form_that_a_cache_has(build, words):
+def needs_mask(m: Plain, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return Plain.forward(m, input_ids, position_ids)
+
+
+UNKEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dropout": (lambda: attending(lambda length: {"is_causal": True, "dropout_p": 0.1}), "drops out attention weights"),
+    "merged heads": (lambda: plain({"attend": merged}), "received query, key and value of shapes (8, 1, 7, 8)"),
+    "a layer per token": (lambda: plain({"embed": deeper}), "makes different attention calls for different lengths"),
+    "autocast": (lambda: plain({"apply_block": autocast}), "computes in torch.bfloat16"),
+    "a mask that must be given": (lambda: plain({"forward": needs_mask}), "required positional argument"),
+    "a table too short": (lambda: plain(context=19), "IndexError"),
+} | {
+    f"{name} as logits": (lambda change=change: plain({"logits": lambda m, hidden: change(m.head(hidden))}), "returned")
+    for name, change in {
+        "a tuple": lambda logits: (logits, None),
+        "a dictionary": lambda logits: {"logits": logits},
+        "the last": lambda logits: logits[:, -1:],
+        "time first": lambda logits: logits.transpose(0, 1),
+        "half precision": lambda logits: logits.half(),
+        "infinity": lambda logits: logits / 0,
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", UNKEPT)
+def test_what_is_not_of_the_contract_is_told(name):
+    build, words = UNKEPT[name]
     assert words in reason(build())
-
-
-# --- forward ------------------------------------------------------------------------------------------------------
-class Returning(Plain):
-    def __init__(self, change: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.change = change
-
-    def logits(self, hidden: Tensor) -> Any:
-        return self.change(self.head(hidden))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda logits: (logits, None),
-        lambda logits: {"logits": logits},
-        lambda logits: logits[:, -1:],
-        lambda logits: logits.transpose(0, 1),
-        lambda logits: logits.half(),
-        lambda logits: logits / 0,
-    ],
-    ids=["tuple", "dict", "last", "sequence_first", "half", "not_finite"],
-)
-def test_float32_logits_of_every_position_must_be_returned(change):
-    assert "returned" in reason(Returning(change))
 
 
 def test_a_forward_that_takes_anything_is_accepted():
     assert observe(Wrapper(Plain()), 20).vocab_size == 37
-
-
-def test_a_forward_that_fails_is_not_of_the_contract():
-    class NeedsMask(Plain):
-        def forward(  # type: ignore[override]
-            self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor
-        ) -> Tensor:
-            return super().forward(input_ids, position_ids)
-
-    assert "missing 1 required positional argument: 'attention_mask'" in reason(NeedsMask())
-
-
-def test_the_position_table_must_be_as_long_as_the_context():
-    assert "IndexError" in reason(Plain(context=16), context=17)
 
 
 def test_a_head_wider_than_the_embedding_is_refused():

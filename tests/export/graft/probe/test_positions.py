@@ -1,27 +1,17 @@
-"""How positions enter is seen by running the module, whatever its code calls them; a shift of its bundle is exact."""
+"""How positions enter is seen by running the module, whatever its code calls them."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Callable
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pastkey.contract.bundle import CacheShift, KeyRotation, open_bundle
-from pastkey.export import export
-from pastkey.export.graft.attention import AttentionCall, intercept
-from pastkey.export.graft.probe import positions
-from pastkey.export.graft.probe.observe import Uncached, observe, run_uncached
-from pastkey.export.graft.probe.positions import as_pairs, find_shift
-from pastkey.runtime import Engine
+from pastkey.contract.bundle import CacheShift
+from pastkey.export.graft.probe.observe import observe
+from pastkey.export.graft.probe.positions import find_shift
 
-from ....shared import divided
-from ...decoders import BothPositions, GptJ, Plain, TableRope, llama
+from ...decoders import BothPositions, GptJ, Plain, TableRope
 
 CONTEXT = 40
 LEARNED = "as learned ones do"
@@ -124,18 +114,6 @@ def test_angles_of_a_long_context_are_as_precise_as_its_positions_need():
     assert np.abs(np.array(found) - expected).max() * 8192 < 2e-3
 
 
-def test_four_runs_show_the_angles_of_a_long_context(monkeypatch):
-    first: list[int] = []
-
-    def run(module: nn.Module, ids: Tensor, position_ids: Tensor) -> Uncached:
-        first.append(int(position_ids[0, 0]))
-        return run_uncached(module, ids, position_ids)
-
-    monkeypatch.setattr(positions, "run_uncached", run)
-    assert len(shift_of(Turning(context=8192), 8192).rotations) == 1
-    assert first == [0, 1, 90, 8176]
-
-
 def test_without_positions_only_rows_go():
     assert shift_of(Unplaced(context=CONTEXT)) == CacheShift()
 
@@ -164,76 +142,3 @@ def test_what_no_shift_can_move_is_refused(kind, reason):
 
 def test_a_context_without_room():
     assert shift_of(Turning(context=1), 1).refused == "its context is one token"
-
-
-# --- the bundle ---------------------------------------------------------------------------------------------------
-def turned_heads(heads: Tensor, places: Tensor, rotation: KeyRotation) -> Tensor:
-    """(B, heads, T, D) at their places (T,), by complex numbers in float64."""
-    end = rotation.first + 2 * len(rotation.angles)
-    pairs = torch.from_numpy(as_pairs(heads.double().numpy()[..., rotation.first : end], rotation.interleaved))
-    pairs = pairs * torch.exp(1j * places[:, None] * torch.tensor(rotation.angles, dtype=torch.float64))
-    both = [pairs.real, pairs.imag]
-    inner = torch.stack(both, -1).flatten(-2) if rotation.interleaved else torch.cat(both, -1)
-    return torch.cat([heads[..., : rotation.first].double(), inner, heads[..., end:].double()], -1).float()
-
-
-class Streaming:
-    """A module that is given position 0 alone, where nothing turns: keys are turned at their places in the cache."""
-
-    def __init__(self, module: nn.Module, rotation: KeyRotation, layers: int) -> None:
-        self._module, self._rotation = module, rotation
-        self._rows: list[Any] = [None] * layers  # keys and values (B, K, T, D)
-
-    def drop(self, keep: int, count: int) -> None:
-        for i, rows in enumerate(self._rows):
-            self._rows[i] = [torch.cat([part[:, :, :keep], part[:, :, keep + count :]], 2) for part in rows]
-
-    def feed(self, ids: list[int]) -> np.ndarray:
-        """The logits (V,) after the last of `ids`."""
-        calls = iter(range(len(self._rows)))
-
-        def attend(call: AttentionCall) -> Tensor:
-            layer = next(calls)
-            before, new = self._rows[layer], tuple[Tensor, ...]((call.key, call.value))
-            if before is not None:
-                new = tuple(torch.cat(pair, 2) for pair in zip(before, new, strict=True))
-            self._rows[layer] = keys, values = new
-            places = torch.arange(keys.shape[2])
-            keys = turned_heads(keys, places, self._rotation).repeat_interleave(call.groups, 1)
-            query = turned_heads(call.query, places[-len(ids) :], self._rotation)
-            scores = call.scale * query @ keys.transpose(2, 3)
-            scores = scores.masked_fill(places[-len(ids) :, None] < places, -math.inf)
-            return scores.softmax(-1) @ values.repeat_interleave(call.groups, 1)
-
-        with torch.no_grad(), intercept(attend):
-            logits = self._module.eval()(torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.long))
-        return logits[0, -1].numpy()
-
-
-EXPORTED: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: llama(max_position_embeddings=CONTEXT),
-    "a part, interleaved": lambda: GptJ(context=CONTEXT, layers=2, size=16),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "graph"),
-    divided(
-        product(EXPORTED, ("fused", "standard")), quick=[("llama", "fused")], ci=[("a part, interleaved", "standard")]
-    ),
-)
-def test_a_shifted_bundle_computes_what_streaming_does(name, graph, tmp_path):
-    module = EXPORTED[name]()
-    report = export(module, out=tmp_path / "b", precision="fp32", graph=graph, context_length=CONTEXT)
-    assert report.manifest.shift is not None
-    (rotation,) = report.manifest.shift.rotations
-    engine = Engine(open_bundle(report.path), threads=1)
-    reference = Streaming(module, rotation, len(report.manifest.layers))
-    rng = np.random.default_rng(0)
-    for count, gone in ((CONTEXT, 18), (1, 0), (17, 18), (5, 3), (1, 0)):
-        ids = rng.integers(0, report.manifest.vocab_size, count).tolist()
-        expected = reference.feed(ids)
-        assert np.abs(engine.prefill(ids) - expected).max() <= 1e-4 * np.abs(expected).max()
-        if gone:
-            engine.shift(4, gone)
-            reference.drop(4, gone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pastkey.export.graft.probe.proof import SHORTEST, Proof, prove
 
 from ...cases import CASES
 from ...decoders import Plain
+from ..plain import plain
 
 
 def proved(module: nn.Module, context: int = 40) -> Proof:
@@ -33,92 +35,69 @@ def test_decoders_of_the_contract_pass(name):
     assert works(case.build(), case.context)
 
 
-class Convolution(Plain):
-    def more(self) -> None:
-        self.mix = nn.Conv1d(32, 32, 3, groups=32)
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = super().embed(input_ids, position_ids)
-        return hidden + self.mix(F.pad(hidden.transpose(1, 2), (2, 0))).transpose(1, 2)
+def mixed(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    hidden = Plain.embed(m, input_ids, position_ids)
+    return hidden + m.mix(F.pad(hidden.transpose(1, 2), (2, 0))).transpose(1, 2)
 
 
-class RunningMean(Plain):
-    def logits(self, hidden: Tensor) -> Tensor:
-        count = torch.arange(1, hidden.shape[1] + 1)[None, :, None]
-        return self.head(hidden.cumsum(1) / count)
+def running_mean(m: Plain, hidden: Tensor) -> Tensor:
+    return Plain.logits(m, hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[None, :, None])
 
 
-class TokenShift(Plain):
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        hidden = super().embed(input_ids, position_ids)
-        return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+def shifted(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    hidden = Plain.embed(m, input_ids, position_ids)
+    return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
 
-class IgnoresPositions(Plain):
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.token(input_ids) + self.position(torch.arange(input_ids.shape[1]))
+CONVOLUTION: dict[str, Callable[..., Any]] = {
+    "more": lambda m: setattr(m, "mix", nn.Conv1d(32, 32, 3, groups=32)),
+    "embed": mixed,
+}
+OTHER: dict[str, dict[str, Callable[..., Any]]] = {
+    "a convolution": CONVOLUTION,
+    "a running mean": {"logits": running_mean},
+    "a shift of tokens": {"embed": shifted},
+    "positions are ignored": {"embed": lambda m, ids, at: m.token(ids) + m.position(torch.arange(ids.shape[1]))},
+    "later tokens": {"logits": lambda m, hidden: m.head(hidden) - m.head(hidden).mean(1, keepdim=True)},
+    "chance": {"logits": lambda m, hidden: F.dropout(m.head(hidden))},
+}
 
 
-class Ahead(Plain):
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden)
-        return logits - logits.mean(1, keepdim=True)
-
-
-class Random(Plain):
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.dropout(self.head(hidden))
-
-
-class TooShort(Plain):
-    """Fails where tokens do not begin at position 0."""
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.token(input_ids) + self.position.weight[: 2 * input_ids.shape[1] - 1][position_ids]
-
-
-@pytest.mark.parametrize(
-    "build",
-    [Convolution, RunningMean, TokenShift, IgnoresPositions, Ahead, Random],
-)
-def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(build):
-    module = build()
+@pytest.mark.parametrize("name", OTHER)
+def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(name):
+    module = plain(OTHER[name])
     assert not works(module)
     assert not any(child._forward_hooks for child in module.modules())
 
 
-def test_a_failure_beyond_position_0_is_seen():
+def test_a_failure_where_tokens_do_not_begin_at_position_0_is_seen():
+    def embed(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+        return m.token(ids) + m.position.weight[: 2 * ids.shape[1] - 1][at]
+
     with pytest.raises(IndexError):
-        works(TooShort(), context=12)
+        works(plain({"embed": embed}), context=12)
 
 
 def test_a_convolution_is_seen_at_the_smallest_context_too():
-    assert not works(Convolution(context=2), context=2)
+    assert not works(plain(CONVOLUTION, context=2), context=2)
 
 
 def test_no_positions_at_all_are_accepted():
     """Attention that is causal gives order enough; nothing is baked in that a cache would break."""
-
-    class NoPositions(Plain):
-        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-            return self.token(input_ids)
-
-    assert works(NoPositions())
+    assert works(plain({"embed": lambda m, ids, at: m.token(ids)}))
 
 
 # --- lengths and contents that random short texts do not show ------------------------------------------------------
-class Scaled(Plain):
-    """Moves the embeddings by a number of the whole text (B,)."""
-
-    factor: Callable[[Tensor, Tensor], Tensor]
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        moved = (type(self).factor(input_ids, position_ids) - 1)[:, None, None]
-        return super().embed(input_ids, position_ids) + moved * torch.linspace(-1, 1, self.width)
+Factor = Callable[[Tensor, Tensor], Tensor]  # of ids and positions (B, T), a number (B,) of the whole text
 
 
-def scaled(factor: Callable[[Tensor, Tensor], Tensor]) -> type[Scaled]:
-    return type("Scaled", (Scaled,), {"factor": staticmethod(factor)})
+def scaled(factor: Factor, **arguments: Any) -> Plain:
+    """Moves the embeddings by the number."""
+
+    def embed(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+        return Plain.embed(m, ids, at) + (factor(ids, at) - 1)[:, None, None] * torch.linspace(-1, 1, m.width)
+
+    return plain({"embed": embed}, **arguments)
 
 
 def any_flagged(ids: Tensor, _: Tensor) -> Tensor:
@@ -139,7 +118,7 @@ OF_LENGTH = {
 @pytest.mark.parametrize("name", OF_LENGTH)
 def test_numbers_that_depend_on_the_length_are_seen_with_the_shortest_text(name):
     factor, shortest = OF_LENGTH[name]
-    proof = proved(scaled(factor)())
+    proof = proved(scaled(factor))
     assert (proof.longest, proof.differs) == (40, shortest)
     assert proof.off > 1e-3
 
@@ -183,91 +162,66 @@ OF_CONTENT = {
 
 @pytest.mark.parametrize("name", OF_CONTENT)
 def test_numbers_that_depend_on_a_rare_content_are_seen(name):
-    assert proved(scaled(OF_CONTENT[name])(vocab=5000)).differs
+    assert proved(scaled(OF_CONTENT[name], vocab=5000)).differs
+
+
+def loud(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+    x = Plain.embed(m, ids, at)
+    return x * torch.where(x.norm(dim=-1).amax(1) > 12, 1.5, 1.0)[:, None, None]
 
 
 def test_a_norm_that_few_tokens_exceed_is_seen():
-    class Loud(Plain):
-        def more(self) -> None:
-            self.token.weight.data[4321] *= 3
-
-        def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-            x = super().embed(input_ids, position_ids)
-            return x * torch.where(x.norm(dim=-1).amax(1) > 12, 1.5, 1.0)[:, None, None]
-
-    assert proved(Loud(vocab=5000)).differs
+    module = plain({"embed": loud}, vocab=5000)
+    module.token.weight.data[4321] *= 3
+    assert proved(module).differs
 
 
-class Product(scaled(OF_LENGTH["base_by_the_last_position"][0])):  # type: ignore[misc]
-    """Its output head is a product with the transposed embeddings."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.token.weight.T
-
-
-class Sliced(Plain):
-    """Takes as many rows of a table as the largest position asks for, as sound modules do."""
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.token(input_ids) + self.position.weight[: int(position_ids.max()) + 1][position_ids]
-
-
-class Banned(Plain):
+def banned(m: Plain, hidden: Tensor) -> Tensor:
     """Bans the last tokens, as models with unused rows in their embeddings do."""
-
-    mixes = False
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        hidden = hidden - hidden.mean(1, keepdim=True) if self.mixes else hidden
-        return super().logits(hidden).masked_fill(torch.arange(self.vocab) >= self.vocab - 3, torch.finfo().min)
-
-
-class BannedAndMixed(Banned):
-    mixes = True
+    return Plain.logits(m, hidden).masked_fill(torch.arange(m.vocab) >= m.vocab - 3, torch.finfo().min)
 
 
 def test_banned_tokens_hide_no_difference():
-    assert works(Banned(), 40)
-    assert not works(BannedAndMixed(), 40)
+    assert works(plain({"logits": banned}), 40)
+    assert not works(plain({"logits": lambda m, hidden: banned(m, hidden - hidden.mean(1, keepdim=True))}), 40)
 
 
 def test_a_maximum_that_changes_no_logit_is_accepted():
-    assert works(Sliced(), 40)
+    """As many rows of a table as the largest position asks for."""
+    assert works(plain({"embed": lambda m, ids, at: m.token(ids) + m.position.weight[: int(at.max()) + 1][at]}), 40)
 
 
-class Chosen(Plain):
+def chosen(m: Plain, hidden: Tensor) -> Tensor:
     """Multiplies by one of two numbers, by a sign that rounding decides: an expert whose router is at a tie."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        tie = hidden.sum(-1, keepdim=True) - hidden.flip(-1).sum(-1, keepdim=True)
-        return super().logits(hidden * torch.where(tie.abs() > 1e-12, 2.0, 1.0))
+    tie = hidden.sum(-1, keepdim=True) - hidden.flip(-1).sum(-1, keepdim=True)
+    return Plain.logits(m, hidden * torch.where(tie.abs() > 1e-12, 2.0, 1.0))
 
 
 def test_float64_decides_where_rounding_chooses(monkeypatch):
-    module = Chosen(width=256, size=64)
+    module = plain({"logits": chosen}, width=256, size=64)
     assert works(module)
     monkeypatch.setattr(proof_module._Runs, "in_float64", lambda runs: None)
     assert not works(module)
 
 
-@pytest.mark.parametrize("build", [scaled(OF_LENGTH["base_by_the_last_position"][0]), Product])
-def test_a_large_vocabulary_is_compared_on_long_texts_too(build, monkeypatch):
+@pytest.mark.parametrize("head", [None, lambda m, hidden: hidden @ m.token.weight.T], ids=["linear", "a product"])
+def test_a_large_vocabulary_is_compared_on_long_texts_too(head, monkeypatch):
     monkeypatch.setattr(proof_module, "_LOGITS", 4 * 500)
-    proof = proved(build(vocab=500))
+    module = scaled(OF_LENGTH["base_by_the_last_position"][0], vocab=500)
+    if head is not None:
+        monkeypatch.setattr(type(module), "logits", head)
+    proof = proved(module)
     assert (proof.longest, proof.differs) == (40, 31)
 
 
 def test_a_head_whose_rows_cannot_be_chosen_bounds_the_length(monkeypatch):
-    class Mixed(Plain):
-        def logits(self, hidden: Tensor) -> Tensor:
-            return super().logits(hidden) + hidden.sum(-1, keepdim=True)
-
     monkeypatch.setattr(proof_module, "_LOGITS", 4 * 500)
-    assert proved(Mixed(vocab=500)).longest == 16
+    module = plain({"logits": lambda m, hidden: m.head(hidden) + hidden.sum(-1, keepdim=True)}, vocab=500)
+    assert proved(module).longest == 16
 
 
 def test_work_bounds_the_length(monkeypatch):
     monkeypatch.setattr(proof_module, "_WORK", 4e5)
-    assert SHORTEST < proved(Plain()).longest < 40
+    assert SHORTEST < proved(plain()).longest < 40
     monkeypatch.setattr(proof_module, "_WORK", 1)
-    assert proved(Plain()).longest == SHORTEST
+    assert proved(plain()).longest == SHORTEST

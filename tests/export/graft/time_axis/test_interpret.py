@@ -51,3 +51,4 @@ def test_behind_what_is_refused_the_rest_is_looked_at():
 def test_a_table_that_is_another_one_for_a_longer_text_is_refused():
     found = causes(lambda x: x + torch.arange(x.shape[1]).flip(0)[:, None])
     assert [one.kind for one in found] == [Kind.LENGTH]
+    assert found[0].what.startswith("computes a table that is another one for a longer text")

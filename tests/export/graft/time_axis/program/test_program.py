@@ -80,4 +80,5 @@ def test_a_loop_over_positions_is_a_recurrence():
     with pytest.raises(NoCacheError) as caught:
         program_of(function)
     assert [found.kind for found in caught.value.causes] == [Kind.RECURRENCE]
+    assert caught.value.causes[0].what.startswith("is a loop over positions or a recurrence")
     assert caught.value.causes[0].where.startswith("test_program.py:")

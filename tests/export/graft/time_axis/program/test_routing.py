@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from pastkey.export.graft.probe.causes import Kind, ObstacleError
 from pastkey.export.graft.time_axis.program.python_branches import Given, heard
 
-from ...own.registry import DECODERS
-
 LENGTH, VOCAB, WIDTH = 11, 29, 6
 MANY = 4000  # so many tokens that no text has a certain one
 TABLE = torch.randn(MANY, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -27,22 +25,6 @@ def replayed(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     told = heard(run, ids.shape[1], VOCAB)
     with Given(told):
         return run(ids)
-
-
-def rows_by_tuple(ids: Tensor) -> Tensor:
-    x = embedded(ids)[0]
-    rows, columns = torch.where(x == x.amax(-1, keepdim=True))
-    out = torch.zeros_like(x)
-    out[rows] = (x @ OTHER)[rows] + x[rows, columns, None]
-    return out[None]
-
-
-def rows_with_a_batch(ids: Tensor) -> Tensor:
-    x = embedded(ids)
-    mask = x[..., 0] > 0
-    out = x.clone()
-    out[mask] = x[mask] @ OTHER
-    return out
 
 
 def batch_and_rows(ids: Tensor) -> Tensor:
@@ -128,7 +110,7 @@ def an_axis_before(ids: Tensor) -> Tensor:
 
 RIGHT = [
     into_itself, an_axis_before,
-    rows_by_tuple, rows_with_a_batch, batch_and_rows, columns_of_nonzero, second_axis, copied, put, in_the_middle,
+    batch_and_rows, columns_of_nonzero, second_axis, copied, put, in_the_middle,
     no_rows_at_all, merged_rows, a_table,
 ]  # fmt: skip
 
@@ -156,15 +138,6 @@ def test_a_trace_on_one_text_is_right_of_another(run):
     exported = torch.export.export(module, (torch.zeros(1, LENGTH, dtype=torch.long),), strict=False).module()
     ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(exported(ids), run(ids))
-
-
-@pytest.mark.parametrize("name", [name for name in DECODERS if name.startswith("experts_")])
-def test_experts_are_traced_as_they_compute(name):
-    module = DECODERS[name].make()
-    for seed in range(3):
-        ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            torch.testing.assert_close(replayed(module, ids), module(ids), rtol=1e-4, atol=1e-5)
 
 
 # --- refused ------------------------------------------------------------------------------------------------------

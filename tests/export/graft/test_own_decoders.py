@@ -1,0 +1,130 @@
+"""Decoders as people write them, unedited: with a cache they compute what their author's own call computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pastkey.contract.bundle import open_bundle
+from pastkey.export import export
+from pastkey.export.graft.probe.contract import in_contract
+from pastkey.export.graft.probe.logits import apart
+from pastkey.export.graft.probe.observe import run_on, run_uncached
+from pastkey.export.graft.trace import choose_graph
+
+from ...shared import divided
+from ..plain_loop import lengths, open_graph
+from .own.parts import Own
+from .own.registry import DECODERS
+
+Array = npt.NDArray[Any]
+
+# One of each kind that a graph must have an operator for: a mask, rows of earlier tokens beside keys and values, a
+# bias, a latent, experts, torch's own layers.
+IN_CI = ("filled_in_place", "short_conv", "relative_buckets", "latent_filled", "experts_hit", "transformer_encoder")
+
+
+def reference(own: Own, module: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) as the author computes them, also where a call gives those of the last position only."""
+    with torch.no_grad():
+        logits = own.call(module, ids)
+        if logits.dim() == 2:
+            logits = torch.stack([own.call(module, ids[:, : i + 1]) for i in range(ids.shape[1])], 1)
+    return logits
+
+
+@pytest.mark.parametrize("name", divided(DECODERS, quick=[*DECODERS][::4], ci=DECODERS))
+def test_steps_with_a_cache_give_the_authors_logits(name):
+    own = DECODERS[name]
+    taken = in_contract(own.make(), own.context, None, lambda _: None)
+    observation = taken.observation
+    assert taken.call
+    assert (len(observation.layers), bool(observation.states)) == (own.layers, own.state)
+    assert own.graph in (choose_graph("auto", "cpu", observation).graph, "either")
+    assert own.geometry in (observation.geometry[0], None)
+
+    module = own.make().float()  # which no export has seen
+    ids = torch.randint(own.vocab, (2, min(own.context, 23)), generator=torch.Generator().manual_seed(1))
+    expected, past = reference(own, module, ids), run_uncached(taken.module, ids[:, :5])
+    logits = [past.logits]
+    for start, end in ((5, 6), (6, 7), (7, 10), *((i, i + 1) for i in range(10, ids.shape[1]))):
+        past = run_on(taken.module, past, ids[:, start:end])
+        logits.append(past.logits)
+    assert apart(torch.cat(logits, 1), expected) < 1e-4
+    ids[0, -2] = (ids[0, -2] + 1) % own.vocab
+    assert (apart(reference(own, module, ids)[0, -1], expected[0, -1]) > 1e-2) != own.alone
+
+
+@dataclass
+class Text:
+    """One text that a graph of plain onnxruntime reads in chunks, each with the cache that the last one left."""
+
+    session: Any
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        self.past: dict[str, Array] = {
+            value.name: np.zeros([1, *(n if isinstance(n, int) else 0 for n in value.shape[1:])], np.float32)
+            for value in self.session.get_inputs()
+            if value.name.startswith("past")
+        }
+
+    def read(self, ids: list[int]) -> Array:
+        """Logits (N, V) of these ids."""
+        start, self.length = self.length, self.length + len(ids)
+        known = {"input_ids": np.array([ids]), "position_ids": np.arange(start, self.length)[None]} | self.past
+        feeds = {value.name: known[value.name] for value in self.session.get_inputs() if value.name in known}
+        feeds |= lengths(self.session, np.ones((1, self.length), np.int64))
+        names = [value.name for value in self.session.get_outputs()]
+        found = dict(zip(names, self.session.run(names, feeds), strict=True))
+        self.past = {
+            name: found[name.replace("past_key_values.", "present.").replace("past_conv.", "present_conv.")]
+            for name in self.past
+        }
+        logits: Array = found["logits"][0]
+        return logits
+
+
+def chunks(ids: list[int]) -> Iterator[list[int]]:
+    start = 0
+    for size in [6, 1, 1, 1, 4, 1, 7, 2] + [1] * len(ids):
+        if chunk := ids[start : start + size]:
+            yield chunk
+        start += size
+
+
+@pytest.mark.parametrize(("name", "precision"), [
+    *(pytest.param(name, "fp32", marks=pytest.mark.slow if name in IN_CI else pytest.mark.matrix) for name in DECODERS),
+    *(pytest.param(name, "int8", marks=pytest.mark.matrix) for name in [*DECODERS][::3]),
+])  # fmt: skip
+def test_the_exported_graph_computes_what_the_author_computes(name, precision, tmp_path):
+    """Plain onnxruntime over the file; nothing of the runtime takes part."""
+    own = DECODERS[name]
+    manifest = export(own.make(), tmp_path / "bundle", precision=precision, context_length=own.context).manifest
+    assert manifest.parity[precision]["ok"]
+    assert manifest.parity["fp32"]["reference"] == "source"
+    assert own.graph in (manifest.graph, "either")
+    if manifest.graph == "fused":
+        assert manifest.operators["GroupQueryAttention"] == own.layers
+        assert "Softmax" not in manifest.operators or name.startswith("experts") or "expert" in name
+
+    session = open_graph(open_bundle(tmp_path / "bundle", verify=False).all_logits_graph)
+    module, text = own.make().float(), Text(session)
+    ids = torch.randint(own.vocab, (6,), generator=torch.Generator().manual_seed(3)).tolist()
+    logits = text.read(ids)[-1]
+    while len(ids) < min(46, own.context):  # each token that the graph chooses is the author's choice but for a tie
+        chosen, expected = int(logits.argmax()), reference(own, module, torch.tensor([ids]))[0, -1].numpy()
+        short = expected.max() - expected[chosen]
+        assert short <= (1e-4 if precision == "fp32" else 0.15) * np.abs(expected).max(), f"token {len(ids)}"
+        ids.append(chosen)
+        logits = text.read([chosen])[-1]
+    text, expected = Text(session), reference(own, module, torch.tensor([ids]))[0].numpy()
+    found = np.concatenate([text.read(chunk) for chunk in chunks(ids)])
+    assert np.abs(found - expected).max() < (1e-4 if precision == "fp32" else 0.15) * np.abs(expected).max()
