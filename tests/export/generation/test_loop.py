@@ -19,32 +19,20 @@ from pastkey.export.generation.write import settings as as_feeds
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 
-from ...shared import divided
-from ..decoders import Plain, llama
-from ..graft.own.blocks import DECODERS as OWN
+from ..decoders import llama
 
 CONTEXT = 40
 DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=11)
 
 
-def made(folder: Path, kind: str) -> Bundle:
-    if kind == "short_conv":
-        own = OWN["short_conv"]
-        export(own.make(), folder, precision="fp32", context_length=own.context, generate=True)
-    elif kind == "uneven":  # keys and values of two sizes
-        module = Plain(value_size=16, layers=2)
-        export(module, folder, precision="fp32", context_length=CONTEXT, generate=True)
-    else:
-        precision, _, graph = kind.partition(" ")
-        target = "portable" if graph == "portable" else "cpu"
-        graph = "standard" if graph == "portable" else graph or "auto"
-        export(llama(), folder, precision, target=target, graph=graph, context_length=CONTEXT, generate=True)
-    return open_bundle(folder, verify=True)
-
-
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("fused") / "bundle", "fp32")
+    return made(tmp_path_factory.mktemp("fused") / "bundle", "fused")
+
+
+def made(folder: Path, graph: str) -> Bundle:
+    export(llama(), folder, "fp32", graph=graph, context_length=CONTEXT, generate=True)
+    return open_bundle(folder, verify=True)
 
 
 def opened(path: Path) -> Any:
@@ -63,20 +51,6 @@ def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, en
 def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig) -> list[int]:
     engine = Engine(bundle, threads=1)
     return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=config, prompt_lookup=False)))
-
-
-KINDS = ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
-
-
-@pytest.mark.parametrize("kind", divided(KINDS, ci=KINDS))
-def test_the_ids_are_the_runtimes(kind, tmp_path):
-    bundle = made(tmp_path / "bundle", kind)
-    vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
-    for config in (SamplingConfig(seed=0), SamplingConfig(repetition_penalty=1.3, seed=0), DRAWN):
-        prompt = rng.integers(0, vocab, 9).tolist()
-        assert call(bundle, prompt, 20, config) == runtime(bundle, prompt, 20, config), config
-    assert (bundle.path / names.GENERATE_STEP_GRAPH).exists() == (kind not in ("short_conv", "uneven"))
-    assert names.GENERATE_GRAPH in bundle.manifest.files
 
 
 def test_inputs_and_outputs_are_those_that_the_format_names(fused):
@@ -179,7 +153,7 @@ def test_chunks_say_what_one_call_says(fused, size):
 
 @pytest.mark.slow
 def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path):
-    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "fp32 standard"), 3)
+    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "standard"), 3)
 
 
 def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:

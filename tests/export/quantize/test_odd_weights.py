@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -12,16 +14,8 @@ from pastkey.errors import ContractError, NumericsError
 from pastkey.export import export
 
 from ...shared import divided
-from ..decoders import Plain
+from ..decoders import Plain, Tied
 from ..plain_loop import run_chunks
-
-
-class Tied(Plain):
-    """One table for the embedding and the output head."""
-
-    def more(self) -> None:
-        self.head.weight = self.token.weight
-
 
 # --- widths -------------------------------------------------------------------------------------------------------
 SIZES = [
@@ -54,43 +48,52 @@ def test_widths_that_are_no_multiple_of_a_block_are_padded(kind, width, block, t
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
-FAR = [("blocks.0.v", 1e-45), ("blocks.0.v", 1e4), ("blocks.0.o", 1e20)]
+# The matrix, its elements that are set (all or one), and the number.
+NUMBERS = {
+    "a head of zeros": ("head", ..., 0.0),
+    "a table of zeros": ("token", ..., 0.0),
+    "values of zeros": ("blocks.0.v", ..., 0.0),
+    "queries below the normal numbers": ("blocks.0.q", ..., 1e-40),
+    "equal numbers": ("blocks.0.o", ..., 0.25),
+    "one tiny number": ("blocks.0.v", (1, 2), 1e-45),
+    "one large number": ("blocks.0.v", (1, 2), 1e4),
+    "one huge number": ("blocks.0.o", (1, 2), 1e20),
+}
+QUICK = ["a head of zeros", "one huge number"]
 
 
-@pytest.mark.parametrize(("place", "number"), divided(FAR, quick=FAR[2:], ci=FAR))
-def test_one_number_far_from_all_others_is_exported(place, number, tmp_path, recwarn):
+def holding(place: str, where: Any, number: float) -> Plain:
     module = Plain()
     with torch.no_grad():
-        module.get_submodule(place).weight[1, 2] = number
-    report = export(module, tmp_path / "bundle", context_length=40)
+        module.get_submodule(place).weight[where] = number
+    return module
+
+
+@pytest.mark.parametrize("name", divided(NUMBERS, quick=QUICK, ci=[*NUMBERS][1:-1:2]))
+def test_numbers_that_round_badly_are_exported(name, tmp_path, recwarn):
+    report = export(holding(*NUMBERS[name]), tmp_path / "bundle", context_length=40)
     assert report.verification.ok
     assert np.isfinite(report.manifest.quality["kl_divergence"])
     assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize(("place", "number"), [("blocks.0.q", float("nan")), ("token", -float("inf"))])
-def test_a_number_that_is_none_names_the_weight_and_leaves_nothing(place, number, tmp_path):
-    module = Plain()
-    with torch.no_grad():
-        module.get_submodule(place).weight[1, 2] = number
-    with pytest.raises(NumericsError, match=rf"the weight {place}\.weight of Plain holds NaN or infinity"):
-        export(module, tmp_path / "bundle", context_length=40)
-    assert not list(tmp_path.iterdir())
+REFUSED = {
+    "NaN": (
+        "blocks.0.q",
+        float("nan"),
+        NumericsError,
+        r"the weight blocks\.0\.q\.weight of Plain holds NaN or infinity",
+    ),
+    "infinity": ("token", -float("inf"), NumericsError, r"the weight token\.weight of Plain holds NaN or infinity"),
+    "overflow": ("blocks.0.o", 3e38, NumericsError, "overflow at this precision"),
+    "overflow in the logits": ("head", 3e38, ContractError, "NaN or infinity in its logits"),
+}
 
 
-@pytest.mark.parametrize(
-    ("place", "kind", "words"),
-    [
-        ("blocks.0.o", NumericsError, "overflow at this precision: export with --precision fp32"),
-        ("head", ContractError, "it gives NaN or infinity in its logits: check its weights"),
-    ],
-)
-def test_a_number_that_overflows_is_one_sentence_and_leaves_nothing(place, kind, words, tmp_path):
-    module = Plain()
-    with torch.no_grad():
-        module.get_submodule(place).weight[1, 2] = 3e38
+@pytest.mark.parametrize(("place", "number", "kind", "words"), REFUSED.values(), ids=REFUSED)
+def test_numbers_that_are_none_or_overflow_are_refused_and_leave_nothing(place, number, kind, words, tmp_path):
     with pytest.raises(kind, match=words):
-        export(module, tmp_path / "bundle", context_length=40)
+        export(holding(place, (1, 2), number), tmp_path / "bundle", context_length=40)
     assert not list(tmp_path.iterdir())
 
 

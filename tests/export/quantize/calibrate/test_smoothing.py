@@ -98,9 +98,9 @@ class PerHead(nn.Module):
 @pytest.mark.parametrize(
     ("place", "between"),
     [
-        ("self_attn.o_proj", lambda: PerHead(nn.Linear(16, 16, bias=False))),
+        pytest.param("self_attn.o_proj", lambda: PerHead(nn.Linear(16, 16, bias=False)), marks=pytest.mark.matrix),
         ("self_attn.o_proj", lambda: PerHead(nn.Parameter(torch.rand(4, 16) + 0.5))),
-        ("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16))),
+        pytest.param("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16)), marks=pytest.mark.matrix),
     ],
 )
 def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(place, between, tmp_path):
