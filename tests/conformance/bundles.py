@@ -44,7 +44,6 @@ class Row:
 
 NO_SHIFT = {"shift": "its positions are learned"}
 ONE_ROW = {"batch": "static graphs have one row", "padding": "static graphs have one row"}
-RIGHT_ONLY = {"padding_left": "the fused graph takes padding at the right"}
 NATIVE = {
     "plain": "other programs run the graph of onnxruntime's kernels",
     "padding": "the native graph gives the logits of the last position alone",

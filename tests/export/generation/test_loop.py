@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +16,9 @@ from pastkey.export import export
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
-from pastkey.runtime.providers.ort import onnxruntime
 
 from ..decoders import llama
+from ..plain_loop import open_graph
 
 CONTEXT = 40
 DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=11)
@@ -35,15 +34,9 @@ def made(folder: Path, graph: str) -> Bundle:
     return open_bundle(folder, verify=True)
 
 
-def opened(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, ends: tuple[int, ...] = ()) -> list[int]:
     feeds = as_feeds(config, new, ends) | {names.INPUT_IDS: np.array([prompt], np.int64)}
-    (ids,) = opened(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
+    (ids,) = open_graph(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
     assert (ids.dtype, ids.ndim) == (np.int64, 1)
     return [int(token) for token in ids]
 
@@ -54,7 +47,7 @@ def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig)
 
 
 def test_inputs_and_outputs_are_those_that_the_format_names(fused):
-    inputs = {v.name: (v.type, v.shape) for v in opened(fused.path / names.GENERATE_GRAPH).get_inputs()}
+    inputs = {v.name: (v.type, v.shape) for v in open_graph(fused.path / names.GENERATE_GRAPH).get_inputs()}
     numbers = {name: ("tensor(float)", [1]) for name in names.GENERATE_NUMBERS}
     integers = {name: ("tensor(int64)", [1]) for name in names.GENERATE_INTEGERS}
     expected = (
@@ -111,7 +104,7 @@ def test_bad_input_ends_the_run_with_a_sentence(fused, prompt, change, sentence)
     feeds = as_feeds(DRAWN, 4) | {names.INPUT_IDS: np.array(prompt, np.int64).reshape(1, -1)}
     feeds |= {name: np.array([value], feeds[name].dtype) for name, value in change.items()}
     with pytest.raises(Exception, match=f"Name:'{sentence}'"):
-        opened(fused.path / names.GENERATE_GRAPH).run(None, feeds)
+        open_graph(fused.path / names.GENERATE_GRAPH).run(None, feeds)
 
 
 def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused, tmp_path):
@@ -134,7 +127,7 @@ class Host:
     """What a program in another language does: four lines for each call."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.session = opened(bundle.path / names.GENERATE_STEP_GRAPH)
+        self.session = open_graph(bundle.path / names.GENERATE_STEP_GRAPH)
         cache = next(value for value in self.session.get_inputs() if value.name == names.HELD_CACHE)
         self.cache = np.zeros([size if isinstance(size, int) else 0 for size in cache.shape], np.float32)
         self.history = np.zeros(0, np.int64)
