@@ -135,6 +135,12 @@ def command(capsys):
     return run
 
 
+def base_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes that run the tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -143,8 +149,7 @@ def made_once(tmp_path_factory):
     """made_once(NAME, make): the folder NAME as make(FOLDER) filled it, once for all processes that run the tests."""
     from filelock import FileLock  # the runtime's tests run where it is not installed, and need nothing of this
 
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = base_of_all(tmp_path_factory)
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
         folder, whole = base / f"once-{name}", base / f"once-{name}.whole"
@@ -194,11 +199,13 @@ def pytest_sessionfinish(session):
 
 
 @pytest.fixture(scope="session")
-def short_exports():
+def short_exports(tmp_path_factory):
     """Exports in this process are short. Folders whose tests export use it in each test."""
     from . import short_exports as module  # which imports torch
 
-    with module.short_exports():
+    folder = base_of_all(tmp_path_factory) / "traced"
+    folder.mkdir(exist_ok=True)
+    with module.short_exports(folder):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Short exports in tests: an equal decoder is traced once a process, and calibration runs on short windows.
+"""Short exports in tests: an equal decoder is traced once a run, and calibration runs on short windows.
 
 torch's trace takes nine tenths of the export of a tiny decoder. Its graph depends on the module and on the observation
 of it alone, so the second export of an equal module gets a copy of the first graph.
@@ -10,9 +10,12 @@ import contextlib
 import hashlib
 import io
 import pickle
+import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from pastkey.export import grafting
 from pastkey.export.graph.stored import stored_weights
 from pastkey.export.quantize.calibrate import calibration
+from pastkey.files.durable import write_whole
 
 _CALIBRATION_LENGTH = 64  # tokens of a window, in place of 256
 _LARGEST = 4_000_000  # bytes of weights of a decoder whose graph is kept
@@ -41,24 +45,28 @@ class _Key(pickle.Pickler):
             return type(value).__name__, place, str(value.dtype), tuple(value.shape), value.stride(), content.digest()
         if isinstance(value, type) and issubclass(value, nn.Module) and not value.__module__.startswith("torch."):
             functions = [method.__code__ for method in vars(value).values() if hasattr(method, "__code__")]
-            return value.__module__, value.__qualname__, [(code.co_code, repr(code.co_consts)) for code in functions]
+            return value.__module__, value.__qualname__, [*map(_content, functions)]
         return None
 
 
-def _key(*values: object) -> bytes | None:
+def _content(code: types.CodeType) -> object:
+    constants = [_content(value) if isinstance(value, types.CodeType) else repr(value) for value in code.co_consts]
+    return code.co_code, code.co_names, constants
+
+
+def _key(*values: object) -> str | None:
     """A hash of these values; None if they hold something that cannot be pickled, as a function inside another."""
     file = io.BytesIO()
     try:
         _Key(file).dump(values)
     except Exception:  # a module may hold anything
         return None
-    return hashlib.sha256(file.getvalue()).digest()
+    return hashlib.sha256(file.getvalue()).hexdigest()
 
 
 @contextlib.contextmanager
-def short_exports() -> Iterator[None]:
-    """While open, exports in this process are short."""
-    traced: dict[bytes, ir.Model] = {}
+def short_exports(folder: Path) -> Iterator[None]:
+    """While open, exports in this process are short. `folder` has the traced graphs, for all processes."""
     trace = grafting.trace
 
     def trace_once(module: nn.Module, *observed: Any) -> ir.Model:
@@ -67,9 +75,11 @@ def short_exports() -> Iterator[None]:
         key = _key(module, *observed) if small and stored_weights(module) is None else None
         if key is None:
             return trace(module, *observed, say)
-        if key not in traced:
-            traced[key] = trace(module, *observed, say).clone()
-        return traced[key].clone()
+        file = folder / key
+        if not file.exists():
+            write_whole(file, ir.to_proto(trace(module, *observed, say)).SerializeToString())
+        model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
+        return model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grafting, "trace", trace_once)

@@ -10,24 +10,17 @@ from torch import nn
 
 from .decoders import (
     BothPositions,
-    BufferedMask,
     CompiledAttention,
     Encoder,
     EncoderLayers,
     GptJ,
-    HintedEncoder,
-    KeepsThings,
     MultiHead,
-    MultiHeadBatchFirst,
     NanoGpt,
-    OffsetPositions,
     OneHead,
     Plain,
     RepeatedKv,
     Softcapped,
-    TiedProjections,
     Twice,
-    Wrapper,
     gpt2,
     llama,
 )
@@ -56,24 +49,11 @@ CASES = {
     "transformer_encoder": Case(Encoder, 11),
     "llama": Case(llama, 40),
     "gpt2": Case(gpt2, 40),
-}
-
-# Further ones whose export is tested, but not in a quick run.
-MORE_CASES = {
     "encoder_layers": Case(EncoderLayers, 20),
-    "hinted_encoder": Case(HintedEncoder, 20),
-    "multi_head_batch_first": Case(MultiHeadBatchFirst, 20),
     "gpt_j": Case(GptJ, 20),
     "both_positions": Case(BothPositions, 20),
-    "tied_projections": Case(TiedProjections, 20),
-    "buffered_mask": Case(BufferedMask, 20),
-    "offset_positions": Case(OffsetPositions, 20),
-    "keeps_things": Case(KeepsThings, 20),
     "compiled_part": Case(CompiledAttention, 20),
     "compiled": Case(lambda: torch.compile(Plain(), backend="eager"), 20),  # type: ignore[arg-type, return-value]
-    "wrapped": Case(lambda: Wrapper(Plain()), 20),
     "data_parallel": Case(lambda: nn.DataParallel(Plain()), 20),
     "vocabulary_of_one": Case(lambda: Plain(vocab=1), 20),
-    "vocabulary_of_two": Case(lambda: Plain(vocab=2), 20),
-    "multi_query": Case(lambda: Plain(kv_heads=1), 20),
 }  # fmt: skip

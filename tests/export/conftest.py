@@ -24,7 +24,7 @@ from pastkey.export import Report, export
 from pastkey.files.durable import write_json
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL, TrainingState, save_checkpoint
 
-from .cases import CASES, MORE_CASES
+from .cases import CASES
 from .commands import FACTORY
 from .decoders import llama
 
@@ -99,7 +99,7 @@ def exported(made_once):
 
     @functools.cache
     def make(name: str, precision: str = "fp32", graph: str = "auto") -> Exported:
-        case = (CASES | MORE_CASES)[name]
+        case = CASES[name]
         module = case.build()
 
         def fill(folder: Path) -> None:

@@ -274,45 +274,6 @@ class BothPositions(TableRope):
         return self.token(input_ids) + self.position(position_ids)
 
 
-class TiedProjections(Plain):
-    """Queries, keys and values of one matrix."""
-
-    def more(self) -> None:
-        for block in self.blocks:
-            block["k"] = block["v"] = block["q"]
-
-
-class BufferedMask(Plain):
-    """The causal mask as a buffer, cut to the length."""
-
-    def more(self) -> None:
-        self.register_buffer("mask", torch.ones(self.context, self.context, dtype=torch.bool).tril())
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length = query.shape[2]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask[None, None, :length, :length])
-
-
-class OffsetPositions(Plain):
-    """Positions counted from the first one that is given."""
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        positions = position_ids[:, :1] + torch.arange(input_ids.shape[1])
-        return self.token(input_ids) + self.position(positions)
-
-
-class KeepsThings(Plain):
-    """Counts its runs in a buffer and keeps the last hidden state."""
-
-    def more(self) -> None:
-        self.register_buffer("runs", torch.zeros(()))
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        self.runs += 1  # type: ignore[assignment]
-        self.last = super().embed(input_ids, position_ids)
-        return self.last
-
-
 class CompiledAttention(Plain):
     """A compiled part, which must run as plain Python to be seen."""
 

@@ -86,7 +86,7 @@ SHARD = 9_000  # bytes
         ("int8", {"generate": True, "format": "ort"}),
         pytest.param("fp32", {"graph": "static"}, marks=pytest.mark.slow),
         pytest.param("int8", {"target": "qnn"}, marks=pytest.mark.matrix),
-        pytest.param("int4", {}, marks=pytest.mark.slow),
+        pytest.param("int4", {}, marks=pytest.mark.matrix),
     ],
     ids=["int8", "static", "static-int8", "int4"],
 )

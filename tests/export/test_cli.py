@@ -71,13 +71,9 @@ def test_without_json_nothing_is_on_standard_output(factory, tmp_path, command):
         (("{file}:Small",), ("Small has no context length of its own", "--context N")),
         (("{file}:Small", "--context", "0"), ("--context", "0 is not a whole number from 1")),
         (("{file}:Small", "--context", "13"), ("fails on 13 tokens, the context that was asked for", "mine.py:")),
-        (("{file}:Small", "--context", "12", "--precision", "int2"), ("invalid choice: 'int2'", "int8")),
-        (("{file}:Small", "--context", "12", "--target", "coreml"), ("and not in int8", "--precision fp32")),
         (("{file}:Small", "--context", "12", "--tokenizer", "{folder}/no.json"), ("no such tokenizer", "no.json")),
-        (("{file}:Nothing", "--context", "12"), ("has no function 'Nothing'", "Small")),
         (("{folder}/none",), ("no such source", "none does not exist")),
         (("{file}:NotCausal", "--context", "12"), ("cannot be given a cache: mine.py:", "a later one")),
-        (("{file}:Baked", "--context", "12"), ("in the check 'prefill'", "position_ids", "layer 0")),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, factory, tmp_path, command):

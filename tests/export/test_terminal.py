@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from pastkey.export import terminal
+from pastkey.export.progress import Progress, Recorder
 from pastkey.export.terminal import Stages
 
 
@@ -120,3 +121,24 @@ def test_an_interrupted_stage_ends_its_line(monkeypatch):
         run()
     assert screen.getvalue().endswith("\n")
     assert not [thread for thread in threading.enumerate() if thread.name == "pastkey-stages"]
+
+
+# --- listeners ----------------------------------------------------------------------------------------------------
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.all: list[object] = []
+
+    def stage(self, name: str) -> None:
+        self.all.append(name)
+
+    def warn(self, sentence: str) -> None:
+        self.all.append(f"warning: {sentence}")
+
+
+def test_a_recorder_passes_everything_on_and_keeps_the_warnings():
+    heard = Heard()
+    recorder = Recorder(heard)
+    recorder.stage("trace")
+    recorder.warn("odd")
+    assert heard.all == ["trace", "warning: odd"]
+    assert recorder.warnings == ["odd"]

@@ -14,16 +14,10 @@ from .commands import fails
 from .measure.test_verify import alter_weight
 
 
-def test_verify_against_the_source_and_alone(small, factory, command):
-    status, out, err = command("verify", small, f"{factory}:Small")
-    assert (status, out) == (0, "")
-    assert f"{small} against source, 12 tokens: equal" in err
+def test_verify_is_said_in_sentences_and_as_one_object_with_a_figure_per_check(small, factory, command):
     status, out, err = command("verify", small)
     assert (status, out) == (0, "")
     assert f"{small} against own uncached run, 12 tokens: equal" in err
-
-
-def test_verify_json_is_one_object_with_a_figure_per_check(small, factory, command):
     status, printed, _ = command("verify", small, f"{factory}:Small", "--json")
     assert (status, printed.count("\n")) == (0, 1)
     result = json.loads(printed)
@@ -33,14 +27,6 @@ def test_verify_json_is_one_object_with_a_figure_per_check(small, factory, comma
     assert result["checks"]["greedy"] == {
         "ok": True, "measure": "first_difference", "value": None, "limit": None, "detail": "",
     }  # fmt: skip
-
-
-def test_verify_int8_measures_its_distance_from_the_source(trained, checkpoint, command):
-    status, printed, _ = command("verify", trained, checkpoint, "--json")
-    result = json.loads(printed)
-    assert status == 0
-    assert 0 < result["kl_divergence"] < 0.05
-    assert result["top1_agreement"] > 0.5
 
 
 def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factory, tmp_path, command):
@@ -55,16 +41,6 @@ def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factor
     assert (status, printed) == (1, "")
     assert "DIFFERENT" in told
     assert "FAIL prefill" in told
-
-
-def test_a_source_of_another_shape_is_a_mistake(small, factory, checkpoint, command):
-    fails(
-        command("verify", small, f"{factory}:other_vocabulary"),
-        "has 37 tokens",
-        "Small has 38",
-        "name the source that it was exported from",
-    )
-    fails(command("verify", small, checkpoint), "of 1 layers, 1 heads of size 16", "of 2 layers, 2 heads of size 16")
 
 
 def test_a_hash_that_does_not_match_names_the_file(small, tmp_path, command):

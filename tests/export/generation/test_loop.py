@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,45 +16,27 @@ from pastkey.export import export
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
-from pastkey.runtime.providers.ort import onnxruntime
 
-from ...shared import divided
-from ..decoders import Plain, llama
-from ..graft.own.blocks import DECODERS as OWN
+from ..decoders import llama
+from ..plain_loop import open_graph
 
 CONTEXT = 40
 DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=11)
 
 
-def made(folder: Path, kind: str) -> Bundle:
-    if kind == "short_conv":
-        own = OWN["short_conv"]
-        export(own.make(), folder, precision="fp32", context_length=own.context, generate=True)
-    elif kind == "uneven":  # keys and values of two sizes
-        module = Plain(value_size=16, layers=2)
-        export(module, folder, precision="fp32", context_length=CONTEXT, generate=True)
-    else:
-        precision, _, graph = kind.partition(" ")
-        target = "portable" if graph == "portable" else "cpu"
-        graph = "standard" if graph == "portable" else graph or "auto"
-        export(llama(), folder, precision, target=target, graph=graph, context_length=CONTEXT, generate=True)
-    return open_bundle(folder, verify=True)
-
-
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("fused") / "bundle", "fp32")
+    return made(tmp_path_factory.mktemp("fused") / "bundle", "fused")
 
 
-def opened(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def made(folder: Path, graph: str) -> Bundle:
+    export(llama(), folder, "fp32", graph=graph, context_length=CONTEXT, generate=True)
+    return open_bundle(folder, verify=True)
 
 
 def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, ends: tuple[int, ...] = ()) -> list[int]:
     feeds = as_feeds(config, new, ends) | {names.INPUT_IDS: np.array([prompt], np.int64)}
-    (ids,) = opened(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
+    (ids,) = open_graph(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
     assert (ids.dtype, ids.ndim) == (np.int64, 1)
     return [int(token) for token in ids]
 
@@ -65,22 +46,8 @@ def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig)
     return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=config, prompt_lookup=False)))
 
 
-KINDS = ["fp32", "fp32 standard", "int8", "fp16", "int4", "int8 portable", "short_conv", "uneven"]
-
-
-@pytest.mark.parametrize("kind", divided(KINDS, ci=KINDS))
-def test_the_ids_are_the_runtimes(kind, tmp_path):
-    bundle = made(tmp_path / "bundle", kind)
-    vocab, rng = bundle.manifest.vocab_size, np.random.default_rng(1)
-    for config in (SamplingConfig(seed=0), SamplingConfig(repetition_penalty=1.3, seed=0), DRAWN):
-        prompt = rng.integers(0, vocab, 9).tolist()
-        assert call(bundle, prompt, 20, config) == runtime(bundle, prompt, 20, config), config
-    assert (bundle.path / names.GENERATE_STEP_GRAPH).exists() == (kind not in ("short_conv", "uneven"))
-    assert names.GENERATE_GRAPH in bundle.manifest.files
-
-
 def test_inputs_and_outputs_are_those_that_the_format_names(fused):
-    inputs = {v.name: (v.type, v.shape) for v in opened(fused.path / names.GENERATE_GRAPH).get_inputs()}
+    inputs = {v.name: (v.type, v.shape) for v in open_graph(fused.path / names.GENERATE_GRAPH).get_inputs()}
     numbers = {name: ("tensor(float)", [1]) for name in names.GENERATE_NUMBERS}
     integers = {name: ("tensor(int64)", [1]) for name in names.GENERATE_INTEGERS}
     expected = (
@@ -137,7 +104,7 @@ def test_bad_input_ends_the_run_with_a_sentence(fused, prompt, change, sentence)
     feeds = as_feeds(DRAWN, 4) | {names.INPUT_IDS: np.array(prompt, np.int64).reshape(1, -1)}
     feeds |= {name: np.array([value], feeds[name].dtype) for name, value in change.items()}
     with pytest.raises(Exception, match=f"Name:'{sentence}'"):
-        opened(fused.path / names.GENERATE_GRAPH).run(None, feeds)
+        open_graph(fused.path / names.GENERATE_GRAPH).run(None, feeds)
 
 
 def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused, tmp_path):
@@ -160,7 +127,7 @@ class Host:
     """What a program in another language does: four lines for each call."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.session = opened(bundle.path / names.GENERATE_STEP_GRAPH)
+        self.session = open_graph(bundle.path / names.GENERATE_STEP_GRAPH)
         cache = next(value for value in self.session.get_inputs() if value.name == names.HELD_CACHE)
         self.cache = np.zeros([size if isinstance(size, int) else 0 for size in cache.shape], np.float32)
         self.history = np.zeros(0, np.int64)
@@ -179,7 +146,7 @@ def test_chunks_say_what_one_call_says(fused, size):
 
 @pytest.mark.slow
 def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path):
-    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "fp32 standard"), 3)
+    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "standard"), 3)
 
 
 def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:

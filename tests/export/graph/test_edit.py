@@ -5,6 +5,10 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.export.graph import edit
+from pastkey.export.graph.part import Part, constant, depends_only_on
+from pastkey.export.graph.simplify import simplify
+
+from ..small_graphs import Array, model_of, run_model
 
 
 @pytest.fixture
@@ -62,3 +66,57 @@ def test_several_nodes_stand_in_for_one_and_every_reader_follows(model):
     assert {"clipped.zero", "clipped.six"} == set(model.graph.initializers)
     names = [output.name for node in model.graph for output in node.outputs]
     assert len(set(names)) == len(names)
+
+
+# --- what depends on one input alone is found, cut out and run --------------------------------------------------------
+TEXT = (
+    "g (int64[1,3] position_ids, float[1,3] x, float[1,3] w) => (float[1,3] logits) { "
+    "p = Cast <to = 1> (position_ids) v = Neg(w) q = Mul(p, v) s = Sin(q) y = Mul(s, x) logits = Neg(y) }"
+)
+W = np.array([[1, 2, 3]], np.float32)
+
+
+def test_the_values_of_one_input_and_constants_are_found():
+    model = model_of(TEXT, w=W)
+    source = model.graph.inputs[0]
+    inside = depends_only_on(model, [source])
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    assert {name for name, value in values.items() if id(value) in inside} == {"p", "q", "s"}
+    assert [name for name, value in values.items() if constant(value)] == ["v"]
+
+
+def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
+    model = model_of(TEXT, w=W)
+    sine = next(node.outputs[0] for node in model.graph if node.op_type == "Sin")
+    part = Part(model, sine, model.graph.inputs[0])
+    np.testing.assert_allclose(part.run(np.array([[4, 5, 6]])), np.sin(-W * [4, 5, 6]), atol=1e-6)
+    assert [node.op_type for node in model.graph] == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
+
+
+# --- `simplify` changes no number -------------------------------------------------------------------------------------
+X = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
+
+
+def simplified(body: str, **weights: Array) -> list[str]:
+    """The operators of the graph x (2, 4) -> y, which computes the same as before."""
+    declared = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+    model = model_of(f"g (float[2,4] x{declared}) => (float[2,4] y) {{ {body} }}", **weights)
+    (before,) = run_model(model, x=X)
+    simplify(model)
+    np.testing.assert_array_equal(run_model(model, x=X)[0], before)
+    return [node.op_type for node in model.graph]
+
+
+def test_an_epsilon_of_1e_8_is_not_taken_for_zero():
+    """A norm with it divides by the root of epsilon on a row of zeros, and by zero without."""
+    assert simplified("a = Add(x, e) y = Sqrt(a)", e=np.full(1, 1e-8, np.float32)) == ["Add", "Sqrt"]
+
+
+def test_two_transpositions_that_undo_each_other_go():
+    body = "a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (a) y = Neg(b)"
+    assert "Transpose" not in simplified(body)
+
+
+def test_what_depends_on_constants_alone_is_folded():
+    two, three = np.full(4, 2, np.float32), np.full(4, 3, np.float32)
+    assert simplified("p = Mul(two, three) y = Add(x, p)", two=two, three=three) == ["Add"]

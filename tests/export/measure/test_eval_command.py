@@ -139,13 +139,6 @@ def test_a_bundle_a_checkpoint_and_a_factory_are_the_same_reference(folder, chec
             assert figures[key] == pytest.approx(found[0][key], rel=1e-3), key
 
 
-def test_a_bundle_agrees_with_itself(folder, evaluated):
-    same = folder / "int8"
-    _, out, _ = evaluated(same, "--text", folder / "text.txt", "--reference", same, "--json")
-    figures = json.loads(out)
-    assert [figures[key] for key in KEYS[1:4]] == [0, 1, 1]
-
-
 def test_a_person_is_shown_the_figures_line_by_line(folder, checkpoint, evaluated):
     status, out, err = evaluated(folder / "fp32", "--text", folder / "text.txt", "--reference", checkpoint)
     lines = [line.split() for line in out.splitlines()]
@@ -172,10 +165,8 @@ def test_a_short_text_asks_no_longer_context_of_the_reference(folder, evaluated,
         (("none", "--text", "text.txt"), ("no such bundle",)),
         (("ids_only", "--text", "text.txt"), ("ids_only has no tokenizer", "--tokenizer")),
         (("fp32", "--text", "text.txt", "--length", "41"), ("--length is 41", "2 to 40 tokens")),
-        (("fp32", "--text", "text.txt", "--length", "0"), ("--length", "0 is not a whole number from 1")),
         (("fp32", "--text", "text.txt", "--reference", "none"), ("no such reference", "expected another bundle")),
         (("fp32", "--text", "text.txt", "--reference", "nothing"), ("cannot be a reference", "another bundle")),
-        (("fp32", "--text", "text.txt", "--reference", "mine.py:none"), ("has no function 'none'",)),
         (("fp32", "--text", "text.txt", "--reference", "mine.py:Fails"), ("too many at once", "on 40 tokens")),
         (("fp32", "--text", "text.txt", "--reference", "larger"), ("larger has a vocabulary of 62", "one of 61")),
         (("fp32", "--text", "text.txt", "--reference", "swapped"), ("token 1 is 'w2' in the reference", "'w1' in")),

@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pastkey.export.measure.evaluate import evaluate
 from pastkey.export.measure.metrics import agreeing_tokens
-from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor
-from pastkey.export.measure.texts import cut_windows
 
 
 # --- evaluating ---------------------------------------------------------------------------------------------------
@@ -106,29 +103,3 @@ def test_the_logits_of_no_two_windows_are_held():
     bundle, reference = Fake("a", watched, [1]), Fake("b", watched, [1])
     measured(bundle, [np.zeros(200, np.int64)] * 3, reference)
     assert len(held) == 6
-
-
-# --- bundles ------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def windows():
-    """Of a context of 40 and a vocabulary of 61, the last one shorter."""
-    return cut_windows(np.random.default_rng(0).integers(0, 61, 150).tolist(), 40, 9)
-
-
-def test_perplexity_is_the_exponential_of_torchs_cross_entropy(exported, windows):
-    llama = exported("llama")
-    losses = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(
-                torch.from_numpy(llama.torch_logits(ids.tolist())[:-1]), torch.from_numpy(ids[1:]), reduction="none"
-            )
-            for ids in windows
-        ]
-    )
-    assert len(losses) == 150 - 4
-    expected = math.exp(float(losses.double().mean()))
-    found = evaluate(BundlePredictor(llama.bundle), windows, ModulePredictor(llama.module, "llama"))
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
-    assert found.reference_perplexity == pytest.approx(expected, rel=1e-5)
-    assert found.kl_divergence == pytest.approx(0, abs=1e-9)
-    assert (found.top1_agreement, found.greedy_agreement) == (1, 1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import pytest
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
-from pastkey.export.graph.write import embedding_rows
 from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.quantize import int8_kv
 from pastkey.runtime import Engine
@@ -40,27 +37,6 @@ def test_an_int8_cache_is_close_to_a_float32_one(bundle):
     np.testing.assert_array_equal(rounded[:10], exact[:10])  # tokens 20 to 29
     assert np.abs(rounded[10:] - exact[10:]).max() > 0
     assert kl_divergence(exact, rounded) < 1e-3
-
-
-def test_the_session_that_prefilled_is_gone_when_int8_decodes(bundle):
-    expected = decoded(Engine(bundle, int8_kv_from=1))
-    engine = Engine(bundle, int8_kv_from=1)
-    session = weakref.ref(engine.onnx)
-    engine.prefill(IDS[:20])
-    int8_kv._close_float32(engine)
-    assert session() is None
-    np.testing.assert_array_equal([engine.decode(int(token)) for token in IDS[20:]], expected)
-
-
-@pytest.mark.slow
-def test_a_table_that_is_read_from_the_file_stays_what_it_is(bundle, tmp_path, monkeypatch):
-    """Its rows have four axes, as the cache has, and are uint8."""
-    monkeypatch.setattr(embedding_rows, "_LARGE", 1)
-    report = export(llama(), tmp_path / "rows", context_length=INT8_KV_FROM + 1)
-    made = open_bundle(tmp_path / "rows")
-    assert made.int8_kv_graph is not None
-    assert report.manifest.quality["int8_cache_kl"] == bundle.manifest.quality["int8_cache_kl"]
-    np.testing.assert_array_equal(decoded(Engine(made, int8_kv_from=30)), decoded(Engine(bundle, int8_kv_from=30)))
 
 
 def test_a_context_that_never_gets_long_has_no_such_graph(exported):

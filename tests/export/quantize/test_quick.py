@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +11,7 @@ import pytest
 from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import FORMAT_VERSION, open_bundle
-from pastkey.errors import IntegrityError, ParityError
+from pastkey.errors import ParityError
 from pastkey.export import bundle_writer, export
 from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL
 from pastkey.export.measure.verify import verify
@@ -86,14 +84,3 @@ def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path, monkeypatc
     with pytest.raises(ParityError, match="prefill"):
         export(llama(), tmp_path / "bundle", "fp32", context_length=40, quick=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_bundle_of_format_3_loads_and_has_no_such_field(exported, tmp_path):
-    folder = Path(shutil.copytree(exported("llama").bundle.path, tmp_path / "bundle"))
-    content = json.loads((folder / names.MANIFEST).read_text())
-    del content["quick"]
-    (folder / names.MANIFEST).write_text(json.dumps(content | {"format_version": 3}))
-    assert not open_bundle(folder).manifest.quick
-    (folder / names.MANIFEST).write_text(json.dumps(content | {"quick": 1}))
-    with pytest.raises(IntegrityError, match="quick"):
-        open_bundle(folder)

@@ -15,10 +15,9 @@ from pastkey.errors import ContractError
 from pastkey.export import Report, export
 from pastkey.export.graph.static.static import make_static
 from pastkey.export.graph.write.weights_file import WeightsFile
-from pastkey.runtime import load
 
 from ....shared import divided
-from ...cases import CASES, MORE_CASES
+from ...cases import CASES
 from ...small_graphs import model_of
 
 CHECKS = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "greedy"}
@@ -37,15 +36,13 @@ def require_equal(report: Report) -> None:
     assert report.manifest.graph == "static"
 
 
-QUICK, IN_CI = ("softcap_bias_and_scale",), ("llama", "gpt2", "transformer_encoder", "gpt_j", "multi_query")
+QUICK, IN_CI = ("softcap_bias_and_scale",), ("transformer_encoder", "gpt_j")
 
 
-@pytest.mark.parametrize(
-    "name",
-    divided([*QUICK, *IN_CI, "nano_gpt", "tied_projections", "offset_positions"], quick=QUICK, ci=IN_CI),
-)
+@pytest.mark.parametrize("name", divided([*QUICK, *IN_CI, "nano_gpt"], quick=QUICK, ci=IN_CI))
 def test_a_decoder_computes_the_same_by_static_graphs(name, tmp_path):
-    case = (CASES | MORE_CASES)[name]
+    """tests/conformance has the paths through them."""
+    case = CASES[name]
     report = export_static(case.build(), tmp_path / "b", case.context)
     require_equal(report)
     assert report.manifest.static == StaticShape(7, -1e4, (0,))
@@ -80,18 +77,12 @@ def test_the_folder_has_the_common_graph_and_no_last_logits(exported):
     # Cosines and sines of half a head's numbers for each position, once for both graphs.
     (size,) = {layer.key_head_size for layer in made.bundle.manifest.layers}
     assert found["pastkey_static.onnx_data"].stat().st_size == made.bundle.manifest.context_length * size * 4
-    prompt = [5, 6, 7]
-    text = load(made.bundle.path, threads=1).generate(prompt, max_new_tokens=10).ids
-    ids = list(prompt)
-    for _ in range(10):
-        ids.append(int(made.torch_logits(ids)[-1].argmax()))
-    assert text == ids[3:]
 
 
 WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
 
 
-@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, ci=WINDOWS[1:]))
+@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, ci=WINDOWS[2:]))
 def test_windows_are_masks_of_their_own(family, windows, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import CONTEXT, build

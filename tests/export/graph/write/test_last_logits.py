@@ -8,7 +8,9 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.export.graph.write.last_logits import keep_last_positions
-from pastkey.export.graph.write.output_head import take_head
+from pastkey.export.graph.write.output_head import output_head, take_head
+from pastkey.export.graph.write.sequence_lengths import take_sequence_lengths
+from pastkey.export.quantize.adapters import take_adaptable
 from pastkey.export.quantize.rounding.rewrite import quantize
 
 from ...small_graphs import model_of, run_model
@@ -58,3 +60,125 @@ def test_everything_of_an_int8_head_reads_the_chosen_positions():
     keep_last_positions(model, take_head(model))
     (hidden,) = (node.outputs[0] for node in model.graph if node.op_type == "Neg" and node.inputs[0].name == "x")
     assert [node.op_type for node, _ in hidden.uses()] == ["Slice"]
+
+
+# --- the output head is found in the float32 graph, and marked where int8 nodes take its place ------------------------
+
+
+def head_of(body: str, columns: int = 32) -> ir.Model:
+    """A graph x (1, T, columns) -> logits (1, T, 40) with the weights w (columns, 40), e (40, columns) and b (40,)."""
+    weights = {
+        "w": RNG.normal(size=(columns, 40)).astype(np.float32),
+        "e": RNG.normal(size=(40, columns)).astype(np.float32),
+        "b": RNG.normal(size=40).astype(np.float32),
+    }
+    return model_of(
+        f"g (float[1,T,{columns}] x, float[{columns},40] w, float[40,{columns}] e, float[40] b)"
+        f" => (float[1,T,40] logits) {{ {body} }}",
+        **weights,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("logits = MatMul(x, w)", True),
+        ("t = Transpose <perm = [1, 0]> (e) logits = MatMul(x, t)", True),
+        ("p = MatMul(x, w) s = Add(p, b) t = Tanh(s) logits = Mul(t, b)", True),
+        ("p = MatMul(x, w) logits = Softmax(p)", False),
+        ("p = MatMul(x, w) q = MatMul(x, w) logits = Add(p, q)", False),
+        ("t = Transpose <perm = [0, 2, 1]> (x) logits = MatMul(x, t)", False),
+    ],
+    ids=["plain", "tied", "bias_and_softcap", "positions_mixed", "two_products", "no_weight"],
+)
+def test_a_head_is_a_product_with_position_wise_operators_behind_it(body, found):
+    model = head_of(body)
+    head = output_head(model)
+    assert (head is not None) == found
+    if head is not None:
+        assert (head.op_type, head.inputs[0].name) == ("MatMul", "x")
+    assert take_head(model) == [node for node in (head,) if node is not None]
+
+
+@pytest.mark.parametrize("columns", [32, 40], ids=["whole_blocks", "padded"])
+@pytest.mark.parametrize("body", ["logits = MatMul(x, w)", "p = MatMul(x, w) s = Add(p, b) logits = Tanh(s)"])
+def test_an_int8_head_is_marked_with_all_that_reads_its_input(body, columns):
+    model = head_of(body, columns)
+    quantize(model)
+    head = take_head(model)
+    assert len(head) > 8
+    assert sum(node.op_type == "MatMulNBits" for node in head) == 1
+    (x,) = model.graph.inputs
+    readers = {node.op_type for node, _ in x.uses()}
+    assert readers == {"Sub", "Pad" if columns % 32 else "Reshape"}
+    assert all(node in head for node, _ in x.uses())
+    assert head[0].inputs[0] is x
+    take_adaptable(model)
+    assert not any(node.metadata_props for node in model.graph)  # taken once
+
+
+def test_a_head_that_stays_in_float32_is_found():
+    model = head_of("logits = MatMul(x, w)")
+    quantize(model, keep=["w"])
+    assert [node.op_type for node in take_head(model)] == ["MatMul"]
+
+
+def test_a_graph_without_logits_has_no_head():
+    model = model_of("g (float[2,3] x) => (float[2,3] y) { y = Identity(x) }")
+    assert output_head(model) is None
+
+
+# --- pastkey's own fused graph is told its lengths, and computes what the counted mask gave ---------------------------
+FUSED = """
+g (float[batch_size,sequence_length,16] x, int64[batch_size,total_sequence_length] attention_mask,
+   float[batch_size,2,past,8] past_key, float[batch_size,2,past,8] past_value)
+   => (float[batch_size,sequence_length,16] y, float[batch_size,2,s,8] present_key,
+       float[batch_size,2,s,8] present_value) {
+    one = Constant <value_ints = [1]> ()
+    real = ReduceSum <keepdims = 0> (attention_mask, one)
+    last = Sub(real, one)
+    seqlens = Cast <to = 6> (last)
+    shape = Shape <start = 1> (attention_mask)
+    scalar = Squeeze(shape)
+    total = Cast <to = 6> (scalar)
+    y, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
+        (x, x, x, past_key, past_value, seqlens, total)
+}
+"""
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def test_lengths_stand_in_the_place_of_the_mask():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 16)).astype(np.float32)
+    past = {name: rng.normal(size=(2, 2, 8, 8)).astype(np.float32) for name in ("past_key", "past_value")}
+    mask = np.ones((2, 3), np.int64)
+    mask[1, 2] = 0  # a row that is shorter
+    model = model_of(FUSED)
+    expected = run_model(model, x=x, attention_mask=mask, **past)
+    take_sequence_lengths(model)
+    assert operators(model) == ["GroupQueryAttention"]
+    assert names.ATTENTION_MASK not in {value.name for value in model.graph.inputs}
+    found = run_model(
+        model, x=x, seqlens_k=np.array([2, 1], np.int32), total_sequence_length=np.array(3, np.int32), **past
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_graph_without_the_operator_keeps_its_mask():
+    model = model_of("g (int64[b,s] attention_mask) => (int64[b,s] y) { y = Neg(attention_mask) }")
+    take_sequence_lengths(model)
+    assert [value.name for value in model.graph.inputs] == [names.ATTENTION_MASK]
+
+
+def test_every_attention_call_of_an_export_reads_the_same_lengths(exported):
+    for name in ("llama", "gpt2"):
+        graph = exported(name, "fp32").graph(last=True).graph
+        calls = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+        assert calls
+        assert all(list(node.input[5:7]) == ["seqlens_k", "total_sequence_length"] for node in calls)
+        assert {"ReduceSum", "Shape", "Neg"}.isdisjoint(node.op_type for node in graph.node)

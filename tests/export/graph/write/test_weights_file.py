@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from pastkey.contract import names
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
+from pastkey.export import export
+from pastkey.export.graph.write import embedding_rows
+from pastkey.export.graph.write.save import count_operators, write_graphs
 from pastkey.export.graph.write.weights_file import WeightsFile, remove_with_weights, save_with_weights
+from pastkey.export.quantize.adapters import take_adaptable
+from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.files.external_data import ExternalData, external_data
+from pastkey.precisions import PRECISIONS
+from pastkey.runtime import Engine
 
+from ...cases import CASES
 from ...plain_loop import onnxruntime
-from ...small_graphs import model_of
+from ...small_graphs import Array, model_of
 
 
 def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path):
@@ -126,3 +137,89 @@ def test_two_graphs_share_their_weights(tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / f"{number}.onnx", providers=["CPUExecutionProvider"])
         np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight + 1, rtol=1e-5)
     assert (tmp_path / "data").stat().st_size == weight.nbytes
+
+
+# --- two graphs over one weights file, and nothing in them that only passes need --------------------------------------
+TEXT = (
+    "g (float[1,T,64] x, float[64,64] w, float[64,64] v) => (float[1,T,64] logits)"
+    " { h = MatMul(x, w) logits = MatMul(h, v) }"
+)
+
+
+def written(folder: Path, w: Array, v: Array) -> tuple[int, onnx.ModelProto, onnx.ModelProto]:
+    """The bytes that are told, and the two graphs without their weights."""
+    told = write_graphs(model_of(TEXT, w=w, v=v), folder, "fp32")
+    all_logits, last_logits = (
+        onnx.load(folder / name, load_external_data=False)
+        for name in (PRECISIONS["fp32"].graph, names.LAST_LOGITS_GRAPH)
+    )
+    return told, all_logits, last_logits
+
+
+def places(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+    return {w.name: {e.key: e.value for e in w.external_data} for w in model.graph.initializer if w.external_data}
+
+
+def test_both_graphs_read_one_file_which_has_the_weights_told(tmp_path):
+    rng = np.random.default_rng(0)
+    w, v = (rng.normal(size=(64, 64)).astype(np.float32) for _ in range(2))
+    told, all_logits, last_logits = written(tmp_path, w, v)
+    assert places(all_logits) == places(last_logits)
+    assert set(places(all_logits)) == {"w", "v"}
+    (file,) = tmp_path.rglob("*.onnx_data")
+    assert file.stat().st_size == told == w.nbytes + v.nbytes
+    stored = onnx.load(tmp_path / PRECISIONS["fp32"].graph)
+    for tensor in stored.graph.initializer:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), {"w": w, "v": v}[tensor.name])
+
+
+def test_the_mark_of_an_int8_head_is_in_no_file(tmp_path):
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    model = model_of(TEXT, w=w, v=w + 1)
+    quantize(model)
+    take_adaptable(model)
+    assert any(node.metadata_props for node in model.graph)
+    write_graphs(model, tmp_path, "int8")
+    graphs = list(tmp_path.rglob("*.onnx"))
+    assert len(graphs) == 2
+    for graph in graphs:
+        assert not any(node.metadata_props for node in ir.load(graph).graph)
+
+
+def test_the_manifest_counts_the_operators_of_the_all_logits_graph(exported):
+    made = exported("llama", "int8")
+    assert dict(made.bundle.manifest.operators) == count_operators(ir.load(made.bundle.all_logits_graph))
+
+
+# --- pastkey's own graph is handed the embedding's rows where the table is large; nothing that it computes ------------
+IDS = np.random.default_rng(0).integers(0, 33, 12)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_the_rows_are_read_from_the_file(name, tmp_path, monkeypatch):
+    """llama's table is its head too; gpt2 gathers positions by another input, which stays in the graph."""
+    case = CASES[name]
+    found = []
+    for folder, large in ((tmp_path / "inside", 1 << 20), (tmp_path / "outside", 1)):
+        monkeypatch.setattr(embedding_rows, "_LARGE", large)
+        export(case.build(), folder, context_length=case.context)
+        bundle = open_bundle(folder)
+        inputs = {value.name for value in onnx.load(bundle.last_logits_graph, load_external_data=False).graph.input}
+        assert (names.EMBEDDING_ROWS in inputs) == (large == 1)
+        common = {value.name for value in onnx.load(bundle.all_logits_graph, load_external_data=False).graph.input}
+        assert names.EMBEDDING_ROWS not in common
+        session = Engine(bundle, threads=1)
+        logits = [session.prefill(IDS[:8]), *(session.decode(int(token)) for token in IDS[8:])]
+        session.reset()
+        logits.append(session.forward(IDS.reshape(2, 6))[1, 0])
+        found.append(np.stack(logits))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.slow
+def test_float32_and_small_tables_stay_in_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_rows, "_LARGE", 1)
+    case = CASES["llama"]
+    export(case.build(), tmp_path / "fp32", context_length=case.context, precision="fp32")
+    graph = onnx.load(open_bundle(tmp_path / "fp32").last_logits_graph, load_external_data=False).graph
+    assert names.EMBEDDING_ROWS not in {value.name for value in graph.input}
