@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Generator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -166,7 +166,8 @@ def test_a_result_goes_to_the_call_of_its_name(make_model, says):
     assert [said.get("tool_call_id") for said in chat.messages[2:]] == ["call00001", "call00000", None]
 
 
-NUMBER, LETTER = cast("list[Any]", [3]), cast("list[Any]", ["a"])
+NUMBER: list[Any] = [3]
+LETTER: list[Any] = ["a"]
 BROKEN_CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{"}}]}]
 REFUSED: dict[str, tuple[Callable[[LanguageModel], object], type[Exception], str]] = {
     "two system texts": (lambda m: m.chat("be", messages=[{"role": "system", "content": "x"}]), InputError, "system"),

@@ -54,3 +54,4 @@ def test_chunks_shrink_with_the_context_where_scores_are_stored(standard_bundle,
         assert min(sizes) >= min(2, tokens)
         assert (sizes * np.maximum(ends, 1024)).max() <= 1.02 * decoder_graph.SCORES
     assert standard.chunk_sizes(1, 200_000) == [1]
+    assert [standard.chunk_sizes(tokens, 0, 2) for tokens in (1, 2, 3, 4, 5)] == [[1], [2], [3], [2, 2], [3, 2]]

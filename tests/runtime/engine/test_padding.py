@@ -18,6 +18,7 @@ def test_without_padding_all_is_real():
 
 def test_a_position_is_the_number_of_real_tokens_before_it():
     padding = Padding()
+    assert padding.of_run(0, 1, 3, np.array([[0, 1, 1]]))[1].tolist() == [[0, 0, 1]]
     mask, positions = padding.of_run(0, 2, 3, np.array([[1, 1, 0], [1, 1, 1]]))
     assert positions.tolist() == [[0, 1, 1], [0, 1, 2]]
     padding.mask = mask

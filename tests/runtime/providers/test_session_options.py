@@ -10,7 +10,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
-from pastkey.runtime.providers.session_options import WHOLE
+from pastkey.runtime.providers.session_options import WHOLE, set_options
 
 GIVEN: dict[str, Any] = {
     "enable_cpu_mem_arena": False,
@@ -65,3 +65,9 @@ def test_a_pickled_model_keeps_its_session_options(speaking_bundle):
 def test_session_options_that_are_refused(bundle, name, value, words):
     with pytest.raises(InputError, match=words):
         Engine(bundle, session_options={name: value})
+
+
+def test_a_path_is_a_text(tmp_path):
+    options = onnxruntime.SessionOptions()
+    set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
+    assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -97,6 +97,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@settings(max_examples=50)
 @given(logits=logit_arrays | with_bans, factor=st.sampled_from([1.0, 1e4, 1e300]))
 def test_a_stage_drops_tokens_and_changes_none(stage, logits, factor):
     """What is banned stays so, one token stays, nothing is written into, and no warning is given."""
