@@ -198,7 +198,7 @@ class LargestScores(Scored):
 DECODERS = {
     "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard"),  # topk of masked scores
     "band_by_vmap": Own(lambda: Gpt(BandByVmap)),  # a window of 10, of a rule for one pair
-    "band_by_rows": Own(lambda: Gpt(BandByRows)),  # a window of 10, in a loop over positions
+    "band_by_rows": Own(lambda: Gpt(BandByRows, context=16), context=16),  # a window of 10, in a loop over positions
     "window_and_full": Own(Mixed),  # a layer of each
     "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
     "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),

@@ -114,10 +114,10 @@ class Scattered(Experts):
 
 
 DECODERS = {
-    "experts_where": Own(lambda: Stack(Modern(Where), Modern(Where))),  # results[rows] += ...
-    "experts_counted": Own(lambda: Stack(Modern(Counted), Modern(Counted))),  # bincount(...).tolist()
-    "experts_unique": Own(lambda: Stack(Modern(Unique), Modern(Unique))),  # for expert in unique(...)
-    "experts_hit": Own(lambda: Stack(Modern(Hit), Modern(Hit))),  # one_hot(...).permute(2, 1, 0)
-    "experts_scattered": Own(lambda: Stack(Modern(Scattered), Modern(Scattered))),  # masked_scatter, if mask.any()
-    "experts_switch": Own(lambda: Stack(Modern(Switch), Modern(Switch))),  # out[mask] = ..., (B, T)
+    "experts_where": Own(lambda: Stack(Modern(Where)), layers=1),  # results[rows] += ...
+    "experts_counted": Own(lambda: Stack(Modern(Counted)), layers=1),  # bincount(...).tolist()
+    "experts_unique": Own(lambda: Stack(Modern(Unique)), layers=1),  # for expert in unique(...)
+    "experts_hit": Own(lambda: Stack(Modern(Hit)), layers=1),  # one_hot(...).permute(2, 1, 0)
+    "experts_scattered": Own(lambda: Stack(Modern(Scattered)), layers=1),  # masked_scatter, if mask.any()
+    "experts_switch": Own(lambda: Stack(Modern(Switch)), layers=1),  # out[mask] = ..., (B, T)
 }
