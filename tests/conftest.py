@@ -43,7 +43,6 @@ QUICK = (
     "export/generation/test_nodes.py",
     "export/graft/time_axis/operators",
     "export/graph/test_edit.py",
-    "export/graph/test_part.py",
     "runtime/decoding/batching/test_scheduler.py",
     "runtime/engine/caches",
     "runtime/providers",
@@ -61,7 +60,7 @@ QUICK = (
 OLDEST = (
     "train",
     "export/graph/test_clean.py",
-    "export/graph/test_simplify.py",
+    "export/graph/test_edit.py",
     "export/source/test_hub.py",
     "export/source/test_source.py",
     "export/source/test_pretrained.py",

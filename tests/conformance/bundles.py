@@ -87,8 +87,8 @@ ROWS = {
     "gpt2-int4-native": Row(gpt2, precision="int4", native=True, lacks=NATIVE | NO_SHIFT),
     "own-fp32": own("tril_buffer", lacks=NO_SHIFT),
     "own-int8": own("tril_buffer", precision="int8", lacks=NO_SHIFT),
-    "latent-fp32": own("latent", graph="standard", lacks=NO_SHIFT),
-    "latent-int8": own("latent", graph="standard", precision="int8", lacks=NO_SHIFT),
+    "latent-fp32": own("latent", graph="standard"),
+    "latent-int8": own("latent", graph="standard", precision="int8"),
     "convolution-fp32": own("short_conv", graph="standard", options={"generate": True}, lacks=STATES),
     "convolution-int8": own("short_conv", graph="standard", precision="int8", lacks=STATES),
     "uneven-fp32": Row(

@@ -93,17 +93,6 @@ def test_a_processor_without_fast_kernels_is_one_warning(factory, tmp_path, comm
     assert "on this CPU int8 MatMuls take AVX2 kernels" in warning
 
 
-def test_force_replaces_what_pastkey_wrote_and_nothing_else(factory, tmp_path, command):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "1.png").write_text("")
-    (tmp_path / "file").write_text("mine")
-    for name in ("photos", "file"):
-        arguments = ("export", f"{factory}:Small", "--context", 12, "--out", tmp_path / name, "--force")
-        fails(command(*arguments), "pastkey did not write it", "choose another --out")
-    assert (tmp_path / "photos" / "1.png").exists()
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint, tmp_path, command):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ParityError
-from pastkey.export import bundle_writer, export, grafting
+from pastkey.export import export, grafting
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
 from pastkey.runtime import Engine
 
@@ -204,21 +201,6 @@ def test_a_row_that_takes_another_rows_positions_is_found_by_the_batch(tmp_path)
     with pytest.raises(ParityError, match="in the check 'batch'"):
         export(FirstRow(), tmp_path / "bundle", precision="fp32", context_length=20)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_while_replacing_keeps_the_old_bundle(tmp_path, monkeypatch):
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / names.MANIFEST).write_text("{}")
-
-    def full(model: object, folder: Path, *rest: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-
-    monkeypatch.setattr(bundle_writer, "write_graphs", full)
-    with pytest.raises(OSError, match="No space left"):
-        export(Plain(heads=1), out, precision="fp32", context_length=8, force=True)
-    assert list(tmp_path.iterdir()) == [out]
-    assert (out / names.MANIFEST).read_text() == "{}"
 
 
 def test_a_graph_that_onnxruntime_cannot_run_is_told_and_removed(tmp_path, monkeypatch):
