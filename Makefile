@@ -93,9 +93,9 @@ matrix:  ## By hand: every case of each table, every Python here, every release 
 	$(BIN)/python -m tools.versions
 	$(BIN)/python -m tools.aarch64
 
-# Export to chat with the oldest release of every package. An old one may warn of a newer one beside it.
+# One end to end of each extra, with the oldest release of every package. An old one may warn of a newer one beside it.
 oldest: $(ENVIRONMENTS)/oldest/installed
-	$(ENVIRONMENTS)/oldest/bin/python $(call TESTS,oldest) -W default -m "oldest and not slow" $(PYTEST_ARGS)
+	$(ENVIRONMENTS)/oldest/bin/python $(call TESTS,oldest) -W default -m oldest $(shell grep -rl "mark.oldest" tests --include="test_*.py") $(PYTEST_ARGS)
 
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 	$(PYTHON) -m venv --clear $(@D)

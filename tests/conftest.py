@@ -56,21 +56,6 @@ QUICK = (
     "web/test_command.py",
     "web/test_site.py",
 )
-# What the oldest packages run: commands from text to text, and each source.
-OLDEST = (
-    "train",
-    "export/graph/test_clean.py",
-    "export/graph/test_edit.py",
-    "export/source/test_hub.py",
-    "export/source/test_source.py",
-    "export/source/test_pretrained.py",
-    "export/source/test_pretrained_refused.py",
-    "export/source/test_llama2c.py",
-    "export/source/test_gguf.py",
-    "export/test_folder_to_chat.py",
-    "test_end_to_end.py",
-    "test_examples.py",
-)
 TESTS = Path(__file__).parent
 
 
@@ -84,8 +69,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parents = {parent.as_posix() for parent in (place, *place.parents)}
         if parents & {*QUICK} and not item.get_closest_marker("slow"):
             item.add_marker("quick")
-        if parents & {*OLDEST}:
-            item.add_marker("oldest")
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = ("what is statquest", "statquest is what")
 
 
+@pytest.mark.oldest
 def test_the_classic_lesson_is_learnt_and_survives_int8(classic, pastkey_command):
     done = pastkey_command("run", classic / "bundle", "--prompt", PROMPTS[0], "--json")
     assert done.returncode == 0, done.stderr
@@ -36,6 +37,7 @@ def test_the_classic_lesson_is_learnt_and_survives_int8(classic, pastkey_command
     assert "".join(chunk.text for chunk in lm.stream(PROMPTS[0])) == "awesome"
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_plain_onnxruntime_runs_the_exported_graph_in_a_loop_of_its_own(classic, prompt):
     bundle = classic / "bundle"

@@ -19,6 +19,7 @@ def bundle(saved_llama, pastkey_command, tmp_path_factory):
     return out
 
 
+@pytest.mark.oldest
 def test_the_bundle_is_proved_and_runs(bundle, saved_llama, pastkey_command):
     done = pastkey_command("verify", bundle, saved_llama, "--json")
     assert done.returncode == 0, done.stderr
@@ -34,6 +35,7 @@ def test_other_programs_load_it(bundle, pastkey_command):
     assert "transformers.js" in done.stdout
 
 
+@pytest.mark.oldest
 def test_the_bundle_holds_a_conversation(bundle):
     command = [sys.executable, "-m", "pastkey", "chat", str(bundle), "--max-new-tokens", "5"]
     done = subprocess.run(command, input="Hello\nAnd then?\n", capture_output=True, text=True, check=False)

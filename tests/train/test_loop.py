@@ -59,6 +59,7 @@ def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path, capsys):
         assert ((best[:, 0] - best[:, 1]) > 5).all(), best  # int8 must not be able to turn the answer
 
 
+@pytest.mark.oldest
 def test_a_run_learns_and_reports(text, tmp_path):
     config = tiny(steps=80, save_every=40, learning_rate=0.01)
     figures = loop.train(config, tmp_path / "c", data=[text])
@@ -75,6 +76,7 @@ def test_a_run_learns_and_reports(text, tmp_path):
     assert str(tmp_path) not in (tmp_path / "c" / "pastkey.json").read_text()
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("preset", "kind"), [("gpt2", "bpe"), ("llama", "word"), ("qwen2", "bpe"), ("qwen3", "bpe"), ("classic", "word")]
 )

@@ -115,6 +115,7 @@ def test_gradient_checkpointing_gives_the_same_run(kind, lora, whole, models, tm
     assert read_metrics(whole(kind, lora)) == read_metrics(tmp_path / "less")
 
 
+@pytest.mark.oldest
 def test_a_fine_tuned_folder_is_one_of_transformers(whole):
     out = whole("llama", False)
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -128,6 +129,7 @@ def test_a_fine_tuned_folder_is_one_of_transformers(whole):
     assert tokenizer.eos_token_id == 1
 
 
+@pytest.mark.oldest
 def test_an_adapter_is_one_of_peft(whole, models):
     import peft
 

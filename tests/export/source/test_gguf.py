@@ -113,6 +113,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
+@pytest.mark.oldest
 @pytest.mark.slow
 def test_the_bundle_writes_what_transformers_writes(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", quantized=True)

@@ -98,6 +98,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 # --- what is fetched ----------------------------------------------------------------------------------------------
+@pytest.mark.oldest
 def test_only_what_an_export_reads_is_fetched(hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000_000)
     repository = hub.add(NAME, {**SMALL, **OTHERS, "model.safetensors": WEIGHTS})
@@ -139,6 +140,7 @@ def test_what_is_in_the_cache_is_not_fetched_again_nor_needs_the_network(hub):
     assert hub.asked == []
 
 
+@pytest.mark.oldest
 def test_offline_mode_of_the_library_forbids_to_fetch(hub, monkeypatch):
     hub.add(NAME, {**SMALL, "model.safetensors": WEIGHTS})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -243,6 +243,7 @@ def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.oldest
 @pytest.mark.slow
 def test_a_bundle_computes_and_takes_text_as_llama2c(tmp_path):
     (tmp_path / "tok.bin").write_bytes(tokenizer_bin(PIECES))

@@ -36,6 +36,7 @@ def bundle(saved_llama, tmp_path_factory):
 
 
 # --- what comes out -----------------------------------------------------------------------------------------------
+@pytest.mark.oldest
 def test_the_bundle_of_a_folder_writes_what_transformers_writes(saved_llama, bundle):
     model = transformers.AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.float32)
     expected = greedy(model, 48)
@@ -81,6 +82,7 @@ def test_a_context_length_is_found_under_every_name(tmp_path, word_tokenizer):
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("stated", "carried"),
     [

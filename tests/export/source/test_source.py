@@ -54,6 +54,7 @@ def test_a_module_that_is_not_python_in_float_is_told(make, what):
 
 
 # --- a checkpoint -------------------------------------------------------------------------------------------------
+@pytest.mark.oldest
 def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(checkpoint):
     source = open_source(checkpoint)
     assert (source.name, source.context_length, source.warnings) == ("checkpoint", 40, ())
