@@ -115,7 +115,9 @@ def test_a_library_that_is_cut_short_says_so(ends, tmp_path, install):
     assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 700 bytes: install it again"
     (tmp_path / PACKAGE / "library.so").write_bytes(elf[:60])  # not even a header
     native_kernels.cache_clear()
-    assert native_kernels().refused.startswith("it cannot be loaded: ")
+    found = native_kernels()
+    assert found is not None
+    assert found.refused.startswith("it cannot be loaded: ")
 
 
 def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, found):
