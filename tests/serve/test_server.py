@@ -79,7 +79,7 @@ def test_sigterm_ends_the_command_with_success(tmp_path):
     tiny, files = Tiny.random([(8, 8)], context_length=99), {"tokenizer": letters(), "tokenizer_config": config}
     bundle = write_bundle(tmp_path / "b", tiny, "fused", generation_config=authors, **files)
     flags = ("--port", "0", "--threads", "1", "--alias", "a", "--default", "temperature=0")
-    program = [sys.executable, "-m", "pastkey", "serve", bundle.path, *flags]
+    program = [sys.executable, "-m", "pastkey", "serve", str(bundle.path), *flags]
     environment = os.environ | {"PASTKEY_API_KEY": ""}
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,12 @@ def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundl
     made = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, generation_config=sampling)
     own = load(made.path, threads=1)
     authors = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 takes the likeli"
-    for flags, settings, said in (
+    cases: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         ((), {"temperature": 1.3, "top_k": 9}, authors),
         (("--temperature", "0.5", "--top-k", "0"), {"temperature": 0.5}, ""),
         (("--temperature", "0"), {}, ""),
-    ):
+    ]
+    for flags, settings, said in cases:
         answer = own.chat().ask("abc", max_new_tokens=7, seed=1, **settings).text
         status, out, err = piped(b"abc\n", "chat", made.path, "--max-new-tokens", "7", "--seed", "1", *flags)
         assert (status, out) == (0, answer + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -206,7 +206,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unloading none": (lambda lm, at: lm.unload_adapter("three"), "there is no adapter 'three'"),
     "a session of none": (lambda lm, at: lm.session("three"), "there is no adapter 'three'"),
     "a number": (lambda lm, at: lm.generate(PROMPT, adapter=3), "adapter is 3"),
-    "a list": (lambda lm, at: load(at / "bundle", adapters=["one"]), "adapters is .*a mapping of names to folders"),
+    "a list": (
+        lambda lm, at: load(at / "bundle", adapters=cast("Any", ["one"])),
+        "adapters is .*a mapping of names to folders",
+    ),
     "untrusted": (
         lambda lm, at: load(at / "bundle", trust=False, adapters={"one": at / "one"}),
         "adapters are for a bundle that is trusted",
