@@ -39,7 +39,7 @@ class _Key(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> object:
         if isinstance(value, Tensor):
-            shared = (value.untyped_storage().data_ptr(), value.storage_offset())
+            shared = (value.untyped_storage().data_ptr(), int(value.storage_offset()))
             place = self.storages.setdefault(shared, len(self.storages))  # tied weights stay one initializer
             content = hashlib.sha256(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             return type(value).__name__, place, str(value.dtype), tuple(value.shape), value.stride(), content.digest()
@@ -69,15 +69,15 @@ def short_exports(folder: Path) -> Iterator[None]:
     """While open, exports in this process are short. `folder` has the traced graphs, for all processes."""
     trace = grafting.trace
 
-    def trace_once(module: nn.Module, *observed: Any) -> ir.Model:
-        *observed, say = observed
+    def trace_once(module: nn.Module, *given: Any) -> ir.Model:
+        *observed, _ = given  # whom it tells
         small = sum(parameter.nbytes for parameter in module.parameters()) < _LARGEST
         key = _key(module, *observed) if small and stored_weights(module) is None else None
         if key is None:
-            return trace(module, *observed, say)
+            return trace(module, *given)
         file = folder / key
         if not file.exists():
-            write_whole(file, ir.to_proto(trace(module, *observed, say)).SerializeToString())
+            write_whole(file, ir.to_proto(trace(module, *given)).SerializeToString())
         model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
         return model
 

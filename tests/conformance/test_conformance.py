@@ -105,8 +105,8 @@ def test_a_cache_that_cannot_be_shifted_says_so(this):
 def test_a_greedy_text_equals_the_references(this):
     """Up to a tie: where weights are rounded, each token is the best but for the distance of two paths."""
     prompt = this.ids(9, seed=3)
-    for options in ({"prompt_lookup": False}, {"prompt_lookup": True}):
-        text = [*Generation(this.engine(), Request(prompt, max_new_tokens=24, **options))]
+    for lookup in (False, True):
+        text = [*Generation(this.engine(), Request(prompt, max_new_tokens=24, prompt_lookup=lookup))]
         logits = this.expected([*prompt, *text[:-1]])[len(prompt) - 1 :]
         short = logits.max(-1) - logits[np.arange(len(text)), text]
         assert len(text) == 24
