@@ -12,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError, TemplateWarning
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
-from pastkey.runtime.text.chat_template import ChatTemplate
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
@@ -375,17 +374,3 @@ def test_a_saved_conversation_goes_on(model, tmp_path):
     chat.save(tmp_path / "talk.json")
     assert len(json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]) == 5
     assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
-
-
-# --- the templates of others --------------------------------------------------------------------------------------
-def test_a_final_message_is_continued_as_transformers_does():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    assert transformers
-    templates = [PLAIN, "{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", "{{ messages[-1].content }}"]
-    for template in templates:
-        for content in ("abc", " abc ", "abc\n", ""):
-            messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
-            expected = render_jinja_template([messages], chat_template=template, continue_final_message=True)[0][0]
-            assert ChatTemplate(template).render(messages, continue_final_message=True) == expected

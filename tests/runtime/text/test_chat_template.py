@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
@@ -129,83 +127,6 @@ TEMPLATES = {
 {% endif %}{{ m.reasoning_content | default('') }}{{ m.thinking }}{% endfor %}{{ mode | default('fast') }}
 """,
 }
-_WORDS = st.text(max_size=5) | st.sampled_from(
-    ["</think>\nyes", ' a"b\n', "{{ x }}", "é\t日🙂", "<b>&'\"", "<tool_call>"]
-)
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False, allow_infinity=False) | _WORDS,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_WORDS, inner, max_size=2),
-    max_leaves=4,
-)
-_CALL = st.builds(
-    lambda name, arguments, i: {"type": "function", "id": f"{i}", "function": {"name": name, "arguments": arguments}},
-    _WORDS,
-    st.dictionaries(_WORDS, _JSON, max_size=2),
-    st.integers(0, 999),
-)
-_MESSAGE = st.one_of(
-    st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "system"]), _WORDS),
-    st.builds(lambda text: {"role": "assistant", "content": text}, _WORDS),
-    st.builds(lambda text, thought: {"role": "assistant", "content": text, "reasoning": thought}, _WORDS, _WORDS),
-    st.builds(
-        lambda text, calls: {"role": "assistant", "content": text, "tool_calls": calls},
-        _WORDS | st.none(),
-        st.lists(_CALL, max_size=2),
-    ),
-    st.builds(lambda text: {"role": "tool", "name": "f", "tool_call_id": "1", "content": text}, _WORDS),
-    st.builds(
-        lambda texts: {"role": "user", "content": [{"type": "text", "text": t} for t in texts]}, st.lists(_WORDS)
-    ),
-)
-_TOOL = st.builds(
-    lambda name, text, fields: {
-        "type": "function",
-        "function": {"name": name, "description": text, "parameters": {"type": "object", "properties": fields}},
-    },
-    _WORDS,
-    _WORDS,
-    st.dictionaries(_WORDS, _JSON, max_size=2),
-)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_rendering_is_that_of_transformers(name):
-    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    from jinja2 import exceptions
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = ChatTemplate(TEMPLATES[name], TOKENS)
-    agreed: list[bool] = []
-
-    @settings(max_examples=60)
-    @given(
-        messages=st.lists(_MESSAGE, min_size=1, max_size=5),
-        tools=st.none() | st.lists(_TOOL, max_size=2),
-        documents=st.none() | st.lists(st.dictionaries(_WORDS, _WORDS, max_size=2), max_size=2),
-        variables=st.sampled_from([{}, {"thinking": False}, {"date_string": "today", "mode": "slow"}]),
-        ends=st.booleans(),
-    )
-    def check(
-        messages: list[dict[str, Any]], tools: Any, documents: Any, variables: dict[str, Any], ends: bool
-    ) -> None:
-        more: dict[str, Any] = {
-            "tools": tools,
-            "documents": documents,
-            "add_generation_prompt": ends,
-            **variables,
-            **TOKENS,
-        }
-        try:
-            rendered: Any = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
-        except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
-            with pytest.raises(InputError, match="the chat template does not take this conversation"):
-                template.render(messages, **more)
-            return
-        assert template.render(messages, **more) == rendered[0][0]
-        agreed.append(True)
-
-    check()
-    assert len(agreed) > 5
 
 
 def test_a_template_knows_the_variables_that_it_reads():

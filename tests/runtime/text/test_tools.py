@@ -3,64 +3,12 @@
 from __future__ import annotations
 
 import typing
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime.text.tools import tool_name, tool_schemas
-
-
-def weather(city: str, days: int = 1, unit: Literal["C", "F"] = "C") -> str:
-    """Tells the weather.
-
-    Args:
-        city: Which one,
-            with its country.
-        days: How far: at most 9.
-        unit: Of the temperature.
-
-    Returns:
-        A sentence.
-    """
-    return f"{city} {days} {unit}"
-
-
-def everything(
-    a: float,
-    b: bool,
-    c: list[int],
-    d: dict[str, float],
-    e: str | None,
-    f: list[Any],
-    g: dict[str, Any],
-    h: int | str = 3,
-) -> None:
-    """Does it.
-
-    Args:
-        a: A.
-        b: B.
-        c: C.
-        d: D.
-        e: E.
-        f: F.
-        g: G.
-        h: H.
-    """
-
-
-@pytest.mark.parametrize("function", [weather, everything])
-def test_the_schema_is_that_of_transformers(function):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
-    expected = transformers.utils.get_json_schema(function)
-    expected["function"].pop("return", None)
-    found = tool_schemas([function])[0]
-    properties = found["function"]["parameters"]["properties"]
-    union = properties.get("h", {})
-    if "anyOf" in union:  # transformers writes a union of plain types in short
-        properties["h"] = {"type": ["integer", "string"], "description": union["description"]}
-    assert found == expected
 
 
 def test_schemas_stay_as_they_are():
