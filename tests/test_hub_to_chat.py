@@ -22,6 +22,8 @@ from pastkey.files.folder import read_json
 from .export.tiny_llama import TEMPLATE, bpe, llama
 from .loopback_hub import serving, without_hub
 
+pytestmark = pytest.mark.slow
+
 NAME = "org/tiny-chat"
 Done = subprocess.CompletedProcess[str]
 Typed = Callable[..., Done]
@@ -101,7 +103,6 @@ def test_from_then_on_nothing_is_fetched_nor_exported(first, hub, typed):
     assert hub.asked == []
 
 
-@pytest.mark.slow
 def test_a_bundle_is_compared_with_its_source_in_the_cache(first, hub, typed, home):
     """At the commit that was exported; verify fetches nothing."""
     hub.asked.clear()
@@ -135,7 +136,6 @@ def test_a_bundle_that_was_altered_on_the_hub(first, hub, typed, home):
     assert not (home / "altered").exists()
 
 
-@pytest.mark.slow
 def test_without_network_an_export_takes_what_the_cache_has(first, hub, typed, home):
     hub.asked.clear()
     refused = typed("export", "org/new", "--out", home / "new", "--no-network")

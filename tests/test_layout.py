@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 from pastkey.__main__ import COMMANDS
@@ -19,7 +20,8 @@ def modules() -> list[str]:
     return sorted(name for name in found if not name.endswith("__init__.py"))
 
 
-def imports(file: Path) -> set[Path]:
+@functools.cache
+def imports(file: Path) -> frozenset[Path]:
     """The modules of the package and of the tests that a file imports, anywhere in it; also those of its commands."""
     place = file.relative_to(ROOT).parts[:-1]
     package = place if place[0] == "tests" else ("pastkey", *place)
@@ -34,7 +36,8 @@ def imports(file: Path) -> set[Path]:
         elif place[0] == "tests" and isinstance(node, ast.Constant) and node.value in COMMANDS:
             found.add(("pastkey", *COMMANDS[node.value][0].split(".")))
     places = {"/".join(parts[1:] if parts[1:2] and parts[1] in FOLDERS else parts) for parts in found}
-    return {path for place in places for path in (ROOT / f"{place}.py", ROOT / place / "__init__.py") if path.is_file()}
+    files = (path for place in places for path in (ROOT / f"{place}.py", ROOT / place / "__init__.py"))
+    return frozenset(filter(Path.is_file, files))
 
 
 def test_the_tests_of_a_room_import_each_of_its_modules():

@@ -114,6 +114,7 @@ STOPS = [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)]
 
 
 @pytest.mark.parametrize(("number", "status", "force"), divided(STOPS, quick=STOPS[:1], ci=STOPS))
+@pytest.mark.slow
 def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(number, status, force, small, tmp_path):
     """Stopped while the bundle's first files are there: the module waits in the verification until the signal comes."""
     module = tmp_path / "waits.py"
@@ -151,6 +152,7 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(number, stat
 
 
 # --- what comes with an own decoder ---------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path, command):
     """From cells that would train to text, and `verify` and `eval` with the same weights."""
     import torch

@@ -20,6 +20,7 @@ def bundle(saved_llama, pastkey_command, tmp_path_factory):
 
 
 @pytest.mark.oldest
+@pytest.mark.slow
 def test_the_bundle_is_proved_and_runs(bundle, saved_llama, pastkey_command):
     done = pastkey_command("verify", bundle, saved_llama, "--json")
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,7 @@ def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path):
     np.testing.assert_allclose(text.read(PROMPT), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     logits = ort_format._logits
     monkeypatch.setattr(ort_format, "_logits", lambda graph, ids: 1.001 * logits(graph, ids))

@@ -11,6 +11,7 @@ import pytest
 from .test_page import data_of
 
 
+@pytest.mark.slow
 def test_a_bundle_becomes_a_page(classic, command, tmp_path):
     page = tmp_path / "page.html"
     status, out, err = command("see", classic / "bundle", "--prompt", "what is statquest", "--out", page)

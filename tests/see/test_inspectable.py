@@ -50,6 +50,7 @@ def test_every_form_of_decoder_is_seen_whole(bundle_of, name):
         pytest.param({"precision": "fp16"}, marks=pytest.mark.matrix),
     ],
 )
+@pytest.mark.slow
 def test_both_graphs_and_precisions_show_the_same(bundle_of, options):
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     one, other = (inspect(bundle_of("llama", **which), ids, 1, shown=99) for which in (dict[str, Any](), options))

@@ -64,6 +64,7 @@ def read(made: Exported, name: str) -> Any:
     return json.loads((made.bundle.path / name).read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_config_json_of_a_module_holds_the_observed_sizes(exported):
     config = read(exported("multi_query_repeated_by_hand"), names.CONFIG)
     assert config["model_type"] == "llama"  # whose cache is the same

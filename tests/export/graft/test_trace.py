@@ -157,6 +157,7 @@ REFUSED: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_traced_is_refused_with_what_to_write(name):
     methods, words = REFUSED[name]
@@ -174,6 +175,7 @@ def test_a_branch_is_told_with_its_line():
     assert "u0" not in sentence  # torch's symbols
 
 
+@pytest.mark.slow
 def test_an_encoders_own_mask_detection_does_not_stop_the_trace():
     module = Encoder()
     model = trace(module, observe(module, 20), "standard", 20)

@@ -44,8 +44,8 @@ def rotating(path: Path) -> list[bool]:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, id="llama", marks=pytest.mark.slow),
-        pytest.param({"qk_norm": True}, id="qwen3"),
+        pytest.param({}, id="llama", marks=pytest.mark.matrix),
+        pytest.param({"qk_norm": True}, id="qwen3", marks=pytest.mark.slow),
         pytest.param({"qkv_bias": True}, id="qwen2", marks=pytest.mark.matrix),
     ],
 )
@@ -65,6 +65,7 @@ def test_norms_skips_and_rotation_are_fused_exactly(changes, tmp_path):
     assert relative_difference(expected, one_by_one) < 3e-6
 
 
+@pytest.mark.slow
 def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path):
     before, after, operators = graphs(llama(head_dim=24, hidden_size=48), tmp_path)
     assert rotating(after) == [False, False]
@@ -99,7 +100,7 @@ class TurnedByToken(TableRope):
 @pytest.mark.parametrize(
     ("build", "allowed"),
     [
-        (TableRope, 0),
+        pytest.param(TableRope, 0, marks=pytest.mark.slow),
         pytest.param(lambda: TurnedByToken(size=16), 0, marks=pytest.mark.slow),
         # A product whose result is not reshaped any more runs as another kernel.
         pytest.param(CASES["gpt2"].build, 3e-6, marks=pytest.mark.slow),

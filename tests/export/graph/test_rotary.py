@@ -70,7 +70,7 @@ def llama(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", divided(ROTARY, quick=["longrope"], ci=["dynamic", "yarn"]))
+@pytest.mark.parametrize("kind", divided(ROTARY, ci=["longrope", "dynamic", "yarn"]))
 def test_scaled_frequencies_are_transformers_own(kind, tmp_path):
     """As far as the context reaches: beyond the original one where the frequencies do not depend on the length."""
     context = 48 if kind == "longrope" else 96

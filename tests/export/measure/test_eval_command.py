@@ -99,6 +99,7 @@ def folder(tmp_path_factory, checkpoint, word_tokenizer):
     return path
 
 
+@pytest.mark.slow
 def test_json_has_all_figures_and_nothing_else_is_printed(folder, checkpoint, evaluated):
     choices = ("--text", folder / "text.txt", "--reference", checkpoint, "--json")
     status, out, err = evaluated(folder / "int8", *choices)

@@ -106,6 +106,7 @@ def followed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_bundle_is_verified_against_the_call_of_its_author(followed, command):
     status, printed, _ = command("verify", followed / "bundle", f"{followed}/mine.py:make", "--json")
     assert (status, json.loads(printed)["reference"]) == (0, "source")

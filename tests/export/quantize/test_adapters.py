@@ -97,7 +97,8 @@ def logits_of(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("graph", ["fused", pytest.param("standard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["fused", pytest.param("standard", marks=pytest.mark.matrix)])
 def test_texts_in_float32_are_those_of_the_merged_model(graph, made_once, folder):
     models = {name: merged(name, folder) for name in ADAPTERS}
     lm = load(bundle(made_once, "fp32", graph), adapters={name: folder / name for name in ADAPTERS})

@@ -30,6 +30,7 @@ def decoded(session: Engine, first: int = 20) -> np.ndarray:
     return np.stack([session.decode(int(token)) for token in IDS[first:]])
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_close_to_a_float32_one(bundle):
     assert bundle.int8_kv_graph is not None
     assert 0 < bundle.manifest.quality["int8_cache_kl"] < 1e-3

@@ -26,7 +26,8 @@ from ..plain_loop import run_chunks
 CONTEXT = 80
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.matrix)])
 def test_a_quick_bundle_is_proved_and_says_what_it_is(precision, tmp_path, capsys):
     module = llama(max_position_embeddings=CONTEXT)
     report = export(module, tmp_path / "bundle", precision, context_length=CONTEXT, quick=True)

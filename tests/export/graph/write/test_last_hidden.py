@@ -146,6 +146,7 @@ class TwoHeads(torch.nn.Module):
         return logits + torch.softmax(self.other(logits), -1)
 
 
+@pytest.mark.slow
 def test_a_decoder_without_one_head_is_refused(tmp_path):
     with pytest.raises(ContractError, match="TwoHeads cannot give its last hidden states, since no one multiplication"):
         export(TwoHeads(), tmp_path / "bundle", precision="fp32", context_length=8, hidden_states=True)
