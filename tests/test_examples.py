@@ -67,7 +67,7 @@ def test_the_examples_cover_what_people_write():
 OTHERS = [command for command in EXPORTS if "lesson" not in command]
 
 
-@pytest.mark.parametrize("command", divided(OTHERS, ci=OTHERS[:1]))
+@pytest.mark.parametrize("command", divided(OTHERS))
 def test_an_example_exports_verifies_and_runs(command, folder, capsys):
     _, source, *_, bundle = command.split()
     assert main(command.split()) == 0

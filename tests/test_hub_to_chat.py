@@ -136,6 +136,7 @@ def test_a_bundle_that_was_altered_on_the_hub(first, hub, typed, home):
     assert not (home / "altered").exists()
 
 
+@pytest.mark.matrix
 def test_without_network_an_export_takes_what_the_cache_has(first, hub, typed, home):
     hub.asked.clear()
     refused = typed("export", "org/new", "--out", home / "new", "--no-network")

@@ -76,7 +76,7 @@ def test_imports_a_load_a_text_and_a_conversation(refused, classic, tmp_path):
     assert "awesome" in refused(*asked, stdin="what is statquest\n")
 
 
-@pytest.mark.parametrize("kind", divided(["module", "checkpoint", "huggingface"], ci=["huggingface"]))
+@pytest.mark.parametrize("kind", divided(["module", "checkpoint", "huggingface"], ci=["module"]))
 def test_an_export_and_its_verification(refused, classic, tmp_path, kind):
     flags: tuple[object, ...] = ("--precision", "fp32")
     if kind == "module":

@@ -16,6 +16,7 @@ from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .loopback_hub import serving, without_hub
+from .shared import divided
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -157,26 +158,15 @@ def folder_of_a_chat_model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+PAGES = (
+    "README.md", "docs/adapters.md", "docs/batch.md", "docs/chat.md", "docs/constrained.md", "docs/embedding.md",
+    "docs/fine-tuning.md", "docs/index.md", "docs/own-modules.md", "docs/security.md", "docs/text-embeddings.md",
+    "docs/training-data.md", "docs/tutorial.md",
+)  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "docs/chat.md",
-        "docs/index.md",
-        "docs/own-modules.md",
-        "docs/training-data.md",
-        "docs/tutorial.md",
-        "docs/batch.md",
-        "docs/embedding.md",
-        "docs/text-embeddings.md",
-        "docs/adapters.md",
-        "docs/security.md",
-        "docs/constrained.md",
-        "docs/fine-tuning.md",
-    ],
-)
+@pytest.mark.parametrize("page", divided(PAGES, ci=["README.md", "docs/tutorial.md"]))
 def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_model, tmp_path):
     """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)

@@ -57,7 +57,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 # --- kills --------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
-@pytest.mark.parametrize("step", divided([FP32, TEXT, QUANTIZED], ci=[QUANTIZED]))
+@pytest.mark.parametrize("step", divided([FP32, TEXT, QUANTIZED]))
 def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
     step, checkpoint, trained, tmp_path, monkeypatch
 ):

@@ -77,7 +77,7 @@ def test_a_portable_bundle_has_onnx_standard_operators_only(build, tmp_path):
         onnx.checker.check_model(path)
 
 
-@pytest.mark.parametrize("precision", divided(list(PRECISIONS), ci=["int8"]))
+@pytest.mark.parametrize("precision", divided(list(PRECISIONS)))
 def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_right_there(precision, tmp_path):
     capped = BIASES["soft_cap"].make()
     report = export(capped, tmp_path / "bundle", precision=precision, target="webgpu", context_length=8)

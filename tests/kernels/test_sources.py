@@ -67,6 +67,7 @@ def test_without_memory_or_an_output_an_operator_says_so(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="no CMake")
+@pytest.mark.matrix
 def test_a_program_links_the_static_library_beside_another_of_operators(tmp_path):
     configure = ["-S", str(KERNELS), "-B", str(tmp_path / "build"), "-DPASTKEY_STATIC=ON", "-DCMAKE_BUILD_TYPE=Debug"]
     for step in (configure, ["--build", str(tmp_path / "build")],

@@ -121,6 +121,7 @@ def wait_for(port: int) -> None:
     raise AssertionError(f"nothing answers at port {port}")
 
 
+@pytest.mark.matrix
 def test_int8_is_within_the_limit_and_writes_the_text_of_python_until_a_near_tie(page, bundles):
     bundle = bundles("llama")
     lm = pastkey.load(bundle, "cpu")

@@ -31,7 +31,7 @@ from ..families import CONTEXT, FAMILIES, FEW, FROM_TRANSFORMERS_5, IN_CI, QUICK
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
 # Whose graph CI compares as well: ALiBi by hand, sinks and experts, latents of two head sizes, convolutions with a
 # window, keys and values that layers share.
-EXPORTED = ("bloom", "gpt_oss", "deepseek_v3", "lfm3", "gemma4_text")
+EXPORTED = ("bloom", "gpt_oss", "lfm3")
 # How a token's rows are cached where that is not as keys and values: the rotated key and the latent.
 LATENT = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), KVGeometry(1, 8, 16))
 

@@ -40,7 +40,7 @@ def reference(own: Own, module: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", divided(DECODERS, quick=[*DECODERS][::12], ci=DECODERS))
+@pytest.mark.parametrize("name", divided(DECODERS, quick=[*DECODERS][::12], ci=[*DECODERS][::3]))
 def test_steps_with_a_cache_give_the_authors_logits(name):
     own = DECODERS[name]
     taken = in_contract(own.make(), own.context, None, lambda _: None)

@@ -75,6 +75,7 @@ def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1

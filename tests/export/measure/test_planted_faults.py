@@ -53,6 +53,7 @@ def test_faults_of_an_int8_bundle_are_found_if_they_exceed_its_rounding(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_window_that_is_one_token_too_wide_is_found(tmp_path):
     transformers: Any = pytest.importorskip("transformers")
     from pastkey.export.graft.huggingface import HuggingFaceDecoder

@@ -172,6 +172,7 @@ def test_a_graph_is_made_without_reading_the_weights(saved_llama, reads):
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
     """Such as a copy that torch makes of a parameter."""
     source, told, original = open_source(saved_llama), list[str](), StoredWeights.weight

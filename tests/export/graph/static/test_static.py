@@ -82,7 +82,7 @@ def test_the_folder_has_the_common_graph_and_no_last_logits(exported):
 WINDOWS = [("gemma2", (0, 12)), ("mistral", (12,)), ("gpt_oss", (0, 12))]
 
 
-@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, ci=WINDOWS[2:]))
+@pytest.mark.parametrize(("family", "windows"), divided(WINDOWS, ci=WINDOWS[:1]))
 def test_windows_are_masks_of_their_own(family, windows, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import CONTEXT, build
@@ -94,8 +94,12 @@ def test_windows_are_masks_of_their_own(family, windows, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "sentence"), [("bloom", "needs more than masks"), ("lfm2", "it keeps rows beside")])
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    divided(
+        [("bloom", "needs more than masks"), ("lfm2", "it keeps rows beside")], ci=[("bloom", "needs more than masks")]
+    ),
+)
 def test_what_masks_cannot_tell_is_refused(family, sentence, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from ...families import CONTEXT, build
