@@ -16,6 +16,8 @@ from pastkey.__main__ import main
 
 # Kernels that happen to be installed change no test: those of the kernels ask for them.
 os.environ.setdefault("PASTKEY_NATIVE", "0")
+# Some tests import onnxruntime by itself, before pastkey can turn its telemetry off.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def processors() -> list[int]:
