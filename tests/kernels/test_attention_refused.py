@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from .attention_graphs import IN_PLACE, attention, draw
-from .running import Array, Case, machine, run_at
+from .running import Array, Case, run_at
 
 PLAIN = draw([40], 3)
 PARTED = draw([40], 3, packed=False)
@@ -153,7 +153,7 @@ def test_each_is_refused_with_a_sentence(level, tmp_path_factory):
 def test_a_cache_at_an_odd_address_is_refused(form):
     feed = draw([40], 3, form=form)
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(machine("portable")[1])
+    options.register_custom_ops_library(pytest.importorskip("pastkey_kernels").library_path())
     model = attention(feed, **HEADS)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding, size = session.io_binding(), feed["past_key"].nbytes

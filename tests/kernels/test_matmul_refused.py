@@ -17,7 +17,7 @@ from onnx.external_data_helper import set_external_data
 from pastkey.contract import names
 
 from .matmul_graphs import Weights, graph, matmul, norm_matmul
-from .running import LEVELS, Array, Case, Outcome, machine, run_at
+from .running import LEVELS, Array, Case, Outcome, run_at
 
 N, K = 34, 96
 W, W4 = Weights.draw(N, K), Weights.draw(N, K, bits=4)
@@ -209,7 +209,7 @@ def test_floats_at_an_odd_place_of_their_file_are_refused(name, tmp_path):
     (tmp_path / "weights").write_bytes(content)
     onnx.save(model, tmp_path / "graph.onnx")
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(machine("portable")[1])
+    options.register_custom_ops_library(pytest.importorskip("pastkey_kernels").library_path())
     with pytest.raises(Exception, match=f"MatMulInt8: {name} begins at an address.* that is no multiple of 4"):
         onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
 
