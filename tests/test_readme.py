@@ -158,7 +158,7 @@ def folder_of_a_chat_model(tmp_path_factory):
     return folder
 
 
-PAGES = (
+TYPED = (
     "README.md", "docs/adapters.md", "docs/batch.md", "docs/chat.md", "docs/constrained.md", "docs/embedding.md",
     "docs/fine-tuning.md", "docs/index.md", "docs/own-modules.md", "docs/security.md", "docs/text-embeddings.md",
     "docs/training-data.md", "docs/tutorial.md",
@@ -166,7 +166,7 @@ PAGES = (
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("page", divided(PAGES, ci=["README.md", "docs/tutorial.md"]))
+@pytest.mark.parametrize("page", divided(TYPED, ci=["README.md", "docs/tutorial.md"]))
 def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_model, tmp_path):
     """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)
