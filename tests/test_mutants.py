@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tools import mutants
+from tools.mutants import __main__ as mutants
+from tools.mutants import plugin
 
 SOURCE = '''"""What a mutant may change: 1 == 1."""
 
@@ -61,7 +62,7 @@ def test_a_mark_tells_the_running_test_and_changes_nothing(tree, tmp_path, monke
     monkeypatch.setenv("MUTANT_HITS", str(tmp_path / "hits"))
     for phase in ("setup", "call", "call"):
         monkeypatch.setenv("PYTEST_CURRENT_TEST", f"tests/test_it.py::test_it[a b] ({phase})")
-        mutants.hit(3)
+        plugin.hit(3)
     assert (tmp_path / "hits").read_text() == "3\ttests/test_it.py\n3\ttests/test_it.py::test_it[a b]\n"
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tools.torture import ERRORS, Fault, Nursery, Outcome, build_faults
-from tools.torture_scenes import SCENES, Scene
+from tools.torture.__main__ import ERRORS, Fault, Nursery, Outcome, build_faults
+from tools.torture.scenes import SCENES, Scene
 
 from .shared import divided
 
@@ -29,7 +29,7 @@ IMPORTS = (
     "pastkey.runtime.commands.batch",
     "pastkey.runtime.model.session_file",
     "pastkey.runtime.text.messages",
-    "tools.torture",
+    "tools.torture.__main__",
 )
 
 

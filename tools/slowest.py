@@ -6,7 +6,7 @@ its fixtures and its call.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,16 +24,16 @@ def report(path: Path) -> list[str]:
     """The lines for one environment."""
     cases = [*ElementTree.parse(path).iter("testcase")]
     seconds = {f"{case.get('classname')}::{case.get('name')}": float(case.get("time", 0)) for case in cases}
-    sums, counts = Counter[str](), Counter[str]()
+    sums, counts = defaultdict[str, float](float), Counter[str]()
     for name, took in seconds.items():
-        sums[folder(name.partition("::")[0])] += took  # type: ignore[assignment]  # typeshed's Counter has integers
+        sums[folder(name.partition("::")[0])] += took
         counts[folder(name.partition("::")[0])] += 1
     slowest = sorted(seconds, key=lambda name: -seconds[name])[:MOST]
     return [
         f"{path.stem}: the {len(slowest)} slowest of {len(seconds)} tests, seconds",
         *(f"{seconds[name]:8.2f}  {name}" for name in slowest),
         f"{path.stem}: seconds and tests of each folder",
-        *(f"{took:8.1f} {counts[name]:6}  {name}" for name, took in sums.most_common()),
+        *(f"{took:8.1f} {counts[name]:6}  {name}" for name, took in sorted(sums.items(), key=lambda one: -one[1])),
         f"{sum(seconds.values()):8.1f} {len(seconds):6}  together",
     ]
 

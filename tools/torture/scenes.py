@@ -20,7 +20,7 @@ from tests.runtime import conftest as decoder
 from tests.runtime.bulk.rows import plain_rows, write_rows
 from tests.train.helpers import TINY, write_corpus
 
-from .torture import Nursery, Outcome, save_a_session
+from .__main__ import Nursery, Outcome, save_a_session
 
 FLAGS = [
     item
@@ -193,7 +193,7 @@ class Write(ExportForce):
                 decoder.write_bundle(self.given / name, tiny, "fused")
 
     def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture:write_bundle", "arguments": (self.given / "new", self.out)}
+        return {"function": "tools.torture.__main__:write_bundle", "arguments": (self.given / "new", self.out)}
 
 
 class HashCache(Export):
@@ -208,7 +208,7 @@ class HashCache(Export):
         shutil.rmtree(self.below, ignore_errors=True)
 
     def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture:check_a_folder", "arguments": (self.given / "old",)}
+        return {"function": "tools.torture.__main__:check_a_folder", "arguments": (self.given / "old",)}
 
     def check(self) -> None:
         for file in self.below.rglob("*.json"):
@@ -227,7 +227,7 @@ class Conversation(Scene):
         save_messages(self.file, [{"role": "user", "content": "old"}])
 
     def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture:save_a_conversation", "arguments": (self.file,)}
+        return {"function": "tools.torture.__main__:save_a_conversation", "arguments": (self.file,)}
 
     def check(self) -> None:
         assert len(read_messages(self.file)) in (1, 2000)
@@ -246,7 +246,7 @@ class SavedSession(Scene):
         save_a_session(str(self.bundle), str(self.file), "2")
 
     def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture:save_a_session", "arguments": (self.bundle, self.file, 90)}
+        return {"function": "tools.torture.__main__:save_a_session", "arguments": (self.bundle, self.file, 90)}
 
     def check(self) -> None:
         with self.model.load_session(self.file) as session:

@@ -1,16 +1,15 @@
 """Small faults in the product, and whether the tests find them: `python -m tools.mutants draw|cover|run`.
 
-    python -m tools.mutants draw --seed 38 --count 120 > tools/mutants.jsonl
-    python -m tools.mutants cover tools/mutants.jsonl HITS TREE      # which tests run the line of which mutant
-    python -m tools.mutants run tools/mutants.jsonl HITS RESULTS TREE --minutes 45
-    python -m tools.mutants show tools/mutants.jsonl RESULTS...
+    python -m tools.mutants draw --seed 38 --count 120 > tools/mutants/seed-38.jsonl
+    python -m tools.mutants cover tools/mutants/seed-38.jsonl HITS TREE      # which tests run the line of which mutant
+    python -m tools.mutants run tools/mutants/seed-38.jsonl HITS RESULTS TREE --minutes 45
+    python -m tools.mutants show tools/mutants/seed-38.jsonl RESULTS...
 
 A mutant changes one comparison, constant or branch within a function, or drops one statement. The number of mutants
 of a room follows its lines. TREE is a checkout that is changed, so not the one that you work in. `cover` runs all
 tests once, with a mark in each line to be changed; a mark that a fixture or a child process of a test passes counts
 for that test. `run` starts the tests that pass a mutant's line, the quickest first, then the others of their files, up
-to the first failure. Each result is appended to RESULTS, so that a run goes on where one stopped. TREE holds a copy of
-this file, as a plugin of pytest.
+to the first failure. Each result is appended to RESULTS, so that a run goes on where one stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import ast
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -28,8 +26,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 ROOMS = ("export", "runtime", "pastkey", "train", "serve", "see", "web")
 # What is to be removed needs no tests that find its faults.
@@ -60,8 +56,6 @@ LEFT_OUT = (
     "train/story_plots.py",
 )
 PLUGIN = Path("pastkey/mutants_plugin.py")
-# Seconds of a mutant's tests, before which no further one begins; and of one test, as a multiple of its usual time.
-LIMIT, SLOWER, PATIENCE = 240, 10, 60
 OPPOSITE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}
 OPPOSITE |= {"in": "not in", "not in": "in"}
 _OPERATORS = {
@@ -212,59 +206,6 @@ def changed(tree: Path, mutants: list[Mutant], marks: bool) -> Iterator[tuple[Pa
         yield tree / path, text
 
 
-_seen: set[tuple[int, str]] = set()
-
-
-def hit(mutant: int) -> None:
-    """Writes that the running test passes the line of a mutant; a fixture's mark counts for all tests of its file."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "")
-    if (mutant, test) in _seen or "MUTANT_HITS" not in os.environ:
-        return
-    _seen.add((mutant, test))
-    name, _, phase = test.rpartition(" ")
-    try:
-        with Path(os.environ["MUTANT_HITS"]).open("a") as file:
-            file.write(f"{mutant}\t{name.partition('::')[0] if phase == '(setup)' else name}\n")
-    except OSError:
-        pass  # in a child that may write nothing
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Writes how long each test takes."""
-    if "MUTANT_HITS" in os.environ and report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
-        with Path(os.environ["MUTANT_HITS"]).open("a") as file:
-            file.write(f"seconds\t{report.nodeid}\t{report.duration:.3f}\t{report.outcome}\n")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that pass the line first, each by its time."""
-    if "MUTANT_TESTS" in os.environ:
-        order = {name: number for number, name in enumerate(json.loads(Path(os.environ["MUTANT_TESTS"]).read_text()))}
-        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Fails a test that takes far longer than it does, as in a loop without an end; begins none after the limit."""
-    if "MUTANT_TESTS" not in os.environ:
-        return (yield)
-    order = json.loads(Path(os.environ["MUTANT_TESTS"]).read_text())
-    if time.monotonic() - float(os.environ["MUTANT_BEGAN"]) > LIMIT:
-        item.session.shouldstop = "limit"
-        pytest.exit("limit", returncode=0)
-
-    def late(*_: object) -> None:
-        pytest.fail("takes too long")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(int(PATIENCE + SLOWER * order[item.nodeid]))
-    try:
-        return (yield)
-    finally:
-        signal.alarm(0)
-
-
 def _pytest(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "pastkey.mutants_plugin", "-p", "no:cacheprovider", "-q", *arguments],
@@ -275,7 +216,7 @@ def _pytest(tree: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 def cover(mutants: list[Mutant], hits: Path, tree: Path, arguments: list[str]) -> None:
     """Runs all tests of TREE with the marks."""
-    (tree / PLUGIN).write_bytes(Path(__file__).read_bytes())
+    (tree / PLUGIN).write_bytes(Path(__file__).with_name("plugin.py").read_bytes())
     files = list(changed(tree, mutants, marks=True))
     before = {path: path.read_bytes() for path, _ in files}
     try:
@@ -290,7 +231,7 @@ def cover(mutants: list[Mutant], hits: Path, tree: Path, arguments: list[str]) -
 
 def run(mutants: list[Mutant], hits: Path, results: Path, tree: Path, minutes: float) -> None:
     """Runs the tests of each mutant that has no result so far."""
-    (tree / PLUGIN).write_bytes(Path(__file__).read_bytes())
+    (tree / PLUGIN).write_bytes(Path(__file__).with_name("plugin.py").read_bytes())
     passing, seconds = defaultdict[str, set[str]](set), dict[str, float]()
     for line in hits.read_text().splitlines():
         first, name, *rest = line.split("\t")
@@ -299,8 +240,8 @@ def run(mutants: list[Mutant], hits: Path, results: Path, tree: Path, minutes: f
         elif rest[1] == "passed":
             seconds[name] = float(rest[0])
     end = time.monotonic() + 60 * minutes
+    done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
     for mutant in mutants:
-        done = {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
         if mutant["id"] in done or time.monotonic() > end:
             continue
         exact = passing[str(mutant["id"])]
@@ -368,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
             asked.add_argument("arguments", nargs="*", default=["-m", "not matrix"])
     given = parser.parse_args(arguments)
     if given.what == "draw":
-        for mutant in draw(Path(__file__).parent.parent, given.seed, given.count):
+        for mutant in draw(Path(__file__).parents[2], given.seed, given.count):
             print(json.dumps(mutant))
         return
     mutants = [json.loads(line) for line in given.list.read_text().splitlines()]

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KILL = 0
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS}
 
@@ -124,7 +124,7 @@ def build_faults(folder: Path) -> Path | None:
         "-O1",
         "-o",
         library,
-        ROOT / "tools" / "faults.c",
+        Path(__file__).with_name("faults.c"),
         "-ldl",
     ]
     done = subprocess.run(command, capture_output=True, check=False)
