@@ -71,12 +71,11 @@ web-assets: $(VENV)/installed  ## Install the JavaScript libraries of `pastkey w
 	$(BIN)/python -m tools.web_assets
 
 # The runtime's own tests run in runtime-oldest and runtime-newest, where there is neither torch nor the kernels.
-ci: export PASTKEY_REQUIRE ?= kernels,node,chromium
 ci:  ## What CI runs: the slow tests, then parts in further environments, kernels under sanitizers, JavaScript, docs
-	$(MAKE) test SLOW=1 PYTEST_ARGS="--ignore tests/runtime"
-	PASTKEY_REQUIRE= $(MAKE) oldest
-	PASTKEY_REQUIRE= $(MAKE) runtime-oldest
-	PASTKEY_REQUIRE= $(MAKE) runtime-newest
+	PASTKEY_REQUIRE=kernels,node,chromium $(MAKE) test SLOW=1 PYTEST_ARGS="--ignore tests/runtime"
+	$(MAKE) oldest
+	$(MAKE) runtime-oldest
+	$(MAKE) runtime-newest
 	$(MAKE) sanitize
 	$(MAKE) javascript
 	$(MAKE) docs
@@ -117,7 +116,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	$(PYTHON) -m venv $(ENVIRONMENTS)/$@
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
 		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
-		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema
+		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema pydantic
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(call TESTS,$@) -m "not slow" $(PYTEST_ARGS)
 
 bench: $(VENV)/installed  ## pastkey beside other engines, then many streams: benchmarks/results.md, docs/performance.md

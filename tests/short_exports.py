@@ -1,4 +1,4 @@
-"""Short exports in tests: an equal decoder is traced once a run, and calibration runs on short windows.
+"""Short exports in tests: an equal decoder is traced once a run, calibration runs on short windows, on one thread.
 
 torch's trace takes nine tenths of the export of a tiny decoder. Its graph depends on the module and on the observation
 of it alone, so the second export of an equal module gets a copy of the first graph.
@@ -65,8 +65,19 @@ def _key(*values: object) -> str | None:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Modules this small are slower on several threads, and much slower beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def short_exports(folder: Path) -> Iterator[None]:
-    """While open, exports in this process are short. `folder` has the traced graphs, for all processes."""
+    """While open, exports in this process are short, on one thread. `folder` has the traced graphs of all processes."""
     trace = grafting.trace
 
     def trace_once(module: nn.Module, *given: Any) -> ir.Model:
@@ -81,7 +92,7 @@ def short_exports(folder: Path) -> Iterator[None]:
         model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(grafting, "trace", trace_once)
         patch.setattr(calibration, "LENGTH", _CALIBRATION_LENGTH)
         yield

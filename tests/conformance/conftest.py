@@ -73,15 +73,6 @@ def short(short_exports):
     """Exports of these tests are short."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Modules this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def made(made_once):
     """made(NAME): the row of that name. A native one takes the bundle of its twin without."""

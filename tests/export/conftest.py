@@ -54,15 +54,6 @@ class Exported:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Modules this small are slower on several threads, and much slower beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", autouse=True)
 def short(short_exports):
     """Exports of these tests are short."""
 

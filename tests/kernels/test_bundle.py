@@ -22,9 +22,11 @@ from pastkey.runtime import Engine
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.caches.int8_kv import INT8_KV_FROM
+from pastkey.runtime.providers.native import native_kernels
 from tools import native_faults
 
 from ..export.decoders import gpt2, llama
+from .running import LEVELS
 
 SIZES = {
     "hidden_size": 64,
@@ -133,3 +135,13 @@ def test_golden_logits_find_a_faulty_kernel(bundle, fault, tmp_path):
     made = native_faults.planted(bundle, native_faults.FAULTS[fault], tmp_path / "planted")
     assert made is not None
     assert max(golden.differences(Engine(made, native=True), stored)) > stored.limit
+
+
+def test_the_installed_library_says_its_level_and_version():
+    native_kernels.cache_clear()
+    found = native_kernels()
+    assert found is not None
+    assert not found.refused
+    assert found.operators == names.NATIVE_OPERATORS
+    assert found.level in LEVELS
+    assert str(found) == f"native {found.version}, {found.level}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.environments import ROOT, smollm2
 from pastkey.export import export
@@ -21,6 +19,7 @@ from ..export.families import build
 from ..export.graft.own.biases import DECODERS as BIASES
 from ..export.graft.own.blocks import DECODERS as OWN
 from ..shared import shared
+from ..short_exports import one_thread
 
 # Short documents, so that the decoders learn to end; after name and number there is one way to go on, so that few
 # calls are close.
@@ -115,17 +114,6 @@ MORE: dict[str, Write] = {
     "gemma2-qnn": partial(family, "gemma2"),  # soft caps of scores with five axes
     "qwen3-qnn": partial(family, "qwen3"),  # norms over four axes
 }
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """As the other tests of export do: decoders this small are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from pastkey.contract.bundle import Bundle, open_bundle
@@ -43,15 +42,6 @@ def bundle_of(made_once):
         return open_bundle(made_once(f"see-{title}", make) / "bundle")
 
     return bundle
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Modules this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,11 +17,9 @@ from pastkey.export.graft.probe.observe import run_on, run_uncached
 from pastkey.export.graft.trace import choose_graph
 
 from ...shared import divided
-from ..plain_loop import lengths, open_graph
+from ..plain_loop import Text, open_graph
 from .own.parts import Own
 from .own.registry import DECODERS
-
-Array = npt.NDArray[Any]
 
 # One of each kind that a graph must have an operator for: a mask, rows of earlier tokens beside keys and values, a
 # bias, a latent, experts, torch's own layers.
@@ -60,36 +55,6 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     assert apart(torch.cat(logits, 1), expected) < 1e-4
     ids[0, -2] = (ids[0, -2] + 1) % own.vocab
     assert (apart(reference(own, module, ids)[0, -1], expected[0, -1]) > 1e-2) != own.alone
-
-
-@dataclass
-class Text:
-    """One text that a graph of plain onnxruntime reads in chunks, each with the cache that the last one left."""
-
-    session: Any
-    length: int = 0
-
-    def __post_init__(self) -> None:
-        self.past: dict[str, Array] = {
-            value.name: np.zeros([1, *(n if isinstance(n, int) else 0 for n in value.shape[1:])], np.float32)
-            for value in self.session.get_inputs()
-            if value.name.startswith("past")
-        }
-
-    def read(self, ids: list[int]) -> Array:
-        """Logits (N, V) of these ids."""
-        start, self.length = self.length, self.length + len(ids)
-        known = {"input_ids": np.array([ids]), "position_ids": np.arange(start, self.length)[None]} | self.past
-        feeds = {value.name: known[value.name] for value in self.session.get_inputs() if value.name in known}
-        feeds |= lengths(self.session, np.ones((1, self.length), np.int64))
-        names = [value.name for value in self.session.get_outputs()]
-        found = dict(zip(names, self.session.run(names, feeds), strict=True))
-        self.past = {
-            name: found[name.replace("past_key_values.", "present.").replace("past_conv.", "present_conv.")]
-            for name in self.past
-        }
-        logits: Array = found["logits"][0]
-        return logits
 
 
 def chunks(ids: list[int]) -> Iterator[list[int]]:

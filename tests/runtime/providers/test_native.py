@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import struct
 import sys
 from collections.abc import Callable
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
@@ -173,14 +170,3 @@ def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, found, monkeypatch
     assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
         kernels_for(bundle, CPU, True)
-
-
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the kernels are not installed")
-def test_the_installed_library_says_its_level_and_version():
-    native_kernels.cache_clear()
-    found = native_kernels()
-    assert found is not None
-    assert not found.refused
-    assert found.operators == names.NATIVE_OPERATORS
-    assert found.level in ("portable", "avx2", "avx_vnni", "avx512", "amx")
-    assert str(found) == f"native {found.version}, {found.level}"

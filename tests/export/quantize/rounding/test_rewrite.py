@@ -156,17 +156,19 @@ def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own():
 W_OF_MERGE, V = (RNG.normal(size=(50, columns)).astype(np.float32) for columns in (23, 9))
 
 
+def two_products(outputs: str, nodes: str) -> ir.Model:
+    weights = "float[50,23] w, float[50,9] v"
+    return model_of(f"g (float[2,50] x, {weights}) => ({outputs}) {{ {nodes} }}", w=W_OF_MERGE, v=V)
+
+
 def matmuls(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "MatMul"]
 
 
 # --- rule 2 -------------------------------------------------------------------------------------------------------
 def test_products_that_read_one_activation_become_one():
-    model = model_of(
-        "g (float[2,50] x, float[50,23] w, float[50,9] v) => (float[2,N] y)"
-        " { a = MatMul(x, w) b = MatMul(x, v) c = Sigmoid(b) y = Concat <axis = 1> (a, c) }",
-        w=W_OF_MERGE, v=V,
-    )  # fmt: skip
+    nodes = "a = MatMul(x, w) b = MatMul(x, v) c = Sigmoid(b) y = Concat <axis = 1> (a, c)"
+    model = two_products("float[2,N] y", nodes)
     quantize(model)
     operators = ["Cast", "Mul", "MatMulNBits", "Split", "Sigmoid", "Concat"]
     assert Counter(node.op_type for node in model.graph) == Counter(operators)
@@ -175,11 +177,7 @@ def test_products_that_read_one_activation_become_one():
 
 
 def test_products_of_different_activations_stay_apart():
-    model = model_of(
-        "g (float[2,50] x, float[50,23] w, float[50,9] v) => (float[2,23] a, float[2,9] b)"
-        " { z = Neg(x) a = MatMul(x, w) b = MatMul(z, v) }",
-        w=W_OF_MERGE, v=V,
-    )  # fmt: skip
+    model = two_products("float[2,23] a, float[2,9] b", "z = Neg(x) a = MatMul(x, w) b = MatMul(z, v)")
     assert find_mergeable(matmuls(model)) == []
 
 
