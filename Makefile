@@ -141,6 +141,7 @@ javascript: $(JAVASCRIPT)/installed  ## prettier and tsc over all JavaScript
 	$(JAVASCRIPT)/node_modules/.bin/prettier --config tools/javascript/package.json --check \
 		$(shell git ls-files tools/javascript '*.css' '*.html' '*.js' '*.mjs')
 	$(JAVASCRIPT)/node_modules/.bin/tsc --project tools/javascript
+	$(JAVASCRIPT)/node_modules/.bin/tsc --project tools/javascript/see.json
 
 $(JAVASCRIPT)/installed: tools/javascript/package.json
 	rm -rf $(@D)

@@ -62,8 +62,9 @@ QUESTIONS = (
     Question("passes", "passes", "How often does an export read its weights?"),
     Question("pictures", "pictures.render", "Draws the pictures of README and docs from their tables."),
     Question("sensitivity-chart", "pictures.sensitivity", "Draws the cost of each matrix in int8 or int4."),
+    Question("decoder-pictures", "pictures.inside", "Draws the pictures of docs/decoder-only.md from its page."),
 )
-DRAWN = ("pictures", "sensitivity-chart")
+DRAWN = ("pictures", "sensitivity-chart", "decoder-pictures")
 
 
 def quoted(question: Question) -> list[str]:

@@ -7,7 +7,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, id_list, positive_int, say
 from pastkey.contract import names
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from .inspection import Floats
 
-PICTURES: Final = ("tokens", "embedding", "attention", "layers", "next", "sampler", "cache", "reference")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _LAST, _MOST_SHOWN = 128, 256  # tokens that are shown; a page is some 600 pixels wide
 
@@ -33,8 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to look at; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
-    add("--out", metavar="FILE", type=Path, required=True, help="the page, or with --png the picture")
-    add("--png", metavar="PANEL", choices=PICTURES, help=f"one panel as a picture: {', '.join(PICTURES)}")
+    add("--out", metavar="FILE", type=Path, required=True, help="the page")
     add("--position", metavar="N", type=positive_int, help="look at the model after N tokens (the prompt's)")
     add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens (32)")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's (none)")
@@ -74,14 +72,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if not 0 <= text["at"] < len(text["surprise"]):
             shown = f"{text['first'] + 1} to {text['first'] + len(text['surprise'])}"
             raise InputError(f"--position {arguments.position} is none of the tokens that are shown, {shown}")
-    if arguments.png:
-        from .pictures import picture
+    from .inline import page
 
-        content = picture(panels, arguments.png)
-    else:
-        from .page import page
-
-        content = page(panels).encode()
+    content = page(panels).encode()
     write_whole(arguments.out, content)
     say(f"{arguments.out}: {len(content) / 1000:.0f} kB")
     return 0

@@ -1,4 +1,4 @@
-"""The numbers of each panel, by name: what the page and the pictures show."""
+"""The numbers of each panel, by name: what the page shows."""
 
 from __future__ import annotations
 

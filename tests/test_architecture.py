@@ -59,7 +59,7 @@ RULES = {
     ),
     "web": Rule(frozenset({"pastkey", "pastkey.runtime"}), frozenset()),
     "see": Rule(
-        frozenset({"pastkey", "pastkey.export", "pastkey.runtime"}), frozenset({"numpy", "onnx_ir", "matplotlib"})
+        frozenset({"pastkey", "pastkey.export", "pastkey.runtime"}), frozenset({"numpy", "onnx_ir"})
     ),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .test_page import data_of
+from .test_inline import data_of
 
 
 @pytest.mark.slow
@@ -48,20 +48,13 @@ def test_a_source_is_exported_for_the_page_with_its_context_and_tokenizer(classi
     assert asked == [(source, {"precision": "fp32", "context_length": 16, "tokenizer": "lesson.py:tokenizer"})]
 
 
-def test_a_panel_becomes_a_picture(classic, command, tmp_path):
-    asked = [classic / "bundle", "--prompt", "what is statquest", "--png", "next", "--out", tmp_path / "next.png"]
-    assert command("see", *asked)[0] == 0
-    assert (tmp_path / "next.png").read_bytes().startswith(b"\x89PNG")
-    status, _, err = command("see", *asked, "--position", "9")
-    assert (status, err) == (2, "pastkey see: --position 9 is none of the tokens that are shown, 1 to 5\n")
-
-
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         (["--layers", "2"], "there is no layer 2: this decoder has 1, from 1 on"),
         (["--layers", "0"], "argument --layers: '0' is not a list of numbers from 1, such as 1,2,3"),
         (["--heads", "x"], "argument --heads: 'x' is not a list of token ids such as 1,2,3"),
+        (["--position", "9"], "--position 9 is none of the tokens that are shown, 1 to 5"),
         (["--last", "257"], "--last is 257, and a page shows 256 tokens at most"),
         (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
         (["--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks.__main__ import main
 from benchmarks.measure import rows_of
+from benchmarks.pictures import inside
 from pastkey.contract.bundle import open_bundle
 from pastkey.see import cli
 from pastkey.train.data.prepare import LESSON
+
+from ..programs.environments import install_chromium
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "decoder-only.md").read_text(encoding="utf-8")
@@ -88,17 +92,20 @@ def test_steps_are_those_of_the_page(numbers):
     assert numbers["vocabulary"][numbers["next"]["ids"][1, 0]] == "statquest"
 
 
-def test_the_commands_run_and_make_the_pictures(classic, command, tmp_path, monkeypatch):
+def test_the_commands_run_and_a_panel_becomes_a_picture(classic, command, tmp_path, monkeypatch):
     (tmp_path / "classic").symlink_to(classic / "checkpoint")
     (tmp_path / "classic-bundle").symlink_to(classic / "bundle")
     monkeypatch.chdir(tmp_path)
     lines = [shlex.split(line) for line in re.findall(r"^    pastkey (see .*)$", PAGE, re.MULTILINE)]
-    assert len(lines) == 6
+    assert [line[-1] for line in lines] == ["page.html", "compared.html"]
     for line in lines:
         status, _, err = command(*line)
         assert status == 0, err
-    pictures = re.findall(r"\]\((decoder-\w+\.png)\)", PAGE)
-    assert {line[-1] for line in lines} == {*pictures, "page.html", "compared.html"}
-    for name in pictures:
-        assert imread(DOCS / name).shape == imread(tmp_path / name).shape
-        assert (DOCS / name).stat().st_size < 150_000
+    assert re.findall(r"\]\(decoder-(\w+)\.png\)", PAGE) == [*inside.PANELS]
+    if install_chromium() is None:
+        pytest.skip("chromium is not installed")
+    monkeypatch.setattr(inside, "PANELS", {"next": inside.PANELS["next"]})
+    assert main(["decoder-pictures", "page.html", str(tmp_path)]) == 0
+    drawn, shown = imread(tmp_path / "decoder-next.png"), imread(DOCS / "decoder-next.png")
+    assert np.ptp(drawn[..., :3]) > 0.5
+    assert abs(drawn.shape[0] / shown.shape[0] - 1) < 0.2  # fonts differ

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pastkey.see.page import page
+from pastkey.see.inline import page
 
 
 def example(word: str = "a") -> dict[str, Any]:

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-_HERE = Path(__file__).parent
+_PAGE = Path(__file__).parent / "page"
+_PANELS = ("tokens", "embedding", "attention", "layers", "next", "sampler", "cache", "reference")
+_SCRIPTS = ("data", "matrix", "bars", *_PANELS, "position")  # each uses names of those before it
 
 
 def page(panels: dict[str, Any]) -> str:
     """Returns the page. Its policy lets the browser load nothing, and run only the script in it."""
-    style, script, template = (_read(f"page.{kind}") for kind in ("css", "js", "html"))
+    style, template = _read("page.css"), _read("page.html")
+    script = "".join(_read(f"{name}.js") for name in _SCRIPTS)
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
         "form-action 'none'"
@@ -36,7 +39,7 @@ def page(panels: dict[str, Any]) -> str:
 
 
 def _read(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    return (_PAGE / name).read_text(encoding="utf-8")
 
 
 def _hash(content: str) -> str:

@@ -1,0 +1,53 @@
+function attention() {
+  const { calls, heads, weights, error, sums } = data.attention;
+  const { low, high, columns } = weights;
+  const codes = array(weights.codes);
+  const size = codes.shape[2]; // of a head's triangle, row after row
+  const more = columns - W; // 1 with a column of earlier tokens
+  const [call, head] = ["call", "head"].map(selectOf);
+  const root = (row, column) => {
+    if (column > row + more) return null;
+    const triangle = (call.selectedIndex * heads.length + head.selectedIndex) * size;
+    const before = (row * (row + 1)) / 2 + row * more;
+    return low + ((high - low) * codes[triangle + before + column]) / 255;
+  };
+  const weight = (row, column) => root(row, column) * Math.abs(root(row, column));
+  const seen = (column) => (more && !column ? "earlier" : token(column - more));
+  call.append(...calls.map((place) => make("option", `${place + 1}`)));
+  head.append(...heads.map((place) => make("option", `${place + 1}`)));
+  matrix(canvasOf("weights"), byId("weights-out"), {
+    rows: W,
+    columns,
+    value: root,
+    rowNames: token,
+    columnNames: seen,
+    label: "Attention weights, a row for each token that reads and a column for each that is read",
+    marked: { row: () => at, choose: (row) => row },
+    tell: (row, column) =>
+      root(row, column) === null
+        ? `“${token(row)}” cannot see “${seen(column)}”, which comes later`
+        : `“${token(row)}” takes ${percent(weight(row, column))} of what it fetches from “${seen(column)}”`,
+  });
+  const left = [];
+  if (calls.length < data.model.calls) left.push(`layers ${calls.map((n) => n + 1).join(", ")} of ${data.model.calls}`);
+  if (heads.length < data.model.heads) left.push(`heads ${heads.map((n) => n + 1).join(", ")} of ${data.model.heads}`);
+  const exact = error ? `to within ${error.toExponential(0)} of its largest number` : "to the last bit";
+  byId("attention-note").textContent =
+    (left.length ? `Shown are ${left.join(" and ")}; --layers and --heads choose others. ` : "") +
+    (first ? `The column “earlier” is the sum over the ${first} tokens that are not shown. ` : "") +
+    (sums < 0.99 ? "Where a row adds up to less than 100 %, the model left the rest unused. " : "") +
+    `Checked: these weights times the values give each layer's own result ${exact}.`;
+  const update = () => {
+    const row = range(at + more + 1).map((column) => ({
+      text: seen(column) + (column - more === at ? " (itself)" : ""),
+      share: weight(at, column),
+    }));
+    bars(byId("reads"), row.sort((a, b) => b.share - a.share).slice(0, 6));
+  };
+  for (const choice of [call, head])
+    choice.addEventListener("change", () => {
+      redraw();
+      update();
+    });
+  return update;
+}
