@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -49,7 +48,6 @@ from pastkey.files.folder import sha256 as file_sha256
 from pastkey.files.memory import require_memory_for
 from pastkey.files.reading import reading
 from pastkey.files.safetensors_header import HeaderError, read_header
-from pastkey.values import shown
 
 from .model import Decoder
 
@@ -69,7 +67,6 @@ _SAVING = "training/saving.new"  # a folder into which a library writes its file
 T = TypeVar("T")
 Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
 
-_PATIENCE_SECONDS = 30.0  # that a reader retries while a checkpoint is saved all the time
 _DTYPES = ("F32", "F64", "F16", "BF16")
 
 
@@ -274,14 +271,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path)
     manifest, config, tensors = _of_one_save(folder, lambda manifest: _model_of(folder, manifest))
-    try:
-        if config.tie_word_embeddings:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        model = Decoder(config)
-        model.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise IntegrityError(f"{folder / names.WEIGHTS} does not fit {folder / names.CONFIG}: {reason}") from None
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model = Decoder(config)
+    model.load_state_dict(tensors)
     return Checkpoint(folder, config, model.eval(), _training_of(folder, manifest))
 
 
@@ -292,44 +285,28 @@ def _training_of(folder: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]
     return training
 
 
-def _model_of(folder: Path, manifest: Mapping[str, Any]) -> tuple[Loaded, list[str]]:
+def _model_of(folder: Path, manifest: Mapping[str, Any]) -> Loaded:
     _all_records(folder, manifest)  # checks that no path of the other files leads out either
     actual = _check(folder, parse_records(folder, manifest.get("files")), _MODEL_FILES)
-    config, weights = actual[names.CONFIG], actual[names.WEIGHTS]
-    parsed = ModelConfig.from_json(read_json(folder / config))
-    return (manifest, parsed, _load_tensors(folder / weights, parsed)), [config, weights]
+    config = ModelConfig.from_json(read_json(folder / actual[names.CONFIG]))
+    return manifest, config, _load_tensors(folder / actual[names.WEIGHTS], config)
 
 
-def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], tuple[T, list[str]]]) -> T:
-    """Returns what `read` makes of a manifest and the files that it names. Retries if a save came in between."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        before = _seen(folder)
-        try:
-            found, used = read(read_manifest(folder, "checkpoint", FORMAT_VERSION))
-        except Exception:
-            if _seen(folder) == before or time.monotonic() > deadline:
-                raise
-        else:
-            after = _seen(folder)
-            if all(before[name] == after[name] for name in (names.MANIFEST, *used)):
-                return found
-            if time.monotonic() > deadline:
-                raise IntegrityError(f"{folder} was saved anew each time that it was read: read it when training ends")
-        time.sleep(0.01)
+def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
+    """Returns what `read` makes of a manifest and the files that it names. Reads again if a save came in between.
 
-
-def _seen(folder: Path) -> dict[str, Any]:
-    """Returns the identity of each file that a save writes, and of its NAME.new."""
-    seen: dict[str, Any] = {}
-    for name in (names.MANIFEST, names.CONFIG, names.WEIGHTS, STATE):
-        for file in (name, name + _PENDING):
-            try:
-                status = (folder / file).stat()
-                seen[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
-            except OSError:
-                seen[file] = None
-    return seen
+    A manifest that is the same afterwards names the files that were read: a save replaces it before any of them.
+    """
+    manifest = read_manifest(folder, "checkpoint", FORMAT_VERSION)
+    with contextlib.suppress(IntegrityError, OSError):
+        found = read(manifest)
+        if read_json(folder / names.MANIFEST) == manifest:
+            return found
+    manifest = read_manifest(folder, "checkpoint", FORMAT_VERSION)
+    found = read(manifest)
+    if read_json(folder / names.MANIFEST) != manifest:
+        raise IntegrityError(f"{folder} is being saved: read it again")
+    return found
 
 
 def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -338,33 +315,44 @@ def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]
     `training` is from `load_checkpoint`. Raises IntegrityError if a later save has replaced it.
     """
 
-    def read(manifest: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    def read(manifest: Mapping[str, Any]) -> dict[str, Tensor]:
         if manifest.get("training") != training:
             raise IntegrityError(f"{path} was saved anew since its model was read: read the model again")
         actual = _check(path, parse_records(path, training.get("files")), (STATE, TOKENS_TRAIN, TOKENS_VAL))
-        return _load_tensors(path / actual[STATE]), [actual[STATE]]
+        return _load_tensors(path / actual[STATE])
 
     return _of_one_save(path, read)
 
 
 def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file of real numbers, whose number of weights is that of `config`."""
+    """Returns the tensors of a safetensors file of real numbers: those of a decoder of `config`, if given."""
     try:
         header = read_header(file)
     except HeaderError as error:
         raise IntegrityError(f"{file} is cut short or damaged: {error}; copy it again") from None
     if other := next((tensor.dtype for tensor in header.values() if tensor.dtype not in _DTYPES), None):
         raise IntegrityError(f"{file} holds numbers of the type {other!r:.20}, and a checkpoint {', '.join(_DTYPES)}")
-    stored = sum(tensor.elements for tensor in header.values())
-    if config is not None and stored != config.weights:  # before layers of possibly invalid sizes are made
-        raise IntegrityError(
-            f"{file} does not fit {file.parent / names.CONFIG}: it holds {stored:,} weights, and the configuration is "
-            f"of {shown(config.weights)}; copy both again"
-        )
-    require_memory_for(file, file.stat().st_size + 4 * stored)
+    if config is not None:
+        _require_fits(file, {name: tensor.shape for name, tensor in header.items()}, config)
+    require_memory_for(file, file.stat().st_size + 4 * sum(tensor.elements for tensor in header.values()))
     with reading(file, "safetensors"):
         tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
     return tensors
+
+
+def _require_fits(file: Path, found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Raises IntegrityError unless these are the shapes of a decoder's parameters. Makes it without memory."""
+    expected: dict[str, tuple[int, ...]] = {}
+    with contextlib.suppress(RuntimeError), torch.device("meta"):  # such as sizes whose product overflows
+        expected = {name: tuple(tensor.shape) for name, tensor in Decoder(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise IntegrityError(
+                f"{file} does not fit {file.parent / names.CONFIG}: {name} has the shape {found.get(name)} in the "
+                f"first, and {expected.get(name)} by the second; copy both again"
+            )
 
 
 def _check(folder: Path, records: Mapping[str, FileRecord], needed: Iterable[str]) -> dict[str, str]:

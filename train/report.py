@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -88,16 +87,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def draw_loss_curve(folder: Path) -> None:
-    """Writes loss.png from metrics.jsonl: training and validation loss in nats per token over the steps.
-
-    In a thread: Python handles signals in the main one, and would lose the exception of a handler that runs in one of
-    matplotlib's many callbacks by weak references.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(_draw, folder).result()
-
-
-def _draw(folder: Path) -> None:
+    """Writes loss.png from metrics.jsonl: training and validation loss in nats per token over the steps."""
     rows = read_metrics(folder)
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]

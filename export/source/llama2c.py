@@ -143,8 +143,9 @@ def _read_weights(header: _Header, config: ModelConfig, before_loading: BeforeLo
             f"{header.path} has {found:,} bytes and its header asks for {expected:,}: it was cut short or altered, "
             "copy it again"
         )
-    before_loading(config.weights, 4 * config.weights, 0)
-    require_memory_for(header.path, 4 * config.weights)
+    count = sum(prod(shapes[name]) for name in order if name != _ROTARY)
+    before_loading(count, 4 * count, 0)
+    require_memory_for(header.path, 4 * count)
     values = torch.from_numpy(np.fromfile(header.path, "<f4", offset=header.size).astype(np.float32, copy=False))
     state: dict[str, Tensor] = {}
     for name, block in zip(order, values.split([prod(shapes[name]) for name in order]), strict=True):

@@ -149,20 +149,6 @@ class ModelConfig:
             return "qwen3"
         return "qwen2" if self.qkv_bias else "llama"
 
-    @property
-    def weights(self) -> int:
-        """The number of weights of a decoder of this configuration, without creating one."""
-        width, query = self.hidden_size, self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
-        norm = {"rmsnorm": width, "layernorm": 2 * width, "none": 0}[self.norm]
-        attention = width * (2 * query + 2 * kv) + self.qkv_bias * (query + 2 * kv) + self.bias * width
-        attention += self.qk_norm * 2 * self.head_dim
-        inner, inputs = self.intermediate_size, {"swiglu": 2, "gelu": 1, "none": 0}[self.mlp]
-        mlp = 0 if self.mlp == "none" else inner * width * (inputs + 1) + self.bias * (inputs * inner + width) + norm
-        tables = self.vocab_size * (2 - self.tie_word_embeddings)
-        tables += self.max_position_embeddings * (self.position_encoding == "learned")
-        return tables * width + self.num_hidden_layers * (norm + attention + mlp) + norm
-
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
         own = dataclasses.asdict(self)

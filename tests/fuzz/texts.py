@@ -18,7 +18,7 @@ from pastkey.runtime.sandbox.model import SandboxedModel
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
 from pastkey.train.data.sources import open_corpus, survey
-from pastkey.train.stories import read_stories
+from pastkey.train.stories.__main__ import read_stories
 from pastkey.train.tokenizer import train_bpe
 
 from .bundles import bundle_folder

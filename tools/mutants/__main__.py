@@ -52,8 +52,7 @@ LEFT_OUT = (
     "runtime/speculation/worth.py",
     "see/panels.py",
     "see/pictures.py",
-    "train/stories.py",
-    "train/story_plots.py",
+    "train/stories/",
 )
 PLUGIN = Path("pastkey/mutants_plugin.py")
 OPPOSITE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pastkey.errors import InputError
-from pastkey.train.stories import Mention, _parts, acceptance, check_story, main, read_stories, stories
-from pastkey.train.story_plots import CHARACTERS, SLOTS, STORY, TRAITS, Node
+from pastkey.train.stories import acceptance, check_story, stories
+from pastkey.train.stories.__main__ import main, read_stories
+from pastkey.train.stories.grammar import Mention, _parts
+from pastkey.train.stories.plots import CHARACTERS, SLOTS, STORY, TRAITS, Node
 
 TOLD = list(itertools.islice(stories(11), 100))
 NAMES = sorted({entry["name"] for entry in CHARACTERS})
