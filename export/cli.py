@@ -1,4 +1,4 @@
-"""The commands `export`, `verify`, `check` and `eval`: parse, run, report."""
+"""The commands `export`, `verify` and `eval`: parse, run, report."""
 
 from __future__ import annotations
 
@@ -300,33 +300,6 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
         say(f"    {mark} {name:<12} {figure}")
 
 
-def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="the bundle folder")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object: for each program, whether it loads the bundle, and the reasons",
-    )
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from .compat.check import check
-
-    verdicts = check(arguments.bundle)
-    if arguments.json:
-        print_json({"bundle": arguments.bundle, "programs": {v.program: v.to_json() for v in verdicts}})
-        return 0
-    width = max(len(verdict.program) for verdict in verdicts)
-    for verdict in verdicts:
-        print(f"{verdict.program:<{width}}  {'loads' if verdict.loads else 'does not load'}")
-        if verdict.loads:
-            print(f"    {verdict.how}")
-        for kind, sentences in (("reason", verdict.reasons), ("warning", verdict.warnings)):
-            for sentence in sentences:
-                print(f"    {kind}: {sentence}")
-    return 0
-
-
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", help="the bundle folder")
@@ -430,5 +403,4 @@ def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
 
 export_command = Command(_add_export_arguments, _export)
 verify_command = Command(_add_verify_arguments, _verify)
-check_command = Command(_add_check_arguments, _check)
 eval_command = Command(_add_eval_arguments, _eval)
