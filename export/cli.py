@@ -81,15 +81,10 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
     )
     add(
-        "--resume",
-        action="store_true",
-        help="go on from the finished steps of an export that was killed; leave them if this one fails",
-    )
-    add(
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="neither take the float32 graph from an earlier export of the same source, nor keep it for a next one",
+        help="take no finished steps from an earlier export of the same source, and keep none for a next one",
     )
     add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
     add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
@@ -201,7 +196,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Namespace, progress: Progress) -> int:
     """Writes a bundle from the Hub as it is."""
-    ours = dataclasses.replace(config, force=False, network=True, resume=False, cache=True)
+    ours = dataclasses.replace(config, force=False, network=True, cache=True)
     changed = next((f.name for f in dataclasses.fields(config) if getattr(ours, f.name) != f.default), None)
     if changed is not None:
         raise InputError(
