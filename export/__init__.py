@@ -10,7 +10,7 @@
     source/     what the user has -> Source
     measure/    verification, and the error of a bundle
     quantize/   float32 bundle -> int8 or int4 bundle
-    compat/     other programs: the configurations that they read, and whether they load a bundle
+    compat/     the configurations that other programs read
 
 `settings` holds every option with its default. `bundle_writer` writes and verifies the bundles of an export. All names
 load on first use, so that torch and onnx are imported only when needed.

@@ -1,4 +1,4 @@
-"""The commands `export`, `verify`, `check` and `eval`: parse, run, report."""
+"""The commands `export`, `verify` and `eval`: parse, run, report."""
 
 from __future__ import annotations
 
@@ -81,15 +81,10 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
     )
     add(
-        "--resume",
-        action="store_true",
-        help="go on from the finished steps of an export that was killed; leave them if this one fails",
-    )
-    add(
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="neither take the float32 graph from an earlier export of the same source, nor keep it for a next one",
+        help="take no finished steps from an earlier export of the same source, and keep none for a next one",
     )
     add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
     add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
@@ -201,7 +196,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Namespace, progress: Progress) -> int:
     """Writes a bundle from the Hub as it is."""
-    ours = dataclasses.replace(config, force=False, network=True, resume=False, cache=True)
+    ours = dataclasses.replace(config, force=False, network=True, cache=True)
     changed = next((f.name for f in dataclasses.fields(config) if getattr(ours, f.name) != f.default), None)
     if changed is not None:
         raise InputError(
@@ -298,33 +293,6 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
         else:
             figure = f"{check['measure'].replace('_', ' ')} {check['value']:.1e} (limit {check['limit']:.0e})"
         say(f"    {mark} {name:<12} {figure}")
-
-
-def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="the bundle folder")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object: for each program, whether it loads the bundle, and the reasons",
-    )
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from .compat.check import check
-
-    verdicts = check(arguments.bundle)
-    if arguments.json:
-        print_json({"bundle": arguments.bundle, "programs": {v.program: v.to_json() for v in verdicts}})
-        return 0
-    width = max(len(verdict.program) for verdict in verdicts)
-    for verdict in verdicts:
-        print(f"{verdict.program:<{width}}  {'loads' if verdict.loads else 'does not load'}")
-        if verdict.loads:
-            print(f"    {verdict.how}")
-        for kind, sentences in (("reason", verdict.reasons), ("warning", verdict.warnings)):
-            for sentence in sentences:
-                print(f"    {kind}: {sentence}")
-    return 0
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -430,5 +398,4 @@ def _prints_of_the_module() -> contextlib.AbstractContextManager[object]:
 
 export_command = Command(_add_export_arguments, _export)
 verify_command = Command(_add_verify_arguments, _verify)
-check_command = Command(_add_check_arguments, _check)
 eval_command = Command(_add_eval_arguments, _eval)

@@ -10,10 +10,9 @@ from pastkey.contract.bundle import CacheShift
 from pastkey.errors import ContractError
 
 from .bundle_writer import Decoder
-from .graft.given_graph import GivenDecoder
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
-from .graft.probe.observe import Observation
+from .graft.probe.observe import Observation, Opaque
 from .graft.probe.positions import find_shift
 from .graft.trace import GraphChoice, choose_graph, trace
 from .graph.clean import clean
@@ -49,7 +48,7 @@ def decoder_of(
     shift: CacheShift | None,
 ) -> Decoder:
     """Returns the decoder of a float32 graph that was made before."""
-    if isinstance(source.module, GivenDecoder):
+    if isinstance(source.module, Opaque):
         _, observation = source.module.graph(choice.graph, observation)
     if choice.graph == "fused":
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
@@ -59,7 +58,7 @@ def decoder_of(
 def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:
     """Returns the cleaned float32 graph of a source."""
     made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
-    if isinstance(source.module, GivenDecoder):
+    if isinstance(source.module, Opaque):
         progress.stage(f"make {made} {source.name} ({choice.reason})")
         model, observation = source.module.graph(choice.graph, observation)
     else:
@@ -76,7 +75,7 @@ def grafted(source: Source, observation: Observation, choice: GraphChoice, progr
 
 def require_head(decoder: Decoder, config: ExportConfig) -> None:
     """Raises ContractError if the last hidden states are requested and the graph has no output head."""
-    if config.hidden_states and isinstance(decoder.source.module, GivenDecoder):
+    if config.hidden_states and isinstance(decoder.source.module, Opaque):
         raise ContractError(
             f"{decoder.source.name} is an ONNX graph, whose last hidden states cannot be compared: export without "
             "--hidden-states, or the model from its safetensors"

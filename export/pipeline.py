@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,7 +23,7 @@ from torch import nn
 
 from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
-from pastkey.files.durable import refuse_existing, remove_leftovers, resumable_bytes, whole_folder
+from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
 from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
@@ -31,12 +32,12 @@ from pastkey.runtime.providers import placement as providers
 from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter
-from .export_cache import unbound
 from .generation.write import write_generation
 from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
+from .keys import Identity, identity, keys_of, require_unchanged
 from .measure.metrics import Ids
 from .measure.paths import short_texts
 from .measure.predictors import IN_PLACE
@@ -53,12 +54,14 @@ from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
 from .quantize.search import Quantized
 from .resources import needs, parameters, require_files, require_room
-from .settings import STATIC_CHUNK, ExportConfig, ExportOptions, split_factory
+from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
-from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Identity, Steps, identity, require_unchanged
+from .store import Store, unbound
 from .upgrade import add_native_graph
+
+_FP32_FOLDER = ".fp32"  # in a bundle's folder until it is whole: the float32 bundle that others are made from
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def export(
 ) -> Report:
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
-    A failed export leaves no files. With `resume`, it leaves its finished steps, in a hidden folder beside `out`.
+    A failed export leaves nothing at `out`. Quantized weights that it finished stay in a hidden folder beside `out`.
+    The same call goes on from them, and removes them when the bundle is whole.
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
@@ -131,33 +135,26 @@ def export_found(
 ) -> Report:
     """Exports as `export` does, also a model that was looked up on the Hub. `shown` is its `progress`."""
     started, progress = time.perf_counter(), Recorder(shown)
-    if remove_leftovers(out, keep_steps=config.resume):
-        progress.say(
-            f"removed the finished steps of an earlier export to {out}, from which --resume would have gone on"
-        )
+    remove_leftovers(out)
     _refuse_early(module_or_path, out, config)
     if isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)
     source, before = _open(module_or_path, out, config, progress)
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
-    with whole_folder(out, force=config.force, resume=config.resume) as folder:
-        steps = Steps(folder, config, before, progress, choice.graph)
-        record, proof = steps.found(FP32), None
-        if record is not None:
-            model = ir.load(_written(_beside(folder, config), record)[0].all_logits_graph)
-        elif (found := steps.cache.graph(source.module)) is not None:
-            model, record = found
-            proof = Verification.from_json(record["verification"])
-        if record is None:
+    store, proof = Store(out, keys_of(config, before, choice.graph), progress), None
+    with store.kept_on_failure(), whole_folder(out, force=config.force) as folder:
+        if (found := store.graph(source.module)) is None:
             decoder = grafted(source, observation, choice, progress)
         else:
+            model, record = found
             shift = parse_manifest(folder, record["manifest"]).shift
             decoder = decoder_of(source, observation, choice, model, record["hidden_size"], shift)
+            proof = Verification.from_json(record["verification"])
         require_masks(decoder, config)
         require_head(decoder, config)
         writer = BundleWriter(decoder, config, progress)
-        artifacts = _make_artifacts(writer, folder, calibration, steps, proof)
+        artifacts = _make_artifacts(writer, folder, calibration, store, proof)
         last = artifacts[-1]
         if config.format == "ort":
             write_ort_format(last.bundle, progress)
@@ -166,7 +163,7 @@ def export_found(
         if config.generate:
             write_generation(bundle, progress)
         require_unchanged(module_or_path, config, before)
-        steps.remove()
+        shutil.rmtree(folder / _FP32_FOLDER, ignore_errors=True)
         bundle = writer.finish(bundle)
         bundle = writer.proved_on_target(bundle)
         if config.sensitivity is not None and last.sensitivity is not None:
@@ -195,7 +192,7 @@ class Artifact:
 
 
 def _make_artifacts(
-    writer: BundleWriter, folder: Path, calibration: list[int] | None, steps: Steps, proof: Verification | None
+    writer: BundleWriter, folder: Path, calibration: list[int] | None, store: Store, proof: Verification | None
 ) -> list[Artifact]:
     """Makes the float32 artifact, those derived from it, and static graphs. The last is the bundle in `folder`.
 
@@ -204,29 +201,25 @@ def _make_artifacts(
     config, progress = writer.config, writer.progress
     precision = PRECISIONS[config.precision]
     beside = _beside(folder, config)
-    known = steps.found(FP32)
-    if known is None:
-        graph = unbound(writer.decoder.model, writer.decoder.source.module) if proof is None else None
-        fp32, weight_bytes = writer.write(writer.decoder.model, beside)
-    else:
-        fp32, weight_bytes = _written(beside, known)
+    graph = unbound(writer.decoder.model, writer.decoder.source.module) if proof is None else None
+    fp32, weight_bytes = writer.write(writer.decoder.model, beside)
     short = short_texts(Engine(fp32, session_options=IN_PLACE), _SHORT_TEXTS, progress) if config.quick else []
     if short:
         writer = dataclasses.replace(writer, short=short[0])
-    if known is None:
-        made = Artifact(fp32, weight_bytes, proof or writer.verify(fp32))
-        record = {"hidden_size": writer.decoder.hidden_size, "verification": made.verification.to_json()}
-        record |= _record(fp32, weight_bytes)
-        steps.finish(FP32, record, beside)
-        steps.cache.keep_graph(graph, record)
-    else:
-        made = Artifact(fp32, weight_bytes, Verification.from_json(known["verification"]))
+    made = Artifact(fp32, weight_bytes, proof or writer.verify(fp32))
+    verification = made.verification.to_json()
+    record = {
+        "manifest": fp32.manifest.to_json(),
+        "hidden_size": writer.decoder.hidden_size,
+        "verification": verification,
+    }
+    store.keep_graph(graph, record)
     artifacts = [made]
     if precision.name == "fp16":
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
-        text = _calibration_text(fp32, calibration, short, steps, config, progress)
-        artifacts.append(_make_quantized(fp32, folder, writer, text, steps, config.common, progress))
+        text = _calibration_text(fp32, calibration, short, store, config, progress)
+        artifacts.append(_make_quantized(fp32, folder, writer, text, store, config.common, progress))
     if config.static:
         artifacts.append(_make_static(artifacts[0], writer, config, progress))
         if precision.quantized:
@@ -236,16 +229,7 @@ def _make_artifacts(
 
 def _beside(folder: Path, config: ExportConfig) -> Path:
     """Returns the folder of the float32 bundle, which is the bundle itself if float32 is asked for."""
-    return folder if config.precision == "fp32" else folder / FP32_FOLDER
-
-
-def _record(bundle: Bundle, weight_bytes: int) -> dict[str, Any]:
-    return {"manifest": bundle.manifest.to_json(), "weight_bytes": weight_bytes}
-
-
-def _written(folder: Path, record: dict[str, Any]) -> tuple[Bundle, int]:
-    """Returns what `BundleWriter.write` returned, of a finished step's record."""
-    return Bundle(folder, parse_manifest(folder, record["manifest"])), record["weight_bytes"]
+    return folder if config.precision == "fp32" else folder / _FP32_FOLDER
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
@@ -258,8 +242,6 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
-    if config.resume and (isinstance(module_or_path, nn.Module) or split_factory(str(module_or_path)) is not None):
-        raise InputError("--resume is for a source in files, and this is a module, which Python makes: leave it out")
 
 
 def _open(
@@ -268,12 +250,12 @@ def _open(
     """Returns the source, and its identity before its weights were read."""
     progress.stage("open the source")
 
-    said, before, written = False, None, resumable_bytes(out) if config.resume else 0
+    said, before = False, None
 
     def check(weights: int, resident_bytes: int, temporary_bytes: int, allocated: int = 0) -> None:
         nonlocal said, before
         needed = needs(weights, config, resident_bytes=resident_bytes, temporary_bytes=temporary_bytes)
-        require_room(out, needed, allocated=allocated, written=written)
+        require_room(out, needed, allocated=allocated)
         if not said:
             progress.say(str(needed))
             before = identity(module_or_path, config)  # now that links out of its folder are refused
@@ -375,7 +357,6 @@ def _make_static_int8(
 
 
 # --- quantized -----------------------------------------------------------------------------------------------------
-_MAKERS = {"int8": make_int8, "int4": make_int4}
 _SHORT_TEXTS = 2  # windows of a quick export: one to measure on, and one for the ranges of a static graph
 
 
@@ -383,24 +364,20 @@ def _calibration_text(
     fp32: Bundle,
     calibration: list[int] | None,
     short: Sequence[Ids],
-    steps: Steps,
+    store: Store,
     config: ExportConfig,
     progress: Progress,
 ) -> CalibrationText:
-    if (known := steps.found(TEXT)) is not None:
-        return CalibrationText.from_json(known)
     if config.quick:
         if calibration is None:
             return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
         return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
-    known = steps.cache.text()
-    if known is None:
-        progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-        text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
-        known = text.to_json()
-        steps.cache.keep_text(known)
-    steps.finish(TEXT, known)
-    return CalibrationText.from_json(known)
+    if (known := store.text()) is not None:
+        return CalibrationText.from_json(known)
+    progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
+    text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
+    store.keep_text(text.to_json())
+    return text
 
 
 def _make_quantized(
@@ -408,21 +385,29 @@ def _make_quantized(
     folder: Path,
     writer: BundleWriter,
     text: CalibrationText,
-    steps: Steps,
+    store: Store,
     config: ExportConfig,
     progress: Progress,
 ) -> Artifact:
     """A verified quantized bundle in `folder`, made from a verified float32 one."""
     precision = config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
-    make = make_quick if config.quick else _MAKERS[precision]
-    if (known := steps.found(QUANTIZED)) is not None:
-        made = Quantized(*_written(folder, known), known["quality"], None)
+    makers: dict[str, Callable[..., Quantized]] = {
+        "int8": make_int8,
+        "int4": functools.partial(make_int4, finished=store.matrices),
+    }
+    make = make_quick if config.quick else makers[precision]
+    if (known := store.quantized(folder)) is not None:
+        bundle = Bundle(folder, parse_manifest(folder, known["manifest"]))
+        made = Quantized(bundle, known["weight_bytes"], known["quality"], None)
     else:
         made = make(fp32, text, write, config, progress)
-        record = _record(made.bundle, made.weight_bytes) | {"quality": made.quality}
-        if config.sensitivity is None:  # the table is not recorded
-            steps.finish(QUANTIZED, record, made.bundle.all_logits_graph.parent)
+        record = {
+            "manifest": made.bundle.manifest.to_json(),
+            "weight_bytes": made.weight_bytes,
+            "quality": made.quality,
+        }
+        store.keep_quantized(folder, record)
     verification = writer.verify(made.bundle)
     quality = made.quality
     if config.target == "cpu" and not config.quick:

@@ -54,14 +54,14 @@ def parameters(module: nn.Module) -> int:
     return sum({id(p): p.numel() for p in [*module.parameters(), *module.buffers()]}.values())
 
 
-def require_room(out: Path, needed: Needs, *, allocated: int = 0, written: int = 0) -> None:
+def require_room(out: Path, needed: Needs, *, allocated: int = 0) -> None:
     """Raises ResourceError if the disk of `out`, or the memory, is too small.
 
-    `allocated` bytes of the memory are in use already, as by a loaded module, and `written` ones of the disk.
+    `allocated` bytes of the memory are in use already, as by a loaded module.
     """
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    if needed.disk - written > free:
+    if needed.disk > free:
         raise ResourceError(
             f"exporting {needed.weights:,} weights to {out} takes about {_shown(needed.disk)} of disk and "
             f"{_shown(free)} are free: make room, or choose another place with --out"

@@ -73,10 +73,9 @@ class ExportOptions(TypedDict, total=False):
     - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
     - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
     - `chunk` (64): Tokens of a prefill run of the static graph.
-    - `resume` (False): Goes on from the finished steps of an export to the same folder that was killed, or that failed
-      with `resume`. An export that fails with it leaves its finished steps. For sources in files, not modules.
-    - `cache` (True): Takes the float32 graph with its proof, and the model's own text, from an earlier export of the
-      same source, and keeps them for the next one: at most 200 MB, in the user's cache folder.
+    - `cache` (True): Takes finished steps from an earlier export of the same source, and keeps them for the next one.
+      The float32 graph with its proof and the model's own text lie in the user's cache folder, at most 200 MB. Rounded
+      weights lie in a hidden folder beside `out` until the bundle is whole, so that an export that was killed goes on.
     - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
     - `shard_size` (None): Splits the weights of a graph into files smaller than this, in bytes or as "2GB": browsers
       and 32-bit devices read no larger ones.
@@ -104,7 +103,6 @@ class ExportOptions(TypedDict, total=False):
     session_options: Options | None
     allow_fallback: bool
     chunk: int | None
-    resume: bool
     cache: bool
     quick: bool
     shard_size: int | str | None
@@ -140,7 +138,6 @@ class ExportConfig:
     session_options: Options | None = None
     allow_fallback: bool = False
     chunk: int | None = None  # None: STATIC_CHUNK
-    resume: bool = False
     cache: bool = True
     quick: bool = False
     shard_size: int | str | None = None

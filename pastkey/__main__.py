@@ -37,7 +37,6 @@ COMMANDS = {
     "train": ("train.cli", "train a decoder on text: text -> checkpoint/"),
     "export": ("export.cli", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
     "verify": ("export.cli", "compare a bundle with its source, or with its own uncached run"),
-    "check": ("export.cli", "list the other programs that load a bundle, and the reasons against the rest"),
     "eval": ("export.cli", "measure perplexity on a text, and the KL divergence from a reference"),
     "run": ("runtime.commands.run", "generate text: bundle/ -> text"),
     "chat": ("runtime.commands.chat", "hold a conversation, with the bundle's chat template"),

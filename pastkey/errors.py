@@ -114,7 +114,6 @@ def first_line(error: BaseException, longest: int = 300) -> str:
 NEEDED = {
     "train": ("torch", "safetensors", "matplotlib", "tqdm"),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
-    "check": ("onnx",),
     "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
     "see": ("onnx", "onnx_ir"),
     "finetune": ("transformers", "peft"),

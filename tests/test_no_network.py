@@ -110,7 +110,7 @@ def test_the_other_commands_look_for_no_model_on_the_hub(refused, classic, tmp_p
     pytest.importorskip("huggingface_hub")
     text, bundle = str(tmp_path / "text"), str(classic / "bundle")
     Path(text).write_text("what is statquest awesome " * 20)
-    commands = [[command, "org/name"] for command in ("bench", "inspect", "verify", "check", "batch")]
+    commands = [[command, "org/name"] for command in ("bench", "inspect", "verify", "batch")]
     commands += [
         ["eval", "org/name", "--text", text],
         ["verify", bundle, "org/name"],

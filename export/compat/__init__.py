@@ -1,1 +1,1 @@
-"""Compatibility with other programs: the files that they read, and whether they can load a bundle."""
+"""Compatibility: the configurations that other programs read."""

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest
 from pastkey.files.durable import write_json
+from pastkey.files.tokenizer_file import open_tokenizer
 from pastkey.precisions import PRECISIONS
 
 from ..source.source import Source
-from .bundle_view import special_ids
 from .facts import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
 
 
@@ -44,7 +46,8 @@ def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:
         "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],  # otherwise transformers adds token_type_ids
     }
     # transformers.js runs the post-processor only if this key says so.
-    config.setdefault("add_bos_token", special_ids(tokenizer)[:1] == (source.bos_token_id,))
+    added = open_tokenizer(Tokenizer, tokenizer, names.TOKENIZER).encode("").ids
+    config.setdefault("add_bos_token", added[:1] == [source.bos_token_id])
     return config
 
 

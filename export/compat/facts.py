@@ -1,19 +1,16 @@
-"""Facts about other programs that load a bundle: versions, model types, and the cache that they expect.
+"""Declares in config.json a `model_type` for which transformers.js and optimum build the graph's cache.
 
-Taken from the sources of the versions named here, at the addresses beside the lists; `tests/programs/test_facts.py`
-compares the lists with the installed packages. `check` judges a bundle by these facts. `export` declares a `model_type`
-for which these programs build the graph's cache.
+The lists of types come from the sources of the versions named here, at the addresses beside them;
+`tests/programs/test_facts.py` compares them with the installed packages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
-from pastkey.precisions import PRECISIONS
 from pastkey.values import is_int
 
 Config = Mapping[str, Any]  # config.json
@@ -23,26 +20,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# --- versions -----------------------------------------------------------------------------------------------------
-TRANSFORMERS_VERSION = "4.57"
-GENAI = "onnxruntime-genai 0.18"
-OPTIMUM = f"optimum-onnx 0.1, transformers {TRANSFORMERS_VERSION}"
-TRANSFORMERS_JS = "@huggingface/transformers 4.3"
-
-GENAI_SIZES_SINCE = (
-    "0.18"  # first release that reads the cache's sizes from the graph; earlier ones read its configuration
-)
-
-# The onnxruntime version that a package includes, or the oldest that it accepts.
-ONNXRUNTIME_OF = {"onnxruntime-genai": "1.31.0", "onnxruntime-node": "1.30.0", "onnxruntime-web": "1.31.0"}
-
-
 # --- transformers.js ----------------------------------------------------------------------------------------------
-# The file that it opens for each dtype, and its default dtype.
-JS_GRAPH = {row.transformers_js: row.graph for row in PRECISIONS.values()}
-JS_DEFAULT_DTYPE = {"Node": "fp32", "browser": "q8"}
-
-# Its decoders, by the key of config.json that holds the number of layers with a cache: getNormalizedConfig in
+# Decoders of transformers.js 4.3, by the key of config.json that holds the number of layers with a cache:
+# getNormalizedConfig in
 # https://github.com/huggingface/transformers.js/blob/4.3.1/packages/transformers/src/configs.js
 _JS_LAYERS_KEY = {
     "num_hidden_layers": _words(
@@ -57,21 +37,6 @@ _JS_LAYERS_KEY = {
     "num_transformer_layers": frozenset({"openelm"}),
 }
 
-# Components of a tokenizer.json that it supports, by section, from @huggingface/tokenizers 0.2:
-# https://github.com/huggingface/tokenizers.js/tree/main/src/core
-JS_TOKENIZER_PARTS = {
-    "normalizer": _words(
-        """BertNormalizer Precompiled Sequence Replace NFC NFD NFKC NFKD Strip StripAccents Lowercase
-        Prepend"""
-    ),
-    "pre_tokenizer": _words(
-        """BertPreTokenizer Sequence Whitespace WhitespaceSplit Metaspace ByteLevel Split Punctuation Digits Replace
-        FixedLength"""
-    ),
-    "post_processor": _words("TemplateProcessing ByteLevel BertProcessing RobertaProcessing Sequence"),
-    "decoder": _words("ByteLevel WordPiece Metaspace BPEDecoder CTC Sequence Replace Fuse Strip ByteFallback"),
-}
-
 
 def js_layers_key(model_type: str) -> str | None:
     """Returns the key that transformers.js reads the number of layers from, or None for an unknown type."""
@@ -79,11 +44,6 @@ def js_layers_key(model_type: str) -> str | None:
 
 
 # --- onnxruntime-genai --------------------------------------------------------------------------------------------
-# https://github.com/microsoft/onnxruntime-genai/blob/v0.18.0/src/models/model_type.h
-GENAI_TYPES = _words(
-    """chatglm decoder ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 lfm2 llama mistral nemotron olmo
-    phi phimoe phi3 phi3small qwen2 qwen3 smollm3"""
-)
 # Its keys for the graph's tensors. The values are also its defaults.
 GENAI_INPUTS = {
     "input_ids": names.INPUT_IDS,
@@ -97,13 +57,6 @@ GENAI_OUTPUTS = {
     "present_key_names": names.present_key("%d"),
     "present_value_names": names.present_value("%d"),
 }
-# https://github.com/microsoft/onnxruntime-extensions/blob/main/operators/tokenizer/tokenizer_jsconfig.hpp
-GENAI_TOKENIZER_MODELS = frozenset({"BPE"})  # model types of tokenizer.json. Classes, with or without "Fast":
-GENAI_TOKENIZER_CLASSES = _words(
-    """BaichuanTokenizer CodeGenTokenizer CodeLlamaTokenizer GPT2Tokenizer GPTNeoXTokenizer GemmaTokenizer
-    InternLM2Tokenizer LlamaTokenizer MistralCommonBackend Phi3Tokenizer PreTrainedTokenizer PythonBackend
-    Qwen2Tokenizer SentencePieceBackend TokenizersBackend"""
-)
 
 
 # --- transformers and optimum -------------------------------------------------------------------------------------
@@ -117,11 +70,6 @@ TRANSFORMERS_TYPES = _words(
     modernbert-decoder moshi mpt nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma xglm"""
 )
-# Fast tokenizer classes of transformers 4.57 that add the BOS token themselves and ignore tokenizer.json: those with
-# update_post_processor, as in
-# https://github.com/huggingface/transformers/blob/v4.57.6/src/transformers/models/llama/tokenization_llama_fast.py
-TRANSFORMERS_ADDS_BOS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
-
 # ORTModelForCausalLM's constructor in
 # https://github.com/huggingface/optimum-onnx/blob/v0.1.0/optimum/onnxruntime/modeling_decoder.py
 _OPTIMUM_KV_HEADS = _words(
@@ -143,38 +91,25 @@ _OTHER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The cache that a program builds for every layer, and the keys of config.json that determine it."""
-
-    geometry: KVGeometry
-    because: str
-
-
-def optimum_cache(config: Config) -> Expected | str:
-    """Returns the cache that ORTModelForCausalLM builds, or the key that config.json lacks."""
+def optimum_cache(config: Config) -> KVGeometry | None:
+    """Returns the cache that ORTModelForCausalLM builds for every layer; None if config.json lacks a key for it."""
     kind = str(config.get("model_type"))
     hidden, heads = _spelled("hidden_size", kind), _spelled("num_attention_heads", kind)
-    for key in (hidden, heads):
-        if not is_int(config.get(key), 1):
-            return key
-    kv_heads, kv_from = _optimum_kv_heads(config, kind, heads)
+    if not all(is_int(config.get(key), 1) for key in (hidden, heads)):
+        return None
+    key_size = value_size = config[hidden] // config[heads]
     if kind == "deepseek_v3":
-        parts = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        if missing := next((part for part in parts if not is_int(config.get(part), 1)), None):
-            return missing
-        rope, nope, value_size = (int(config[part]) for part in parts)
-        key_size, size_from = rope + nope, "qk_rope_head_dim + qk_nope_head_dim and v_head_dim"
+        sizes: list[Any] = [config.get(part) for part in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")]
+        if not all(is_int(size, 1) for size in sizes):
+            return None
+        rope, nope, value_size = sizes
+        key_size = rope + nope
     elif kind in _OPTIMUM_HEAD_DIM and is_int(config.get("head_dim"), 1):
         key_size = value_size = config["head_dim"]
-        size_from = "head_dim"
-    else:
-        key_size = value_size = config[hidden] // config[heads]
-        size_from = f"{hidden} / {heads}"
-    return Expected(KVGeometry(kv_heads, key_size, value_size), f"heads from {kv_from}, their size from {size_from}")
+    return KVGeometry(_optimum_kv_heads(config, kind, heads), key_size, value_size)
 
 
-def _optimum_kv_heads(config: Config, kind: str, heads: str) -> tuple[int, str]:
+def _optimum_kv_heads(config: Config, kind: str, heads: str) -> int:
     key, multi_query = heads, False
     if kind in _OPTIMUM_KV_HEADS:
         key = "num_key_value_heads"
@@ -184,8 +119,8 @@ def _optimum_kv_heads(config: Config, kind: str, heads: str) -> tuple[int, str]:
     elif kind == "gpt_bigcode":
         multi_query = bool(config.get("multi_query", True))
     if multi_query:
-        return 1, "multi_query"
-    return (config[key], key) if is_int(config.get(key), 1) else (config[heads], heads)
+        return 1
+    return int(config[key] if is_int(config.get(key), 1) else config[heads])
 
 
 def _spelled(key: str, kind: str) -> str:
@@ -222,11 +157,9 @@ def suits(config: Config, layers: Sequence[KVGeometry]) -> bool:
     """Whether transformers.js and optimum, which read config.json, both build this cache."""
     kind = str(config.get("model_type"))
     key = js_layers_key(kind)
-    cache = optimum_cache(config)
     return (
         key is not None
         and config.get(key) == len(layers)
         and kind in TRANSFORMERS_TYPES
-        and isinstance(cache, Expected)
-        and all(layer == cache.geometry for layer in layers)
+        and set(layers) == {optimum_cache(config)}
     )

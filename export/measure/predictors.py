@@ -168,10 +168,10 @@ class ModulePredictor:
 
         Compares its logits, or with `hidden` its last hidden states.
         """
-        from ..graft.given_graph import GivenDecoder
+        from ..graft.probe.observe import Opaque
         from ..graft.streamed import computing_in_float64, in_float64
 
-        if isinstance(self._module, GivenDecoder):
+        if isinstance(self._module, Opaque):
             return self._module.rounding(ids)
         try:
             wide = ModulePredictor(in_float64(self._module))

@@ -31,6 +31,7 @@ from .calibrate.calibration import CalibrationText
 from .calibrate.segments import captured
 from .ranking.sensitivity import Sensitivity, sensitivity
 from .rounding.blocks import Blocks, choose_block_size
+from .rounding.finished import keep_rounded, read_rounded
 from .rounding.int4_blocks import Gptq, Rounded, round_to_nearest
 from .rounding.matrices import MatMulWeight, embedding_weight, matmul_weight
 from .rounding.rewrite import not_finite, quantize
@@ -41,13 +42,21 @@ _PROBED = 1  # windows that sensitivity is measured on
 _INT8_SHARE = 1 / 24  # of the weights that may be 4-bit
 
 
-def make_int4(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
+def make_int4(
+    fp32: Bundle,
+    text: CalibrationText,
+    write: Write,
+    config: ExportConfig,
+    progress: Progress,
+    finished: Path | None = None,
+) -> Quantized:
     """Rounds, ranks, writes and measures; with `max_kl`, until the budget is met.
 
-    The most sensitive matrices become int8. Raises InputError on NaN or infinity, and QualityError if the budget is
-    missed with every projection in int8.
+    The most sensitive matrices become int8. `finished` is the folder of matrices that a killed export rounded, None to
+    keep none. Raises InputError on NaN or infinity, and QualityError if the budget is missed with every projection in
+    int8.
     """
-    return search(_Int4Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl, progress)
+    return search(_Int4Mixtures(fp32, text, config, progress, finished), fp32, text, write, config.max_kl, progress)
 
 
 class _Int4Mixtures:
@@ -55,11 +64,13 @@ class _Int4Mixtures:
 
     precision = "int4"
 
-    def __init__(self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress) -> None:
+    def __init__(
+        self, fp32: Bundle, text: CalibrationText, config: ExportConfig, progress: Progress, finished: Path | None
+    ) -> None:
         self._graph = fp32.all_logits_graph
         self._form = TARGETS[config.target].form
         progress.stage("round to 4 bits by GPTQ")
-        found = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress)
+        found = rounded(ir.load(self._graph), self._graph.parent, text.calibration_set, progress, finished)
         self._rounded = {name: matrix.blocks for name, matrix in found.items()}
         self.sensitivity: Sensitivity | None = None
         self._ranking, kept = by_error(found), 0
@@ -105,26 +116,41 @@ def by_error(found: Mapping[str, Rounded]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: -found[name].error / found[name].blocks.weights))
 
 
-def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Progress = SILENT) -> dict[str, Rounded]:
+def rounded(
+    model: ir.Model,
+    folder: Path,
+    windows: Sequence[Ids],
+    progress: Progress = SILENT,
+    finished: Path | None = None,
+) -> dict[str, Rounded]:
     """Returns the 4-bit matrices of a float32 graph by initializer name, calibrated on windows (T,) of token ids.
 
     `folder` holds the weights file that the graph names. Hessians of one segment of the graph at a time are in memory.
+    Matrices in the folder `finished` are taken from there, and others put there.
     """
     waiting: dict[tuple[str, ...], list[MatMulWeight]] = {}  # by the activations that the matrices are multiplied with
-    for nodes in _matmuls(model).values():
+    sizes, done, matmuls = dict[str, int](), dict[str, Rounded](), _matmuls(model)
+    for initializer, nodes in matmuls.items():
         read = matmul_weight(nodes[0])
         assert read is not None
-        waiting.setdefault(tuple(sorted({_activation(node) for node in nodes})), []).append(read)
-    sizes = {name: 4 * found[0].shape[1] ** 2 for names, found in waiting.items() for name in names}
-    segments = captured(model, folder, windows, sizes)
+        activations = tuple(sorted({_activation(node) for node in nodes}))
+        sizes |= dict.fromkeys(activations, 4 * read.shape[1] ** 2)
+        if (before := None if finished is None else read_rounded(finished, initializer)) is not None:
+            done[initializer] = before
+        else:
+            waiting.setdefault(activations, []).append(read)
+    if done:
+        progress.say(f"took {len(done)} of {len(matmuls)} matrices that an earlier export rounded from {finished}")
+    segments = captured(model, folder, windows, sizes) if waiting else []
     steps, total = 0, len(segments) * len(windows) + sum(map(len, waiting.values()))
-    done, hessians = dict[str, Rounded](), dict[str, np.ndarray]()
+    hessians = dict[str, np.ndarray]()
     for segment in segments:
+        wanted = {name for names in waiting for name in names}
         for values in segment:
             for name, rows in values.items():
                 if name in hessians:
                     hessians[name] += rows.T @ rows
-                else:
+                elif name in wanted:
                     hessians[name] = rows.T @ rows
             progress.advance(steps := steps + 1, total)
         ready = [names for names in waiting if all(name in hessians for name in names)]
@@ -132,9 +158,12 @@ def rounded(model: ir.Model, folder: Path, windows: Sequence[Ids], progress: Pro
         with one_thread_each() as pool:
             for found in pool.map(_rounded, [waiting.pop(names) for names in ready], of_ready):
                 done |= found
+                if finished is not None:
+                    for name, matrix in found.items():
+                        keep_rounded(finished, name, matrix)
                 progress.advance(steps := steps + len(found), total)
         hessians = {name: hessian for name, hessian in hessians.items() if any(name in names for names in waiting)}
-    return done
+    return {name: done[name] for name in matmuls}
 
 
 def _rounded(weights: list[MatMulWeight], hessians: list[np.ndarray]) -> dict[str, Rounded]:

@@ -28,7 +28,7 @@ from ..settings import SOURCES, split_factory
 from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
-from .onnx_folder import SUFFIX, find_graph, open_onnx
+from .onnx_folder.folder import SUFFIX, find_graph, open_onnx
 from .pretrained import check_config, open_folder, open_gguf, open_model
 from .source import BeforeLoading, Source, allowed, checked_context, context_of, read_template, token_id, with_template
 from .stored_weights import stored_bytes_per_weight

@@ -1,10 +1,9 @@
 """Writes files and folders atomically, whatever ends the process that writes them.
 
 An unfinished one is .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system releases when its process
-dies. The next process that writes NAME removes those that no living process holds, or goes on with a folder whose STEPS
-are finished. Linux and macOS exchange two names in one step, if the file system supports it. Elsewhere, two renames
-replace a folder: a kill in between leaves the old one as .NAME.xxxxxxxx.old, and the next process that writes NAME
-restores it.
+dies. The next process that writes NAME removes those that no living process holds. Linux and macOS exchange two names
+in one step, if the file system supports it. Elsewhere, two renames replace a folder: a kill in between leaves the old
+one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from typing import IO, Any, Final
 from ..errors import ExistingFolderError, InputError, InUseError
 
 MANIFEST: Final = "pastkey.json"  # in every folder that pastkey wrote; written last
-STEPS: Final = ".steps"  # in an unfinished folder: the records of what is finished in it
 
 if sys.platform != "win32":
     import fcntl
@@ -61,26 +59,23 @@ class NewFolder:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, force: bool = False, resume: bool = False) -> Iterator[NewFolder]:
+def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
     """Creates a locked folder, which `NewFolder.put` moves to `target`. Without `put`, the folder is removed.
-
-    With `resume`, it is the folder with STEPS that a dead process left, if there is one, and a failure leaves it if it
-    has STEPS.
 
     Raises ExistingFolderError if the target exists, unless `force` is given and the target is a folder that pastkey
     wrote (or an empty one): nothing else is ever replaced.
     """
-    remove_leftovers(target, keep_steps=resume)
+    remove_leftovers(target)
     refuse_existing(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target, Path.mkdir, resume=resume) as work:
+    with _beside(target, Path.mkdir) as work:
         yield NewFolder(target, work, force=force)
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a folder beside `target`; moves it there on success, removes it on any failure. As `new_folder`."""
-    with new_folder(target, force=force, resume=resume) as folder:
+    with new_folder(target, force=force) as folder:
         yield folder.path
         folder.put()
 
@@ -153,24 +148,18 @@ def refuse_special(path: Path) -> None:
 
 # --- shared -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _beside(target: Path, make: Callable[[Path], object], *, resume: bool = False) -> Iterator[Path]:
-    """Yields what `make` made beside `target`, locked. Removes at the end what is left of it.
-
-    `resume`: see `new_folder`.
-    """
+def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Yields what `make` made beside `target`, locked. Removes at the end what is left of it."""
     while True:
-        left = _resumable(target) if resume else None
-        work = left or target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
         try:
-            if left is None:
-                make(work)
+            make(work)
             with locked(work, wait=True):
                 if os.path.lexists(work):  # otherwise another process took it, not yet locked, for a dead one's
                     yield work
                     return
         finally:
-            if not (resume and (work / STEPS).is_dir()):
-                _remove(work)
+            _remove(work)
 
 
 def _leftovers(target: Path) -> list[Path]:
@@ -180,49 +169,23 @@ def _leftovers(target: Path) -> list[Path]:
     return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
 
 
-def _resumable(target: Path) -> Path | None:
-    """Returns the newest folder with STEPS that a dead process left beside `target`."""
-    found = []
-    for path in _leftovers(target):
-        with contextlib.suppress(OSError):  # as in `remove_leftovers`
-            if path.suffix == _PARTIAL and (path / STEPS).is_dir():
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    if _take(descriptor):
-                        found.append((path.stat().st_mtime_ns, path))
-                finally:
-                    os.close(descriptor)
-    return max(found)[1] if found else None
-
-
-def resumable_bytes(target: Path) -> int:
-    """Returns the bytes that `new_folder` with `resume` would go on with."""
-    left = _resumable(target)
-    return 0 if left is None else sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
-
-
-def remove_leftovers(target: Path, *, keep_steps: bool = False) -> bool:
+def remove_leftovers(target: Path) -> None:
     """Removes what dead processes left beside `target`. Restores the old folder if one died while replacing it.
 
-    Removes nothing if the system or the file system has no locks. Returns whether a folder with STEPS was removed;
-    `keep_steps` leaves these.
+    Removes nothing if the system or the file system has no locks.
     """
-    removed = False
     for path in _leftovers(target):
         with contextlib.suppress(OSError):  # another process was faster, or this system cannot open folders
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 if not _take(descriptor):
                     continue
-                has_steps = (path / STEPS).is_dir()
                 if path.suffix == _OLD and not os.path.lexists(target):
                     path.rename(target)
-                elif not (keep_steps and has_steps):
-                    removed |= has_steps
+                else:
                     _remove(path)
             finally:
                 os.close(descriptor)
-    return removed
 
 
 def _remove(path: Path) -> None:

@@ -30,12 +30,6 @@ def test_the_bundle_is_proved_and_runs(bundle, saved_llama, pastkey_command):
     assert json.loads(done.stdout)["new_tokens"] == 8
 
 
-def test_other_programs_load_it(bundle, pastkey_command):
-    done = pastkey_command("check", bundle)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "transformers.js" in done.stdout
-
-
 @pytest.mark.oldest
 def test_the_bundle_holds_a_conversation(bundle):
     command = [sys.executable, "-m", "pastkey", "chat", str(bundle), "--max-new-tokens", "5"]

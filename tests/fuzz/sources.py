@@ -12,13 +12,13 @@ import torch
 from pastkey.contract import names
 from pastkey.export.source import pretrained, stored_weights
 from pastkey.export.source.llama2c import open_llama2c
-from pastkey.export.source.onnx_folder import open_onnx
+from pastkey.export.source.onnx_folder.folder import open_onnx
 from pastkey.export.source.source import allowed
 from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
 from pastkey.files.folder import read_json
 
-from ..export.given import write_folder
+from ..export.source.onnx_folder.given_graphs import write_folder
 from .checkpoints import checkpoint_folder
 from .mutations import mutate_bytes, mutate_headed, mutate_json
 from .reader import Target, json_bytes, workplace, written

@@ -66,7 +66,6 @@ def test_the_package_itself_is_named(monkeypatch):
     for module in NEEDED["export"]:
         monkeypatch.setitem(sys.modules, module, None)
     assert "type  pip install torch onnx onnx-ir onnxscript safetensors tqdm  and" in sentence("torch", "export")
-    assert "type  pip install onnx  and" in sentence("onnx", "check")
     assert "type  pip install jinja2  and" in sentence("jinja2", "export")
 
 
@@ -96,16 +95,6 @@ def test_an_export_names_at_once_what_its_source_needs(tmp_path, source, extra):
     assert done.returncode == 2
     packages = " ".join(dict.fromkeys(modules)).replace("_", "-")
     assert done.stderr.endswith(f"pip install {packages}  and try again (pastkey's extras export,{extra})\n")
-
-
-def test_check_without_onnx_asks_for_onnx_alone():
-    program = (
-        "import sys\nsys.modules['onnx'] = sys.modules['torch'] = None\nfrom pastkey.__main__ import main\n"
-        "sys.exit(main(['check', 'bundle']))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "type  pip install onnx  and try again" in done.stderr
 
 
 # --- ---------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ BUNDLES: dict[str, Write] = {
     "stories260K": stories,
     "smollm2": lambda out, _: export(smollm2(), out),
     "llama-fp32": lambda out, trained: export(trained("llama"), out, precision="fp32"),
+    "llama-fp16": lambda out, trained: export(trained("llama"), out, precision="fp16"),
+    "llama-int4": lambda out, trained: export(trained("llama"), out, precision="int4"),
+    "llama-portable": lambda out, trained: export(trained("llama"), out, target="portable"),
+    "llama-static": lambda out, trained: export(trained("llama"), out, precision="fp32", graph="static"),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class Answer:
 
     prompt_ids: list[int]  # as it tokenizes the prompt
     ids: list[int]  # the new tokens; some programs give the EOS token too
+
+
+def onnxruntime(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
+    """onnxruntime alone, in a loop."""
+    return _answers([sys.executable, _HERE / "greedy_onnxruntime.py", bundle, new_tokens, *prompts])
 
 
 def genai(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
@@ -67,7 +73,7 @@ def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
 
 
-PROGRAMS = {program.__name__: program for program in (genai, optimum, node, browser)}
+PROGRAMS = {program.__name__: program for program in (onnxruntime, genai, optimum, node, browser)}
 
 
 def _answers(command: Sequence[str | Path | int]) -> list[Answer]:

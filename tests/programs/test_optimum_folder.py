@@ -12,7 +12,7 @@ import pytest
 import pastkey
 from benchmarks.environments import environment
 from pastkey.export import export
-from pastkey.export.graft.given_graph import GivenDecoder
+from pastkey.export.source.onnx_folder.decoder import GivenDecoder
 from pastkey.export.source.open import open_source
 
 from .environments import OPTIMUM

@@ -1,7 +1,11 @@
-"""One bundle folder, and the other programs that load it as it is: each gives pastkey's greedy tokens."""
+"""One bundle folder, and the other programs that load it as it is: each gives pastkey's greedy tokens.
+
+These are the cells of the table in docs/programs.md.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import pastkey
+from benchmarks.environments import ROOT
+from pastkey.contract.bundle import open_bundle
 
 from ..shared import divided
 from .conftest import BUNDLES
@@ -28,8 +34,47 @@ NEW_TOKENS = 24
 CLOSE = 0.1
 
 
-CASES = [(name, program) for name in BUNDLES for program in PROGRAMS]
-CI_CASES = [("llama", "genai"), ("llama", "node")]
+# The table of docs/programs.md: (precision, graph, target) -> the bundle that its row is tested with.
+ROWS = {
+    ("int8", "fused", "cpu"): "llama",
+    ("int4", "fused", "cpu"): "llama-int4",
+    ("fp16", "fused", "cpu"): "llama-fp16",
+    ("fp32", "fused", "cpu"): "llama-fp32",
+    ("int8", "standard", "cpu"): "llama-standard",
+    ("int8", "standard", "portable"): "llama-portable",
+    ("fp32", "static", "cpu"): "llama-static",
+    ("int8", "static", "qnn"): "llama-qnn-int8",
+    ("fp32", "fused", "webgpu"): "llama-webgpu",
+    ("int8", "fused", "webgpu"): "llama-webgpu-int8",
+}
+REFUSED = {("llama-webgpu-int8", "browser"): "GatherBlockQuantized"}
+
+NAMES = [*dict.fromkeys([*BUNDLES, *ROWS.values()])]
+CASES = [case for name in NAMES for program in PROGRAMS if (case := (name, program)) not in REFUSED]
+CI_CASES = [("llama", "onnxruntime"), ("llama", "genai"), ("llama", "node")]
+
+
+def test_the_page_says_what_is_tested():
+    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    table = page.split("| precision | graph | target |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = {tuple(cells[:3]): cells[3:] for line in table if (cells := re.findall(r"[^|\s]+", line))}
+    assert list(rows) == list(ROWS)
+    for row, cells in rows.items():
+        assert cells == ["no" if (ROWS[row], program) in REFUSED else "yes" for program in PROGRAMS]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", ROWS)
+def test_the_bundle_of_a_row_is_of_this_kind(bundles, row):
+    manifest = open_bundle(bundles(ROWS[row])).manifest
+    assert (manifest.precision, manifest.graph, manifest.target) == row
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "program"), REFUSED)
+def test_a_program_without_an_operator_refuses_the_bundle(bundles, name, program):
+    with pytest.raises(AssertionError, match=REFUSED[name, program]):
+        PROGRAMS[program](bundles(name), PROMPTS[:1], 1)
 
 
 @pytest.mark.parametrize(("name", "program"), divided(CASES, ci=CI_CASES))

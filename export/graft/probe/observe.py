@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,6 +118,14 @@ class Opaque(nn.Module):
 
     def observed(self, context_length: int) -> Observation:
         """As `observe`."""
+        raise NotImplementedError
+
+    def graph(self, form: str, observation: Observation) -> tuple[ir.Model, Observation]:
+        """Returns the "fused" or "standard" graph, and what is observed of it."""
+        raise NotImplementedError
+
+    def rounding(self, ids: npt.NDArray[np.int64]) -> float:
+        """Returns max |difference| over the largest between logits of ids (T,) in two paths of the same numbers."""
         raise NotImplementedError
 
 

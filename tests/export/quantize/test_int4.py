@@ -96,6 +96,33 @@ def test_a_switch_opens_the_very_4_bit_matrix(exported, tmp_path):
     assert np.abs(expected - run_chunks(bundle.all_logits_graph, [IDS])).max() > 1e-3 * np.abs(expected).max()
 
 
+def test_matrices_that_a_killed_export_rounded_are_taken(exported, tmp_path, monkeypatch):
+    graph, finished = exported("llama").bundle.all_logits_graph, tmp_path / "finished"
+
+    def again() -> dict[str, Rounded]:
+        return rounded(ir.load(graph), graph.parent, WINDOWS[:2], finished=finished)
+
+    expected = again()
+    monkeypatch.setattr(int4, "Gptq", lambda hessian: pytest.fail("rounded again"))
+    monkeypatch.setattr(int4, "captured", lambda *_: pytest.fail("run again"))
+    for name, found in again().items():
+        assert found.error == expected[name].error
+        for field in ("data", "scales", "zeros", "columns", "block_size", "bits"):
+            assert np.array_equal(getattr(found.blocks, field), getattr(expected[name].blocks, field))
+    monkeypatch.undo()
+    damaged = sorted(finished.iterdir())[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    hessians = list[np.ndarray]()
+
+    def counted(hessian: np.ndarray) -> Gptq:
+        hessians.append(hessian)
+        return Gptq(hessian)
+
+    monkeypatch.setattr(int4, "Gptq", counted)
+    assert [found.error for found in again().values()] == [found.error for found in expected.values()]
+    assert len(hessians) == 1
+
+
 # --- which are in 8 bits ------------------------------------------------------------------------------------------
 def test_what_costs_most_per_weight_is_ranked_first(exported):
     bundle = exported("llama").bundle

@@ -16,12 +16,10 @@ import pytest
 from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
 from pastkey.files.durable import (
-    STEPS,
     exchange,
     locked,
     refuse_existing,
     remove_leftovers,
-    resumable_bytes,
     sync_folder,
     whole_file,
     whole_folder,
@@ -246,35 +244,3 @@ def test_without_locks_nothing_is_refused_and_nothing_removed(tmp_path, monkeypa
     with locked(tmp_path), locked(tmp_path), locked(tmp_path / "none"):
         replace(tmp_path / "out")
     assert left.exists()
-
-
-# --- resuming -----------------------------------------------------------------------------------------------------
-def test_a_folder_with_steps_is_gone_on_with_and_left_by_a_failure(tmp_path):
-    out, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
-    (left / STEPS).mkdir(parents=True)
-    with contextlib.suppress(ZeroDivisionError), whole_folder(out, resume=True) as work:
-        assert work == left
-        raise ZeroDivisionError
-    assert (left / STEPS).is_dir()
-    (left / "a").write_text("1234")
-    assert resumable_bytes(out) == 4
-    with whole_folder(out, resume=True) as work:
-        assert work == left
-        (work / STEPS).rmdir()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    # One without steps is removed.
-    (tmp_path / ".other.00000000.partial").mkdir()
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "other", resume=True):
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_folder_that_a_living_process_fills_is_not_taken_over(tmp_path):
-    left = tmp_path / ".out.0123abcd.partial"
-    (left / STEPS).mkdir(parents=True)
-    with locked(left), whole_folder(tmp_path / "out", resume=True) as work:
-        assert work != left
-    assert left.exists()
-    assert remove_leftovers(tmp_path / "other") is False
-    assert remove_leftovers(tmp_path / "out") is True
-    assert not left.exists()

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import pytest
 
-from pastkey.export.graph.attention import UnrecognisedError, fuse_attention, recognise
-from pastkey.export.graph.given import Given, read_given, standard_form
+from pastkey.export.source.onnx_folder.attention import UnrecognisedError, fuse_attention, recognise
+from pastkey.export.source.onnx_folder.given import Given, read_given, standard_form
 from pastkey.runtime.providers.ort import onnxruntime
 
-from ..given import CONTEXT, HEADS, KV_HEADS, LAYERS, SIZE, VOCABULARY, Kind, write_graph
+from .given_graphs import CONTEXT, HEADS, KV_HEADS, LAYERS, SIZE, VOCABULARY, Kind, write_graph
 
 TOKENS = 40
 WINDOW = 12

@@ -30,8 +30,8 @@ from pastkey.files.folder import is_inside
 from pastkey.quiet import quiet
 from pastkey.values import shown
 
-from .edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
-from .simplify import simplify
+from ...graph.edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
+from ...graph.simplify import simplify
 
 _ROUNDS = 2  # numbers in place of sizes make shapes known, and known shapes make numbers
 OLDEST_OPSET = 11  # the first with Range; exporters of decoders write 13 and newer

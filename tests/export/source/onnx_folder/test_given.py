@@ -13,7 +13,7 @@ import pytest
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.export.graph.edit import OPSET
-from pastkey.export.graph.given import read_given, standard_form
+from pastkey.export.source.onnx_folder.given import read_given, standard_form
 from pastkey.runtime.providers.ort import onnxruntime
 
 COMMAND = "optimum-cli export onnx --model MODEL --task text-generation-with-past FOLDER"

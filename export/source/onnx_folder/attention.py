@@ -25,8 +25,8 @@ from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.runtime.providers.ort import onnxruntime
 
-from .edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, sole_consumer, weight
-from .write.weights_file import save_with_weights
+from ...graph.edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, sole_consumer, weight
+from ...graph.write.weights_file import save_with_weights
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32

@@ -19,10 +19,10 @@ from pastkey.contract import names
 from pastkey.errors import ContractError, InputError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
-from ..graph.attention import Attention, UnrecognisedError, fuse_attention, recognise
-from ..graph.given import EXPORT_COMMAND, Given, standard_form
-from ..graph.simplify import simplify
-from .probe.observe import Layer, Observation, Opaque, Uncached, random_ids
+from ...graft.probe.observe import Layer, Observation, Opaque, Uncached, random_ids
+from ...graph.simplify import simplify
+from .attention import Attention, UnrecognisedError, fuse_attention, recognise
+from .given import EXPORT_COMMAND, Given, standard_form
 
 # Keys and values of a run, or of the tokens before it, in the order of `Given.past`.
 Cache = Sequence[npt.NDArray[Any]]

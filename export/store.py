@@ -1,7 +1,9 @@
-"""What exports keep in the user's cache folder, so that a second export of a source starts at quantization.
+"""One store of an export's finished steps, from which the next export of the same source goes on.
 
-An entry is one file, named by its key (`steps.py`): the float32 graph with its proof, or the text that the model wrote.
-Weights that stay in the source's files are not in it: the graph names the parameter of each.
+An entry lies under its key (`keys.py`). Small ones lie in the user's cache folder: the float32 graph with its proof,
+and the text that the model wrote. Weights that stay in the source's files are not in them: the graph names the
+parameter of each. Large ones lie in a hidden folder beside OUT until the bundle there is whole: the matrices that GPTQ
+rounded, and the quantized weights, as links to the files of the unfinished bundle. So they outlive a kill.
 """
 
 from __future__ import annotations
@@ -10,36 +12,53 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.errors import InputError
-from pastkey.files.durable import write_whole
-from pastkey.files.folder import user_cache_file
+from pastkey.errors import InputError, IntegrityError
+from pastkey.files.durable import sync_tree, write_json, write_whole
+from pastkey.files.folder import read_json, user_cache_file
 
 from .graph.stored import Stored, StoredWeight, stored_weights
+from .keys import Keys
 from .progress import Progress
 
 MOST_BYTES = 200_000_000  # of all entries
 _MOST_IN_MEMORY = 50_000_000  # bytes of weights in memory, as small matrices are; merged experts take more
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
+_ONNX, _RECORD = "onnx", "record.json"  # in the entry of quantized weights
 
 
-class ExportCache:
-    """The entries of one export. A damaged one counts as missing, and one that cannot be written is not kept."""
+class Store:
+    """The entries of one export. A damaged one counts as missing, and one that cannot be written is not kept.
 
-    def __init__(self, progress: Progress, *, graph: str | None = None, text: str | None = None) -> None:
-        """`graph` and `text` are the keys of the entries; one without a key is neither read nor written."""
-        self._progress, self._keys = progress, {_GRAPH: graph, _TEXT: text}
+    Attributes:
+        matrices: The folder of the matrices that GPTQ rounded; None if they are not kept.
+    """
+
+    def __init__(self, out: Path, keys: Keys, progress: Progress) -> None:
+        """Removes what earlier exports to `out` left and this one cannot use. An entry without a key is not kept."""
+        self._progress, self._keys = progress, keys
         self._folder = user_cache_file("exports")
+        self._beside = out.with_name(f".{out.name}.steps")
+        self.matrices = None if keys.matrices is None else self._beside / keys.matrices
+        self._quantized = None if keys.quantized is None else self._beside / keys.quantized
+        if self.matrices is not None and self._beside.is_dir():
+            for entry in self._beside.iterdir():
+                if entry not in (self.matrices, self._quantized):
+                    shutil.rmtree(entry, ignore_errors=True)
 
+    # --- small entries ------------------------------------------------------------------------------------------
     def graph(self, module: nn.Module) -> tuple[ir.Model, dict[str, Any]] | None:
         """Returns the float32 graph over the stored weights of this module, and its record."""
-        entry = self._read(_GRAPH)
+        entry = self._read(self._keys.graph)
         if entry is None:
             return None
         record, _, graph = entry.partition(b"\0")
@@ -52,11 +71,11 @@ class ExportCache:
     def keep_graph(self, graph: bytes | None, record: dict[str, Any]) -> None:
         """Keeps what `unbound` returned."""
         if graph is not None:
-            self._write(_GRAPH, json.dumps(record).encode() + b"\0" + graph)
+            self._write(_GRAPH, self._keys.graph, json.dumps(record).encode() + b"\0" + graph)
 
     def text(self) -> Any:
         """Returns the record of the calibration text, or None."""
-        entry = self._read(_TEXT)
+        entry = self._read(self._keys.text)
         if entry is None:
             return None
         self._say_taken(_TEXT)
@@ -64,11 +83,10 @@ class ExportCache:
 
     def keep_text(self, record: dict[str, Any]) -> None:
         """Keeps the record of a calibration text."""
-        self._write(_TEXT, json.dumps(record).encode())
+        self._write(_TEXT, self._keys.text, json.dumps(record).encode())
 
-    def _read(self, what: str) -> bytes | None:
+    def _read(self, key: str | None) -> bytes | None:
         """Returns an entry, which is then the most recently used one."""
-        key = self._keys[what]
         if self._folder is None or key is None:
             return None
         try:
@@ -80,9 +98,9 @@ class ExportCache:
         digest, entry = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         return entry if hashlib.sha256(entry).digest() == digest else None
 
-    def _write(self, what: str, entry: bytes) -> None:
+    def _write(self, what: str, key: str | None, entry: bytes) -> None:
         """Writes an entry. Removes the least recently used ones, and what killed exports left, beyond MOST_BYTES."""
-        key, size = self._keys[what], _DIGEST_BYTES + len(entry)
+        size = _DIGEST_BYTES + len(entry)
         if self._folder is None or key is None or size > MOST_BYTES:
             return
         try:
@@ -101,6 +119,52 @@ class ExportCache:
 
     def _say_taken(self, what: str) -> None:
         self._progress.say(f"took {what} from an earlier export, in {self._folder}; --no-cache makes it again")
+
+    # --- large entries ------------------------------------------------------------------------------------------
+    def quantized(self, folder: Path) -> dict[str, Any] | None:
+        """Puts the quantized weights into the folder of a bundle. Returns their record, None if there are none."""
+        entry = self._quantized
+        if entry is None:
+            return None
+        try:
+            found = read_json(entry / _RECORD)
+            for name, size in found["files"].items():
+                if (entry / name).stat().st_size != size:
+                    raise InputError(f"{name} is not whole")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(entry / name, folder / name)
+            record: dict[str, Any] = found["record"]
+        except (OSError, InputError, IntegrityError, LookupError, TypeError, AttributeError):
+            shutil.rmtree(folder / _ONNX, ignore_errors=True)
+            return None
+        self._progress.say(f"took the quantized weights of an earlier export from {self._beside}")
+        return record
+
+    def keep_quantized(self, folder: Path, record: dict[str, Any]) -> None:
+        """Keeps the quantized weights in the folder of a bundle. No later step may change these files."""
+        entry = self._quantized
+        if entry is None:
+            return
+        shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(OSError):  # no room, or a file system without links
+            sync_tree(folder / _ONNX)  # otherwise a power cut may leave empty files
+            files = [path for path in sorted((folder / _ONNX).rglob("*")) if path.is_file()]
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+            for name in sizes:
+                (entry / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / name, entry / name)
+            write_json(entry / _RECORD, {"files": sizes, "record": record})
+
+    @contextlib.contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Removes the large entries when the bundle is whole. After a failure, says where they are."""
+        try:
+            yield
+        except BaseException:
+            if self.matrices is not None and self._beside.is_dir():
+                self._progress.say(f"kept finished steps in {self._beside}: the same command goes on from there")
+            raise
+        shutil.rmtree(self._beside, ignore_errors=True)
 
 
 def unbound(model: ir.Model, module: nn.Module) -> bytes | None:

@@ -17,12 +17,12 @@ import pastkey
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyError
 from pastkey.export import export
-from pastkey.export.graft.given_graph import GivenDecoder
 from pastkey.export.measure.reference import open_exported
-from pastkey.export.source.onnx_folder import find_graph
+from pastkey.export.source.onnx_folder.decoder import GivenDecoder
+from pastkey.export.source.onnx_folder.folder import find_graph
 from pastkey.export.source.open import open_source
 
-from ..given import CONTEXT, KV_HEADS, VOCABULARY, Kind, write_folder
+from .given_graphs import CONTEXT, KV_HEADS, VOCABULARY, Kind, write_folder
 
 PROMPT = [5, 17, 44, 3]
 NEW = 24

@@ -15,11 +15,11 @@ from pastkey.files.external_data import external_data
 from pastkey.files.folder import is_inside, read_json
 from pastkey.values import is_int
 
-from ..graft.given_graph import GivenDecoder
-from ..graph.given import EXPORT_COMMAND, read_given
-from .source import BeforeLoading, Source, context_of, refuse_links
-from .stored_weights import SIZES
-from .tokenizers.tokenizer import read_tokenizer
+from ..source import BeforeLoading, Source, context_of, refuse_links
+from ..stored_weights import SIZES
+from ..tokenizers.tokenizer import read_tokenizer
+from .decoder import GivenDecoder
+from .given import EXPORT_COMMAND, read_given
 
 SUFFIX = ".onnx"
 _PLACES = ("model.onnx", "onnx/model.onnx", "decode.onnx")  # optimum's, transformers.js', transformers' exporter's

@@ -1,4 +1,4 @@
-"""A second export of the same source takes the float32 graph, its proof and the model's own text from the first.
+"""An export goes on from the steps that an earlier one of the same source finished, whole or killed.
 
 Tiny models, of which every matrix counts as large here.
 """
@@ -6,6 +6,8 @@ Tiny models, of which every matrix counts as large here.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,31 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-import pastkey
-from pastkey.export import export, export_cache, grafting, pipeline
-from pastkey.export.export_cache import ExportCache, unbound
+from pastkey.contract.bundle import open_bundle
+from pastkey.export import export, grafting, pipeline, store
 from pastkey.export.graph.stored import StoredWeight, stored_weights
-from pastkey.export.settings import ExportConfig
+from pastkey.export.keys import Keys
+from pastkey.export.progress import Progress
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
-from pastkey.export.steps import Steps
+from pastkey.export.store import Store, unbound
 
+from ..shared import divided
 from .decoders import Plain
-from .test_steps import Heard
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.stages: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +96,54 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
     assert len(files(folder)) == 2
 
 
+KILLED = """
+import os, signal, sys
+from pastkey.export import export
+from pastkey.export.store import Store
+
+keep = getattr(Store, sys.argv[3])
+
+def keep_and_die(self, *content):
+    keep(self, *content)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(Store, sys.argv[3], keep_and_die)
+export(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
+@pytest.mark.parametrize("kept", divided(["keep_text", "keep_quantized"], ci=["keep_quantized"]))
+def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
+    kept, checkpoint, trained, tmp_path, monkeypatch
+):
+    place = tmp_path / "place"
+    out, expected = place / "bundle", open_bundle(trained)
+    subprocess.run([sys.executable, "-c", KILLED, checkpoint, out, kept], check=False)
+    assert not out.exists()
+
+    def again(*_: object, **__: object) -> Any:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(pipeline, "calibration_text", again)
+    if kept == "keep_quantized":
+        monkeypatch.setattr(pipeline, "make_int8", again)
+        with monkeypatch.context() as failing:
+            failing.setattr(pipeline, "require_unchanged", again)
+            with pytest.raises(AssertionError, match="made again"):
+                export(checkpoint, out, progress=(heard := Heard()))
+        assert (
+            heard.said[-1] == f"kept finished steps in {place / '.bundle.steps'}: the same command goes on from there"
+        )
+        with pytest.raises(AssertionError, match="made again"):
+            export(checkpoint, place / "other", cache=False)
+    report = export(checkpoint, out)
+    assert report.manifest.files == expected.manifest.files
+    assert report.manifest.quality == expected.manifest.quality
+    assert open_bundle(out, verify=True).manifest.parity == expected.manifest.parity
+    assert [path.name for path in place.iterdir()] == ["bundle"]
+
+
 # --- graphs -------------------------------------------------------------------------------------------------------
 def graph_of(module: Any) -> ir.Model:
     """A graph whose initializers are the parameters of the module, and the transposes of its matrices."""
@@ -100,8 +162,8 @@ def graph_of(module: Any) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def cache_of(key: str = "a") -> ExportCache:
-    return ExportCache(Heard(), graph=key)
+def cache_of(key: str = "a") -> Store:
+    return Store(Path("out"), Keys(graph=key), Heard())
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
@@ -136,16 +198,35 @@ def test_large_weights_in_memory_are_not_kept(saved_llama, monkeypatch):
     module = open_source(saved_llama).module
     assert unbound(graph_of(module), module) is not None
     norms = sum(parameter.nbytes for parameter in module.parameters() if parameter.dim() == 1)
-    monkeypatch.setattr(export_cache, "_MOST_IN_MEMORY", norms - 1)
+    monkeypatch.setattr(store, "_MOST_IN_MEMORY", norms - 1)
     assert unbound(graph_of(module), module) is None
 
 
-# --- entries ------------------------------------------------------------------------------------------------------
+# --- large entries ------------------------------------------------------------------------------------------------
+def quantized_store(out: Path, quantized: str = "q") -> Store:
+    return Store(out, Keys(matrices="m", quantized=quantized), Heard())
+
+
+def test_quantized_weights_are_of_one_key_and_whole(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    (work / "onnx").mkdir(parents=True)
+    (work / "onnx" / "graph").write_bytes(b"1234")
+    quantized_store(out).keep_quantized(work, {"a": 1})
+    assert quantized_store(out).quantized(tmp_path / "again") == {"a": 1}
+    assert (tmp_path / "again" / "onnx" / "graph").read_bytes() == b"1234"
+    (tmp_path / ".out.steps" / "q" / "onnx" / "graph").write_bytes(b"123")
+    assert quantized_store(out).quantized(tmp_path / "damaged") is None
+    assert not (tmp_path / "damaged" / "onnx").exists()
+    assert quantized_store(out, "other").quantized(tmp_path / "other") is None
+    assert not (tmp_path / ".out.steps" / "q").exists()  # no export with these options can use it
+
+
+# --- small entries ------------------------------------------------------------------------------------------------
 TEXT = {"source": "own"}
 
 
-def text_cache(key: str = "a") -> ExportCache:
-    return ExportCache(Heard(), text=key)
+def text_cache(key: str = "a") -> Store:
+    return Store(Path("out"), Keys(text=key), Heard())
 
 
 @pytest.mark.parametrize("spoilt", [lambda entry: entry[:-1], lambda entry: b"x" + entry[1:], lambda entry: b""])
@@ -166,7 +247,7 @@ def test_the_least_recently_used_entries_are_removed(folder, monkeypatch):
     (folder / ".d.0123abcd.partial").write_bytes(b"x")  # a killed export's
     os.utime(folder / ".d.0123abcd.partial", (0, 0))
     size = (folder / "a").stat().st_size
-    monkeypatch.setattr(export_cache, "MOST_BYTES", 3 * size)
+    monkeypatch.setattr(store, "MOST_BYTES", 3 * size)
     assert text_cache("c").text() == TEXT  # now the most recently used one
     text_cache("e").keep_text(TEXT)
     assert set(files(folder)) == {"a", "c", "e"}
@@ -184,40 +265,7 @@ def test_a_cache_that_cannot_be_is_silent(place, folder, monkeypatch):
         folder.parent.mkdir(parents=True)
         folder.touch()
     heard = Heard()
-    cache = ExportCache(heard, text=None if place == "no key" else "a")
+    cache = Store(Path("out"), Keys(text=None if place == "no key" else "a"), heard)
     cache.keep_text(TEXT)
     assert cache.text() is None
     assert not heard.said
-
-
-# --- keys ---------------------------------------------------------------------------------------------------------
-def cached(folder: Path, source: dict[str, Any] | None, config: ExportConfig) -> tuple[bool, bool]:
-    """Whether an export finds a graph and a text."""
-    cache = Steps(folder, config, source, Heard()).cache
-    return cache.graph(Plain()) is not None, cache.text() is not None
-
-
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        ({"force": True, "generate": True, "resume": True}, (True, True)),
-        ({"max_kl": 0.1, "shard_size": "2GB"}, (True, True)),
-        ({"precision": "int4"}, (True, False)),
-        ({"precision": "fp32"}, (True, False)),
-        ({"calibration": "other"}, (True, False)),
-        ({"target": "webgpu", "eos": 3, "chat_template": "other.jinja"}, (True, False)),
-        ({"quick": True}, (False, False)),
-        ({"context_length": 16}, (False, False)),
-        ({"cache": False}, (False, False)),
-    ],
-)
-def test_an_entry_is_of_one_source_program_and_options(options, found, tmp_path, folder, monkeypatch):
-    first = Steps(tmp_path / "first", ExportConfig(), {"a": 1}, Heard()).cache
-    graph = ir.to_proto(graph_of(Plain())).SerializeToString()
-    first.keep_graph(graph, {})
-    first.keep_text(TEXT)
-    assert cached(tmp_path / "second", {"a": 1}, ExportConfig(**options)) == found
-    assert cached(tmp_path / "second", {"a": 2}, ExportConfig(**options)) == (False, False)
-    assert cached(tmp_path / "second", None, ExportConfig(**options)) == (False, False)
-    monkeypatch.setattr(pastkey, "__version__", "0")
-    assert cached(tmp_path / "second", {"a": 1}, ExportConfig(**options)) == (False, False)

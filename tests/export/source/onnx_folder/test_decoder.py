@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from pastkey.errors import ContractError, InputError
-from pastkey.export.graft.given_graph import GivenDecoder
 from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.positions import find_shift
-from pastkey.export.graph.given import read_given
+from pastkey.export.source.onnx_folder.decoder import GivenDecoder
+from pastkey.export.source.onnx_folder.given import read_given
 from pastkey.runtime.providers.ort import onnxruntime
 
-from ..given import CONTEXT, HEADS, LAYERS, VOCABULARY, Decoder, Kind, write_graph
+from .given_graphs import CONTEXT, HEADS, LAYERS, VOCABULARY, Decoder, Kind, write_graph
 
 WINDOW = 12
 
