@@ -6,7 +6,7 @@
 
 The rooms, each standing on those above it:
 
-- `settings`: the options of a call and of a load.
+- `options`: the table of all options, with their checks. `settings`: their types, for mypy and editors.
 - `text/`: tokens <-> text, and a conversation as one text. `sampling/`: from logits to a token. `providers/`: which
   hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its caches: token ids in, logits out. `constraints/`: which tokens a schema allows.

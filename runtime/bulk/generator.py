@@ -27,17 +27,8 @@ from ..decoding.stream import Stream
 from ..loading import load
 from ..model.chat.chat import Chat
 from ..model.language_model import LanguageModel
-from ..settings import (
-    CHAT_NEW_TOKENS,
-    CHAT_OPTIONS,
-    MAX_NEW_TOKENS,
-    ChatOptions,
-    Choice,
-    GenerateOptions,
-    SessionSettings,
-    options_of,
-    require_valid,
-)
+from ..options import MAX_NEW_TOKENS, Choice, SessionSettings, lists_options, options_of, require_valid
+from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
@@ -63,6 +54,7 @@ class _Task:
         return (self.options or {}).get("adapter") or ""
 
 
+@lists_options
 class Generator:
     """Answers batches of rows. It can be pickled, and loads its model once in each process, at the first batch.
 

@@ -24,7 +24,8 @@ from ..model.chat.chat import Chat
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import TemporaryFolder, given_as, tell_as_given
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, options_of, require_known
+from ..options import options_of, require_known, require_valid
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions
 from ..text.chat_template import read_template
 from .chat_format import SandboxedChatFormat
 from .connection import Connection, name_of
@@ -105,7 +106,7 @@ class SandboxedModel(ChatCalls):
         found = connection.call("for the sampling defaults", "defaults", dict[str, Any], {})
         try:
             require_known("the process", found, NAMES)
-            SamplingConfig.of(found)
+            require_valid(found)
         except PastkeyError as error:
             connection.fail(f"answered with no sampling defaults ({error}), and was ended")
         return cast(ChatOptions, found)

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, completed
-from ...settings import options_of
+from ...options import lists_options, options_of
 from .chat_model import ChatModel
 from .chat_stream import ChatStream
 from .prompt import (
@@ -24,6 +24,7 @@ from .prompt import (
 Messages = Sequence[Mapping[str, Any]]
 
 
+@lists_options
 class ChatCalls:
     """The calls of a model that answer messages. Each gets the whole conversation, and keeps only its KV cache."""
 

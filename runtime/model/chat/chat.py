@@ -14,7 +14,8 @@ from pastkey.values import or_default, shown
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, ToolCall, completed
-from ...settings import CHAT_OPTIONS, ChatOptions, options_of, require_valid
+from ...options import lists_options, options_of, require_valid
+from ...settings import CHAT_OPTIONS, ChatOptions
 from ...text.environment import plain
 from ...text.messages import (
     Content,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _OURS = ("add_generation_prompt", "continue_final_message")  # the conversation sets these variables of the template
 
 
+@lists_options
 class Chat:
     """A conversation with a language model, rendered by a chat template.
 

@@ -17,7 +17,8 @@ from pastkey.runtime import Completion, LanguageModel, Stream, load
 from pastkey.runtime.bulk import generator as module
 from pastkey.runtime.bulk.generator import Generator, as_python, as_text, told
 from pastkey.runtime.bulk.rows import Row, seed_of
-from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_NEW_TOKENS
+from pastkey.runtime.options import MAX_NEW_TOKENS
+from pastkey.runtime.settings import CHAT_NEW_TOKENS
 
 from ..conftest import TEMPLATE
 from .rows import DRAWN, plain_rows
