@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
     from .loading import load as load
-    from .model.chat.answer_stream import AnswerStream as AnswerStream
     from .model.chat.chat import Chat as Chat
     from .model.chat.chat_stream import ChatStream as ChatStream
     from .model.chat.prompt import AnswerOptions as AnswerOptions
@@ -75,7 +74,6 @@ else:
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
             ".loading": ["load"],
-            ".model.chat.answer_stream": ["AnswerStream"],
             ".model.chat.chat": ["Chat"],
             ".model.chat.chat_stream": ["ChatStream"],
             ".model.chat.prompt": ["AnswerOptions", "ChatPrompt", "ConversationOptions"],

@@ -21,6 +21,8 @@ from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
 from ..model.chat.calls import ChatCalls
 from ..model.chat.chat import Chat
+from ..model.chat.chat_stream import ChatStream
+from ..model.chat.prompt import ChatPrompt
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import TemporaryFolder, given_as, tell_as_given
@@ -175,6 +177,10 @@ class SandboxedModel(ChatCalls):
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
         return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
+
+    def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
+        """See ChatModel."""
+        return prompt.answered(self._stream(prompt.ids, {**prompt.defaults, **options}))
 
     def chat(
         self,
