@@ -21,11 +21,11 @@ from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS, Form
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, native_refusal, require_golden
+from pastkey.runtime.options import SessionSettings
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.native import kernels_for
 from pastkey.runtime.providers.ort import RunError, onnxruntime
-from pastkey.runtime.settings import SessionSettings
 
 from .compat.configs import write_configurations
 from .graft.probe.observe import Observation

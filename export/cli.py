@@ -46,7 +46,7 @@ from .settings import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from pastkey.runtime.settings import PlacementOptions
+    from pastkey.runtime.options import PlacementOptions
 
     from .graft.probe.observe import Layer
     from .measure.evaluate import Evaluation

@@ -17,7 +17,11 @@ class PastkeyError(Exception):
 
 
 class InputError(PastkeyError, ValueError):
-    """An invalid value, text or file content."""
+    """An invalid value, text or file content. `option`: the name of the argument that has it, where it is one."""
+
+    def __init__(self, sentence: str, *, option: str | None = None) -> None:
+        super().__init__(sentence)
+        self.option = option
 
 
 class OptionError(PastkeyError, TypeError):

@@ -12,6 +12,9 @@
 Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
 list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is refused. A bool is not a number,
 numbers are finite, and texts are valid Unicode.
+
+`check_of` makes the check of an argument from Python of such a type, which also may be a union, a Sequence or a
+Callable.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from .errors import InputError
-from .values import is_int, is_number, is_unicode, shown
+from .values import is_collection, is_int, is_number, is_one_of, is_unicode, shown
 
 T = TypeVar("T")
 _LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch allow more, no model needs it
@@ -38,6 +41,25 @@ class Between:
     least: float
     most: float = _LARGEST
 
+    def holds(self, value: Any) -> bool:
+        """Whether a number is in the range."""
+        return bool(self.least <= value <= self.most)
+
+
+@dataclass(frozen=True)
+class Where:
+    """A check of its own, in place of the annotated type's. For `check_of` alone."""
+
+    holds: Callable[[Any], bool]
+
+
+# The plain types: their checks, and what an error expects.
+_PLAIN: Final[Mapping[Any, tuple[Callable[[Any], bool], str]]] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (is_int, "a whole number"),
+    float: (is_number, "a finite number"),
+    str: (lambda value: isinstance(value, str), "a text"),
+}
 
 Size = Annotated[int, Between(1)]
 TokenId = Annotated[int, Between(0)]
@@ -81,15 +103,14 @@ def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
 
 
 def _plain(kind: Any, value: Any, name: str) -> Any:
-    if kind is bool:
-        return value if isinstance(value, bool) else _refuse(name, value, "true or false")
-    if kind is int:
-        return int(value) if is_int(value) else _refuse(name, value, "a whole number")
+    valid, expected = _PLAIN.get(kind) or _refuse(name, value, "left out")
+    if not valid(value):
+        _refuse(name, value, expected)
     if kind is float:
-        return _float(value) if is_number(value) and abs(value) < 2**1023 else _refuse(name, value, "a finite number")
-    if kind is not str:
-        _refuse(name, value, "left out")
-    return value if isinstance(value, str) and is_unicode(value) else _refuse(name, value, "a text")
+        return _float(value) if abs(value) < 2**1023 else _refuse(name, value, expected)
+    if kind is str:
+        return value if is_unicode(value) else _refuse(name, value, expected)
+    return int(value) if kind is int else value
 
 
 def _float(value: float) -> float:
@@ -98,9 +119,35 @@ def _float(value: float) -> float:
 
 
 def _within(value: Any, limits: Between, name: str) -> Any:
-    if value is not None and not limits.least <= value <= limits.most:
+    if value is not None and not limits.holds(value):
         _refuse(name, value, f"a number from {limits.least} to {limits.most}")
     return value
+
+
+@functools.cache
+def check_of(kind: Any) -> Callable[[Any], bool]:
+    """Returns the check of an argument. Numbers may be numpy's, and any ordered collection is a Sequence."""
+    origin, given = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        within = given[1].holds
+        if isinstance(given[1], Where):
+            return typing.cast(Callable[[Any], bool], within)
+        plain = check_of(given[0])
+        return lambda value: plain(value) and within(value)
+    if origin is Literal:
+        return lambda value: is_one_of(value, given)
+    if origin is Callable:
+        return callable
+    parts = [check_of(part) for part in given]
+    if origin in (typing.Union, types.UnionType):
+        return lambda value: any(valid(value) for valid in parts)
+    if origin is Sequence:
+        return lambda value: is_collection(value) and all(map(parts[0], value))
+    if origin is Mapping:
+        return lambda value: (
+            isinstance(value, Mapping) and all(map(parts[0], value)) and all(map(parts[1], value.values()))
+        )
+    return (lambda value: True) if kind is Any else _PLAIN[kind][0]
 
 
 @functools.cache

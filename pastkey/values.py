@@ -45,7 +45,7 @@ def is_number(value: object) -> TypeGuard[float]:
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Raises InputError for a value unless the condition holds."""
     if not condition:
-        raise InputError(f"{name} is {shown(value)}; it must be {expected}")
+        raise InputError(f"{name} is {shown(value)}; it must be {expected}", option=name)
 
 
 def require_type(condition: bool, name: str, value: object, expected: str) -> None:

@@ -6,7 +6,7 @@
 
 The rooms, each standing on those above it:
 
-- `settings`: the options of a call and of a load.
+- `options`: the table of all options, with their checks. `settings`: their types, for mypy and editors.
 - `text/`: tokens <-> text, and a conversation as one text. `sampling/`: from logits to a token. `providers/`: which
   hardware runs a graph, and how onnxruntime opens a session there.
 - `engine/`: an opened graph and its caches: token ids in, logits out. `constraints/`: which tokens a schema allows.
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from .decoding.stream import Stream as Stream
     from .engine.engine import Engine as Engine
     from .loading import load as load
-    from .model.chat.answer_stream import AnswerStream as AnswerStream
     from .model.chat.chat import Chat as Chat
     from .model.chat.chat_stream import ChatStream as ChatStream
     from .model.chat.prompt import AnswerOptions as AnswerOptions
@@ -75,7 +74,6 @@ else:
             ".decoding.stream": ["Stream"],
             ".engine.engine": ["Engine"],
             ".loading": ["load"],
-            ".model.chat.answer_stream": ["AnswerStream"],
             ".model.chat.chat": ["Chat"],
             ".model.chat.chat_stream": ["ChatStream"],
             ".model.chat.prompt": ["AnswerOptions", "ChatPrompt", "ConversationOptions"],

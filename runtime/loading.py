@@ -17,7 +17,7 @@ from .model.draft_model import DraftModel
 from .model.language_model import LanguageModel
 from .model.signature import require_signature
 from .model.unpack import given_as, tell_as_given, unpacked
-from .settings import Choice, PlacementOptions, SessionSettings, require_valid
+from .options import Choice, PlacementOptions, SessionSettings, require_valid
 
 if TYPE_CHECKING:
     from .sandbox.limits import Limits

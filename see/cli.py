@@ -15,7 +15,8 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import refuse_special, write_whole
 from pastkey.files.folder import read_json
-from pastkey.runtime.commands.flags import SAMPLING, prompt_of
+from pastkey.runtime.commands.flags import add_option, prompt_of
+from pastkey.runtime.options import OPTIONS
 
 if TYPE_CHECKING:
     from pastkey.runtime import SamplingOptions
@@ -44,8 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", metavar=numbers, type=_from_one, help="layers whose attention is shown, from 1 (as many as fit)")
     add("--heads", metavar=numbers, type=_from_one, help="heads whose attention is shown, from 1 (as many as fit)")
     for name in _SAMPLING:
-        kind, meaning = SAMPLING[name]
-        add("--" + name.replace("_", "-"), metavar=name.split("_")[-1][0].upper(), type=kind, help=meaning)
+        add_option(parser, OPTIONS[name])
 
 
 def _from_one(text: str) -> list[int]:

@@ -84,7 +84,8 @@ def _endpoint(service: Service, entry: Entry) -> Callable[[Request], Awaitable[R
             response = await entry.handler(service, request, raw)
         except Exception as error:
             if isinstance(error, InputError) and service.is_loaded:  # a client learns the name, not where the bundle is
-                error = InputError(str(error).replace(str(service.model.bundle.path), service.settings.names[0]))
+                said = str(error).replace(str(service.model.bundle.path), service.settings.names[0])
+                error = InputError(said, option=error.option)
             response = await answer_error(request, error)
         service.metrics.requests.labels(entry.path, response.status_code).inc()
         return response

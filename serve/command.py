@@ -110,7 +110,8 @@ def _keys(file: str | None) -> tuple[str, ...]:
 
 
 def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    from pastkey.runtime import ChatOptions, SamplingConfig
+    from pastkey.runtime import ChatOptions
+    from pastkey.runtime.options import require_valid
 
     found: dict[str, Any] = {}
     for name, text in pairs:
@@ -120,7 +121,7 @@ def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
             found[name] = json.loads(text)
         except ValueError:
             raise InputError(f"--default {name}={text} was given; a JSON value was expected") from None
-    SamplingConfig.of(found)  # raises for a value out of range
+    require_valid(found)
     return found
 
 

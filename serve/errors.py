@@ -18,7 +18,7 @@ from pastkey.errors import (
     QueueFullError,
     ResourceError,
 )
-from pastkey.runtime import ChatOptions
+from pastkey.runtime.options import OPTIONS
 
 _log = logging.getLogger("pastkey")
 _TYPES = {
@@ -67,8 +67,7 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     else:
         status = next((status for kind, status in _STATUS if isinstance(error, kind)), 0)
         code = "queue_full" if status == 429 else None
-        first_word = message.partition(" ")[0]  # the runtime's sentences of options begin with their names
-        param = first_word if status == 400 and first_word in ChatOptions.__optional_keys__ else None
+        param = error.option if isinstance(error, InputError) and error.option in OPTIONS else None
     if not status:
         _log.error("a request failed", exc_info=error)
         status, message = 500, "the server failed at this request; its log has the reason"

@@ -156,6 +156,7 @@ def test_the_rooms_of_export_are_in_order():
 # The floors of runtime/, and of pastkey/ beside the stages, from the bottom up. A room or file imports those below its
 # own floor, at import or later, and for annotations too.
 RUNTIME_FLOORS = (
+    "options",
     "settings",
     "text sampling providers",
     "constraints engine",

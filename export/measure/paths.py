@@ -12,7 +12,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
-from pastkey.runtime.settings import PlacementOptions
+from pastkey.runtime.options import PlacementOptions
 
 from ..progress import SILENT, Progress
 from .hidden_states import by_every_path, one_run

@@ -11,7 +11,7 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, NumericsError, PastkeyError, first_line
 from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
-from pastkey.runtime.settings import PlacementOptions
+from pastkey.runtime.options import PlacementOptions
 
 from .hidden_states import head_input
 from .metrics import HiddenStates, Ids, Logits, agreeing_tokens, relative_difference

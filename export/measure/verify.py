@@ -16,7 +16,7 @@ import numpy as np
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine
-from pastkey.runtime.settings import PlacementOptions
+from pastkey.runtime.options import PlacementOptions
 
 from ..progress import SILENT, Progress
 from .metrics import Ids, Logits, cosine_distance, kl_divergence, relative_difference, top1_agreement

@@ -23,21 +23,13 @@ from ..decoding.batching.scheduler import MAX_ROWS
 from ..decoding.batching.shared_prefill import SHARED_TOKENS
 from ..decoding.completion import Chunk, Completion
 from ..decoding.many import interleaved
-from ..decoding.stream import Stream
+from ..decoding.stream import ChunkStream
 from ..loading import load
 from ..model.chat.chat import Chat
+from ..model.chat.prompt import ChatPrompt
 from ..model.language_model import LanguageModel
-from ..settings import (
-    CHAT_NEW_TOKENS,
-    CHAT_OPTIONS,
-    MAX_NEW_TOKENS,
-    ChatOptions,
-    Choice,
-    GenerateOptions,
-    SessionSettings,
-    options_of,
-    require_valid,
-)
+from ..options import MAX_NEW_TOKENS, Choice, SessionSettings, lists_options, options_of, require_valid
+from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions
 from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
 
 WINDOW = 1024  # rows that are sorted at once
@@ -54,7 +46,7 @@ class _Task:
     request: Request = field(default_factory=Request)
     ids: list[int] = field(default_factory=list)
     options: GenerateOptions | None = None
-    chat: Chat | None = None
+    chat: ChatPrompt | None = None
     error: Exception | None = None
 
     @property
@@ -63,6 +55,7 @@ class _Task:
         return (self.options or {}).get("adapter") or ""
 
 
+@lists_options
 class Generator:
     """Answers batches of rows. It can be pickled, and loads its model once in each process, at the first batch.
 
@@ -190,7 +183,7 @@ class Generator:
         return repr((Path(self.bundle).absolute(), self._load))
 
     # --- from rows to streams -----------------------------------------------------------------------------------------
-    def _begun(self, model: LanguageModel, rows: Iterable[Row]) -> Iterator[tuple[_Task, Stream | Exception]]:
+    def _begun(self, model: LanguageModel, rows: Iterable[Row]) -> Iterator[tuple[_Task, ChunkStream | Exception]]:
         """Window by window: what is wrong first, then the streams by the beginnings of their prompts."""
         waiting = iter(rows)
         while window := [self._task(model, row) for row in itertools.islice(waiting, WINDOW)]:
@@ -199,7 +192,7 @@ class Generator:
             for _, group in itertools.groupby(good, key=_beginning):
                 yield from self._group(model, list(group))
 
-    def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, Stream | Exception]]:
+    def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, ChunkStream | Exception]]:
         """The streams of rows that begin alike, in order: what they share is computed before the first."""
         first, last = tasks[0].ids, tasks[-1].ids
         shared = next(
@@ -228,7 +221,8 @@ class Generator:
                 return _Task(row, request, model.prompt_ids(request.prompt), options)
             chat = copy.copy(self._chat(model, request.tools))
             chat.messages = request.messages
-            return _Task(row, request, chat.prompt_ids(), options, chat)
+            prompt = chat.prompt()
+            return _Task(row, request, prompt.ids, options, prompt)
         except Exception as error:
             return _Task(row, error=error)
 
@@ -254,14 +248,15 @@ class Generator:
             self._chats[key] = model.chat(template=self.template, tools=tools)
         return self._chats[key]
 
-    def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> Stream | Exception:
+    def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> ChunkStream | Exception:
         """`shares`: whether other prompts begin in the same way."""
         assert task.options is not None
         prompt = task.ids if task.request.prompt is None else task.request.prompt  # a text goes on from a text
         # Of what others generated nothing is taken, so that no text depends on the order.
         options = cast(GenerateOptions, {**task.options, "reuse_prefix": shares, "exact": True})
         try:
-            return model.stream(prompt, **options)
+            stream = model.stream(prompt, **options)
+            return stream if task.chat is None else task.chat.answered(stream)
         except Exception as error:
             return error
 
@@ -272,8 +267,6 @@ def _beginning(task: _Task) -> tuple[str, list[int]]:
 
 def _answer(task: _Task, completion: Completion) -> Answer:
     assert task.options is not None
-    if task.chat is not None:
-        completion = task.chat.take_answer(completion)
     logprobs = task.options.get("logprobs") is not None
     return answer_of(completion, logprobs=logprobs, tools=task.request.tools is not None)
 

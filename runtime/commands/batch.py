@@ -13,6 +13,8 @@ from pastkey.command import Command, add_placement, print_json, say
 from pastkey.contract import names
 from pastkey.files.folder import sha256
 
+from ..options import MAX_NEW_TOKENS
+from ..settings import CHAT_NEW_TOKENS
 from .flags import add_adapter, add_bundle, add_generation, generation_of, opening_of
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard", metavar="I/N", default="", help="answer every N-th row, from the I-th on (default: all)")
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
-    add_generation(parser, None, seed=0)
+    add_generation(parser, max_new_tokens=f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}", seed=0)
     add_adapter(parser)
     add_placement(parser)
     parser.epilog = (
@@ -67,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "exact": arguments.exact,
         "template": None if arguments.template is None else sha256(Path(arguments.template)),
         "bundle": digest,
-        **json.loads(json.dumps(options)),  # as they come back from the file
+        **json.loads(json.dumps({"seed": 0, **options})),  # as they come back from the file
     }
     if arguments.adapter_folder is not None:
         files = (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS)

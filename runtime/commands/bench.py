@@ -17,7 +17,8 @@ from pastkey.command import Command, add_placement, natural_int, positive_int, p
 from pastkey.contract.bundle import open_bundle
 from pastkey.values import is_int, require
 
-from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, PlacementOptions
+from ..options import PlacementOptions
+from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
 from .flags import add_bundle, opening_of
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input"
     )
-    add_generation(parser, CHAT_NEW_TOKENS, models_own=True)
+    add_generation(parser, max_new_tokens=CHAT_NEW_TOKENS)
     add_draft(parser)
     add_adapter(parser)
     add_placement(parser)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
-from pastkey.command import byte_count, decode_input, finite_float, id_list, key_value, natural_int, placement_of
+from pastkey.command import byte_count, decode_input, finite_float, id_list, key_value, placement_of
 from pastkey.errors import InputError
 from pastkey.files.folder import read_text
 
+from ..options import FORMS, OPTIONS, Option
 from ..sandbox.limits import Limits
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, MAX_NEW_TOKENS, ChatOptions, SamplingConfig
+from ..settings import CHAT_OPTIONS, ChatOptions
 
 BUNDLE: Final = "a folder that pastkey export wrote"
 SOURCE: Final = (
@@ -21,29 +25,6 @@ SOURCE: Final = (
 )
 ADAPTER: Final = "adapter"  # the name of --adapter's
 _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": byte_count, "seconds": finite_float}
-# The flags of SamplingConfig's fields: type, meaning.
-SAMPLING: dict[str, tuple[Callable[[str], Any], str]] = {
-    "temperature": (finite_float, "0 takes the likeliest token; above 0, tokens are drawn"),
-    "top_k": (natural_int, "draw from the K likeliest tokens; 0 for all"),
-    "top_p": (finite_float, "draw from the likeliest tokens that together have probability P"),
-    "min_p": (finite_float, "drop tokens below P times the likeliest one's probability"),
-    "typical_p": (finite_float, "draw from the tokens nearest to the entropy that together have probability P"),
-    "top_n_sigma": (finite_float, "draw from logits within S standard deviations of the largest; 0 or less for all"),
-    "xtc_probability": (finite_float, "probability of dropping all but the least likely of the top choices"),
-    "xtc_threshold": (finite_float, "smallest probability of a top choice"),
-    "repetition_penalty": (finite_float, "above 1, tokens of the text become less likely"),
-    "presence_penalty": (finite_float, "subtracted from the logits of tokens that the text has"),
-    "frequency_penalty": (finite_float, "subtracted from these logits once per occurrence"),
-    "penalty_last_n": (int, "tokens that these three look back; -1 for all"),
-    "no_repeat_ngram_size": (natural_int, "no sequence of S tokens comes twice; 0 allows all"),
-    "dry_multiplier": (finite_float, "DRY: a penalty on prolonging a repetition; 0 for none"),
-    "dry_base": (finite_float, "factor of the DRY penalty for each token of the repetition"),
-    "dry_allowed_length": (natural_int, "shortest repetition with the DRY penalty"),
-    "dry_penalty_last_n": (int, "tokens that DRY looks back; -1 for all"),
-    "min_new_tokens": (natural_int, "no EOS token before this many new tokens"),
-    "suppress_tokens": (id_list, "ban these token ids"),
-    "seed": (natural_int, "the same seed draws the same text"),
-}
 
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
@@ -86,54 +67,35 @@ def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # --- a generation -------------------------------------------------------------------------------------------------
-def add_generation(
-    parser: argparse.ArgumentParser, most: int | None, *, models_own: bool = False, seed: int | None = None
-) -> None:
-    """The flags of a generation. With `models_own` the model's own settings are the defaults."""
-    add = parser.add_argument
-    shown = f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}" if most is None else str(most)
-    add("--max-new-tokens", metavar="N", type=natural_int, default=most, help=f"largest number of new tokens ({shown})")
-    for name, (kind, meaning) in SAMPLING.items():
-        default: Any = seed if name == "seed" else getattr(SamplingConfig, name)
-        shown = {None: "drawn afresh", (): "none"}.get(default, default)
-        flag, letter = "--" + name.replace("_", "-"), name.split("_")[-1][0].upper()
-        known = None if models_own else default
-        add(flag, metavar=letter, type=kind, default=known, help=f"{meaning} ({shown})")
-    add(
-        "--bad-word",
-        metavar="TEXT",
-        dest="bad_words",
-        action="append",
-        default=[],
-        help="ban this text, as encoded; may be repeated",
-    )
-    add("--logprobs", metavar="N", type=natural_int, help="with --json, log-probabilities, also of the N likeliest")
-    ids = "1,2,3"
-    add("--eos-token-id", metavar=ids, type=id_list, help="the EOS tokens, in place of the bundle's")
-    add("--stop-token-ids", metavar=ids, type=id_list, help="token ids that end the text, beside the EOS tokens")
-    add("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
-    add(
-        "--prompt-lookup",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="draft tokens from earlier text where it repeats itself (on)",
-    )
-    add(
-        "--context-overflow",
-        choices=("error", "shift"),
-        default="error",
-        help="when the text exceeds the context: an error, or drop the oldest tokens (%(default)s)",
-    )
-    add("--num-sink-tokens", metavar="N", type=natural_int, help="with shift, keep this many of the first tokens (4)")
-    add("--timeout", metavar="SECONDS", type=finite_float, help="end after this time, with the text so far (never)")
-    add("--keep-special-tokens", action="store_true", help="show special tokens up to the EOS token")
-    held = parser.add_mutually_exclusive_group()  # these need the package llguidance
-    held.add_argument("--json-schema", metavar="FILE", help="JSON that validates against the schema in this file")
-    held.add_argument("--regex", metavar="PATTERN", help="a text that matches this regular expression")
-    held.add_argument(
-        "--choice", metavar="TEXT", action="append", dest="choices", help="one of these texts; repeat for each"
-    )
-    held.add_argument("--grammar", metavar="FILE", help="a text that follows the Lark grammar in this file")
+def add_generation(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The flags of a generation, a group each. `defaults`: of the command, told in place of the options' own."""
+    for group, options in itertools.groupby(OPTIONS.values(), lambda option: option.group):
+        flags = parser.add_argument_group(group)
+        flags = flags.add_mutually_exclusive_group() if group == FORMS else flags
+        for option in options:
+            if option.metavar is not None:
+                add_option(flags, option, defaults.get(option.name, option.default))
+
+
+def add_option(flags: Any, option: Option, default: Any = None) -> None:
+    """The flag of an option. Its value is None unless it is given. `default`: is told in its help."""
+    told = "" if default in (None, ()) or default is False else f" ({'on' if default is True else default})"
+    form: dict[str, Any] = {"metavar": option.metavar, "type": partial(_value_of, option)}
+    if option.kind is bool:
+        form = {"action": argparse.BooleanOptionalAction}
+    elif option.valid(["text"]):
+        form["action"], told = "extend", "; may be repeated"
+    name = option.flag or "--" + option.name.replace("_", "-")
+    flags.add_argument(name, dest=option.name, default=None, help=option.help + told, **form)
+
+
+def _value_of(option: Option, text: str) -> Any:
+    """The value that a flag's text is: a number, ids, a text in a list, or a text, whichever the option takes."""
+    for read in (str,) if option.metavar == "FILE" else (int, float, id_list, lambda one: [one], str):
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            if option.valid(value := read(text)):
+                return value
+    raise argparse.ArgumentTypeError(f"{text!r} was given; it must be {option.expected}")
 
 
 def add_draft(parser: argparse.ArgumentParser) -> None:
@@ -149,16 +111,14 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 
 def generation_of(arguments: argparse.Namespace) -> ChatOptions:
-    """What add_generation's flags were set to. Raises InputError for settings out of range."""
+    """What add_generation's flags were set to. Raises InputError for a file that cannot be read."""
     given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name, None)) is not None}
     for name in ("json_schema", "grammar"):
         if name in given:
             given[name] = read_text(Path(given[name]))
     if getattr(arguments, "adapter_folder", None) is not None:
         given["adapter"] = ADAPTER
-    options = cast(ChatOptions, given)
-    SamplingConfig.of(options)  # now, and not after the first question
-    return options
+    return cast(ChatOptions, given)
 
 
 def prompt_of(text: str) -> str:

@@ -21,7 +21,7 @@ from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
 from pastkey.precisions import PRECISIONS
 
-from ..settings import PlacementOptions
+from ..options import PlacementOptions
 from .flags import add_bundle, opening_of
 
 if TYPE_CHECKING:

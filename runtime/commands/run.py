@@ -8,7 +8,6 @@ import dataclasses
 from pastkey.command import Command, add_placement, id_list, print_json, print_text
 from pastkey.contract import names
 
-from ..settings import MAX_NEW_TOKENS
 from .flags import SOURCE, add_adapter, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
 
 
@@ -17,7 +16,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
-    add_generation(parser, MAX_NEW_TOKENS)
+    add_generation(parser)
     add_draft(parser)
     add_adapter(parser)
     add_placement(parser)

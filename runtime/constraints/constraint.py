@@ -49,18 +49,12 @@ class Constraint:
             raise InputError(f"{given[0]} and {given[1]} were both given: a text can follow one of {', '.join(KINDS)}")
         if not given:
             return None
-        kind, value = given[0], options[given[0]]
-        if kind == "json_schema":
-            text = _schema_text(value)
-        elif kind == "choices":
-            text = _choices_text(list(value))
-        else:
-            text = _bounded(kind, value)
+        kind = given[0]
         try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{kind} holds half of a surrogate pair, which is not a character: take it out") from None
-        return cls(kind, text)
+            return cls(kind, _text_of(kind, options[kind]))
+        except InputError as error:
+            error.option = kind
+            raise
 
     def literals(self) -> Iterator[str]:
         """The literal strings of the constraint, as far as they are known: choices, property names, enums, consts."""
@@ -74,6 +68,20 @@ class Constraint:
                 yield from (json.dumps(value, ensure_ascii=False) for value in told)
                 if "const" in schema:
                     yield json.dumps(schema["const"], ensure_ascii=False)
+
+
+def _text_of(kind: Kind, value: Any) -> str:
+    if kind == "json_schema":
+        text = _schema_text(value)
+    elif kind == "choices":
+        text = _choices_text(list(value))
+    else:
+        text = _bounded(kind, value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{kind} holds half of a surrogate pair, which is not a character: take it out") from None
+    return text
 
 
 def _schema_text(value: object) -> str:

@@ -34,6 +34,10 @@ class LazyVocabulary:
         codec, size, eos_ids = self._given
         if codec is None:
             raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
-        if self._read is None:
-            self._read = Vocabulary.of(codec, size, eos_ids)
-        return self._read.matcher(constraint, end_ids)
+        try:
+            if self._read is None:
+                self._read = Vocabulary.of(codec, size, eos_ids)
+            return self._read.matcher(constraint, end_ids)
+        except InputError as error:
+            error.option = constraint.kind
+            raise

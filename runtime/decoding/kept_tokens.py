@@ -10,7 +10,7 @@ from pastkey.values import require
 
 from ..engine.engine import Engine
 from ..engine.shift import require_shift
-from ..settings import NUM_SINK_TOKENS, ContextOverflow, require_valid
+from ..options import NUM_SINK_TOKENS, ContextOverflow
 
 
 class KeptTokens:
@@ -26,11 +26,10 @@ class KeptTokens:
     """
 
     def __init__(self, engine: Engine, overflow: ContextOverflow = "error", sinks: int = NUM_SINK_TOKENS) -> None:
-        """Raises InputError if an option is out of range or the bundle's cache cannot be shifted."""
+        """Raises InputError if more than half the context stays, or the bundle's cache cannot be shifted."""
         self._engine = engine
         self._context = context = engine.manifest.context_length
         self.sinks, self.block, self.dropped = 0, 0, 0
-        require_valid({"context_overflow": overflow, "num_sink_tokens": sinks})
         if overflow == "shift":
             most = context // 2
             require(sinks <= most, "num_sink_tokens", sinks, f"a whole number from 0 to {most}, half the context")

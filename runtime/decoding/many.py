@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pastkey.errors import InputError
 from pastkey.values import is_collection, is_int, require, require_type, shown
 
+from ..options import require_valid
 from ..sampling.random_stream import continuation_seed, fresh_seed
-from ..settings import SamplingConfig, require_valid
 from .batching.shared_prefill import SharedPrefills
 from .completion import Chunk, Completion
 from .stream import ChunkStream, Readable
@@ -50,8 +50,7 @@ def token_ids(prompt: Iterable[Any], vocab_size: int, name: str = "prompt") -> l
 
 def continuations(options: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     """The options of each of `n` completions of one prompt. Each has its own seed, derived from the given one."""
-    seed = SamplingConfig.of(options).seed
-    seed = fresh_seed() if seed is None else seed
+    seed = fresh_seed() if options.get("seed") is None else options["seed"]
     return [{**options, "seed": continuation_seed(seed, number)} for number in range(n)]
 
 

@@ -9,8 +9,9 @@ from pastkey.errors import InputError
 from pastkey.values import shown
 
 from ..constraints.matcher import Matcher
+from ..options import NUM_SINK_TOKENS, ContextOverflow
 from ..sampling.dry import Breakers
-from ..settings import NUM_SINK_TOKENS, ContextOverflow, SamplingConfig, require_valid
+from ..settings import SamplingConfig
 from ..speculation.drafter import Drafter
 
 
@@ -35,7 +36,7 @@ class Request:
         constraint: Restricts the new tokens.
         drafter: Drafts tokens when `prompt_lookup` finds none.
 
-    Raises InputError for a value out of range.
+    Raises InputError for an empty prompt, and for more `min_new_tokens` than `max_new_tokens`.
     """
 
     prompt: Sequence[int]
@@ -55,9 +56,11 @@ class Request:
     drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
-        require_valid(vars(self))
         most, least = self.max_new_tokens, self.sampling.min_new_tokens
         if least > most:
-            raise InputError(f"min_new_tokens is {shown(least)}; it must be at most max_new_tokens, {shown(most)}")
+            raise InputError(
+                f"min_new_tokens is {shown(least)}; it must be at most max_new_tokens, {shown(most)}",
+                option="min_new_tokens",
+            )
         if len(self.prompt) == 0:
             raise InputError("the prompt is empty: give at least one token to continue from")

@@ -17,12 +17,12 @@ from pastkey.errors import InputError, NumericsError
 from pastkey.providers import Provider
 from pastkey.values import parse_version
 
+from ..options import Choice, PlacementOptions, SessionSettings, require_valid
 from ..providers import placement as ep
 from ..providers.cache_form import cache_form
 from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
-from ..settings import Choice, PlacementOptions, SessionSettings, require_valid
 from .binding import Binding
 from .caches.int8_kv import INT8_KV_FROM, CachePair
 from .caches.static_graphs import StaticGraphs

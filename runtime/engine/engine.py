@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, PastkeyError, ProviderError
 
-from ..settings import require_valid
+from ..options import require_valid
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .one_at_a_time import one_at_a_time
 from .padding import Padding

@@ -16,7 +16,7 @@ from pastkey.values import as_path, shown
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
 from ..engine.lora import read_adapter
-from ..settings import PlacementOptions, require_valid
+from ..options import PlacementOptions, require_valid
 from ..text.chat_template import special_tokens
 from .parts import ModelParts
 

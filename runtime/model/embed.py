@@ -14,7 +14,7 @@ from ..decoding.many import several
 from ..engine.caches.kv import GROWTH_STEP
 from ..engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
 from ..engine.engine import Engine
-from ..settings import require_valid
+from ..options import require_valid
 from .parts import ModelParts
 
 _ROOM = 8 * GROWTH_STEP  # the largest capacity in tokens of a cache of several sequences

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from pastkey.contract import names
@@ -10,7 +9,8 @@ from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, IntegrityError
 from pastkey.files.folder import read_json
 
-from ..settings import ChatOptions, SamplingConfig
+from ..options import DEFAULTS, require_valid
+from ..settings import ChatOptions
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # used only when tokens are sampled
 # Used also for greedy decoding.
@@ -33,10 +33,9 @@ def sampling_defaults(bundle: Bundle) -> ChatOptions:
         if found.get(name) is not None and (drawn or name not in _DRAWN):
             wanted[name] = found[name]
     try:
-        SamplingConfig.of(wanted)
+        require_valid(wanted)
     except InputError as error:
         raise IntegrityError(f"{bundle.path / names.GENERATION_CONFIG} is not valid: {error}") from None
-    plain = dataclasses.asdict(SamplingConfig())
     options: ChatOptions = {}
-    options.update({name: value for name, value in wanted.items() if value != plain[name]})  # type: ignore[typeddict-item]
+    options.update({name: value for name, value in wanted.items() if value != DEFAULTS[name]})  # type: ignore[typeddict-item]
     return options

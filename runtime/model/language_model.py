@@ -28,7 +28,8 @@ from ..decoding.many import StreamMany, several
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
 from ..engine.golden import require_golden
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, PlacementOptions, Pooling, options_of
+from ..options import PlacementOptions, Pooling, lists_options, options_of
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions
 from ..text.codec import TextCodec
 from .adapters import AdapterCalls, Adapters
 from .chat.calls import ChatCalls
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pastkey")
 
 
+@lists_options
 class LanguageModel(ChatCalls, AdapterCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
@@ -225,7 +227,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             progress: For a batch, called after each completion with the number of finished completions and their total.
             n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each has its own seed;
                 the first has `seed`. The result is a list, also for one prompt.
-            **options: See `GenerateOptions`.
+            **options: docs/sampling.md explains them.
 
         Returns:
             The completion; for a batch, a list of completions in the same order, each equal to that of a separate call.
@@ -278,11 +280,13 @@ class LanguageModel(ChatCalls, AdapterCalls):
 
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
-        return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
+        stream = open_prompt(self.parts, prompt, options_of("astream", options, GENERATE_OPTIONS))
+        return AsyncStream(stream, self.executor)
 
     async def agenerate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion:
         """As `generate` of one prompt, for `await`. Cancelling the task ends it within one step."""
-        return await self._astream(prompt, options_of("agenerate", options, GENERATE_OPTIONS)).completed()
+        stream = open_prompt(self.parts, prompt, options_of("agenerate", options, GENERATE_OPTIONS))
+        return await AsyncStream(stream, self.executor).completed()
 
     @property
     def executor(self) -> Executor:
@@ -440,9 +444,6 @@ class LanguageModel(ChatCalls, AdapterCalls):
             InputError: It is neither; it is a batch; the text has no tokens; or the bundle has no tokenizer.
         """
         return self.parts.prompt_ids(prompt)
-
-    def _astream(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> AsyncStream:
-        return AsyncStream(open_prompt(self.parts, prompt, options), self.executor)
 
 
 def _load_again(path: Path, settings: dict[str, Any]) -> LanguageModel:

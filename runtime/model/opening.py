@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pastkey.errors import InputError
-from pastkey.values import is_int, require
+from pastkey.values import is_int, or_default, require
 
 from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
 from ..decoding.request import Request
 from ..decoding.stream import ChunkStream, Stream
 from ..engine.engine import Engine
+from ..options import DEFAULTS
 from ..sampling.dry import Breakers, sequence_breakers
-from ..settings import MAX_NEW_TOKENS, NUM_SINK_TOKENS, SamplingConfig
+from ..settings import SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
@@ -130,8 +131,8 @@ def open_stream(
         QueueFullError: The queue is full.
         InputError: `ids` or an option is out of range.
     """
-    codec = parts.tokenizer
-    stops = _texts(options.get("stop", ()))
+    codec, options = parts.tokenizer, {**DEFAULTS, **options}
+    stops = _texts(options["stop"])
     if stops and codec is None:
         raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
@@ -139,20 +140,20 @@ def open_stream(
     constraint = parts.vocabulary.matcher(options, end_ids)
     request = Request(
         ids,
-        max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+        max_new_tokens=options["max_new_tokens"],
         end_ids=end_ids,
         sampling=sampling,
-        prompt_lookup=options.get("prompt_lookup", True),
-        timeout=options.get("timeout"),
+        prompt_lookup=options["prompt_lookup"],
+        timeout=options["timeout"],
         constraint=constraint,
         drafter=_drafter(parts, options),
         breakers=_breakers(codec, sampling) if sampling.dry_multiplier else None,
-        logprobs=options.get("logprobs"),
-        prompt_logprobs=bool(options.get("prompt_logprobs", False)),
-        context_overflow=options.get("context_overflow", "error"),
-        num_sink_tokens=options.get("num_sink_tokens", NUM_SINK_TOKENS),
+        logprobs=options["logprobs"],
+        prompt_logprobs=options["prompt_logprobs"],
+        context_overflow=options["context_overflow"],
+        num_sink_tokens=options["num_sink_tokens"],
     )
-    keep = options.get("keep_special_tokens", False)
+    keep = options["keep_special_tokens"]
     after_text = after_text or constraint is not None  # a constraint sees the space that begins a text
     text = None if codec is None else TextStream(codec, after_text=after_text, keep_special_tokens=keep)
     generation = Generation(parts.require_open(), request, lifecycle)
@@ -163,8 +164,8 @@ def open_stream(
 def _end_ids(options: Mapping[str, Any], parts: ModelParts) -> list[int]:
     """The ids that end the sequence: the call's EOS tokens, or the bundle's and the adapter's; and `stop_token_ids`."""
     manifest = parts.manifest
-    eos = options.get("eos_token_id", (*manifest.eos_token_ids, *parts.adapter_ends))
-    ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options.get("stop_token_ids", ())}
+    eos = or_default(options["eos_token_id"], (*manifest.eos_token_ids, *parts.adapter_ends))
+    ids = {"eos_token_id": [eos] if is_int(eos) else eos, "stop_token_ids": options["stop_token_ids"]}
     for name, given in ids.items():
         valid = all(token < manifest.vocab_size for token in given)
         require(valid, name, given, f"a list of token ids from 0 to {manifest.vocab_size - 1}")
@@ -172,9 +173,11 @@ def _end_ids(options: Mapping[str, Any], parts: ModelParts) -> list[int]:
 
 
 def _drafter(parts: ModelParts, options: Mapping[str, Any]) -> Drafter | None:
-    asked = options.get("draft")
+    asked = options["draft"]
     if asked and parts.draft is None:
-        raise InputError("draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)")
+        raise InputError(
+            "draft is True, and this model has no draft model: give one to pastkey.load(draft=BUNDLE)", option="draft"
+        )
     return None if parts.draft is None or asked is False else parts.draft.drafter(parts.memory)
 
 
@@ -184,12 +187,14 @@ def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
 
 def _bad_words(codec: TextCodec | None, options: Mapping[str, Any]) -> Sequence[Sequence[int]]:
     """The ids of all bad words. Each text is encoded alone and after a space."""
-    given = options.get("bad_words_ids", ())
-    texts = _texts(options.get("bad_words", ()))
+    given = options["bad_words_ids"]
+    texts = _texts(options["bad_words"])
     if not texts:
         return given  # type: ignore[no-any-return]
     if codec is None:
-        raise InputError("this bundle has no tokenizer, so that bad words have no ids: give bad_words_ids")
+        raise InputError(
+            "this bundle has no tokenizer, so that bad words have no ids: give bad_words_ids", option="bad_words"
+        )
     encoded = [codec.encode(space + text, add_special_tokens=False) for text in texts for space in ("", " ")]
     return [*given, *encoded]
 
@@ -201,5 +206,8 @@ def _breakers(codec: TextCodec | None, sampling: SamplingConfig) -> Breakers:
     if given == SamplingConfig.dry_sequence_breakers:
         return {}
     if any(isinstance(breaker, str) for breaker in given):
-        raise InputError("this bundle has no tokenizer, so that dry_sequence_breakers have no ids: give lists of ids")
+        raise InputError(
+            "this bundle has no tokenizer, so that dry_sequence_breakers have no ids: give lists of ids",
+            option="dry_sequence_breakers",
+        )
     return sequence_breakers(given, (), lambda _: ())

@@ -14,11 +14,13 @@ from ..decoding.generation import Generation
 from ..decoding.kept_tokens import KeptTokens
 from ..decoding.stream import Stream
 from ..engine.engine import Engine
-from ..settings import NUM_SINK_TOKENS, SESSION_OPTIONS, ContextOverflow, SessionOptions, options_of
+from ..options import NUM_SINK_TOKENS, ContextOverflow, lists_options, options_of, require_valid
+from ..settings import SESSION_OPTIONS, SessionOptions
 from .opening import Scheduled, open_stream
 from .parts import ModelParts
 
 
+@lists_options
 class Session:
     """A sequence that grows by `append` and `generate`. It begins empty.
 
@@ -80,6 +82,7 @@ class Session:
 
         After an error the session is unchanged.
         """
+        require_valid({"context_overflow": context_overflow, "num_sink_tokens": num_sink_tokens})
         engine, before = self._idle(), self._ids
         kept = KeptTokens(engine, or_default(context_overflow, "error"), or_default(num_sink_tokens, NUM_SINK_TOKENS))
         ids = kept.of(kept.checked([*self._ids, *self._encode(text)]))

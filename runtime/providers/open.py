@@ -19,7 +19,7 @@ from pastkey.files.reading import reading
 from pastkey.precisions import PRECISIONS
 from pastkey.values import is_unicode, parse_version, shown
 
-from ..settings import Choice, SessionSettings
+from ..options import Choice, SessionSettings
 from . import placement as ep
 from .cache_form import CacheForm, cache_form
 from .inference import Session

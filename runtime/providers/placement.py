@@ -16,7 +16,7 @@ from pastkey.errors import ProviderError, StartError, first_line
 from pastkey.providers import PROVIDERS, TARGETS, Provider, short_name
 from pastkey.values import shown
 
-from ..settings import Choice
+from ..options import Choice
 from .ort import onnxruntime, wheels
 
 CPU = PROVIDERS["cpu"].name

@@ -6,7 +6,7 @@ import numpy as np
 
 from pastkey.errors import InputError
 
-from ..settings import LogitsProcessor
+from ..options import LogitsProcessor
 from .penalties import IdArray, Scores
 
 _MOST = float(np.finfo(np.float32).max)

@@ -229,4 +229,6 @@ def _require_known_ids(config: SamplingConfig, vocab_size: int) -> None:
     for name, tokens in named.items():
         for token in tokens:
             if token >= vocab_size:
-                raise InputError(f"{name} holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}")
+                raise InputError(
+                    f"{name} holds {shown(token)}; token ids are whole numbers from 0 to {vocab_size - 1}", option=name
+                )

@@ -21,10 +21,13 @@ from ..decoding.completion import Completion, completed
 from ..decoding.many import several, token_ids
 from ..model.chat.calls import ChatCalls
 from ..model.chat.chat import Chat
+from ..model.chat.chat_stream import ChatStream
+from ..model.chat.prompt import ChatPrompt
 from ..model.generation_config import NAMES
 from ..model.scoring import Score
 from ..model.unpack import TemporaryFolder, given_as, tell_as_given
-from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions, SamplingConfig, options_of, require_known
+from ..options import options_of, require_known, require_valid
+from ..settings import GENERATE_OPTIONS, ChatOptions, GenerateOptions
 from ..text.chat_template import read_template
 from .chat_format import SandboxedChatFormat
 from .connection import Connection, name_of
@@ -105,7 +108,7 @@ class SandboxedModel(ChatCalls):
         found = connection.call("for the sampling defaults", "defaults", dict[str, Any], {})
         try:
             require_known("the process", found, NAMES)
-            SamplingConfig.of(found)
+            require_valid(found)
         except PastkeyError as error:
             connection.fail(f"answered with no sampling defaults ({error}), and was ended")
         return cast(ChatOptions, found)
@@ -174,6 +177,10 @@ class SandboxedModel(ChatCalls):
     def astream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> AsyncStream:
         """As `stream`, for `async for`. Cancelling the task ends it within one step."""
         return self._astream(prompt, options_of("astream", options, GENERATE_OPTIONS))
+
+    def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
+        """See ChatModel."""
+        return prompt.answered(self._stream(prompt.ids, {**prompt.defaults, **options}))
 
     def chat(
         self,

@@ -12,7 +12,7 @@ from pastkey.values import is_collection
 
 from ..decoding.completion import Chunk, Completion
 from ..decoding.stream import ChunkStream
-from ..settings import MAX_NEW_TOKENS
+from ..options import MAX_NEW_TOKENS
 from ..text.environment import plain
 from .connection import Connection, numbers
 from .protocol import MOST_JSON, Step

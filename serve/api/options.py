@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pastkey.runtime import ChatOptions
-
 from ..errors import RequestError
 from ..service import Service
-from .schemas import ChatBody, ResponseFormat, Sampling
-
-# Fields that are options of the runtime as they stand.
-_SAME = (Sampling.model_fields.keys() & ChatOptions.__optional_keys__) - {"seed", "stop", "logit_bias"}
+from .schemas import SAME, ChatBody, ResponseFormat, Sampling
 
 
 def options_of(body: Sampling, service: Service, max_tokens: int = -1) -> dict[str, Any]:
@@ -20,7 +15,7 @@ def options_of(body: Sampling, service: Service, max_tokens: int = -1) -> dict[s
     Raises RequestError.
     """
     options: dict[str, Any] = {"max_new_tokens": max_tokens, **service.defaults}
-    options |= {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    options |= {name: value for name in (*SAME, "json_schema") if (value := getattr(body, name)) is not None}
     if body.seed is not None and body.seed != -1:
         options["seed"] = body.seed
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []

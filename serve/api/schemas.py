@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, from_json
+
+from pastkey.runtime.options import OPTIONS
 
 from ..errors import RequestError
 
@@ -84,42 +86,30 @@ class ResponseFormat(Body):
     schema_: Schema | None = Field(None, alias="schema")
 
 
-class Sampling(ModelBody):
-    """A generation. Fields with the names of the runtime's options are these options."""
+# The fields that are options of the runtime as they stand: name, type and help are its table's.
+SAME = (
+    "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "typical_p", "top_n_sigma",
+    "xtc_probability", "xtc_threshold", "repetition_penalty", "penalty_last_n", "no_repeat_ngram_size",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+    "min_new_tokens", "stop_token_ids", "prompt_lookup", "regex", "grammar",
+)  # fmt: skip
+_fields: Any = {name: (OPTIONS[name].kind | None, Field(None, description=OPTIONS[name].help)) for name in SAME}
+_Options: Any = create_model("_Options", __base__=ModelBody, **_fields)
+
+
+class Sampling(_Options):  # type: ignore[misc]
+    """A generation."""
 
     n: int = Field(1, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=-1)
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    top_n_sigma: float | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    repetition_penalty: float | None = None
-    penalty_last_n: int | None = None
-    no_repeat_ngram_size: int | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: list[str] | None = None
-    min_new_tokens: int | None = None
-    stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
-    prompt_lookup: bool | None = None
     json_schema: Schema | None = None
-    regex: Text | None = None
-    grammar: Text | None = None
 
 
 class Message(Part):

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError, TemplateWarning
-from pastkey.runtime import Chunk, Completion, LanguageModel, load
+from pastkey.runtime import ChatPrompt, ChatStream, Chunk, Completion, LanguageModel, load
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
@@ -56,18 +56,18 @@ def says(monkeypatch):
     def script(*texts: str) -> list[dict[str, Any]]:
         left, calls = list(texts), []
 
-        def stream(model: LanguageModel, prompt: Any, **options: Any) -> Generator[Chunk, None, Completion]:
-            calls.append({"prompt": prompt, **options})
+        def answer(model: LanguageModel, prompt: ChatPrompt, options: Any) -> ChatStream:
+            calls.append({"prompt": prompt.ids, **prompt.defaults, **options})
 
             def chunks() -> Generator[Chunk, None, Completion]:
                 text = left.pop(0)
                 for letter in text:
                     yield Chunk(letter, [0])
-                return Completion(text, [0] * len(text), "stop", len(prompt), len(text), 0.0, 0.0)
+                return Completion(text, [0] * len(text), "stop", len(prompt.ids), len(text), 0.0, 0.0)
 
-            return chunks()
+            return prompt.answered(chunks())  # type: ignore[arg-type]
 
-        monkeypatch.setattr(LanguageModel, "stream", stream)
+        monkeypatch.setattr(LanguageModel, "answer", answer)
         return calls
 
     return script

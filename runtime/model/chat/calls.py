@@ -8,13 +8,15 @@ from typing import Any, Unpack
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, completed
-from ...settings import options_of
-from .chat_model import ChatModel
+from ...options import lists_options, options_of
+from ..opening import open_text
+from ..parts import ModelParts
 from .chat_stream import ChatStream
 from .prompt import (
     ANSWER_OPTIONS,
     CONVERSATION_OPTIONS,
     AnswerOptions,
+    ChatModel,
     ChatPrompt,
     ConversationOptions,
     chat_prompt,
@@ -24,8 +26,11 @@ from .prompt import (
 Messages = Sequence[Mapping[str, Any]]
 
 
+@lists_options
 class ChatCalls:
     """The calls of a model that answer messages. Each gets the whole conversation, and keeps only its KV cache."""
+
+    parts: ModelParts
 
     @cached_property
     def renderers(self) -> dict[Any, Any]:
@@ -70,6 +75,10 @@ class ChatCalls:
         answer = _answer(self, messages, options_of("astream_chat", options, ANSWER_OPTIONS))
         return AsyncStream(answer, self.executor)
 
+    def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
+        """The answer to a conversation. `options`: as returned by `options_of`."""
+        return prompt.answered(open_text(self.parts, prompt.ids, {**prompt.defaults, **options}))
+
     def chat_prompt(self: ChatModel, messages: Messages, **options: Unpack[ConversationOptions]) -> ChatPrompt:
         """The conversation as a prompt of `LanguageModel.stream_many` and `astream_many`. Raises as `generate_chat`."""
         return chat_prompt(self, messages, options_of("chat_prompt", options, CONVERSATION_OPTIONS))
@@ -80,6 +89,5 @@ class ChatCalls:
 
 
 def _answer(model: ChatModel, messages: Messages, options: Mapping[str, Any]) -> ChatStream:
-    prompt = chat_prompt(model, messages, options)
-    given: Any = {name: value for name, value in options.items() if name not in CONVERSATION_OPTIONS}
-    return prompt.answered(model.stream(prompt.ids, **{**prompt.defaults, **given}))
+    given = {name: value for name, value in options.items() if name not in CONVERSATION_OPTIONS}
+    return model.answer(chat_prompt(model, messages, options), given)

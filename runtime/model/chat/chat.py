@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ from pastkey.values import or_default, shown
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, ToolCall, completed
-from ...settings import CHAT_OPTIONS, ChatOptions, options_of, require_valid
+from ...options import lists_options, options_of, require_valid
+from ...settings import CHAT_OPTIONS, ChatOptions
 from ...text.environment import plain
 from ...text.messages import (
     Content,
@@ -26,10 +26,8 @@ from ...text.messages import (
     save_messages,
     text_of,
 )
-from ...text.tool_calls import parse_tool_calls, tool_names
-from .answer_stream import AnswerStream
-from .chat_model import ChatModel
-from .prompt import ChatPrompt, ChatRenderer, beginning
+from .chat_stream import ChatStream, Turn
+from .prompt import ChatModel, ChatPrompt, ChatRenderer, beginning
 
 if TYPE_CHECKING:
     from ...text.tools import Tool
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 _OURS = ("add_generation_prompt", "continue_final_message")  # the conversation sets these variables of the template
 
 
+@lists_options
 class Chat:
     """A conversation with a language model, rendered by a chat template.
 
@@ -118,7 +117,7 @@ class Chat:
         """
         return completed(self._answer(text, options_of("chat.ask", options, CHAT_OPTIONS)))
 
-    def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> AnswerStream:
+    def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> ChatStream:
         """Answers a message token by token.
 
         This call raises errors of the message and the options. The first `next` starts the model. If the stream is
@@ -149,28 +148,12 @@ class Chat:
         answer = self._answer(text, options_of("chat.astream", options, CHAT_OPTIONS))
         return AsyncStream(answer, self.model.executor)
 
-    def prompt_ids(self) -> list[int]:
-        """The token ids that `ask()` without a text continues.
+    def prompt(self) -> ChatPrompt:
+        """What `ask()` without a text answers, as a prompt of a LanguageModel's calls.
 
         Raises InputError if there is nothing to continue, or the template refuses the conversation.
         """
-        messages, cut = self._standing()
-        return self._ids(messages, cut is not None)
-
-    def take_answer(self, answer: Completion) -> Completion:
-        """Adds the completion of `lm.generate(chat.prompt_ids())` to `messages`.
-
-        Returns it with its `tool_calls`, as `ask` does.
-        """
-        messages, cut = self._standing()
-        lost = cut and answer.ids and self.format.loses_space(answer.ids[0])
-        answer = dataclasses.replace(answer, text=" " + answer.text) if lost else answer
-        text, calls = (cut or "") + answer.text, cast(list[ToolCall], [])
-        if self.tools is not None:
-            said, found = parse_tool_calls(text, self._renderer.form, self._tool_names)
-            text, calls = said, cast(list[ToolCall], found)
-        self.taken_in(messages if cut is None else messages[:-1], text, calls)
-        return dataclasses.replace(answer, tool_calls=calls)
+        return self._prompt(self._standing())
 
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
         """Adds the result of a tool. `ask()` without a text then continues from it.
@@ -256,13 +239,13 @@ class Chat:
         self.messages = found
 
     # --- the answer -----------------------------------------------------------------------------------------------
-    def _answer(self, text: Content | None, options: Mapping[str, Any]) -> AnswerStream:
+    def _answer(self, text: Content | None, options: Mapping[str, Any]) -> ChatStream:
         """Checks the message and the options, and opens the stream."""
         if text is None:
-            messages, cut = self._standing()
+            messages = self._standing()
         else:
-            messages, cut = [*self._said(), message("user", checked_content("the message", text))], None
-        prompt = self._prompt(messages, cut)
+            messages = [*self._said(), message("user", checked_content("the message", text))]
+        prompt = self._prompt(messages)
         context = self.model.manifest.context_length
         shifts = options.get("context_overflow") == "shift"
         if len(prompt.ids) > context and not shifts:
@@ -271,16 +254,16 @@ class Chat:
                 "oldest question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
                 "chat.drop(), undo(), reset()); nothing was lost"
             )
-        settings: dict[str, Any] = {**prompt.defaults, **options}
         if shifts and "num_sink_tokens" not in options:
-            settings["num_sink_tokens"] = min(self._head_tokens(), context // 2)
-        answer = prompt.answered(self.model.stream(prompt.ids, **settings))
-        return AnswerStream(self, messages[:-1] if cut is not None else messages, answer, cut)
+            options = {**options, "num_sink_tokens": min(self._head_tokens(), context // 2)}
+        answer = self.model.answer(prompt, options)
+        answer.turn = _Turn(self, messages if beginning(messages) is None else messages[:-1], prompt.cut)
+        return answer
 
     def _head_tokens(self) -> int:
         """The number of tokens before the first question: the system text and what the template adds."""
         first = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
-        one, other = (self._ids([*first, message("user", text)], False) for text in "ab")
+        one, other = (self._prompt([*first, message("user", text)]).ids for text in "ab")
         return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
 
     def _said(self) -> list[dict[str, Any]]:
@@ -288,14 +271,12 @@ class Chat:
         check_messages(self.messages)
         return self.messages
 
-    def _standing(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The messages, and the text so far of an answer to continue, else None."""
+    def _standing(self) -> list[dict[str, Any]]:
+        """The messages, which end with a question, a result or an answer to continue."""
         messages = self._said()
-        last = messages[-1] if messages else {"role": "system"}
-        cut = beginning(messages)
-        if cut is None and last["role"] not in ("tool", "user"):
+        if beginning(messages) is None and (not messages or messages[-1]["role"] not in ("tool", "user")):
             raise InputError("the message is None; a text was expected, since there is nothing to go on from")
-        return messages, cut
+        return messages
 
     def taken_in(self, messages: list[dict[str, Any]], text: str, calls: Sequence[ToolCall]) -> None:
         """Adds the whole answer to the conversation, with its tool calls."""
@@ -322,17 +303,8 @@ class Chat:
         return [call for call in calls if (call.get("id") or call["function"]["name"]) not in answered]
 
     # --- the template ---------------------------------------------------------------------------------------------
-    def _prompt(self, messages: Sequence[Mapping[str, Any]], cut: str | None) -> ChatPrompt:
-        names = None if self.tools is None else self._tool_names
-        ids = self._ids(messages, cut is not None)
-        return ChatPrompt(ids, names, self._renderer.form, None, cut or "", self.format)
-
-    @property
-    def _tool_names(self) -> tuple[str, ...]:
-        return tool_names(self.tools or ())
-
-    def _ids(self, messages: Sequence[Mapping[str, Any]], continued: bool) -> list[int]:
-        return self._renderer.ids(messages, **self._given(continue_final_message=continued))
+    def _prompt(self, messages: Sequence[Mapping[str, Any]]) -> ChatPrompt:
+        return self._renderer.prompt(messages, **self._given())
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], **changes: Any) -> str:
         return self._renderer.render(messages, **self._given(**changes))
@@ -369,6 +341,35 @@ class Chat:
         for name in self._variables:
             if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
+
+
+class _Turn(Turn):
+    """The answer that a stream writes into a conversation, which no other call may change meanwhile."""
+
+    def __init__(self, chat: Chat, messages: list[dict[str, Any]], cut: str) -> None:
+        """`messages` are answered; `cut` is the beginning of the answer."""
+        self._chat, self._messages, self._cut, self._said = chat, messages, cut, cut
+        self._before = self._written = chat.messages  # another list means that another call took the turn
+
+    def take(self, text: str) -> None:
+        self._require()
+        self._said += text
+        self._chat.messages = self._written = [*self._messages, message("assistant", self._said)]
+
+    def end(self, completion: Completion) -> None:
+        self._require()
+        self._chat.taken_in(self._messages, self._cut + completion.text, completion.tool_calls)
+
+    def fail(self) -> None:
+        if self._chat.messages is self._written:
+            self._chat.messages = self._before
+
+    def _require(self) -> None:
+        if self._chat.messages is not self._written:
+            raise InputError(
+                "the conversation has changed since this answer began: ask one question at a time, or make a chat for "
+                "each"
+            )
 
 
 def _warn(sentence: str, stacklevel: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
 from pastkey.values import shown
 
@@ -15,11 +18,26 @@ from ...settings import CHAT_NEW_TOKENS, ChatOptions
 from ...text.messages import Content, check_messages, message, read_message, text_of
 from ...text.tool_call_stream import ToolCallReader
 from ...text.tool_calls import Form, call_grammar, tool_call_form, tool_names
-from .chat_model import ChatModel, Format
 from .chat_stream import ChatStream
 
 if TYPE_CHECKING:
     from ...text.tools import Tool
+
+
+class Format(Protocol):
+    """Converts a conversation to token ids. ChatFormat implements it."""
+
+    source: str
+    variables: frozenset[str]
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
+        """The conversation as a text."""
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
+        """The conversation as token ids."""
+
+    def loses_space(self, token: int) -> bool:
+        """Whether a text that begins with this token lacks the space that the token carries."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,28 @@ class ChatPrompt:
         return ChatStream(stream, reader, self.format.loses_space)
 
 
+class ChatModel(Protocol):
+    """The interface of a conversation to its model. LanguageModel and SandboxedModel implement it."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest, for the length of the context."""
+
+    @property
+    def executor(self) -> Executor:
+        """The threads that wait for tokens on behalf of an event loop."""
+
+    @property
+    def renderers(self) -> dict[Any, Any]:
+        """The compiled template of each kind of stateless call."""
+
+    def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
+        """The conversion of conversations to token ids."""
+
+    def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
+        """The answer to a conversation. `options`: as returned by `options_of`."""
+
+
 class ChatRenderer:
     """Renders messages in the form that a template takes.
 
@@ -80,6 +120,14 @@ class ChatRenderer:
     def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
         """The conversation as token ids."""
         return self.format.ids(list(map(self._shaped, messages)), **given)
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None, **given: Any
+    ) -> ChatPrompt:
+        """The conversation as a prompt. If the last message is an answer, the model continues it."""
+        cut = beginning(messages)
+        ids = self.ids(messages, continue_final_message=cut is not None, tools=tools, **given)
+        return ChatPrompt(ids, None if tools is None else tool_names(tools), self.form, None, cut or "", self.format)
 
     def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message with its content in the form that the template supports: parts or text."""
@@ -128,12 +176,8 @@ ANSWER_OPTIONS: frozenset[str] = AnswerOptions.__optional_keys__
 def chat_prompt(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatPrompt:
     """The prompt of a conversation. Raises InputError if the bundle or its template does not take it."""
     renderer, said, given = _prepared(model, messages, options)
-    tools = given["tools"]
-    names = None if tools is None else tool_names(tools)
-    cut = beginning(said)
-    ids = renderer.ids(said, continue_final_message=cut is not None, **given)
-    grammar = _grammar(model, renderer, tools or [], options.get("tool_choice", "auto"))
-    return ChatPrompt(ids, names, renderer.form, grammar, cut or "", renderer.format)
+    grammar = _grammar(model, renderer, given["tools"] or [], options.get("tool_choice", "auto"))
+    return dataclasses.replace(renderer.prompt(said, **given), grammar=grammar)
 
 
 def chat_text(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def test_another_template(talking, model, tmp_path, command):
     ("arguments", "words"),
     [
         (["--json"], ["--json holds the answer to one question", "--prompt TEXT"]),
-        (["--prompt", "a", "--temperature", "-1"], ["temperature is -1.0"]),
+        (["--prompt", "a", "--temperature", "-1"], ["--temperature: '-1' was given"]),
         (["--prompt", "a", "--template", "none.jinja"], ["no such file: none.jinja"]),
         (["--colour"], ["--colour"]),
     ],

@@ -1,59 +1,126 @@
-"""Options: declared, explained and typed in a command alike; a wrong type of one is refused, or is a TypeError."""
+"""Options: one table, from which come checks, flags, help and the docs; a wrong type is refused, or is a TypeError."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import re
-from collections.abc import Callable
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
 
 import pastkey
 from pastkey.errors import InputError
-from pastkey.runtime import Engine, LanguageModel, Limits, Request, Session, load
-from pastkey.runtime.commands.flags import SAMPLING
+from pastkey.runtime import Engine, LanguageModel, Limits, Session, load
+from pastkey.runtime.commands.flags import add_generation
 from pastkey.runtime.model.signature import sign_bundle
-from pastkey.runtime.settings import (
-    _VALID,
-    CHAT_OPTIONS,
-    GENERATE_OPTIONS,
-    GenerateOptions,
-    PlacementOptions,
-    SamplingConfig,
-    SamplingOptions,
-    require_valid,
-)
+from pastkey.runtime.options import CHECKED, DEFAULTS, OPTIONS, PlacementOptions, require_valid
+from pastkey.runtime.settings import CHAT_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
 from .conftest import E, Tiny
 
-# What a command line has no flag for, and why.
-UNTYPED = {
-    "dry_sequence_breakers": "texts with newlines, or lists of ids",
-    "logit_bias": "a mapping",
-    "bad_words_ids": "lists of ids: --bad-word takes texts",
-    "forced_decoder_ids": "pairs",
-    "forced_eos_token_id": "a chat and a text end by themselves or at once",
-    "logits_processor": "a function",
-}
-
-FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
+FIELDS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
+PAGE = Path(__file__).parents[2] / "docs" / "sampling.md"
 
 
-def test_every_field_of_a_sampler_is_an_option_and_a_flag():
-    assert FIELDS
-    assert FIELDS <= CHAT_OPTIONS
-    assert SAMPLING.keys() == FIELDS - UNTYPED.keys()
-    assert UNTYPED.keys() <= FIELDS
-    assert SamplingOptions.__optional_keys__ == FIELDS
+def described(kind: Any) -> str:
+    """Writes a type in words: "list of int"."""
+    origin, given = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return described(given[0])
+    if origin is Literal:
+        return " or ".join(f'"{value}"' for value in given)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(described, given))
+    if origin is Sequence:
+        return f"list of {described(given[0])}"
+    if origin is Mapping:
+        return f"mapping of {described(given[0])} to {described(given[1])}"
+    if origin is Callable:
+        return "function"
+    return "class" if origin is type else str(kind.__name__)
 
 
-def test_every_option_is_explained():
-    explained = re.findall(r"^ *- `(\w+)` \(", GenerateOptions.__doc__ or "", re.MULTILINE)
-    assert sorted(explained) == sorted(GENERATE_OPTIONS)
+def table() -> str:
+    """The options of a text as a table in Markdown, which docs/sampling.md has."""
+    lines = ["| option | type | default | what it does |", "|---|---|---|---|"]
+    group = ""
+    for option in OPTIONS.values():
+        if option.group != group:
+            group = option.group
+            lines.append(f"| **{group}** | | | |")
+        default = "" if option.default in (None, ()) else f"`{option.default!r}`"
+        lines.append(f"| `{option.name}` | {described(option.kind)} | {default} | {option.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_types_are_those_of_the_table():
+    kinds = {name: option.kind | None for name, option in OPTIONS.items()}
+    held = typing.get_type_hints(type("Kinds", (), {"__annotations__": kinds}))  # without the ranges
+    assert held == typing.get_type_hints(GenerateOptions)
+    assert {name: DEFAULTS[name] for name in SamplingOptions.__optional_keys__} == FIELDS
+    assert FIELDS.keys() <= CHAT_OPTIONS
+
+
+def test_the_page_has_the_table():
+    assert table() in PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=str)
+def test_a_default_is_valid(option):
+    assert option.default is None or option.valid(option.default)
+
+
+def test_help_lists_the_options():
+    for call in (LanguageModel.generate, LanguageModel.stream, LanguageModel.astream_many):
+        parameters = inspect.signature(call).parameters
+        assert {name: parameters[name].default for name in OPTIONS} == DEFAULTS
+        assert f"- top_k: {OPTIONS['top_k'].help}" in (inspect.getdoc(call) or "")
+    assert "reuse_prefix" not in inspect.signature(Session.generate).parameters
+    assert "tool_choice" in inspect.signature(LanguageModel.stream_chat).parameters
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+def parsed(*words: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_generation(parser)
+    return {name: value for name, value in vars(parser.parse_args(words)).items() if value is not None}
+
+
+# A value of each kind of option, as a flag has it.
+WRITTEN: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("top_k", ("--top-k", "3"), 3),
+    ("top_n_sigma", ("--top-n-sigma=-1e-3",), -0.001),
+    ("suppress_tokens", ("--suppress-tokens", "1, 2,,3"), [1, 2, 3]),
+    ("eos_token_id", ("--eos-token-id", "7,8"), [7, 8]),
+    ("stop", ("--stop", "a", "--stop", "b c"), ["a", "b c"]),
+    ("choices", ("--choice", "a", "--choice", "b"), ["a", "b"]),
+    ("bad_words", ("--bad-word", "a"), ["a"]),
+    ("prompt_lookup", ("--no-prompt-lookup",), False),
+    ("keep_special_tokens", ("--keep-special-tokens",), True),
+    ("context_overflow", ("--context-overflow", "shift"), "shift"),
+    ("json_schema", ("--json-schema", "schema.json"), "schema.json"),
+)
+
+
+@pytest.mark.parametrize(("name", "words", "value"), WRITTEN)
+def test_a_flag_is_read(name, words, value):
+    assert parsed(*words) == {name: value}
+    assert parsed() == {}
+
+
+@pytest.mark.parametrize("value", ["hot", "-1", "nan", "1e99"])
+def test_a_flag_refuses_what_the_option_refuses(value):
+    with pytest.raises(argparse.ArgumentError) as caught:
+        parsed(f"--temperature={value}")
+    expected = OPTIONS["temperature"].expected
+    assert str(caught.value) == f"argument --temperature: {value!r} was given; it must be {expected}"
 
 
 # --- types ------------------------------------------------------------------------------------------------------------
@@ -77,6 +144,7 @@ WRONG: list[tuple[str, tuple[Any, ...]]] = [
     ("timeout temperature top_p min_p repetition_penalty typical_p top_n_sigma xtc_probability", NUMBER),
     ("xtc_threshold presence_penalty frequency_penalty dry_multiplier dry_base", NUMBER),
     ("adapter regex grammar system name call_id context_overflow pooling", TEXT),
+    ("json_schema", (1, int, dict, [1], object())),
     ("adapters", (["sql"], "sql", {1: "sql"})),
     ("stop bad_words", TEXTS),
     ("choices", (*TEXTS, "ab", [])),
@@ -91,21 +159,34 @@ WRONG: list[tuple[str, tuple[Any, ...]]] = [
     ("logit_bias", ([1], {True: 1}, {1: "a"}, {1.5: 1})),
     ("logits_processor", (1, "a", [None])),
 ]
-CASES = {name: values for names, values in WRONG for name in names.split()}
+# Values of its type that are out of its range.
+BEYOND: dict[str, tuple[Any, ...]] = {
+    "temperature": (-0.1, np.inf, 1e39), "top_p": (0.0, 1.01, 1e-50), "min_p": (-0.1, 1.1),
+    "repetition_penalty": (0.0, 1e-50), "seed": (-1, 2**63), "typical_p": (0.0, 1.1), "xtc_probability": (1.1,),
+    "xtc_threshold": (-0.1,), "presence_penalty": (np.inf,), "dry_multiplier": (-1,), "dry_base": (0.9,),
+    "dry_sequence_breakers": ([[-1]],), "logit_bias": ({-1: 0.5}, {1: np.nan}, {1: np.inf}), "timeout": (0, -1),
+    "forced_decoder_ids": ([(1,)], [(-1, 2)]), "n": (0, 10_001), "max_batch": (0,),
+}  # fmt: skip
+CASES = {name: (*values, *BEYOND.get(name, ())) for names, values in WRONG for name in names.split()}
 
 
-def test_every_option_has_a_row_and_wrong_values():
-    assert CASES.keys() == _VALID.keys()
-    named = GENERATE_OPTIONS | PlacementOptions.__optional_keys__
-    assert named - _VALID.keys() == {"json_schema"}  # a schema is read and bounded by constraints/
+def test_every_option_has_wrong_values():
+    assert CASES.keys() == CHECKED.keys()
+    assert PlacementOptions.__optional_keys__ <= CHECKED.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_of_a_wrong_type_or_range_are_refused(name):
     for value in CASES[name]:
-        with pytest.raises(InputError, match=f"^{name} is "):
+        with pytest.raises(InputError, match=f"^{name} is ") as caught:
             require_valid({name: value})
+        assert caught.value.option == name
     require_valid({name: None, "another": object()})
+
+
+def test_numbers_of_numpy_are_numbers():
+    require_valid({"temperature": np.float32(0.5), "top_k": np.int64(3), "suppress_tokens": np.array([1, 2])})
+    require_valid({"logit_bias": {np.int64(3): -np.inf}, "stop": "a", "eos_token_id": [], "bad_words_ids": [(1, 2)]})
 
 
 @dataclass
@@ -151,8 +232,6 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),
     (lambda w, x: Engine(w.lm.bundle, threads=x), "threads", (True, 1.5)),
     (lambda w, x: Limits(memory=x), "memory", WHOLE),
-    (lambda w, x: SamplingConfig(top_k=x), "top_k", WHOLE),
-    (lambda w, x: Request([1], max_new_tokens=x), "max_new_tokens", WHOLE),
     (lambda w, x: w.lm.generate(x), "prompt", (b"ab", bytearray(b"ab"), {1: 2}, {1}, [True], [1.5], [b"a"])),
     (lambda w, x: w.lm.generate("a", n=x), "^n is", WHOLE),
     (lambda w, x: w.lm.generate("a", exact=x), "exact", SWITCH),

@@ -1,0 +1,324 @@
+"""The options of all calls: one table, from which come the checks, the flags, the fields of the server and the docs.
+
+Standard library only, so that `--help` is fast. An option is checked once, by the call that a user makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Protocol, TypedDict, TypeVar, get_args
+
+from pastkey.errors import InputError, OptionError
+from pastkey.typed import Between, TokenId, Where, check_of
+from pastkey.values import is_collection, is_number, require, shown
+
+T = TypeVar("T")
+# An execution provider: a short name ("cuda") or onnxruntime's name, alone or in a pair with options.
+Choice = str | tuple[str, dict[str, Any]]
+SessionSettings = Mapping[str, Any]  # onnxruntime's session options by name
+Pooling = Literal["mean", "last", "none"]  # of an embedding; llama.cpp's words
+ContextOverflow = Literal["error", "shift"]  # for a sequence longer than the context
+LogitsProcessor = Callable[[Any, Any], Any]  # numpy arrays: ids (T,) int64, logits (V,) float32 -> new logits
+
+MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
+NUM_SINK_TOKENS = 4  # first tokens that always stay in the context, including the BOS token
+FORMS: Final = "form of the text, one of these"  # the heading of the constraints
+MAX_CONTINUATIONS = 10_000  # of a prompt; each takes some kilobytes
+_LEAST, _MOST = 2.0**-149, 2.0**127  # settings become float32, where others would be 0 or infinity
+
+
+class PlacementOptions(TypedDict, total=False):
+    """Where a bundle runs: arguments of `load`."""
+
+    providers: Choice | Sequence[Choice] | None
+    threads: int | None
+    allow_fallback: bool
+    session_options: SessionSettings | None
+    native: bool | None
+
+
+class SchemaModel(Protocol):
+    """A class that writes its JSON schema, as the models of Pydantic 2 do."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]: ...
+
+
+Count = Annotated[int, Between(0, math.inf)]
+Size = Annotated[int, Between(1, math.inf)]
+Back = Annotated[int, Between(-1, math.inf)]
+Share = Annotated[float, Between(0, 1)]
+AboveNone = Annotated[float, Between(_LEAST, 1)]
+Any32 = Annotated[float, Between(-_MOST, _MOST)]
+Text = Annotated[str, Where(lambda value: isinstance(value, str) and value != "")]
+_IDS = check_of(Sequence[TokenId])
+SomeIds = Annotated[Sequence[int], Where(lambda value: _IDS(value) and len(value) > 0)]
+Pair = Annotated[Sequence[int], Where(lambda value: _IDS(value) and len(value) == 2)]
+_TEXTS = check_of(Sequence[Text])
+SomeTexts = Annotated[Sequence[str], Where(lambda value: _TEXTS(value) and len(value) > 0)]
+Bias = Annotated[float, Where(lambda value: (is_number(value) and abs(value) <= _MOST) or value == -math.inf)]
+_SCHEMAS: Final = Where(  # constraints/ reads them
+    lambda value: (
+        isinstance(value, str | bool | Mapping) or (isinstance(value, type) and hasattr(value, "model_json_schema"))
+    )
+)
+JsonSchema = Annotated[str | bool | Mapping[str, Any] | type[SchemaModel], _SCHEMAS]
+_IS_PROVIDER: Final = Where(lambda value: isinstance(value, str) or is_collection(value))
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a call.
+
+    Attributes:
+        name: The keyword.
+        kind: Its type, with its range. None is "not set" for every option.
+        expected: The end of the sentence that refuses another value: "top_k is -1; it must be ...".
+        default: The value of an option that is not set.
+        help: What it does.
+        metavar: The value of its flag, "" for a switch; None for an option without a flag.
+        flag: The name of its flag, if it is not the option's own.
+        group: Its heading.
+    """
+
+    name: str
+    kind: Any
+    expected: str
+    default: Any = None
+    help: str = ""
+    metavar: str | None = None
+    flag: str = ""
+    group: str = ""
+
+    def valid(self, value: object) -> bool:
+        """Whether a value is of its type and in its range."""
+        return check_of(self.kind)(value)
+
+
+_SWITCH, _COUNT, _SIZE = "True or False", "a whole number from 0", "a whole number from 1"
+_ALL, _BACK = "above 0 and at most 1, which keeps all", "a whole number from 0, or -1 for the whole text"
+_PENALTY = "from -2**127 to 2**127; 0 changes nothing, and below 0 tokens become likelier"
+_TEXT_LIST = "a text, or a list of texts, each of at least one character"
+_ID_LIST = "a list of token ids"
+
+# fmt: off
+_OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
+    "choice of tokens": (
+        Option("temperature", Annotated[float, Between(0, _MOST)], "a number from 0 to 2**127", 0.0,
+               "0 takes the likeliest token; above 0, tokens are drawn: 1 is the model's own distribution", "T"),
+        Option("top_k", Count, "a whole number from 0, which keeps all", 0,
+               "draw from the K likeliest tokens; 0 for all", "K"),
+        Option("top_p", AboveNone, _ALL, 1.0,
+               "draw from the fewest likeliest tokens that together have probability P", "P"),
+        Option("min_p", Share, "between 0, which keeps all, and 1", 0.0,
+               "drop tokens below P times the likeliest one's probability", "P"),
+        Option("typical_p", AboveNone, _ALL, 1.0,
+               "draw from the tokens nearest to the entropy that together have probability P", "P"),
+        Option("top_n_sigma", Any32, "a number above 0, or at most 0, which keeps all", -1.0,
+               "draw from logits within S standard deviations of the largest; 0 or less for all", "S"),
+        Option("xtc_probability", Share, "between 0, which keeps all, and 1", 0.0,
+               "probability of dropping all but the least likely of the top choices", "P"),
+        Option("xtc_threshold", Share, "between 0 and 1; above 0.5 it keeps all", 0.1,
+               "smallest probability of a top choice", "P"),
+        Option("seed", Annotated[int, Between(0, 2**63 - 1)], "a whole number from 0 to 2**63 - 1", None,
+               "the same seed draws the same text; without one, each text is another", "N"),
+    ),
+    "penalties": (
+        Option("repetition_penalty", Annotated[float, Between(_LEAST, _MOST)],
+               "above 0 and at most 2**127; 1 changes nothing", 1.0,
+               "above 1, tokens of the text, prompt included, become less likely", "X"),
+        Option("presence_penalty", Any32, _PENALTY, 0.0, "subtracted from the logits of tokens that the text has", "X"),
+        Option("frequency_penalty", Any32, _PENALTY, 0.0, "subtracted from these logits once per occurrence", "X"),
+        Option("penalty_last_n", Back, _BACK, -1, "last tokens that these three consider; -1 for all", "N"),
+        Option("no_repeat_ngram_size", Count, "a whole number from 0, which bans nothing", 0,
+               "ban repetitions of N tokens; 0 bans none", "N"),
+        Option("dry_multiplier", Annotated[float, Between(0, _MOST)], "a number from 0, which changes nothing", 0.0,
+               "DRY: a penalty on prolonging a repetition; 0 for none", "X"),
+        Option("dry_base", Annotated[float, Between(1, _MOST)], "a number from 1", 1.75,
+               "factor of the DRY penalty for each token of the repetition", "X"),
+        Option("dry_allowed_length", Count, _COUNT, 2, "shortest repetition with the DRY penalty", "N"),
+        Option("dry_penalty_last_n", Back, _BACK, -1, "last tokens that DRY considers; -1 for all", "N"),
+        Option("dry_sequence_breakers", Sequence[Text | SomeIds],
+               "a list of texts, or of lists of token ids, each of at least one", ("\n", ":", '"', "*"),
+               "repetitions end at these texts or ids, for DRY"),
+    ),
+    "bans and forced tokens": (
+        Option("logit_bias", Mapping[TokenId, Bias], "a mapping of token ids to numbers, or to -inf, which bans", None,
+               "added to the logits of these ids"),
+        Option("suppress_tokens", Sequence[TokenId], _ID_LIST, (), "ban these token ids", "1,2,3"),
+        Option("bad_words", Text | Sequence[Text], _TEXT_LIST, (),
+               "ban this text, as the tokenizer encodes it", "TEXT", "--bad-word"),
+        Option("bad_words_ids", Sequence[SomeIds], "a list of lists of token ids, each of at least one", (),
+               "ban these sequences of tokens"),
+        Option("forced_decoder_ids", Sequence[Pair],
+               "a list of pairs: a place among the new tokens, from 0, and the token id there", (),
+               "pairs of a place among the new tokens, from 0, and the id there"),
+        Option("forced_eos_token_id", TokenId, "a token id, or None", None,
+               "the last id, where max_new_tokens ends the text"),
+        Option("logits_processor", LogitsProcessor | Sequence[LogitsProcessor],
+               "a function of (ids, logits) that returns logits, or a list of such functions", (),
+               "function of (ids (T,), logits (V,)), numpy arrays, that returns new logits; the step waits for it"),
+    ),
+    "end of the text": (
+        Option("max_new_tokens", Count, _COUNT, MAX_NEW_TOKENS,
+               "largest number of new tokens; the end of the context may come first", "N"),
+        Option("min_new_tokens", Count, _COUNT, 0, "no EOS token before this many new tokens", "N"),
+        Option("stop", Text | Sequence[Text], _TEXT_LIST, (), "end before this text", "TEXT"),
+        Option("eos_token_id", TokenId | Sequence[TokenId], "a token id, or a list of token ids", None,
+               "the EOS tokens, in place of the bundle's", "1,2,3"),
+        Option("stop_token_ids", Sequence[TokenId], _ID_LIST, (),
+               "token ids that end the text, beside the EOS tokens", "1,2,3"),
+        Option("timeout", Annotated[float, Between(_LEAST, math.inf)], "a number of seconds above 0", None,
+               "seconds from the first step after which the text ends as it is, with the finish_reason deadline", "S"),
+    ),
+    FORMS: (  # by llguidance
+        Option("json_schema", JsonSchema,
+               "a JSON schema, as a dict, as its JSON text or as the class of a Pydantic model", None,
+               "JSON that validates against this schema; in Python, also the class of a Pydantic model", "FILE"),
+        Option("regex", Text, "a regular expression, as a text", None,
+               "a text that matches this regular expression", "PATTERN"),
+        Option("choices", SomeTexts, "a list of texts of at least one character", None,
+               "one of these texts", "TEXT", "--choice"),
+        Option("grammar", Text, "a grammar in Lark's notation, as a text", None,
+               "a text that follows this Lark grammar", "FILE"),
+    ),
+    "context and cache": (
+        Option("context_overflow", ContextOverflow, '"error" or "shift"', "error",
+               "when the text exceeds the context: an error, or drop the oldest tokens, half of them at a time", ""),
+        Option("num_sink_tokens", Count, _COUNT, NUM_SINK_TOKENS,
+               "with shift, keep this many first tokens; in a conversation all before the first question", "N"),
+        Option("reuse_prefix", bool, _SWITCH, False,
+               "reuse the KV cache of an earlier text with the same beginning, and keep this one; in int8 a near tie "
+               "may resolve differently"),
+        Option("exact", bool, _SWITCH, False,
+               "with reuse_prefix, compute generated tokens of the prefix again, so that int8 output does not depend "
+               "on the cache"),
+    ),
+    "drafts and adapters": (
+        Option("prompt_lookup", bool, _SWITCH, True,
+               "draft tokens from earlier text where it repeats itself; in int8 a near tie may resolve differently",
+               ""),
+        Option("draft", bool, "True or False: the draft model itself is an option of load", None,
+               "use the model's draft model if that is faster"),
+        Option("adapter", Text, "the name of a loaded adapter", None, "name of the LoRA adapter to compute with"),
+    ),
+    "output": (
+        Option("logprobs", Count, _COUNT, None, "log-probability of each new token, and of the N likeliest", "N"),
+        Option("prompt_logprobs", bool, _SWITCH, False,
+               "also those of the prompt's tokens, for which no cached prefix is used"),
+        Option("keep_special_tokens", bool, _SWITCH, False, "show special tokens up to the EOS token", ""),
+    ),
+}
+# Arguments of `load`, of an engine and of other calls. Other types are left to Python's TypeError.
+_OTHERS: Final = (
+    Option("providers", Annotated[Any, _IS_PROVIDER], 'a name such as "cuda", or a list'),
+    Option("threads", int, "a whole number, or None for the physical cores"),
+    Option("allow_fallback", bool, _SWITCH),
+    Option("session_options", Mapping[str, Any],
+           'a mapping of names to values such as {"enable_cpu_mem_arena": False}'),
+    Option("native", bool, "True, False or None"),
+    Option("adapters", Mapping[Text, Any], 'a mapping of names to folders such as {"sql": "adapters/sql"}'),
+    Option("verify", bool, "True, False or None"),
+    Option("trust", bool, _SWITCH),
+    Option("max_memory", Size, _SIZE),
+    Option("prefix_bytes", Count, _COUNT),
+    Option("max_batch", Size, _SIZE),
+    Option("max_queue", Count, _COUNT),
+    Option("chunk_size", Size, _SIZE),
+    Option("length", int, "a whole number"),
+    Option("ids", Sequence[Any], _ID_LIST),
+    Option("n", Annotated[int, Between(1, MAX_CONTINUATIONS)], f"a whole number from 1 to {MAX_CONTINUATIONS:,}"),
+    Option("pooling", Pooling, "one of " + ", ".join(get_args(Pooling))),
+    Option("normalize", bool, _SWITCH),
+    Option("system", str, "a text"),
+    Option("documents", Sequence[Mapping[str, Any]],
+           'a list of {"title": ..., "text": ...}, as the template reads them'),
+    Option("special_tokens_as_text", bool, _SWITCH),
+    Option("name", str, "a text"),
+    Option("call_id", str, "a text"),
+)
+# fmt: on
+# The options of a text, by name.
+OPTIONS: Final[Mapping[str, Option]] = {
+    row.name: dataclasses.replace(row, group=group) for group, rows in _OF_A_TEXT.items() for row in rows
+}
+DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for name, option in OPTIONS.items()}
+CHECKED: Final[Mapping[str, Option]] = {**OPTIONS, **{row.name: row for row in _OTHERS}}
+
+# Options of other programs, and their equivalents here.
+_ELSEWHERE = {
+    "adapter_name": "adapter is the option",
+    "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
+    "guided_json": "json_schema is the option",
+    "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
+    "lookahead": "prompt_lookup is the option",
+    "n": "generate(n=...) and stream_many(n=...) give several continuations",
+    "max_length": "max_new_tokens is the most new tokens, without the prompt's",
+    "num_beams": "there is no beam search, and generate(n=...) gives several continuations",
+    "num_return_sequences": "generate(n=...) gives several continuations",
+    "response_format": "json_schema is the option",
+    "stop_strings": "stop is the option",
+}
+
+
+def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The options of a call without those that are None. Raises as `require_known` and `require_valid`.
+
+    A class as `json_schema` becomes its schema, which other processes can read too.
+    """
+    require_known(call, options, known)
+    require_valid(options)
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(model := given.get("json_schema"), type):
+        given["json_schema"] = _schema_of(model)
+    return given
+
+
+def _schema_of(model: type[SchemaModel]) -> dict[str, Any]:
+    """The schema of a Pydantic model. Raises InputError if it has none, as with a field that JSON cannot hold."""
+    try:
+        return model.model_json_schema()
+    except Exception as error:  # of the model's own code
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"json_schema is {shown(model)}, which has no JSON schema ({reason}): change its fields",
+            option="json_schema",
+        ) from None
+
+
+def require_known(call: str, options: Collection[str], known: Collection[str]) -> None:
+    """Raises OptionError for the first of `options` that is not in `known`."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md lists the options"
+            raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
+
+
+def require_valid(given: Mapping[str, Any]) -> None:
+    """Raises InputError for the first option that has a wrong type or is out of range. None is "not set"."""
+    for name, value in given.items():
+        if name in CHECKED and value is not None:
+            require(CHECKED[name].valid(value), name, value, CHECKED[name].expected)
+
+
+def lists_options(model: type[T]) -> type[T]:
+    """Decorates a class: the signature and docstring of each call with `**options` name them, as `help` shows them."""
+    for call in vars(model).values():
+        kind = getattr(call, "__annotations__", {}).get("options", "")
+        if not kind.startswith("Unpack["):
+            continue
+        known = call.__globals__[kind.removeprefix("Unpack[").removesuffix("]")].__optional_keys__
+        names = [*(name for name in OPTIONS if name in known), *sorted(known - OPTIONS.keys())]
+        signature = inspect.signature(call)
+        fixed = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name)) for name in names]
+        call.__signature__ = signature.replace(parameters=[*fixed, *named])
+        told = [f"- {row.name}: {row.help}" for row in OPTIONS.values() if row.name in known]
+        call.__doc__ = "\n".join([inspect.getdoc(call) or "", "", "Options; None is the default:", *told])
+    return model
