@@ -57,9 +57,9 @@ class Decoder:
     model: ir.Model
     observation: Observation
     choice: GraphChoice
+    shift: CacheShift  # whether and how old tokens can be dropped from a cache
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: int | None = None  # H, if the graph has an output head
-    shift: CacheShift | None = None  # whether and how old tokens can be dropped from a cache
 
 
 @dataclass(frozen=True)

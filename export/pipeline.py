@@ -37,6 +37,7 @@ from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
+from .graph.write.native import add_native_graph
 from .measure.metrics import Ids
 from .measure.paths import short_texts
 from .measure.predictors import IN_PLACE
@@ -58,7 +59,6 @@ from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
 from .steps import FP32, FP32_FOLDER, QUANTIZED, TEXT, Identity, Steps, identity, require_unchanged
-from .upgrade import add_native_graph
 
 
 @dataclass(frozen=True)

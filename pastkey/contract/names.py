@@ -15,7 +15,6 @@ ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
 LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, for the N last positions
-LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: bundles of format 1 have it instead
 
 # An output of some of pastkey's own graphs: (B, T, H) float32, the input of the output head. transformers, optimum and
 # transformers.js use the same name.

@@ -153,9 +153,7 @@ def _overflow(graph: DecoderGraph) -> str:
     manifest = graph.manifest
     shift, window = manifest.shift, manifest.window
     told = "a full context can be shifted (context_overflow)"
-    if shift is None:
-        told = "a full context cannot be shifted, since an older pastkey wrote the bundle: export it again"
-    elif shift.refused:
+    if shift.refused:
         told = f"a full context cannot be shifted: {shift.refused}"
     if window is None:
         return told

@@ -245,8 +245,7 @@ class DecoderGraph:
         Evicting moves the later rows up, which a static graph's fixed arrays do not need.
         """
         manifest = self.manifest
-        movable = manifest.shift is not None and not manifest.shift.refused
-        return manifest.window if movable and manifest.static is None else None
+        return manifest.window if not manifest.shift.refused and manifest.static is None else None
 
     @property
     def _chunk(self) -> int:
@@ -330,8 +329,6 @@ class DecoderGraph:
             binding.feed(names.ATTENTION_MASK, cache.columns(mask))
         if names.LOGITS_START in self._inputs:
             binding.feed(names.LOGITS_START, -keep, (1,))
-        elif names.LOGITS_TO_KEEP in self._inputs:
-            binding.feed(names.LOGITS_TO_KEEP, keep, (1,))
         if self._embedding is not None:
             rows = self._embedding[ids]
             binding.feed(names.EMBEDDING_ROWS, rows, rows.shape, rows.dtype.type)

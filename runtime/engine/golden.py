@@ -27,7 +27,6 @@ from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, Provi
 from pastkey.files.durable import write_json
 from pastkey.files.folder import user_cache_file
 from pastkey.files.reading import reading
-from pastkey.precisions import PRECISIONS
 
 from ..providers import placement as ep
 from ..providers.ort import onnxruntime
@@ -66,11 +65,10 @@ class Golden:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Golden:
-        """Reads the golden logits of a bundle. Computes them on this CPU for an older bundle without them."""
+        """Reads the golden logits of a bundle. Raises IntegrityError."""
         path = bundle.path / names.GOLDEN
         if names.GOLDEN not in bundle.manifest.files:
-            limit = PRECISIONS[bundle.manifest.precision].golden_limit
-            return cls.computed(Engine(bundle, providers="cpu", native=False), len(ENDS), limit)
+            raise IntegrityError(f"{bundle.path / names.MANIFEST} does not list {names.GOLDEN}: export it again")
         try:
             with reading(path, "golden logits", but=(ValueError, LookupError)):
                 content = read_npz(path)

@@ -230,7 +230,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
     if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(PRECISIONS[manifest.precision].graph).name:
-        expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
+        expected[names.LOGITS_START] = [1]
         if manifest.hidden_size is not None:
             expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]
     if path.name == Path(names.ADAPTER_GRAPH).name:

@@ -22,11 +22,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from pastkey.contract import names
-from pastkey.contract.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
+from pastkey.contract.bundle import Bundle, CacheShift, KVGeometry, Manifest, StaticShape, open_bundle
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime import load
+from pastkey.runtime import Engine, load
+from pastkey.runtime.engine.golden import Golden
 
 from ..onnx_text import encode_model
 
@@ -210,13 +211,10 @@ def static_graph(tiny: Tiny, tokens: int) -> str:
     return text
 
 
-def tiny_graph(
-    tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION, hidden: bool = False
-) -> str:
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, hidden: bool = False) -> str:
     """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
 
-    A graph of last positions has the inputs of a bundle of this format version, and with `hidden` the last hidden
-    states as an output.
+    A graph of last positions with `hidden` has the last hidden states as an output.
     """
     mask, attention = {
         "static": ("", STATIC_ATTENTION),
@@ -228,13 +226,13 @@ def tiny_graph(
     inputs = ["int64[B, T] input_ids", "int64[B, T] position_ids"]
     if graph == "static":
         inputs = ["int32[B, T] input_ids", "float[B, 1, T, S] mask", "int32[B, T] position_ids"]
-    elif mask is FUSED_MASK and last_only and format_version > 1:
+    elif mask is FUSED_MASK and last_only:
         mask = LENGTHS
         inputs += ["int32[B] seqlens_k", "int32 total_sequence_length"]
     else:
         inputs.append("int64[B, S] attention_mask")
     if last_only:
-        inputs.append("int64[1] logits_to_keep" if format_version == 1 else "int64[1] logits_start")
+        inputs.append("int64[1] logits_start")
     outputs = [f"float[B, {'N' if last_only else 'T'}, {V}] logits"]
     body = (
         mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
@@ -253,8 +251,7 @@ def tiny_graph(
         body += f"{names.LAST_HIDDEN_STATE} = Identity({end})\n"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
-        body += "start = Neg(logits_to_keep)\n" if format_version == 1 else "start = Identity(logits_start)\n"
-        body += f"end = Slice({end}, start, many, axis)\n"
+        body += f"end = Slice({end}, logits_start, many, axis)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
     text = (
@@ -295,13 +292,12 @@ def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
-    With `adapters=True`, there is the graph that takes LoRA adapters.
+    With `adapters=True`, there is the graph that takes LoRA adapters, and with `golden=True` there are golden logits.
     With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
     an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
     needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
-    form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     common = "standard" if graph == "static" else graph
     texts = {PRECISIONS["fp32"].graph: tiny.text(common, last_only=False)}
@@ -310,7 +306,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
         texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
     else:
-        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields, **form)
+        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)
@@ -320,7 +316,7 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         scales = int8_kv_scales(tiny)
         pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
         metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
+        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields)
         model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
         (folder / names.INT8_KV_GRAPH).write_bytes(model)
     if fields.pop("adapters", False):
@@ -337,10 +333,21 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         "pastkey_version": "0", "source": "tiny", "precision": "fp32", "target": "cpu", "graph": graph,
         "graph_reason": "asked for", "vocab_size": V, "context_length": tiny.context_length, "layers": tiny.layers,
         "opset": 17, "ir_version": 8, "min_onnxruntime": "1.23.0",
+        "shift": CacheShift("positions are learned"),
         "files": file_records(folder, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]),
     }  # fmt: skip
-    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json() | form)
-    return open_bundle(folder, verify=False)
+    golden = fields.pop("golden", False)
+    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json())
+    return with_golden(open_bundle(folder, verify=False)) if golden else open_bundle(folder, verify=False)
+
+
+def with_golden(bundle: Bundle) -> Bundle:
+    """Adds golden logits of this CPU."""
+    limit = PRECISIONS[bundle.manifest.precision].golden_limit
+    Golden.computed(Engine(bundle, threads=1), 5, limit).save(bundle.path / names.GOLDEN)
+    files = file_records(bundle.path, [*bundle.manifest.files, names.GOLDEN])
+    write_json(bundle.path / names.MANIFEST, bundle.manifest.to_json() | {"files": files})
+    return open_bundle(bundle.path, verify=False)
 
 
 @pytest.fixture(scope="session")
@@ -396,7 +403,8 @@ def speaking_bundle(tiny, letters, make_bundle):
 @pytest.fixture(scope="session")
 def talking(tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer and a chat template."""
-    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}).path
+    config = {"chat_template": TEMPLATE}
+    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, golden=True).path
 
 
 def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[tuple[int, int]]:

@@ -39,7 +39,6 @@ LEFT_OUT = (
     "export/graph/write/embedding_rows.py",
     "export/quantize/int8_kv.py",
     "export/steps.py",
-    "export/upgrade.py",
     "runtime/commands/rerun.py",
     "runtime/commands/untrusted_rows.py",
     "runtime/decoding/batching/pace.py",
