@@ -28,7 +28,6 @@ from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
-from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter
 from .export_cache import unbound
@@ -428,7 +427,4 @@ def _make_quantized(
     if config.target == "cpu" and not config.quick:
         quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
-    if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
-        measured = "" if precision == "int8" else " (measured with int8)"
-        progress.warn(f"on this CPU {precision} MatMuls take {kernels.note}{measured}")
     return Artifact(bundle, made.weight_bytes, verification, quality, made.sensitivity)

@@ -258,9 +258,9 @@ class _Memory:
 
 def _surroundings(engine: Engine) -> list[Any]:
     """The key of a stored result: providers and their options, onnxruntime, the system, devices and drivers."""
-    devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
     hardware = [
-        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id] for d in devices
+        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id]
+        for d in onnxruntime.get_ep_devices()
     ]
     named = [Path(part) for key in _DRIVERS_BY_NAME for part in os.environ.get(key, "").split(os.pathsep) if part]
     found = [path for pattern in _DRIVERS for path in Path(os.sep).glob(pattern.lstrip("/"))]

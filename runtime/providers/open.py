@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from . import placement as ep
 from .cache_form import CacheForm, cache_form
 from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
-from .parts import assigned
 from .session_options import RECORD, WHOLE, require_free, set_options
 
 # Threads that keep spinning after a run take CPU time from other sessions and from the application.
@@ -98,11 +98,11 @@ def open_session(
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
         partly = _with_cpu(path, options({RECORD: "1"}), wanted) if wanted.whole else None
-        placed = {} if partly is None else assigned(partly, path)
+        placed = {} if partly is None else operators_of(partly)
         if left := placed.get(ep.CPU):
             if len(placed) == 1 and wanted.providers[0][1]:
                 raise ep.takes_nothing(*wanted.providers[0]) from error
-            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
+            raise ep.left_behind(wanted.providers[0][0], left, manifest.target) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
@@ -115,10 +115,9 @@ def open_session(
             raise MemoryError(f"onnxruntime has too little memory to load {path}: {reason}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
-    if wanted.tells and (left := assigned(session, path).get(ep.CPU)):
+    if wanted.tells and (left := operators_of(session).get(ep.CPU)):
         name = ep.short_name(wanted.providers[0][0])
-        counted = ep.counted(left.operators, left.parts)
-        sentence = f"the execution provider {name!r} leaves {counted} to the CPU"
+        sentence = f"the execution provider {name!r} leaves {ep.counted(left)} to the CPU"
         warnings.warn(sentence, FallbackWarning, stacklevel=2)
     with reading(path, "an ONNX graph"):
         _cross_check(session, manifest, path)
@@ -161,6 +160,18 @@ def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
         return None
     ep.require_active(wanted, session.get_providers())
     return session
+
+
+def operators_of(session: Any) -> dict[str, Counter[str]]:
+    """onnxruntime's name of a provider -> its operators, each with the number of its nodes.
+
+    Empty for a session that was opened without the entry RECORD.
+    """
+    found: dict[str, Counter[str]] = {}
+    with contextlib.suppress(*OrtError):
+        for subgraph in session.get_provider_graph_assignment_info():
+            found.setdefault(subgraph.ep_name, Counter()).update(node.op_type for node in subgraph.get_nodes())
+    return found
 
 
 def checked_threads(threads: int | None) -> int:

@@ -377,7 +377,7 @@ def bundle(request, tiny, make_bundle):
 
 @pytest.fixture(scope="session")
 def fused_bundle(tiny, make_bundle):
-    return make_bundle(tiny, "fused")
+    return make_bundle(tiny, "fused", golden=True)
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,6 @@ LEFT_OUT = (
     "runtime/engine/caches/int8_kv.py",
     "runtime/model/chat/answer_stream.py",
     "runtime/model/chat/calls.py",
-    "runtime/providers/int8_kernels.py",
-    "runtime/providers/parts.py",
     "runtime/sandbox/",
     "runtime/speculation/worth.py",
     "see/panels.py",

@@ -38,11 +38,6 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def fused_bundle(make_bundle, tiny):
-    return make_bundle(tiny, "fused", golden=True)
-
-
-@pytest.fixture
 def stored(fused_bundle):
     return Golden.computed(Engine(fused_bundle, threads=1), 3, LIMIT)
 
