@@ -1,7 +1,7 @@
 """The export pipeline, checkpoint/ -> bundle/.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
+    [-> float16 -> verify, or calibrate -> quantize -> write -> verify]
     [-> static graphs -> verify] [-> ORT format]
     -> golden logits -> configurations [-> whole generation] -> manifest -> prove on the target
 """
@@ -47,7 +47,6 @@ from .quantize.calibrate.activations import probing
 from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
-from .quantize.int8_kv import add_int8_kv
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
@@ -423,8 +422,5 @@ def _make_quantized(
         if config.sensitivity is None:  # the table is not recorded
             steps.finish(QUANTIZED, record, made.bundle.all_logits_graph.parent)
     verification = writer.verify(made.bundle)
-    quality = made.quality
-    if config.target == "cpu" and not config.quick:
-        quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
-    return Artifact(bundle, made.weight_bytes, verification, quality, made.sensitivity)
+    return Artifact(bundle, made.weight_bytes, verification, made.quality, made.sensitivity)

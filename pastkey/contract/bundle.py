@@ -160,12 +160,6 @@ class Bundle:
         return self.path / names.STATIC_DECODE_GRAPH, self.path / names.STATIC_PREFILL_GRAPH
 
     @property
-    def int8_kv_graph(self) -> Path | None:
-        """The graph with an int8 cache, or None for a bundle without one."""
-        path = self.path / names.INT8_KV_GRAPH
-        return path if path.is_file() else None
-
-    @property
     def native_graph(self) -> Path | None:
         """The graph for pastkey's kernel library, or None for a bundle without one."""
         return None if self.manifest.native is None else self.path / names.NATIVE_GRAPH

@@ -134,8 +134,6 @@ GOLDEN: Final = "golden_logits.npz"  # logits that a device must reproduce befor
 # pastkey's own graph, over the weights of the all-logits graph (named in `precisions`): logits of the last positions
 # only, from LOGITS_START on.
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
-# The same with an int8 cache, of which decoding after a long text reads a quarter of the bytes. Optional.
-INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # The same by the operators of pastkey's kernel library, over the same weights. Optional.
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow

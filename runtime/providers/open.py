@@ -22,7 +22,6 @@ from pastkey.values import is_unicode, parse_version, shown
 
 from ..settings import Choice, SessionSettings
 from . import placement as ep
-from .cache_form import CacheForm, cache_form
 from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .session_options import RECORD, WHOLE, require_free, set_options
@@ -206,10 +205,7 @@ def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     """Raises IntegrityError if a tensor differs between graph and manifest, with both shapes."""
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
-    if manifest.static:
-        expected = _expected_static(session, manifest, path)
-    else:
-        expected = _expected(found, manifest, path, cache_form(session, manifest))
+    expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
@@ -226,12 +222,12 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
 Shapes = dict[str, list[int | str]]
 
 
-def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path, form: CacheForm) -> Shapes:
+def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path) -> Shapes:
     expected: Shapes = {
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
-    expected |= _expected_cache(form.layers, names.BATCH, names.PAST, names.TOTAL)
+    expected |= _expected_cache(manifest.layers, names.BATCH, names.PAST, names.TOTAL)
     for i, state in enumerate(manifest.states):
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]

@@ -6,7 +6,6 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
@@ -126,14 +125,6 @@ FUSED_ATTENTION = """
         com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}>
         (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total)
 """
-INT8_KV_ATTENTION = """
-    a{i}, present.{i}.key, present.{i}.value =
-        com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}, k_quant_type = "PER_CHANNEL",
-        v_quant_type = "PER_CHANNEL", kv_cache_bit_width = 8>
-        (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total,
-        "", "", "", "", "", key_scale{i}, value_scale{i})
-"""
-PAST_NAMES = {"key": names.past_key, "value": names.past_value}
 STANDARD_MASK = """
     zero = Constant <value_int = 0> ()
     step = Constant <value_int = 1> ()
@@ -212,17 +203,15 @@ def static_graph(tiny: Tiny, tokens: int) -> str:
 
 
 def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, hidden: bool = False) -> str:
-    """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
+    """The decoder with a cache, as ONNX text without its weights.
 
     A graph of last positions with `hidden` has the last hidden states as an output.
     """
     mask, attention = {
         "static": ("", STATIC_ATTENTION),
         "fused": (FUSED_MASK, FUSED_ATTENTION),
-        "int8_kv": (FUSED_MASK, INT8_KV_ATTENTION),
         "standard": (STANDARD_MASK, STANDARD_ATTENTION),
     }[graph]
-    element = "int8" if graph == "int8_kv" else "float"
     inputs = ["int64[B, T] input_ids", "int64[B, T] position_ids"]
     if graph == "static":
         inputs = ["int32[B, T] input_ids", "float[B, 1, T, S] mask", "int32[B, T] position_ids"]
@@ -239,8 +228,8 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, hidden: bool = False)
     )
     for i, layer in enumerate(tiny.layers):
         for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
-            inputs.append(f"{element}[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
-            outputs.append(f"{element}[B, {K}, S{i}, {size}] present.{i}.{kind}")
+            inputs.append(f"float[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
+            outputs.append(f"float[B, {K}, S{i}, {size}] present.{i}.{kind}")
         sizes = {"D": layer.key_head_size, "DV": layer.value_head_size, "SCALE": repr(layer.key_head_size**-0.5)}
         body += "".join(f"{name}{i} = MatMul(x{i}, w{name}{i})\n" for name in "qkv")
         body += attention.format(i=i, H=H, K=K, **sizes)
@@ -280,22 +269,12 @@ def adapter_graph(tiny: Tiny, graph: str) -> tuple[str, dict[str, str]]:
     return text.replace(") => (", f"{inputs}) => (", 1), {names.ADAPTED: json.dumps(pairs)}
 
 
-def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
-    """One scale for all channels: (K * D,) of the keys and of the values of each layer, by the names of the graph."""
-    return {
-        f"{kind}_scale{i}": np.full(K * size, 8 / 127, np.float32)
-        for i, layer in enumerate(tiny.layers)
-        for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size))
-    }
-
-
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
     With `adapters=True`, there is the graph that takes LoRA adapters, and with `golden=True` there are golden logits.
-    With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
-    an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
-    needs `chunk`.
+    With `data_file=NAME`, the weights lie in that file beside the graphs, and with `hidden_size=E` the graphs of last
+    positions give the last hidden states. A static one needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
     data_file = fields.pop("data_file", "")
@@ -312,13 +291,6 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         (folder / path).write_bytes(model)
         if data_file:
             (folder / path).with_name(data_file).write_bytes(data)
-    if fields.pop("int8_kv", False):
-        scales = int8_kv_scales(tiny)
-        pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
-        metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields)
-        model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
-        (folder / names.INT8_KV_GRAPH).write_bytes(model)
     if fields.pop("adapters", False):
         text, metadata = adapter_graph(tiny, graph)
         (folder / names.ADAPTER_GRAPH).write_bytes(encode_model(text, tiny.weights, metadata=metadata)[0])
