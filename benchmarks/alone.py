@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -289,7 +288,7 @@ def _graph(bundle: Path) -> Run:
 
 
 def _runtime(bundle: Path) -> Run:
-    engine = Engine(open_bundle(bundle), threads=1, int8_kv_from=None)
+    engine = Engine(open_bundle(bundle), threads=1)
 
     def run(prompt: list[int], new: int, sampling: SamplingConfig) -> list[int]:
         return list(Generation(engine, Request(prompt, max_new_tokens=new, sampling=sampling, prompt_lookup=False)))
@@ -358,8 +357,6 @@ def memory(bundle: Path, *, lengths: Sequence[int] = (1000, 2000, 4000, 8000), n
     rows, new = [], new_tokens
     with load(bundle, threads=1) as lm:
         graph = lm.require_open().graph
-        if new == 1:
-            graph.int8_kv_from = sys.maxsize  # nothing is decoded: no int8 cache stands beside the other
         for length in lengths:
             cache = graph.cache_bytes(length + new - 1)
             peak = fresh_peak(_generate_once, bundle, _random_ids(bundle, length), new)

@@ -14,7 +14,7 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 from .measure import Answer, Table
 
-_CONTEXT = 1280  # tokens: long enough for an int8-KV graph
+_CONTEXT = 1280  # tokens
 _PART = "part of a graph, without the large weights"
 
 

@@ -42,10 +42,9 @@ from .settings import ExportConfig
 from .source.source import Source
 
 _GOLDEN_SHARE = 0.01  # maximum size of golden logits, relative to the weights
-# The oldest onnxruntime that exports were tested on. 8-bit MatMulNBits came with 1.22.
-MIN_ONNXRUNTIME = "1.23.0"
+MIN_ONNXRUNTIME = "1.24.1"  # the oldest that the runtime takes
 NEWEST_OPSET = 23  # that MIN_ONNXRUNTIME supports; a given graph may be newer
-# GroupQueryAttention of 1.23 applies a different window: 1.23.2 returned wrong logits, 1.24.4 the right ones.
+# GroupQueryAttention of 1.23 applies another window. 1.24.4 returned the right logits.
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 
@@ -57,9 +56,9 @@ class Decoder:
     model: ir.Model
     observation: Observation
     choice: GraphChoice
+    shift: CacheShift  # whether and how old tokens can be dropped from a cache
     padding: bool = True  # whether rows of different lengths may share a batch
     hidden_size: int | None = None  # H, if the graph has an output head
-    shift: CacheShift | None = None  # whether and how old tokens can be dropped from a cache
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ def decoder_of(
     choice: GraphChoice,
     model: ir.Model,
     hidden_size: int | None,
-    shift: CacheShift | None,
+    shift: CacheShift,
 ) -> Decoder:
     """Returns the decoder of a float32 graph that was made before."""
     if isinstance(source.module, Opaque):
         _, observation = source.module.graph(choice.graph, observation)
     if choice.graph == "fused":
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return Decoder(source, model, observation, choice, observation.padding, hidden_size, shift)
+    return Decoder(source, model, observation, choice, shift, observation.padding, hidden_size)
 
 
 def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:

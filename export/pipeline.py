@@ -1,7 +1,7 @@
 """The export pipeline, checkpoint/ -> bundle/.
 
 open -> observe -> trace -> fuse -> clean -> write fp32 -> verify
-    [-> float16 -> verify, or calibrate -> quantize -> write -> verify -> int8-KV graph]
+    [-> float16 -> verify, or calibrate -> quantize -> write -> verify]
     [-> static graphs -> verify] [-> ORT format]
     -> golden logits -> configurations [-> whole generation] -> manifest -> prove on the target
 """
@@ -29,7 +29,6 @@ from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
-from pastkey.runtime.providers.int8_kernels import int8_kernels
 
 from .bundle_writer import BundleWriter
 from .generation.write import write_generation
@@ -37,6 +36,7 @@ from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
 from .graph.static.static import write_static_graphs
+from .graph.write.native import add_native_graph
 from .keys import Identity, identity, keys_of, require_unchanged
 from .measure.metrics import Ids
 from .measure.paths import short_texts
@@ -48,7 +48,6 @@ from .quantize.calibrate.activations import probing
 from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
-from .quantize.int8_kv import add_int8_kv
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.report import check_report_file, write_report
@@ -59,7 +58,6 @@ from .source.hub import HubModel, find
 from .source.open import open_source
 from .source.source import Source
 from .store import Store, unbound
-from .upgrade import add_native_graph
 
 _FP32_FOLDER = ".fp32"  # in a bundle's folder until it is whole: the float32 bundle that others are made from
 
@@ -409,11 +407,5 @@ def _make_quantized(
         }
         store.keep_quantized(folder, record)
     verification = writer.verify(made.bundle)
-    quality = made.quality
-    if config.target == "cpu" and not config.quick:
-        quality = quality | add_int8_kv(fp32, made.bundle, text, progress)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
-    if config.target == "cpu" and (kernels := int8_kernels()).fast is False:
-        measured = "" if precision == "int8" else " (measured with int8)"
-        progress.warn(f"on this CPU {precision} MatMuls take {kernels.note}{measured}")
-    return Artifact(bundle, made.weight_bytes, verification, quality, made.sensitivity)
+    return Artifact(bundle, made.weight_bytes, verification, made.quality, made.sensitivity)

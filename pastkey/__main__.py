@@ -47,7 +47,6 @@ COMMANDS = {
     "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
     "web": ("web.command", "write a page that runs a bundle in a browser: bundle/ -> a folder of static files"),
     "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),
-    "upgrade": ("export.upgrade", "add the graph for the native kernels to a bundle: docs/native.md"),
     "sign": ("runtime.commands.sign", "sign a bundle with your key"),
     "devices": ("runtime.commands.devices", "list the execution providers of this machine"),
 }

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".environments" / "versions"
 BUNDLES = PLACE / "bundles"
 VOCABULARY, CONTEXT, NEW_TOKENS = 96, 1280, 24
-PROMPTS = (48, 1100)  # tokens; after the second, an int8 bundle decodes with its int8 cache, if it has one
+PROMPTS = (48, 1100)  # tokens
 # name -> flags of its export. Older releases must refuse what they lack with a sentence: `needs` is fp32 that requires
 # the newest.
 EXPORTS = {

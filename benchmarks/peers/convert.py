@@ -23,7 +23,6 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime.providers.int8_kernels import int8_kernels
 from pastkey.runtime.providers.native import native_kernels
 
 from .engines import FILES, WORKERS, Engine, Files, Prepared
@@ -200,7 +199,8 @@ def _convert(files: Files, source: Source, python: Path, out: Path, store: Store
             run([*builder, "-p", files.precision, "-e", "cpu"], log)
             shutil.rmtree(cache, ignore_errors=True)
         case "optimum":
-            folder, kernels = _huggingface(source, store), int8_kernels().name
+            folder = _huggingface(source, store)
+            kernels = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text() else "avx2"
             run([python, WORKERS / "optimum_convert.py", folder, out, files.precision, kernels], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)

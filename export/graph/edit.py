@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.23 and the execution providers support it
+OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.24 and the execution providers support it
 IR_VERSION = 10  # onnxruntime loads it since 1.18
 CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
 

@@ -34,6 +34,6 @@ def exact_engine(bundle: Bundle) -> Iterator[Engine]:
     exact = _Exact(bundle.path, bundle.manifest)
     ir.save(model, exact.last_logits_graph)
     try:
-        yield Engine(exact, providers="cpu", native=False, int8_kv_from=None, session_options=IN_PLACE)
+        yield Engine(exact, providers="cpu", native=False, session_options=IN_PLACE)
     finally:
         exact.last_logits_graph.unlink()

@@ -35,9 +35,8 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
-# 2: lengths in place of the mask in pastkey's own fused graphs, and golden logits. 3: the source's revision. 4: quick.
-# 5: native.
-FORMAT_VERSION = 5
+# Goes up with every change of a field or of a graph's inputs. No other version is read.
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ class Manifest:
     opset: Size
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
+    shift: CacheShift
     states: tuple[StateGeometry, ...] = ()  # caches beside those of attention, in order
     window: Size | None = None  # if every attention call has one: tokens that the widest sees, with the new one
-    shift: CacheShift | None = None  # None if the export did not measure it
     static: StaticShape | None = None  # sizes of the static graphs
     compiled: Compiled | None = None  # if context binaries replace the static graphs
     provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
@@ -161,12 +160,6 @@ class Bundle:
         return self.path / names.STATIC_DECODE_GRAPH, self.path / names.STATIC_PREFILL_GRAPH
 
     @property
-    def int8_kv_graph(self) -> Path | None:
-        """The graph with an int8 cache, or None for a bundle without one."""
-        path = self.path / names.INT8_KV_GRAPH
-        return path if path.is_file() else None
-
-    @property
     def native_graph(self) -> Path | None:
         """The graph for pastkey's kernel library, or None for a bundle without one."""
         return None if self.manifest.native is None else self.path / names.NATIVE_GRAPH
@@ -185,7 +178,9 @@ class Bundle:
 def read_bundle(path: str | Path) -> Bundle:
     """Reads only the manifest. Raises MissingFileError, InputError or IntegrityError."""
     folder = as_path(path, expected="the path of a bundle folder")
-    return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
+    return Bundle(
+        folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION, oldest=FORMAT_VERSION))
+    )
 
 
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
@@ -232,7 +227,7 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
         hidden = manifest.hidden_size
         require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
-        for rotation in manifest.shift.rotations if manifest.shift is not None else ():
+        for rotation in manifest.shift.rotations:
             for call in rotation.layers:
                 size = manifest.layers[call].key_head_size if call < len(manifest.layers) else 0
                 end = rotation.first + 2 * len(rotation.angles)

@@ -15,7 +15,6 @@ ATTENTION_MASK: Final = "attention_mask"  # (B, S) int64, 1 for a real token, 0 
 POSITION_IDS: Final = "position_ids"  # (B, T) int64
 LOGITS: Final = "logits"  # (B, T, V) float32
 LOGITS_START: Final = "logits_start"  # (1,) int64, an input of pastkey's own graphs: -N, for the N last positions
-LOGITS_TO_KEEP: Final = "logits_to_keep"  # (1,) int64, N: bundles of format 1 have it instead
 
 # An output of some of pastkey's own graphs: (B, T, H) float32, the input of the output head. transformers, optimum and
 # transformers.js use the same name.
@@ -135,8 +134,6 @@ GOLDEN: Final = "golden_logits.npz"  # logits that a device must reproduce befor
 # pastkey's own graph, over the weights of the all-logits graph (named in `precisions`): logits of the last positions
 # only, from LOGITS_START on.
 LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
-# The same with an int8 cache, of which decoding after a long text reads a quarter of the bytes. Optional.
-INT8_KV_GRAPH: Final = "onnx/pastkey_int8_cache.onnx"
 # The same by the operators of pastkey's kernel library, over the same weights. Optional.
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import pastkey
 from pastkey.command import Command, add_placement, natural_int, positive_int, print_json, say
@@ -20,9 +20,6 @@ from pastkey.values import is_int, require
 from ..options import PlacementOptions
 from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
 from .flags import add_bundle, opening_of
-
-if TYPE_CHECKING:
-    from ..providers.int8_kernels import Int8Kernels
 
 ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
 
@@ -35,7 +32,6 @@ class BenchReport:
     decode_tokens_per_second: float | None  # None when the context has no room for a new token
     load_seconds: float  # from the folder to an engine that can run, hashes left alone
     peak_rss_bytes: int | None  # of the whole process so far; None where the system does not say
-    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +67,6 @@ def bench(
 
     from ..engine.engine import Engine
     from ..engine.golden import require_golden
-    from ..providers.int8_kernels import int8_kernels_of
     from ..providers.ort import onnxruntime
 
     for name, tokens in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
@@ -97,8 +92,6 @@ def bench(
         prefill_seconds.append(between - started)
         decode_seconds.append(time.perf_counter() - between)
 
-    own = engine.graph.native is None
-    kernels = int8_kernels_of(bundle.manifest.precision, engine.providers[0]) if own else None
     settings = {
         "prompt_tokens": prompt,
         "new_tokens": new,
@@ -124,7 +117,6 @@ def bench(
         decode_tokens_per_second=new / statistics.median(decode_seconds) if new else None,
         load_seconds=load_seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        int8_kernels=kernels,
         settings=settings,
     )
 
@@ -191,8 +183,6 @@ def _print_report(report: BenchReport) -> None:
     print(f"decode   {decode:10.1f} tokens/s  ({settings['new_tokens']} tokens)" if decode else "decode   no room")
     print(f"load     {report.load_seconds:10.3f} s")
     print(f"memory   {memory / 2**20:10.1f} MiB at the peak" if memory else "memory   unknown on this system")
-    if report.int8_kernels is not None:
-        print(f"int8     {report.int8_kernels.note}")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if note:
         say(f"note: {note}")

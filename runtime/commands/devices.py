@@ -58,7 +58,7 @@ def devices() -> list[Device]:
 
 
 def _devices(name: str) -> tuple[str, ...]:
-    """As in ("CPU of Intel",): what onnxruntime 1.23 and later says of its devices; nothing of most built-in ones."""
+    """As in ("CPU of Intel",): what onnxruntime says of its devices; nothing of most built-in ones."""
     from ..providers import ort
     from ..providers import placement as ep
 
@@ -66,8 +66,7 @@ def _devices(name: str) -> tuple[str, ...]:
         with ort.standard_output_to_error():
             found = ep.plugin_devices(name)
     else:
-        list_them = getattr(ort.onnxruntime, "get_ep_devices", list)
-        found = [device for device in list_them() if device.ep_name == name]
+        found = [device for device in ort.onnxruntime.get_ep_devices() if device.ep_name == name]
     if not found and name == PROVIDERS["openvino"].name:
         return ort.openvino_devices()
     shown = (f"{device.device.type.name} of {device.device.vendor or 'an unnamed vendor'}" for device in found)
@@ -80,18 +79,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..providers.int8_kernels import int8_kernels
     from ..providers.native import native_kernels
     from ..providers.ort import onnxruntime
     from ..providers.placement import overlapping
 
-    rows, kernels, native = devices(), int8_kernels(), native_kernels()
+    rows, native = devices(), native_kernels()
     if arguments.json:
         print_json(
             {
                 "onnxruntime": onnxruntime.__version__,
                 "devices": [dataclasses.asdict(row) for row in rows],
-                "int8_kernels": dataclasses.asdict(kernels),
                 "native_kernels": None if native is None else dataclasses.asdict(native),
             }
         )
@@ -102,7 +99,6 @@ def _run(arguments: argparse.Namespace) -> int:
         told = [f"devices {', '.join(row.devices)}"] if row.devices else []
         told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
         print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
-    print(f"int8 MatMuls on this CPU: {kernels.note}")
     if native is not None:
         slow = ": onnxruntime's run, which read prompts faster, unless these are asked for" if native.slow else ""
         print(f"native kernels: {native.refused or f'{native.version}, {native.level}{slow}'}")

@@ -26,8 +26,6 @@ from .flags import add_bundle, opening_of
 
 if TYPE_CHECKING:
     from ..engine.decoder_graph import DecoderGraph
-    from ..providers.int8_kernels import Int8Kernels
-    from ..providers.parts import Assigned
 
 _KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
 
@@ -39,11 +37,10 @@ class Share:
     graph: str  # its file in the bundle
     provider: str  # short name
     nodes: int
-    # Of what these nodes read, or those that were compiled; what two of them share counts twice. Of a context binary,
-    # which does not tell weights from code: its size.
+    # Of what these nodes read; what two of them share counts twice. Of a provider that compiles: the weights that no
+    # other one reads. Of a context binary, which does not tell weights from code: its size.
     weight_bytes: int
     operators: dict[str, int]  # operator -> nodes
-    parts: int | None = None  # separate subgraphs; None where onnxruntime does not tell
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,6 @@ class Inspection:
     kv_bytes_at_context: int  # of one text's cache at its largest
     overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
     shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
-    int8_kernels: Int8Kernels | None  # of an int8 bundle on the CPU
     kernels: str  # what runs the graph: the native kernels or onnxruntime
     native_left_out: str = ""  # why the native kernels do not run it, if their golden logits are wrong
     # On a device other than the CPU, or of native kernels: right, prefill wrong, or wrong.
@@ -87,14 +83,13 @@ def inspect(
     """
     from ..engine.engine import Engine
     from ..engine.golden import native_refusal, require_golden
-    from ..providers.int8_kernels import int8_kernels_of
-    from ..providers.parts import assigned
     from ..providers.placement import CPU
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
     sizes = {name: record.size for name, record in manifest.files.items()}
     weights = sum(size for name, size in sizes.items() if names.is_weights_file(name))
+    weights = weights or sizes[PRECISIONS[manifest.precision].graph]
     golden_logits = refusal = None
     with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
         engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
@@ -122,10 +117,7 @@ def inspect(
             file = graph.relative_to(bundle.path).as_posix()
             compiled = (f"{file.removesuffix('.onnx')}_", ".bin")
             binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
-            shares += read_shares(profile, assigned(session, graph), file, binary)
-        kernels = None
-        if engine.graph.native is None:
-            kernels = int8_kernels_of(manifest.precision, engine.providers[0])
+            shares += read_shares(profile, file, binary or weights)
     if not on_cpu:
         try:
             require_golden(engine, bundle)
@@ -134,13 +126,12 @@ def inspect(
             golden_logits, refusal = "wrong", str(error)
     return Inspection(
         manifest=manifest,
-        weight_bytes=weights or sizes[PRECISIONS[manifest.precision].graph],
+        weight_bytes=weights,
         total_bytes=sum(sizes.values()),
         kv_bytes_per_token=engine.graph.bytes_per_token,
         kv_bytes_at_context=engine.graph.cache_bytes(manifest.context_length),
         overflow=_overflow(engine.graph),
         shares=tuple(shares),
-        int8_kernels=kernels,
         kernels=engine.graph.kernels,
         native_left_out=left_out,
         golden_logits=golden_logits,
@@ -153,9 +144,7 @@ def _overflow(graph: DecoderGraph) -> str:
     manifest = graph.manifest
     shift, window = manifest.shift, manifest.window
     told = "a full context can be shifted (context_overflow)"
-    if shift is None:
-        told = "a full context cannot be shifted, since an older pastkey wrote the bundle: export it again"
-    elif shift.refused:
+    if shift.refused:
         told = f"a full context cannot be shifted: {shift.refused}"
     if window is None:
         return told
@@ -171,37 +160,27 @@ def _read_profile(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def read_shares(
-    profile: Sequence[dict[str, Any]], record: Mapping[str, Assigned], graph: str, context_binary: int = 0
-) -> tuple[Share, ...]:
-    """Who ran what of a graph, from the events of an onnxruntime profile, and in how many parts, from its record.
+def read_shares(profile: Sequence[dict[str, Any]], graph: str, weights: int) -> tuple[Share, ...]:
+    """Who ran what of a graph, from the events of an onnxruntime profile.
 
-    A node that ran several times counts once.
+    A node that ran several times counts once. `weights` are the bytes of the graph's weights: a provider that compiles
+    is recorded without any, and has those that are left.
     """
-    from ..providers.placement import short_name
+    from ..providers.placement import CPU, short_name
 
     nodes: dict[str, dict[str, Any]] = {}
     for event in profile:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             nodes[event["name"]] = event["args"]
+    read = sum(int(args.get("parameter_size", 0)) for args in nodes.values())
     shares = []
     for provider in {args["provider"] for args in nodes.values()}:
         own = [args for args in nodes.values() if args["provider"] == provider]
-        given = record.get(provider)
         weight_bytes = sum(int(args.get("parameter_size", 0)) for args in own)
-        if not weight_bytes and given is not None:
-            weight_bytes = given.weight_bytes or context_binary
-        shares.append(
-            Share(
-                graph=graph,
-                provider=short_name(provider),
-                nodes=len(own),
-                weight_bytes=weight_bytes,
-                operators=dict(Counter(str(args["op_name"]) for args in own).most_common()),
-                # Fewer nodes recorded than ran: another record, since optimisation makes them fewer and never more.
-                parts=given.parts if given is not None and given.nodes >= len(own) else None,
-            )
-        )
+        if not weight_bytes and provider != CPU:
+            weight_bytes = max(weights - read, 0)
+        operators = dict(Counter(str(args["op_name"]) for args in own).most_common())
+        shares.append(Share(graph, short_name(provider), len(own), weight_bytes, operators))
     return tuple(sorted(shares, key=lambda share: -share.weight_bytes))
 
 
@@ -225,19 +204,16 @@ def print_inspection(inspection: Inspection) -> None:
     print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
     print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
     print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
-    print(f"\n{'provider':<12}{'nodes':>6}{'parts':>7}{'weight bytes':>16}  operators, as they run after optimisation")
+    print(f"\n{'provider':<12}{'nodes':>6}{'weight bytes':>16}  operators, as they run after optimisation")
     shown = ""
     for share in inspection.shares:
         if manifest.static and share.graph != shown:
             print(shown := share.graph)
         operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
-        parts = "?" if share.parts is None else share.parts
-        print(f"{share.provider:<12}{share.nodes:>6}{parts:>7}{share.weight_bytes:>16,}  {operators}")
+        print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
     print(f"\nkernels: {inspection.kernels}")
     if inspection.native_left_out:
         print(f"without the native kernels: {inspection.native_left_out}")
-    if inspection.int8_kernels is not None:
-        print(f"int8 MatMuls here: {inspection.int8_kernels.note}")
     if inspection.golden_logits is not None:
         print(f"\ngolden logits on this device: {inspection.golden_logits}")
     for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):

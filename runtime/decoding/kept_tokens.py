@@ -43,8 +43,8 @@ class KeptTokens:
 
         Raises InputError for ids outside the vocabulary, and for too many ids if eviction is off.
         """
-        context, shift = self._context, self._engine.manifest.shift
-        if not self.block and len(ids) > context and shift is not None and not shift.refused:
+        context = self._context
+        if not self.block and len(ids) > context and not self._engine.manifest.shift.refused:
             raise InputError(
                 f"the prompt has {len(ids)} tokens; the context is {context}: shorten the text, export with a larger "
                 "--context, or let its oldest tokens go (--context-overflow shift)"

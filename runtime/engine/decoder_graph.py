@@ -19,12 +19,12 @@ from pastkey.values import parse_version
 
 from ..options import Choice, PlacementOptions, SessionSettings, require_valid
 from ..providers import placement as ep
-from ..providers.cache_form import cache_form
 from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from .binding import Binding
-from .caches.int8_kv import INT8_KV_FROM, CachePair
+from .caches.fixed import FixedKVCache
+from .caches.kv import KVCache
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
 from .lora import Adapter
@@ -49,7 +49,6 @@ class GraphOptions(PlacementOptions, total=False):
 
     graph: Literal["last_logits", "all_logits", "adapters"]
     profile_prefix: Path | None
-    int8_kv_from: int | None
 
 
 class Bound(Protocol):
@@ -76,7 +75,7 @@ class DecoderGraph:
         one_by_one: Whether tokens are run one by one, on a device that computes only single tokens right.
         asked: The given providers and session options.
         native: The kernel library that runs the graph, or None if onnxruntime's own kernels do.
-        cache_form: The form of the KV cache.
+        cache_dtype: The type of cached keys and values: float16 in the native graph, and with weights in float16.
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
@@ -94,7 +93,6 @@ class DecoderGraph:
         session_options: SessionSettings | None = None,
         native: bool | None = None,
         profile_prefix: Path | None = None,
-        int8_kv_from: int | None = INT8_KV_FROM,
     ) -> None:
         """Opens the graph and checks it against the manifest.
 
@@ -111,9 +109,6 @@ class DecoderGraph:
             native: See `load`.
             profile_prefix: If given, onnxruntime records where each operator ran, in one file per graph whose name
                 starts with this prefix.
-            int8_kv_from: Length of the cache from which a single sequence decodes with an int8 KV cache, if the bundle
-                has a graph and onnxruntime a kernel for that. The first such token loads the weights again. None for
-                never.
 
         Raises:
             ProviderError: A provider is missing, fails to start, may not run this graph, or leaves operators to others.
@@ -148,7 +143,8 @@ class DecoderGraph:
             path = bundle.static_graphs[1]
         self.onnx = open_graph(path)
         self.sessions = {path: self.onnx}
-        self.cache_form = cache_form(self.onnx, manifest)
+        kinds = {value.type for value in self.onnx.get_inputs() if value.name.startswith(names.PAST_PREFIX)}
+        self.cache_dtype: type[np.generic] = np.float16 if "tensor(float16)" in kinds else np.float32
         self.providers: list[str] = self.onnx.get_providers()
         self._inputs = {value.name for value in self.onnx.get_inputs()}
         self.takes_mask = names.ATTENTION_MASK in self._inputs
@@ -161,11 +157,6 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
-        plain = graph == "last_logits" and profile_prefix is None and self.native is None
-        int8 = bundle.int8_kv_graph if plain else None
-        # Absolute, since it opens later and the working directory may change.
-        self._open_int8 = None if int8 is None else functools.partial(open_graph, int8.absolute())
-        self.int8_kv_from = int8_kv_from
         self.one_by_one = False
         # Whether a run stores the scores of all its tokens and columns.
         old = self.native is None and parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
@@ -174,25 +165,24 @@ class DecoderGraph:
         self.adapter: Adapter | None = None
         self.unloaded = False
 
-    def new_cache(self) -> CachePair | StaticGraphs:
+    def new_cache(self) -> KVCache | FixedKVCache | StaticGraphs:
         """An empty cache over this graph."""
+        manifest, context = self.manifest, self.manifest.context_length
         if self._static_decode is not None:
-            return StaticGraphs(self._static_decode, self.onnx, self.manifest, self._folder)
-        return CachePair(
+            return StaticGraphs(self._static_decode, self.onnx, manifest, self._folder)
+        # Only where a hole is padding.
+        if self.provider.fixed_shapes and not self.fused and manifest.padding and not manifest.states:
+            return FixedKVCache(self.onnx, manifest.layers, context_length=context, dtype=self.cache_dtype)
+        return KVCache(
             self.onnx,
-            self.manifest,
-            self.cache_form,
+            manifest.layers,
+            shared=self.fused,
+            context_length=context,
             provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
-            open_int8=None if self._open_int8 is None else lambda: self._int8_graph,
-            int8_from=self.int8_kv_from,
+            dtype=self.cache_dtype,
+            states=manifest.states,
         )
-
-    @functools.cached_property
-    def _int8_graph(self) -> Any:
-        """The session of the int8-KV graph, shared by all caches. It opens at the first use."""
-        assert self._open_int8 is not None
-        return self._open_int8()
 
     @property
     def kernels(self) -> str:
@@ -229,7 +219,7 @@ class DecoderGraph:
             and not self.every
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
-            and (self.native is not None or self.cache_form.dtype is not np.float16)
+            and (self.native is not None or self.cache_dtype is not np.float16)
             and self.provider.device == "cpu"
         )
 
@@ -245,8 +235,7 @@ class DecoderGraph:
         Evicting moves the later rows up, which a static graph's fixed arrays do not need.
         """
         manifest = self.manifest
-        movable = manifest.shift is not None and not manifest.shift.refused
-        return manifest.window if movable and manifest.static is None else None
+        return manifest.window if not manifest.shift.refused and manifest.static is None else None
 
     @property
     def _chunk(self) -> int:
@@ -261,22 +250,21 @@ class DecoderGraph:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the cache per token of one sequence."""
-        return self.cache_form.bytes_per_token
+        layers = self.manifest.layers
+        numbers = sum(layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
+        return numbers * np.dtype(self.cache_dtype).itemsize
 
     def cache_bytes(self, tokens: int) -> int:
         """Largest size in bytes of the cache of one sequence of `tokens`.
 
         A static graph allocates the whole context at once. A run of the standard graph holds the cache twice, as past
-        and as present. An int8 cache is held beside the float32 one.
+        and as present.
         """
         manifest = self.manifest
         if manifest.static is not None:
             return self.bytes_per_token * manifest.context_length
         size = self.bytes_per_token * min(tokens, self.most_rows)
-        if manifest.graph == "standard":
-            return 2 * size
-        in_int8 = self._open_int8 is not None and self.int8_kv_from is not None and tokens > self.int8_kv_from
-        return size + size // 4 if in_int8 else size
+        return 2 * size if manifest.graph == "standard" else size
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill of `tokens` behind `length` cached ones.
@@ -330,8 +318,6 @@ class DecoderGraph:
             binding.feed(names.ATTENTION_MASK, cache.columns(mask))
         if names.LOGITS_START in self._inputs:
             binding.feed(names.LOGITS_START, -keep, (1,))
-        elif names.LOGITS_TO_KEEP in self._inputs:
-            binding.feed(names.LOGITS_TO_KEEP, keep, (1,))
         if self._embedding is not None:
             rows = self._embedding[ids]
             binding.feed(names.EMBEDDING_ROWS, rows, rows.shape, rows.dtype.type)
@@ -385,6 +371,8 @@ class DecoderGraph:
         if array.shape != ids.shape or array.dtype.kind not in "iubf" or not np.isin(array, (0, 1)).all():
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         array = array.astype(np.int64)
+        if self._static_decode is not None and not array.all():
+            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
         if not self.manifest.padding and not array.all():
             raise InputError(
                 "this bundle takes no padding, since its positions count every column of the cache: give rows of equal "

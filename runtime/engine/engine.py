@@ -112,11 +112,6 @@ class Engine:
         """The ids of the cached tokens; empty if unknown, as for several sequences."""
         return (self._ids or [])[: self.length]
 
-    @property
-    def decodes_in_int8(self) -> bool:
-        """Whether the next token would be decoded with an int8 cache."""
-        return self.cache.decodes_in_int8
-
     @one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -205,9 +200,7 @@ class Engine:
             made.gone = self.gone
             if room and self.graph.fused:
                 made.cache.reserve(1, self._rows_of(length - self.gone + room))
-            with self._changing():  # reading int8 rows writes them to the float32 cache
-                rows = self.cache.rows(length - self.gone)
-            made.cache.fill(rows)
+            made.cache.fill(self.cache.rows(length - self.gone))
             made._padding.mask = self._padding.first(length)
             made.exact_length = min(self.exact_length, length)
             made._ids = None if self._ids is None else self._ids[:length]
@@ -395,7 +388,8 @@ class Engine:
         if self._window is not None and batch == 1 and mask is None:
             self.leave_window(tokens)
         try:  # inlines `_changing`, which would cost 1 % of a fast step
-            cache, total = self.cache.for_run(batch, tokens, padded=padded), self.cache.length + tokens
+            cache, total = self.cache, self.cache.length + tokens
+            cache.reserve(batch, tokens)
             positions: Ids | int = cache.length
             full_mask, real = None, total
             if tokens > 1 or padded or graph.takes_mask:

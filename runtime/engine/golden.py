@@ -27,7 +27,6 @@ from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, Provi
 from pastkey.files.durable import write_json
 from pastkey.files.folder import user_cache_file
 from pastkey.files.reading import reading
-from pastkey.precisions import PRECISIONS
 
 from ..providers import placement as ep
 from ..providers.ort import onnxruntime
@@ -66,11 +65,10 @@ class Golden:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Golden:
-        """Reads the golden logits of a bundle. Computes them on this CPU for an older bundle without them."""
+        """Reads the golden logits of a bundle. Raises IntegrityError."""
         path = bundle.path / names.GOLDEN
         if names.GOLDEN not in bundle.manifest.files:
-            limit = PRECISIONS[bundle.manifest.precision].golden_limit
-            return cls.computed(Engine(bundle, providers="cpu", native=False), len(ENDS), limit)
+            raise IntegrityError(f"{bundle.path / names.MANIFEST} does not list {names.GOLDEN}: export it again")
         try:
             with reading(path, "golden logits", but=(ValueError, LookupError)):
                 content = read_npz(path)
@@ -260,9 +258,9 @@ class _Memory:
 
 def _surroundings(engine: Engine) -> list[Any]:
     """The key of a stored result: providers and their options, onnxruntime, the system, devices and drivers."""
-    devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
     hardware = [
-        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id] for d in devices
+        [d.ep_name, dict(d.ep_metadata), d.device.vendor, d.device.vendor_id, d.device.device_id]
+        for d in onnxruntime.get_ep_devices()
     ]
     named = [Path(part) for key in _DRIVERS_BY_NAME for part in os.environ.get(key, "").split(os.pathsep) if part]
     found = [path for pattern in _DRIVERS for path in Path(os.sep).glob(pattern.lstrip("/"))]

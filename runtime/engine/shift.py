@@ -38,7 +38,6 @@ def turned(keys: Rows, rotation: KeyRotation, by: int) -> Rows:
 
 def moved_by(manifest: Manifest, tokens: int) -> Moved:
     """The function that a cache's `drop` applies to rows that move up by `tokens`."""
-    assert manifest.shift is not None, "the caller has asked require_shift"
     of_layer = {layer: rotation for rotation in manifest.shift.rotations for layer in rotation.layers}
 
     def moved(index: int, rows: Rows) -> Rows:
@@ -50,11 +49,6 @@ def moved_by(manifest: Manifest, tokens: int) -> Moved:
 
 def require_shift(manifest: Manifest) -> None:
     """Raises InputError if a bundle's cache cannot be shifted."""
-    if manifest.shift is None:
-        raise InputError(
-            'context_overflow is "shift", and this bundle does not say how its keys turn with their position, since an '
-            "older pastkey wrote it: export it again"
-        )
     if manifest.shift.refused:
         raise InputError(
             f'context_overflow is "shift", and the cache of {manifest.source} cannot be shifted: '

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pastkey.errors import InputError
 
 from ..decoding.many import several
-from ..engine.caches.kv import GROWTH_STEP
+from ..engine.caches.kv import GROWTH_STEP, grown
 from ..engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
 from ..engine.engine import Engine
 from ..options import require_valid
@@ -69,7 +69,7 @@ def _groups(lengths: Sequence[int], engine: Engine) -> Iterator[list[int]]:
 
 def _room(length: int, engine: Engine) -> int:
     """The capacity in tokens of a sequence's cache."""
-    return min(-(-length // GROWTH_STEP) * GROWTH_STEP, engine.manifest.context_length)
+    return grown(0, length, engine.manifest.context_length)
 
 
 def _pooled(parts: ModelParts, engine: Engine, texts: list[Ids], pooling: str) -> list[npt.NDArray[np.float64]]:

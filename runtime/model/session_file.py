@@ -83,9 +83,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             or any(row.dtype not in (np.float32, np.float16) for row in rows)
         ):
             raise ValueError("its arrays do not have the shapes of this bundle's cache")
-    if (
-        rows and rows[0].dtype == engine.graph.cache_form.dtype
-    ):  # else its ids are computed again: other kernels wrote it
+    if rows and rows[0].dtype == engine.graph.cache_dtype:  # else its ids are computed again: other kernels wrote it
         engine.restore(ids[:cached].tolist(), rows, exact_length=exact, gone=gone)
     return ids.tolist()  # type: ignore[no-any-return]
 

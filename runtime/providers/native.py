@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import mmap
 import os
-import shlex
 import struct
 import warnings
 from dataclasses import dataclass
@@ -114,8 +113,7 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
         if manifest.native_left_out:
             why += f", since its export found that {manifest.native_left_out}"
         elif PRECISIONS[manifest.precision].quantized and manifest.graph == "fused" and manifest.target == "cpu":
-            path = shlex.quote(str(bundle.path))
-            why += f": make a bundle with one by  pastkey upgrade {path} --out NEW  if its sizes allow one"
+            why += ", since no operator of the model has a kernel"
         else:
             why += ", which is for int8 and int4 weights, the fused graph and the target cpu"
     elif provider != ep.CPU:

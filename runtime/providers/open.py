@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,8 @@ from pastkey.values import is_unicode, parse_version, shown
 
 from ..options import Choice, SessionSettings
 from . import placement as ep
-from .cache_form import CacheForm, cache_form
 from .inference import Session
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
-from .parts import assigned
 from .session_options import RECORD, WHOLE, require_free, set_options
 
 # Threads that keep spinning after a run take CPU time from other sessions and from the application.
@@ -98,11 +97,11 @@ def open_session(
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
         partly = _with_cpu(path, options({RECORD: "1"}), wanted) if wanted.whole else None
-        placed = {} if partly is None else assigned(partly, path)
+        placed = {} if partly is None else operators_of(partly)
         if left := placed.get(ep.CPU):
             if len(placed) == 1 and wanted.providers[0][1]:
                 raise ep.takes_nothing(*wanted.providers[0]) from error
-            raise ep.left_behind(wanted.providers[0][0], left.operators, manifest.target, left.parts) from error
+            raise ep.left_behind(wanted.providers[0][0], left, manifest.target) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
@@ -115,10 +114,9 @@ def open_session(
             raise MemoryError(f"onnxruntime has too little memory to load {path}: {reason}") from error
         raise IntegrityError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {reason}") from error
     ep.require_active(wanted, session.get_providers())
-    if wanted.tells and (left := assigned(session, path).get(ep.CPU)):
+    if wanted.tells and (left := operators_of(session).get(ep.CPU)):
         name = ep.short_name(wanted.providers[0][0])
-        counted = ep.counted(left.operators, left.parts)
-        sentence = f"the execution provider {name!r} leaves {counted} to the CPU"
+        sentence = f"the execution provider {name!r} leaves {ep.counted(left)} to the CPU"
         warnings.warn(sentence, FallbackWarning, stacklevel=2)
     with reading(path, "an ONNX graph"):
         _cross_check(session, manifest, path)
@@ -163,6 +161,18 @@ def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
     return session
 
 
+def operators_of(session: Any) -> dict[str, Counter[str]]:
+    """onnxruntime's name of a provider -> its operators, each with the number of its nodes.
+
+    Empty for a session that was opened without the entry RECORD.
+    """
+    found: dict[str, Counter[str]] = {}
+    with contextlib.suppress(*OrtError):
+        for subgraph in session.get_provider_graph_assignment_info():
+            found.setdefault(subgraph.ep_name, Counter()).update(node.op_type for node in subgraph.get_nodes())
+    return found
+
+
 def checked_threads(threads: int | None) -> int:
     """The number of threads within an operator: `threads`, or the default for None. Raises InputError."""
     most = max(256, os.cpu_count() or 1)  # thousands of threads would use up the memory
@@ -195,10 +205,7 @@ def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     """Raises IntegrityError if a tensor differs between graph and manifest, with both shapes."""
     found = {value.name: list(value.shape) for value in [*session.get_inputs(), *session.get_outputs()]}
-    if manifest.static:
-        expected = _expected_static(session, manifest, path)
-    else:
-        expected = _expected(found, manifest, path, cache_form(session, manifest))
+    expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
     for name, shape in expected.items():
         if name not in found:
             raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
@@ -215,12 +222,12 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
 Shapes = dict[str, list[int | str]]
 
 
-def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path, form: CacheForm) -> Shapes:
+def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path) -> Shapes:
     expected: Shapes = {
         names.INPUT_IDS: [names.BATCH, names.SEQUENCE],
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
-    expected |= _expected_cache(form.layers, names.BATCH, names.PAST, names.TOTAL)
+    expected |= _expected_cache(manifest.layers, names.BATCH, names.PAST, names.TOTAL)
     for i, state in enumerate(manifest.states):
         expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
         expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
@@ -230,7 +237,7 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
     if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(PRECISIONS[manifest.precision].graph).name:
-        expected[names.LOGITS_TO_KEEP if names.LOGITS_TO_KEEP in found else names.LOGITS_START] = [1]
+        expected[names.LOGITS_START] = [1]
         if manifest.hidden_size is not None:
             expected[names.LAST_HIDDEN_STATE] = [names.BATCH, names.SEQUENCE, manifest.hidden_size]
     if path.name == Path(names.ADAPTER_GRAPH).name:

@@ -26,8 +26,8 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
-# The oldest release that was tested once, with the user's own bundles. CI tests the newer floor of pyproject.toml.
-OLDEST = (1, 23, 0)
+# The oldest release that an extra of pyproject.toml takes: onnxruntime-openvino's newest.
+OLDEST = (1, 24, 1)
 # Releases that refuse weights files that are symbolic links, as in download caches. They get the weights in memory.
 REFUSE_LINKS = {(1, 24, 1)}
 
@@ -98,7 +98,7 @@ def require_supported(version: str) -> None:
     if parse_version(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise MissingExtraError(
-            f"onnxruntime {version} is older than {oldest}, the first release that runs pastkey's int8 graphs: "
+            f"onnxruntime {version} is older than {oldest}, the oldest release that pastkey takes: "
             f"type  {upgrade_command()}  and try again"
         )
 

@@ -187,11 +187,11 @@ def remedy(name: str, target: str) -> str:
     return again if provider_of(target) == name else row_of(name).remedy
 
 
-def left_behind(name: str, operators: Mapping[str, int], target: str, parts: int | None = None) -> ProviderError:
+def left_behind(name: str, operators: Mapping[str, int], target: str) -> ProviderError:
     """The error for a requested provider that leaves operators to the CPU."""
     instead = remedy(short_name(name), target)
     return ProviderError(
-        f"the execution provider {short_name(name)!r} leaves {counted(operators, parts)} of this bundle's graph to the "
+        f"the execution provider {short_name(name)!r} leaves {counted(operators)} of this bundle's graph to the "
         f"CPU: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
         "--allow-fallback"
     )
@@ -207,13 +207,12 @@ def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
     )
 
 
-def counted(operators: Mapping[str, int], parts: int | None = None) -> str:
-    """Formats "3 operators (Shape 2, Squeeze) in 2 parts", without the parts if their number is unknown."""
+def counted(operators: Mapping[str, int]) -> str:
+    """Formats "3 operators (Shape 2, Squeeze)"."""
     most = Counter(operators).most_common()
     shown = ", ".join(f"{name} {count}" if count > 1 else name for name, count in most[:6])
     number = sum(operators.values())
-    where = "" if parts is None else f" in {parts} part{'s' * (parts != 1)}"
-    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)}){where}"
+    return f"{number} operator{'s' * (number != 1)} ({shown}{', ...' * (len(most) > 6)})"
 
 
 def available() -> list[str]:
@@ -227,7 +226,7 @@ def available() -> list[str]:
 def is_plugin(name: str) -> bool:
     """Whether a provider is a plugin whose package is installed."""
     module = row_of(name).plugin
-    return bool(module) and hasattr(onnxruntime, "get_ep_devices") and _installed(module)
+    return bool(module) and _installed(module)
 
 
 def _installed(module: str) -> bool:

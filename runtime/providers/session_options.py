@@ -16,7 +16,7 @@ from pastkey.values import shown
 from .ort import onnxruntime
 
 WHOLE = "session.disable_cpu_ep_fallback"
-RECORD = "session.record_ep_graph_assignment_info"  # since onnxruntime 1.24; older releases ignore it
+RECORD = "session.record_ep_graph_assignment_info"
 # Options that pastkey sets, and the alternative.
 _OURS = {
     WHOLE: "let the CPU run what a provider leaves with allow_fallback=True, or --allow-fallback",

@@ -37,7 +37,7 @@ class Made:
         return np.random.default_rng(seed).integers(0, self.bundle.manifest.vocab_size, count).tolist()
 
     def engine(self, **options: Any) -> Engine:
-        return Engine(self.bundle, providers="cpu", threads=1, native=self.row.native, int8_kv_from=None, **options)
+        return Engine(self.bundle, providers="cpu", threads=1, native=self.row.native, **options)
 
     def engines(self) -> list[Engine]:
         """One of each graph that the runtime opens."""
@@ -53,7 +53,7 @@ class Made:
 
     @functools.cached_property
     def _alone(self) -> Engine:
-        return Engine(self.bundle, providers="cpu", native=False, graph="all_logits", threads=1, int8_kv_from=None)
+        return Engine(self.bundle, providers="cpu", native=False, graph="all_logits", threads=1)
 
     def expected(self, ids: list[int]) -> Array:
         """Logits (T, V) that every path must give: of the source, or, where weights are rounded, of one run."""

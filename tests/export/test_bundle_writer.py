@@ -9,7 +9,7 @@ import pytest
 
 import pastkey
 from pastkey.contract import names
-from pastkey.contract.bundle import open_bundle
+from pastkey.contract.bundle import CacheShift, open_bundle
 from pastkey.export import export
 from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME,
@@ -40,7 +40,9 @@ def decoder():
     observation = observe(module, CONTEXT)
     model = trace(module, observation, "standard", CONTEXT)
     clean(model, module, observation.geometry, observation.vocab_size)
-    return Decoder(Source(module, "Plain", CONTEXT), model, observation, GraphChoice("standard", "a test"))
+    return Decoder(
+        Source(module, "Plain", CONTEXT), model, observation, GraphChoice("standard", "a test"), CacheShift("a test")
+    )
 
 
 def writer_of(decoder: Decoder) -> BundleWriter:

@@ -82,17 +82,6 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, factory,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_processor_without_fast_kernels_is_one_warning(factory, tmp_path, command, monkeypatch):
-    from pastkey.export import pipeline
-    from pastkey.runtime.providers.int8_kernels import choose_int8_kernels
-
-    monkeypatch.setattr(pipeline, "int8_kernels", lambda: choose_int8_kernels("x86_64", ["fma", "avx2"]))
-    status, _, told = command("export", f"{factory}:Small", "--context", 12, "--json", "--out", tmp_path / "bundle")
-    assert status == 0
-    (warning,) = [line for line in told.splitlines() if "warning" in line]
-    assert "on this CPU int8 MatMuls take AVX2 kernels" in warning
-
-
 def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint, tmp_path, command):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}

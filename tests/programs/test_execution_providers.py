@@ -81,20 +81,20 @@ def test_openvino_runs_the_standard_graph_whole(bundles, name):
     assert answered(done) == expected(bundle)
     assert "leaves" not in done.stderr
     placed = pastkey_in(OPENVINO, "inspect", bundle, "--provider", "openvino", "--json")
-    assert [(s["provider"], s["nodes"], s["parts"]) for s in json.loads(placed.stdout)["shares"]] == [
-        ("openvino", 1, 1)
+    answer = json.loads(placed.stdout)
+    assert [(s["provider"], s["nodes"], s["weight_bytes"]) for s in answer["shares"]] == [
+        ("openvino", 1, answer["weight_bytes"])
     ]
-    assert weight_bytes(placed) == pytest.approx(weight_bytes(pastkey_in(OPENVINO, "inspect", bundle, "--json")), 0.1)
 
 
 def test_openvino_leaves_the_attention_of_the_fused_graph(bundles):
     bundle = bundles("llama-fp32")
     refused = run(OPENVINO, bundle, "--provider", "openvino")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "leaves 2 operators (GroupQueryAttention 2) in 2 parts of this bundle's graph to the CPU" in refused.stderr
+    assert "leaves 2 operators (GroupQueryAttention 2) of this bundle's graph to the CPU" in refused.stderr
     allowed = run(OPENVINO, bundle, "--provider", "openvino", "--allow-fallback")
     assert answered(allowed) == expected(bundle)
-    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) in 2 parts to the CPU" in allowed.stderr
+    assert "'openvino' leaves 2 operators (GroupQueryAttention 2) to the CPU" in allowed.stderr
 
 
 def test_devices_names_wheels_and_devices():
@@ -142,7 +142,7 @@ def test_webgpu_runs_what_was_made_for_it_and_names_what_stays_on_the_cpu(bundle
         options = ("--prompt-ids", "5,9,2", "--max-new-tokens", str(NEW_TOKENS), "--json", *flags)
         done = pastkey_in(WEBGPU, "run", bundle, *options, home=tmp_path)
         assert answered(done) == pastkey.load(bundle, "cpu").generate([5, 9, 2], max_new_tokens=NEW_TOKENS).ids
-        assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) in 2 parts to ", done.stderr)
+        assert re.search(r"the execution provider 'webgpu' leaves \d+ operators \(.*\) to ", done.stderr)
 
 
 def test_webgpu_measures_and_verifies_and_ends_without_a_crash(bundles, tmp_path):

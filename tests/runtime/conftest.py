@@ -6,7 +6,6 @@ heads over K key/value heads, two attention calls, no normalisation: x += attent
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
@@ -22,11 +21,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from pastkey.contract import names
-from pastkey.contract.bundle import FORMAT_VERSION, Bundle, KVGeometry, Manifest, StaticShape, open_bundle
+from pastkey.contract.bundle import Bundle, CacheShift, KVGeometry, Manifest, StaticShape, open_bundle
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
 from pastkey.precisions import PRECISIONS
-from pastkey.runtime import load
+from pastkey.runtime import Engine, load
+from pastkey.runtime.engine.golden import Golden
 
 from ..onnx_text import encode_model
 
@@ -125,14 +125,6 @@ FUSED_ATTENTION = """
         com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}>
         (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total)
 """
-INT8_KV_ATTENTION = """
-    a{i}, present.{i}.key, present.{i}.value =
-        com.microsoft.GroupQueryAttention <num_heads = {H}, kv_num_heads = {K}, k_quant_type = "PER_CHANNEL",
-        v_quant_type = "PER_CHANNEL", kv_cache_bit_width = 8>
-        (q{i}, k{i}, v{i}, past_key_values.{i}.key, past_key_values.{i}.value, seqlens, total,
-        "", "", "", "", "", key_scale{i}, value_scale{i})
-"""
-PAST_NAMES = {"key": names.past_key, "value": names.past_value}
 STANDARD_MASK = """
     zero = Constant <value_int = 0> ()
     step = Constant <value_int = 1> ()
@@ -210,39 +202,34 @@ def static_graph(tiny: Tiny, tokens: int) -> str:
     return text
 
 
-def tiny_graph(
-    tiny: Tiny, graph: str, *, last_only: bool, format_version: int = FORMAT_VERSION, hidden: bool = False
-) -> str:
-    """The decoder with a cache, as ONNX text without its weights. Of `graph` "int8_kv" the cache is int8.
+def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, hidden: bool = False) -> str:
+    """The decoder with a cache, as ONNX text without its weights.
 
-    A graph of last positions has the inputs of a bundle of this format version, and with `hidden` the last hidden
-    states as an output.
+    A graph of last positions with `hidden` has the last hidden states as an output.
     """
     mask, attention = {
         "static": ("", STATIC_ATTENTION),
         "fused": (FUSED_MASK, FUSED_ATTENTION),
-        "int8_kv": (FUSED_MASK, INT8_KV_ATTENTION),
         "standard": (STANDARD_MASK, STANDARD_ATTENTION),
     }[graph]
-    element = "int8" if graph == "int8_kv" else "float"
     inputs = ["int64[B, T] input_ids", "int64[B, T] position_ids"]
     if graph == "static":
         inputs = ["int32[B, T] input_ids", "float[B, 1, T, S] mask", "int32[B, T] position_ids"]
-    elif mask is FUSED_MASK and last_only and format_version > 1:
+    elif mask is FUSED_MASK and last_only:
         mask = LENGTHS
         inputs += ["int32[B] seqlens_k", "int32 total_sequence_length"]
     else:
         inputs.append("int64[B, S] attention_mask")
     if last_only:
-        inputs.append("int64[1] logits_to_keep" if format_version == 1 else "int64[1] logits_start")
+        inputs.append("int64[1] logits_start")
     outputs = [f"float[B, {'N' if last_only else 'T'}, {V}] logits"]
     body = (
         mask + "word = Gather(embedding, input_ids)\n place = Gather(position, position_ids)\n x0 = Add(word, place)\n"
     )
     for i, layer in enumerate(tiny.layers):
         for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size)):
-            inputs.append(f"{element}[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
-            outputs.append(f"{element}[B, {K}, S{i}, {size}] present.{i}.{kind}")
+            inputs.append(f"float[B, {K}, P{i}, {size}] past_key_values.{i}.{kind}")
+            outputs.append(f"float[B, {K}, S{i}, {size}] present.{i}.{kind}")
         sizes = {"D": layer.key_head_size, "DV": layer.value_head_size, "SCALE": repr(layer.key_head_size**-0.5)}
         body += "".join(f"{name}{i} = MatMul(x{i}, w{name}{i})\n" for name in "qkv")
         body += attention.format(i=i, H=H, K=K, **sizes)
@@ -253,8 +240,7 @@ def tiny_graph(
         body += f"{names.LAST_HIDDEN_STATE} = Identity({end})\n"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
-        body += "start = Neg(logits_to_keep)\n" if format_version == 1 else "start = Identity(logits_start)\n"
-        body += f"end = Slice({end}, start, many, axis)\n"
+        body += f"end = Slice({end}, logits_start, many, axis)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
     text = (
@@ -283,25 +269,14 @@ def adapter_graph(tiny: Tiny, graph: str) -> tuple[str, dict[str, str]]:
     return text.replace(") => (", f"{inputs}) => (", 1), {names.ADAPTED: json.dumps(pairs)}
 
 
-def int8_kv_scales(tiny: Tiny) -> dict[str, Array]:
-    """One scale for all channels: (K * D,) of the keys and of the values of each layer, by the names of the graph."""
-    return {
-        f"{kind}_scale{i}": np.full(K * size, 8 / 127, np.float32)
-        for i, layer in enumerate(tiny.layers)
-        for kind, size in (("key", layer.key_head_size), ("value", layer.value_head_size))
-    }
-
-
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
     """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
 
-    With `adapters=True`, there is the graph that takes LoRA adapters.
-    With `data_file=NAME`, the weights lie in that file beside the graphs. With `int8_kv=True`, there is the graph with
-    an int8 cache, too, and with `hidden_size=E` the graphs of last positions give the last hidden states. A static one
-    needs `chunk`.
+    With `adapters=True`, there is the graph that takes LoRA adapters, and with `golden=True` there are golden logits.
+    With `data_file=NAME`, the weights lie in that file beside the graphs, and with `hidden_size=E` the graphs of last
+    positions give the last hidden states. A static one needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)
-    form = {"format_version": fields.pop("format_version", FORMAT_VERSION)}
     data_file = fields.pop("data_file", "")
     common = "standard" if graph == "static" else graph
     texts = {PRECISIONS["fp32"].graph: tiny.text(common, last_only=False)}
@@ -310,19 +285,12 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         texts[names.STATIC_DECODE_GRAPH] = static_graph(tiny, 1)
         texts[names.STATIC_PREFILL_GRAPH] = static_graph(tiny, fields["static"].chunk)
     else:
-        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields, **form)
+        texts[names.LAST_LOGITS_GRAPH] = tiny.text(graph, last_only=True, hidden="hidden_size" in fields)
     for path, text in texts.items():
         model, data = encode_model(text, tiny.weights, data_file)
         (folder / path).write_bytes(model)
         if data_file:
             (folder / path).with_name(data_file).write_bytes(data)
-    if fields.pop("int8_kv", False):
-        scales = int8_kv_scales(tiny)
-        pairs = [(name(i), f"{kind}_scale{i}") for i in range(len(tiny.layers)) for kind, name in PAST_NAMES.items()]
-        metadata = {name: base64.b64encode(scales[scale].tobytes()).decode() for name, scale in pairs}
-        text = tiny.text("int8_kv", last_only=True, hidden="hidden_size" in fields, **form)
-        model, _ = encode_model(text, tiny.weights | scales, metadata=metadata)
-        (folder / names.INT8_KV_GRAPH).write_bytes(model)
     if fields.pop("adapters", False):
         text, metadata = adapter_graph(tiny, graph)
         (folder / names.ADAPTER_GRAPH).write_bytes(encode_model(text, tiny.weights, metadata=metadata)[0])
@@ -337,10 +305,21 @@ def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
         "pastkey_version": "0", "source": "tiny", "precision": "fp32", "target": "cpu", "graph": graph,
         "graph_reason": "asked for", "vocab_size": V, "context_length": tiny.context_length, "layers": tiny.layers,
         "opset": 17, "ir_version": 8, "min_onnxruntime": "1.23.0",
+        "shift": CacheShift("positions are learned"),
         "files": file_records(folder, [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]),
     }  # fmt: skip
-    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json() | form)
-    return open_bundle(folder, verify=False)
+    golden = fields.pop("golden", False)
+    write_json(folder / names.MANIFEST, Manifest(**(manifest | fields)).to_json())
+    return with_golden(open_bundle(folder, verify=False)) if golden else open_bundle(folder, verify=False)
+
+
+def with_golden(bundle: Bundle) -> Bundle:
+    """Adds golden logits of this CPU."""
+    limit = PRECISIONS[bundle.manifest.precision].golden_limit
+    Golden.computed(Engine(bundle, threads=1), 5, limit).save(bundle.path / names.GOLDEN)
+    files = file_records(bundle.path, [*bundle.manifest.files, names.GOLDEN])
+    write_json(bundle.path / names.MANIFEST, bundle.manifest.to_json() | {"files": files})
+    return open_bundle(bundle.path, verify=False)
 
 
 @pytest.fixture(scope="session")
@@ -370,7 +349,7 @@ def bundle(request, tiny, make_bundle):
 
 @pytest.fixture(scope="session")
 def fused_bundle(tiny, make_bundle):
-    return make_bundle(tiny, "fused")
+    return make_bundle(tiny, "fused", golden=True)
 
 
 @pytest.fixture(scope="session")
@@ -396,7 +375,8 @@ def speaking_bundle(tiny, letters, make_bundle):
 @pytest.fixture(scope="session")
 def talking(tiny, letters, make_bundle):
     """The tiny decoder with a tokenizer and a chat template."""
-    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}).path
+    config = {"chat_template": TEMPLATE}
+    return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, golden=True).path
 
 
 def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[tuple[int, int]]:

@@ -334,7 +334,7 @@ def test_axe_finds_nothing(page, packages, talking):
 
 
 def test_without_a_tokenizer_it_takes_and_writes_ids(page, tiny, make_bundle):
-    bundle = make_bundle(tiny, "standard", data_file="model.onnx_data")
+    bundle = make_bundle(tiny, "standard", data_file="model.onnx_data", golden=True)
     with serving(site(bundle)) as (address, _):
         load(page, address)
         found = write(page, "1, 2 3", maxNewTokens=8)

@@ -56,7 +56,7 @@ def test_every_file_of_the_index_is_there_with_its_size_and_hash(talking, tmp_pa
 
 
 def test_the_index_names_the_weights_beside_the_graph(make_bundle, tiny):
-    index = index_of(make_bundle(tiny, data_file="model.onnx_data"))
+    index = index_of(make_bundle(tiny, data_file="model.onnx_data", golden=True))
     assert (index["graph_file"], index["weights"]) == ("onnx/model.onnx", ["onnx/model.onnx_data"])
     assert index["tokenizer"] is index["chat_template"] is None
 
@@ -88,13 +88,15 @@ def test_the_golden_logits_are_those_of_the_bundle(talking):
 def test_template_special_tokens_and_sampling_are_those_of_the_runtime(make_bundle, tiny, letters):
     config = {"chat_template": [{"name": "default", "template": "x"}], "bos_token": {"content": "<"}}
     authors = {"do_sample": True, "temperature": 0.7, "top_k": 40, "no_repeat_ngram_size": 3}
-    index = index_of(make_bundle(tiny, tokenizer=letters, tokenizer_config=config, generation_config=authors))
+    index = index_of(
+        make_bundle(tiny, tokenizer=letters, tokenizer_config=config, generation_config=authors, golden=True)
+    )
     assert (index["chat_template"], index["special_tokens"]) == ("x", {"bos_token": "<"})
     assert index["sampling"] == {"temperature": 0.7, "topK": 40}
 
 
 def test_a_bundle_without_a_template_continues_texts(make_bundle, tiny, letters):
-    index = index_of(make_bundle(tiny, tokenizer=letters))
+    index = index_of(make_bundle(tiny, tokenizer=letters, golden=True))
     assert (index["tokenizer"], index["chat_template"]) == ("tokenizer.json", None)
 
 
@@ -112,7 +114,7 @@ def test_a_file_that_no_browser_holds_is_refused(talking, monkeypatch):
 
 
 def test_a_damaged_bundle_is_refused(make_bundle, tiny):
-    bundle = make_bundle(tiny)
+    bundle = make_bundle(tiny, golden=True)
     bundle.all_logits_graph.write_bytes(b"x" + bundle.all_logits_graph.read_bytes()[1:])
     with pytest.raises(IntegrityError, match="was altered"):
         site(bundle.path)

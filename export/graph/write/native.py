@@ -11,15 +11,17 @@ A node without a kernel stays as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from pastkey.contract import names
+from pastkey.contract.bundle import Bundle
+from pastkey.precisions import PRECISIONS
 
 from ..edit import (
     CONTRIB_DOMAIN,
@@ -50,13 +52,19 @@ _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interle
               "smooth_softmax")  # fmt: skip
 
 
-def write_native_graph(last_logits: Path, path: Path) -> bool:
-    """Writes the native graph of a last-logits graph beside it. Returns False if no node of it has a kernel."""
-    model = ir.load(last_logits)
-    found = to_native(model)
-    if found:
-        ir.save(model, path)
-    return found
+def add_native_graph(bundle: Bundle) -> Bundle:
+    """Writes the native graph of a quantized bundle with the fused graph, if an operator has a kernel.
+
+    Returns the bundle with the operators' version in its manifest.
+    """
+    manifest = bundle.manifest
+    if manifest.graph != "fused" or not PRECISIONS[manifest.precision].quantized:
+        return bundle
+    model = ir.load(bundle.last_logits_graph)
+    if not to_native(model):
+        return bundle
+    ir.save(model, bundle.path / names.NATIVE_GRAPH)
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(manifest, native=names.NATIVE_OPERATORS))
 
 
 def to_native(model: ir.Model) -> bool:

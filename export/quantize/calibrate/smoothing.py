@@ -67,8 +67,7 @@ def _of_one_size(rows: np.ndarray) -> np.ndarray:
 def rotate_value_heads(model: ir.Model, group: Group, rows: np.ndarray) -> np.ndarray:
     """Multiplies v_proj's columns and o_proj's rows by one rotation for all heads, which commutes with attention.
 
-    An int8 cache, which has one scale per channel, then clips next to nothing. QuaRot,
-    https://arxiv.org/abs/2404.00456.
+    It spreads an outlier channel over its head. QuaRot, https://arxiv.org/abs/2404.00456.
     Returns the rotated rows (N, K) of the activation.
     """
     size = np.array([rows.shape[1] // group.heads])

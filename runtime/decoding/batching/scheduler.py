@@ -9,7 +9,7 @@
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
    Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
-   it cannot share a run: standard or static graph, another device than the CPU, int8 KV cache. Such requests take
+   it cannot share a run: standard or static graph, another device than the CPU. Such requests take
    turns, one step each.
 6. `leave` removes a closed request between two steps: it leaves the Slab and its cache goes to the PrefixStore.
 
@@ -331,7 +331,7 @@ class Scheduler:
         """The generations of the next batch of one graph."""
         if self._max_rows == 1:
             return []
-        rows = [g for g in live if g.pending == 1 and g.engine.length > 0 and not g.engine.decodes_in_int8]
+        rows = [g for g in live if g.pending == 1 and g.engine.length > 0]
         # The slab has no room for these.
         members = self._slabs[graph].members if graph in self._slabs else []
         excess = [g for g in rows if g.engine not in members][self._max_rows - len(members) :]

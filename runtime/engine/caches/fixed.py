@@ -19,7 +19,7 @@ from pastkey.errors import InputError
 from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
-from .kv import GROWTH_STEP, move_up
+from .kv import grown, move_up
 
 Rows = npt.NDArray[Any]
 
@@ -50,21 +50,17 @@ class FixedRows:
         return sum(array.nbytes for array in self.arrays)
 
     def grow(self, batch: int, needed: int) -> None:
-        """Grows to `needed` tokens: by at least a quarter, to a multiple of GROWTH_STEP, at most to the context.
-
-        Raises InputError if the cache holds tokens of another number of sequences.
-        """
+        """Grows to `needed` tokens. Raises InputError if it holds tokens of another number of sequences."""
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if batch == self.batch and needed <= self.capacity:
             return
-        wanted = max(needed, self.capacity + self.capacity // 4) if batch == self.batch else needed
-        capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
-        grown = self.empty(batch, capacity)
+        capacity = grown(self.capacity if batch == self.batch else 0, needed, self._context_length)
+        arrays = self.empty(batch, capacity)
         if self.length:
-            for old, new in zip(self.arrays, grown, strict=True):
+            for old, new in zip(self.arrays, arrays, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
-        self.arrays, self.batch, self.capacity = grown, batch, capacity
+        self.arrays, self.batch, self.capacity = arrays, batch, capacity
 
     def empty(self, batch: int, rows: int) -> list[Rows]:
         """Zeros (B, K, rows, D) for each tensor."""

@@ -19,7 +19,16 @@ from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
 
-GROWTH_STEP = 128  # smallest growth of a shared buffer, in rows
+GROWTH_STEP = 128  # smallest growth of a cache, in rows
+
+
+def grown(capacity: int, needed: int, context_length: int) -> int:
+    """The new capacity, in rows, of a cache that needs more.
+
+    At least a quarter more than `capacity`, a multiple of GROWTH_STEP, and at most the context.
+    """
+    wanted = max(needed, capacity + capacity // 4)
+    return min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, context_length)
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,6 @@ class KVCache:
         self.length = 0  # tokens per sequence, padding included
 
     def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets the session go. `arrays` stay, and no run may follow."""
         # The session goes last: the other order segfaults on WebGPU.
         for name in ("_values", "binding", "_other_binding", "onnx"):
             vars(self).pop(name, None)
@@ -221,9 +226,8 @@ class KVCache:
             )
 
     def _grow(self, batch: int, needed: int) -> None:
-        """Moves to larger buffers: at least a quarter more, a multiple of GROWTH_STEP, at most the context."""
-        wanted = max(needed, self._capacity + self._capacity // 4) if batch == self.batch else needed
-        capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, self._context_length)
+        """Moves to larger buffers."""
+        capacity = grown(self._capacity if batch == self.batch else 0, needed, self._context_length)
         if not self.length:
             self._values, self.arrays = [], []
         self.batch, self._capacity, self._moving = batch, capacity, self._from_runs

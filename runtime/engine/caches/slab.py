@@ -19,8 +19,7 @@ from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..decoder_graph import DecoderGraph, Ids, Logits
 from ..engine import Engine
-from .int8_kv import CachePair
-from .kv import GROWTH_STEP, KVCache
+from .kv import KVCache, grown
 
 _FIRST_ROWS = 4  # initial number of rows; it doubles at each growth
 
@@ -42,7 +41,7 @@ class Slab:
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
         self._bound = 0  # number of bound rows
-        layers = graph.cache_form.layers
+        layers = graph.manifest.layers
         sizes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_head_size, layer.value_head_size)]
         self._sizes = sizes  # K, D
         self._past = [name(i) for i in range(len(layers)) for name in (names.past_key, names.past_value)]
@@ -158,18 +157,16 @@ class Slab:
         if rows > self._rows:
             self._rows = min(self.most, max(rows, _FIRST_ROWS, 2 * self._rows))
         if needed > self._capacity:
-            wanted = max(needed, self._capacity + self._capacity // 4)
-            context = self._graph.manifest.context_length
-            self._capacity = min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, context)
+            self._capacity = grown(self._capacity, needed, self._graph.manifest.context_length)
         before: list[npt.NDArray[Any] | None] = [*self._arrays] or [None] * len(self._sizes)
         self._arrays, self._bound = [], 0
         for index, (heads, size) in enumerate(self._sizes):
-            grown = np.zeros((self._rows, heads, self._capacity, size), self._graph.cache_form.dtype)
+            larger = np.zeros((self._rows, heads, self._capacity, size), self._graph.cache_dtype)
             for row, member in enumerate(self.members):
                 if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row and returns later
-                    _cache(member).place(index, grown[row : row + 1])
+                    _cache(member).place(index, larger[row : row + 1])
             before[index] = None
-            self._arrays.append(grown)
+            self._arrays.append(larger)
 
     def _bind(self, count: int) -> None:
         if self._bound == count:
@@ -182,6 +179,5 @@ class Slab:
 
 
 def _cache(engine: Engine) -> KVCache:
-    assert isinstance(engine.cache, CachePair)
-    assert isinstance(engine.cache.float32, KVCache)
-    return engine.cache.float32
+    assert isinstance(engine.cache, KVCache)
+    return engine.cache

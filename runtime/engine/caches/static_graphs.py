@@ -31,15 +31,13 @@ Logits = npt.NDArray[np.float32]
 class StaticGraphs(FixedRows):
     """The KV cache of a static bundle and the runs over it.
 
-    A run is `for_run`, `run`, `advance`. Without `advance` the cache stays unchanged.
+    A run is `reserve`, `run`, `advance`. Without `advance` the cache stays unchanged.
 
     Attributes:
         onnx: The onnxruntime.InferenceSession of the chunk's graph.
         watch: Called after each run with its T, the cached tokens before it and its input arrays, which the next run
             overwrites.
     """
-
-    decodes_in_int8 = False
 
     def __init__(self, decode: Any, prefill: Any, manifest: Manifest, folder: Path) -> None:
         """`decode` and `prefill` are sessions, the same if a chunk is one token. `folder` holds the graphs."""
@@ -63,13 +61,6 @@ class StaticGraphs(FixedRows):
             )
         if not self.capacity:
             self.grow(1, self._context)
-
-    def for_run(self, batch: int, tokens: int, *, padded: bool) -> StaticGraphs:
-        """Allocates the arrays and returns itself. Raises InputError for padding or more than one sequence."""
-        if padded:
-            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
-        self.reserve(batch, tokens)
-        return self
 
     def run(self, ids: Ids, keep: int) -> Logits:
         """Runs the tokens `ids` (T,) behind the cached ones. Returns the logits (1, keep, V) of the last ones."""

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, processors
 from torch import nn
 
 from pastkey.contract import names
-from pastkey.contract.bundle import KVGeometry, Manifest
+from pastkey.contract.bundle import CacheShift, KVGeometry, Manifest
 from pastkey.export import export
 from pastkey.export.compat.configs import write_configurations
 from pastkey.export.source.source import Source
@@ -20,7 +20,7 @@ from pastkey.files.folder import sha256
 from ..cases import CASES
 from ..conftest import Exported
 
-MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0")
+MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.26.0", CacheShift())
 
 
 def places(made: Exported) -> dict[str, tuple[int, int]]:

@@ -84,7 +84,7 @@ def test_a_trace_has_the_opset_of_the_oldest_runtime_and_leaves_torch_alone():
         model = trace(module, observe(module, 32), "fused", 32)
     assert not told
     assert model.graph.opset_imports[""] == OPSET == 20
-    assert IR_VERSION <= 10  # onnxruntime 1.23 loads it
+    assert IR_VERSION <= 10  # onnxruntime 1.24 loads it
     assert all(child.training for child in module.modules())
     assert torch.nn.modules.transformer._detect_is_causal_mask is detect
     assert [logging.getLogger(name).level for name in ("torch.onnx", "torch.export")] == loggers

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from pastkey.contract.bundle import Bundle, Manifest
+from pastkey.contract.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import InputError, MissingFileError, QualityError
 from pastkey.export.quantize import search as module
 from pastkey.export.quantize.calibrate.calibration import CalibrationText
@@ -48,7 +48,7 @@ class Fake:
         return 9
 
     def search(self, folder: Path, monkeypatch: pytest.MonkeyPatch, max_kl: float | None = 0.5) -> Quantized:
-        manifest = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1")
+        manifest = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1", CacheShift())
         bundle = Bundle(folder, manifest)
 
         def write(model: ir.Model) -> tuple[Bundle, int]:

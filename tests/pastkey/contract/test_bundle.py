@@ -14,7 +14,9 @@ from pastkey.providers import TARGETS
 
 from ...wrong_values import without, wrong_fields
 
-MANIFEST = Manifest("0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.23.0").to_json()
+MANIFEST = Manifest(
+    "0", "m", "fp32", "cpu", "fused", "", 8, 8, (KVGeometry(1, 8, 8),), 20, 10, "1.26.0", CacheShift()
+).to_json()
 TURN = {"layers": [0], "first": 0, "interleaved": False, "angles": [1.0, 0.1, 0.01, 0.001]}
 STATIC = {"chunk": 4, "masked": -100.0, "windows": [0]}
 
@@ -25,6 +27,13 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
     manifest = read_bundle(tmp_path).manifest
     assert manifest.shift == CacheShift(rotations=(KeyRotation((0,), 0, False, (1.0, 0.1, 0.01, 0.001)),))
     assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
+
+
+@pytest.mark.parametrize(("version", "told"), [(5, "reads 6: export it again"), (7, "reads up to 6: upgrade pastkey")])
+def test_only_the_newest_format_is_read(version, told, tmp_path):
+    write_json(tmp_path / names.MANIFEST, MANIFEST | {"format_version": version})
+    with pytest.raises(IntegrityError, match=rf"bundle format version {version}; this pastkey {told}"):
+        read_bundle(tmp_path)
 
 
 def test_a_field_that_is_missing_or_of_another_type_or_out_of_range_is_told_with_the_file(tmp_path):

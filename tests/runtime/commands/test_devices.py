@@ -34,8 +34,7 @@ def test_every_known_provider_is_listed_once_with_available_ones_first():
 def test_what_is_here_has_its_wheel_and_its_devices():
     cpu = devices.devices()[0]
     assert cpu.package.split()[1] == onnxruntime.__version__
-    if hasattr(onnxruntime, "get_ep_devices"):
-        assert [device.split()[0] for device in cpu.devices] == ["CPU"]
+    assert [device.split()[0] for device in cpu.devices] == ["CPU"]
 
 
 def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch):

@@ -71,7 +71,7 @@ def test_context_overflow_options_that_are_refused(lm, make_bundle, tiny):
     with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
         lm.score(ids_of(CONTEXT + 1))
     fixed = load(make_bundle(tiny).path, threads=1)  # its positions are learned
-    with pytest.raises(InputError, match='context_overflow is "shift", and this bundle does not say'):
+    with pytest.raises(InputError, match='context_overflow is "shift", and the cache of tiny cannot be shifted'):
         fixed.generate([1], context_overflow="shift")
     with pytest.raises(InputError, match=r"shorten the text, or export with a larger --context$"):
         fixed.generate([1] * (tiny.context_length + 1))

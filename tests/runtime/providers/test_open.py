@@ -142,8 +142,6 @@ def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path, monkey
     onnxruntime 1.24.1 is handed the weights in memory, as the others can be.
     """
     if in_memory:
-        if not hasattr(ort.onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
-            pytest.skip("this onnxruntime follows links and takes no weights in memory")
         monkeypatch.setattr(opening, "REFUSE_LINKS", {parse_version(ort.onnxruntime.__version__)})
     source = make_bundle(tiny, "fused", data_file=names.weights_file("model.onnx"))
     blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
@@ -163,3 +161,11 @@ def test_a_graph_that_the_manifest_does_not_list_is_refused(tiny, make_bundle):
     (bundle.path / "onnx" / "further.onnx").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"further\.onnx is not listed in pastkey\.json"):
         open_bundle(bundle.path)
+
+
+def test_operators_are_counted_by_provider(fused_bundle, tmp_path):
+    """By onnxruntime's own record, which it keeps on request."""
+    recorded = Engine(fused_bundle, threads=1, profile_prefix=tmp_path / "profile").onnx
+    recorded.end_profiling()
+    assert opening.operators_of(recorded)[ep.CPU]["GroupQueryAttention"] == 2
+    assert opening.operators_of(Engine(fused_bundle, threads=1).onnx) == {}

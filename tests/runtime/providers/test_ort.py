@@ -14,10 +14,10 @@ from pastkey.values import parse_version
 
 
 def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypatch):
-    install(monkeypatch, {"onnxruntime-gpu": "1.22.1"})
-    with pytest.raises(MissingExtraError, match=r"older than 1\.23\.0.* type  pip install --upgrade onnxruntime-gpu "):
-        ort.require_supported("1.22.1")
-    for version in ("1.23.0", "1.24.1", "2.0.0"):
+    install(monkeypatch, {"onnxruntime-gpu": "1.23.2"})
+    with pytest.raises(MissingExtraError, match=r"older than 1\.24\.1.* type  pip install --upgrade onnxruntime-gpu "):
+        ort.require_supported("1.23.2")
+    for version in ("1.24.1", "2.0.0"):
         ort.require_supported(version)
 
 

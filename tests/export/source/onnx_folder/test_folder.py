@@ -47,7 +47,6 @@ def greedy(graph: Path, count: int) -> list[int]:
 def test_a_folder_of_optimum_becomes_a_bundle(folder, tmp_path):
     manifest = export(folder, tmp_path / "bundle", "fp32").manifest
     assert (manifest.graph, manifest.padding, manifest.opset) == ("fused", True, 20)
-    assert manifest.shift is not None
     assert len(manifest.shift.rotations) == 1
     assert (manifest.parity["fp32"]["ok"], manifest.parity["fp32"]["reference"]) == (True, "source")
     lm = pastkey.load(tmp_path / "bundle")

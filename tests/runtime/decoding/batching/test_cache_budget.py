@@ -54,21 +54,20 @@ def test_without_a_limit_everything_fits(fused_bundle):
         ("fused", {}, 5000, 1000),
         ("standard", {}, 100, 2 * 100),  # a run holds the cache before and after it
         ("static", {"chunk": 8}, 100, 1000),
-        ("fused", {"int8_kv": True}, 1000, 1250),  # an int8 cache beside it
         ("fused", {"window": 24}, 1000, 24 + 16 + 256),
     ],
 )
 def test_what_a_cache_takes(graph, fields, tokens, rows, make_bundle):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=graph == "fused")
-    opened = DecoderGraph(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1, int8_kv_from=500)
+    opened = DecoderGraph(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1)
     assert opened.cache_bytes(tokens) == rows * opened.bytes_per_token
 
 
 def test_the_cache_is_no_larger_than_was_estimated(make_bundle):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True)
-    for fields in ({}, {"window": 24}, {"int8_kv": True}):
+    for fields in ({}, {"window": 24}):
         bundle = make_bundle(tiny, "fused", shift=tiny.shift, **fields)
-        engine = Engine(bundle, threads=1, int8_kv_from=500)
+        engine = Engine(bundle, threads=1)
         engine.prefill([1] * 600)
         for token in range(8):
             engine.decode(token)

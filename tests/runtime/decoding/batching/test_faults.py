@@ -42,32 +42,23 @@ KINDS: dict[str, dict[str, Any]] = {
     "fused": {},
     "standard": {},
     "static": {"chunk": 8},
-    "int8_kv": {"int8_kv": True},
 }
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def bundle(request, tiny, letters, make_bundle):
-    kind = "fused" if request.param == "int8_kv" else request.param
-    return make_bundle(tiny, kind, tokenizer=letters, **KINDS[request.param])
-
-
-def opened(bundle: Any) -> LanguageModel:
-    """An int8 cache is used after a few tokens."""
-    model = load(bundle.path, threads=1)
-    model.require_open().graph.int8_kv_from = 8
-    return model
+    return make_bundle(tiny, request.param, tokenizer=letters, **KINDS[request.param])
 
 
 @pytest.fixture(scope="module")
 def model(bundle):
-    return opened(bundle)
+    return load(bundle.path, threads=1)
 
 
 @pytest.fixture(scope="module")
 def expected(bundle):
     """What each text is alone."""
-    alone = opened(bundle)
+    alone = load(bundle.path, threads=1)
     return {prompt: alone.generate(prompt, **options) for prompt, options in {**STREAMS, LEAD: OPTIONS}.items()}
 
 
@@ -114,10 +105,9 @@ def require_same(model: LanguageModel, found: Completion | None, expected: Compl
     """The text, and in float32 its log-probabilities up to the last bits."""
     assert found is not None
     assert (found.text, found.ids, found.finish_reason) == (expected.text, expected.ids, expected.finish_reason)
-    tolerance = 1e-4 if model.bundle.int8_kv_graph is None else 0.05
     for ours, theirs in ((found.logprobs, expected.logprobs), (found.prompt_logprobs, expected.prompt_logprobs)):
         values = [[None if one is None else one.logprob for one in each] for each in (ours, theirs)]
-        assert values[0] == pytest.approx(values[1], abs=tolerance)
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def require_nothing_left(model: LanguageModel) -> None:

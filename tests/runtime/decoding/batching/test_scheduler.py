@@ -26,14 +26,11 @@ from .waiting import until
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static", "int8_kv"])
+@pytest.fixture(scope="module", params=["fused", "standard", "static"])
 def any_bundle(request, tiny, letters, make_bundle):
     """With each way that a cache can be."""
-    kind, fields = request.param, {}
-    if kind == "static":
-        fields = {"chunk": 8}
-    elif kind == "int8_kv":
-        kind, fields = "fused", {"int8_kv": True}
+    kind = request.param
+    fields: dict[str, Any] = {"chunk": 8} if kind == "static" else {}
     return make_bundle(tiny, kind, tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}, **fields)
 
 

@@ -13,23 +13,21 @@ from hypothesis import strategies as st
 
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine.caches.fixed import FixedKVCache
-from pastkey.runtime.engine.caches.int8_kv import MIN_ONNXRUNTIME, CachePair
 from pastkey.runtime.engine.caches.kv import KVCache
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
-from pastkey.values import parse_version
 
 from ...rotary import RotaryTiny
 
-# graph, fields of the bundle, options of the engine, class of the cache, and its largest error in parts of a logit
-FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any], type, float]] = {
-    "fused": ("fused", {}, {}, KVCache, 5e-6),
-    "standard": ("standard", {}, {}, KVCache, 5e-6),
-    "static": ("static", {"chunk": 4}, {}, StaticGraphs, 5e-6),
-    "fixed": ("standard", {}, {}, FixedKVCache, 5e-6),
-    "int8": ("fused", {"int8_kv": True}, {"int8_kv_from": 30}, CachePair, 0.05),
-    "window": ("fused", {"window": 24}, {}, KVCache, 5e-6),
+TOLERANCE = 5e-6  # in parts of a logit
+# graph, fields of the bundle, class of the cache
+FORMS: dict[str, tuple[str, dict[str, Any], type]] = {
+    "fused": ("fused", {}, KVCache),
+    "standard": ("standard", {}, KVCache),
+    "static": ("static", {"chunk": 4}, StaticGraphs),
+    "fixed": ("standard", {}, FixedKVCache),
+    "window": ("fused", {"window": 24}, KVCache),
 }
 STEPS = st.one_of(
     st.tuples(st.just("prefill"), st.sampled_from([1, 2, 30, 130])),
@@ -41,10 +39,8 @@ STEPS = st.one_of(
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request, tiny, make_bundle):
-    """An engine, the decoder and the tolerance."""
-    if request.param == "int8" and parse_version(onnxruntime.__version__) < parse_version(MIN_ONNXRUNTIME):
-        pytest.skip("this onnxruntime has no int8 cache")
-    graph, fields, options, kind, tolerance = FORMS[request.param]
+    """An engine and the decoder."""
+    graph, fields, kind = FORMS[request.param]
     decoder = tiny
     if request.param == "window":
         decoder = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
@@ -52,9 +48,9 @@ def form(request, tiny, make_bundle):
     with pytest.MonkeyPatch.context() as patch:
         if kind is FixedKVCache:
             patch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
-        engine = Engine(make_bundle(decoder, graph, **fields), threads=1, **options)
-        assert isinstance(engine.cache if kind in (StaticGraphs, CachePair) else engine.cache.float32, kind)
-        yield engine, decoder, tolerance
+        engine = Engine(make_bundle(decoder, graph, **fields), threads=1)
+        assert isinstance(engine.cache, kind)
+        yield engine, decoder
 
 
 def interrupted(*_: Any, **__: Any) -> None:
@@ -64,13 +60,13 @@ def interrupted(*_: Any, **__: Any) -> None:
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=3, max_size=9), seed=st.integers(0, 99))
 def test_every_way_through_a_cache_equals_the_uncached_pass(form, steps, seed):
-    engine, decoder, tolerance = form
+    engine, decoder = form
     engine.reset()
     rng, ids, exact = np.random.default_rng(seed), list[int](), 0  # `exact` first tokens came by a prefill
 
     def require_right(logits: np.ndarray) -> None:
         expected = decoder(ids)[-1]
-        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+        assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
 
     for step, size in [*steps, ("prefill", 5), ("decode", 1)]:
         if step == "prefill":

@@ -11,7 +11,6 @@ from pastkey.contract.bundle import KVGeometry, StateGeometry
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
-from pastkey.runtime.engine.caches.int8_kv import CachePair
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.engine import Engine
 
@@ -25,7 +24,7 @@ def fixed(standard_bundle, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(PROVIDERS, "cpu", FIXED)
         engine = Engine(standard_bundle, threads=1, graph="all_logits")
-    assert isinstance(engine.cache.float32, FixedKVCache)
+    assert isinstance(engine.cache, FixedKVCache)
     return engine
 
 
@@ -52,13 +51,15 @@ def test_the_last_rows_of_the_context_are_used(make_bundle, tiny_odd, monkeypatc
     ids = IDS[: tiny_odd.context_length]
     engine.prefill(ids[:-1])
     np.testing.assert_allclose(engine.decode(int(ids[-1])), tiny_odd(ids)[-1], atol=1e-4)
-    assert engine.cache.float32.capacity == tiny_odd.context_length
+    assert engine.cache.capacity == tiny_odd.context_length
 
 
-@pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}, {"graph": "fused"}])
-def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, standard_bundle, fixed):
-    manifest = dataclasses.replace(standard_bundle.manifest, **fields)
-    assert isinstance(CachePair(fixed.onnx, manifest, fixed.graph.cache_form, provider=FIXED).float32, KVCache)
+@pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}])
+def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, fixed, monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "cpu", FIXED)
+    assert isinstance(fixed.graph.new_cache(), FixedKVCache)
+    fixed.graph.manifest = dataclasses.replace(fixed.graph.manifest, **fields)
+    assert isinstance(fixed.graph.new_cache(), KVCache)
 
 
 def test_fixed_rows_say_what_they_cannot():

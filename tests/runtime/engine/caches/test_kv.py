@@ -39,15 +39,15 @@ def test_rows_are_the_keys_and_values_of_the_tokens(session, tiny):
 
 def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle):
     session = Engine(fused_bundle, threads=1)
-    assert session.cache.float32.capacity == session.cache.float32.nbytes == 0
+    assert session.cache.capacity == session.cache.nbytes == 0
     capacities = []
     for _ in range(600):
         session.decode(1)
-        capacities.append(session.cache.float32.capacity)
+        capacities.append(session.cache.capacity)
     assert capacities[0] == GROWTH_STEP
     assert sorted(set(capacities)) == [128, 256, 384, 512, 600]
     assert capacities[127:129] == [128, 256]
-    assert session.cache.float32.nbytes == 600 * ROW_BYTES
+    assert session.cache.nbytes == 600 * ROW_BYTES
 
 
 def test_the_concatenating_form_holds_what_there_is(standard_bundle):
@@ -55,7 +55,7 @@ def test_the_concatenating_form_holds_what_there_is(standard_bundle):
     session.prefill([1, 2, 3])
     for length, rows in ((3, 3), (2, 2), (0, 0)):
         session.trim(length)
-        assert session.cache.float32.nbytes == rows * ROW_BYTES
+        assert session.cache.nbytes == rows * ROW_BYTES
 
 
 @pytest.mark.parametrize("length", [-1, 4, 1.5])
@@ -67,7 +67,7 @@ def test_trim_to_what_is_not_there_is_refused(session, tiny, length):
     assert session.length == 3
     session.trim(0)  # another number of rows fits
     np.testing.assert_allclose(session.forward([[5], [6]])[1, 0], tiny([6])[0], atol=1e-5)
-    assert session.cache.float32.nbytes == 2 * session.cache.float32.capacity * ROW_BYTES
+    assert session.cache.nbytes == 2 * session.cache.capacity * ROW_BYTES
 
 
 def test_the_cache_is_dropped_before_its_session(bundle):
@@ -75,7 +75,7 @@ def test_the_cache_is_dropped_before_its_session(bundle):
     engine = Engine(bundle, threads=1)
     engine.prefill([1, 2, 3])
     engine.decode(4)
-    cache, dropped = engine.cache.float32, list[str]()
+    cache, dropped = engine.cache, list[str]()
     for value in cache._values:
         weakref.finalize(value, dropped.append, "value")
     weakref.finalize(cache.binding, dropped.append, "binding")
