@@ -64,7 +64,7 @@ def test_a_panel_becomes_a_picture(classic, command, tmp_path):
         (["--heads", "x"], "argument --heads: 'x' is not a list of token ids such as 1,2,3"),
         (["--last", "257"], "--last is 257, and a page shows 256 tokens at most"),
         (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
-        (["--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
+        (["--top-p", "0"], "argument --top-p: '0' was given; it must be above 0 and at most 1"),
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
     ],
 )
