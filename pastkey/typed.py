@@ -143,11 +143,11 @@ def check_of(kind: Any) -> Callable[[Any], bool]:
     """Returns the check of an argument. Numbers may be numpy's, and any ordered collection is a Sequence."""
     origin, given = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        within = given[1].holds
-        if isinstance(given[1], Where):
-            return typing.cast(Callable[[Any], bool], within)
+        rule = next((part for part in given[1:] if isinstance(part, Between | Where)), None)
+        if isinstance(rule, Where):
+            return rule.holds
         plain = check_of(given[0])
-        return lambda value: plain(value) and within(value)
+        return plain if rule is None else lambda value: plain(value) and rule.holds(value)
     if origin is Literal:
         return lambda value: is_one_of(value, given)
     if origin is Callable:
