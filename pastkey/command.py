@@ -52,7 +52,7 @@ class Command:
 
 def positive_int(text: str) -> int:
     """argparse type: a whole number from 1."""
-    value = _int(text)
+    value = whole_int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
     return value
@@ -60,7 +60,7 @@ def positive_int(text: str) -> int:
 
 def natural_int(text: str) -> int:
     """argparse type: a whole number from 0."""
-    value = _int(text)
+    value = whole_int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
     return value
@@ -82,7 +82,8 @@ def byte_count(text: str) -> int:
     return int(finite_float(text))
 
 
-def _int(text: str) -> int:
+def whole_int(text: str) -> int:
+    """argparse type: a whole number."""
     try:
         return int(text)
     except ValueError:

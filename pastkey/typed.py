@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +37,19 @@ _LARGEST: Final = 2**31 - 1  # of a size or an id: onnxruntime and torch allow m
 
 @dataclass(frozen=True)
 class Between:
-    """The range of a number."""
+    """The range of a number. `above`: without `least` itself."""
 
     least: float
     most: float = _LARGEST
+    above: bool = False
 
     def holds(self, value: Any) -> bool:
         """Whether a number is in the range."""
-        return bool(self.least <= value <= self.most)
+        return bool(self.least <= value <= self.most) and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        most = "" if self.most == math.inf else f" to {self.most}"
+        return f"a number {'above' if self.above else 'from'} {self.least}{most}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ _PLAIN: Final[Mapping[Any, tuple[Callable[[Any], bool], str]]] = {
 Size = Annotated[int, Between(1)]
 TokenId = Annotated[int, Between(0)]
 Natural = Annotated[int, Between(0, 2**63 - 1)]
+Positive = Annotated[float, Between(0, math.inf, above=True)]
 
 
 def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool = False) -> T:
@@ -73,6 +80,13 @@ def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool
     """
     found: T = _parse(kind, value, name, further)
     return found
+
+
+def check(made: Any, flags: bool = False) -> None:
+    """Checks the fields of a dataclass by their types. Raises InputError as `parse`; `flags` names them as flags."""
+    of: Any = type(made)
+    for name, kind in _hints(of).items():
+        _parse(kind, getattr(made, name), "--" + name.replace("_", "-") if flags else name, False)
 
 
 def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
@@ -120,7 +134,7 @@ def _float(value: float) -> float:
 
 def _within(value: Any, limits: Between, name: str) -> Any:
     if value is not None and not limits.holds(value):
-        _refuse(name, value, f"a number from {limits.least} to {limits.most}")
+        _refuse(name, value, str(limits))
     return value
 
 
@@ -129,11 +143,11 @@ def check_of(kind: Any) -> Callable[[Any], bool]:
     """Returns the check of an argument. Numbers may be numpy's, and any ordered collection is a Sequence."""
     origin, given = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        within = given[1].holds
-        if isinstance(given[1], Where):
-            return typing.cast(Callable[[Any], bool], within)
+        rule = next((part for part in given[1:] if isinstance(part, Between | Where)), None)
+        if isinstance(rule, Where):
+            return rule.holds
         plain = check_of(given[0])
-        return lambda value: plain(value) and within(value)
+        return plain if rule is None else lambda value: plain(value) and rule.holds(value)
     if origin is Literal:
         return lambda value: is_one_of(value, given)
     if origin is Callable:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .model.chat.prompt import ChatPrompt as ChatPrompt
     from .model.chat.prompt import ConversationOptions as ConversationOptions
     from .model.language_model import LanguageModel as LanguageModel
+    from .model.parts import TextPrompt as TextPrompt
     from .model.scoring import Score as Score
     from .model.session import Session as Session
     from .sampling.log_probs import TokenLogprob as TokenLogprob
@@ -78,6 +79,7 @@ else:
             ".model.chat.chat_stream": ["ChatStream"],
             ".model.chat.prompt": ["AnswerOptions", "ChatPrompt", "ConversationOptions"],
             ".model.language_model": ["LanguageModel"],
+            ".model.parts": ["TextPrompt"],
             ".model.scoring": ["Score"],
             ".model.session": ["Session"],
             ".sampling.log_probs": ["TokenLogprob"],

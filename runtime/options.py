@@ -49,26 +49,31 @@ class SchemaModel(Protocol):
     def model_json_schema(cls) -> dict[str, Any]: ...
 
 
-Count = Annotated[int, Between(0, math.inf)]
-Size = Annotated[int, Between(1, math.inf)]
-Back = Annotated[int, Between(-1, math.inf)]
-Share = Annotated[float, Between(0, 1)]
-AboveNone = Annotated[float, Between(_LEAST, 1)]
-Any32 = Annotated[float, Between(-_MOST, _MOST)]
-Text = Annotated[str, Where(lambda value: isinstance(value, str) and value != "")]
-_IDS = check_of(Sequence[TokenId])
-SomeIds = Annotated[Sequence[int], Where(lambda value: _IDS(value) and len(value) > 0)]
-Pair = Annotated[Sequence[int], Where(lambda value: _IDS(value) and len(value) == 2)]
-_TEXTS = check_of(Sequence[Text])
-SomeTexts = Annotated[Sequence[str], Where(lambda value: _TEXTS(value) and len(value) > 0)]
-Bias = Annotated[float, Where(lambda value: (is_number(value) and abs(value) <= _MOST) or value == -math.inf)]
-_SCHEMAS: Final = Where(  # constraints/ reads them
+# Types with their ranges, and what an error expects. None is "not set" for every option.
+Switch = Annotated[bool, "True or False"]
+Count = Annotated[int, Between(0, math.inf), "a whole number from 0"]
+Size = Annotated[int, Between(1, math.inf), "a whole number from 1"]
+Whole = Annotated[int, "a whole number"]
+Back = Annotated[int, Between(-1, math.inf), "a whole number from 0, or -1 for all"]
+Share = Annotated[float, Between(0, 1), "a number from 0 to 1"]
+Part = Annotated[float, Between(_LEAST, 1), "above 0 and at most 1"]
+Scale = Annotated[float, Between(0, _MOST), "a number from 0 to 2**127"]
+Signed = Annotated[float, Between(-_MOST, _MOST), "a number from -2**127 to 2**127"]
+Text = Annotated[str, Where(lambda value: isinstance(value, str) and value != ""), "a text of at least one character"]
+Texts = Annotated[Text | Sequence[Text], "a text, or a list of texts, each of at least one character"]
+Ids = Annotated[Sequence[TokenId], "a list of token ids"]
+_are_ids, _are_texts = check_of(Ids), check_of(Sequence[Text])
+_SomeIds = Annotated[Sequence[int], Where(lambda value: _are_ids(value) and len(value) > 0)]
+_Pair = Annotated[Sequence[int], Where(lambda value: _are_ids(value) and len(value) == 2)]
+_SomeTexts = Annotated[Sequence[str], Where(lambda value: _are_texts(value) and len(value) > 0)]
+_Bias = Annotated[float, Where(lambda value: (is_number(value) and abs(value) <= _MOST) or value == -math.inf)]
+_SCHEMA = "a JSON schema, as a dict, as its JSON text or as the class of a Pydantic model"
+_is_schema: Final = Where(
     lambda value: (
         isinstance(value, str | bool | Mapping) or (isinstance(value, type) and hasattr(value, "model_json_schema"))
     )
 )
-JsonSchema = Annotated[str | bool | Mapping[str, Any] | type[SchemaModel], _SCHEMAS]
-_IS_PROVIDER: Final = Where(lambda value: isinstance(value, str) or is_collection(value))
+_is_provider: Final = Where(lambda value: isinstance(value, str) or is_collection(value))
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ class Option:
 
     Attributes:
         name: The keyword.
-        kind: Its type, with its range. None is "not set" for every option.
-        expected: The end of the sentence that refuses another value: "top_k is -1; it must be ...".
+        kind: Its type, with its range and the end of the sentence that refuses another value: "top_k is -1; it must
+            be ...".
         default: The value of an option that is not set.
         help: What it does.
         metavar: The value of its flag, "" for a switch; None for an option without a flag.
@@ -88,167 +93,128 @@ class Option:
 
     name: str
     kind: Any
-    expected: str
     default: Any = None
     help: str = ""
     metavar: str | None = None
     flag: str = ""
     group: str = ""
 
+    @property
+    def expected(self) -> str:
+        """What an error expects."""
+        return str(get_args(self.kind)[-1])
+
     def valid(self, value: object) -> bool:
         """Whether a value is of its type and in its range."""
         return check_of(self.kind)(value)
 
 
-_SWITCH, _COUNT, _SIZE = "True or False", "a whole number from 0", "a whole number from 1"
-_ALL, _BACK = "above 0 and at most 1, which keeps all", "a whole number from 0, or -1 for the whole text"
-_PENALTY = "from -2**127 to 2**127; 0 changes nothing, and below 0 tokens become likelier"
-_TEXT_LIST = "a text, or a list of texts, each of at least one character"
-_ID_LIST = "a list of token ids"
-
 # fmt: off
 _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
     "choice of tokens": (
-        Option("temperature", Annotated[float, Between(0, _MOST)], "a number from 0 to 2**127", 0.0,
-               "0 takes the likeliest token; above 0, tokens are drawn: 1 is the model's own distribution", "T"),
-        Option("top_k", Count, "a whole number from 0, which keeps all", 0,
-               "draw from the K likeliest tokens; 0 for all", "K"),
-        Option("top_p", AboveNone, _ALL, 1.0,
-               "draw from the fewest likeliest tokens that together have probability P", "P"),
-        Option("min_p", Share, "between 0, which keeps all, and 1", 0.0,
-               "drop tokens below P times the likeliest one's probability", "P"),
-        Option("typical_p", AboveNone, _ALL, 1.0,
-               "draw from the tokens nearest to the entropy that together have probability P", "P"),
-        Option("top_n_sigma", Any32, "a number above 0, or at most 0, which keeps all", -1.0,
-               "draw from logits within S standard deviations of the largest; 0 or less for all", "S"),
-        Option("xtc_probability", Share, "between 0, which keeps all, and 1", 0.0,
-               "probability of dropping all but the least likely of the top choices", "P"),
-        Option("xtc_threshold", Share, "between 0 and 1; above 0.5 it keeps all", 0.1,
-               "smallest probability of a top choice", "P"),
-        Option("seed", Annotated[int, Between(0, 2**63 - 1)], "a whole number from 0 to 2**63 - 1", None,
+        Option("temperature", Scale, 0.0, "0 takes the likeliest token; above 0, tokens are drawn", "T"),
+        Option("top_k", Count, 0, "draw from the K likeliest tokens; 0 for all", "K"),
+        Option("top_p", Part, 1.0, "draw from the fewest likeliest tokens that together have probability P", "P"),
+        Option("min_p", Share, 0.0, "drop tokens below P times the likeliest one's probability", "P"),
+        Option("typical_p", Part, 1.0, "draw from the tokens nearest to the entropy with together probability P", "P"),
+        Option("top_n_sigma", Signed, -1.0, "keep logits within S standard deviations of the largest; 0 for all", "S"),
+        Option("xtc_probability", Share, 0.0, "probability of dropping all top choices but the least likely", "P"),
+        Option("xtc_threshold", Share, 0.1, "smallest probability of a top choice; above 0.5 nothing is dropped", "P"),
+        Option("seed", Annotated[int, Between(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"], None,
                "the same seed draws the same text; without one, each text is another", "N"),
     ),
     "penalties": (
-        Option("repetition_penalty", Annotated[float, Between(_LEAST, _MOST)],
-               "above 0 and at most 2**127; 1 changes nothing", 1.0,
+        Option("repetition_penalty", Annotated[float, Between(_LEAST, _MOST), "above 0 and at most 2**127"], 1.0,
                "above 1, tokens of the text, prompt included, become less likely", "X"),
-        Option("presence_penalty", Any32, _PENALTY, 0.0, "subtracted from the logits of tokens that the text has", "X"),
-        Option("frequency_penalty", Any32, _PENALTY, 0.0, "subtracted from these logits once per occurrence", "X"),
-        Option("penalty_last_n", Back, _BACK, -1, "last tokens that these three consider; -1 for all", "N"),
-        Option("no_repeat_ngram_size", Count, "a whole number from 0, which bans nothing", 0,
-               "ban repetitions of N tokens; 0 bans none", "N"),
-        Option("dry_multiplier", Annotated[float, Between(0, _MOST)], "a number from 0, which changes nothing", 0.0,
-               "DRY: a penalty on prolonging a repetition; 0 for none", "X"),
-        Option("dry_base", Annotated[float, Between(1, _MOST)], "a number from 1", 1.75,
+        Option("presence_penalty", Signed, 0.0, "subtracted from the logits of tokens that the text has", "X"),
+        Option("frequency_penalty", Signed, 0.0, "subtracted from these logits once per occurrence", "X"),
+        Option("penalty_last_n", Back, -1, "last tokens that these three consider; -1 for all", "N"),
+        Option("no_repeat_ngram_size", Count, 0, "ban repetitions of N tokens; 0 bans none", "N"),
+        Option("dry_multiplier", Scale, 0.0, "DRY: a penalty on prolonging a repetition; 0 for none", "X"),
+        Option("dry_base", Annotated[float, Between(1, _MOST), "a number from 1"], 1.75,
                "factor of the DRY penalty for each token of the repetition", "X"),
-        Option("dry_allowed_length", Count, _COUNT, 2, "shortest repetition with the DRY penalty", "N"),
-        Option("dry_penalty_last_n", Back, _BACK, -1, "last tokens that DRY considers; -1 for all", "N"),
-        Option("dry_sequence_breakers", Sequence[Text | SomeIds],
-               "a list of texts, or of lists of token ids, each of at least one", ("\n", ":", '"', "*"),
-               "repetitions end at these texts or ids, for DRY"),
+        Option("dry_allowed_length", Count, 2, "shortest repetition with the DRY penalty", "N"),
+        Option("dry_penalty_last_n", Back, -1, "last tokens that DRY considers; -1 for all", "N"),
+        Option("dry_sequence_breakers",
+               Annotated[Sequence[Text | _SomeIds], "a list of texts, or of lists of token ids, each of at least one"],
+               ("\n", ":", '"', "*"), "repetitions end at these texts or ids, for DRY"),
     ),
     "bans and forced tokens": (
-        Option("logit_bias", Mapping[TokenId, Bias], "a mapping of token ids to numbers, or to -inf, which bans", None,
-               "added to the logits of these ids"),
-        Option("suppress_tokens", Sequence[TokenId], _ID_LIST, (), "ban these token ids", "1,2,3"),
-        Option("bad_words", Text | Sequence[Text], _TEXT_LIST, (),
-               "ban this text, as the tokenizer encodes it", "TEXT", "--bad-word"),
-        Option("bad_words_ids", Sequence[SomeIds], "a list of lists of token ids, each of at least one", (),
+        Option("logit_bias", Annotated[Mapping[TokenId, _Bias], "a mapping of token ids to numbers, or -inf"], None,
+               "added to the logits of these ids; -inf bans"),
+        Option("suppress_tokens", Ids, (), "ban these token ids", "1,2,3"),
+        Option("bad_words", Texts, (), "ban this text, as the tokenizer encodes it", "TEXT", "--bad-word"),
+        Option("bad_words_ids", Annotated[Sequence[_SomeIds], "a list of lists of token ids, each of at least one"], (),
                "ban these sequences of tokens"),
-        Option("forced_decoder_ids", Sequence[Pair],
-               "a list of pairs: a place among the new tokens, from 0, and the token id there", (),
+        Option("forced_decoder_ids", Annotated[Sequence[_Pair], "a list of pairs: a place, from 0, and a token id"], (),
                "pairs of a place among the new tokens, from 0, and the id there"),
-        Option("forced_eos_token_id", TokenId, "a token id, or None", None,
+        Option("forced_eos_token_id", Annotated[TokenId, "a token id, or None"], None,
                "the last id, where max_new_tokens ends the text"),
-        Option("logits_processor", LogitsProcessor | Sequence[LogitsProcessor],
-               "a function of (ids, logits) that returns logits, or a list of such functions", (),
+        Option("logits_processor", Annotated[LogitsProcessor | Sequence[LogitsProcessor], "a function, or a list"], (),
                "function of (ids (T,), logits (V,)), numpy arrays, that returns new logits; the step waits for it"),
     ),
     "end of the text": (
-        Option("max_new_tokens", Count, _COUNT, MAX_NEW_TOKENS,
-               "largest number of new tokens; the end of the context may come first", "N"),
-        Option("min_new_tokens", Count, _COUNT, 0, "no EOS token before this many new tokens", "N"),
-        Option("stop", Text | Sequence[Text], _TEXT_LIST, (), "end before this text", "TEXT"),
-        Option("eos_token_id", TokenId | Sequence[TokenId], "a token id, or a list of token ids", None,
+        Option("max_new_tokens", Count, MAX_NEW_TOKENS, "most new tokens; the end of the context may come first", "N"),
+        Option("min_new_tokens", Count, 0, "no EOS token before this many new tokens", "N"),
+        Option("stop", Texts, (), "end before this text", "TEXT"),
+        Option("eos_token_id", Annotated[TokenId | Ids, "a token id, or a list of token ids"], None,
                "the EOS tokens, in place of the bundle's", "1,2,3"),
-        Option("stop_token_ids", Sequence[TokenId], _ID_LIST, (),
-               "token ids that end the text, beside the EOS tokens", "1,2,3"),
-        Option("timeout", Annotated[float, Between(_LEAST, math.inf)], "a number of seconds above 0", None,
-               "seconds from the first step after which the text ends as it is, with the finish_reason deadline", "S"),
+        Option("stop_token_ids", Ids, (), "token ids that end the text, beside the EOS tokens", "1,2,3"),
+        Option("timeout", Annotated[float, Between(_LEAST, math.inf), "a number of seconds above 0"], None,
+               "seconds from the first step after which the text ends as it is", "S"),
     ),
     FORMS: (  # by llguidance
-        Option("json_schema", JsonSchema,
-               "a JSON schema, as a dict, as its JSON text or as the class of a Pydantic model", None,
+        Option("json_schema", Annotated[str | bool | Mapping[str, Any] | type[SchemaModel], _is_schema, _SCHEMA], None,
                "JSON that validates against this schema; in Python, also the class of a Pydantic model", "FILE"),
-        Option("regex", Text, "a regular expression, as a text", None,
-               "a text that matches this regular expression", "PATTERN"),
-        Option("choices", SomeTexts, "a list of texts of at least one character", None,
+        Option("regex", Text, None, "a text that matches this regular expression", "PATTERN"),
+        Option("choices", Annotated[_SomeTexts, "a list of texts of at least one character"], None,
                "one of these texts", "TEXT", "--choice"),
-        Option("grammar", Text, "a grammar in Lark's notation, as a text", None,
-               "a text that follows this Lark grammar", "FILE"),
+        Option("grammar", Text, None, "a text that follows this Lark grammar", "FILE"),
     ),
     "context and cache": (
-        Option("context_overflow", ContextOverflow, '"error" or "shift"', "error",
-               "when the text exceeds the context: an error, or drop the oldest tokens, half of them at a time", ""),
-        Option("num_sink_tokens", Count, _COUNT, NUM_SINK_TOKENS,
+        Option("context_overflow", Annotated[ContextOverflow, '"error" or "shift"'], "error",
+               "in a full context: an error, or drop the oldest tokens, half of them at a time", "error|shift"),
+        Option("num_sink_tokens", Count, NUM_SINK_TOKENS,
                "with shift, keep this many first tokens; in a conversation all before the first question", "N"),
-        Option("reuse_prefix", bool, _SWITCH, False,
-               "reuse the KV cache of an earlier text with the same beginning, and keep this one; in int8 a near tie "
-               "may resolve differently"),
-        Option("exact", bool, _SWITCH, False,
-               "with reuse_prefix, compute generated tokens of the prefix again, so that int8 output does not depend "
-               "on the cache"),
+        Option("reuse_prefix", Switch, False,
+               "reuse the KV cache of a text with the same beginning; in int8 a near tie may resolve differently"),
+        Option("exact", Switch, False,
+               "with reuse_prefix, compute generated tokens again: then int8 output does not depend on the cache"),
     ),
     "drafts and adapters": (
-        Option("prompt_lookup", bool, _SWITCH, True,
-               "draft tokens from earlier text where it repeats itself; in int8 a near tie may resolve differently",
-               ""),
-        Option("draft", bool, "True or False: the draft model itself is an option of load", None,
-               "use the model's draft model if that is faster"),
-        Option("adapter", Text, "the name of a loaded adapter", None, "name of the LoRA adapter to compute with"),
+        Option("prompt_lookup", Switch, True,
+               "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
+        Option("draft", Switch, None, "use the draft model, an option of load, if that is faster"),
+        Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),
     "output": (
-        Option("logprobs", Count, _COUNT, None, "log-probability of each new token, and of the N likeliest", "N"),
-        Option("prompt_logprobs", bool, _SWITCH, False,
-               "also those of the prompt's tokens, for which no cached prefix is used"),
-        Option("keep_special_tokens", bool, _SWITCH, False, "show special tokens up to the EOS token", ""),
+        Option("logprobs", Count, None, "log-probability of each new token, and of the N likeliest", "N"),
+        Option("prompt_logprobs", Switch, False, "also those of the prompt's tokens; then no cached prefix is used"),
+        Option("keep_special_tokens", Switch, False, "show special tokens up to the EOS token", ""),
     ),
 }
 # Arguments of `load`, of an engine and of other calls. Other types are left to Python's TypeError.
-_OTHERS: Final = (
-    Option("providers", Annotated[Any, _IS_PROVIDER], 'a name such as "cuda", or a list'),
-    Option("threads", int, "a whole number, or None for the physical cores"),
-    Option("allow_fallback", bool, _SWITCH),
-    Option("session_options", Mapping[str, Any],
-           'a mapping of names to values such as {"enable_cpu_mem_arena": False}'),
-    Option("native", bool, "True, False or None"),
-    Option("adapters", Mapping[Text, Any], 'a mapping of names to folders such as {"sql": "adapters/sql"}'),
-    Option("verify", bool, "True, False or None"),
-    Option("trust", bool, _SWITCH),
-    Option("max_memory", Size, _SIZE),
-    Option("prefix_bytes", Count, _COUNT),
-    Option("max_batch", Size, _SIZE),
-    Option("max_queue", Count, _COUNT),
-    Option("chunk_size", Size, _SIZE),
-    Option("length", int, "a whole number"),
-    Option("ids", Sequence[Any], _ID_LIST),
-    Option("n", Annotated[int, Between(1, MAX_CONTINUATIONS)], f"a whole number from 1 to {MAX_CONTINUATIONS:,}"),
-    Option("pooling", Pooling, "one of " + ", ".join(get_args(Pooling))),
-    Option("normalize", bool, _SWITCH),
-    Option("system", str, "a text"),
-    Option("documents", Sequence[Mapping[str, Any]],
-           'a list of {"title": ..., "text": ...}, as the template reads them'),
-    Option("special_tokens_as_text", bool, _SWITCH),
-    Option("name", str, "a text"),
-    Option("call_id", str, "a text"),
-)
+_OTHERS: Final[Mapping[str, Any]] = {
+    "providers": Annotated[Any, _is_provider, 'a name such as "cuda", or a list'],
+    "session_options": Annotated[Mapping[str, Any], "a mapping of onnxruntime's names to values"],
+    "adapters": Annotated[Mapping[Text, Any], "a mapping of names to folders"],
+    "ids": Annotated[Sequence[Any], "a list of token ids"],
+    "n": Annotated[int, Between(1, MAX_CONTINUATIONS), f"a whole number from 1 to {MAX_CONTINUATIONS:,}"],
+    "pooling": Annotated[Pooling, "one of " + ", ".join(get_args(Pooling))],
+    "documents": Annotated[Sequence[Mapping[str, Any]], 'a list of {"title": ..., "text": ...}'],
+    **dict.fromkeys(("threads", "length"), Whole),
+    **dict.fromkeys(("max_memory", "max_batch", "chunk_size"), Size),
+    **dict.fromkeys(("prefix_bytes", "max_queue"), Count),
+    **dict.fromkeys(("allow_fallback", "native", "verify", "trust", "normalize", "special_tokens_as_text"), Switch),
+    **dict.fromkeys(("system", "name", "call_id"), Annotated[str, "a text"]),
+}
 # fmt: on
 # The options of a text, by name.
 OPTIONS: Final[Mapping[str, Option]] = {
     row.name: dataclasses.replace(row, group=group) for group, rows in _OF_A_TEXT.items() for row in rows
 }
 DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for name, option in OPTIONS.items()}
-CHECKED: Final[Mapping[str, Option]] = {**OPTIONS, **{row.name: row for row in _OTHERS}}
+CHECKED: Final[Mapping[str, Option]] = {**OPTIONS, **{name: Option(name, kind) for name, kind in _OTHERS.items()}}
 
 # Options of other programs, and their equivalents here.
 _ELSEWHERE = {

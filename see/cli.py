@@ -58,9 +58,8 @@ def _from_one(text: str) -> list[int]:
 def _run(arguments: argparse.Namespace) -> int:
     refuse_special(arguments.out)
     if arguments.out.is_dir() or not arguments.out.parent.is_dir():
-        found = (
-            "is a folder; --out names the file to write" if arguments.out.is_dir() else "is in no folder that exists"
-        )
+        missing = "is in a folder that does not exist: create it"
+        found = "is a folder; --out names the file to write" if arguments.out.is_dir() else missing
         raise InputError(f"{arguments.out} {found}")
     if arguments.last > _MOST_SHOWN:
         raise InputError(f"--last is {arguments.last}, and a page shows {_MOST_SHOWN} tokens at most")

@@ -25,7 +25,7 @@ TABLE = (
     Entry("/chat/completions", chat.chat, schemas.ChatBody, replies.ChatReply, streams=True),
     Entry("/completions", completions.completions, schemas.CompletionBody, replies.TextReply, streams=True),
     Entry("/responses", responses.responses, schemas.ResponsesBody, streams=True),
-    Entry("/embeddings", embeddings.embeddings, schemas.EmbeddingBody, embeddings.EmbeddingReply),
+    Entry("/embeddings", embeddings.embeddings, schemas.EmbeddingBody),
     Entry("/tokenize", tokens.tokenize, schemas.TokenizeBody),
     Entry("/detokenize", tokens.detokenize, schemas.DetokenizeBody),
     Entry("/apply-template", tokens.apply_template, schemas.ConversationBody),
@@ -55,7 +55,7 @@ def application(service: Service) -> Starlette:
     file = _endpoint(service, Entry("/{file}", page.page, open=True))
 
     async def elsewhere(request: Request, error: Exception) -> Response:
-        """A path that is no route may be a file of the page. As a route it would turn each 404 and 405 into another."""
+        """Serves the page's files on unknown paths. A catch-all route would hide 404 and 405."""
         del error
         return await file(request)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import json
 import os
@@ -42,10 +41,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", metavar="FILE", help=f"keys that requests must have, one a line (or in ${KEY})")
     add("--insecure", action="store_true", help="let other machines ask without a key")
     add("--alias", metavar="NAME", action="append", help="name of the model (the folder's); may be repeated")
-    add("--max-concurrency", metavar="N", type=positive_int, help=_told("requests decoded together", "max_concurrency"))
-    add("--max-queue", metavar="N", type=natural_int, help=_told("requests that wait; more get 429", "max_queue"))
-    add("--timeout", metavar="SECONDS", type=finite_float, help=_told("longest time of a request", "timeout"))
-    add("--drain", metavar="SECONDS", type=finite_float, help=_told("time to end after SIGTERM", "drain_seconds"))
+    for flag, setting, metavar, kind, what in (
+        ("--max-concurrency", "max_concurrency", "N", positive_int, "requests decoded together"),
+        ("--max-queue", "max_queue", "N", natural_int, "requests that wait; more get 429"),
+        ("--timeout", "timeout", "SECONDS", finite_float, "longest time of a request"),
+        ("--drain", "drain_seconds", "SECONDS", finite_float, "time to end after SIGTERM"),
+    ):
+        default = getattr(_DEFAULT, setting)
+        add(flag, dest=setting, metavar=metavar, type=kind, default=default, help=f"{what} ({default:g})")
     add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
     meaning = "an origin of web pages that may ask"
     add("--allow-origin", metavar="ORIGIN", type=str.lower, action="append", default=[], help=meaning)
@@ -73,31 +76,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
 
 
-def _told(what: str, name: str) -> str:
-    return f"{what} ({getattr(_DEFAULT, name):g})"
-
-
 def settings_of(arguments: argparse.Namespace) -> ServerSettings:
     """The settings that the flags make. Raises InputError."""
-    given = {
-        "max_concurrency": arguments.max_concurrency,
-        "max_queue": arguments.max_queue,
-        "timeout": arguments.timeout,
-        "drain_seconds": arguments.drain,
-    }
-    return dataclasses.replace(
-        _DEFAULT,
-        host=arguments.host,
-        port=arguments.port,
+    same = ("host", "port", "insecure", "access_log", "max_concurrency", "max_queue", "timeout", "drain_seconds")
+    return ServerSettings(
+        **{name: getattr(arguments, name) for name in same},
         keys=_keys(arguments.api_key_file),
-        insecure=arguments.insecure,
         names=tuple(arguments.alias or [Path(arguments.bundle).resolve().name]),
         adapters=tuple(name for name, _ in arguments.adapters),
         allow_hosts=tuple(arguments.allow_host),
         allow_origins=tuple(arguments.allow_origin),
-        access_log=arguments.access_log,
         defaults=_defaults(arguments.defaults),
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 

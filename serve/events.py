@@ -1,21 +1,48 @@
-"""Server-sent events: what a stream sends, and its pings."""
+"""Server-sent events: how an answer is written, sent and kept alive."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
+
+from pastkey.runtime import Chunk, Completion
 
 from .errors import body_of
 
 Item = TypeVar("Item")
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n\n"
+
+
+class Writer(ABC):
+    """Writes the answer to a request, as events or whole."""
+
+    def begin(self) -> Iterable[str]:
+        """The events before the first chunk."""
+        return ()
+
+    @abstractmethod
+    def add(self, place: int, chunk: Chunk) -> Iterable[str]:
+        """The events of a chunk of the text at a place."""
+
+    @abstractmethod
+    def end(self, completions: Sequence[Completion]) -> Iterable[str]:
+        """The last events."""
+
+    def fail(self, error: Exception) -> Iterable[str]:
+        """The last events, in place of the others, of an answer that failed."""
+        return [event(body_of(error)[1])]
+
+    @abstractmethod
+    def whole(self, completions: Sequence[Completion]) -> Mapping[str, Any]:
+        """The reply that is not streamed."""
 
 
 def event(content: Any, name: str | None = None) -> str:
@@ -83,13 +110,3 @@ async def ahead(source: AsyncIterator[Item], ping_seconds: float) -> AsyncGenera
             yield item
     finally:
         task.cancel()
-
-
-async def guarded(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """Ends a stream that fails with an event that has the error."""
-    async with contextlib.aclosing(events):
-        try:
-            async for text in events:
-                yield text
-        except Exception as error:
-            yield event(body_of(error)[1])

@@ -12,6 +12,21 @@ from pastkey.runtime import Activity
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _GAUGES = ("running", "waiting", "cache_bytes", "prefix_bytes", "cached_prefixes")
+_HELP = {
+    "running": "Requests decoding now.",
+    "waiting": "Requests that have not begun.",
+    "cache_bytes": "Bytes of the KV caches of running requests.",
+    "prefix_bytes": "Bytes of the stored KV caches of ended requests.",
+    "cached_prefixes": "Stored KV caches.",
+    "steps": "Decoding steps.",
+    "batched_tokens": "Tokens decoded in a batch with other requests.",
+    "requests": "Requests that ended.",
+    "prompt_tokens": "Prompt tokens of these requests.",
+    "cached_tokens": "Prompt tokens found in a stored KV cache.",
+    "new_tokens": "Generated tokens.",
+    "draft_tokens": "Drafted tokens.",
+    "accepted_tokens": "Accepted draft tokens.",
+}
 
 
 class Metrics:
@@ -59,4 +74,4 @@ class _ModelCollector:
         """See prometheus-client."""
         for name, value in dataclasses.asdict(self._activity()).items():
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
-            yield kind(f"pastkey_{name}", f"See Activity.{name} of pastkey.runtime.", value=value)
+            yield kind(f"pastkey_{name}", _HELP[name], value=value)

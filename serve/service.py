@@ -12,25 +12,25 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from pastkey.contract.names import GENERATION_CONFIG
-from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, LanguageModel
+from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, LanguageModel, TextPrompt
 
 from .errors import RequestError
-from .events import EventStream
+from .events import DONE, PING, EventStream, Writer, ahead
 from .metrics import Metrics
 from .settings import ServerSettings
 
 T = TypeVar("T")
 _MOST_TEXTS = 1024  # of one request, which holds one place
-Prompt = str | list[int] | ChatPrompt
 
 
 @dataclass(frozen=True)
 class Job:
     """What the model is asked for: `n` continuations of each prompt, with the runtime's options."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[ChatPrompt] | Sequence[TextPrompt]
     n: int
     options: dict[str, Any]
 
@@ -39,12 +39,13 @@ class Running:
     """A job that was accepted: its chunks, and at the end its completions.
 
     Attributes:
+        name: The name of the model or adapter that answers.
         job: The job.
         created: The time of its acceptance, in seconds since 1970.
     """
 
-    def __init__(self, service: Service, job: Job, stream: AsyncStreamMany) -> None:
-        self.job, self.created = job, int(time.time())
+    def __init__(self, service: Service, name: str, job: Job, stream: AsyncStreamMany) -> None:
+        self.name, self.job, self.created = name, job, int(time.time())
         self._service, self._stream = service, stream
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
@@ -63,23 +64,35 @@ class Running:
         """The completions, by place, at the end."""
         return [completion for completion in self._stream.completions if completion is not None]
 
-    async def completed(self, request: Request) -> list[Completion]:
-        """Reads it to its end. A client that goes away ends it."""
+    async def answered(self, request: Request, writer: Writer, *, stream: bool) -> Response:
+        """The response: events, or one reply at the end. A client that goes away ends the job."""
+        if stream:
+            return EventStream(self._events(writer), self._service.settings.timeout, self._stream.close)
 
-        async def read() -> list[Completion]:
+        async def read() -> None:
             async with contextlib.aclosing(self.chunks()) as chunks:
                 async for _ in chunks:
                     pass
-            return self.completions
 
         try:
-            return await while_connected(request, read())
+            await while_connected(request, read())
         finally:
             self._stream.close()
+        return JSONResponse(writer.whole(self.completions))
 
-    def streamed(self, events: AsyncGenerator[str, None]) -> EventStream:
-        """A response of events that read the chunks."""
-        return EventStream(events, self._service.settings.timeout, self._stream.close)
+    async def _events(self, writer: Writer) -> AsyncGenerator[str, None]:
+        try:
+            for text in writer.begin():
+                yield text
+            async with contextlib.aclosing(ahead(self.chunks(), self._service.settings.ping_seconds)) as chunks:
+                async for found in chunks:
+                    for text in [PING] if found is None else writer.add(*found):
+                        yield text
+            for text in (*writer.end(self.completions), DONE):
+                yield text
+        except Exception as error:
+            for text in writer.fail(error):
+                yield text
 
 
 class Service:
@@ -157,17 +170,17 @@ class Service:
                 raise RequestError(f"the request asks for {texts} texts; at most {_MOST_TEXTS} at once", param="n")
             context = model.manifest.context_length
             for prompt in job.prompts:
-                length = len(prompt.ids if isinstance(prompt, ChatPrompt) else model.prompt_ids(prompt))
-                if length > context:
+                if len(prompt.ids) > context:
                     raise RequestError(
-                        f"the prompt has {length} tokens; this model's maximum context length is {context} tokens",
+                        f"the prompt has {len(prompt.ids)} tokens; this model's maximum context length is {context} "
+                        "tokens",
                         param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
                         code="context_length_exceeded",
                     )
             options = {**job.options, "timeout": self.settings.timeout, "reuse_prefix": True}
             if name in self.settings.adapters:
                 options["adapter"] = name
-            made.append(model.astream_many(job.prompts, job.n, **options))  # type: ignore[arg-type]
+            made.append(model.astream_many(job.prompts, job.n, **options))
             return job
 
         try:
@@ -176,7 +189,7 @@ class Service:
             for stream in made:
                 stream.close()
             raise
-        return Running(self, job, made[0])
+        return Running(self, name, job, made[0])
 
     def pieces(self, token: int) -> tuple[str, list[int]]:
         """The text of one token, and its bytes."""

@@ -20,11 +20,12 @@ class ServerSettings:
         port: 0 takes a free one.
         keys: A request has one of these; empty for no key.
         insecure: Allows another address than a loopback one without a key.
-        names: The model's names; the first one is told, requests may have any of them.
+        names: Model ids that requests may use; /v1/models lists the first.
         adapters: The names of LoRA adapters. A request with one as its model is answered with it.
         max_concurrency: The number of requests that are decoded together.
         max_queue: The number of requests that wait for one of these places. One more gets the status 429.
-        timeout: Seconds from a request's first step; then its text ends. Also of a reader that takes nothing.
+        timeout: Longest decoding time in seconds; the text then ends with "length". Also how long a stalled client is
+            kept.
         body_bytes: The size of a request.
         receive_seconds: Seconds for a request's headers, and for its body.
         ping_seconds: Seconds without an event after which a stream gets a comment.

@@ -108,10 +108,6 @@ class TextTokenizer:
             documents[number] += encoding.ids
         return [document + end for document in documents]
 
-    def document(self, text: str) -> list[int]:
-        """Returns one document as training reads it."""
-        return self.documents([text], ["the text"])[0]
-
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         (folder / names.TOKENIZER).write_text(self.tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")

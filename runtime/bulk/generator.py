@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import json
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +23,6 @@ from ..decoding.completion import Chunk, Completion
 from ..decoding.many import interleaved
 from ..decoding.stream import ChunkStream
 from ..loading import load
-from ..model.chat.chat import Chat
 from ..model.chat.prompt import ChatPrompt
 from ..model.language_model import LanguageModel
 from ..options import MAX_NEW_TOKENS, Choice, SessionSettings, lists_options, options_of, require_valid
@@ -34,7 +31,6 @@ from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is
 
 WINDOW = 1024  # rows that are sorted at once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
-_CHATS = 16  # sets of tools whose conversations are kept ready
 
 _models: dict[str, LanguageModel] = {}  # those of this process, by what they were loaded with
 _loading = threading.Lock()
@@ -117,14 +113,9 @@ class Generator:
             "adapters": None if adapters is None else dict(adapters),
         }
         require_valid({**self._load, "exact": exact})
-        self._chats: dict[str, Chat] = {}
 
     def __repr__(self) -> str:
         return f"<Generator {self.bundle}>"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What it was made of: the model is loaded where it arrives."""
-        return {**vars(self), "_chats": {}}
 
     @property
     def model(self) -> LanguageModel:
@@ -173,7 +164,6 @@ class Generator:
 
     def close(self) -> None:
         """Lets go of the model, for all generators of this process that share it. The next batch loads it again."""
-        self._chats.clear()
         with _loading:
             if self._key in _models:
                 _models.pop(self._key).close()
@@ -219,9 +209,7 @@ class Generator:
             if request.messages is None:
                 assert request.prompt is not None
                 return _Task(row, request, model.prompt_ids(request.prompt), options)
-            chat = copy.copy(self._chat(model, request.tools))
-            chat.messages = request.messages
-            prompt = chat.prompt()
+            prompt = model.chat_prompt(request.messages, tools=request.tools, template=self.template)
             return _Task(row, request, prompt.ids, options, prompt)
         except Exception as error:
             return _Task(row, error=error)
@@ -238,15 +226,6 @@ class Generator:
             **request.options,
         }
         return cast(GenerateOptions, options)
-
-    def _chat(self, model: LanguageModel, tools: list[dict[str, Any]] | None) -> Chat:
-        """An empty conversation with these tools."""
-        key = json.dumps(tools)
-        if key not in self._chats or self._chats[key].model is not model:  # another generator may have closed that one
-            if len(self._chats) >= _CHATS:
-                self._chats.clear()
-            self._chats[key] = model.chat(template=self.template, tools=tools)
-        return self._chats[key]
 
     def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> ChunkStream | Exception:
         """`shares`: whether other prompts begin in the same way."""

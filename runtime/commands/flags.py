@@ -81,7 +81,7 @@ def add_option(flags: Any, option: Option, default: Any = None) -> None:
     """The flag of an option. Its value is None unless it is given. `default`: is told in its help."""
     told = "" if default in (None, ()) or default is False else f" ({'on' if default is True else default})"
     form: dict[str, Any] = {"metavar": option.metavar, "type": partial(_value_of, option)}
-    if option.kind is bool:
+    if option.metavar == "":
         form = {"action": argparse.BooleanOptionalAction}
     elif option.valid(["text"]):
         form["action"], told = "extend", "; may be repeated"

@@ -38,7 +38,7 @@ from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
 from .opening import open_prompt, open_text
-from .parts import ModelParts
+from .parts import ModelParts, TextPrompt
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
 from .unpack import TemporaryFolder
@@ -247,7 +247,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
 
     def stream_many(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[ChatPrompt],
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[TextPrompt] | Sequence[ChatPrompt],
         n: int | None = None,
         **options: Unpack[GenerateOptions],
     ) -> StreamMany:
@@ -271,7 +271,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
 
     def astream_many(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[ChatPrompt],
+        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[TextPrompt] | Sequence[ChatPrompt],
         n: int | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncStreamMany:

@@ -20,7 +20,7 @@ from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
 from .chat.prompt import ChatPrompt
-from .parts import ModelParts
+from .parts import ModelParts, TextPrompt
 
 
 class Scheduled:
@@ -82,7 +82,7 @@ class Prompted(Scheduled):
 
 def open_prompt(
     parts: ModelParts,
-    prompt: str | Sequence[int] | ChatPrompt,
+    prompt: str | Sequence[int] | TextPrompt | ChatPrompt,
     options: Mapping[str, Any],
     shared: SharedPrefills | None = None,
 ) -> ChunkStream:
@@ -94,17 +94,17 @@ def open_prompt(
 
 def open_text(
     parts: ModelParts,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | TextPrompt,
     options: Mapping[str, Any],
     shared: SharedPrefills | None = None,
 ) -> Stream:
     """As `open_prompt`, of a text or its ids."""
     parts.require_open()
     parts = parts.adapted(options.get("adapter"))
-    ids = parts.prompt_ids(prompt)
+    text, ids = (prompt.text, prompt.ids) if isinstance(prompt, TextPrompt) else (prompt, parts.prompt_ids(prompt))
     bounded = shared is None or not shared.begun  # a call that has begun is not cut
     lifecycle = Prompted(parts, options, None if shared is None else shared.join(ids))
-    after_text = isinstance(prompt, str) and bool(prompt.strip())
+    after_text = isinstance(text, str) and bool(text.strip())
     return open_stream(parts, lifecycle, ids, options, after_text=after_text, bounded=bounded)
 
 

@@ -27,6 +27,19 @@ class Drafts(Protocol):
 
 
 @dataclass(frozen=True)
+class TextPrompt:
+    """A prompt that was encoded once, for the calls of a LanguageModel that take several.
+
+    Attributes:
+        ids: The token ids.
+        text: The text that they encode, or None.
+    """
+
+    ids: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelParts:
     """The parts of one loaded model.
 

@@ -4,143 +4,46 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from pastkey.runtime import Completion, TokenLogprob
 
-from ..service import Service
+from ..events import Writer, event
+from ..service import Running, Service
 
 _LETTERS = string.ascii_letters + string.digits
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class PromptDetails(TypedDict):
-    """Of usage."""
-
-    cached_tokens: int
-
-
-class Usage(TypedDict):
-    """Numbers of tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-
-class TopLogprob(TypedDict):
-    """A likely token."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class Logprob(TopLogprob):
-    """A token of the text, and the likeliest ones in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(TypedDict):
-    """The tokens of a text."""
-
-    content: list[Logprob]
-    refusal: None
-
-
-class FunctionCall(TypedDict):
-    """A function that is called, with its arguments as JSON."""
-
-    name: str
-    arguments: str
-
-
-class Call(TypedDict):
-    """A tool call."""
-
+class _Reply(TypedDict):
     id: str
-    type: Literal["function"]
-    function: FunctionCall
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
 
 
-class Answer(TypedDict, total=False):
-    """A message of the model."""
+class ChatReply(_Reply):
+    """Body of a chat completion: OpenAI's ChatCompletion."""
 
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    tool_calls: list[Call]
-
-
-class ChatChoice(TypedDict):
-    """An answer."""
-
-    index: int
-    message: Answer
-    logprobs: Logprobs | None
-    finish_reason: FinishReason
-
-
-class ChatReply(TypedDict):
-    """Of chat/completions."""
-
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
 
 
-class TextLogprobs(TypedDict):
-    """The tokens of a text, in columns."""
+class TextReply(_Reply):
+    """Body of a completion: OpenAI's Completion."""
 
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class TextChoice(TypedDict):
-    """A continuation."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class TextReply(TypedDict):
-    """Of completions."""
-
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ErrorDetails(TypedDict):
-    """Of an error."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
 
 
 class ErrorReply(TypedDict):
-    """Of a request that failed."""
+    """Body of an error: "message", "type", "param" and "code"."""
 
-    error: ErrorDetails
+    error: dict[str, str | None]
 
 
 def new_id(prefix: str, length: int = 24) -> str:
@@ -153,7 +56,7 @@ def call_id() -> str:
     return new_id("", 9)
 
 
-def usage_of(completions: Sequence[Completion], n: int) -> Usage:
+def usage_of(completions: Sequence[Completion], n: int) -> dict[str, Any]:
     """The numbers of a job. The continuations of a prompt share its tokens."""
     prompt = sum(completion.prompt_tokens for completion in completions[::n])
     new = sum(completion.new_tokens for completion in completions)
@@ -173,10 +76,10 @@ def finish_reason(completion: Completion) -> FinishReason:
     return "length" if completion.finish_reason in ("length", "deadline") else "stop"
 
 
-def logprobs_of(service: Service, found: Sequence[TokenLogprob]) -> list[Logprob]:
+def logprobs_of(service: Service, found: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     """Log-probabilities in the form of chat/completions."""
 
-    def one(token: int, logprob: float) -> TopLogprob:
+    def one(token: int, logprob: float) -> dict[str, Any]:
         text, written = service.pieces(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": written}
 
@@ -186,9 +89,9 @@ def logprobs_of(service: Service, found: Sequence[TokenLogprob]) -> list[Logprob
     ]
 
 
-def text_logprobs(service: Service, found: Sequence[TokenLogprob | None], ids: Sequence[int]) -> TextLogprobs:
+def text_logprobs(service: Service, found: Sequence[TokenLogprob | None], ids: Sequence[int]) -> dict[str, list[Any]]:
     """Log-probabilities in the form of completions. `ids`: all tokens; the first one of a prompt has none."""
-    columns: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     offset = 0
     for token, each in zip(ids, found, strict=True):
         text = service.pieces(token)[0]
@@ -207,12 +110,48 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON has no infinity; OpenAI's number for it
 
 
-def head(service: Service, kind: str, identity: str, created: int, model: str) -> dict[str, Any]:
-    """The fields that every chunk of a stream has."""
-    return {
-        "id": identity,
-        "object": kind,
-        "created": created,
-        "model": model,
-        "system_fingerprint": service.fingerprint,
-    }
+class ChoiceWriter(Writer):
+    """Writes the replies with choices: one for each text, and the usage at the end."""
+
+    kind: str  # OpenAI's word for the reply
+    chunk_kind: str  # and for an event of it
+
+    def __init__(self, service: Service, body: Any, running: Running, prefix: str) -> None:
+        """`prefix`: of the reply's id."""
+        self.service, self.body, self.job = service, body, running.job
+        self._head = {
+            "id": new_id(prefix),
+            "created": running.created,
+            "model": running.name,
+            "system_fingerprint": service.fingerprint,
+        }
+        self._usage = body.stream_options is not None and body.stream_options.include_usage
+
+    @abstractmethod
+    def choice(self, place: int, completion: Completion) -> dict[str, Any]:
+        """The whole choice."""
+
+    @abstractmethod
+    def last(self, place: int, completion: Completion) -> str:
+        """The last event of a choice."""
+
+    def event(self, place: int, content: Mapping[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
+        """An event of a choice."""
+        choice = {"index": place, **content, "logprobs": logprobs, "finish_reason": reason}
+        return self._event([choice], None)
+
+    def end(self, completions: Sequence[Completion]) -> Iterator[str]:
+        """See Writer."""
+        for place, completion in enumerate(completions):
+            yield self.last(place, completion)
+        if self._usage:
+            yield self._event([], usage_of(completions, self.body.n))
+
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """See Writer."""
+        choices = [self.choice(place, completion) for place, completion in enumerate(completions)]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage_of(completions, self.body.n)}
+
+    def _event(self, choices: list[Any], usage: Any) -> str:
+        told = {"usage": usage} if self._usage else {}
+        return event({**self._head, "object": self.chunk_kind, "choices": choices, **told})

@@ -43,23 +43,19 @@ class Part(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-class ModelBody(Body):
-    """A request to the model. All fields but `model` change nothing here: they are accepted and not read."""
+# Fields of other servers that change nothing here: they are accepted and not read, as /props says.
+UNREAD = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "cache_prompt", "id_slot", "timings_per_token", "return_progress", "prediction",
+)  # fmt: skip
+_unread: Any = dict.fromkeys(UNREAD, (Any, None))
+_Unread: Any = create_model("_Unread", __base__=Body, **_unread)
+
+
+class ModelBody(_Unread):  # type: ignore[misc]
+    """A request to the model."""
 
     model: str | None = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-    cache_prompt: Any = None
-    id_slot: Any = None
-    timings_per_token: Any = None
-    return_progress: Any = None
-    prediction: Any = None
 
 
 class StreamOptions(Part):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pastkey.runtime import Chunk, Completion, LanguageModel
 
 from ..api.options import options_of
-from ..api.replies import ChatChoice, ChatReply, call_id, finish_reason, head, logprobs_of, new_id, usage_of
+from ..api.replies import ChoiceWriter, call_id, finish_reason, logprobs_of
 from ..api.schemas import ChatBody, ConversationBody, NamedTool, parsed
 from ..errors import RequestError
-from ..events import DONE, PING, ahead, event, guarded
-from ..service import Job, Running, Service
+from ..service import Job, Service
 
 
 def conversation_of(body: ConversationBody) -> dict[str, Any]:
@@ -58,71 +56,46 @@ async def chat(service: Service, request: Request, raw: bytes) -> Response:
     body = parsed(ChatBody, raw)
     name = service.require_model(body.model)
     running = await service.open(name, lambda model: job_of(service, body, model))
-    identity = new_id("chatcmpl-")
-    if body.stream:
-        return running.streamed(guarded(_events(service, body, running, identity, name)))
-    completions = await running.completed(request)
-    reply: ChatReply = {
-        "id": identity,
-        "object": "chat.completion",
-        "created": running.created,
-        "model": name,
-        "system_fingerprint": service.fingerprint,
-        "choices": [_choice(service, body, place, completion) for place, completion in enumerate(completions)],
-        "usage": usage_of(completions, body.n),
-    }
-    return JSONResponse(reply)
+    return await running.answered(request, _Writer(service, body, running, "chatcmpl-"), stream=body.stream)
 
 
-def _choice(service: Service, body: ChatBody, place: int, completion: Completion) -> ChatChoice:
-    calls = completion.tool_calls
-    choice: ChatChoice = {
-        "index": place,
-        "message": {"role": "assistant", "content": completion.text or (None if calls else ""), "refusal": None},
-        "logprobs": {"content": logprobs_of(service, completion.logprobs), "refusal": None} if body.logprobs else None,
-        "finish_reason": finish_reason(completion),
-    }
-    if calls:
-        choice["message"]["tool_calls"] = [
+class _Writer(ChoiceWriter):
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def begin(self) -> Iterator[str]:
+        self._held: dict[int, list[Any]] = {}  # log-probabilities of tokens whose text is not complete
+        for place in range(self.body.n):
+            yield self.event(place, {"delta": {"role": "assistant", "content": None, "refusal": None}})
+
+    def add(self, place: int, chunk: Chunk) -> Iterator[str]:
+        held = self._held.setdefault(place, [])
+        held += logprobs_of(self.service, chunk.logprobs) if self.body.logprobs else ()
+        if chunk.text or chunk.tool_calls:
+            logprobs = {"content": self._held.pop(place), "refusal": None} if self.body.logprobs else None
+            yield self.event(place, {"delta": _delta(chunk)}, logprobs=logprobs)
+
+    def last(self, place: int, completion: Completion) -> str:
+        left = self._held.get(place)
+        logprobs = {"content": left, "refusal": None} if left else None
+        return self.event(place, {"delta": {}}, finish_reason(completion), logprobs)
+
+    def choice(self, place: int, completion: Completion) -> dict[str, Any]:
+        calls = [
             {
                 "id": call_id(),
                 "type": "function",
                 "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)},
             }
-            for call in calls
+            for call in completion.tool_calls
         ]
-    return choice
-
-
-async def _events(
-    service: Service, body: ChatBody, running: Running, identity: str, name: str
-) -> AsyncGenerator[str, None]:
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    common = head(service, "chat.completion.chunk", identity, running.created, name)
-
-    def told(place: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
-        choice = {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**common, "choices": [choice], **({"usage": None} if usage else {})})
-
-    for place in range(body.n):
-        yield told(place, {"role": "assistant", "content": None, "refusal": None})
-    held: dict[int, list[Any]] = {}  # log-probabilities of tokens whose text is not complete
-    async with contextlib.aclosing(ahead(running.chunks(), service.settings.ping_seconds)) as chunks:
-        async for found in chunks:
-            if found is None:
-                yield PING
-                continue
-            place, chunk = found
-            held.setdefault(place, []).extend(logprobs_of(service, chunk.logprobs) if body.logprobs else ())
-            if chunk.text or chunk.tool_calls:
-                logprobs = {"content": held.pop(place), "refusal": None} if body.logprobs else None
-                yield told(place, _delta(chunk), logprobs=logprobs)
-    for place, completion in enumerate(running.completions):
-        left = held.get(place)
-        yield told(place, {}, finish_reason(completion), {"content": left, "refusal": None} if left else None)
-    if usage:
-        yield event({**common, "choices": [], "usage": usage_of(running.completions, body.n)})
-    yield DONE
+        said = {"role": "assistant", "content": completion.text or (None if calls else ""), "refusal": None}
+        logprobs = logprobs_of(self.service, completion.logprobs)
+        return {
+            "index": place,
+            "message": {**said, "tool_calls": calls} if calls else said,
+            "logprobs": {"content": logprobs, "refusal": None} if self.body.logprobs else None,
+            "finish_reason": finish_reason(completion),
+        }
 
 
 def _delta(chunk: Chunk) -> dict[str, Any]:

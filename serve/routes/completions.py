@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from pastkey.runtime import Chunk, Completion, LanguageModel
+from pastkey.runtime import Chunk, Completion, LanguageModel, TextPrompt
 
 from ..api.options import options_of
-from ..api.replies import TextChoice, TextLogprobs, TextReply, finish_reason, head, new_id, text_logprobs, usage_of
+from ..api.replies import ChoiceWriter, finish_reason, text_logprobs
 from ..api.schemas import CompletionBody, parsed
 from ..errors import RequestError
-from ..events import DONE, PING, ahead, event, guarded
-from ..service import Job, Prompt, Running, Service
+from ..service import Job, Service
 
 MAX_TOKENS = 16  # OpenAI's default
 
 
-def prompts_of(given: str | list[Any]) -> list[Prompt]:
+def prompts_of(given: str | list[Any]) -> list[Any]:
     """The prompts of a field that has a text, token ids, or a list of these."""
     if isinstance(given, str) or isinstance(given[0], int):
         return [given]
     return list(given)
 
 
-def job_of(service: Service, body: CompletionBody) -> Job:
+def job_of(service: Service, body: CompletionBody, model: LanguageModel) -> Job:
     """What the model is asked for."""
     options = options_of(body, service, MAX_TOKENS)
     if body.logprobs is not None:
         options |= {"logprobs": body.logprobs, "prompt_logprobs": body.echo}
-    return Job(prompts_of(body.prompt), body.n, options)
+    texts = [(prompt, prompt if isinstance(prompt, str) else None) for prompt in prompts_of(body.prompt)]
+    return Job([TextPrompt(model.prompt_ids(prompt), text) for prompt, text in texts], body.n, options)
 
 
 async def completions(service: Service, request: Request, raw: bytes) -> Response:
@@ -42,75 +41,41 @@ async def completions(service: Service, request: Request, raw: bytes) -> Respons
     if body.stream and body.echo and body.logprobs is not None:
         raise RequestError("echo with logprobs is for a reply that is not streamed", param="stream")
     name = service.require_model(body.model)
-    running = await service.open(name, lambda model: job_of(service, body))
-    identity = new_id("cmpl-")
-    if body.stream:
-        return running.streamed(guarded(_events(service, body, running, identity, name)))
-    found = await running.completed(request)
-    echoed = [_ids_of(service.model, prompt) if body.echo else [] for prompt in running.job.prompts]
-    reply: TextReply = {
-        "id": identity,
-        "object": "text_completion",
-        "created": running.created,
-        "model": name,
-        "system_fingerprint": service.fingerprint,
-        "choices": [_choice(service, body, place, one, running.job, echoed) for place, one in enumerate(found)],
-        "usage": usage_of(found, body.n),
-    }
-    return JSONResponse(reply)
+    running = await service.open(name, lambda model: job_of(service, body, model))
+    return await running.answered(request, _Writer(service, body, running, "cmpl-"), stream=body.stream)
 
 
-def _ids_of(model: LanguageModel, prompt: Any) -> list[int]:
-    return model.prompt_ids(prompt)
+class _Writer(ChoiceWriter):
+    kind = chunk_kind = "text_completion"
 
+    def begin(self) -> Iterator[str]:
+        for place in range(len(self.job.prompts) * self.body.n) if self.body.echo else ():
+            yield self.event(place, {"text": self._prompt(place)[0]})
 
-def _prompt_text(service: Service, prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    codec = service.model.tokenizer
-    return "" if codec is None else codec.decode(prompt)
+    def add(self, place: int, chunk: Chunk) -> Iterator[str]:
+        if chunk.text or chunk.logprobs:
+            asked = self.body.logprobs is not None
+            logprobs = text_logprobs(self.service, chunk.logprobs, chunk.ids) if asked else None
+            yield self.event(place, {"text": chunk.text}, logprobs=logprobs)
 
+    def last(self, place: int, completion: Completion) -> str:
+        return self.event(place, {"text": ""}, finish_reason(completion))
 
-def _choice(
-    service: Service, body: CompletionBody, place: int, found: Completion, job: Job, echoed: list[list[int]]
-) -> TextChoice:
-    number = place // body.n
-    text, logprobs = found.text, None
-    if body.logprobs is not None:
-        tokens = [*echoed[number], *found.ids]
-        logprobs = text_logprobs(service, [*found.prompt_logprobs, *found.logprobs], tokens)
-    if body.echo:
-        text = _prompt_text(service, job.prompts[number]) + text
-    return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish_reason(found)}
+    def choice(self, place: int, completion: Completion) -> dict[str, Any]:
+        text, ids = self._prompt(place) if self.body.echo else ("", [])
+        logprobs = [*completion.prompt_logprobs, *completion.logprobs]
+        return {
+            "index": place,
+            "text": text + completion.text,
+            "logprobs": None
+            if self.body.logprobs is None
+            else text_logprobs(self.service, logprobs, [*ids, *completion.ids]),
+            "finish_reason": finish_reason(completion),
+        }
 
-
-async def _events(
-    service: Service, body: CompletionBody, running: Running, identity: str, name: str
-) -> AsyncGenerator[str, None]:
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    common = head(service, "text_completion", identity, running.created, name)
-
-    def told(place: int, text: str, reason: str | None = None, logprobs: Any = None) -> str:
-        choice = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return event({**common, "choices": [choice], **({"usage": None} if usage else {})})
-
-    if body.echo:
-        for place in range(len(running.job.prompts) * body.n):
-            yield told(place, _prompt_text(service, running.job.prompts[place // body.n]))
-    async with contextlib.aclosing(ahead(running.chunks(), service.settings.ping_seconds)) as chunks:
-        async for found in chunks:
-            if found is None:
-                yield PING
-                continue
-            place, chunk = found
-            if chunk.text or chunk.logprobs:
-                yield told(place, chunk.text, logprobs=_of_chunk(service, body, chunk))
-    for place, completion in enumerate(running.completions):
-        yield told(place, "", finish_reason(completion))
-    if usage:
-        yield event({**common, "choices": [], "usage": usage_of(running.completions, body.n)})
-    yield DONE
-
-
-def _of_chunk(service: Service, body: CompletionBody, chunk: Chunk) -> TextLogprobs | None:
-    return None if body.logprobs is None else text_logprobs(service, chunk.logprobs, chunk.ids)
+    def _prompt(self, place: int) -> tuple[str, list[int]]:
+        """The text and the ids of the prompt that a choice continues."""
+        prompt: Any = self.job.prompts[place // self.body.n]
+        codec = self.service.model.tokenizer
+        text = prompt.text if prompt.text is not None else "" if codec is None else codec.decode(prompt.ids)
+        return text, prompt.ids

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from ..api.schemas import EmbeddingBody, parsed
 from ..service import Service, while_connected
 from .completions import prompts_of
-
-
-class Embedding(TypedDict):
-    """A vector: numbers, or the base64 of its little-endian float32."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(TypedDict):
-    """Numbers of tokens."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingReply(TypedDict):
-    """Of embeddings."""
-
-    object: Literal["list"]
-    model: str
-    data: list[Embedding]
-    usage: EmbeddingUsage
 
 
 async def embeddings(service: Service, request: Request, raw: bytes) -> Response:
@@ -47,7 +22,7 @@ async def embeddings(service: Service, request: Request, raw: bytes) -> Response
     model = service.model
 
     def embed() -> tuple[Any, int]:
-        ids: list[Any] = [model.prompt_ids(text) for text in prompts_of(body.input)]  # type: ignore[arg-type]
+        ids: list[Any] = [model.prompt_ids(text) for text in prompts_of(body.input)]
         return model.embed(ids), sum(map(len, ids))
 
     async def in_turn() -> tuple[Any, int]:
@@ -56,7 +31,7 @@ async def embeddings(service: Service, request: Request, raw: bytes) -> Response
 
     vectors, tokens = await while_connected(request, in_turn())
     base = body.encoding_format == "base64"
-    reply: EmbeddingReply = {
+    reply = {
         "object": "list",
         "model": name,
         "data": [

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pastkey.runtime import Chunk, Completion
 
 from ..api.replies import call_id, finish_reason, logprobs_of, new_id
 from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, checked, parsed
 from ..errors import RequestError, body_of
-from ..events import DONE, PING, ahead, event
+from ..events import DONE, Writer, event
 from ..service import Running, Service
 from .chat import job_of
 
@@ -90,17 +89,13 @@ async def responses(service: Service, request: Request, raw: bytes) -> Response:
     name = service.require_model(body.model)
     chat = chat_body_of(body)
     running = await service.open(name, lambda model: job_of(service, chat, model))
-    writer = _Writer(service, body, chat, running, name)
-    if body.stream:
-        return running.streamed(_events(service, running, writer))
-    (completion,) = await running.completed(request)
-    return JSONResponse(writer.whole(completion))
+    return await running.answered(request, _Writer(service, body, chat, running), stream=body.stream)
 
 
-class _Writer:
+class _Writer(Writer):
     """Makes the items of an answer, and the events of their parts."""
 
-    def __init__(self, service: Service, body: ResponsesBody, chat: ChatBody, running: Running, name: str) -> None:
+    def __init__(self, service: Service, body: ResponsesBody, chat: ChatBody, running: Running) -> None:
         self._service, self._logs = service, bool(chat.logprobs)
         self._number = -1
         self.output: list[Item] = []
@@ -112,7 +107,7 @@ class _Writer:
             "id": new_id("resp_"), "object": "response", "created_at": running.created, "completed_at": None,
             "status": "in_progress", "background": False, "error": None, "incomplete_details": None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "max_tool_calls": None,
-            "model": name, "output": [], "parallel_tool_calls": True, "previous_response_id": None,
+            "model": running.name, "output": [], "parallel_tool_calls": True, "previous_response_id": None,
             "prompt_cache_key": body.prompt_cache_key, "reasoning": {"effort": None, "summary": None},
             "safety_identifier": body.safety_identifier, "service_tier": "default", "store": False,
             "temperature": options.get("temperature", 0.0), "top_p": options.get("top_p", 1.0),
@@ -139,8 +134,9 @@ class _Writer:
         yield self.status("response.created")
         yield self.status("response.in_progress")
 
-    def add(self, chunk: Chunk) -> Iterator[str]:
+    def add(self, place: int, chunk: Chunk) -> Iterator[str]:
         """The events of a chunk."""
+        del place  # there is one text
         if self._logs:
             self._held += logprobs_of(self._service, chunk.logprobs)
         if chunk.text:
@@ -178,8 +174,9 @@ class _Writer:
         yield self.event("response.output_item.done", output_index=place["output_index"], item=item)
         self._open = None
 
-    def end(self, completion: Completion) -> Iterator[str]:
+    def end(self, completions: Sequence[Completion]) -> Iterator[str]:
         """The last events."""
+        (completion,) = completions
         cut = finish_reason(completion) == "length"
         status = "incomplete" if cut else "completed"
         if not self.output:  # an empty answer
@@ -207,17 +204,18 @@ class _Writer:
             "error": {"code": found["code"] or "server_error", "message": found["message"]},
         }
         yield self.status("response.failed")
+        yield DONE
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The response of an answer that is not streamed."""
-        chunk = Chunk(completion.text, completion.ids, completion.logprobs)
-        told = [*self.add(chunk)]
+        (completion,) = completions
+        told = [*self.add(0, Chunk(completion.text, completion.ids, completion.logprobs))]
         for call in completion.tool_calls:
             told += self.close("completed")
             arguments = json.dumps(call["arguments"], ensure_ascii=False)
             item = {"type": "function_call", "call_id": call_id(), "name": call["name"], "arguments": arguments}
             told += self._begin(item, "fc_")
-        told += self.end(completion)
+        told += self.end(completions)
         return {**self._response, "output": self.output}
 
     def _delta(self, text: str) -> str:
@@ -243,22 +241,3 @@ class _Writer:
 
 def _part(text: str, logprobs: list[Any]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-async def _events(service: Service, running: Running, writer: _Writer) -> AsyncGenerator[str, None]:
-    for text in writer.begin():
-        yield text
-    try:
-        async with contextlib.aclosing(ahead(running.chunks(), service.settings.ping_seconds)) as chunks:
-            async for found in chunks:
-                if found is None:
-                    yield PING
-                else:
-                    for text in writer.add(found[1]):
-                        yield text
-        for text in writer.end(running.completions[0]):
-            yield text
-    except Exception as error:
-        for text in writer.fail(error):
-            yield text
-    yield DONE

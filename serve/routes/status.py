@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from pastkey.errors import PastkeyError
 
+from ..api.schemas import UNREAD
 from ..errors import RequestError
 from ..service import Service
 
@@ -70,5 +71,6 @@ async def props(service: Service, request: Request, raw: bytes) -> Response:
             "chat_template": template,
             "kernels": found.kernels,
             "defaults": service.defaults,
+            "unread_fields": UNREAD,
         }
     )

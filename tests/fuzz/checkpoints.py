@@ -40,7 +40,7 @@ def checkpoint_folder() -> Path:
         {"hidden_size": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "context": 16, "threads": 1}
     )
     model = Decoder(config.model_config(tokenizer.vocab_size, tokenizer.begin, tokenizer.end))
-    ids = np.array(tokenizer.document(CORPUS), "<u2")
+    ids = np.array(tokenizer.documents([CORPUS], ["a text"])[0], "<u2")
     for name in (TOKENS_TRAIN, TOKENS_VAL):
         (folder / name).write_bytes(ids.tobytes())
     info = DataInfo("c", "f", 1, "<u2", len(ids), len(ids), 10, tokenizer.begin, tokenizer.end)

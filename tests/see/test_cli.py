@@ -57,7 +57,7 @@ def test_a_source_is_exported_for_the_page_with_its_context_and_tokenizer(classi
         (["--position", "9"], "--position 9 is none of the tokens that are shown, 1 to 5"),
         (["--last", "257"], "--last is 257, and a page shows 256 tokens at most"),
         (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
-        (["--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
+        (["--top-p", "0"], "argument --top-p: '0' was given; it must be above 0 and at most 1"),
         (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
     ],
 )

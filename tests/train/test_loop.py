@@ -304,7 +304,7 @@ def test_processes_get_the_words_that_python_gave(monkeypatch):
         (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
         (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
         (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
-        (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a positive number"),
+        (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a number above 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch, command):

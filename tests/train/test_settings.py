@@ -51,10 +51,10 @@ def test_sizes_that_are_not_given_follow_those_that_are(given, expected):
         ({"preset": "gpt5"}, "no preset 'gpt5'; the presets are classic"),
         ({"steps": 0}, "--steps is 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"optimizer": "sgd"}, "--optimizer is 'sgd'; it must be muon or adamw"),
+        ({"optimizer": "sgd"}, "--optimizer is 'sgd'; it must be muon, adamw"),
         ({"init": "m", "optimizer": "muon"}, "--optimizer is 'muon'; it must be adamw"),
         ({"steps": 5, "minutes": 1.0}, "--minutes plans the steps: give it or --steps"),
-        ({"minutes": 0}, "--minutes is 0; it must be a positive number"),
+        ({"minutes": 0}, "--minutes is 0; it must be a number above 0"),
         ({"weight_decay": -0.1}, "--weight-decay is -0.1"),
         (
             {"rope_scaling": "ntk", "rope_factor": 2.0},

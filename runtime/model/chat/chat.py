@@ -148,13 +148,6 @@ class Chat:
         answer = self._answer(text, options_of("chat.astream", options, CHAT_OPTIONS))
         return AsyncStream(answer, self.model.executor)
 
-    def prompt(self) -> ChatPrompt:
-        """What `ask()` without a text answers, as a prompt of a LanguageModel's calls.
-
-        Raises InputError if there is nothing to continue, or the template refuses the conversation.
-        """
-        return self._prompt(self._standing())
-
     def add_tool_result(self, content: Any, *, name: str | None = None, call_id: str | None = None) -> None:
         """Adds the result of a tool. `ask()` without a text then continues from it.
 

@@ -15,6 +15,7 @@ from pastkey.values import shown
 
 from ...decoding.stream import ChunkStream
 from ...settings import CHAT_NEW_TOKENS, ChatOptions
+from ...text.chat_template import read_template
 from ...text.messages import Content, check_messages, message, read_message, text_of
 from ...text.tool_call_stream import ToolCallReader
 from ...text.tool_calls import Form, call_grammar, tool_call_form, tool_names
@@ -199,13 +200,11 @@ def _prepared(
         from ...text.tools import tool_schemas  # only tools need what it imports
 
         given["tools"] = tool_schemas(options["tools"])
-    key = given["tools"] is not None, options.get("special_tokens_as_text", False)
-    renderer = model.renderers.get(key) if template is None else None  # a file may change
-    if renderer is None:
-        form = model.chat_format(template, tools=key[0], special_tokens_as_text=key[1])
-        renderer = ChatRenderer(form)
-        if template is None:
-            model.renderers[key] = renderer
+    tools, as_text = given["tools"] is not None, options.get("special_tokens_as_text", False)
+    key = tools, as_text, None if template is None else read_template(template)  # a file may change
+    if (renderer := model.renderers.get(key)) is None:
+        form = model.chat_format(template, tools=tools, special_tokens_as_text=as_text)
+        renderer = model.renderers[key] = ChatRenderer(form)
     for name in [name for name in ("tools", "documents", *variables) if given[name] is not None]:
         if name not in renderer.format.variables:
             raise InputError(f"the chat template does not read {shown(name)}: leave it out, or take another template")

@@ -114,7 +114,7 @@ def test_conversations_are_answered_as_by_the_chat(talking, model):
     for identity, messages, text in zip("abc", (HI, longer, cut), made["text"], strict=True):
         chat = model.chat()
         chat.messages = messages
-        prompt = chat.prompt()
+        prompt = model.chat_prompt(messages)
         answer = chat.ask(seed=seed_of(0, identity), **DRAWN)
         assert text == answer.text
         assert len(text) > 3

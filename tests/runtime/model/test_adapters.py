@@ -202,7 +202,7 @@ def test_each_row_of_a_batch_names_its_adapter(folder, lm):
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "loaded already": (lambda lm, at: lm.load_adapter("one", at / "one"), "an adapter 'one' is loaded already"),
-    "no name": (lambda lm, at: lm.load_adapter("", at / "one"), "adapter is ''; it must be the name of a loaded"),
+    "no name": (lambda lm, at: lm.load_adapter("", at / "one"), "adapter is ''; it must be a text of at least one"),
     "unloading none": (lambda lm, at: lm.unload_adapter("three"), "there is no adapter 'three'"),
     "a session of none": (lambda lm, at: lm.session("three"), "there is no adapter 'three'"),
     "a number": (lambda lm, at: lm.generate(PROMPT, adapter=3), "adapter is 3"),

@@ -253,7 +253,7 @@ def test_messages_that_are_none_are_refused_and_stay(model, messages):
     chat = model.chat()
     expected = chat.ask("abc", max_new_tokens=3).ids
     chat.messages = messages
-    for call in (lambda: chat.ask("a"), chat.prompt, chat.undo, chat.drop, lambda: chat.set_system("a")):
+    for call in (lambda: chat.ask("a"), chat.ask, chat.undo, chat.drop, lambda: chat.set_system("a")):
         with pytest.raises(InputError, match="message 1"):
             call()
         assert chat.messages is messages
