@@ -53,6 +53,12 @@ def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool
     return found
 
 
+def check(instance: object) -> None:
+    """Checks the fields of a dataclass that Python made, by their annotations. Raises InputError naming the field."""
+    for name, kind in _hints(type(instance)).items():
+        _parse(kind, getattr(instance, name), name, False)
+
+
 def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
     origin, given = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from ..errors import InputError
-from ..typed import Between, Size, TokenId, parse
-from ..values import is_int, is_number, require
+from ..typed import Between, Size, TokenId, check, parse
+from ..values import require
 
 PositionEncoding = Literal["rope", "learned", "sinusoidal"]
 Norm = Literal["rmsnorm", "layernorm", "none"]
@@ -48,21 +48,16 @@ class RopeScaling:
     high_freq_factor: Annotated[float, Between(1e-9, 1e9)] = 4.0  # llama3: pairs of more turns keep their frequency
 
     def __post_init__(self) -> None:
-        require(self.rope_type in ROPE_TYPES, "rope_type", self.rope_type, ", ".join(ROPE_TYPES))
-        require(is_number(self.factor) and self.factor >= 1, "factor", self.factor, "a number from 1")
+        check(self)
         own = {"rope_type", "factor", *ROPE_TYPES[self.rope_type]}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(field.name in own or value == field.default, field.name, value, f"left out with {self.rope_type}")
-        original, attention = self.original_max_position_embeddings, self.attention_factor
-        require(_ORIGINAL not in own or is_int(original, 1), _ORIGINAL, original, "a whole number from 1")
-        require(
-            attention is None or (is_number(attention) and attention > 0), "attention_factor", attention, "positive"
-        )
+        original = self.original_max_position_embeddings
+        require(_ORIGINAL not in own or original is not None, _ORIGINAL, original, "a whole number from 1")
         for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
             least, most = getattr(self, low), getattr(self, high)
-            require(is_number(least) and least > 0, low, least, "a positive number")
-            require(is_number(most) and most > least, high, most, f"a number above {low} ({least})")
+            require(most > least, high, most, f"a number above {low} ({least})")
 
     def to_json(self) -> dict[str, Any]:
         """The keys of this kind that are set."""
@@ -96,9 +91,7 @@ class ModelConfig:
     eos_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
-        for name in (*sizes, "num_attention_heads", "num_key_value_heads", "head_dim"):
-            require(is_int(getattr(self, name), 1), name, getattr(self, name), "a whole number from 1")
+        check(self)
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_key_value_heads",
@@ -106,36 +99,23 @@ class ModelConfig:
             f"a divisor of num_attention_heads ({self.num_attention_heads})",
         )
         require(
-            self.position_encoding in ("rope", "learned", "sinusoidal"),
-            "position_encoding",
-            self.position_encoding,
-            "rope, learned or sinusoidal",
-        )
-        require(self.norm in ("rmsnorm", "layernorm", "none"), "norm", self.norm, "rmsnorm, layernorm or none")
-        require(self.mlp in ("swiglu", "gelu", "none"), "mlp", self.mlp, "swiglu, gelu or none")
-        require(
-            is_int(self.intermediate_size) and (self.intermediate_size >= 1) == (self.mlp != "none"),
+            (self.intermediate_size >= 1) == (self.mlp != "none"),
             "intermediate_size",
             self.intermediate_size,
             "0 without an MLP and at least 1 with one",
         )
-        if self.position_encoding == "rope":
-            require(
-                self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, since rotary positions rotate pairs"
-            )
-            require(
-                is_number(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number"
-            )
+        rotary = self.position_encoding == "rope"
+        even = self.head_dim % 2 == 0 or not rotary
+        require(even, "head_dim", self.head_dim, "an even number, since rotary positions rotate pairs")
         require(
-            self.rope_scaling is None or self.position_encoding == "rope",
+            self.rope_scaling is None or rotary,
             "rope_scaling",
             self.rope_scaling,
             f"left out: the positions are {self.position_encoding}, not rotary",
         )
-        require(is_number(self.norm_eps) and self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            require(value is None or (is_int(value, 0) and value < self.vocab_size), name, value, "a token id or null")
+            require(value is None or value < self.vocab_size, name, value, "a token id or null")
 
     @property
     def model_type(self) -> str:
