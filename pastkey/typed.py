@@ -53,7 +53,7 @@ def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool
     return found
 
 
-def check(instance: object) -> None:
+def check(instance: Any) -> None:
     """Checks the fields of a dataclass that Python made, by their annotations. Raises InputError naming the field."""
     for name, kind in _hints(type(instance)).items():
         _parse(kind, getattr(instance, name), name, False)

@@ -85,11 +85,6 @@ class Completion:
     dropped_tokens: int = 0
 
     @property
-    def seconds_to_first_token(self) -> float:
-        """Same as `prefill_seconds`."""
-        return self.prefill_seconds
-
-    @property
     def seconds_per_token(self) -> float:
         """Mean time of the tokens after the first; 0 if there are none."""
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
