@@ -112,6 +112,6 @@ def shown(value: object, longest: int = 80) -> str:
 
 def parse_version(text: str) -> tuple[int, int, int]:
     """Returns the first three numbers of a version: "1.32.0.dev3" -> (1, 32, 0)."""
-    numbers = [int(number) for number in re.findall(r"[0-9]{1,9}", text)[:3]]
-    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    found = [int(number) for number in re.findall(r"[0-9]{1,9}", text)[:3]]
+    major, minor, patch = (*found, 0, 0, 0)[:3]
     return major, minor, patch

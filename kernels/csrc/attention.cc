@@ -52,7 +52,7 @@ const AttentionTiles* tiles() {
 }
 
 size_t row_bytes(CacheType type, size_t head_size) {
-  return type == CacheType::float32 ? head_size * 4 : type == CacheType::float16 ? head_size * 2 : head_size + 4;
+  return head_size * (type == CacheType::float32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 uint16_t to_float16(float x) {  // to nearest, ties to even
@@ -75,8 +75,7 @@ uint16_t to_float16(float x) {  // to nearest, ties to even
 }
 
 // Writes one row of the cache.
-void write_row(const AttentionKernels& kernel, CacheType type, const float* x, size_t d, char* row) {
-  if (type == CacheType::int8) return kernel.round(x, d, row);
+void write_row(CacheType type, const float* x, size_t d, char* row) {
   if (type == CacheType::float32) {
     std::memcpy(row, x, d * sizeof(float));
     return;
@@ -142,14 +141,13 @@ class DecoderAttention {
       required(kFloat),    // query [B, S, H * D], or query, key and value [B, S, (H + 2 * G) * D]
       optional(kFloat),    // key [B, S, G * D]
       optional(kFloat),    // value
-      required(kAnyType),  // past_key [B, G, room, D], int8: D + 4
+      required(kAnyType),  // past_key [B, G, room, D]
       required(kAnyType),  // past_value
       required(kInt32),    // seqlens_k [B]: tokens of a row, new ones included, minus 1
       required(kInt32),    // total_sequence_length
       optional(kFloat),    // cos [positions, at most D / 2]
       optional(kFloat),    // sin
       optional(kFloat),    // head_sink [H]
-      optional(kFloat),    // key_scale [G, D]: an int8 cache has keys / key_scale
   };
   static constexpr Slot kOutputs[] = {required(kFloat), required(kAnyType), required(kAnyType)};
 
@@ -202,7 +200,6 @@ struct DecoderAttention::Call {
   char *keys, *values;
   Rotary rotary;
   const float* sinks;
-  const float* key_scale;
   float* y;
   std::vector<size_t> past, real;  // of each row of the batch: tokens before, and new ones that are no padding
 };
@@ -214,14 +211,12 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   const Tensor seqlens_k = context.required_input(5, "seqlens_k");
   const Tensor total = context.required_input(6, "total_sequence_length");
   const Tensor cos = context.input(7, "cos"), sin = context.input(8, "sin"), sinks = context.input(9, "head_sink");
-  const Tensor key_scale = context.input(10, "key_scale");
   Call c{};
 
   switch (past_key.type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: c.cache = CacheType::float32; break;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: c.cache = CacheType::float16; break;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: c.cache = CacheType::int8; break;
-    default: refuse("past_key is of %s, expected float32, float16 or int8", to_string(past_key.type));
+    default: refuse("past_key is of %s, expected float32 or float16", to_string(past_key.type));
   }
   if (past_value.type != past_key.type || past_value.shape != past_key.shape)
     refuse("past_value is %s of %s and past_key %s of %s, expected the same", to_string(past_value.shape).c_str(),
@@ -229,7 +224,7 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   for (const Tensor* tensor : {&past_key, &past_value})
     if (c.cache == CacheType::float32)
       tensor->data<float>();
-    else if (c.cache == CacheType::float16)
+    else
       tensor->data<uint16_t>();
   const Shape& cache = past_key.shape;
   const int64_t heads = static_cast<int64_t>(heads_), kv_heads = static_cast<int64_t>(kv_heads_);
@@ -239,11 +234,10 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   if (cache.size() != 4 || cache[0] != query.shape[0] || cache[1] != kv_heads)
     refuse("past_key is %s, expected [%lld, %lld, room, head size]", to_string(cache).c_str(),
            static_cast<long long>(query.shape[0]), static_cast<long long>(kv_heads));
-  const int64_t d = cache[3] - (c.cache == CacheType::int8 ? 4 : 0);
+  const int64_t d = cache[3];
   if (d < 32 || d > static_cast<int64_t>(kAttentionMaxHeadSize) || d % 16)
-    refuse("past_key is %s of %s, a head size of %lld: expected 32 to 256, a multiple of 16%s",
-           to_string(cache).c_str(), to_string(past_key.type), static_cast<long long>(d),
-           c.cache == CacheType::int8 ? "; int8 has 4 bytes more, the scale" : "");
+    refuse("past_key is %s of %s, a head size of %lld: expected 32 to 256, a multiple of 16", to_string(cache).c_str(),
+           to_string(past_key.type), static_cast<long long>(d));
   c.batch = static_cast<size_t>(cache[0]), c.room = static_cast<size_t>(cache[2]);
   c.tokens = static_cast<size_t>(query.shape[1]), c.d = static_cast<size_t>(d);
 
@@ -302,11 +296,6 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   if (sinks && sinks.size != heads_)
     refuse("head_sink is %s, expected [%lld]", to_string(sinks.shape).c_str(), static_cast<long long>(heads));
   c.sinks = sinks.data<float>();
-  if (key_scale && (c.cache != CacheType::int8 || key_scale.shape != Shape{kv_heads, d}))
-    refuse("key_scale is %s and past_key of %s, expected [%lld, %lld] for a cache of int8",
-           to_string(key_scale.shape).c_str(), to_string(past_key.type), static_cast<long long>(kv_heads),
-           static_cast<long long>(d));
-  c.key_scale = key_scale.data<float>();
 
   const Tensor y = context.required_output(0, {query.shape[0], query.shape[1], heads * d}, "output");
   const Tensor present_key = context.required_output(1, cache, "present_key");
@@ -344,12 +333,8 @@ void DecoderAttention::compute(const Context& context) const {
         const size_t place = ((b * kv_heads_ + g) * c.room + c.past[b] + i) * bytes;
         const float* key = c.key.data + (b * c.tokens + i) * c.key.width + g * d;
         if (do_rotary_) c.rotary.rotate(key, d, c.past[b] + i, rotated), key = rotated;
-        if (c.key_scale) {
-          for (size_t e = 0; e < d; e++) rotated[e] = key[e] / c.key_scale[g * d + e];
-          key = rotated;
-        }
-        write_row(kernel, c.cache, key, d, c.keys + place);
-        write_row(kernel, c.cache, c.value.data + (b * c.tokens + i) * c.value.width + g * d, d, c.values + place);
+        write_row(c.cache, key, d, c.keys + place);
+        write_row(c.cache, c.value.data + (b * c.tokens + i) * c.value.width + g * d, d, c.values + place);
       }
     }
   });
@@ -398,8 +383,6 @@ void DecoderAttention::compute(const Context& context) const {
       float* q = query + r * d;
       if (do_rotary_) c.rotary.rotate(x, d, c.past[tile.b] + i, q), x = q;
       for (size_t e = 0; e < d; e++) q[e] = x[e] * scale;
-      if (c.key_scale)
-        for (size_t e = 0; e < d; e++) q[e] *= c.key_scale[tile.g * d + e];
       to[r] = c.past[tile.b] + i + 1;
       from[r] = window_ && to[r] > window_ ? to[r] - window_ : 0;
     }

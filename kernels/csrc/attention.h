@@ -12,7 +12,7 @@ constexpr size_t kAttentionPart = 128;
 constexpr size_t kAttentionRows = 32;          // the most rows of one call
 constexpr size_t kAttentionMaxHeadSize = 256;  // a head size is a multiple of 16
 
-enum class CacheType { float32, float16, int8 };
+enum class CacheType { float32, float16 };
 
 // Products of many rows with float16 keys and values by tiles; they are nullptr where there are none. Memory for them
 // is aligned to 64 bytes.
@@ -38,7 +38,7 @@ struct AttentionRows {
   const float* query;  // [count, D], rotated and scaled
   const size_t* from;  // [count]: a row sees the keys [from, to)
   const size_t* to;
-  const char* keys;  // the first token's; int8: D codes and their scale, a float
+  const char* keys;  // the first token's
   const char* values;
   CacheType cache;
   float softcap;  // 0: none
@@ -55,8 +55,6 @@ struct AttentionSums {
 };
 
 struct AttentionKernels {
-  // Writes x [head_size] to a row of an int8 cache.
-  void (*round)(const float* x, size_t head_size, char* row);
   // Adds the keys of one part.
   void (*attend)(const AttentionRows& rows, size_t part, const AttentionSums& sums);
   // Adds the sums of a later part, computed by themselves, to those of one row: the same bits as attend.

@@ -1,7 +1,7 @@
 // Attention in terms of 16 float lanes. Each instruction set's file defines the lanes in an unnamed namespace and
 // includes this file there, so each has a copy of its own. All do the same operations in the same order: the same bits.
 //
-// Vec is 16 floats. It has zero, set1, load (of float, of uint16_t as float16, of int8_t), store, add, sub, mul, div,
+// Vec is 16 floats. It has zero, set1, load (of float, and of uint16_t as float16), store, add, sub, mul, div,
 // max (the second where one is NaN), fma, sign (1 or -1), exp2_bits, zero_below, reduce_max and reduce_add. A sum of
 // lanes adds those 8 apart first, then 4, 2 and 1. Three steps do so for several vectors at once: fold (Vec -> Lanes),
 // fold4 (4 Lanes -> Quad) and fold16 (4 Quads -> a Vec of 16 sums). keys_at_once(R) and columns_at_once(R) say how many
@@ -60,27 +60,21 @@ Vec soft_cap(Vec x, float cap) {
 // The value that scores are taken relative to. With no finite score all weights are 0, not NaN.
 float shift_of(float top) { return top == -kInfinity ? 0.f : top; }
 
-template <class T>
-constexpr size_t row_bytes(size_t d) {
-  return d * sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0);
-}
-
 // Keys or values of a part.
 template <class T>
 struct Rows {
-  const char* data;     // [128, row_bytes]
-  const float* scales;  // [128] or null
+  const char* data;  // [128, d]
   size_t d;
   bool ahead;  // to ask for what lies behind, since these are read for the first time
 
-  const char* row(size_t j) const { return data + j * row_bytes<T>(d); }
+  const char* row(size_t j) const { return data + j * d * sizeof(T); }
 };
 
 // Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them
 // are not read; what stands in their places means nothing.
 template <class T, size_t R>
 void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to, float softcap, float* scores) {
-  const size_t d = keys.d, stride = row_bytes<T>(d);
+  const size_t d = keys.d, stride = d * sizeof(T);
   constexpr size_t K = keys_at_once(R);
   for (size_t block = from / 16 * 16; block < to; block += 16) {
     const char* rows[16] = {};
@@ -115,7 +109,6 @@ void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to,
     }
     for (size_t r = 0; r < R; r++) {
       Vec s = fold16(quads[r]);
-      if (keys.scales) s = mul(s, load(keys.scales + block));
       if (softcap > 0) s = soft_cap(s, softcap);
       store(scores + r * kPart + block, s);
     }
@@ -137,8 +130,8 @@ void zero_outside(size_t from, size_t to, float* weights) {
   for (size_t j = to; j < kPart; j++) weights[j] = 0;
 }
 
-// Scores [from, to) become exp(score - top); their sum. With scales, each is then multiplied by its value's.
-float softmax_weights(float* scores, size_t from, size_t to, const float* scales, float* top) {
+// Scores [from, to) become exp(score - top); their sum.
+float softmax_weights(float* scores, size_t from, size_t to, float* top) {
   const size_t begin = from / 16 * 16, end = (to + 15) / 16 * 16;
   for (size_t j = begin; j < from; j++) scores[j] = -kInfinity;
   for (size_t j = to; j < end; j++) scores[j] = -kInfinity;
@@ -150,7 +143,7 @@ float softmax_weights(float* scores, size_t from, size_t to, const float* scales
   for (size_t j = begin; j < end; j += 16) {
     Vec e = exp16(sub(load(scores + j), shift));
     sum = add(sum, e);
-    store(scores + j, scales ? mul(e, load(scales + j)) : e);
+    store(scores + j, e);
   }
   return reduce_add(sum);
 }
@@ -262,18 +255,18 @@ void each_rows(size_t count, const F& f) {
   if (count - r == 1) f(Count<1>(), r);
 }
 
-// As floats without their scales, aligned: faster where many rows read them.
+// As floats, aligned: faster where many rows read them.
 template <class T>
 Rows<float> copied(const Rows<T>& rows, size_t from, size_t to, float* copy) {
   for (size_t j = from; j < to; j++)
     for (size_t i = 0; i < rows.d; i += 16)
       store(copy + j * rows.d + i, load(reinterpret_cast<const T*>(rows.row(j)) + i));
-  return {reinterpret_cast<const char*>(copy), rows.scales, rows.d, false};
+  return {reinterpret_cast<const char*>(copy), rows.d, false};
 }
 
 template <class T>
 void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums) {
-  const size_t d = a.head_size, start = part * kPart, offset = start * row_bytes<T>(d);
+  const size_t d = a.head_size, start = part * kPart, offset = start * d * sizeof(T);
   Ranges ranges;
   for (size_t r = 0; r < a.count; r++) {
     ranges.from[r] = most_of(a.from[r], start) - start;
@@ -283,16 +276,7 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   ranges.any(0, a.count, &begin, &end);
   if (begin >= end) return;
 
-  Rows<T> keys = {a.keys + offset, nullptr, d, true}, values = {a.values + offset, nullptr, d, true};
-  alignas(64) float key_scales[kPart] = {}, value_scales[kPart] = {};
-  if (sizeof(T) == 1) {
-    for (size_t j = begin; j < end; j++) {
-      memcpy(key_scales + j, keys.row(j) + d, sizeof(float));
-      memcpy(value_scales + j, values.row(j) + d, sizeof(float));
-    }
-    keys.scales = key_scales, values.scales = value_scales;
-  }
-
+  const Rows<T> keys = {a.keys + offset, d, true}, values = {a.values + offset, d, true};
   alignas(64) float weights[kAttentionRows * kPart];
   if (a.tiles) {
     a.tiles->score(d, keys.data, begin, end, a.packed, weights);
@@ -308,7 +292,7 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   for (size_t r = 0; r < kAttentionRows; r++) {
     const bool seen = r < a.count && ranges.from[r] < ranges.to[r];
     top[r] = -kInfinity, sum[r] = 0;
-    if (seen) sum[r] = softmax_weights(weights + r * kPart, ranges.from[r], ranges.to[r], values.scales, top + r);
+    if (seen) sum[r] = softmax_weights(weights + r * kPart, ranges.from[r], ranges.to[r], top + r);
   }
   for (size_t r = 0; r < a.count; r += 16)
     merge_tops(sums.top + r, sums.sum + r, top + r, sum + r, before + r, now + r);
@@ -332,33 +316,10 @@ void attend_part(const AttentionRows& a, size_t part, const AttentionSums& sums)
   }
 }
 
-// A row with NaN or infinity has the scale NaN, which all of its elements become. 127 / most must not overflow.
-void round(const float* x, size_t d, char* row) {
-  uint32_t most_bits = 0;
-  for (size_t i = 0; i < d; i++) {
-    uint32_t bits;
-    memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffff;
-    most_bits = bits > most_bits ? bits : most_bits;
-  }
-  float most;
-  memcpy(&most, &most_bits, sizeof most);
-  const bool finite = most_bits < 0x7f800000, zero = !finite || most < 1e-30f;
-  const float scale = !finite ? NAN : zero ? 0 : most / 127, inverse = zero ? 0 : 127 / most;
-  for (size_t i = 0; i < d; i++) {
-    const float shifted = (zero ? 0 : x[i]) * inverse + 12582912.f;  // rounded, and in the low bits, as in exp16
-    uint32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    row[i] = static_cast<char>(bits);
-  }
-  memcpy(row + d, &scale, sizeof scale);
-}
-
 void attend(const AttentionRows& a, size_t part, const AttentionSums& sums) {
   switch (a.cache) {
     case CacheType::float32: return attend_part<float>(a, part, sums);
     case CacheType::float16: return attend_part<uint16_t>(a, part, sums);
-    case CacheType::int8: return attend_part<int8_t>(a, part, sums);
   }
 }
 

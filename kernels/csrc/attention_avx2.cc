@@ -25,11 +25,6 @@ inline Vec load(const uint16_t* p) {
   const __m128i* h = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
 }
-inline Vec load(const int8_t* p) {
-  const __m128i lo = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i hi = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(lo)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(hi))};
-}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -82,6 +77,6 @@ inline float reduce_max(Vec a) {
 
 }  // namespace
 
-const AttentionKernels avx2_attention = {round, attend, merge, finish};
+const AttentionKernels avx2_attention = {attend, merge, finish};
 
 }  // namespace pastkey

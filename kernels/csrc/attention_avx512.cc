@@ -20,9 +20,6 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Vec load(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -74,6 +71,6 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 
 }  // namespace
 
-const AttentionKernels avx512_attention = {round, attend, merge, finish};
+const AttentionKernels avx512_attention = {attend, merge, finish};
 
 }  // namespace pastkey

@@ -37,12 +37,6 @@ inline Vec load(const float* p) { return each([=](int i) { return vld1q_f32(p + 
 inline Vec load(const uint16_t* p) {
   return each([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
-inline Vec load(const int8_t* p) {
-  const int8x16_t x = vld1q_s8(p);
-  const int16x8_t low = vmovl_s8(vget_low_s8(x)), high = vmovl_s8(vget_high_s8(x));
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
-}
 inline void store(float* p, Vec a) {
   for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, a.v[i]);
 }
@@ -88,6 +82,6 @@ inline float reduce_max(Vec a) { return vmaxvq_f32(max(max(a.v[0], a.v[1]), max(
 
 }  // namespace
 
-const AttentionKernels neon_attention = {round, attend, merge, finish};
+const AttentionKernels neon_attention = {attend, merge, finish};
 
 }  // namespace pastkey

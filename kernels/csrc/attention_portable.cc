@@ -52,7 +52,6 @@ Vec zero() { return {}; }
 Vec set1(float x) { return each([&](size_t) { return x; }); }
 Vec load(const float* p) { return each([&](size_t i) { return p[i]; }); }
 Vec load(const uint16_t* p) { return each([&](size_t i) { return half_to_float(p[i]); }); }
-Vec load(const int8_t* p) { return each([&](size_t i) { return static_cast<float>(p[i]); }); }
 void store(float* p, const Vec& a) { memcpy(p, a.v, sizeof a.v); }
 Vec add(const Vec& a, const Vec& b) { return each([&](size_t i) { return a.v[i] + b.v[i]; }); }
 Vec sub(const Vec& a, const Vec& b) { return each([&](size_t i) { return a.v[i] - b.v[i]; }); }
@@ -96,6 +95,6 @@ float reduce_max(const Vec& a) {
 
 }  // namespace
 
-const AttentionKernels portable_attention = {round, attend, merge, finish};
+const AttentionKernels portable_attention = {attend, merge, finish};
 
 }  // namespace pastkey

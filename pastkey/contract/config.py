@@ -104,12 +104,11 @@ class ModelConfig:
             self.intermediate_size,
             "0 without an MLP and at least 1 with one",
         )
-        if self.position_encoding == "rope":
-            require(
-                self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, since rotary positions rotate pairs"
-            )
+        rotary = self.position_encoding == "rope"
+        even = self.head_dim % 2 == 0 or not rotary
+        require(even, "head_dim", self.head_dim, "an even number, since rotary positions rotate pairs")
         require(
-            self.rope_scaling is None or self.position_encoding == "rope",
+            self.rope_scaling is None or rotary,
             "rope_scaling",
             self.rope_scaling,
             f"left out: the positions are {self.position_encoding}, not rotary",

@@ -104,31 +104,41 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
         n: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Opens a stream for each prompt with `begin`; reads up to `most` of them concurrently.
+        """Opens a stream for each prompt with `begin`, and for its further completions when they are due.
 
-        Prompts with the same beginning share its prefill. `n` gives each prompt that many completions, each with its
-        own seed. Calls `progress(done, all)` when a stream ends.
+        Reads up to `most` of them concurrently. Prompts with the same beginning share its prefill. `n` gives each
+        prompt that many completions, each with its own seed. Calls `progress(done, all)` when a stream ends.
         """
         super().__init__()
         ordered = is_collection(prompts) and not isinstance(prompts, Set)
         require(ordered and len(prompts) > 0, "prompts", prompts, "a list of at least one prompt")
         require_valid({"n": n})
-        each, shared = [options] if n is None else continuations(options, n), SharedPrefills()
-        self._streams = [begin(prompt, one, shared) for prompt in prompts for one in each]
+        self._each = [options] if n is None else continuations(options, n)
+        self._begin, self._prompts = begin, prompts
+        self._shared = SharedPrefills(len(self._each))
+        self._count = len(prompts) * len(self._each)
+        self._done: dict[int, Completion] = {}
+        first = range(0, self._count, len(self._each))  # of each prompt, so that a wrong one is told at once
+        self._streams = {place: self._open(place) for place in first}  # those that are open
+        self._shared.complete()
+        self._closed = self._cancelled = False
         self._rest = self._run(most, progress)
 
     @property
     def completions(self) -> list[Completion | None]:
         """The completions by index of the prompt; None while a stream runs."""
-        return [stream.completion for stream in self._streams]
+        ended = {place: stream.completion for place, stream in list(self._streams.items())}
+        return [self._done.get(place) or ended.get(place) for place in range(self._count)]
 
     def _next(self) -> tuple[int, Chunk]:
         return next(self._rest)
 
     def close(self) -> None:
         """Ends all streams within one step. Never waits."""
-        for stream in self._streams:
+        self._closed = True
+        for stream in list(self._streams.values()):
             stream.close()
+        self._shared.clear()
         if self._reading.acquire(blocking=False):  # else another thread is inside, and comes to the end now
             try:
                 self._rest.close()
@@ -137,24 +147,40 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
 
     def cancel(self) -> None:
         """Ends all streams within one step, from any thread. Readers get the end, with the tokens decoded so far."""
-        for stream in self._streams:
+        self._cancelled = True
+        for stream in list(self._streams.values()):
             stream.cancel()
+
+    def _open(self, place: int) -> ChunkStream:
+        prompt, number = divmod(place, len(self._each))
+        return self._begin(self._prompts[prompt], self._each[number], self._shared)
+
+    def _opened(self) -> Iterator[tuple[int, ChunkStream]]:
+        """The streams by index, each opened when it is due."""
+        for place in range(self._count):
+            if self._closed:
+                return
+            if place not in self._streams:
+                self._streams[place] = self._open(place)
+            if self._cancelled:
+                self._streams[place].cancel()
+            yield place, self._streams[place]
 
     def _run(
         self, most: int, progress: Callable[[int, int], object] | None
     ) -> Generator[tuple[int, Chunk], None, list[Completion]]:
-        done: dict[int, Completion] = {}
         try:
-            for place, found in interleaved(iter(enumerate(self._streams)), most):
+            for place, found in interleaved(self._opened(), most):
                 if isinstance(found, Chunk):
                     yield place, found
                 elif isinstance(found, Completion):
-                    done[place] = found
+                    self._done[place] = found
+                    del self._streams[place]
                     if progress is not None:
-                        progress(len(done), len(self._streams))
+                        progress(len(self._done), self._count)
                 else:
                     raise found
         finally:
-            for stream in self._streams:
+            for stream in list(self._streams.values()):
                 stream.close()
-        return [done[place] for place in range(len(self._streams))]
+        return [self._done[place] for place in sorted(self._done)]

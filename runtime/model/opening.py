@@ -66,18 +66,19 @@ class Prompted(Scheduled):
         if self._waits and self._shared is not None:
             self._waits = False
             self._shared.leave(memory)
-        inherited = self._shared is not None and self._shared.inherits(generation) and not self._reuse
+        group, self._shared = self._shared, None  # its cache is to live no longer than those who wait for it
+        inherited = group is not None and group.inherits(generation) and not self._reuse
         if not generation.begun:
             return
         # A cache in memory shared with other requests is moved out only if a later prompt may reuse it.
         keep = generation.error is None and (self._reuse or inherited or not scheduler.shares_memory(engine))
         scheduler.move_out(engine, keep=keep)
         if keep and not scheduler.closed:
-            if inherited and self._shared is not None:
-                self._shared.inherit(generation, memory)
+            if inherited and group is not None:
+                group.inherit(generation, memory)
             else:
                 scheduler.store.put(engine, reuse=self._reuse)
-        generation.engine = self.parts.engine  # the streams of a call stay until its end
+        generation.engine = self.parts.engine
 
 
 def open_prompt(

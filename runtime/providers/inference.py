@@ -15,7 +15,7 @@ class RunFailedError(IntegrityError, RuntimeError):
     """A graph loads but does not run. onnxruntime checks shapes and ids only at a run."""
 
 
-class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+class OrtSession(onnxruntime.InferenceSession):  # type: ignore[misc]
     """An onnxruntime.InferenceSession. A run raises RunFailedError with the graph's name.
 
     Attributes:
@@ -24,7 +24,7 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
 
     constants: Mapping[str, Any] = {}
 
-    def with_constants(self, constants: Mapping[str, Any]) -> Session:
+    def with_constants(self, constants: Mapping[str, Any]) -> OrtSession:
         """The same session, with these inputs."""
         made = copy.copy(self)
         made.constants = constants

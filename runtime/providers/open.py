@@ -22,7 +22,7 @@ from pastkey.values import is_unicode, parse_version, shown
 
 from ..options import Choice, SessionSettings
 from . import placement as ep
-from .inference import Session
+from .inference import OrtSession
 from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .session_options import RECORD, WHOLE, require_free, set_options
 
@@ -146,8 +146,8 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         for name, given in plugins:
             options.add_provider_for_devices(ep.plugin_devices(name), {k: str(v) for k, v in given.items()})
         if plugins:  # onnxruntime accepts no list of providers with a plugin
-            return Session(str(path), options, enable_fallback=0)
-        return Session(str(path), options, providers=[*wanted.providers], enable_fallback=0)
+            return OrtSession(str(path), options, enable_fallback=0)
+        return OrtSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
 def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:

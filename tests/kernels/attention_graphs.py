@@ -9,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from .running import Array, Case
 
 INPUTS = [
     *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin"),
-    *("head_sink", "key_scale"),
+    "head_sink",
 ]
 IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
 
 
 def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **attributes: Any) -> bytes:
     """The operator with the inputs that are fed. Outputs: y, present_key, present_value."""
-    native = operator == "DecoderAttention"  # key_scale is its own
+    native = operator == "DecoderAttention"
     names = [name if name in feed else "" for name in INPUTS]
     if not native:
         names[9:9] = ["", ""]  # position_ids, attention_bias
@@ -51,22 +50,6 @@ def case(feeds: Sequence[Mapping[str, Array]], *operator: str, threads: int = 1,
     return Case(attention(feeds[0], *operator, **attributes), feeds, threads, IN_PLACE)
 
 
-def stored(rows: Array, form: str) -> Array:
-    """Rows [..., D] as a cache of this form has them: int8 [..., D + 4], codes and then the scale as float32."""
-    if form != "int8":
-        return rows.astype(form)
-    most = np.abs(rows).max(axis=-1, keepdims=True)
-    codes = np.rint(rows * (np.float32(127) / most)).astype(np.int8)
-    return np.concatenate([codes, (most / np.float32(127)).view(np.int8)], axis=-1)
-
-
-def read(cache: Array) -> npt.NDArray[np.float64]:
-    """What a cache stands for."""
-    if cache.dtype != np.int8:
-        return cache.astype(np.float64)
-    return cache[..., :-4] * np.ascontiguousarray(cache[..., -4:]).view(np.float32).astype(np.float64)
-
-
 def draw(
     lengths: Sequence[int],
     new: int,
@@ -77,7 +60,6 @@ def draw(
     rotary: int = 0,
     packed: bool = True,
     sink: bool = False,
-    key_scale: bool = False,
     size: float = 1,
     seed: int = 0,
 ) -> dict[str, Array]:
@@ -93,15 +75,13 @@ def draw(
     feed: dict[str, Array] = {"query": normal(batch, new, width) * np.float32(size)}
     if not packed:
         feed |= {name: normal(batch, new, g * d) for name in ("key", "value")}
-    feed |= {name: stored(normal(batch, g, total + 9, d), form) for name in ("past_key", "past_value")}
+    feed |= {name: normal(batch, g, total + 9, d).astype(form) for name in ("past_key", "past_value")}
     feed |= {"seqlens_k": np.array(lengths, np.int32) - 1, "total_sequence_length": np.array(total, np.int32)}
     if rotary:
         angles = np.outer(np.arange(total), 1e4 ** -(np.arange(rotary // 2) / (rotary // 2)))
         feed |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     if sink:
         feed["head_sink"] = normal(h)
-    if key_scale:
-        feed["key_scale"] = rng.uniform(0.1, 1, (g, d)).astype(np.float32)
     return feed
 
 
@@ -114,19 +94,18 @@ def in_numpy(
     d = width // (h + 2 * g)
     query, key, value = np.split(feed["query"].reshape(batch, new, -1, d), [h, h + g], axis=2)
     keys, values = feed["past_key"].copy(), feed["past_value"].copy()
-    channels = feed.get("key_scale", np.ones((g, d), np.float32))
     y = np.zeros((batch, new, h, d))
     for b, last in enumerate(feed["seqlens_k"]):
         past = last + 1 - new
-        keys[b, :, past : past + new] = stored(key[b].swapaxes(0, 1) / channels[:, None], form)
-        values[b, :, past : past + new] = stored(value[b].swapaxes(0, 1), form)
+        keys[b, :, past : past + new] = key[b].swapaxes(0, 1).astype(form)
+        values[b, :, past : past + new] = value[b].swapaxes(0, 1).astype(form)
         for i in range(new):
             for head in range(h):
                 seen = slice(past + i + 1)
-                asked = query[b, i, head].astype(np.float64) * channels[head * g // h]
-                scores = read(keys)[b, head * g // h, seen] @ asked / np.sqrt(d)
+                asked = query[b, i, head].astype(np.float64)
+                scores = keys[b, head * g // h, seen].astype(np.float64) @ asked / np.sqrt(d)
                 if softcap:
                     scores = softcap * np.tanh(scores / softcap)
                 weights = np.exp(scores - scores.max())
-                y[b, i, head] = weights / weights.sum() @ read(values)[b, head * g // h, seen]
+                y[b, i, head] = weights / weights.sum() @ values[b, head * g // h, seen].astype(np.float64)
     return y.reshape(batch, new, h * d), keys, values

@@ -11,7 +11,7 @@ import pytest
 from .attention_graphs import case, draw, in_numpy
 from .running import LEVELS, Array, Case, Outcome, run_at
 
-FORMS = ("float32", "float16", "int8")
+FORMS = ("float32", "float16")
 WINDOWS = (1, 2, 100, 127, 128, 129, 1000)
 
 Inputs = tuple[dict[str, Array], dict[str, Any]]  # and attributes
@@ -55,7 +55,6 @@ PROMPTS: dict[str, Inputs] = {
         ("heads of 256", [140], 33, (8, 1), 256, NONE, NONE),
         ("rows of different lengths", [260, 13, 130], 13, (6, 2), 64, {"rotary": 64}, NONE),
         ("padding", [40, 1, 17], 40, (6, 2), 64, NONE, NONE),
-        ("channels", [290], 290, (6, 2), 64, {"form": "int8", "key_scale": True}, NONE),
         ("window", [300], 45, (6, 2), 64, NONE, {"local_window_size": 20}),
         ("soft cap and sinks", [150], 70, (6, 2), 64, {"sink": True, "size": 4}, {"softcap": 5.0}),
         ("many heads", [70], 12, (71, 1), 64, NONE, NONE),
@@ -69,7 +68,7 @@ ALONE = (0, 1, 127, 128, 200, 289)
 
 
 def heads_of(feed: dict[str, Array]) -> tuple[int, int]:
-    g, d = feed["past_key"].shape[1], feed["past_key"].shape[3] - 4 * (feed["past_key"].dtype == np.int8)
+    g, d = feed["past_key"].shape[1], feed["past_key"].shape[3]
     width = feed["query"].shape[2] // d
     return (width if "key" in feed else width - 2 * g), g
 
@@ -110,9 +109,8 @@ def special() -> dict[str, dict[str, Array]]:
     made["beyond a prompt"] = draw([153], 11, form="float16")
     for name in ("past_key", "past_value"):
         made["beyond a prompt"][name][:, :, 153:] = np.nan
-    for form in ("float16", "int8"):
-        made[f"value {form}"] = draw([150], 8, form=form)
-        made[f"value {form}"]["query"][0, 3, 8 * 64] = np.inf
+    made["value float16"] = draw([150], 8, form="float16")
+    made["value float16"]["query"][0, 3, 8 * 64] = np.inf
     return made
 
 
@@ -129,8 +127,6 @@ def cases() -> dict[Any, Case]:
         for window in (-1, 130):
             feed = draw([PROMPT], PROMPT, rotary=64, form=form)
             made["prompt", form, window] = native([feed], local_window_size=window)
-    for name, (lengths, new) in LENGTHS.items():
-        made["channels", name] = native([draw(lengths, new, form="int8", key_scale=True)])
     for cap in CAPS:
         made["cap", cap] = native([draw([150], 7)], softcap=cap)
     for name, feed in special().items():
@@ -139,9 +135,6 @@ def cases() -> dict[Any, Case]:
     feed["past_key"][:, :, :130] = np.nan
     feed["past_value"][:, :, :130] = np.nan
     made["before the window",] = native([feed], local_window_size=13)
-    zeros = draw([150], 1, form="int8")
-    zeros["query"][..., 6 * 64 :] = 0
-    made["zeros",] = native([zeros])
     tiny = draw([150], 1, form="float16")
     tiny["query"][0, 0, 6 * 64 :] = 2.0 ** np.linspace(-30, 18, 256)
     made["float16",] = native([tiny])
@@ -183,8 +176,6 @@ def outcomes(tmp_path_factory):
 
 def same(a: Array, b: Array) -> bool:
     """Bit for bit, but for the payload of NaN."""
-    if a.dtype == np.int8:
-        return np.array_equal(a, b)
     return np.array_equal(a, b, equal_nan=True) and bool((np.signbit(a) == np.signbit(b))[~np.isnan(a)].all())
 
 
@@ -244,15 +235,6 @@ def test_a_soft_cap_of_any_size_equals_numpy(outcomes, cap):
 
 
 @each_level
-@pytest.mark.parametrize("name", LENGTHS)
-def test_an_int8_cache_has_keys_by_the_scales_of_their_channels(outcomes, level, name):
-    found = outcomes(level)["channels", name].outputs[0]
-    expected = in_numpy(draw(*LENGTHS[name], form="int8", key_scale=True), (6, 2), "int8")
-    assert np.abs(found[0] - expected[0]).max() < 5e-6
-    assert same(found[1], expected[1])
-
-
-@each_level
 def test_any_number_of_threads_gives_the_same_bits(outcomes, level):
     found = outcomes(level)
     for form in FORMS:
@@ -288,7 +270,6 @@ def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes, level)
     assert not_finite(found, "past") == {(i, h) for i in range(8) for h in range(3, 6)}
     assert not_finite(found, "inf past") <= {(i, h) for i in range(8) for h in range(3, 6)} != set()
     assert not_finite(found, "beyond") == set()
-    assert not_finite(found, "value int8") == later
     assert not_finite(found, "value of a prompt") == {(i, h) for i in range(3, 11) for h in range(3)}
     assert not_finite(found, "beyond a prompt") == set()
     y = found["special", "value float16"].outputs[0][0][0].reshape(8, 6, 64)
@@ -298,12 +279,6 @@ def test_nan_and_infinity_reach_what_sees_them_and_nothing_else(outcomes, level)
 @each_level
 def test_keys_before_the_window_are_not_read(outcomes, level):
     assert np.isfinite(outcomes(level)["before the window",].outputs[0][0]).all()
-
-
-def test_a_row_of_zeros_has_the_scale_zero(outcomes):
-    y, keys, _ = outcomes("portable")["zeros",].outputs[0]
-    assert (keys[0, :, 149] == 0).all()
-    assert np.isfinite(y).all()
 
 
 def test_float16_is_rounded_to_even_from_subnormal_to_infinity(outcomes):

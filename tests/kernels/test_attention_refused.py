@@ -18,7 +18,6 @@ from .running import Array, Case, run_at
 PLAIN = draw([40], 3)
 PARTED = draw([40], 3, packed=False)
 ROTATED = draw([40], 3, rotary=64)
-INT8 = draw([40], 3, form="int8")
 ROWS = draw([40, 9], 3)
 FIRST = draw([3], 3)
 HEADS: dict[str, Any] = {"num_heads": 6, "kv_num_heads": 2}
@@ -61,8 +60,6 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "soft cap too small": (PLAIN, {"softcap": 1e-31}, "softcap 1e-31, expected finite numbers, the second 0 or 1e-30"),
     "soft cap too large": (PLAIN, {"softcap": 3.4e38}, "softcap 3.4e+38"),
     "soft cap infinite": (PLAIN, {"softcap": float("inf")}, "softcap inf"),
-    "key scales of float32": (PLAIN | {"key_scale": zeros(2, 64)}, {}, "key_scale is [2, 64] and past_key of float32"),
-    "key scales too short": (INT8 | {"key_scale": zeros(2, 63)}, {}, "key_scale is [2, 63]"),
     "do_rotary 2": (ROTATED, {"do_rotary": 2}, "do_rotary is 2"),
     "smooth_softmax 3": (PLAIN, {"smooth_softmax": 3}, "smooth_softmax is 3"),
     "rotary without tables": (PLAIN, {"do_rotary": 1}, "do_rotary is 1, cos is missing"),
@@ -92,9 +89,6 @@ REFUSED: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "cache of float64": (PLAIN | caches(zeros(1, 2, 49, 64, dtype=np.float64)), {}, "past_key is of"),
     "cache of uint8": (PLAIN | caches(zeros(1, 2, 49, 68, dtype=np.uint8)), {}, "past_key is of uint8"),
     "value of less room": (PLAIN | {"past_value": PLAIN["past_value"][:, :, 1:]}, {}, "past_value is [1, 2, 48, 64]"),
-    "int8 without scales": (INT8 | caches(zeros(1, 2, 49, 64, dtype=np.int8)), {}, "a head size of 60"),
-    "int8 of another width": (INT8 | caches(zeros(1, 2, 49, 72, dtype=np.int8)), {}, "int8 has 4 bytes more"),
-    "int8 of 3 bytes": (INT8 | caches(zeros(1, 2, 49, 3, dtype=np.int8)), {}, "a head size of -1"),
     "heads of 16": (draw([40], 3, d=16), {}, "a head size of 16"),
     "heads of 40": (draw([40], 3, d=40), {}, "a head size of 40"),
     "heads of 272": (draw([40], 3, d=272), {}, "a head size of 272"),

@@ -60,11 +60,10 @@ def attention_case(rng: Random) -> Case:
         new,
         (int(h), int(g)),
         d,
-        form=str(rng.choice(["float32", "float16", "int8"])),
+        form=str(rng.choice(["float32", "float16"])),
         rotary=int(rng.choice([0, 16, d])),
         packed=bool(rng.random() < 0.7),
         sink=bool(rng.random() < 0.2),
-        key_scale=bool(rng.random() < 0.3),
         seed=int(rng.integers(1 << 30)),
     )
     attributes: dict[str, Any] = {"num_heads": int(h), "kv_num_heads": int(g), "do_rotary": int("cos" in feed)}

@@ -9,8 +9,8 @@
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
    Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
-   it cannot share a run: standard or static graph, another device than the CPU. Such requests take
-   turns, one step each.
+   it cannot share a run: standard or static graph, another device than the CPU. Such requests take turns, one step
+   each.
 6. `leave` removes a closed request between two steps: it leaves the Slab and its cache goes to the PrefixStore.
 
 Only the leader changes caches, between two runs. If an exception leaves a step, the step's caches are dropped and their
@@ -71,7 +71,6 @@ class Scheduler:
         self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
         self._max_rows = max_rows
         self._slabs: dict[DecoderGraph, Slab] = {}  # those with members
-        self._stalled: dict[int, int] = {}  # id() of an engine in the slab -> steps without a token
         self._pace = Pace()
         self._forks = False  # whether the leader is about to fork
         self._clears = False  # whether the end of the step clears the store
@@ -266,7 +265,6 @@ class Scheduler:
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out of the slab, with its cache or without. Only between two runs."""
         if (slab := self._slabs.get(engine.graph)) is not None:
-            self._stalled.pop(id(engine), None)
             slab.remove(engine, keep=keep)
             if not slab.members:
                 self._slabs.pop(engine.graph, None)
@@ -312,7 +310,7 @@ class Scheduler:
             for generation in together if len(batches) > 1 else ():
                 self._to_the_end(generation)
             for graph, slab in list(self._slabs.items()):
-                self._park(slab, {id(g.engine) for g in together})
+                self._park(slab, {g.engine for g in together})
                 if not slab.members:
                     self._slabs.pop(graph, None)
         except BaseException:
@@ -365,12 +363,11 @@ class Scheduler:
         for generation, row in zip(rows, logits, strict=True):
             self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
 
-    def _park(self, slab: Slab, wanted: set[int]) -> None:
+    def _park(self, slab: Slab, wanted: set[Engine]) -> None:
         """Moves out sequences that had no token for STALLED steps, so that batches do not compute their rows."""
         for engine in list(slab.members):
-            steps = 0 if id(engine) in wanted else self._stalled.get(id(engine), 0) + 1
-            self._stalled[id(engine)] = steps
-            if steps > STALLED:
+            slab.idle[engine] = 0 if engine in wanted else slab.idle.get(engine, 0) + 1
+            if slab.idle[engine] > STALLED:
                 self.move_out(engine)
 
     def _to_the_end(self, generation: Generation) -> None:

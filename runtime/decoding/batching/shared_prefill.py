@@ -16,10 +16,11 @@ SHARED_TOKENS = 32  # prompts that agree in so many first tokens share a prefill
 
 
 class SharedPrefills:
-    """The prompts of one call, grouped by their beginnings."""
+    """The prompts of one call, grouped by their beginnings. Each has `completions`, of which the first joins first."""
 
-    def __init__(self) -> None:
+    def __init__(self, completions: int = 1) -> None:
         self._of: dict[tuple[int, ...], SharedPrefill] = {}
+        self._joining = completions  # members that one prompt adds
 
     @property
     def begun(self) -> bool:
@@ -27,10 +28,18 @@ class SharedPrefills:
         return bool(self._of)
 
     def join(self, ids: Sequence[int]) -> SharedPrefill:
-        """Adds the prompt `ids` (T,) to the group with its beginning and returns the group."""
+        """Returns the group with the beginning of `ids` (T,), which counts all completions of the prompt."""
         found = self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())
-        found.left += 1
+        found.left += self._joining
         return found
+
+    def complete(self) -> None:
+        """Notes that all prompts have joined: what joins from now on is a further completion of one of them."""
+        self._joining = 0
+
+    def clear(self) -> None:
+        """Leaves the groups to the prompts that have joined, and each cache to the last of them."""
+        self._of = {}
 
 
 class SharedPrefill:

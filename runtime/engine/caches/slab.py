@@ -29,6 +29,7 @@ class Slab:
 
     Attributes:
         members: The engines, by row.
+        idle: Engine -> steps since its last token.
         most: Largest number of engines.
     """
 
@@ -37,6 +38,7 @@ class Slab:
         self.onnx = graph.onnx
         self.binding = Binding(graph.onnx)
         self.members: list[Engine] = []
+        self.idle: dict[Engine, int] = {}
         self._graph, self.most = graph, most
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
@@ -123,6 +125,7 @@ class Slab:
             return
         with self._changing([engine]):
             last = self.members.pop()
+            self.idle.pop(engine, None)
             if not keep:
                 engine.drop_cache()
             elif self._is_home(engine):
@@ -136,7 +139,7 @@ class Slab:
 
     def _forget(self) -> None:
         """Releases all members and the memory."""
-        self.members = []
+        self.members, self.idle = [], {}
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
         self.binding = Binding(self.onnx)
 

@@ -29,7 +29,7 @@ from pastkey.export.progress import Progress
 from pastkey.files.folder import file_record
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers import open as opening
-from pastkey.runtime.providers.inference import Session
+from pastkey.runtime.providers.inference import OrtSession
 
 from ..conftest import Exported
 from ..decoders import llama
@@ -105,14 +105,14 @@ def test_progress_goes_forward_from_the_text_to_the_last_check(exported):
 def test_one_graph_is_open_at_a_time(precision, exported, monkeypatch):
     live = weakref.WeakSet[Any]()
 
-    class Watched(Session):
+    class Watched(OrtSession):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             assert not live
             super().__init__(*arguments, **options)
             live.add(self)
 
     made = exported("llama", precision)
-    monkeypatch.setattr(opening, "Session", Watched)
+    monkeypatch.setattr(opening, "OrtSession", Watched)
     assert verify(made.bundle, made.module).ok
 
 

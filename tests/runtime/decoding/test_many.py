@@ -79,6 +79,32 @@ def test_what_is_wrong_is_told_before_anything_runs(model):
     assert model.scheduler.steps == steps
 
 
+def test_continuations_are_opened_when_they_are_due(speaking_bundle):
+    model = load(speaking_bundle.path, threads=1, max_batch=3)
+    most, told = 0, list[tuple[int, int]]()
+    streams = model.stream_many(PROMPTS[:2], n=20, **SETTINGS)
+    for _ in streams:
+        activity = model.activity
+        most = max(most, activity.running + activity.waiting)
+    assert most <= 3 + 1  # the rows of a batch, and the first of the second prompt
+    found = model.generate(PROMPTS[:2], progress=lambda *done: told.append(done), n=20, **SETTINGS)
+    assert [one.ids for one in found] == [one.ids for one in streams.completions if one is not None]
+    assert told == [(done, 40) for done in range(1, 41)]
+
+
+@pytest.mark.parametrize("end", ["close", "cancel"])
+def test_continuations_that_are_not_due_end_with_the_call(speaking_bundle, end):
+    model = load(speaking_bundle.path, threads=1, max_batch=3)
+    streams = model.stream_many(["abc" * 20], n=20, **SETTINGS)
+    next(streams)
+    getattr(streams, end)()
+    assert list(streams) == []
+    found = [one.finish_reason for one in streams.completions if one is not None]
+    assert found == ["cancelled"] * (20 if end == "cancel" else 3)
+    activity = model.activity
+    assert (activity.running, activity.waiting, model.scheduler.live) == (0, 0, 0)
+
+
 def test_closing_and_cancelling_keep_what_there_is(model):
     expected = [model.generate(prompt, **SETTINGS).ids for prompt in PROMPTS[:3]]
     for end in ("close", "cancel"):

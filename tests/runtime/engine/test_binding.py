@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pastkey.runtime.engine.binding import Binding
-from pastkey.runtime.providers.inference import Session
+from pastkey.runtime.providers.inference import OrtSession
 
 from ...onnx_text import encode_model
 
@@ -17,10 +17,10 @@ GRAPH = '<ir_version: 10, opset_import: ["": 21]> g (int64[N, M] x) => (int64[N,
 
 @pytest.fixture(scope="module")
 def session():
-    return Session(encode_model(GRAPH, {})[0], providers=["CPUExecutionProvider"])
+    return OrtSession(encode_model(GRAPH, {})[0], providers=["CPUExecutionProvider"])
 
 
-def told(binding: Binding, session: Session) -> Any:
+def told(binding: Binding, session: OrtSession) -> Any:
     binding.bind_output("y")
     session.run_with_iobinding(binding)
     return binding.get_outputs()[0].numpy().tolist()

@@ -121,7 +121,7 @@ def test_a_provider_that_fails_to_start_is_refused_with_a_remedy(
         raise raised
 
     monkeypatch.setattr(ep, "available", lambda: ["WebGpuExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(opening, "Session", fails)
+    monkeypatch.setattr(opening, "OrtSession", fails)
     with pytest.raises(error, match=words):
         Engine(with_manifest(standard_bundle, target=target), providers="webgpu")
 

@@ -9,7 +9,11 @@ from unittest.mock import ANY
 import pytest
 
 from pastkey.runtime import Engine, LanguageModel, load
+from pastkey.runtime.decoding.batching.shared_prefill import SharedPrefills
+from pastkey.runtime.decoding.many import continuations
+from pastkey.runtime.decoding.stream import ChunkStream
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
+from pastkey.runtime.model.opening import open_prompt
 from pastkey.runtime.sampling.random_stream import continuation_seed
 
 from ...rotary import RotaryTiny
@@ -107,9 +111,14 @@ def test_the_copies_keep_the_memory_limit(caches, make_bundle, engines, monkeypa
     assert [completion.cached_tokens for completion in found][1:] == ([240] * 4 if caches in (1, 6) else ANY)
 
 
+def opened(lm: LanguageModel, n: int, **options: Any) -> list[ChunkStream]:
+    """The streams of `n` continuations of one prompt."""
+    shared = SharedPrefills()
+    return [open_prompt(lm.parts, PROMPT, one, shared) for one in continuations({**DRAWN, **options}, n)]
+
+
 def test_closing_the_last_prompt_frees_the_shared_copy(lm, engines):
-    streams = lm.stream_many([PROMPT], n=4, prompt_lookup=False, **DRAWN)
-    first, second, third, fourth = streams._streams
+    first, second, third, fourth = opened(lm, 4, prompt_lookup=False)
     next(first), next(second)
     with_copy = engines()
     third.close()
@@ -120,8 +129,7 @@ def test_closing_the_last_prompt_frees_the_shared_copy(lm, engines):
 
 
 def test_continuations_prefill_when_the_first_has_ended(lm):
-    streams = lm.stream_many([PROMPT], n=3, **DRAWN)
-    first, second, third = streams._streams
+    first, second, third = opened(lm, 3)
     next(first)
     first.close()
     lm.generate("cccc", **DRAWN)  # the engine of the first is used again

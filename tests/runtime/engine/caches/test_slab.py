@@ -70,6 +70,7 @@ def test_an_exception_drops_the_caches_of_all(engine, tiny, monkeypatch, step):
     """Also of one that has not moved in: a fifth row needs more memory."""
     slab, engines = Slab(engine.graph, 8), [begun(engine, ids) for ids in ([1, 2, 3], [4, 5], [6, 7], [8, 9])]
     slab.decode(engines, [6, 7, 8, 9])
+    slab.idle = dict.fromkeys(engines, 3)
     engines.append(begun(engine, [8, 9]))
 
     def interrupted(*_: Any) -> None:
@@ -80,7 +81,7 @@ def test_an_exception_drops_the_caches_of_all(engine, tiny, monkeypatch, step):
         patch.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             slab.decode(engines, [8, 9, 10, 11, 12])
-    assert (slab.members, slab.nbytes) == ([], 0)
+    assert (slab.members, slab.idle, slab.nbytes) == ([], {}, 0)
     assert [(made.length, made.nbytes) for made in engines] == [(0, 0)] * 5
     for made, ids in zip(engines, ([1, 2, 3, 6], [4, 5, 7]), strict=False):
         made.prefill(ids)
