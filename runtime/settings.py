@@ -334,7 +334,6 @@ _VALID: dict[str, tuple[Check, str]] = {
         'a mapping of names to folders such as {"sql": "adapters/sql"}',
     ),
     "verify": (_is(bool), "True, False or None"),
-    "trust": _SWITCH,
     "max_memory": _SIZE,
     "prefix_bytes": _COUNT,
     "max_batch": _SIZE,
