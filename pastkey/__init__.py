@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pastkey.runtime import LanguageModel as LanguageModel
     from pastkey.runtime import aload as aload
     from pastkey.runtime import load as load
+    from pastkey.runtime import sandbox as sandbox
 
     from . import errors as errors
     from . import export as export
@@ -28,7 +29,7 @@ else:
     __all__, __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "pastkey.runtime": ["Completion", "Generator", "LanguageModel", "aload", "load"],
+            "pastkey.runtime": ["Completion", "Generator", "LanguageModel", "aload", "load", "sandbox"],
             ".errors": ["errors"],
             ".export": ["export"],
             ".runtime": ["runtime"],

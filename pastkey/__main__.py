@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -76,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"no command {name!r}; {meant}", "pastkey")
     prog = f"pastkey {name}"
     module, summary = COMMANDS[name]
-    try:
-        command: Command = getattr(importlib.import_module(f"pastkey.{module}"), f"{name}_command")
-        parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
-        command.add_arguments(parser)
-        with _cleaning_up_when_terminated(), _warnings_as_sentences(prog):
+
+    def work() -> int:
+        try:
+            command: Command = getattr(importlib.import_module(f"pastkey.{module}"), f"{name}_command")
+            parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
+            command.add_arguments(parser)
             given = parser.parse_args(rest)
             if name in EXPORTING:
                 from pastkey.exported import exported
@@ -88,15 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if name == "chat":
                     importlib.import_module("jinja2")  # a user without it is told before an export of minutes
                 given.bundle = exported(given.bundle, untrusted=given.untrusted)
-            status = command.run(given)
+            return command.run(given)
+        except ModuleNotFoundError as error:
+            sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
+            raise missing_extra(error, name if name in NEEDED else module.partition(".")[0], *sources) from None
+
+    return guarded(work, prog)
+
+
+def guarded(work: Callable[[], int], prog: str) -> int:
+    """Runs a command's work and returns its exit status: an error is one sentence, which begins with `prog`."""
+    try:
+        with _cleaning_up_when_terminated(), _warnings_as_sentences(prog):
+            status = work()
         sys.stdout.flush()
         return status
     except PastkeyError as error:
         return _fail(str(error), prog)
-    except ModuleNotFoundError as error:
-        sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
-        mended = missing_extra(error, name if name in NEEDED else module.partition(".")[0], *sources)
-        return _fail(_last_resort(error) if mended is error else str(mended), prog)
     except BrokenPipeError:
         # The reader closed the pipe (| head): print nothing, and silence the interpreter's own flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

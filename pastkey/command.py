@@ -172,6 +172,15 @@ def print_text(text: str) -> None:
     print(text.translate(_CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+on_progress: Callable[[], None] | None = None  # set in the process of an untrusted bundle, whose parent waits for it
+
+
+def progressed() -> None:
+    """Tells that a model is loaded, or has made a token: with --untrusted each has the limit of time."""
+    if on_progress is not None:
+        on_progress()
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """Prints the JSON object of --json."""
     print(json.dumps(content, ensure_ascii=False, allow_nan=False), flush=True)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from pastkey.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from . import sandbox as sandbox
     from .async_loading import aload as aload
     from .bulk.generator import Generator as Generator
     from .decoding.asynchronous import AsyncStream as AsyncStream
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     from .model.session import Session as Session
     from .sampling.log_probs import TokenLogprob as TokenLogprob
     from .sandbox.limits import Limits as Limits
-    from .sandbox.limits import LimitsInForce as LimitsInForce
-    from .sandbox.model import SandboxedModel as SandboxedModel
-    from .sandbox.stream import SandboxedStream as SandboxedStream
     from .settings import ChatOptions as ChatOptions
     from .settings import GenerateOptions as GenerateOptions
     from .settings import SamplingConfig as SamplingConfig
@@ -83,9 +81,8 @@ else:
             ".model.scoring": ["Score"],
             ".model.session": ["Session"],
             ".sampling.log_probs": ["TokenLogprob"],
-            ".sandbox.limits": ["Limits", "LimitsInForce"],
-            ".sandbox.model": ["SandboxedModel"],
-            ".sandbox.stream": ["SandboxedStream"],
+            ".sandbox": ["sandbox"],
+            ".sandbox.limits": ["Limits"],
             ".settings": ["ChatOptions", "GenerateOptions", "SamplingConfig", "SamplingOptions"],
             ".text.tool_call_stream": ["ToolCallDelta"],
         },

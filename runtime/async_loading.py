@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Unpack
 
 import pastkey
 
@@ -12,31 +12,9 @@ if TYPE_CHECKING:
 
     from .loading import LoadSettings
     from .model.language_model import LanguageModel
-    from .sandbox.limits import Limits
-    from .sandbox.model import SandboxedModel
 
 
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable, *, trust: Literal[True] = True, **settings: Unpack[LoadSettings]
-) -> LanguageModel: ...
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable,
-    *,
-    trust: Literal[False],
-    limits: Limits | None = None,
-    **settings: Unpack[LoadSettings],
-) -> SandboxedModel: ...
-@overload
-async def aload(
-    path: str | Path | bytes | Traversable,
-    *,
-    trust: bool,
-    limits: Limits | None = None,
-    **settings: Unpack[LoadSettings],
-) -> LanguageModel | SandboxedModel: ...
-async def aload(path: str | Path | bytes | Traversable, **settings: Any) -> LanguageModel | SandboxedModel:
+async def aload(path: str | Path | bytes | Traversable, **settings: Unpack[LoadSettings]) -> LanguageModel:
     """As `load`, for `await`. A thread imports the runtime and loads the bundle while the event loop runs.
 
     Reading tokenizer.json and each library's start hold the GIL; docs/embedding.md says how long. Cancelling the task

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
+from typing import TypedDict
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.values import as_path, or_default, require, shown
+from pastkey.values import or_default
 
 from .decoding.batching.prefix_cache import PREFIX_BYTES
 from .decoding.batching.scheduler import MAX_ROWS
@@ -19,14 +19,13 @@ from .model.signature import require_signature
 from .model.unpack import given_as, tell_as_given, unpacked
 from .options import Choice, PlacementOptions, SessionSettings, require_valid
 
-if TYPE_CHECKING:
-    from .sandbox.limits import Limits
-    from .sandbox.model import SandboxedModel
 
+class LoadSettings(TypedDict, total=False):
+    """The arguments of `load` except `path`."""
 
-class _Further(TypedDict, total=False):
-    """Keyword arguments of `load`, which documents them."""
-
+    providers: Choice | Sequence[Choice] | None
+    threads: int | None
+    verify: bool | None
     key: str | Path | None
     allow_fallback: bool | None
     session_options: SessionSettings | None
@@ -39,46 +38,6 @@ class _Further(TypedDict, total=False):
     adapters: Mapping[str, str | Path] | None
 
 
-class LoadSettings(_Further, total=False):
-    """The arguments of `load` except `path`, `trust` and `limits`."""
-
-    providers: Choice | Sequence[Choice] | None
-    threads: int | None
-    verify: bool | None
-
-
-@overload
-def load(
-    path: str | Path | bytes | Traversable,
-    providers: Choice | Sequence[Choice] | None = None,
-    threads: int | None = None,
-    verify: bool | None = None,
-    *,
-    trust: Literal[True] = True,
-    **further: Unpack[_Further],
-) -> LanguageModel: ...
-@overload
-def load(
-    path: str | Path | bytes | Traversable,
-    providers: Choice | Sequence[Choice] | None = None,
-    threads: int | None = None,
-    verify: bool | None = None,
-    *,
-    trust: Literal[False],
-    limits: Limits | None = None,
-    **further: Unpack[_Further],
-) -> SandboxedModel: ...
-@overload
-def load(
-    path: str | Path | bytes | Traversable,
-    providers: Choice | Sequence[Choice] | None = None,
-    threads: int | None = None,
-    verify: bool | None = None,
-    *,
-    trust: bool,
-    limits: Limits | None = None,
-    **further: Unpack[_Further],
-) -> LanguageModel | SandboxedModel: ...
 def load(
     path: str | Path | bytes | Traversable,
     providers: Choice | Sequence[Choice] | None = None,
@@ -95,10 +54,8 @@ def load(
     max_queue: int | None = None,
     draft: str | Path | bytes | Traversable | LanguageModel | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    trust: bool = True,
-    limits: Limits | None = None,
-) -> LanguageModel | SandboxedModel:
-    """Opens a bundle. None is "not set" for every argument but `path` and `trust`.
+) -> LanguageModel:
+    """Opens a bundle. None is "not set" for every argument but `path`.
 
     Args:
         path: The folder that `pastkey export` wrote, a zip file of it, the bytes of one, or a folder or zip file of
@@ -119,7 +76,7 @@ def load(
             {"session.use_env_allocators": "1"}. Settings that pastkey controls, such as threads, are an error.
         native: Whether pastkey's kernel library runs the bundle: docs/native.md. None uses it where it is installed
             and the bundle has a graph for it, unless the environment variable PASTKEY_NATIVE is 0. True raises a
-            ProviderError where it cannot be used. False, and None with `trust=False`, use onnxruntime's.
+            ProviderError where it cannot be used. False uses onnxruntime's.
         max_memory: Limit in bytes for all caches of the model. A call that might need more raises ResourceError before
             it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
@@ -132,9 +89,6 @@ def load(
             this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.
         adapters: LoRA adapters to load: name -> folder, as for `LanguageModel.load_adapter`.
-        trust: False opens an untrusted bundle in a child process with limits of memory, time and file access, on the
-            CPU, and returns a SandboxedModel: generate, stream, chat and score. docs/security.md has the details.
-        limits: With `trust=False`, the limits of memory and time.
 
     Raises:
         MissingFileError: There is no bundle at `path`.
@@ -143,8 +97,6 @@ def load(
         ProviderError: A provider is unknown, not on this machine, does not start, or does not run the whole graph.
         MissingExtraError: onnxruntime is not installed or older than the bundle needs, or `key` is given and
             cryptography is not installed.
-        UntrustedBundleError: With `trust=False`, the child process exceeds a limit, crashes, or sends an invalid reply.
-            Every call may raise it.
         InputError: An argument is out of range, a session option is unknown or controlled by pastkey, or `draft` has
             another vocabulary or does not fit this bundle.
     """
@@ -155,34 +107,11 @@ def load(
         "session_options": session_options,
         "native": native,
     }
-    require(trust is not None, "trust", trust, "True or False")
     sizes = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch, "max_queue": max_queue}
-    require_valid({**placement, **sizes, "verify": verify, "trust": trust, "adapters": adapters})
-    if trust is not True or limits is not None:
-        _require_untrusted(trust, providers, draft, adapters)
+    require_valid({**placement, **sizes, "verify": verify, "adapters": adapters})
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
     if key is not None and verify is False:
         raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
-    if not trust:
-        from .sandbox.model import open_sandboxed
-
-        return open_sandboxed(
-            load,
-            path,
-            limits,
-            {
-                "threads": None if threads is None else int(threads),  # JSON cannot encode numpy's integers
-                "verify": verify,
-                "key": None if key is None else str(as_path(key, "key", "the path of a PEM file").absolute()),
-                "allow_fallback": placement["allow_fallback"],
-                "session_options": None if session_options is None else dict(session_options),
-                "native": or_default(native, False),
-                "max_memory": None if max_memory is None else int(max_memory),
-                "prefix_bytes": int(prefix_bytes),
-                "max_batch": int(max_batch),
-                "max_queue": None if max_queue is None else int(max_queue),
-            },
-        )
     given = given_as(path)
     folder, temporary = unpacked(given)
     drafts = None
@@ -213,17 +142,3 @@ def load(
             temporary.remove()
             tell_as_given(error, folder, given.name)
         raise
-
-
-def _require_untrusted(
-    trust: bool, providers: Choice | Sequence[Choice] | None, draft: object, adapters: object
-) -> None:
-    """Raises InputError for arguments that an untrusted bundle does not support."""
-    if trust:
-        raise InputError("limits are for a bundle that is not trusted, and trust is True: load it with trust=False")
-    if providers not in (None, "cpu", ["cpu"], ("cpu",)):
-        raise InputError(f"providers is {shown(providers)}; an untrusted bundle runs on the CPU alone: leave it out")
-    if draft is not None:
-        raise InputError("a draft model is of no use to a bundle that is not trusted: leave draft (--draft) out")
-    if adapters:
-        raise InputError("adapters are for a bundle that is trusted: leave adapters (--adapter) out")

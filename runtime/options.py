@@ -205,7 +205,7 @@ _OTHERS: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("threads", "length"), Whole),
     **dict.fromkeys(("max_memory", "max_batch", "chunk_size"), Size),
     **dict.fromkeys(("prefix_bytes", "max_queue"), Count),
-    **dict.fromkeys(("allow_fallback", "native", "verify", "trust", "normalize", "special_tokens_as_text"), Switch),
+    **dict.fromkeys(("allow_fallback", "native", "verify", "normalize", "special_tokens_as_text"), Switch),
     **dict.fromkeys(("system", "name", "call_id"), Annotated[str, "a text"]),
 }
 # fmt: on

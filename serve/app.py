@@ -69,7 +69,12 @@ def application(service: Service) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[cors] if settings.allow_origins else [],
-        exception_handlers={Exception: answer_error, 404: elsewhere, 405: answer_error},
+        # An untrusted bundle has no page: its scripts would have this server's origin.
+        exception_handlers={
+            Exception: answer_error,
+            404: answer_error if settings.untrusted else elsewhere,
+            405: answer_error,
+        },
     )
 
 
@@ -79,7 +84,7 @@ def _endpoint(service: Service, entry: Entry) -> Callable[[Request], Awaitable[R
             require_host(request, service.settings)
             require_origin(request, service.settings)
             if not entry.open:
-                require_key(request, service.settings.keys)
+                require_key(request, service.settings)
             raw = await body_of(request, service.settings) if entry.body is not None else b""
             response = await entry.handler(service, request, raw)
         except Exception as error:

@@ -23,6 +23,7 @@ from pastkey.command import (
 )
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.folder import read_text
+from pastkey.runtime.commands.flags import add_bundle, limits_of
 
 from .settings import ServerSettings, is_loopback
 
@@ -35,7 +36,7 @@ _DEFAULT = ServerSettings()
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", help="a folder that pastkey export wrote")
+    add_bundle(parser)
     add("--host", default=_DEFAULT.host, help="address to listen on (%(default)s)")
     add("--port", metavar="N", type=natural_int, default=_DEFAULT.port, help="port, 0 for a free one (%(default)s)")
     add("--api-key-file", metavar="FILE", help=f"keys that requests must have, one a line (or in ${KEY})")
@@ -76,12 +77,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
 
 
-def settings_of(arguments: argparse.Namespace) -> ServerSettings:
-    """The settings that the flags make. Raises InputError."""
+def settings_of(arguments: argparse.Namespace, **further: Any) -> ServerSettings:
+    """The settings that the flags make, and further ones. Raises InputError."""
     same = ("host", "port", "insecure", "access_log", "max_concurrency", "max_queue", "timeout", "drain_seconds")
+    given: dict[str, Any] = {name: getattr(arguments, name) for name in same} | {"keys": _keys(arguments.api_key_file)}
     return ServerSettings(
-        **{name: getattr(arguments, name) for name in same},
-        keys=_keys(arguments.api_key_file),
+        **given | further,
         names=tuple(arguments.alias or [Path(arguments.bundle).resolve().name]),
         adapters=tuple(name for name, _ in arguments.adapters),
         allow_hosts=tuple(arguments.allow_host),
@@ -138,12 +139,12 @@ def _template_fault(model: LanguageModel) -> str:
     return ""
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def serve_bundle(arguments: argparse.Namespace, settings: ServerSettings, listening: socket.socket) -> None:
+    """Loads the bundle and answers until the command is told to end."""
     from pastkey.runtime import load
 
     from .server import run
 
-    settings = settings_of(arguments)
     placement = placement_of(arguments)
 
     def opened() -> LanguageModel:
@@ -165,12 +166,29 @@ def _run(arguments: argparse.Namespace) -> int:
             say(f"pastkey serve: conversations will be refused: {fault}")
         return model
 
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    if not settings.keys and not is_loopback(settings.host):
+        say("pastkey serve: every machine that reaches this address may ask (--insecure)")
+    run(settings, listening, opened)
+
+
+def _serve_limited(arguments: argparse.Namespace) -> int:
+    """In the process of an untrusted bundle: serves on the socket that the parent opened."""
+    settings = settings_of(arguments, keys=tuple(arguments.keys), key_salt=arguments.salt, untrusted=True)
+    with socket.socket(fileno=arguments.socket) as listening:
+        serve_bundle(arguments, settings, listening)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    limits, settings = limits_of(arguments), settings_of(arguments)
     with listen(settings.host, settings.port) as listening:
-        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-        address = f"http://{shown}:{listening.getsockname()[1]}"
-        if not settings.keys and not is_loopback(settings.host):
-            say("pastkey serve: every machine that reaches this address may ask (--insecure)")
-        run(settings, listening, opened)
+        if limits is not None:
+            from .untrusted import supervise
+
+            return supervise(_serve_limited, arguments, settings, listening, limits)
+        serve_bundle(arguments, settings, listening)
     return 0
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
-from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection, Request
@@ -34,13 +34,24 @@ def require_origin(connection: HTTPConnection, settings: ServerSettings) -> None
         raise RequestError("web pages of other sites may not ask: --allow-origin ORIGIN allows one", status=403)
 
 
-def require_key(connection: HTTPConnection, keys: Sequence[str]) -> None:
+def salted(key: bytes, salt: str) -> str:
+    """A hash of a key, which a process gets in its place that may not know the key."""
+    return hashlib.sha256(salt.encode() + key).hexdigest()
+
+
+def require_key(connection: HTTPConnection, settings: ServerSettings) -> None:
     """Raises RequestError unless the request has one of the keys, compared in constant time."""
+    keys, salt = settings.keys, settings.key_salt
     if not keys:
         return
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
-    sent = (given.encode("latin-1"), given.encode())  # UTF-8 as curl sends it, and Latin-1 as browsers do
+    sent: tuple[bytes, ...] = (
+        given.encode("latin-1"),
+        given.encode(),
+    )  # UTF-8 as curl sends it, and Latin-1 as browsers do
+    if salt:
+        sent = tuple(salted(one, salt).encode() for one in sent)
     wanted = [key.encode(errors="surrogateescape") for key in keys]  # an environment may have any bytes
     if not sum(hmac.compare_digest(one, key) for key in wanted for one in sent):  # each is compared
         raise RequestError(

@@ -19,6 +19,7 @@ class ServerSettings:
         host: The address that it listens on: a loopback one, unless there is a key.
         port: 0 takes a free one.
         keys: A request has one of these; empty for no key.
+        key_salt: If it is not empty, `keys` are `salted` hashes with it.
         insecure: Allows another address than a loopback one without a key.
         names: Model ids that requests may use; /v1/models lists the first.
         adapters: The names of LoRA adapters. A request with one as its model is answered with it.
@@ -34,11 +35,13 @@ class ServerSettings:
         allow_origins: Origins of web pages that may ask.
         access_log: Prints a line for each request.
         defaults: The options of a request that does not set them, in place of the bundle's own.
+        untrusted: Whether the bundle is not trusted: there is no page then, and /health tells more.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     keys: tuple[str, ...] = field(default=(), repr=False)
+    key_salt: str = ""
     insecure: bool = False
     names: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
@@ -53,6 +56,7 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     access_log: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
+    untrusted: bool = False
 
     def __post_init__(self) -> None:
         if both := {*self.names} & {*self.adapters}:

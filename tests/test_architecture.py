@@ -163,9 +163,8 @@ RUNTIME_FLOORS = (
     "speculation",
     "decoding",
     "model",
-    "sandbox",
     "loading",
-    "async_loading bulk",
+    "async_loading bulk sandbox",
     "commands",
 )
 PASTKEY_FLOORS = (

@@ -24,22 +24,14 @@ lm.score("a").total.is_integer()
 
 async def loaded() -> None:
     (await pastkey.aload("bundle", threads=1)).embed("a")
-    (await pastkey.aload("bundle", trust=False)).embed("a")  # type: ignore[attr-defined]
-    await pastkey.aload("bundle", thread=1)  # type: ignore[call-overload]
+    await pastkey.aload("bundle", thread=1)  # type: ignore[call-arg]
 
 
 session = lm.session()
 session.generate(" b", exact=True, timeout=2.0).cached_tokens.bit_length()
 session.generate(reuse_prefix=True)  # type: ignore[call-arg]
 lm.stream("a", max_tokens=3)  # type: ignore[call-arg]
-with pastkey.load("bundle/", trust=False, limits=pastkey.runtime.Limits(seconds=5.0)) as sandboxed:
-    sandboxed.generate("a", max_new_tokens=3).text.upper()
-    sandboxed.generate(["a", "b"])[0].text.upper()
-    next(sandboxed.stream("a", temperature=0.5)).text.upper()
-    sandboxed.chat("be brief").ask("a").text.upper()
-    sandboxed.score("a").total.is_integer()
-    sandboxed.embed("a")  # type: ignore[attr-defined]
-    sandboxed.generate("a", temprature=0.5)  # type: ignore[call-overload]
+pastkey.sandbox.call("score", "bundle/", {"text": "a"}, pastkey.runtime.Limits(seconds=5.0))
 chat = lm.chat("be brief", template="other.jinja")
 chat.ask("a", seed=3, top_k=5).ids.append(3)
 chat.ask("a", sed=3)  # type: ignore[call-arg]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,11 @@ from pastkey.files.folder import sha256
 
 from ..options import MAX_NEW_TOKENS
 from ..settings import CHAT_NEW_TOKENS
-from .flags import add_adapter, add_bundle, add_generation, generation_of, opening_of
+from .flags import add_adapter, add_bundle, add_generation, generation_of, limits_of
 
 if TYPE_CHECKING:
-    from ..bulk.generator import Generator
     from ..bulk.job import Job
-    from .untrusted_rows import SandboxedGenerator
+    from ..bulk.rows import Answer, Row
 
 _EVERY = 10.0  # seconds between two lines of progress
 
@@ -45,37 +45,33 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..bulk.generator import Generator
     from ..bulk.job import open_job, refuse_output, shard_ids
     from ..model.session_file import bundle_digest
-    from .untrusted_rows import SandboxedGenerator
+    from .limited_rows import LimitedGenerator, generator_of
 
-    options = generation_of(arguments)
-    opening = opening_of(arguments)
+    options, limits = generation_of(arguments), limits_of(arguments)
     source, out = Path(arguments.input), Path(arguments.out)
     ids = shard_ids(source, arguments.shard)
     refuse_output(out, source)
-    given: dict[str, Any] = {"exact": arguments.exact, "template": arguments.template, **opening, **options}
-    generator: Generator | SandboxedGenerator
-    if arguments.untrusted:
-        del given["providers"], given["trust"]
-        generator = SandboxedGenerator(arguments.bundle, **given)
-        digest = generator.digest
-    else:
-        generator = Generator(arguments.bundle, **given)
-        digest = bundle_digest(generator.model.bundle)
-    settings: dict[str, Any] = {
-        "shard": arguments.shard,
-        "exact": arguments.exact,
-        "template": None if arguments.template is None else sha256(Path(arguments.template)),
-        "bundle": digest,
-        **json.loads(json.dumps({"seed": 0, **options})),  # as they come back from the file
-    }
-    if arguments.adapter_folder is not None:
-        files = (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS)
-        settings["adapter"] = [sha256(Path(arguments.adapter_folder) / name) for name in files]
-    with open_job(source, out, ids, settings, force=arguments.force) as job:
-        report = {"out": str(out), **answer_all(job, generator), "bundle": digest}
+    with contextlib.ExitStack() as held:
+        if limits is not None:
+            limited = held.enter_context(contextlib.closing(LimitedGenerator(arguments, limits)))
+            digest, answers = limited.digest, limited.answers
+        else:
+            generator = generator_of(arguments)
+            digest, answers = bundle_digest(generator.model.bundle), generator.answers
+        settings: dict[str, Any] = {
+            "shard": arguments.shard,
+            "exact": arguments.exact,
+            "template": None if arguments.template is None else sha256(Path(arguments.template)),
+            "bundle": digest,
+            **json.loads(json.dumps({"seed": 0, **options})),  # as they come back from the file
+        }
+        if arguments.adapter_folder is not None:
+            files = (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS)
+            settings["adapter"] = [sha256(Path(arguments.adapter_folder) / name) for name in files]
+        with open_job(source, out, ids, settings, force=arguments.force) as job:
+            report = {"out": str(out), **answer_all(job, answers), "bundle": digest}
     if arguments.json:
         print_json(report)
     else:
@@ -83,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(0 < report["rows"] == report["errors"])
 
 
-def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str, Any]:
+def answer_all(job: Job, answers: Callable[[Iterator[Row]], Iterator[tuple[Row, Answer]]]) -> dict[str, Any]:
     """Answers what is left. Returns the report: its rows and errors are the job's, the rest is of this run."""
     before, started = job.done, time.monotonic()
     told, tokens = started, {"prompt_tokens": 0, "new_tokens": 0}
@@ -96,7 +92,7 @@ def answer_all(job: Job, generator: Generator | SandboxedGenerator) -> dict[str,
         return {"seconds": seconds, "rows_per_second": rows, "tokens_per_second": new}
 
     try:
-        for row, answer in generator.answers(job.rows()):
+        for row, answer in answers(job.rows()):
             job.add(row, answer)
             for name in tokens:
                 tokens[name] += answer[name] or 0

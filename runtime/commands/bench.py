@@ -18,8 +18,9 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.values import is_int, require
 
 from ..options import PlacementOptions
+from ..sandbox.relay import run_limited
 from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
-from .flags import add_bundle, opening_of
+from .flags import add_bundle, limits_of, opening_of
 
 ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
 
@@ -162,11 +163,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .rerun import rerun
-
+    if (limits := limits_of(arguments)) is not None:
+        return run_limited("bench", _run, arguments, limits, scratch=True)
     opening = opening_of(arguments)
-    if arguments.untrusted:
-        return rerun("bench", _run, arguments, opening["limits"])
     report = bench(arguments.bundle, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, **opening)
     if arguments.json:
         print_json(report.to_json())

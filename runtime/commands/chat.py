@@ -6,11 +6,22 @@ import argparse
 import dataclasses
 from typing import Any, cast
 
-from pastkey.command import Command, add_placement, print_json, say
+from pastkey.command import Command, add_placement, print_json, progressed, say
 from pastkey.errors import InputError
 
+from ..sandbox.relay import run_limited
 from ..settings import CHAT_NEW_TOKENS, ChatOptions
-from .flags import SOURCE, add_adapter, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+from .flags import (
+    SOURCE,
+    add_adapter,
+    add_bundle,
+    add_draft,
+    add_generation,
+    generation_of,
+    limits_of,
+    opening_of,
+    prompt_of,
+)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +45,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.prompt is None:
         raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
+    if (limits := limits_of(arguments)) is not None:
+        return run_limited("chat", _run, arguments, limits, tokens=arguments.max_new_tokens + 1)
     from ..loading import load
     from .terminal import converse, print_answer
 
     options = generation_of(arguments)
     model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
+    progressed()
     options = _with_defaults(options, model.sampling_defaults)
     chat = model.chat(arguments.system, template=arguments.template)
     if arguments.prompt is None:
@@ -48,7 +62,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_answer(chat, prompt, **options)
         return 0
-    answer = chat.ask(prompt, **options)
+    stream = chat.stream(prompt, **options)
+    for _ in stream:
+        progressed()
+    answer = stream.completion
+    assert answer is not None
     found: dict[str, Any] = {
         "messages": chat.messages,
         "text": answer.text,

@@ -24,21 +24,39 @@ SOURCE: Final = (
     "a bundle; or what is exported once and kept: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
 )
 ADAPTER: Final = "adapter"  # the name of --adapter's
+_TRUSTED: Final = ("adapter_folder", "adapters", "draft_bundle", "draft")  # arguments that no untrusted bundle has
 _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": byte_count, "seconds": finite_float}
 
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 def add_bundle(parser: argparse.ArgumentParser, what: str = BUNDLE) -> None:
-    """The bundle (`what` it is), and the flags of an untrusted one: `untrusted`, and `limits` as pairs, or None."""
+    """The bundle (`what` it is), and the flags of an untrusted one."""
+    parser.add_argument("bundle", metavar="BUNDLE", help=what)
+    add_untrusted(parser)
+
+
+def add_untrusted(parser: argparse.ArgumentParser) -> None:
+    """The flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help=what)
     add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
     meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 
 
-def limits_of(arguments: argparse.Namespace) -> Limits:
-    """What --limit was set to. Raises InputError."""
+def limits_of(arguments: argparse.Namespace) -> Limits | None:
+    """The limits of an untrusted bundle, None for a trusted one. Raises InputError for flags that do not fit."""
+    if not arguments.untrusted:
+        if arguments.limits:
+            raise InputError("--limit is for a bundle that is not trusted: add --untrusted")
+        return None
+    for name in _TRUSTED:
+        if getattr(arguments, name, None):
+            flag = "--adapter" if name.startswith("adapter") else "--draft"
+            raise InputError(f"{flag} is for a bundle that is trusted: leave it out, or --untrusted")
+    if arguments.provider not in (None, "cpu") or arguments.provider_options:
+        raise InputError(
+            f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
+        )
     found: dict[str, Any] = {}
     for name, text in arguments.limits or ():
         try:
@@ -51,18 +69,8 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 
 
 def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the bundle runs, whether it is trusted, and its adapter, as `load` takes it. Raises InputError."""
+    """Where the bundle runs, and its adapter, as `load` takes it. Raises InputError."""
     placement, adapter = placement_of(arguments), getattr(arguments, "adapter_folder", None)
-    if arguments.untrusted:
-        if adapter is not None:
-            raise InputError("--adapter is for a bundle that is trusted: leave it out, or --untrusted")
-        if arguments.provider not in (None, "cpu") or arguments.provider_options:
-            raise InputError(
-                f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
-            )
-        return {**placement, "trust": False, "limits": limits_of(arguments)}
-    if arguments.limits:
-        raise InputError("--limit is for a bundle that is not trusted: add --untrusted")
     return placement if adapter is None else {**placement, "adapters": {ADAPTER: adapter}}
 
 

@@ -22,7 +22,8 @@ from pastkey.errors import NumericsError, ProviderError
 from pastkey.precisions import PRECISIONS
 
 from ..options import PlacementOptions
-from .flags import add_bundle, opening_of
+from ..sandbox.relay import run_limited
+from .flags import add_bundle, limits_of, opening_of
 
 if TYPE_CHECKING:
     from ..engine.decoder_graph import DecoderGraph
@@ -251,11 +252,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .rerun import rerun
-
+    if (limits := limits_of(arguments)) is not None:
+        return run_limited("inspect", _run, arguments, limits, scratch=True)
     opening = opening_of(arguments)
-    if arguments.untrusted:
-        return rerun("inspect", _run, arguments, opening["limits"])
     inspection = inspect(arguments.bundle, **opening)
     if arguments.json:
         print_json(inspection.to_json())

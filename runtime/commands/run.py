@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from pastkey.command import Command, add_placement, id_list, print_json, print_text
+from pastkey.command import Command, add_placement, id_list, print_json, print_text, progressed
 from pastkey.contract import names
 
-from .flags import SOURCE, add_adapter, add_bundle, add_draft, add_generation, generation_of, opening_of, prompt_of
+from ..sandbox.relay import run_limited
+from .flags import (
+    SOURCE,
+    add_adapter,
+    add_bundle,
+    add_draft,
+    add_generation,
+    generation_of,
+    limits_of,
+    opening_of,
+    prompt_of,
+)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,23 +38,30 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if (limits := limits_of(arguments)) is not None:
+        return run_limited("run", _run, arguments, limits, tokens=arguments.max_new_tokens + 1)
     from ..loading import load
 
     prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)
     options = generation_of(arguments)
     model = load(arguments.bundle, draft=arguments.draft_bundle, **opening_of(arguments))
-    if arguments.json:
-        completion = dataclasses.asdict(model.generate(prompt, **options))
-        for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
-            del completion[name]
-        if arguments.logprobs is None:
-            del completion["logprobs"]
-        print_json(completion)
+    progressed()
+    stream = model.stream(prompt, **options)
+    is_text = names.TOKENIZER in model.manifest.files
+    for chunk in stream:
+        progressed()
+        if not arguments.json:
+            print_text(chunk.text if is_text else "".join(f"{token} " for token in chunk.ids))
+    if not arguments.json:
+        print()
         return 0
-    for chunk in model.stream(prompt, **options):
-        text = chunk.text if names.TOKENIZER in model.manifest.files else "".join(f"{token} " for token in chunk.ids)
-        print_text(text)
-    print()
+    assert stream.completion is not None
+    completion = dataclasses.asdict(stream.completion)
+    for name in ("cached_tokens", "tool_calls", "prompt_logprobs"):  # none: nothing came before, nor was asked for
+        del completion[name]
+    if arguments.logprobs is None:
+        del completion["logprobs"]
+    print_json(completion)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
-from pastkey.command import decode_input, print_text, say
+from pastkey.command import decode_input, print_text, progressed, say
 from pastkey.errors import InputError, PastkeyError
 
 from ..decoding.completion import Completion
@@ -70,6 +70,7 @@ def print_answer(
     """Prints the answer to `text` as it comes, until it ends or `interrupted` is set. Returns what was printed."""
     with chat.stream(text, **options) as answer:
         for chunk in answer:
+            progressed()
             print_text(chunk.text)
             if interrupted is not None and interrupted.is_set():
                 break

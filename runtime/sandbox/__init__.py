@@ -1,7 +1,21 @@
-"""Runs an untrusted bundle in a child process with limits; the parent validates every reply.
+"""Runs an untrusted bundle in a child process with limits.
+
+    import pastkey
+    pastkey.sandbox.call("generate", "bundle", {"prompt": "Once upon a time", "max_new_tokens": 8})["text"]
 
 - `limits`: what is asked for and what is in force; `landlock`, `rlimits`: how the child puts limits on itself.
-- `frames`, `protocol`: the messages between the two, and their types.
-- `child`, `server`: the process, and what it answers; `process`, `connection`: how it is started, asked and ended.
-- `model`, `stream`, `chat_format`: what an application holds.
+- `child`: the process, which runs one function; `process`, `parent`: how it is started, read and ended.
+- `frames`: what it writes. Its parent makes text of it (`relay`), or JSON (`calls`), and believes none of it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pastkey.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .calls import call as call
+    from .limits import Limits as Limits
+else:
+    __all__, __getattr__, __dir__ = lazy_names(__name__, {".calls": ["call"], ".limits": ["Limits"]})

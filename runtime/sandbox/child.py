@@ -1,4 +1,4 @@
-"""The process of an untrusted bundle: it puts limits on itself, opens the bundle, and answers.
+"""The process of an untrusted bundle: it puts limits on itself, and runs one function, which opens the bundle.
 
 Landlock binds the thread that asks for it and those that it starts later, so that all of this comes before numpy or
 onnxruntime is imported: what stands at the top of this file imports neither.
@@ -6,7 +6,10 @@ onnxruntime is imported: what stands at the top of this file imports neither.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
+import io
 import json
 import os
 import sys
@@ -14,17 +17,22 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
+from pastkey import command
+from pastkey.__main__ import guarded
 from pastkey.contract.names import MANIFEST
+from pastkey.errors import IntegrityError, PastkeyError, UntrustedBundleError, first_line, missing_extra
 from pastkey.files.folder import hub_files
 from pastkey.files.memory import available_memory
 
-from ..model.unpack import unpack
+from ..model.unpack import tell_as_given, unpack
 from . import landlock, rlimits
-from .frames import failure_of, message, read_frame, write_frame
+from .frames import ERROR, LIMITS, LINE, LONGEST, OUT, PROGRESS, FrameWriter
 from .limits import Limits, LimitsInForce, default_memory
 
+# In what an error says where memory has run out.
+_NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
 _SCRATCH: Final = 200_000_000  # bytes of a file that may be written
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
 # What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
@@ -35,31 +43,110 @@ _SYSTEM: Final = (
 
 
 def main(lifeline: int) -> None:
-    """Answers until the questions end.
+    """Reads its job from standard input, puts the limits on itself, and runs the job's function.
 
     Args:
         lifeline: A descriptor that is closed with the parent's last breath, or 0.
     """
     _end_with_parent(lifeline)
-    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    source, frames = os.fdopen(os.dup(0), "rb"), FrameWriter(os.fdopen(os.dup(1), "wb"))
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)  # a library may print
-    asked = read_frame(source, json.loads, lambda: sys.maxsize)
-    if asked is None:
-        return
-    number = asked["id"]
-    try:
-        in_force, path = limited(asked["given"])
-        from .server import Server
+    job = json.loads(source.readline())
+    terminal = job["terminal"]
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(source, frames, terminal)), encoding="utf-8")
+    sys.stdout, sys.stderr = (  # JSON may hold half of a surrogate pair
+        io.TextIOWrapper(
+            io.BufferedWriter(_Output(kind, frames, terminal)), "utf-8", "backslashreplace", line_buffering=terminal
+        )
+        for kind in (OUT, ERROR)
+    )
+    command.on_progress = lambda: frames.write(PROGRESS)
 
-        server = Server(path, source, target)
-        rlimits.limit_memory(in_force.memory or 0, _size_of(path), final=True)
-        write_frame(target, message({"id": number, "value": vars(in_force)}))
-    except BaseException as error:
-        write_frame(target, message({"id": number, "failure": failure_of(error)}, ascii_only=True))
-        return
-    server.serve()
+    def work() -> int:
+        in_force, path = limited(job)
+        try:
+            function = function_of(job["run"])
+            rlimits.limit_memory(in_force.memory or 0, _size_of(path), final=True)
+            frames.write(LIMITS, json.dumps(vars(in_force)).encode())
+            return int(function(argparse.Namespace(**{**job["given"], "bundle": str(path)})))
+        except Exception as error:
+            tell_as_given(error, path, job["name"])
+            if isinstance(error, ModuleNotFoundError):
+                raise missing_extra(error, job["run"].split(".")[1]) from None
+            if is_out_of_memory(error):
+                raise UntrustedBundleError(
+                    f"the process of the untrusted bundle {job['name']} has not the memory ({first_line(error)}); "
+                    f"{in_force}: do not use it, or raise memory where it is known to be good"
+                ) from None
+            raise
+
+    status = guarded(work, job["prog"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a library's threads may not end
+
+
+class _Input(io.RawIOBase):
+    """Lines that the parent sends, one when it is asked for."""
+
+    def __init__(self, source: BinaryIO, frames: FrameWriter, terminal: bool) -> None:
+        self._source, self._frames, self._terminal = source, frames, terminal
+        self._is_whole = True  # the last line
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether the parent's input is a terminal."""
+        return self._terminal
+
+    def readinto(self, buffer: Any) -> int:
+        """See RawIOBase."""
+        if self._is_whole:
+            self._frames.write(LINE)
+        piece = self._source.read1(len(buffer))  # type: ignore[attr-defined]
+        buffer[: len(piece)] = piece
+        self._is_whole = piece.endswith(b"\n")
+        return len(piece)
+
+
+class _Output(io.RawIOBase):
+    """What is printed, as frames."""
+
+    def __init__(self, kind: bytes, frames: FrameWriter, terminal: bool) -> None:
+        self._kind, self._frames, self._terminal = kind, frames, terminal
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def isatty(self) -> bool:
+        """Whether the parent's input and output are a terminal."""
+        return self._terminal
+
+    def write(self, content: Any) -> int:
+        """See RawIOBase."""
+        piece = bytes(content[:LONGEST])
+        self._frames.write(self._kind, piece)
+        return len(piece)
+
+
+def function_of(name: str) -> Any:
+    """The function of "module:name". What the bundle needs is imported with it, since the bound of memory follows."""
+    module, _, inner = name.partition(":")
+    for needed in ("pastkey.runtime.loading", "pastkey.runtime.text.chat_format"):
+        importlib.import_module(needed)
+    return getattr(importlib.import_module(module), inner)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory has run out."""
+    # Other sentences of pastkey quote what a user wrote.
+    quotes = isinstance(error, PastkeyError) and not isinstance(error, IntegrityError)
+    return isinstance(error, MemoryError) or (not quotes and any(sign in str(error) for sign in _NO_MEMORY))
 
 
 def _end_with_parent(lifeline: int) -> None:

@@ -1,82 +1,41 @@
-"""Messages between a model and its process: the length of a JSON object (4 bytes, little-endian), and the object.
+"""What the child writes to its parent: frames of a kind (1 byte), a length (4 bytes, little-endian) and a content.
 
-Standard library only: the process reads its first message before any library has started a thread.
+Standard library only: the child writes before it has put limits on itself.
 """
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, Final
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO, Final
 
-from pastkey.errors import IntegrityError, PastkeyError, first_line
-
-HEADER: Final = struct.Struct("<I")
-# In what an error says where memory has run out.
-_NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
-
-
-class MalformedError(Exception):
-    """The bytes that came are not a message."""
+HEADER: Final = struct.Struct("<cI")
+LONGEST: Final = 1 << 20  # bytes of a content
+LIMITS, OUT, ERROR, PROGRESS, LINE = b"l", b"o", b"e", b"p", b"?"
+KINDS: Final = (LIMITS, OUT, ERROR, PROGRESS, LINE)  # OUT and ERROR are printed text, LINE asks for a line of input
+END, INVALID = b"", b"!"  # what `read_frames` yields last
 
 
-def message(content: Mapping[str, Any], *, ascii_only: bool = False) -> bytes:
-    """One message.
+class FrameWriter:
+    """Writes frames, from any thread."""
 
-    Half of a surrogate pair passes with `ascii_only`, and is a UnicodeEncodeError without. What JSON does not write is
-    a TypeError, ValueError or RecursionError.
-    """
-    text = json.dumps(content, ensure_ascii=ascii_only).encode()
-    if len(text) >= 1 << 32:
-        raise ValueError("4 GB and more")
-    return HEADER.pack(len(text)) + text
+    def __init__(self, target: BinaryIO) -> None:
+        self._target, self._lock = target, threading.Lock()
 
-
-def write_frame(stream: BinaryIO, sent: bytes) -> None:
-    """Writes what `message` made."""
-    stream.write(sent)
-    stream.flush()
+    def write(self, kind: bytes, content: bytes = b"") -> None:
+        """Writes one frame, at once."""
+        with self._lock:
+            self._target.write(HEADER.pack(kind, len(content)) + content)
+            self._target.flush()
 
 
-def read_frame(stream: BinaryIO, parse: Callable[[bytes], Any], most: Callable[[], int]) -> dict[str, Any] | None:
-    """Reads one message, or None at the end.
-
-    Args:
-        stream: Where it comes from.
-        parse: Reads JSON.
-        most: How many bytes of JSON are accepted; asked when a message comes.
-
-    Raises:
-        MalformedError: It is longer, or cut short, or no JSON object.
-    """
-    header = stream.read(HEADER.size)
-    if not header:
-        return None
-    if len(header) < HEADER.size:
-        raise MalformedError("a message that was cut short")
-    (length,) = HEADER.unpack(header)
-    if length > most():
-        raise MalformedError(f"a message of {length:,} bytes")
-    text = stream.read(length)
-    if len(text) < length:
-        raise MalformedError("a message that was cut short")
-    try:
-        content = parse(text)
-    except Exception as error:
-        raise MalformedError(f"{error}") from None
-    if not isinstance(content, dict):
-        raise MalformedError("a message that is not an object")
-    return content
-
-
-def failure_of(error: BaseException) -> dict[str, str]:
-    """An error as a Failure: a sentence by its class, or what the memory or a fault says."""
-    words, name = str(error).encode("utf-8", "replace").decode(), type(error).__name__
-    # Other sentences of pastkey quote what a user wrote.
-    quotes = isinstance(error, PastkeyError) and not isinstance(error, IntegrityError)
-    if isinstance(error, MemoryError) or (not quotes and any(sign in words for sign in _NO_MEMORY)):
-        return {"kind": "memory", "sentence": first_line(Exception(words or name))}
-    if isinstance(error, PastkeyError):
-        return {"kind": name, "sentence": words}
-    return {"kind": "fault", "sentence": f"{name}: {first_line(Exception(words or name))}"}
+def read_frames(source: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
+    """The frames until the end, of a cut one what came. The last has the kind END, or INVALID for any other bytes."""
+    while len(header := source.read(HEADER.size)) == HEADER.size:
+        kind, length = HEADER.unpack(header)
+        if kind not in KINDS or length > LONGEST:
+            yield INVALID, b""
+            return
+        yield kind, source.read(length)
+    yield END, b""

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,16 +24,19 @@ BOOT: Final = (
     "from pastkey.runtime.sandbox.child import main; main(int(sys.argv[2]))"
 )
 # What the process imports, and where that lies is what it may read beside Python itself and the bundle.
-_PACKAGES: Final = ("numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi")
+_PACKAGES: Final = (
+    "numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi",
+    "starlette", "uvicorn", "h11", "pydantic", "pydantic_core", "prometheus_client", "anyio", "click",
+)  # fmt: skip
 # Of the environment it gets these alone: no key, no address, no home.
 _KEPT: Final = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT", "PASTKEY_TRACEBACK")
 _KEPT_PREFIXES: Final = ("OMP_", "OPENBLAS_", "MKL_", "TOKENIZERS_", "RAYON_")
 
 
-def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
+def started(name: str, descriptors: Sequence[int] = ()) -> tuple[subprocess.Popen[bytes], int | None]:
     """The process, and a descriptor whose other end it holds: it ends with this one's last breath.
 
-    Raises UntrustedBundleError, which calls the bundle `name`.
+    It inherits `descriptors`. Raises UntrustedBundleError, which calls the bundle `name`.
     """
     if not sys.executable or getattr(sys, "frozen", False):
         raise UntrustedBundleError(
@@ -49,9 +53,9 @@ def started(name: str) -> tuple[subprocess.Popen[bytes], int | None]:
             stdout=subprocess.PIPE,
             stderr=None if "PASTKEY_TRACEBACK" in environment else subprocess.DEVNULL,
             cwd=os.sep,
-            env={**environment, "ORT_DISABLE_TELEMETRY": "1"},
-            pass_fds=() if own is None else (own,),
-            start_new_session=True,  # no terminal, no Ctrl-C
+            env={**environment, "ORT_DISABLE_TELEMETRY": "1", "PASTKEY_NATIVE": "0"},
+            pass_fds=(*descriptors, *(() if own is None else (own,))),
+            start_new_session=True,  # no terminal, and Ctrl-C only from the parent
         )
     except OSError as error:
         if lifeline is not None:
@@ -88,7 +92,8 @@ def libraries() -> tuple[list[str], list[list[str]]]:
     Returns:
         Folders for `sys.path`, first that of this pastkey; and pairs of a path and "read" or "list".
     """
-    packages = [Path(pastkey.__file__).resolve().parent, Path(__file__).resolve().parent.parent]
+    runtime = Path(__file__).resolve().parent.parent
+    packages = [Path(pastkey.__file__).resolve().parent, runtime, runtime.with_name("serve")]
     roots = [str(packages[0].parent)]
     rights = [[str(package), "read"] for package in packages]
     for name in _PACKAGES:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-DESCRIPTORS: Final = 256
+DESCRIPTORS: Final = 1024
 _ADDRESSES: Final = 2_000_000_000  # bytes of address space beside the memory: stacks, reserved by malloc and not used
 
 

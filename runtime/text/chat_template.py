@@ -16,7 +16,7 @@ from pastkey.errors import InputError
 from pastkey.files.folder import read_json, read_text
 from pastkey.values import as_path
 
-from .environment import MAX_OUTPUT, MAX_SOURCE, MAX_WORK, allow, environment, plain
+from .environment import MAX_OUTPUT, MAX_SOURCE, environment, plain
 
 # "role" ("system", "user", "assistant" or "tool") and "content", a text or its parts; "tool_calls" and other keys that
 # the template reads.
@@ -49,13 +49,17 @@ class ChatTemplate:
             )
         self.source = source
         self._special_tokens = dict(special_tokens or {})
-        allow(MAX_OUTPUT)  # constants that take more are computed when they are rendered
         try:
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(made.parse(source)))
+            reader = jinja2.meta.TrackingCodeGenerator(made)  # as find_undeclared_variables, which computes constants
+            reader.optimizer = None
+            reader.visit(made.parse(source))
+            self.variables = frozenset(reader.undeclared_identifiers)
             self._template = made.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             reason = (error.message or "")[:1000]
             raise InputError(f"the chat template is not valid Jinja: {reason} (line {error.lineno})") from None
+        except MemoryError:
+            raise
         except Exception as error:  # Python's limits, such as too many nested blocks
             raise InputError(f"the chat template cannot be compiled: {_reason(error)}") from None
 
@@ -99,13 +103,14 @@ class ChatTemplate:
             values = {"add_generation_prompt": not continue_final_message} | plain(variables)
             values |= {"messages": given, "tools": _listed(tools), "documents": _listed(documents)}
             pieces, length = [], 0
-            allow(MAX_WORK)
             for piece in self._template.generate(self._special_tokens | values):
                 length += len(piece)
                 if length > MAX_OUTPUT:
                     raise ValueError(f"it writes more than {MAX_OUTPUT:,} characters")
                 pieces.append(piece)
             text = "".join(pieces)
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program and may raise anything
             raise InputError(f"the chat template does not take this conversation: {_reason(error)}") from None
         return _up_to_mark(text, content) if continue_final_message else text

@@ -45,7 +45,11 @@ async def health(service: Service, request: Request, raw: bytes) -> Response:
     del request, raw
     if service.model.closed:
         raise RequestError("the model is closed", status=503)
-    return JSONResponse({"status": "ok"})
+    found: dict[str, Any] = {"status": "ok"}
+    if service.settings.untrusted:  # its parent ends a server whose requests do not go on
+        activity = service.model.activity
+        found |= {"running": activity.running, "steps": activity.steps}
+    return JSONResponse(found)
 
 
 async def metrics(service: Service, request: Request, raw: bytes) -> Response:

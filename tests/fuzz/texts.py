@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import warnings
 from collections.abc import Mapping
 
 from pastkey.contract import names
-from pastkey.errors import LimitWarning, UntrustedBundleError
 from pastkey.export.measure.texts import encode_file
-from pastkey.runtime import Limits, load
 from pastkey.runtime.bulk.job import Job
 from pastkey.runtime.bulk.rows import answered_line, error_of, parse_request, read_rows
-from pastkey.runtime.sandbox.model import SandboxedModel
+from pastkey.runtime.text.chat_template import ChatTemplate, read_template
 from pastkey.runtime.text.codec import TextCodec
 from pastkey.runtime.text.messages import read_messages
 from pastkey.train.data.sources import open_corpus, survey
@@ -38,20 +34,7 @@ def _rows(content: bytes) -> object:
 
 
 def _template(content: bytes) -> object:
-    """In the child process: a template may loop or take memory, which the process's limits end in a sentence."""
-    try:
-        return _sandboxed().chat_format(written("template.jinja", content)).render(MESSAGES)
-    except UntrustedBundleError:
-        _sandboxed.cache_clear()
-        raise
-
-
-@functools.cache
-def _sandboxed() -> SandboxedModel:
-    limits = Limits(memory=1_000_000_000, seconds=5.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LimitWarning)
-        return load(bundle_folder(), threads=1, trust=False, limits=limits)
+    return ChatTemplate(read_template(written("template.jinja", content))).render(MESSAGES)
 
 
 def _calibration(content: bytes) -> object:
@@ -78,7 +61,7 @@ def _output(content: bytes) -> object:
 
 
 TEXTS: Mapping[str, Target] = {
-    "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text),
+    "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text, native=True),
     "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
     "rows": Target(_rows, json_bytes({"messages": MESSAGES}), mutate_json),
     "calibration": Target(_calibration, lambda: CORPUS.encode(), mutate_text),

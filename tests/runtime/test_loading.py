@@ -226,4 +226,4 @@ def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected
 
     assert asyncio.run(load_beside_others()) == expected
     with pytest.raises(InputError, match="threads is 'a'"):
-        asyncio.run(pastkey.aload(speaking_bundle.path, threads="a"))  # type: ignore[call-overload]
+        asyncio.run(pastkey.aload(speaking_bundle.path, threads="a"))  # type: ignore[arg-type]

@@ -225,8 +225,7 @@ Call = Callable[[World, Any], Any]
 
 # Where a parameter is checked: the call, the key word of the error, and values.
 REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
-    (lambda w, x: load(w.bundle, trust=x), "trust", SWITCH),
-    (lambda w, x: load(w.bundle, allow_fallback=x, trust=False), "allow_fallback", SWITCH),
+    (lambda w, x: load(w.bundle, allow_fallback=x), "allow_fallback", SWITCH),
     (lambda w, x: load(w.bundle, providers=x), "providers", ({"cpu": {}},)),
     (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, [1], 2.5)),
     (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),

@@ -32,10 +32,7 @@ ROOMS = ("export", "runtime", "pastkey", "train", "serve", "see", "web")
 LEFT_OUT = (
     "export/graft/time_axis/step/rope.py",
     "export/graph/write/embedding_rows.py",
-    "runtime/commands/rerun.py",
-    "runtime/commands/untrusted_rows.py",
     "runtime/decoding/batching/pace.py",
-    "runtime/sandbox/",
     "runtime/speculation/worth.py",
     "see/panels.py",
     "see/pictures.py",

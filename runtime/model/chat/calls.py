@@ -1,4 +1,4 @@
-"""Stateless calls: messages in, a completion out. LanguageModel and SandboxedModel have them."""
+"""Stateless calls: messages in, a completion out. LanguageModel has them."""
 
 from __future__ import annotations
 

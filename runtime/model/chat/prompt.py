@@ -79,7 +79,7 @@ class ChatPrompt:
 
 
 class ChatModel(Protocol):
-    """The interface of a conversation to its model. LanguageModel and SandboxedModel implement it."""
+    """The interface of a conversation to its model. LanguageModel implements it."""
 
     @property
     def manifest(self) -> Manifest:

@@ -1,28 +1,33 @@
-"""Commands with --untrusted: the bundle is opened in a process with limits, and what it says is looked at."""
+"""Commands with --untrusted: each runs in a process with limits, and its parent passes on what it prints."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime.commands.flags import limits_of
-from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 
 from ..sandbox import conftest as bundles
 
-hostile, talking_bundle = bundles.hostile, bundles.talking_bundle
+acting, hostile, talking_bundle = bundles.acting, bundles.hostile, bundles.talking_bundle
 UNTRUSTED = ("--untrusted", "--limit", "seconds=60")
 
 
 def test_what_limit_says():
-    def given(*pairs: tuple[str, str]) -> Limits:
-        return limits_of(argparse.Namespace(limits=pairs))
+    def given(*pairs: tuple[str, str]) -> Limits | None:
+        flags = {"untrusted": True, "provider": "cpu", "provider_options": None}
+        return limits_of(argparse.Namespace(limits=pairs, **flags))
 
     assert given() == Limits()
     assert given(("memory", "4e9"), ("seconds", "2.5")) == Limits(4_000_000_000, 2.5)
@@ -64,7 +69,7 @@ REFUSED = {
     "no such limit": (("--untrusted", "--limit", "colour=2"), "--limit colour=2 was given; memory=BYTES or seconds=S"),
     "no number": (("--untrusted", "--limit", "memory=much"), "--limit memory=much was given"),
     "no time": (("--untrusted", "--limit", "seconds=-1"), "seconds is -1.0"),
-    "an option": (("--untrusted", "--provider-option", "a=b"), "--provider-option is for an execution provider"),
+    "an option": (("--untrusted", "--provider-option", "a=b"), "an untrusted bundle runs on the CPU alone"),
     "a provider": (("--untrusted", "--provider", "cuda"), "an untrusted bundle runs on the CPU alone"),
 }
 
@@ -80,13 +85,89 @@ def test_flags_that_do_not_fit(command, talking_bundle, tmp_path, name, case):
     assert words in err
 
 
-def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, monkeypatch):
-    hook = "from pastkey.runtime.commands import rerun\n"
-    hook += "rerun.run_here = lambda *_, **__: dict(status=77, out='a\\x1b[31mé\\n', error='b\\x07\\n')\n"
-    monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
-    found: tuple[Any, ...] = command("inspect", talking_bundle.path, "--untrusted")
-    assert found[:2] == (2, "a?[31mé\n")
-    assert found[2].endswith("b?\n")
+def test_the_prompt_of_standard_input(talking_bundle):
+    """Whose last line has no end."""
+    command = [sys.executable, "-m", "pastkey", "run", talking_bundle.path, "--prompt", "-", "--max-new-tokens", "3"]
+    for text in ("hello", "hello\n"):
+        plain, limited = (
+            subprocess.run([*command, *more], input=text, capture_output=True, text=True, check=True).stdout
+            for more in ((), UNTRUSTED)
+        )
+        assert plain == limited
+
+
+def test_a_conversation_is_not_ended_while_the_user_thinks(talking_bundle):
+    command = [sys.executable, "-m", "pastkey", "chat", talking_bundle.path, "--untrusted", "--limit", "seconds=2"]
+    with subprocess.Popen([*command, "--max-new-tokens", "3"], stdin=-1, stdout=-1) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        for _ in range(2):
+            chat.stdin.write(b"hi\n")
+            chat.stdin.flush()
+            assert len(chat.stdout.readline().decode()) == 4
+            time.sleep(2.5)
+        chat.stdin.close()
+        assert chat.wait(60) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_at_a_terminal(talking_bundle):
+    """The prompt comes without the end of a line, Ctrl-C stops an answer and no more, and Ctrl-D ends."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if not pid:
+        flags = ("chat", str(talking_bundle.path), "--untrusted", "--max-new-tokens", "500", "--min-new-tokens", "400")
+        os.execv(sys.executable, [sys.executable, "-m", "pastkey", *flags])
+    seen = b""
+
+    def until(words: bytes) -> None:
+        nonlocal seen
+        while words not in seen:
+            seen += os.read(terminal, 1000)
+        seen = seen.partition(words)[2]
+
+    until(b"ends.\r\n> ")
+    os.write(terminal, b"\x03")
+    until(b"Ctrl-C once more ends")
+    until(b"> ")
+    os.write(terminal, b"hello\n")
+    until(b"\r\n> ")
+    os.write(terminal, b"\x04")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+# --- a process that was taken over --------------------------------------------------------------------------------
+def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, acting):
+    acting("print('a\\x1b[31mé\\x9b\\r', flush=True); print('b\\x07', file=sys.stderr, flush=True); os._exit(1)")
+    assert command("inspect", talking_bundle.path, "--untrusted") == (1, "a�[31mé��\n", "b�\n")
+
+
+PRINTED = {
+    "print('x' * 10_000_000)": (0, 10_000_001, ""),
+    "while True: print('x' * 100_000)": (2, 16_000_000, "printed more than 16,000,000 bytes, and was ended"),
+    "while True: print('x' * 100, file=sys.stderr)": (2, 0, "printed more than 16,000,000 bytes, and was ended"),
+    "frame(b'o', 'é'.encode()[:1]); os.kill(0, signal.SIGKILL)": (2, 1, "was ended by SIGKILL"),
+    "raw(b'o\\x09\\0\\0\\0ab'); os._exit(0)": (0, 2, ""),
+    "os._exit(77)": (2, 0, "ended with status 77; limits in force"),
+    "while True: frame(b'p'); time.sleep(0.2)": (2, 0, "gave no answer within 3 s, and was ended"),
+    "time.sleep(99)": (2, 0, "gave no answer within 3 s, and was ended"),
+    "while True: frame(b'?'); time.sleep(0.2)": (2, 0, "gave no answer within 3 s, and was ended"),
+}
+
+
+@pytest.mark.parametrize("program", PRINTED)
+def test_what_a_process_prints_and_how_it_ends(command, talking_bundle, acting, monkeypatch, program):
+    status, length, words = PRINTED[program]
+    acting(program)
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        found = command("run", talking_bundle.path, "--prompt", "a", "--untrusted", "--limit", "seconds=3")
+    assert found[0] == status
+    assert length - 2_000_000 < len(found[1]) <= length
+    assert words in found[2]
+    assert not found[1] or set(found[1]) <= set("x\nab�")
 
 
 # --- rows of a batch ----------------------------------------------------------------------------------------------
@@ -107,30 +188,44 @@ def test_rows_are_answered_in_the_process(command, talking_bundle, tmp_path):
     assert [row["id"] for row in answers[1].values() if row["error"] is not None] == ["line-5"]
 
 
-HONEST = "{'place': 0, 'answer': dict(text='a', finish_reason='stop', prompt_tokens=1, new_tokens=1, error=None)}"
+BEGUN = "input = sys.stdin.buffer; print(json.dumps({'digest': 'x'}), flush=True); input.readline()\n"
+HONEST = "dict(id='line-1', text='a', finish_reason='stop', prompt_tokens=1, new_tokens=1, error=None)"
 
 
 @pytest.mark.parametrize(
-    ("answers", "words"),
+    ("program", "words"),
     [
-        ("os._exit(5)", "asked to answer rows, ended with status 5; limits in force"),
-        ("iter([])", "left rows without an answer"),
-        (f"iter([{HONEST}, {HONEST}])", "answered a row that was not asked for"),
-        (f"iter([{HONEST.replace('text=', 'id=5, text=')}])", "gave an answer that is none (answer has an unkn"),
+        ("os._exit(5)", "ended with status 5"),
+        ("", "left rows without an answer"),
+        (f"print(json.dumps({HONEST.replace('line-1', 'line-3')}))", "answered a row that was not asked for"),
+        (f"print(json.dumps({HONEST})); print(json.dumps({HONEST}))", "answered a row that was not asked for"),
+        (f"print(json.dumps({HONEST.replace('text=', 'b=5, text=')}))", "gave an answer that is none (an answer has"),
+        (f"print(json.dumps({HONEST.replace(repr('line-1'), '[1]')}))", "answered a row that was not asked for"),
+        ("print('x' * 17_000_000)", "gave an answer of more than 16,000,000 bytes"),
+        ("print('{', flush=True); time.sleep(99)", "gave an answer that is none ("),
+        ("time.sleep(99)", "gave no answer within 2 s"),
     ],
 )
-def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp_path, monkeypatch, answers, words):
+def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp_path, acting, program, words):
     """And is no row's own error; nor is the bundle opened here instead."""
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "ab"}\n')
-    hook = "import os\nfrom pastkey.runtime.commands import untrusted_rows\n"
-    hook += f"untrusted_rows.answer_here = lambda *_, **__: {answers}\n"
-    monkeypatch.setattr(process, "BOOT", bundles.hooked(hook))
-    status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, "--untrusted")
+    source.write_text('{"prompt": "ab"}\n{"prompt": "b"}\n')
+    acting(BEGUN + program)
+    flags = ("--exact", "--untrusted", "--limit", "seconds=2")
+    status, _, err = command("batch", talking_bundle.path, source, "--out", out, "--threads", 1, *flags)
     assert status == 2
     assert words in err
-    honest = answers.count("'place': 0") == 2  # the first of them was written
-    assert len(out.read_text().splitlines()) == honest
+    assert len(out.read_text().splitlines()) == (program.count(HONEST) == 2)  # the first of them was written
+
+
+def test_rows_are_lines_of_the_process(command, talking_bundle, tmp_path, acting):
+    """It asks for no line that is not a row, and its control characters stay in JSON."""
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "ab"}\n')
+    acting(BEGUN + f"print(json.dumps({HONEST.replace(repr('a'), repr(chr(27)))})); print(repr(input.readline()))")
+    assert command("batch", talking_bundle.path, source, "--out", out, "--untrusted")[0] == 0
+    assert json.loads(out.read_text())["text"] == "\x1b"
+    assert "\x1b" not in out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda lm, at: load(at / "bundle", adapters=cast("Any", ["one"])),
         "adapters is .*a mapping of names to folders",
     ),
-    "untrusted": (
-        lambda lm, at: load(at / "bundle", trust=False, adapters={"one": at / "one"}),
-        "adapters are for a bundle that is trusted",
-    ),
 }
 
 

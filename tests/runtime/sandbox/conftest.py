@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,10 +15,8 @@ from pastkey.contract import names
 from pastkey.errors import LimitWarning
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records
-from pastkey.runtime import Completion, load
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
-from pastkey.runtime.sandbox.model import SandboxedModel
 
 from ...onnx_text import encode_model, field, nodes, values
 from ..conftest import tiny_graph
@@ -101,33 +97,35 @@ def hooked(hook: str) -> str:
     return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
 
 
-def opened(path: Path | bytes, limits: Limits = EASY, **settings: Any) -> SandboxedModel:
-    """`load` with trust=False, wherever this is: a system may lack limits."""
+@pytest.fixture
+def acting(monkeypatch):
+    """acting(PROGRAM): under its limits the process runs this in place of what it was asked for.
+
+    `raw` writes bytes where frames are expected, and `frame` a frame of any kind.
+    """
+
+    def act(program: str) -> None:
+        act = f"""
+import pastkey.runtime.sandbox.child as c
+def run(arguments):
+    import json, os, signal, socket, subprocess, sys, time
+    frames = sys.stdout.buffer.raw._frames
+    frame, raw = frames.write, lambda content: (frames._target.write(content), frames._target.flush())
+    exec({program!r}, {{**globals(), **locals()}})
+    return 0
+c.function_of = lambda name: run
+"""
+        monkeypatch.setattr(process, "BOOT", hooked(act))
+
+    return act
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_a_limit():
+    """Wherever this is: a system may lack limits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LimitWarning)
-        model = load(path, threads=1, trust=False, limits=limits, **settings)
-    assert isinstance(model, SandboxedModel)
-    return model
-
-
-@pytest.fixture(scope="session")
-def untrusted(talking_bundle):
-    """The tiny decoder in a process of its own."""
-    with opened(talking_bundle.path) as model:
-        yield model
-
-
-@pytest.fixture(scope="session")
-def trusted(talking_bundle):
-    """The same, here."""
-    return load(talking_bundle.path, threads=1)
-
-
-def told(completion: Completion) -> dict[str, Any]:
-    """All of a completion that depends neither on the clock nor on those that are decoded at the same time."""
-    besides = ("draft_tokens", "accepted_tokens", "cached_tokens")
-    fields = dataclasses.asdict(completion)
-    return {name: value for name, value in fields.items() if not name.endswith("_seconds") and name not in besides}
+        yield
 
 
 def has_ended(pid: int) -> bool:

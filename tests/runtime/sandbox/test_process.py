@@ -28,7 +28,15 @@ def test_what_it_starts_with(monkeypatch, tmp_path):
     if lifeline is not None:
         os.close(lifeline)
     environment, paths, folder, alone = json.loads(out)
-    assert set(environment) <= {"OMP_NUM_THREADS", "ORT_DISABLE_TELEMETRY", "LANG", "LC_ALL", "TZ", "LC_CTYPE"} | {
+    assert set(environment) <= {
+        "OMP_NUM_THREADS",
+        "ORT_DISABLE_TELEMETRY",
+        "PASTKEY_NATIVE",
+        "LANG",
+        "LC_ALL",
+        "TZ",
+        "LC_CTYPE",
+    } | {
         name
         for name in environment
         if name.startswith(("OPENBLAS_", "MKL_", "RAYON_", "TOKENIZERS_")) or name == "LD_LIBRARY_PATH"

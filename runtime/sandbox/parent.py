@@ -1,0 +1,244 @@
+"""The process of an untrusted bundle, as its parent has it: started, read, given lines, and ended.
+
+A thread writes and a thread reads, so that a process that stands still holds nobody up for longer than the limit says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NoReturn, Self
+
+from pastkey.errors import InputError, IntegrityError, LimitWarning, UntrustedBundleError
+from pastkey.files.folder import require_manifest
+from pastkey.files.reading import parse_json
+from pastkey.typed import parse
+
+from ..model.unpack import TemporaryFolder, given_as
+from .frames import INVALID, LIMITS, read_frames
+from .limits import Limits, LimitsInForce
+from .process import libraries, started
+
+_START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
+_ENDING: Final = 5.0  # seconds that a process which was killed may take to be gone
+_GLANCE: Final = 1.0  # seconds after which this thread looks up: a signal may have come to another one
+_STATUSES: Final = (0, 1, 2, 130)
+_AHEAD: Final = 16  # frames that are read ahead
+
+
+class LimitedProcess:
+    """A process that puts limits on itself, and then runs one function of pastkey with a bundle.
+
+    No file of the bundle is read here: the process unpacks a zip file to a temporary folder, and a resource that is not
+    a file is copied.
+
+    Attributes:
+        in_force: Its limits.
+        seconds: The limit of time.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., int],
+        given: Mapping[str, Any],
+        bundle: object,
+        limits: Limits,
+        *,
+        prog: str = "pastkey",
+        terminal: bool = False,
+        scratch: bool = False,
+        readable: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """Starts it.
+
+        Args:
+            run: The function, which the process finds by its name and calls with a namespace of `given` and the bundle.
+            given: What the function takes, of JSON's types.
+            bundle: As `load` takes it.
+            limits: What it may take.
+            prog: What its errors begin with.
+            terminal: Whether what it reads and prints is a terminal's.
+            scratch: Whether it may write to a temporary folder.
+            readable: Further files that it may read.
+            descriptors: Sockets that it inherits.
+
+        Raises:
+            UntrustedBundleError: It could not be started.
+            InputError: `bundle` is none, or `given` has something that is not of JSON's types.
+        """
+        found = given_as(bundle)
+        if found.path.suffix == ".gguf":  # told by the name: no file is read here
+            require_manifest(found.path, "bundle")
+        path, unpack_to, self._temporary = found.path.absolute(), None, found.temporary
+        if path.is_file() or scratch:
+            self._temporary = self._temporary or TemporaryFolder()
+        if path.is_file():
+            unpack_to = self._made("unpacked")
+        job = {
+            "run": f"{run.__module__}:{run.__qualname__}",
+            "given": given,
+            "prog": prog,
+            "terminal": terminal,
+            "memory": None if limits.memory is None else int(limits.memory),
+            "seconds": float(limits.seconds),
+            "path": str(path),
+            "name": found.name,
+            "unpack_to": unpack_to,
+            "scratch": self._made("scratch") if scratch else None,
+            "libraries": libraries()[1] + [[file, "read"] for file in readable],
+        }
+        try:
+            sent = json.dumps(job).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"what was given cannot be sent to the process of an untrusted bundle ({error}): give smaller or "
+                "plainer values"
+            ) from None
+        self._name, self.seconds = found.name, limits.seconds
+        self.in_force = LimitsInForce(limits.seconds, None, 0, ("what its process was to put on itself",))
+        self._process, self._lifeline = started(found.name, descriptors)
+        self._frames: queue.Queue[tuple[bytes, bytes]] = queue.Queue(_AHEAD)
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._closed = False
+        self.allow(max(_START, limits.seconds))
+        self.send(sent)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._write)]
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # no room for one
+            self.close()
+            raise UntrustedBundleError(
+                f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or "
+                "end other processes"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _made(self, name: str) -> str:
+        assert self._temporary is not None
+        folder = self._temporary.path / name
+        folder.mkdir()
+        return str(folder)
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+    def allow(self, seconds: float | None) -> None:
+        """Gives it so many seconds from now on; None for no limit."""
+        self._allowed = seconds
+        self._until = None if seconds is None else time.monotonic() + seconds
+
+    def next(self) -> tuple[bytes, bytes]:
+        """The kind and the content of what it says next; at the end END. A LimitWarning says which limits it lacks.
+
+        Raises UntrustedBundleError where it says nothing in the time, or nothing that has sense.
+        """
+        while True:
+            left = _GLANCE if self._until is None else self._until - time.monotonic()
+            try:
+                kind, content = self._frames.get(timeout=max(0.0, min(left, _GLANCE)))
+                break
+            except queue.Empty:
+                if left <= 0:
+                    self.fail(f"gave no answer within {self._allowed:g} s, and was ended")
+        if kind == INVALID:
+            self.fail("answered with a message that is none, and was ended")
+        if kind != LIMITS:
+            return kind, content
+        try:
+            self.in_force = parse(LimitsInForce, parse_json(content, "its limits"), "its limits")
+        except (InputError, IntegrityError) as error:
+            self.fail(f"gave an answer that is none ({error}), and was ended")
+        if self.in_force.missing:
+            warnings.warn(f"{self._name}: {self.in_force}", LimitWarning, stacklevel=2)
+        self.allow(self.seconds)
+        return self.next()
+
+    def put(self, kind: bytes, content: bytes) -> None:
+        """Lets `next` return this, from any thread."""
+        self._frames.put((kind, content))
+
+    def status(self) -> int:
+        """Its exit status, at the end. Raises UntrustedBundleError unless it is one of a command."""
+        try:
+            found = self._process.wait(_ENDING)
+        except subprocess.TimeoutExpired:
+            self.fail("lives on after its end, and was ended")
+        if found < 0:
+            self.fail(f"was ended by {_signal_name(-found)}")
+        if found not in _STATUSES:
+            self.fail(f"ended with status {found}")
+        return found
+
+    def fail(self, reason: str) -> NoReturn:
+        """Ends it. Raises UntrustedBundleError."""
+        self.close()
+        raise UntrustedBundleError(
+            f"the process of the untrusted bundle {self._name} {reason}; {self.in_force}: do not use it, or try again "
+            "with higher limits where it is known to be good"
+        )
+
+    # --- what it is told ----------------------------------------------------------------------------------------------
+    def send(self, line: bytes) -> None:
+        """Sends a line; b"" says that there are no more. Never waits."""
+        self._lines.put(line)
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Sends a signal to it and to what it may have started."""
+        with contextlib.suppress(OSError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Ends it, and removes what belongs to it."""
+        if self._closed:
+            return
+        self._closed = True
+        # Of one that has ended, what it has started: no other group has its number as long as one of these lives.
+        self.interrupt(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+        self._process.wait()
+        self.send(b"")
+        until = time.monotonic() + _ENDING
+        for thread in self._threads:
+            while thread.is_alive() and time.monotonic() < until:
+                with contextlib.suppress(queue.Empty):
+                    self._frames.get_nowait()
+                thread.join(0.01)
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+        if self._temporary is not None:
+            self._temporary.remove()
+
+    # --- the two threads ----------------------------------------------------------------------------------------------
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError, ValueError), self._process.stdout as stream:
+            for frame in read_frames(stream):  # type: ignore[arg-type]
+                self._frames.put(frame)
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError), self._process.stdin as stream:  # the reader tells why it is gone
+            while line := self._lines.get():
+                stream.write(line)
+                stream.flush()
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"

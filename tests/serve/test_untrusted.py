@@ -1,0 +1,94 @@
+"""serve --untrusted: a process with limits serves, and its parent ends one that stands still, whatever it says."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from pastkey.serve.guard import salted
+
+from ..runtime.sandbox import conftest as bundles
+
+acting = bundles.acting
+BODY = {"prompt": "hi", "max_tokens": 5, "temperature": 0}
+
+
+def test_a_bundle_is_served_from_a_process_with_limits(bundle, served, tmp_path):
+    (tmp_path / "keys").write_text("secret\n")
+    flags = ("--untrusted", "--port", "0", "--api-key-file", tmp_path / "keys", "--alias", "tiny")
+    command = [sys.executable, "-m", "pastkey", "serve", bundle, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as ending:
+        ending.callback(server.terminate)
+        assert server.stderr is not None
+        address = next(line.split()[-1] for line in server.stderr if " at http://" in line).removesuffix("/v1")
+
+        def asked(path: str, body: object = None, key: str = "secret") -> tuple[int, str, object]:
+            sent = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(address + path, sent, {"Authorization": f"Bearer {key}"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return reply.status, reply.headers["content-type"], json.load(reply)
+            except urllib.error.HTTPError as error:
+                return error.code, error.headers["content-type"], json.load(error)
+
+        while asked("/health")[0] == 503:
+            time.sleep(0.05)
+        found = asked("/v1/completions", BODY)
+        assert found[0] == 200
+        assert found[2]["choices"] == served.ask("/v1/completions", BODY)[1]["choices"]
+        assert asked("/v1/completions", BODY, key="wrong")[0] == 401
+        for page in ("/", "/index.html"):
+            assert asked(page)[:2] == (404, "application/json")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_a_hash_tells_no_key():
+    assert salted(b"secret", "a") != salted(b"secret", "b") != salted(b"other", "b")
+
+
+# A server of the process, in place of what it was asked for: `say(STATUS, BODY)` answers one question.
+SERVING = """
+listening = socket.socket(fileno=arguments.socket)
+client, _ = listening.accept()
+def say(status, body):
+    client.recv(10_000)
+    client.sendall(f'HTTP/1.1 {status} X\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}'.encode())
+def health(**told): say(200, json.dumps({'status': 'ok', 'running': 0, 'steps': 0, **told}))
+"""
+LYING = {
+    "health(running=0); health(steps=10**9); time.sleep(99)": "gave no answer within 2 s",
+    "health(running=10**6); client.close(); time.sleep(99)": "gave no answer within 2 s",
+    "while True: say(503, '{}')": "gave no answer within 2 s",
+    "while True: health(running=1, steps=7)": "made no step of a request within 2 s",
+    "while True: health(running=-1)": "gave an answer that is none (running is -1",
+    "say(200, 'x' * 10**6); time.sleep(99)": "gave an answer that is none (health",
+    "while True: print('x' * 10_000)": "printed more than 1,000,000 bytes",
+    "os._exit(7)": "ended with status 7",
+    "socket.create_server(('127.0.0.1', 0))": "Permission denied",
+}
+
+
+@pytest.mark.parametrize("program", LYING)
+def test_what_it_says_of_itself_does_not_lengthen_its_life(command, bundle, acting, program):
+    acting(SERVING + program)
+    began = time.monotonic()
+    status, out, err = command("serve", bundle, "--untrusted", "--port", "0", "--limit", "seconds=2")
+    assert (status, out.strip("x\n")) == (2, "")
+    assert LYING[program] in err
+    assert time.monotonic() - began < 30
+
+
+def test_what_does_not_fit(command, bundle):
+    for flags in (("--adapter", "a=b"), ("--draft", "b"), ("--provider", "cuda")):
+        status, _, err = command("serve", bundle, "--untrusted", *flags)
+        assert status == 2
+        assert f"{flags[0]} " in err
