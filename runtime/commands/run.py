@@ -8,6 +8,7 @@ import dataclasses
 from pastkey.command import Command, add_placement, id_list, print_json, print_text, progressed
 from pastkey.contract import names
 
+from ..options import MAX_NEW_TOKENS
 from ..sandbox.relay import run_limited
 from .flags import (
     SOURCE,
@@ -39,7 +40,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if (limits := limits_of(arguments)) is not None:
-        return run_limited("run", _run, arguments, limits, tokens=arguments.max_new_tokens + 1)
+        return run_limited("run", _run, arguments, limits, tokens=(arguments.max_new_tokens or MAX_NEW_TOKENS) + 1)
     from ..loading import load
 
     prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)
