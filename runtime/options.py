@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -104,9 +105,10 @@ class Option:
         """What an error expects."""
         return str(get_args(self.kind)[-1])
 
-    def valid(self, value: object) -> bool:
+    @functools.cached_property
+    def valid(self) -> Callable[[Any], bool]:
         """Whether a value is of its type and in its range."""
-        return check_of(self.kind)(value)
+        return check_of(self.kind)
 
 
 # fmt: off

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -36,14 +35,10 @@ class Server(uvicorn.Server):
         if self.loading:
             atexit._run_exitfuncs()  # they remove an unpacked bundle
             os._exit(0 if sig == signal.SIGTERM else 128 + sig)
-        super().handle_exit(sig, frame)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but SIGTERM is not raised again."""
-        with super().capture_signals():
-            yield
-            self._captured_signals = [number for number in self._captured_signals if number != signal.SIGTERM]
+        if sig == signal.SIGTERM:
+            self.should_exit = True  # uvicorn would raise the signal again at the end
+        else:
+            super().handle_exit(sig, frame)
 
 
 def run(settings: ServerSettings, listening: socket.socket, load: Callable[[], LanguageModel]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pastkey.runtime import Chunk, Completion
+from pastkey.runtime import Chunk, Completion, ToolCallDelta
 
 from ..api.replies import call_id, finish_reason, logprobs_of, new_id
 from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, checked, parsed
@@ -209,13 +210,12 @@ class _Writer(Writer):
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The response of an answer that is not streamed."""
         (completion,) = completions
-        told = [*self.add(0, Chunk(completion.text, completion.ids, completion.logprobs))]
-        for call in completion.tool_calls:
-            told += self.close("completed")
-            arguments = json.dumps(call["arguments"], ensure_ascii=False)
-            item = {"type": "function_call", "call_id": call_id(), "name": call["name"], "arguments": arguments}
-            told += self._begin(item, "fc_")
-        told += self.end(completions)
+        calls = [
+            ToolCallDelta(place, call["name"], json.dumps(call["arguments"], ensure_ascii=False))
+            for place, call in enumerate(completion.tool_calls)
+        ]
+        whole = Chunk(completion.text, completion.ids, completion.logprobs, calls)
+        list(itertools.chain(self.add(0, whole), self.end(completions)))  # the items are made on the way
         return {**self._response, "output": self.output}
 
     def _delta(self, text: str) -> str:

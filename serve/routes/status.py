@@ -17,14 +17,10 @@ from ..service import Service
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     manifest = service.model.manifest
-    meta = {
-        "n_ctx_train": manifest.context_length,
-        "n_vocab": manifest.vocab_size,
-        "precision": manifest.precision,
-    }
+    sizes = {"n_ctx_train": manifest.context_length, "n_vocab": manifest.vocab_size}
     names = [] if name in service.settings.adapters else list(service.settings.names)
     told = {"id": name, "object": "model", "created": service.started, "owned_by": "pastkey"}
-    return {**told, "aliases": names, "meta": meta}
+    return {**told, "aliases": names, "meta": {**sizes, "precision": manifest.precision}}
 
 
 async def models(service: Service, request: Request, raw: bytes) -> Response:

@@ -86,7 +86,7 @@ export async function describe(base) {
   const response = await request(new URL("pastkey.json", folder(base)), { cache: "no-cache" });
   const index = await response.json().catch(() => null);
   if (index?.kind !== "web" || index.format_version !== 1)
-    throw new BundleError(`${response.url} is no index of this pastkey.js: write the folder again with pastkey web`);
+    throw new BundleError(`${response.url} is of another version of pastkey.js: write it again with pastkey web`);
   const cache = await openCache();
   let [bytes, missing] = [0, 0];
   for (const [name, file] of Object.entries(index.files)) {
@@ -134,7 +134,7 @@ async function request(url, options) {
     throw new BundleError(`${url} cannot be fetched (${error.message}): check the connection and the server`);
   });
   if (!response.ok)
-    throw new BundleError(`${url} is not there (${response.status}): write the folder again with pastkey web`);
+    throw new BundleError(`${url} is not there (${response.status}): write it again with pastkey web`);
   return response;
 }
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pastkey.errors import InputError, ResourceError
-from pastkey.runtime import Completion, LanguageModel, load
+from pastkey.runtime import Completion, LanguageModel, TextPrompt, load
+from pastkey.runtime.decoding.completion import completed
 from pastkey.runtime.engine import decoder_graph
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
@@ -117,6 +119,17 @@ def test_drafts_and_rows_meet_the_same_settings(lm):
     with lm.session() as session:
         session.append("abcabc")
         assert session.generate(**settings).ids == alone[0]
+
+
+def test_a_prompt_that_is_encoded_once_goes_on_as_its_text_does(tiny, make_bundle):
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefghi▁")}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    given: dict[str, Any] = {"forced_decoder_ids": [(0, 9), (1, 0)], "max_new_tokens": 2}
+    with load(make_bundle(tiny, tokenizer=tokenizer).path, threads=1) as lm:
+        ids = lm.prompt_ids("a cab")
+        prompts = [TextPrompt(ids, "a cab"), TextPrompt(ids)]
+        assert [found.text for found in completed(lm.stream_many(prompts, **given))] == [" a", "a"]
+        assert lm.generate("a cab", **given).text == " a"
 
 
 def test_bad_words_as_texts(lm):
