@@ -55,7 +55,8 @@ def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool
 
 def check(instance: Any) -> None:
     """Checks the fields of a dataclass that Python made, by their annotations. Raises InputError naming the field."""
-    for name, kind in _hints(type(instance)).items():
+    own: Any = type(instance)
+    for name, kind in _hints(own).items():
         _parse(kind, getattr(instance, name), name, False)
 
 
