@@ -220,18 +220,26 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
     A matching hash is remembered by size, modification time and inode in the user's cache folder, since hashing 154 MB
     takes half of a model's load. `remembered=False` hashes all files again.
     """
-    memory = _HashMemory(folder)
+    memory = Remembered(f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json")
+    known = dict(memory.content)
     for name, record in records.items():
         path = folder / name
-        if remembered and memory.knows(path, record):
+        if remembered and known.get(str(path)) == _state(path, record):
             continue
         found = sha256(path)
         if found != record.sha256:
             raise IntegrityError(
                 f"{path} was altered: its sha256 is {found[:12]}…, {record.sha256[:12]}… was expected; copy it again"
             )
-        memory.add(path, record)
-    memory.save()
+        memory.content[str(path)] = _state(path, record)
+    if memory.content != known:
+        memory.save()
+
+
+def _state(path: Path, record: FileRecord) -> list[Any]:
+    """What tells whether a file with this record was changed since it was hashed."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, record.sha256]
 
 
 def sha256(path: Path) -> str:
@@ -284,37 +292,19 @@ def user_cache_file(name: str) -> Path | None:
     return cache / "pastkey" / name if cache.is_absolute() else None
 
 
-class _HashMemory:
-    """Remembers the hashes of one folder's files, in a small file in the user's cache folder.
+class Remembered:
+    """A JSON object in the user's cache folder. If it cannot be read or written, only time is lost."""
 
-    If this cache cannot be read or written, only time is lost.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path: Path | None = None
-        self._seen: dict[str, Any] = {}
-        self._changed = False
+    def __init__(self, name: str) -> None:
+        self._path = user_cache_file(name)
+        self.content: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]
-            self._path = user_cache_file(f"{key}.json")
             content = {} if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
-            self._seen = content if isinstance(content, dict) else {}
-
-    @staticmethod
-    def _state(path: Path, record: FileRecord) -> list[Any]:
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, record.sha256]
-
-    def knows(self, path: Path, record: FileRecord) -> bool:
-        return self._seen.get(str(path)) == self._state(path, record)
-
-    def add(self, path: Path, record: FileRecord) -> None:
-        self._seen[str(path)] = self._state(path, record)
-        self._changed = True
+            self.content = content if isinstance(content, dict) else {}
 
     def save(self) -> None:
-        if self._path is None or not self._changed:
-            return
+        """Writes the content."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: a path that is not text
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, self._seen)
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._path, self.content)

@@ -24,8 +24,7 @@ import numpy.typing as npt
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, IntegrityError, NumericsError, ProviderError
-from pastkey.files.durable import write_json
-from pastkey.files.folder import user_cache_file
+from pastkey.files.folder import Remembered
 from pastkey.files.reading import reading
 
 from ..providers import placement as ep
@@ -236,24 +235,21 @@ def drawn_of(logits: Logits) -> npt.NDArray[np.bool_]:
 
 
 class _Memory:
-    """The stored result for one bundle, device and driver: a small file in the user's cache folder."""
+    """The stored result for one bundle, device and driver."""
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:
         files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
         known = json.dumps([files, _surroundings(engine)], default=str)
-        self._path = user_cache_file(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
-        # Whether tokens are run one by one, or why the native kernels are not used; None if nothing is stored.
-        self.found: bool | str | None = None
-        if self._path is not None:
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                self.found = json.loads(self._path.read_text(encoding="utf-8"))["found"]
+        self._file = Remembered(hashlib.sha256(known.encode()).hexdigest()[:24] + ".proof")
+
+    @property
+    def found(self) -> Any:
+        """Whether tokens are run one by one, or why the native kernels are not used; None if nothing is stored."""
+        return self._file.content.get("found")
 
     def keep(self, found: bool | str) -> None:
-        self.found = found
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, {"found": found})
+        self._file.content["found"] = found
+        self._file.save()
 
 
 def _surroundings(engine: Engine) -> list[Any]:

@@ -100,7 +100,7 @@ def test_other_logits_are_refused(bundle, monkeypatch):
     computed = golden.Golden.of(bundle)
     wrong = dataclasses.replace(computed, logits=computed.logits + 1)
     monkeypatch.setattr(golden.Golden, "of", lambda bundle: wrong)
-    monkeypatch.setattr(golden, "user_cache_file", lambda name: None)
+    monkeypatch.setattr("pastkey.files.folder.user_cache_file", lambda name: None)
     with pytest.raises(ProviderError, match=r"compute other logits on this CPU: off by .* load the bundle with "):
         pastkey.load(bundle.path, native=True)
 

@@ -240,7 +240,7 @@ def tiny_graph(tiny: Tiny, graph: str, *, last_only: bool, hidden: bool = False)
         body += f"{names.LAST_HIDDEN_STATE} = Identity({end})\n"
     if last_only:
         body += "many = Constant <value_ints = [9999]> ()\n axis = Constant <value_ints = [1]> ()\n"
-        body += f"end = Slice({end}, logits_start, many, axis)\n"
+        body += f"start = Identity(logits_start)\nend = Slice({end}, start, many, axis)\n"
         end = "end"
     body += f"head = Transpose <perm = [1, 0]> (embedding)\n logits = MatMul({end}, head)\n"
     text = (

@@ -97,7 +97,7 @@ def some_outputs(matrix: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def round_trip(rows: np.ndarray, block_size: int) -> np.ndarray:
-    """Returns a few rows (n, K) float32 as they are after quantization: `dequantize_blocks` of `quantize_blocks`."""
+    """Returns a few rows (n, K) float32 as they are after `quantize_blocks`."""
     blocks = _in_blocks(rows, block_size)
     scale_codes, row_scales = _scales(blocks)
     numbers = _integers(blocks, scale_codes, row_scales)
@@ -125,12 +125,6 @@ def _integers(blocks: np.ndarray, scale_codes: np.ndarray, row_scales: np.ndarra
     """Replaces weights (n, blocks, block_size) by integers from -127 to 127, as float32, and returns them."""
     blocks /= (scale_codes.astype(np.float32) * row_scales)[:, :, None]
     return np.clip(np.rint(blocks, out=blocks), -127, 127, out=blocks)
-
-
-def dequantize_blocks(quantized: Blocks) -> np.ndarray:
-    """Returns (N, K) float32 from int8, the values that the kernels compute with."""
-    values: np.ndarray = (quantized.data.astype(np.float32) - ZERO) * quantized.scales[:, :, None]
-    return values.reshape(len(values), -1)[:, : quantized.columns]
 
 
 def choose_block_size(columns: int) -> int:

@@ -114,16 +114,6 @@ def _in_blocks(matrix: np.ndarray, block_size: int) -> Tensor:
     return torch.from_numpy(padded.reshape(rows, -1, block_size))
 
 
-def dequantize(matrix: Blocks) -> np.ndarray:
-    """Returns (N, K) float32, the values that the kernels compute with."""
-    assert matrix.zeros is not None
-    rows, blocks, half = matrix.data.shape
-    numbers = unpacked(matrix.data.reshape(rows, -1)).reshape(rows, blocks, 2 * half)
-    zeros = unpacked(matrix.zeros)[:, :blocks]
-    values: np.ndarray = (numbers.astype(np.float32) - zeros[:, :, None]) * matrix.scales[:, :, None]
-    return values.reshape(rows, -1)[:, : matrix.columns]
-
-
 def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Returns the upper Cholesky factor of the damped Hessian's inverse, rows and columns in this order.
 

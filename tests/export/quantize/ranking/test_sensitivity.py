@@ -15,8 +15,9 @@ from pastkey.export.quantize.calibrate.activations import probing
 from pastkey.export.quantize.int4 import rounded
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
-from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
+from pastkey.export.quantize.rounding.blocks import quantize_blocks
 
+from ....oracles.dequantized import dequantize_blocks
 from ....shared import divided
 from ...mixtures import DECODERS, logits_of
 from ...small_graphs import model_of, run_model

@@ -14,10 +14,11 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import export
 from pastkey.export.quantize.rounding.block_dequantize import dequantize_linear
-from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
-from pastkey.export.quantize.rounding.int4_blocks import Gptq, dequantize
+from pastkey.export.quantize.rounding.blocks import quantize_blocks
+from pastkey.export.quantize.rounding.int4_blocks import Gptq
 from pastkey.runtime.engine.engine import Engine
 
+from ....oracles.dequantized import dequantize, dequantize_blocks
 from ...decoders import Plain, llama
 
 IDS = np.arange(12) % 7

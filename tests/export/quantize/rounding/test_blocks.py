@@ -15,15 +15,15 @@ from hypothesis.extra.numpy import arrays
 
 from pastkey.export.quantize.rounding.blocks import (
     choose_block_size,
-    dequantize_blocks,
     encode_scales,
     join,
     quantize_blocks,
     round_trip,
 )
-from pastkey.export.quantize.rounding.int4_blocks import Gptq, dequantize
+from pastkey.export.quantize.rounding.int4_blocks import Gptq
 from pastkey.export.quantize.rounding.workers import for_each_part, one_thread_each
 
+from ....oracles.dequantized import dequantize, dequantize_blocks
 from ...plain_loop import onnxruntime
 
 Array = npt.NDArray[Any]

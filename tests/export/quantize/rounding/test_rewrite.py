@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.errors import InputError
-from pastkey.export.quantize.rounding.blocks import dequantize_blocks, quantize_blocks
+from pastkey.export.quantize.rounding.blocks import quantize_blocks
 from pastkey.export.quantize.rounding.matrices import (
     add_lazy_weight,
     embedding_weight,
@@ -20,6 +20,7 @@ from pastkey.export.quantize.rounding.matrices import (
 from pastkey.export.quantize.rounding.merge import find_mergeable
 from pastkey.export.quantize.rounding.rewrite import quantize
 
+from ....oracles.dequantized import dequantize_blocks
 from ...blocks import scales_of
 from ...small_graphs import Array, model_of, run_model
 
