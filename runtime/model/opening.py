@@ -19,6 +19,7 @@ from ..settings import SamplingConfig
 from ..speculation.drafter import Drafter
 from ..text.codec import TextCodec, TextStream
 from ..text.stop_strings import StopStrings
+from .chat.chat_stream import ChatStream
 from .chat.prompt import ChatPrompt
 from .parts import ModelParts, TextPrompt
 
@@ -89,8 +90,15 @@ def open_prompt(
 ) -> ChunkStream:
     """Opens a stream of one prompt. `shared`: the other prompts of the call. Raises as `open_stream`."""
     if isinstance(prompt, ChatPrompt):
-        return prompt.answered(open_text(parts, prompt.ids, {**prompt.defaults, **options}, shared))
+        return open_answer(parts, prompt, options, shared)
     return open_text(parts, prompt, options, shared)
+
+
+def open_answer(
+    parts: ModelParts, prompt: ChatPrompt, options: Mapping[str, Any], shared: SharedPrefills | None = None
+) -> ChatStream:
+    """As `open_prompt`, of a conversation."""
+    return prompt.answered(open_text(parts, prompt.ids, {**prompt.defaults, **options}, shared))
 
 
 def open_text(

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, completed
 from ...options import lists_options, options_of
-from ..opening import open_text
+from ..opening import open_answer
 from ..parts import ModelParts
 from .chat_stream import ChatStream
 from .prompt import (
@@ -77,7 +77,7 @@ class ChatCalls:
 
     def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
         """The answer to a conversation. `options`: as returned by `options_of`."""
-        return prompt.answered(open_text(self.parts, prompt.ids, {**prompt.defaults, **options}))
+        return open_answer(self.parts, prompt, options)
 
     def chat_prompt(self: ChatModel, messages: Messages, **options: Unpack[ConversationOptions]) -> ChatPrompt:
         """The conversation as a prompt of `LanguageModel.stream_many` and `astream_many`. Raises as `generate_chat`."""
