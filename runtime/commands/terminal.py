@@ -99,7 +99,7 @@ def interruptions() -> Iterator[threading.Event]:
 
 
 def _tell_a_full_context(chat: Chat, answer: Completion | None) -> None:
-    context = chat.model.manifest.context_length
+    context = chat.model.parts.manifest.context_length
     if answer is None or answer.finish_reason != "length":
         return
     if answer.prompt_tokens + answer.new_tokens >= context:

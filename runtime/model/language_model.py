@@ -46,7 +46,6 @@ from .unpack import TemporaryFolder
 if TYPE_CHECKING:
     from concurrent.futures import Executor, ThreadPoolExecutor
 
-    from ..text.chat_format import ChatFormat
     from ..text.tools import Tool
     from .chat.chat import Chat
 
@@ -363,18 +362,6 @@ class LanguageModel(ChatCalls, AdapterCalls):
             documents=documents,
             special_tokens_as_text=special_tokens_as_text,
             template_variables=template_variables,
-        )
-
-    def chat_format(
-        self, template: str | Path | None = None, *, tools: bool = False, special_tokens_as_text: bool = False
-    ) -> ChatFormat:
-        """The conversion of conversations to token ids. `chat` documents arguments and errors."""
-        from ..text.chat_format import open_chat_format
-        from ..text.chat_template import read_template
-
-        source = None if template is None else read_template(template)
-        return open_chat_format(
-            self.bundle, self.tokenizer, source, tools=tools, special_tokens_as_text=special_tokens_as_text
         )
 
     def logits(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import InputError
@@ -52,6 +52,7 @@ class ModelParts:
         memory: The memory limit of the caches.
         draft: The draft model, or None.
         adapters: Name -> the parts with a loaded LoRA adapter, whose graph and caches are of this adapter alone.
+        renderers: The compiled chat templates of the stateless calls.
         adapter_ends: The EOS tokens that an adapter brings; they end its texts as the bundle's do.
     """
 
@@ -64,6 +65,7 @@ class ModelParts:
     draft: Drafts | None
     adapters: dict[str, ModelParts] = field(default_factory=dict)
     adapter_ends: tuple[int, ...] = ()
+    renderers: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def manifest(self) -> Manifest:

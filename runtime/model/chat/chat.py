@@ -26,8 +26,9 @@ from ...text.messages import (
     save_messages,
     text_of,
 )
+from .calls import ChatCalls
 from .chat_stream import ChatStream, Turn
-from .prompt import ChatModel, ChatPrompt, ChatRenderer, beginning
+from .prompt import ChatPrompt, ChatRenderer, beginning
 
 if TYPE_CHECKING:
     from ...text.tools import Tool
@@ -54,7 +55,7 @@ class Chat:
 
     def __init__(
         self,
-        model: ChatModel,
+        model: ChatCalls,
         system: str | None = None,
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
@@ -239,7 +240,7 @@ class Chat:
         else:
             messages = [*self._said(), message("user", checked_content("the message", text))]
         prompt = self._prompt(messages)
-        context = self.model.manifest.context_length
+        context = self.model.parts.manifest.context_length
         shifts = options.get("context_overflow") == "shift"
         if len(prompt.ids) > context and not shifts:
             raise InputError(

@@ -37,7 +37,7 @@ class ChatStream(ChunkStream):
         Args:
             stream: The model's.
             reader: It has read the beginning of the answer, if the model continues one.
-            loses_space: See `Format`.
+            loses_space: See `ChatFormat`.
         """
         super().__init__()
         self._stream, self._reader, self._loses_space = stream, reader, loses_space

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from pastkey.contract.bundle import Manifest
 from pastkey.errors import InputError
 from pastkey.values import shown
 
 from ...decoding.stream import ChunkStream
 from ...settings import CHAT_NEW_TOKENS, ChatOptions
+from ...text.chat_format import ChatFormat, open_chat_format
 from ...text.chat_template import read_template
 from ...text.messages import Content, check_messages, message, read_message, text_of
 from ...text.tool_call_stream import ToolCallReader
 from ...text.tool_calls import Form, call_grammar, tool_call_form, tool_names
+from ..parts import ModelParts
 from .chat_stream import ChatStream
 
 if TYPE_CHECKING:
     from ...text.tools import Tool
-
-
-class Format(Protocol):
-    """Converts a conversation to token ids. ChatFormat implements it."""
-
-    source: str
-    variables: frozenset[str]
-
-    def render(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> str:
-        """The conversation as a text."""
-
-    def ids(self, messages: Sequence[Mapping[str, Any]], **given: Any) -> list[int]:
-        """The conversation as token ids."""
-
-    def loses_space(self, token: int) -> bool:
-        """Whether a text that begins with this token lacks the space that the token carries."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class ChatPrompt:
     form: Form | None
     grammar: str | None
     cut: str
-    format: Format
+    format: ChatFormat
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -78,28 +62,6 @@ class ChatPrompt:
         return ChatStream(stream, reader, self.format.loses_space)
 
 
-class ChatModel(Protocol):
-    """The interface of a conversation to its model. LanguageModel implements it."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest, for the length of the context."""
-
-    @property
-    def executor(self) -> Executor:
-        """The threads that wait for tokens on behalf of an event loop."""
-
-    @property
-    def renderers(self) -> dict[Any, Any]:
-        """The compiled template of each kind of stateless call."""
-
-    def chat_format(self, template: str | Path | None, *, tools: bool, special_tokens_as_text: bool) -> Format:
-        """The conversion of conversations to token ids."""
-
-    def answer(self, prompt: ChatPrompt, options: Mapping[str, Any]) -> ChatStream:
-        """The answer to a conversation. `options`: as returned by `options_of`."""
-
-
 class ChatRenderer:
     """Renders messages in the form that a template takes.
 
@@ -108,7 +70,7 @@ class ChatRenderer:
         form: The form of tool calls in the template, or None.
     """
 
-    def __init__(self, form: Format) -> None:
+    def __init__(self, form: ChatFormat) -> None:
         """Finds by two renderings whether the template takes contents as texts, as parts, or both."""
         self.format, self.form = form, tool_call_form(form.source)
         parts = self._writes([{"type": "text", "text": "pastkey"}])
@@ -174,21 +136,21 @@ CONVERSATION_OPTIONS: frozenset[str] = ConversationOptions.__optional_keys__
 ANSWER_OPTIONS: frozenset[str] = AnswerOptions.__optional_keys__
 
 
-def chat_prompt(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatPrompt:
+def chat_prompt(parts: ModelParts, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatPrompt:
     """The prompt of a conversation. Raises InputError if the bundle or its template does not take it."""
-    renderer, said, given = _prepared(model, messages, options)
-    grammar = _grammar(model, renderer, given["tools"] or [], options.get("tool_choice", "auto"))
+    renderer, said, given = _prepared(parts, messages, options)
+    grammar = _grammar(parts, renderer, given["tools"] or [], options.get("tool_choice", "auto"))
     return dataclasses.replace(renderer.prompt(said, **given), grammar=grammar)
 
 
-def chat_text(model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+def chat_text(parts: ModelParts, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     """The text of a conversation that is encoded. Raises as `chat_prompt`."""
-    renderer, said, given = _prepared(model, messages, options)
+    renderer, said, given = _prepared(parts, messages, options)
     return renderer.render(said, continue_final_message=beginning(said) is not None, **given)
 
 
 def _prepared(
-    model: ChatModel, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    parts: ModelParts, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> tuple[ChatRenderer, list[dict[str, Any]], dict[str, Any]]:
     """The renderer, the messages as templates take them, and the variables."""
     check_messages(messages)
@@ -201,17 +163,17 @@ def _prepared(
 
         given["tools"] = tool_schemas(options["tools"])
     tools, as_text = given["tools"] is not None, options.get("special_tokens_as_text", False)
-    key = tools, as_text, None if template is None else read_template(template)  # a file may change
-    if (renderer := model.renderers.get(key)) is None:
-        form = model.chat_format(template, tools=tools, special_tokens_as_text=as_text)
-        renderer = model.renderers[key] = ChatRenderer(form)
+    source = None if template is None else read_template(template)  # a file may change
+    if (renderer := parts.renderers.get((source, tools, as_text))) is None:
+        form = open_chat_format(parts.bundle, parts.tokenizer, source, tools=tools, special_tokens_as_text=as_text)
+        renderer = parts.renderers[source, tools, as_text] = ChatRenderer(form)
     for name in [name for name in ("tools", "documents", *variables) if given[name] is not None]:
         if name not in renderer.format.variables:
             raise InputError(f"the chat template does not read {shown(name)}: leave it out, or take another template")
     return renderer, list(map(read_message, messages)), given
 
 
-def _grammar(model: ChatModel, renderer: ChatRenderer, tools: list[dict[str, Any]], choice: str) -> str | None:
+def _grammar(parts: ModelParts, renderer: ChatRenderer, tools: list[dict[str, Any]], choice: str) -> str | None:
     """The grammar of a call that is asked for."""
     if choice == "auto":
         return None
@@ -225,8 +187,7 @@ def _grammar(model: ChatModel, renderer: ChatRenderer, tools: list[dict[str, Any
             "tool_choice asks for a call, and the form of this chat template's calls is not known: docs/chat.md lists "
             "the forms"
         )
-    codec = getattr(model, "tokenizer", None)  # a sandboxed model has none here
-    added = {} if codec is None else codec.added_tokens
+    added = {} if parts.tokenizer is None else parts.tokenizer.added_tokens
     special = {text: token for text, (token, is_special) in added.items() if is_special}
     return call_grammar(renderer.form, chosen, special.get)
 
