@@ -22,14 +22,13 @@ from pastkey.errors import ParityError
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
+from .compare import NUMBERS, logits_difference
 from .graph.write.embedding_rows import give_embedding_back
-from .measure.metrics import relative_difference
 from .progress import Progress
 from .resources import require_ort_size
 
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
 _TOKENS = 9  # tokens of the text that both files are run on
-_LIMIT = 1e-5  # relative to the largest logit
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # dtypes of the cache
 
 Array = npt.NDArray[Any]
@@ -85,11 +84,11 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, count)
     engine = Engine(bundle, providers="cpu", native=False)
     expected = np.stack([engine.prefill(ids[:1]), *(engine.decode(int(token)) for token in ids[1:])])
-    apart = relative_difference(expected, _logits(graph, ids))
-    if not apart <= _LIMIT:
+    apart = logits_difference(expected, _logits(graph, ids))
+    if not apart <= NUMBERS:
         raise ParityError(
             f"in the ORT format of {bundle.last_logits_graph.name} logits differ by {apart:.1e} of the largest logit "
-            f"(limit {_LIMIT:.0e}): onnxruntime {onnxruntime.__version__} optimises it wrongly; install another "
+            f"(limit {NUMBERS:.0e}): onnxruntime {onnxruntime.__version__} optimises it wrongly; install another "
             "release of it, or take --format onnx"
         )
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -151,85 +151,22 @@ class ExportConfig:
         ):
             if found not in known:
                 raise InputError(f"{name} is {found!r}; it must be one of {', '.join(known)}")
-        row = TARGETS[self.target]
-        if self.format == "ort" and not row.ort_format:
-            raise InputError(
-                f"the ORT format is optimised for a CPU, and the bundle is for {self.target}: with --format ort "
-                f"take --target {' or '.join(name for name, row in TARGETS.items() if row.ort_format)}"
-            )
-        if row.short == "cpu" and (self.provider_options or self.allow_fallback):
-            raise InputError(
-                f"--provider-option and --allow-fallback are of another target than {self.target}, which the CPU "
-                "proves: leave them out, or name the target, as --target openvino"
-            )
         if not all(is_int(token, 0) or (isinstance(token, str) and token) for token in self.eos_tokens):
             raise InputError(f"eos is {self.eos!r}; it must be a token id, a whole number from 0, or several")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise InputError(f"max_kl is {self.max_kl:g}; it must be a finite number of nats above 0, such as 0.01")
-        if self.quick and self.measures_each_matrix:
-            raise InputError("--quick measures no single matrix: leave out --max-kl and --sensitivity, or --quick")
-        _ = self.shard_bytes  # raises InputError
-        if not PRECISIONS[self.precision].quantized:
-            self._check_float(self.precision)
-        self._check_static()
-        self._check_generate()
-        if self.adapters and (self.target != "cpu" or self.static or self.precision == "fp16"):
-            raise InputError(
-                "--adapters is for the target cpu, a graph whose sizes change, and --precision fp32, int8 or int4: "
-                "leave it out, or change the others"
-            )
-
-    def _check_float(self, precision: str) -> None:
-        for given, sentence in (
-            (self.calibration, f"{precision} needs no calibration: leave out --calibration"),
-            (self.max_kl, f"{precision} keeps every matrix as it is: leave out --max-kl"),
-            (self.sensitivity, "--sensitivity tells what int8 costs: leave it out"),
-        ):
-            if given is not None:
-                raise InputError(f"{sentence}, or export with --precision int8")
-
-    def _check_generate(self) -> None:
-        if self.generate and not TARGETS[self.target].loop:
-            raise InputError(
-                f"--generate writes a Loop, and {self.target} is not known to run one: leave it out, or export for "
-                f"one of {', '.join(name for name, row in TARGETS.items() if row.loop)}"
-            )
-        if self.generate and self.static:
-            raise InputError(
-                "--generate writes a graph whose sizes change, and a static one has fixed sizes: leave out --generate, "
-                "or --graph static"
-            )
-
-    def _check_static(self) -> None:
-        row = TARGETS[self.target]
-        if row.npu and not self.static:
-            raise InputError(
-                f"--target {self.target} takes graphs of fixed sizes only, and --graph {self.graph} has others: leave "
-                "--graph out, or give static"
-            )
-        if self.graph == "fused" and not row.takes_fused:
-            raise InputError(f"with --target {self.target} use --graph standard, or auto: {row.why_standard}")
-        if self.static and self.format == "ort":
-            raise InputError("--format ort is of graphs whose sizes change, and this one is static: leave it out")
-        if self.static and self.hidden_states:
-            raise InputError(
-                "--hidden-states is of graphs whose sizes change, and this one is static, which gives the logits "
-                "alone: leave it out, or export for another target, such as cpu"
-            )
-        if self.chunk is not None and not self.static:
-            raise InputError("--chunk is of the static graph: leave it out, or export with --graph static")
         if self.chunk is not None and not is_int(self.chunk, 1):
             raise InputError(f"chunk is {self.chunk!r}; it must be a whole number of tokens from 1")
-        if self.static and self.precision != "fp32" and not (self.precision == "int8" and row.static_int8):
-            raise InputError(
-                f"the static graph is made in float32, which an NPU computes in its own precision, or with --target "
-                f"qnn in int8, and not in {self.precision}: export with --precision fp32"
-            )
-        if self.static and self.measures_each_matrix:
-            raise InputError(
-                "--max-kl and --sensitivity are of pastkey's own int8, and the static graph has another one: leave "
-                "them out"
-            )
+        _ = self.shard_bytes  # raises InputError
+        for excluded, option, other, why in _EXCLUDED:
+            if excluded(self):
+                both = f"{option} and {other}".format(target=self.target, graph=self.graph, precision=self.precision)
+                raise InputError(f"{both} exclude each other: {why}; leave out or change one of them")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are integers."""
+        return PRECISIONS[self.precision].quantized
 
     @property
     def static(self) -> bool:
@@ -257,6 +194,38 @@ class ExportConfig:
     def measures_each_matrix(self) -> bool:
         """Whether the export may measure the sensitivity of each matrix."""
         return self.max_kl is not None or self.sensitivity is not None
+
+
+# Options that exclude each other, and why.
+_STATIC = "a static graph"
+_EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
+    (lambda c: c.format == "ort" and not TARGETS[c.target].ort_format,
+     "--format ort", "--target {target}", "the ORT format is optimised for a CPU"),
+    (lambda c: c.format == "ort" and c.static,
+     "--format ort", _STATIC, "it is of graphs whose sizes change"),
+    (lambda c: TARGETS[c.target].short == "cpu" and bool(c.provider_options or c.allow_fallback),
+     "--provider-option or --allow-fallback", "--target {target}", "the CPU proves the bundle"),
+    (lambda c: c.quick and c.measures_each_matrix,
+     "--quick", "--max-kl and --sensitivity", "it measures no single matrix"),
+    (lambda c: c.static and c.measures_each_matrix,
+     "--max-kl or --sensitivity", _STATIC, "they are of pastkey's own int8, and the static graph has another one"),
+    (lambda c: not c.quantized and (c.calibration is not None or c.measures_each_matrix),
+     "--calibration, --max-kl or --sensitivity", "--precision {precision}", "it rounds no matrix to integers"),
+    (lambda c: c.adapters and (c.target != "cpu" or c.static or c.precision == "fp16"),
+     "--adapters", "--target {target}, --graph {graph} and --precision {precision}",
+     "adapters are for the CPU, graphs whose sizes change, and fp32, int8 or int4"),
+    (lambda c: c.generate and not TARGETS[c.target].loop,
+     "--generate", "--target {target}", "it writes a Loop, which the target is not known to run"),
+    (lambda c: c.generate and c.static, "--generate", _STATIC, "it writes a graph whose sizes change"),
+    (lambda c: c.hidden_states and c.static, "--hidden-states", _STATIC, "static graphs give the logits alone"),
+    (lambda c: c.chunk is not None and not c.static, "--chunk", "--graph {graph}", "it is of the static graph"),
+    (lambda c: TARGETS[c.target].npu and not c.static,
+     "--target {target}", "--graph {graph}", "it takes graphs of fixed sizes only, --graph static"),
+    (lambda c: c.graph == "fused" and not TARGETS[c.target].takes_fused,
+     "--graph fused", "--target {target}", "the fused graph is not known to run there, take --graph standard"),
+    (lambda c: c.static and c.precision != "fp32" and not (c.precision == "int8" and TARGETS[c.target].static_int8),
+     "--precision {precision}", _STATIC, "static graphs are made in float32, for qnn also in int8"),
+)  # fmt: skip
 
 
 def split_factory(text: str) -> tuple[Path, str] | None:

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError, NumericsError
-from pastkey.export.measure.metrics import relative_difference, softmax
+from pastkey.export.compare import logits_difference, relative_difference
+from pastkey.export.measure.metrics import softmax
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .inspectable import Inspectable, inspectable
@@ -214,4 +215,4 @@ def _lens(
         last = rows[0].astype(np.float32)
         lens[number] = likeliest(last, 3)
         chances[number] = np.take_along_axis(softmax(last), following[:, None], -1)[:, 0].astype(np.float32)
-    return lens, chances, relative_difference(logits, last)
+    return lens, chances, logits_difference(logits, last)

@@ -128,7 +128,7 @@ ROOM_RULES = {room: frozenset(ROOMS[: number + 1]) for number, room in enumerate
     "generation": frozenset({"generation", "graph", "source"}),
     "compat": frozenset({"compat", "source"}),
 }
-LEAVES = frozenset({"settings", "resources", "progress"})  # free to all
+LEAVES = frozenset({"settings", "resources", "progress", "compare"})  # free to all
 
 
 def target_of(file: Path, found: Import) -> tuple[str, ...]:

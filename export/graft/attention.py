@@ -33,17 +33,6 @@ _NOT_THE_USERS = (Path(__file__).parents[1], Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
-class Unrotated:
-    """Queries and keys before the rotation by RoPE, and cos and sin of every position."""
-
-    query: Tensor  # (B, H, T, D)
-    key: Tensor  # (B, K, T, D)
-    cos: Tensor  # (context, D / 2)
-    sin: Tensor  # (context, D / 2)
-    interleaved: bool  # pairs of neighbouring channels instead of channels of the two halves
-
-
-@dataclass(frozen=True)
 class AttentionCall:
     """The arguments of one scaled_dot_product_attention call, with tensors as (B, heads, T, D)."""
 
@@ -64,7 +53,6 @@ class AttentionCall:
     # and keys may be concatenations of parts, with the widths in `parts`, and each part has its own scores.
     weights: Callable[[list[Tensor], Any], Tensor] | None = None
     parts: tuple[int, ...] = ()
-    unrotated: Unrotated | None = None  # if GroupQueryAttention may do the rotation
     # Parts of one latent row (B, 1, T, Dk + Dv) that serve as keys and as values alike: the value, which the queries
     # (B, H, T, Dk + Dv) read behind the key; or the whole row, which is also summed: the result is (B, H, T, Dk + Dv).
     shared: Literal["none", "value", "row"] = "none"
@@ -87,7 +75,7 @@ class AttentionCall:
 
     @property
     def fused_attributes(self) -> dict[str, Any]:
-        """The attributes of GroupQueryAttention for this call, except the rotary ones."""
+        """The attributes of GroupQueryAttention for this call."""
         attributes: dict[str, Any] = {"num_heads": self.query.shape[1], "kv_num_heads": self.key.shape[1]}
         attributes["scale"] = self.scale
         if self.window is not None:
@@ -153,6 +141,25 @@ def intercept(handler: Handler, watch: Watch | None = None, rows: RowsHandler | 
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def embedding(ids: Tensor) -> Iterator[list[int]]:
+    """While open, yields the rows of each table that these ids, or a view of them, index."""
+    rows: list[int] = []
+    place = ids.untyped_storage().data_ptr()
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if func is F.embedding:
+            index = args[0] if args else kwargs.get("input")
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if type(index) is not Tensor or not isinstance(weight, Tensor):  # a tensor of a trace has no storage
+                return
+            if index.untyped_storage().data_ptr() == place:
+                rows.append(weight.shape[0])
+
+    with intercept(torch_attention, watch):
+        yield rows
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -333,6 +340,14 @@ def calling_line() -> str:
 def failing_line(error: BaseException) -> str | None:
     """file:line where user code led to the error, None if the traceback has no frame of user code."""
     return _user_line(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def causes_of(error: BaseException) -> tuple[list[BaseException], str]:
+    """Returns the error, its cause, the cause of that and so on, and file:line of user code that led to them, or ""."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain, next((found for cause in reversed(chain) if (found := failing_line(cause))), "")
 
 
 def is_raised(error: BaseException) -> bool:

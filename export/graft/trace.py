@@ -11,7 +11,6 @@ Two graphs, one mechanism:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -30,14 +29,13 @@ from pastkey.providers import TARGETS
 from pastkey.quiet import quiet
 
 from ..graph.edit import OPSET, weight
-from ..graph.rotary import HEAD_MULTIPLE as ROTARY_MULTIPLE
 from ..graph.simplify import simplify
 from ..graph.stored import StoredWeight, StoredWeights, stored_weights
-from .attention import AttentionCall, RowsCall, failing_line, intercept, raw_scores, repeated, replaced, visible
+from .attention import AttentionCall, RowsCall, causes_of, intercept, raw_scores, repeated, visible
 from .constants import fold_constants
 from .probe.observe import Layer, Observation, evaluating, name_of
 from .streamed import load
-from .time_axis.program.traced import whole_objects
+from .time_axis.program.traced import mask_detection, whole_objects
 
 # Sizes of the example inputs. Each dynamic dimension needs at least 2, or torch treats it as a constant.
 _BATCH, _PAST, _NEW = 2, 5, 3
@@ -131,7 +129,7 @@ def trace(
         outputs += [names.present_key(i), names.present_value(i)]
     inputs += [names.past_conv(i) for i in range(len(states))]
     outputs += [names.present_conv(i) for i in range(len(states))]
-    with evaluating(module, traced=True), quiet(), _without_mask_detection(), whole_objects():
+    with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -280,26 +278,19 @@ class _FusedAttention:
         batch, heads, new, size = call.query.shape
         kv_heads = call.key.shape[1]
         present = (batch, kv_heads, self._total_size, size)
-        attributes = call.fused_attributes
-        query, key = call.query, call.key
-        tables: tuple[Tensor, ...] = ()
-        rotary = call.unrotated
-        if rotary is not None and rotary.key.shape == key.shape and not size % ROTARY_MULTIPLE:
-            query, key, tables = rotary.query, rotary.key, (rotary.cos, rotary.sin)
-            attributes |= {"do_rotary": 1, "rotary_interleaved": int(rotary.interleaved)}
-        # Inputs 9 and 10 are positions and a bias, which the graph does not use.
-        sinks = () if call.sinks is None else (*(tables or (None, None)), None, None, call.sinks)
+        # Inputs 7 and 8 are rotary tables, 9 and 10 positions and a bias, which the graph does not use.
+        sinks = () if call.sinks is None else (None, None, None, None, call.sinks)
         output, key, value = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (
-                *(t.transpose(1, 2).flatten(2) for t in (query, key, call.value)),  # (B, T, heads * D)
+                *(t.transpose(1, 2).flatten(2) for t in (call.query, call.key, call.value)),  # (B, T, heads * D)
                 past_key,
                 past_value,
                 self._last,
                 self._total,
-                *(sinks or tables),
+                *sinks,
             ),
-            attributes,
+            call.fused_attributes,
             dtypes=(_FLOAT, _FLOAT, _FLOAT),
             shapes=((batch, new, heads * size), present, present),
             version=1,
@@ -355,28 +346,13 @@ class _StandardAttention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1), key, value
 
 
-# --- torch's mask check and errors --------------------------------------------------------------------------------
-def _without_mask_detection() -> contextlib.AbstractContextManager[None]:
-    """Replaces nn.TransformerEncoder's comparison of mask values, which torch cannot trace.
-
-    `observe` has already checked that the mask is causal.
-    """
-
-    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-        del size
-        return mask is not None if is_causal is None else is_causal
-
-    return replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", detect)
-
-
+# --- torch's errors -----------------------------------------------------------------------------------------------
 # torch's words for a dimension whose lengths a trace does not cover.
 _GUARD = re.compile(r"^Not all values of (\w+) .* satisfy the generated guard (.*?)\.?$")
 
 
 def _trace_sentence(module: nn.Module, error: BaseException) -> str:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    chain, where = causes_of(error)
     known = next((cause for cause in chain if isinstance(cause, ContractError)), None)
     if known is not None:
         return str(known)
@@ -396,7 +372,6 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
         line = "what runs there depends on the values of a tensor (a loop over what is hit, a branch or a size)"
     if "complex" in line:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
-    where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None)
     return (
         f"torch could not trace {name_of(module)} with a symbolic length{f' at {where}' if where else ''}: "
         f"{line[:400]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,20 +35,30 @@ class Part:
     """The part of a graph that computes `value` from `source` alone. Ignores inferred shapes."""
 
     def __init__(self, model: ir.Model, value: ir.Value, source: ir.Value) -> None:
-        graph = ir.convenience.extract(model.graph, [source], [value]).clone()
-        (given,), (wanted,) = graph.inputs, graph.outputs
-        wanted.shape = None
-        for node in graph:
-            for output in node.outputs:
-                output.shape = None
-        for held in graph.initializers.values():  # external data is read into the part
-            assert held.const_value is not None
-            held.const_value = ir.Tensor(held.const_value.numpy(), name=held.name)
-        content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
-        self._name = str(given.name)
-        self._session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        self._name, self._session = str(source.name), _opened(model, [value], [source])
 
     def run(self, fed: np.ndarray) -> np.ndarray:
         """Returns the value for the source `fed`, of the shape and type in the graph."""
         (found,) = self._session.run(None, {self._name: fed})
         return np.asarray(found)
+
+
+def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Returns values that depend on no other inputs than those in `feeds`, by running the part that makes them."""
+    session = _opened(model, values, [value for value in model.graph.inputs if value.name in feeds])
+    return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))
+
+
+def _opened(model: ir.Model, values: Sequence[ir.Value], sources: Sequence[ir.Value]) -> Any:
+    """Returns a session of the part of a graph that computes the values from the sources."""
+    graph = ir.convenience.extract(model.graph, sources, values).clone()
+    graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+    for value in (*graph.outputs, *(output for node in graph for output in node.outputs)):
+        value.shape = None
+    for held in graph.initializers.values():  # external data is read into the part
+        assert held.const_value is not None
+        held.const_value = ir.Tensor(held.const_value.numpy(), name=held.name)
+    content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -8,16 +8,16 @@ positions at once, so onnxruntime folds them into constants when it loads the gr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from pastkey.contract import names
-from pastkey.runtime.providers.ort import onnxruntime
 
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, shape_of, weight
+from .part import evaluate
 
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
 # Tables grow with the context. Their limit is the larger of these bytes and this share of the weights.
@@ -28,25 +28,29 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
     """Moves the rotation of queries and keys into attention if the same angles rotate both."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     allowed = max(_TABLE_BYTES, _TABLE_SHARE * weights)
-    tables: dict[tuple[int, int], list[ir.Value] | None] = {}
+    known: dict[tuple[int, int], np.ndarray | None] = {}  # the identity of cos and sin -> angles
+    tables: dict[bytes, list[ir.Value]] = {}  # by the numbers of the angles
     for node in tuple(model.graph):
-        if node.op_type != "GroupQueryAttention" or len(node.inputs) > 7:
+        if node.op_type != "GroupQueryAttention" or any(value is not None for value in node.inputs[7:9]):
             continue
         query, key = _rotation(node.inputs[0]), _rotation(node.inputs[1])
-        if query is None or key is None or (query.cos, query.sin) != (key.cos, key.sin):
+        if query is None or key is None or query.interleaved != key.interleaved:
             continue
-        angles = (id(query.cos), id(query.sin))
-        if angles not in tables:
-            tables[angles] = _tables(model, query, context_length, allowed)
-        found = tables[angles]
-        if found is None:
+        for rotation in (query, key):
+            if rotation.angles not in known:
+                known[rotation.angles] = _at_all_positions(model, rotation, context_length, allowed)
+        angles, others = known[query.angles], known[key.angles]
+        if angles is None or others is None or not np.array_equal(angles, others):
             continue
+        content = hashlib.sha256(angles.tobytes()).digest()
+        if content not in tables:
+            tables[content] = _write_tables(model, query, context_length)
         for i, rotation in enumerate((query, key)):
-            _feed_unrotated(model, node, i, rotation.x)
+            _feed_unrotated(model, node, i, rotation)
         new = ir.node(
             node.op_type,
-            [*node.inputs, *found],
-            {**node.attributes, "do_rotary": 1},
+            [*node.inputs[:7], *tables[content], *node.inputs[9:]],
+            {**node.attributes, "do_rotary": 1, "rotary_interleaved": int(query.interleaved)},
             domain=CONTRIB_DOMAIN,
             num_outputs=len(node.outputs),
             name=node.name,
@@ -54,111 +58,185 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
         replace_node(model, node, new)
 
 
+# --- recognising --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Rotation:
-    """Queries or keys x (B, T, H, D), rotated by cos and sin of width D / 2, or, if `doubled`, D with equal halves."""
+    """Queries or keys x, and cos and sin that rotate their pairs of channels."""
 
-    x: ir.Value
+    x: ir.Value  # (B, H, T, D), or (B, T, H, D)
     cos: ir.Value
     sin: ir.Value
-    half: int  # D / 2
-    doubled: bool
+    interleaved: bool  # pairs of neighbouring channels instead of channels of the two halves
+    doubled: bool  # whether cos and sin have each number twice, for both channels of a pair
+    heads_first: bool = False  # whether x is (B, H, T, D)
+
+    @property
+    def half(self) -> int:
+        """D / 2."""
+        return _width(self.x) // 2
+
+    @property
+    def angles(self) -> tuple[int, int]:
+        """The identity of cos and sin."""
+        return id(self.cos), id(self.sin)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The first or the second channels of all pairs of x."""
+
+    x: ir.Value
+    second: bool
+    interleaved: bool
 
 
 def _rotation(value: ir.Value | None) -> _Rotation | None:
-    """Matches the rotation of a query or key (B, T, H * D) in either of its two usual forms."""
-    rotated = input_of(input_of(value, "Reshape"), "Transpose")
-    found = _by_halves(rotated) or _by_swapping(rotated)
-    before = None if found is None else producer(found.x, "Transpose")
-    if found is None or before is None or before.inputs[0] is None:
+    """Matches the rotation of a query or key (B, T, H * D), of both kinds of pairs, in its two usual forms."""
+    heads = input_of(value, "Reshape")
+    swapped = producer(heads, "Transpose")
+    if swapped is not None and list(swapped.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
         return None
-    if list(before.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+    rotated = heads if swapped is None else swapped.inputs[0]
+    found = None if rotated is None else _by_parts(rotated) or _by_swapping(rotated)
+    if found is None or found.x.shape is None or len(found.x.shape) != 4 or not _width(found.x):
         return None
-    return dataclasses.replace(found, x=before.inputs[0])
+    return dataclasses.replace(found, heads_first=swapped is not None)
 
 
-def _by_swapping(rotated: ir.Value | None) -> _Rotation | None:
-    """Matches x cos + concat(-x₂, x₁) sin."""
-    direct, crossed = _operands(rotated, "Add", "Mul")
-    if direct is None or crossed is None:
+def _by_parts(rotated: ir.Value) -> _Rotation | None:
+    """Matches first · cos - second · sin, joined with second · cos + first · sin."""
+    joined = _joined(rotated)
+    difference, total = (None, None) if joined is None else (producer(joined[0], "Sub"), producer(joined[1], "Add"))
+    if joined is None or difference is None or total is None:
         return None
-    x, swapped = direct.inputs[0], producer(crossed.inputs[0], "Concat")
-    if swapped is None or x is None or len(swapped.inputs) != 2:
+    terms = [_scaled(value) for value in (*difference.inputs, *total.inputs)]
+    if any(term is None for term in terms):
         return None
-    upper, lower = producer(input_of(swapped.inputs[0], "Neg"), "Slice"), producer(swapped.inputs[1], "Slice")
-    half = None if upper is None or lower is None else _half(x, lower, upper)
-    cos, sin = direct.inputs[1], crossed.inputs[1]
-    if half is None or cos is None or sin is None or not _on_last_axis(swapped):
+    (first, cos), (second, sin), *others = [term for term in terms if term is not None]
+    x, interleaved = first.x, first.interleaved
+    if (first, second) != (_Part(x, False, interleaved), _Part(x, True, interleaved)) or interleaved != joined[2]:
         return None
-    return _Rotation(x, cos, sin, half, doubled=True)
+    if sorted(((part.second, id(by)) for part, by in others)) != [(False, id(sin)), (True, id(cos))]:
+        return None
+    if any(part.x is not x or part.interleaved != interleaved for part, _ in others):
+        return None
+    return _Rotation(x, cos, sin, interleaved, doubled=False)
 
 
-def _half(x: ir.Value, lower: ir.Node, upper: ir.Node) -> int | None:
-    """Returns D / 2 if the slices are the two halves of x's last axis."""
-    if lower.inputs[0] is not x or upper.inputs[0] is not x:
+def _by_swapping(rotated: ir.Value) -> _Rotation | None:
+    """Matches x · cos + y · sin, where y joins the negated second channels and the first ones."""
+    total = producer(rotated, "Add")
+    products = [] if total is None else [producer(value, "Mul") for value in total.inputs]
+    for direct, crossed in (products, products[::-1]) if len(products) == 2 else ():
+        if direct is None or crossed is None:
+            continue
+        for y, sin in (tuple(crossed.inputs), tuple(reversed(crossed.inputs))):
+            joined = None if y is None else _joined(y)
+            second, first = (None, None) if joined is None else (_part(input_of(joined[0], "Neg")), _part(joined[1]))
+            if joined is None or first is None or second != dataclasses.replace(first, second=True) or sin is None:
+                continue
+            cos = next((v for v, x in zip(direct.inputs, reversed(direct.inputs), strict=True) if x is first.x), None)
+            if cos is not None and not first.second and first.interleaved == joined[2]:
+                return _Rotation(first.x, cos, sin, first.interleaved, doubled=True)
+    return None
+
+
+def _joined(value: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
+    """Returns the first and second channels of all pairs that make the value, and whether as neighbours."""
+    whole = producer(value, "Concat")
+    if whole is not None and len(whole.inputs) == 2 and _on_last_axis(whole, value):
+        first, second = whole.inputs
+        return None if first is None or second is None else (first, second, False)
+    stacked = input_of(value, "Reshape")
+    whole = producer(stacked, "Concat")
+    if whole is None or stacked is None or len(whole.inputs) != 2 or not _on_last_axis(whole, stacked):
         return None
-    first, end, start = weight(lower.inputs[1]), weight(lower.inputs[2]), weight(upper.inputs[1])
-    axes = [weight(node.inputs[3]) if len(node.inputs) > 3 else None for node in (lower, upper)]
-    if first is None or end is None or start is None or any(a is None or a.tolist() not in ([3], [-1]) for a in axes):
+    parts = [producer(part, "Unsqueeze") for part in whole.inputs]
+    if any(node is None or weight(node.inputs[1]) is None for node in parts) or _width(stacked) != 2:
         return None
-    size = None if x.shape is None else x.shape[-1]
-    cut = int(end.item())
-    return cut if first.tolist() == [0] and start.tolist() == [cut] and size == 2 * cut else None
-
-
-def _on_last_axis(node: ir.Node) -> bool:
-    """Whether a Concat or Split is along the last of four axes."""
-    axis = node.attributes.get("axis")
-    return axis is not None and axis.as_int() in (3, -1)
-
-
-def _by_halves(rotated: ir.Value | None) -> _Rotation | None:
-    """Matches concat(x₁ cos - x₂ sin, x₂ cos + x₁ sin)."""
-    whole = producer(rotated, "Concat")
-    if whole is None or len(whole.inputs) != 2:
+    first, second = (node.inputs[0] for node in parts if node is not None)
+    last = None if stacked.shape is None else len(stacked.shape) - 1
+    axes = [weight(node.inputs[1]) for node in parts if node is not None]
+    if first is None or second is None or any(axis is None or axis.tolist() not in ([last], [-1]) for axis in axes):
         return None
-    left, right = _operands(whole.inputs[0], "Sub", "Mul"), _operands(whole.inputs[1], "Add", "Mul")
-    if None in (*left, *right):
-        return None
-    (first, cos), (second, sin) = (tuple(node.inputs) for node in left if node is not None)
-    expected = [(second, cos), (first, sin)]
-    if [tuple(node.inputs) for node in right if node is not None] != expected or cos is None or sin is None:
-        return None
-    split = producer(first, "Split")
-    if split is None or list(split.outputs) != [first, second] or not (_on_last_axis(split) and _on_last_axis(whole)):
-        return None
-    x = split.inputs[0]
-    size = None if x is None or x.shape is None else x.shape[-1]
-    if x is None or not isinstance(size, int) or (len(split.inputs) > 1 and split.inputs[1] is not None):
-        return None
-    return _Rotation(x, cos, sin, size // 2, doubled=False)
+    return first, second, True
 
 
-def _operands(value: ir.Value | None, operator: str, operands: str) -> tuple[ir.Node | None, ir.Node | None]:
-    """Returns the nodes, both of type `operands`, that compute the two inputs of the value's producer."""
-    node = producer(value, operator)
-    if node is None or len(node.inputs) != 2:
-        return None, None
-    return producer(node.inputs[0], operands), producer(node.inputs[1], operands)
+def _scaled(value: ir.Value | None) -> tuple[_Part, ir.Value] | None:
+    """Returns a part that is multiplied, and by what."""
+    product = producer(value, "Mul")
+    operands = () if product is None else (tuple(product.inputs), tuple(reversed(product.inputs)))
+    return next(((part, by) for x, by in operands if by is not None and (part := _part(x)) is not None), None)
 
 
-def _tables(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> list[ir.Value] | None:
-    """Returns cos and sin of every position, (context, D / 2), or None if too large or not of positions alone."""
+def _part(value: ir.Value | None) -> _Part | None:
+    """Matches the first or second channels of all pairs along the last axis of x."""
+    node = None if value is None else value.producer()
+    x = None if node is None else node.inputs[0]
+    if value is None or node is None or x is None:
+        return None
+    if node.op_type == "Split" and len(node.outputs) == 2 and _on_last_axis(node, x):
+        return _Part(x, value is node.outputs[1], interleaved=False) if 2 * _width(value) == _width(x) else None
+    if node.op_type == "Gather" and _on_last_axis(node, x):  # of pairs (..., D / 2, 2)
+        index, before = weight(node.inputs[1]), input_of(x, "Reshape")
+        if index is None or index.ndim or before is None or _width(x) != 2 or _width(before) != 2 * _width(value):
+            return None
+        return _Part(before, bool(index), interleaved=True)
+    if node.op_type != "Slice" or x.shape is None:
+        return None
+    given = [weight(v) for v in node.inputs[1:]] + [np.array([1])] * (5 - len(node.inputs))
+    if len(given) != 4 or any(numbers is None or numbers.size != 1 for numbers in given):
+        return None
+    start, end, axis, step = (int(numbers.item()) for numbers in given if numbers is not None)
+    size, half = _width(x), _width(x) // 2
+    if axis not in (-1, len(x.shape) - 1) or not size or size % 2:
+        return None
+    bounds = (start, min(end, size), step)
+    kinds = {(0, half, 1): (False, False), (half, size, 1): (True, False)}
+    kinds |= {(0, size, 2): (False, True), (0, size - 1, 2): (False, True), (1, size, 2): (True, True)}
+    return _Part(x, *kinds[bounds]) if bounds in kinds else None
+
+
+def _on_last_axis(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a Concat, Split or Gather is along the last axis of the value."""
+    axis = node.attributes.get_int("axis", 0)
+    return value.shape is not None and axis in (-1, len(value.shape) - 1)
+
+
+def _width(value: ir.Value) -> int:
+    """Returns the size of the last axis, 0 if it is not a number."""
+    size = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return size if isinstance(size, int) else 0
+
+
+# --- angles -------------------------------------------------------------------------------------------------------
+def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> np.ndarray | None:
+    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of positions alone."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
-    width = rotation.half * (2 if rotation.doubled else 1)
-    angles = [_made_of_positions(model, value) for value in (rotation.cos, rotation.sin)]
-    if None in angles:
+    if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):
         return None
-    for value, nodes in zip((rotation.cos, rotation.sin), angles, strict=True):
-        assert nodes is not None
-        array = _at_all_positions(model, value, nodes, context_length)
-        if array.shape[-2:] != (context_length, width) or array.size != context_length * width:
+    positions = np.arange(context_length)[None]
+    feeds = {names.POSITION_IDS: positions, names.INPUT_IDS: positions}
+    for value in model.graph.inputs:
+        if str(value.name).startswith(names.PAST_PREFIX) and value.shape is not None:
+            sizes = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
+            feeds[str(value.name)] = np.zeros(sizes, np.float32)
+    width, found = rotation.half * (2 if rotation.doubled else 1), []
+    for array in evaluate(model, [rotation.cos, rotation.sin], feeds):
+        if array.shape[-1:] != (width,) or [size for size in array.shape[:-1] if size != 1] != [context_length]:
             return None
-        first, second = np.split(array, 2, axis=-1)
-        if rotation.doubled and not np.array_equal(first, second):
-            return None
-    return _write_tables(model, rotation, [node for nodes in angles for node in nodes or ()], context_length)
+        array = array.reshape(context_length, width)
+        if rotation.doubled:
+            array, again = (
+                np.moveaxis(array.reshape(context_length, -1, 2), 2, 0)
+                if rotation.interleaved
+                else np.split(array, 2, 1)
+            )
+            if not np.array_equal(array, again):
+                return None
+        found.append(array)
+    return np.stack(found)
 
 
 def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None:
@@ -167,37 +245,28 @@ def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None
     waiting = [value]
     while waiting:
         current = waiting.pop()
-        producer = current.producer()
-        if shape_of(current) is not None or (producer is None and current.name == names.POSITION_IDS):
+        node = current.producer()
+        if shape_of(current) is not None or (node is None and current.name == names.POSITION_IDS):
             continue
-        if producer is None or producer.domain:  # not an operator of ONNX
+        if node is None or node.domain:  # not an operator of ONNX
             return None
-        if id(producer) not in inside:
-            inside.add(id(producer))
-            waiting += [v for v in producer.inputs if v is not None]
+        if id(node) not in inside:
+            inside.add(id(node))
+            waiting += [v for v in node.inputs if v is not None and not _counts(node)]
     return [node for node in model.graph if id(node) in inside]
 
 
-def _at_all_positions(model: ir.Model, value: ir.Value, nodes: list[ir.Node], context_length: int) -> np.ndarray:
-    """Computes the value for position_ids 0, 1, ...: cuts its nodes out and runs them."""
-    constants = {str(v.name): weight(v) for node in nodes for v in node.inputs if v is not None}
-    helper = onnx.helper
-    graph = helper.make_graph(
-        [ir.to_proto(node) for node in nodes],
-        "angles",
-        [helper.make_tensor_value_info(names.POSITION_IDS, onnx.TensorProto.INT64, [1, None])],
-        [helper.make_tensor_value_info(str(value.name), onnx.TensorProto.FLOAT, None)],
-        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items() if array is not None],
-    )
-    opset = helper.make_opsetid("", model.opset_imports[""])
-    content = helper.make_model(graph, opset_imports=[opset], ir_version=model.ir_version).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {names.POSITION_IDS: np.arange(context_length)[None]})
-    return np.asarray(found)
+def _counts(node: ir.Node) -> bool:
+    """Whether a node returns the rows, or the tokens, of the ids: position_ids have as many."""
+    name = node.inputs[0].name if node.op_type == "Shape" and node.inputs[0] is not None else None
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 9)
+    axes = 2 if name in (names.INPUT_IDS, names.POSITION_IDS) else int(str(name).startswith(names.PAST_PREFIX))
+    return 0 <= start < end <= axes
 
 
-def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], context_length: int) -> list[ir.Value]:
-    """Copies the nodes, with all positions in place of position_ids."""
+def _write_tables(model: ir.Model, rotation: _Rotation, context_length: int) -> list[ir.Value]:
+    """Copies the nodes that make cos and sin, with all positions in place of position_ids."""
+    angles = [node for value in (rotation.cos, rotation.sin) for node in _made_of_positions(model, value) or ()]
     number = sum(1 for node in model.graph if node.name and node.name.startswith("cos_cache"))
     builder = NodeBuilder(model, f"rotary_{number}")
 
@@ -205,14 +274,15 @@ def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], c
         return builder.constant(what, np.array(content))
 
     range_of = (("from", 0), ("context", context_length), ("step", 1))
-    bounds = (builder.constant(what, np.array(n)) for what, n in range_of)
-    positions = builder.add("Unsqueeze", builder.add("Range", *bounds), whole("row", 0))  # (1, context)
+    ends = (builder.constant(what, np.array(n)) for what, n in range_of)
+    positions = builder.add("Unsqueeze", builder.add("Range", *ends), whole("row", 0))  # (1, context)
     made: dict[int, ir.Value] = {}  # the identity of a value -> its copy
     for node in angles:
         if id(node.outputs[0]) in made:
             continue
         inputs = [
-            positions if v is not None and v.name == names.POSITION_IDS else made.get(id(v), v) for v in node.inputs
+            positions if _counts(node) or (v is not None and v.name == names.POSITION_IDS) else made.get(id(v), v)
+            for v in node.inputs
         ]
         attributes, name = tuple(node.attributes.values()), f"rotary_{number}_{len(builder.nodes)}"
         copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=name)
@@ -225,22 +295,33 @@ def _write_tables(model: ir.Model, rotation: _Rotation, angles: list[ir.Node], c
     for name, value in (("cos", rotation.cos), ("sin", rotation.sin)):
         table = builder.add("Reshape", made[id(value)], flat)
         if rotation.doubled:
-            half = (whole(f"{name}_{what}", n) for what, n in (("start", 0), ("end", rotation.half), ("axis", 1)))
-            table = builder.add("Slice", table, *half)
+            end, step = (2 * rotation.half, 2) if rotation.interleaved else (rotation.half, 1)
+            bounds = (("start", 0), ("end", end), ("axis", 1), ("step", step))
+            table = builder.add("Slice", table, *(whole(f"{name}_{what}", n) for what, n in bounds))
         builder.nodes[-1].name = table.name = f"{name}_cache_{number}"
         tables.append(table)
     model.graph.insert_before(model.graph[0], builder.nodes)
     return tables
 
 
-def _feed_unrotated(model: ir.Model, attention: ir.Node, index: int, heads: ir.Value) -> None:
-    """Feeds attention `heads` (B, T, H, D) as (B, T, H * D)."""
+def _feed_unrotated(model: ir.Model, attention: ir.Node, index: int, rotation: _Rotation) -> None:
+    """Feeds attention the queries or keys before their rotation, as (B, T, H * D)."""
     fed = attention.inputs[index]
+    reshape = producer(fed, "Reshape")
     assert fed is not None
-    reshape = fed.producer()
     assert reshape is not None
     name = f"{attention.name}_unrotated_{index}"  # two calls may share a query
-    new = ir.node("Reshape", [heads, reshape.inputs[1]], dict(reshape.attributes), name=name)
-    new.outputs[0].name, new.outputs[0].shape = f"{name}_output", fed.shape
-    model.graph.insert_before(attention, new)
-    attention.replace_input_with(index, new.outputs[0])
+    nodes, heads = [], rotation.x
+    before = producer(heads, "Transpose")
+    if rotation.heads_first and before is not None and list(before.attributes["perm"].as_ints()) == [0, 2, 1, 3]:
+        assert before.inputs[0] is not None
+        heads = before.inputs[0]
+    elif rotation.heads_first:
+        nodes.append(ir.node("Transpose", [heads], {"perm": [0, 2, 1, 3]}, name=f"{name}_swapped"))
+        heads = nodes[-1].outputs[0]
+        heads.name = f"{name}_swapped_output"
+    nodes.append(ir.node("Reshape", [heads, reshape.inputs[1]], dict(reshape.attributes), name=name))
+    new = nodes[-1].outputs[0]
+    new.name, new.shape = f"{name}_output", fed.shape
+    model.graph.insert_before(attention, nodes)
+    attention.replace_input_with(index, new)

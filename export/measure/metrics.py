@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from pastkey.errors import NumericsError
 from pastkey.runtime.engine.engine import HiddenStates, Ids, Logits
-from pastkey.runtime.engine.golden import drawn_of
 
 Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]
@@ -59,16 +58,6 @@ def kl_divergence(reference: Logits, logits: Logits) -> float:
 def top1_agreement(reference: Logits, logits: Logits) -> float:
     """Returns the share of positions whose most likely token is the same, 0 to 1. Both (..., V)."""
     return float((reference.argmax(-1) == logits.argmax(-1)).mean())
-
-
-def relative_difference(reference: Logits, logits: Logits) -> float:
-    """Returns max |difference| / max |reference|: 1e-5 on logits of 44 is 4.4e-4.
-
-    Logits far below the largest of their row, as those of unused tokens that a model bans by -1e9, do not count.
-    """
-    drawn = drawn_of(reference)
-    off, largest = (float(np.abs(part[drawn]).max()) for part in (reference - logits, reference))
-    return off / max(largest, float(np.finfo(np.float32).tiny))
 
 
 def cosine_distance(reference: HiddenStates, states: HiddenStates) -> float:

@@ -13,8 +13,9 @@ from pastkey.runtime import Engine, Generation, Request
 from pastkey.runtime.engine.golden import require_golden
 from pastkey.runtime.options import PlacementOptions
 
+from ..compare import logits_difference
 from .hidden_states import head_input
-from .metrics import HiddenStates, Ids, Logits, agreeing_tokens, relative_difference
+from .metrics import HiddenStates, Ids, Logits, agreeing_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,7 +180,7 @@ class ModulePredictor:
                 found = wide.hidden_states(ids) if hidden else wide.logits(ids)
         except Exception:  # a user's module may raise anything in a precision that it was not written for
             return 0.0
-        return relative_difference(found, self.hidden_states(ids) if hidden else self.logits(ids))
+        return logits_difference(found, self.hidden_states(ids) if hidden else self.logits(ids))
 
 
 def _uncached(module: nn.Module, ids: Ids) -> Uncached:

@@ -18,8 +18,9 @@ from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine
 from pastkey.runtime.options import PlacementOptions
 
+from ..compare import logits_difference
 from ..progress import SILENT, Progress
-from .metrics import Ids, Logits, cosine_distance, kl_divergence, relative_difference, top1_agreement
+from .metrics import Ids, Logits, cosine_distance, kl_divergence, top1_agreement
 from .paths import (
     BATCH_LENGTH,
     BATCH_STEPS,
@@ -271,7 +272,7 @@ def _hidden_states(c: _Compared) -> Iterator[Check]:
             value = cosine_distance(c.source.hidden_states(c.last.ids), pairs[0][1])
             yield _hidden_check("hidden_states_float32", value, MAX_COSINE_DISTANCE)
         return
-    value, limit = max(relative_difference(*pair) for pair in pairs), c.limits.relative
+    value, limit = max(logits_difference(*pair) for pair in pairs), c.limits.relative
     if value > limit and c.source is not None:
         limit = max(limit, ROUNDING_ALLOWANCE * c.source.rounding(c.last.ids, hidden=True))
     yield _hidden_check("hidden_states", value, limit, "max_relative_difference")
@@ -307,7 +308,7 @@ def _compare(
 
     `single`: tokens were decoded one by one.
     """
-    value = max(relative_difference(*pair) for pair in pairs)
+    value = max(logits_difference(*pair) for pair in pairs)
     measure, limit = "max_relative_difference", c.limits.relative
     # int8 activations amplify last bits, which depend on the number of tokens in a run.
     if c.limits.decode_kl is not None and (single or value > limit):
@@ -343,8 +344,7 @@ def _first_layer(c: _Compared) -> str:
     cached = cached_layers(c.all_logits)
     for index, (expected, found) in enumerate(zip(c.reference.cache(c.last.ids), cached, strict=True)):
         if any(
-            relative_difference(a, b) > LAYER_ALLOWANCE * c.limits.relative
-            for a, b in zip(expected, found, strict=True)
+            logits_difference(a, b) > LAYER_ALLOWANCE * c.limits.relative for a, b in zip(expected, found, strict=True)
         ):
             layer = c.layers[index] if c.layers else None
             return f"layer {index}" + (f" ({layer.module}, {layer.where})" if layer else "")

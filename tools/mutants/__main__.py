@@ -30,7 +30,6 @@ from typing import Any
 ROOMS = ("export", "runtime", "pastkey", "train", "serve", "see", "web")
 # What is to be removed needs no tests that find its faults.
 LEFT_OUT = (
-    "export/graft/time_axis/step/rope.py",
     "export/graph/write/embedding_rows.py",
     "runtime/decoding/batching/pace.py",
     "runtime/speculation/worth.py",

@@ -19,15 +19,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.errors import ContractError, InputError, first_line
 from pastkey.quiet import quiet
 
-from ..attention import failing_line, intercept, torch_attention
+from ...compare import LOGITS, logits_difference
+from ..attention import embedding, failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
-from .logits import apart, is_distribution, logits_in, standing, tensors
+from .logits import is_distribution, logits_in, standing, tensors
 from .observe import name_of, natively
 from .watched import draws, half_precision, in_training, kept
 
@@ -38,7 +38,6 @@ _ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores"
 _BATCH, _LENGTHS = 2, (7, 5)
 _ONE_ROW = "[:1]"  # of the ids, in a call that takes a batch of one row
 _SEEDS = 64  # tried on a module that draws random numbers
-_TOLERANCE = 1e-4  # relative to the largest logit; torch's kernels differ by shape
 
 
 def _future(ids: Tensor) -> Tensor:
@@ -393,20 +392,9 @@ def _draws(run: Callable[[], object]) -> bool:
 def _embedded(module: nn.Module, expression: str, length: int) -> int:
     """How many tokens the module embeds: the rows of the table that the ids index; 2 if there is none."""
     ids = torch.zeros(_BATCH, length, dtype=torch.long)
-    rows: list[int] = []
-
-    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if func is F.embedding:
-            index = args[0] if args else kwargs.get("input")
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if not isinstance(index, Tensor) or not isinstance(weight, Tensor):
-                return
-            if index.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr():
-                rows.append(weight.shape[0])
-
-    with torch.no_grad(), quiet(), intercept(torch_attention, watch):
+    with torch.no_grad(), quiet(), embedding(ids) as rows:
         Call(expression).raw(module, ids)
-    return min(rows) if rows else 2
+    return min(rows, default=2)
 
 
 def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order: str, vocab: int) -> tuple[Cause, ...]:
@@ -442,4 +430,4 @@ def _breaches(module: nn.Module, call: Call, ids: Tensor, logits: Tensor, order:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return apart(a, b) <= _TOLERANCE
+    return logits_difference(b, a) <= LOGITS

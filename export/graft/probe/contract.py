@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from pastkey.errors import ContractError, InputError, PastkeyError, first_line
 
+from ...compare import LOGITS, logits_difference
 from ..attention import failing_line
 from ..streamed import load, streaming
 from ..time_axis.program.python_branches import heard
 from ..time_axis.step.decoder import TimeAxisDecoder, find
 from .call import CONTRACT, PLAIN, Call, find_call, plain_call, refuse_ambiguous
 from .causes import Cause, Kind, NoCacheError, ObstacleError
-from .logits import apart
 from .observe import (
     Observation,
     Opaque,
@@ -44,7 +44,6 @@ from .watched import HALF, without_autocast
 
 Say = Callable[[str], None]
 
-_TOLERANCE = 1e-4  # relative to the largest logit, between a sequence and its parts in float32
 _MOST_FOLLOWED = 8192  # tokens of the longest context for which a latent row is looked for in a module of the contract
 _CHOOSING = 11  # tokens of the sequences that show whether a module selects rows
 _PLAIN = 128  # tokens of the longest sequence on which the plain call is compared
@@ -308,6 +307,8 @@ def _agree(model: nn.Module, plain: Call, taken: Call, context_length: int, voca
         except Exception:  # a user's module may raise anything at this length
             continue
         count = min(expected.shape[1], found.shape[1])  # either may return only the last position
-        if expected.shape[2] != found.shape[2] or not apart(found[:, -count:], expected[:, -count:]) <= _TOLERANCE:
+        if expected.shape[2] != found.shape[2]:
+            return False
+        if not logits_difference(expected[:, -count:], found[:, -count:]) <= LOGITS:
             return False
     return True

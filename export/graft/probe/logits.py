@@ -7,11 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _SUM = 1e-3  # how far a row of probabilities may be from 1
-_BANNED = 1e3  # below the largest of its row, a logit that is never drawn: the -1e9 of an unused token
 
 
 def logits_in(
@@ -100,10 +98,3 @@ def standing(logits: Tensor, order: str) -> Tensor:
 def is_distribution(logits: Tensor) -> bool:
     """Whether rows (..., V) hold probabilities, as of a softmax."""
     return bool((logits >= 0).all() and ((logits.sum(-1) - 1).abs() < _SUM).all())
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of logits (..., V), relative to the largest; those of banned tokens do not count."""
-    one, other = (part >= part.amax(-1, keepdim=True) - _BANNED for part in (found, expected))
-    off = (found - expected).abs().masked_fill(~(one | other), 0)  # NaN stays, where the other is a number
-    return float(off.max() / torch.where(other, expected, 0).abs().max().clamp_min(1e-12))

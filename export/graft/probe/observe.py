@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pastkey.contract.bundle import KVGeometry, StateGeometry
@@ -27,6 +26,7 @@ from ..attention import (
     RowsCall,
     RowsHandler,
     attention_over,
+    embedding,
     intercept,
     torch_attention,
     visible,
@@ -331,16 +331,7 @@ def _check_last_position(module: nn.Module, length: int, context_length: int) ->
 def _probe_vocabulary(module: nn.Module, length: int) -> int:
     """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows."""
     ids = torch.zeros(2, length, dtype=torch.long)
-    rows: list[int] = []
-
-    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if func is F.embedding:
-            index = args[0] if args else kwargs.get("input")
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if isinstance(index, Tensor) and isinstance(weight, Tensor) and index.data_ptr() == ids.data_ptr():
-                rows.append(weight.shape[0])
-
-    with evaluating(module), intercept(torch_attention, watch):
+    with evaluating(module), embedding(ids) as rows:
         logits = _guarded(module, ids, torch.arange(length).expand_as(ids))
     vocab_size = logits.shape[-1]
     if rows and min(rows) < vocab_size:

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from pastkey.contract.bundle import CacheShift, KeyRotation
 
+from ...compare import LOGITS, PER_TOKEN, relative_difference
 from .observe import Observation, Opaque, Uncached, random_ids, run_uncached
 
 _TOKENS = 16
-# Relative to the largest number. Angles in float32 are off by _PER_TOKEN for each token of distance. Learned positions
-# give completely different values.
-_TOLERANCE, _PER_TOKEN = 1e-4, 4e-7
 
 Keys = npt.NDArray[np.float64]  # (K, T, D)
 
@@ -137,13 +135,11 @@ def _is_turned(
 
 def _alike(one: KeyRotation, other: KeyRotation) -> bool:
     same = (one.first, one.interleaved, len(one.angles)) == (other.first, other.interleaved, len(other.angles))
-    return same and bool(np.allclose(one.angles, other.angles, rtol=0, atol=_PER_TOKEN))
+    return same and bool(np.allclose(one.angles, other.angles, rtol=0, atol=PER_TOKEN))
 
 
 def _differs(before: npt.NDArray[Any], after: npt.NDArray[Any], by: int) -> bool:
-    if not before.size:
-        return False
-    return bool(np.abs(after - before).max() > (_TOLERANCE + _PER_TOKEN * by) * max(1e-12, np.abs(before).max()))
+    return relative_difference(before, after) > LOGITS + PER_TOKEN * by
 
 
 def _array(tensor: Tensor) -> Keys:

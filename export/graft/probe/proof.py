@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compare import LOGITS, logits_difference
 from ..attention import Handler, intercept, torch_attention
 from ..streamed import computing_in_float64, in_float64
 from .call import Call
 from .hints import Hints, find_hints
-from .logits import apart
 from .observe import Observation, StandIn, Uncached, evaluating, random_ids, run_on, run_uncached
 
-_TOLERANCE = 1e-4  # relative to the largest logit
 SHORTEST = 12  # tokens of the longest text where nothing more is asked
 _WORK = 5e11  # multiplications of the runs over one text: about 10 s on two cores
 _SCORES = 1 << 26  # attention scores of one run
@@ -164,7 +163,7 @@ class _Runs:
             part = self._author(ids, 3)
         except Exception:  # a user's module may raise anything
             return False
-        return part.shape[1] == 3 and apart(part, whole[:, -3:]) <= _TOLERANCE
+        return part.shape[1] == 3 and logits_difference(whole[:, -3:], part) <= LOGITS
 
     def hints(self, context_length: int) -> Hints:
         """Runs the author's call; the reductions of a followed module are known from its trace."""
@@ -194,7 +193,7 @@ class _Runs:
                     found = [torch.cat([*found, past.logits], 1)[:, -most:]]
                     start = end
                 off = self._apart(ids[:, :length], found[0])
-                if not off <= _TOLERANCE:  # also true for NaN
+                if not off <= LOGITS:  # also true for NaN
                     return length, off
         return 0, 0.0
 
@@ -224,7 +223,7 @@ class _Runs:
                 raise
             return 0.0  # the call does not accept a single token
         count = min(found.shape[1], expected.shape[1])
-        return apart(found[:, -count:], expected[:, -count:])
+        return logits_difference(expected[:, -count:], found[:, -count:])
 
     def _author(self, ids: Tensor, rows: int | None) -> Tensor:
         """Logits (1, n, V) of the author's call, whose output head gets the last `rows` rows alone, if given."""

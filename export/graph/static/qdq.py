@@ -7,7 +7,6 @@ a CPU that simulates the same graph does not. The calibration text determines th
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
+from pastkey.quiet import quiet
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.engine.engine import Ids
@@ -110,7 +110,7 @@ def _ranges(path: Path, feeds: list[Feeds], context_length: int) -> dict[str, tu
 @contextlib.contextmanager
 def _prepared(path: Path) -> Iterator[Path]:
     """Yields a graph as onnxruntime's quantization tools take it, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, _silent():
+    with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, quiet():  # advice on graphs not prepared its way
         plain = Path(temporary) / "plain.onnx"
         model = ir.load(path)
         _fold_transposed(model)
@@ -177,17 +177,6 @@ def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:
             self.rest = iter(feeds)
 
     return Reader()
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silences the advice that onnxruntime's tools log about graphs not prepared their way."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def in_int8(bundle: Bundle) -> Bundle:

@@ -22,11 +22,12 @@ from pastkey.files.tokenizer_file import open_tokenizer
 from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
 
+from ...compare import LOGITS, logits_difference
 from ...graph.write.output_head import output_head
 from ...graph.write.save import write_graphs
 from ...graph.write.weights_file import remove_with_weights, save_with_weights
 from ...measure.evaluate import evaluate
-from ...measure.metrics import Ids, relative_difference
+from ...measure.metrics import Ids
 from ...measure.predictors import BundlePredictor, RecordedPredictor
 from ...measure.texts import cut_windows, encode_file, self_generated_texts, start_token
 from ...progress import SILENT, Progress
@@ -41,7 +42,6 @@ MIN_TOKENS = 64  # of a calibration file: fewer are not representative of other 
 _MONOTONOUS = 0.9  # maximum share of one token: more is a repeated word, or a script that the tokenizer cannot read
 _MEASURED = 2  # held-out windows
 # Relative to the largest logit. Smoothing rounds every weight again, by 6e-8; a wrong division changes everything.
-_MAX_CHANGE = 1e-4
 _SETS = ("calibration_set", "held_out_set")
 _SAMPLES = 512  # positions whose activations are used, spread over the text
 
@@ -172,7 +172,7 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids], out: Path, progress: Prog
     save_with_weights(model, out)
     with probing(ir.load(out), out.parent, [names.LOGITS]) as probe:
         after = probe(windows[-1])
-    if relative_difference(before, after[names.LOGITS]) <= _MAX_CHANGE:  # NaN fails
+    if logits_difference(before, after[names.LOGITS]) <= LOGITS:  # NaN fails
         return out
     progress.warn("smoothing changed the logits of this model: its weights are quantized as they are")
     remove_with_weights(out)

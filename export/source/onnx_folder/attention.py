@@ -12,10 +12,8 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -23,10 +21,9 @@ import onnx_ir.passes.common as common
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
-from pastkey.runtime.providers.ort import onnxruntime
 
 from ...graph.edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, sole_consumer, weight
-from ...graph.write.weights_file import save_with_weights
+from ...graph.part import evaluate
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
@@ -377,16 +374,3 @@ def _feeds(layers: Sequence[KVGeometry], past: int, new: int) -> dict[str, np.nd
         feeds[names.past_key(number)] = np.zeros((1, g.kv_heads, past, g.key_head_size), np.float32)
         feeds[names.past_value(number)] = np.zeros((1, g.kv_heads, past, g.value_head_size), np.float32)
     return feeds
-
-
-def evaluate(model: ir.Model, values: Sequence[ir.Value], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Returns the values, by running the part of the graph that makes them."""
-    part = ir.Model(ir.convenience.extract(model.graph, model.graph.inputs, values), ir_version=model.ir_version)
-    part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses()]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "part.onnx"
-        save_with_weights(part, file)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        return list(session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}))

@@ -19,6 +19,7 @@ from pastkey.contract import names
 from pastkey.errors import ContractError, InputError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
+from ...compare import LOGITS, relative_difference
 from ...graft.probe.observe import Layer, Observation, Opaque, Uncached, random_ids
 from ...graph.simplify import simplify
 from .attention import Attention, UnrecognisedError, fuse_attention, recognise
@@ -27,7 +28,6 @@ from .given import EXPORT_COMMAND, Given, standard_form
 # Keys and values of a run, or of the tokens before it, in the order of `Given.past`.
 Cache = Sequence[npt.NDArray[Any]]
 
-_TOLERANCE = 1e-4  # relative to the largest logit, between a sequence with and without holes in float32
 _TOKENS = 64  # of the sequence that shows whether past may have holes, if no window is longer
 _BEYOND_WINDOW = 16
 _LONGEST = 1024 + _BEYOND_WINDOW  # tokens of that sequence
@@ -181,9 +181,7 @@ class GivenDecoder(Opaque):
         _, alone = self.run(ids)
         _, after = self.run(ids, np.arange(ids.shape[1])[None], past=past)
         pairs = zip(alone[:2], after[:2], strict=True)
-        return all(
-            np.allclose(b[:, :, -ids.shape[1] :], a, rtol=0, atol=_TOLERANCE * np.abs(a).max()) for a, b in pairs
-        )
+        return all(relative_difference(a, b[:, :, -ids.shape[1] :]) <= LOGITS for a, b in pairs)
 
     @functools.cached_property
     def _standard(self) -> ir.Model:
@@ -225,7 +223,7 @@ class GivenDecoder(Opaque):
         _, past = self.run(padded, np.pad(np.arange(first), (0, _HOLES))[None], hidden)
         mask = np.concatenate([hidden, np.ones((1, tokens - first), np.int64)], 1)
         found, _ = self.run(ids[:, first:], np.arange(first, tokens)[None], mask, past)
-        return bool(np.abs(found - expected[:, first:]).max() <= _TOLERANCE * np.abs(expected).max())
+        return relative_difference(expected[:, first:], found) <= LOGITS
 
     def rounding(self, ids: npt.NDArray[np.int64]) -> float:
         """Returns max |difference| over the largest between logits of (T,) in one run and token by token."""
@@ -234,7 +232,7 @@ class GivenDecoder(Opaque):
         for token in ids:
             logits, past = self.run(token[None, None], past=past)
             steps.append(logits)
-        return float(np.abs(np.concatenate(steps, 1) - whole).max() / max(1e-12, np.abs(whole).max()))
+        return relative_difference(whole, np.concatenate(steps, 1))
 
     # --- the graph ------------------------------------------------------------------------------------------------
     def graph(self, form: str, observation: Observation) -> tuple[ir.Model, Observation]:

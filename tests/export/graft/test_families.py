@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, InputError
 from pastkey.export import Report, export
+from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.contract import in_contract
-from pastkey.export.graft.probe.logits import apart
 from pastkey.export.graft.probe.observe import run_on, run_uncached
 from pastkey.export.graft.trace import choose_graph
 from pastkey.export.source.open import open_source
@@ -59,7 +59,7 @@ def test_steps_with_a_cache_give_transformers_own_logits(family):
     for start, end in ((5, 6), (6, 13), *((i, i + 1) for i in range(13, 30))):
         past = run_on(taken.module, past, ids[:, start:end])
         logits.append(past.logits)
-    assert apart(torch.cat(logits, 1), expected) < 1e-4
+    assert logits_difference(expected, torch.cat(logits, 1)) < 1e-4
 
 
 @pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=EXPORTED))

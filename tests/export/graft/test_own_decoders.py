@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
+from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.contract import in_contract
-from pastkey.export.graft.probe.logits import apart
 from pastkey.export.graft.probe.observe import run_on, run_uncached
 from pastkey.export.graft.trace import choose_graph
 
@@ -52,9 +52,9 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     for start, end in ((5, 6), (6, 7), (7, 10), *((i, i + 1) for i in range(10, ids.shape[1]))):
         past = run_on(taken.module, past, ids[:, start:end])
         logits.append(past.logits)
-    assert apart(torch.cat(logits, 1), expected) < 1e-4
+    assert logits_difference(expected, torch.cat(logits, 1)) < 1e-4
     ids[0, -2] = (ids[0, -2] + 1) % own.vocab
-    assert (apart(reference(own, module, ids)[0, -1], expected[0, -1]) > 1e-2) != own.alone
+    assert (logits_difference(expected[0, -1], reference(own, module, ids)[0, -1]) > 1e-2) != own.alone
 
 
 def chunks(ids: list[int]) -> Iterator[list[int]]:

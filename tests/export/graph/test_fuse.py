@@ -10,14 +10,18 @@ import onnx_ir as ir
 import pytest
 from torch import Tensor, nn
 
+from pastkey.export.compare import relative_difference
+from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import observe
 from pastkey.export.graft.trace import trace
 from pastkey.export.graph.clean import clean
 from pastkey.export.graph.fuse import fuse
-from pastkey.export.measure.metrics import relative_difference
 
+from ...shared import divided
 from ..cases import CASES
 from ..decoders import Plain, TableRope, llama
+from ..graft.own.parts import VOCAB, NoPositions, drawn
+from ..graft.own.positions import RotaryByLength, RotaryComplex, RotaryGrouped, RotaryKept, RotaryTables
 from ..plain_loop import run_chunks
 
 CONTEXT = 40
@@ -59,6 +63,27 @@ def test_norms_skips_and_rotation_are_fused_exactly(changes, tmp_path):
     assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
     assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)
     ids = np.random.default_rng(0).integers(0, 61, CONTEXT).tolist()
+    expected = run_chunks(before, [ids])
+    assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
+    one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])
+    assert relative_difference(expected, one_by_one) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "attention",
+    divided(
+        [RotaryTables, RotaryKept, RotaryGrouped, RotaryByLength, RotaryComplex],
+        quick=[RotaryByLength, RotaryComplex],
+        ci=[RotaryGrouped],
+    ),
+)
+def test_rotations_as_people_write_them_move_into_attention(attention, tmp_path):
+    """Halves and neighbours, tables and angles, real and complex numbers, before heads are repeated."""
+    module = drawn(lambda: NoPositions(lambda: attention(heads=2)))
+    followed = in_contract(module, CONTEXT, None, lambda _: None).module
+    before, after, _ = graphs(followed, tmp_path)
+    assert rotating(after) == [True, True]
+    ids = np.random.default_rng(0).integers(0, VOCAB, CONTEXT).tolist()
     expected = run_chunks(before, [ids])
     assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
     one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])

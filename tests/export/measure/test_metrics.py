@@ -20,7 +20,6 @@ from pastkey.export.measure.metrics import (
     kl_divergence,
     log_softmax,
     perplexity,
-    relative_difference,
     softmax,
     top1_agreement,
 )
@@ -61,18 +60,6 @@ def test_top1_agreement_is_a_share_of_positions():
     a = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)
     b = np.array([[1, 0], [0, 1], [0, 1], [0, 2]], np.float32)
     assert top1_agreement(a, b) == 0.75
-
-
-def test_relative_difference_is_of_the_largest_logit():
-    a = np.array([[-44.0, 2.0]], np.float32)
-    assert relative_difference(a, a + np.float32(0.44)) == pytest.approx(0.01, rel=1e-4)
-    assert relative_difference(a, a) == 0
-
-
-def test_relative_difference_of_nothing_but_zeros_is_zero():
-    zeros = np.zeros((2, 3), np.float32)
-    assert relative_difference(zeros, zeros) == 0
-    assert relative_difference(zeros, zeros + np.float32(1e-6)) > 1
 
 
 def test_perplexity_of_an_even_choice_is_the_number_of_choices():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.errors import InputError, NumericsError
+from pastkey.export.compare import logits_difference
 from pastkey.export.graft.streamed import computing_in_float64
-from pastkey.export.measure.metrics import relative_difference
 from pastkey.export.measure.predictors import BundlePredictor, ModulePredictor, RecordedPredictor
 
 from ..decoders import Plain
@@ -71,7 +71,7 @@ def test_rounding_is_the_distance_of_float32_from_float64(kind):
     with computing_in_float64():
         exact = ModulePredictor(module.double()).logits(ids)
     assert exact.dtype == np.float64
-    assert rounding == relative_difference(exact, logits)
+    assert rounding == logits_difference(exact, logits)
     assert torch.get_default_dtype() == torch.float32
 
 

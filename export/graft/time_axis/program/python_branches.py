@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pastkey.quiet import quiet
 
+from ....compare import LOGITS, relative_difference
 from ...attention import calling_line, failing_line, is_raised
 from ...probe.causes import Cause, Kind, ObstacleError
 from .dependence import Dependence
@@ -33,7 +34,6 @@ _ASKS = (
     Tensor.tolist, torch.equal, torch.allclose, torch.is_nonzero, Tensor.equal, Tensor.allclose, Tensor.is_nonzero,
 )  # fmt: skip
 _COUNTS = {torch.bincount, Tensor.bincount, torch.nn.functional.one_hot}
-_TOLERANCE = 1e-4  # relative to the largest logit
 _STATEMENT = 8  # most lines of a statement that raises an error
 
 
@@ -215,7 +215,7 @@ def _require_same(
                 continue
             listener, taken = _listen(run, ids, supposed, known=decisions)
             overruled |= listener.overruled
-            if not torch.allclose(taken, plain, rtol=0, atol=_TOLERANCE * float(plain.abs().max())):
+            if not relative_difference(plain, taken) <= LOGITS:
                 what = "chooses rows by what the tokens are in a way that cannot be followed"
                 raise _branching(min(supposed)) if supposed else ObstacleError(Cause(Kind.DATA, what))
     if untried := supposed - overruled:

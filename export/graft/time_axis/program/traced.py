@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 
 from pastkey.errors import first_line
 
-from ...attention import AttentionCall, failing_line, is_users, repeated, replaced, visible
+from ...attention import AttentionCall, causes_of, is_users, repeated, replaced, visible
 from ...probe.causes import Cause, Kind
 from .nodes import Traced
 
@@ -43,16 +43,29 @@ def written_out(call: AttentionCall) -> Tensor:
 def patched() -> Iterator[None]:
     """While open, torch is patched for a trace.
 
-    nn.TransformerEncoder compares its mask with the causal one by value, which torch cannot trace. Of the frames that
-    made an operator, a trace keeps those named `forward`; the patch keeps the innermost frame of user code instead.
+    Of the frames that made an operator, a trace keeps those named `forward`; the patch keeps the innermost frame of
+    user code instead.
     """
     with (
-        replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: False),
+        mask_detection(causal=False),
         replaced(fx.proxy.TracerBase, "_filter_traceback_frames", _innermost),
         replaced(FakeTensor, "tolist", Tensor.tolist),  # one question instead of one for each number
         whole_objects(),
     ):
         yield
+
+
+def mask_detection(*, causal: bool) -> contextlib.AbstractContextManager[None]:
+    """Replaces nn.TransformerEncoder's comparison of its mask with the causal one, which torch cannot trace.
+
+    With `causal`, a mask is the causal one, as `observe` has found. Otherwise it is followed as it is.
+    """
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        del size
+        return causal and (mask is not None if is_causal is None else is_causal)
+
+    return replaced(torch.nn.modules.transformer, "_detect_is_causal_mask", detect)
 
 
 def whole_objects() -> contextlib.AbstractContextManager[None]:
@@ -91,10 +104,7 @@ def different(lengths: tuple[int, int], first: Sequence[Traced], second: Sequenc
 
 def untraced(error: BaseException) -> Cause:
     """Why torch could not trace a module."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    where = next((found for cause in reversed(chain) if (found := failing_line(cause))), None) or ""
+    chain, where = causes_of(error)
     text = " ".join(str(cause) for cause in chain)
     if "data-dependent" in text or "GuardOnDataDependent" in text or "unbacked" in text.lower():
         return Cause(Kind.DATA, "branches on values", where)

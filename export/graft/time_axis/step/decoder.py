@@ -27,7 +27,6 @@ from ..program.program import LogitsOf, Op, Program, Tables, trace_program
 from ..values import KEY, Lengths, Value
 from .attention_form import GivenWeights, LooksAhead, Softmax, moved_by_later, recognised
 from .latent import find_latent
-from .rope import find_rotation
 from .state import State, find_state
 from .step import Planned, Step
 
@@ -192,12 +191,6 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     constants: dict[str, Tensor] = {}
     for number, (attention, softmax) in enumerate(zip(whole.found, softmaxes, strict=True)):
         plan[attention.op] = _planned(attention, softmax, number, constants)
-        if softmax is not None:
-            turned = set(attention.products) <= whole.swapped
-            rotation = find_rotation(program, attention, whole.known, _weight, context_length, swapped=turned)
-            if rotation is not None:
-                plan[attention.op] = dataclasses.replace(plan[attention.op], rotation=rotation)
-                constants |= {f"cos_{number}": rotation.cos, f"sin_{number}": rotation.sin}
     skipped = {op for planned in plan.values() for op in (*planned.attention.region, *planned.attention.products)}
     templates = {op: whole.known[op] for op in skipped if op in whole.known} | whole.tabled
     tables = _FullTables(nn.Module(), context_length)
@@ -209,7 +202,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     for op, planned in plan.items() if latents else ():
         latent = find_latent(planned, whole.known, whole.swapped, step_on, context_length, constants)
         if latent is not None:
-            plan[op] = dataclasses.replace(planned, latent=latent, rotation=None)
+            plan[op] = dataclasses.replace(planned, latent=latent)
             templates |= {op: whole.known[op] for op in latent.between}
     return Found(program, plan, templates, whole.swapped, constants, tuple(states))
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ....compare import NUMBERS, relative_difference
 from ..interpret import Attention
 from ..operators.base import Refused
 from ..program.program import Op
@@ -24,7 +25,6 @@ from ..values import NEW, Value
 from .row import Latent
 from .step import Planned, Step
 
-_TOLERANCE = 1e-5  # relative to the largest number
 _MOST_WORK = 6  # numbers of a row that a query meets, per number of its own key and value: slower above, as measured
 _TRIED = 8  # random rows
 
@@ -74,7 +74,7 @@ def find_latent(
     matrices = [made[:, 1:] - made[:, :1] for made in measured]  # (K, channels, D)
     biases = [made[:, :1] for made in measured]  # (K, 1, D)
     for made, matrix, bias in zip(checked, matrices, biases, strict=True):
-        if not float((tried @ matrix + bias - made).abs().max()) <= _TOLERANCE * float(made.abs().max()):
+        if not relative_difference(made, tried @ matrix + bias) <= NUMBERS:
             return None
     if biases[0].any() and (planned.softcap is not None or planned.sinks):
         return None  # otherwise a number added to all scores of a query changes no weight

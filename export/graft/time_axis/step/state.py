@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....compare import UNCHANGED
 from ...probe.causes import Kind
 from ..interpret import Interpreter, Weight
 from ..operators.base import Refused
@@ -22,7 +23,6 @@ from ..values import LOCAL, NEW, Lengths, Value
 
 MOST_ROWS = 16  # most rows that a state keeps
 _LENGTH = 40  # tokens of the sequence on which a state is tried
-_ROUNDING = 1e-6  # relative to the largest number
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _kept(
             tensor[i, i] += 1
     made = run(given, _LENGTH)
     differences = (made[:-1] - made[-1:]).abs().amax(-1)
-    changed = differences > _ROUNDING * made.abs().max()  # [row that was changed, row that changes]
+    changed = differences > UNCHANGED * made.abs().max()  # [row that was changed, row that changes]
     distance = torch.arange(_LENGTH)[None, :] - torch.arange(_LENGTH)[:, None]
     if bool((changed & (distance < 0)).any()):
         raise Refused(op, "moves rows of later tokens to earlier ones", Kind.LOOK_AHEAD)

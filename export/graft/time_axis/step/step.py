@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...attention import AttentionCall, RowsCall, Unrotated, attend, extend
+from ...attention import AttentionCall, RowsCall, attend, extend
 from ..interpret import Attention, Interpreter, Layout, Weight, Weights
 from ..operators.base import Contraction, Refused
 from ..program.program import Op, Program, Size
 from ..values import NEW, Axis, Lengths, Value
-from .rope import Rotation, headed
 from .row import Latent, attend_latent
 from .state import Shifted, State
 
@@ -45,12 +44,10 @@ class Planned:
     softcap: float | None = None
     sinks: bool = False
     bias: bool = False  # more than a causal mask or a window
-    rotation: Rotation | None = None  # of queries and keys; its tables are the constants "cos" and "sin"
     latent: Latent | None = None
 
 
-# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), "cos" or "sin" (context, D / 2), and the
-# matrices of a latent row.
+# By number: "scale" (products, H), "sinks" (H,), "bias" (H or 1, context), and the matrices of a latent row.
 Constant = Callable[[str, int], Tensor]
 
 _NOTHING = 8  # head size of the zero queries and keys of an attention without any
@@ -259,21 +256,12 @@ class Step(Interpreter):
                 )
             )
         query, key = self._one_query(planned, queries), torch.cat(keys, -1) if len(keys) > 1 else keys[0]
-        unrotated, width = self._unrotated(planned), value.shape[-1]
+        width = value.shape[-1]
         if query.shape[-1] != width and not planned.bias:
             # GroupQueryAttention requires keys and values of one size.
             wide = max(query.shape[-1], width)
             query, key, value = (F.pad(t, (0, wide - t.shape[-1])) for t in (query, key, value))
-            unrotated = None
-        output = attend(
-            AttentionCall(
-                query=query,
-                key=key,
-                value=value,
-                unrotated=unrotated,
-                **self._form(op, planned),
-            )
-        )
+        output = attend(AttentionCall(query=query, key=key, value=value, **self._form(op, planned)))
         return output[..., :width]
 
     def _one_query(self, planned: Planned, queries: list[Tensor]) -> Tensor:
@@ -296,16 +284,6 @@ class Step(Interpreter):
             "sinks": self._constant("sinks", planned.number) if planned.sinks else None,
             "bias": self._constant("bias", planned.number) if planned.bias else None,
         }
-
-    def _unrotated(self, planned: Planned) -> Unrotated | None:
-        rotation = planned.rotation
-        if rotation is None or planned.scale is None:
-            return None
-        query, key = headed(self.known[rotation.query]), headed(self.known[rotation.key])
-        if query is None or key is None:
-            return None
-        tables = [self._constant(kind, planned.number) for kind in ("cos", "sin")]
-        return Unrotated(query, key, tables[0], tables[1], rotation.interleaved)
 
     def _headed(self, x: Value, letters: str, heads: str, last: str) -> tuple[Tensor, list[int]]:
         """The tensor as (B, heads..., T, D), with size 1 for a missing head axis, and the size of each head axis."""

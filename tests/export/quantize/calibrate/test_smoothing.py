@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.export import export
-from pastkey.export.measure.metrics import kl_divergence, relative_difference
+from pastkey.export.compare import relative_difference
+from pastkey.export.measure.metrics import kl_divergence
 from pastkey.export.measure.texts import self_generated_texts
 from pastkey.export.progress import SILENT, Recorder
 from pastkey.export.quantize.calibrate import calibration
