@@ -66,7 +66,7 @@ IDS: tuple[Any, ...] = ("ab", b"ab", {1: 2}, [True], [1.5], [-1], 1.5)
 
 # Options, and values that Python would take for it in silence, and values out of its range.
 WRONG: list[tuple[str, tuple[Any, ...]]] = [
-    ("allow_fallback native verify trust prompt_logprobs prompt_lookup draft reuse_prefix exact", SWITCH),
+    ("allow_fallback native verify prompt_logprobs prompt_lookup draft reuse_prefix exact", SWITCH),
     ("keep_special_tokens normalize special_tokens_as_text", SWITCH),
     ("max_memory prefix_bytes max_batch max_queue chunk_size n max_new_tokens logprobs", WHOLE),
     ("num_sink_tokens top_k seed", WHOLE),

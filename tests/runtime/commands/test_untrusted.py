@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +116,7 @@ def test_a_conversation_is_not_ended_while_the_user_thinks(talking_bundle):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_at_a_terminal(talking_bundle):
-    """The prompt comes without the end of a line, Ctrl-C stops an answer and no more, and Ctrl-D ends."""
+    """The prompt comes without the end of a line, Ctrl-C reaches the process, and Ctrl-D ends."""
     import pty
 
     pid, terminal = pty.fork()
@@ -136,6 +140,31 @@ def test_at_a_terminal(talking_bundle):
     os.write(terminal, b"\x04")
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
+
+
+def test_an_interrupt_reaches_the_process_and_the_third_ends_here(command, talking_bundle, acting):
+    acting("print('begun', flush=True)\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('again', flush=True)")
+    run = ("run", talking_bundle.path, "--prompt", "a", "--untrusted")
+    with interrupting(1):
+        assert command(*run)[:2] == (0, "begun\nagain\n")
+    acting("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(99)")
+    with interrupting(3):
+        assert command(*run)[:2] == (130, "begun\n")
+
+
+@contextlib.contextmanager
+def interrupting(times: int) -> Iterator[None]:
+    """Presses Ctrl-C so many times, once a process runs."""
+
+    def press() -> None:
+        for _ in range(times):
+            time.sleep(3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    yield
+    thread.join()
 
 
 # --- a process that was taken over --------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ def test_what_it_started_ends_with_it(acting, talking_bundle, capfd):
 
 
 def test_one_that_does_not_start(monkeypatch, talking_bundle):
-    monkeypatch.setattr(process, "BOOT", "raise SystemExit(5)")
-    with pytest.raises(UntrustedBundleError, match="ended with status 5; limits in force: 20 s"):
+    monkeypatch.setattr(process, "BOOT", "raise SystemExit(1)")
+    with pytest.raises(UntrustedBundleError, match="ended with status 1; limits in force: 20 s"):
         read(talking_bundle.path)
 
 
