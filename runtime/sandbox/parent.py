@@ -28,7 +28,7 @@ from .limits import Limits, LimitsInForce
 from .process import libraries, started
 
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
-_ENDING: Final = 5.0  # seconds that a process which was killed may take to be gone
+_ENDING: Final = 3.0  # seconds that a process which was killed may take to be gone
 _GLANCE: Final = 1.0  # seconds after which this thread looks up: a signal may have come to another one
 _STATUSES: Final = (0, 1, 2, 130)  # of a command
 _TOLD: Final = (2, 130)  # of one that has printed why it ends

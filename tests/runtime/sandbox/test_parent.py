@@ -76,9 +76,9 @@ def test_a_process_that_does_not_answer_is_ended_with_a_sentence(acting, talking
 def test_what_it_started_ends_with_it(acting, talking_bundle, capfd):
     """The pipe that its copy holds, too, keeps nobody waiting."""
     acting("pid = os.fork()\nif pid: frame(b'o', str(pid).encode()); os._exit(4)\ntime.sleep(99)")
-    with LimitedProcess(answer, {}, talking_bundle.path, Limits(seconds=3.0)) as started:
+    with LimitedProcess(answer, {}, talking_bundle.path, Limits(seconds=1.0)) as started:
         kind, content = started.next()
-        with pytest.raises(UntrustedBundleError, match="gave no answer within 3 s"):
+        with pytest.raises(UntrustedBundleError, match="gave no answer within 1 s"):
             started.next()
     assert kind == b"o"
     assert has_ended(int(content))
