@@ -41,7 +41,9 @@ def exported(source: str, *, untrusted: bool = False) -> str:
         return source
     cache = user_cache_file("bundles")
     if untrusted:
-        if cache is not None and _opens(cache / _names(source)[1]):  # made by an earlier command
+        if (
+            cache is not None and (cache / _names(source)[1]).is_dir()
+        ):  # made by an earlier command, and not opened here
             return str(cache / _names(source)[1])
         raise InputError(
             f"{source} is a model to export, and --untrusted opens only a bundle: an export reads the model's files "

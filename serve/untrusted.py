@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import http.client
+import os
 import secrets
 import signal
 import socket
@@ -57,6 +58,8 @@ def supervise(
     Raises UntrustedBundleError for a process that breaks a limit or crashes, that does not answer /health for as long
     as the limit of time says, or makes no step of a running request.
     """
+    if os.name != "posix":
+        raise InputError("--untrusted serves on Linux and macOS alone: another system hands no socket over")
     salt = secrets.token_hex(16)
     given, _ = limited_arguments(arguments)
     given |= {

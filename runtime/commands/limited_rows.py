@@ -68,7 +68,7 @@ class LimitedGenerator:
         self._process = LimitedProcess(
             answer_rows, given, arguments.bundle, limits, prog="pastkey batch", readable=readable
         )
-        self._printer, self._written = Printer(self._process), b""
+        self._printer, self._written = Printer(self._process), bytearray()
         self._rows: Iterator[Row] = iter(())
         self._open: dict[RowId, Row] = {}
         try:
@@ -114,7 +114,7 @@ class LimitedGenerator:
                 self._process.fail(f"gave an answer of more than {_LONGEST:,} bytes, and was ended")
         line, _, self._written = self._written.partition(b"\n")
         try:
-            return parse(kind, parse_json(line, "an answer"), "an answer")
+            return parse(kind, parse_json(bytes(line), "an answer"), "an answer")
         except (InputError, IntegrityError) as error:
             self._process.fail(f"gave an answer that is none ({error}), and was ended")
 

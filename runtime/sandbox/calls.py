@@ -59,7 +59,7 @@ def call(
     wanted = dict(arguments or {})
     tokens = _most_tokens(name, wanted)
     given = {"name": name, "arguments": wanted, "threads": None if threads is None else int(threads)}
-    written = {OUT: b"", ERROR: b""}
+    written = {OUT: bytearray(), ERROR: bytearray()}
     with LimitedProcess(answer, given, bundle, limits or Limits(), scratch=name == "inspect") as process:
         while (found := process.next())[0] != END:
             kind, content = found
@@ -73,7 +73,7 @@ def call(
         if process.status() == 2:
             raise UntrustedBundleError(_told(written[ERROR].decode(errors="replace").removeprefix("pastkey: ")))
         try:
-            reply = parse_json(written[OUT], "the result")
+            reply = parse_json(bytes(written[OUT]), "the result")
             if "error" not in reply:
                 return reply["result"]
             kind_of_error, sentence = reply["error"]

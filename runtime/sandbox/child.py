@@ -54,11 +54,11 @@ def main(lifeline: int) -> None:
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)  # a library may print
     job = json.loads(source.readline())
-    terminal = job["terminal"]
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(source, frames, terminal)), encoding="utf-8")
+    typed, shown = job["terminals"]
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(_Input(source, frames, typed)), encoding="utf-8")
     sys.stdout, sys.stderr = (  # JSON may hold half of a surrogate pair
         io.TextIOWrapper(
-            io.BufferedWriter(_Output(kind, frames, terminal)), "utf-8", "backslashreplace", line_buffering=terminal
+            io.BufferedWriter(_Output(kind, frames, shown)), "utf-8", "backslashreplace", line_buffering=shown
         )
         for kind in (OUT, ERROR)
     )
@@ -124,7 +124,7 @@ class _Output(io.RawIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Whether the parent's input and output are a terminal."""
+        """Whether the parent's output is a terminal."""
         return self._terminal
 
     def write(self, content: Any) -> int:

@@ -28,9 +28,10 @@ from .limits import Limits, LimitsInForce
 from .process import libraries, started
 
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
-_ENDING: Final = 5.0  # seconds that a process which was killed may take to be gone
+_ENDING: Final = 3.0  # seconds that a process which was killed may take to be gone
 _GLANCE: Final = 1.0  # seconds after which this thread looks up: a signal may have come to another one
-_STATUSES: Final = (0, 1, 2, 130)
+_STATUSES: Final = (0, 1, 2, 130)  # of a command
+_TOLD: Final = (2, 130)  # of one that has printed why it ends
 _AHEAD: Final = 16  # frames that are read ahead
 
 
@@ -53,7 +54,7 @@ class LimitedProcess:
         limits: Limits,
         *,
         prog: str = "pastkey",
-        terminal: bool = False,
+        terminals: tuple[bool, bool] = (False, False),
         scratch: bool = False,
         readable: Sequence[str] = (),
         descriptors: Sequence[int] = (),
@@ -66,7 +67,7 @@ class LimitedProcess:
             bundle: As `load` takes it.
             limits: What it may take.
             prog: What its errors begin with.
-            terminal: Whether what it reads and prints is a terminal's.
+            terminals: Whether what it reads, and what it prints, are a terminal's.
             scratch: Whether it may write to a temporary folder.
             readable: Further files that it may read.
             descriptors: Sockets that it inherits.
@@ -87,7 +88,7 @@ class LimitedProcess:
             "run": f"{run.__module__}:{run.__qualname__}",
             "given": given,
             "prog": prog,
-            "terminal": terminal,
+            "terminals": terminals,
             "memory": None if limits.memory is None else int(limits.memory),
             "seconds": float(limits.seconds),
             "path": str(path),
@@ -108,7 +109,7 @@ class LimitedProcess:
         self._process, self._lifeline = started(found.name, descriptors)
         self._frames: queue.Queue[tuple[bytes, bytes]] = queue.Queue(_AHEAD)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._closed = False
+        self._closed = self._begun = False
         self.allow(max(_START, limits.seconds))
         self.send(sent)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._write)]
@@ -163,6 +164,7 @@ class LimitedProcess:
             self.fail(f"gave an answer that is none ({error}), and was ended")
         if self.in_force.missing:
             warnings.warn(f"{self._name}: {self.in_force}", LimitWarning, stacklevel=2)
+        self._begun = True
         self.allow(self.seconds)
         return self.next()
 
@@ -178,7 +180,7 @@ class LimitedProcess:
             self.fail("lives on after its end, and was ended")
         if found < 0:
             self.fail(f"was ended by {_signal_name(-found)}")
-        if found not in _STATUSES:
+        if found not in (_STATUSES if self._begun else _TOLD):
             self.fail(f"ended with status {found}")
         return found
 

@@ -49,14 +49,13 @@ def run_limited(
         UntrustedBundleError: It broke a limit, crashed, or ended in no way that a command does.
     """
     given, readable = limited_arguments(arguments)
-    terminal = sys.stdin is not None and sys.stdin.isatty()
     process = LimitedProcess(
         run,
         given,
         arguments.bundle,
         limits,
         prog=f"pastkey {name}",
-        terminal=terminal,
+        terminals=(sys.stdin.isatty(), sys.stdout.isatty()),
         scratch=scratch,
         readable=readable,
     )

@@ -139,11 +139,11 @@ def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path, command):
         assert said in err
 
 
-def test_a_template_without_bounds_is_refused_and_the_server_goes_on(tmp_path):
-    tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": "{{ 'x' * 10**9 }}"}
+def test_a_template_that_writes_too_much_is_refused_and_the_server_goes_on(tmp_path):
+    tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": "{{ 'x' * 5000000 }}"}
     bundle = write_bundle(tmp_path / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
     with running(bundle) as served:
         status, reply = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
         assert status == 400
-        assert "more than 4,000,000 characters" in reply["error"]["message"]
+        assert "it writes more than 4,000,000 characters" in reply["error"]["message"]
         assert served.ask("/v1/completions", BODY)[0] == 200

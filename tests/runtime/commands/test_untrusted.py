@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +100,9 @@ def test_the_prompt_of_standard_input(talking_bundle):
         assert plain == limited
 
 
+@pytest.mark.slow
 def test_a_conversation_is_not_ended_while_the_user_thinks(talking_bundle):
-    command = [sys.executable, "-m", "pastkey", "chat", talking_bundle.path, "--untrusted", "--limit", "seconds=2"]
+    command = [sys.executable, "-m", "pastkey", "chat", talking_bundle.path, "--untrusted", "--limit", "seconds=1"]
     with subprocess.Popen([*command, "--max-new-tokens", "3"], stdin=-1, stdout=-1) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
@@ -105,14 +110,14 @@ def test_a_conversation_is_not_ended_while_the_user_thinks(talking_bundle):
             chat.stdin.write(b"hi\n")
             chat.stdin.flush()
             assert len(chat.stdout.readline().decode()) == 4
-            time.sleep(2.5)
+            time.sleep(1.5)
         chat.stdin.close()
         assert chat.wait(60) == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_at_a_terminal(talking_bundle):
-    """The prompt comes without the end of a line, Ctrl-C stops an answer and no more, and Ctrl-D ends."""
+    """The prompt comes without the end of a line, Ctrl-C reaches the process, and Ctrl-D ends."""
     import pty
 
     pid, terminal = pty.fork()
@@ -138,6 +143,32 @@ def test_at_a_terminal(talking_bundle):
     os.close(terminal)
 
 
+@pytest.mark.slow
+def test_an_interrupt_reaches_the_process_and_the_third_ends_here(command, talking_bundle, acting):
+    acting("print('begun', flush=True)\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('again', flush=True)")
+    run = ("run", talking_bundle.path, "--prompt", "a", "--untrusted")
+    with interrupting(1):
+        assert command(*run)[:2] == (0, "begun\nagain\n")
+    acting("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(99)")
+    with interrupting(3):
+        assert command(*run)[:2] == (130, "begun\n")
+
+
+@contextlib.contextmanager
+def interrupting(times: int) -> Iterator[None]:
+    """Presses Ctrl-C so many times, once a process runs."""
+
+    def press() -> None:
+        for _ in range(times):
+            time.sleep(3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    yield
+    thread.join()
+
+
 # --- a process that was taken over --------------------------------------------------------------------------------
 def test_what_a_terminal_would_act_on_is_not_printed(command, talking_bundle, acting):
     acting("print('a\\x1b[31mé\\x9b\\r', flush=True); print('b\\x07', file=sys.stderr, flush=True); os._exit(1)")
@@ -151,19 +182,20 @@ PRINTED = {
     "frame(b'o', 'é'.encode()[:1]); os.kill(0, signal.SIGKILL)": (2, 1, "was ended by SIGKILL"),
     "raw(b'o\\x09\\0\\0\\0ab'); os._exit(0)": (0, 2, ""),
     "os._exit(77)": (2, 0, "ended with status 77; limits in force"),
-    "while True: frame(b'p'); time.sleep(0.2)": (2, 0, "gave no answer within 3 s, and was ended"),
-    "time.sleep(99)": (2, 0, "gave no answer within 3 s, and was ended"),
-    "while True: frame(b'?'); time.sleep(0.2)": (2, 0, "gave no answer within 3 s, and was ended"),
+    "while True: frame(b'p'); time.sleep(0.02)": (2, 0, "gave no answer within 1 s, and was ended"),
+    "time.sleep(99)": (2, 0, "gave no answer within 1 s, and was ended"),
+    "while True: frame(b'?'); time.sleep(0.2)": (2, 0, "gave no answer within 1 s, and was ended"),
 }
 
 
 @pytest.mark.parametrize("program", PRINTED)
 def test_what_a_process_prints_and_how_it_ends(command, talking_bundle, acting, monkeypatch, program):
     status, length, words = PRINTED[program]
+    seconds = "seconds=1" if "sleep" in program else "seconds=30"
     acting(program)
     with Path(os.devnull).open() as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
-        found = command("run", talking_bundle.path, "--prompt", "a", "--untrusted", "--limit", "seconds=3")
+        found = command("run", talking_bundle.path, "--prompt", "a", "--untrusted", "--limit", seconds)
     assert found[0] == status
     assert length - 2_000_000 < len(found[1]) <= length
     assert words in found[2]

@@ -43,8 +43,8 @@ def test_a_tokenizer_that_fails_at_a_prompt(hostile):
 
 BOMBS = {
     "{{ ('x' * 1000000000) | length }}": "has not the memory (",
-    "{{ 7 ** (10 ** 8) }}": "gave no answer within 3 s, and was ended",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "gave no answer within 3 s",
+    "{{ 7 ** (10 ** 8) }}": "gave no answer within 1.5 s, and was ended",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "gave no answer within 1.5 s",
 }
 
 
@@ -54,7 +54,7 @@ def test_a_template_that_asks_for_too_much(hostile, template):
     folder = hostile("")
     (folder / names.TOKENIZER_CONFIG).write_text(json.dumps({"chat_template": template}))
     mend(folder)
-    limits = pastkey.runtime.Limits(memory=400_000_000, seconds=3.0)
+    limits = pastkey.runtime.Limits(memory=400_000_000, seconds=1.5)
     with pytest.raises(UntrustedBundleError) as found:
         pastkey.sandbox.call("chat", folder, {"messages": [{"role": "user", "content": "Hi"}]}, limits, threads=1)
     assert BOMBS[template] in str(found.value)
