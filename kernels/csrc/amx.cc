@@ -79,7 +79,7 @@ void pack(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* p
 void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms, size_t first,
                    size_t count, float* y, size_t stride) {
   const size_t size = w.blocks * 1024;
-  const uint8_t* x1 = rows > 16 ? x + size * terms : x;  // then nobody reads its results
+  const uint8_t* x1 = rows > 16 ? x + size * terms : x;  // a placeholder: its results are not stored
   zero_tiles();
   multiply_blocks(weights, x, x1, w.blocks);
   if (terms == 2) {

@@ -10,8 +10,7 @@
 #include <iterator>
 #include <optional>
 
-#include "cpu.h"
-#include "kernels.h"
+#include "levels.h"
 #include "operators.h"
 #include "ort.h"
 
@@ -23,33 +22,6 @@ constexpr size_t kMostScratch = size_t{32} << 20;  // bytes of divided tasks' su
 constexpr size_t kWriteTokens = 16;                // new tokens a task writes
 constexpr size_t kFewRows = 8;                     // more read a copy of a part
 constexpr int64_t kMostHeads = 1 << 16;
-
-const AttentionKernels& kernels() {
-  switch (level()) {
-#if defined(PASTKEY_AVX2)
-    case Level::avx2:
-    case Level::avx_vnni: return avx2_attention;
-#endif
-#if defined(PASTKEY_AVX512)
-    case Level::avx512:
-    case Level::amx: return avx512_attention;
-#endif
-#if defined(PASTKEY_NEON)
-    case Level::neon:
-    case Level::dotprod:
-    case Level::i8mm: return neon_attention;
-#endif
-    default: return portable_attention;
-  }
-}
-
-// For a float16 cache and steps of more rows than keep the bits of one.
-const AttentionTiles* tiles() {
-#if defined(PASTKEY_AMX)
-  if (level() == Level::amx) return &amx_attention_tiles;
-#endif
-  return nullptr;
-}
 
 size_t row_bytes(CacheType type, size_t head_size) {
   return head_size * (type == CacheType::float32 ? sizeof(float) : sizeof(uint16_t));
@@ -189,7 +161,7 @@ DecoderAttention::DecoderAttention(const KernelInfo& info) : allocator_(info.api
   do_rotary_ = flag(info, "do_rotary");
   interleaved_ = flag(info, "rotary_interleaved");
   smooth_ = flag(info, "smooth_softmax");
-  kernels();
+  level();
 }
 
 // A run whose inputs are all checked.
@@ -314,8 +286,9 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
 
 void DecoderAttention::compute(const Context& context) const {
   const Call c = checked(context);
-  const AttentionKernels& kernel = kernels();
-  const AttentionTiles* with_tiles = c.cache == CacheType::float16 && c.tokens > kDecodeRows ? tiles() : nullptr;
+  const AttentionKernels& kernel = level().attention;
+  const AttentionTiles* with_tiles =
+      c.cache == CacheType::float16 && c.tokens > kDecodeRows ? level().attention_tiles : nullptr;
   const size_t d = c.d, bytes = row_bytes(c.cache, d), shared = heads_ / kv_heads_;
   const float scale = scale_ == 0 ? 1 / std::sqrt(static_cast<float>(d)) : scale_;
 

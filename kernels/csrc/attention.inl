@@ -71,7 +71,7 @@ struct Rows {
 };
 
 // Scores of R rows for the keys [from, to) of a part, in blocks of 16 that start at multiples of 16. Keys beside them
-// are not read; what stands in their places means nothing.
+// are not read; other lanes are unspecified.
 template <class T, size_t R>
 void score_keys(const Rows<T>& keys, const float* query, size_t from, size_t to, float softcap, float* scores) {
   const size_t d = keys.d, stride = d * sizeof(T);

@@ -176,7 +176,7 @@ struct Four<4> {
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
 template <int bits, int M>
-inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, __m128* out) {
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, float (*out)[4]) {
   size_t rows[4];
   const uint8_t* codes[4];
   for (size_t r = 0; r < 4; r++) {
@@ -206,7 +206,7 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
   for (int m = 0; m < M; m++) {
     const __m256 sum = _mm256_add_ps(acc[0][m], acc[1][m]);
-    out[m] = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    _mm_storeu_ps(out[m], _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
   }
 }
 
@@ -216,17 +216,10 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
-      __m128 sums[M];
+      float sums[M][4];
       multiply_rows<bits, M>(w, x, i, first + j, there, sums);
-      for (size_t m = 0; m < M; m += terms) {
-        float sum[4];
-        _mm_storeu_ps(sum, terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m]);
-        for (size_t r = 0; r < there; r++) {
-          if (w.row_scales) sum[r] *= w.row_scales[first + j + r];
-          if (w.bias) sum[r] += w.bias[first + j + r];
-          y[(i + m) / terms * stride + j + r] = sum[r];
-        }
-      }
+      for (size_t m = 0; m < M; m += terms)
+        finish(w, first + j, there, sums[m], terms == 2 ? sums[M - 1] : nullptr, y + (i + m) / terms * stride + j);
     }
   }
 }
@@ -322,18 +315,14 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
     if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
-  const __m256 row_scale = w.row_scales ? _mm256_loadu_ps(w.row_scales + row) : _mm256_setzero_ps();
-  const __m256 bias = w.bias ? _mm256_loadu_ps(w.bias + row) : _mm256_setzero_ps();
   for (size_t i = 0; i < rows; i++) {
-    __m256 sum = _mm256_setzero_ps();
+    float sums[2][kRows];
     for (size_t t = 0; t < terms; t++) {
       const size_t at = i * terms + t;
-      const __m256 term = _mm256_add_ps(_mm256_add_ps(acc[0][at], acc[2][at]), _mm256_add_ps(acc[1][at], acc[3][at]));
-      sum = t ? _mm256_add_ps(sum, term) : term;
+      const __m256 even = _mm256_add_ps(acc[0][at], acc[2][at]), odd = _mm256_add_ps(acc[1][at], acc[3][at]);
+      _mm256_storeu_ps(sums[t], _mm256_add_ps(even, odd));
     }
-    if (w.row_scales) sum = _mm256_mul_ps(sum, row_scale);
-    if (w.bias) sum = _mm256_add_ps(sum, bias);
-    _mm256_storeu_ps(y + i * stride, sum);
+    finish(w, row, kRows, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride);
   }
 }
 

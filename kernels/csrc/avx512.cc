@@ -154,7 +154,7 @@ struct Four<4> {
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
 template <int bits, int M>
-inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, __m128* out) {
+inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, float (*out)[4]) {
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   size_t rows[4];
   const uint8_t* codes[4];
@@ -187,7 +187,7 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
   for (int m = 0; m < M; m++) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(acc[m]), _mm512_extractf32x8_ps(acc[m], 1));
-    out[m] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out[m], _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 }
 
@@ -196,16 +196,11 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
              size_t stride) {
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
-    const __mmask8 mask = static_cast<__mmask8>((1u << there) - 1);
     for (size_t i = 0; i < rows * terms; i += M) {
-      __m128 sums[M];
+      float sums[M][4];
       multiply_rows<bits, M>(w, x, i, first + j, there, sums);
-      for (size_t m = 0; m < M; m += terms) {
-        __m128 sum = terms == 2 ? _mm_add_ps(sums[m], sums[M - 1]) : sums[m];
-        if (w.row_scales) sum = _mm_mul_ps(sum, _mm_maskz_loadu_ps(mask, w.row_scales + first + j));
-        if (w.bias) sum = _mm_add_ps(sum, _mm_maskz_loadu_ps(mask, w.bias + first + j));
-        _mm_mask_storeu_ps(y + (i + m) / terms * stride + j, mask, sum);
-      }
+      for (size_t m = 0; m < M; m += terms)
+        finish(w, first + j, there, sums[m], terms == 2 ? sums[M - 1] : nullptr, y + (i + m) / terms * stride + j);
     }
   }
 }
@@ -331,18 +326,14 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
     if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
-  const __m512 row_scale = w.row_scales ? _mm512_loadu_ps(w.row_scales + row) : _mm512_setzero_ps();
-  const __m512 bias = w.bias ? _mm512_loadu_ps(w.bias + row) : _mm512_setzero_ps();
   for (size_t i = 0; i < rows; i++) {
-    __m512 sum = _mm512_setzero_ps();
+    float sums[2][16];
     for (size_t t = 0; t < terms; t++) {
       const size_t at = i * terms + t;
-      const __m512 term = _mm512_add_ps(_mm512_add_ps(acc[0][at], acc[2][at]), _mm512_add_ps(acc[1][at], acc[3][at]));
-      sum = t ? _mm512_add_ps(sum, term) : term;
+      const __m512 even = _mm512_add_ps(acc[0][at], acc[2][at]), odd = _mm512_add_ps(acc[1][at], acc[3][at]);
+      _mm512_storeu_ps(sums[t], _mm512_add_ps(even, odd));
     }
-    if (w.row_scales) sum = _mm512_mul_ps(sum, row_scale);
-    if (w.bias) sum = _mm512_add_ps(sum, bias);
-    _mm512_storeu_ps(y + i * stride, sum);
+    finish(w, row, 16, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride);
   }
 }
 

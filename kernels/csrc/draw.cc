@@ -9,8 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu.h"
-#include "logits.h"
+#include "levels.h"
 
 #if defined(_WIN32)
 #define PASTKEY_EXPORT extern "C" __declspec(dllexport)
@@ -40,20 +39,6 @@ namespace {
 constexpr int64_t kUndecided = -1;
 constexpr double kDoubt = 1e-10;  // of a total, many times the error of a sum
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-const LogitKernels& logit_kernels() {
-  switch (level()) {
-#if defined(PASTKEY_AVX512)
-    case Level::avx512:
-    case Level::amx: return avx512_logits;
-#endif
-#if defined(PASTKEY_AVX2)
-    case Level::avx2:
-    case Level::avx_vnni: return avx2_logits;
-#endif
-    default: return portable_logits;
-  }
-}
 
 struct Scored {
   int64_t id;
@@ -259,7 +244,7 @@ class Choice {
   }
 
   const PastkeyDraw& d_;
-  const LogitKernels& kernels_ = logit_kernels();
+  const LogitKernels& kernels_ = level().logits;
   size_t size_;
   const float* others_;  // logits, minus infinity at touched_
   std::vector<float> copy_, tops_;

@@ -99,6 +99,17 @@ void normalize(bool centered, const float* x, const float* skip, const float* ga
     for (size_t i = 0; i < n; i++) y[i] += beta[i];
 }
 
+// y of `count` rows of W from `first`: their sums, plus those of the second term (or nullptr), times row scale, plus
+// bias.
+inline void finish(const Weights& w, size_t first, size_t count, const float* sums, const float* second, float* y) {
+  for (size_t j = 0; j < count; j++) {
+    float sum = second ? sums[j] + second[j] : sums[j];
+    if (w.row_scales) sum *= w.row_scales[first + j];
+    if (w.bias) sum += w.bias[first + j];
+    y[j] = sum;
+  }
+}
+
 void round_row(const float* x, size_t blocks, int8_t* q, int32_t* start, float* scale, float* rest) {
   for (size_t b = 0; b < blocks; b++, x += kBlock, q += kBlock) {
     int32_t top = 0;  // as integers, NaN and infinity are the largest floats

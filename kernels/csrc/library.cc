@@ -2,7 +2,7 @@
 #include <map>
 #include <mutex>
 
-#include "cpu.h"
+#include "levels.h"
 #include "operators.h"
 #include "ort.h"
 
@@ -49,7 +49,7 @@ PASTKEY_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opti
 // The level in use, by the name that PASTKEY_KERNELS has; nullptr where PASTKEY_KERNELS is wrong.
 PASTKEY_EXPORT const char* ORT_API_CALL pastkey_kernels_level() {
   try {
-    return pastkey::to_string(pastkey::level());
+    return pastkey::level().name;
   } catch (...) {
     return nullptr;
   }

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu.h"
-#include "kernels.h"
+#include "levels.h"
 #include "operators.h"
 #include "ort.h"
 
@@ -13,38 +12,6 @@ namespace {
 
 constexpr size_t kTaskBytes = 96 * 1024;  // of weights that a task reads: some 10 us, a fraction of the L2 cache
 constexpr size_t kColumns = 64;           // columns of both halves that wait for their activation
-
-const MatMulKernels& matmul_kernels() {
-  switch (level()) {
-#if defined(PASTKEY_AVX2)
-    case Level::avx2: return avx2_matmul;
-#endif
-#if defined(PASTKEY_AVX_VNNI)
-    case Level::avx_vnni: return avx_vnni_matmul;
-#endif
-#if defined(PASTKEY_AVX512)
-    case Level::avx512:
-    case Level::amx: return avx512_matmul;
-#endif
-#if defined(PASTKEY_NEON)
-    case Level::neon: return neon_matmul;
-#endif
-#if defined(PASTKEY_DOTPROD)
-    case Level::dotprod: return dotprod_matmul;
-#endif
-#if defined(PASTKEY_I8MM)
-    case Level::i8mm: return i8mm_matmul;
-#endif
-    default: return portable_matmul;
-  }
-}
-
-const TileKernels* tile_kernels() {
-#if defined(PASTKEY_AMX)
-  if (level() == Level::amx) return &amx_tiles;
-#endif
-  return nullptr;
-}
 
 Activation parse_activation(const std::string& name) {
   if (name.empty()) return Activation::none;
@@ -78,7 +45,7 @@ class Product {
  public:
   // `input` is the place of W; scales, row_scales, bias and zero_points follow.
   Product(const KernelInfo& info, size_t input)
-      : kernels_(matmul_kernels()), tiles_(tile_kernels()), allocator_(info.api(), info.raw()) {
+      : kernels_(level().matmul), tiles_(level().tiles), allocator_(info.api(), info.raw()) {
     const int64_t bits = info.attribute("bits", int64_t{8});
     if (bits != 8 && bits != 4) refuse("bits is %lld, expected 8 or 4", static_cast<long long>(bits));
     int4_ = bits == 4;

@@ -264,13 +264,9 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     if (i + 2 <= all) multiply_rows<Many<2>, Bits>(w, four, x, i, sums + i), i += 2;
     if (i < all) multiply_rows<Rows<1>, Bits>(w, four, x, i, sums + i);
     for (i = 0; i < rows; i++) {
-      float sum[4];
-      vst1q_f32(sum, terms == 2 ? vaddq_f32(sums[2 * i], sums[2 * i + 1]) : sums[i]);
-      for (size_t r = 0; r < there; r++) {
-        if (w.row_scales) sum[r] *= w.row_scales[four[r]];
-        if (w.bias) sum[r] += w.bias[four[r]];
-        y[i * stride + j + r] = sum[r];
-      }
+      float of_terms[2][4];
+      for (size_t t = 0; t < terms; t++) vst1q_f32(of_terms[t], sums[i * terms + t]);
+      finish(w, first + j, there, of_terms[0], terms == 2 ? of_terms[1] : nullptr, y + i * stride + j);
     }
   }
 }

@@ -46,16 +46,12 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
               size_t stride) {
   for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < count; j++) {
-      const size_t row = first + j;
-      float sum = 0;
+      float sums[2];
       for (size_t t = 0; t < terms; t++) {
         const size_t at = (i * terms + t) * w.blocks;
-        const float term = row_sum<dot>(w, row, x.q + at * kBlock, x.scale + at);
-        sum = t ? sum + term : term;
+        sums[t] = row_sum<dot>(w, first + j, x.q + at * kBlock, x.scale + at);
       }
-      if (w.row_scales) sum *= w.row_scales[row];
-      if (w.bias) sum += w.bias[row];
-      y[i * stride + j] = sum;
+      finish(w, first + j, 1, sums, terms == 2 ? sums + 1 : nullptr, y + i * stride + j);
     }
 }
 

@@ -1,8 +1,9 @@
-#include "cpu.h"
+#include "levels.h"
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "ort.h"
 
@@ -31,8 +32,7 @@
 namespace pastkey {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx_vnni", "avx512", "amx", "neon", "dotprod", "i8mm"};
-constexpr int kLevels = 8;
+bool always() { return true; }
 
 #if defined(PASTKEY_X86)
 
@@ -77,23 +77,28 @@ bool tiles_permitted() {
 #endif
 }
 
-bool supported(Level level) {
-  if (level == Level::portable) return true;
-  const Registers basic = cpuid(1, 0), more = cpuid(7, 0), further = cpuid(7, 1);
-  if (!bit(basic.c, 27)) return false;  // OSXSAVE: xgetbv is there
-  const uint64_t saved = xcr0();
-  constexpr uint64_t kAvx = 0x6, kAvx512 = 0xe6, kTiles = 0x60000;
-  const bool avx2 = bit(more.b, 5) && bit(basic.c, 12) && bit(basic.c, 29) && (saved & kAvx) == kAvx;  // FMA, F16C
-  const bool avx512 = avx2 && (saved & kAvx512) == kAvx512 && bit(more.b, 16) && bit(more.b, 17) && bit(more.b, 30) &&
-                      bit(more.b, 31) && bit(more.c, 11);  // F, DQ, BW, VL, VNNI
-  switch (level) {
-    case Level::avx2: return avx2;
-    case Level::avx_vnni: return avx2 && bit(further.a, 4);
-    case Level::avx512: return avx512;
-    default:  // AVX512-BF16 to convert, AMX-BF16 and AMX-TILE to multiply
-      return avx512 && bit(further.a, 5) && bit(more.d, 22) && bit(more.d, 24) && (saved & kTiles) == kTiles &&
-             tiles_permitted();
-  }
+// AVX2, FMA and F16C, and an operating system that saves their registers.
+[[maybe_unused]] bool has_avx2() {
+  const Registers basic = cpuid(1, 0);
+  constexpr uint64_t kSaved = 0x6;
+  return bit(basic.c, 27) && (xcr0() & kSaved) == kSaved &&  // OSXSAVE: xgetbv is there
+         bit(cpuid(7, 0).b, 5) && bit(basic.c, 12) && bit(basic.c, 29);
+}
+
+[[maybe_unused]] bool has_avx_vnni() { return has_avx2() && bit(cpuid(7, 1).a, 4); }
+
+[[maybe_unused]] bool has_avx512() {  // F, DQ, BW, VL and VNNI
+  const Registers more = cpuid(7, 0);
+  constexpr uint64_t kSaved = 0xe6;
+  return has_avx2() && (xcr0() & kSaved) == kSaved && bit(more.b, 16) && bit(more.b, 17) && bit(more.b, 30) &&
+         bit(more.b, 31) && bit(more.c, 11);
+}
+
+[[maybe_unused]] bool has_amx() {  // AVX512-BF16 to convert, AMX-BF16 and AMX-TILE to multiply
+  const Registers more = cpuid(7, 0);
+  constexpr uint64_t kSaved = 0x60000;
+  return has_avx512() && bit(cpuid(7, 1).a, 5) && bit(more.d, 22) && bit(more.d, 24) && (xcr0() & kSaved) == kSaved &&
+         tiles_permitted();
 }
 
 #elif defined(PASTKEY_ARM64)
@@ -106,7 +111,7 @@ bool feature(const char* name) {
 }
 #endif
 
-bool has_dotprod() {
+[[maybe_unused]] bool has_dotprod() {
 #if defined(__linux__)  // and Android
   return getauxval(AT_HWCAP) >> 20 & 1;
 #elif defined(__APPLE__)
@@ -118,7 +123,7 @@ bool has_dotprod() {
 #endif
 }
 
-bool has_i8mm() {
+[[maybe_unused]] bool has_i8mm() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP2) >> 13 & 1;
 #elif defined(__APPLE__)
@@ -130,69 +135,53 @@ bool has_i8mm() {
 #endif
 }
 
-bool supported(Level level) {
-  switch (level) {
-    case Level::portable:
-    case Level::neon: return true;  // part of every 64-bit ARM
-    case Level::dotprod: return has_dotprod();
-    case Level::i8mm: return has_i8mm();
-    default: return false;
-  }
-}
-
-#else
-
-bool supported(Level level) { return level == Level::portable; }
-
 #endif
 
-// Whether the library was built with the kernels of the level.
-bool built(Level level) {
-  switch (level) {
-    case Level::portable: return true;
+// From the lowest to the highest. A compiler that lacks a level leaves its functions out.
+const LevelKernels kLevels[] = {
+    {"portable", always, portable_matmul, portable_attention, portable_logits},
 #if defined(PASTKEY_AVX2)
-    case Level::avx2: return true;
+    {"avx2", has_avx2, avx2_matmul, avx2_attention, avx2_logits},
 #endif
 #if defined(PASTKEY_AVX_VNNI)
-    case Level::avx_vnni: return true;
+    {"avx_vnni", has_avx_vnni, avx_vnni_matmul, avx2_attention, avx2_logits},
 #endif
 #if defined(PASTKEY_AVX512)
-    case Level::avx512: return true;
+    {"avx512", has_avx512, avx512_matmul, avx512_attention, avx512_logits},
 #endif
 #if defined(PASTKEY_AMX)
-    case Level::amx: return true;
+    {"amx", has_amx, avx512_matmul, avx512_attention, avx512_logits, &amx_tiles, &amx_attention_tiles},
 #endif
-#if defined(PASTKEY_NEON)
-    case Level::neon: return true;
+#if defined(PASTKEY_NEON)  // part of every 64-bit ARM
+    {"neon", always, neon_matmul, neon_attention, portable_logits},
 #endif
 #if defined(PASTKEY_DOTPROD)
-    case Level::dotprod: return true;
+    {"dotprod", has_dotprod, dotprod_matmul, neon_attention, portable_logits},
 #endif
 #if defined(PASTKEY_I8MM)
-    case Level::i8mm: return true;
+    {"i8mm", has_i8mm, i8mm_matmul, neon_attention, portable_logits},
 #endif
-    default: return false;
-  }
-}
+};
 
-Level choose() {
+const LevelKernels& choose() {
   const char* forced = std::getenv("PASTKEY_KERNELS");
-  for (int i = kLevels - 1; i >= 0; i--) {
-    const Level level = static_cast<Level>(i);
-    if (forced && *forced && std::strcmp(forced, kNames[i]) != 0) continue;
-    if (built(level) && supported(level)) return level;
-    if (forced && *forced) refuse("PASTKEY_KERNELS is %s, which this machine or this build does not support", forced);
+  const LevelKernels* highest = nullptr;
+  std::string names;
+  for (const LevelKernels& level : kLevels) {
+    if (!level.supported()) continue;
+    if (forced && std::strcmp(forced, level.name) == 0) return level;
+    highest = &level;
+    names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
-  refuse("PASTKEY_KERNELS is %s, expected portable, avx2, avx_vnni, avx512, amx, neon, dotprod or i8mm", forced);
+  if (!forced || !*forced) return *highest;
+  refuse("PASTKEY_KERNELS is %.40s, and this machine and this build have %s", forced, names.c_str());
 }
 
 }  // namespace
 
-Level level() {
-  static const Level chosen = choose();
+const LevelKernels& level() {
+  static const LevelKernels& chosen = choose();
   return chosen;
 }
-
-const char* to_string(Level level) { return kNames[static_cast<int>(level)]; }
 
 }  // namespace pastkey
