@@ -25,7 +25,7 @@ from pastkey.runtime.sandbox.frames import END, ERROR, OUT
 from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.parent import LimitedProcess
 from pastkey.runtime.sandbox.relay import Printer, limited_arguments
-from pastkey.typed import Between, Natural, parse
+from pastkey.typed import Between, parse
 
 from .guard import salted
 from .settings import ServerSettings
@@ -42,7 +42,7 @@ class _Health:
     """What the process says of itself: it can shorten its life, and not lengthen it."""
 
     status: str
-    running: Natural
+    busy: bool
     steps: Annotated[int, Between(0, 2**63 - 1)]
 
 
@@ -56,7 +56,7 @@ def supervise(
     """Has a process `run` the server until SIGTERM or Ctrl-C. Returns the exit status.
 
     Raises UntrustedBundleError for a process that breaks a limit or crashes, that does not answer /health for as long
-    as the limit of time says, or makes no step of a running request.
+    as the limit of time says, or whose step takes longer.
     """
     if os.name != "posix":
         raise InputError("--untrusted serves on Linux and macOS alone: another system hands no socket over")
@@ -86,10 +86,10 @@ def supervise(
                 health = parse(_Health, parse_json(content, "health"), "health")
             except (InputError, IntegrityError) as error:
                 process.fail(f"gave an answer that is none ({error}), and was ended")
-            if not health.running or health.steps != steps:
+            if not health.busy or health.steps != steps:
                 steps, moved = health.steps, time.monotonic()
             if time.monotonic() - moved > limits.seconds:
-                process.fail(f"made no step of a request within {limits.seconds:g} s, and was ended")
+                process.fail(f"made no step within {limits.seconds:g} s, and was ended")
             printer.left = _PRINTED
             process.allow(limits.seconds)
         printer.finish()

@@ -42,9 +42,8 @@ async def health(service: Service, request: Request, raw: bytes) -> Response:
     if service.model.closed:
         raise RequestError("the model is closed", status=503)
     found: dict[str, Any] = {"status": "ok"}
-    if service.settings.untrusted:  # its parent ends a server whose requests do not go on
-        activity = service.model.activity
-        found |= {"running": activity.running, "steps": activity.steps}
+    if service.settings.untrusted:  # its parent ends a server whose step never ends
+        found |= {"busy": service.model.scheduler.is_busy, "steps": service.model.activity.steps}
     return JSONResponse(found)
 
 

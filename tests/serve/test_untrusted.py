@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,9 @@ import pytest
 
 from pastkey.serve.guard import salted
 
+from ..runtime.decoding.batching import waiting
 from ..runtime.sandbox import conftest as bundles
+from .conftest import Gate, running
 
 acting = bundles.acting
 BODY = {"prompt": "hi", "max_tokens": 5, "temperature": 0}
@@ -55,6 +58,20 @@ def test_a_hash_tells_no_key():
     assert salted(b"secret", "a") != salted(b"secret", "b") != salted(b"other", "b")
 
 
+def test_a_reader_that_takes_nothing_makes_no_model_busy(bundle, monkeypatch):
+    with running(bundle, untrusted=True) as server:
+        unread = server.model.stream("hi", max_new_tokens=50)
+        next(unread)
+        steps = server.model.activity.steps
+        assert server.ask("/health") == (200, {"status": "ok", "busy": False, "steps": steps})
+        gate = Gate(server.model, monkeypatch)
+        thread = threading.Thread(target=lambda: [*unread])
+        thread.start()
+        waiting.until(lambda: server.ask("/health")[1]["busy"])
+        gate.release(100)
+        thread.join()
+
+
 # A server of the process, in place of what it was asked for: `say(STATUS, BODY)` answers one question.
 SERVING = """
 listening = socket.socket(fileno=arguments.socket)
@@ -62,14 +79,14 @@ client, _ = listening.accept()
 def say(status, body):
     client.recv(10_000)
     client.sendall(f'HTTP/1.1 {status} X\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}'.encode())
-def health(**told): say(200, json.dumps({'status': 'ok', 'running': 0, 'steps': 0, **told}))
+def health(**told): say(200, json.dumps({'status': 'ok', 'busy': False, 'steps': 0, **told}))
 """
 LYING = {
-    "health(running=0); health(steps=10**9); time.sleep(99)": "gave no answer within 2 s",
-    "health(running=10**6); client.close(); time.sleep(99)": "gave no answer within 2 s",
+    "health(); health(steps=10**9); time.sleep(99)": "gave no answer within 2 s",
+    "health(busy=True); client.close(); time.sleep(99)": "gave no answer within 2 s",
     "while True: say(503, '{}')": "gave no answer within 2 s",
-    "while True: health(running=1, steps=7)": "made no step of a request within 2 s",
-    "while True: health(running=-1)": "gave an answer that is none (running is -1",
+    "while True: health(busy=True, steps=7)": "made no step within 2 s",
+    "while True: health(busy=-1)": "gave an answer that is none (busy is -1",
     "say(200, 'x' * 10**6); time.sleep(99)": "gave an answer that is none (health",
     "while True: print('x' * 10_000)": "printed more than 1,000,000 bytes",
     "os._exit(7)": "ended with status 7",

@@ -108,6 +108,11 @@ class Scheduler:
             **{name: self._totals[name] for name in TOTALS},
         )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread runs a step or changes the caches, and not only readers are waited for."""
+        return self._leader is not None
+
     # --- threads that need a token ------------------------------------------------------------------------------------
     def advance(self, generation: Generation) -> None:
         """Runs steps, or waits while another thread does, until the generation is `ready`."""
