@@ -49,7 +49,7 @@ MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ExportedDecoder:
     """The cleaned float32 graph of a source."""
 
     source: Source
@@ -65,7 +65,7 @@ class Decoder:
 class BundleWriter:
     """Writes and verifies the bundles of one export: float32, and the precisions derived from it."""
 
-    decoder: Decoder
+    decoder: ExportedDecoder
     config: ExportConfig
     progress: Progress
     short: Ids | None = None  # the text of a quick export's proof

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from pastkey.runtime.options import PlacementOptions
 
-    from .graft.probe.observe import Layer
+    from .graft.probe.observe import CacheLayer
     from .measure.evaluate import Evaluation
     from .pipeline import Report
     from .source.hub import HubModel
@@ -159,9 +159,9 @@ def _export(arguments: argparse.Namespace) -> int:
     config = ExportConfig(**options)  # validate before torch loads
     source: str | HubModel = arguments.source
 
-    from .terminal import Stages
+    from .terminal import StageLines
 
-    with Stages() as stages, _prints_of_the_module():
+    with StageLines() as stages, _prints_of_the_module():
         if (name := hub_id(arguments.source)) is not None:
             from .source.hub import find
 
@@ -256,7 +256,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from .measure.verify import verify
 
     module: nn.Module | None = None
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[CacheLayer, ...] = ()
     with _prints_of_the_module():
         if arguments.source is not None:
             from .measure.reference import open_exported
@@ -384,9 +384,9 @@ def _shown(stage: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield SILENT
         return
-    from .terminal import Stages
+    from .terminal import StageLines
 
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage(stage)
         yield stages
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from pastkey.contract.bundle import CacheShift
 from pastkey.errors import ContractError
 
-from .bundle_writer import Decoder
+from .bundle_writer import ExportedDecoder
 from .graft.probe.call import CONTRACT
 from .graft.probe.contract import in_contract
 from .graft.probe.observe import Observation, Opaque
@@ -46,16 +46,16 @@ def decoder_of(
     model: ir.Model,
     hidden_size: int | None,
     shift: CacheShift,
-) -> Decoder:
+) -> ExportedDecoder:
     """Returns the decoder of a float32 graph that was made before."""
     if isinstance(source.module, Opaque):
         _, observation = source.module.graph(choice.graph, observation)
     if choice.graph == "fused":
         choice = dataclasses.replace(choice, reason=f"{choice.reason}; {where_rotated(model)}")
-    return Decoder(source, model, observation, choice, shift, observation.padding, hidden_size)
+    return ExportedDecoder(source, model, observation, choice, shift, observation.padding, hidden_size)
 
 
-def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> Decoder:
+def grafted(source: Source, observation: Observation, choice: GraphChoice, progress: Progress) -> ExportedDecoder:
     """Returns the cleaned float32 graph of a source."""
     made = f"the {choice.graph} graph of {len(observation.layers)} layers of"
     if isinstance(source.module, Opaque):
@@ -73,7 +73,7 @@ def grafted(source: Source, observation: Observation, choice: GraphChoice, progr
     return decoder_of(source, observation, choice, model, width, shift)
 
 
-def require_head(decoder: Decoder, config: ExportConfig) -> None:
+def require_head(decoder: ExportedDecoder, config: ExportConfig) -> None:
     """Raises ContractError if the last hidden states are requested and the graph has no output head."""
     if config.hidden_states and isinstance(decoder.source.module, Opaque):
         raise ContractError(
@@ -87,7 +87,7 @@ def require_head(decoder: Decoder, config: ExportConfig) -> None:
         )
 
 
-def require_masks(decoder: Decoder, config: ExportConfig) -> None:
+def require_masks(decoder: ExportedDecoder, config: ExportConfig) -> None:
     """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
     if config.static and not decoder.padding:
         what = "its positions count every column of the cache"

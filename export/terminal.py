@@ -16,7 +16,7 @@ _FORESEEN = 2.0  # seconds of a stage before the time left is estimated
 _SPINNER = "|/-\\"
 
 
-class Stages(Progress):
+class StageLines(Progress):
     """Redraws the current line with a spinner on a terminal. Elsewhere prints one line when a stage ends.
 
     A thread draws, since a stage may be one long call of torch that reports nothing.
@@ -33,7 +33,7 @@ class Stages(Progress):
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="pastkey-stages", daemon=True)
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> StageLines:
         self._thread.start()
         return self
 

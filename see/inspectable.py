@@ -29,7 +29,7 @@ _SHAPES = {"Shape", "Size"}  # their outputs carry lengths, not the model's numb
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionNames:
     """The names of one attention call's values."""
 
     weights: str  # (H, W, S) of the last tokens
@@ -41,7 +41,7 @@ class Inspectable:
     """A graph whose inner values are outputs. Values are named; None where the decoder has no such value."""
 
     model: ir.Model
-    calls: tuple[Call, ...]  # in order, one per entry of the manifest's layers
+    calls: tuple[AttentionNames, ...]  # in order, one per entry of the manifest's layers
     embedding: str | None  # (1, T, E): the tokens' embedding, where positions are added to it
     positions: str | None  # (1, T, E) or fewer axes: what is added
     entering: str | None  # (1, T, E): what the first layer reads
@@ -75,7 +75,9 @@ def inspectable(model: ir.Model, calls: int, shown: int) -> Inspectable:
     model.graph.outputs.extend(value for value in extra if not value.is_graph_output())
     return Inspectable(
         model,
-        tuple(Call(str(one.name), str(node.outputs[0].name)) for one, (node, _) in zip(rows, nodes, strict=True)),
+        tuple(
+            AttentionNames(str(one.name), str(node.outputs[0].name)) for one, (node, _) in zip(rows, nodes, strict=True)
+        ),
         _name(embedding),
         _name(positions),
         _name(entering),

@@ -39,7 +39,7 @@ class Likeliest:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class InnerValues:
     """What happened inside a decoder. S tokens were run, the last W of them are shown, from `first` on."""
 
     ids: list[int]  # (S,)
@@ -75,7 +75,7 @@ def inspect(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     most_weights: int = 900_000,
-) -> Inspection:
+) -> InnerValues:
     """Runs a bundle's graph over a text without a past.
 
     Args:
@@ -122,7 +122,7 @@ def inspect(
     next_ids = np.array([*ids[1:], following])[first:]
     half = any(value.name == graph.streams[-1] and "float16" in value.type for value in session.get_outputs())
     lens, lens_next, lens_error = _lens(graph, folder, found, first, next_ids, half)
-    return Inspection(
+    return InnerValues(
         list(ids), first, logits[first:], attention, chosen_heads, errors, len(graph.calls), head_count,
         embedding, positions, entering, lens, lens_next, lens_error,
     )  # fmt: skip
@@ -197,7 +197,7 @@ def _weights(
 def _lens(
     graph: Inspectable, folder: Path, found: dict[str, Floats], first: int, following: Ids, half: bool
 ) -> tuple[list[Likeliest | None], list[Floats | None], float | None]:
-    """Returns `lens`, `lens_next` for the tokens `following` (W,), and `lens_error` of an Inspection."""
+    """Returns `lens`, `lens_next` for the tokens `following` (W,), and `lens_error` of an InnerValues."""
     streams = [graph.entering, *graph.streams]
     none: list[Any] = [None] * len(streams)
     if graph.head is None:

@@ -14,14 +14,14 @@ from pastkey.precisions import PRECISIONS
 from pastkey.runtime import SamplingOptions
 from pastkey.runtime.text.codec import TextCodec
 
-from .inspection import Floats, Inspection, likeliest
-from .text import EXAMPLE, Stages, Text
+from .inspection import Floats, InnerValues, likeliest
+from .text import EXAMPLE, SamplerStages, Text
 
 CHANNELS = 64  # of a vector, at most
 LOG2 = float(np.log(2))
 
 
-class Vocabulary:
+class TokenTexts:
     """The texts of the tokens that a page names, each once."""
 
     def __init__(self, codec: TextCodec | None) -> None:
@@ -59,9 +59,9 @@ def panels(
     bundle: Bundle,
     codec: TextCodec | None,
     text: Text,
-    seen: Inspection,
+    seen: InnerValues,
     settings: SamplingOptions,
-    stages: Sequence[Stages],
+    stages: Sequence[SamplerStages],
     reference: tuple[str, Floats] | None,
 ) -> dict[str, Any]:
     """Returns every panel's numbers. W tokens are shown; arrays are float32, or int32 places in `vocabulary`.
@@ -75,7 +75,7 @@ def panels(
         stages: What the sampler does with them at each shown position.
         reference: Another model's name and its logits (W, V).
     """
-    words, ids = Vocabulary(codec), [*text.ids, text.following]
+    words, ids = TokenTexts(codec), [*text.ids, text.following]
     following = np.array(ids[seen.first + 1 :])
     bits = -np.take_along_axis(log_softmax(seen.logits), following[:, None], -1)[:, 0] / LOG2
     top, manifest = likeliest(seen.logits), bundle.manifest
@@ -115,7 +115,7 @@ def panels(
     return found | {"vocabulary": words.texts}
 
 
-def _embedding(seen: Inspection) -> dict[str, Any] | None:
+def _embedding(seen: InnerValues) -> dict[str, Any] | None:
     """The vectors (W, C), the first channels alone where there are many."""
     if seen.entering is None:
         return None
@@ -126,7 +126,7 @@ def _embedding(seen: Inspection) -> dict[str, Any] | None:
     return {"parts": shown, "channels": seen.entering.shape[1]}
 
 
-def _attention(seen: Inspection) -> dict[str, Any]:
+def _attention(seen: InnerValues) -> dict[str, Any]:
     """Weights (calls, H, W, W), or with one more first column, the sum of the weights of tokens that are not shown."""
     found = []
     for weights in seen.attention.values():

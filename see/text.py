@@ -28,7 +28,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Stages:
+class SamplerStages:
     """What is left of a distribution after each stage of the sampler."""
 
     names: list[str]  # in order, from "all tokens" on
@@ -56,7 +56,7 @@ def continued(lm: LanguageModel, prompt: str | Sequence[int], max_new_tokens: in
 
 def stages(
     text: Text, first: int, logits: npt.NDArray[np.float32], sampling: SamplingOptions, count: int
-) -> Iterator[Stages]:
+) -> Iterator[SamplerStages]:
     """Yields what the runtime's sampler does with each of the logits (W, V) after the tokens from `first` on."""
     sampler = Sampler(SamplingConfig.of(sampling), prompt_tokens=text.prompt_tokens, vocab_size=logits.shape[-1])
     for place, row in enumerate(logits):
@@ -65,4 +65,4 @@ def stages(
             chances = np.stack([softmax(scores.astype(np.float64)) for _, scores in left])
         ids = np.argsort(-row, kind="stable")[:count]
         kept = [int((scores > -np.inf).sum()) for _, scores in left]
-        yield Stages([name for name, _ in left], kept, ids, chances[:, ids].astype(np.float32))
+        yield SamplerStages([name for name, _ in left], kept, ids, chances[:, ids].astype(np.float32))

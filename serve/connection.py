@@ -9,7 +9,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
-class Connection(H11Protocol):
+class TimedConnection(H11Protocol):
     """A connection of a client. h11 bounds the size of headers, this class their time."""
 
     header_seconds: ClassVar[float] = 60.0

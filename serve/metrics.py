@@ -29,7 +29,7 @@ _HELP = {
 }
 
 
-class Metrics:
+class ServerMetrics:
     """The counters of one server.
 
     Attributes:

@@ -16,7 +16,7 @@ import uvicorn
 from pastkey.runtime import LanguageModel
 
 from .app import application
-from .connection import Connection
+from .connection import TimedConnection
 from .service import Service
 from .settings import ServerSettings
 
@@ -56,7 +56,7 @@ async def serve(
     service = Service(settings)
     config = uvicorn.Config(
         application(service),
-        http=type("Connection", (Connection,), {"header_seconds": settings.receive_seconds}),
+        http=type("TimedConnection", (TimedConnection,), {"header_seconds": settings.receive_seconds}),
         ws="none",
         lifespan="off",
         log_config=None,

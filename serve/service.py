@@ -19,7 +19,7 @@ from pastkey.runtime import AsyncStreamMany, ChatPrompt, Chunk, Completion, Lang
 
 from .errors import RequestError
 from .events import DONE, PING, EventStream, Writer, ahead
-from .metrics import Metrics
+from .metrics import ServerMetrics
 from .settings import ServerSettings
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ _MOST_TEXTS = 1024  # of one request, which holds one place
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """What the model is asked for: `n` continuations of each prompt, with the runtime's options."""
 
     prompts: Sequence[ChatPrompt] | Sequence[TextPrompt]
@@ -44,7 +44,7 @@ class Running:
         created: The time of its acceptance, in seconds since 1970.
     """
 
-    def __init__(self, service: Service, name: str, job: Job, stream: AsyncStreamMany) -> None:
+    def __init__(self, service: Service, name: str, job: GenerationJob, stream: AsyncStreamMany) -> None:
         self.name, self.job, self.created = name, job, int(time.time())
         self._service, self._stream = service, stream
 
@@ -110,7 +110,7 @@ class Service:
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.places = asyncio.Semaphore(settings.max_concurrency)
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
         self.started = int(time.time())
         self.site: Mapping[str, Path | bytes] | None = None
         self.defaults = settings.defaults
@@ -155,7 +155,7 @@ class Service:
             )
         return name or names[0]
 
-    async def open(self, name: str, make: Callable[[LanguageModel], Job]) -> Running:
+    async def open(self, name: str, make: Callable[[LanguageModel], GenerationJob]) -> Running:
         """Makes a job in a thread, and opens it. `name`: of the model or an adapter.
 
         Raises what is wrong with the job, and QueueFullError.
@@ -164,7 +164,7 @@ class Service:
 
         made: list[AsyncStreamMany] = []
 
-        def opened() -> Job:
+        def opened() -> GenerationJob:
             job = make(model)
             if (texts := len(job.prompts) * job.n) > _MOST_TEXTS:
                 raise RequestError(f"the request asks for {texts} texts; at most {_MOST_TEXTS} at once", param="n")

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, rows_of
 from benchmarks.pictures import bars, charts, scores
-from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity
+from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
 from pastkey.export.quantize.report import write_report
 
 DOCS = ROOT / "docs"
@@ -58,11 +58,11 @@ def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path):
 def test_the_costs_of_an_export_are_drawn(layers, tmp_path):
     rng = np.random.default_rng(0)
     rows = [
-        Row(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
+        MatrixCost(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
         for layer in range(layers)
         for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
     ]
-    rows.append(Row("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
+    rows.append(MatrixCost("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
     write_report(tmp_path / "table.json", Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence))))
     assert main(["sensitivity-chart", str(tmp_path / "table.json"), str(tmp_path / "chart.png")]) == 0
     image = imread(tmp_path / "chart.png")

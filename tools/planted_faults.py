@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-    from pastkey.export.graft.probe.observe import Layer
+    from pastkey.export.graft.probe.observe import CacheLayer
 
 # Inputs of GroupQueryAttention.
 _PAST_KEY, _PAST_VALUE, _SEQLENS_K, _TOTAL, _COS, _SIN = 3, 4, 5, 6, 7, 8
@@ -57,7 +57,7 @@ def found_by(
     bundle: Bundle,
     fault: str,
     module: nn.Module | None,
-    layers: tuple[Layer, ...],
+    layers: tuple[CacheLayer, ...],
     folder: Path,
     threads: int | None = None,
 ) -> list[str] | None:

@@ -44,7 +44,7 @@ from .loss import next_token_loss, trained_targets
 from .model import Decoder, generate
 from .optimizer import make_optimizers, moments_of, restore_moments, schedule
 from .pretrained import FineTuned, Pretrained, Start, checkpoint_activations, open_start, reopen
-from .report import Metrics, Progress, draw_loss_curve
+from .report import MetricsFile, TrainingProgress, draw_loss_curve
 from .resumed import Resumed, read_training
 from .settings import TrainConfig
 from .tokenizer import TextTokenizer, read_tokenizer
@@ -231,8 +231,8 @@ class Run:
             with (
                 self.device.computing(self.config.threads),
                 torch.random.fork_rng(devices=[]),
-                Metrics(self.place.path, self.step) if first else nullcontext() as metrics,
-                Progress(self.step) if first else nullcontext() as progress,
+                MetricsFile(self.place.path, self.step) if first else nullcontext() as metrics,
+                TrainingProgress(self.step) if first else nullcontext() as progress,
             ):
                 return self._go(metrics, progress)
         except BaseException as error:
@@ -242,7 +242,7 @@ class Run:
                 say(self._kept())
             raise
 
-    def _go(self, metrics: Metrics | None, progress: Progress | None) -> dict[str, Any]:
+    def _go(self, metrics: MetricsFile | None, progress: TrainingProgress | None) -> dict[str, Any]:
         started, tokens = time.monotonic(), 0
         if progress is not None:
             processes = f"{self.ranks.world} processes, each on " if self.ranks.world > 1 else ""
@@ -384,7 +384,7 @@ class Run:
             "tokens_per_second": tokens_per_second,
         }
 
-    def _save(self, metrics: Metrics | None) -> None:
+    def _save(self, metrics: MetricsFile | None) -> None:
         """Saves the whole model and state, in the first process, whatever the number of processes."""
         weights = self.ranks.gathered(self.model.state_dict()) if isinstance(self.model, Decoder) else None
         moments = self.ranks.gathered(moments_of(self.optimizers, self.model))

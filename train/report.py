@@ -25,7 +25,7 @@ from pastkey.values import is_number
 from .checkpoint import LOSS_CURVE, METRICS
 
 
-class Metrics:
+class MetricsFile:
     """metrics.jsonl: one JSON object per step ("step", "loss", "learning_rate", ...) and per validation ("val_loss").
 
     Opening it drops the lines after `step`, which a killed run wrote and a resumed one writes again.
@@ -115,7 +115,7 @@ def draw_loss_curve(folder: Path) -> None:
     write_whole(folder / LOSS_CURVE, picture.getvalue())
 
 
-class Progress:
+class TrainingProgress:
     """On a terminal, a bar with tokens per second and time left; elsewhere a plain line every few seconds."""
 
     _LINE_SECONDS = 10.0

@@ -33,7 +33,7 @@ from ..graph.simplify import simplify
 from ..graph.stored import StoredWeight, StoredWeights, stored_weights
 from .attention import AttentionCall, RowsCall, causes_of, intercept, raw_scores, repeated, visible
 from .constants import fold_constants
-from .probe.observe import Layer, Observation, evaluating, name_of
+from .probe.observe import CacheLayer, Observation, evaluating, name_of
 from .streamed import load
 from .time_axis.program.traced import mask_detection, whole_objects
 
@@ -73,7 +73,7 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
     return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
 
 
-def _unsupported_by_fused(layer: Layer, target: str) -> str | None:
+def _unsupported_by_fused(layer: CacheLayer, target: str) -> str | None:
     geometry = layer.geometry
     if layer.special is not None:
         return layer.special

@@ -31,7 +31,7 @@ def constant(value: ir.Value) -> bool:
     return producer is not None and all(constant(v) for v in producer.inputs if v is not None)
 
 
-class Part:
+class Subgraph:
     """The part of a graph that computes `value` from `source` alone. Ignores inferred shapes."""
 
     def __init__(self, model: ir.Model, value: ir.Value, source: ir.Value) -> None:

@@ -31,7 +31,7 @@ from .predictors import BundlePredictor, ModulePredictor, Predictor
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.probe.observe import Layer, Observation
+    from ..graft.probe.observe import CacheLayer, Observation
     from ..source.source import Source
 
 Say = Callable[[str], None]
@@ -91,7 +91,7 @@ def open_exported(
     weights: str | None = None,
     trust_remote_code: bool = False,
     say: Say = _silently,
-) -> tuple[nn.Module, tuple[Layer, ...]]:
+) -> tuple[nn.Module, tuple[CacheLayer, ...]]:
     """Opens the source that the bundle was exported from: its module, and its attention calls as messages name them.
 
     Raises:

@@ -41,7 +41,7 @@ from .verification import Verification as Verification
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..graft.probe.observe import Layer
+    from ..graft.probe.observe import CacheLayer
 
 # --- tolerances, in this one place ----------------------------------------------------------------------
 # Tolerances that depend on the precision of the weights are in `pastkey/precisions.py`, relative to the largest logit.
@@ -64,7 +64,7 @@ MAX_COSINE_DISTANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Limits:
+class Tolerances:
     """The limits on a bundle's distance from its reference, fixed before the checks.
 
     Two further allowances depend on the checks' results: a deep module's own rounding, which costs a copy in float64
@@ -77,7 +77,7 @@ class Limits:
     fp32_kl: float | None = None  # nats, of int8 or int4 from the source in float32; None for float32
 
     @classmethod
-    def of(cls, manifest: Manifest, measured_kl: float | None) -> Limits:
+    def of(cls, manifest: Manifest, measured_kl: float | None) -> Tolerances:
         """Returns a bundle's limits; `measured_kl` from float32 in nats, if the source is available."""
         precision = PRECISIONS[manifest.precision]
         if not precision.quantized:
@@ -96,7 +96,7 @@ def verify(
     bundle: Bundle,
     module: nn.Module | None = None,
     *,
-    layers: tuple[Layer, ...] = (),
+    layers: tuple[CacheLayer, ...] = (),
     short: Ids | None = None,
     progress: Progress = SILENT,
     **placement: Unpack[PlacementOptions],
@@ -138,7 +138,7 @@ def verify(
     quality = {}
     if source is not None and manifest.precision != "fp32":
         quality = _quality(source.logits(last.ids), expected if quantized else own.logits(last.ids))
-    limits = Limits.of(manifest, quality.get("kl_divergence"))
+    limits = Tolerances.of(manifest, quality.get("kl_divergence"))
     parts.next()
     compared = _Compared(manifest, plan, own.engine, last, reference, expected, limits, layers, source)
     checks = []
@@ -169,8 +169,8 @@ class _Compared:
     last: LastLogits
     reference: Predictor
     expected: Logits  # (T, V), the reference's
-    limits: Limits
-    layers: tuple[Layer, ...]
+    limits: Tolerances
+    layers: tuple[CacheLayer, ...]
     source: ModulePredictor | None
 
     @functools.cached_property
@@ -283,7 +283,7 @@ def _hidden_check(name: str, value: float, limit: float, measure: str = "mean_co
     return Check(name, value <= limit, measure, value, limit, "" if value <= limit else detail)
 
 
-def _against_float32(precision: str, kl: float, limits: Limits) -> Check:
+def _against_float32(precision: str, kl: float, limits: Tolerances) -> Check:
     """Checks int8 or int4 against the source in float32: whether it is the same model."""
     assert limits.fp32_kl is not None
     detail = (

@@ -44,7 +44,7 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Request:
+class FileExpression:
     """The expression to evaluate in a file, such as `a = 1; Model(a)`: the last part is the result."""
 
     text: str
@@ -61,7 +61,7 @@ class Request:
         return frozenset(name for node in nodes for name in _names(node)[1])
 
 
-def parse_request(text: str, file: Path) -> Request:
+def parse_request(text: str, file: Path) -> FileExpression:
     """Parses a request. Raises InputError if it is not an expression."""
     try:
         *given, last = ast.parse(text.strip()).body
@@ -75,10 +75,10 @@ def parse_request(text: str, file: Path) -> Request:
             f"{text!r}, what is wanted of {file}, does not end in an expression that gives it, or has more than "
             "assignments before it: write NAME, or such as  n_layer = 2; Model(n_layer)"
         )
-    return Request(text.strip(), tuple(given), ast.Expression(last.value))
+    return FileExpression(text.strip(), tuple(given), ast.Expression(last.value))
 
 
-def run_definitions(file: Path, request: Request, module: ModuleType) -> None:
+def run_definitions(file: Path, request: FileExpression, module: ModuleType) -> None:
     """Runs in `module` what the request needs of the file. Raises InputError if that fails."""
     statements = list(_statements(file))
     early = [node for node in request.given if not _names(node)[1]]  # literals, which the file's statements may read
@@ -138,7 +138,7 @@ class _Needed:
     instead: dict[str, str]
 
 
-def _needed(statements: list[Statement], request: Request) -> _Needed:
+def _needed(statements: list[Statement], request: FileExpression) -> _Needed:
     given = request.given_names
     instead = {name: name for name in request.reads}  # needed name -> name to give instead
     chosen: list[Statement] = []
@@ -156,7 +156,7 @@ def _needed(statements: list[Statement], request: Request) -> _Needed:
     return _Needed(tuple(statement for statement in statements if statement in chosen), instead)
 
 
-def _run(statement: Statement, request: Request, needed: _Needed, module: ModuleType, future: bool) -> None:
+def _run(statement: Statement, request: FileExpression, needed: _Needed, module: ModuleType, future: bool) -> None:
     node = statement.node
     where = f"{statement.place}:{node.lineno}"
     name = min(statement.makes & needed.instead.keys(), default="*")

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from pastkey.errors import InputError, MissingFileError, PastkeyError
 
 from .definitions import (
-    Request,
+    FileExpression,
     definitions,
     parse_request,
     relative_levels,
@@ -100,7 +100,7 @@ def make(
     return value, len(steps)
 
 
-def _read(file: Path, request: Request, definitions_only: bool, package: str) -> ModuleType:
+def _read(file: Path, request: FileExpression, definitions_only: bool, package: str) -> ModuleType:
     """Runs the file, or the part of it that the request needs, as a module."""
     if package:
         _import_package(file, package)
@@ -156,7 +156,7 @@ def _import_file(file: Path, package: str) -> ModuleType:
     return module
 
 
-def _evaluate(file: Path, request: Request, module: ModuleType) -> Any:
+def _evaluate(file: Path, request: FileExpression, module: ModuleType) -> Any:
     wanted = request.expression.body
     if isinstance(wanted, ast.Name) and not hasattr(module, wanted.id):
         raise InputError(f"{file} has no function {wanted.id!r}; it defines {_defined(file)}")

@@ -25,7 +25,7 @@ from ..graft.attention import replaced
 from ..graft.streamed import Streaming
 from ..graph.stored import StoredWeights
 from . import stored_tensors
-from .stored_tensors import Mapped, StoredTensor
+from .stored_tensors import Mapped, MappedTensor
 
 
 def _folder() -> str:
@@ -107,11 +107,11 @@ class TemporaryWeights:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(dir=_folder())  # noqa: SIM115  # until it is collected
 
-    def add(self, array: np.ndarray) -> StoredTensor:
+    def add(self, array: np.ndarray) -> MappedTensor:
         """Writes an array. Raises OSError if the disk is full."""
         start = -(-self._file.seek(0, os.SEEK_END) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         self._file.seek(start)
         self._file.write(np.ascontiguousarray(array).data)
         self._file.flush()
         content = mmap.mmap(self._file.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=start)
-        return StoredTensor(Mapped(content), torch.float32, array.shape, 0)
+        return MappedTensor(Mapped(content), torch.float32, array.shape, 0)

@@ -65,7 +65,7 @@ def _state(found: os.stat_result) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor:
+class MappedTensor:
     """A tensor of a mapped file."""
 
     file: Mapped
@@ -114,7 +114,7 @@ class _Reader:
         mapped, tensors = MappedFile(path), read_header(path)
         start = path.stat().st_size - max((tensor.end for tensor in tensors.values()), default=0)
         self._large = {
-            name: StoredTensor(mapped, _DTYPES[tensor.dtype], tensor.shape, start + tensor.start)
+            name: MappedTensor(mapped, _DTYPES[tensor.dtype], tensor.shape, start + tensor.start)
             for name, tensor in tensors.items()
             if tensor.dtype in _DTYPES and tensor.elements * 4 >= LARGE
         }

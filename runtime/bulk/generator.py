@@ -27,7 +27,19 @@ from ..model.chat.prompt import ChatPrompt
 from ..model.language_model import LanguageModel
 from ..options import MAX_NEW_TOKENS, Choice, SessionSettings, lists_options, options_of, require_valid
 from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions
-from .rows import FIELDS, FURTHER, Answer, Request, Row, answer_of, error_of, is_id, json_text, parse_request, seed_of
+from .rows import (
+    FIELDS,
+    FURTHER,
+    Answer,
+    Row,
+    RowRequest,
+    answer_of,
+    error_of,
+    is_id,
+    json_text,
+    parse_request,
+    seed_of,
+)
 
 WINDOW = 1024  # rows that are sorted at once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
@@ -39,7 +51,7 @@ _loading = threading.Lock()
 @dataclass(frozen=True)
 class _Task:
     row: Row
-    request: Request = field(default_factory=Request)
+    request: RowRequest = field(default_factory=RowRequest)
     ids: list[int] = field(default_factory=list)
     options: GenerateOptions | None = None
     chat: ChatPrompt | None = None
@@ -214,7 +226,7 @@ class Generator:
         except Exception as error:
             return _Task(row, error=error)
 
-    def _options(self, request: Request, identity: Any) -> GenerateOptions:
+    def _options(self, request: RowRequest, identity: Any) -> GenerateOptions:
         """The job's settings, the row's own in their place."""
         held = any(name in request.options for name in _HELD)
         usual: dict[str, Any] = {name: value for name, value in self.options.items() if not (held and name in _HELD)}

@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Request:
+class RowRequest:
     """What one row asks for.
 
     Attributes:
@@ -133,7 +133,7 @@ def seed_of(seed: int, identity: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") & MAX_SEED
 
 
-def parse_request(row: Mapping[str, Any]) -> Request:
+def parse_request(row: Mapping[str, Any]) -> RowRequest:
     """What a row asks for. Raises InputError with what is wrong with it; ranges are checked where it is begun."""
     if row.get("id") is not None and not is_id(row["id"]):
         raise InputError(f"id is {shown(row['id'])}; a text or a whole number was expected")
@@ -153,13 +153,15 @@ def parse_request(row: Mapping[str, Any]) -> Request:
             raise InputError("tools are for a conversation: give messages in place of the prompt")
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(map(is_int, prompt))):
             raise InputError(f"the prompt is {shown(prompt)}; a text or a list of token ids was expected")
-        return Request(prompt, options=cast(ChatOptions, options))
+        return RowRequest(prompt, options=cast(ChatOptions, options))
     if not isinstance(messages, list) or not messages:
         raise InputError(f"messages is {shown(messages)}; a list of at least one message was expected")
     check_messages(messages)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise InputError(f"tools is {shown(tools)}; a list of JSON schemas was expected")
-    return Request(messages=list(map(read_message, messages)), tools=tools or None, options=cast(ChatOptions, options))
+    return RowRequest(
+        messages=list(map(read_message, messages)), tools=tools or None, options=cast(ChatOptions, options)
+    )
 
 
 @functools.lru_cache(1024)

@@ -13,7 +13,7 @@ from pastkey.providers import PROVIDERS, Provider
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceLine:
     """One line of `pastkey devices`."""
 
     short_name: str
@@ -25,16 +25,16 @@ class Device:
     devices: tuple[str, ...] = ()  # those that it found, where it tells
 
 
-def devices() -> list[Device]:
+def devices() -> list[DeviceLine]:
     """The execution providers that are known, and those that this onnxruntime has beyond them.
 
     Returns:
-        One Device for each; available ones first.
+        One line for each; available ones first.
     """
     from ..providers import ort
     from ..providers import placement as ep
 
-    def here(short: str, known: Provider) -> Device:
+    def here(short: str, known: Provider) -> DeviceLine:
         package, version = ort.wheels()[0], ort.onnxruntime.__version__
         if ep.is_plugin(known.name):
             package = known.plugin.replace("_", "-")
@@ -43,13 +43,13 @@ def devices() -> list[Device]:
             found, note = _devices(known.name), ""
         except ProviderError as error:  # a plugin whose library does not load, or finds no hardware
             found, note = (), str(error)
-        return Device(short, known.name, known.hardware, not note, note, f"{package} {version}", found)
+        return DeviceLine(short, known.name, known.hardware, not note, note, f"{package} {version}", found)
 
     names = ep.available()
     rows = [
         here(short, known)
         if known.name in names
-        else Device(short, known.name, known.hardware, False, ep.what_brings(known))
+        else DeviceLine(short, known.name, known.hardware, False, ep.what_brings(known))
         for short, known in PROVIDERS.items()
     ]
     further = [name for name in names if name not in {known.name for known in PROVIDERS.values()}]

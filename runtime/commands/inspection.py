@@ -45,7 +45,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class BundleReport:
     """A bundle's sizes, operators and placement."""
 
     manifest: Manifest
@@ -68,7 +68,7 @@ class Inspection:
 def inspect(
     path: str | Path,
     **placement: Unpack[PlacementOptions],
-) -> Inspection:
+) -> BundleReport:
     """Opens a bundle, runs a few tokens to see where each operator is placed, and proves it on its device.
 
     Args:
@@ -125,7 +125,7 @@ def inspect(
             golden_logits = "prefill wrong" if engine.graph.one_by_one else "right"
         except ProviderError as error:
             golden_logits, refusal = "wrong", str(error)
-    return Inspection(
+    return BundleReport(
         manifest=manifest,
         weight_bytes=weights,
         total_bytes=sum(sizes.values()),
@@ -186,7 +186,7 @@ def read_shares(profile: Sequence[dict[str, Any]], graph: str, weights: int) -> 
 
 
 # --- for a person -----------------------------------------------------------------------------------------------------
-def print_inspection(inspection: Inspection) -> None:
+def print_inspection(inspection: BundleReport) -> None:
     """Shows it to a person, on standard output."""
     manifest = inspection.manifest
     per_token = inspection.kv_bytes_per_token

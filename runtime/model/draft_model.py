@@ -20,7 +20,7 @@ from .parts import ModelParts
 _RUNS, _TOKENS = 3, 64  # timed at the load: runs of one token; tokens of a longer run
 
 
-class Model(Protocol):
+class DraftingModel(Protocol):
     """The interface of a loaded model that drafts for another."""
 
     parts: ModelParts
@@ -42,7 +42,7 @@ class DraftModel:
         worth: Estimates whether drafts save time.
     """
 
-    def __init__(self, model: Model, opened: bool) -> None:
+    def __init__(self, model: DraftingModel, opened: bool) -> None:
         self.model, self.opened = model, opened
         self._stores: list[PrefixStore] = []
 

@@ -49,7 +49,7 @@ def _remove(folder: Path, made_by: int) -> None:
 
 
 @dataclass(frozen=True)
-class Given:
+class BundleArgument:
     """The argument of `load`, on disk."""
 
     path: Path  # a bundle folder, or a zip file of one
@@ -57,7 +57,7 @@ class Given:
     temporary: TemporaryFolder | None = None  # that the path is in
 
 
-def given_as(path: Any) -> Given:
+def given_as(path: Any) -> BundleArgument:
     """Writes bytes and resources of a package to a temporary folder, unread. A path stays as it is.
 
     Raises InputError, MissingFileError.
@@ -66,16 +66,16 @@ def given_as(path: Any) -> Given:
         temporary = TemporaryFolder()
         target = temporary.path / "bundle.zip"
         target.write_bytes(path)
-        return Given(target, "the bytes", temporary)
+        return BundleArgument(target, "the bytes", temporary)
     if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
         if not path.is_file() and not path.is_dir():
             raise MissingFileError(f"no such bundle: {path.name} is not in its package")
         temporary = TemporaryFolder()
         target = temporary.path / "bundle"
         _copy(path, target)
-        return Given(target, path.name, temporary)
+        return BundleArgument(target, path.name, temporary)
     found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
-    return Given(found, str(found))
+    return BundleArgument(found, str(found))
 
 
 def _copy(source: Traversable, target: Path) -> None:
@@ -88,7 +88,7 @@ def _copy(source: Traversable, target: Path) -> None:
             shutil.copyfileobj(read, written)
 
 
-def unpacked(given: Given) -> tuple[Path, TemporaryFolder | None]:
+def unpacked(given: BundleArgument) -> tuple[Path, TemporaryFolder | None]:
     """The bundle's folder, and the temporary folder that it is in, if any. Raises as `unpack`."""
     if not given.path.is_file() or (given.temporary is None and not zipfile.is_zipfile(given.path)):
         return given.path, given.temporary

@@ -34,7 +34,7 @@ class Body(BaseModel):
     )
 
 
-class Part(BaseModel):
+class RequestPart(BaseModel):
     """A part of a request. A field that is not here may be of a later version of OpenAI's API."""
 
     model_config = ConfigDict(strict=True)
@@ -58,14 +58,14 @@ class ModelBody(_Unread):  # type: ignore[misc]
     model: str | None = None
 
 
-class StreamOptions(Part):
+class StreamOptions(RequestPart):
     """What a stream has beside the text."""
 
     include_usage: bool = False
     include_obfuscation: Any = None
 
 
-class JsonSchema(Part):
+class JsonSchema(RequestPart):
     """The schema of a response_format."""
 
     name: str | None = None
@@ -108,7 +108,7 @@ class Sampling(_Options):  # type: ignore[misc]
     json_schema: Schema | None = None
 
 
-class Message(Part):
+class Message(RequestPart):
     """A message. A chat template may read further fields."""
 
     model_config = ConfigDict(extra="allow")
@@ -117,7 +117,7 @@ class Message(Part):
     content: str | list[dict[str, Any]] | None = None
 
 
-class Function(Part):
+class Function(RequestPart):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="allow")
@@ -127,20 +127,20 @@ class Function(Part):
     parameters: Schema | None = None
 
 
-class ToolSpec(Part):
+class ToolSpec(RequestPart):
     """A tool."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Part):
+class NamedFunction(RequestPart):
     """The name of a function."""
 
     name: Text
 
 
-class NamedTool(Part):
+class NamedTool(RequestPart):
     """A tool that must be called."""
 
     type: Literal["function"]
@@ -172,7 +172,7 @@ class CompletionBody(Sampling):
     echo: bool = False
 
 
-class FlatTool(Part):
+class FlatTool(RequestPart):
     """A function, in the form of Responses. `type` is first, so that a tool of another type is told by it."""
 
     model_config = ConfigDict(extra="allow")

@@ -15,7 +15,7 @@ from ..api.options import options_of
 from ..api.replies import ChoiceWriter, call_id, finish_reason, logprobs_of
 from ..api.schemas import ChatBody, ConversationBody, NamedTool, parsed
 from ..errors import RequestError
-from ..service import Job, Service
+from ..service import GenerationJob, Service
 
 
 def conversation_of(body: ConversationBody) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def conversation_of(body: ConversationBody) -> dict[str, Any]:
     return given
 
 
-def job_of(service: Service, body: ChatBody, model: LanguageModel) -> Job:
+def job_of(service: Service, body: ChatBody, model: LanguageModel) -> GenerationJob:
     """What the model is asked for."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -48,7 +48,7 @@ def job_of(service: Service, body: ChatBody, model: LanguageModel) -> Job:
     options = options_of(body, service)
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
-    return Job([prompt], body.n, options)
+    return GenerationJob([prompt], body.n, options)
 
 
 async def chat(service: Service, request: Request, raw: bytes) -> Response:

@@ -14,7 +14,7 @@ from ..api.options import options_of
 from ..api.replies import ChoiceWriter, finish_reason, text_logprobs
 from ..api.schemas import CompletionBody, parsed
 from ..errors import RequestError
-from ..service import Job, Service
+from ..service import GenerationJob, Service
 
 MAX_TOKENS = 16  # OpenAI's default
 
@@ -26,13 +26,13 @@ def prompts_of(given: str | list[Any]) -> list[Any]:
     return list(given)
 
 
-def job_of(service: Service, body: CompletionBody, model: LanguageModel) -> Job:
+def job_of(service: Service, body: CompletionBody, model: LanguageModel) -> GenerationJob:
     """What the model is asked for."""
     options = options_of(body, service, MAX_TOKENS)
     if body.logprobs is not None:
         options |= {"logprobs": body.logprobs, "prompt_logprobs": body.echo}
     texts = [(prompt, prompt if isinstance(prompt, str) else None) for prompt in prompts_of(body.prompt)]
-    return Job([TextPrompt(model.prompt_ids(prompt), text) for prompt, text in texts], body.n, options)
+    return GenerationJob([TextPrompt(model.prompt_ids(prompt), text) for prompt, text in texts], body.n, options)
 
 
 async def completions(service: Service, request: Request, raw: bytes) -> Response:

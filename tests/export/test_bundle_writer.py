@@ -16,7 +16,7 @@ from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME_WITH_WINDOWS,
     NEWEST_OPSET,
     BundleWriter,
-    Decoder,
+    ExportedDecoder,
     _oldest_onnxruntime,
 )
 from pastkey.export.graft.probe.observe import Observation, observe
@@ -40,12 +40,12 @@ def decoder():
     observation = observe(module, CONTEXT)
     model = trace(module, observation, "standard", CONTEXT)
     clean(model, module, observation.geometry, observation.vocab_size)
-    return Decoder(
+    return ExportedDecoder(
         Source(module, "Plain", CONTEXT), model, observation, GraphChoice("standard", "a test"), CacheShift("a test")
     )
 
 
-def writer_of(decoder: Decoder) -> BundleWriter:
+def writer_of(decoder: ExportedDecoder) -> BundleWriter:
     return BundleWriter(decoder, ExportConfig(precision="fp32"), SILENT)
 
 

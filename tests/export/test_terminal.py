@@ -10,7 +10,7 @@ import pytest
 
 from pastkey.export import terminal
 from pastkey.export.progress import Progress, Recorder
-from pastkey.export.terminal import Stages
+from pastkey.export.terminal import StageLines
 
 
 class Terminal(io.StringIO):
@@ -37,7 +37,7 @@ def show(live: bool, monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch):
     screen = show(False, monkeypatch)
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage("trace")
         assert screen.getvalue() == ""
         stages.stage("verify")
@@ -54,7 +54,7 @@ def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch):
     screen = show(False, monkeypatch)
     monkeypatch.setattr(terminal, "_HEARTBEAT", 0.0)
     monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage("trace")
         stages.advance(1, 4)
         screen.drawn.clear()
@@ -65,7 +65,7 @@ def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch):
 def test_on_a_terminal_the_current_stage_moves_by_itself(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setattr(terminal, "_REDRAWN", 0.001)
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage("calibrate")
         stages.advance(1, 2)
         for _ in range(3):
@@ -83,7 +83,7 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
     monkeypatch.setattr(terminal, "_REDRAWN", 1000)  # no thread draws
     screen = show(True, monkeypatch)
     drawn = []
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage("verify")
         for at, done in ((1.0, 1), (90.0, 10), (100.0, None), (5000.0, None), (7200.0, 20)):
             clock[0] = at
@@ -103,7 +103,7 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
 def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setenv("COLUMNS", "40")
-    with Stages() as stages:
+    with StageLines() as stages:
         stages.stage("x" * 100)
         current = screen.getvalue().removeprefix("\r\x1b[K")
     assert len(current) <= 40
@@ -113,7 +113,7 @@ def test_an_interrupted_stage_ends_its_line(monkeypatch):
     screen = show(True, monkeypatch)
 
     def run() -> None:
-        with Stages() as stages:
+        with StageLines() as stages:
             stages.stage("trace")
             raise KeyboardInterrupt
 

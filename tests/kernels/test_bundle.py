@@ -15,7 +15,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ProviderError
 from pastkey.export import export
-from pastkey.export.bundle_writer import BundleWriter, Decoder
+from pastkey.export.bundle_writer import BundleWriter, ExportedDecoder
 from pastkey.export.progress import SILENT, Recorder
 from pastkey.export.settings import ExportConfig
 from pastkey.runtime import Engine
@@ -112,7 +112,7 @@ def test_an_export_leaves_out_a_native_graph_with_other_logits(bundle, tmp_path,
     progress = Recorder(SILENT)
     with monkeypatch.context() as wrong:
         wrong.setattr(golden, "differences", lambda engine, stored: iter([0.3]))
-        writer = BundleWriter(cast("Decoder", None), ExportConfig(), progress)
+        writer = BundleWriter(cast("ExportedDecoder", None), ExportConfig(), progress)
         writer.proved_on_target(dataclasses.replace(bundle, path=tmp_path / "bundle"))
     made = open_bundle(tmp_path / "bundle")
     why = made.manifest.native_left_out

@@ -215,5 +215,7 @@ def test_floats_at_an_odd_place_of_their_file_are_refused(name, tmp_path):
 
 
 def test_a_level_that_does_not_exist_is_refused(tmp_path_factory):
-    with pytest.raises(AssertionError, match="PASTKEY_KERNELS is avx1024, and this machine and this build have portable"):
+    with pytest.raises(
+        AssertionError, match="PASTKEY_KERNELS is avx1024, and this machine and this build have portable"
+    ):
         run_at("avx1024", [Case(matmul(changed()), [FEED])], tmp_path_factory.mktemp("level"))

@@ -7,7 +7,7 @@ import pytest
 
 import pastkey
 from pastkey.see.inspection import inspect
-from pastkey.see.panels import Vocabulary, panels, visible
+from pastkey.see.panels import TokenTexts, panels, visible
 from pastkey.see.text import EXAMPLE, continued, stages
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -42,7 +42,7 @@ def test_every_panel_has_the_shown_tokens(bundle_of, shown):
 
 
 def test_a_token_without_text_is_named_by_its_number():
-    words = Vocabulary(None)
+    words = TokenTexts(None)
     assert words.places([[7, 9], [9, 7]]).tolist() == [[0, 1], [1, 0]]
     assert words.texts == ["7", "9"]
 
@@ -58,6 +58,6 @@ def test_a_part_of_a_character_shows_its_bytes(token, text):
         def written(self, token: int) -> bytes:
             return [b"a", "🚀".encode()[:1], b""][token]
 
-    words = Vocabulary(Codec())  # type: ignore[arg-type]
+    words = TokenTexts(Codec())  # type: ignore[arg-type]
     words.place(token)
     assert words.texts == [text]

@@ -20,7 +20,7 @@ Message = Mapping[str, Any]  # "role" and "content", and what else the chat temp
 
 
 @dataclass(frozen=True)
-class Completion:
+class PromptAnswer:
     """A prompt, and the text that the model learns to write after it."""
 
     prompt: str
@@ -40,7 +40,7 @@ class Document:
     """One example, and its place for error messages: "chat.jsonl, line 3"."""
 
     place: str
-    content: str | Completion | Conversation
+    content: str | PromptAnswer | Conversation
 
     @property
     def masked(self) -> bool:
@@ -60,8 +60,8 @@ class Document:
             yield content if isinstance(content, str) else content.prompt + content.completion
 
 
-def _json_of(content: Completion | Conversation) -> Any:
-    if isinstance(content, Completion):
+def _json_of(content: PromptAnswer | Conversation) -> Any:
+    if isinstance(content, PromptAnswer):
         return [content.prompt, content.completion]
     return {"messages": content.messages, "tools": content.tools}
 
@@ -83,7 +83,7 @@ def document_of(row: Any, place: str) -> Document:
     if "prompt" in given and "completion" in given:
         prompt, completion = given["prompt"], given["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Document(place, Completion(_text(prompt, "prompt", place), _text(completion, "completion", place)))
+            return Document(place, PromptAnswer(_text(prompt, "prompt", place), _text(completion, "completion", place)))
         raise InputError(f"{place}: prompt and completion must be texts; a conversation goes into the field messages")
     if "text" in given:
         return Document(place, _text(given["text"], "text", place))

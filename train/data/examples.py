@@ -12,7 +12,7 @@ from pastkey.errors import InputError
 
 from ..tokenizer import TextTokenizer
 from .chat import Part, conversation_parts
-from .documents import Completion, Conversation, Document
+from .documents import Conversation, Document, PromptAnswer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _parts_of(document: Document, tokenizer: TextTokenizer) -> list[Part]:
     content = document.content
     if isinstance(content, Conversation):
         return conversation_parts(content, tokenizer)
-    if isinstance(content, Completion):
+    if isinstance(content, PromptAnswer):
         return [(content.prompt, False), (content.completion, True)]
     return [(content, True)]
 

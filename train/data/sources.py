@@ -33,7 +33,7 @@ _SHORTEST_LINE_BYTES = 10_000  # minimum size of a corpus of a single line
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """One path of --data: its files in order, and its share of the batches."""
 
     name: str
@@ -50,11 +50,11 @@ class Corpus:
 
     name: str
     documents: Callable[[], Iterator[Document]]
-    sources: tuple[Source, ...] = ()  # empty for the built-in stories
+    sources: tuple[TextSource, ...] = ()  # empty for the built-in stories
     states: dict[Path, tuple[int, int]] = field(default_factory=dict)  # size and modification time at the beginning
 
     @property
-    def weighted(self) -> list[Source]:
+    def weighted(self) -> list[TextSource]:
         """The sources, if they have weights."""
         return [source for source in self.sources if source.weight is not None]
 
@@ -90,17 +90,17 @@ def open_corpus(data: Sequence[str | Path]) -> Corpus:
     )
 
 
-def _source(text: str) -> Source:
+def _source(text: str) -> TextSource:
     path, equals, weight = text.rpartition("=")
     if Path(text).exists() or not equals:
-        return Source(text, tuple(_files_of(Path(text))))
+        return TextSource(text, tuple(_files_of(Path(text))))
     try:
         share = float(weight)
     except ValueError:
         raise MissingFileError(f"no such file or folder: {text}") from None
     if not (share > 0 and math.isfinite(share)):
         raise InputError(f"the weight of --data {text} is {weight}; it must be a positive number")
-    return Source(path, tuple(_files_of(Path(path))), share)
+    return TextSource(path, tuple(_files_of(Path(path))), share)
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from ..tokenizer import TextTokenizer
 from .documents import Document
 from .packed_examples import PackedExamples
 from .running_text import RunningText
-from .sources import Corpus, Source, Survey
+from .sources import Corpus, Survey, TextSource
 from .token_files import DataInfo, TokenWriter
 
 _BATCH_CHARACTERS: Final = 2_000_000  # tokenized at once
@@ -32,7 +32,7 @@ def write_tokens(folder: Path, corpus: Corpus, found: Survey, tokenizer: TextTok
     writer: TokenWriter = form(folder, corpus, found, tokenizer, context)
     with writer.files[TOKENS_TRAIN], writer.files[TOKENS_VAL]:
         number, progress = 0, _Progress(found)
-        parts: Sequence[Source | Corpus] = corpus.weighted or [corpus]
+        parts: Sequence[TextSource | Corpus] = corpus.weighted or [corpus]
         for source in parts:
             writer.begin_source()
             for batch in _batches(source.documents()):

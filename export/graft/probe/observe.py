@@ -43,7 +43,7 @@ class UnkeptError(Exception):
 
 
 @dataclass(frozen=True)
-class Layer:
+class CacheLayer:
     """One attention call, in order of execution. A block applied several times is several layers."""
 
     geometry: KVGeometry
@@ -60,7 +60,7 @@ class Layer:
 class Observation:
     """What the runs of the module showed."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[CacheLayer, ...]
     vocab_size: int  # V, the width of the logits
     states: tuple[StateGeometry, ...] = ()  # cached in addition to keys and values
 
@@ -201,7 +201,7 @@ def observe(module: nn.Module, context_length: int) -> Observation:
     return Observation(_attention_layers(module, runs), vocab_size, tuple(runs[0].states))
 
 
-def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[Layer, ...]:
+def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[CacheLayer, ...]:
     """The attention calls. Raises UnkeptError if there are none, or if they differ between lengths."""
     first = runs[0].layers
     if not first:
@@ -228,7 +228,7 @@ class _Observer:
 
     def __init__(self, module: nn.Module, batch: int, length: int, vocab_size: int) -> None:
         self.length = length
-        self.layers: list[Layer] = []
+        self.layers: list[CacheLayer] = []
         self.states: list[StateGeometry] = []
         self.masked = False  # whether a call passed an attn_mask
         self._module = module
@@ -253,7 +253,7 @@ class _Observer:
         module = self._stack[-1] if self._stack else ""
         self.masked |= call.mask is not None
         self.layers.append(
-            Layer(
+            CacheLayer(
                 geometry,
                 heads=call.query.shape[1],
                 module=module,

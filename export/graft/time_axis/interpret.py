@@ -136,7 +136,7 @@ def gathered(value: Value) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Attention:
+class FollowedAttention:
     """One attention: its products q kᵀ, the operators that make weights of them, and the sum of weighted values."""
 
     op: Op  # the sum
@@ -159,7 +159,7 @@ class Whole(Interpreter):
         self._both = both  # products that failed with their rows and with their columns as the keys
         self.tables = Tables(length)
         self._other = Tables(program.lengths[1] if length == program.lengths[0] else program.lengths[0])
-        self.found: list[Attention] = []
+        self.found: list[FollowedAttention] = []
         self.tabled: dict[Op, Value] = {}  # tables that are the weights of an attention
         self.refused: list[ObstacleError] = []
         self._doubtful: set[Op] = {op for op in program.ops if op.target in program.mutated}
@@ -305,7 +305,7 @@ class Whole(Interpreter):
         products = tuple(sorted(weights.scores, key=lambda p: p.number))
         region = _between(reads, products, self.known)
         self.found.append(
-            Attention(op, products, region, letters, reads, layouts=tuple(self._layouts[p] for p in products))
+            FollowedAttention(op, products, region, letters, reads, layouts=tuple(self._layouts[p] for p in products))
         )
         return self.multiplied(op, weights.with_(products=frozenset()), values, letters)
 
@@ -317,7 +317,7 @@ class Whole(Interpreter):
             raise Refused(op, "sums positions by a table of numbers, without queries and keys")
         laid = self.lay_exactly(op, table, times)
         self.tabled[table] = laid
-        self.found.append(Attention(op, (), (), letters, table))
+        self.found.append(FollowedAttention(op, (), (), letters, table))
         return self.multiplied(op, laid, values, letters)
 
 
@@ -348,7 +348,12 @@ class Weights(Interpreter):
     """Turns scores (B, H, T, S) of each product into weights (B, H', T, S), for the last T of S tokens."""
 
     def __init__(
-        self, program: Program, attention: Attention, lengths: Lengths, weight: Weight, full: Callable[[Op], Tensor]
+        self,
+        program: Program,
+        attention: FollowedAttention,
+        lengths: Lengths,
+        weight: Weight,
+        full: Callable[[Op], Tensor],
     ) -> None:
         super().__init__(program, lengths, weight)
         self._attention = attention

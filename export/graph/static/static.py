@@ -29,7 +29,7 @@ from pastkey.errors import ContractError
 from pastkey.runtime.engine.caches.static_graphs import visible_columns
 
 from ..edit import NodeBuilder, replace_value, weight
-from ..part import Part, depends_only_on
+from ..part import Subgraph, depends_only_on
 from ..simplify import simplify
 from ..write.weights_file import WeightsFile
 from .htp import suit_htp
@@ -168,7 +168,7 @@ def _window_of(model: ir.Model, condition: ir.Value, source: ir.Value, tokens: i
     Runs the condition for several lengths of the past. Raises ContractError unless each result is that of one window.
     """
     lengths = sorted({0, 1, past // 3, past // 2, max(past - 1, 0), past})
-    part = Part(model, condition, source)
+    part = Subgraph(model, condition, source)
     seen = [_run_condition(part, length, tokens, past) for length in lengths]
     # The last token sees its full window, or fewer tokens if there are fewer.
     width = int(seen[-1][-1].sum())
@@ -182,7 +182,7 @@ def _window_of(model: ir.Model, condition: ir.Value, source: ir.Value, tokens: i
     raise _refused()
 
 
-def _run_condition(part: Part, length: int, tokens: int, past: int) -> np.ndarray:
+def _run_condition(part: Subgraph, length: int, tokens: int, past: int) -> np.ndarray:
     """Runs the condition, (T, P + T), with the first `length` rows of the past real."""
     mask = np.ones((1, past + tokens), np.int64)
     mask[:, length:past] = 0

@@ -26,7 +26,7 @@ import onnx_ir.passes.common as common
 from pastkey.contract import names
 
 from ..edit import NodeBuilder, drop_unused_weights, replace_uses, replace_value, weight
-from ..part import Part, depends_only_on
+from ..part import Subgraph, depends_only_on
 from ..write.weights_file import WeightsFile
 
 
@@ -61,7 +61,7 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
     for number, value in enumerate(ends):
         if _stored_rows(value, source) is not None:
             continue
-        part = Part(model, value, source)
+        part = Subgraph(model, value, source)
         first = part.run(np.arange(tokens)[None])
         if first.dtype != np.float32:  # integer arithmetic stays
             continue
@@ -84,7 +84,7 @@ def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: 
     common.RemoveUnusedNodesPass()(model)
 
 
-def _token_axis(part: Part, found: np.ndarray, tokens: int, context_length: int) -> int:
+def _token_axis(part: Subgraph, found: np.ndarray, tokens: int, context_length: int) -> int:
     """Returns the axis along which `found`, of positions 0 to tokens - 1, moves as the positions do."""
     by = min(1, context_length - tokens)
     moved = part.run(np.arange(by, by + tokens)[None])

@@ -32,7 +32,7 @@ _PART = 64  # positions that one core compares at once
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixCost:
     """The figures of one quantized matrix, with all others in float32."""
 
     weight: str  # the initializer's name
@@ -48,7 +48,7 @@ class Sensitivity:
     """The table of all matrices, and the matrices that a budget requires in more bits."""
 
     kl_divergence: float  # with everything quantized, in nats
-    rows: tuple[Row, ...]  # most sensitive first
+    rows: tuple[MatrixCost, ...]  # most sensitive first
     ranking: tuple[str, ...] = ()  # in the order in which they get more bits; only those below 8 bits, if there are any
     keep: tuple[str, ...] = ()  # the first of these, as many as the budget requires
 
@@ -97,7 +97,9 @@ def sensitivity(
         total = sum(matrix.bytes for matrix in switched.matrices)
         rows = []
         for m in switched.matrices:
-            rows.append(Row(m.weight, m.shape, *switched.measure([m.weight]), share=m.bytes / total, matmul=m.matmul))
+            rows.append(
+                MatrixCost(m.weight, m.shape, *switched.measure([m.weight]), share=m.bytes / total, matmul=m.matmul)
+            )
             progress.advance(len(rows), len(switched.matrices))
         rows.sort(key=lambda row: -row.kl_divergence)  # stable: equal ones keep the graph's order
         found = Sensitivity(whole, tuple(rows), _ranking(rows, rounded))
@@ -107,7 +109,7 @@ def sensitivity(
         return replace(found, keep=_fewest(found, switched.measure, max_kl, precision, most))
 
 
-def _ranking(rows: list[Row], rounded: Mapping[str, Blocks]) -> tuple[str, ...]:
+def _ranking(rows: list[MatrixCost], rounded: Mapping[str, Blocks]) -> tuple[str, ...]:
     if rounded:
         ranked = sorted((row for row in rows if row.weight in rounded), key=lambda row: -row.kl_divergence / row.share)
     else:

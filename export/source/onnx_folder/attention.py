@@ -36,7 +36,7 @@ class UnrecognisedError(Exception):
 
 
 @dataclass(frozen=True)
-class Attention:
+class MatchedAttention:
     """One attention call in a standard graph."""
 
     query: ir.Value  # (B, H, T, D)
@@ -52,7 +52,7 @@ class Attention:
 
 
 # --- recognising --------------------------------------------------------------------------------------------------
-def recognise(model: ir.Model, layers: Sequence[KVGeometry], context_length: int) -> list[Attention]:
+def recognise(model: ir.Model, layers: Sequence[KVGeometry], context_length: int) -> list[MatchedAttention]:
     """Returns the attention of each layer. Raises UnrecognisedError if one of them has another form."""
     calls = [_recognised(model, number) for number in range(len(layers))]
     masks = list({id(mask): mask for call in calls for mask, _ in call.masks}.values())
@@ -81,7 +81,7 @@ class _Scores:
     masks: list[tuple[ir.Value, str]] = field(default_factory=list)
 
 
-def _recognised(model: ir.Model, number: int) -> Attention:
+def _recognised(model: ir.Model, number: int) -> MatchedAttention:
     ends = {str(value.name): value for value in model.graph.outputs}
     keys, values = ends[names.present_key(number)], ends[names.present_value(number)]
     key, value = (_appended(present, number) for present in (keys, values))
@@ -106,7 +106,7 @@ def _recognised(model: ir.Model, number: int) -> Attention:
         output = last.outputs[0]
     shapes = [v.shape for v in (query, products[0].outputs[0], output) if v.shape is not None and len(v.shape) == 4]
     heads = next((size for shape in shapes if isinstance(size := shape[1], int)), None)
-    return Attention(query, key, value, (keys, values), output, scale, softcap, tuple(scores.masks), heads)
+    return MatchedAttention(query, key, value, (keys, values), output, scale, softcap, tuple(scores.masks), heads)
 
 
 def _appended(present: ir.Value, number: int) -> ir.Value:
@@ -244,7 +244,9 @@ def _window(runs: Sequence[np.ndarray]) -> int | None:
 
 
 # --- replacing ----------------------------------------------------------------------------------------------------
-def fuse_attention(model: ir.Model, calls: Sequence[Attention], layers: Sequence[KVGeometry], heads: int) -> None:
+def fuse_attention(
+    model: ir.Model, calls: Sequence[MatchedAttention], layers: Sequence[KVGeometry], heads: int
+) -> None:
     """Replaces the attention calls, with H `heads` where shapes do not show them.
 
     Raises UnrecognisedError if past is read elsewhere. Then the graph is of no use.
@@ -286,7 +288,7 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
 
 def _replace(
     model: ir.Model,
-    call: Attention,
+    call: MatchedAttention,
     number: int,
     lengths: tuple[ir.Value, ir.Value],
     geometry: KVGeometry,

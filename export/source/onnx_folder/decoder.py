@@ -20,12 +20,12 @@ from pastkey.errors import ContractError, InputError, first_line
 from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
 from ...compare import LOGITS, relative_difference
-from ...graft.probe.observe import Layer, Observation, Opaque, Uncached, random_ids
+from ...graft.probe.observe import CacheLayer, Observation, Opaque, Uncached, random_ids
 from ...graph.simplify import simplify
-from .attention import Attention, UnrecognisedError, fuse_attention, recognise
-from .given import EXPORT_COMMAND, Given, standard_form
+from .attention import MatchedAttention, UnrecognisedError, fuse_attention, recognise
+from .given import EXPORT_COMMAND, GivenGraph, standard_form
 
-# Keys and values of a run, or of the tokens before it, in the order of `Given.past`.
+# Keys and values of a run, or of the tokens before it, in the order of `GivenGraph.past`.
 Cache = Sequence[npt.NDArray[Any]]
 
 _TOKENS = 64  # of the sequence that shows whether past may have holes, if no window is longer
@@ -37,7 +37,7 @@ _HOLES = 3
 class GivenDecoder(Opaque):
     """forward(input_ids, position_ids) -> logits (B, T, V), by a session of the file as it is, with an empty past."""
 
-    def __init__(self, given: Given, heads: int, window: int | None) -> None:
+    def __init__(self, given: GivenGraph, heads: int, window: int | None) -> None:
         """`heads` (H) and `window` (tokens, of the layers that have one) are the configuration's.
 
         Raises InputError if onnxruntime cannot open the file.
@@ -141,7 +141,7 @@ class GivenDecoder(Opaque):
         window = max(windows, default=None) if special is None and not self.given.fused else self._window
         padding = self.given.fused or self._takes_holes(context_length, vocab_size, window)
         layers = tuple(
-            Layer(
+            CacheLayer(
                 geometry,
                 (call.heads if call is not None else None) or self._heads,
                 f"layer {number}",
@@ -187,7 +187,7 @@ class GivenDecoder(Opaque):
     def _standard(self) -> ir.Model:
         return standard_form(self.given)
 
-    def _fuse(self, context_length: int) -> tuple[Sequence[Attention | None], str | None]:
+    def _fuse(self, context_length: int) -> tuple[Sequence[MatchedAttention | None], str | None]:
         """Makes the fused graph. Returns the attention of each layer, or why GroupQueryAttention cannot replace it."""
         nothing = [None] * len(self.given.layers)
         if self.given.fused:

@@ -58,7 +58,7 @@ _QUANTIZED = frozenset(
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenGraph:
     """The graph in a file: what it takes and returns."""
 
     path: Path
@@ -82,7 +82,7 @@ class Given:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
-def read_given(path: Path) -> Given:
+def read_given(path: Path) -> GivenGraph:
     """Reads a graph's description.
 
     Raises:
@@ -106,7 +106,7 @@ def read_given(path: Path) -> Given:
     weights = sum(v.const_value.size for v in model.graph.initializers.values() if v.const_value is not None)
     fused = sum(node.op_type == "GroupQueryAttention" for node in model.graph) == len(layers)
     types = {name: value.dtype for name, value in inputs.items() if value.dtype is not None}
-    return Given(path, types, layers, renamed, weights, fused)
+    return GivenGraph(path, types, layers, renamed, weights, fused)
 
 
 def _check_external_data(path: Path) -> None:
@@ -263,7 +263,7 @@ def _layers(path: Path, inputs: Mapping[str, ir.Value], renamed: Mapping[str, st
 
 
 # --- the standard form --------------------------------------------------------------------------------------------
-def standard_form(given: Given) -> ir.Model:
+def standard_form(given: GivenGraph) -> ir.Model:
     """Returns the graph with pastkey's names, inputs and opset. Raises InputError if the opset cannot be converted."""
     model = ir.load(given.path)
     common.RemoveInitializersFromInputsPass()(model)

@@ -45,7 +45,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Model:
+class SentencePieceModel:
     """The content of a .model."""
 
     pieces: tuple[Piece, ...]
@@ -105,7 +105,7 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
-def _refuse_unlike(model: Model, file: Path) -> None:
+def _refuse_unlike(model: SentencePieceModel, file: Path) -> None:
     reason = None
     if model.type not in (_UNIGRAM, _BPE, _CHARACTER):
         reason = "a model of whole words"
@@ -119,7 +119,7 @@ def _refuse_unlike(model: Model, file: Path) -> None:
         raise InputError(f"{file} has {reason}, which pastkey cannot convert: give a tokenizer.json of your own making")
 
 
-def _tokenizer(model: Model) -> Tokenizer:
+def _tokenizer(model: SentencePieceModel) -> Tokenizer:
     vocabulary = {piece.text: number for number, piece in enumerate(model.pieces)}
     (unknown,) = model.of(_UNKNOWN)
     bytes_too, user_defined = bool(model.of(_BYTE)), sorted(model.of(_USER_DEFINED), key=len, reverse=True)
@@ -152,7 +152,7 @@ def _tokenizer(model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _normalizer(model: Model, user_defined: list[str]) -> normalizers.Normalizer:
+def _normalizer(model: SentencePieceModel, user_defined: list[str]) -> normalizers.Normalizer:
     steps: list[Any] = []
     charsmap = model.normalizer.get(2, b"")
     if isinstance(charsmap, bytes) and charsmap:
@@ -178,7 +178,7 @@ def _escaped(text: str) -> str:
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
-def read_model(file: Path) -> Model:
+def read_model(file: Path) -> SentencePieceModel:
     """Reads a file. Raises InputError unless it is a ModelProto with one unknown piece and each piece once."""
     content = read_bytes(file, MOST_BYTES)
     pieces, trainer, normalizer = [], dict[int, Value](), dict[int, Value]()
@@ -196,7 +196,7 @@ def read_model(file: Path) -> Model:
         raise InputError(
             f"{file} is not a SentencePiece model: its {len(pieces)} pieces are not one unknown and others, each once"
         )
-    return Model(tuple(pieces), trainer, normalizer)
+    return SentencePieceModel(tuple(pieces), trainer, normalizer)
 
 
 def _piece(content: bytes) -> Piece:

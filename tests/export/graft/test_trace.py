@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
-from pastkey.export.graft.probe.observe import Layer, Observation, observe
+from pastkey.export.graft.probe.observe import CacheLayer, Observation, observe
 from pastkey.export.graft.trace import choose_graph, trace
 from pastkey.export.graph.edit import IR_VERSION, OPSET
 
@@ -22,14 +22,14 @@ from .plain import plain
 
 
 def observed(*geometry: KVGeometry) -> Observation:
-    return Observation(tuple(Layer(g, g.kv_heads, "", "") for g in geometry), 37)
+    return Observation(tuple(CacheLayer(g, g.kv_heads, "", "") for g in geometry), 37)
 
 
 FITTING, ODD, UNEQUAL = KVGeometry(2, 64, 64), KVGeometry(2, 12, 12), KVGeometry(2, 8, 16)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
-CAPPED = Observation((Layer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
+CAPPED = Observation((CacheLayer(FITTING, 2, "", "", attributes=("scale", "softcap")),), 37)
 # asked, target, what was observed -> the graph and the reason; or the reason of a refusal
 CHOSEN = {
     "fused": ("auto", "cpu", observed(FITTING, FITTING), "fused", "target cpu"),

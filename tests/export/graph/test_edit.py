@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.export.graph import edit
-from pastkey.export.graph.part import Part, constant, depends_only_on
+from pastkey.export.graph.part import Subgraph, constant, depends_only_on
 from pastkey.export.graph.simplify import simplify
 
 from ..small_graphs import Array, model_of, run_model
@@ -88,7 +88,7 @@ def test_the_values_of_one_input_and_constants_are_found():
 def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
     model = model_of(TEXT, w=W)
     sine = next(node.outputs[0] for node in model.graph if node.op_type == "Sin")
-    part = Part(model, sine, model.graph.inputs[0])
+    part = Subgraph(model, sine, model.graph.inputs[0])
     np.testing.assert_allclose(part.run(np.array([[4, 5, 6]])), np.sin(-W * [4, 5, 6]), atol=1e-6)
     assert [node.op_type for node in model.graph] == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
 

@@ -21,7 +21,7 @@ from pastkey.export.graft.probe.observe import observe
 from pastkey.export.measure.verify import (
     KL_FLOOR,
     Check,
-    Limits,
+    Tolerances,
     Verification,
     verify,
 )
@@ -132,7 +132,7 @@ def test_one_graph_is_open_at_a_time(precision, exported, monkeypatch):
 def test_limits_follow_from_what_was_recorded(precision, recorded, measured, decode_kl, fp32_kl, exported):
     manifest = exported("llama").bundle.manifest
     parity = {} if recorded is None else {precision: {"kl_divergence": recorded}}
-    found = Limits.of(dataclasses.replace(manifest, precision=precision, parity=parity), measured)
+    found = Tolerances.of(dataclasses.replace(manifest, precision=precision, parity=parity), measured)
     assert dataclasses.astuple(found) == (PRECISIONS["fp32"].max_difference, *map(pytest.approx, (decode_kl, fp32_kl)))
 
 

@@ -16,7 +16,7 @@ from pastkey.contract.bundle import Bundle, CacheShift, Manifest
 from pastkey.errors import InputError, MissingFileError, QualityError
 from pastkey.export.quantize import search as module
 from pastkey.export.quantize.calibrate.calibration import CalibrationText
-from pastkey.export.quantize.ranking.sensitivity import Row, Sensitivity
+from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
 from pastkey.export.quantize.report import check_report_file, write_report
 from pastkey.export.quantize.search import Quantized, search
 from pastkey.precisions import PRECISIONS
@@ -99,8 +99,8 @@ def test_a_budget_that_no_mixture_meets_is_refused(tmp_path, monkeypatch):
 TABLE = Sensitivity(
     0.01,
     (
-        Row("model.layers.1.mlp.down_proj.weight", (80, 48), 0.004, 0.97, 0.3, matmul=True),
-        Row("model.embed_tokens.weight", (61, 48), 0.0, 1.0, 0.1, matmul=False),
+        MatrixCost("model.layers.1.mlp.down_proj.weight", (80, 48), 0.004, 0.97, 0.3, matmul=True),
+        MatrixCost("model.embed_tokens.weight", (61, 48), 0.0, 1.0, 0.1, matmul=False),
     ),
 )
 

@@ -33,7 +33,7 @@ from pastkey.export.settings import ExportConfig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Source
-from pastkey.export.source.stored_tensors import StoredTensor, kept_in_files
+from pastkey.export.source.stored_tensors import MappedTensor, kept_in_files
 from pastkey.files import memory
 
 from ...shared import ROOT, divided
@@ -66,18 +66,18 @@ def every_matrix_is_large(monkeypatch):
 def reads(monkeypatch):
     """The shapes of the tensors that were read."""
     found: list[tuple[int, ...]] = []
-    read_into, mapped = StoredTensor.read_into, StoredTensor.mapped
+    read_into, mapped = MappedTensor.read_into, MappedTensor.mapped
 
-    def counted_read(self: StoredTensor, out: torch.Tensor) -> None:
+    def counted_read(self: MappedTensor, out: torch.Tensor) -> None:
         found.append(self.shape)
         read_into(self, out)
 
-    def counted_mapped(self: StoredTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    def counted_mapped(self: MappedTensor, dtype: torch.dtype) -> torch.Tensor | None:
         found.append(self.shape)
         return mapped(self, dtype)
 
-    monkeypatch.setattr(StoredTensor, "read_into", counted_read)
-    monkeypatch.setattr(StoredTensor, "mapped", counted_mapped)
+    monkeypatch.setattr(MappedTensor, "read_into", counted_read)
+    monkeypatch.setattr(MappedTensor, "mapped", counted_mapped)
     return found
 
 

@@ -14,8 +14,8 @@ from pastkey.runtime import Completion, TokenLogprob
 from pastkey.runtime.bulk import rows as module
 from pastkey.runtime.bulk.rows import (
     FIELDS,
-    Request,
     Row,
+    RowRequest,
     answer_of,
     answered_line,
     error_of,
@@ -109,15 +109,15 @@ def test_the_seed_of_a_row_is_that_of_its_id_and_of_the_jobs_alone():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"prompt": "Once"}, Request("Once")),
-        ({"prompt": [1, 2], "top_k": 3, "stop": None}, Request([1, 2], options={"top_k": 3})),
-        ({"messages": HI, "seed": 5}, Request(messages=HI, options={"seed": 5})),
-        ({"prompt": "a", "logit_bias": {"3": -1.5}}, Request("a", options={"logit_bias": {3: -1.5}})),
+        ({"prompt": "Once"}, RowRequest("Once")),
+        ({"prompt": [1, 2], "top_k": 3, "stop": None}, RowRequest([1, 2], options={"top_k": 3})),
+        ({"messages": HI, "seed": 5}, RowRequest(messages=HI, options={"seed": 5})),
+        ({"prompt": "a", "logit_bias": {"3": -1.5}}, RowRequest("a", options={"logit_bias": {3: -1.5}})),
         (
             {"messages": [{"role": "user", "content": "Hi", "name": None, "tool_calls": None}], "tools": []},
-            Request(messages=HI),
+            RowRequest(messages=HI),
         ),
-        ({"prompt": "a", "topic": "b", "step": 3, "source": 1, "model": "m", "need": 1}, Request("a")),
+        ({"prompt": "a", "topic": "b", "step": 3, "source": 1, "model": "m", "need": 1}, RowRequest("a")),
     ],
 )
 def test_what_a_row_asks_for(row, expected):

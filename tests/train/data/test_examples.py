@@ -10,7 +10,7 @@ from tokenizers import decoders, pre_tokenizers, processors
 
 from pastkey.errors import InputError
 from pastkey.train.data.chat import conversation_parts
-from pastkey.train.data.documents import Completion, Conversation, document_of
+from pastkey.train.data.documents import Conversation, PromptAnswer, document_of
 from pastkey.train.data.examples import encode_examples
 from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
 
@@ -105,7 +105,7 @@ MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "
     ("row", "content", "texts"),
     [
         ({"text": "a", "id": 3}, "a", ["a"]),
-        ({"prompt": "a", "completion": "b"}, Completion("a", "b"), ["ab"]),
+        ({"prompt": "a", "completion": "b"}, PromptAnswer("a", "b"), ["ab"]),
         ({"messages": MESSAGES, "text": "x"}, Conversation(MESSAGES), ["a", "b"]),
         ({"messages": MESSAGES, "tools": [{"name": "t"}]}, Conversation(MESSAGES, [{"name": "t"}]), ["a", "b"]),
         ({"messages": None, "prompt": None, "text": "a"}, "a", ["a"]),  # as Parquet fills rows

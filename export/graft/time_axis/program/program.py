@@ -23,7 +23,7 @@ from ...attention import intercept
 from ...probe.causes import Cause, Kind, NoCacheError, ObstacleError
 from ...probe.observe import name_of
 from .nodes import Traced, flat, folded, forms
-from .python_branches import Given, Heard, heard
+from .python_branches import Heard, Replay, heard
 from .traced import LogitsOf, different, patched, untraced, written_out
 
 aten = torch.ops.aten
@@ -256,7 +256,7 @@ class _Called(nn.Module):
         self._told = told
 
     def forward(self, ids: Tensor) -> Tensor:
-        with intercept(written_out), Given(self._told):
+        with intercept(written_out), Replay(self._told):
             return self._call(self.model, ids)
 
 

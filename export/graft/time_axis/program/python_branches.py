@@ -45,7 +45,7 @@ class Heard:
     decisions: Sequence[Decision]
 
 
-class Given(Chosen):
+class Replay(Chosen):
     """While open, replays the answers and the decisions on rows."""
 
     def __init__(self, heard: Heard) -> None:

@@ -21,7 +21,7 @@ from ...attention import AttentionCall, attend
 from ...probe.causes import Cause, Kind, NoCacheError
 from ...probe.observe import StandIn, name_of
 from ...probe.watched import without_autocast
-from ..interpret import Attention, Weights, Whole, in_float32
+from ..interpret import FollowedAttention, Weights, Whole, in_float32
 from ..operators.base import Refused, Swapped
 from ..program.program import LogitsOf, Op, Program, Tables, trace_program
 from ..values import KEY, Lengths, Value
@@ -235,7 +235,9 @@ def _whole(program: Program, vocab_size: int) -> Whole:
                 swapped = swapped | found.products
 
 
-def _planned(attention: Attention, softmax: Softmax | None, number: int, constants: dict[str, Tensor]) -> Planned:
+def _planned(
+    attention: FollowedAttention, softmax: Softmax | None, number: int, constants: dict[str, Tensor]
+) -> Planned:
     """The known form of an attention's weights; adds its tensors to `constants`."""
     if softmax is None:
         return Planned(attention, number)
@@ -262,7 +264,7 @@ def _planned(attention: Attention, softmax: Softmax | None, number: int, constan
 
 def _softmax(
     program: Program,
-    attention: Attention,
+    attention: FollowedAttention,
     context_length: int,
     seen: dict[Any, Softmax | None],
 ) -> Softmax | None:
@@ -285,12 +287,14 @@ def _softmax(
     return seen[form]
 
 
-def _heads(attention: Attention) -> tuple[int, ...]:
+def _heads(attention: FollowedAttention) -> tuple[int, ...]:
     """H of each product."""
     return tuple(layout.head_count for layout in attention.layouts) or (1,)
 
 
-def _weights_of(program: Program, attention: Attention, tables: Tables, others: Mapping[Op, Any]) -> GivenWeights:
+def _weights_of(
+    program: Program, attention: FollowedAttention, tables: Tables, others: Mapping[Op, Any]
+) -> GivenWeights:
     """Runs the operators that make an attention's weights of scores; `others` are values that they also read."""
 
     def given(scores: list[Tensor], total: int) -> Tensor:
@@ -304,7 +308,7 @@ def _weights_of(program: Program, attention: Attention, tables: Tables, others: 
     return given
 
 
-def _form(attention: Attention, tables: Tables) -> Any:
+def _form(attention: FollowedAttention, tables: Tables) -> Any:
     """A key that is equal for attentions that compute their weights in the same way."""
     own = {op: i for i, op in enumerate((*attention.products, *attention.region))}
 
@@ -354,14 +358,14 @@ def _reads(op: Op, source: Op) -> bool:
     return source in seen
 
 
-def _looks_ahead(attention: Attention, found: LooksAhead) -> Cause:
+def _looks_ahead(attention: FollowedAttention, found: LooksAhead) -> Cause:
     what = (
         f"lets the token at position {found.row} see that at {found.column}, a later one (attention, head {found.head})"
     )
     return Cause(Kind.LOOK_AHEAD, what, attention.op.where, attention.op.owner)
 
 
-def _reduces_later(attention: Attention, known: Mapping[Op, Any]) -> Cause:
+def _reduces_later(attention: FollowedAttention, known: Mapping[Op, Any]) -> Cause:
     """The cause of weights that scores of later tokens move: the first number of a row that is made of all scores."""
 
     def over_keys(op: Op) -> bool:

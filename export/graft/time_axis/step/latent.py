@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....compare import NUMBERS, relative_difference
-from ..interpret import Attention
+from ..interpret import FollowedAttention
 from ..operators.base import Refused
 from ..program.program import Op
 from ..values import NEW, Value
@@ -156,7 +156,9 @@ def _laid(rows: Tensor, like: Value) -> Value:
 
 
 # --- the smallest cut ---------------------------------------------------------------------------------------------
-def _operands(attention: Attention, known: Mapping[Op, Any], swapped: set[Op]) -> tuple[list[Op], list[Op]] | None:
+def _operands(
+    attention: FollowedAttention, known: Mapping[Op, Any], swapped: set[Op]
+) -> tuple[list[Op], list[Op]] | None:
     """The queries, and the keys and values; None if these are no rows of the tokens."""
     queries, ends = [], []
     for op in (*attention.products, attention.op):
@@ -182,7 +184,7 @@ def _size(op: Op, known: Mapping[Op, Any]) -> float:
     return math.prod(axis.size // axis.repeat for axis in value.axes if axis.time is None)
 
 
-def _cone(attention: Attention, queries: Sequence[Op], ends: Sequence[Op]) -> set[Op]:
+def _cone(attention: FollowedAttention, queries: Sequence[Op], ends: Sequence[Op]) -> set[Op]:
     """The operators whose results only the keys and values of this attention need."""
     cone: set[Op] = set()
     readers = {*attention.products, attention.op}

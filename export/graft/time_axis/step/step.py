@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import AttentionCall, RowsCall, attend, extend
-from ..interpret import Attention, Interpreter, Layout, Weight, Weights
+from ..interpret import FollowedAttention, Interpreter, Layout, Weight, Weights
 from ..operators.base import Contraction, Refused
 from ..program.program import Op, Program, Size
 from ..values import NEW, Axis, Lengths, Value
@@ -36,7 +36,7 @@ class Full(Protocol):
 class Planned:
     """An attention and the known form of its weights: numbers here, tensors as `Constant` of the decoder."""
 
-    attention: Attention
+    attention: FollowedAttention
     number: int
     known: bool = False  # the weights are softmax(cap(scale · scores) + bias)
     scale: float | None = 1.0  # None: one for each head

@@ -12,7 +12,7 @@ import onnx_ir.passes.common as common
 import pytest
 
 from pastkey.export.source.onnx_folder.attention import UnrecognisedError, fuse_attention, recognise
-from pastkey.export.source.onnx_folder.given import Given, read_given, standard_form
+from pastkey.export.source.onnx_folder.given import GivenGraph, read_given, standard_form
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .given_graphs import CONTEXT, HEADS, KV_HEADS, LAYERS, SIZE, VOCABULARY, Kind, write_graph
@@ -41,7 +41,7 @@ def graph(tmp_path):
     return write
 
 
-def fused(given: Given) -> ir.Model:
+def fused(given: GivenGraph) -> ir.Model:
     model = standard_form(given)
     fuse_attention(model, recognise(model, given.layers, CONTEXT), given.layers, HEADS)
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pastkey.export.graft.probe.causes import Kind, ObstacleError
-from pastkey.export.graft.time_axis.program.python_branches import Given, heard
+from pastkey.export.graft.time_axis.program.python_branches import Replay, heard
 
 LENGTH, VOCAB, WIDTH = 11, 29, 6
 MANY = 4000  # so many tokens that no text has a certain one
@@ -23,7 +23,7 @@ def embedded(ids: Tensor) -> Tensor:
 
 def replayed(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     told = heard(run, ids.shape[1], VOCAB)
-    with Given(told):
+    with Replay(told):
         return run(ids)
 
 
@@ -128,7 +128,7 @@ class Called(nn.Module):
         self.run, self.told = run, heard(run, LENGTH, VOCAB)
 
     def forward(self, ids: Tensor) -> Tensor:
-        with Given(self.told):
+        with Replay(self.told):
             return self.run(ids)
 
 
