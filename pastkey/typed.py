@@ -97,7 +97,9 @@ def _parse(kind: Any, value: Any, name: str, further: bool) -> Any:
         (own,) = (part for part in given if part is not types.NoneType)
         return None if value is None else _parse(own, value, name, further)
     if origin is Literal:
-        return value if isinstance(value, str) and value in given else _refuse(name, value, ", ".join(given))
+        return (
+            value if isinstance(value, str) and value in given else _refuse(name, value, "one of " + ", ".join(given))
+        )
     if origin in (tuple, list):
         listed = value if isinstance(value, list | tuple) else _refuse(name, value, "a list")
         kinds = [given[0]] * len(listed) if origin is list or given[-1] is ... else given

@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import select
 import sys
 import sysconfig
 import tempfile
@@ -34,6 +35,7 @@ from .limits import Limits, LimitsInForce, default_memory
 # In what an error says where memory has run out.
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
 _SCRATCH: Final = 200_000_000  # bytes of a file that may be written
+_GLANCE: Final = 0.5  # seconds
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
 # What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
 _SYSTEM: Final = (
@@ -49,7 +51,7 @@ def main(lifeline: int) -> None:
         lifeline: A descriptor that is closed with the parent's last breath, or 0.
     """
     _end_with_parent(lifeline)
-    source, frames = os.fdopen(os.dup(0), "rb"), FrameWriter(os.fdopen(os.dup(1), "wb"))
+    source, frames = os.fdopen(os.dup(0), "rb", 0), FrameWriter(os.fdopen(os.dup(1), "wb"))
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)  # a library may print
@@ -107,7 +109,10 @@ class _Input(io.RawIOBase):
         """See RawIOBase."""
         if self._is_whole:
             self._frames.write(LINE)
-        piece = self._source.read1(len(buffer))  # type: ignore[attr-defined]
+        # A read would not see a signal that comes just before it. Windows selects sockets only.
+        while os.name == "posix" and not select.select([self._source], [], [], _GLANCE)[0]:
+            pass
+        piece = self._source.read(len(buffer))
         buffer[: len(piece)] = piece
         self._is_whole = piece.endswith(b"\n")
         return len(piece)

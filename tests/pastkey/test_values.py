@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_named_and_the_limits_fit():
     [
         ({"name": "n", "x": 1}, "the content has an unknown key 'x'"),
         ([], "the content is .*; it must be an object"),
-        ({"name": "n", "kind": "c"}, "kind is 'c'; it must be a, b"),
+        ({"name": "n", "kind": "c"}, "kind is 'c'; it must be one of a, b"),
         ({"name": "n", "rate": 10**4000}, "a number of more than 80 digits; it must be a finite number"),
         ({"name": "n", "token": -1}, "token is -1; it must be a number from 0 to 2147483647"),
         ({"name": "n", "pair": [1]}, "pair is .*; it must be a list of 2"),

@@ -50,7 +50,7 @@ def test_a_field_that_is_missing_or_of_another_type_or_out_of_range_is_named():
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4; .* a divisor of"),
         ({"rope_scaling": RopeScaling("linear", 2), "position_encoding": "learned"}, "rope_scaling .* be left out"),
-        ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be rmsnorm"),
+        ({"norm": "batchnorm"}, "norm is 'batchnorm'; it must be one of rmsnorm"),
         ({"mlp": "moe"}, "mlp"),
         ({"position_encoding": "alibi"}, "position_encoding"),
         ({"mlp": "none"}, "intermediate_size"),
@@ -69,7 +69,7 @@ def test_fields_that_do_not_agree_are_named(fields, name):
 @pytest.mark.parametrize(
     ("scaling", "name"),
     [
-        ({"rope_type": "longrope"}, "rope_type is 'longrope'; it must be linear, dynamic, yarn, llama3"),
+        ({"rope_type": "longrope"}, "rope_type is 'longrope'; it must be one of linear, dynamic, yarn, llama3"),
         ({"factor": 0.5}, "factor is 0.5; it must be a number from 1"),
         ({"mscale": 1}, "unknown key 'mscale'"),
         ({"beta_fast": 3}, "beta_fast is 3; it must be left out with linear"),

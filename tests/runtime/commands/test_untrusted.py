@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -124,11 +125,12 @@ def test_at_a_terminal(talking_bundle):
     if not pid:
         flags = ("chat", str(talking_bundle.path), "--untrusted", "--max-new-tokens", "500", "--min-new-tokens", "400")
         os.execv(sys.executable, [sys.executable, "-m", "pastkey", *flags])
-    seen = b""
+    seen, end = b"", time.monotonic() + 90
 
     def until(words: bytes) -> None:
         nonlocal seen
         while words not in seen:
+            assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], f"{words!r} not in {seen!r}"
             seen += os.read(terminal, 1000)
         seen = seen.partition(words)[2]
 
