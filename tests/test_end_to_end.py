@@ -99,11 +99,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert all(name.startswith("pastkey/") for name in files), files
     expected = {"pastkey/py.typed"} | {file.relative_to(ROOT).as_posix() for file in (ROOT / "pastkey").rglob("*.py")}
-    expected |= {f"pastkey/see/page.{kind}" for kind in ("css", "html", "js")}
     for stage in ("train", "export", "runtime", "serve", "web", "see"):
         expected |= {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / stage).rglob("*.py")}
-    for folder in ("page", "lib"):  # the second only after `make web-assets`
-        expected |= {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "web" / folder).glob("*")}
+    for folder in ("see/page", "web/page", "web/lib"):  # the last only after `make web-assets`
+        expected |= {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / folder).glob("*")}
     assert set(files) == expected
 
 
