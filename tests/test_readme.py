@@ -16,6 +16,7 @@ from pastkey.contract import names
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .loopback_hub import serving, without_hub
+from .runtime.test_options import table
 from .shared import divided
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,10 @@ def test_the_example_that_is_shown_is_the_one_in_examples():
     page = text_of("docs/own-modules.md")
     block = page.split("<!-- examples/lesson.py -->\n```python\n")[1].split("```\n<!-- end of example -->")[0]
     assert block == (ROOT / "examples" / "lesson.py").read_text(encoding="utf-8")
+
+
+def test_the_page_of_sampling_has_the_table_of_options():
+    assert table() in text_of("docs/sampling.md"), table()
 
 
 def test_the_worked_example_of_the_cache_is_right():
