@@ -133,8 +133,7 @@ async function request(url, options) {
     if (error.name === "AbortError") throw error;
     throw new BundleError(`${url} cannot be fetched (${error.message}): check the connection and the server`);
   });
-  if (!response.ok)
-    throw new BundleError(`${url} is not there (${response.status}): write it again with pastkey web`);
+  if (!response.ok) throw new BundleError(`${url} is not there (${response.status}): write it again with pastkey web`);
   return response;
 }
 
