@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.prompt is None:
         raise InputError("--json holds the answer to one question: give it with --prompt TEXT")
     if (limits := limits_of(arguments)) is not None:
-        return run_limited("chat", _run, arguments, limits, tokens=(arguments.max_new_tokens or CHAT_NEW_TOKENS) + 1)
+        tokens = (arguments.max_new_tokens or CHAT_NEW_TOKENS) + 1
+        return run_limited("chat", _run, arguments, limits, tokens=tokens, lines=arguments.prompt in (None, "-"))
     from ..loading import load
     from .terminal import converse, print_answer
 

@@ -14,7 +14,7 @@ from pastkey.errors import InputError, IntegrityError
 from pastkey.files.reading import parse_json
 from pastkey.typed import Natural, parse
 
-from ..bulk.generator import Generator
+from ..bulk.generator import WINDOW, Generator
 from ..bulk.rows import FIELDS, Answer, Row, RowId, is_id, json_text
 from ..decoding.batching.scheduler import MAX_ROWS
 from ..model.session_file import bundle_digest
@@ -71,8 +71,11 @@ class LimitedGenerator:
         self._printer, self._written = Printer(self._process), bytearray()
         self._rows: Iterator[Row] = iter(())
         self._open: dict[RowId, Row] = {}
+        self._ended = False  # whether all rows were sent
         try:
-            self.digest = self._next(_Bundle).digest
+            bundle = self._next(_Bundle)
+            assert bundle is not None
+            self.digest = bundle.digest
         except BaseException:
             self.close()
             raise
@@ -85,9 +88,7 @@ class LimitedGenerator:
         """See Generator."""
         self._rows = iter(rows)
         self._process.allow(self._seconds)
-        self._send()
-        while self._open:
-            found = self._next(_Answer)
+        while (found := self._next(_Answer)) is not None:
             row = self._open.pop(found.id, None) if is_id(found.id) else None
             if row is None:
                 self._process.fail("answered a row that was not asked for, and was ended")
@@ -95,11 +96,17 @@ class LimitedGenerator:
             answer = {name: part for name, part in vars(found).items() if name != "id"}
             yield row, {name: part for name, part in answer.items() if name in FIELDS or part is not None}
 
-    def _next(self, kind: type[T]) -> T:
-        """The next line that the process writes, which asks for rows meanwhile."""
-        while b"\n" not in self._written:
+    def _next(self, kind: type[T]) -> T | None:
+        """The next line that the process writes, which asks for rows meanwhile; None when every row has its answer."""
+        whole = b"\n" in self._written
+        while True:
+            if self._ended and not self._open:
+                return None
+            if whole:
+                break
             frame, content = self._process.next()
             if frame == OUT:
+                whole = b"\n" in content
                 self._written += content
             elif frame == ERROR:
                 self._printer.print(frame, content)
@@ -119,8 +126,11 @@ class LimitedGenerator:
             self._process.fail(f"gave an answer that is none ({error}), and was ended")
 
     def _send(self) -> None:
+        if len(self._open) > WINDOW + MAX_ROWS:
+            self._process.fail("asked for more rows than it may hold, and was ended")
         row = next(self._rows, None)
         if row is None:
+            self._ended = True
             self._process.send(b"")
         else:
             self._open[row.id] = row

@@ -40,7 +40,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if (limits := limits_of(arguments)) is not None:
-        return run_limited("run", _run, arguments, limits, tokens=(arguments.max_new_tokens or MAX_NEW_TOKENS) + 1)
+        tokens = (arguments.max_new_tokens or MAX_NEW_TOKENS) + 1
+        return run_limited("run", _run, arguments, limits, tokens=tokens, lines=arguments.prompt == "-")
     from ..loading import load
 
     prompt = arguments.prompt_ids if arguments.prompt is None else prompt_of(arguments.prompt)

@@ -53,7 +53,7 @@ def call(
         UntrustedBundleError: The process broke a limit, crashed, or gave no result.
         PastkeyError: As the call does.
     """
-    require(name in _CALLS, "name", name, ", ".join(map(shown, _CALLS)))
+    require(isinstance(name, str) and name in _CALLS, "name", name, ", ".join(map(shown, _CALLS)))
     require(isinstance(arguments, Mapping | None), "arguments", arguments, "a mapping")
     require_valid({"threads": threads})
     wanted = dict(arguments or {})
@@ -88,7 +88,7 @@ def _most_tokens(name: str, arguments: Mapping[str, Any]) -> int:
         return 1
     given = arguments.get("max_new_tokens")
     usual = MAX_NEW_TOKENS if name == "generate" else CHAT_NEW_TOKENS
-    return 1 + (given if isinstance(given, int) else usual)
+    return 1 + (max(0, given) if isinstance(given, int) else usual)
 
 
 def _told(text: str) -> str:

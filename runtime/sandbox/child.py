@@ -7,12 +7,12 @@ onnxruntime is imported: what stands at the top of this file imports neither.
 from __future__ import annotations
 
 import argparse
+import builtins
 import contextlib
 import importlib
 import io
 import json
 import os
-import select
 import sys
 import sysconfig
 import tempfile
@@ -35,7 +35,6 @@ from .limits import Limits, LimitsInForce, default_memory
 # In what an error says where memory has run out.
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
 _SCRATCH: Final = 200_000_000  # bytes of a file that may be written
-_GLANCE: Final = 0.5  # seconds
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
 # What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
 _SYSTEM: Final = (
@@ -51,7 +50,7 @@ def main(lifeline: int) -> None:
         lifeline: A descriptor that is closed with the parent's last breath, or 0.
     """
     _end_with_parent(lifeline)
-    source, frames = os.fdopen(os.dup(0), "rb", 0), FrameWriter(os.fdopen(os.dup(1), "wb"))
+    source, frames = os.fdopen(os.dup(0), "rb"), FrameWriter(os.fdopen(os.dup(1), "wb"))
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)  # a library may print
@@ -64,6 +63,7 @@ def main(lifeline: int) -> None:
         )
         for kind in (OUT, ERROR)
     )
+    builtins.input = _input
     command.on_progress = lambda: frames.write(PROGRESS)
 
     def work() -> int:
@@ -90,6 +90,15 @@ def main(lifeline: int) -> None:
     os._exit(status)  # a library's threads may not end
 
 
+def _input(prompt: object = "", /) -> str:
+    """As `input`, which would lose a Ctrl-C that comes while it shows the prompt: it ignores what its flush raises."""
+    print(prompt, end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")
+
+
 class _Input(io.RawIOBase):
     """Lines that the parent sends, one when it is asked for."""
 
@@ -109,10 +118,7 @@ class _Input(io.RawIOBase):
         """See RawIOBase."""
         if self._is_whole:
             self._frames.write(LINE)
-        # A read would not see a signal that comes just before it. Windows selects sockets only.
-        while os.name == "posix" and not select.select([self._source], [], [], _GLANCE)[0]:
-            pass
-        piece = self._source.read(len(buffer))
+        piece = self._source.read1(len(buffer))  # type: ignore[attr-defined]
         buffer[: len(piece)] = piece
         self._is_whole = piece.endswith(b"\n")
         return len(piece)

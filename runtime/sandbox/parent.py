@@ -140,6 +140,7 @@ class LimitedProcess:
         """Gives it so many seconds from now on; None for no limit."""
         self._allowed = seconds
         self._until = None if seconds is None else time.monotonic() + seconds
+        self._late = 0  # frames that came after that
 
     def next(self) -> tuple[bytes, bytes]:
         """The kind and the content of what it says next; at the end END. A LimitWarning says which limits it lacks.
@@ -150,14 +151,21 @@ class LimitedProcess:
             left = _GLANCE if self._until is None else self._until - time.monotonic()
             try:
                 kind, content = self._frames.get(timeout=max(0.0, min(left, _GLANCE)))
-                break
             except queue.Empty:
                 if left <= 0:
                     self.fail(f"gave no answer within {self._allowed:g} s, and was ended")
-        if kind == INVALID:
-            self.fail("answered with a message that is none, and was ended")
-        if kind != LIMITS:
-            return kind, content
+                continue
+            self._late += left <= 0
+            if self._late > _AHEAD + 1:  # those before it were read ahead, as while this process was stopped
+                self.fail(f"gave no answer within {self._allowed:g} s, and was ended")
+            if kind == INVALID or (kind == LIMITS and self._begun):
+                self.fail("answered with a message that is none, and was ended")
+            if kind != LIMITS:
+                return kind, content
+            self._begin(content)
+
+    def _begin(self, content: bytes) -> None:
+        """Reads which limits it has put on itself. What it says from now on may be the bundle's."""
         try:
             self.in_force = parse(LimitsInForce, parse_json(content, "its limits"), "its limits")
         except (InputError, IntegrityError) as error:
@@ -166,7 +174,6 @@ class LimitedProcess:
             warnings.warn(f"{self._name}: {self.in_force}", LimitWarning, stacklevel=2)
         self._begun = True
         self.allow(self.seconds)
-        return self.next()
 
     def put(self, kind: bytes, content: bytes) -> None:
         """Lets `next` return this, from any thread."""

@@ -32,6 +32,7 @@ def run_limited(
     limits: Limits,
     *,
     tokens: int = 0,
+    lines: bool = False,
     scratch: bool = False,
 ) -> int:
     """Runs a command on the bundle of `arguments` in a process with limits. Returns its exit status.
@@ -43,6 +44,7 @@ def run_limited(
         limits: What it may take.
         tokens: How many tokens it may make for each line of input, each in the time of the limits; without them this
             is the time of the whole command.
+        lines: Whether it reads standard input.
         scratch: Whether it may write to a temporary folder.
 
     Raises:
@@ -60,7 +62,7 @@ def run_limited(
         readable=readable,
     )
     with process, _interrupting(process) as presses:
-        return _relay(process, tokens, presses)
+        return _relay(process, tokens, presses, lines)
 
 
 def limited_arguments(arguments: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
@@ -105,7 +107,7 @@ class Printer:
             print(without_control(text), end="", file=sys.stderr, flush=True)
 
 
-def _relay(process: LimitedProcess, tokens: int, presses: list[int]) -> int:
+def _relay(process: LimitedProcess, tokens: int, presses: list[int], lines: bool) -> int:
     printer, left, typed = Printer(process), tokens, _Typed()
     waits = False  # whether a line is read, or all were
     while (found := process.next())[0] != END:
@@ -115,6 +117,8 @@ def _relay(process: LimitedProcess, tokens: int, presses: list[int]) -> int:
         elif kind == PROGRESS and left:
             left -= 1
             process.allow(process.seconds)
+        elif kind == LINE and not lines:
+            process.fail("asked for a line of input, and was ended")
         elif kind == LINE and not waits:
             waits = True
             process.allow(None)  # the user's time

@@ -186,7 +186,7 @@ PRINTED = {
     "os._exit(77)": (2, 0, "ended with status 77; limits in force"),
     "while True: frame(b'p'); time.sleep(0.02)": (2, 0, "gave no answer within 1 s, and was ended"),
     "time.sleep(99)": (2, 0, "gave no answer within 1 s, and was ended"),
-    "while True: frame(b'?'); time.sleep(0.2)": (2, 0, "gave no answer within 1 s, and was ended"),
+    "while True: frame(b'?'); time.sleep(0.2)": (2, 0, "asked for a line of input, and was ended"),
 }
 
 
@@ -250,6 +250,15 @@ def test_a_process_that_was_taken_over_ends_the_job(command, talking_bundle, tmp
     assert status == 2
     assert words in err
     assert len(out.read_text().splitlines()) == (program.count(HONEST) == 2)  # the first of them was written
+
+
+def test_a_row_is_sent_after_all_before_it_were_answered(command, talking_bundle, tmp_path, acting):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "ab"}\n{"prompt": "b"}\n')
+    second = HONEST.replace("line-1", "line-2")
+    acting(BEGUN + "".join(f"print(json.dumps({one}), flush=True); input.readline()\n" for one in (HONEST, second)))
+    assert command("batch", talking_bundle.path, source, "--out", out, "--untrusted")[0] == 0
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["line-1", "line-2"]
 
 
 def test_rows_are_lines_of_the_process(command, talking_bundle, tmp_path, acting):

@@ -54,8 +54,7 @@ ENDED = {
     "raw(b'no frame'); time.sleep(99)": "answered with a message that is none, and was ended",
     "raw(b'o\\xff\\xff\\xff\\xff'); time.sleep(99)": "answered with a message that is none, and was ended",
     "frame(b'<', b'a line'); time.sleep(99)": "answered with a message that is none, and was ended",
-    "frame(b'l', b'{\"seconds\": \"x\"}'); time.sleep(99)": "gave an answer that is none (its limits",
-    "frame(b'l', b'no json'); time.sleep(99)": "gave an answer that is none (its limits is not valid JSON",
+    "frame(b'l', b'{}'); time.sleep(99)": "answered with a message that is none",  # a second time
     "os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
     f"os.kill(os.getpid(), {signal.SIGRTMIN + 5})": "was ended by signal ",
     "frames._target.close(); time.sleep(99)": "lives on after its end, and was ended",
