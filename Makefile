@@ -117,7 +117,8 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	$(ENVIRONMENTS)/$@/bin/python -m pip install --quiet \
 		"$$(echo $(ENVIRONMENTS)/$@/wheel/*.whl)[cpu,chat,constrained,sign]" \
 		$(CONSTRAINT) pytest pytest-xdist hypothesis jsonschema pydantic
-	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(call TESTS,$@) -m "not slow" $(PYTEST_ARGS)
+	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(call TESTS,$@) \
+		-m "not $(if $(filter %newest,$@),matrix,slow)" $(PYTEST_ARGS)
 
 bench: $(VENV)/installed  ## pastkey beside other engines, then many streams: benchmarks/results.md, docs/performance.md
 	$(BIN)/python -m benchmarks peers --page benchmarks/results.md $(BENCH_ARGS)

@@ -146,7 +146,7 @@ class Store:
         if entry is None:
             return
         shutil.rmtree(entry, ignore_errors=True)
-        with contextlib.suppress(OSError):  # no room, or a file system without links
+        with contextlib.suppress(OSError, InputError):  # no room, or a file system without links
             sync_tree(folder / _ONNX)  # otherwise a power cut may leave empty files
             files = [path for path in sorted((folder / _ONNX).rglob("*")) if path.is_file()]
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

@@ -93,7 +93,8 @@ def supervise(
             printer.left = _PRINTED
             process.allow(limits.seconds)
         printer.finish()
-        return process.status()
+        status = process.status(interrupted=bool(ending))
+        return 0 if signal.SIGTERM in ending else status
 
 
 @contextlib.contextmanager

@@ -179,12 +179,17 @@ class LimitedProcess:
         """Lets `next` return this, from any thread."""
         self._frames.put((kind, content))
 
-    def status(self) -> int:
-        """Its exit status, at the end. Raises UntrustedBundleError unless it is one of a command."""
+    def status(self, *, interrupted: bool = False) -> int:
+        """Its exit status, at the end. Raises UntrustedBundleError unless it is one of a command.
+
+        A process that the user has `interrupted` may end by a signal at any moment: then it is that of an interrupt.
+        """
         try:
             found = self._process.wait(_ENDING)
         except subprocess.TimeoutExpired:
             self.fail("lives on after its end, and was ended")
+        if interrupted and (found < 0 or found == 128 + signal.SIGTERM):
+            return 130
         if found < 0:
             self.fail(f"was ended by {_signal_name(-found)}")
         if found not in (_STATUSES if self._begun else _TOLD):

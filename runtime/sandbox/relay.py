@@ -132,7 +132,7 @@ def _relay(process: LimitedProcess, tokens: int, presses: list[int], lines: bool
             if waits:
                 process.send(b"")
     printer.finish()
-    return process.status()
+    return process.status(interrupted=bool(presses))
 
 
 class _Typed:

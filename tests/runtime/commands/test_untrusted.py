@@ -154,6 +154,9 @@ def test_an_interrupt_reaches_the_process_and_the_third_ends_here(command, talki
     acting("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(99)")
     with interrupting(3):
         assert command(*run)[:2] == (130, "begun\n")
+    acting("signal.signal(signal.SIGINT, signal.SIG_DFL); print('begun', flush=True); time.sleep(99)")
+    with interrupting(1):  # as before its handler stands: the bundle is not to blame
+        assert command(*run)[:2] == (130, "begun\n")
 
 
 @contextlib.contextmanager
