@@ -154,9 +154,13 @@ def test_an_interrupt_reaches_the_process_and_the_third_ends_here(command, talki
     acting("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(99)")
     with interrupting(3):
         assert command(*run)[:2] == (130, "begun\n")
+
+
+@pytest.mark.slow
+def test_an_interrupt_before_there_is_a_handler_is_not_the_bundles_fault(command, talking_bundle, acting):
     acting("signal.signal(signal.SIGINT, signal.SIG_DFL); print('begun', flush=True); time.sleep(99)")
-    with interrupting(1):  # as before its handler stands: the bundle is not to blame
-        assert command(*run)[:2] == (130, "begun\n")
+    with interrupting(1):
+        assert command("run", talking_bundle.path, "--prompt", "a", "--untrusted") == (130, "begun\n", "")
 
 
 @contextlib.contextmanager
