@@ -260,9 +260,6 @@ def _require_observed(module: nn.Module, call: AttentionCall, observed: KVGeomet
         )
 
 
-_Attention = Callable[[AttentionCall, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
 class _FusedAttention:
     """GroupQueryAttention, https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md."""
 
