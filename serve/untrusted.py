@@ -89,7 +89,7 @@ def supervise(
             if not health.busy or health.steps != steps:
                 steps, moved = health.steps, time.monotonic()
             if time.monotonic() - moved > limits.seconds:
-                process.fail(f"made no step within {limits.seconds:g} s, and was ended")
+                process.fail(f"made no step within {limits.seconds:g} s, and was ended", limit=True)
             printer.left = _PRINTED
             process.allow(limits.seconds)
         printer.finish()

@@ -149,15 +149,15 @@ class LimitedProcess:
         """
         while True:
             left = _GLANCE if self._until is None else self._until - time.monotonic()
-            try:
-                kind, content = self._frames.get(timeout=max(0.0, min(left, _GLANCE)))
-            except queue.Empty:
-                if left <= 0:
-                    self.fail(f"gave no answer within {self._allowed:g} s, and was ended")
-                continue
+            frame: tuple[bytes, bytes] | None = None
+            with contextlib.suppress(queue.Empty):
+                frame = self._frames.get(timeout=max(0.0, min(left, _GLANCE)))
             self._late += left <= 0
-            if self._late > _AHEAD + 1:  # those before it were read ahead, as while this process was stopped
-                self.fail(f"gave no answer within {self._allowed:g} s, and was ended")
+            if self._late > (0 if frame is None else _AHEAD + 1):  # they were read ahead, as while this was stopped
+                self.fail(f"gave no answer within {self._allowed:g} s, and was ended", limit=True)
+            if frame is None:
+                continue
+            kind, content = frame
             if kind == INVALID or (kind == LIMITS and self._begun):
                 self.fail("answered with a message that is none, and was ended")
             if kind != LIMITS:
@@ -191,17 +191,17 @@ class LimitedProcess:
         if interrupted and (found < 0 or found == 128 + signal.SIGTERM):
             return 130
         if found < 0:
-            self.fail(f"was ended by {_signal_name(-found)}")
+            self.fail(f"was ended by {_signal_name(-found)}", limit=True)
         if found not in (_STATUSES if self._begun else _TOLD):
-            self.fail(f"ended with status {found}")
+            self.fail(f"ended with status {found}", limit=True)
         return found
 
-    def fail(self, reason: str) -> NoReturn:
-        """Ends it. Raises UntrustedBundleError."""
+    def fail(self, reason: str, *, limit: bool = False) -> NoReturn:
+        """Ends it. Raises UntrustedBundleError. `limit`: a higher one of time or memory may help."""
         self.close()
+        higher = ", or try again with higher limits where it is known to be good" if limit else ""
         raise UntrustedBundleError(
-            f"the process of the untrusted bundle {self._name} {reason}; {self.in_force}: do not use it, or try again "
-            "with higher limits where it is known to be good"
+            f"the process of the untrusted bundle {self._name} {reason}; {self.in_force}: do not use it{higher}"
         )
 
     # --- what it is told ----------------------------------------------------------------------------------------------
