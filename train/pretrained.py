@@ -276,11 +276,6 @@ class FineTuned:
     model: Pretrained
     training: Mapping[str, Any]
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """tokenizer.json."""
-        return self.path / names.TOKENIZER
-
 
 def reopen(folder: Path) -> FineTuned:
     """Opens a fine-tuned model or an adapter whose files are as the manifest says. Raises as `open_start`."""
