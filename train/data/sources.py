@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line, missing_extra
+from pastkey.errors import InputError, MissingFileError, missing_extra
 from pastkey.files.reading import MOST_JSON, reading, require_regular
 
 from ..stories import stories
@@ -220,7 +220,7 @@ def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Opens a file, decompressed."""
     require_regular(file)
     suffix = file.suffix.lower()
-    with reading(file, f"a {suffix} file" if suffix in _COMPRESSED else "text"), _library_errors(file):
+    with reading(file, f"a {suffix} file" if suffix in _COMPRESSED else "text"):
         if suffix == ".gz":
             with gzip.open(file) as stream:
                 yield stream
@@ -234,17 +234,6 @@ def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         else:
             with file.open("rb") as stream:
                 yield stream
-
-
-@contextmanager
-def _library_errors(file: Path) -> Iterator[None]:
-    """Damaged compressed data is an OSError that is none of the system's."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None and not isinstance(error, PastkeyError):
-            raise IntegrityError(f"{file} is damaged ({first_line(error)}): copy it again") from None
-        raise
 
 
 # --- survey -------------------------------------------------------------------------------------------------------
