@@ -47,7 +47,7 @@ from pastkey.files.folder import (
 from pastkey.files.folder import sha256 as file_sha256
 from pastkey.files.memory import require_memory_for
 from pastkey.files.reading import reading
-from pastkey.files.safetensors_header import HeaderError, read_header
+from pastkey.files.safetensors_header import read_header
 
 from .model import Decoder
 
@@ -320,10 +320,8 @@ def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]
 
 def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file: those of a decoder of `config`, if given."""
-    try:
+    with reading(file, "safetensors"):
         header = read_header(file)
-    except HeaderError as error:
-        raise IntegrityError(f"{file} is cut short or damaged: {error}; copy it again") from None
     if config is not None:
         _require_fits(file, {name: tensor.shape for name, tensor in header.items()}, config)
     require_memory_for(file, file.stat().st_size + 4 * sum(tensor.elements for tensor in header.values()))

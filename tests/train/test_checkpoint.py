@@ -131,7 +131,7 @@ REFUSED: Refused = {
         configured(vocab_size=2**31 - 1, hidden_size=2**31 - 1), IntegrityError, "model.safetensors does not fit",
     ),
     "impossible layers": (configured(num_hidden_layers=10**30), InputError, "num_hidden_layers is 10000"),
-    "a cut header": (listed(names.WEIGHTS, b"1" * 20), IntegrityError, "is cut short or damaged"),
+    "a cut header": (listed(names.WEIGHTS, b"1" * 20), IntegrityError, "cannot be read as safetensors"),
 }  # fmt: skip
 
 
