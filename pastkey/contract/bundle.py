@@ -178,9 +178,7 @@ class Bundle:
 def read_bundle(path: str | Path) -> Bundle:
     """Reads only the manifest. Raises MissingFileError, InputError or IntegrityError."""
     folder = as_path(path, expected="the path of a bundle folder")
-    return Bundle(
-        folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION, oldest=FORMAT_VERSION))
-    )
+    return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
 
 
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:

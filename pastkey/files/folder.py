@@ -148,8 +148,8 @@ def _to_export(path: Path, kind: str) -> str:
     return f"; {given}  {command}  (it needs pastkey's extras export,{extra})"
 
 
-def read_manifest(folder: Path, kind: str, newest: int, *, oldest: int = 1) -> dict[str, Any]:
-    """Reads pastkey.json of a "checkpoint" or "bundle". Checks its kind, and its version from `oldest` to `newest`."""
+def read_manifest(folder: Path, kind: str, known: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle". Checks its kind and its format version."""
     require_manifest(folder, kind)
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("kind")
@@ -163,14 +163,9 @@ def read_manifest(folder: Path, kind: str, newest: int, *, oldest: int = 1) -> d
     version = manifest.get("format_version")
     if not is_int(version, 1, 2**31 - 1):
         raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {shown(version)})")
-    if version > newest:
-        raise IntegrityError(
-            f"{folder} has {kind} format version {version}; this pastkey reads up to {newest}: upgrade pastkey"
-        )
-    if version < oldest:
-        raise IntegrityError(
-            f"{folder} has {kind} format version {version}; this pastkey reads {oldest}: export it again"
-        )
+    if version != known:
+        remedy = "upgrade pastkey" if version > known else f"make the {kind} again"
+        raise IntegrityError(f"{folder} has {kind} format version {version}; this pastkey reads {known}: {remedy}")
     return manifest
 
 
