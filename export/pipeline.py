@@ -23,7 +23,7 @@ from torch import nn
 
 from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
-from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder, write_json
 from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
@@ -50,7 +50,7 @@ from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
-from .quantize.report import check_report_file, write_report
+from .quantize.report import check_report_file
 from .quantize.search import Quantized
 from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
@@ -165,7 +165,7 @@ def export_found(
         bundle = writer.finish(bundle)
         bundle = writer.proved_on_target(bundle)
         if config.sensitivity is not None and last.sensitivity is not None:
-            write_report(Path(config.sensitivity), last.sensitivity)
+            write_json(Path(config.sensitivity), last.sensitivity.to_json())
     return Report(
         path=out,
         manifest=bundle.manifest,
