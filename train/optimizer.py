@@ -125,7 +125,7 @@ def restore_moments(
         return
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
-        state = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ):

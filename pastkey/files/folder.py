@@ -77,15 +77,13 @@ def read_text(path: Path) -> str:
     return decode_text(path.read_bytes(), path)
 
 
-def decode_text(content: bytes, source: object) -> str:
-    """Decodes the bytes of `source`. Raises InputError naming the first byte that is not UTF-8."""
+def decode_text(content: bytes, source: object, offset: int = 0) -> str:
+    """Decodes the bytes of `source` from `offset` on. Raises InputError naming the first byte that is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x} ({error.reason}); "
-            "convert it to UTF-8"
-        ) from None
+        wrong = f"byte {offset + error.start} is 0x{error.object[error.start]:02x} ({error.reason})"
+        raise InputError(f"{source} is not UTF-8 text: {wrong}; convert it to UTF-8") from None
 
 
 def require_manifest(folder: Path, kind: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from pastkey.errors import InputError, MissingFileError, missing_extra
+from pastkey.files.folder import decode_text
 from pastkey.files.reading import MOST_JSON, reading, require_regular
 
 from ..stories import stories
@@ -175,19 +176,8 @@ def _last_line(buffer: bytes) -> int:
 
 
 def _text(content: bytes, file: Path, offset: int) -> Iterator[str]:
-    text = _decoded(content.removeprefix(b"\xef\xbb\xbf") if offset == 0 else content, file, offset).strip()
-    if text:
+    if text := decode_text(content, file, offset).strip():
         yield text
-
-
-def _decoded(content: bytes, place: object, offset: int = 0) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{place} is not UTF-8 text: byte {offset + error.start} is 0x{content[error.start]:02x} ({error.reason}); "
-            "convert it to UTF-8"
-        ) from None
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -199,7 +189,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
             place = f"{file}, line {number}"
             if len(line) > MOST_JSON:
                 raise InputError(f"{place} has more than {MOST_JSON:,} bytes: expected one JSON object a line")
-            text = _decoded(line, place).removeprefix("\ufeff" if number == 1 else "").strip()
+            text = decode_text(line, place).strip()
             if text:
                 yield number, parse_line(text, place)
 
