@@ -162,13 +162,13 @@ def check_gguf(file: Path) -> int:
         import gguf
     except ModuleNotFoundError as error:
         raise missing_extra(error, "export", "gguf") from None
-    header, size = read_gguf(file), file.stat().st_size
+    tensors, size = read_gguf(file), file.stat().st_size
     sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
-    for tensor in header.tensors:
+    for tensor in tensors:
         block, block_bytes = sizes.get(tensor.kind, (1, size + 1))
         end = tensor.offset + tensor.elements // block * block_bytes
         if end > size:
             raise InputError(
                 f"{file} is cut short: the tensor {tensor.name} ends at byte {end:,} of {size:,}; fetch it again"
             )
-    return sum(tensor.elements for tensor in header.tensors)
+    return sum(tensor.elements for tensor in tensors)
