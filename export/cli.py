@@ -15,7 +15,6 @@ from pastkey.command import (
     Command,
     add_placement,
     add_provider_settings,
-    finite_float,
     placement_of,
     positive_int,
     print_json,
@@ -26,22 +25,19 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import refuse_existing
 from pastkey.files.folder import hub_id, read_json
-from pastkey.precisions import PRECISIONS
-from pastkey.providers import TARGETS
 
 from .progress import SILENT, Progress
 from .settings import (
     EVAL_LENGTH,
     EVAL_WINDOWS,
-    GRAPH_CHOICES,
     GREEDY_PROMPT_TOKENS,
     GREEDY_PROMPTS,
     GREEDY_TOKENS,
     SOURCES,
-    STATIC_CHUNK,
-    TOKENIZERS,
     ExportConfig,
 )
+
+_FLAGS = {field.name: field.metadata for field in dataclasses.fields(ExportConfig) if field.metadata}
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,102 +52,20 @@ if TYPE_CHECKING:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The destinations of the optional arguments are the fields of ExportConfig."""
-    add = parser.add_argument
-    add("source", help=SOURCES)
-    add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
-    add("--target", choices=TARGETS, help="where the bundle will run (default: %(default)s)")
-    add("--graph", choices=GRAPH_CHOICES, help="form of the graph (default: %(default)s)")
-    add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format (default: %(default)s)")
-    add(
-        "--generate",
-        action="store_true",
-        help="also write a whole generation as one graph: one call from any language, prompt in, new ids out",
-    )
-    add(
-        "--hidden-states",
-        action="store_true",
-        help="also output the last hidden states, for text embeddings: lm.embed in Python",
-    )
-    add("--adapters", action="store_true", help="also write a graph that takes LoRA adapters: --adapter of run")
-    add(
-        "--chunk",
-        type=positive_int,
-        metavar="T",
-        help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
-    )
-    add(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="take no finished steps from an earlier export of the same source, and keep none for a next one",
-    )
-    add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
-    add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
-    add(
-        "--context",
-        dest="context_length",
-        type=positive_int,
-        metavar="N",
-        help="context length in tokens; required for a module",
-    )
-    add(
-        "--tokenizer",
-        metavar="FILE",
-        help=f"for modules: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer "
-        ".bin; without one, the bundle takes ids only",
-    )
-    add(
-        "--call",
-        metavar="EXPR",
-        help="how to call a module, an expression over model and ids (B, T), such as "
-        '"model(ids, None)[0]" (default: found by trying)',
-    )
-    add(
-        "--eos",
-        type=_tokens,
-        action="extend",
-        metavar="TOKEN",
-        help='id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
-    )
-    _add_weights(parser)
-    add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
-    add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
-    add(
-        "--max-kl",
-        type=finite_float,
-        metavar="NATS",
-        help="KL budget in nats: the most sensitive matrices stay in float32 (int4: int8) until it is met",
-    )
-    add("--sensitivity", metavar="FILE", help="write the sensitivity of each matrix to this .json file")
+    parser.add_argument("source", help=SOURCES)
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
+    _add_flags(parser, *_FLAGS)
     add_provider_settings(parser)
-    add("--force", action="store_true", help="replace an existing bundle")
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
-    add(
-        "--no-network",
-        dest="network",
-        action="store_false",
-        help="fetch nothing: take ORG/NAME from the cache of huggingface_hub",
-    )
-    add("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a "
-        "script then runs only its definitions",
-    )
-
-
-def _tokens(text: str) -> list[int | str]:
-    """Token ids such as 1,2, or the name of one token."""
-    try:
-        return [int(token) for token in text.split(",")]
-    except ValueError:
-        return [text]
+def _add_flags(parser: argparse.ArgumentParser, *options: str) -> None:
+    """Adds the flags of these fields of ExportConfig."""
+    for name in options:
+        further = dict(_FLAGS[name])
+        flag = further.pop("flag", "--" + name.replace("_", "-"))
+        parser.add_argument(flag, dest=name, **further)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -241,8 +155,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", help="the bundle folder")
     add("source", nargs="?", help="the source of the export (default: compare with the bundle's own uncached run)")
     add("--key", metavar="PUBLIC.pem", help="require a signature by this key, made by pastkey sign; checked first")
-    _add_weights(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
+    _add_flags(parser, "weights", "trust_remote_code")
     add_placement(parser)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
 
@@ -300,7 +213,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", help="the bundle folder")
     add("--text", required=True, metavar="FILE", help="a UTF-8 text file to evaluate on")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or a source of export, run in torch")
-    _add_weights(parser)
+    _add_flags(parser, "weights", "trust_remote_code")
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
     add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
     add(
@@ -311,7 +224,6 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="at most N windows, from the beginning of the text (%(default)s)",
     )
     add_placement(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
     parser.epilog = (
         "perplexity: exp of the mean loss in nats over every token of a window but its first. kl_divergence: "

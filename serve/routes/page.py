@@ -44,7 +44,6 @@ def _site(service: Service) -> Mapping[str, Path | bytes]:
 
 async def page(service: Service, request: Request, raw: bytes) -> Response:
     """Gives a file of the page."""
-    del raw
     if request.method not in ("GET", "HEAD"):
         raise RequestError("Not Found", status=404)
     name = request.url.path.removeprefix("/") or "index.html"
