@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 
 from benchmarks import passes
 from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
-from benchmarks.measure import ROOT, BenchmarkError, Spread, Table, interleaved, paired, rows_of
+from benchmarks.measure import ROOT, BenchmarkError, Spread, interleaved, paired
 from benchmarks.peers import scaling, side_by_side
 from benchmarks.peers.convert import Source, of_bundle
 from benchmarks.peers.engines import ENGINES, STREAM_ENGINES, Prepared, Worker
@@ -33,6 +33,7 @@ from .export.decoders import llama
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
 from .shared import divided
+from .tiny_bundles import byte_bundle
 
 counted_once = functools.cache(passes.counted)
 BY_NAME = {question.name: question for question in QUESTIONS}
@@ -53,12 +54,9 @@ def test_an_export_reads_its_weights_seldom():
     steps: Counter[str] = Counter()
     for (step, reader), runs in counts.runs.items():
         steps["torch" if reader == "torch" else step] += runs
-    assert steps["torch"] <= 90
-    assert steps["verify fp32"] <= 170
-    assert steps["calibrate int8"] <= 266
-    assert steps["verify int8"] <= 347
-    assert counts.most == 1
-    assert counts.in_place == counts.opened
+    for step, most in {"torch": 90, "verify fp32": 170, "calibrate int8": 266, "verify int8": 347}.items():
+        assert steps[step] <= most, step
+    assert (counts.most, counts.in_place) == (1, counts.opened)
 
 
 # A stand-in for a checkout of nanoGPT, with what the benchmark asks of one.
@@ -88,17 +86,13 @@ class GPT(torch.nn.Module):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """tiny/, of random weights, which takes any text; demo/, as `make demo` leaves it; text.txt."""
-    folder, tokenizer = tmp_path_factory.mktemp("bundles"), byte_level()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "V", tokenizer.get_vocab_size())
-        tiny = decoder.Tiny.random([(8, 8)], context_length=1200)
-        decoder.write_bundle(folder / "tiny", tiny, "fused", tokenizer=tokenizer, hidden_size=decoder.E)
+    folder = tmp_path_factory.mktemp("bundles")
+    byte_bundle(folder / "tiny", context=1200, tokenizer=byte_level(), hidden_size=decoder.E)
     (folder / "nanogpt").mkdir()
-    for name, content in NANOGPT.items():
-        (folder / "nanogpt" / name).write_text(content, encoding="utf-8")
-    lines = "".join(f"The {place} boats sail.\n" for place in range(400))
-    (folder / "lines.txt").write_text(lines, encoding="utf-8")
-    (folder / "text.txt").write_text("".join(f"The {place} boats sail. " for place in range(400)), encoding="utf-8")
+    text = " ".join(f"The {place} boats sail." for place in range(400))
+    written = {"lines.txt": text.replace(". ", ".\n"), "text.txt": text}
+    for name, content in (written | {f"nanogpt/{name}": code for name, code in NANOGPT.items()}).items():
+        (folder / name).write_text(content, encoding="utf-8")
     return folder
 
 
@@ -108,10 +102,9 @@ def exported(folder):
     tokenizer = byte_level()
     tokenizer.save(str(folder / "tokenizer.json"))
     source = llama(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=200)
-    for name, precision, generate in (("demo/fp32", "fp32", True), ("demo/int8", "int8", False)):
-        export(
-            source, folder / name, precision, generate=generate, context_length=200, tokenizer=folder / "tokenizer.json"
-        )
+    for precision in ("fp32", "int8"):
+        options = {"context_length": 200, "tokenizer": folder / "tokenizer.json", "generate": precision == "fp32"}
+        export(source, folder / "demo" / precision, precision, **options)
     (folder / "demo" / "checkpoint").mkdir()
     figures = {"training": {"figures": {"val_loss": 0.5, "bits_per_byte": 0.2}}}
     (folder / "demo" / "checkpoint" / "pastkey.json").write_text(json.dumps(figures))
@@ -176,9 +169,6 @@ def test_a_question_is_answered(name, request, monkeypatch):
         assert rows == [("pastkey int8", "0"), (steps, "0"), ("pastkey fp32", "0")]
     if name == "serve":
         assert found["answer"][-2]["rows"] == [["pastkey serve, int8", "0, 0", "0, 0"]]
-    if name == "scaling":
-        charts = {file.name for file in (folder / "demo").glob("*.png")}
-        assert charts == {f"performance-{curve}.png" for curve in ("context", "batch", "threads", "sizes")}
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -187,19 +177,14 @@ def test_a_question_is_answered(name, request, monkeypatch):
     [
         (["nothing"], "invalid choice: 'nothing' (choose from 'peers'"),
         (["peers", "--text", "none.txt"], "none.txt is not a file"),
-        (["peers", "--threads", "9999"], "--threads is 9999; this machine has"),
         (["peers", "--only", "vllm"], "no engine 'vllm'; the engines are pastkey-int8, pastkey-int8-steps"),
-        (["peers", "--model", "empty.gguf", "--work", "empty.gguf"], "cannot be made a folder (Not a directory)"),
         (["memory", "none"], "none does not exist"),
-        (["speculation", "{tiny}", "--useless"], "--useless is for a draft model"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_status_2(words, sentence, folder, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_sentence_and_exit_status_2(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    Path("empty.gguf").touch()
     try:
-        status: object = main([word.format(tiny=folder / "tiny") for word in words])
+        status: object = main(words)
     except SystemExit as end:
         status = end.code
     told = capsys.readouterr()
@@ -212,11 +197,7 @@ def test_a_section_is_put_between_the_markers_of_its_page(tmp_path):
     page.write_text("before\n\n<!-- benchmarks demo -->\nold\n<!-- end of demo -->\n\nafter\n")
     write_page(page, question, "new")
     assert page.read_text() == "before\n\n<!-- benchmarks demo -->\nnew\n<!-- end of demo -->\n\nafter\n"
-    for file, name in (
-        ("docs/performance.md", "demo"),
-        ("docs/performance.md", "streams"),
-        ("benchmarks/results.md", "peers"),
-    ):
+    for file, name in (("docs/performance.md", "demo"), ("benchmarks/results.md", "peers")):
         text = (ROOT / file).read_text(encoding="utf-8")
         assert text.count(f"<!-- benchmarks {name} -->\n") == text.count(f"<!-- end of {name} -->") == 1
 
@@ -237,16 +218,6 @@ def test_arms_alternate_in_an_order_that_rotates():
 def test_a_ratio_is_taken_within_each_round():
     assert paired([{"a": 2, "b": 1}, {"a": 9, "b": 3}, {"a": 1, "b": 2}], "a", "b") == Spread(2, 0.5, 3)
     assert f"{Spread(2, 0.5, 3)}" == "2.00 (0.50 to 3.00)"
-    rounds = [
-        {"mine": {"decode": mine}, "a": {"decode": a}, "b": {"decode": b}}
-        for mine, a, b in ((100.0, 50.0, 100.0), (10.0, 20.0, 5.0), (90.0, 30.0, 20.0))
-    ]
-    assert side_by_side.over_fastest(rounds, "mine", ["a", "b"], "decode") == Spread(1.0, 0.5, 3.0)
-
-
-def test_a_table_is_read_as_it_was_written():
-    page = f"# Page\n\n{Table('First:', ['x', 'y'], [['1', '2']])}\n\n{Table('Second:', ['x', 'z'], [['3', '4']])}\n"
-    assert [rows_of(page, "x", number) for number in (0, 1)] == [[{"x": "1", "y": "2"}], [{"x": "3", "z": "4"}]]
 
 
 def test_a_window_is_compared_position_by_position():
@@ -268,10 +239,8 @@ def test_an_answer_counts_up_to_its_end_token():
 
 def test_a_request_is_whole_rejected_or_lost():
     whole, lost = [Reply(200, 8, 0.1, 0.5), Reply(200, 8, 0.3, 0.9)], [Reply(0, 0, 0, 0), Reply(200, 0, 0, 1)]
-    replies = [*whole, Reply(429, 0, 0, 0), *lost]
-    figures = Served(replies, 2.0).figures
-    assert (figures["throughput"], figures["rejected"], figures["lost"]) == (8.0, 1, 2)
-    assert (figures["first"], figures["first99"], figures["last99"]) == (0.2, 0.3, 0.9)
+    expected = {"throughput": 8.0, "rejected": 1, "lost": 2, "first": 0.2, "first99": 0.3, "last99": 0.9}
+    assert Served([*whole, Reply(429, 0, 0, 0), *lost], 2.0).figures.items() >= expected.items()
     assert [percentile(range(1, 101), share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
 
 
@@ -279,7 +248,8 @@ def test_a_request_is_whole_rejected_or_lost():
 def test_a_text_is_cut_into_windows_and_one_that_is_too_short_is_refused(folder, tmp_path):
     bundle, file = open_bundle(folder / "tiny"), tmp_path / "text.txt"
     once = partial(Store(tmp_path / "work").once, key=1)
-    found = open_text(folder / "text.txt", bundle, 1, once, own=1, most=3)
+    file.write_text("a" * 2000)
+    found = open_text(file, bundle, 1, once, own=1, most=3)
     assert [len(window) for window in found.windows] == [512] * 3
     file.write_text("a" * 510)
     with pytest.raises(InputError, match="has 510 tokens; one window of 512 tokens is needed"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 
 import pytest
 
@@ -64,15 +63,3 @@ def test_a_mark_tells_the_running_test_and_changes_nothing(tree, tmp_path, monke
         monkeypatch.setenv("PYTEST_CURRENT_TEST", f"tests/test_it.py::test_it[a b] ({phase})")
         plugin.hit(3)
     assert (tmp_path / "hits").read_text() == "3\ttests/test_it.py\n3\ttests/test_it.py::test_it[a b]\n"
-
-
-def test_results_of_two_runs_stand_beside_one_another(tree, tmp_path, capsys):
-    drawn = mutants.draw(tree, seed=1, count=2)
-    for name, killers in (("before", ["a test", "a test"]), ("after", ["a test", ""])):
-        rows = [{"id": number, "killer": killer} for number, killer in enumerate(killers)]
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-    mutants.show(drawn, [tmp_path / "before", tmp_path / "after"])
-    first, together, survivor = capsys.readouterr().out.splitlines()
-    assert first.split() == ["runtime", "2", "2", "1"]
-    assert together.split() == ["all", "2", "2", "1"]
-    assert survivor.startswith("[False, True] runtime/choose.py:")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,10 @@ def bare_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def no_state(step: int = 0, **figures: Any) -> TrainingState:
     return TrainingState(step, {}, {}, {}, figures)
 
@@ -78,8 +81,6 @@ def write_corpus(path: Path, paragraphs: int = 60) -> Path:
     return path
 
 
-def command(out: Path, text: Path) -> list[str]:
-    """The command of a run of 24 steps that saves every second one."""
-    options = {name.replace("_", "-"): value for name, value in (TINY | {"steps": 24, "save_every": 2}).items()}
-    flags = [item for name, value in options.items() for item in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "pastkey", "train", "--out", str(out), "--data", str(text), *flags]
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """The flags of `pastkey train` for these settings."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,11 @@ from pastkey.errors import InputError, IntegrityError, InUseError, MissingFileEr
 from pastkey.files.durable import locked
 from pastkey.files.folder import file_records
 from pastkey.train import checkpoint as module
-from pastkey.train.checkpoint import (
-    STATE,
-    TOKENS_VAL,
-    check_settled,
-    finish_or_discard,
-    layout_of,
-    load_checkpoint,
-    load_optimizer,
-    save_checkpoint,
-)
+from pastkey.train.checkpoint import STATE, TOKENS_VAL, check_settled, load_checkpoint, load_optimizer, save_checkpoint
 from pastkey.train.model import Decoder
 
 from ..crash import Killed, at_every_operation
-from .helpers import bare_checkpoint, no_state
+from .helpers import bare_checkpoint, files, no_state
 
 SIZES: dict[str, Any] = {
     "vocab_size": 13, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -102,18 +94,8 @@ def configured(**changes: Any) -> Callable[[Path], None]:
     return listed(names.CONFIG, json.dumps(config).encode())
 
 
-def removed(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def of_integers() -> bytes:
-    return safetensors.torch.save({"a": torch.zeros(672, dtype=torch.int32)})
-
-
-Refused = Mapping[str, tuple[Callable[[Path], object], type[PastkeyError], str]]
-REFUSED: Refused = {
-    **{f"no {name}": (removed(name), IntegrityError, f"{name} is missing") for name in module._MODEL_FILES},
-    "cut": (lambda f: (f / names.WEIGHTS).write_bytes(b"1"), IntegrityError, "model.safetensors has 1 bytes"),
+REFUSED: dict[str, tuple[Callable[[Path], object], type[PastkeyError], str]] = {
+    "removed": (lambda f: (f / names.CONFIG).unlink(), IntegrityError, "config.json is missing"),
     "altered": (lambda f: (f / names.TOKENIZER).write_text("[]"), IntegrityError, "tokenizer.json was altered"),
     "no folder": (shutil.rmtree, MissingFileError, "no such checkpoint"),
     "a newer version": (rewritten(lambda m: m.update(format_version=3)), IntegrityError, "upgrade pastkey"),
@@ -125,19 +107,15 @@ REFUSED: Refused = {
     "a file outside": (
         rewritten(lambda m: m["training"]["files"].update({"../x": {}})), IntegrityError, "not a path inside",
     ),
-    "other sizes": (configured(hidden_size=10), IntegrityError, "model.safetensors does not fit"),
-    "other names": (
-        configured(qk_norm=True, intermediate_size=10, max_position_embeddings=1, vocab_size=17),
-        IntegrityError, "model.safetensors does not fit",
-    ),
+    "other sizes": (configured(vocab_size=17), IntegrityError, "and (17, 8) by the second"),
     "more layers": (configured(num_hidden_layers=1000), IntegrityError, "norm.weight has the shape None in the first"),
-    "a large vocabulary": (configured(vocab_size=2**31 - 1), IntegrityError, "first, and (2147483647, 8)"),
     "sizes that overflow": (
         configured(vocab_size=2**31 - 1, hidden_size=2**31 - 1), IntegrityError, "model.safetensors does not fit",
     ),
-    "impossible layers": (configured(num_hidden_layers=10**30), InputError, "num_hidden_layers is 10000"),
     "a cut header": (listed(names.WEIGHTS, b"1" * 20), IntegrityError, "is cut short or damaged"),
-    "integers": (listed(names.WEIGHTS, of_integers()), IntegrityError, "holds numbers of the type 'I32'"),
+    "integers": (
+        listed(names.WEIGHTS, safetensors.torch.save({"a": torch.zeros(672).int()})), IntegrityError, "the type 'I32'",
+    ),
 }  # fmt: skip
 
 
@@ -146,14 +124,15 @@ def test_a_spoilt_checkpoint_is_refused_before_a_layer_is_made(spoilt, saved, mo
     spoil, error, word = REFUSED[spoilt]
     spoil(saved)
     made = module.Decoder
+
+    def nowhere(config: ModelConfig) -> Decoder:
+        assert torch.empty(0).device.type == "meta"
+        return made(config)
+
     if spoilt != "no training":
-        monkeypatch.setattr(module, "Decoder", lambda config: made(config) if on_no_device() else pytest.fail("made"))
+        monkeypatch.setattr(module, "Decoder", nowhere)
     with pytest.raises(error, match=re.escape(word)):
         load_checkpoint(saved)
-
-
-def on_no_device() -> bool:
-    return torch.empty(0).device.type == "meta"
 
 
 def test_the_model_loads_without_the_training_state_which_training_asks_for(saved):
@@ -168,13 +147,12 @@ def test_the_model_loads_without_the_training_state_which_training_asks_for(save
 
 
 # --- ended at any operation ---------------------------------------------------------------------------------------
+@dataclasses.dataclass
 class Adapter:
     """A model with a layout of its own."""
 
-    layout = module.PEFT
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    seed: int
+    layout: str = module.PEFT
 
     def save(self, folder: Path) -> None:
         for name in (names.ADAPTER_CONFIG, names.ADAPTER_WEIGHTS):
@@ -183,7 +161,7 @@ class Adapter:
 
 def read(folder: Path) -> tuple[int, object]:
     """The step of a checkpoint, and something of the model of that step."""
-    if layout_of(folder) is None:
+    if module.layout_of(folder) is None:
         checkpoint = load_checkpoint(folder)
         load_optimizer(folder, checkpoint.training)
         return checkpoint.training["step"], weights(checkpoint.model)
@@ -213,14 +191,14 @@ def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(model, oper
     ends, steps = [*save], []
     assert ends[-1][1] == operations
     for folder, _ in ends:
-        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        before = files(folder)
         step, found = read(folder)
         steps.append(step)
         assert (step, found) == expected[step]
         if model is decoder:  # whose readers change nothing
-            assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+            assert files(folder) == before
         assert not isinstance(error, OSError) or step == 6 or not [file for file in before if file.suffix == ".new"]
-        finish_or_discard(folder)
+        module.finish_or_discard(folder)
         assert not list(folder.rglob("*.new"))
         assert read(folder) == (step, found)
     assert steps == sorted(steps)

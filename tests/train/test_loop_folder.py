@@ -17,11 +17,7 @@ from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint
 
-from .helpers import before_step, command, tiny
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+from .helpers import TINY, before_step, files, flags, tiny
 
 
 def state(folder: Path) -> tuple[int, int]:
@@ -102,9 +98,10 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
     ],
 )
 def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old, text):
-    before, every = files(old), "20" if saved else "100000"
+    before = files(old)
+    given = TINY | {"seed": 1, "steps": 1000000, "save_every": 20 if saved else 100000}
     process = subprocess.Popen(
-        [*command(old, text), "--force", "--seed", "1", "--steps", "1000000", "--save-every", every],
+        [sys.executable, "-m", "pastkey", "train", "--out", old, "--data", text, "--force", *flags(given)],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from pathlib import Path
@@ -18,17 +17,10 @@ from pastkey.train.model import Decoder, Sinusoids, generate, positions_like
 
 from .helpers import bare_checkpoint, no_state
 
-BASE = {
-    "vocab_size": 101,
-    "max_position_embeddings": 40,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "eos_token_id": 7,
-}
+BASE: dict[str, Any] = {
+    "vocab_size": 101, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 72,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "eos_token_id": 7,
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
@@ -36,17 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500.0},
     "gpt2": {"position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qkv_bias": True},
     "classic": {
-        "position_encoding": "sinusoidal",
-        "norm": "none",
-        "mlp": "none",
-        "intermediate_size": 0,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": False,
+        "position_encoding": "sinusoidal", "norm": "none", "mlp": "none", "intermediate_size": 0,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False,
     },
     "odd": {"hidden_size": 9, "position_encoding": "sinusoidal", "head_dim": 3, "max_position_embeddings": 8},
-}
+}  # fmt: skip
 
 
 # Beside the kinds: YaRN with every optional key, and with pairs that all turn too seldom.
@@ -111,15 +97,11 @@ def test_scaled_rotary_positions_are_those_of_transformers(name, tmp_path):
 
 
 def assert_transformers_computes_the_same(model: Decoder, folder: Path, lengths: list[int]) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    save_checkpoint(bare_checkpoint(folder), model, no_state())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns of its own deprecations
-        import transformers
-
-        both: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    loaded, report = both
+        transformers = pytest.importorskip("transformers")
+        save_checkpoint(bare_checkpoint(folder), model, no_state())
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for length in lengths:
@@ -151,8 +133,7 @@ def test_generate_stops_at_the_context_and_repeats_under_a_seed():
 
 
 def test_gradient_checkpointing_keeps_one_activation_of_a_layer():
-    sizes: dict[str, Any] = BASE | {"num_hidden_layers": 6}
-    model, ids = Decoder(ModelConfig(**sizes)), torch.arange(40)[None] % 101
+    model, ids = decoder("llama", num_hidden_layers=6), torch.arange(40)[None] % 101
     kept, gradients = [], []
     for model.model.checkpointing in (False, True):
         size = 0

@@ -50,7 +50,6 @@ def test_a_field_that_is_missing_or_of_another_type_is_told_with_the_file(part, 
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {
-    "a step that is a text": ("step", "2", "step is not a whole number"),
     "a step below 0": ("step", -1, "step is not a whole number"),
     "settings that are a list": ("settings", [], "settings is"),
     "tokens of objects": ("data", {"dtype": "|O"}, "the type of the tokens"),
@@ -62,11 +61,6 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "an end token beyond the model": ("data", {"end": 10**6}, "holds the token id 1000000"),
     "a begin token beyond the model": ("data", {"begin": 10**6}, "holds the token id 1000000"),
     "a context beyond the tokens": ("settings", {"context": 10**6}, "too few"),
-    "an optimizer of another run": (
-        "settings",
-        {"optimizer": "adamw"},
-        r"proj\.weight\.exp_avg of shape",
-    ),
 }
 
 
@@ -85,11 +79,8 @@ def test_a_checkpoint_from_before_muon_goes_on_with_adamw(read, copy):
         read_training(dataclasses.replace(load_checkpoint(copy), training={}))
 
 
-def test_moments_of_another_model_and_ids_of_no_token_are_refused(read, copy, monkeypatch):
+def test_ids_of_no_token_are_refused(read, copy):
     tokens = copy / TOKENS_TRAIN
     tokens.write_bytes(np.full(tokens.stat().st_size // 2, 65535, "<u2").tobytes())
     with pytest.raises(IntegrityError, match="holds the token id 65535"):
-        read()
-    monkeypatch.setattr(resumed, "load_optimizer", lambda folder, training: {})
-    with pytest.raises(IntegrityError, match="exp_avg of shape"):
         read()

@@ -18,16 +18,11 @@ from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from tests.export.commands import FACTORY
 from tests.runtime import conftest as decoder
 from tests.runtime.bulk.rows import plain_rows, write_rows
-from tests.train.helpers import TINY, write_corpus
+from tests.train.helpers import TINY, flags, write_corpus
 
 from .__main__ import Nursery, Outcome, save_a_session
 
-FLAGS = [
-    item
-    for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
-    for item in (f"--{name.replace('_', '-')}", str(value))
-]
-
+FLAGS = flags(TINY | {"steps": 6, "save_every": 2})
 Files = dict[str, bytes]
 
 

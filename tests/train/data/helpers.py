@@ -14,7 +14,7 @@ import pytest
 
 from pastkey.train.data.documents import Document, document_of
 from pastkey.train.data.examples import Example
-from pastkey.train.data.sources import Corpus, survey
+from pastkey.train.data.sources import Corpus, open_corpus, survey
 from pastkey.train.data.token_files import DataInfo
 from pastkey.train.data.tokenizing import write_tokens
 from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
@@ -45,6 +45,12 @@ def ids(folder: Path, name: str, info: DataInfo) -> list[int]:
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def weighted(folder: Path, **rows: Sequence[Any]) -> Corpus:
+    """The corpus of a.jsonl with the weight 3 and of b.jsonl with the weight 1."""
+    files = [write_lines(folder / f"{name}.jsonl", rows[name]) for name in "ab"]
+    return open_corpus([f"{file}={weight}" for file, weight in zip(files, (3, 1), strict=True)])
 
 
 CHATML = (

@@ -14,7 +14,7 @@ from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from pastkey.train.data import cache
 from pastkey.train.data import prepare as module
 from pastkey.train.data.prepare import prepare, require_same_data
-from pastkey.train.data.preview import marked, show_example
+from pastkey.train.data.preview import show_example
 from pastkey.train.data.token_files import DataInfo
 from pastkey.train.tokenizer import read_tokenizer, train_char
 
@@ -69,27 +69,22 @@ def test_a_resumed_run_refuses_other_text_and_other_weights(tmp_path):
 
 
 # --- the example that is shown before training, with its loss mask -------------------------------------------------
-def test_trained_text_is_green_or_between_marks():
-    tokenizer = chat_tokenizer()
-    tokens = [~token for token in tokenizer.encode("the cat")] + tokenizer.encode(" sat\x1b[31m")
-    assert marked(tokens, tokenizer, coloured=False) == "the cat[[ sat\ufffd[31m]]"
-    assert marked(tokens, tokenizer, coloured=True) == "\x1b[2mthe cat\x1b[0m\x1b[1;32m sat\ufffd[31m\x1b[0m"
-
-
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
-def test_the_first_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
+def test_the_first_example_is_shown_with_its_trained_text_green_or_between_marks(
+    terminal, no_color, coloured, tmp_path, monkeypatch, capsys
+):
     tokenizer = chat_tokenizer()
-    info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 100, tokenizer)
+    info = written(tmp_path, corpus_of(*[chat("hi", "hel\x1blo")] * 30), 100, tokenizer)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
     show_example(tmp_path, info, tokenizer)
     said = capsys.readouterr().err
     assert "answers end with <|im_end|>\n" in said
     assert said.count("<|im_start|>user") == 1  # of the several in a window
-    assert ("\x1b[1;32mhello<|im_end|>\x1b[0m" in said) == coloured
-    assert ("<|im_start|>assistant\n[[hello<|im_end|>]]" in said) != coloured
+    assert ("assistant\n\x1b[0m\x1b[1;32mhel\ufffdlo<|im_end|>\x1b[0m" in said) == coloured
+    assert ("<|im_start|>assistant\n[[hel\ufffdlo<|im_end|>]]" in said) != coloured
 
 
 # --- a second run on the same files and tokenizer takes the tokens of the first, and any other one does not --------
@@ -121,7 +116,10 @@ def run(folder: Path, data: list[Path | str], **changes: Any) -> tuple[DataInfo,
     return info, {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_a_second_run_does_not_tokenize_again(text, tmp_path, tokenized, capsys):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_run_does_not_tokenize_again(links, text, tmp_path, tokenized, capsys, monkeypatch):
+    if not links:  # a system that copies
+        monkeypatch.setattr(cache.os, "link", lambda *_: Path("none").rename("other"))
     first = run(tmp_path / "1", [text])
     assert run(tmp_path / "2", [text]) == first
     assert len(tokenized) == 1
@@ -165,13 +163,10 @@ def test_a_cache_that_cannot_be_written_costs_only_time(text, tmp_path, tokenize
     assert not Path("relative").exists()
 
 
-def test_a_system_without_links_copies(text, tmp_path, tokenized, monkeypatch):
-    def refused(*_: object) -> None:
-        raise OSError
-
-    monkeypatch.setattr(cache.os, "link", refused)
-    assert run(tmp_path / "1", [text]) == run(tmp_path / "2", [text])
-    assert len(tokenized) == 1
+def test_refused_data_is_not_kept(text, tmp_path, own_cache):
+    with pytest.raises(InputError, match="give more text"):
+        run(tmp_path / "1", [text], context=100_000)
+    assert not (own_cache / "pastkey" / "tokens").exists()
 
 
 def test_the_least_recently_used_entries_go(text, tmp_path, own_cache, monkeypatch):
@@ -183,9 +178,3 @@ def test_the_least_recently_used_entries_go(text, tmp_path, own_cache, monkeypat
     monkeypatch.setattr(cache, "MOST_BYTES", 0)
     run(tmp_path / "newest", [text], context=20)
     assert len([*(own_cache / "pastkey" / "tokens").iterdir()]) == 1
-
-
-def test_refused_data_is_not_kept(text, tmp_path, own_cache):
-    with pytest.raises(InputError, match="give more text"):
-        run(tmp_path / "1", [text], context=100_000)
-    assert not (own_cache / "pastkey" / "tokens").exists()

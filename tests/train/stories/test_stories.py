@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from pastkey.errors import InputError
 from pastkey.train.stories import acceptance, check_story, stories
 from pastkey.train.stories.__main__ import main, read_stories
-from pastkey.train.stories.grammar import Mention, _parts
-from pastkey.train.stories.plots import CHARACTERS, SLOTS, STORY, TRAITS, Node
+from pastkey.train.stories.plots import CHARACTERS
 
 TOLD = list(itertools.islice(stories(11), 100))
 NAMES = sorted({entry["name"] for entry in CHARACTERS})
@@ -128,33 +127,6 @@ def test_space_around_a_story_does_not_matter_and_the_reason_says_where_it_left_
     assert "ball was gone" in check_story(LOST.replace("the scarf was gone", "the ball was gone")).reason
     with pytest.raises(InputError, match="no story"):
         acceptance([])
-
-
-def test_every_slot_and_feature_of_the_plots_exists():
-    def templates(node: Node) -> list[str]:
-        return [node] if isinstance(node, str) else [text for part in node for text in templates(part)]
-
-    used = set()
-    for template in templates(STORY):
-        for part in _parts(template):
-            if isinstance(part, Mention):
-                used.add(part.slot)
-                assert all(part.feature in entry for entry in SLOTS[part.slot]), template
-    assert used == set(SLOTS)
-
-
-def test_entries_of_a_slot_have_the_same_features():
-    assert SLOTS
-    for slot, entries in SLOTS.items():
-        assert len({frozenset(entry) for entry in entries}) == 1, slot
-        assert all(all(text for text in entry.values()) for entry in entries), slot
-
-
-def test_a_character_is_told_by_one_name_and_kind():
-    seen = {(entry["name"], entry["kind"]) for entry in CHARACTERS}
-    assert len(seen) == len(CHARACTERS)
-    assert {entry["they"] for entry in CHARACTERS} == {"she", "he"}
-    assert len({entry["name"] for entry in TRAITS}) == len(TRAITS)
 
 
 def test_stories_are_read_from_paragraphs_and_from_json_lines(tmp_path):
