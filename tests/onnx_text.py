@@ -1,7 +1,7 @@
 """ONNX's textual syntax -> the bytes of a ModelProto, without the package `onnx`.
 
 Of the syntax, what the tests write: tensors with named axes, and nodes whose attributes are numbers, texts or lists of
-whole numbers. `test_onnx_text.py` holds it against onnx's own parser. The fields' numbers are those of onnx.proto.
+whole numbers. The fields' numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def nodes(body: str) -> Iterator[bytes]:
     rest = _NODE.sub("", body).strip()
     assert not rest, f"not understood: {rest}"
     for outputs, domain, kind, attributes, inputs in _NODE.findall(body):
-        node = b"".join(field(1, name) for name in _split(inputs)) + b"".join(
-            field(2, name) for name in _split(outputs)
-        )
+        node = b"".join(field(1, name) for name in _split(inputs))
+        node += b"".join(field(2, name) for name in _split(outputs))
         node += field(4, kind) + b"".join(field(5, _attribute(*pair)) for pair in _ATTRIBUTE.findall(attributes))
         yield node + field(7, domain.removesuffix("."))
 

@@ -9,7 +9,8 @@ import pytest
 
 from pastkey.contract import names
 
-ROOT = Path(__file__).parent.parent
+from .shared import ROOT
+
 EXAMPLES = ROOT / "examples"
 SOURCES = sorted(file.name for file in (EXAMPLES / "generate").iterdir() if file.suffix != ".json")
 INPUTS = {names.INPUT_IDS, *names.GENERATE_INTEGERS, *names.GENERATE_NUMBERS}

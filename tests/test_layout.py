@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pastkey.__main__ import COMMANDS
 
-from .shared import divided
+from .shared import ROOT, divided
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("pastkey", "train", "export", "runtime", "serve", "web", "see")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tools.wheel import ROOT, without_links
+
+from .shared import ran
 
 
 @pytest.mark.matrix  # before a release
@@ -29,9 +30,9 @@ def test_two_builds_are_the_same_bytes(tmp_path):
         for path in checkout.rglob("*"):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             os.utime(path, (when, when))
-        command = [sys.executable, str(checkout / "tools" / "wheel.py"), str(tmp_path / f"out{number}")]
         environment = os.environ | {"SOURCE_DATE_EPOCH": "1600000000", "PYTHONHASHSEED": str(number)}
-        subprocess.run(command, env=environment, umask=umask, check=True)
+        program = checkout / "tools" / "wheel.py"
+        ran(sys.executable, program, tmp_path / f"out{number}", env=environment, umask=umask)
         built += (tmp_path / f"out{number}").glob("*.whl")
     one, other = (file.read_bytes() for file in built)
     assert one == other

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pytest
 
 from benchmarks.environments import environment
 
+from ..shared import ran
 from ..web.browser import visit
 from .environments import GENAI, OPTIMUM, install_chromium, node_environment
 
@@ -61,13 +61,8 @@ def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
         pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
-    files: dict[str, Path | bytes] = {
-        "page.html": _HERE / "page.html",
-        "greedy.mjs": _HERE / "greedy.mjs",
-        "request.json": request,
-        "node_modules": packages,
-        "bundle": bundle,
-    }
+    files: dict[str, Path | bytes] = {name: _HERE / name for name in ("page.html", "greedy.mjs")}
+    files |= {"request.json": request, "node_modules": packages, "bundle": bundle}
     path, content = visit(chromium, "page.html", files)
     assert path == "/answers", content
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
@@ -77,15 +72,7 @@ PROGRAMS = {program.__name__: program for program in (onnxruntime, genai, optimu
 
 
 def _answers(command: Sequence[str | Path | int]) -> list[Answer]:
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | _OFFLINE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = [json.loads(line) for line in ran(*command, env=os.environ | _OFFLINE).stdout.splitlines()]
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in answers]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -12,23 +11,15 @@ import pytest
 from tools.llama_server.left_out import LEFT_OUT
 from tools.llama_server.shim import read
 
-from ..shared import ROOT, shared
+from ..shared import ROOT, ran, shared
 
 
 @pytest.mark.matrix
 def test_the_tests_of_llama_cpp_pass_or_are_left_out_with_a_reason(tmp_path):
     pytest.importorskip("starlette", reason="the extra serve is not installed")
     given = os.environ | {"PASTKEY_STORIES260K": str(shared("models/stories260K"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.llama_server", "--basetemp", tmp_path / "tests"],
-        cwd=ROOT,
-        env=given,
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    command = [sys.executable, "-m", "tools.llama_server", "--basetemp", tmp_path / "tests"]
+    done = ran(*command, cwd=ROOT, env=given, timeout=3600)
     passed = re.search(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert passed
     assert int(passed[1]) >= 40

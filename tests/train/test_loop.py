@@ -103,6 +103,12 @@ def test_accumulated_batches_are_one_large_batch(text, tmp_path):
     assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def test_answers_without_text_have_a_loss_and_no_fault(tmp_path):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "ab", "completion": ""}\n{"prompt": "ba", "completion": ""}\n' * 20)
+    assert loop.train(tiny(steps=2), tmp_path / "c", data=[data])["val_loss"] > 0
+
+
 def test_targets_that_are_ignored_are_not_trained():
     inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[2, -100, -100], [-100, -100, -100]])
     model = loop.Decoder(tiny().model_config(9, None, 0))

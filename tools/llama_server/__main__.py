@@ -27,10 +27,7 @@ from pastkey.command import say
 from .left_out import LEFT_OUT
 
 # As their requirements.txt, without aiohttp, which none of them imports.
-TESTS = (
-    "llama-server-tests",
-    ["pytest~=8.3.3", "openai~=2.14.0", "prometheus-client", "requests", "filelock", "wget", "numpy"],
-)
+NEEDED = ["pytest~=8.3.3", "openai~=2.14.0", "prometheus-client", "requests", "filelock", "wget", "numpy"]
 WORK = ROOT / ".environments" / "llama-server"
 # The chat template that llama.cpp takes for a model without one.
 CHATML = (
@@ -80,14 +77,19 @@ def run_tests(folder: Path, shim: Path, words: Sequence[str]) -> dict[str, dict[
     results = WORK / "results.json"
     results.unlink(missing_ok=True)
     given = os.environ | {
-        "LLAMA_SERVER_BIN_PATH": str(shim),
-        "PORT": str(port),
-        "PYTHONPATH": str(ROOT),
-        "PASTKEY_BUNDLES": str(WORK / "bundles"),
-        "PASTKEY_RESULTS": str(results),
-        "ORT_DISABLE_TELEMETRY": "1",
-    }
-    command = [str(environment(*TESTS)), "-m", "pytest", "-q", "-p", "tools.llama_server.plugin", "--tb=short", *words]
+        "LLAMA_SERVER_BIN_PATH": str(shim), "PORT": str(port), "PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1",
+        "PASTKEY_BUNDLES": str(WORK / "bundles"), "PASTKEY_RESULTS": str(results),
+    }  # fmt: skip
+    command = [
+        str(environment("llama-server-tests", NEEDED)),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tools.llama_server.plugin",
+        "--tb=short",
+        *words,
+    ]
     subprocess.run(command, cwd=folder, env=given, check=False)
     found: dict[str, dict[str, str]] = json.loads(results.read_text(encoding="utf-8"))
     return found
@@ -111,11 +113,8 @@ def main(words: Sequence[str]) -> int:
     for name, one in results.items():
         if one["outcome"] == "failed":
             print(f"  failed: {name}: {one['reason']}")
-    if (
-        unused := []
-        if any(word.startswith("-k") for word in words)
-        else [name for name in LEFT_OUT if not any(re.search(name, test) for test in results)]
-    ):
+    unused = [name for name in LEFT_OUT if "-k" not in words and not any(re.search(name, test) for test in results)]
+    if unused:
         print(f"names no test: {', '.join(unused)}")
     return 1 if counts["failed"] or unused else 0
 

@@ -42,17 +42,7 @@ LEFT_OUT = {
 }
 
 # Regexes of texts that llama.cpp's random stream decides: drawn at temperature 0.8 with the seed 42.
-RANDOM_TEXTS = frozenset(
-    {
-        "But she couldn't",
-        '(Suddenly)+|\\{ " Sarax.',
-        "^ blue",
-        "(Aside|she|felter|alonger)+",
-        "Whillicter",
-        "(Suddenly)+",
-        "(going|bed)+",
-        "(princesses|everyone|kids|Anna|forest)+",
-        "(\\{|John)+",
-        "[ -3000 ]",
-    }
-)
+RANDOM_TEXTS = {
+    "But she couldn't", '(Suddenly)+|\\{ " Sarax.', "^ blue", "(Aside|she|felter|alonger)+", "Whillicter", "(Suddenly)+",
+    "(going|bed)+", "(princesses|everyone|kids|Anna|forest)+", "(\\{|John)+", "[ -3000 ]",
+}  # fmt: skip

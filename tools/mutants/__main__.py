@@ -267,14 +267,8 @@ def show(mutants: list[Mutant], results: list[Path]) -> None:
     for mutant in mutants:
         lives = [not rows[mutant["id"]]["killer"] if mutant["id"] in rows else None for rows in found]
         if any(lives):
-            print(
-                lives,
-                f"{mutant['path']}:{mutant['line']}",
-                mutant["kind"],
-                mutant["old"][:60],
-                "->",
-                mutant["new"][:60],
-            )
+            place, old, new = f"{mutant['path']}:{mutant['line']}", mutant["old"][:60], mutant["new"][:60]
+            print(lives, place, mutant["kind"], old, "->", new)
 
 
 def main(arguments: list[str] | None = None) -> None:
