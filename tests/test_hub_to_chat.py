@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -132,33 +128,3 @@ def test_without_network_an_export_takes_what_the_cache_has(first, hub, typed, h
     done = typed("export", NAME, "--out", home / "again", "--no-network", "--precision", "fp32", "--json")
     assert json.loads(done.stdout)["revision"] == hub.repositories[NAME].sha()
     assert hub.asked == []
-
-
-@pytest.mark.matrix
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_leaves_nothing(hub, model, tmp_path):
-    """While the weights are fetched."""
-    hub.add("org/interrupted", model)
-    command, given = [*PASTKEY, "chat", "org/interrupted", "--prompt", "Hello"], hub.environment(tmp_path)
-    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=without_hub() | given, preexec_fn=heeding, text=True, **pipes)
-
-    def interrupt(asked: str) -> None:
-        if "/blobs/" in asked:
-            process.send_signal(signal.SIGINT)
-            time.sleep(5)
-
-    hub.before = interrupt
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        hub.before = lambda asked: None
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "pastkey chat: interrupted"
-    assert "Traceback" not in err
-    bundles = tmp_path / "cache" / "pastkey" / "bundles"
-    assert [path.name for path in bundles.iterdir()] == ["org--interrupted.lock"]
-    left = [file for _, _, files in os.walk(tmp_path) for file in files]
-    assert names.CONFIG in left
-    assert [file for file in left if file.endswith((".incomplete", ".safetensors"))] == []

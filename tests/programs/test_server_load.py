@@ -65,6 +65,7 @@ def test_clients_that_go_away_change_no_text_of_others(address, alone):
             left = [pool.submit(stream, address, PROMPTS[place], 1 + turn * 4 + place) for place in range(4)]
             assert [one.result() for one in read] == alone[turn : turn + 4]
             assert [one.result() for one in left] == [None] * 4
+    assert stream(address, PROMPTS[0]) == alone[0]  # those that left hold no place
 
 
 def test_of_many_requests_those_beyond_the_queue_are_refused_and_none_is_lost(address, alone):
@@ -74,10 +75,3 @@ def test_of_many_requests_those_beyond_the_queue_are_refused_and_none_is_lost(ad
     assert counts["right"] + counts[429] == 100
     assert counts["right"] >= PLACES + QUEUE
     assert counts[429]
-
-
-def test_requests_whose_clients_left_hold_no_place(address, alone):
-    with ThreadPoolExecutor(PLACES + QUEUE) as pool:
-        for _ in range(3):
-            assert {*pool.map(lambda _: stream(address, "x", leave_after=1), range(PLACES))} == {None}
-    assert stream(address, PROMPTS[0]) == alone[0]

@@ -17,7 +17,7 @@ SHARED = "ab" + "0" * 62
 RECORD = {"size": 1, "sha256": "0" * 64}
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", "", "a" * 1025])
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "C:\\x", "*/x", "", "a" * 1025])
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path, name):
     with pytest.raises(IntegrityError, match="not a path inside"):
         parse_records(tmp_path, {name: RECORD})
