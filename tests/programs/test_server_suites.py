@@ -1,7 +1,4 @@
-"""Suites of others on `pastkey serve`: schemathesis on its OpenAPI description, and lm_eval's local-completions.
-
-llama.cpp's own tests of a server are run by tools/llama_server.
-"""
+"""Suites of others on `pastkey serve`: schemathesis on its OpenAPI description, and lm_eval's local-completions."""
 
 from __future__ import annotations
 
