@@ -41,23 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Folders, and files, whose tests neither train nor export nor run many sessions: `make quick`.
 QUICK = (
-    "pastkey",
-    "export/generation/test_nodes.py",
-    "export/graft/time_axis/operators",
-    "export/graph/test_edit.py",
-    "runtime/decoding/batching/test_scheduler.py",
-    "runtime/engine/caches",
-    "runtime/providers",
-    "runtime/sampling",
-    "runtime/text",
-    "test_architecture.py",
-    "test_floors.py",
-    "test_layout.py",
-    "test_troubleshooting.py",
-    "train/test_settings.py",
-    "web/test_command.py",
-    "web/test_site.py",
-)
+    "pastkey", "export/generation/test_nodes.py", "export/graft/time_axis/operators", "export/graph/test_edit.py",
+    "runtime/decoding/batching/test_scheduler.py", "runtime/engine/caches", "runtime/providers", "runtime/sampling",
+    "runtime/text", "test_architecture.py", "test_floors.py", "test_layout.py", "test_troubleshooting.py",
+    "train/test_settings.py", "web/test_command.py", "web/test_site.py",
+)  # fmt: skip
 TESTS = Path(__file__).parent
 
 
@@ -71,9 +59,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parents = {parent.as_posix() for parent in (place, *place.parents)}
         if parents & {*QUICK} and not item.get_closest_marker("slow"):
             item.add_marker("quick")
-
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,14 +77,9 @@ def pastkey_command():
     """Runs the `pastkey` command in a process of its own, as a user would."""
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pastkey", *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))},
-        )
+        command = [sys.executable, "-m", "pastkey", *map(str, arguments)]
+        threads = os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))}
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=threads)
 
     return run
 

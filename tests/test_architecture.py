@@ -148,27 +148,13 @@ def test_the_rooms_of_export_are_in_order_and_its_leaves_import_none():
 # The floors of runtime/, and of pastkey/ beside the stages, from the bottom up. A room or file imports those below its
 # own floor, at import or later, and for annotations too.
 RUNTIME_FLOORS = (
-    "options",
-    "settings",
-    "text sampling providers",
-    "constraints engine",
-    "speculation",
-    "decoding",
-    "model",
-    "loading",
-    "async_loading bulk sandbox",
-    "commands",
-)
+    "options", "settings", "text sampling providers", "constraints engine", "speculation", "decoding", "model",
+    "loading", "async_loading bulk sandbox", "commands",
+)  # fmt: skip
 PASTKEY_FLOORS = (
-    "version errors",
-    "lazy values precisions providers quiet",
-    "typed",
-    "files",
-    "contract",
-    "command",
-    "exported",
+    "version errors", "lazy values precisions providers quiet", "typed", "files", "contract", "command", "exported",
     "__main__",
-)
+)  # fmt: skip
 MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, beside its lazy names
 
 

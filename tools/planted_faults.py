@@ -251,12 +251,9 @@ def _epsilon(graph: _Graph) -> bool:
 # --- positions ----------------------------------------------------------------------------------------------------
 def _move(graph: _Graph, moved: Callable[[Any], str]) -> bool:
     """Lets each reader of position ids, or of a table of rotations, read the positions `moved`, (context,)."""
-    readers = [
-        (node, index)
-        for node in graph.model.graph.node
-        for index, name in enumerate(node.input)
-        if name == names.POSITION_IDS or (node.op_type == "GroupQueryAttention" and index in (_COS, _SIN) and name)
-    ]
+    named = [(node, *pair) for node in graph.model.graph.node for pair in enumerate(node.input)]
+    tables = (("GroupQueryAttention", _COS), ("GroupQueryAttention", _SIN))
+    readers = [(n, i) for n, i, name in named if name == names.POSITION_IDS or (name and (n.op_type, i) in tables)]
     for node, index in readers:
         if node.input[index] == names.POSITION_IDS:
             node.input[index] = graph.add(node, "Gather", moved(node), node.input[index], axis=0)

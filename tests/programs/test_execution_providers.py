@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,8 @@ import pytest
 
 import pastkey
 from benchmarks.environments import environment
-from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.export.measure.texts import self_generated_texts
-from pastkey.files.folder import read_json, write_json
 from pastkey.runtime.engine.engine import Engine
 
 from ..shared import divided, ran
@@ -209,35 +205,3 @@ def test_a_chip_that_does_not_exist_is_one_sentence(bundles):
     ):
         done = run(QNN, bundles("llama-qnn"), f"--provider qnn --provider-option {option}", status=2)
         assert words in done.stderr
-
-
-def with_options(bundle: Path, folder: Path, target: str, options: Mapping[str, str]) -> Path:
-    """A copy of a bundle that somebody altered: its manifest sets options of a provider."""
-    shutil.copytree(bundle, folder)
-    content = read_json(folder / names.MANIFEST)
-    write_json(folder / names.MANIFEST, content | {"target": target, "provider_options": options})
-    return folder
-
-
-def test_qnn_loads_no_library_that_a_manifest_names(bundles, tmp_path):
-    code, library, loaded = tmp_path / "evil.c", tmp_path / "evil.so", tmp_path / "loaded"
-    code.write_text(
-        f'#include <stdio.h>\n__attribute__((constructor)) static void go(void) {{ fclose(fopen("{loaded}", "w")); }}\n'
-    )
-    ran("gcc", "-shared", "-fPIC", "-o", library, code)
-    options = {"backend_path": str(library), "backend_type": ""}
-    bundle = with_options(bundles("llama-standard-fp32"), tmp_path / "bundle", "qnn", options)
-    for done in (run(QNN, bundle, status=2), pastkey_in(QNN, "inspect", bundle, status=2)):
-        assert "sets 'backend_path'" in done.stderr
-    assert not loaded.exists()
-
-
-def test_openvino_writes_no_cache_that_a_manifest_names(bundles, tmp_path):
-    cache = tmp_path / "cache"
-    options = {"device_type": "CPU", "cache_dir": str(cache)}
-    bundle = with_options(bundles("llama-standard-fp32"), tmp_path / "bundle", "openvino", options)
-    assert "sets 'cache_dir'" in run(OPENVINO, bundle, status=2).stderr
-    assert not cache.exists()
-    given = run(OPENVINO, bundles("llama-standard-fp32"), f"--provider openvino --provider-option cache_dir={cache}")
-    assert answered(given) == expected(bundles("llama-standard-fp32"))
-    assert cache.exists()  # the user's own options are not restricted

@@ -14,20 +14,9 @@ from pastkey.train.loop import Run
 from pastkey.train.settings import TrainConfig
 
 TINY: dict[str, Any] = {
-    "preset": "llama",
-    "steps": 12,
-    "batch_size": 4,
-    "save_every": 4,
-    "warmup_steps": 2,
-    "context": 32,
-    "hidden_size": 16,
-    "layers": 1,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_dim": 8,
-    "tokenizer": "char",
-    "threads": 1,
-}
+    "preset": "llama", "steps": 12, "batch_size": 4, "save_every": 4, "warmup_steps": 2, "context": 32,
+    "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "tokenizer": "char", "threads": 1,
+}  # fmt: skip
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pastkey.__main__ import main
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError, MissingFileError, NumericsError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data.prepare import LESSON_PROMPTS
@@ -41,10 +41,9 @@ def same_weights(one: Path, two: Path) -> bool:
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
-def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path, capsys):
-    assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c")]) == 0
-    out, err = capsys.readouterr()
-    assert out == ""
+def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path, command):
+    status, out, err = command("train", "--preset", "classic", "--out", tmp_path / "c")
+    assert (status, out) == (0, "")
     assert "what is statquest -> awesome" in err
     assert "pastkey export" in err
     checkpoint = load_checkpoint(tmp_path / "c")
@@ -89,13 +88,11 @@ def test_every_preset_trains_on_text(preset, kind, text, tmp_path):
 
 def test_accumulated_batches_are_one_large_batch(text, tmp_path):
     loop.train(tiny(steps=1, batch_size=4, accumulate=3, save_every=1), tmp_path / "c", data=[text])
-    row = read_metrics(tmp_path / "c")[0]
-    checkpoint = load_checkpoint(tmp_path / "c")
-    config, info = TrainConfig(**checkpoint.training["settings"]), loop.DataInfo(**checkpoint.training["data"])
-    torch.manual_seed(config.seed)
+    row, checkpoint = read_metrics(tmp_path / "c")[0], load_checkpoint(tmp_path / "c")
+    torch.manual_seed(0)
     model = loop.Decoder(checkpoint.config)
-    tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, info, 32)
-    inputs, targets = zip(*(tokens.draw(4, config.seed, part) for part in range(3)), strict=True)
+    tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, loop.DataInfo(**checkpoint.training["data"]), 32)
+    inputs, targets = zip(*(tokens.draw(4, 0, part) for part in range(3)), strict=True)
     loss = next_token_loss(model, (torch.cat(inputs), torch.cat(targets)))
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
@@ -196,14 +193,6 @@ def test_a_run_goes_on_only_with_its_own_settings_and_files(copy, whole, tmp_pat
         loop.resume(copy, {"steps": 14})
 
 
-def test_a_folder_that_exists_is_kept_unless_forced(copy, text, tmp_path):
-    with pytest.raises(ExistingFolderError, match="already exists"):
-        loop.train(tiny(steps=1, seed=1), copy, data=[text])
-    with pytest.raises(MissingFileError):  # bad input does not cost the old checkpoint
-        loop.train(tiny(steps=1, seed=1), copy, data=[tmp_path / "none"], force=True)
-    assert load_checkpoint(copy).training["settings"]["seed"] == 0
-
-
 # --- losses that rise ---------------------------------------------------------------------------------------------
 def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text, tmp_path):
     with pytest.raises(NumericsError, match=r"training broke at step \d+.*smaller --learning-rate"):
@@ -232,18 +221,15 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(whole, tmp_path, 
 
 
 # --- `pastkey train` as it is typed, with the mistakes that are made -----------------------------------------------
-def test_json_is_the_only_thing_on_standard_output_and_resume_goes_on(text, tmp_path, capsys):
-    out = ["train", "--out", str(tmp_path / "c"), "--json"]
-    assert main([*out, "--data", str(text), *flags(TINY)]) == 0
-    told, err = capsys.readouterr()
+def test_json_is_the_only_thing_on_standard_output_and_resume_goes_on(text, tmp_path, command):
+    out = ["train", "--out", tmp_path / "c", "--json"]
+    _, told, err = command(*out, "--data", text, *flags(TINY))
     figures = json.loads(told)
     assert figures["step"] == 12
     assert {"val_loss", "bits_per_byte", "tokens_per_second", "parameters", "seconds"} <= set(figures)
     assert "held-out loss" in err
-    assert main([*out, "--resume"]) == 2
-    assert "trained already" in capsys.readouterr().err
-    assert main([*out, "--resume", "--steps", "14"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 14
+    assert command(*out, "--resume")[0] == 2
+    assert json.loads(command(*out, "--resume", "--steps", "14")[1])["step"] == 14
 
 
 def test_processes_get_the_words_that_python_gave(monkeypatch):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -37,14 +37,13 @@ def old(copy, tmp_path):
 def test_a_run_is_at_its_name_from_its_first_save_on(force, old, text, monkeypatch):
     out = old if force else old.with_name("d")
     before, seen = files(old), dict[int, tuple[int, int] | None]()
-    original = loop.Run._one_step
 
-    def looking(run: loop.Run) -> dict[str, Any]:
-        seen[run.step] = state(out) if out.exists() else None
-        assert run.step >= 4 or files(old) == before
-        return original(run)
+    def look(step: int) -> None:
+        seen[step] = state(out) if out.exists() else None
+        assert step >= 4 or files(old) == before
 
-    monkeypatch.setattr(loop.Run, "_one_step", looking)
+    for step in range(12):
+        before_step(monkeypatch, step, functools.partial(look, step))
     assert loop.train(tiny(seed=1), out, data=[text], force=force)["checkpoint"] == str(out)
     first = (0, 12) if force else None
     assert seen == dict.fromkeys(range(4), first) | {step: (1, step // 4 * 4) for step in range(4, 12)}

@@ -59,28 +59,3 @@ def test_muon_takes_the_matrices_of_projections_alone():
     assert matrices
     assert all(name.endswith("proj.weight") for name in matrices)
     assert sorted([*matrices, *others]) == sorted(named.values())
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_restored_moments_give_the_same_steps(optimizer):
-    config, ids = tiny(optimizer=optimizer), torch.tensor([[1, 2, 3]])
-    first, second = decoder(), decoder()
-    optimizers = make_optimizers(first, config)
-
-    def step(model: Decoder, its: list[torch.optim.Optimizer]) -> None:
-        model(ids, torch.arange(3)[None]).square().sum().backward()
-        for one in its:
-            one.step()
-            one.zero_grad()
-
-    step(first, optimizers)
-    second.load_state_dict(first.state_dict())
-    restored = make_optimizers(second, config)
-    moments = module.moments_of(optimizers, first)
-    assert {name.rpartition(".")[2] for name in moments} == {
-        name for one in optimizers for name in module.moment_names(one)
-    }
-    module.restore_moments(restored, second, {name: moment.clone() for name, moment in moments.items()}, 1)
-    for model, its in ((first, optimizers), (second, restored)):
-        step(model, its)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

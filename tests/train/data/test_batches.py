@@ -12,9 +12,8 @@ import pytest
 
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from pastkey.train.data.batches import NOT_TRAINED, Batch, Tokens, in_parts
-from pastkey.train.data.prepare import LESSON, write_lesson
 from pastkey.train.data.sources import open_corpus
-from pastkey.train.tokenizer import TextTokenizer, lesson_tokenizer, train_char
+from pastkey.train.tokenizer import TextTokenizer, train_char
 
 from ..helpers import write_corpus
 from .helpers import corpus_of, ids, weighted, written
@@ -87,16 +86,6 @@ def test_validation_reads_every_token_once(size, begin, tmp_path):
     found = ids(tmp_path, TOKENS_VAL, info)
     assert max(len(batch) for batch, _ in batches) == min(size, sum(len(batch) for batch, _ in batches))
     assert targets == found[1:]
-
-
-def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path):
-    tokenizer = lesson_tokenizer()
-    info = write_lesson(tmp_path, tokenizer)
-    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
-    inputs, targets = tokens.draw(16, seed=0, step=0)
-    rows = [[*row, int(last)] for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
-    assert [tokenizer.tokenizer.decode(row, skip_special_tokens=False) for row in rows] == list(LESSON)
-    assert [batch[0].equal(inputs) for batch in tokens.windows(1)] == [True]
 
 
 # --- examples and weights -----------------------------------------------------------------------------------------

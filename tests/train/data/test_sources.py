@@ -144,7 +144,7 @@ def test_paths_may_have_weights(tmp_path):
     [
         (["a.txt=1", "b.txt"], "--data b.txt has no weight and a.txt has: give one to each, or to none"),
         (["a.txt=0"], "the weight of --data a.txt=0 is 0; it must be a positive number"),
-        (["a.txt=nan"], "it must be a positive number"),
+        (["a.txt=inf"], "it must be a positive number"),
         (["a.txt=much"], "no such file or folder: a.txt=much"),
         (["c.txt=1"], "no such file or folder: c.txt"),
     ],

@@ -86,31 +86,25 @@ def test_several_processes_compute_what_one_does(world, more, start, text, one, 
 
 
 @pytest.mark.parametrize(
-    ("worlds", "shard"),
-    [((2, 1), "--shard"), ((1, 2), "--no-shard"), matrix((3, 2), "--no-shard"), matrix((3, 2), "--shard")],
+    ("worlds", "shard", "dead"),
+    [((2, 1), "--shard", 0), ((1, 2), "--no-shard", 0), ((3, 2), "--no-shard", 1), matrix((3, 2), "--shard", 1)],
 )
-def test_a_run_is_resumed_with_another_number_of_processes(worlds, shard, start, text, one, tmp_path):
+def test_a_run_that_a_death_ends_is_resumed_with_another_number_of_processes(
+    worlds, shard, dead, start, text, one, tmp_path
+):
     out = tmp_path / "c"
     began, goes_on = (shard if world > 1 else "--no-shard" for world in worlds)
-    after_a_save = [0, str(out / "pastkey.json")]
-    statuses = [status for status, _ in start(worlds[0], *of_run(out, text), began, kill=after_a_save)]
-    assert statuses[0] == -9
-    assert 0 not in statuses
+    answers = start(worlds[0], *of_run(out, text), began, kill=[dead, str(out / "pastkey.json")])
+    assert answers.pop(dead)[0] == -9
+    assert 0 not in {status for status, _ in answers}
+    if dead:  # the first one lives, and says it
+        (sentence,) = [line for _, said in answers for line in said.splitlines() if line.startswith("pastkey")]
+        step = load_checkpoint(out).training["step"]
+        assert sentence.startswith("pastkey train: a process of this run ended or was stopped: ")
+        assert f"{out} keeps step {step}, --resume goes on from it" in sentence
+        assert {status for status, _ in answers} == {2}
     answers = start(worlds[1], "--out", out, "--resume", goes_on)
     assert [status for status, _ in answers] == [0] * worlds[1], answers
-    assert_same_run(out, one)
-
-
-def test_a_dead_process_ends_the_run_with_one_sentence(start, text, one, tmp_path):
-    out = tmp_path / "c"
-    answers = start(3, *of_run(out, text), kill=[1, str(out / "pastkey.json")])
-    assert answers[1][0] == -9
-    assert {answers[0][0], answers[2][0]} == {2}
-    (sentence,) = [line for _, said in answers for line in said.splitlines() if line.startswith("pastkey")]
-    assert sentence.startswith("pastkey train: a process of this run ended or was stopped: ")
-    step = load_checkpoint(out).training["step"]
-    assert f"{out} keeps step {step}, --resume goes on from it" in sentence
-    assert start(2, "--out", out, "--resume")[0][0] == 0
     assert_same_run(out, one)
 
 
