@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,28 +12,24 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, processors
 
-from benchmarks import passes
-from benchmarks.__main__ import DRAWN, QUESTIONS, main, quoted, write_page
+from benchmarks.__main__ import QUESTIONS, main, quoted, write_page
 from benchmarks.measure import ROOT, BenchmarkError, Spread, interleaved, paired
-from benchmarks.peers import scaling, side_by_side
-from benchmarks.peers.convert import Source, of_bundle
+from benchmarks.peers import side_by_side
+from benchmarks.peers.convert import of_bundle
 from benchmarks.peers.engines import ENGINES, STREAM_ENGINES, Prepared, Worker
 from benchmarks.serve import Reply, Served, percentile
 from benchmarks.store import Store, digest_of_files
 from benchmarks.texts import open_text
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError
-from pastkey.export import export
 from pastkey.runtime import Engine as Session
 from pastkey.runtime import load
 
-from .export.decoders import llama
 from .runtime import conftest as decoder
 from .runtime.constraints import vocabularies
 from .shared import divided
 from .tiny_bundles import byte_bundle
 
-counted_once = functools.cache(passes.counted)
 BY_NAME = {question.name: question for question in QUESTIONS}
 
 
@@ -47,100 +41,47 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.matrix
-def test_an_export_reads_its_weights_seldom():
-    """Counts depend on no size: float32's are read 206 times, and int8's 668, of which 255 write the own text."""
-    counts = counted_once("int8")
-    steps: Counter[str] = Counter()
-    for (step, reader), runs in counts.runs.items():
-        steps["torch" if reader == "torch" else step] += runs
-    for step, most in {"torch": 90, "verify fp32": 170, "calibrate int8": 266, "verify int8": 347}.items():
-        assert steps[step] <= most, step
-    assert (counts.most, counts.in_place) == (1, counts.opened)
-
-
 # --- the questions ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """tiny/, of random weights, which takes any text; demo/, as `make demo` leaves it; text.txt."""
+    """tiny/, of random weights, which takes any text."""
     folder = tmp_path_factory.mktemp("bundles")
     byte_bundle(folder / "tiny", context=1200, tokenizer=byte_level(), hidden_size=decoder.E)
-    (folder / "text.txt").write_text("".join(f"The {place} boats sail. " for place in range(400)))
     return folder
 
 
-@pytest.fixture(scope="module")
-def exported(folder):
-    """The same folder, with demo/ and graph/ by an export."""
-    tokenizer = byte_level()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    source = llama(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=200)
-    for precision in ("fp32", "int8"):
-        options = {"context_length": 200, "tokenizer": folder / "tokenizer.json", "generate": precision == "fp32"}
-        export(source, folder / "demo" / precision, precision, **options)
-    (folder / "demo" / "checkpoint").mkdir()
-    figures = {"training": {"figures": {"val_loss": 0.5, "bits_per_byte": 0.2}}}
-    (folder / "demo" / "checkpoint" / "pastkey.json").write_text(json.dumps(figures))
-    return folder
-
-
+# Those that ask the tiny bundle alone.
 IN_CI = ("step-cost", "batch", "speculation")
 ASKED = {
-    "streams": "tiny --rounds 1 --threads 1 --streams 1 3 --prompt-tokens 12 --new-tokens 4 --work work "
-    "--text text.txt --only pastkey-step-streams",
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",
     "two-graphs": "tiny tiny --rounds 1 --contexts 8 20 --chunk 4",
     "prefixes": "tiny --threads 1 --rounds 2 --prompt-tokens 40",
     "memory": "tiny --lengths 8 20 --new-tokens 3",
     "stories": "tiny --count 2",
-    "sampling": "--rounds 1",
     "constrained": "tiny --threads 1 --rounds 1",
     "batch": "tiny --threads 1 --rounds 1 --count 2 --new-tokens 4",
     "text-embeddings": "tiny --threads 1 --rounds 1 --reference tiny",
     "speculation": "tiny --draft tiny --prompt-tokens 8 --new-tokens 6 --places 1 --rounds 1",
     "application": "tiny --threads 1 --ticks 5 --rounds 1 --new-tokens 4",
-    "peers": "--rounds 2 --threads 1 --only pastkey-int8 pastkey-int8-steps --work work --text text.txt",
-    "serve": "tiny --rounds 1 --threads 1 --clients 1 3 --requests 2 --prompt-tokens 12 --new-tokens 4 --work work "
-    "--text text.txt --only pastkey-serve",
-    "scaling": "demo/int8 --threads 1 --rounds 1 --new-tokens 2 --sizes 1 --work work --charts demo",
-    "demo": "demo --rounds 1 --count 1",
-    "passes": "",
-    "one-graph": "demo/fp32 --lengths 8 --rounds 1 --new-tokens 4",
-    "calibration": "demo/fp32 text.txt --windows 1 --length 16",
 }
 
 
-def test_every_question_is_asked_by_the_tests_and_quoted_on_a_page():
-    assert {*ASKED, *DRAWN, "training"} == {*BY_NAME}  # which needs nanoGPT's checkout
+def test_every_question_is_quoted_on_a_page():
     assert all(quoted(question) for question in QUESTIONS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("name", divided(ASKED, ci=IN_CI))
-def test_a_question_is_answered(name, request, monkeypatch):
-    if name in ("constrained", "serve"):
-        pytest.importorskip({"constrained": "llguidance", "serve": "starlette"}[name])
-    folder: Path = request.getfixturevalue("exported" if "demo" in ASKED[name] else "folder")
+def test_a_question_is_answered(name, folder, monkeypatch):
+    if name == "constrained":
+        pytest.importorskip("llguidance")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(side_by_side, "prepare", lambda engine, *_: of_bundle(engine, folder / "tiny"))
-    monkeypatch.setattr(side_by_side, "open_source", lambda _: Source(folder, "", "tiny"))
-    monkeypatch.setattr(side_by_side, "SHAPES", (side_by_side.Shape(40, 4), side_by_side.Shape(60, 2)))
-    monkeypatch.setattr(side_by_side, "LOADS", 1)
-    monkeypatch.setattr(scaling, "SIZES", ((64, 1),))
-    monkeypatch.setattr(passes, "counted", counted_once)
-    words = ASKED[name].split()
-    assert main([name, *words, "--json", "answer.json", "--page", "answer.md"]) == 0
+    assert main([name, *ASKED[name].split(), "--json", "answer.json", "--page", "answer.md"]) == 0
     found = json.loads(Path("answer.json").read_text(encoding="utf-8"))
     assert found["facts"][0].startswith(f"`python -m benchmarks {name} ")
     for part in found["answer"]:
         assert isinstance(part, str) or (part["rows"] and {len(row) for row in part["rows"]} == {len(part["columns"])})
     assert f"# {BY_NAME[name].asks}" in Path("answer.md").read_text(encoding="utf-8")
-    if name == "peers":
-        steps = "pastkey int8, without prompt lookup"
-        rows = [(row[0], row[2]) for row in found["answer"][0]["rows"]]
-        assert rows == [("pastkey int8", "0"), (steps, "0"), ("pastkey fp32", "0")]
-    if name == "serve":
-        assert found["answer"][-2]["rows"] == [["pastkey serve, int8", "0, 0", "0, 0"]]
 
 
 # --- the command --------------------------------------------------------------------------------------------------

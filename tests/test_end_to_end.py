@@ -10,7 +10,7 @@ import pytest
 
 import pastkey
 from pastkey.__main__ import COMMANDS
-from tools.wheel import build_wheel
+from tools.wheel import build_wheel, without_links
 
 from .shared import ROOT, ran
 
@@ -57,3 +57,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         expected |= {*(ROOT / folder).glob("*")}
     own = {file.relative_to(ROOT).as_posix() for file in (ROOT / "pastkey").rglob("*.py")} | {"pastkey/py.typed"}
     assert set(files) == own | {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in expected}
+
+
+def test_the_packages_readme_links_to_no_file_of_the_checkout():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](docs/" in readme
+    assert "](docs/" not in without_links(readme)
+    assert without_links("A [page](https://x.org/y) and [one](docs/z.md#w).") == "A [page](https://x.org/y) and one."

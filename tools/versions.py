@@ -24,8 +24,8 @@ PLACE = ROOT / ".environments" / "versions"
 BUNDLES = PLACE / "bundles"
 VOCABULARY, CONTEXT, NEW_TOKENS = 96, 1280, 24
 PROMPTS = (48, 1100)  # tokens
-# name -> its export's precision and further flags. Older releases must refuse what they lack with a sentence: `needs` is fp32 that requires
-# the newest.
+# name -> its export's precision and further flags. Older releases must refuse what they lack with a sentence: `needs`
+# is fp32 that requires the newest.
 EXPORTS = {"fp32": "fp32", "standard": "fp32 --graph standard", "fp16": "fp16", "int8": "int8", "int4": "int4"}
 NEEDS = "needs"
 REFUSED = re.compile(r"this bundle needs onnxruntime \S+ and \S+ is installed: ")
