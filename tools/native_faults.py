@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, differences
 
-from .planted_faults import Fault, _Graph
+from .planted_faults import Fault, _Graph, enters, plant
 
 _BLOCK = 32
 _COS, _SIN = 7, 8  # inputs of DecoderAttention
@@ -39,35 +37,20 @@ def main() -> int:
     golden = Golden.of(bundle)
     print(f"| fault | off (limit {golden.limit:.3f}) | found |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory(dir=bundle.path.parent) as folder:
-        for fault, plant in {"none": lambda graph: True, **FAULTS}.items():
-            made = planted(bundle, plant, Path(folder) / "planted")
+        for name, fault in {"none": lambda graph: True, **FAULTS}.items():
+            made = planted(bundle, fault, Path(folder) / "planted")
             if made is not None:
                 off = max(differences(Engine(made, native=True), golden))
-                print(f"| {fault} | {off:.3f} | {'yes' if off > golden.limit else 'no'} |", flush=True)
+                print(f"| {name} | {off:.3f} | {'yes' if off > golden.limit else 'no'} |", flush=True)
     return 0
 
 
-def planted(bundle: Bundle, plant: Fault, folder: Path) -> Bundle | None:
+def planted(bundle: Bundle, fault: Fault, folder: Path) -> Bundle | None:
     """A copy of the bundle with a fault in its native graph, over the same weights; None if it does not fit."""
-    import onnx
-
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(bundle.path, folder, copy_function=os.link)
-    path = folder / names.NATIVE_GRAPH
-    graph = _Graph(onnx.load(path, load_external_data=False), last=True, context=bundle.manifest.context_length)
-    if not plant(graph):
-        return None
-    path.unlink()  # a link to the bundle's own
-    onnx.save(graph.model, path)
-    return Bundle(folder, bundle.manifest)
+    return plant(bundle, fault, folder, names.NATIVE_GRAPH)
 
 
-def _fault(what: str) -> Callable[[Fault], Fault]:
-    def enter(function: Fault) -> Fault:
-        FAULTS[what] = function
-        return function
-
-    return enter
+_fault = enters(FAULTS)
 
 
 # --- products -----------------------------------------------------------------------------------------------------

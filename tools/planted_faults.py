@@ -59,7 +59,7 @@ def found_by(
     """The names of the checks that fail on a copy of `bundle` in `folder` with the fault; None if it does not fit."""
     from pastkey.export.measure.verify import verify
 
-    planted = plant(bundle, fault, folder / "planted")
+    planted = plant(bundle, FAULTS[fault], folder / "planted")
     if planted is None:
         return None
     try:
@@ -71,7 +71,7 @@ def found_by(
         shutil.rmtree(planted.path)
 
 
-def plant(bundle: Bundle, fault: str, folder: Path) -> Bundle | None:
+def plant(bundle: Bundle, fault: Fault, folder: Path, *native: str) -> Bundle | None:
     """A copy of the bundle with the fault, which shares the weights; None if its graphs have no place for it."""
     import onnx
 
@@ -79,16 +79,13 @@ def plant(bundle: Bundle, fault: str, folder: Path) -> Bundle | None:
     shutil.copytree(bundle.path, folder, copy_function=os.link)
     made = Bundle(folder, bundle.manifest)
     planted = False
-    for path in (made.all_logits_graph, made.last_logits_graph):
+    for path in [folder / name for name in native] or [made.all_logits_graph, made.last_logits_graph]:
         model = onnx.load(path, load_external_data=False)
-        graph = _Graph(model, path == made.last_logits_graph, bundle.manifest.context_length)
-        planted |= FAULTS[fault](graph)
+        graph = _Graph(model, path != made.all_logits_graph, bundle.manifest.context_length)
+        planted |= fault(graph)
         path.unlink()  # a link to the bundle's own
         onnx.save(graph.model, path)
-    if planted:
-        return made
-    shutil.rmtree(folder)
-    return None
+    return made if planted else None
 
 
 # --- editing ------------------------------------------------------------------------------------------------------
@@ -165,12 +162,16 @@ Fault = Callable[[_Graph], bool]
 FAULTS: dict[str, Fault] = {}
 
 
-def _fault(what: str) -> Callable[[Fault], Fault]:
-    def enter(function: Fault) -> Fault:
-        FAULTS[what] = function
-        return function
+def enters(faults: dict[str, Fault]) -> Callable[[str], Callable[[Fault], Fault]]:
+    """The decorator of these faults, which takes what a fault does."""
 
-    return enter
+    def named(what: str) -> Callable[[Fault], Fault]:
+        return lambda function: faults.setdefault(what, function)
+
+    return named
+
+
+_fault = enters(FAULTS)
 
 
 def _middle(nodes: list[Any]) -> Any:

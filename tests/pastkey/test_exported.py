@@ -18,6 +18,7 @@ from pastkey import exported as module
 from pastkey.errors import MissingFileError, ResourceError
 from pastkey.exported import exported
 
+POPEN = subprocess.Popen
 Exports = list[tuple[str, Path]]
 
 
@@ -126,24 +127,19 @@ def test_a_cache_that_cannot_be_written(exports, cache, monkeypatch):
 
 def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Runs this program in the place of an export; its last argument is the target."""
-    started = subprocess.Popen
 
     def instead(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return started([sys.executable, "-c", program, command[-1]], **options)
+        return POPEN([sys.executable, "-c", program, command[-1]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", instead)
 
 
-@pytest.mark.parametrize(
-    ("program", "error", "words"),
-    [
-        ("raise SystemExit(2)", SystemExit, "^2$"),
-        ("import os; os.kill(os.getpid(), 9)", ResourceError, "the export of org/name was ended by signal 9"),
-    ],
-)
-def test_an_export_that_fails_or_is_killed_ends_the_command(cache, monkeypatch, program, error, words):
-    child(monkeypatch, program)
-    with pytest.raises(error, match=words):
+def test_an_export_that_fails_or_is_killed_ends_the_command(cache, monkeypatch):
+    child(monkeypatch, "raise SystemExit(2)")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        exported("org/name")
+    child(monkeypatch, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ResourceError, match="the export of org/name was ended by signal 9"):
         exported("org/name")
 
 

@@ -15,19 +15,10 @@ from pastkey.runtime import load
 
 from ..runtime import conftest as decoder
 from ..shared import ran
+from . import phones
 from .environments import ANDROID_JSON, install_android_resources, install_swift, node_environment, onnxruntime_header
 from .generations import library
-from .phones import (
-    SAMPLED,
-    Program,
-    answers,
-    call,
-    check_altered,
-    check_download,
-    check_vectors,
-    serving,
-    with_old_merges,
-)
+from .phones import SAMPLED, Program, answers, call, serving
 from .test_generate import java as java  # the binding, and how it is run
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -76,11 +67,6 @@ def android(tmp_path_factory, java, kotlin, resources):
     return [*command, path, "Android_programKt"]
 
 
-def test_ktlint_finds_nothing(kotlin):
-    files = [*ANDROID.rglob("*.kt"), *ANDROID.rglob("*.kts")]
-    ran(kotlin / "@naturalcycles" / "ktlint" / "resources" / "ktlint", *files, cwd=ANDROID)
-
-
 def check_texts(program: Program, bundle: Path, folder: Path, prompts: tuple[str, str], long: str) -> None:
     """The program writes Python's texts, up to where it is stopped or the context ends; what is wrong is a sentence."""
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in prompts]
@@ -97,29 +83,22 @@ def check_texts(program: Program, bundle: Path, folder: Path, prompts: tuple[str
         context = lm.manifest.context_length
         assert refused["error"] == f"the prompt has {len(lm.prompt_ids(long * 40))} tokens, the context {context}"
         assert wrong["error"].startswith("topP is ")
-        check_vectors(program, served.url, folder)
+        phones.check_vectors(program, served.url, folder)
 
 
 def test_android_writes_the_texts_of_python(android, bundles, tmp_path):
-    bundle = with_old_merges(bundles("llama-fp32"), tmp_path / "served")
+    bundle = phones.with_old_merges(bundles("llama-fp32"), tmp_path / "served")
     check_texts(android, bundle, tmp_path / "bundle", ("Zoë had", "Tom"), "Tom " * 20)
-
-
-def test_android_runs_the_int8_graph(android, bundles, tmp_path):
-    bundle = with_old_merges(bundles("llama"), tmp_path / "served")
-    with serving(bundle) as served, load(bundle, threads=1) as lm:
-        (found,) = answers(android, served.url, tmp_path / "bundle", [call("Zoë had")])
-        assert "".join(found["pieces"]) == lm.generate("Zoë had", max_new_tokens=24, prompt_lookup=False).text
 
 
 @pytest.mark.parametrize("program", ["android", "ios"])
 def test_a_bundle_is_brought_whole_or_not_at_all(program, letters_bundle, tmp_path, request):
     command = request.getfixturevalue(program)
-    check_download(command, letters_bundle, tmp_path / "bundle")
+    phones.check_download(command, letters_bundle, tmp_path / "bundle")
     altered = shutil.copytree(letters_bundle, tmp_path / "altered")
     text = (altered / "tokenizer.json").read_text(encoding="utf-8")
     (altered / "tokenizer.json").write_text(text.replace("WordLevel", "Wordlevel"), encoding="utf-8")
-    check_altered(command, altered, tmp_path / "bundle2")
+    phones.check_altered(command, altered, tmp_path / "bundle2")
 
 
 # --- iOS -------------------------------------------------------------------------------------------------------------

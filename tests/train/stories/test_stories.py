@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pastkey.errors import InputError
 from pastkey.train.stories import acceptance, check_story, stories
@@ -47,14 +44,6 @@ def test_the_same_seed_tells_the_same_stories():
     assert list(itertools.islice(stories(12), 20)) != again
 
 
-def test_articles_fit_their_nouns():
-    for text in itertools.islice(stories(3), 500):
-        assert not re.search(r"\b[Aa] [aeiou]", text), text
-        assert not re.search(r"\ban [^aeiou]", text), text
-        assert "  " not in text
-        assert re.search(r"\.$", text)
-
-
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -87,12 +76,6 @@ def test_a_story_cut_short_or_gone_on_is_refused():
         for end in range(len(words)):
             assert not check_story(" ".join(words[:end])).ok
         assert not check_story(text + " " + text).ok
-
-
-@settings(max_examples=50, derandomize=True, deadline=None)
-@given(st.text(max_size=200))
-def test_any_other_text_is_refused_without_a_crash(text):
-    assert not check_story(text).ok
 
 
 def test_space_around_a_story_does_not_matter_and_the_reason_says_where_it_left_the_grammar():
