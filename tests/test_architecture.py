@@ -266,9 +266,3 @@ def test_telemetry_is_off_before_onnxruntime_is_imported():
         "import pastkey.runtime.engine.engine\n"
     )
     assert ran(sys.executable, "-c", code).stdout == "1\n"
-
-
-def test_onnxruntime_is_imported_in_one_place():
-    found = [pair for folder in FOLDERS for pair in imports_of(folder)]
-    places = {file for file, one in found if one.module.partition(".")[0] == "onnxruntime"}
-    assert places == {ROOT / "runtime" / "providers" / "ort.py"}

@@ -89,15 +89,6 @@ def test_a_prompt_begins_with_the_token_that_ends_documents(kind):
     assert tokenizer.documents(TEXTS, TEXTS) == [[end, *tokenizer.encode(text)] for text in TEXTS]
 
 
-def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path):
-    lesson_tokenizer().save(tmp_path)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert sorted(tokenizer.get_vocab()) == ["<EOS>", "awesome", "is", "statquest", "what"]
-    assert tokenizer.encode("what is statquest").tokens == ["what", "is", "statquest", "<EOS>"]
-    with pytest.raises(InputError, match="does not know"):
-        lesson_tokenizer().encode("what is love")
-
-
 def test_the_configuration_says_what_is_added(tmp_path):
     added = {"add_bos_token": True, "add_eos_token": False, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     of_lesson = {"add_bos_token": False, "add_eos_token": True, "bos_token": None, "eos_token": "<EOS>"}
