@@ -31,14 +31,9 @@ _ATTRIBUTE = re.compile(r"(\w+) = (\[[^\]]*\]|[^,]+)")
 
 
 def encode_model(
-    text: str,
-    weights: Mapping[str, Array],
-    data_file: str = "",
-    metadata: Mapping[str, str] | None = None,
-    *,
-    first: bytes = b"",
-    functions: bytes = b"",
-) -> tuple[bytes, bytes]:
+    text: str, weights: Mapping[str, Array], data_file: str = "", metadata: Mapping[str, str] | None = None,
+    *, first: bytes = b"", functions: bytes = b"",
+) -> tuple[bytes, bytes]:  # fmt: skip
     """The ModelProto of `text` with `weights` as initializers, and the content of `data_file`, where that is named.
 
     `data_file` lies beside the graph and holds the weights one after another; without it they stand in the graph.

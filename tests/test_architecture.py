@@ -203,11 +203,8 @@ def test_no_two_modules_import_one_another():
 def test_every_package_is_listed_and_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     found = {f"pastkey.{init.parent.name}" for init in (ROOT / "pastkey").glob("*/__init__.py")} | {"pastkey"}
-    found |= {
-        f"pastkey.{init.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
-        for folder in STAGES
-        for init in (ROOT / folder).rglob("__init__.py")
-    }
+    rooms = [init.parent.relative_to(ROOT).parts for stage in STAGES for init in (ROOT / stage).rglob("__init__.py")]
+    found |= {".".join(("pastkey", *parts)) for parts in rooms}
     assert set(settings["packages"]) == found
     assert settings["package-dir"] == {f"pastkey.{s}": s for s in STAGES}
     assert (ROOT / "pastkey" / "py.typed").is_file()

@@ -104,9 +104,6 @@ def test_the_other_commands_look_for_no_model_on_the_hub(refused, classic, tmp_p
     lines += [f"verify {bundle} org/name", f"eval {bundle} --text {text} --reference org/name --length 4"]
     lines += [f"run {bundle} --prompt what --draft org/name", "export org/name --out bundle --no-network"]
     commands = [line.split() for line in lines]
-    program = (
-        "import json, sys\nfrom pastkey.__main__ import main\nfor command in json.loads(sys.argv[1]):\n"
-        "    try: status = main(command)\n    except SystemExit as end: status = end.code\n"
-        "    print(status)"
-    )
+    program = "import json, sys\nfrom pastkey.__main__ import main\nfor command in json.loads(sys.argv[1]):\n"
+    program += "    try: print(main(command))\n    except SystemExit as end: print(end.code)"
     assert refused("-c", program, json.dumps(commands)).split() == ["2"] * len(commands)

@@ -41,15 +41,12 @@ def test_it_feeds_what_the_graphs_have(system):
 
 
 def test_they_read_fields_that_the_manifest_has():
-    read = {
-        "android": re.findall(r'get\w+\("(\w+)"\)', source("android", "Manifest.kt")),
-        "ios": ", ".join(re.findall(r"let ((?:\w+, )*\w+): (?:Int|String|\[)", source("ios", "Manifest.swift"))).split(
-            ", "
-        ),
-    }
+    read = [re.findall(r'get\w+\("(\w+)"\)', source("android", "Manifest.kt"))]
+    named = re.findall(r"let ((?:\w+, )*\w+): (?:Int|String|\[)", source("ios", "Manifest.swift"))
+    read.append(", ".join(named).split(", "))
     kinds = (Manifest, KVGeometry, StateGeometry, FileRecord)
     fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    for found in read.values():
+    for found in read:
         assert {"vocab_size", "context_length", "eos_token_ids", "precision", "size", "sha256", "files"} <= {*found}
         assert {*found} <= fields
 
@@ -79,12 +76,8 @@ STATE = {names.HELD_CACHE, names.HELD_IDS, names.NEW_CACHE, names.NEW_IDS}
 
 def code(name: str) -> str:
     """Without comments."""
-    return re.sub(
-        r"^\s*//[^\n]*|/\*.*?\*/",
-        "",
-        (EXAMPLES / "generate" / name).read_text(encoding="utf-8"),
-        flags=re.DOTALL | re.MULTILINE,
-    )
+    text = (EXAMPLES / "generate" / name).read_text(encoding="utf-8")
+    return re.sub(r"^\s*//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -41,14 +42,27 @@ RAY = ("ray", ["datasets"], "[cpu,ray]")
 _OLDEST = ["--constraint", str(ROOT / "tests" / "constraints-oldest.txt")]
 RAY_OLDEST = ("ray-oldest", ["datasets", "pandas<3", "pyarrow==17", *_OLDEST], "[cpu,ray]")
 
+Found = TypeVar("Found")
 _MAY_INSTALL = os.environ.get("PASTKEY_INSTALL") == "1" and shutil.which("apt-get") is not None and os.geteuid() == 0
 
 ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
 
 
+def had(found: Found | None, what: str) -> Found:
+    """What was found. Skips the test where there is none."""
+    if found is None:
+        pytest.skip(f"{what} not installed; PASTKEY_INSTALL=1 installs Debian's")
+    return found
+
+
 @one_at_a_time
 def node_environment(manifest: Path, name: str = "node") -> Path:
-    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
+    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes.
+
+    Skips the test without node or npm.
+    """
+    for program in ("node", "npm"):
+        had(shutil.which(program), f"{program} is")
     folder = FOLDER / name
     stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == content:
@@ -91,9 +105,7 @@ def environment_of(wheel: tuple[str, list[str]]) -> dict[str, str]:
     """The variables of a program on one of these wheels, with this checkout. Skips the test without their driver."""
     own = os.environ | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
     if wheel is WEBGPU:
-        if (driver := install_lavapipe()) is None:
-            pytest.skip("there is no Vulkan driver, and none can be installed")
-        own |= {"VK_DRIVER_FILES": str(driver)}
+        own |= {"VK_DRIVER_FILES": str(had(install_lavapipe(), "a Vulkan driver is"))}
     return own
 
 

@@ -67,9 +67,8 @@ class Call:
 def calls() -> list[Call]:
     """Three texts of each way of choosing, some that an end ends, and some that the context ends."""
     rng = np.random.default_rng(5)
-    made = [
-        Call(rng.integers(0, VOCABULARY, length).tolist(), sampling) for sampling in SAMPLING for length in (1, 7, 20)
-    ]
+    ways = [(length, sampling) for sampling in SAMPLING for length in (1, 7, 20)]
+    made = [Call(rng.integers(0, VOCABULARY, length).tolist(), sampling) for length, sampling in ways]
     likely = (12, 14, 266, 267, 268)
     made += [dataclasses.replace(call, ends=likely) for call in made[::2]]
     for count, new_tokens in ((CONTEXT, 5), (CONTEXT - 2, 9), (3, 0), (3, 200)):

@@ -90,10 +90,9 @@ SAMPLED: list[dict[str, Any]] = [
 def check_vectors(program: Program, url: str, folder: Path) -> None:
     """The program draws the tokens of the sampling vectors."""
     vectors = [vector for vector in sampling_vectors() if vector.generates]
-    calls = [
-        call("", **vector.settings, seed=vector.seed, ids=vector.ids, logits=np.maximum(vector.logits, -1e30).tolist())
-        for vector in vectors
-    ]
+    logits = [np.maximum(vector.logits, -1e30).tolist() for vector in vectors]
+    drawn = [{**vector.settings, "seed": vector.seed, "ids": vector.ids} for vector in vectors]
+    calls = [call("", **given, logits=one) for given, one in zip(drawn, logits, strict=True)]
     assert [found["token"] for found in answers(program, url, folder, calls)] == [each.expected for each in vectors]
 
 

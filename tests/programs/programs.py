@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from benchmarks.environments import environment
 
 from ..shared import ran
 from ..web.browser import visit
-from .environments import GENAI, OPTIMUM, install_chromium, node_environment
+from .environments import GENAI, OPTIMUM, had, install_chromium, node_environment
 
 _HERE = Path(__file__).parent
 _OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -47,7 +45,7 @@ def optimum(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
 
 def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """transformers.js in Node."""
-    folder = _node_folder()
+    folder = node_environment(_HERE / "package.json")
     for name in ("greedy.mjs", "greedy_node.mjs"):  # Node looks for packages beside the script
         shutil.copy(_HERE / name, folder)
     return _answers(["node", folder / "greedy_node.mjs", bundle, new_tokens, *prompts])
@@ -55,10 +53,8 @@ def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
 
 def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """transformers.js in headless Chromium."""
-    packages = _node_folder() / "node_modules"
-    chromium = install_chromium()
-    if chromium is None:
-        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    packages = node_environment(_HERE / "package.json") / "node_modules"
+    chromium = had(install_chromium(), "chromium is")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
     files: dict[str, Path | bytes] = {name: _HERE / name for name in ("page.html", "greedy.mjs")}
@@ -74,9 +70,3 @@ PROGRAMS = {program.__name__: program for program in (onnxruntime, genai, optimu
 def _answers(command: Sequence[str | Path | int]) -> list[Answer]:
     answers = [json.loads(line) for line in ran(*command, env=os.environ | _OFFLINE).stdout.splitlines()]
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in answers]
-
-
-def _node_folder() -> Path:
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    return node_environment(_HERE / "package.json")

@@ -16,7 +16,7 @@ from pastkey.contract import names
 from tools import web_assets
 
 from ..shared import ran
-from .environments import install_kotlin, java_binding, node_environment, onnxruntime_header
+from .environments import had, install_kotlin, java_binding, node_environment, onnxruntime_header
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -26,13 +26,10 @@ HERE = Path(__file__).parent
 
 def node(package: str) -> Path:
     """The folder of a package for Node, with the example beside it."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
     if package == "onnxruntime-web":
-        folder = web_assets.install()
+        folder = had(web_assets.install(), "npm is")
     else:
         folder = node_environment(EXAMPLES / "generate" / "package.json", "generate")
-    assert folder is not None
     for file in (EXAMPLES / "generate" / "generate.mjs", HERE / "generate_example.mjs"):
         shutil.copy(file, folder)
     return folder
@@ -87,10 +84,8 @@ def test_bad_input_is_a_sentence_in_node(bundles):
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory):
     """examples/generate/generate.c, compiled, with the library beside it."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    if (header := onnxruntime_header()) is None:
-        pytest.skip("onnxruntime's header is not here; PASTKEY_INSTALL=1 fetches Debian's")
+    had(shutil.which("gcc"), "gcc is")
+    header = had(onnxruntime_header(), "onnxruntime's header is")
     folder = tmp_path_factory.mktemp("c")
     (folder / "libonnxruntime.so.1").symlink_to(library())
     source = [EXAMPLES / "generate" / "generate.c", "-o", folder / "generate"]
@@ -110,8 +105,7 @@ def java(tmp_path_factory):
     """A binding for Java, and how it is run on the library of Python's package."""
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
-    if (binding := java_binding()) is None:
-        pytest.skip("no JDK is installed; PASTKEY_INSTALL=1 installs Debian's")
+    binding = had(java_binding(), "a JDK is")
     folder = tmp_path_factory.mktemp("java")
     shutil.copy(binding / "libonnxruntime4j_jni.so", folder)
     (folder / "versions").write_text("VERS_1.17.0 { global: Ort*; local: *; };")
@@ -134,8 +128,7 @@ def java_program(tmp_path_factory, java):
 def kotlin_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.kt, compiled."""
     binding, command = java
-    if (home := install_kotlin()) is None:
-        pytest.skip("Kotlin's compiler is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    home = had(install_kotlin(), "Kotlin's compiler is")
     folder = tmp_path_factory.mktemp("classes")
     standard = "/usr/share/java/kotlin-stdlib.jar:/usr/share/java/kotlin-stdlib-jdk7.jar"
     source = EXAMPLES / "generate" / "Generate.kt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from pastkey.runtime import load
 
 from ..runtime import conftest as decoder
 from ..shared import ran
-from . import phones
-from .environments import ANDROID_JSON, install_android_resources, install_swift, node_environment, onnxruntime_header
+from . import environments, phones
+from .environments import had
 from .generations import library
 from .phones import SAMPLED, Program, answers, call, serving
 from .test_generate import java as java  # the binding, and how it is run
@@ -31,16 +30,13 @@ KOTLIN = [*(ANDROID / "app" / "src" / "main" / "kotlin").rglob("*.kt")]
 @pytest.fixture(scope="module")
 def kotlin():
     """The folder of Kotlin's compiler and ktlint, from npm's packages."""
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    return node_environment(HERE / "kotlin" / "package.json", "kotlin") / "node_modules"
+    return environments.node_environment(HERE / "kotlin" / "package.json", "kotlin") / "node_modules"
 
 
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
     """The folder of the class R, which Android's resource compiler makes of the manifest, the layout and the texts."""
-    if (framework := install_android_resources()) is None:
-        pytest.skip("aapt is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    framework = had(environments.install_android_resources(), "aapt is")
     folder, main = tmp_path_factory.mktemp("resources"), ANDROID / "app" / "src" / "main"
     manifest = ElementTree.parse(main / "AndroidManifest.xml")
     manifest.getroot().set("package", "com.example.pastkey")  # Gradle sets it by `namespace`
@@ -61,9 +57,9 @@ def android(tmp_path_factory, java, kotlin, resources):
     compiler = kotlin / "kotlin-compiler" / "lib"
     compiling: list[str | Path] = ["java", "-cp", compiler / "kotlin-compiler.jar"]
     compiling += ["org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-Werror", "-no-reflect", "-jvm-target", "17"]
-    compiling += ["-cp", f"{binding}:{ANDROID_JSON}:{folder / 'stubs'}", "-d", folder / "classes"]
+    compiling += ["-cp", f"{binding}:{environments.ANDROID_JSON}:{folder / 'stubs'}", "-d", folder / "classes"]
     ran(*compiling, *KOTLIN, HERE / "android_program.kt")
-    path = f"{binding}:{ANDROID_JSON}:{folder / 'classes'}:{compiler / 'kotlin-stdlib.jar'}"
+    path = f"{binding}:{environments.ANDROID_JSON}:{folder / 'classes'}:{compiler / 'kotlin-stdlib.jar'}"
     return [*command, path, "Android_programKt"]
 
 
@@ -117,9 +113,8 @@ def letters_bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ios(tmp_path_factory):
     """The package and tests/programs/ios_program.swift, over stand-ins for the packages of ios_stubs/."""
-    header = onnxruntime_header()
-    if sys.platform != "linux" or header is None or install_swift() is None:
-        pytest.skip("Swift or onnxruntime's header is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    had(environments.install_swift(), "Swift is")
+    header = had(environments.onnxruntime_header(), "onnxruntime's header is")
     folder = tmp_path_factory.mktemp("ios")
     (folder / "module.modulemap").write_text(f'module COnnxRuntime {{ header "{header}/onnxruntime_c_api.h" }}')
     (folder / "libonnxruntime.so.1").symlink_to(library())
@@ -144,6 +139,5 @@ def test_ios_writes_the_texts_of_python(ios, letters_bundle, tmp_path):
 @pytest.mark.parametrize("file", [*IOS.rglob("*.swift"), ROOT / "examples/generate/Generate.swift"], ids=str)
 def test_swift_reads_every_source(file):
     """The view, too, which needs Apple's frameworks to be compiled."""
-    if install_swift() is None:
-        pytest.skip("Swift is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    had(environments.install_swift(), "Swift is")
     ran("swiftc", "-frontend", "-parse", file)

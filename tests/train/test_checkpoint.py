@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import re
 import shutil
@@ -182,13 +183,9 @@ def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(model, oper
         whole = bare_checkpoint(tmp_path / f"whole {step}")
         save_checkpoint(whole, model(step), no_state(step))
         expected[step] = read(whole)
-    save = at_every_operation(
-        tmp_path,
-        lambda folder: shutil.copytree(tmp_path / "whole 5", folder, dirs_exist_ok=True),
-        lambda folder: save_checkpoint(folder, model(6), no_state(6)),
-        error,
-    )
-    ends, steps = [*save], []
+    make = functools.partial(shutil.copytree, tmp_path / "whole 5", dirs_exist_ok=True)
+    save = functools.partial(save_checkpoint, model=model(6), state=no_state(6))
+    ends, steps = [*at_every_operation(tmp_path, make, save, error)], []
     assert ends[-1][1] == operations
     for folder, _ in ends:
         before = files(folder)

@@ -33,11 +33,8 @@ from .helpers import TINY, Stop, before_step, flags, stop, tiny, write_corpus
 def same_weights(one: Path, two: Path) -> bool:
     a, b = load_checkpoint(one), load_checkpoint(two)
     mine, other = load_optimizer(one, a.training), load_optimizer(two, b.training)
-    pairs = [
-        *zip(a.model.parameters(), b.model.parameters(), strict=True),
-        *((mine[name], other[name]) for name in mine),
-    ]
-    return all(torch.equal(p, q) for p, q in pairs)
+    pairs = [*zip(a.model.parameters(), b.model.parameters(), strict=True)]
+    return all(torch.equal(p, q) for p, q in [*pairs, *((mine[name], other[name]) for name in mine)])
 
 
 # --- learning -----------------------------------------------------------------------------------------------------

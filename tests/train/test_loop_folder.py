@@ -99,12 +99,13 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old, text):
     before = files(old)
     given = TINY | {"seed": 1, "steps": 1000000, "save_every": 20 if saved else 100000}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pastkey", "train", "--out", old, "--data", text, "--force", *flags(given)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
-    )
+
+    def heed() -> None:
+        for each in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "pastkey", "train", "--out", old, "--data", text, "--force", *flags(given)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     with process:
         try:
             while state(old)[0] == 0 if saved else not [*old.parent.glob(".c.*.partial/metrics.jsonl")]:

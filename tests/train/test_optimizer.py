@@ -52,9 +52,8 @@ def test_muon_takes_the_matrices_of_projections_alone():
     model = decoder()
     adamw, muon = make_optimizers(model, tiny())
     named = {parameter: name for name, parameter in model.named_parameters()}
-    matrices, others = (
-        [named[parameter] for group in one.param_groups for parameter in group["params"]] for one in (muon, adamw)
-    )
+    taken = [[group["params"] for group in one.param_groups] for one in (muon, adamw)]
+    matrices, others = ([named[parameter] for part in parts for parameter in part] for parts in taken)
     assert isinstance(muon, module.Muon)
     assert matrices
     assert all(name.endswith("proj.weight") for name in matrices)

@@ -24,16 +24,7 @@ def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
 
 
-NO_ROWS = (
-    "",
-    "a note",
-    "[]",
-    "{}",
-    '{"step": "2"}',
-    '{"step": 2, "loss": "x"}',
-    '{"step": 2, "val_loss": NaN}',
-    "\xff",
-)
+NO_ROWS = ("", "a note", "[]", "{}", '{"step": "2"}', '{"step": 2, "loss": "x"}', '{"step": 2, "loss": NaN}', "\xff")
 
 
 @pytest.mark.parametrize("line", NO_ROWS)

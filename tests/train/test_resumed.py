@@ -26,11 +26,8 @@ def read(copy, monkeypatch):
     moments = resumed.load_optimizer(copy, checkpoint.training)
     monkeypatch.setattr(resumed, "load_optimizer", lambda folder, training: moments)
 
-    def reading(part: str | None = None, value: Any = None, **fields: Any) -> Resumed:
-        training = dict(checkpoint.training)
-        if part is not None:
-            training[part] = training[part] | fields if fields else value
-        return read_training(dataclasses.replace(checkpoint, training=training))
+    def reading(**parts: Any) -> Resumed:
+        return read_training(dataclasses.replace(checkpoint, training=checkpoint.training | parts))
 
     return reading
 
@@ -46,7 +43,7 @@ def test_a_field_that_is_missing_or_of_another_type_is_told_with_the_file(part, 
     whole = load_checkpoint(copy).training[part]
     for name, value in [*wrong_fields(kind), ("of nobody", 1)]:
         with pytest.raises(IntegrityError, match=r"pastkey\.json is not valid"):
-            read(part, without(whole, name, value))
+            read(**{part: without(whole, name, value)})
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {
@@ -65,16 +62,17 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("spoilt", REFUSED)
-def test_a_training_that_does_not_agree_with_its_files_is_refused(spoilt, read):
+def test_a_training_that_does_not_agree_with_its_files_is_refused(spoilt, read, copy):
     part, change, word = REFUSED[spoilt]
+    value = load_checkpoint(copy).training[part] | change if isinstance(change, dict) else change
     with pytest.raises(IntegrityError, match=word):
-        read(part, **change) if isinstance(change, dict) else read(part, change)
+        read(**{part: value})
 
 
 def test_a_checkpoint_from_before_muon_goes_on_with_adamw(read, copy):
     settings = {k: v for k, v in load_checkpoint(copy).training["settings"].items() if k != "optimizer"}
     with pytest.raises(IntegrityError, match=r"proj\.weight\.exp_avg of shape"):
-        read("settings", settings)
+        read(settings=settings)
     with pytest.raises(InputError, match="holds the model alone"):
         read_training(dataclasses.replace(load_checkpoint(copy), training={}))
 

@@ -23,6 +23,9 @@ def test_presets_are_the_architectures_they_are_named_after(preset, model_type):
         assert getattr(model, name) == sizes[name]
 
 
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8, "original_context": 32}
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -34,10 +37,7 @@ def test_presets_are_the_architectures_they_are_named_after(preset, model_type):
         ({"hidden_size": 6, "heads": 3}, {"intermediate_size": 12, "head_dim": 2}),
         ({"rope_scaling": "linear", "rope_factor": 2}, {"rope_scaling": RopeScaling("linear", 2)}),
         ({"rope_scaling": "yarn", "rope_factor": 4.0}, {"rope_scaling": RopeScaling("yarn", 4.0, 48)}),
-        (
-            {"rope_scaling": "llama3", "rope_factor": 8, "original_context": 32},
-            {"rope_scaling": RopeScaling("llama3", 8, 32)},
-        ),
+        (LLAMA3, {"rope_scaling": RopeScaling("llama3", 8, 32)}),
     ],
 )
 def test_sizes_that_are_not_given_follow_those_that_are(given, expected):

@@ -68,17 +68,13 @@ def test_fields_that_do_not_agree_are_refused(key, value, tmp_path):
     assert len(str(refused.value)) < 1000
 
 
-def test_hidden_states_and_static_graphs_exclude_each_other(tmp_path):
+def test_every_target_and_static_graphs_are_read_but_with_no_hidden_states(tmp_path):
+    for target in TARGETS:
+        assert parse_manifest(tmp_path, MANIFEST | {"target": target}).target == target
     content = MANIFEST | {"graph": "static", "static": STATIC}
     assert parse_manifest(tmp_path, content).graph == "static"
     with pytest.raises(IntegrityError, match="hidden_size"):
         parse_manifest(tmp_path, content | {"hidden_size": 8})
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target_of_export_is_read(target, tmp_path):
-    write_json(tmp_path / names.MANIFEST, MANIFEST | {"target": target})
-    assert read_bundle(tmp_path).manifest.target == target
 
 
 def test_weights_files_are_named_as_transformers_js_counts_them():

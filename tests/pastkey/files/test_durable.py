@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 
 from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
-from pastkey.files.durable import locked, refuse_existing, whole_file, whole_folder, write_json
+from pastkey.files.durable import locked, refuse_existing, whole_folder, write_json
 from pastkey.files.folder import read_json
 
 from ...crash import Killed, at_every_operation
@@ -119,15 +118,12 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force, tmp_path):
-    out = tmp_path / "out"
-    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):  # noqa: SIM117
-        with whole_folder(out, force=force) as work:
-            write_json(work / "pastkey.json", {"name": "ours"})
-            made(out, "another's")
-    assert name_of(out) == ("ours" if force else "another's")
-    assert list(tmp_path.iterdir()) == [out]
+def test_a_folder_that_another_process_made_meanwhile_is_refused(tmp_path):
+    with pytest.raises(ExistingFolderError, match="already exists"):  # noqa: SIM117
+        with whole_folder(tmp_path / "out"):
+            made(tmp_path / "out", "another's")
+    assert name_of(tmp_path / "out") == "another's"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
@@ -148,11 +144,9 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):
     before = os.umask(0o022)
     try:
         for mode in (0o666, 0o600):
-            with whole_file(tmp_path / "a", mode=mode) as file:
-                file.write(b"a")
+            module.write_whole(tmp_path / "a", b"a", mode=mode)
             assert (tmp_path / "a").stat().st_mode & 0o777 == mode & 0o755
-        with whole_folder(tmp_path / "b"):
-            pass
+        replace(tmp_path / "b")
         assert (tmp_path / "b").stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)

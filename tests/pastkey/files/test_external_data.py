@@ -101,7 +101,7 @@ def test_a_bundle_is_opened_only_where_its_graphs_read_listed_files(verify, tmp_
 def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_tensor():
     reach = {"TensorProto"}
     messages = {
-        name: {field.number: field.message_type.name for field in message.fields if field.message_type is not None}
+        name: {part.number: part.message_type.name for part in message.fields if part.message_type is not None}
         for name, message in onnx.ModelProto.DESCRIPTOR.file.message_types_by_name.items()
     }
     while grown := {name for name, fields in messages.items() if reach & set(fields.values())} - reach:
@@ -143,15 +143,13 @@ def cut_field_number() -> bytes:
     return field(7 + (1 << 29), model_of(initializer=[tensor("../../secret")]).graph.SerializeToString())
 
 
+NO_TEXT = model_of(initializer=[tensor("???")]).SerializeToString().replace(b"???", b"\xed\xa0\x80")
 MEMORY = "*/_ORT_MEM_ADDR_/*"  # an address in memory to onnxruntime, which may be listed too
 ELSEWHERE = (MEMORY, "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
 # what is spoilt: (a tensor or a whole file, a key word)
 REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
     **{f"at {location!r}": (tensor(location), "takes weights from") for location in ELSEWHERE},
-    "not UTF-8": (
-        model_of(initializer=[tensor("???")]).SerializeToString().replace(b"???", b"\xed\xa0\x80"),
-        "not valid",
-    ),
+    "not UTF-8": (NO_TEXT, "not valid text"),
     "one byte too many": (tensor(offset=0, length=65), "bytes 0 to 65 of 'model.onnx_data', which has 64"),
     "behind the end": (tensor(offset=64, length=1), "bytes 64 to 65"),
     "hexadecimal": (tensor(offset="0x10", length=4), "not an ONNX graph"),

@@ -42,6 +42,8 @@ def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
     assert last_read() == file
     file.write_bytes(b"12345")
     assert read_bytes(file, 5) == b"12345"
+    with pytest.raises(IntegrityError, match=r"large\.json holds a JSON int"):
+        read_json(file)
 
 
 @pytest.mark.parametrize(

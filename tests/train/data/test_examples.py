@@ -54,19 +54,15 @@ def test_offsets_without_spaces_do_not_move_the_boundary():
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
     template = tokenizer.tokenizer.post_processor
     tokenizer.tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
-    assert example_of(PAIR, tokenizer).ids[:-1].tolist() == [
-        tokenizer.end,
-        *tokenizer.encode("the cat "),
-        *tokenizer.encode("sat"),
-    ]
+    expected = [tokenizer.end, *tokenizer.encode("the cat "), *tokenizer.encode("sat")]
+    assert example_of(PAIR, tokenizer).ids[:-1].tolist() == expected
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front():
     tokenizer = train_bpe(["\u2581the\u2581cat\u2581sat"] * 3, 300)
     spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, words])
     tokenizer.tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Metaspace(prepend_scheme="first")])
     example = example_of({"prompt": "the", "completion": " cat"}, tokenizer)
     assert example.ids[1:-1].tolist() == tokenizer.encode("the cat")

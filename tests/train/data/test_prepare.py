@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ from pastkey.train.data import prepare as module
 from pastkey.train.data.prepare import prepare, require_same_data
 from pastkey.train.data.preview import show_example
 from pastkey.train.data.token_files import DataInfo
-from pastkey.train.tokenizer import read_tokenizer, train_char
+from pastkey.train.tokenizer import TextTokenizer, read_tokenizer, train_char
 
 from ..helpers import tiny, write_corpus
 from .helpers import CHATML, chat, chat_tokenizer, corpus_of, write_lines, written
+
+
+def prepared(folder: Path, data: Sequence[Path | str], **changes: Any) -> tuple[DataInfo, TextTokenizer]:
+    folder.mkdir()
+    return prepare(tiny(**changes), folder, data)
 
 
 def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_turns(tmp_path, capsys):
@@ -27,9 +32,8 @@ def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_
     (tmp_path / "given").mkdir()
     chat_tokenizer().save(tmp_path / "given")
     for out in ("new", "cached"):
-        (tmp_path / out).mkdir()
-        config = tiny(tokenizer=str(tmp_path / "given" / "tokenizer.json"))
-        info, tokenizer = prepare(config, tmp_path / out, [data])
+        given = str(tmp_path / "given" / "tokenizer.json")
+        info, tokenizer = prepared(tmp_path / out, [data], tokenizer=given)
         assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
         assert tokenizer.end == info.end
         saved = json.loads((tmp_path / out / "tokenizer_config.json").read_text())
@@ -49,11 +53,9 @@ def test_a_tokenizer_in_hand_and_a_shorter_window_are_taken(tmp_path):
 def test_of_a_large_corpus_a_tokenizer_learns_from_every_nth_document(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TOKENIZER_BYTES", 200)
     data = write_lines(tmp_path / "a.jsonl", [{"text": f"cat{number:03} " * 5} for number in range(100)])
-    (tmp_path / "c").mkdir()
-    _, tokenizer = prepare(tiny(tokenizer="word"), tmp_path / "c", [data])
+    _, tokenizer = prepared(tmp_path / "c", [data], tokenizer="word")
     assert sum(token.startswith("cat") for token in tokenizer.tokenizer.get_vocab()) == 6
-    (tmp_path / "d").mkdir()
-    _, tokenizer = prepare(tiny(tokenizer="char"), tmp_path / "d", [data])  # all characters are needed
+    _, tokenizer = prepared(tmp_path / "d", [data], tokenizer="char")  # all characters are needed
     assert set("0123456789") <= set(tokenizer.tokenizer.get_vocab())
 
 
@@ -72,9 +74,7 @@ def test_a_resumed_run_refuses_other_text_and_other_weights(tmp_path):
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
-def test_the_first_example_is_shown_with_its_trained_text_green_or_between_marks(
-    terminal, no_color, coloured, tmp_path, monkeypatch, capsys
-):
+def test_the_trained_text_of_an_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
     tokenizer = chat_tokenizer()
     info = written(tmp_path, corpus_of(*[chat("hi", "hel\x1blo")] * 30), 100, tokenizer)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
@@ -111,8 +111,7 @@ def tokenized(monkeypatch):
 
 
 def run(folder: Path, data: list[Path | str], **changes: Any) -> tuple[DataInfo, dict[str, bytes]]:
-    folder.mkdir()
-    info, _ = prepare(tiny(**changes), folder, data)
+    info, _ = prepared(folder, data, **changes)
     return info, {name: (folder / name).read_bytes() for name in FILES}
 
 
@@ -130,15 +129,14 @@ def test_a_second_run_does_not_tokenize_again(links, text, tmp_path, tokenized, 
 
 
 def test_other_text_another_tokenizer_and_another_context_are_tokenized(text, tmp_path, tokenized):
-    run(tmp_path / "1", [text])
-    run(tmp_path / "2", [text], tokenizer="word")
-    run(tmp_path / "3", [text], context=16)
-    run(tmp_path / "4", [f"{text}=1"])
-    (tmp_path / "made").mkdir()
-    train_char([text.read_text(), "\u00e9"]).save(tmp_path / "made")
-    run(tmp_path / "5", [text], tokenizer=str(tmp_path / "made" / "tokenizer.json"))
+    train_char([text.read_text(), "\u00e9"]).save(tmp_path)
+    made = str(tmp_path / "tokenizer.json")
+    changes: list[dict[str, Any]] = [{}, {"tokenizer": "word"}, {"context": 16}, {"tokenizer": made}]
+    for number, change in enumerate(changes):
+        run(tmp_path / str(number), [text], **change)
+    run(tmp_path / "weighted", [f"{text}=1"])
     text.write_text(text.read_text() + "one line more\n")
-    run(tmp_path / "6", [text])
+    run(tmp_path / "longer", [text])
     assert len(tokenized) == 6
 
 

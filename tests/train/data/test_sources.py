@@ -119,9 +119,8 @@ def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST_BYTES", 100)
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)
     lines = [f"line {number} \u00e9" for number in range(50)]
-    (tmp_path / "a.txt").write_text(
-        "\n".join(lines) + "<|endoftext|>next<|endoftext|>" + "\u00e9" * 99, encoding="utf-8"
-    )
+    text = "\n".join(lines) + "<|endoftext|>next<|endoftext|>" + "\u00e9" * 99
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     found = texts(open_corpus([tmp_path / "a.txt"]))
     assert max(len(text.encode()) for text in found) <= 107
     assert [line for text in found[:-3] for line in text.split("\n")] == lines
