@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -175,18 +174,5 @@ def short_exports(tmp_path_factory):
 
 @pytest.fixture
 def record_family(record_property):
-    """record_family(FAMILY, its worst figure), to be shown at the end of the run."""
+    """record_family(FAMILY, its worst figure), which the JUnit file of the run has."""
     return lambda family, figure: record_property("family", (family, figure))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = terminalreporter.getreports("passed")
-    figures = dict(value for report in reports for name, value in report.user_properties if name == "family")
-    if not figures:
-        return
-    terminalreporter.section(
-        f"{len(figures)} Hugging Face families under transformers {version('transformers')}: "
-        "max |difference| / max |logit|"
-    )
-    for family, figure in sorted(figures.items()):
-        terminalreporter.write_line(f"{family:<20} {figure:.1e}")

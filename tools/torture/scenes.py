@@ -141,6 +141,6 @@ class Batch(Scene):
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
     # what is written, its share of the kills, and the number of kills in the short form
     "session": (SavedSession, 0.3, 5),
-    "bundle": (Write, 0.4, 10),
-    "batch": (Batch, 0.3, 10),
+    "bundle": (Write, 0.6, 10),
+    "batch": (Batch, 0.1, 10),
 }
