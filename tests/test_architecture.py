@@ -214,7 +214,7 @@ def test_every_package_is_listed_and_typed():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_240, "train": 3_710, "export": 16_740, "runtime": 10_580, "serve": 1_800, "see": 660,
-    "web": 130, "tests": 39_510, "tools": 2_120,
+    "web": 130, "tests": 37_520, "tools": 1_560,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

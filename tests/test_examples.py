@@ -36,8 +36,8 @@ def commands(file: Path) -> list[str]:
     return re.findall(r"^pastkey (export .*)$", docstring, re.MULTILINE)
 
 
-# Those of a module: a program's docstring exports a model of the Hub.
-EXPORTS = [command for file in EXAMPLES for command in commands(file) if ".py:" in command]
+# Those of a module: a program's docstring exports a model of the Hub. The lesson exports itself.
+EXPORTS = [line for file in EXAMPLES for line in commands(file) if ".py:" in line and "lesson" not in line]
 
 
 @pytest.fixture
@@ -48,10 +48,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-OTHERS = [command for command in EXPORTS if "lesson" not in command]
-
-
-@pytest.mark.parametrize("command", divided(OTHERS))
+@pytest.mark.parametrize("command", divided(EXPORTS))
 def test_an_example_exports_verifies_and_runs(command, folder, capsys):
     _, source, *_, bundle = command.split()
     assert main(command.split()) == 0
@@ -172,9 +169,12 @@ def test_a_client_that_leaves_ends_the_generation_within_a_step(lm, monkeypatch)
     assert gate.ran <= 6  # the step that ran when it left was the last
 
 
-def test_a_mistake_of_a_client_is_a_status_and_a_sentence(lm):
+def test_a_text_is_streamed_and_a_mistake_of_a_client_is_a_status_and_a_sentence(lm):
     with served(lm) as port:
         assert b"EventSource" in asked(port, "/").read()
+        *texts, end = events(asked(port, "/stream", prompt="日本", max_new_tokens=40))
+        assert end == ("end", {"finish_reason": "length"})
+        assert "".join(data["text"] for _, data in texts) == lm.generate("日本", max_new_tokens=40).text
         too_long = asked(port, "/stream", prompt="x" * 2000)
         assert too_long.status == 400
         assert "the context is 900" in json.load(too_long)["detail"]

@@ -18,7 +18,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.files.durable import write_json
 from pastkey.files.external_data import CHILDREN, ExternalData, check_contexts, check_external_data, external_data
-from pastkey.files.folder import file_record, file_records, parse_records
+from pastkey.files.folder import FileRecord, file_record, file_records, parse_records
 from pastkey.precisions import PRECISIONS
 
 from ...onnx_text import field
@@ -26,6 +26,7 @@ from ..contract.test_bundle import MANIFEST
 
 DATA = "model.onnx_data"
 GRAPH = PRECISIONS["fp32"].graph
+MEMORY = "*/_ORT_MEM_ADDR_/*"  # an address in memory to onnxruntime
 
 
 def tensor(location: str = DATA, offset: int | str = 16, length: int | str = 48) -> onnx.TensorProto:
@@ -65,16 +66,15 @@ def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
     """A bundle's folder with this graph and 64 bytes beside it."""
     (folder / "onnx").mkdir(parents=True)
     (folder / GRAPH).write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
-    for name in (DATA, MEMORY):
-        (folder / "onnx" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "onnx" / name).write_bytes(bytes(64))
+    (folder / "onnx" / DATA).write_bytes(bytes(64))
     return folder
 
 
 def check(folder: Path) -> None:
-    """Checks the graph; the manifest lists every file of the folder."""
+    """Checks the graph; the manifest lists every file of the folder, and what is no file."""
     listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    check_external_data(folder, {name: file_record(folder / name) for name in listed})
+    records = {name: file_record(folder / name) for name in listed}
+    check_external_data(folder, records | {f"onnx/{MEMORY}": FileRecord(64, "")})
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -92,8 +92,8 @@ def test_a_bundle_is_opened_only_where_its_graphs_read_listed_files(verify, tmp_
     for location, opens in ((DATA, True), ("../../secret", False)):
         folder = write(tmp_path / str(opens), model_of(initializer=[tensor(location)]))
         (folder / names.LAST_LOGITS_GRAPH).write_bytes((folder / GRAPH).read_bytes())
-        listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        write_json(folder / names.MANIFEST, MANIFEST | {"files": file_records(folder, listed)})
+        listed = file_records(folder, [GRAPH, names.LAST_LOGITS_GRAPH, f"onnx/{DATA}"])
+        write_json(folder / names.MANIFEST, MANIFEST | {"files": listed})
         with contextlib.nullcontext() if opens else pytest.raises(IntegrityError, match="takes weights from"):
             open_bundle(folder, verify=verify)
 
@@ -144,7 +144,6 @@ def cut_field_number() -> bytes:
 
 
 NO_TEXT = model_of(initializer=[tensor("???")]).SerializeToString().replace(b"???", b"\xed\xa0\x80")
-MEMORY = "*/_ORT_MEM_ADDR_/*"  # an address in memory to onnxruntime, which may be listed too
 ELSEWHERE = (MEMORY, "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
 # what is spoilt: (a tensor or a whole file, a key word)
 REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
