@@ -63,6 +63,11 @@ def android(tmp_path_factory, java, kotlin, resources):
     return [*command, path, "Android_programKt"]
 
 
+def test_ktlint_finds_nothing(kotlin):
+    files = [*ANDROID.rglob("*.kt"), *ANDROID.rglob("*.kts")]
+    ran(kotlin / "@naturalcycles" / "ktlint" / "resources" / "ktlint", *files, cwd=ANDROID)
+
+
 def check_texts(program: Program, bundle: Path, folder: Path, prompts: tuple[str, str], long: str) -> None:
     """The program writes Python's texts, up to where it is stopped or the context ends; what is wrong is a sentence."""
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in prompts]
