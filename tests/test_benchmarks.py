@@ -117,9 +117,14 @@ def test_a_section_is_put_between_the_markers_of_its_page(tmp_path):
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 def test_arms_alternate_in_an_order_that_rotates():
-    called: list[tuple[str, int]] = []
-    interleaved({name: lambda number, name=name: called.append((name, number)) for name in "ab"}, 3, "x")
-    assert "".join(name for name, _ in called) == "ab" + "ab" + "ba" + "ab"
+    called: list[str] = []
+
+    def arm(name: str, number: int) -> int:
+        called.append(name)
+        return number
+
+    interleaved({name: partial(arm, name) for name in "ab"}, 3, "x")
+    assert "".join(called) == "ab" + "ab" + "ba" + "ab"
 
 
 def test_a_ratio_is_taken_within_each_round():

@@ -71,7 +71,7 @@ class Nursery:
         self, *command: object, function: str | None = None, kill_after: float | None = None, fault: Fault | None = None
     ) -> Outcome:
         """Runs `pastkey COMMAND`, or `module:function` with these texts; kills it after `kill_after` seconds."""
-        request = {"command": [str(part) for part in command], "function": function, "kill_after": kill_after}
+        request: dict[str, object] = {"command": [*map(str, command)], "function": function, "kill_after": kill_after}
         request["fault"] = None if fault is None else asdict(fault)
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return Outcome(**self._answer())
