@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 from pastkey import errors
-from pastkey.errors import NEEDED, MissingExtraError, PastkeyError, first_line, missing_extra
+from pastkey.errors import NEEDED, ContextLengthError, MissingExtraError, PastkeyError, first_line, missing_extra
 from pastkey.quiet import quiet
 
 from ..shared import ROOT
@@ -32,6 +32,11 @@ def test_every_error_is_one_of_pastkey_and_a_builtin_too():
 )
 def test_of_a_librarys_error_the_first_line_is_told(error, line):
     assert first_line(error) == line
+
+
+def test_a_context_error_has_the_longest_that_fits():
+    error = ContextLengthError("512 tokens is the most", 512)
+    assert (str(error), error.longest) == ("512 tokens is the most", 512)
 
 
 def sentence(module: str, *needed_by: str) -> str:
