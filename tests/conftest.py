@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -41,23 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Folders, and files, whose tests neither train nor export nor run many sessions: `make quick`.
 QUICK = (
-    "pastkey",
-    "export/generation/test_nodes.py",
-    "export/graft/time_axis/operators",
-    "export/graph/test_edit.py",
-    "runtime/decoding/batching/test_scheduler.py",
-    "runtime/engine/caches",
-    "runtime/providers",
-    "runtime/sampling",
-    "runtime/text",
-    "test_architecture.py",
-    "test_floors.py",
-    "test_layout.py",
-    "test_troubleshooting.py",
-    "train/test_settings.py",
-    "web/test_command.py",
-    "web/test_site.py",
-)
+    "pastkey", "export/generation/test_nodes.py", "export/graft/time_axis/operators", "export/graph/test_edit.py",
+    "runtime/decoding/batching/test_scheduler.py", "runtime/engine/caches", "runtime/providers", "runtime/sampling",
+    "runtime/text", "test_architecture.py", "test_floors.py", "test_layout.py", "test_troubleshooting.py",
+    "train/test_settings.py", "web/test_command.py", "web/test_site.py",
+)  # fmt: skip
 TESTS = Path(__file__).parent
 
 
@@ -71,9 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parents = {parent.as_posix() for parent in (place, *place.parents)}
         if parents & {*QUICK} and not item.get_closest_marker("slow"):
             item.add_marker("quick")
-
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,14 +76,9 @@ def pastkey_command():
     """Runs the `pastkey` command in a process of its own, as a user would."""
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pastkey", *map(str, arguments)],
-            cwd=cwd,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))},
-        )
+        command = [sys.executable, "-m", "pastkey", *map(str, arguments)]
+        threads = os.environ | {"OMP_NUM_THREADS": str(min(2, len(processors())))}
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=threads)
 
     return run
 
@@ -195,18 +174,5 @@ def short_exports(tmp_path_factory):
 
 @pytest.fixture
 def record_family(record_property):
-    """record_family(FAMILY, its worst figure), to be shown at the end of the run."""
+    """record_family(FAMILY, its worst figure), which the JUnit file of the run has."""
     return lambda family, figure: record_property("family", (family, figure))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = terminalreporter.getreports("passed")
-    figures = dict(value for report in reports for name, value in report.user_properties if name == "family")
-    if not figures:
-        return
-    terminalreporter.section(
-        f"{len(figures)} Hugging Face families under transformers {version('transformers')}: "
-        "max |difference| / max |logit|"
-    )
-    for family, figure in sorted(figures.items()):
-        terminalreporter.write_line(f"{family:<20} {figure:.1e}")

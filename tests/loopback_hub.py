@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 Files = dict[str, bytes]
@@ -59,14 +60,9 @@ class LoopbackHub:
 
     def environment(self, home: Path) -> dict[str, str]:
         """The variables of a process that takes this for the Hub, with a home of its own."""
-        return {
-            "HF_ENDPOINT": self.address,
-            "HF_HOME": str(home / "huggingface"),
-            "XDG_CACHE_HOME": str(home / "cache"),
-            "HOME": str(home),
-            "NO_PROXY": "127.0.0.1,localhost",
-            "no_proxy": "127.0.0.1,localhost",
-        }
+        own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home / "huggingface"), "HOME": str(home)}
+        own |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
+        return own | {"XDG_CACHE_HOME": str(home / "cache")}
 
 
 def read_files(folder: Path) -> Files:
@@ -90,25 +86,18 @@ def serving() -> Iterator[LoopbackHub]:
 
 def without_hub(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """An environment without settings of Hugging Face."""
-    return {
-        name: value for name, value in environment.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
-    }
+    others = ("HF_", "HUGGING", "TRANSFORMERS")
+    return {name: value for name, value in environment.items() if not name.startswith(others)}
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
     def log_message(self, *arguments: Any) -> None:
         pass
 
-    def _answer(self) -> None:
+    def do_GET(self) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}")
         self.hub.agents.add(self.headers.get("User-Agent", ""))
@@ -123,6 +112,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._blob(found[1])
         else:
             self._send(404)
+
+    do_HEAD = do_GET  # noqa: N815
 
     def _commit(self, name: str, revision: str, *, file: bool) -> tuple[str, Files] | None:
         """The commit; answers the request itself where there is none."""
@@ -146,10 +137,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         sha, files = found
         if what == "tree":
-            content: Any = [
-                {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for path, data in files.items()
-            ]
+            known = {path: {"size": len(data), "oid": hashlib.sha1(data).hexdigest()} for path, data in files.items()}
+            content: Any = [{"type": "file", "path": path, **facts} for path, facts in known.items()]
         else:
             siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
             content = {"id": name, "_id": "0", "sha": sha, "siblings": siblings, "private": False, "tags": []}
@@ -187,10 +176,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(206 if begin else 200, headers, data[begin:], upto)
 
     def _send(
-        self, status: int, headers: Mapping[str, str] | None = None, data: bytes = b"", upto: int | None = None
+        self, status: int, headers: Mapping[str, str] = MappingProxyType({}), data: bytes = b"", upto: int | None = None
     ) -> None:
         self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":

@@ -1,7 +1,7 @@
 """ONNX's textual syntax -> the bytes of a ModelProto, without the package `onnx`.
 
 Of the syntax, what the tests write: tensors with named axes, and nodes whose attributes are numbers, texts or lists of
-whole numbers. `test_onnx_text.py` holds it against onnx's own parser. The fields' numbers are those of onnx.proto.
+whole numbers. The fields' numbers are those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -31,14 +31,9 @@ _ATTRIBUTE = re.compile(r"(\w+) = (\[[^\]]*\]|[^,]+)")
 
 
 def encode_model(
-    text: str,
-    weights: Mapping[str, Array],
-    data_file: str = "",
-    metadata: Mapping[str, str] | None = None,
-    *,
-    first: bytes = b"",
-    functions: bytes = b"",
-) -> tuple[bytes, bytes]:
+    text: str, weights: Mapping[str, Array], data_file: str = "", metadata: Mapping[str, str] | None = None,
+    *, first: bytes = b"", functions: bytes = b"",
+) -> tuple[bytes, bytes]:  # fmt: skip
     """The ModelProto of `text` with `weights` as initializers, and the content of `data_file`, where that is named.
 
     `data_file` lies beside the graph and holds the weights one after another; without it they stand in the graph.
@@ -65,9 +60,8 @@ def nodes(body: str) -> Iterator[bytes]:
     rest = _NODE.sub("", body).strip()
     assert not rest, f"not understood: {rest}"
     for outputs, domain, kind, attributes, inputs in _NODE.findall(body):
-        node = b"".join(field(1, name) for name in _split(inputs)) + b"".join(
-            field(2, name) for name in _split(outputs)
-        )
+        node = b"".join(field(1, name) for name in _split(inputs))
+        node += b"".join(field(2, name) for name in _split(outputs))
         node += field(4, kind) + b"".join(field(5, _attribute(*pair)) for pair in _ATTRIBUTE.findall(attributes))
         yield node + field(7, domain.removesuffix("."))
 

@@ -25,6 +25,13 @@ def shared(path: str) -> Path:
     return found
 
 
+def ran(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, with its output as text. Its exit status must be 0."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
 def divided(cases: Iterable[Any], *, quick: Collection[Any] = (), ci: Collection[Any] = ()) -> list[Any]:
     """Cases for `parametrize`: `make test` runs those of `quick`, CI those of `ci` too, `make matrix` all.
 

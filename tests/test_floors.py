@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from .shared import ROOT
+
 # Wheels for hardware that CI has not got; each brings the module that `cpu` brings.
 OTHER_WHEELS = {"gpu", "openvino", "webgpu", "qnn"}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pastkey.__main__ import COMMANDS
 
-from .shared import divided
+from .shared import ROOT, divided
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("pastkey", "train", "export", "runtime", "serve", "web", "see")
 
 
@@ -58,9 +57,8 @@ def test_the_tests_of_a_room_import_each_of_its_modules():
 def test_the_rooms_of_the_tests_are_those_of_the_package():
     rooms = {init.parent.relative_to(ROOT) for folder in FOLDERS for init in (ROOT / folder).rglob("__init__.py")}
     tested = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")}
-    assert tested - rooms <= {Path(), *map(Path, ("programs", "fuzz", "kernels", "conformance", "oracles"))}, (
-        "a folder of tests without a room"
-    )
+    others = {Path(), *map(Path, ("programs", "fuzz", "kernels", "conformance", "oracles"))}
+    assert tested - rooms <= others, "a folder of tests without a room"
     assert rooms <= tested
 
 

@@ -6,15 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from .export.commands import FACTORY
-from .shared import divided
+from .shared import divided, ran
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +28,6 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 INTERNET = re.compile(r"AF_INET|AF_PACKET|AF_NETLINK")
-Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -49,9 +45,7 @@ def refused(tmp_path):
         }
         strace = shutil.which("strace")
         watch = [strace, "-f", "-qq", "-e", "trace=socket,connect,sendto", "-o", str(traced)] if strace else []
-        command = [*watch, sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = ran(*watch, sys.executable, *arguments, env=environment, input=stdin)
         assert not attempts.exists(), attempts.read_text()
         if strace:
             assert not INTERNET.search(traced.read_text()), traced.read_text()
@@ -78,24 +72,20 @@ def test_imports_a_load_a_text_and_a_conversation(refused, classic, tmp_path):
 
 @pytest.mark.parametrize("kind", divided(["module", "checkpoint", "huggingface"], ci=["module"]))
 def test_an_export_and_its_verification(refused, classic, tmp_path, kind):
-    flags: tuple[object, ...] = ("--precision", "fp32")
+    source: object = classic / "checkpoint"
     if kind == "module":
         (tmp_path / "mine.py").write_text(FACTORY)
-        source: object = f"{tmp_path}/mine.py:Small"
-        flags = (*flags, "--context", 12)
-    elif kind == "checkpoint":
-        source = classic / "checkpoint"
-    else:
-        transformers = pytest.importorskip("transformers")
-        config = transformers.LlamaConfig(
-            vocab_size=37, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=32,
-        )  # fmt: skip
+        source = f"{tmp_path}/mine.py:Small"
+    elif kind == "huggingface":
+        pytest.importorskip("transformers")
+        from .export.tiny_llama import llama
+
         source = tmp_path / "llama"
-        transformers.LlamaForCausalLM(config).save_pretrained(source)
-    refused("-m", "pastkey", "export", source, "--out", tmp_path / "bundle", *flags)
+        llama().save_pretrained(source)
+    flags = ("--context", 12) if kind == "module" else ()
+    refused("-m", "pastkey", "export", source, "--out", tmp_path / "bundle", "--precision", "fp32", *flags)
     refused("-m", "pastkey", "verify", tmp_path / "bundle", source)
-    refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt-ids", "1,2" if kind != "checkpoint" else "0,1")
+    refused("-m", "pastkey", "run", tmp_path / "bundle", "--prompt-ids", "0,1")
 
 
 def test_an_export_of_a_model_on_the_hub_is_what_asks(refused, tmp_path):
@@ -108,19 +98,12 @@ def test_an_export_of_a_model_on_the_hub_is_what_asks(refused, tmp_path):
 
 def test_the_other_commands_look_for_no_model_on_the_hub(refused, classic, tmp_path):
     pytest.importorskip("huggingface_hub")
-    text, bundle = str(tmp_path / "text"), str(classic / "bundle")
-    Path(text).write_text("what is statquest awesome " * 20)
-    commands = [[command, "org/name"] for command in ("bench", "inspect", "verify", "batch")]
-    commands += [
-        ["eval", "org/name", "--text", text],
-        ["verify", bundle, "org/name"],
-        ["eval", bundle, "--text", text, "--reference", "org/name", "--length", "4"],
-        ["run", bundle, "--prompt", "what", "--draft", "org/name"],
-        ["export", "org/name", "--out", "bundle", "--no-network"],
-    ]
-    program = (
-        "import json, sys\nfrom pastkey.__main__ import main\nfor command in json.loads(sys.argv[1]):\n"
-        "    try: status = main(command)\n    except SystemExit as end: status = end.code\n"
-        "    print(status)"
-    )
+    text, bundle = tmp_path / "text", classic / "bundle"
+    text.write_text("what is statquest awesome " * 20)
+    lines = ["bench org/name", "inspect org/name", "verify org/name", "batch org/name", f"eval org/name --text {text}"]
+    lines += [f"verify {bundle} org/name", f"eval {bundle} --text {text} --reference org/name --length 4"]
+    lines += [f"run {bundle} --prompt what --draft org/name", "export org/name --out bundle --no-network"]
+    commands = [line.split() for line in lines]
+    program = "import json, sys\nfrom pastkey.__main__ import main\nfor command in json.loads(sys.argv[1]):\n"
+    program += "    try: print(main(command))\n    except SystemExit as end: print(end.code)"
     assert refused("-c", program, json.dumps(commands)).split() == ["2"] * len(commands)

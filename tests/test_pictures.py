@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -39,29 +38,10 @@ def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn():
     assert computed == ["k₄", "v₄", "q₄", "y₄", *(f"q₄·k{i}" for i in "₀₁₂₃₄")]
 
 
-def test_the_charts_show_every_program_of_their_page_in_its_colour(tmp_path):
-    assert main(["pictures", "--charts", str(tmp_path)]) == 0
-    assert charts.spread_of("1.76 (1.11 to 2.45)") == (1.76, 1.11, 2.45)
-    for name, programs in (
-        ("results.png", 3),
-        ("results-without-vnni.png", 5),
-        ("performance-streams.png", 3),
-        ("training.png", 1),
-    ):
-        picture = imread(tmp_path / name)[..., :3]
-        for color in [*charts.COLORS.values()][:programs]:
-            wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-            assert (np.abs(picture - wanted).max(-1) < 0.02).any(), (name, color)
-
-
 @pytest.mark.parametrize("layers", [0, 30])
 def test_the_costs_of_an_export_are_drawn(layers, tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [
-        MatrixCost(f"model.layers.{layer}.{kind}.weight", (8, 8), float(rng.lognormal(-9, 2)), 0.9, 0.01, matmul=True)
-        for layer in range(layers)
-        for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
-    ]
+    costs = {f"model.layers.{layer}.mlp.weight": 2.0**-layer for layer in range(layers)}
+    rows = [MatrixCost(name, (8, 8), cost, 0.9, 0.01, matmul=True) for name, cost in costs.items()]
     rows.append(MatrixCost("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
     table = Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence)))
     write_json(tmp_path / "table.json", table.to_json())
@@ -69,3 +49,5 @@ def test_the_costs_of_an_export_are_drawn(layers, tmp_path):
     image = imread(tmp_path / "chart.png")
     assert min(image.shape[:2]) > 400
     assert image.std() > 0.01
+    assert main(["pictures", "--charts", str(tmp_path)]) == 0
+    assert charts.spread_of("1.76 (1.11 to 2.45)") == (1.76, 1.11, 2.45)

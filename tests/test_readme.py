@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +15,8 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 from .loopback_hub import serving, without_hub
 from .runtime.test_options import table
-from .shared import divided
+from .shared import ROOT, divided, ran
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
 PAGES["CONTRIBUTING.md"] = ROOT / "CONTRIBUTING.md"
@@ -83,16 +80,14 @@ def test_the_readme_counts_the_families_of_the_tests():
 
 @pytest.mark.parametrize("graph", ["model_quantized", "pastkey"])
 def test_the_graphs_have_the_inputs_and_outputs_of_the_page(graph, classic):
-    rows = re.findall(
-        r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64|int32) \|", text_of("docs/bundle-format.md"), re.MULTILINE
-    )
+    row = re.compile(r"^\| `(\S+)` \| (\(.*?\)) \| (float32|int64|int32) \|", re.MULTILINE)
+    rows = row.findall(text_of("docs/bundle-format.md"))
     assert len(rows) > 8
     page = {name.replace("{i}", "0"): (shape, kind.replace("float32", "float")) for name, shape, kind in rows}
     letters = dict(zip((names.BATCH, names.SEQUENCE, names.PAST, names.TOTAL, names.KEPT), "BTPSN", strict=True))
     session = onnxruntime.InferenceSession(classic / "bundle" / "onnx" / f"{graph}.onnx")
-    found = [
-        value for value in (*session.get_inputs(), *session.get_outputs()) if not re.search(r"\.[1-9]", value.name)
-    ]
+    values = (*session.get_inputs(), *session.get_outputs())
+    found = [value for value in values if not re.search(r"\.[1-9]", value.name)]
     assert len(found) >= 8
     for value in found:
         shape, kind = page[value.name]
@@ -108,14 +103,10 @@ def test_files_that_the_pages_name_exist():
     made |= {"genai_config.json", "generation_config.json", "encoder.json", "vocab.json", "adapter_config.json"}
     stages = [ROOT / stage for stage in ("export", "runtime", "train", "see")]
     folders = [ROOT, *stages, *(folder for stage in stages for folder in stage.rglob("*/"))]
-    named = [
-        (page, name)
-        for page in PAGES
-        for name in re.findall(r"`([\w/-]+\.(?:py|md|json|safetensors))`", text_of(page))
-        if name not in made
-    ]
+    pattern = r"`([\w/-]+\.(?:py|md|json|safetensors))`"
+    named = {name for page in PAGES for name in re.findall(pattern, text_of(page))} - made
     assert len(named) > 50
-    assert not [pair for pair in named if not any((folder / pair[1]).exists() for folder in folders)]
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
 
 
 def test_links_lead_to_files():
@@ -180,22 +171,13 @@ def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_
     short = {"pastkey train --out": "--steps 2 --batch-size 1 --layers 1", "pastkey train --init": "--steps 2"}
     lines = [" ".join([line, *(short[start] for start in short if line.startswith(start))]) for line in commands(page)]
     assert lines
-    files = [tmp_path / f"program{number}.py" for number in range(len(programs(page)))]
-    assert files
-    for file, program in zip(files, programs(page), strict=True):
-        file.write_text(program, encoding="utf-8")
-    run = [f'"$PYTHON" {file.name}' for file in files]
+    assert programs(page)
+    for number, program in enumerate(programs(page)):
+        (tmp_path / f"program{number}.py").write_text(program, encoding="utf-8")
+    run = [f'"$PYTHON" program{number}.py' for number in range(len(programs(page)))]
     first = 1 if page == "docs/fine-tuning.md" else 0  # programs that write what the commands read
     script = SHELL + "\n".join([*run[:first], *lines, *run[first:]])
     with serving() as hub:
         hub.add(HUB_ID, folder_of_a_chat_model)
-        done = subprocess.run(
-            ["bash", "-eu", "-o", "pipefail", "-c", script],
-            cwd=tmp_path,
-            env=without_hub() | hub.environment(tmp_path) | {"PYTHON": sys.executable},
-            input="Once upon a time\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-2000:]
+        given = without_hub() | hub.environment(tmp_path) | {"PYTHON": sys.executable}
+        ran("bash", "-eu", "-o", "pipefail", "-c", script, cwd=tmp_path, env=given, input="Once upon a time\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from .shared import ROOT
+
 STAGES = ("pastkey", "runtime", "train", "export")
 HOLE = "…"  # what a sentence fills in
 

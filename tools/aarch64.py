@@ -32,13 +32,9 @@ def fetch_system() -> None:
         (PLACE / folder).mkdir(parents=True)
     (PLACE / "state" / "status").touch()  # nothing is installed there
     own = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures::": "arm64",
-        "APT::Sandbox::User": "root",
-        "Dir::State": PLACE / "state",
-        "Dir::State::status": PLACE / "state" / "status",
-        "Dir::Cache": PLACE / "cache",
-    }
+        "APT::Architecture": "arm64", "APT::Architectures::": "arm64", "APT::Sandbox::User": "root",
+        "Dir::State": PLACE / "state", "Dir::State::status": PLACE / "state/status", "Dir::Cache": PLACE / "cache",
+    }  # fmt: skip
     options = [part for name, value in own.items() for part in ("-o", f"{name}={value}")]
     wanted = (f"python{PYTHON}-minimal", f"libpython{PYTHON}-stdlib", "libstdc++6")
     chosen = ("install", "--yes", "--no-install-recommends", "--download-only", *wanted)

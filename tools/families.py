@@ -68,42 +68,41 @@ def page() -> str:
     version = max(row["transformers"] for row in found if "transformers" in row)
     of_text = [row["type"] for row in by[VERIFIED] if "text alone" in row["detail"]]
     plain = [row["type"] for row in by[VERIFIED] if row["type"] not in of_text]
-    lines = [
-        "# Hugging Face families",
-        "",
-        f"transformers {version} has {len(found)} types of causal language models (`model_type` in config.json).",
-        "For each one, `python -m tools.families` exports a small random model in float32, and compares it with",
-        "transformers' own uncached run: prefill, decode, chunks, a batch and a greedy continuation. No published",
-        "weights are run. Encoders such as BERT are decoders where `config.json` has `is_decoder`.",
-        "",
-        f"## Verified: {len(by[VERIFIED])}",
-        "",
-        *_wrapped(plain),
-        "",
-        "With their text alone; images and sounds are not read:",
-        *_wrapped(of_text),
-        "",
-        f"## Refused: {len(by[REFUSED])}",
-        "",
-        *_by_cause(by[REFUSED]),
-        "",
-        f"## No decoder: {len(by[NO_DECODER])}",
-        "",
-        *_by_cause(by[NO_DECODER]),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""\
+# Hugging Face families
+
+transformers {version} has {len(found)} types of causal language models (`model_type` in config.json).
+For each one, `python -m tools.families` exports a small random model in float32, and compares it with
+transformers' own uncached run: prefill, decode, chunks, a batch and a greedy continuation. No published
+weights are run. Encoders such as BERT are decoders where `config.json` has `is_decoder`.
+
+## Verified: {len(by[VERIFIED])}
+
+{_wrapped(plain)}
+
+With their text alone; images and sounds are not read:
+{_wrapped(of_text)}
+
+## Refused: {len(by[REFUSED])}
+
+{_by_cause(by[REFUSED])}
+
+## No decoder: {len(by[NO_DECODER])}
+
+{_by_cause(by[NO_DECODER])}
+"""
 
 
-def _wrapped(names: Iterable[str]) -> list[str]:
-    return textwrap.wrap(", ".join(names), 120, break_on_hyphens=False, break_long_words=False)
+def _wrapped(names: Iterable[str]) -> str:
+    return textwrap.fill(", ".join(names), 120, break_on_hyphens=False, break_long_words=False)
 
 
-def _by_cause(found: Iterable[dict[str, Any]]) -> list[str]:
+def _by_cause(found: Iterable[dict[str, Any]]) -> str:
     """Returns a table with a row for each cause."""
     causes: dict[str, list[str]] = {}
     for row in found:
         causes.setdefault(_cause(row), []).append(row["type"])
-    return ["| types | cause |", "|---|---|", *(f"| {', '.join(names)} | {why} |" for why, names in causes.items())]
+    return "\n".join(["| types | cause |", "|---|---|", *(f"| {', '.join(n)} | {why} |" for why, n in causes.items())])
 
 
 def _cause(row: dict[str, Any]) -> str:

@@ -8,8 +8,7 @@ A fault of the library is planted as what it computes: as other constants or att
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,11 +22,10 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.runtime import Engine
 from pastkey.runtime.engine.golden import Golden, differences
 
-from .planted_faults import _Graph
+from .planted_faults import Fault, _Graph, enters, plant
 
 _BLOCK = 32
 _COS, _SIN = 7, 8  # inputs of DecoderAttention
-Fault = Callable[[_Graph], bool]
 FAULTS: dict[str, Fault] = {}
 
 
@@ -39,35 +37,20 @@ def main() -> int:
     golden = Golden.of(bundle)
     print(f"| fault | off (limit {golden.limit:.3f}) | found |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory(dir=bundle.path.parent) as folder:
-        for fault, plant in {"none": lambda graph: True, **FAULTS}.items():
-            made = planted(bundle, plant, Path(folder) / "planted")
+        for name, fault in {"none": lambda graph: True, **FAULTS}.items():
+            made = planted(bundle, fault, Path(folder) / "planted")
             if made is not None:
                 off = max(differences(Engine(made, native=True), golden))
-                print(f"| {fault} | {off:.3f} | {'yes' if off > golden.limit else 'no'} |", flush=True)
+                print(f"| {name} | {off:.3f} | {'yes' if off > golden.limit else 'no'} |", flush=True)
     return 0
 
 
-def planted(bundle: Bundle, plant: Fault, folder: Path) -> Bundle | None:
+def planted(bundle: Bundle, fault: Fault, folder: Path) -> Bundle | None:
     """A copy of the bundle with a fault in its native graph, over the same weights; None if it does not fit."""
-    import onnx
-
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(bundle.path, folder, copy_function=os.link)
-    path = folder / names.NATIVE_GRAPH
-    graph = _Graph(onnx.load(path, load_external_data=False), last=True, context=bundle.manifest.context_length)
-    if not plant(graph):
-        return None
-    path.unlink()  # a link to the bundle's own
-    onnx.save(graph.model, path)
-    return Bundle(folder, bundle.manifest)
+    return plant(bundle, fault, folder, names.NATIVE_GRAPH)
 
 
-def _fault(what: str) -> Callable[[Fault], Fault]:
-    def enter(function: Fault) -> Fault:
-        FAULTS[what] = function
-        return function
-
-    return enter
+_fault = enters(FAULTS)
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -84,40 +67,24 @@ def _integer(node: Any, name: str) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == name), 0)
 
 
-def _columns(change: Callable[[np.ndarray], None]) -> Fault:
-    """The columns of X times a factor, as wrong scales of W's blocks do."""
+def _factors(change: Callable[[np.ndarray], None], *, of_columns: bool) -> Fault:
+    """The columns of X times factors, as wrong scales of W's blocks do, or the results."""
 
     def apply(graph: _Graph) -> bool:
-        for node, columns, _ in _products(graph):
-            factors = np.ones(columns, np.float32)
+        for node, columns, rows in _products(graph):
+            factors = np.ones(columns if of_columns else rows, np.float32)
             change(factors)
-            graph.replace(node, 0, "Mul", graph.constant(factors))
+            if of_columns:
+                graph.replace(node, 0, "Mul", graph.constant(factors))
+            else:
+                graph.behind(node, "Mul", graph.constant(factors))
         return True
 
     return apply
 
 
-def _rows(change: Callable[[np.ndarray], None]) -> Fault:
-    """The results times a factor."""
-
-    def apply(graph: _Graph) -> bool:
-        for node, _, rows in _products(graph):
-            factors = np.ones(rows, np.float32)
-            change(factors)
-            _behind(graph, node, "Mul", graph.constant(factors))
-        return True
-
-    return apply
-
-
-def _behind(graph: _Graph, node: Any, kind: str, *others: str, **attributes: Any) -> None:
-    """Puts a node between the first result of `node` and its readers."""
-    from onnx import helper
-
-    right, wrong = node.output[0], f"planted.{len(graph.model.graph.node)}.right"
-    node.output[0] = wrong
-    place = next(i for i, other in enumerate(graph.model.graph.node) if other is node)
-    graph.model.graph.node.insert(place + 1, helper.make_node(kind, [wrong, *others], [right], **attributes))
+_columns = functools.partial(_factors, of_columns=True)
+_rows = functools.partial(_factors, of_columns=False)
 
 
 def _set(part: slice, factor: Any) -> Callable[[np.ndarray], None]:
@@ -138,7 +105,7 @@ def _order(graph: _Graph) -> bool:
     for node, _, rows in _products(graph):
         order = np.arange(rows)
         order[:16] = order[:16].reshape(4, 4).T.ravel()
-        _behind(graph, node, "Gather", graph.constant(order), axis=2)
+        graph.behind(node, "Gather", graph.constant(order), axis=2)
     return True
 
 
@@ -166,18 +133,7 @@ def _attribute(name: str, change: Callable[[Any], Any], default: Any = None) -> 
     """`change`: the wrong value for the right one; None where the fault does not fit."""
 
     def apply(graph: _Graph) -> bool:
-        from onnx import helper
-
-        fits = False
-        for node in graph.nodes("DecoderAttention"):
-            found = [attribute for attribute in node.attribute if attribute.name == name]
-            value = change(helper.get_attribute_value(found[0]) if found else default)
-            if value is not None:
-                for attribute in found:
-                    node.attribute.remove(attribute)
-                node.attribute.append(helper.make_attribute(name, value))
-                fits = True
-        return fits
+        return sum(graph.change(node, name, change, default) for node in graph.nodes("DecoderAttention")) > 0
 
     return apply
 
@@ -218,7 +174,7 @@ def _heads(graph: _Graph) -> bool:
         order = np.arange(heads)
         order[[0, -1]] = order[[-1, 0]]
         index = np.arange(heads * _head_size(graph, node)).reshape(heads, -1)[order].ravel()
-        _behind(graph, node, "Gather", graph.constant(index), axis=2)
+        graph.behind(node, "Gather", graph.constant(index), axis=2)
     return True
 
 
@@ -232,7 +188,7 @@ def _single(graph: _Graph) -> bool:
     for node in graph.nodes("DecoderAttention"):
         several = graph.add(node, "Greater", graph.tokens(node), graph.constant(np.array([1])))
         share = graph.add(node, "Where", several, graph.constant(_ONE), graph.constant(_LESS))
-        _behind(graph, node, "Mul", share)
+        graph.behind(node, "Mul", share)
     return True
 
 

@@ -54,21 +54,16 @@ def main() -> int:
 
 
 def found_by(
-    bundle: Bundle,
-    fault: str,
-    module: nn.Module | None,
-    layers: tuple[CacheLayer, ...],
-    folder: Path,
-    threads: int | None = None,
+    bundle: Bundle, fault: str, module: nn.Module | None, layers: tuple[CacheLayer, ...], folder: Path
 ) -> list[str] | None:
     """The names of the checks that fail on a copy of `bundle` in `folder` with the fault; None if it does not fit."""
     from pastkey.export.measure.verify import verify
 
-    planted = plant(bundle, fault, folder / "planted")
+    planted = plant(bundle, FAULTS[fault], folder / "planted")
     if planted is None:
         return None
     try:
-        found = verify(planted, module, layers=layers, providers="cpu", threads=threads)
+        found = verify(planted, module, layers=layers, providers="cpu")
         return [check.name for check in found.checks if not check.ok]
     except PastkeyError as error:
         return [f"{type(error).__name__}: {first_line(error)[:80]}"]
@@ -76,7 +71,7 @@ def found_by(
         shutil.rmtree(planted.path)
 
 
-def plant(bundle: Bundle, fault: str, folder: Path) -> Bundle | None:
+def plant(bundle: Bundle, fault: Fault, folder: Path, *native: str) -> Bundle | None:
     """A copy of the bundle with the fault, which shares the weights; None if its graphs have no place for it."""
     import onnx
 
@@ -84,17 +79,13 @@ def plant(bundle: Bundle, fault: str, folder: Path) -> Bundle | None:
     shutil.copytree(bundle.path, folder, copy_function=os.link)
     made = Bundle(folder, bundle.manifest)
     planted = False
-    for path in (made.all_logits_graph, made.last_logits_graph):
-        graph = _Graph(
-            onnx.load(path, load_external_data=False), path == made.last_logits_graph, bundle.manifest.context_length
-        )
-        planted |= FAULTS[fault](graph)
+    for path in [folder / name for name in native] or [made.all_logits_graph, made.last_logits_graph]:
+        model = onnx.load(path, load_external_data=False)
+        graph = _Graph(model, path != made.all_logits_graph, bundle.manifest.context_length)
+        planted |= fault(graph)
         path.unlink()  # a link to the bundle's own
         onnx.save(graph.model, path)
-    if planted:
-        return made
-    shutil.rmtree(folder)
-    return None
+    return made if planted else None
 
 
 # --- editing ------------------------------------------------------------------------------------------------------
@@ -126,17 +117,34 @@ class _Graph:
         self.model.graph.node.insert(place, helper.make_node(kind, [*inputs], [name], **attributes))
         return name
 
+    def behind(self, node: onnx.NodeProto, kind: str, *others: str, **attributes: Any) -> None:
+        """Puts a node between the first result of `node` and its readers."""
+        from onnx import helper
+
+        right, wrong = node.output[0], f"planted.{len(self.model.graph.node)}.right"
+        node.output[0] = wrong
+        place = next(i for i, other in enumerate(self.model.graph.node) if other is node)
+        self.model.graph.node.insert(place + 1, helper.make_node(kind, [wrong, *others], [right], **attributes))
+
+    def change(self, node: onnx.NodeProto, name: str, change: Callable[[Any], Any], default: Any = None) -> bool:
+        """Gives an attribute the value that `change` makes of it; where that is None, it does not fit."""
+        from onnx import helper
+
+        found = [attribute for attribute in node.attribute if attribute.name == name]
+        before = helper.get_attribute_value(found[0]) if found else default
+        value = None if before is None else change(before)
+        if value is not None:
+            for attribute in found:
+                node.attribute.remove(attribute)
+            node.attribute.append(helper.make_attribute(name, value))
+        return value is not None
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         return next(tuple(value.dims) for value in self.model.graph.initializer if value.name == name)
 
     def replace(self, node: onnx.NodeProto, index: int, kind: str, *others: str, **attributes: Any) -> None:
         """Puts a node between an input of `node` and its value, which is the first input of the new one."""
         node.input[index] = self.add(node, kind, node.input[index], *others, **attributes)
-
-    def rename_result(self, result: str, new: str) -> None:
-        """Gives a result of the graph another name."""
-        node = next(node for node in self.model.graph.node if result in node.output)
-        node.output[[*node.output].index(result)] = new
 
     def tokens(self, before: onnx.NodeProto) -> str:
         """The number of new tokens, (1,) int64."""
@@ -146,21 +154,24 @@ class _Graph:
         """The number of cached tokens, (1,) int64."""
         attention = self.nodes("GroupQueryAttention")[0]
         total = self.add(before, "Cast", attention.input[_TOTAL], to=7)
-        return self.add(
-            before, "Sub", self.add(before, "Reshape", total, self.constant(np.array([1]))), self.tokens(before)
-        )
+        total = self.add(before, "Reshape", total, self.constant(np.array([1])))
+        return self.add(before, "Sub", total, self.tokens(before))
 
 
 Fault = Callable[[_Graph], bool]
 FAULTS: dict[str, Fault] = {}
 
 
-def _fault(what: str) -> Callable[[Fault], Fault]:
-    def enter(function: Fault) -> Fault:
-        FAULTS[what] = function
-        return function
+def enters(faults: dict[str, Fault]) -> Callable[[str], Callable[[Fault], Fault]]:
+    """The decorator of these faults, which takes what a fault does."""
 
-    return enter
+    def named(what: str) -> Callable[[Fault], Fault]:
+        return lambda function: faults.setdefault(what, function)
+
+    return named
+
+
+_fault = enters(FAULTS)
 
 
 def _middle(nodes: list[Any]) -> Any:
@@ -182,30 +193,23 @@ def _columns(graph: _Graph, node: Any, rows_first: bool) -> int:
     return graph.shape_of(node.input[1])[1]
 
 
-def _scaled(factor: float) -> Fault:
-    """Half of the rows, since a norm behind a matrix would undo one factor of all."""
+def _matrix(change: Callable[[npt.NDArray[Any]], object]) -> Fault:
+    """The results of one matrix times these factors."""
 
     def apply(graph: _Graph) -> bool:
         node, index, rows_first = _middle(_matrices(graph))
         factors = np.ones(_columns(graph, node, rows_first), np.float32)
-        factors[::2] = factor
+        change(factors)
         graph.replace(node, index, "Mul", graph.constant(factors[:, None] if rows_first else factors))
         return True
 
     return apply
 
 
-FAULTS["half of one matrix times 1.001"] = _scaled(1.001)
-FAULTS["half of one matrix times 1.01"] = _scaled(1.01)
-
-
-@_fault("one row of one matrix is zero")
-def _zero_row(graph: _Graph) -> bool:
-    node, index, rows_first = _middle(_matrices(graph))
-    factors = np.ones(_columns(graph, node, rows_first), np.float32)
-    factors[factors.size // 2] = 0
-    graph.replace(node, index, "Mul", graph.constant(factors[:, None] if rows_first else factors))
-    return True
+# Half of the rows, since a norm behind a matrix would undo one factor of all.
+FAULTS["half of one matrix times 1.001"] = _matrix(lambda factors: factors[::2].fill(1.001))
+FAULTS["half of one matrix times 1.01"] = _matrix(lambda factors: factors[::2].fill(1.01))
+FAULTS["one row of one matrix is zero"] = _matrix(lambda factors: factors.put(factors.size // 2, 0))
 
 
 @_fault("the scale of one block doubled")
@@ -242,22 +246,15 @@ def _of_blocks(graph: _Graph, usual: float, planted: float, kind: Any) -> npt.ND
 @_fault("epsilon of one norm 100 times too large")
 def _epsilon(graph: _Graph) -> bool:
     norms = [node for node in graph.model.graph.node if node.op_type.endswith("LayerNormalization")]
-    for attribute in _middle(norms).attribute:
-        if attribute.name == "epsilon":
-            attribute.f *= 100
-            return True
-    return False
+    return graph.change(_middle(norms), "epsilon", lambda epsilon: epsilon * 100)
 
 
 # --- positions ----------------------------------------------------------------------------------------------------
 def _move(graph: _Graph, moved: Callable[[Any], str]) -> bool:
     """Lets each reader of position ids, or of a table of rotations, read the positions `moved`, (context,)."""
-    readers = [
-        (node, index)
-        for node in graph.model.graph.node
-        for index, name in enumerate(node.input)
-        if name == names.POSITION_IDS or (node.op_type == "GroupQueryAttention" and index in (_COS, _SIN) and name)
-    ]
+    named = [(node, *pair) for node in graph.model.graph.node for pair in enumerate(node.input)]
+    tables = (("GroupQueryAttention", _COS), ("GroupQueryAttention", _SIN))
+    readers = [(n, i) for n, i, name in named if name == names.POSITION_IDS or (name and (n.op_type, i) in tables)]
     for node, index in readers:
         if node.input[index] == names.POSITION_IDS:
             node.input[index] = graph.add(node, "Gather", moved(node), node.input[index], axis=0)
@@ -294,21 +291,13 @@ def _attention(graph: _Graph) -> Any:
 
 @_fault("the scale of one attention 1 % off")
 def _attention_scale(graph: _Graph) -> bool:
-    for attribute in _attention(graph).attribute:
-        if attribute.name == "scale" and attribute.f:
-            attribute.f *= 1.01
-            return True
-    return False
+    return graph.change(_attention(graph), "scale", lambda scale: scale * 1.01 or None)
 
 
 @_fault("one window one token too wide")
 def _window(graph: _Graph) -> bool:
-    for node in graph.nodes("GroupQueryAttention"):
-        for attribute in node.attribute:
-            if attribute.name == "local_window_size" and attribute.i > 0:
-                attribute.i += 1
-                return True
-    return False
+    nodes = graph.nodes("GroupQueryAttention")
+    return any(graph.change(node, "local_window_size", lambda size: size + 1 if size > 0 else None) for node in nodes)
 
 
 @_fault("padding off by one in a batch")
@@ -369,9 +358,8 @@ def _when_several(graph: _Graph, node: Any) -> str:
 
 def _at_64(graph: _Graph, node: Any) -> str:
     rest = graph.add(node, "Mod", graph.past(node), graph.constant(np.array([64])))
-    return graph.add(
-        node, "And", graph.add(node, "Equal", rest, graph.constant(np.array([0]))), _when_single(graph, node)
-    )
+    even = graph.add(node, "Equal", rest, graph.constant(np.array([0])))
+    return graph.add(node, "And", even, _when_single(graph, node))
 
 
 FAULTS["the last cached value is stale where a chunk begins"] = _stale(_when_several)
@@ -385,31 +373,24 @@ FAULTS["the last cached value is stale at single tokens 64, 128, ..."] = _stale(
 def _head_rows(graph: _Graph) -> bool:
     if not graph.last:
         return False
-    from onnx import helper
-
     size = next(value for value in graph.model.graph.output if value.name == names.LOGITS).type.tensor_type.shape.dim[2]
     order = np.arange(size.dim_value)
     order[[0, 1]] = 1, 0
-    graph.rename_result(names.LOGITS, "planted.logits")
-    index = graph.constant(order)
-    graph.model.graph.node.append(helper.make_node("Gather", ["planted.logits", index], [names.LOGITS], axis=2))
+    (node,) = [node for node in graph.model.graph.node if names.LOGITS in node.output]
+    graph.behind(node, "Gather", graph.constant(order), axis=2)
     return True
 
 
 @_fault("the last-logits graph answers for the token before the last")
 def _earlier(graph: _Graph) -> bool:
-    readers = [
-        (node, index)
-        for node in graph.model.graph.node
-        for index, name in enumerate(node.input)
-        if name == names.LOGITS_START
-    ]
-    for node, index in readers:
+    nodes = [node for node in graph.model.graph.node if names.LOGITS_START in node.input]
+    for node in nodes:
+        index = [*node.input].index(names.LOGITS_START)
         long = graph.add(node, "Greater", graph.tokens(node), graph.constant(np.array([16])))  # more than are drafted
         start = graph.add(node, "Sub", node.input[index], graph.add(node, "Cast", long, to=7))
         node.input[2] = graph.add(node, "Where", long, graph.constant(np.array([-1])), node.input[2])
         node.input[index] = start
-    return bool(readers)
+    return bool(nodes)
 
 
 if __name__ == "__main__":

@@ -10,65 +10,35 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import nn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / ".environments" / "versions"
 BUNDLES = PLACE / "bundles"
 VOCABULARY, CONTEXT, NEW_TOKENS = 96, 1280, 24
 PROMPTS = (48, 1100)  # tokens
-# name -> flags of its export. Older releases must refuse what they lack with a sentence: `needs` is fp32 that requires
-# the newest.
-EXPORTS = {
-    "fp32": ("--precision", "fp32"),
-    "standard": ("--precision", "fp32", "--graph", "standard"),
-    "fp16": ("--precision", "fp16"),
-    "int8": ("--precision", "int8"),
-    "int4": ("--precision", "int4"),
-}
+# name -> its export's precision and further flags. Older releases must refuse what they lack with a sentence: `needs`
+# is fp32 that requires the newest.
+EXPORTS = {"fp32": "fp32", "standard": "fp32 --graph standard", "fp16": "fp16", "int8": "int8", "int4": "int4"}
 NEEDS = "needs"
 REFUSED = re.compile(r"this bundle needs onnxruntime \S+ and \S+ is installed: ")
 # Relative to the largest logit, as golden logits have it for a device: another release may sum in another order.
 LIMITS = {"fp32": 1e-5, "standard": 1e-5, "fp16": 1e-2, "int8": 5e-2, "int4": 5e-2}
 
 
-def decoder() -> nn.Module:
+def decoder() -> Any:
     """The exported model: a decoder of two blocks with random weights, by the contract."""
     import torch
-    import torch.nn.functional as functional
-    from torch import nn
 
-    class Decoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(5)
-            width = 64
-            self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-            self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
-            self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-            self.norm = nn.LayerNorm(width)
-            self.head = nn.Linear(width, VOCABULARY)
-
-        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-            x = self.token(input_ids) + self.position(position_ids)  # (B, T, E)
-            for qkv, out in zip(self.qkv, self.out, strict=True):
-                batch, tokens, width = x.shape
-                q, k, v = qkv(x).view(batch, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
-                mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-                x = x + out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-            logits: torch.Tensor = self.head(self.norm(x))
-            return logits
-
-    return Decoder()
+    torch.manual_seed(5)
+    return runpy.run_path(str(ROOT / "examples" / "own_module.py"))["Decoder"](VOCABULARY, CONTEXT)
 
 
 # --- in the environment of a release --------------------------------------------------------------------------------
@@ -121,7 +91,8 @@ def make_bundles() -> None:
     for name, flags in EXPORTS.items():
         source = ("export", f"{__file__}:decoder", "--context", str(CONTEXT), "--out", str(BUNDLES / name))
         if not (BUNDLES / name).exists():
-            subprocess.run([sys.executable, "-m", "pastkey", *source, *flags], cwd=ROOT, check=True)
+            command = [sys.executable, "-m", "pastkey", *source, "--precision", *flags.split()]
+            subprocess.run(command, cwd=ROOT, check=True)
     if not (BUNDLES / NEEDS).exists():
         import onnxruntime
 
@@ -162,10 +133,7 @@ def run_release(release: str, base: Path) -> Answers:
     folder, out = PLACE / f"onnxruntime-{release}", PLACE / f"{release}.npz"
     if not (folder / "onnxruntime").exists():
         pip("install", "--quiet", "--no-deps", "--target", folder, f"onnxruntime=={release}")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (base, folder))),
-        "XDG_CACHE_HOME": str(PLACE / "cache"),
-    }
+    environment = os.environ | {"PYTHONPATH": f"{base}{os.pathsep}{folder}", "XDG_CACHE_HOME": str(PLACE / "cache")}
     # Without the packages of this environment, and without the tests beside this file.
     command = [sys.executable, "-S", "-P", __file__, "--answer", str(BUNDLES), str(out)]
     subprocess.run(command, cwd=PLACE, env=environment, check=True)

@@ -21,20 +21,13 @@ INSTALLED = ROOT / ".environments" / "web"  # with its node_modules/, which has 
 LOCKED = ("package.json", "package-lock.json")
 # Package -> its files, and the name of each in web/lib/.
 FILES = {
-    "onnxruntime-web": {
-        f"dist/{name}": name
-        for name in (
-            "ort.wasm.min.mjs",
-            "ort-wasm-simd-threaded.mjs",
-            "ort-wasm-simd-threaded.wasm",
-            "ort.webgpu.min.mjs",
-            "ort-wasm-simd-threaded.asyncify.mjs",
-            "ort-wasm-simd-threaded.asyncify.wasm",
-        )
-    },
+    "onnxruntime-web": {f"dist/{name}": name for name in (
+        "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm", "ort.webgpu.min.mjs",
+        "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm",
+    )},
     "@huggingface/tokenizers": {"dist/tokenizers.min.mjs": "tokenizers.min.mjs", "LICENSE": "tokenizers.LICENSE"},
     "@huggingface/jinja": {"dist/index.js": "jinja.js", "LICENSE": "jinja.LICENSE"},
-}
+}  # fmt: skip
 # onnxruntime-web's package has no file of its licence, which is that of onnxruntime's header.
 LICENCES = {ROOT / "kernels" / "third_party" / "onnxruntime_c_api.LICENSE": "onnxruntime-web.LICENSE"}
 
@@ -45,9 +38,8 @@ def install() -> Path | None:
     Returns the folder with node_modules/.
     """
     stamp = INSTALLED / "stamp"
-    content = hashlib.sha256(
-        b"".join((WEB / name).read_bytes() for name in LOCKED) + Path(__file__).read_bytes()
-    ).hexdigest()
+    read = (path.read_bytes() for path in (*(WEB / name for name in LOCKED), Path(__file__)))
+    content = hashlib.sha256(b"".join(read)).hexdigest()
     INSTALLED.parent.mkdir(exist_ok=True)
     with FileLock(INSTALLED.with_suffix(".lock")):
         if stamp.exists() and stamp.read_text() == content and LIBRARIES.is_dir():

@@ -18,71 +18,54 @@ from pastkey.runtime.commands import inspection
 
 
 @pytest.mark.parametrize(
-    ("read", "text", "value"),
+    ("read", "text", "found"),
     [
         (command.positive_int, "1", 1),
-        (command.natural_int, "0", 0),
-        (command.finite_float, "-1e-3", -0.001),
-        (command.id_list, "1, 2,,3", [1, 2, 3]),
-    ],
-)
-def test_an_argument_is_read(read, text, value):
-    assert read(text) == value
-
-
-@pytest.mark.parametrize(
-    ("read", "text", "sentence"),
-    [
         (command.positive_int, "0", "0 is not a whole number from 1"),
+        (command.natural_int, "0", 0),
         (command.natural_int, "-1", "-1 is not a whole number from 0"),
+        (command.finite_float, "-1e-3", -0.001),
         (command.finite_float, "nan", "nan is not a finite number"),
         (command.finite_float, "many", "'many' is not a number"),
+        (command.id_list, "1, 2,,3", [1, 2, 3]),
         (command.id_list, "1,a", "'1,a' is not a list of token ids such as 1,2,3"),
     ],
 )
-def test_an_argument_of_another_kind_is_named(read, text, sentence):
-    with pytest.raises(argparse.ArgumentTypeError) as caught:
-        read(text)
-    assert str(caught.value) == sentence
-
-
-def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys):
-    parser = command.Parser(prog="pastkey run")
-    parser.add_argument("--top-k", type=command.natural_int)
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(["--top-k", "-1"])
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told == "pastkey run: argument --top-k: -1 is not a whole number from 0 (see pastkey run --help)\n"
+def test_an_argument_is_read_or_one_of_another_kind_named(read, text, found):
+    try:
+        value = read(text)
+    except argparse.ArgumentTypeError as error:
+        value = str(error)
+    assert value == found
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
+        (["--prompt", "hi", "--top-k", "-1"], "argument --top-k: -1 is not a whole number from 0"),
         (["--promt", "hi"], "no flag --promt; did you mean --prompt?"),
         (["--prompt", "hi", "--zzz"], "no flag --zzz"),
         (["--top", "1"], "the following arguments are required: --prompt"),  # a beginning is enough
         (["hi"], "'hi' stands without a flag; the following arguments are required: --prompt"),
     ],
 )
-def test_a_flag_that_is_none_is_named_with_the_nearest(capsys, given, sentence):
+def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys, given, sentence):
     parser = command.Parser(prog="pastkey run")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--top-k", type=command.natural_int)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         parser.parse_args(given)
+    assert ended.value.code == 2
     assert capsys.readouterr().err == f"pastkey run: {sentence} (see pastkey run --help)\n"
 
 
-@pytest.mark.parametrize(("threads", "told"), [(None, ""), (1, ""), (250, "warning: --threads 250 is more than the ")])
-def test_more_threads_than_cores_are_told(capsys, threads, told):
+def test_more_threads_than_cores_are_told(capsys):
     parser = command.Parser(prog="pastkey run")
     command.add_placement(parser)
-    given = [] if threads is None else ["--threads", str(threads)]
-    assert command.placement_of(parser.parse_args(given))["threads"] == threads
-    err = capsys.readouterr().err
-    assert err.startswith(told)
-    assert err.count("\n") == bool(told)
+    for given, threads in (([], None), (["--threads", "1"], 1), (["--threads", "250"], 250)):
+        assert command.placement_of(parser.parse_args(given))["threads"] == threads
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: --threads 250 is more than the ")
 
 
 def test_input_is_utf_8():
@@ -115,14 +98,15 @@ def test_a_terminal_gets_no_control_characters(monkeypatch, capsys):
 
 
 # --- the last resort: an error that nobody foresaw is a sentence with the file, and status 2 -----------------------
-Command = Callable[..., tuple[int, str, str]]
+def instead(monkeypatch: pytest.MonkeyPatch, run: Callable[[object], int]) -> None:
+    monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
+    instead(monkeypatch, run)
 
 
 def test_an_unforeseen_error_names_the_file_that_was_read(command, monkeypatch, tmp_path):
@@ -139,17 +123,20 @@ def test_an_unforeseen_error_names_the_file_that_was_read(command, monkeypatch, 
     assert "Traceback (most recent call last)" in command("inspect", tmp_path)[2]
 
 
-@pytest.mark.parametrize("error", [ModuleNotFoundError("No module", name="else"), RecursionError(), AssertionError()])
-def test_no_error_ends_in_status_1(error, command, monkeypatch, tmp_path):
+ENDS = [
+    (ModuleNotFoundError("No module", name="else"), 2, "pastkey inspect: stopped by a fault"),
+    (RecursionError(), 2, "pastkey inspect: stopped by a fault"),
+    (InputError("type  pastkey run 'a  b'  and\ntry again"), 2, "pastkey inspect: type  pastkey run 'a  b'  and try"),
+    (SystemExit(143), 143, ""),  # which a command asked for
+]
+
+
+@pytest.mark.parametrize(("error", "status", "words"), ENDS, ids=repr)
+def test_no_error_ends_in_status_1(error, status, words, command, monkeypatch, tmp_path):
     failing(monkeypatch, error)
-    status, _, err = command("inspect", tmp_path)
-    assert status == 2
-    assert err.startswith("pastkey inspect: stopped by a fault")
-
-
-def test_a_command_in_a_sentence_keeps_its_spaces(command, monkeypatch, tmp_path):
-    failing(monkeypatch, InputError("type  pastkey run 'a  b'  and\ntry again"))
-    assert command("inspect", tmp_path)[2] == "pastkey inspect: type  pastkey run 'a  b'  and try again\n"
+    found, _, err = command("inspect", tmp_path)
+    assert found == status
+    assert err.startswith(words)
 
 
 def test_a_chat_without_jinja_ends_before_the_export(command, monkeypatch):
@@ -160,11 +147,6 @@ def test_a_chat_without_jinja_ends_before_the_export(command, monkeypatch):
     assert "type  pip install jinja2  and try again" in err
 
 
-def test_the_end_that_a_command_asks_for_is_kept(command, monkeypatch, tmp_path):
-    failing(monkeypatch, SystemExit(143))
-    assert command("inspect", tmp_path)[0] == 143
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 @pytest.mark.parametrize(("handler", "status"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 143)])
 def test_a_closed_terminal_ends_a_command_unless_it_is_ignored_as_under_nohup(command, monkeypatch, handler, status):
@@ -173,7 +155,7 @@ def test_a_closed_terminal_ends_a_command_unless_it_is_ignored_as_under_nohup(co
         signal.raise_signal(signal.SIGTERM)
         return 0
 
-    monkeypatch.setattr(inspection, "inspect_command", module.Command(inspection.inspect_command.add_arguments, run))
+    instead(monkeypatch, run)
     before = signal.signal(signal.SIGHUP, handler), signal.getsignal(signal.SIGTERM)
     try:
         assert command("inspect", "bundle")[0] == status
@@ -185,12 +167,7 @@ def test_a_closed_terminal_ends_a_command_unless_it_is_ignored_as_under_nohup(co
 
 def test_a_misspelt_command_is_named_with_the_nearest(command):
     assert command("chta") == (2, "", "pastkey: no command 'chta'; did you mean chat?\n")
-
-
-def test_a_path_that_is_no_text_is_shown(command):
-    status, _, err = command("inspect", "a\udcffb")
-    assert status == 2
-    assert "no such bundle" in err
+    assert command("inspect", "a\udcffb")[0] == 2  # a path that is no text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX closes the streams")

@@ -8,16 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pastkey import exported as module
-from pastkey.__main__ import main
 from pastkey.errors import MissingFileError, ResourceError
 from pastkey.exported import exported
 
+POPEN = subprocess.Popen
 Exports = list[tuple[str, Path]]
 
 
@@ -65,25 +66,20 @@ def test_a_damaged_export_is_made_again(exports, capsys):
 
 @pytest.mark.parametrize("given", ["bundle", "not/here/at all", "absent.gguf", "bundle.zip", "-"])
 def test_any_other_path_stays_as_it_is(exports, given):
-    Path("bundle").mkdir()
-    Path("bundle", "pastkey.json").write_text("{}")
-    Path("bundle", "config.json").write_text("{}")
+    for name in ("pastkey.json", "config.json"):
+        write(Path("bundle", name), "{}", 1)
     assert exported(given) == given
     assert exports == []
 
 
-@pytest.mark.parametrize(
-    ("source", "command"), [("org/name", "chat"), ("folder", "run --prompt x"), ("model.gguf", "run --prompt x")]
-)
-def test_a_source_that_is_not_trusted_is_not_exported(exports, capsys, source, command):
-    Path("folder").mkdir()
-    Path("folder", "config.json").write_text("{}")
-    Path("model.gguf").touch()
-    assert main([*command.split(), "--untrusted", source]) == 2
+def test_a_source_that_is_not_trusted_is_not_exported(exports, command):
+    write(Path("folder", "config.json"), "{}", 1)
+    for words, source in ((["chat"], "org/name"), (["run", "--prompt", "x"], "folder")):
+        status, _, told = command(*words, "--untrusted", source)
+        assert status == 2
+        assert f"{source} is a model to export, and --untrusted opens only a bundle" in told
+        assert f"pastkey export {source} --out bundle" in told
     assert exports == []
-    told = capsys.readouterr().err
-    assert f"{source} is a model to export, and --untrusted opens only a bundle" in told
-    assert f"pastkey export {source} --out bundle" in told
 
 
 def write(path: Path, text: str, when: int) -> None:
@@ -94,12 +90,7 @@ def write(path: Path, text: str, when: int) -> None:
 
 @pytest.mark.parametrize(
     ("source", "file"),
-    [
-        ("model.gguf", "model.gguf"),
-        ("model.gguf", "tokenizer.json"),
-        ("folder", "folder/config.json"),
-        ("folder", "folder/onnx/model.onnx"),
-    ],
+    [("model.gguf", "model.gguf"), ("model.gguf", "tokenizer.json"), ("folder", "folder/onnx/model.onnx")],
 )
 def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(exports, cache, source, file):
     Path("model.gguf").touch()
@@ -119,11 +110,8 @@ def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(expor
 
 def test_several_processes_export_once(exports, capsys):
     """Locks are of open files: threads stand for processes."""
-    threads = [threading.Thread(target=exported, args=("org/name",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        assert len({*threads.map(exported, ["org/name"] * 4)}) == 1
     assert len(exports) == 1
     assert "another process exports org/name: waiting for its end" in capsys.readouterr().err
 
@@ -139,24 +127,19 @@ def test_a_cache_that_cannot_be_written(exports, cache, monkeypatch):
 
 def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Runs this program in the place of an export; its last argument is the target."""
-    started = subprocess.Popen
 
     def instead(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return started([sys.executable, "-c", program, command[-1]], **options)
+        return POPEN([sys.executable, "-c", program, command[-1]], **options)
 
     monkeypatch.setattr(subprocess, "Popen", instead)
 
 
-@pytest.mark.parametrize(
-    ("program", "error", "words"),
-    [
-        ("raise SystemExit(2)", SystemExit, "^2$"),
-        ("import os; os.kill(os.getpid(), 9)", ResourceError, "the export of org/name was ended by signal 9"),
-    ],
-)
-def test_an_export_that_fails_or_is_killed_ends_the_command(cache, monkeypatch, program, error, words):
-    child(monkeypatch, program)
-    with pytest.raises(error, match=words):
+def test_an_export_that_fails_or_is_killed_ends_the_command(cache, monkeypatch):
+    child(monkeypatch, "raise SystemExit(2)")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        exported("org/name")
+    child(monkeypatch, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ResourceError, match="the export of org/name was ended by signal 9"):
         exported("org/name")
 
 

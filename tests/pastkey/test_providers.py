@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from pastkey.export.settings import ExportOptions
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import PROVIDERS, TARGETS
 
-ROOT = Path(__file__).parents[2]
+from ..shared import ROOT
 
 
 def page(name: str) -> str:

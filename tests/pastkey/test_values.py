@@ -18,22 +18,13 @@ from pastkey.values import as_path, is_collection, is_int, is_number, is_one_of,
 from ..wrong_values import without, wrong_fields
 
 
-@pytest.mark.parametrize(
-    ("value", "whole", "number"),
-    [
-        (3, True, True),
-        (10**400, True, True),
-        (np.int64(3), True, True),
-        (3.0, False, True),
-        (Fraction(1, 3), False, True),
-        (True, False, False),
-        (np.bool_(True), False, False),
-        (float("nan"), False, False),
-        (None, False, False),
-    ],
-)
-def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one(value, whole, number):
-    assert (is_int(value), is_number(value)) == (whole, number)
+def test_a_whole_number_and_a_number_are_told_from_what_looks_like_one():
+    whole, others = (3, 10**400, np.int64(3)), (3.0, Fraction(1, 3))
+    neither = (True, np.bool_(True), float("nan"), None, "3")
+    assert all(is_int(value) and is_number(value) for value in whole)
+    assert all(is_number(value) and not is_int(value) for value in others)
+    assert not any(is_int(value) or is_number(value) for value in neither)
+    assert [is_int(value, 2) for value in (1, 2)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -92,10 +83,6 @@ def test_what_has_parts_is_told_from_what_has_none():
     assert not any(is_one_of(value, ("a", "b")) for value in ("c", None, np.array(["a"]), ["a"]))
 
 
-def test_a_whole_number_may_have_a_least():
-    assert [is_int(value, 2) for value in (1, 2, np.int32(3), True, "3")] == [False, True, True, False, False]
-
-
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1.32.0", (1, 32, 0)), ("1.23", (1, 23, 0)), ("1.33.0.dev20261102", (1, 33, 0))]
 )
@@ -123,11 +110,8 @@ class Outer:
 
 
 def test_what_fits_is_made():
-    found = parse(
-        Outer,
-        {"name": "n", "kind": "b", "rate": 1, "token": 0, "inner": [{"size": 3}], "counts": {"x": -1}, "on": False},
-    )
-    assert found == Outer("n", "b", 1, 0, (Inner(3),), (0, 0), {"x": -1}, on=False)
+    content = {"kind": "b", "rate": 1, "token": 0, "inner": [{"size": 3}], "counts": {"x": -1}, "on": False}
+    assert parse(Outer, {"name": "n"} | content) == Outer("n", "b", 1, 0, (Inner(3),), (0, 0), {"x": -1}, on=False)
     assert parse(Outer, {"name": "n", "anything": [1, {"a": None}]}).anything == [1, {"a": None}]
     assert parse(Inner, {"size": 1, "more": 2}, further=True) == Inner(1)
 
@@ -147,7 +131,6 @@ def test_what_does_not_fit_is_named_and_the_limits_fit():
         ({"name": "n", "x": 1}, "the content has an unknown key 'x'"),
         ([], "the content is .*; it must be an object"),
         ({"name": "n", "kind": "c"}, "kind is 'c'; it must be one of a, b"),
-        ({"name": "n", "rate": 10**4000}, "a number of more than 80 digits; it must be a finite number"),
         ({"name": "n", "token": -1}, "token is -1; it must be a number from 0 to 2147483647"),
         ({"name": "n", "pair": [1]}, "pair is .*; it must be a list of 2"),
         ({"name": "n", "on": ["x"] * 10**5}, "on is a list of 100,000; it must be true or false"),

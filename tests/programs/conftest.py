@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import END_OF_TEXT
 
 from ..export.families import build
-from ..export.graft.own.biases import DECODERS as BIASES
-from ..export.graft.own.blocks import DECODERS as OWN
+from ..export.graft.own import biases, blocks
 from ..shared import shared
 from ..short_exports import one_thread
 
@@ -31,92 +29,73 @@ TEXT = END_OF_TEXT.join(
 )
 
 
+OWN = biases.DECODERS | blocks.DECODERS
 Checkpoint = Callable[..., Path]  # (preset, **settings): what `pastkey train` makes of the sentences in seconds
-Write = Callable[[Path, Checkpoint], object]
-
-
-def stories(out: Path, _: Checkpoint) -> None:
-    """A llama2.c checkpoint: SentencePiece's tokens, bytes where there is none."""
-    folder = shared("models/stories260K")
-    export(folder / "stories260K.bin", out, tokenizer=folder / "tok512.bin")
-
-
-# name -> what writes the bundle. A line here is all that a further bundle needs.
-BUNDLES: dict[str, Write] = {
-    "llama": lambda out, trained: export(trained("llama"), out),
-    "qwen2": lambda out, trained: export(trained("qwen2"), out),
-    "qwen3": lambda out, trained: export(trained("qwen3", head_dim=32), out),  # which is not hidden_size / heads
-    "llama-standard": lambda out, trained: export(trained("llama", head_dim=10), out),  # the fused graph cannot have it
-    "gpt2": lambda out, trained: export(trained("gpt2", kv_heads=4), out),
-    "stories260K": stories,
-    "smollm2": lambda out, _: export(smollm2(), out),
-    "llama-fp32": lambda out, trained: export(trained("llama"), out, precision="fp32"),
-    "llama-fp16": lambda out, trained: export(trained("llama"), out, precision="fp16"),
-    "llama-int4": lambda out, trained: export(trained("llama"), out, precision="int4"),
-    "llama-portable": lambda out, trained: export(trained("llama"), out, target="portable"),
-    "llama-static": lambda out, trained: export(trained("llama"), out, precision="fp32", graph="static"),
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},  # which is not hidden_size / heads
+    "gpt2": {"kv_heads": 4},
+    "llama of odd heads": {"preset": "llama", "head_dim": 10},  # the fused graph cannot have them
 }
 
 
-def short_conv(out: Path, _: Checkpoint) -> None:
-    """A decoder of random weights that keeps rows beside keys and values."""
-    own = OWN["short_conv"]
-    export(own.make(), out, precision="fp32", context_length=own.context)
-
-
-def own_module(out: Path, _: Checkpoint) -> None:
-    source = f"{ROOT / 'examples' / 'own_module.py'}:make"
-    export(source, out, precision="fp32", target="qnn", context_length=64)
-
-
-def own_rope(out: Path, _: Checkpoint) -> None:
-    export(f"{ROOT / 'examples' / 'own_rope.py'}:make", out, precision="fp32", target="webgpu", context_length=128)
-
-
-def soft_cap(out: Path, _: Checkpoint, **settings: Any) -> None:
-    """A decoder of random weights whose scores of attention are capped."""
-    own = BIASES["soft_cap"]
-    export(own.make(), out, context_length=own.context, **settings)
-
-
-def family(name: str, out: Path, _: Checkpoint) -> None:
-    """A decoder of transformers, of random weights."""
+def source_of(name: str, trained: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """What is exported: of a preset, of random weights, or of others; and the options that it needs."""
+    if name in PRESETS:
+        return trained(**{"preset": name} | PRESETS[name]), {}
+    if name in OWN:
+        return OWN[name].make(), {"context_length": OWN[name].context}
+    if name.endswith(".py"):
+        return f"{ROOT / 'examples' / name}:make", {"context_length": 64}
+    if name == "stories260K":  # a llama2.c checkpoint: SentencePiece's tokens, bytes where there is none
+        folder = shared("models/stories260K")
+        return folder / "stories260K.bin", {"tokenizer": folder / "tok512.bin"}
+    if name == "smollm2":
+        return smollm2(), {}
     pytest.importorskip("transformers", reason="transformers is not installed")
-    export(build(name), out, precision="fp32", target="qnn", context_length=64)
+    return build(name.removeprefix("random ")), {"context_length": 64}
 
 
-def gpt2(out: Path, trained: Checkpoint, **settings: Any) -> None:
-    export(trained("gpt2", kv_heads=4), out, **settings)
-
-
-def llama(out: Path, trained: Checkpoint, **settings: Any) -> None:
-    export(trained("llama"), out, **settings)
-
-
+FP32: dict[str, Any] = {"precision": "fp32"}
+STATIC, WEBGPU, QNN = {"graph": "static"}, {"target": "webgpu"}, {"target": "qnn"}
+# name -> its source, and the options of its export. A line here is all that a further bundle needs.
+BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "llama-standard": ("llama of odd heads", {}),
+    "gpt2": ("gpt2", {}),
+    "stories260K": ("stories260K", {}),
+    "smollm2": ("smollm2", {}),
+    "llama-fp32": ("llama", FP32),
+    "llama-fp16": ("llama", {"precision": "fp16"}),
+    "llama-int4": ("llama", {"precision": "int4"}),
+    "llama-portable": ("llama", {"target": "portable"}),
+    "llama-static": ("llama", FP32 | STATIC),
+}
 # Those that only other hardware and plain onnxruntime load here.
-MORE: dict[str, Write] = {
-    "generate-fp32": partial(llama, precision="fp32", generate=True),
-    "generate-int8": partial(llama, generate=True),
-    "generate-standard-fp32": lambda out, trained: export(
-        trained("llama", head_dim=10), out, precision="fp32", generate=True
-    ),
-    "generate-gpt2-fp32": partial(gpt2, precision="fp32", generate=True),
-    "llama-standard-fp32": lambda out, trained: export(trained("llama", head_dim=10), out, precision="fp32"),
-    "llama-webgpu": partial(llama, precision="fp32", target="webgpu"),
-    "llama-webgpu-static": partial(llama, precision="fp32", target="webgpu", graph="static"),
-    "llama-webgpu-int8": partial(llama, target="webgpu"),
-    "gpt2-webgpu-fp16": partial(gpt2, precision="fp16", target="webgpu"),
-    "soft-cap-fp32": partial(soft_cap, precision="fp32"),
-    "soft-cap-webgpu-int8": partial(soft_cap, target="webgpu"),
-    "own-rope-webgpu": own_rope,
-    "short-conv": short_conv,
-    "llama-qnn": partial(llama, precision="fp32", target="qnn"),
-    "llama-qnn-int8": partial(llama, target="qnn"),
-    "gpt2-qnn": partial(gpt2, precision="fp32", target="qnn"),
-    "own-qnn": own_module,
-    "qwen2-qnn": partial(family, "qwen2"),  # norms that multiply by their weight from the left
-    "gemma2-qnn": partial(family, "gemma2"),  # soft caps of scores with five axes
-    "qwen3-qnn": partial(family, "qwen3"),  # norms over four axes
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate-fp32": ("llama", FP32 | {"generate": True}),
+    "generate-int8": ("llama", {"generate": True}),
+    "generate-standard-fp32": ("llama of odd heads", FP32 | {"generate": True}),
+    "generate-gpt2-fp32": ("gpt2", FP32 | {"generate": True}),
+    "llama-standard-fp32": ("llama of odd heads", FP32),
+    "llama-webgpu": ("llama", FP32 | WEBGPU),
+    "llama-webgpu-static": ("llama", FP32 | WEBGPU | STATIC),
+    "llama-webgpu-int8": ("llama", WEBGPU),
+    "gpt2-webgpu-fp16": ("gpt2", WEBGPU | {"precision": "fp16"}),
+    "soft-cap-fp32": ("soft_cap", FP32),
+    "soft-cap-webgpu-int8": ("soft_cap", WEBGPU),
+    "own-rope-webgpu": ("own_rope.py", FP32 | WEBGPU | {"context_length": 128}),
+    "short-conv": ("short_conv", FP32),  # which keeps rows beside keys and values
+    "llama-qnn": ("llama", FP32 | QNN),
+    "llama-qnn-int8": ("llama", QNN),
+    "gpt2-qnn": ("gpt2", FP32 | QNN),
+    "own-qnn": ("own_module.py", FP32 | QNN),
+    "qwen2-qnn": ("random qwen2", FP32 | QNN),  # norms that multiply by their weight from the left
+    "gemma2-qnn": ("random gemma2", FP32 | QNN),  # soft caps of scores with five axes
+    "qwen3-qnn": ("random qwen3", FP32 | QNN),  # norms over four axes
 }
 
 
@@ -144,8 +123,10 @@ def bundles(made_once, trained):
 
     def bundle(name: str) -> Path:
         def make(folder: Path) -> None:
+            source, options = (BUNDLES | MORE)[name]
             with one_thread():
-                (BUNDLES | MORE)[name](folder / "bundle", trained)
+                given, needed = source_of(source, trained)
+                export(given, folder / "bundle", **needed | options)
 
         return made_once(f"bundle-{name}", make) / "bundle"
 

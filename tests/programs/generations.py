@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+from ..shared import ROOT, ran
+
+EXAMPLES = ROOT / "examples"
 FLOAT32 = ("generate-fp32", "generate-standard-fp32", "generate-gpt2-fp32")
 BUNDLES = (*FLOAT32, "generate-int8")
 VOCABULARY, CONTEXT = 320, 64  # of all of them
@@ -45,12 +46,8 @@ class Call:
 
     def expected(self, engine: Engine) -> list[int]:
         """pastkey's ids, and the end token behind them, as the graph gives it."""
-        made = [
-            *Generation(
-                engine,
-                Request(self.prompt, max_new_tokens=self.new_tokens, sampling=self.sampling, prompt_lookup=False),
-            )
-        ]
+        given: dict[str, Any] = {"max_new_tokens": self.new_tokens, "sampling": self.sampling, "prompt_lookup": False}
+        made = [*Generation(engine, Request(self.prompt, **given))]
         end = next((place for place, token in enumerate(made) if token in self.ends), len(made))
         return made[: end + 1]
 
@@ -70,9 +67,8 @@ class Call:
 def calls() -> list[Call]:
     """Three texts of each way of choosing, some that an end ends, and some that the context ends."""
     rng = np.random.default_rng(5)
-    made = [
-        Call(rng.integers(0, VOCABULARY, length).tolist(), sampling) for sampling in SAMPLING for length in (1, 7, 20)
-    ]
+    ways = [(length, sampling) for sampling in SAMPLING for length in (1, 7, 20)]
+    made = [Call(rng.integers(0, VOCABULARY, length).tolist(), sampling) for length, sampling in ways]
     likely = (12, 14, 266, 267, 268)
     made += [dataclasses.replace(call, ends=likely) for call in made[::2]]
     for count, new_tokens in ((CONTEXT, 5), (CONTEXT - 2, 9), (3, 0), (3, 200)):
@@ -98,10 +94,5 @@ def library() -> Path:
 
 
 def answers_of(program: Sequence[str | Path], graph: Path, wanted: Sequence[Call], **more: str) -> list[list[int]]:
-    found = []
-    for call in wanted:
-        command = [*program, graph, *call.words()]
-        done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 0, done.stderr
-        found.append([int(token) for token in done.stdout.split()])
-    return found
+    told = (ran(*program, graph, *call.words(), env=os.environ | more, timeout=60).stdout for call in wanted)
+    return [[int(token) for token in text.split()] for text in told]

@@ -9,7 +9,6 @@ import http.server
 import json
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from pastkey.files.folder import file_records, read_json, write_json
+
 from ..runtime.sampling.vectors import sampling_vectors
+from ..shared import ran
 from .generations import library
 
 Program = Sequence[str | Path]  # the command; it takes an address, a folder and a hash
@@ -53,16 +55,9 @@ def serving(folder: Path) -> Iterator[Served]:
 def answers(
     program: Program, url: str, folder: Path, calls: Sequence[dict[str, Any]] = (), sha256: str = ""
 ) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [*program, url, folder, sha256],
-        input="".join(json.dumps(call) + "\n" for call in calls),
-        env=os.environ | {"ONNXRUNTIME": str(library()), "DJL_CACHE_DIR": str(folder.parent)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = "".join(json.dumps(call) + "\n" for call in calls)
+    own = os.environ | {"ONNXRUNTIME": str(library()), "DJL_CACHE_DIR": str(folder.parent)}
+    done = ran(*program, url, folder, sha256, input=given, env=own, timeout=300)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -78,15 +73,11 @@ def with_old_merges(bundle: Path, folder: Path) -> Path:
     The application's DJL 0.33 has a later one, and reads both.
     """
     shutil.copytree(bundle, folder)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer, manifest = (read_json(folder / name) for name in ("tokenizer.json", "pastkey.json"))
     tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
-    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    manifest = json.loads((folder / "pastkey.json").read_text(encoding="utf-8"))
-    content = file.read_bytes()
-    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["files"]["tokenizer.json"] = record
-    (folder / "pastkey.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(folder / "tokenizer.json", tokenizer)
+    manifest["files"] |= file_records(folder, ["tokenizer.json"])
+    write_json(folder / "pastkey.json", manifest)
     return folder
 
 
@@ -99,10 +90,9 @@ SAMPLED: list[dict[str, Any]] = [
 def check_vectors(program: Program, url: str, folder: Path) -> None:
     """The program draws the tokens of the sampling vectors."""
     vectors = [vector for vector in sampling_vectors() if vector.generates]
-    calls = [
-        call("", **vector.settings, seed=vector.seed, ids=vector.ids, logits=np.maximum(vector.logits, -1e30).tolist())
-        for vector in vectors
-    ]
+    logits = [np.maximum(vector.logits, -1e30).tolist() for vector in vectors]
+    drawn = [{**vector.settings, "seed": vector.seed, "ids": vector.ids} for vector in vectors]
+    calls = [call("", **given, logits=one) for given, one in zip(drawn, logits, strict=True)]
     assert [found["token"] for found in answers(program, url, folder, calls)] == [each.expected for each in vectors]
 
 
@@ -115,8 +105,7 @@ def check_download(program: Program, bundle: Path, folder: Path) -> None:
         assert not (folder / "pastkey.json").exists()
         assert answers(program, served.url, folder, sha256=sha256) == []
         brought = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        assert brought >= {"pastkey.json", "tokenizer.json", "onnx/model.onnx"}
-        assert not any(name.endswith(".part") for name in brought)
+        assert brought == {*read_json(bundle / "pastkey.json")["files"], "pastkey.json"}
         (folder / "tokenizer.json").write_text("{}")
         (folder / "pastkey.json").unlink()
         served.asked.clear()

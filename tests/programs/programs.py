@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from benchmarks.environments import environment
 
+from ..shared import ran
 from ..web.browser import visit
-from .environments import GENAI, OPTIMUM, install_chromium, node_environment
+from .environments import GENAI, OPTIMUM, had, install_chromium, node_environment
 
 _HERE = Path(__file__).parent
 _OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
@@ -47,7 +45,7 @@ def optimum(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
 
 def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """transformers.js in Node."""
-    folder = _node_folder()
+    folder = node_environment(_HERE / "package.json")
     for name in ("greedy.mjs", "greedy_node.mjs"):  # Node looks for packages beside the script
         shutil.copy(_HERE / name, folder)
     return _answers(["node", folder / "greedy_node.mjs", bundle, new_tokens, *prompts])
@@ -55,19 +53,12 @@ def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
 
 def browser(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """transformers.js in headless Chromium."""
-    packages = _node_folder() / "node_modules"
-    chromium = install_chromium()
-    if chromium is None:
-        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    packages = node_environment(_HERE / "package.json") / "node_modules"
+    chromium = had(install_chromium(), "chromium is")
     request = bundle.parent / f"{bundle.name}-request.json"
     request.write_text(json.dumps({"newTokens": new_tokens, "prompts": list(prompts)}))
-    files: dict[str, Path | bytes] = {
-        "page.html": _HERE / "page.html",
-        "greedy.mjs": _HERE / "greedy.mjs",
-        "request.json": request,
-        "node_modules": packages,
-        "bundle": bundle,
-    }
+    files: dict[str, Path | bytes] = {name: _HERE / name for name in ("page.html", "greedy.mjs")}
+    files |= {"request.json": request, "node_modules": packages, "bundle": bundle}
     path, content = visit(chromium, "page.html", files)
     assert path == "/answers", content
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in content]
@@ -77,19 +68,5 @@ PROGRAMS = {program.__name__: program for program in (onnxruntime, genai, optimu
 
 
 def _answers(command: Sequence[str | Path | int]) -> list[Answer]:
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | _OFFLINE,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = [json.loads(line) for line in ran(*command, env=os.environ | _OFFLINE).stdout.splitlines()]
     return [Answer(answer["prompt_ids"], answer["ids"]) for answer in answers]
-
-
-def _node_folder() -> Path:
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    return node_environment(_HERE / "package.json")

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from pastkey.contract.bundle import Bundle
 
 from ..runtime import conftest as decoder
 from ..runtime.constraints import vocabularies
+from ..tiny_bundles import byte_bundle
 
 MODEL = "tiny"
 # Every token is a byte, so that any text is read. The form of tool calls is Hermes'.
@@ -30,20 +29,10 @@ TEMPLATE = (
 )
 
 
-def write_tiny(folder: Path, context: int = 1000) -> Bundle:
+def write_tiny(folder: Path) -> Bundle:
     """A decoder of random weights with a chat template and hidden states."""
-    tokenizer = vocabularies.byte_level()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "V", tokenizer.get_vocab_size())
-        tiny = decoder.Tiny.random([(8, 8), (16, 16)], context_length=context)
-        return decoder.write_bundle(
-            folder,
-            tiny,
-            "fused",
-            tokenizer=tokenizer,
-            hidden_size=decoder.E,
-            tokenizer_config={"chat_template": TEMPLATE, "eos_token": vocabularies.END},
-        )
+    config = {"chat_template": TEMPLATE, "eos_token": vocabularies.END}
+    return byte_bundle(folder, [(8, 8), (16, 16)], 1000, hidden_size=decoder.E, tokenizer_config=config)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from benchmarks.environments import environment
 from pastkey.export.compat import facts
 
+from ..shared import ran
 from .environments import OPTIMUM, node_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -33,8 +33,7 @@ print(json.dumps({
 def folder_of(python: Path, package: str) -> Path:
     """Where an environment has a package."""
     code = f"import importlib.util as u; print(u.find_spec({package!r}).submodule_search_locations[0])"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return Path(done.stdout.strip())
+    return Path(ran(python, "-c", code).stdout.strip())
 
 
 def quoted(text: str) -> set[str]:
@@ -64,13 +63,7 @@ def test_transformers_js_reads_the_layers_of_each_type_from_this_key(javascript)
 def test_transformers_has_these_decoders_and_names():
     others = [(key, other, kinds.split()) for key, by in facts._OTHER_NAMES.items() for other, kinds in by.items()]
     asked = sorted({kind for _, _, kinds in others for kind in kinds})
-    done = subprocess.run(
-        [environment(*OPTIMUM), "-c", _OF_TRANSFORMERS],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = ran(environment(*OPTIMUM), "-c", _OF_TRANSFORMERS, input=json.dumps(asked))
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["version"].startswith("4.57.")
     assert set(found["decoders"]) >= facts.TRANSFORMERS_TYPES

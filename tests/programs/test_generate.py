@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import pytest
 from pastkey.contract import names
 from tools import web_assets
 
-from .environments import install_kotlin, java_binding, node_environment, onnxruntime_header
+from ..shared import ran
+from .environments import had, install_kotlin, java_binding, node_environment, onnxruntime_header
 from .generations import BUNDLES, CONTEXT, EXAMPLES, FLOAT32, VOCABULARY, answers_of, calls, expected, library
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -26,13 +26,10 @@ HERE = Path(__file__).parent
 
 def node(package: str) -> Path:
     """The folder of a package for Node, with the example beside it."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
     if package == "onnxruntime-web":
-        folder = web_assets.install()
+        folder = had(web_assets.install(), "npm is")
     else:
         folder = node_environment(EXAMPLES / "generate" / "package.json", "generate")
-    assert folder is not None
     for file in (EXAMPLES / "generate" / "generate.mjs", HERE / "generate_example.mjs"):
         shutil.copy(file, folder)
     return folder
@@ -41,9 +38,7 @@ def node(package: str) -> Path:
 def in_node(package: str, graph: Path, wanted: Sequence[tuple[list[int], dict[str, Any], int]]) -> list[dict[str, Any]]:
     """What each call of (prompt, settings, chunk) gives; a chunk of 0 is a call of the whole generation."""
     script = node(package) / "generate_example.mjs"
-    command: list[str | Path] = ["node", script, package, graph, json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = ran("node", script, package, graph, json.dumps(wanted), timeout=300)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -51,79 +46,50 @@ def in_node(package: str, graph: Path, wanted: Sequence[tuple[list[int], dict[st
     ("package", "name"),
     [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", name) for name in FLOAT32],
 )
-def test_one_call_in_node_gives_the_ids_of_python(bundles, package, name):
-    bundle, wanted = bundles(name), calls()
-    answers = in_node(package, bundle / names.GENERATE_GRAPH, [(c.prompt, c.settings(), 0) for c in wanted])
-    assert [answer.get("ids", answer) for answer in answers] == expected(bundle)
+def test_one_call_and_streamed_chunks_in_node_give_the_ids_of_python(bundles, package, name):
+    bundle = bundles(name)
+    for graph, chunks in ((names.GENERATE_GRAPH, (0,)), (names.GENERATE_STEP_GRAPH, (1, 3))):
+        wanted = [(one.prompt, one.settings(), chunk) for chunk in chunks for one in calls()]
+        answers = in_node(package, bundle / graph, wanted)
+        assert [answer.get("ids", answer) for answer in answers] == expected(bundle) * len(chunks)
 
 
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [("onnxruntime-node", name) for name in BUNDLES] + [("onnxruntime-web", "generate-fp32")],
-)
-def test_streamed_chunks_are_the_ids_of_one_call(bundles, package, name):
-    bundle, wanted = bundles(name), calls()
-    chunks = [(c.prompt, c.settings(), chunk) for chunk in (1, 3) for c in wanted]
-    answers = in_node(package, bundle / names.GENERATE_STEP_GRAPH, chunks)
-    assert [answer.get("ids", answer) for answer in answers] == expected(bundle) * 2
-
-
-BAD: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "temperature must be a number from 0 to 2**127": ([5], {"temperature": -1}),
-    "top_k must be 0 or more": ([5], {"topK": -1}),
-    "top_p must be above 0 and at most 1": ([5], {"topP": 0}),
-    "min_p must be between 0 and 1": ([5], {"minP": 1.5}),
-    "repetition_penalty must be above 0 and at most 2**127": ([5], {"repetitionPenalty": 0}),
-    "seed must be 0 or more": ([5], {"seed": -1}),
-    "max_new_tokens must be 0 or more": ([5], {"maxNewTokens": -1}),
-    f"token ids must be 0 to {VOCABULARY - 1}": ([5, VOCABULARY], {}),
-    f"the text is longer than the context of {CONTEXT} tokens": ([5] * (CONTEXT + 1), {}),
-    "input_ids must hold at least one token": ([], {}),
+# What the graph says of a call (prompt, settings, chunk), and what the program says that would be taken in silence.
+BAD: dict[str, tuple[list[int], dict[str, Any], int]] = {
+    "Name:'temperature must be a number from 0 to 2**127'": ([5], {"temperature": -1}, 0),
+    "Name:'top_k must be 0 or more'": ([5], {"topK": -1}, 0),
+    "Name:'top_p must be above 0 and at most 1'": ([5], {"topP": 0}, 0),
+    "Name:'min_p must be between 0 and 1'": ([5], {"minP": 1.5}, 0),
+    "Name:'repetition_penalty must be above 0 and at most 2**127'": ([5], {"repetitionPenalty": 0}, 0),
+    "Name:'seed must be 0 or more'": ([5], {"seed": -1}, 0),
+    "Name:'max_new_tokens must be 0 or more'": ([5], {"maxNewTokens": -1}, 0),
+    f"Name:'token ids must be 0 to {VOCABULARY - 1}'": ([5, VOCABULARY], {}, 0),
+    f"Name:'the text is longer than the context of {CONTEXT} tokens'": ([5] * (CONTEXT + 1), {}, 1),
+    "Name:'input_ids must hold at least one token'": ([], {}, 0),
+    "no setting tempreture; there are maxNewTokens, endIds, ": ([5], {"tempreture": 1}, 1),
+    "18446744073709551616 is no whole number of 64 bits": ([5], {"seed": str(2**64)}, 1),
+    "chunk is -1; a whole number from 1 was expected": ([5], {}, -1),
 }
 
 
 def test_bad_input_is_a_sentence_in_node(bundles):
-    graph = bundles("generate-fp32") / names.GENERATE_GRAPH
-    answers = in_node("onnxruntime-node", graph, [(prompt, given, 0) for prompt, given in BAD.values()])
-    for sentence, answer in zip(BAD, answers, strict=True):
-        assert f"Name:'{sentence}'" in answer["error"]
-
-
-def test_what_javascript_would_take_in_silence_is_refused(bundles):
-    graph = bundles("generate-fp32") / names.GENERATE_STEP_GRAPH
-    wanted: list[tuple[list[int], dict[str, Any], int]] = [
-        ([5], {"tempreture": 1}, 1),
-        ([5], {"seed": str(2**64)}, 1),
-        ([5], {}, -1),
-        ([5] * (CONTEXT + 2), {}, 1),
-    ]
-    errors = [answer["error"] for answer in in_node("onnxruntime-node", graph, wanted)]
-    assert errors[0].startswith("no setting tempreture; there are maxNewTokens, endIds, ")
-    assert errors[1] == "18446744073709551616 is no whole number of 64 bits"
-    assert errors[2] == "chunk is -1; a whole number from 1 was expected"
-    assert f"Name:'the text is longer than the context of {CONTEXT} tokens'" in errors[3]
+    bundle = bundles("generate-fp32")
+    for graph, streams in ((names.GENERATE_GRAPH, False), (names.GENERATE_STEP_GRAPH, True)):
+        cases = {sentence: given for sentence, given in BAD.items() if bool(given[2]) == streams}
+        answers = in_node("onnxruntime-node", bundle / graph, [*cases.values()])
+        for sentence, answer in zip(cases, answers, strict=True):
+            assert sentence in answer["error"]
 
 
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory):
     """examples/generate/generate.c, compiled, with the library beside it."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    if (header := onnxruntime_header()) is None:
-        pytest.skip("onnxruntime's header is not here; PASTKEY_INSTALL=1 fetches Debian's")
+    had(shutil.which("gcc"), "gcc is")
+    header = had(onnxruntime_header(), "onnxruntime's header is")
     folder = tmp_path_factory.mktemp("c")
     (folder / "libonnxruntime.so.1").symlink_to(library())
-    command: list[str | Path] = [
-        "gcc",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-I",
-        header,
-        EXAMPLES / "generate" / "generate.c",
-    ]
-    command += ["-o", folder / "generate", "-L", folder, "-l:libonnxruntime.so.1"]
-    subprocess.run(command, check=True)
+    source = [EXAMPLES / "generate" / "generate.c", "-o", folder / "generate"]
+    ran("gcc", "-Wall", "-Wextra", "-Werror", "-I", header, *source, "-L", folder, "-l:libonnxruntime.so.1")
     return folder / "generate"
 
 
@@ -139,22 +105,13 @@ def java(tmp_path_factory):
     """A binding for Java, and how it is run on the library of Python's package."""
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         pytest.skip("gcc is not installed, or there is no binding for Java to be had for this processor")
-    if (binding := java_binding()) is None:
-        pytest.skip("no JDK is installed; PASTKEY_INSTALL=1 installs Debian's")
+    binding = had(java_binding(), "a JDK is")
     folder = tmp_path_factory.mktemp("java")
     shutil.copy(binding / "libonnxruntime4j_jni.so", folder)
     (folder / "versions").write_text("VERS_1.17.0 { global: Ort*; local: *; };")
-    command: list[str | Path] = [
-        "gcc",
-        "-Wall",
-        "-shared",
-        "-fPIC",
-        HERE / "onnxruntime_1_17.c",
-        "-o",
-        folder / "libonnxruntime.so",
-    ]
-    command += ["-Wl,-soname,libonnxruntime.so.1.17.0", f"-Wl,--version-script={folder / 'versions'}", "-ldl"]
-    subprocess.run(command, check=True)
+    source = [HERE / "onnxruntime_1_17.c", "-o", folder / "libonnxruntime.so"]
+    linked = ["-Wl,-soname,libonnxruntime.so.1.17.0", f"-Wl,--version-script={folder / 'versions'}", "-ldl"]
+    ran("gcc", "-Wall", "-shared", "-fPIC", *source, *linked)
     return binding, ["java", f"-Donnxruntime.native.path={folder}", "-cp"]
 
 
@@ -163,7 +120,7 @@ def java_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.java, compiled."""
     binding, command = java
     folder = tmp_path_factory.mktemp("classes")
-    subprocess.run(["javac", "-cp", binding, "-d", folder, EXAMPLES / "generate" / "Generate.java"], check=True)
+    ran("javac", "-cp", binding, "-d", folder, EXAMPLES / "generate" / "Generate.java")
     return [*command, f"{binding}:{folder}", "Generate"]
 
 
@@ -171,19 +128,11 @@ def java_program(tmp_path_factory, java):
 def kotlin_program(tmp_path_factory, java):
     """The command of examples/generate/Generate.kt, compiled."""
     binding, command = java
-    if (home := install_kotlin()) is None:
-        pytest.skip("Kotlin's compiler is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    home = had(install_kotlin(), "Kotlin's compiler is")
     folder = tmp_path_factory.mktemp("classes")
     standard = "/usr/share/java/kotlin-stdlib.jar:/usr/share/java/kotlin-stdlib-jdk7.jar"
-    compiling: list[str | Path] = [
-        "kotlinc",
-        "-cp",
-        f"{binding}:{standard}",
-        "-d",
-        folder,
-        EXAMPLES / "generate" / "Generate.kt",
-    ]
-    subprocess.run(compiling, env=os.environ | {"JAVA_HOME": str(home)}, check=True)
+    source = EXAMPLES / "generate" / "Generate.kt"
+    ran("kotlinc", "-cp", f"{binding}:{standard}", "-d", folder, source, env=os.environ | {"JAVA_HOME": str(home)})
     return [*command, f"{binding}:{folder}:{standard}", "GenerateKt"]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 
 import pytest
 
 from benchmarks.environments import ROOT, environment
 
-from ..runtime import conftest as decoder
-from ..runtime.constraints import vocabularies
+from ..shared import ran
+from ..tiny_bundles import byte_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
@@ -27,12 +26,9 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """A decoder of random weights that takes any text, with a chat template and without."""
-    folder, tokenizer = tmp_path_factory.mktemp("bundles"), vocabularies.byte_level()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "V", tokenizer.get_vocab_size())
-        tiny = decoder.Tiny.random([(8, 8), (16, 16)], context_length=900)
-        for name, config in (("chat", {"chat_template": TEMPLATE}), ("plain", {})):
-            decoder.write_bundle(folder / name, tiny, "fused", tokenizer=tokenizer, tokenizer_config=config)
+    folder = tmp_path_factory.mktemp("bundles")
+    for name, config in (("chat", {"chat_template": TEMPLATE}), ("plain", {})):
+        byte_bundle(folder / name, [(8, 8), (16, 16)], tokenizer_config=config)
     return folder
 
 
@@ -40,18 +36,11 @@ def bundles(tmp_path_factory):
 def test_its_tests_pass_where_it_is_installed(name, bundles, tmp_path):
     package = ROOT / "integrations" / name
     python = environment(name, ["pytest", "--editable", str(package)], "[cpu,chat,constrained]")
-    done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", package, package],
-        cwd=tmp_path,
-        env=os.environ | {"PASTKEY_TEST_BUNDLES": str(bundles), "ORT_DISABLE_TELEMETRY": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    given = os.environ | {"PASTKEY_TEST_BUNDLES": str(bundles), "ORT_DISABLE_TELEMETRY": "1"}
+    pytest_of = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", package, package]
+    done = ran(*pytest_of, cwd=tmp_path, env=given, timeout=600)
     assert re.search(r"\d+ passed in", done.stdout)
     (tmp_path / "bundle").symlink_to(bundles / "chat")
     readme = (package / "README.md").read_text(encoding="utf-8")
     for program in re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
-        subprocess.run([python, "-c", program], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL, timeout=300)
+        ran(python, "-c", program, cwd=tmp_path, timeout=300)

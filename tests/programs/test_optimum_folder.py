@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from pastkey.export import export
 from pastkey.export.source.onnx_folder.decoder import GivenDecoder
 from pastkey.export.source.open import open_source
 
+from ..shared import ran
 from .environments import OPTIMUM
 
 pytestmark = [pytest.mark.slow, pytest.mark.matrix]
@@ -33,15 +33,7 @@ print(model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, id
 
 def run(*command: object) -> str:
     settings = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [environment(*OPTIMUM), *map(str, command)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return ran(environment(*OPTIMUM), *command, env=os.environ | settings).stdout
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma2"])

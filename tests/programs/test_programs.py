@@ -22,13 +22,7 @@ from .programs import PROGRAMS
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = (
-    "Zoë had 37",
-    "Tom had 2 red",
-    "“Oh!” (1 234 times).\n\n  Ben had 37",
-    "Anna said: “Oh!”<|endoftext|>Lily had 2",
-    "",
-)
+PROMPTS = ("Zoë had 37", "Tom had 2 red", "“Oh!” (1 234 times).\n\n  Ben had 37", "“Oh!”<|endoftext|>Lily had 2", "")
 NEW_TOKENS = 24
 # Where pastkey's top two logits are closer, other kernels may rightly choose the other token.
 CLOSE = 0.1

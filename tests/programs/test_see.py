@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 
 import pytest
 
 from pastkey.__main__ import main
 
-from .environments import install_chromium, node_environment
+from .environments import had, install_chromium, node_environment
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
@@ -24,17 +23,13 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = install_chromium()
-    if chromium is None:
-        pytest.skip("chromium is not installed; PASTKEY_INSTALL=1 installs Debian's")
+    chromium = had(install_chromium(), "chromium is")
     with playwright.sync_playwright() as driver:
         yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="module")
 def axe():
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
     folder = node_environment(HERE / "axe" / "package.json", "axe")
     return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
@@ -68,10 +63,8 @@ def test_the_page_is_drawn_without_a_request_or_a_message(page_of, browser, axe,
         page.goto(file.as_uri())
         assert requests == [file.as_uri()]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(
-            "[...document.querySelectorAll('canvas')].every(one => one.getContext('2d')"
-            ".getImageData(0, 0, one.width, one.height).data.some(number => number))"
-        )
+        pixels = "one.getContext('2d').getImageData(0, 0, one.width, one.height).data.some(number => number)"
+        assert page.evaluate(f"[...document.querySelectorAll('canvas')].every(one => {pixels})")
         shown = 7 if "--last" in FLAGS[name] else page.evaluate("ids.length")
         assert page.locator("#chips .chip").count() == shown
         assert messages == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 from benchmarks.environments import environment
 
-from ..shared import divided
+from ..shared import divided, ran
 from .serving import MODEL, serving, write_tiny
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -49,14 +48,13 @@ def expected(bundle):
 
     with load(bundle, threads=1) as lm:
         chat = [{"role": "user", "content": "Hello"}]
-        return json.dumps(
-            {
-                "chat": lm.generate_chat(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
-                "greedy": lm.generate_chat(chat, max_new_tokens=12).text,
-                "text": lm.generate("Hello", max_new_tokens=12, temperature=1.0, seed=5).text,
-                "embeddings": [vector.tolist() for vector in lm.embed(["Hello", "Goodbye"])],
-            }
-        )
+        told = {
+            "chat": lm.generate_chat(chat, max_new_tokens=12, temperature=1.0, seed=5).text,
+            "greedy": lm.generate_chat(chat, max_new_tokens=12).text,
+            "text": lm.generate("Hello", max_new_tokens=12, temperature=1.0, seed=5).text,
+            "embeddings": [vector.tolist() for vector in lm.embed(["Hello", "Goodbye"])],
+        }
+        return json.dumps(told)
 
 
 @pytest.mark.parametrize("name", divided(CLIENTS, ci=["openai"]))
@@ -65,13 +63,6 @@ def test_a_client_reads_what_the_runtime_answers(name, address, expected, tmp_pa
     if requirements is None:
         pytest.importorskip("openai", reason="openai is not installed")
     python = Path(sys.executable) if requirements is None else environment(f"client-{name}", requirements)
-    done = subprocess.run(
-        [python, Path(__file__).parent / "clients" / program, address, expected],
-        cwd=tmp_path,
-        env=os.environ | {"LLM_USER_PATH": str(tmp_path), "NO_PROXY": "127.0.0.1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = os.environ | {"LLM_USER_PATH": str(tmp_path), "NO_PROXY": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
+    client = Path(__file__).parent / "clients" / program
+    ran(python, client, address, expected, cwd=tmp_path, env=given, timeout=300)

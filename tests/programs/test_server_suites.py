@@ -1,19 +1,16 @@
-"""Suites of others on `pastkey serve`: schemathesis on its OpenAPI description, and lm_eval's local-completions.
-
-llama.cpp's own tests of a server are run by tools/llama_server.
-"""
+"""Suites of others on `pastkey serve`: schemathesis on its OpenAPI description, and lm_eval's local-completions."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import subprocess
 
 import pytest
 
 from benchmarks.environments import environment
 
+from ..shared import ran
 from .serving import MODEL, serving, write_tiny
 
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -41,10 +38,7 @@ def test_the_server_keeps_to_its_openapi_description(bundle, tmp_path):
         command = ["run", f"{address}/openapi.json", "--phases", phases, "--max-examples", "20", "--seed", "1"]
         command += ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--no-color"]
         program = environment(*SCHEMATHESIS).parent / "schemathesis"
-        done = subprocess.run(
-            [program, *command], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
-        )
-    assert done.returncode == 0, done.stdout[-4000:]
+        ran(program, *command, cwd=tmp_path, timeout=900)
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
@@ -86,16 +80,9 @@ def test_lm_eval_scores_as_the_eval_command_does(bundle, tmp_path, pastkey_comma
         given = {"model": MODEL, "base_url": f"{address}/v1/completions", "tokenizer": bundle, "num_concurrent": 2}
         words = ["run", "--model", "local-completions", "--tasks", "windows", "--include_path", str(tmp_path)]
         words += ["--model_args", ",".join(f"{name}={value}" for name, value in given.items())]
-        done = subprocess.run(
-            [environment(*LM_EVAL), "-m", "lm_eval", *words, "--output_path", tmp_path / "out.json"],
-            cwd=tmp_path,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OPENAI_API_KEY": "any"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
+        words += ["--output_path", str(tmp_path / "out.json")]
+        own = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OPENAI_API_KEY": "any"}
+        ran(environment(*LM_EVAL), "-m", "lm_eval", *words, cwd=tmp_path, env=own, timeout=600)
     (results,) = tmp_path.glob("out*.json")
     perplexity = json.loads(results.read_text())["results"]["windows"]["perplexity,none"]
     # lm_eval's perplexity is of a document, pastkey's of a token.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,9 @@ from pastkey.train.loop import Run
 from pastkey.train.settings import TrainConfig
 
 TINY: dict[str, Any] = {
-    "preset": "llama",
-    "steps": 12,
-    "batch_size": 4,
-    "save_every": 4,
-    "warmup_steps": 2,
-    "context": 32,
-    "hidden_size": 16,
-    "layers": 1,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_dim": 8,
-    "tokenizer": "char",
-    "threads": 1,
-}
+    "preset": "llama", "steps": 12, "batch_size": 4, "save_every": 4, "warmup_steps": 2, "context": 32,
+    "hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "tokenizer": "char", "threads": 1,
+}  # fmt: skip
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], object]) -> None:
@@ -65,21 +53,21 @@ def bare_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def no_state(step: int = 0, **figures: Any) -> TrainingState:
     return TrainingState(step, {}, {}, {}, figures)
 
 
 def write_corpus(path: Path, paragraphs: int = 60) -> Path:
     """A text file of a few kilobytes, in one document."""
-    lines = [
-        f"Line {number}: the cat sat on mat {number * 7 % 13}, and the dog saw it." for number in range(paragraphs)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    line = "Line {}: the cat sat on mat {}, and the dog saw it.\n"
+    path.write_text("".join(line.format(number, number * 7 % 13) for number in range(paragraphs)), encoding="utf-8")
     return path
 
 
-def command(out: Path, text: Path) -> list[str]:
-    """The command of a run of 24 steps that saves every second one."""
-    options = {name.replace("_", "-"): value for name, value in (TINY | {"steps": 24, "save_every": 2}).items()}
-    flags = [item for name, value in options.items() for item in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "pastkey", "train", "--out", str(out), "--data", str(text), *flags]
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """The flags of `pastkey train` for these settings."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]

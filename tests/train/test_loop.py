@@ -16,11 +16,10 @@ import pytest
 import torch
 
 from pastkey.__main__ import main
-from pastkey.errors import ExistingFolderError, InputError, IntegrityError, MissingFileError, NumericsError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, NumericsError
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint, load_optimizer
 from pastkey.train.data.prepare import LESSON_PROMPTS
-from pastkey.train.data.token_files import DataInfo, SourceTokens
 from pastkey.train.hardware import launch
 from pastkey.train.loss import next_token_loss
 from pastkey.train.model import generate, positions_like
@@ -28,22 +27,20 @@ from pastkey.train.report import read_metrics
 from pastkey.train.settings import TrainConfig
 from pastkey.train.tokenizer import read_tokenizer
 
-from .helpers import TINY, Stop, before_step, stop, tiny, write_corpus
+from .helpers import TINY, Stop, before_step, flags, stop, tiny, write_corpus
 
 
 def same_weights(one: Path, two: Path) -> bool:
     a, b = load_checkpoint(one), load_checkpoint(two)
-    moments = (load_optimizer(one, a.training), load_optimizer(two, b.training))
-    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True)) and all(
-        torch.equal(moments[0][name], moments[1][name]) for name in moments[0]
-    )
+    mine, other = load_optimizer(one, a.training), load_optimizer(two, b.training)
+    pairs = [*zip(a.model.parameters(), b.model.parameters(), strict=True)]
+    return all(torch.equal(p, q) for p, q in [*pairs, *((mine[name], other[name]) for name in mine)])
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
-def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path, capsys):
-    assert main(["train", "--preset", "classic", "--out", str(tmp_path / "c")]) == 0
-    out, err = capsys.readouterr()
-    assert out == ""
+def test_the_classic_lesson_is_learnt_with_a_clear_margin(tmp_path, command):
+    status, out, err = command("train", "--preset", "classic", "--out", tmp_path / "c")
+    assert (status, out) == (0, "")
     assert "what is statquest -> awesome" in err
     assert "pastkey export" in err
     checkpoint = load_checkpoint(tmp_path / "c")
@@ -88,13 +85,11 @@ def test_every_preset_trains_on_text(preset, kind, text, tmp_path):
 
 def test_accumulated_batches_are_one_large_batch(text, tmp_path):
     loop.train(tiny(steps=1, batch_size=4, accumulate=3, save_every=1), tmp_path / "c", data=[text])
-    row = read_metrics(tmp_path / "c")[0]
-    checkpoint = load_checkpoint(tmp_path / "c")
-    config, info = TrainConfig(**checkpoint.training["settings"]), loop.DataInfo(**checkpoint.training["data"])
-    torch.manual_seed(config.seed)
+    row, checkpoint = read_metrics(tmp_path / "c")[0], load_checkpoint(tmp_path / "c")
+    torch.manual_seed(0)
     model = loop.Decoder(checkpoint.config)
-    tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, info, 32)
-    inputs, targets = zip(*(tokens.draw(4, config.seed, part) for part in range(3)), strict=True)
+    tokens = loop.Tokens(tmp_path / "c" / loop.TOKENS_TRAIN, loop.DataInfo(**checkpoint.training["data"]), 32)
+    inputs, targets = zip(*(tokens.draw(4, 0, part) for part in range(3)), strict=True)
     loss = next_token_loss(model, (torch.cat(inputs), torch.cat(targets)))
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
@@ -105,8 +100,7 @@ def test_accumulated_batches_are_one_large_batch(text, tmp_path):
 def test_answers_without_text_have_a_loss_and_no_fault(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": "ab", "completion": ""}\n{"prompt": "ba", "completion": ""}\n' * 20)
-    figures = loop.train(tiny(steps=2, tokenizer="char"), tmp_path / "c", data=[data])
-    assert figures["val_loss"] > 0
+    assert loop.train(tiny(steps=2), tmp_path / "c", data=[data])["val_loss"] > 0
 
 
 def test_targets_that_are_ignored_are_not_trained():
@@ -131,11 +125,8 @@ def test_the_same_seed_gives_the_same_run_and_torch_stays_as_it_was(changes, who
     assert not torch.are_deterministic_algorithms_enabled()
     assert read_metrics(tmp_path / "c") == read_metrics(whole)
     assert same_weights(tmp_path / "c", whole)
-
-
-def test_another_seed_gives_another_run(whole, tmp_path):
-    loop.train(tiny(seed=1, steps=1), tmp_path / "c", data=[whole.with_name("text.txt")])
-    assert read_metrics(tmp_path / "c")[0]["loss"] != read_metrics(whole)[0]["loss"]
+    loop.train(tiny(seed=1, steps=1), tmp_path / "other", data=[whole.with_name("text.txt")])
+    assert read_metrics(tmp_path / "other")[0]["loss"] != read_metrics(whole)[0]["loss"]
 
 
 @pytest.mark.parametrize("stop_at", [4, 7])
@@ -178,40 +169,7 @@ def test_minutes_plan_the_steps(text, tmp_path, monkeypatch):
     assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step takes more than the time
 
 
-def test_another_process_has_the_facts_that_the_first_prepared(tmp_path):
-    sources = (SourceTokens("a.txt", 60, 0.7), SourceTokens("b.txt", 40, 0.3))
-    info = DataInfo("a.txt, b.txt", "0" * 64, 2, "<u2", 100, 10, 20, 0, 0, sources=sources)
-    told = {"path": str(tmp_path / "new"), "info": json.loads(json.dumps(info.to_json()))}
-    ranks: Any = SimpleNamespace(first=False, told=lambda: told)
-    with loop._prepared(ranks, tiny(), tmp_path / "c", [], None, force=False) as (place, found):
-        assert (place.path, found) == (tmp_path / "new", info)
-
-
 # --- what is refused ----------------------------------------------------------------------------------------------
-REFUSED: dict[str, tuple[Any, str | bytes | None, type[Exception], str]] = {
-    "one line of text": (tiny(), "one line", InputError, "a single line"),
-    "text that is no UTF-8": (tiny(), b"\xff\xfe", InputError, "is not UTF-8 text"),
-    "no text": (tiny(), None, MissingFileError, "no such file"),
-    "the lesson by bytes": (TrainConfig.from_given({"preset": "classic", "tokenizer": "bpe"}), "", InputError, "words"),
-    "a short lesson": (
-        TrainConfig.from_given({"preset": "classic", "context": 3}),
-        "",
-        InputError,
-        "too short",
-    ),
-    "one process that shards": (tiny(shard=True), "a\nb\n", InputError, "--shard divides a model among processes"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_run_that_cannot_begin_leaves_nothing(name, tmp_path):
-    config, content, error, word = REFUSED[name]
-    text, out = tmp_path / "text.txt", tmp_path / "deep" / "c"
-    if content is not None:
-        text.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(error, match=word):
-        loop.train(config, out, data=[] if content == "" else [text])
-    assert [path for path in tmp_path.rglob("*") if path not in (text, out.parent)] == []
 
 
 def test_a_run_goes_on_only_with_its_own_settings_and_files(copy, whole, tmp_path):
@@ -232,14 +190,6 @@ def test_a_run_goes_on_only_with_its_own_settings_and_files(copy, whole, tmp_pat
         loop.resume(copy, {"steps": 14})
 
 
-def test_a_folder_that_exists_is_kept_unless_forced(copy, text, tmp_path):
-    with pytest.raises(ExistingFolderError, match="already exists"):
-        loop.train(tiny(steps=1, seed=1), copy, data=[text])
-    with pytest.raises(MissingFileError):  # bad input does not cost the old checkpoint
-        loop.train(tiny(steps=1, seed=1), copy, data=[tmp_path / "none"], force=True)
-    assert load_checkpoint(copy).training["settings"]["seed"] == 0
-
-
 # --- losses that rise ---------------------------------------------------------------------------------------------
 def test_a_loss_that_is_not_a_number_ends_the_run_with_a_sentence(text, tmp_path):
     with pytest.raises(NumericsError, match=r"training broke at step \d+.*smaller --learning-rate"):
@@ -253,9 +203,7 @@ def test_a_loss_that_rises_ends_the_run_and_keeps_the_last_good_checkpoint(text,
         patch.setattr(loop, "schedule", lambda config, step: 1.0 if step < 30 else 300.0)
         with pytest.raises(NumericsError, match=r"diverges: the mean loss .* keeps step 30, --resume .* a smaller"):
             loop.train(tiny(steps=60, save_every=10), tmp_path / "c", data=[text])
-    assert load_checkpoint(tmp_path / "c").training["step"] == 30
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "schedule", lambda config, step: 300.0)
+        assert load_checkpoint(tmp_path / "c").training["step"] == 30
         with pytest.raises(NumericsError, match=r"the last 10 steps .* at step 40, .* keeps step 30"):
             loop.resume(tmp_path / "c", {})
     assert loop.resume(tmp_path / "c", {"learning_rate": 1e-3})["val_loss"] < 3
@@ -270,21 +218,15 @@ def test_a_loss_that_rises_from_the_first_step_on_ends_the_run(whole, tmp_path, 
 
 
 # --- `pastkey train` as it is typed, with the mistakes that are made -----------------------------------------------
-FLAGS = [item for name, value in TINY.items() for item in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def test_json_is_the_only_thing_on_standard_output_and_resume_goes_on(text, tmp_path, capsys):
-    out = ["train", "--out", str(tmp_path / "c"), "--json"]
-    assert main([*out, "--data", str(text), *FLAGS]) == 0
-    told, err = capsys.readouterr()
+def test_json_is_the_only_thing_on_standard_output_and_resume_goes_on(text, tmp_path, command):
+    out = ["train", "--out", tmp_path / "c", "--json"]
+    _, told, err = command(*out, "--data", text, *flags(TINY))
     figures = json.loads(told)
     assert figures["step"] == 12
     assert {"val_loss", "bits_per_byte", "tokens_per_second", "parameters", "seconds"} <= set(figures)
     assert "held-out loss" in err
-    assert main([*out, "--resume"]) == 2
-    assert "trained already" in capsys.readouterr().err
-    assert main([*out, "--resume", "--steps", "14"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == 14
+    assert command(*out, "--resume")[0] == 2
+    assert json.loads(command(*out, "--resume", "--steps", "14")[1])["step"] == 14
 
 
 def test_processes_get_the_words_that_python_gave(monkeypatch):
@@ -297,20 +239,17 @@ def test_processes_get_the_words_that_python_gave(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--data", "empty"], "the folder empty has no .txt"),
         (["--resume"], "there is nothing to resume"),
         (["--resume", "--force"], "not allowed with argument"),
         (["--data", "text.txt", "--context", "100000"], "give more text, or a smaller --context"),
-        (["--data", "text.txt", "--vocab-size", "10"], "byte-level BPE needs at least 257"),
-        (["--data", "text.txt", "--tokenizer", "sentencepiece"], "it must be bpe, char, word or the path"),
-        (["--data", "text.txt", "--heads", "4", "--kv-heads", "3"], "must be a divisor"),
-        (["--learning-rate", "-1"], "--learning-rate is -1.0; it must be a number above 0"),
+        (["--data", "text.txt", "--shard"], "--shard divides a model among processes"),
+        (["--preset", "classic", "--tokenizer", "bpe"], "learnt by words"),
+        (["--preset", "classic", "--context", "3"], "too short"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "text.txt")
-    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     status, out, err = command("train", "--out", "c", *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)

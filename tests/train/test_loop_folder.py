@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,11 +17,7 @@ from pastkey.files.durable import refuse_existing
 from pastkey.train import loop
 from pastkey.train.checkpoint import load_checkpoint
 
-from .helpers import before_step, command, tiny
-
-
-def files(folder: Path) -> dict[Path, bytes]:
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+from .helpers import TINY, before_step, files, flags, tiny
 
 
 def state(folder: Path) -> tuple[int, int]:
@@ -41,14 +37,13 @@ def old(copy, tmp_path):
 def test_a_run_is_at_its_name_from_its_first_save_on(force, old, text, monkeypatch):
     out = old if force else old.with_name("d")
     before, seen = files(old), dict[int, tuple[int, int] | None]()
-    original = loop.Run._one_step
 
-    def looking(run: loop.Run) -> dict[str, Any]:
-        seen[run.step] = state(out) if out.exists() else None
-        assert run.step >= 4 or files(old) == before
-        return original(run)
+    def look(step: int) -> None:
+        seen[step] = state(out) if out.exists() else None
+        assert step >= 4 or files(old) == before
 
-    monkeypatch.setattr(loop.Run, "_one_step", looking)
+    for step in range(12):
+        before_step(monkeypatch, step, functools.partial(look, step))
     assert loop.train(tiny(seed=1), out, data=[text], force=force)["checkpoint"] == str(out)
     first = (0, 12) if force else None
     assert seen == dict.fromkeys(range(4), first) | {step: (1, step // 4 * 4) for step in range(4, 12)}
@@ -102,13 +97,15 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
     ],
 )
 def test_signals_leave_the_old_one_or_what_was_saved(saved, number, status, old, text):
-    before, every = files(old), "20" if saved else "100000"
-    process = subprocess.Popen(
-        [*command(old, text), "--force", "--seed", "1", "--steps", "1000000", "--save-every", every],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
-    )
+    before = files(old)
+    given = TINY | {"seed": 1, "steps": 1000000, "save_every": 20 if saved else 100000}
+
+    def heed() -> None:
+        for each in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "pastkey", "train", "--out", old, "--data", text, "--force", *flags(given)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     with process:
         try:
             while state(old)[0] == 0 if saved else not [*old.parent.glob(".c.*.partial/metrics.jsonl")]:

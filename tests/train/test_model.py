@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from pathlib import Path
@@ -18,17 +17,10 @@ from pastkey.train.model import Decoder, Sinusoids, generate, positions_like
 
 from .helpers import bare_checkpoint, no_state
 
-BASE = {
-    "vocab_size": 101,
-    "max_position_embeddings": 40,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "eos_token_id": 7,
-}
+BASE: dict[str, Any] = {
+    "vocab_size": 101, "max_position_embeddings": 40, "hidden_size": 48, "intermediate_size": 72,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "eos_token_id": 7,
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
@@ -36,17 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 500.0},
     "gpt2": {"position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "qkv_bias": True},
     "classic": {
-        "position_encoding": "sinusoidal",
-        "norm": "none",
-        "mlp": "none",
-        "intermediate_size": 0,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": False,
+        "position_encoding": "sinusoidal", "norm": "none", "mlp": "none", "intermediate_size": 0,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False,
     },
     "odd": {"hidden_size": 9, "position_encoding": "sinusoidal", "head_dim": 3, "max_position_embeddings": 8},
-}
+}  # fmt: skip
 
 
 # Beside the kinds: YaRN with every optional key, and with pairs that all turn too seldom.
@@ -75,13 +61,10 @@ def random_ids(rows: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_have_one_row_per_position_and_look_only_back(variant):
-    model = decoder(variant)
-    ids = random_ids(3, 7)
-    with torch.no_grad():
-        logits = model(ids, positions_like(ids))
-        changed = ids.clone()
-        changed[:, 5] = (changed[:, 5] + 1) % 101
-        after = model(changed, positions_like(ids))
+    model, ids = decoder(variant), random_ids(3, 7)
+    changed = ids.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 101
+    logits, after = (model(given, positions_like(ids)) for given in (ids, changed))
     assert logits.shape == (3, 7, 101)
     assert torch.allclose(logits[:, :5], after[:, :5], atol=1e-5)
     assert not torch.allclose(logits[:, 5:], after[:, 5:], atol=1e-2)
@@ -105,21 +88,16 @@ def test_scaled_rotary_positions_are_those_of_transformers(name, tmp_path):
     model = decoder("llama", rope_scaling=SCALINGS[name])
     assert_transformers_computes_the_same(model, tmp_path, [9, 40])
     ids = random_ids(1, 40)
-    plain = decoder("llama")(ids, positions_like(ids))
-    unscaled = torch.allclose(model(ids, positions_like(ids)), plain, atol=1e-2)
-    assert unscaled == (name == "dynamic")
+    plain, scaled = (one(ids, positions_like(ids)) for one in (decoder("llama"), model))
+    assert torch.allclose(scaled, plain, atol=1e-2) == (name == "dynamic")
 
 
 def assert_transformers_computes_the_same(model: Decoder, folder: Path, lengths: list[int]) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    save_checkpoint(bare_checkpoint(folder), model, no_state())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns of its own deprecations
-        import transformers
-
-        both: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    loaded, report = both
+        transformers = pytest.importorskip("transformers")
+        save_checkpoint(bare_checkpoint(folder), model, no_state())
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for length in lengths:
@@ -130,29 +108,24 @@ def assert_transformers_computes_the_same(model: Decoder, folder: Path, lengths:
 
 
 def test_generate_takes_the_likeliest_token_until_the_end_token():
-    model = decoder("llama")
-    prompt = random_ids(3, 4)
-    rows = generate(model, prompt, 12)
-    for row, start in zip(rows, prompt.tolist(), strict=True):
-        ids = start + row
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), positions_like(torch.tensor([ids])))[0]
+    model, prompt = decoder("llama"), random_ids(3, 4)
+    for row, start in zip(generate(model, prompt, 12), prompt.tolist(), strict=True):
+        ids = torch.tensor([start + row])
+        logits = model(ids, positions_like(ids))[0]
         assert row == logits[3 : 3 + len(row)].argmax(dim=-1).tolist()
         assert len(row) == 12 or logits[3 + len(row)].argmax() == 7
         assert 7 not in row
 
 
 def test_generate_stops_at_the_context_and_repeats_under_a_seed():
-    model = decoder("odd", eos_token_id=None)
-    prompt = random_ids(2, 3)
+    model, prompt = decoder("odd", eos_token_id=None), random_ids(2, 3)
     assert [len(row) for row in generate(model, prompt, 50, temperature=1.0, seed=4)] == [5, 5]
     first, again, other = (generate(model, prompt, 5, temperature=1.0, seed=seed) for seed in (4, 4, 5))
     assert first == again != other
 
 
 def test_gradient_checkpointing_keeps_one_activation_of_a_layer():
-    sizes: dict[str, Any] = BASE | {"num_hidden_layers": 6}
-    model, ids = Decoder(ModelConfig(**sizes)), torch.arange(40)[None] % 101
+    model, ids = decoder("llama", num_hidden_layers=6), torch.arange(40)[None] % 101
     kept, gradients = [], []
     for model.model.checkpointing in (False, True):
         size = 0

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from pastkey.errors import IntegrityError
+from pastkey.train import optimizer as module
 from pastkey.train.model import Decoder
-from pastkey.train.optimizer import (
-    Muon,
-    make_optimizers,
-    moment_names,
-    moments_of,
-    orthogonal,
-    restore_moments,
-    schedule,
-)
+from pastkey.train.optimizer import make_optimizers, schedule
 
 from .helpers import tiny
 
@@ -51,7 +44,7 @@ def test_only_projections_decay():
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 16), (2, 16, 5)])
 def test_singular_values_become_about_one(shape):
-    values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+    values = torch.linalg.svdvals(module.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
     assert values.min() > 0.3
     assert values.max() < 1.3
 
@@ -60,10 +53,9 @@ def test_muon_takes_the_matrices_of_projections_alone():
     model = decoder()
     adamw, muon = make_optimizers(model, tiny())
     named = {parameter: name for name, parameter in model.named_parameters()}
-    matrices, others = (
-        [named[parameter] for group in one.param_groups for parameter in group["params"]] for one in (muon, adamw)
-    )
-    assert isinstance(muon, Muon)
+    taken = [[group["params"] for group in one.param_groups] for one in (muon, adamw)]
+    matrices, others = ([named[parameter] for part in parts for parameter in part] for parts in taken)
+    assert isinstance(muon, module.Muon)
     assert matrices
     assert all(name.endswith("proj.weight") for name in matrices)
     assert sorted([*matrices, *others]) == sorted(named.values())
@@ -84,12 +76,14 @@ def test_restored_moments_give_the_same_steps(optimizer):
     step(first, optimizers)
     second.load_state_dict(first.state_dict())
     restored = make_optimizers(second, config)
-    moments = moments_of(optimizers, first)
-    assert {name.rpartition(".")[2] for name in moments} == {name for one in optimizers for name in moment_names(one)}
-    restore_moments(restored, second, {name: moment.clone() for name, moment in moments.items()}, 1)
+    moments = module.moments_of(optimizers, first)
+    assert {name.rpartition(".")[2] for name in moments} == {
+        name for one in optimizers for name in module.moment_names(one)
+    }
+    module.restore_moments(restored, second, {name: moment.clone() for name, moment in moments.items()}, 1)
     for other in ({}, {name: moment[:1] for name, moment in moments.items()}):
         with pytest.raises(IntegrityError, match="the checkpoint's optimizer has no"):
-            restore_moments(make_optimizers(second, config), second, other, 1)
+            module.restore_moments(make_optimizers(second, config), second, other, 1)
     for model, its in ((first, optimizers), (second, restored)):
         step(model, its)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

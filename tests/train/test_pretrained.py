@@ -54,8 +54,11 @@ def models(tmp_path_factory):
 
 def settings(base: Path, **others: Any) -> TrainConfig:
     given = {"init": str(base), "steps": 4, "save_every": 2, "batch_size": 2, "context": 16, "threads": 1}
-    given |= {"lora_rank": 2}
-    return TrainConfig.from_given(given | {"learning_rate": 1e-2} | others)
+    return TrainConfig.from_given(given | {"lora_rank": 2, "learning_rate": 1e-2} | others)
+
+
+def started(base: Path, **others: Any) -> Any:
+    return open_start(settings(base, **others), Path("out"))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -65,11 +68,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def opened(folder: Path) -> Any:
-    return (
-        load_checkpoint(folder)
-        if (folder / names.CONFIG).exists() and module.layout_of(folder) is None
-        else reopen(folder)
-    )
+    return load_checkpoint(folder) if module.layout_of(folder) is None else reopen(folder)
 
 
 @pytest.fixture(scope="module")
@@ -93,26 +92,17 @@ QUICK, CI = [("gpt2", False), ("checkpoint", False)], [("llama", True), ("checkp
 def test_a_run_that_stops_goes_on_as_if_it_had_not(kind, lora, whole, models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, 3, stop)
+        config = settings(models / kind, lora=lora, gradient_checkpointing=kind != "gpt2")  # which changes nothing
         with pytest.raises(Stop):
-            train(settings(models / kind, lora=lora), tmp_path / "cut", data=[models / "text.txt"])
+            train(config, tmp_path / "cut", data=[models / "text.txt"])
     resume(tmp_path / "cut", {})
-    whole_metrics, cut = read_metrics(whole(kind, lora)), read_metrics(tmp_path / "cut")
-    assert whole_metrics == cut
+    cut = read_metrics(tmp_path / "cut")
+    assert read_metrics(whole(kind, lora)) == cut
     assert cut[-1]["val_loss"] < cut[2]["val_loss"]
     one, two = opened(whole(kind, lora)), opened(tmp_path / "cut")
     assert torch.equal(logits(one.model), logits(two.model))
     moments = load_optimizer(tmp_path / "cut", two.training)
     assert all(".lora_" in name for name in moments) == lora
-
-
-@pytest.mark.parametrize(
-    ("kind", "lora"),
-    divided([("llama", True), ("checkpoint", False)], quick=[("checkpoint", False)], ci=[("llama", True)]),
-)
-def test_gradient_checkpointing_gives_the_same_run(kind, lora, whole, models, tmp_path):
-    config = settings(models / kind, gradient_checkpointing=True, lora=lora)
-    train(config, tmp_path / "less", data=[models / "text.txt"])
-    assert read_metrics(whole(kind, lora)) == read_metrics(tmp_path / "less")
 
 
 @pytest.mark.oldest
@@ -144,13 +134,9 @@ def test_an_adapter_is_one_of_peft(whole, models):
     assert not (out / names.WEIGHTS).exists()
 
 
-def test_a_new_adapter_changes_nothing(models):
-    full, lora = (open_start(settings(models / "llama", lora=lora), Path("out")).model for lora in (False, True))
-    assert torch.equal(logits(full), logits(lora))
-
-
-def test_samples_are_those_of_the_model(models):
-    model: Any = open_start(settings(models / "llama"), Path("out")).model
+def test_samples_are_those_of_the_model_which_a_new_adapter_leaves_as_it_is(models):
+    model: Any = started(models / "llama").model
+    assert torch.equal(logits(model), logits(started(models / "llama", lora=True).model))
     (greedy,) = model.generate(IDS, 5, temperature=0.0, seed=0)
     ids = torch.cat((IDS, torch.tensor([greedy])), dim=1)
     assert model(ids, positions_like(ids))[0, IDS.shape[1] - 1 : -1].argmax(-1).tolist() == greedy
@@ -160,21 +146,27 @@ def test_samples_are_those_of_the_model(models):
 
 
 def test_a_model_is_fine_tuned_once_more_and_an_adapter_is_not(whole):
-    first = open_start(settings(whole("llama", False)), Path("out")).model
+    first = started(whole("llama", False)).model
     assert torch.equal(logits(first), logits(reopen(whole("llama", False)).model))
     with pytest.raises(InputError, match="is an adapter and no model"):
-        open_start(settings(whole("llama", True)), Path("out"))
+        started(whole("llama", True))
 
 
 def test_the_context_is_the_models_or_512(models):
-    assert open_start(settings(models / "llama", context=None), Path("out")).config.context == 80
+    assert started(models / "llama", context=None).config.context == 80
     with pytest.raises(InputError, match="--context 81 is more than the 80 tokens"):
-        open_start(settings(models / "llama", context=81), Path("out"))
+        started(models / "llama", context=81)
 
 
-def test_the_base_of_an_adapter_must_be_there(models, tmp_path):
+def test_an_adapter_goes_on_where_its_files_are_unchanged_and_its_base_is_there(models, tmp_path):
     shutil.copytree(models / "llama", tmp_path / "base")
     train(settings(tmp_path / "base", lora=True, steps=2), tmp_path / "out", data=[models / "text.txt"])
+    size = (tmp_path / "out" / names.ADAPTER_WEIGHTS).stat().st_size
+    with (tmp_path / "out" / names.ADAPTER_WEIGHTS).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match=rf"{names.ADAPTER_WEIGHTS} has "):
+        resume(tmp_path / "out", {"steps": 4})
+    os.truncate(tmp_path / "out" / names.ADAPTER_WEIGHTS, size)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(MissingFileError, match="put it there, or a link to it"):
         resume(tmp_path / "out", {"steps": 4})
@@ -187,12 +179,6 @@ def configured(folder: Path, **changes: Any) -> None:
     (folder / names.CONFIG).write_text(json.dumps(config | changes))
 
 
-def one_token_more(folder: Path) -> None:
-    content = json.loads((folder / names.TOKENIZER).read_text())
-    content["model"]["vocab"]["too many"] = 300
-    (folder / names.TOKENIZER).write_text(json.dumps(content))
-
-
 def added_tokens(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<1>", "<2>", "<3>", "<4>", "<tool>", "</tool>"])  # of ids 296 to 301
@@ -203,9 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no folder": (shutil.rmtree, MissingFileError, "--init takes a checkpoint, a Hugging Face folder or a GGUF file"),
     "no configuration": (lambda folder: (folder / names.CONFIG).unlink(), InputError, "has no config.json"),
     "cut weights": (lambda folder: os.truncate(folder / names.WEIGHTS, 1000), InputError, "cannot load"),
-    "a pickle": (lambda f: (f / names.WEIGHTS).rename(f / "pytorch_model.bin"), InputError, "cannot load"),
     "more layers": (lambda f: configured(f, num_hidden_layers=3), InputError, "has no weight 'model.layers.2"),
-    "one token more": (one_token_more, InputError, "has 301 tokens and the model 300 embeddings"),
     "added tokens": (added_tokens, InputError, "has 302 tokens and the model 300 embeddings"),
 }
 
@@ -216,7 +200,7 @@ def test_a_start_that_cannot_be_opened_is_refused(spoilt, models, tmp_path):
     folder = shutil.copytree(models / "llama", tmp_path / "spoilt")
     spoil(folder)
     with pytest.raises(error, match=word):
-        open_start(settings(folder), Path("out"))
+        started(folder)
 
 
 def test_what_does_not_go_with_init_is_named(models, tmp_path):
@@ -229,15 +213,6 @@ def test_what_does_not_go_with_init_is_named(models, tmp_path):
     folder = shutil.copytree(models / "checkpoint", tmp_path / "own")
     with pytest.raises(InputError, match="is the model of --init"):
         train(settings(folder), folder, data=[models / "text.txt"], force=True)
-
-
-def test_a_changed_file_of_a_fine_tuned_folder_is_named(whole, tmp_path):
-    shutil.copytree(whole("llama", False), tmp_path / "out")
-    with (tmp_path / "out" / names.WEIGHTS).open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"x")
-    with pytest.raises(IntegrityError, match=r"model\.safetensors was altered"):
-        resume(tmp_path / "out", {"steps": 6})
 
 
 @pytest.mark.slow

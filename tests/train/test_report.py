@@ -13,6 +13,8 @@ from pastkey.train.report import MetricsFile, TrainingProgress, draw_loss_curve,
 
 def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path):
     with closing(MetricsFile(tmp_path, 0)) as metrics:
+        with pytest.raises(ValueError, match="JSON compliant"):
+            metrics.add({"step": 1, "loss": float("nan")})
         for step in (1, 2, 3):
             metrics.add({"step": step, "loss": 1 / step})
         metrics.flush()
@@ -23,16 +25,7 @@ def test_opening_the_metrics_drops_what_came_after_the_step(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
 
 
-NO_ROWS = (
-    "",
-    "a note",
-    "[]",
-    "{}",
-    '{"step": "2"}',
-    '{"step": 2, "loss": "x"}',
-    '{"step": 2, "val_loss": NaN}',
-    "\xff",
-)
+NO_ROWS = ("", "a note", "[]", "{}", '{"step": "2"}', '{"step": 2, "loss": "x"}', '{"step": 2, "loss": NaN}', "\xff")
 
 
 @pytest.mark.parametrize("line", NO_ROWS)
@@ -44,15 +37,6 @@ def test_a_line_that_was_edited_by_hand_is_kept_and_not_read(line, tmp_path):
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (3, 1.0), (4, 2.0)]
     assert (tmp_path / "metrics.jsonl").read_text(encoding="latin-1").splitlines()[1:2] == [line]
     draw_loss_curve(tmp_path)
-
-
-def test_metrics_are_strict_json(tmp_path):
-    with closing(MetricsFile(tmp_path, 0)) as metrics:
-        with pytest.raises(ValueError, match="JSON compliant"):
-            metrics.add({"step": 1, "loss": float("nan")})
-        metrics.add({"step": 1, "loss": 2.0})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize("rows", [[{"step": 1, "loss": 3.0}], [{"step": 1, "loss": 3.0}, {"step": 1, "val_loss": 2.9}]])

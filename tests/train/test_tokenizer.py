@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from typing import Any
@@ -14,16 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.train.tokenizer import (
-    END_OF_TEXT,
-    _pieces,
-    lesson_tokenizer,
-    make_tokenizer,
-    read_tokenizer,
-    train_bpe,
-    train_char,
-    train_word,
-)
+from pastkey.train import tokenizer as module
+from pastkey.train.tokenizer import END_OF_TEXT, lesson_tokenizer, make_tokenizer, read_tokenizer, train_bpe
 
 TEXTS = ["the cat sat on the mat.\n", "Ein Kätzchen, 12 Mäuse\tund ein Haus 🏠.\r\n", "  two  spaces  "]
 BPE = train_bpe(TEXTS * 20, 300)
@@ -60,13 +51,9 @@ def test_words_are_learnt_as_without_the_limit():
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
-    options: dict[str, Any] = {
-        "vocab_size": 320,
-        "initial_alphabet": alphabet,
-        "special_tokens": specials,
-        "show_progress": False,
-    }
-    plain.train_from_iterator([text], trainers.BpeTrainer(**options))
+    trainer: Any = trainers.BpeTrainer  # whose stub names none of these
+    options = {"initial_alphabet": alphabet, "special_tokens": specials, "show_progress": False}
+    plain.train_from_iterator([text], trainer(vocab_size=320, **options))
     assert train_bpe([text], 320).tokenizer.get_vocab() == plain.get_vocab()
 
 
@@ -76,7 +63,7 @@ def test_bpe_needs_a_token_for_every_byte():
 
 
 def test_characters_return_the_text_and_refuse_others():
-    tokenizer = train_char(TEXTS)
+    tokenizer = make_tokenizer("char", TEXTS, 0)
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.prompt(text)) == text
         assert len(tokenizer.encode(text)) == len(text)
@@ -85,7 +72,7 @@ def test_characters_return_the_text_and_refuse_others():
 
 
 def test_words_keep_the_frequent_and_merge_the_rest():
-    tokenizer = train_word(["a a a b b c, c"] * 3, 6)
+    tokenizer = make_tokenizer("word", ["a a a b b c, c"] * 3, 6)
     assert tokenizer.vocab_size == 6
     assert tokenizer.decode(tokenizer.prompt("a, b c")) == "a , b c"
     assert tokenizer.encode("zebra") == [tokenizer.tokenizer.token_to_id("<unk>")]
@@ -99,43 +86,27 @@ def test_a_prompt_begins_with_the_token_that_ends_documents(kind):
     assert tokenizer.prompt("") == [end]
     assert tokenizer.prompt("the cat") == [end, *tokenizer.encode("the cat")]
     assert tokenizer.decode([end, *tokenizer.encode("cat")]) == "cat"
-
-
-def test_the_lesson_has_five_words_and_ends_every_prompt_itself(tmp_path):
-    lesson_tokenizer().save(tmp_path)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert sorted(tokenizer.get_vocab()) == ["<EOS>", "awesome", "is", "statquest", "what"]
-    end = tokenizer.token_to_id("<EOS>")
-    assert tokenizer.encode("what is statquest").tokens == ["what", "is", "statquest", "<EOS>"]
-    assert tokenizer.encode("").ids == [end]
-    assert tokenizer.decode([tokenizer.token_to_id("awesome"), end]) == "awesome"  # type: ignore[list-item]
-    with pytest.raises(InputError, match="does not know"):
-        lesson_tokenizer().encode("what is love")
+    assert tokenizer.documents(TEXTS, TEXTS) == [[end, *tokenizer.encode(text)] for text in TEXTS]
 
 
 def test_the_configuration_says_what_is_added(tmp_path):
-    BPE.save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (True, END_OF_TEXT, END_OF_TEXT)
-    assert config["add_eos_token"] is False
-    lesson_tokenizer().save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (config["add_bos_token"], config["bos_token"], config["eos_token"]) == (False, None, "<EOS>")
-    assert config["add_eos_token"] is True
+    added = {"add_bos_token": True, "add_eos_token": False, "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    of_lesson = {"add_bos_token": False, "add_eos_token": True, "bos_token": None, "eos_token": "<EOS>"}
+    for tokenizer, expected in ((BPE, added), (lesson_tokenizer(), of_lesson)):
+        tokenizer.save(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert config.items() >= {"tokenizer_class": "PreTrainedTokenizerFast", **expected}.items()
 
 
-@pytest.mark.parametrize("tokenizer", [BPE, train_char(TEXTS), lesson_tokenizer()], ids=["bpe", "char", "lesson"])
+@pytest.mark.parametrize(
+    "tokenizer", [BPE, make_tokenizer("char", TEXTS, 0), lesson_tokenizer()], ids=["bpe", "char", "lesson"]
+)
 def test_transformers_reads_the_same_prompt(tokenizer, tmp_path):
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
     tokenizer.save(tmp_path)
     text = "what is statquest" if tokenizer.begin is None else "the cat sat"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns of its own deprecations
-        from transformers import AutoTokenizer
-
-        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
         assert theirs(text)["input_ids"] == tokenizer.prompt(text)
         assert theirs.eos_token_id == tokenizer.end
         assert theirs.decode(tokenizer.encode(text)) == text
@@ -145,17 +116,12 @@ def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path):
     lesson_tokenizer().save(tmp_path)
     found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
     assert (found.begin, found.end) == (None, 4)  # what it adds stands behind the prompt
-    BPE.save(tmp_path)
-    found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
-    assert (found.begin, found.end) == (BPE.begin, BPE.end)
     with pytest.raises(MissingFileError, match="bpe, char, word or the path"):
         make_tokenizer("bpee", [], 0)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"bad\.json is not a tokenizer\.json"):
         read_tokenizer(tmp_path / "bad.json")
-    (tmp_path / "endless.json").write_text(
-        Tokenizer.from_str(BPE.tokenizer.to_str().replace("<|endoftext|>", "<b>")).to_str()
-    )
+    (tmp_path / "endless.json").write_text(BPE.tokenizer.to_str().replace("<|endoftext|>", "<b>"))
     with pytest.raises(InputError, match="no EOS token"):
         read_tokenizer(tmp_path / "endless.json")
 
@@ -178,16 +144,8 @@ def test_the_files_beside_a_tokenizer_name_its_template_and_its_tokens(tmp_path)
     assert (again.end, again.chat_template) == (found.end, "one")
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_documents_are_the_same_one_by_one_and_together(kind):
-    tokenizer = make_tokenizer(kind, TEXTS, 280)
-    places = [f"line {number}" for number in range(len(TEXTS))]
-    begin = [] if tokenizer.begin is None else [tokenizer.begin]
-    assert tokenizer.documents(TEXTS, places) == [begin + tokenizer.encode(text) for text in TEXTS]
-
-
 @given(st.text(alphabet="ab ", max_size=60), st.integers(1, 7))
 def test_pieces_of_a_long_text_are_the_text(text, size):
-    pieces = list(_pieces(text, size))
+    pieces = list(module._pieces(text, size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 2 * size for piece in pieces) or text == ""

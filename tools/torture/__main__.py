@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
@@ -59,36 +58,22 @@ class Nursery:
 
     def __init__(self, folder: Path, imports: Sequence[str], *, library: Path | None = None) -> None:
         self._folder = folder
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-        }
+        environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
         if library is not None:
             environment["LD_PRELOAD"] = str(library)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tools.torture", *imports],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "tools.torture", *imports]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
         self._answer()
 
     def run(
         self, *command: object, function: str | None = None, kill_after: float | None = None, fault: Fault | None = None
     ) -> Outcome:
         """Runs `pastkey COMMAND`, or `module:function` with these texts; kills it after `kill_after` seconds."""
-        request = {
-            "command": [str(part) for part in command],
-            "function": function,
-            "kill_after": kill_after,
-            "fault": None if fault is None else asdict(fault),
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        request: dict[str, object] = {"command": [*map(str, command)], "function": function, "kill_after": kill_after}
+        request["fault"] = None if fault is None else asdict(fault)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         return Outcome(**self._answer())
 
     def _answer(self) -> dict[str, Any]:
@@ -101,14 +86,8 @@ class Nursery:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate(timeout=60)
 
 
 def build_faults(folder: Path) -> Path | None:
@@ -117,18 +96,9 @@ def build_faults(folder: Path) -> Path | None:
     if sys.platform != "linux" or compiler is None:
         return None
     library = folder / "faults.so"
-    command: list[str | Path] = [
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-O1",
-        "-o",
-        library,
-        Path(__file__).with_name("faults.c"),
-        "-ldl",
-    ]
-    done = subprocess.run(command, capture_output=True, check=False)
-    return library if done.returncode == 0 else None
+    source = Path(__file__).with_name("faults.c")
+    command: list[str | Path] = [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
+    return library if subprocess.run(command, capture_output=True, check=False).returncode == 0 else None
 
 
 # --- in the nursery -----------------------------------------------------------------------------------------------
@@ -146,22 +116,14 @@ def _one(request: dict[str, Any]) -> dict[str, Any]:
         child = os.fork()
         if child == 0:
             _be_the_command(request, said.fileno(), counted.fileno())
-        status = _ended(child, request["kill_after"])
+        if request["kill_after"] is not None:
+            time.sleep(request["kill_after"])
+            os.kill(child, signal.SIGKILL)  # it is not reaped yet, so that no other process has its id
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        seconds = time.monotonic() - started
         said.seek(0)
         counted.seek(0)
-        return {
-            "status": status,
-            "said": said.read(),
-            "calls": int(counted.read() or 0),
-            "seconds": time.monotonic() - started,
-        }
-
-
-def _ended(child: int, kill_after: float | None) -> int:
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)  # it is not reaped yet, so that no other process has its id
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return {"status": status, "said": said.read(), "calls": int(counted.read() or 0), "seconds": seconds}
 
 
 def _be_the_command(request: dict[str, Any], said: int, counted: int) -> None:
@@ -218,19 +180,6 @@ def write_bundle(source: str, out: str) -> None:
         manifest = read_json(Path(source) / names.MANIFEST)
         files = file_records(work, manifest["files"])
         write_json(work / names.MANIFEST, manifest | {"files": files})
-
-
-def check_a_folder(folder: str) -> None:
-    """Checks all hashes of a bundle and remembers them."""
-    from pastkey.contract.bundle import open_bundle
-
-    open_bundle(Path(folder))
-
-
-def save_a_conversation(file: str) -> None:
-    from pastkey.runtime.text.messages import save_messages
-
-    save_messages(file, [{"role": "user", "content": "new"}] * 2000)
 
 
 def save_a_session(bundle: str, file: str, tokens: str) -> None:

@@ -8,49 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models
-
 from pastkey.contract.bundle import open_bundle
-from pastkey.files.folder import read_json
 from pastkey.runtime import load
-from pastkey.runtime.text.messages import read_messages, save_messages
-from pastkey.train.checkpoint import load_checkpoint, load_optimizer
-from tests.export.commands import FACTORY
 from tests.runtime import conftest as decoder
 from tests.runtime.bulk.rows import plain_rows, write_rows
-from tests.train.helpers import TINY, write_corpus
+from tests.tiny_bundles import letters_bundle
 
 from .__main__ import Nursery, Outcome, save_a_session
-
-FLAGS = [
-    item
-    for name, value in (TINY | {"steps": 6, "save_every": 2}).items()
-    for item in (f"--{name.replace('_', '-')}", str(value))
-]
-
-Files = dict[str, bytes]
-
-
-def files(folder: Path) -> Files:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def trained(folder: Path) -> Files:
-    """Returns the files of a finished run, without its speed."""
-    found = files(folder)
-    manifest = json.loads(found.pop("pastkey.json"))
-    del manifest["training"]["figures"]["tokens_per_second"]
-    found.pop("loss.png", None)  # missing after a kill between the last save and the curve
-    return found | {"pastkey.json": json.dumps(manifest).encode()}
 
 
 def speaking(bundle: Path) -> Path:
     """Returns a small bundle with a tokenizer; creates it if it is missing."""
-    if not bundle.exists():
-        tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(decoder.ALPHABET)}, []))
-        tiny = decoder.Tiny.random([(8, 8)], context_length=100)
-        decoder.write_bundle(bundle, tiny, "fused", tokenizer=tokenizer)
-    return bundle
+    return bundle if bundle.exists() else letters_bundle(bundle).path
 
 
 class Scene:
@@ -84,107 +53,8 @@ class Scene:
         return nursery.run(*asked.get("arguments", ()), function=asked.get("function"), **how)
 
 
-class Train(Scene):
-    """A new run, which is resumed after each kill and must end like an uninterrupted one."""
-
-    def prepare(self, nursery: Nursery) -> None:
-        write_corpus(self.given / "text.txt")
-        for seed in (0, 1):
-            if not (self.given / f"seed{seed}").exists():
-                assert self.train(nursery, self.given / f"seed{seed}", seed).status == 0
-
-    def train(self, nursery: Nursery, out: Path, seed: int) -> Outcome:
-        return nursery.run("train", "--out", out, "--data", self.given / "text.txt", *FLAGS, "--seed", seed)
-
-    def reset(self) -> None:
-        super().reset()
-        self.out, self.step = self.work / "c", -1
-
-    def command(self) -> dict[str, Any]:
-        if self.out.exists():
-            return {"arguments": ("train", "--out", self.out, "--resume")}
-        return {"arguments": ("train", "--out", self.out, "--data", self.given / "text.txt", *FLAGS, "--seed", 1)}
-
-    def check(self) -> None:
-        if self.out.exists():
-            before = files(self.work)
-            checkpoint = load_checkpoint(self.out)
-            load_optimizer(self.out, checkpoint.training)
-            assert checkpoint.training["step"] >= self.step
-            self.step = checkpoint.training["step"]
-            assert files(self.work) == before
-
-    def ended(self) -> None:
-        super().ended()
-        assert trained(self.out) == trained(self.given / "seed1")
-
-
-class TrainForce(Train):
-    """A run with --force over a finished one: the folder holds the old run, or the new one from its first save on."""
-
-    def reset(self) -> None:
-        super().reset()
-        shutil.copytree(self.given / "seed0", self.out)
-
-    def replaced(self) -> bool:
-        return bool(load_checkpoint(self.out).training["settings"]["seed"] == 1)
-
-    def command(self) -> dict[str, Any]:
-        if self.replaced():
-            return {"arguments": ("train", "--out", self.out, "--resume")}
-        data = ("--data", self.given / "text.txt", *FLAGS)
-        return {"arguments": ("train", "--out", self.out, *data, "--seed", 1, "--force")}
-
-    def check(self) -> None:
-        if self.replaced():
-            super().check()
-        else:
-            assert files(self.out) == files(self.given / "seed0")
-
-
-class Export(Scene):
-    """A whole export of a small module to a new place."""
-
-    context = 12
-
-    def prepare(self, nursery: Nursery) -> None:
-        (self.given / "mine.py").write_text(FACTORY)
-        if not (self.given / "old").exists():
-            assert nursery.run(*self.export(self.given / "old", 11)).status == 0
-
-    def export(self, out: Path, context: int) -> tuple[object, ...]:
-        source = f"{self.given}/mine.py:Small"
-        return ("export", source, "--context", context, "--precision", "fp32", "--out", out, "--force")
-
-    def reset(self) -> None:
-        super().reset()
-        self.out = self.work / "b"
-
-    def command(self) -> dict[str, Any]:
-        return {"arguments": self.export(self.out, 12)}
-
-    def check(self) -> None:
-        if self.out.exists():
-            open_bundle(self.out, verify=True)
-
-    def ended(self) -> None:
-        super().ended()
-        assert open_bundle(self.out, verify=True).manifest.context_length == 12
-
-
-class ExportForce(Export):
-    """An export that replaces another."""
-
-    def reset(self) -> None:
-        super().reset()
-        shutil.copytree(self.given / "old", self.out)
-
-    def check(self) -> None:
-        assert open_bundle(self.out, verify=True).manifest.context_length in (11, 12)
-
-
-class Write(ExportForce):
-    """Only the end of an export, which writes: a bundle's files, and the exchange."""
+class Write(Scene):
+    """The end of an export over another, which writes: a bundle's files, and the exchange."""
 
     def prepare(self, nursery: Nursery) -> None:
         for name, context in (("old", 11), ("new", 12)):
@@ -192,45 +62,20 @@ class Write(ExportForce):
                 tiny = decoder.Tiny.random([(8, 8)], context_length=context)
                 decoder.write_bundle(self.given / name, tiny, "fused")
 
+    def reset(self) -> None:
+        super().reset()
+        self.out = self.work / "b"
+        shutil.copytree(self.given / "old", self.out)
+
     def command(self) -> dict[str, Any]:
         return {"function": "tools.torture.__main__:write_bundle", "arguments": (self.given / "new", self.out)}
 
-
-class HashCache(Export):
-    """A reader that remembers hashes: it never fails, and its cache is a JSON object or missing."""
-
-    def __init__(self, folder: Path, work: Path) -> None:
-        super().__init__(folder, work)
-        self.below = folder / "cache"
-
-    def reset(self) -> None:
-        super().reset()
-        shutil.rmtree(self.below, ignore_errors=True)
-
-    def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture.__main__:check_a_folder", "arguments": (self.given / "old",)}
-
     def check(self) -> None:
-        for file in self.below.rglob("*.json"):
-            assert read_json(file)
+        assert open_bundle(self.out, verify=True).manifest.context_length in (11, 12)
 
     def ended(self) -> None:
-        self.check()
-
-
-class Conversation(Scene):
-    """A conversation saved over an earlier one."""
-
-    def reset(self) -> None:
-        super().reset()
-        self.file = self.work / "talk.json"
-        save_messages(self.file, [{"role": "user", "content": "old"}])
-
-    def command(self) -> dict[str, Any]:
-        return {"function": "tools.torture.__main__:save_a_conversation", "arguments": (self.file,)}
-
-    def check(self) -> None:
-        assert len(read_messages(self.file)) in (1, 2000)
+        super().ended()
+        assert open_bundle(self.out, verify=True).manifest.context_length == 12
 
 
 class SavedSession(Scene):
@@ -295,13 +140,7 @@ class Batch(Scene):
 
 SCENES: dict[str, tuple[Callable[[Path, Path], Scene], float, int]] = {
     # what is written, its share of the kills, and the number of kills in the short form
-    "conversation": (Conversation, 0.05, 5),
-    "session": (SavedSession, 0.1, 5),
-    "hash cache": (HashCache, 0.05, 5),
-    "bundle": (Write, 0.2, 10),
+    "session": (SavedSession, 0.3, 5),
+    "bundle": (Write, 0.6, 10),
     "batch": (Batch, 0.1, 10),
-    "train --force": (TrainForce, 0.23, 8),
-    "train": (Train, 0.19, 5),
-    "export --force": (ExportForce, 0.06, 2),
-    "export": (Export, 0.02, 1),
 }

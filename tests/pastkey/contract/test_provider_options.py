@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from pastkey.contract import names
@@ -13,6 +11,7 @@ from pastkey.errors import IntegrityError
 from pastkey.files.folder import write_json
 from pastkey.providers import PROVIDERS, TARGETS
 
+from ...shared import ROOT
 from .test_bundle import MANIFEST
 
 STATIC = {"graph": "static", "static": {"chunk": 4, "masked": -100.0, "windows": [0]}}
@@ -66,19 +65,15 @@ def test_options_of_the_table_are_kept(tmp_path):
         assert not_kept(target, options) == ""
 
 
-def test_a_manifest_may_set_the_defaults_of_every_provider():
-    for provider, row in PROVIDERS.items():
-        assert in_manifest(provider, row.options) == row.options
-
-
 def test_options_that_are_not_kept_are_named():
     given = {"htp_arch": "75", "backend_path": "libQnnHtp.so", "soc_model": "-1"}
     assert in_manifest("qnn", given) == {"htp_arch": "75"}
     assert "does not keep the provider options backend_path, soc_model" in not_kept("qnn", given)
 
 
-def test_the_page_on_the_format_has_every_option():
-    page = (Path(__file__).parents[3] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+def test_the_page_on_the_format_has_every_option_and_defaults_may_be_set():
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     for provider, row in PROVIDERS.items():
+        assert in_manifest(provider, row.options) == row.options  # the defaults may be set
         listed = ", ".join(f"`{name}`" for name in row.manifest_options)
         assert not listed or f"| `{provider}` | {listed} |" in page

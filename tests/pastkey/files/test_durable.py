@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -15,16 +14,7 @@ import pytest
 
 from pastkey.errors import ExistingFolderError, InputError, InUseError
 from pastkey.files import durable as module
-from pastkey.files.durable import (
-    exchange,
-    locked,
-    refuse_existing,
-    remove_leftovers,
-    sync_folder,
-    whole_file,
-    whole_folder,
-    write_json,
-)
+from pastkey.files.durable import locked, refuse_existing, whole_folder, write_json
 from pastkey.files.folder import read_json
 
 from ...crash import Killed, at_every_operation
@@ -94,7 +84,7 @@ def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(
     for place, _ in ends:
         out = place / "out"
         left = {path.name for path in place.iterdir()} - {"out"}
-        remove_leftovers(out)
+        module.remove_leftovers(out)
         assert [path for path in place.iterdir() if path != out] == []
         found.append(name_of(out) if out.exists() else "none")
         if found[-1] == "new":
@@ -104,15 +94,6 @@ def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(
     assert set(found) == {"none" if old is None else "old", "new"}
     assert found[-1] == "new"
     assert isinstance(error, OSError) or found == sorted(found, key="new".__eq__)  # an error may be without effect
-
-
-def test_a_folder_appears_whole(tmp_path):
-    with whole_folder(tmp_path / "deep" / "out") as work:
-        (work / "a").write_text("a")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-    assert (tmp_path / "deep" / "out" / "a").read_text() == "a"
-    sync_folder(tmp_path / "none")  # a system that opens no folders
 
 
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
@@ -137,15 +118,12 @@ def test_force_replaces_what_pastkey_wrote_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_another_process_made_meanwhile_is_refused_or_replaced(force, tmp_path):
-    out = tmp_path / "out"
-    with contextlib.nullcontext() if force else pytest.raises(ExistingFolderError, match="already exists"):  # noqa: SIM117
-        with whole_folder(out, force=force) as work:
-            write_json(work / "pastkey.json", {"name": "ours"})
-            made(out, "another's")
-    assert name_of(out) == ("ours" if force else "another's")
-    assert list(tmp_path.iterdir()) == [out]
+def test_a_folder_that_another_process_made_meanwhile_is_refused(tmp_path):
+    with pytest.raises(ExistingFolderError, match="already exists"):  # noqa: SIM117
+        with whole_folder(tmp_path / "out"):
+            made(tmp_path / "out", "another's")
+    assert name_of(tmp_path / "out") == "another's"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
@@ -156,21 +134,19 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
 
 
-def test_an_exchange_with_nothing_is_an_error(tmp_path):
+def test_an_exchange_with_nothing_is_an_error_and_a_folder_that_cannot_be_opened_is_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
-        exchange(made(tmp_path / "one"), tmp_path / "none")
-    assert name_of(tmp_path / "one") == "one"
+        module.exchange(made(tmp_path / "one"), tmp_path / "none")
+    module.sync_folder(tmp_path / "none")
 
 
 def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):
     before = os.umask(0o022)
     try:
         for mode in (0o666, 0o600):
-            with whole_file(tmp_path / "a", mode=mode) as file:
-                file.write(b"a")
+            module.write_whole(tmp_path / "a", b"a", mode=mode)
             assert (tmp_path / "a").stat().st_mode & 0o777 == mode & 0o755
-        with whole_folder(tmp_path / "b"):
-            pass
+        replace(tmp_path / "b")
         assert (tmp_path / "b").stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)
@@ -199,21 +175,23 @@ def living(tmp_path):
         process.kill()
 
 
+def written_again(folder: Path) -> list[Path]:
+    replace(folder / "out")
+    write_json(folder / "out.json", {"a": 1})
+    return sorted(folder.iterdir())
+
+
 @needs_locks
 def test_what_a_process_left_goes_with_the_next_when_it_is_dead(living, tmp_path):
     process, work = living
     others = [tmp_path / name for name in (".out.else.0123abcd.partial", ".out.0123.partial", ".in.0123abcd.old")]
     for other in others:
         other.mkdir()
-    replace(tmp_path / "out")
-    write_json(tmp_path / "out.json", {"a": 1})
+    assert len(written_again(tmp_path)) == len(others) + 4
     assert work.is_dir()
-    assert len(list(tmp_path.iterdir())) == len(others) + 4
     process.send_signal(signal.SIGKILL)
     process.wait()
-    replace(tmp_path / "out")
-    write_json(tmp_path / "out.json", {"a": 1})
-    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "out", tmp_path / "out.json"])
+    assert written_again(tmp_path) == sorted([*others, tmp_path / "out", tmp_path / "out.json"])
 
 
 @needs_locks

@@ -18,13 +18,15 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.files.durable import write_json
 from pastkey.files.external_data import CHILDREN, ExternalData, check_contexts, check_external_data, external_data
-from pastkey.files.folder import file_record, file_records, parse_records
+from pastkey.files.folder import FileRecord, file_record, file_records, parse_records
 from pastkey.precisions import PRECISIONS
 
+from ...onnx_text import field
 from ..contract.test_bundle import MANIFEST
 
 DATA = "model.onnx_data"
 GRAPH = PRECISIONS["fp32"].graph
+MEMORY = "*/_ORT_MEM_ADDR_/*"  # an address in memory to onnxruntime
 
 
 def tensor(location: str = DATA, offset: int | str = 16, length: int | str = 48) -> onnx.TensorProto:
@@ -69,9 +71,10 @@ def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Checks the graph; the manifest lists every file of the folder."""
+    """Checks the graph; the manifest lists every file of the folder, and what is no file."""
     listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    check_external_data(folder, {name: file_record(folder / name) for name in listed})
+    records = {name: file_record(folder / name) for name in listed}
+    check_external_data(folder, records | {f"onnx/{MEMORY}": FileRecord(64, "")})
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -79,6 +82,7 @@ def test_external_data_is_found_wherever_a_tensor_may_stand(place, tmp_path):
     good = write(tmp_path / "good", hidden(place, tensor()))
     assert list(external_data(good / GRAPH)) == [ExternalData(DATA, 16, 48)]
     check(good)
+    check(write(tmp_path / "dotted", hidden(place, tensor(f"./{DATA}"))))
     with pytest.raises(IntegrityError, match=r"takes weights from '\.\./\.\./secret', which is not a file"):
         check(write(tmp_path / "bad", hidden(place, tensor("../../secret"))))
 
@@ -88,8 +92,8 @@ def test_a_bundle_is_opened_only_where_its_graphs_read_listed_files(verify, tmp_
     for location, opens in ((DATA, True), ("../../secret", False)):
         folder = write(tmp_path / str(opens), model_of(initializer=[tensor(location)]))
         (folder / names.LAST_LOGITS_GRAPH).write_bytes((folder / GRAPH).read_bytes())
-        listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        write_json(folder / names.MANIFEST, MANIFEST | {"files": file_records(folder, listed)})
+        listed = file_records(folder, [GRAPH, names.LAST_LOGITS_GRAPH, f"onnx/{DATA}"])
+        write_json(folder / names.MANIFEST, MANIFEST | {"files": listed})
         with contextlib.nullcontext() if opens else pytest.raises(IntegrityError, match="takes weights from"):
             open_bundle(folder, verify=verify)
 
@@ -97,7 +101,7 @@ def test_a_bundle_is_opened_only_where_its_graphs_read_listed_files(verify, tmp_
 def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_tensor():
     reach = {"TensorProto"}
     messages = {
-        name: {field.number: field.message_type.name for field in message.fields if field.message_type is not None}
+        name: {part.number: part.message_type.name for part in message.fields if part.message_type is not None}
         for name, message in onnx.ModelProto.DESCRIPTOR.file.message_types_by_name.items()
     }
     while grown := {name for name, fields in messages.items() if reach & set(fields.values())} - reach:
@@ -107,30 +111,14 @@ def test_the_walk_knows_every_message_of_the_installed_schema_that_may_hold_a_te
         assert CHILDREN[name] == {number: kind for number, kind in messages[name].items() if kind in reach}
 
 
-def test_a_location_may_be_written_in_more_than_one_way(tmp_path):
-    check(write(tmp_path / "b", model_of(initializer=[tensor(f"./{DATA}")])))
-
-
-def changed(add: tuple[str, str] | None = None, clear: str = "", **place: Any) -> onnx.TensorProto:
+def changed(clear: str = "", location: str = DATA, **more: str) -> onnx.TensorProto:
     """A tensor whose place is told in a way that readers may read otherwise."""
-    made = tensor(**place)
+    made = tensor(location)
     if clear:
         made.ClearField(clear)
-    if add is not None:
-        made.external_data.add(key=add[0], value=add[1])
+    for key, value in more.items():
+        made.external_data.add(key=key.removesuffix("_"), value=value)
     return made
-
-
-def within(tag: bytes, content: bytes) -> bytes:
-    return tag + varint(len(content)) + content
-
-
-def varint(value: int) -> bytes:
-    digits = bytearray()
-    while value > 0x7F:
-        digits.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*digits, value])
 
 
 def merged_of_two() -> bytes:
@@ -139,52 +127,42 @@ def merged_of_two() -> bytes:
     rest.external_data.add(key="length", value="4000")
     parts = onnx.AttributeProto(t=tensor()).SerializeToString() + onnx.AttributeProto(t=rest).SerializeToString()
     assert len(onnx.AttributeProto.FromString(parts).t.external_data) == 4
-    return within(b"\x3a", within(b"\x0a", within(b"\x2a", parts)))  # attribute of a node of a graph of a model
+    return field(7, field(1, field(5, parts)))  # attribute of a node of a graph of a model
 
 
 def nested(depth: int) -> bytes:
     """Subgraphs in one another, three messages each."""
     content = b""
     for _ in range(depth):
-        for tag in (b"\x32", b"\x2a", b"\x0a"):  # g of an attribute, attribute of a node, node of a graph
-            content = within(tag, content)
-    return within(b"\x3a", content)
-
-
-def not_utf8() -> bytes:
-    """A location that protobuf's own strings cannot hold."""
-    content = model_of(initializer=[tensor("???")]).SerializeToString()
-    return content.replace(b"???", "\ud800".encode("utf-8", "surrogatepass"))
+        content = field(1, field(5, field(6, content)))  # g of an attribute of a node of a graph
+    return field(7, content)
 
 
 def cut_field_number() -> bytes:
-    """The 7 of graph, and 2**32, which some readers cut to 32 bits."""
-    return within(b"\xba\x80\x80\x80\x10", model_of(initializer=[tensor("../../secret")]).graph.SerializeToString())
+    """The 7 of graph, with a tag beyond 2**32, which some readers cut to 32 bits."""
+    return field(7 + (1 << 29), model_of(initializer=[tensor("../../secret")]).graph.SerializeToString())
 
 
-ELSEWHERE = ("/etc/passwd", "../model.onnx_data", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
+NO_TEXT = model_of(initializer=[tensor("???")]).SerializeToString().replace(b"???", b"\xed\xa0\x80")
+ELSEWHERE = (MEMORY, "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
 # what is spoilt: (a tensor or a whole file, a key word)
 REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
     **{f"at {location!r}": (tensor(location), "takes weights from") for location in ELSEWHERE},
-    "not UTF-8": (not_utf8(), "not valid text"),
+    "not UTF-8": (NO_TEXT, "not valid text"),
     "one byte too many": (tensor(offset=0, length=65), "bytes 0 to 65 of 'model.onnx_data', which has 64"),
     "behind the end": (tensor(offset=64, length=1), "bytes 64 to 65"),
-    "far behind the end": (tensor(offset=10**17, length=4), "which has 64"),
-    "negative": (tensor(offset=-4, length=8), "not an ONNX graph"),
     "hexadecimal": (tensor(offset="0x10", length=4), "not an ONNX graph"),
-    "other digits": (tensor(offset="٣", length=4), "not an ONNX graph"),
     "30 digits": (tensor(offset="1" * 30, length=4), "not an ONNX graph"),
     "no length": (tensor(offset=0, length=""), "not an ONNX graph"),
-    "a key twice": (changed(add=("location", "../../secret")), "or says it twice"),
-    "a key of one reader": (changed(add=("prepacked_0", "x|0;99;y")), "prepacked_0"),
-    "no place": (changed(clear="external_data"), "not an ONNX graph"),
-    "undeclared": (changed(clear="data_location", location="../../secret"), "takes weights from"),
+    "a key twice": (changed(location_="../../secret"), "or says it twice"),
+    "a key of one reader": (changed(prepacked_0="x|0;99;y"), "prepacked_0"),
+    "no place": (changed("external_data"), "not an ONNX graph"),
+    "undeclared": (changed("data_location", "../../secret"), "takes weights from"),
     "long": (tensor("./" * 2100 + DATA), "is told in"),
     "merged of two": (merged_of_two(), "a tensor takes '4000' bytes"),
     "a number beyond 32 bits": (cut_field_number(), "impossible number"),
     "empty": (b"", "ends too early"),
     "a graph without its length": (b"\x3a", "not an ONNX graph"),
-    "a graph that is longer than the file": (b"\x3a\x05\x0a\x01", "not an ONNX graph"),
     "a node that reaches beyond its graph": (b"\x3a\x02\x0a\x05\x12\x03abc", "not an ONNX graph"),
     "a length without end": (b"\x3a" + b"\xff" * 12, "not an ONNX graph"),
     "a group": (b"\x3b\x3c", "not an ONNX graph"),
@@ -202,17 +180,6 @@ def test_a_graph_that_readers_may_read_otherwise_or_not_at_all_is_refused(spoilt
         check(write(tmp_path / "b", model))
 
 
-def test_an_address_in_memory_is_no_file_name_even_where_the_manifest_lists_it(tmp_path):
-    folder = write(tmp_path / "b", model_of(initializer=[tensor("*/_ORT_MEM_ADDR_/*")]))
-    fake = folder / "onnx" / "*" / "_ORT_MEM_ADDR_" / "*"
-    fake.parent.mkdir(parents=True)
-    fake.write_bytes(bytes(64))
-    with pytest.raises(IntegrityError, match="takes weights from"):
-        check(folder)
-    with pytest.raises(IntegrityError, match="not a path inside the folder"):
-        parse_records(folder, file_records(folder, ["onnx/*/_ORT_MEM_ADDR_/*"]))
-
-
 def test_inline_weights_are_skipped(tmp_path):
     inline = onnx.TensorProto(name="i", data_type=1, dims=[1 << 20], raw_data=b"j\x05../.." * (1 << 19))
     file = tmp_path / "m.onnx"
@@ -223,50 +190,28 @@ def test_inline_weights_are_skipped(tmp_path):
 # --- against protobuf itself --------------------------------------------------------------------------------------
 def locations(message: Any) -> Iterator[tuple[str, ...]]:
     """Every value that protobuf reads under external_data, wherever it stands."""
-    for field, value in message.ListFields():
-        if field.name == "external_data":
+    for part, value in message.ListFields():
+        if part.name == "external_data":
             yield tuple(entry.value for entry in value if entry.key == "location")
-        elif field.message_type is not None:
+        elif part.message_type is not None:
             for inner in value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]:
                 yield from locations(inner)
 
 
-EVERYTHING = model_of(initializer=[tensor(), helper.make_tensor("i", 1, [2], [1.0, 2.0])])
-for each in PLACES:
-    if len(each) < 100:
-        EVERYTHING.MergeFrom(hidden(each, tensor()))
-WHOLE = EVERYTHING.SerializeToString()
-mutations = st.lists(
-    st.tuples(
-        st.integers(0, len(WHOLE) - 1),
-        st.sampled_from(["set", "cut", "insert", "copy"]),
-        st.binary(min_size=1, max_size=4),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-def mutated(changes: list[tuple[int, str, bytes]]) -> bytes:
-    content = bytearray(WHOLE)
-    for at, how, new in changes:
-        at %= max(1, len(content))
-        if how == "set":
-            content[at : at + len(new)] = new
-        elif how == "insert":
-            content[at:at] = new
-        elif how == "cut":
-            del content[at : at + new[0]]
-        else:
-            content[at:at] = content[new[0] : new[0] + 40]
-    return bytes(content)
+INLINE = model_of(initializer=[helper.make_tensor("i", 1, [2], [1.0, 2.0])])
+# A message after another is merged with it.
+WHOLE = b"".join(model.SerializeToString() for model in (INLINE, *(hidden(each, tensor()) for each in PLACES[:9])))
+# What is put in the place of so many bytes: other bytes, or a copy of 40 from elsewhere.
+changes = st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255), st.binary(max_size=4) | st.integers(0, 255))
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
-@given(mutations)
-def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(tmp_path_factory, changes):
-    file = tmp_path_factory.getbasetemp() / "damaged.onnx"
-    file.write_bytes(mutated(changes))
+@given(st.lists(changes, min_size=1, max_size=3))
+def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(tmp_path_factory, changed):
+    file, content = tmp_path_factory.getbasetemp() / "damaged.onnx", bytearray(WHOLE)
+    for at, length, new in changed:
+        content[at : at + length % 8] = new if isinstance(new, bytes) else content[new : new + 40]
+    file.write_bytes(content)
     try:
         found = {data.location for data in external_data(file)}
     except IntegrityError:

@@ -19,6 +19,10 @@ from pastkey.files.tokenizer_file import open_tokenizer, require_dense
 WHOLE: dict[str, Any] = json.loads(Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).to_str())
 
 
+PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+TEMPLATE = {"type": "TemplateProcessing", "single": [PIECE] * 1001, "pair": [PIECE], "special_tokens": {}}
+
+
 def replace(pattern: Any, content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
@@ -45,13 +49,12 @@ def test_a_tokenizer_is_opened_without_cutting_and_padding():
     [
         ({"normalizer": sequence(*35 * [replace({"String": "a"}, "aa")])}, "more than 64 times as long"),
         ({"normalizer": replace({"String": "a"}, "b" * 65)}, "more than 64 times as long"),
-        ({"normalizer": replace({"Regex": "."}, "b" * 65)}, "more than 64 times as long"),
         ({"decoder": replace({"String": "a"}, "b" * 65)}, "more than 64 times as long"),
         ({"normalizer": replace({"String": "a"}, "b" * 10_001)}, "10,001 characters, and 10,000 are the most"),
         ({"normalizer": replace({"String": ""}, "b")}, "replaces an empty text"),
         ({"normalizer": sequence(*101 * [{"type": "NFC"}])}, "102 steps, and 100 are the most"),
+        ({"post_processor": TEMPLATE}, "pieces, and 1,000 are the most"),
         ({"post_processor": 1}, "t.json is not a tokenizer.json that can be read"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "is not a tokenizer.json"),
     ],
 )
 def test_what_is_beyond_the_bounds_is_refused(parts, words):
@@ -65,13 +68,6 @@ def test_an_id_far_beyond_the_tokens_is_refused():
         require_dense({"a": 0, "b": 2**31}, "t.json")
 
 
-def test_a_template_of_many_pieces_is_refused():
-    piece = {"Sequence": {"id": "A", "type_id": 0}}
-    processor = {"type": "TemplateProcessing", "single": [piece] * 1001, "pair": [piece], "special_tokens": {}}
-    with pytest.raises(IntegrityError, match="pieces, and 1,000 are the most"):
-        opened(post_processor=processor)
-
-
 def test_a_panic_while_it_is_opened_is_a_sentence():
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     with pytest.raises(IntegrityError, match=r"is not a tokenizer\.json that can be read"):
@@ -81,7 +77,7 @@ def test_a_panic_while_it_is_opened_is_a_sentence():
 
 
 # --- what a safetensors header may say -----------------------------------------------------------------------------
-HEADER = {"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+HEADER: dict[str, Any] = {"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 
 def written(file: Path, header: Any, data: bytes = bytes(24), length: int | None = None) -> Path:
@@ -94,14 +90,13 @@ def test_a_header_is_read(tmp_path):
     found = read_header(written(tmp_path / "x", HEADER))
     assert found == {"w": StoredTensor("F32", (2, 3), 0, 24)}
     assert found["w"].elements == 6
-    types = {"F8_E4M3": 1, "BOOL": 1, "BF16": 2, "I64": 8, "F4": 0.5}
-    for dtype, size in types.items():
-        entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, int(2 * size)]}
-        assert read_header(written(tmp_path / "x", {"w": entry}, bytes(int(2 * size))))["w"].dtype == dtype
+    for dtype, size in {"F8_E4M3": 2, "BOOL": 2, "BF16": 4, "I64": 16, "F4": 1}.items():
+        header = entry(dtype=dtype, shape=[2], data_offsets=[0, size])
+        assert read_header(written(tmp_path / "x", header, bytes(size)))["w"].dtype == dtype
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    return {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | changes}
+    return {"w": HEADER["w"] | changes}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,6 @@ def entry(**changes: Any) -> dict[str, Any]:
         ({"w": 1}, "has no type"),
         (entry(dtype="float"), "has no type"),
         (entry(shape=[-1]), "has no shape"),
-        (entry(shape=[True]), "has no shape"),
         (entry(shape=[1] * 100), "has no shape"),
         (entry(data_offsets=[0]), "has no place"),
         (entry(data_offsets=[24, 0]), "another number of bytes"),

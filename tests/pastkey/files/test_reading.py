@@ -11,15 +11,7 @@ from pastkey.errors import InputError, IntegrityError, MissingFileError, Resourc
 from pastkey.files import memory
 from pastkey.files.folder import read_json, read_text
 from pastkey.files.protobuf import BYTES, VARINT, DamagedError, fields, varint
-from pastkey.files.reading import (
-    is_panic,
-    last_read,
-    panics_as_errors,
-    parse_json,
-    read_bytes,
-    reading,
-    require_regular,
-)
+from pastkey.files.reading import NativeError, is_panic, last_read, panics_as_errors, parse_json, read_bytes, reading
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
@@ -36,7 +28,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path):
         with pytest.raises(InputError, match=words):
             read_text(path)
     with pytest.raises(MissingFileError, match="no such file"):
-        require_regular(tmp_path / "none" / "x")
+        read_text(tmp_path / "none" / "x")
 
 
 def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
@@ -50,6 +42,8 @@ def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
     assert last_read() == file
     file.write_bytes(b"12345")
     assert read_bytes(file, 5) == b"12345"
+    with pytest.raises(IntegrityError, match=r"large\.json holds a JSON int"):
+        read_json(file)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +55,12 @@ def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
         (r'{"a": ["x", "\ud800"]}', "half a surrogate pair"),
         (r'{"\uDfff": 1}', "half a surrogate pair"),
         ("{", "Expecting property name"),
+        ('{"a": "\udcff"}', "not valid JSON"),
     ],
 )
 def test_json_that_later_code_could_not_take_is_refused(content, reason):
     with pytest.raises(IntegrityError, match=reason):
-        parse_json(content.encode(), "x.json")
-    with pytest.raises(IntegrityError, match="not valid JSON"):
-        parse_json(b'{"a": "\xff"}', "x.json")
+        parse_json(content.encode("utf-8", "surrogateescape"), "x.json")
 
 
 def test_json_of_the_deepest_kind_and_whole_surrogate_pairs_are_read():
@@ -96,8 +89,7 @@ def test_a_panic_is_caught_where_an_exception_is():
     with pytest.raises(BaseException) as caught:  # noqa: PT011 (the class is made in Rust)
         tokenizer.encode(hostile)
     assert is_panic(caught.value)
-    assert not isinstance(caught.value, Exception)
-    with pytest.raises(Exception, match=r"."), panics_as_errors():
+    with pytest.raises(NativeError), panics_as_errors():
         tokenizer.encode(hostile)
     with pytest.raises(IntegrityError, match="cannot be read as a text"), reading("t.json", "a text"):
         tokenizer.encode(hostile)
@@ -131,13 +123,9 @@ def test_each_field_is_told_with_its_place():
 
 
 @pytest.mark.parametrize(
-    "content", [bytes([0x12, 0x05, 0x61]), bytes([0x0B]), bytes([0x08, *[0x80] * 10, 0x01]), bytes([0x1D, 1, 0])]
+    "content",
+    [bytes([0x12, 0x05, 0x61]), bytes([0x0B]), bytes([0x08, *[0x80] * 10, 0x01]), bytes([0x1D, 1, 0]), b"\x80"],
 )
 def test_what_is_no_message_is_damaged(content):
-    with pytest.raises(DamagedError):
+    with pytest.raises((DamagedError, IndexError)):
         list(fields(content, 0, len(content)))
-
-
-def test_a_number_that_is_cut_short_ends_the_bytes():
-    with pytest.raises(IndexError):
-        varint(bytes([0x80]), 0)

@@ -1,28 +1,12 @@
 """What langchain-openai reads from a server. In an environment of its own."""
 
 import asyncio
-import json
-import sys
 
+from asked import SCHEMA, address, check_embeddings, expected, weather
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
-address, expected = sys.argv[1], json.loads(sys.argv[2])
 common = {"base_url": f"{address}/v1", "api_key": "any", "model": "tiny", "max_retries": 0}
 chat = ChatOpenAI(**common, seed=5, temperature=1, max_tokens=12, stream_usage=True)
-schema = {
-    "title": "answer",
-    "type": "object",
-    "properties": {"ok": {"type": "boolean"}},
-    "required": ["ok"],
-    "additionalProperties": False,
-}
-
-
-def weather(warm: bool) -> str:
-    """Tells the weather."""
-    return str(warm)
-
-
 answer = chat.invoke("Hello")
 assert answer.content == expected["chat"], (answer.content, expected["chat"])
 assert answer.usage_metadata["output_tokens"] == 12
@@ -33,13 +17,12 @@ assert [one.content for one in chat.batch(["Hello"] * 5)] == [expected["chat"]] 
 assert asyncio.run(chat.ainvoke("Hello")).content == expected["chat"]
 
 long = ChatOpenAI(**common, seed=5, temperature=1, max_tokens=200)
-assert set(long.with_structured_output(schema, method="json_schema", strict=True).invoke("Hello")) == {"ok"}
+assert set(long.with_structured_output(SCHEMA, method="json_schema", strict=True).invoke("Hello")) == {"ok"}
 (call,) = long.bind_tools([weather], tool_choice="required").invoke("Hello").tool_calls
 assert call["name"] == "weather"
 
 assert OpenAI(**common, seed=5, temperature=1, max_tokens=12).invoke("Hello") == expected["text"]
 embeddings = OpenAIEmbeddings(base_url=f"{address}/v1", api_key="any", model="tiny", check_embedding_ctx_length=False)
-for vector, wanted in zip(embeddings.embed_documents(["Hello", "Goodbye"]), expected["embeddings"], strict=True):
-    assert max(abs(x - y) for x, y in zip(vector, wanted, strict=True)) < 1e-5
+check_embeddings(embeddings.embed_documents(["Hello", "Goodbye"]))
 responses = ChatOpenAI(**common, temperature=0, max_tokens=12, use_responses_api=True)
 assert responses.invoke("Hello").text == expected["greedy"]

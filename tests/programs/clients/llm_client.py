@@ -2,10 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
-address, expected = sys.argv[1], json.loads(sys.argv[2])
+from asked import SCHEMA, address, expected, weather
+
 entry = {
     "model_id": "here", "model_name": "tiny", "api_base": f"{address}/v1", "api_key_name": "any",
     "supports_schema": True, "supports_tools": True,
@@ -16,24 +16,11 @@ folder = Path(os.environ["LLM_USER_PATH"])
 
 import llm
 
-model = llm.get_model("here")
-answer = model.prompt("Hello", seed=5, temperature=1, max_tokens=12)  # streamed
+model, drawn = llm.get_model("here"), {"seed": 5, "temperature": 1}
+answer = model.prompt("Hello", **drawn, max_tokens=12)  # streamed
 assert answer.text() == expected["chat"], (answer.text(), expected["chat"])
 assert answer.usage().output == 12
-assert model.prompt("Hello", stream=False, seed=5, temperature=1, max_tokens=12).text() == expected["chat"]
-schema = {
-    "type": "object",
-    "properties": {"ok": {"type": "boolean"}},
-    "required": ["ok"],
-    "additionalProperties": False,
-}
-assert set(json.loads(model.prompt("Hello", schema=schema, seed=5, temperature=1, max_tokens=60).text())) == {"ok"}
-
-
-def weather(warm: bool) -> str:
-    """Tells the weather."""
-    return str(warm)
-
-
-asked = model.prompt("Hello", tools=[weather], seed=5, temperature=1, max_tokens=60)  # a random model need not call it
+assert model.prompt("Hello", stream=False, **drawn, max_tokens=12).text() == expected["chat"]
+assert set(json.loads(model.prompt("Hello", schema=SCHEMA, **drawn, max_tokens=60).text())) == {"ok"}
+asked = model.prompt("Hello", tools=[weather], **drawn, max_tokens=60)  # a random model need not call it
 assert isinstance(asked.text(), str)

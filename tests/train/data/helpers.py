@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.train.data.documents import Document, document_of
+from pastkey.train.data.documents import document_of
 from pastkey.train.data.examples import Example
-from pastkey.train.data.sources import Corpus, survey
+from pastkey.train.data.sources import Corpus, open_corpus, survey
 from pastkey.train.data.token_files import DataInfo
 from pastkey.train.data.tokenizing import write_tokens
 from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
@@ -22,10 +22,8 @@ from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
 
 def corpus_of(*documents: str | Mapping[str, Any]) -> Corpus:
     """A corpus of texts, or of rows as in JSON lines."""
-    found = [
-        Document("test", row) if isinstance(row, str) else document_of(row, f"row {number}")
-        for number, row in enumerate(documents, 1)
-    ]
+    rows = [{"text": row} if isinstance(row, str) else row for row in documents]
+    found = [document_of(row, f"row {number}") for number, row in enumerate(rows, 1)]
     return Corpus("test", lambda: iter(found))
 
 
@@ -45,6 +43,12 @@ def ids(folder: Path, name: str, info: DataInfo) -> list[int]:
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def weighted(folder: Path, **rows: Sequence[Any]) -> Corpus:
+    """The corpus of a.jsonl with the weight 3 and of b.jsonl with the weight 1."""
+    files = [write_lines(folder / f"{name}.jsonl", rows[name]) for name in "ab"]
+    return open_corpus([f"{file}={weight}" for file, weight in zip(files, (3, 1), strict=True)])
 
 
 CHATML = (
@@ -76,10 +80,6 @@ def chat(*contents: str) -> dict[str, Any]:
 
 def trained_text(example: Example, tokenizer: TextTokenizer) -> list[str]:
     """The texts of an example's runs of trained tokens."""
-    return [
-        tokenizer.tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        for trained, run in groupby(
-            zip(example.ids.tolist(), example.trained.tolist(), strict=True), lambda pair: pair[1]
-        )
-        if trained
-    ]
+    pairs = zip(example.ids.tolist(), example.trained.tolist(), strict=True)
+    runs = [[token for token, _ in run] for trained, run in groupby(pairs, lambda pair: pair[1]) if trained]
+    return [tokenizer.tokenizer.decode(run, skip_special_tokens=False) for run in runs]

@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from pastkey.train.data.batches import NOT_TRAINED, Batch, Tokens, in_parts
-from pastkey.train.data.prepare import LESSON, write_lesson
-from pastkey.train.data.sources import open_corpus, survey
-from pastkey.train.data.tokenizing import write_tokens
-from pastkey.train.tokenizer import lesson_tokenizer, train_char
+from pastkey.train.data.sources import open_corpus
+from pastkey.train.tokenizer import TextTokenizer, train_char
 
 from ..helpers import write_corpus
-from .helpers import corpus_of, ids, write_lines, written
+from .helpers import corpus_of, ids, weighted, written
+
+
+def drawn(folder: Path, documents: Sequence[str], context: int, rows: int, tokenizer: TextTokenizer) -> list[Any]:
+    """The rows of the first step's batch, each with its targets."""
+    info = written(folder, corpus_of(*documents), context, tokenizer)
+    batch = Tokens(folder / TOKENS_TRAIN, info, context).draw(rows, seed=0, step=0)
+    return [*zip(*(part.tolist() for part in batch), strict=True)]
 
 
 def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
@@ -28,64 +35,43 @@ def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
     assert not one.draw(4, seed=1, step=7)[0].equal(one.draw(4, seed=2, step=7)[0])
 
 
-def test_short_documents_are_read_from_their_beginning(tmp_path):
-    info = written(tmp_path, corpus_of(*("abc\n" + "d" * number for number in range(40))), context=60)
-    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(50, seed=0, step=0)
-    assert (inputs[:, 0] == info.begin).all()  # type: ignore[attr-defined]
-    assert len({tuple(row) for row in inputs.tolist()}) > 10
-
-
-def test_a_window_ends_with_its_document(tmp_path):
-    info = written(tmp_path, corpus_of(*(f"{number}\n" + "d" * number for number in range(100))), context=60)
-    inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 60).draw(200, seed=0, step=0)
-    assert inputs.shape == targets.shape == (200, 60)
-    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+@pytest.mark.parametrize("ends", ["of both sides", "without a begin", "with another end"])
+def test_a_window_begins_and_ends_with_its_document(ends, tmp_path):
+    documents = [f"{number}\n" + "d" * (number % 60) for number in range(100, 300)]
+    tokenizer = train_char(documents)
+    if ends == "without a begin":  # the end of the document before it stands there
+        tokenizer = dataclasses.replace(tokenizer, begin=None)
+    elif ends == "with another end":  # as that of a turn, which may stand in a text
+        tokenizer = dataclasses.replace(tokenizer, end=tokenizer.encode("\n")[0])
+    begins, whole = set[int](), 0
+    for row, wanted in drawn(tmp_path, documents, 40, 200, tokenizer):
         trained = [token for token in wanted if token != NOT_TRAINED]
         assert wanted[: len(trained)] == trained  # padding is at the end
-        assert info.end not in trained[:-1]
         assert row[1 : len(trained)] == trained[:-1]
-        assert trained[-1] == info.end or len(trained) == 60
+        assert trained[-1] == tokenizer.end or len(trained) == 40
+        if len(trained) < 40:
+            whole += 1
+            begins.add(row[0])
+            assert trained.count(tokenizer.end) == (2 if ends == "with another end" else 1)
+    assert whole > 20
+    assert (tokenizer.end if tokenizer.begin is None else tokenizer.begin) in begins
+    assert len(begins) <= 2  # without one the first document has none before it
 
 
 def test_every_token_of_the_corpus_is_drawn(tmp_path):
-    info = written(tmp_path, corpus_of("abc", "def", "ghijklmnopqrstuvwxyz", "0123456789"), context=8)
-    _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(500, seed=0, step=0)
-    assert set(targets.flatten().tolist()) == set(ids(tmp_path, TOKENS_TRAIN, info)) | {NOT_TRAINED}
-
-
-def test_long_documents_are_read_from_anywhere(tmp_path):
-    info = written(tmp_path, corpus_of("\n".join(map(str, range(10_000)))))
-    inputs, _ = Tokens(tmp_path / TOKENS_TRAIN, info, 8).draw(200, seed=0, step=0)
-    assert len({tuple(row) for row in inputs.tolist()}) > 190
-
-
-def test_without_a_begin_token_documents_start_with_the_end_token(tmp_path):
-    documents = [f"{number}\nx" for number in range(100, 140)]
-    tokenizer = dataclasses.replace(train_char(documents), begin=None)
-    info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
-    inputs, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(100, seed=0, step=0)
-    starts = {int(row[0]) for row in inputs}
-    assert tokenizer.end in starts
-    assert {row[5] for row in targets.tolist() if row[5] != NOT_TRAINED} == {tokenizer.end}  # after five characters
-
-
-def test_an_end_token_in_a_text_with_a_begin_token_ends_no_document(tmp_path):
-    documents = [f"ab\n{number}" for number in range(100, 140)]
-    tokenizer = train_char(documents)
-    tokenizer = dataclasses.replace(tokenizer, end=tokenizer.encode("\n")[0])  # as the end of a turn
-    info = written(tmp_path, corpus_of(*documents), 12, tokenizer)
-    _, targets = Tokens(tmp_path / TOKENS_TRAIN, info, 12).draw(50, seed=0, step=0)
-    assert {tuple(row[[2, 6]].tolist()) for row in targets} == {(tokenizer.end, tokenizer.end)}
+    documents = ["abc", "def", "ghijklmnopqrstuvwxyz", "0123456789", "one\nmore"]
+    rows = drawn(tmp_path, documents, 8, 500, train_char(documents))
+    every = np.fromfile(tmp_path / TOKENS_TRAIN, "<u2").tolist()
+    assert {token for _, targets in rows for token in targets} == {*every, NOT_TRAINED}
 
 
 def test_tokens_of_short_and_long_documents_are_as_likely(tmp_path):
-    short, long = ["a" * 9] * 300, ["b" * 199] * 15
-    info = written(tmp_path, corpus_of(*short, *long), 200)
-    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 200)
-    drawn = [token for step in range(40) for token in tokens.draw(20, 0, step)[1].flatten().tolist()]
-    every = ids(tmp_path, TOKENS_TRAIN, info)
+    documents = ["a" * 9] * 300 + ["b" * 199] * 15
+    rows = drawn(tmp_path, documents, 200, 800, train_char(documents))
+    drawn_tokens = [token for _, targets in rows for token in targets]
+    every = np.fromfile(tmp_path / TOKENS_TRAIN, "<u2").tolist()
     a, b = every[1], every[-2]
-    assert drawn.count(a) / drawn.count(b) == pytest.approx(every.count(a) / every.count(b), rel=0.2)
+    assert drawn_tokens.count(a) / drawn_tokens.count(b) == pytest.approx(every.count(a) / every.count(b), rel=0.2)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
@@ -102,28 +88,20 @@ def test_validation_reads_every_token_once(size, begin, tmp_path):
     assert targets == found[1:]
 
 
-def test_the_lesson_is_one_batch_of_whole_sentences(tmp_path):
-    tokenizer = lesson_tokenizer()
-    info = write_lesson(tmp_path, tokenizer)
-    tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 8)
-    inputs, targets = tokens.draw(16, seed=0, step=0)
-    rows = [[*row, int(last)] for row, last in zip(inputs.tolist(), targets[:, -1], strict=True)]
-    assert [tokenizer.tokenizer.decode(row, skip_special_tokens=False) for row in rows] == list(LESSON)
-    assert [batch[0].equal(inputs) for batch in tokens.windows(1)] == [True]
-
-
 # --- examples and weights -----------------------------------------------------------------------------------------
 PAIRS = [{"prompt": f"{number:03}", "completion": "ab"} for number in range(100)]
+DIGITS = train_char(["0123456789ab"])
 
 
 def example_tokens(folder: Path) -> Tokens:
-    tokenizer = train_char(["0123456789ab"])
-    info = written(folder, corpus_of(*PAIRS), 6, tokenizer)  # one example a row, of seven tokens
+    info = written(folder, corpus_of(*PAIRS), 6, DIGITS)  # one example a row, of seven tokens
     return Tokens(folder / TOKENS_TRAIN, info, 6)
 
 
 def test_targets_that_are_not_trained_are_left_out(tmp_path):
-    inputs, targets = example_tokens(tmp_path).draw(3, seed=0, step=0)
+    tokens = example_tokens(tmp_path)
+    assert tokens.first_prompt() == DIGITS.prompt("001")  # the first row is held out
+    inputs, targets = tokens.draw(3, seed=0, step=0)
     assert inputs.shape == targets.shape == (3, 6)
     assert inputs.min() >= 0
     assert (targets[:, :3] == NOT_TRAINED).all()  # the prompt
@@ -134,17 +112,10 @@ def test_targets_that_are_not_trained_are_left_out(tmp_path):
     assert sum(int((targets != NOT_TRAINED).sum()) for _, targets in batches) == 5 * 3
 
 
-def test_the_first_prompt_is_that_of_the_first_row(tmp_path):
-    tokenizer = train_char(["0123456789ab"])
-    assert example_tokens(tmp_path).first_prompt() == tokenizer.prompt("001")  # the first one is held out
-
-
 def test_every_row_is_drawn_once_in_an_epoch_in_an_order_of_its_own(tmp_path):
     tokens = example_tokens(tmp_path)
-    epochs = [
-        [tuple(row) for step in range(first, first + 19) for row in tokens.draw(5, 0, step)[0].tolist()]
-        for first in (0, 19)
-    ]
+    rows = [tuple(row) for step in range(38) for row in tokens.draw(5, 0, step)[0].tolist()]
+    epochs = rows[:95], rows[95:]
     assert len(set(epochs[0])) == 95
     assert set(epochs[0]) == set(epochs[1])
     assert epochs[0] != epochs[1]
@@ -156,11 +127,8 @@ def test_sources_are_drawn_by_their_weights(form, tmp_path):
     def row(name: str) -> dict[str, str]:
         return {"text": name * 9 + "\n"} if form == "text" else {"prompt": name, "completion": name}
 
-    for name, count in (("a", 40), ("b", 400)):
-        write_lines(tmp_path / f"{name}.jsonl", [row(name)] * count)
-    corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
     tokenizer = train_char(["ab\n"])
-    info = write_tokens(tmp_path, corpus, survey(corpus), tokenizer, 9)
+    info = written(tmp_path, weighted(tmp_path, a=[row("a")] * 40, b=[row("b")] * 400), 9, tokenizer)
     tokens = Tokens(tmp_path / TOKENS_TRAIN, info, 9)
     rows = [row for step in range(50) for row in tokens.draw(8, seed=0, step=step)[0].tolist()]
     share = sum("a" in tokenizer.decode(row) for row in rows) / len(rows)

@@ -11,7 +11,7 @@ from tokenizers import decoders, pre_tokenizers, processors
 from pastkey.errors import InputError
 from pastkey.train.data.chat import conversation_parts
 from pastkey.train.data.documents import Conversation, PromptAnswer, document_of
-from pastkey.train.data.examples import encode_examples
+from pastkey.train.data.examples import Example, encode_examples
 from pastkey.train.tokenizer import TextTokenizer, train_bpe, train_char
 
 from .helpers import CHATML, MARKED, chat, chat_tokenizer, trained_text
@@ -19,25 +19,21 @@ from .helpers import CHATML, MARKED, chat, chat_tokenizer, trained_text
 PAIR = {"prompt": "the cat ", "completion": "sat"}
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_a_turn_is_trained_with_its_end_and_nothing_behind(template):
-    tokenizer = chat_tokenizer(template)
-    (example,) = encode_examples([document_of(chat("hi", "hello", "bye", "\nbye"), "row 1")], tokenizer)
-    assert trained_text(example, tokenizer) == ["hello<|im_end|>", "\nbye<|im_end|>"]
-    assert example.end == tokenizer.tokenizer.token_to_id("<|im_end|>")
-    text = tokenizer.tokenizer.decode(example.ids.tolist(), skip_special_tokens=False)
-    assert text.startswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user")
+def example_of(row: Any, tokenizer: TextTokenizer) -> Example:
+    (example,) = encode_examples([document_of(row, "row 1")], tokenizer)
+    return example
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_the_mask_is_the_one_of_transformers(template, tmp_path_factory):
+def test_a_turn_is_trained_with_its_end_and_nothing_behind_as_transformers_masks_it(template, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("tokenizer")
     ours = chat_tokenizer(template)
-    ours.save(folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    row = chat("the cat", "sat on the mat", "a dog?", "saw a cat")
-    (example,) = encode_examples([document_of(row, "row 1")], ours)
+    ours.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    row = chat("the cat", "sat on the mat", "a dog?", "\nsaw a cat")
+    example = example_of(row, ours)
+    assert trained_text(example, ours) == ["sat on the mat<|im_end|>", "\nsaw a cat<|im_end|>"]
+    assert example.end == ours.tokenizer.token_to_id("<|im_end|>")
     options = {"return_dict": True, "return_assistant_tokens_mask": True, "chat_template": MARKED}
     expected = theirs.apply_chat_template(row["messages"], **options)
     assert example.ids.tolist() == list(expected["input_ids"])
@@ -47,7 +43,7 @@ def test_the_mask_is_the_one_of_transformers(template, tmp_path_factory):
 def test_a_prompt_has_the_tokens_that_it_has_for_generation():
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
     assert tokenizer.encode("cat sat")[-1] == tokenizer.encode(" sat")[0]  # one token, were it not for the boundary
-    (example,) = encode_examples([document_of(PAIR, "row 1")], tokenizer)
+    example = example_of(PAIR, tokenizer)
     prompt = tokenizer.prompt("the cat ")
     assert example.ids[: len(prompt)].tolist() == prompt
     assert trained_text(example, tokenizer) == ["sat<|endoftext|>"]
@@ -58,24 +54,23 @@ def test_offsets_without_spaces_do_not_move_the_boundary():
     tokenizer = train_bpe(["the cat sat on the mat"] * 3, 280)
     template = tokenizer.tokenizer.post_processor
     tokenizer.tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
-    test_ids = encode_examples([document_of(PAIR, "row 1")], tokenizer)[0].ids.tolist()
-    assert test_ids[:-1] == [tokenizer.end, *tokenizer.encode("the cat "), *tokenizer.encode("sat")]
+    expected = [tokenizer.end, *tokenizer.encode("the cat "), *tokenizer.encode("sat")]
+    assert example_of(PAIR, tokenizer).ids[:-1].tolist() == expected
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_of_a_text_puts_one_in_front():
     tokenizer = train_bpe(["\u2581the\u2581cat\u2581sat"] * 3, 300)
     spaces = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [spaces, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, words])
     tokenizer.tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Metaspace(prepend_scheme="first")])
-    (example,) = encode_examples([document_of({"prompt": "the", "completion": " cat"}, "row 1")], tokenizer)
+    example = example_of({"prompt": "the", "completion": " cat"}, tokenizer)
     assert example.ids[1:-1].tolist() == tokenizer.encode("the cat")
 
 
 def test_a_text_is_trained_as_a_whole():
     tokenizer = train_char(["the cat"])
-    (example,) = encode_examples([document_of({"text": "the cat"}, "row 1")], tokenizer)
+    example = example_of({"text": "the cat"}, tokenizer)
     assert trained_text(example, tokenizer) == ["the cat<|endoftext|>"]
     assert example.ids[0] == tokenizer.begin
     assert not example.trained[0]
@@ -84,17 +79,15 @@ def test_a_text_is_trained_as_a_whole():
 def test_an_answer_without_a_special_token_has_no_end():
     plain = chat_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
                            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
-    (example,) = encode_examples([document_of(chat("hi", "hello"), "row 1")], plain)
+    example = example_of(chat("hi", "hello"), plain)
     assert trained_text(example, plain) == ["hello\n"]
     assert example.end is None
 
 
-@pytest.mark.parametrize("row", [{"prompt": "the", "completion": "dog"}, {"text": "dog"}])
-def test_an_unknown_character_is_named_by_its_place(row):
-    tokenizer: TextTokenizer = replace(train_char(["the cat"]))
-    documents = [document_of({"text": "cat"}, "a.jsonl, line 1"), document_of(row, "a.jsonl, line 2")]
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: the text has a word or character that the tokenizer does"):
-        encode_examples(documents, tokenizer)
+def test_an_unknown_character_is_named_by_its_place():
+    documents = [document_of({"text": "cat"}, "line 1"), document_of({"text": "dog"}, "line 2")]
+    with pytest.raises(InputError, match=r"line 2: the text has a word or character"):
+        encode_examples(documents, train_char(["the cat"]))
 
 
 # --- each format's rows, and the sentences for rows of no format ---------------------------------------------------
@@ -115,17 +108,8 @@ def test_a_row_becomes_a_document(row, content, texts):
     document = document_of(row, "a.jsonl, line 1")
     assert document.content == content
     assert list(document.texts()) == texts
+    assert document.canonical() != document_of({"text": "".join(texts)}, "").canonical() or not document.masked
     assert document.masked == (not isinstance(content, str))
-
-
-def test_different_documents_have_different_bytes():
-    rows: list[dict[str, Any]] = [
-        {"text": "ab"},
-        {"prompt": "a", "completion": "b"},
-        {"prompt": "", "completion": "ab"},
-    ]
-    rows += [{"messages": MESSAGES}, {"messages": MESSAGES[:1]}, {"messages": MESSAGES, "tools": []}]
-    assert len({document_of(row, "").canonical() for row in rows}) == len(rows)
 
 
 @pytest.mark.parametrize(
@@ -133,15 +117,13 @@ def test_different_documents_have_different_bytes():
     [
         (["a"], r"line 1 is \['a'\]; expected an object such as"),
         ({}, "line 1 has the fields none; expected text, or prompt and completion, or messages"),
-        ({"prompt": "a"}, "line 1 has the fields prompt; expected"),
         ({"text": 3}, "line 1: text is 3; it must be a text"),
         ({"text": "\ud800"}, "it must be a text"),
         ({"prompt": "a", "completion": MESSAGES}, "a conversation goes into the field messages"),
         ({"messages": []}, r"messages is \[\]; it must be a list of messages"),
         ({"messages": "hi"}, "messages is 'hi'; it must be a list"),
         ({"messages": ["hi"]}, "a message is 'hi'; each must be an object with role and content"),
-        ({"messages": [{"from": "human", "value": "hi"}]}, "each must be an object with role and content"),
-        ({"messages": [{"role": "user", "text": "hi"}]}, "each must be an object with role and content"),
+        ({"messages": [{"from": "human", "content": "hi"}]}, "each must be an object with role and content"),
         ({"messages": [{"role": "assistant", "content": None}]}, "each must be an object with role and content"),
         ({"messages": MESSAGES, "tools": ["t"]}, "it must be a list of JSON schemas"),
     ],
@@ -155,25 +137,11 @@ def test_a_row_of_no_format_is_refused(row, sentence):
 TALK = Conversation(chat("hi", "hello", "bye", "bye")["messages"])
 
 
-@pytest.mark.parametrize(("template", "behind"), [(CHATML, "\n"), (MARKED, "")])
-def test_the_turns_of_the_assistant_are_trained(template, behind):
-    parts = conversation_parts(TALK, chat_tokenizer(template))
-    assert [text for text, trained in parts if trained] == [f"hello<|im_end|>{behind}", f"bye<|im_end|>{behind}"]
-    other = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert parts[0] == (other, False)
-    assert "".join(text for text, _ in parts).count("<|im_start|>") == 4
-
-
 def test_a_template_reads_the_special_tokens_and_tools():
     template = "{{ bos_token }}{{ tools | length if tools else 0 }}" + CHATML
     tokenizer = replace(chat_tokenizer(template), special_tokens={"bos_token": "<s>"})
     talk = replace(TALK, tools=[{"type": "function"}])
     assert conversation_parts(talk, tokenizer)[0][0].startswith("<s>1<|im_start|>user")
-
-
-def test_a_conversation_without_an_assistant_has_no_trained_part():
-    parts = conversation_parts(Conversation(chat("hi")["messages"]), chat_tokenizer())
-    assert parts == [("<|im_start|>user\nhi<|im_end|>\n", False)]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them():

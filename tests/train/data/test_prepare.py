@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from pastkey.train.checkpoint import TOKENS_TRAIN, TOKENS_VAL
 from pastkey.train.data import cache
 from pastkey.train.data import prepare as module
 from pastkey.train.data.prepare import prepare, require_same_data
-from pastkey.train.data.preview import marked, show_example
+from pastkey.train.data.preview import show_example
 from pastkey.train.data.token_files import DataInfo
-from pastkey.train.tokenizer import read_tokenizer, train_char
+from pastkey.train.tokenizer import TextTokenizer, read_tokenizer, train_char
 
 from ..helpers import tiny, write_corpus
 from .helpers import CHATML, chat, chat_tokenizer, corpus_of, write_lines, written
+
+
+def prepared(folder: Path, data: Sequence[Path | str], **changes: Any) -> tuple[DataInfo, TextTokenizer]:
+    folder.mkdir()
+    return prepare(tiny(**changes), folder, data)
 
 
 def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_turns(tmp_path, capsys):
@@ -27,9 +32,8 @@ def test_a_chat_file_and_a_tokenizer_with_a_template_give_a_tokenizer_that_ends_
     (tmp_path / "given").mkdir()
     chat_tokenizer().save(tmp_path / "given")
     for out in ("new", "cached"):
-        (tmp_path / out).mkdir()
-        config = tiny(tokenizer=str(tmp_path / "given" / "tokenizer.json"))
-        info, tokenizer = prepare(config, tmp_path / out, [data])
+        given = str(tmp_path / "given" / "tokenizer.json")
+        info, tokenizer = prepared(tmp_path / out, [data], tokenizer=given)
         assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
         assert tokenizer.end == info.end
         saved = json.loads((tmp_path / out / "tokenizer_config.json").read_text())
@@ -49,11 +53,9 @@ def test_a_tokenizer_in_hand_and_a_shorter_window_are_taken(tmp_path):
 def test_of_a_large_corpus_a_tokenizer_learns_from_every_nth_document(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TOKENIZER_BYTES", 200)
     data = write_lines(tmp_path / "a.jsonl", [{"text": f"cat{number:03} " * 5} for number in range(100)])
-    (tmp_path / "c").mkdir()
-    _, tokenizer = prepare(tiny(tokenizer="word"), tmp_path / "c", [data])
+    _, tokenizer = prepared(tmp_path / "c", [data], tokenizer="word")
     assert sum(token.startswith("cat") for token in tokenizer.tokenizer.get_vocab()) == 6
-    (tmp_path / "d").mkdir()
-    _, tokenizer = prepare(tiny(tokenizer="char"), tmp_path / "d", [data])  # all characters are needed
+    _, tokenizer = prepared(tmp_path / "d", [data], tokenizer="char")  # all characters are needed
     assert set("0123456789") <= set(tokenizer.tokenizer.get_vocab())
 
 
@@ -69,27 +71,20 @@ def test_a_resumed_run_refuses_other_text_and_other_weights(tmp_path):
 
 
 # --- the example that is shown before training, with its loss mask -------------------------------------------------
-def test_trained_text_is_green_or_between_marks():
-    tokenizer = chat_tokenizer()
-    tokens = [~token for token in tokenizer.encode("the cat")] + tokenizer.encode(" sat\x1b[31m")
-    assert marked(tokens, tokenizer, coloured=False) == "the cat[[ sat\ufffd[31m]]"
-    assert marked(tokens, tokenizer, coloured=True) == "\x1b[2mthe cat\x1b[0m\x1b[1;32m sat\ufffd[31m\x1b[0m"
-
-
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
 )
-def test_the_first_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
+def test_the_trained_text_of_an_example_is_shown(terminal, no_color, coloured, tmp_path, monkeypatch, capsys):
     tokenizer = chat_tokenizer()
-    info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 100, tokenizer)
+    info = written(tmp_path, corpus_of(*[chat("hi", "hel\x1blo")] * 30), 100, tokenizer)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
     show_example(tmp_path, info, tokenizer)
     said = capsys.readouterr().err
     assert "answers end with <|im_end|>\n" in said
     assert said.count("<|im_start|>user") == 1  # of the several in a window
-    assert ("\x1b[1;32mhello<|im_end|>\x1b[0m" in said) == coloured
-    assert ("<|im_start|>assistant\n[[hello<|im_end|>]]" in said) != coloured
+    assert ("assistant\n\x1b[0m\x1b[1;32mhel\ufffdlo<|im_end|>\x1b[0m" in said) == coloured
+    assert ("<|im_start|>assistant\n[[hel\ufffdlo<|im_end|>]]" in said) != coloured
 
 
 # --- a second run on the same files and tokenizer takes the tokens of the first, and any other one does not --------
@@ -116,12 +111,14 @@ def tokenized(monkeypatch):
 
 
 def run(folder: Path, data: list[Path | str], **changes: Any) -> tuple[DataInfo, dict[str, bytes]]:
-    folder.mkdir()
-    info, _ = prepare(tiny(**changes), folder, data)
+    info, _ = prepared(folder, data, **changes)
     return info, {name: (folder / name).read_bytes() for name in FILES}
 
 
-def test_a_second_run_does_not_tokenize_again(text, tmp_path, tokenized, capsys):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_run_does_not_tokenize_again(links, text, tmp_path, tokenized, capsys, monkeypatch):
+    if not links:  # a system that copies
+        monkeypatch.setattr(cache.os, "link", lambda *_: Path("none").rename("other"))
     first = run(tmp_path / "1", [text])
     assert run(tmp_path / "2", [text]) == first
     assert len(tokenized) == 1
@@ -132,15 +129,14 @@ def test_a_second_run_does_not_tokenize_again(text, tmp_path, tokenized, capsys)
 
 
 def test_other_text_another_tokenizer_and_another_context_are_tokenized(text, tmp_path, tokenized):
-    run(tmp_path / "1", [text])
-    run(tmp_path / "2", [text], tokenizer="word")
-    run(tmp_path / "3", [text], context=16)
-    run(tmp_path / "4", [f"{text}=1"])
-    (tmp_path / "made").mkdir()
-    train_char([text.read_text(), "\u00e9"]).save(tmp_path / "made")
-    run(tmp_path / "5", [text], tokenizer=str(tmp_path / "made" / "tokenizer.json"))
+    train_char([text.read_text(), "\u00e9"]).save(tmp_path)
+    made = str(tmp_path / "tokenizer.json")
+    changes: list[dict[str, Any]] = [{}, {"tokenizer": "word"}, {"context": 16}, {"tokenizer": made}]
+    for number, change in enumerate(changes):
+        run(tmp_path / str(number), [text], **change)
+    run(tmp_path / "weighted", [f"{text}=1"])
     text.write_text(text.read_text() + "one line more\n")
-    run(tmp_path / "6", [text])
+    run(tmp_path / "longer", [text])
     assert len(tokenized) == 6
 
 
@@ -165,13 +161,10 @@ def test_a_cache_that_cannot_be_written_costs_only_time(text, tmp_path, tokenize
     assert not Path("relative").exists()
 
 
-def test_a_system_without_links_copies(text, tmp_path, tokenized, monkeypatch):
-    def refused(*_: object) -> None:
-        raise OSError
-
-    monkeypatch.setattr(cache.os, "link", refused)
-    assert run(tmp_path / "1", [text]) == run(tmp_path / "2", [text])
-    assert len(tokenized) == 1
+def test_refused_data_is_not_kept(text, tmp_path, own_cache):
+    with pytest.raises(InputError, match="give more text"):
+        run(tmp_path / "1", [text], context=100_000)
+    assert not (own_cache / "pastkey" / "tokens").exists()
 
 
 def test_the_least_recently_used_entries_go(text, tmp_path, own_cache, monkeypatch):
@@ -183,9 +176,3 @@ def test_the_least_recently_used_entries_go(text, tmp_path, own_cache, monkeypat
     monkeypatch.setattr(cache, "MOST_BYTES", 0)
     run(tmp_path / "newest", [text], context=20)
     assert len([*(own_cache / "pastkey" / "tokens").iterdir()]) == 1
-
-
-def test_refused_data_is_not_kept(text, tmp_path, own_cache):
-    with pytest.raises(InputError, match="give more text"):
-        run(tmp_path / "1", [text], context=100_000)
-    assert not (own_cache / "pastkey" / "tokens").exists()

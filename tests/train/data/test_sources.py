@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +23,8 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path):
     (tmp_path / "b" / "x.TXT").write_text("second", encoding="utf-8")
     (tmp_path / "b" / "x.csv").write_text("not,text", encoding="utf-8")
     assert texts(open_corpus([tmp_path])) == ["first", "second", "third\nline"]
+    write_lines(tmp_path / "b" / "2.jsonl", [{"text": "data"}])
+    assert texts(open_corpus([tmp_path])) == ["data"]  # the others are its README
 
 
 def test_the_end_token_separates_documents(tmp_path):
@@ -33,23 +34,18 @@ def test_the_end_token_separates_documents(tmp_path):
 
 CUT = gzip.compress(b'{"text": "a"}\n' * 1000)[:-20]
 REFUSED: dict[str, tuple[str, bytes, type[PastkeyError], str]] = {
-    "a text": ("a.txt", b"", InputError, "a.txt is empty"),
-    "lines": ("a.txt", b" \n\n ", InputError, "a.txt is empty"),
-    "an end": ("a.txt", b"<|endoftext|>\n", InputError, "a.txt is empty"),
-    "a shard": ("b.txt", b"", InputError, "b.txt is empty: remove it, or write it again"),
-    "latin-1": ("a.txt", "ein K\u00e4tzchen".encode("latin-1"), InputError, "a.txt is not UTF-8 text: byte 5 is 0xe4"),
+    "no text": ("a.txt", b" \n<|endoftext|>\n ", InputError, "a.txt is empty"),
     "behind a block": ("a.txt", b"one<|endoftext|>two \xe4", InputError, "a.txt is not UTF-8 text: byte 20 is 0xe4"),
     "JSON lines": ("a.jsonl", b"\n\n", InputError, "a.jsonl is empty: remove it"),
-    "a byte": (
-        "a.jsonl",
-        b'{"text": "a"}\n{"text": "\xe4"}\n',
-        InputError,
-        "line 2 is not UTF-8 text: byte 10",
-    ),
-    "UTF-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), InputError, "a.jsonl, line 1 is not UTF-8 text"),
+    "a byte": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe4"}\n', InputError, "line 2 is not UTF-8 text: byte 10"),
     "an array": ("a.jsonl", b'[\n{"text": "a"}\n]', InputError, "line 1 begins a JSON array; one object a line"),
     "cut JSON": ("a.jsonl", b'{"text": "a"}\n{"text": "b', IntegrityError, "a.jsonl, line 2 is not valid JSON"),
-    "no text": ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', InputError, "line 2 has the fields content; expected"),
+    "another field": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"content": "b"}\n',
+        InputError,
+        "line 2 has the fields content; expected",
+    ),
     "no gzip": ("a.jsonl.gz", b"no gzip", IntegrityError, "copy it again"),
     "cut gzip": ("a.jsonl.gz", CUT, IntegrityError, "copy it again"),
 }
@@ -59,8 +55,6 @@ REFUSED: dict[str, tuple[str, bytes, type[PastkeyError], str]] = {
 def test_what_is_no_data_is_named_by_file_and_line(spoilt, tmp_path, monkeypatch):
     name, content, error, sentence = REFUSED[spoilt]
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 8)
-    if name == "b.txt":
-        (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=re.escape(sentence)):
         survey(open_corpus([tmp_path]))
@@ -72,28 +66,15 @@ def test_a_single_line_is_refused_unless_it_is_long():
     assert survey(corpus_of("hello world " * 1000)).documents == 1
 
 
-def test_missing_paths_and_folders_without_text_are_refused(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_what_is_no_regular_file_and_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(MissingFileError, match="no such file or folder"):
         open_corpus([tmp_path / "none"])
     with pytest.raises(InputError, match=r"has no \.txt or \.md file"):
         open_corpus([tmp_path])
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
-def test_what_is_no_regular_file_is_refused_before_it_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="is a pipe, which can be read once"):
         open_corpus([tmp_path / "pipe"])
-    for device in ("/dev/zero", "/dev/null"):
-        with pytest.raises(InputError, match="is a device, which need not end"):
-            open_corpus([Path(device)])
-    read, write = os.pipe()  # what <(command) gives
-    try:
-        with pytest.raises(InputError, match=f"/dev/fd/{read} is a pipe"):
-            open_corpus([Path(f"/dev/fd/{read}")])
-    finally:
-        os.close(read)
-        os.close(write)
 
 
 def test_the_fingerprint_knows_documents_apart():
@@ -134,21 +115,12 @@ def test_parquet_has_conversations_without_the_fields_that_other_rows_have(tmp_p
     assert found == [Conversation(talk), "c"]
 
 
-def test_a_folder_with_data_leaves_its_readme_alone(tmp_path):
-    (tmp_path / "README.md").write_text("read me")
-    (tmp_path / "data").mkdir()
-    write_lines(tmp_path / "data" / "2.jsonl", [{"text": "second"}])
-    write_lines(tmp_path / "data" / "1.jsonl", [{"text": "first"}])
-    assert texts(open_corpus([tmp_path])) == ["first", "second"]
-
-
 def test_long_text_is_cut_at_lines_and_read_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_LONGEST_BYTES", 100)
     monkeypatch.setattr(sources, "_BLOCK_BYTES", 7)
     lines = [f"line {number} \u00e9" for number in range(50)]
-    (tmp_path / "a.txt").write_text(
-        "\n".join(lines) + "<|endoftext|>next<|endoftext|>" + "\u00e9" * 99, encoding="utf-8"
-    )
+    text = "\n".join(lines) + "<|endoftext|>next<|endoftext|>" + "\u00e9" * 99
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     found = texts(open_corpus([tmp_path / "a.txt"]))
     assert max(len(text.encode()) for text in found) <= 107
     assert [line for text in found[:-3] for line in text.split("\n")] == lines
@@ -171,7 +143,7 @@ def test_paths_may_have_weights(tmp_path):
     [
         (["a.txt=1", "b.txt"], "--data b.txt has no weight and a.txt has: give one to each, or to none"),
         (["a.txt=0"], "the weight of --data a.txt=0 is 0; it must be a positive number"),
-        (["a.txt=nan"], "it must be a positive number"),
+        (["a.txt=inf"], "it must be a positive number"),
         (["a.txt=much"], "no such file or folder: a.txt=much"),
         (["c.txt=1"], "no such file or folder: c.txt"),
     ],
@@ -182,12 +154,3 @@ def test_wrong_weights_are_refused(data, sentence, tmp_path, monkeypatch):
         (tmp_path / name).write_text("text")
     with pytest.raises((InputError, MissingFileError), match=re.escape(sentence)):
         open_corpus(data)
-
-
-def test_a_file_that_changes_is_told(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", ROWS)
-    corpus = open_corpus([file])
-    corpus.require_unchanged()
-    write_lines(file, [*ROWS, *ROWS])
-    with pytest.raises(InputError, match=r"a\.jsonl changed while it was read"):
-        corpus.require_unchanged()

@@ -18,7 +18,7 @@ from pastkey.train.data.tokenizing import write_tokens
 from pastkey.train.tokenizer import train_bpe, train_char
 
 from ..helpers import write_corpus
-from .helpers import CHATML, MARKED, chat, chat_tokenizer, corpus_of, ids, texts, write_lines, written
+from .helpers import CHATML, chat, chat_tokenizer, corpus_of, ids, texts, weighted, write_lines, written
 
 
 def test_every_document_is_in_one_of_the_files_between_end_tokens(tmp_path):
@@ -53,6 +53,12 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     characters = "".join(chr(0x3400 + number) for number in range(70_000) if not 0xD800 <= 0x3400 + number < 0xE000)
     assert written(tmp_path, corpus_of("\n" + characters)).dtype == "<u4"
     assert written(tmp_path, corpus_of("\n" + characters[:500] * 10)).dtype == "<u2"
+    tokenizer = train_bpe(["the cat"], 260)
+    assert written(tmp_path, corpus_of(*PAIRS), 30, tokenizer).dtype == "<i2"
+    tokenizer.tokenizer.add_tokens([f"[{number}]" for number in range(33_000)])
+    info = written(tmp_path, corpus_of(*PAIRS), 30, tokenizer)  # one bit says whether a token is trained
+    assert info.dtype == "<i4"
+    assert tokenizer.end in rows(tmp_path, TOKENS_TRAIN, info)[0]
 
 
 def test_too_little_text_for_the_context_is_refused(tmp_path):
@@ -81,25 +87,15 @@ def test_progress_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_path):
-    for name in "ab":
-        write_lines(tmp_path / f"{name}.jsonl", [{"text": name * 10}] * 40)
-    corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
+    corpus = weighted(tmp_path, a=[{"text": "a" * 10}] * 40, b=[{"text": "b" * 10}] * 40)
     tokenizer = train_char(["ab\n"])
-    info = write_tokens(tmp_path, corpus, survey(corpus), tokenizer, 8)
+    info = written(tmp_path, corpus, 8, tokenizer)
     assert [(Path(source.name).name, source.weight) for source in info.sources] == [("a.jsonl", 3.0), ("b.jsonl", 1.0)]
-    tokens = ids(tmp_path, TOKENS_TRAIN, info)
-    cut = info.sources[0].tokens
-    assert set(tokenizer.decode(tokens[:cut])) == {"a"}
-    assert set(tokenizer.decode(tokens[cut:])) == {"b"}
+    tokens, cut = ids(tmp_path, TOKENS_TRAIN, info), info.sources[0].tokens
+    assert (set(tokenizer.decode(tokens[:cut])), set(tokenizer.decode(tokens[cut:]))) == ({"a"}, {"b"})
     assert info.val_tokens == 4 * 11 + 1
-
-
-def test_a_weighted_source_fills_a_window(tmp_path):
-    for name, length in (("a", 90), ("b", 9)):
-        write_lines(tmp_path / f"{name}.jsonl", [{"text": name * length}] * 40)
-    corpus = open_corpus([f"{tmp_path}/a.jsonl=3", f"{tmp_path}/b.jsonl=1"])
-    with pytest.raises(InputError, match=r"b\.jsonl has only 381 tokens to train on, and one window .* takes 401"):
-        write_tokens(tmp_path, corpus, survey(corpus), train_char(["ab"]), 400)
+    with pytest.raises(InputError, match=r"a\.jsonl has only 418 tokens to train on, and one window .* takes 421"):
+        written(tmp_path, corpus, 420, tokenizer)
 
 
 def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path):
@@ -109,10 +105,10 @@ def test_a_tokenizer_of_another_text_is_told_with_file_and_line(tmp_path):
 
 
 def test_a_file_that_changes_meanwhile_is_told(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [{"text": "the cat\n" * 9}] * 3)
-    corpus = open_corpus([file])
+    rows = [{"text": "the cat\n" * 9}] * 3
+    corpus = open_corpus([write_lines(tmp_path / "a.jsonl", rows)])
     found = survey(corpus)
-    write_lines(file, [{"text": "the cat\n" * 9}] * 4)
+    write_lines(tmp_path / "a.jsonl", rows * 2)
     with pytest.raises(InputError, match=r"a\.jsonl changed while it was read"):
         write_tokens(tmp_path, corpus, found, train_char(["the cat\n"]), 8)
 
@@ -132,21 +128,23 @@ def rows(folder: Path, name: str, info: DataInfo) -> list[list[int]]:
     return found
 
 
+def trained_of(folder: Path, name: str, info: DataInfo) -> list[int]:
+    return [token for row in rows(folder, name, info) for token in row if token >= 0]
+
+
 def test_completions_are_trained_and_prompts_and_padding_are_not(tokenizer, tmp_path):
     info = written(tmp_path, corpus_of(*PAIRS), 30, tokenizer)
     assert info.masked
     assert info.row_length == 31
     answer = [*tokenizer.encode(" sat"), tokenizer.end]
     found = rows(tmp_path, TOKENS_TRAIN, info)
-    trained = [token for row in found for token in row if token >= 0]
-    assert trained == answer * 38
-    assert info.trained_tokens == len(trained)
+    assert trained_of(tmp_path, TOKENS_TRAIN, info) == answer * 38
+    assert info.trained_tokens == len(answer * 38)
     assert info.train_tokens == len(found) * 31
     first = [token if token >= 0 else ~token for token in found[0][: info.first_example]]
     assert tokenizer.tokenizer.decode(first, skip_special_tokens=False).startswith("<|endoftext|>the cat ")
     assert first[-1] == tokenizer.end
-    held_out = [token for row in rows(tmp_path, TOKENS_VAL, info) for token in row if token >= 0]
-    assert held_out == answer * 2  # of 40
+    assert trained_of(tmp_path, TOKENS_VAL, info) == answer * 2  # of 40
     assert info.val_bytes == 2 * len(" sat")
 
 
@@ -163,7 +161,7 @@ def test_of_few_examples_the_first_is_held_out_and_one_alone_is_in_both(tokenize
 def test_text_beside_examples_goes_into_as_many_windows_as_it_needs(tokenizer, tmp_path):
     text = "the cat sat on the mat " * 10
     info = written(tmp_path, corpus_of({"text": text}, *PAIRS[:2]), 12, tokenizer)
-    trained = [token for row in rows(tmp_path, TOKENS_TRAIN, info) for token in row if token >= 0]
+    trained = trained_of(tmp_path, TOKENS_TRAIN, info)
     assert len(trained) == len(tokenizer.encode(text)) + 1 + len(tokenizer.encode(" sat")) + 1
     assert info.cut == 0
 
@@ -175,26 +173,14 @@ def test_an_example_longer_than_a_window_loses_its_end_and_is_counted(tokenizer,
     assert info.train_tokens == 2 * 13
 
 
-def test_a_large_vocabulary_of_examples_takes_four_bytes(tokenizer, tmp_path):
-    assert written(tmp_path, corpus_of(*PAIRS), 12, tokenizer).dtype == "<i2"
-    tokenizer = train_bpe(["the cat"], 260)
-    tokenizer.tokenizer.add_tokens([f"[{number}]" for number in range(33_000)])
-    info = written(tmp_path, corpus_of(*PAIRS), 30, tokenizer)
-    assert info.dtype == "<i4"
-    assert tokenizer.end in rows(tmp_path, TOKENS_TRAIN, info)[0]
-
-
 NO_END = CHATML.replace("<|im_end|>", "")
-OUTSIDE = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")
 
 
 @pytest.mark.parametrize(
     ("template", "row", "sentence"),
     [
         (CHATML, chat("hi"), "no token of test would be trained: no conversation has an assistant's turn"),
-        ("{{ messages[0]['content'] }}", chat("hi", "hello"), "no token of test would be trained"),
         (NO_END, chat("hi", "hello"), "no end-of-turn token of test would be trained, so that answers would never end"),
-        (OUTSIDE, chat("hi", "hello"), "no end-of-turn token of test"),
         (CHATML, chat("hi", "hello " * 99), "no end-of-turn token .*3 examples are longer than the context of 64"),
         (CHATML, chat("hi " * 99, "hello"), "no token of test .*3 examples are longer than the context of 64 tokens"),
     ],
@@ -202,13 +188,6 @@ OUTSIDE = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgenera
 def test_data_that_trains_no_answer_or_no_end_is_refused(template, row, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence):
         written(tmp_path, corpus_of(row, row, row), 64, chat_tokenizer(template))
-
-
-def test_the_end_of_a_turn_becomes_the_end_of_generation(tmp_path):
-    tokenizer = chat_tokenizer()
-    info = written(tmp_path, corpus_of(*[chat("hi", "hello")] * 30), 64, tokenizer)
-    assert tokenizer.tokenizer.id_to_token(tokenizer.end) == "<|endoftext|>"
-    assert tokenizer.tokenizer.id_to_token(info.end) == "<|im_end|>"
 
 
 def test_conversations_and_no_texts_beside_them_say_what_ends_generation(tmp_path):
