@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,24 +10,16 @@ import pytest
 pytest.importorskip("llguidance")
 
 from pastkey.errors import InputError, MissingExtraError
-from pastkey.runtime.constraints.constraint import Constraint
-from pastkey.runtime.constraints.matcher import Matcher
-from pastkey.runtime.constraints.vocabulary import Vocabulary
 from pastkey.runtime.text.codec import TextCodec
 
 from . import vocabularies
+from .vocabularies import matcher
 
 VOCABULARIES = [vocabularies.vocabulary_of(make()) for make in vocabularies.MAKES]
 BYTES, PIECES, CHARACTERS = VOCABULARIES
 
 
-def matcher(vocabulary: Vocabulary, **options: Any) -> Matcher:
-    constraint = Constraint.of(options)
-    assert constraint is not None
-    return vocabulary.matcher(constraint)
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
+WRONG = [
     ({"regex": "("}, "regex cannot be followed: unclosed group; correct that, or leave it out"),
     ({"regex": "a(?=b)"}, "regex cannot be followed: look-around"),
     ({"regex": "[^\\s\\S]"}, "no text can meet regex"),
@@ -50,29 +41,30 @@ def test_a_wrong_constraint_is_refused(options, sentence):
         assert "\n" not in str(error.value)
 
 
-def test_what_the_vocabulary_cannot_write_is_told_at_the_call():
-    for options, sentence in (
-        ({"choices": ["abc", "a\nb"]}, "choices asks for .*, and no token of this model's vocabulary writes '.n'"),
-        ({"json_schema": {"properties": {"Z": {}}, "required": ["Z"]}}, "json_schema asks for '\"Z\"', .* writes 'Z'"),
-        ({"json_schema": {"enum": [1, "Ω"]}}, "writes 'Ω'"),
-        ({"json_schema": {"const": {"a": "Ω"}}}, "writes 'Ω'"),
-        ({"regex": "aΩ|bΩ"}, "no text can meet regex"),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            matcher(CHARACTERS, **options)
-        assert matcher(BYTES, **options).can_begin
-        assert matcher(PIECES, **options).can_begin
+UNWRITABLE = [
+    ({"choices": ["abc", "a\nb"]}, "choices asks for .*, and no token of this model's vocabulary writes '.n'"),
+    ({"json_schema": {"properties": {"Z": {}}, "required": ["Z"]}}, "json_schema asks for '\"Z\"', .* writes 'Z'"),
+    ({"json_schema": {"enum": [1, "Ω"]}}, "writes 'Ω'"),
+    ({"json_schema": {"const": {"a": "Ω"}}}, "writes 'Ω'"),
+    ({"regex": "aΩ|bΩ"}, "no text can meet regex"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), UNWRITABLE)
+def test_what_the_vocabulary_cannot_write_is_told_at_the_call(options, words):
+    with pytest.raises(InputError, match=words):
+        matcher(CHARACTERS, **options)
+    assert matcher(BYTES, **options).can_begin
+    assert matcher(PIECES, **options).can_begin
 
 
 def test_a_regex_never_leads_to_a_character_without_a_token():
     following = matcher(CHARACTERS, regex="aΩ|ab")
-    ids = following.forced(9)
-    assert len(ids) == 2
-    following.follow(ids, 0)
+    following.follow(following.forced(9), 0)
     assert following.complete
 
 
-HUGE: list[dict[str, Any]] = [
+HUGE = [
     {"json_schema": {"properties": {f"key{i}": {"type": "string"} for i in range(1900)}}},
     {"json_schema": {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "null"}}} for i in range(600)]}},
     {"json_schema": {"enum": list(range(100_000 // 7))}},
@@ -89,11 +81,11 @@ HUGE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(HUGE)))
-def test_a_huge_one_is_refused_or_begun_in_seconds(number):
+@pytest.mark.parametrize("options", HUGE, ids=range(len(HUGE)))
+def test_a_huge_one_is_refused_or_begun_in_seconds(options):
     started = time.process_time()
     try:
-        following = matcher(BYTES, **HUGE[number])
+        following = matcher(BYTES, **options)
         for place in range(3):
             allowed = np.flatnonzero(np.isfinite(following.masked(np.zeros(BYTES.size, np.float32))))
             following.follow([int(allowed[0])], -place)
@@ -127,13 +119,6 @@ def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise():
 
 
 def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
-    original = builtins.__import__
-
-    def missing(name: str, *rest: Any, **named: Any) -> Any:
-        if name == "llguidance":
-            raise ModuleNotFoundError("No module named 'llguidance'", name="llguidance")
-        return original(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingExtraError, match="pip install llguidance"):
         vocabularies.vocabulary_of(vocabularies.byte_level())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from pastkey.runtime.constraints.constraint import Constraint
 from pastkey.runtime.constraints.vocabulary import Vocabulary
 from pastkey.runtime.text.codec import TextCodec
 
@@ -30,9 +31,8 @@ def sentence_piece() -> Tokenizer:
     """Words with their space in front, bytes for what is in no word: the way of Llama's vocabulary and llama2.c's."""
     letters, merges = ["▁", *'{":thesab'], [("h", "e"), ("▁", "t"), ("▁t", "he"), ("{", '"'), ('"', ":"), ("a", "b")]
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *(left + right for left, right in merges)]
-    tokenizer = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<unk>")
-    )
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -41,9 +41,9 @@ def sentence_piece() -> Tokenizer:
     return tokenizer
 
 
-def characters() -> Tokenizer:
+def characters(letters: Sequence[str] = CHARACTERS) -> Tokenizer:
     """A token for each character, as `pastkey train --tokenizer char` makes them."""
-    vocabulary = {text: i for i, text in enumerate([END, *CHARACTERS])}
+    vocabulary = {text: i for i, text in enumerate([END, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -66,3 +66,7 @@ def vocabulary_of(tokenizer: Tokenizer, extra: int = 3) -> Vocabulary:
     """With the logits `extra` wider than the tokenizer, as padded vocabularies are."""
     (end,) = (token for name, (token, _) in TextCodec(tokenizer).added_tokens.items() if name == END)
     return Vocabulary.of(TextCodec(tokenizer), tokenizer.get_vocab_size() + extra, {end})
+
+
+def matcher(vocabulary, **options):
+    return vocabulary.matcher(Constraint.of(options))
