@@ -10,41 +10,29 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
 
 from pastkey.serve.api import schemas
 from pastkey.serve.app import TABLE
 
-from ..runtime.conftest import Tiny, write_bundle
-from .conftest import LETTERS, TEMPLATE, running
+from .conftest import running, write_tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def patient(tmp_path_factory):
-    """A bundle that reads every letter: one that it lacks is Q."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, [], unk_token="Q"))
-    tokenizer.decoder = decoders.Fuse()
-    tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": TEMPLATE}
-    folder = tmp_path_factory.mktemp("docs") / "bundle"
-    return write_bundle(folder, tiny, "fused", tokenizer=tokenizer, tokenizer_config=config).path
-
-
-def test_the_command_and_the_program_of_the_page_run(patient, tmp_path):
+def test_the_command_and_the_program_of_the_page_run(tmp_path):
     pytest.importorskip("openai")
     (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"^    (curl (?:.*\\\n)?.*)$", PAGE, re.MULTILINE)
+    patient = write_tiny(tmp_path / "bundle", stand_in="Q")  # reads every letter
     with running(patient, names=("bundle",), defaults={"max_new_tokens": 8}) as served:
         address = f"127.0.0.1:{served.port}"
         if shutil.which("curl") is not None:
             asked = ["bash", "-c", command.replace("127.0.0.1:8080", address)]
             told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
             assert '"object":"chat.completion"' in told
-        file = tmp_path / "program.py"
-        file.write_text(program, encoding="utf-8")
         environment = os.environ | {"OPENAI_BASE_URL": f"http://{address}/v1"}
-        done = subprocess.run([sys.executable, file], env=environment, capture_output=True, text=True, check=False)
+        asked = [sys.executable, "-c", program]
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout) == 64 + 1 + 64  # the answer, a line break, the streamed answer
 
