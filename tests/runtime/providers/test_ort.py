@@ -13,8 +13,19 @@ from pastkey.runtime.providers import ort
 from pastkey.values import parse_version
 
 
-def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypatch):
-    install(monkeypatch, {"onnxruntime-gpu": "1.23.2"})
+@pytest.fixture
+def install(monkeypatch):
+    """install(WHEELS): as if these packages and versions were installed."""
+
+    def here(wheels):
+        monkeypatch.setattr(ort.importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
+        monkeypatch.setattr(ort.importlib.metadata, "version", wheels.__getitem__)
+
+    return here
+
+
+def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(install):
+    install({"onnxruntime-gpu": "1.23.2"})
     with pytest.raises(MissingExtraError, match=r"older than 1\.24\.1.* type  pip install --upgrade onnxruntime-gpu "):
         ort.require_supported("1.23.2")
     for version in ("1.24.1", "2.0.0"):
@@ -22,31 +33,22 @@ def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("installed", "first"),
+    ("installed", "here", "first"),
     [
-        ({"onnxruntime-openvino": "1.24.1"}, "onnxruntime-openvino"),
-        ({"onnxruntime": "1.32.0", "onnxruntime-webgpu": "1.27.0"}, "onnxruntime-webgpu"),  # over the other
-        ({"onnxruntime": "1.27.0", "onnxruntime-webgpu": "1.25.1"}, "onnxruntime"),
-        ({}, "onnxruntime"),  # built from source
+        ({"onnxruntime-openvino": "1.24.1"}, "1.24.1", "onnxruntime-openvino"),
+        ({"onnxruntime": "1.32.0", "onnxruntime-webgpu": "1.27.0"}, "1.27.0", "onnxruntime-webgpu"),  # over the other
+        ({"onnxruntime": "1.27.0", "onnxruntime-webgpu": "1.25.1"}, "1.27.0", "onnxruntime"),
+        ({}, "1.27.0", "onnxruntime"),  # built from source
     ],
 )
-def test_the_wheel_that_answers_is_the_one_to_upgrade(installed, first, monkeypatch):
-    install(monkeypatch, installed)
-    monkeypatch.setattr(ort.onnxruntime, "__version__", "1.24.1" if len(installed) == 1 else "1.27.0")
+def test_the_wheel_that_answers_is_the_one_to_upgrade(installed, here, first, install, monkeypatch):
+    install(installed)
+    monkeypatch.setattr(ort.onnxruntime, "__version__", here)
     assert ort.upgrade_command() == f"pip install --upgrade {first}"
 
 
-def install(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, str]) -> None:
-    monkeypatch.setattr(ort.importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
-    monkeypatch.setattr(ort.importlib.metadata, "version", wheels.__getitem__)
-
-
 @pytest.mark.parametrize(
-    ("before", "warnings"),
-    [
-        ("import onnxruntime; os.environ[name] = '0'", 1),
-        ("os.environ.pop(name)", 0),
-    ],
+    ("before", "warnings"), [("import onnxruntime; os.environ[name] = '0'", 1), ("os.environ.pop(name)", 0)]
 )
 @pytest.mark.skipif(parse_version(ort.onnxruntime.__version__) < ort.TELEMETRY_SINCE, reason="it has none")
 def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before, warnings):
@@ -61,13 +63,11 @@ def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before, warni
     assert done.stdout.count("RuntimeWarning") == done.stdout.count("set ORT_DISABLE_TELEMETRY=1") == warnings
 
 
-@pytest.mark.parametrize("missing", ["absent", "damaged"])
-def test_without_onnxruntime_the_command_to_type_is_named(missing):
-    # None makes the import fail; an empty module is what a half uninstalled wheel leaves.
-    stub = {"absent": "None", "damaged": "types.ModuleType('onnxruntime')"}[missing]
+# None makes the import fail; an empty module is what a half uninstalled wheel leaves.
+@pytest.mark.parametrize("stub", ["None", "types.ModuleType('onnxruntime')"])
+def test_without_onnxruntime_the_command_to_type_is_named(stub):
     program = f"import sys, types\nsys.modules['onnxruntime'] = {stub}\nfrom pastkey.__main__ import main\n"
     program += "sys.exit(main(['devices']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "pip install onnxruntime" in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import onnxruntime
 import pytest
@@ -12,7 +11,7 @@ from pastkey.errors import InputError
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers.session_options import WHOLE, set_options
 
-GIVEN: dict[str, Any] = {
+GIVEN = {
     "enable_cpu_mem_arena": False,
     "enable_mem_pattern": "0",
     "execution_mode": "ORT_PARALLEL",
@@ -37,11 +36,10 @@ def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle):
     assert plain.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_a_pickled_model_keeps_its_session_options(speaking_bundle):
-    expected = load(speaking_bundle.path, threads=1).generate("abc", max_new_tokens=8).ids
+def test_a_pickled_model_keeps_its_session_options(speaking_bundle, lm):
+    expected = lm.generate("abc", max_new_tokens=8).ids
     model = load(speaking_bundle.path, threads=1, session_options=GIVEN)
-    again = pickle.loads(pickle.dumps(model))
-    for one in (model, again):
+    for one in (model, pickle.loads(pickle.dumps(model))):
         assert one.generate("abc", max_new_tokens=8).ids == expected
         assert one.require_open().onnx.get_session_options().logid == "mine"
 

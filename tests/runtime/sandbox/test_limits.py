@@ -12,7 +12,7 @@ from pastkey.runtime.sandbox import landlock, rlimits
 from pastkey.runtime.sandbox.limits import LEAST_MEMORY, MEMORY, Limits, LimitsInForce, default_memory
 
 
-def ran(program: str, *arguments: object) -> str:
+def ran(program, *arguments):
     imports = "import os, sys\nfrom pastkey.runtime.sandbox import rlimits"
     command = [sys.executable, "-c", f"{imports}\n{program}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout.strip()
@@ -23,10 +23,10 @@ def test_what_may_be_asked_for():
     assert Limits() == Limits(None, 120.0)
     for memory in (True, LEAST_MEMORY - 1, 1e9, "4 GB"):
         with pytest.raises(InputError, match=f"bytes from {LEAST_MEMORY} were expected"):
-            Limits(memory=memory)  # type: ignore[arg-type]
+            Limits(memory=memory)
     for seconds in (0, -1, float("inf"), float("nan"), None, True):
         with pytest.raises(InputError, match="a number above 0 and at most 1000000 was expected"):
-            Limits(seconds=seconds)  # type: ignore[arg-type]
+            Limits(seconds=seconds)
 
 
 def test_in_words():
@@ -38,49 +38,43 @@ def test_in_words():
     )
 
 
-def test_the_default_goes_by_the_files_and_what_is_available():
-    assert default_memory(100, None) == MEMORY + 300
-    assert default_memory(100, 10**12) == MEMORY + 300
-    assert default_memory(100, 10**9) == 10**9
-    assert default_memory(100, 5) == LEAST_MEMORY
+@pytest.mark.parametrize(
+    ("available", "expected"), [(None, MEMORY + 300), (10**12, MEMORY + 300), (10**9, 10**9), (5, LEAST_MEMORY)]
+)
+def test_the_default_goes_by_the_files_and_what_is_available(available, expected):
+    assert default_memory(100, available) == expected
 
 
 # --- landlock -----------------------------------------------------------------------------------------------------
 def test_rights_by_abi():
     """Of each ABI what the kernel's documentation says that it can deny."""
-    assert [landlock.handled(version)[0].bit_length() for version in range(1, 8)] == [13, 14, 15, 15, 16, 16, 16]
-    assert [landlock.handled(version)[1] for version in range(1, 8)] == [0, 0, 0, 3, 3, 3, 3]
-    assert [landlock.handled(version)[2] for version in range(1, 8)] == [0, 0, 0, 0, 0, 3, 3]
+    files, networks, scopes = zip(*map(landlock.handled, range(1, 8)), strict=True)
+    assert [rights.bit_length() for rights in files] == [13, 14, 15, 15, 16, 16, 16]
+    assert (networks, scopes) == ((0, 0, 0, 3, 3, 3, 3), (0, 0, 0, 0, 0, 3, 3))
     assert [landlock.denies_tcp(version) for version in (0, 3, 4, 7)] == [False, False, True, True]
 
 
 def test_system_calls_and_structures(tmp_path, monkeypatch):
     """By the numbers of include/uapi/asm-generic/unistd.h, and the layouts of include/uapi/linux/landlock.h."""
-    called: list[tuple[int, tuple[object, ...]]] = []
+    called, closed, order = [], [], sys.byteorder
 
-    def record(number: int, *arguments: object) -> int:
-        called.append((number, tuple(getattr(argument, "value", argument) for argument in arguments)))
+    def record(number, *arguments):
+        called.append((number, *(getattr(argument, "value", argument) for argument in arguments)))
         return {444: 4 if len(called) == 1 else 77}.get(number, 0)
 
     monkeypatch.setattr(landlock, "_syscall", record)
     monkeypatch.setattr(landlock, "no_new_privileges", lambda: None)
-    closed: list[int] = []
     monkeypatch.setattr(landlock.os, "close", closed.append)
     monkeypatch.setattr(landlock.sys, "platform", "linux")
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(landlock.os, "open", lambda path, flags: 9)
     assert landlock.restrict([(tmp_path, landlock.WRITE), (tmp_path / "file", landlock.READ)]) == 4
-    assert [number for number, _ in called] == [444, 444, 445, 445, 446]
-    assert called[0][1] == (None, 0, 1)
-    attributes = called[1][1][0]
-    assert attributes == (0x7FFF).to_bytes(8, sys.byteorder) + (3).to_bytes(8, sys.byteorder) + bytes(8)
-    assert called[1][1][1:] == (24, 0)
-    folder, file = called[2][1], called[3][1]
-    assert folder[:2] == (77, 1)
-    assert folder[2] == (0x41BE).to_bytes(8, sys.byteorder) + (9).to_bytes(4, sys.byteorder)
-    assert file[2] == (0x4).to_bytes(8, sys.byteorder) + (9).to_bytes(4, sys.byteorder)  # no folder to list
-    assert called[4][1] == (77, 0)
-    assert closed == [9, 9, 77]
+    (_, *version), (_, *ruleset), folder, file, (_, *restricted) = called
+    assert [number for number, *_ in called] == [444, 444, 445, 445, 446]
+    assert (version, restricted, closed) == ([None, 0, 1], [77, 0], [9, 9, 77])
+    assert ruleset == [(0x7FFF).to_bytes(8, order) + (3).to_bytes(8, order) + bytes(8), 24, 0]
+    assert folder[1:4] == (77, 1, (0x41BE).to_bytes(8, order) + (9).to_bytes(4, order))
+    assert file[3] == (0x4).to_bytes(8, order) + (9).to_bytes(4, order)  # no folder to list
 
 
 def test_without_landlock_nothing_is_denied_and_it_is_said(monkeypatch):

@@ -21,9 +21,9 @@ from .conftest import has_ended
 LIMITS = Limits(seconds=20.0)
 
 
-def children() -> list[str]:
+def children():
     """The processes that this one has started and that were not waited for."""
-    found: list[str] = []
+    found = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # a thread that ends
             found += (task / "children").read_text().split()
@@ -34,7 +34,7 @@ def children() -> list[str]:
 def nothing_is_left():
     """No descriptor, no thread, no process."""
 
-    def held() -> tuple[int, int, list[str]]:
+    def held():
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), children()
 
     before = held()
@@ -42,7 +42,7 @@ def nothing_is_left():
     assert held() == before
 
 
-def read(bundle: Path, limits: Limits = LIMITS) -> int:
+def read(bundle, limits=LIMITS):
     """Reads a process to its end. Returns its exit status."""
     with LimitedProcess(answer, {"much": "x" * 1_000_000}, bundle, limits) as started:  # more than a pipe holds
         while started.next()[0] != END:
@@ -83,12 +83,9 @@ def test_what_it_started_ends_with_it(acting, talking_bundle, capfd):
     assert has_ended(int(content))
 
 
-def test_one_that_does_not_start(monkeypatch, talking_bundle):
+def test_one_that_does_not_start_or_cannot_be_sent_what_was_given(monkeypatch, talking_bundle):
+    with pytest.raises(InputError, match=r"cannot be sent to the process of an untrusted bundle \(.* give smaller or"):
+        LimitedProcess(answer, {"a": object()}, talking_bundle.path, LIMITS)
     monkeypatch.setattr(process, "BOOT", "raise SystemExit(1)")
     with pytest.raises(UntrustedBundleError, match="ended with status 1; limits in force: 20 s"):
         read(talking_bundle.path)
-
-
-def test_what_cannot_be_sent(talking_bundle):
-    with pytest.raises(InputError, match=r"cannot be sent to the process of an untrusted bundle \(.* give smaller or"):
-        LimitedProcess(answer, {"a": object()}, talking_bundle.path, LIMITS)
