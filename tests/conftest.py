@@ -55,7 +55,6 @@ QUICK = (
     "test_layout.py",
     "test_troubleshooting.py",
     "train/test_settings.py",
-    "web/test_command.py",
     "web/test_site.py",
 )
 TESTS = Path(__file__).parent
