@@ -1,13 +1,11 @@
 """A download cache of the Hub, whose files are links to a store beside them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 
 
 def linked_to_blobs(source, folder):
-    """The files of `source`, each a link to a blob under another name, as such caches lay them out. Returns a folder."""
+    """The files of `source`, each a link to a blob, as such caches lay them out. Returns it."""
     blobs, snapshot = folder / "models--a--b" / "blobs", folder / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
     for number, path in enumerate(path for path in source.rglob("*") if path.is_file()):

@@ -1,12 +1,8 @@
 """Bundles as a hostile author makes them: whole, with every hash right; and processes that were taken over."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import time
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -77,16 +73,3 @@ def no_warning_of_a_limit():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LimitWarning)
         yield
-
-
-def has_ended(pid):
-    """Whether a process is gone within a minute."""
-    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
-    while time.monotonic() < until:
-        try:
-            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False
