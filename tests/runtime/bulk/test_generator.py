@@ -1,7 +1,5 @@
 """A generator answers each row as a call of its own would, whoever is beside it, in batches of lists and of arrays."""
 
-from __future__ import annotations
-
 import multiprocessing
 import pickle
 import random
@@ -103,10 +101,8 @@ def test_conversations_are_answered_as_by_the_chat(made, model):
 
 def test_a_bundle_that_was_exported_anew_is_talked_to_by_its_own_template(tiny, letters, make_bundle):
     """Also by a generator that another one, over the same model, has closed."""
-    first, second = (
-        make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config={"chat_template": template}).path
-        for template in (TEMPLATE, "abc")
-    )
+    configs = ({"chat_template": template} for template in (TEMPLATE, "abc"))
+    first, second = (make_bundle(tiny, tokenizer=letters, tokenizer_config=config).path for config in configs)
     one, other = (module.Generator(first, threads=1, max_new_tokens=2) for _ in range(2))
     assert one({"messages": [HI]})["prompt_tokens"] != [3]
     other.close()

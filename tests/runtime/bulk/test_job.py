@@ -1,7 +1,5 @@
 """A job goes on where it was ended, has each answer once, and refuses what would mix two."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -40,7 +38,7 @@ def answer(job, most=100):
 def run(source, out, most=100, *, force=False, meanwhile=lambda job: None, **changes):
     """Opens the job, answers so many rows, and does something more with it. Returns the number of rows."""
     wanted = WANTED | changes
-    with open_job(source, out, shard_ids(source, wanted["shard"]), wanted, force=force) as job:
+    with open_job(source, out, shard_ids(source, str(wanted["shard"])), wanted, force=force) as job:
         before = job.done
         count = answer(job, most)
         assert job.done == before + count
@@ -83,9 +81,8 @@ SPOILT = {  # what is done to an output of four rows -> how many are still there
 }
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_an_output_that_was_spoilt_goes_on_from_its_whole_lines_or_is_refused_and_left_alone(source, out, case):
-    spoil, kept = SPOILT[case]
+@pytest.mark.parametrize(("spoil", "kept"), SPOILT.values(), ids=SPOILT)
+def test_an_output_that_was_spoilt_goes_on_from_its_whole_lines_or_is_refused_and_left_alone(source, out, spoil, kept):
     run(source, out, 4)
     whole = out.read_bytes()
     out.write_bytes(spoil(whole))
@@ -101,13 +98,13 @@ def test_an_output_that_was_spoilt_goes_on_from_its_whole_lines_or_is_refused_an
     complete(source, out)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"bundle": "c"}, "was begun with bundle 'b', and now it is 'c': give the same"),
-        ({"shard": "1/2"}, "was begun with shard '', and now it is '1/2'"),
-    ],
-)
+CHANGED = [
+    ({"bundle": "c"}, "was begun with bundle 'b', and now it is 'c': give the same"),
+    ({"shard": "1/2"}, "was begun with shard '', and now it is '1/2'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), CHANGED)
 def test_a_job_does_not_go_on_with_something_else(source, out, changes, words):
     for most in (3, 100):
         run(source, out, most)

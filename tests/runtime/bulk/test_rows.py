@@ -1,7 +1,5 @@
 """Rows as they are read, what each asks for, what is wrong with one that cannot be answered, and its line of output."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -58,15 +56,15 @@ def test_what_is_no_file_of_rows_is_told(tmp_path):
 ODD = [float("nan"), {"b": -float("inf")}]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (Row(1, "x", {"b": 1.0, "id": "x"}), {"id": "x", "b": 1.0}),
-        (Row(2, "line-2", "no row"), {"id": "line-2"}),
-        (Row(3, "line-3", {"prompt": "y", "id": 5.5}), {"id": "line-3", "prompt": "y"}),
-        (Row(4, 1, {"id": 1, "a": ODD, "d": "NaN"}), {"id": 1, "a": [None, {"b": None}], "d": "NaN"}),
-    ],
-)
+WRITTEN = [
+    (Row(1, "x", {"b": 1.0, "id": "x"}), {"id": "x", "b": 1.0}),
+    (Row(2, "line-2", "no row"), {"id": "line-2"}),
+    (Row(3, "line-3", {"prompt": "y", "id": 5.5}), {"id": "line-3", "prompt": "y"}),
+    (Row(4, 1, {"id": 1, "a": ODD, "d": "NaN"}), {"id": 1, "a": [None, {"b": None}], "d": "NaN"}),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), WRITTEN)
 def test_a_line_of_the_output_has_the_id_the_fields_and_the_answer(row, expected):
     made = module.answered_line(row, ANSWER)
     assert (made.count(b"\n"), made[-1:], "é".encode() in made) == (1, b"\n", True)
@@ -94,17 +92,17 @@ def test_the_seed_of_a_row_is_that_of_its_id_and_of_the_jobs_alone():
 NULLS = [{**HI[0], "name": None, "tool_calls": None}]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "Once"}, RowRequest("Once")),
-        ({"prompt": [1, 2], "top_k": 3, "stop": None}, RowRequest([1, 2], options={"top_k": 3})),
-        ({"messages": HI, "seed": 5}, RowRequest(messages=HI, options={"seed": 5})),
-        ({"prompt": "a", "logit_bias": {"3": -1.5}}, RowRequest("a", options={"logit_bias": {3: -1.5}})),
-        ({"messages": NULLS, "tools": []}, RowRequest(messages=HI)),
-        ({"prompt": "a", "topic": "b", "step": 3, "source": 1, "model": "m", "need": 1}, RowRequest("a")),
-    ],
-)
+ASKED = [
+    ({"prompt": "Once"}, RowRequest("Once")),
+    ({"prompt": [1, 2], "top_k": 3, "stop": None}, RowRequest([1, 2], options={"top_k": 3})),
+    ({"messages": HI, "seed": 5}, RowRequest(messages=HI, options={"seed": 5})),
+    ({"prompt": "a", "logit_bias": {"3": -1.5}}, RowRequest("a", options={"logit_bias": {3: -1.5}})),
+    ({"messages": NULLS, "tools": []}, RowRequest(messages=HI)),
+    ({"prompt": "a", "topic": "b", "step": 3, "source": 1, "model": "m", "need": 1}, RowRequest("a")),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), ASKED)
 def test_what_a_row_asks_for(row, expected):
     assert parse_request(row) == expected
 
@@ -120,23 +118,23 @@ def test_the_arguments_of_tool_calls_are_objects_as_templates_take_them():
         called("{")
 
 
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [
-        ({"id": 5.5, "prompt": "a"}, "id is 5.5; a text or a whole number was expected"),
-        ({"text": "a", "prompt": "a"}, "the row has the field 'text', which the output has"),
-        ({"prompt": "a", "temperture": 0.5}, "the row has the field 'temperture'; did you mean 'temperature'? Else"),
-        ({"prompt": "a", "max_tokens": 5}, "did you mean 'max_new_tokens'?"),
-        ({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}, 'neither of "prompt" and "messages"'),
-        ({"prompt": "a", "messages": HI}, 'both of "prompt" and "messages"'),
-        ({"prompt": 5}, "the prompt is 5; a text or a list of token ids was expected"),
-        ({"prompt": "a", "tools": [{}]}, "tools are for a conversation"),
-        ({"messages": []}, "messages is []; a list of at least one message"),
-        ({"messages": [{"content": "a"}]}, "message 1 is {'content': 'a'}; an object with \"role\""),
-        ({"messages": HI, "tools": {"a": 1}}, "tools is {'a': 1}; a list of JSON schemas was expected"),
-        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; an object of token ids and numbers"),
-    ],
-)
+WRONG = [
+    ({"id": 5.5, "prompt": "a"}, "id is 5.5; a text or a whole number was expected"),
+    ({"text": "a", "prompt": "a"}, "the row has the field 'text', which the output has"),
+    ({"prompt": "a", "temperture": 0.5}, "the row has the field 'temperture'; did you mean 'temperature'? Else"),
+    ({"prompt": "a", "max_tokens": 5}, "did you mean 'max_new_tokens'?"),
+    ({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a"}}, 'neither of "prompt" and "messages"'),
+    ({"prompt": "a", "messages": HI}, 'both of "prompt" and "messages"'),
+    ({"prompt": 5}, "the prompt is 5; a text or a list of token ids was expected"),
+    ({"prompt": "a", "tools": [{}]}, "tools are for a conversation"),
+    ({"messages": []}, "messages is []; a list of at least one message"),
+    ({"messages": [{"content": "a"}]}, "message 1 is {'content': 'a'}; an object with \"role\""),
+    ({"messages": HI, "tools": {"a": 1}}, "tools is {'a': 1}; a list of JSON schemas was expected"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias is {'x': 1}; an object of token ids and numbers"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), WRONG)
 def test_what_is_wrong_with_a_row_is_told(row, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         parse_request(row)

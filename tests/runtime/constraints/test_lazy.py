@@ -1,7 +1,5 @@
 """Constraints in whole generations, over the tiny decoder."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -38,20 +36,14 @@ SCHEMA = {
     "additionalProperties": False,
 }
 SAMPLED = {"temperature": 1.5, "max_new_tokens": 200}
-OTHERS = [
-    {},
-    {"temperature": 0.0},
-    {"logprobs": 2},
-    {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.1},
-]
+SEVERAL = {"top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.1}
 
 
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"logprobs": 2}, {"temperature": 2.0, **SEVERAL}])
 def test_sampled_output_validates(lm, options):
     for seed in range(8):
         done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED | options)
-        assert done.finish_reason == "stop"
-        assert done.new_tokens == len(done.ids)
+        assert (done.finish_reason, done.new_tokens) == ("stop", len(done.ids))
         if "logprobs" in options:  # each token is chosen
             assert (done.forced_tokens, len(done.logprobs)) == (0, len(done.ids))
         else:
@@ -75,8 +67,10 @@ def test_stop_strings_limits_and_bans_with_a_constraint(lm):
 
 def test_a_constraint_that_takes_no_text_is_met_at_once(lm, speaking_bundle):
     assert lm.generate("ta", regex="a{0}", min_new_tokens=2).finish_reason == "stop"
-    done = load(speaking_bundle.path, threads=1).generate("abc", regex="a{0}")  # a model without EOS
-    assert (done.text, done.finish_reason) == ("", "stop")
+    without_eos = load(speaking_bundle.path, threads=1)
+    for regex, text in (("a{0}", ""), ("a{2,3}", "aaa")):
+        done = without_eos.generate("abc", regex=regex)
+        assert (done.text, done.finish_reason) == (text, "stop")
 
 
 def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
@@ -87,10 +81,9 @@ def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
         cut = lm.generate("ta", regex=regex, stop_token_ids=[dot])
         assert (cut.ids, cut.finish_reason) == (whole.ids[:1], "stop")
     # An end of the text's own may follow where the constraint is met, and the bundle's no more.
-    held = lm.generate("ta", regex="a+", eos_token_id=true, max_new_tokens=20, logit_bias={true: 999.0})
-    assert (held.text, held.finish_reason) == ("a", "stop")
-    held = lm.generate("ta", regex="a+", eos_token_id=[], max_new_tokens=20, logit_bias={0: 999.0})
-    assert (held.text, held.finish_reason) == ("a" * 20, "length")
+    for own, end, expected in ((true, true, ("a", "stop")), ([], 0, ("a" * 20, "length"))):
+        held = lm.generate("ta", regex="a+", eos_token_id=own, max_new_tokens=20, logit_bias={end: 999.0})
+        assert (held.text, held.finish_reason) == expected
 
 
 def test_forced_tokens_of_a_stream_are_run_together(lm):

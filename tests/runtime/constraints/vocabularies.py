@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from pastkey.runtime.constraints.constraint import Constraint
 from pastkey.runtime.constraints.vocabulary import Vocabulary
 from pastkey.runtime.text.codec import TextCodec
 
@@ -66,7 +65,3 @@ def vocabulary_of(tokenizer: Tokenizer, extra: int = 3) -> Vocabulary:
     """With the logits `extra` wider than the tokenizer, as padded vocabularies are."""
     (end,) = (token for name, (token, _) in TextCodec(tokenizer).added_tokens.items() if name == END)
     return Vocabulary.of(TextCodec(tokenizer), tokenizer.get_vocab_size() + extra, {end})
-
-
-def matcher(vocabulary, **options):
-    return vocabulary.matcher(Constraint.of(options))

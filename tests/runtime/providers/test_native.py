@@ -1,7 +1,5 @@
 """The kernel library is used where it is installed, fits, and has a graph; elsewhere onnxruntime's kernels run."""
 
-from __future__ import annotations
-
 import dataclasses
 import struct
 import sys
@@ -80,14 +78,14 @@ def refused(bundle, words):
         kernels_for(bundle, CPU, True)
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (SOURCE, "it cannot be loaded: "),  # no library
-        ("raise ImportError('no module of its own')", "it cannot be loaded: no module of its own"),
-        ("", "it cannot be loaded: module 'pastkey_kernels' has no attribute '__version__'"),
-    ],
-)
+NOT_LOADED = [
+    (SOURCE, "it cannot be loaded: "),  # no library
+    ("raise ImportError('no module of its own')", "it cannot be loaded: no module of its own"),
+    ("", "it cannot be loaded: module 'pastkey_kernels' has no attribute '__version__'"),
+]
+
+
+@pytest.mark.parametrize(("source", "words"), NOT_LOADED)
 def test_a_library_that_cannot_be_loaded_says_why(source, words, install, bundle):
     install(source)
     assert native_kernels().refused.startswith(words)
@@ -111,19 +109,17 @@ def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, found)
     here = found(2, "avx2")
     for version in (1, 2):
         assert kernels_for(with_manifest(bundle, native=version), CPU, None) is here
-    refused(
-        with_manifest(bundle, native=3), "has version 2 of the operators, and the bundle needs 3: install the libra"
-    )
+    refused(with_manifest(bundle, native=3), "has version 2 of the operators, and the bundle needs 3: install the")
 
 
-@pytest.mark.parametrize(
-    ("version", "attributes", "words"),
-    [
-        (3, "", "imports version 3 of the operators, and the installed library has 2"),
-        (2, "<rotate = 1>", "has the attribute 'rotate', which the operators do not have"),
-        (2, "<gate = 0, caps = [1.0, 2.0]>", "has the attribute 'caps'"),
-    ],
-)
+UNKNOWN = [
+    (3, "", "imports version 3 of the operators, and the installed library has 2"),
+    (2, "<rotate = 1>", "has the attribute 'rotate', which the operators do not have"),
+    (2, "<gate = 0, caps = [1.0, 2.0]>", "has the attribute 'caps'"),
+]
+
+
+@pytest.mark.parametrize(("version", "attributes", "words"), UNKNOWN)
 def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, words, bundle, found):
     """onnxruntime would run it without what it asks for."""
     assert found(2, "avx2") is kernels_for(bundle, CPU, None)

@@ -1,24 +1,25 @@
 """What stands between a bundle's files and a session that runs: versions, providers, links, and the manifest's word."""
 
-from __future__ import annotations
-
 import os
+import pickle
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingExtraError, ProviderError, StartError
-from pastkey.runtime import Engine
+from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import open as opening
 from pastkey.runtime.providers import ort
 from pastkey.runtime.providers import placement as ep
 from pastkey.runtime.providers.inference import OrtSession, RunFailedError
-from pastkey.runtime.providers.open import default_threads
+from pastkey.runtime.providers.session_options import WHOLE, set_options
 from pastkey.values import parse_version
 
 from ..links import linked_to_blobs
@@ -28,13 +29,9 @@ def with_manifest(bundle, **fields):
     return replace(bundle, manifest=replace(bundle.manifest, **fields))
 
 
-def head_size_of_the_last(manifest):
-    return {"layers": (manifest.layers[0], KVGeometry(2, 16, 24))}
-
-
 OTHER = {  # the manifest's fields, the error and its words
     "another head size": (
-        head_size_of_the_last, IntegrityError,
+        lambda m: {"layers": (m.layers[0], KVGeometry(2, 16, 24))}, IntegrityError,
         r"'past_key_values.1.value' is \(B, 2, P1, 16\).*\(batch_size, 2, past_sequence_length, 24\) in the manifest",
     ),
     "another vocabulary": (
@@ -49,9 +46,8 @@ OTHER = {  # the manifest's fields, the error and its words
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_a_manifest_of_another_graph_is_refused(bundle, name):
-    change, error, words = OTHER[name]
+@pytest.mark.parametrize(("change", "error", "words"), OTHER.values(), ids=OTHER)
+def test_a_manifest_of_another_graph_is_refused(bundle, change, error, words):
     with pytest.raises(error, match=words):
         Engine(with_manifest(bundle, **change(bundle.manifest)))
 
@@ -91,9 +87,7 @@ FAILED_STARTS = [  # the bundle's target, the provider, what onnxruntime raises,
 
 
 @pytest.mark.parametrize(("target", "provider", "raised", "error", "words"), FAILED_STARTS)
-def test_a_session_that_cannot_be_made_is_refused_with_a_remedy(
-    standard_bundle, monkeypatch, target, provider, raised, error, words
-):
+def test_a_failed_start_is_refused_with_a_remedy(standard_bundle, monkeypatch, target, provider, raised, error, words):
     def fails(*_, **__):
         raise raised
 
@@ -106,7 +100,7 @@ def test_a_session_that_cannot_be_made_is_refused_with_a_remedy(
 def test_threads(bundle):
     session = Engine(bundle, threads=2)
     assert session.graph.threads == session.onnx.get_session_options().intra_op_num_threads == 2
-    assert Engine(bundle).graph.threads == default_threads()
+    assert Engine(bundle).graph.threads == opening.default_threads()
     for threads in (0, -1, 100_000):
         with pytest.raises(InputError, match=f"threads is {threads}; it must be 1 to "):
             Engine(bundle, threads=threads)
@@ -142,3 +136,126 @@ def test_a_run_that_fails_names_the_graph(standard_bundle):
     assert isinstance(caught.value, ort.RunError)  # who asks for onnxruntime's own errors still gets them
     with pytest.raises(RunFailedError, match="cannot run"):
         session.run_with_iobinding(session.io_binding())
+
+
+# --- session options of a user ------------------------------------------------------------------------------------
+GIVEN = {
+    "enable_cpu_mem_arena": False,
+    "enable_mem_pattern": "0",
+    "execution_mode": "ORT_PARALLEL",
+    "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "inter_op_num_threads": "2",
+    "logid": "mine",
+    "session.force_spinning_stop": "0",
+    "session.use_env_allocators": "1",
+}
+
+
+def test_attributes_and_entries_are_set_over_pastkeys_defaults(bundle):
+    options = Engine(bundle, threads=2, session_options=GIVEN).onnx.get_session_options()
+    assert options.enable_cpu_mem_arena is options.enable_mem_pattern is False
+    assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert (options.inter_op_num_threads, options.intra_op_num_threads, options.logid) == (2, 2, "mine")
+    assert options.get_session_config_entry("session.force_spinning_stop") == "0"
+    assert options.get_session_config_entry("session.use_env_allocators") == "1"
+    plain = Engine(bundle, threads=2).onnx.get_session_options()
+    assert plain.inter_op_num_threads == 1
+    assert plain.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_pickled_model_keeps_its_session_options(speaking_bundle, lm):
+    expected = lm.generate("abc", max_new_tokens=8).ids
+    model = load(speaking_bundle.path, threads=1, session_options=GIVEN)
+    for one in (model, pickle.loads(pickle.dumps(model))):
+        assert one.generate("abc", max_new_tokens=8).ids == expected
+        assert one.require_open().onnx.get_session_options().logid == "mine"
+
+
+SETTINGS = [
+    (WHOLE, "0", "is set by pastkey: leave it out; .* --allow-fallback"),
+    ("intra_op_num_threads", 2, "is set by pastkey: leave it out; give threads=N"),
+    ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* beside their graph"),
+    ("zzz", True, r"does not take the session option zzz with the value True \(.* has no attribute 'zzz'\)$"),
+    ("add_initializer", None, "session option add_initializer .* read-only"),
+    ("enable_mem_pattern", "yes", "enable_mem_pattern with the value 'yes' .*; the default is True"),
+    ("inter_op_num_threads", "many", "inter_op_num_threads with the value 'many' .*; the default is 1"),
+    ("inter_op_num_threads", 2**40, "incompatible function arguments"),
+    ("graph_optimization_level", "all", "with the value 'all' .*; the default is .*ORT_ENABLE_ALL"),
+    ("session.use_env_allocators", True, "session.use_env_allocators with the value True"),
+    ("session." + "x" * 2000, "1", "onnxruntime .* does not take the session option session.xxx"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), SETTINGS)
+def test_session_options_that_are_refused(bundle, name, value, words):
+    with pytest.raises(InputError, match=words):
+        Engine(bundle, session_options={name: value})
+
+
+def test_a_path_is_a_text(tmp_path):
+    options = onnxruntime.SessionOptions()
+    set_options(options, {"optimized_model_filepath": tmp_path / "optimized.onnx"})
+    assert options.optimized_model_filepath == str(tmp_path / "optimized.onnx")
+
+
+# --- onnxruntime, as it is found here -------------------------------------------------------------------------------
+@pytest.fixture
+def install(monkeypatch):
+    """install(WHEELS): as if these packages and versions were installed."""
+
+    def here(wheels):
+        monkeypatch.setattr(ort.importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
+        monkeypatch.setattr(ort.importlib.metadata, "version", wheels.__getitem__)
+
+    return here
+
+
+def test_a_release_that_cannot_run_bundles_is_refused_with_the_command(install):
+    install({"onnxruntime-gpu": "1.23.2"})
+    with pytest.raises(MissingExtraError, match=r"older than 1\.24\.1.* type  pip install --upgrade onnxruntime-gpu "):
+        ort.require_supported("1.23.2")
+    for version in ("1.24.1", "2.0.0"):
+        ort.require_supported(version)
+
+
+INSTALLED = [
+    ({"onnxruntime-openvino": "1.24.1"}, "1.24.1", "onnxruntime-openvino"),
+    ({"onnxruntime": "1.32.0", "onnxruntime-webgpu": "1.27.0"}, "1.27.0", "onnxruntime-webgpu"),  # over the other
+    ({"onnxruntime": "1.27.0", "onnxruntime-webgpu": "1.25.1"}, "1.27.0", "onnxruntime"),
+    ({}, "1.27.0", "onnxruntime"),  # built from source
+]
+
+
+@pytest.mark.parametrize(("installed", "here", "first"), INSTALLED)
+def test_the_wheel_that_answers_is_the_one_to_upgrade(installed, here, first, install, monkeypatch):
+    install(installed)
+    monkeypatch.setattr(ort.onnxruntime, "__version__", here)
+    assert ort.upgrade_command() == f"pip install --upgrade {first}"
+
+
+TELEMETRY = [("import onnxruntime; os.environ[name] = '0'", 1), ("os.environ.pop(name)", 0)]
+
+
+@pytest.mark.parametrize(("before", "warnings"), TELEMETRY)
+@pytest.mark.skipif(parse_version(ort.onnxruntime.__version__) < ort.TELEMETRY_SINCE, reason="it has none")
+def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before, warnings):
+    program = (
+        f"import os, warnings; name = 'ORT_DISABLE_TELEMETRY'; {before}\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import pastkey.runtime.providers.ort, pastkey.runtime.engine.engine\n"
+        "print([(w.category.__name__, str(w.message)) for w in caught if 'telemetry' in str(w.message)])\n"
+    )
+    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.count("RuntimeWarning") == done.stdout.count("set ORT_DISABLE_TELEMETRY=1") == warnings
+
+
+# None makes the import fail; an empty module is what a half uninstalled wheel leaves.
+@pytest.mark.parametrize("stub", ["None", "types.ModuleType('onnxruntime')"])
+def test_without_onnxruntime_the_command_to_type_is_named(stub):
+    program = f"import sys, types\nsys.modules['onnxruntime'] = {stub}\nfrom pastkey.__main__ import main\n"
+    program += "sys.exit(main(['devices']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "pip install onnxruntime" in done.stderr

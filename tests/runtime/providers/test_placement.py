@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -33,8 +31,8 @@ def test_the_cpu_by_every_name(choice):
 
 def test_options_are_the_calls_then_those_of_the_target_then_the_providers_own(here):
     here("QNNExecutionProvider", "OpenVINOExecutionProvider")
-    own = {"options_of_target": {"htp_arch": "73"}}
-    for choice, target, more, expected in (
+    own = {"htp_arch": "73"}
+    for choice, target, of_target, expected in (
         ("qnn", "cpu", {}, QNN),
         (None, "qnn", {}, QNN),
         (("qnn", {"htp_arch": "73", "more": "1"}), "cpu", {}, QNN | {"htp_arch": "73", "more": "1"}),
@@ -42,9 +40,9 @@ def test_options_are_the_calls_then_those_of_the_target_then_the_providers_own(h
         ("qnn", "qnn", own, QNN | {"htp_arch": "73"}),
         (("qnn", {"htp_arch": "79"}), "qnn", own, QNN | {"htp_arch": "79"}),
     ):
-        found = providers.resolve(choice, target, "static", **more)
+        found = providers.resolve(choice, target, "static", options_of_target=of_target)
         assert found.providers == (("QNNExecutionProvider", expected),)
-    assert "htp_arch" not in providers.resolve("openvino", "qnn", "standard", **own).providers[0][1]
+    assert "htp_arch" not in providers.resolve("openvino", "qnn", "standard", options_of_target=own).providers[0][1]
     sentence = str(providers.takes_nothing("QNNExecutionProvider", QNN))
     assert "'qnn' takes nothing of this bundle's graph with backend_type=htp, htp_arch=75" in sentence
     for missing in ("68", "99"):  # no float16, no such chip
@@ -54,28 +52,28 @@ def test_options_are_the_calls_then_those_of_the_target_then_the_providers_own(h
         providers.require_values(PROVIDERS["qnn"], {"htp_arch": "99"})
 
 
-@pytest.mark.parametrize(
-    ("choice", "settings", "expected"),
-    [
-        ("cuda", {}, ["cuda", "cpu"]),
-        (None, {"target": "cuda"}, ["cuda", "cpu"]),
-        ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
-        # One that is known to run whole graphs runs all of it, or is told that it need not.
-        ("openvino", {}, ["openvino"]),
-        (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
-        (["openvino"], {}, ["openvino"]),
-        ("openvino", {"graph": "fused"}, ["openvino"]),
-        (None, {"target": "openvino"}, ["openvino"]),
-        ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
-        (["openvino", "cpu"], {}, ["openvino", "cpu"]),
-        # WebGPU runs a bundle that was made for it in parts, and no other.
-        (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
-        ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
-        ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
-        ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
-        (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
-    ],
-)
+CHOICES = [
+    ("cuda", {}, ["cuda", "cpu"]),
+    (None, {"target": "cuda"}, ["cuda", "cpu"]),
+    ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
+    # One that is known to run whole graphs runs all of it, or is told that it need not.
+    ("openvino", {}, ["openvino"]),
+    (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
+    (["openvino"], {}, ["openvino"]),
+    ("openvino", {"graph": "fused"}, ["openvino"]),
+    (None, {"target": "openvino"}, ["openvino"]),
+    ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
+    (["openvino", "cpu"], {}, ["openvino", "cpu"]),
+    # WebGPU runs a bundle that was made for it in parts, and no other.
+    (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
+    ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
+    ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
+    ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
+    (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
+]
+
+
+@pytest.mark.parametrize(("choice", "settings", "expected"), CHOICES)
 def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, settings, expected, here):
     here(*(PROVIDERS[name].name for name in ("cuda", "tensorrt", "openvino", "webgpu")))
     placement = providers.resolve(choice, **settings)
@@ -136,15 +134,15 @@ def test_a_plugin_is_here_where_its_package_is(monkeypatch):
         providers.plugin_devices("QNNExecutionProvider")
 
 
-@pytest.mark.parametrize(
-    ("asked", "target", "words"),
-    [
-        ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
-        (None, "webgpu", "the bundle was made for webgpu"),
-        ("gpu9", "cpu", r"is unknown; here: .*; known are cpu, cuda, "),
-        ("", "cpu", "is unknown"),
-    ],
-)
+REFUSED = [
+    ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
+    (None, "webgpu", "the bundle was made for webgpu"),
+    ("gpu9", "cpu", r"is unknown; here: .*; known are cpu, cuda, "),
+    ("", "cpu", "is unknown"),
+]
+
+
+@pytest.mark.parametrize(("asked", "target", "words"), REFUSED)
 def test_absent_and_unknown_providers_are_refused(asked, target, words):
     with pytest.raises(ProviderError, match=words):
         providers.resolve(asked, target)
@@ -160,15 +158,15 @@ def test_the_fused_graph_is_refused_where_it_was_not(full, here):
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "advice"),
-    [
-        ("webgpu", {}, "--target webgpu --graph static --precision fp32"),
-        ("webgpu", {"precision": "int8"}, "--target webgpu --graph standard --precision int8"),
-        ("dml", {}, "--target cpu --graph standard --precision fp32"),
-        ("webgpu", {"graph": "static"}, "report the device"),
-    ],
-)
+ADVICE = [
+    ("webgpu", {}, "--target webgpu --graph static --precision fp32"),
+    ("webgpu", {"precision": "int8"}, "--target webgpu --graph standard --precision int8"),
+    ("dml", {}, "--target cpu --graph standard --precision fp32"),
+    ("webgpu", {"graph": "static"}, "report the device"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "advice"), ADVICE)
 def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle, name, changes, advice):
     assert advice in providers.other_graph(name, dataclasses.replace(fused_bundle.manifest, **changes))
 
