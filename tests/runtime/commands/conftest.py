@@ -1,19 +1,21 @@
 """A model to talk with, and a command with what is piped into it, or at a terminal."""
 
-from __future__ import annotations
-
 import io
 import os
 import select
 import sys
 import time
+from typing import Any
 
 import pytest
 
 from pastkey.runtime import load
 
+from ..bulk.rows import write_rows
+
 FLAGS = ("--max-new-tokens", "7", "--temperature", "1", "--seed", "1")
-SETTINGS = {"max_new_tokens": 7, "temperature": 1.0, "seed": 1}
+BATCH = ("--threads", "1", "--temperature", "1", "--max-new-tokens", "9")
+SETTINGS: dict[str, Any] = {"max_new_tokens": 7, "temperature": 1.0, "seed": 1}
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +30,21 @@ def piped(command, monkeypatch):
     def run(given, name, *arguments):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
         return command(name, *arguments, "--threads", 1)
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
+@pytest.fixture
+def batch(command, talking, tmp_path, out):
+    """batch(ROWS, *FLAGS): the result of the command, which writes to `out` or another file."""
+
+    def run(rows, *flags, out=out):
+        return command("batch", talking, write_rows(tmp_path / "in.jsonl", rows), "--out", out, *BATCH, *flags)
 
     return run
 
@@ -47,10 +64,8 @@ class Terminal:
         import pty
 
         # Tests that run in the background of a shell, as in CI, hand on that Ctrl-C is ignored.
-        code = (
-            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "from pastkey.__main__ import main; sys.exit(main(sys.argv[1:]))"
-        )
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += "import sys\nfrom pastkey.__main__ import main\nsys.exit(main(sys.argv[1:]))"
         self.seen, environment = "", os.environ | {"TERM": "dumb", "INPUTRC": os.devnull}
         self.pid, self.ours = pty.fork()
         if not self.pid:
@@ -60,9 +75,7 @@ class Terminal:
         """What was shown up to and with `text`, since the last time."""
         end = time.monotonic() + 90
         while text not in self.seen:
-            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], (
-                f"{text!r} not in {self.seen!r}"
-            )
+            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], self.seen
             self.seen += os.read(self.ours, 4096).decode().replace("\r\n", "\n")
         shown, _, self.seen = self.seen.partition(text)
         return shown + text

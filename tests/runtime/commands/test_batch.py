@@ -1,7 +1,5 @@
 """`pastkey batch` as it is typed: rows in, rows with answers out, whatever ends it in the middle."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -16,25 +14,8 @@ from pastkey.runtime.bulk.job import Job, job_file
 from pastkey.runtime.bulk.rows import seed_of
 from pastkey.runtime.model.session_file import bundle_digest
 
-from ..bulk.rows import plain_rows, read_rows, write_rows
-
-FLAGS = ("--threads", "1", "--temperature", "1", "--max-new-tokens", "9")
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out.jsonl"
-
-
-@pytest.fixture
-def batch(command, talking, tmp_path, out):
-    """batch(ROWS, *FLAGS): the result of the command, which writes to `out`."""
-
-    def run(rows, *flags, out=out):
-        source = write_rows(tmp_path / "in.jsonl", rows)
-        return command("batch", talking, source, "--out", out, *FLAGS, *flags)
-
-    return run
+from ..bulk.rows import plain_rows, read_rows
+from .conftest import BATCH
 
 
 def answers(out):
@@ -68,10 +49,10 @@ def test_rows_of_every_kind_are_answered_and_reported(talking, model, batch, out
     assert (status, "6 of 6 rows are answered already" in err, "6 rows, 2 with an error" in report) == (0, True, True)
 
 
-@pytest.mark.parametrize(
-    ("rows", "status"),
-    [(["no json", {"prompt": 5}], 1), (["no json"], 1), (["no json", {"prompt": "ab"}], 0), ([], 0)],
-)
+FAILING = [(["no json", {"prompt": 5}], 1), (["no json"], 1), (["no json", {"prompt": "ab"}], 0), ([], 0)]
+
+
+@pytest.mark.parametrize(("rows", "status"), FAILING)
 def test_a_job_whose_every_row_fails_ends_with_status_1(batch, out, rows, status):
     assert batch(rows)[0] == batch(rows)[0] == status  # a finished job says the same again
     assert len(read_rows(out)) == len(rows)
@@ -99,7 +80,7 @@ def test_a_job_that_is_terminated_goes_on(talking, batch, tmp_path, out):
     rows, whole, before = plain_rows(30), tmp_path / "whole.jsonl", b""
     assert batch(rows, out=whole)[0] == 0
     for number, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)):
-        arguments = ("batch", talking, tmp_path / "in.jsonl", "--out", out, *FLAGS)
+        arguments = ("batch", talking, tmp_path / "in.jsonl", "--out", out, *BATCH)
         command = [sys.executable, "-c", SIGNALLED, str(int(number)), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr

@@ -1,7 +1,5 @@
 """`pastkey chat` as it is used: for one question, from a pipe, and at a terminal."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import signal
@@ -16,21 +14,22 @@ from pastkey.runtime.commands.terminal import interruptions, print_answer
 from ..conftest import TEMPLATE
 from .conftest import FLAGS, SETTINGS, Terminal, fails
 
+AUTHORS = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 takes the likeli"
+DRAWN = [
+    ((), {"temperature": 1.3, "top_k": 9}, AUTHORS),
+    (("--temperature", "0.5", "--top-k", "0"), {"temperature": 0.5}, ""),
+    (("--temperature", "0"), {}, ""),
+]
 
-def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundle, piped):
-    sampling = {"do_sample": True, "temperature": 1.3, "top_k": 9, "top_p": 1.0}
+
+@pytest.mark.parametrize(("flags", "settings", "said"), DRAWN)
+def test_tokens_are_drawn_as_the_models_authors_set_it(tiny, letters, make_bundle, piped, flags, settings, said):
+    own = {"do_sample": True, "temperature": 1.3, "top_k": 9, "top_p": 1.0}
     config = {"chat_template": TEMPLATE}
-    made = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, generation_config=sampling)
-    own = load(made.path, threads=1)
-    authors = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 takes the likeli"
-    for flags, settings, said in (
-        ((), {"temperature": 1.3, "top_k": 9}, authors),
-        (("--temperature", "0.5", "--top-k", "0"), {"temperature": 0.5}, ""),
-        (("--temperature", "0"), {}, ""),
-    ):
-        answer = own.chat().ask("abc", max_new_tokens=7, seed=1, **settings).text
-        status, out, err = piped(b"abc\n", "chat", made.path, "--max-new-tokens", "7", "--seed", "1", *flags)
-        assert (status, out, err[: len(authors)]) == (0, answer + "\n", said)
+    made = make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, generation_config=own)
+    answer = load(made.path, threads=1).chat().ask("abc", max_new_tokens=7, seed=1, **settings).text
+    status, out, err = piped(b"abc\n", "chat", made.path, "--max-new-tokens", "7", "--seed", "1", *flags)
+    assert (status, out, err[: len(AUTHORS)]) == (0, answer + "\n", said)
 
 
 def test_one_question(talking, model, command, piped):
@@ -111,10 +110,8 @@ def test_a_question_of_several_lines(talking, piped, monkeypatch):
 
 
 def test_an_answer_that_fills_the_context_says_so(model, capsys):
-    for text, tokens, said in (
-        ("a", 4, ""),
-        ("a" * 540, 100, "the context of 600 tokens is full: /drop lets the oldest"),
-    ):
+    full = "the context of 600 tokens is full: /drop lets the oldest"
+    for text, tokens, said in (("a", 4, ""), ("a" * 540, 100, full)):
         chat = model.chat()
         terminal._tell_a_full_context(chat, chat.ask(text, max_new_tokens=tokens))
         assert said in (err := capsys.readouterr().err)
@@ -152,20 +149,21 @@ def test_a_second_interrupt_is_one_as_always():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-@pytest.mark.parametrize("ending", ["Ctrl-D", "Ctrl-C"])
-def test_at_a_terminal(talking, model, tmp_path, ending):
+@pytest.mark.parametrize(("flags", "ending"), [((), "Ctrl-D"), (("--untrusted",), "Ctrl-D"), ((), "Ctrl-C")])
+def test_at_a_terminal(talking, model, tmp_path, flags, ending):
     conversation = model.chat()
     first, second = (conversation.ask(text, **SETTINGS).text for text in ("abc", "de"))
-    typed = Terminal("chat", talking, "--threads", 1, *FLAGS)
+    typed = Terminal("chat", talking, "--threads", 1, *FLAGS, *flags)
     typed.until("/help lists the commands, Ctrl-C stops an answer, /exit or Ctrl-D ends.\n> ")
     for line, shown in (("abc", first), ("what?", "no token covers"), ("de", second)):  # an error is told, and no end
         typed.type(line + "\n")
         assert shown in typed.until("\n> ")
+    typed.press()
+    typed.until("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.")
+    typed.until("> ")
     if ending == "Ctrl-D":
         typed.type("\x04")
     else:
-        typed.press()
-        typed.until("Ctrl-C once more ends, and the conversation is lost: /save FILE keeps it.\n> ")
         typed.type(f"/save {tmp_path / 'talk.json'}\n")
         typed.until("4 messages\n> ")
         typed.press()  # what was typed was an answer to the first

@@ -1,18 +1,19 @@
-"""Compiling a static bundle: what is written, what is refused. The real compilation is in tests/programs."""
-
-from __future__ import annotations
+"""Compiling and signing a bundle: what is written, what is refused. The real compilation is in tests/programs."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pastkey.contract.bundle import Compiled, open_bundle
+from pastkey.contract.names import SIGNATURE
 from pastkey.errors import InputError, ProviderError
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.commands.compile import compile_bundle
 from pastkey.runtime.engine import decoder_graph
 from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.model.signature import require_signature
 from pastkey.runtime.providers import placement
 
 UNKNOWN_FIELD = b"\xf8\x07\x01"  # number 127: makes another graph of one
@@ -66,9 +67,7 @@ def test_the_chip_that_the_bundle_was_made_for_is_compiled_for(static, opened, t
     assert made.manifest.compiled.options == QNN | given
 
 
-def test_a_bundle_of_another_target_is_proved_and_opened_on_the_provider_that_compiled_it(
-    static, opened, tmp_path, monkeypatch
-):
+def test_a_bundle_of_another_target_is_opened_on_the_provider_that_compiled_it(static, opened, tmp_path, monkeypatch):
     asked, open_on_cpu = [], decoder_graph.open_session
 
     def on_cpu(path, manifest, providers, **given):
@@ -120,10 +119,21 @@ def test_a_context_binary_is_opened_where_it_was_compiled_for_or_refused(monkeyp
         placement.for_compiled("qnn", Compiled("npu9", {}, "1.32.0"))
     compiled = Compiled("qnn", QNN, "1.32.0")
     for choice in (None, "qnn", "QNNExecutionProvider", ["qnn"], ("qnn", {"soc_model": 57})):
-        name, options = placement.for_compiled(choice, compiled)
-        assert (name, options["htp_arch"]) == ("qnn", "75")
+        found = placement.for_compiled(choice, compiled)
+        assert (found[0], found[1]["htp_arch"]) == ("qnn", "75")
     more = placement.for_compiled(("qnn", {"rpc_control_latency": "9"}), compiled)
     assert more == ("qnn", QNN | {"rpc_control_latency": "9"})
-    for choice, asked in (("cpu", "'cpu'"), (("qnn", {"htp_arch": "73"}), "htp_arch=73"), (["openvino"], "'openvino'")):
+    for wrong, asked in (("cpu", "'cpu'"), (("qnn", {"htp_arch": "73"}), "htp_arch=73"), (["openvino"], "'openvino'")):
         with pytest.raises(ProviderError, match=rf"was compiled for qnn .* 1\.32\.0, and {asked} was"):
-            placement.for_compiled(choice, compiled)
+            placement.for_compiled(wrong, compiled)
+
+
+def test_a_key_is_made_and_signs(talking, tmp_path, command):
+    pytest.importorskip("cryptography")
+    folder, key = shutil.copytree(talking, tmp_path / "bundle"), tmp_path / "me.pem"
+    status, out, err = command("sign", folder, "--new-key", key)
+    assert (status, out) == (0, "")
+    assert f"{key}: keep it private; {tmp_path / 'me.pub.pem'} is for those who verify" in err
+    assert f"{folder / SIGNATURE}: signed" in err
+    require_signature(folder, tmp_path / "me.pub.pem")
+    assert command("sign", folder, "--key", key)[0] == 0
