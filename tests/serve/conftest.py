@@ -81,14 +81,16 @@ class Served:
     server: Any = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def connection(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def sent(self, path, body=None, method=None, **headers):
+        """The connection of a request."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        raw = body if isinstance(body, bytes | None) else json.dumps(body)
+        headers = {"Connection": "close"} | self.headers | headers
+        client.request(method or ("GET" if body is None else "POST"), path, raw, headers)
+        return client
 
     def response(self, path, body=None, method=None, **headers):
-        client, headers = self.connection(), {"Connection": "close"} | self.headers | headers
-        raw = body if isinstance(body, bytes | None) else json.dumps(body)
-        client.request(method or ("GET" if body is None else "POST"), path, raw, headers)
-        return client.getresponse()
+        return self.sent(path, body, method, **headers).getresponse()
 
     def ask(self, path, body=None, **headers):
         """The status and the JSON of a reply."""
@@ -126,7 +128,8 @@ def data_of(response):
 @contextlib.contextmanager
 def running(bundle, **settings):
     """A server of a bundle on a free port of loopback, in a thread; a bundle is loaded by then."""
-    given = ServerSettings(**{"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}} | settings)
+    defaults: dict[str, Any] = {"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}}
+    given = ServerSettings(**defaults | settings)
     begun: list[Any] = []
 
     def opened():
@@ -140,7 +143,7 @@ def running(bundle, **settings):
         thread = threading.Thread(target=asyncio.run, args=(work,))
         thread.start()
         try:
-            waiting.until(lambda: begun and begun[0][0].started)
+            waiting.until(lambda: bool(begun) and begun[0][0].started)
             server, service = begun[0]
             waiting.until(lambda: not isinstance(bundle, Path) or service.is_loaded)
             yield Served(port, service, server)

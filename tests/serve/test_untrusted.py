@@ -1,7 +1,5 @@
 """serve --untrusted: a process with limits serves, and its parent ends one that stands still, whatever it says."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import signal

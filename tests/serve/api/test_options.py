@@ -1,7 +1,5 @@
 """The options of a request, and where those that it leaves out come from."""
 
-from __future__ import annotations
-
 import pytest
 
 from ..conftest import CHAT, COMPLETIONS, HI, running, write_tiny
@@ -24,9 +22,8 @@ CASES = {  # the authors' own, the flags' -> what requests ask for, and what the
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_request_comes_before_the_flags_and_these_before_the_models_own(tmp_path, case):
-    authors, flags, requests = CASES[case]
+@pytest.mark.parametrize(("authors", "flags", "requests"), CASES.values(), ids=CASES)
+def test_a_request_comes_before_the_flags_and_these_before_the_models_own(tmp_path, authors, flags, requests):
     bundle = write_tiny(tmp_path / "tiny", **({} if authors is None else {"generation_config": authors}))
     with running(bundle, defaults=flags) as served:
         for asked, expected in requests:

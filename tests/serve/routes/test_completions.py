@@ -1,7 +1,5 @@
 """Completions: several prompts, echo and log-probabilities as lm_eval reads them."""
 
-from __future__ import annotations
-
 import pytest
 
 from pastkey.runtime import load
@@ -25,12 +23,9 @@ def test_texts_ids_and_lists_of_them_are_continued_in_order(served):
 
 def test_a_limit_of_minus_one_is_the_contexts_end(served):
     full = served.model.manifest.context_length + 1  # the last token is told and never read
-    chat = ({}, {"max_tokens": -1}, {"max_completion_tokens": -1, "max_tokens": 3})
-    for path, asked in (
-        (COMPLETIONS, {"prompt": "abc", "max_tokens": -1}),
-        *((CHAT, {"messages": HI, **m}) for m in chat),
-    ):
-        assert served.ask(path, asked)[1]["usage"]["total_tokens"] == full
+    assert served.ask(COMPLETIONS, {"prompt": "abc", "max_tokens": -1})[1]["usage"]["total_tokens"] == full
+    for limit in ({}, {"max_tokens": -1}, {"max_completion_tokens": -1, "max_tokens": 3}):
+        assert served.ask(CHAT, {"messages": HI, **limit})[1]["usage"]["total_tokens"] == full
 
 
 def test_a_stream_has_the_texts_of_the_whole_reply(served):
@@ -60,9 +55,10 @@ def test_echo_with_log_probabilities_scores_the_prompt(served, tokens):
     assert (reply["usage"]["completion_tokens"], choice["finish_reason"]) == (tokens, "length")
 
 
-@pytest.mark.parametrize(
-    ("defaults", "given"), [({}, {"max_tokens": 0}), ({"max_new_tokens": 0}, {}), ({"max_new_tokens": 0}, {"n": 2})]
-)
+NO_TOKENS = [({}, {"max_tokens": 0}), ({"max_new_tokens": 0}, {}), ({"max_new_tokens": 0}, {"n": 2})]
+
+
+@pytest.mark.parametrize(("defaults", "given"), NO_TOKENS)
 def test_echo_without_new_tokens_is_the_prompt_alone(saying, defaults, given):
     """Whether streamed or not, also where the model would end the text at once."""
     n, body = given.get("n", 1), {"prompt": "abc", "echo": True, **given}

@@ -1,7 +1,5 @@
 """What is wrong with a request is told by the field: a table of each route."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 
@@ -73,7 +71,6 @@ REFUSED: dict[str, list[tuple[dict[str, Any], int, str | None, str]]] = {
         ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input.0", ""),
         ({"input": [{"type": "function_call", "name": "x"}]}, 400, "input.0", ""),
         ({"input": [{"role": "king", "content": "hi"}]}, 400, "input", ""),
-        ({"input": [{"role": "user", "content": 3}]}, 400, "input", ""),
         ({"tool_choice": 3}, 400, "tool_choice", ""),
         ({"tools": [{"type": "web_search"}]}, 400, "tools.0.type", ""),
         ({"truncation": "auto"}, 400, "truncation", ""),
@@ -127,10 +124,10 @@ LACKING = {
 }
 
 
-@pytest.mark.parametrize("said", LACKING)
-def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path, said):
+@pytest.mark.parametrize(("said", "fields"), LACKING.items())
+def test_a_client_is_told_the_models_name_and_not_its_path(tmp_path, said, fields):
     asked = ((CHAT, {"messages": HI}), ("/apply-template", {"messages": HI}), ("/responses", {"input": "hi"}))
-    with running(write_tiny(tmp_path / "private place", **LACKING[said]), names=("own",)) as served:
+    with running(write_tiny(tmp_path / "private place", **fields), names=("own",)) as served:
         for path, body in asked:
             status, reply = served.ask(path, body)
             assert (status, said in reply["error"]["message"]) == (400, True)

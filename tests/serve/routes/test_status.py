@@ -1,7 +1,5 @@
 """Models, health, metrics, props, the OpenAPI description; tokens and embeddings; the page, where it is there."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
