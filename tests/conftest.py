@@ -43,7 +43,7 @@ QUICK = (
     "pastkey", "export/generation/test_nodes.py", "export/graft/time_axis/operators", "export/graph/test_edit.py",
     "runtime/decoding/batching/test_scheduler.py", "runtime/engine/caches", "runtime/providers", "runtime/sampling",
     "runtime/text", "test_architecture.py", "test_floors.py", "test_layout.py", "test_troubleshooting.py",
-    "train/test_settings.py", "web/test_command.py", "web/test_site.py",
+    "train/test_settings.py", "web/test_site.py",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 

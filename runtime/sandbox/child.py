@@ -186,13 +186,13 @@ def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
     rights = [(Path(place), _RIGHTS[kind]) for place, kind in given["libraries"]]
     rights += [(Path(place), landlock.READ) for place in (*_SYSTEM, *_of_python())]
     rights += [(Path(os.devnull), landlock.READ_FILE | landlock.WRITE_FILE)]
+    if scratch is not None:
+        rights.append((scratch, landlock.WRITE))
+        tempfile.tempdir = str(scratch)
     if given["unpack_to"] is not None:
         path = _unpacked(path, given["name"], Path(given["unpack_to"]), rights)
     rights.append((path, landlock.READ))
     rights += [(file, landlock.READ) for file in hub_files(path)]
-    if scratch is not None:
-        rights.append((scratch, landlock.WRITE))
-        tempfile.tempdir = str(scratch)
     missing = []
     abi = landlock.restrict(rights)
     if not abi:
@@ -222,7 +222,7 @@ def _of_python() -> list[str]:
 
 
 def _unpacked(file: Path, name: str, folder: Path, rights: list[tuple[Path, int]]) -> Path:
-    """Unpacks a zip file, with the right to write to this folder and no other."""
+    """Unpacks a zip file, with the right to write to this folder. No later layer of landlock widens `rights`."""
     landlock.restrict([*rights, (file, landlock.READ_FILE), (folder, landlock.WRITE)])
     rlimits.limit_memory(_BESIDE, _BESIDE, final=False)
     with file.open("rb") as content:

@@ -3,13 +3,10 @@
 Training differs in the last digits between processors, so that numbers may be off by a little.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,58 +31,46 @@ def numbers(classic):
     arguments = cli.argparse.ArgumentParser()
     cli.see_command.add_arguments(arguments)
     asked = arguments.parse_args(["bundle", "--prompt", "what is statquest", "--out", "page.html"])
-    return cli.look(open_bundle(classic / "bundle"), asked)
+    found = cli.look(open_bundle(classic / "bundle"), asked)
+    return found | {"words": [found["vocabulary"][place] for place in found["text"]["ids"]]}
 
 
-def words(numbers: dict[str, Any]) -> list[str]:
-    return [numbers["vocabulary"][place] for place in numbers["text"]["ids"]]
-
-
-def rows(first: str) -> list[dict[str, str]]:
+def rows(first):
     return [{key: cell.strip("`") for key, cell in row.items()} for row in rows_of(PAGE, first)]
 
 
-def test_the_sentences_and_tokens_are_those_of_the_training(numbers):
+def test_sentences_tokens_and_embeddings_are_those_of_the_page(numbers):
     assert all(f"`{sentence}`" in PAGE for sentence in LESSON)
-    assert words(numbers) == LESSON[0].split()
+    assert numbers["words"] == LESSON[0].split()
     assert numbers["model"]["tokens"] == len(set(LESSON[0].split())) == 5
-
-
-def test_embeddings_are_those_of_the_page(numbers):
-    parts = numbers["embedding"]["parts"]
+    parts, shown = numbers["embedding"]["parts"], rows("token")
     assert parts["word"].shape[1] == 16
-    shown = rows("token")
-    assert [row["token"] for row in shown] == words(numbers)[:3]
+    assert [row["token"] for row in shown] == numbers["words"][:3]
     for place, row in enumerate(shown):
         for name, heading in (("word", "word embedding"), ("position", "position encoding"), ("sum", "sum")):
             expected = [float(number) for number in row[heading].split()]
             assert np.abs(parts[name][place, :3] - expected).max() < (0.006 if name == "position" else CHANNEL)
 
 
-def test_weights_of_attention_are_those_of_the_page(numbers):
-    weights, read = numbers["attention"]["weights"][0, 0], words(numbers)[:5]
-    shown = rows("reads")
+def test_weights_of_attention_and_guesses_are_those_of_the_page(numbers):
+    weights, read, shown = numbers["attention"]["weights"][0, 0], numbers["words"][:5], rows("reads")
     assert [row["reads"] for row in shown] == read
     for place, row in enumerate(shown):
         cells = [row[f"`{word}`" if word == "<EOS>" else word] for word in read]
         assert cells[place + 1 :] == [""] * (4 - place)
         expected = [float(cell) for cell in cells[: place + 1]]
         assert np.abs(100 * weights[place, : place + 1] - expected).max() < PERCENT
-
-
-def test_guesses_are_those_of_the_page(numbers):
-    every, shown = words(numbers), rows("after")
-    assert [(row["after"], row["came next"]) for row in shown] == list(itertools.pairwise(every))
+    shown = rows("after")
+    assert [(row["after"], row["came next"]) for row in shown] == list(itertools.pairwise(numbers["words"]))
     for name, layer in zip(("before layer 1", "after layer 1"), numbers["layers"]["at"], strict=True):
         assert np.abs(100 * layer["next"] - [float(row[name]) for row in shown]).max() < PERCENT
 
 
 def test_steps_are_those_of_the_page(numbers):
-    prompt, every = numbers["text"]["prompt"], words(numbers)
+    prompt, every, shown = numbers["text"]["prompt"], numbers["words"], rows("step")
     steps = [(prompt, 0), *((1, place) for place in range(prompt, len(every) - 1))]
-    found = [(int(row["new keys and values"]), int(row["from the cache"])) for row in rows("step")]
-    assert found == steps
-    assert [row["predicts"] for row in rows("step")] == every[prompt:]
+    assert [(int(row["new keys and values"]), int(row["from the cache"])) for row in shown] == steps
+    assert [row["predicts"] for row in shown] == every[prompt:]
     assert numbers["text"]["ended"]
     assert f"{numbers['cache']['bytes']} bytes for each token" in PAGE
     assert numbers["next"]["p"][1, 0] > 0.99  # the picture of the next token says so

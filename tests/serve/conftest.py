@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ for _package in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
 
 from tokenizers import Tokenizer, decoders, models
 
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.serve.command import listen
-from pastkey.serve.server import Server, serve
-from pastkey.serve.service import Service
+from pastkey.serve.server import serve
 from pastkey.serve.settings import ServerSettings
 
 from ..runtime.conftest import E, Tiny, V, write_bundle
@@ -36,40 +34,40 @@ TEMPLATE = (
 )
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "wet", "parameters": {"type": "object"}}}
 CALL = '<tool_call>{"name": "wet", "arguments": {"a": 1}}</tool_call>'
+HI = [{"role": "user", "content": "hi"}]
 RENDERED = "<user>hi.<assistant>"
-Reply = tuple[int, Any]
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
-def letters() -> Tokenizer:
-    assert len(set(LETTERS)) == V
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def ids_of(text: str) -> list[int]:
+def ids_of(text):
     return [LETTERS.index(letter) for letter in text]
+
+
+def write_tiny(folder, tiny=None, **fields) -> Path:
+    """A bundle with LETTERS and TEMPLATE, of a random decoder unless one is given. `fields`: see `write_bundle`.
+
+    Where a `stand_in` is given, it is read for every letter that is none of LETTERS.
+    """
+    assert len(set(LETTERS)) == V
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=fields.pop("stand_in", None)))
+    tokenizer.decoder = decoders.Fuse()
+    given = {"tokenizer": tokenizer, "tokenizer_config": {"chat_template": TEMPLATE}} | fields
+    return write_bundle(folder, tiny or Tiny.random([(8, 8)], context_length=600), "fused", **given).path
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
-    """A tiny decoder with a tokenizer, a chat template, and hidden states."""
-    folder = tmp_path_factory.mktemp("serve") / "tiny"
-    tiny = Tiny.random([(8, 8)], context_length=600)
-    config = {"chat_template": TEMPLATE}
-    return write_bundle(folder, tiny, "fused", tokenizer=letters(), tokenizer_config=config, hidden_size=E).path
+    return write_tiny(tmp_path_factory.mktemp("serve") / "tiny", hidden_size=E)
 
 
 @pytest.fixture(scope="session")
 def saying(tmp_path_factory):
     """A bundle that answers a rendering with a text, and then says Z, its EOS token."""
 
-    def made(rendered: str, answer: str) -> Path:
-        folder = tmp_path_factory.mktemp("saying") / "tiny"
-        script = [0] * (len(rendered) - 1) + ids_of(answer + "Z")
-        tiny = Tiny.random([(8, 8)], context_length=600).saying(script)
-        config, eos = {"chat_template": TEMPLATE}, (LETTERS.index("Z"),)
-        return write_bundle(folder, tiny, "fused", tokenizer=letters(), tokenizer_config=config, eos_token_ids=eos).path
+    def made(rendered, answer):
+        tiny = Tiny.random([(8, 8)], context_length=600).saying([0] * (len(rendered) - 1) + ids_of(answer + "Z"))
+        return write_tiny(tmp_path_factory.mktemp("saying") / "tiny", tiny, eos_token_ids=(LETTERS.index("Z"),))
 
     return made
 
@@ -79,36 +77,48 @@ class Served:
     """A running server, and a client of it."""
 
     port: int
-    service: Service
-    server: Server
+    service: Any = None
+    server: Any = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-
-    def response(self, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
-        client = self.connection()
+    def sent(self, path, body=None, method=None, **headers):
+        """The connection of a request."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         raw = body if isinstance(body, bytes | None) else json.dumps(body)
-        client.request("GET" if body is None else "POST", path, raw, {"Connection": "close"} | self.headers | headers)
-        return client.getresponse()
+        headers = {"Connection": "close"} | self.headers | headers
+        client.request(method or ("GET" if body is None else "POST"), path, raw, headers)
+        return client
 
-    def ask(self, path: str, body: Any = None, **headers: str) -> Reply:
+    def response(self, path, body=None, method=None, **headers):
+        return self.sent(path, body, method, **headers).getresponse()
+
+    def ask(self, path, body=None, **headers):
         """The status and the JSON of a reply."""
         with contextlib.closing(self.response(path, body, **headers)) as response:
             return response.status, json.loads(response.read())
 
-    def events(self, path: str, body: Any) -> list[Any]:
+    def choices(self, path, **body):
+        status, reply = self.ask(path, body)
+        assert status == 200, reply
+        return reply["choices"]
+
+    def events(self, path, body):
         """The data of the events of a stream."""
         with contextlib.closing(self.response(path, {**body, "stream": True})) as response:
             assert (response.status, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
             return list(data_of(response))
 
     @property
-    def model(self) -> LanguageModel:
+    def model(self):
         return self.service.model
 
+    @property
+    def opened(self):
+        """How many requests run or wait."""
+        return self.model.activity.running + self.model.activity.waiting
 
-def data_of(response: http.client.HTTPResponse) -> Iterator[Any]:
+
+def data_of(response):
     for line in response:
         if line.startswith(b"data: "):
             text = line.removeprefix(b"data: ").decode().strip()
@@ -116,13 +126,13 @@ def data_of(response: http.client.HTTPResponse) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iterator[Served]:
+def running(bundle, **settings):
     """A server of a bundle on a free port of loopback, in a thread; a bundle is loaded by then."""
     defaults: dict[str, Any] = {"port": 0, "names": ("tiny",), "defaults": {"temperature": 0.0}}
     given = ServerSettings(**defaults | settings)
-    begun: list[tuple[Server, Service]] = []
+    begun: list[Any] = []
 
-    def opened() -> LanguageModel:
+    def opened():
         if not isinstance(bundle, Path):
             return bundle()
         return load(bundle, threads=1, max_batch=given.max_concurrency, max_queue=given.max_queue)
@@ -135,8 +145,7 @@ def running(bundle: Path | Callable[[], LanguageModel], **settings: Any) -> Iter
         try:
             waiting.until(lambda: bool(begun) and begun[0][0].started)
             server, service = begun[0]
-            if isinstance(bundle, Path):
-                waiting.until(lambda: service.is_loaded)
+            waiting.until(lambda: not isinstance(bundle, Path) or service.is_loaded)
             yield Served(port, service, server)
         finally:
             begun[0][0].should_exit = True
@@ -160,17 +169,27 @@ def calling(saying):
 class Gate:
     """Lets a model run so many steps, and counts them."""
 
-    def __init__(self, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, lm, monkeypatch):
         self.ran, self._steps = 0, threading.Semaphore(0)
-        graph = lm.require_open().graph
-        run = graph.run
+        self._run = lm.require_open().graph.run
+        monkeypatch.setattr(lm.require_open().graph, "run", self._gated)
 
-        def gated(*arguments: Any) -> Any:
-            self._steps.acquire()
-            self.ran += 1
-            return run(*arguments)
+    def _gated(self, *arguments):
+        self._steps.acquire()
+        self.ran += 1
+        return self._run(*arguments)
 
-        monkeypatch.setattr(graph, "run", gated)
-
-    def release(self, steps: int) -> None:
+    def release(self, steps):
         self._steps.release(steps)
+
+
+@pytest.fixture
+def gated(bundle, monkeypatch):
+    """gated(**SETTINGS): a server, and the gate of its model."""
+
+    @contextlib.contextmanager
+    def opened(**settings):
+        with running(bundle, **settings) as served:
+            yield served, Gate(served.model, monkeypatch)
+
+    return opened

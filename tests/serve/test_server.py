@@ -1,71 +1,48 @@
-"""Before the model is loaded, and after the server was told to end."""
+"""Before the model is loaded, and after the server was told to end; the commands and the program of docs/serve.md."""
 
-from __future__ import annotations
-
-import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
+from pastkey.serve.api import schemas
+from pastkey.serve.app import TABLE
 
-from ..runtime.conftest import Tiny, write_bundle
+from ..runtime.conftest import runs_of
 from ..runtime.decoding.batching import waiting
-from .conftest import Gate, Served, letters, running
+from .conftest import COMPLETIONS, Served, data_of, running, write_tiny
 
+PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 BODY = {"prompt": "abc", "max_tokens": 4}
 
 
 def test_while_the_model_is_loaded_the_status_is_503(bundle):
     go = threading.Event()
 
-    def opened() -> LanguageModel:
+    def opened():
         go.wait(60)
         return load(bundle, threads=1)
 
     with running(opened) as served:
-        for path, body in (("/health", None), ("/v1/models", None), ("/v1/completions", BODY)):
+        for path, body in (("/health", None), ("/v1/models", None), (COMPLETIONS, BODY)):
             status, reply = served.ask(path, body)
             assert (status, reply["error"]["message"]) == (503, "Loading model")
         assert served.ask("/openapi.json")[0] == 200
         go.set()
         waiting.until(lambda: served.service.is_loaded)
-        assert served.ask("/v1/completions", BODY)[0] == 200
+        assert served.ask(COMPLETIONS, BODY)[0] == 200
 
 
-def test_running_and_queued_requests_are_answered_before_the_end(bundle, monkeypatch):
-    with running(bundle, max_concurrency=1) as served, ThreadPoolExecutor(2) as clients:
-        model = served.model
-        text = model.generate("abc", max_new_tokens=4).text
-        gate = Gate(model, monkeypatch)
-        found = [clients.submit(served.ask, "/v1/completions", BODY) for _ in range(2)]
-        waiting.until(lambda: model.activity.running + model.activity.waiting == 2)
-        served.server.should_exit = True
-        waiting.until(lambda: not listens(served))
-        gate.release(100)
-        assert [one.result()[1]["choices"][0]["text"] for one in found] == [text] * 2
-    assert model.closed
-
-
-def test_after_its_time_the_end_comes_anyway(bundle, monkeypatch):
-    with running(bundle, drain_seconds=1) as served:
-        gate = Gate(served.model, monkeypatch)
-        with served.response("/v1/completions", {**BODY, "max_tokens": 500, "stream": True}) as response:
-            gate.release(3)
-            assert response.readline().startswith(b"data: ")
-            served.server.should_exit = True
-            waiting.until(lambda: served.model.activity.running == 0)
-            gate.release(1000)
-            assert b"[DONE]" not in response.read1(100_000)
-
-
-def listens(served: Served) -> bool:
+def listens(served):
     try:
         served.ask("/health")
     except OSError:
@@ -73,25 +50,39 @@ def listens(served: Served) -> bool:
     return True
 
 
+def test_running_and_queued_requests_are_answered_before_the_end(gated, served):
+    with gated(max_concurrency=1) as (ending, gate), ThreadPoolExecutor(2) as clients:
+        found = [clients.submit(ending.choices, COMPLETIONS, **BODY) for _ in range(2)]
+        waiting.until(lambda: ending.opened == 2)
+        ending.server.should_exit = True
+        waiting.until(lambda: not listens(ending))
+        gate.release(100)
+        assert [one.result() for one in found] == [served.choices(COMPLETIONS, **BODY)] * 2
+    assert ending.model.closed
+
+
+def test_after_its_time_the_end_comes_anyway(gated):
+    body = {**BODY, "max_tokens": 500, "stream": True}
+    with gated(drain_seconds=1) as (served, gate), served.response(COMPLETIONS, body) as response:
+        gate.release(3)
+        assert response.readline().startswith(b"data: ")
+        served.server.should_exit = True
+        waiting.until(lambda: served.model.activity.running == 0)
+        gate.release(1000)
+        assert b"[DONE]" not in response.read1(100_000)
+
+
 def test_sigterm_ends_the_command_with_success(tmp_path):
     """And what is wrong with a chat template is told at the start."""
     authors, config = {"do_sample": True, "top_k": 5}, {"chat_template": "{% for %}"}
-    tiny, files = Tiny.random([(8, 8)], context_length=99), {"tokenizer": letters(), "tokenizer_config": config}
-    bundle = write_bundle(tmp_path / "b", tiny, "fused", generation_config=authors, **files)
+    bundle = write_tiny(tmp_path / "b", generation_config=authors, tokenizer_config=config)
     flags = ("--port", "0", "--threads", "1", "--alias", "a", "--default", "temperature=0")
-    program = [sys.executable, "-m", "pastkey", "serve", str(bundle.path), *flags]
+    program = [sys.executable, "-m", "pastkey", "serve", str(bundle), *flags]
     environment = os.environ | {"PASTKEY_API_KEY": ""}
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
         told = [process.stderr.readline() for _ in range(3)]
-        port = int(told[0].rsplit(":", 1)[1].split("/")[0])
-
-        def ready() -> bool:
-            client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            client.request("GET", "/health", headers={"Connection": "close"})
-            return bool(json.loads(client.getresponse().read()).get("status") == "ok")
-
-        waiting.until(ready)
+        served = Served(int(told[0].rsplit(":", 1)[1].split("/")[0]))
+        waiting.until(lambda: served.ask("/health")[0] == 200)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
@@ -102,23 +93,20 @@ def test_sigterm_ends_the_command_with_success(tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_server_that_still_loads(number, status, tmp_path):
-    program = f"""if True:
-        import tempfile, time
-        from pastkey.runtime.model.unpack import TemporaryFolder
-        from pastkey.serve.command import listen
-        from pastkey.serve.server import run
-        from pastkey.serve.settings import ServerSettings
+    program = f"""
+import tempfile, time
+from pastkey.runtime.model.unpack import TemporaryFolder
+from pastkey.serve import command, server, settings
 
-        def load():
-            unpacked = TemporaryFolder()
-            print("loading", flush=True)
-            time.sleep(600)
+def load():
+    unpacked = TemporaryFolder()
+    print("loading", flush=True)
+    time.sleep(600)
 
-        tempfile.tempdir = {str(tmp_path)!r}
-        run(ServerSettings(port=0), listen("127.0.0.1", 0), load)
-    """
+tempfile.tempdir = {str(tmp_path)!r}
+server.run(settings.ServerSettings(port=0), command.listen("127.0.0.1", 0), load)
+"""
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == b"loading\n"
         process.send_signal(number)
         try:
@@ -130,20 +118,107 @@ def test_a_signal_ends_a_server_that_still_loads(number, status, tmp_path):
 
 
 def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path, command):
-    wrong = {"do_sample": True, "top_p": 9}
-    hot = write_bundle(tmp_path / "hot", Tiny.random([(8, 8)], context_length=99), "fused", generation_config=wrong)
-    for bundle, said in ((tmp_path, "pastkey.json"), (hot.path, "generation_config.json is not valid: top_p is 9")):
+    hot = write_tiny(tmp_path / "hot", generation_config={"do_sample": True, "top_p": 9})
+    for bundle, said in ((tmp_path, "pastkey.json"), (hot, "generation_config.json is not valid: top_p is 9")):
         status, _, err = command("serve", bundle, "--port", 0, "--threads", 1)
         assert (status, err.count("\n"), "http://" in err) == (2, 1, False)
         assert err.startswith("pastkey serve: ")
         assert said in err
 
 
-def test_a_template_that_writes_too_much_is_refused_and_the_server_goes_on(tmp_path):
-    tiny, config = Tiny.random([(8, 8)], context_length=600), {"chat_template": "{{ 'x' * 5000000 }}"}
-    bundle = write_bundle(tmp_path / "b", tiny, "fused", tokenizer=letters(), tokenizer_config=config).path
-    with running(bundle) as served:
-        status, reply = served.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]})
-        assert status == 400
-        assert "it writes more than 4,000,000 characters" in reply["error"]["message"]
-        assert served.ask("/v1/completions", BODY)[0] == 200
+# --- docs/serve.md --------------------------------------------------------------------------------------------------
+def test_the_command_and_the_program_of_the_page_run(tmp_path):
+    pytest.importorskip("openai")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^    (curl (?:.*\\\n)?.*)$", PAGE, re.MULTILINE)
+    patient = write_tiny(tmp_path / "bundle", stand_in="Q")  # reads every letter
+    with running(patient, names=("bundle",), defaults={"max_new_tokens": 8}) as served:
+        address = f"127.0.0.1:{served.port}"
+        if shutil.which("curl") is not None:
+            asked = ["bash", "-c", command.replace("127.0.0.1:8080", address)]
+            told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+            assert '"object":"chat.completion"' in told
+        environment = os.environ | {"OPENAI_BASE_URL": f"http://{address}/v1"}
+        asked = [sys.executable, "-c", program]
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout) == 64 + 1 + 64  # the answer, a line break, the streamed answer
+
+
+def test_the_page_names_every_route_and_field():
+    for entry in TABLE:
+        assert re.sub(r"{.*}", "NAME", entry.path) in PAGE
+    for name in schemas.ModelBody.model_fields:
+        assert f"`{name}`" in PAGE
+
+
+# --- load: the queue, its order, and clients that go away, each with real sockets -----------------------------------
+def body(prompt, tokens=20, **more):
+    return {"prompt": prompt, "max_tokens": tokens, **more}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_text_within_a_step(gated, stream):
+    with gated() as (served, gate):
+        gate.release(5)
+        client = served.sent(COMPLETIONS, body("abc", 500, stream=stream))
+        waiting.until(lambda: gate.ran == 5)
+        client.close()
+        waiting.until(lambda: served.opened == 0)
+        gate.release(100)
+        waiting.until(lambda: served.model.scheduler.live == 0)
+        assert gate.ran <= 6
+        assert served.ask(COMPLETIONS, body("abc", 3))[0] == 200
+
+
+def test_a_full_queue_is_a_429_and_a_queued_client_that_leaves_frees_its_place_and_no_others(gated):
+    with gated(max_concurrency=1, max_queue=2) as (served, gate):
+        with ThreadPoolExecutor(2) as clients:
+            first = clients.submit(served.choices, COMPLETIONS, **body("abc"))
+            waiting.until(lambda: served.opened == 1)
+            leaver = served.sent(COMPLETIONS, body("lmn", 400, stream=True))
+            waiting.until(lambda: served.opened == 2)
+            last = clients.submit(served.choices, COMPLETIONS, **body("de"))
+            waiting.until(lambda: served.opened == 3)
+            with served.response(COMPLETIONS, body("x")) as refused:
+                assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+                assert json.loads(refused.read())["error"]["code"] == "queue_full"
+            assert served.ask("/health")[0] == 200
+            leaver.close()
+            waiting.until(lambda: served.opened == 2)
+            gate.release(10_000)
+            texts = [found.result()[0]["text"] for found in (first, last)]
+        assert served.model.activity.requests == 2  # the leaver never began
+        assert texts == [served.model.generate(prompt, max_new_tokens=20).text for prompt in ("abc", "de")]
+
+
+def test_a_reader_that_takes_nothing_holds_no_place(bundle):
+    long = body("abc", 590, stream=True)  # its events are more than a socket's buffers hold
+    with running(bundle, max_concurrency=1) as served, served.response(COMPLETIONS, long) as response:
+        waiting.until(lambda: served.model.activity.requests == 1)
+        assert served.ask(COMPLETIONS, body("abc", 3))[0] == 200
+        *chunks, done = data_of(response)
+    assert (done, len(chunks) > 500) == ("[DONE]", True)
+
+
+def test_a_long_prefill_sends_pings(gated):
+    asked = body("abc", 2, stream=True)
+    with gated(ping_seconds=0.05) as (served, gate), served.response(COMPLETIONS, asked) as response:
+        assert [response.readline() for _ in range(3)] == [b": ping\n", b"\n", b": ping\n"]
+        gate.release(100)
+        assert list(data_of(response))[-1] == "[DONE]"
+
+
+def test_the_time_of_a_request_ends_its_text(bundle, monkeypatch):
+    with running(bundle, timeout=0.2) as served:
+        runs_of(served.model.require_open().graph, monkeypatch, 0.01)
+        reply = served.ask(COMPLETIONS, body("abc", 500))[1]
+        assert reply["choices"][0]["finish_reason"] == "length"
+        assert reply["usage"]["completion_tokens"] < 500
+
+
+def test_one_request_with_many_prompts_is_never_cut_by_the_queue(bundle):
+    with running(bundle, max_concurrency=2, max_queue=0) as served:
+        choices = served.choices(COMPLETIONS, prompt=["ab"] * 9, max_tokens=2, n=2)
+        assert [choice["index"] for choice in choices] == list(range(18))
+        assert served.opened == 0

@@ -1,16 +1,12 @@
 """serve --untrusted: a process with limits serves, and its parent ends one that stands still, whatever it says."""
 
-from __future__ import annotations
-
 import contextlib
-import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
@@ -18,10 +14,9 @@ from pastkey.serve.guard import salted
 
 from ..runtime.decoding.batching import waiting
 from ..runtime.sandbox import conftest as bundles
-from .conftest import Gate, running
+from .conftest import COMPLETIONS, Gate, Served, running
 
 acting = bundles.acting
-BODY = {"prompt": "hi", "max_tokens": 5, "temperature": 0}
 
 
 def test_a_bundle_is_served_from_a_process_with_limits(bundle, served, tmp_path):
@@ -30,26 +25,14 @@ def test_a_bundle_is_served_from_a_process_with_limits(bundle, served, tmp_path)
     command = [sys.executable, "-m", "pastkey", "serve", bundle, *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, contextlib.ExitStack() as ending:
         ending.callback(server.terminate)
-        assert server.stderr is not None
-        address = next(line.split()[-1] for line in server.stderr if " at http://" in line).removesuffix("/v1")
-
-        def asked(path: str, body: object = None, key: str = "secret") -> tuple[int, str, object]:
-            sent = None if body is None else json.dumps(body).encode()
-            request = urllib.request.Request(address + path, sent, {"Authorization": f"Bearer {key}"})
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return reply.status, reply.headers["content-type"], json.load(reply)
-            except urllib.error.HTTPError as error:
-                return error.code, error.headers["content-type"], json.load(error)
-
-        while asked("/health")[0] == 503:
-            time.sleep(0.05)
-        found = asked("/v1/completions", BODY)
-        assert found[0] == 200
-        assert found[2]["choices"] == served.ask("/v1/completions", BODY)[1]["choices"]
-        assert asked("/v1/completions", BODY, key="wrong")[0] == 401
+        port = next(found[1] for line in server.stderr if (found := re.search(r" at http://.*:(\d+)/v1$", line)))
+        limited = Served(int(port), headers={"Authorization": "Bearer secret"})
+        waiting.until(lambda: limited.ask("/health")[0] != 503)
+        body = {"prompt": "hi", "max_tokens": 5, "temperature": 0}
+        assert limited.choices(COMPLETIONS, **body) == served.choices(COMPLETIONS, **body)
+        assert limited.ask(COMPLETIONS, body, Authorization="Bearer wrong")[0] == 401
         for page in ("/", "/index.html"):
-            assert asked(page)[:2] == (404, "application/json")
+            assert limited.ask(page)[0] == 404
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
 
@@ -104,8 +87,7 @@ def test_what_it_says_of_itself_does_not_lengthen_its_life(command, bundle, acti
     assert time.monotonic() - began < 30
 
 
-def test_what_does_not_fit(command, bundle):
-    for flags in (("--adapter", "a=b"), ("--draft", "b"), ("--provider", "cuda")):
-        status, _, err = command("serve", bundle, "--untrusted", *flags)
-        assert status == 2
-        assert f"{flags[0]} " in err
+@pytest.mark.parametrize("flags", [("--adapter", "a=b"), ("--draft", "b"), ("--provider", "cuda")])
+def test_what_does_not_fit(command, bundle, flags):
+    status, _, err = command("serve", bundle, "--untrusted", *flags)
+    assert (status, f"{flags[0]} " in err) == (2, True)

@@ -1,47 +1,35 @@
 """Pages in headless Chromium, and the server that they get everything from."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from queue import Queue
-from typing import Any, BinaryIO
 
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 # The page may fetch from this server alone; transformers.js makes workers and modules of blobs.
 CONFINED = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:"}
-FLAGS = (
-    "--headless",
-    "--no-sandbox",  # which root cannot have
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+FLAGS = (  # root cannot have a sandbox
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-)
-Files = Mapping[str, Path | bytes]  # by the path of their address; a folder serves what is in it
-Posted = Queue[tuple[str, Any]]
+)  # fmt: skip
 
 
 class _Handler(SimpleHTTPRequestHandler):
     """Serves files; what a page posts goes to a queue, with its path."""
 
-    def __init__(self, *arguments: Any, files: Files, headers: Mapping[str, str], posted: Posted) -> None:
+    def __init__(self, *arguments, files, headers, posted):
         self._files, self._headers, self._posted = files, headers, posted
         super().__init__(*arguments)
 
-    def send_head(self) -> BinaryIO | None:
+    def send_head(self):
         name = self.path.partition("?")[0].lstrip("/") or "index.html"
         content = _content(self._files, name)
         if content is None:
@@ -55,17 +43,17 @@ class _Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         return BytesIO(content)
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(204)
         self.end_headers()
         self._posted.put((self.path, content))
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         """Says nothing: a test's output is its failures."""
 
 
-def _content(files: Files, name: str) -> bytes | None:
+def _content(files, name):
     for known, place in files.items():
         if name == known:
             return place if isinstance(place, bytes) else place.read_bytes()
@@ -76,20 +64,18 @@ def _content(files: Files, name: str) -> bytes | None:
 
 
 @contextmanager
-def serving(
-    files: Files, headers: Mapping[str, str] | None = None, posted: Posted | None = None
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serves a site on loopback: yields its address, and what ends the server before the block does."""
+def serving(files, headers=None, posted=None):
+    """Serves a site on loopback: yields its address, and what ends the server before the block does.
+
+    `files`: path of the address -> a file, its content, or a folder of files. `posted` gets what pages post.
+    """
     handler = partial(_Handler, files=files, headers=headers or {}, posted=posted or Queue())
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    ended = threading.Event()
 
-    def end() -> None:
-        if not ended.is_set():
-            ended.set()
-            server.shutdown()
-            server.server_close()
+    def end():
+        server.shutdown()
+        server.server_close()
 
     try:
         yield f"http://127.0.0.1:{server.server_port}/", end
@@ -97,14 +83,12 @@ def serving(
         end()
 
 
-def visit(
-    chromium: str, page: str, files: Files, *, flags: Sequence[str] = (), seconds: float = 120
-) -> tuple[str, Any]:
+def visit(chromium, page, files, *, flags=(), seconds=120):
     """Opens `page` and waits for its first POST: the path, and the content. Raises queue.Empty after `seconds`.
 
     Nothing but 127.0.0.1 is reached.
     """
-    posted: Posted = Queue()
+    posted = Queue[tuple[str, object]]()
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         serving(files, CONFINED, posted) as (address, _),

@@ -1,89 +1,100 @@
-from __future__ import annotations
+"""`pastkey inspect`, `pastkey bench` and `pastkey devices`: what a bundle has, its speed, and where it may run."""
 
+import functools
+import importlib.metadata
 import json
+import subprocess
+import sys
 import tempfile
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.__main__ import main
-from pastkey.contract.bundle import Bundle
+from pastkey.errors import ProviderError
+from pastkey.providers import PROVIDERS
+from pastkey.runtime.commands.bench import bench, clamp
+from pastkey.runtime.commands.devices import devices
 from pastkey.runtime.commands.inspection import Share, inspect, read_shares
 from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.providers import ort
+from pastkey.runtime.providers import placement as providers
+from pastkey.runtime.providers.native import NativeKernels
 
 
-def test_sizes_operators_and_placement(bundle, tiny):
+def test_sizes_operators_and_placement(bundle, tiny, tmp_path, monkeypatch, command):
+    """And nothing is left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     inspection = inspect(bundle.path, threads=1)
+    assert list(tmp_path.iterdir()) == []
     (share,) = inspection.shares
-    assert share.provider == "cpu"
-    assert share.nodes == sum(share.operators.values())
+    assert (share.provider, share.nodes) == ("cpu", sum(share.operators.values()))
     assert share.operators.get("GroupQueryAttention", 0) == (2 if bundle.manifest.graph == "fused" else 0)
     weights = sum(weight.nbytes for weight in tiny.weights.values())
     tied = tiny.weights["embedding"].nbytes  # read by the gather and, transposed, by the output
     assert weights + tied <= share.weight_bytes <= weights + tied + 2000
-    assert inspection.total_bytes == sum(
-        path.stat().st_size for path in bundle.path.rglob("*") if path.is_file() and path.name != "pastkey.json"
-    )
+    files = [path for path in bundle.path.rglob("*") if path.is_file() and path.name != "pastkey.json"]
+    assert inspection.total_bytes == sum(path.stat().st_size for path in files)
     assert inspection.kv_bytes_per_token == 4 * 2 * (8 + 8 + 16 + 16)
+    status, out, err = command("inspect", bundle.path)
+    assert (status, err) == (0, "")
+    assert "golden logits" not in out  # of the CPU there are none to compare
+    graph = bundle.manifest.graph
+    for word in ("onnx/pastkey.onnx", f"{graph} graph (asked for)", "384  of keys and values", "MatMul"):
+        assert word in out
+    status, out, err = command("inspect", bundle.path, "--json")
+    assert (status, err, json.loads(out)["shares"][0]["provider"]) == (0, "", "cpu")
 
 
-def test_nothing_is_left_behind(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    inspect(bundle.path, threads=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_profile_that_was_cut_short_means_a_full_disk(bundle, tmp_path, monkeypatch):
+def test_a_profile_that_was_cut_short_means_a_full_disk(fused_bundle, tmp_path, monkeypatch):
     cut = tmp_path / "profile.json"
     cut.write_text('[{"cat": "Node", "na')
     monkeypatch.setattr("onnxruntime.InferenceSession.end_profiling", lambda _: str(cut))
     with pytest.raises(OSError, match="No space left"):
-        inspect(bundle.path, threads=1)
+        inspect(fused_bundle.path, threads=1)
 
 
 def test_one_token_of_context_is_enough(tiny, make_bundle):
     assert inspect(make_bundle(type(tiny).random([(8, 8)], 1), "fused").path, threads=1).shares
 
 
-def test_nodes_are_counted_once_per_provider():
-    def node(name: str, provider: str, size: int) -> dict[str, object]:
-        args = {"provider": provider, "op_name": name.split("_")[0], "parameter_size": str(size)}
-        return {"cat": "Node", "name": f"{name}_kernel_time", "args": args}
-
-    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
-    profile: list[dict[str, Any]] = [
-        node("MatMul_1", cuda, 100), node("MatMul_2", cuda, 50), node("MatMul_1", cuda, 100), node("Shape_3", cpu, 0),
-        {"cat": "Engine", "name": "model_run", "args": {}},
-        {"cat": "Node", "name": "MatMul_1_fence_before", "args": {}},
-    ]  # fmt: skip
-    shares = Share("onnx/a.onnx", "cuda", 2, 150, {"MatMul": 2}), Share("onnx/a.onnx", "cpu", 1, 0, {"Shape": 1})
-    assert read_shares(profile, "onnx/a.onnx", 1000) == shares
+def node(name, provider, size):
+    args = {"provider": f"{provider}ExecutionProvider", "op_name": name.split("_")[0], "parameter_size": str(size)}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "args": args}
 
 
-@pytest.mark.parametrize(("reported", "shown"), [(0, 250), (40, 40)])
-def test_a_compiled_part_without_weights_in_the_profile_has_those_that_are_left(reported, shown):
-    profile: list[dict[str, Any]] = [
-        {"cat": "Node", "name": f"{name}_kernel_time",
-         "args": {"provider": f"{provider}ExecutionProvider", "op_name": name, "parameter_size": str(size)}}
-        for name, provider, size in (("subgraph", "NPU", reported), ("MatMul", "CPU", 50))
-    ]  # fmt: skip
-    shares = Share("a.onnx", "npu", 1, shown, {"subgraph": 1}), Share("a.onnx", "cpu", 1, 50, {"MatMul": 1})
-    assert read_shares(profile, "a.onnx", 300) == tuple(sorted(shares, key=lambda share: -share.weight_bytes))
+CPU, NPU = (functools.partial(Share, "a.onnx", name, 1) for name in ("cpu", "npu"))
+PROFILES = {
+    "each node once per provider": (
+        [node("MatMul_1", "CUDA", 100), node("MatMul_2", "CUDA", 50), node("MatMul_1", "CUDA", 100),
+         node("Shape_3", "CPU", 0), {"cat": "Engine", "name": "model_run", "args": {}},
+         {"cat": "Node", "name": "MatMul_1_fence_before", "args": {}}],
+        1000, (Share("a.onnx", "cuda", 2, 150, {"MatMul": 2}), CPU(0, {"Shape": 1})),
+    ),
+    "a compiled part without weights has those that are left": (
+        [node("subgraph", "NPU", 0), node("Add", "CPU", 50)], 300, (NPU(250, {"subgraph": 1}), CPU(50, {"Add": 1}))
+    ),
+    "a compiled part with weights has its own": (
+        [node("subgraph", "NPU", 40), node("Add", "CPU", 50)], 300, (CPU(50, {"Add": 1}), NPU(40, {"subgraph": 1}))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("profile", "weight_bytes", "shares"), PROFILES.values(), ids=PROFILES)
+def test_a_profile_is_read_by_provider(profile, weight_bytes, shares):
+    assert read_shares(profile, "a.onnx", weight_bytes) == shares
 
 
 @pytest.mark.parametrize(("chunk", "files"), [(4, ["pastkey_prefill", "pastkey_decode"]), (1, ["pastkey_prefill"])])
-def test_each_graph_of_a_static_bundle_is_shown(chunk, files, tiny, make_bundle, capsys):
-    bundle = make_bundle(tiny, "static", chunk=chunk)
+def test_each_graph_of_a_static_bundle_is_shown(chunk, files, tiny, make_bundle, command):
+    bundle, graphs = make_bundle(tiny, "static", chunk=chunk), [f"onnx/{file}.onnx" for file in files]
     shares = inspect(bundle.path, threads=1).shares
-    assert [share.graph for share in shares] == [f"onnx/{file}.onnx" for file in files]
+    assert [share.graph for share in shares] == graphs
     least = sum(weight.nbytes for weight in tiny.weights.values())
     assert all(share.nodes == sum(share.operators.values()) > 20 for share in shares)
     assert all(least <= share.weight_bytes < 3 * least for share in shares)
-    assert main(["inspect", str(bundle.path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("onnx/")] == [f"onnx/{file}.onnx" for file in files]
+    status, out, _ = command("inspect", bundle.path)
+    assert (status, [line for line in out.splitlines() if line.startswith("onnx/")]) == (0, graphs)
 
 
 class OnDevice(Engine):
@@ -91,11 +102,11 @@ class OnDevice(Engine):
 
     least = 1
 
-    def __init__(self, bundle: Bundle, **placement: Any) -> None:
+    def __init__(self, bundle, **placement):
         super().__init__(bundle, **placement)
         self.graph.providers = ["DeviceExecutionProvider"]
 
-    def run(self, ids: Any, mask: Any = None, *, keep: int = 1, hidden: bool = False) -> Any:
+    def run(self, ids, mask=None, *, keep=1, hidden=False):
         logits = super().run(ids, mask, keep=keep, hidden=hidden)
         if ids.shape[1] >= self.least and not (self.graph.one_by_one and ids.shape[1] > 1):  # which runs single tokens
             logits[..., 3] += 0.1 * np.abs(logits).max()
@@ -113,23 +124,99 @@ def test_what_a_device_computes_is_shown_as_run_says_it(least, shown, fused_bund
         assert ("'device' computes other logits on this device than the CPU: off by" in err) == (status == 2)
         assert ("single tokens right: the prompt is read token by token" in err) == (shown == "prefill wrong")
     answer = json.loads(out)
-    assert answer["golden_logits"] == shown
-    assert (answer["refusal"] is None) == (status == 0)
+    assert (answer["golden_logits"], answer["refusal"] is None) == (shown, status == 0)
     assert [share["provider"] for share in answer["shares"]] == ["cpu"]
     assert f"golden logits on this device: {shown}\n" in command("inspect", fused_bundle.path)[1]
 
 
-def test_inspect(command, bundle):
-    status, out, err = command("inspect", bundle.path)
+# --- bench ----------------------------------------------------------------------------------------------------------
+def test_the_report_has_the_figures_and_what_they_were_measured_with(command, bundle):
+    arguments = ["bench", bundle.path, "--prompt-tokens", 20, "--new-tokens", 10, "--threads", 1]
+    status, out, err = command(*arguments, "--json")
     assert (status, err) == (0, "")
-    assert "golden logits" not in out  # of the CPU there are none to compare
-    for word in (
-        "onnx/pastkey.onnx",
-        f"{bundle.manifest.graph} graph (asked for)",
-        "384  of keys and values",
-        "MatMul",
-    ):
-        assert word in out
-    status, out, err = command("inspect", bundle.path, "--json")
+    report = json.loads(out)
+    settings = report.pop("settings")
+    assert set(report) == {"prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "peak_rss_bytes"}
+    assert min(report.values()) > 0
+    assert (settings["prompt_tokens"], settings["new_tokens"], settings["threads"]) == (20, 10, 1)
+    assert (settings["provider"], settings["graph"]) == ("CPUExecutionProvider", bundle.manifest.graph)
+    assert "note" not in settings
+    status, out, err = command(*arguments)
     assert (status, err) == (0, "")
-    assert json.loads(out)["shares"][0]["provider"] == "cpu"
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["prefill", "decode", "load", "memory"]
+
+
+def test_clamp():
+    assert [clamp(512, 128, context) for context in (640, 639, 1)] == [(512, 128), (511, 128), (1, 0)]
+    assert clamp(2, 128, 11) == (2, 5)
+
+
+def test_it_says_what_it_clamped_and_has_no_figure_of_no_tokens(command, fused_bundle):
+    status, _, err = command("bench", fused_bundle.path, "--prompt-tokens", 9999, "--new-tokens", 2)
+    assert (status, "the context is 600: 598 + 2 tokens were measured" in err) == (0, True)
+    assert bench(fused_bundle.path, prompt_tokens=3, new_tokens=0, threads=1).decode_tokens_per_second is None
+
+
+def test_peak_memory_sees_what_was_held_and_let_go():
+    program = (
+        "from pastkey.runtime.commands.bench import peak_rss_bytes\n"
+        "before = peak_rss_bytes()\n"
+        "held = b'x' * 80_000_000\n"
+        "del held\n"
+        "print(peak_rss_bytes() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 60_000_000 < int(done.stdout) < 120_000_000
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+installed = functools.cache(importlib.metadata.packages_distributions)
+
+
+@pytest.fixture
+def packages_are_looked_at_once(monkeypatch):
+    """Each look reads what every package of this environment holds."""
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", installed)
+
+
+@pytest.mark.usefixtures("packages_are_looked_at_once")
+def test_every_known_provider_is_listed_once_with_available_ones_first(command):
+    rows = devices()
+    assert (rows[0].short_name, rows[0].available) == ("cpu", True)
+    assert rows[0].package.split()[1] == ort.onnxruntime.__version__
+    assert [device.split()[0] for device in rows[0].devices] == ["CPU"]
+    assert sorted(row.short_name for row in rows if row.short_name in PROVIDERS) == sorted(PROVIDERS)
+    assert all(row.note for row in rows if not row.available)
+    status, out, _ = command("devices")
+    assert status == 0
+    assert f"cpu            available  any CPU; {ort.wheels()[0]} {ort.onnxruntime.__version__}" in out
+    assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
+    shown = json.loads(command("devices", "--json")[1])["devices"]
+    assert [(row["short_name"], row["available"]) for row in shown] == [(row.short_name, row.available) for row in rows]
+
+
+@pytest.mark.usefixtures("packages_are_looked_at_once")
+def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch):
+    """And a provider that nobody knew of is listed."""
+    qnn = PROVIDERS["qnn"]
+
+    def fail(name):
+        raise ProviderError("no library")
+
+    monkeypatch.setattr(providers, "available", lambda: [qnn.name, "NewExecutionProvider", providers.CPU])
+    monkeypatch.setattr(providers, "is_plugin", lambda name: name == qnn.name)
+    monkeypatch.setattr(providers, "plugin_devices", fail)
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2")
+    rows = {row.short_name: row for row in devices()}
+    row, new = rows["qnn"], rows["new"]
+    assert (row.available, row.note, row.package, row.devices) == (False, "no library", "onnxruntime-qnn 2", ())
+    assert (new.name, new.available, new.devices) == ("NewExecutionProvider", True, ())
+
+
+@pytest.mark.usefixtures("packages_are_looked_at_once")
+def test_portable_kernels_are_said_to_wait_for_a_request(command, monkeypatch):
+    monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
+    for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's run, which read prompts faster")):
+        here = NativeKernels("0.1.0", 1, level, "/library.so")
+        monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda here=here: here)
+        assert f"native kernels: 0.1.0, {told}" in command("devices")[1]

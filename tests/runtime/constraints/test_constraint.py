@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,87 +9,72 @@ from pastkey.runtime.options import options_of
 from pastkey.runtime.settings import GENERATE_OPTIONS
 
 
-def test_a_call_without_one_has_none():
-    assert Constraint.of({}) is None
-    assert Constraint.of({"regex": None, "seed": 1}) is None
-
-
-def test_a_schema_is_taken_as_a_dict_or_as_its_text():
-    schema = {"type": "object", "properties": {"é": {"const": "日"}}}
-    as_dict, as_text = Constraint.of({"json_schema": schema}), Constraint.of({"json_schema": json.dumps(schema)})
-    assert as_dict == as_text == Constraint("json_schema", json.dumps(schema, ensure_ascii=False))
-    assert as_dict is not None
-    assert sorted(as_dict.literals()) == ['"é"', '"日"']
-
-
 class Model:
     """As a model of Pydantic 2, whose class writes its schema."""
 
     @classmethod
-    def model_json_schema(cls) -> dict[str, Any]:
+    def model_json_schema(cls):
         return {"type": "object", "title": cls.__name__}
+
+
+class Unwritten:
+    @classmethod
+    def model_json_schema(cls):
+        raise TypeError("a function has no schema\nsee errors.pydantic.dev")
 
 
 def test_a_schema_may_be_the_class_of_a_model():
     taken = options_of("generate", {"json_schema": Model, "seed": None}, GENERATE_OPTIONS)
     assert taken == {"json_schema": {"type": "object", "title": "Model"}}
+    with pytest.raises(InputError, match=r"which has no JSON schema \(a function has no schema\): change its fields$"):
+        options_of("generate", {"json_schema": Unwritten}, GENERATE_OPTIONS)
 
 
-def test_a_schema_may_be_a_model_of_pydantic():
-    pydantic = pytest.importorskip("pydantic")
-    city: Any = pydantic.create_model("City", name=str, area=(float, pydantic.Field(ge=0)))
-    model = pydantic.create_model("Country", cities=list[city], capital=(city, ...))
-    constraint = Constraint.of(options_of("generate", {"json_schema": model}, GENERATE_OPTIONS))
-    assert constraint is not None
-    assert json.loads(constraint.text) == model.model_json_schema()
-    assert {*constraint.literals()} == {'"cities"', '"capital"', '"name"', '"area"'}
-    unwritten = pydantic.create_model("Unwritten", call=Callable[[], int])
-    with pytest.raises(
-        InputError, match=r"^json_schema is <.*Unwritten.*has no JSON schema \(.+\): change its fields$"
-    ):
-        options_of("generate", {"json_schema": unwritten}, GENERATE_OPTIONS)
+SCHEMA = {"properties": {"é": {"const": "日"}, "a": {"enum": ["b", 3]}}}
+WRITTEN = Constraint("json_schema", json.dumps(SCHEMA, ensure_ascii=False))
+TAKEN: list[tuple[dict[str, Any], Constraint | None, list[str]]] = [  # and the texts that must be written
+    ({"regex": None, "seed": 1}, None, []),
+    ({"json_schema": SCHEMA}, WRITTEN, ['"a"', '"b"', '"é"', '"日"', "3"]),
+    ({"json_schema": json.dumps(SCHEMA)}, WRITTEN, ['"a"', '"b"', '"é"', '"日"', "3"]),
+    ({"json_schema": True}, Constraint("json_schema", "{}"), []),
+    ({"json_schema": "true"}, Constraint("json_schema", "{}"), []),
+    ({"choices": ("yes", 'n"o')}, Constraint("choices", '["yes", "n\\"o"]'), ['n"o', "yes"]),
+]
 
 
-def test_boolean_schemas():
-    expected = Constraint("json_schema", "{}")
-    taken: tuple[Any, ...] = (True, "true", {}, "{}")
-    refused: tuple[Any, ...] = (False, " false ")
-    assert [Constraint.of({"json_schema": schema}) for schema in taken] == [expected] * len(taken)
-    for schema in refused:
-        with pytest.raises(InputError, match="json_schema is false, which no text validates"):
-            Constraint.of({"json_schema": schema})
-
-
-def test_choices_are_the_texts_that_must_be_written():
-    constraint = Constraint.of({"choices": ("yes", 'n"o')})
-    assert constraint is not None
-    assert list(constraint.literals()) == ["yes", 'n"o']
+@pytest.mark.parametrize(("options", "expected", "literals"), TAKEN)
+def test_a_constraint_has_its_text_and_the_literals_that_must_be_written(options, expected, literals):
+    found = Constraint.of(options)
+    assert found == expected
+    assert sorted(found.literals() if found else []) == literals
 
 
 SELF: dict[str, Any] = {}
 SELF["properties"] = {"a": SELF}
 
 
-def deep(levels: int) -> dict[str, Any]:
+def deep(levels):
     schema: dict[str, Any] = {"type": "null"}
     for _ in range(levels):
         schema = {"type": "array", "items": schema}
     return schema
 
 
-def chain(levels: int) -> dict[str, Any]:
+def chain(levels):
     """Each definition names the next one."""
-    defs: dict[str, Any] = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(levels)}
+    defs = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(levels)}
     return {"$defs": {**defs, f"d{levels}": {"type": "null"}}, "$ref": "#/$defs/d0"}
 
 
-def rules(levels: int) -> str:
+def rules(levels):
     return "start: r0\n" + "".join(f'r{i}: "a" r{i + 1}\n' for i in range(levels)) + f'r{levels}: "b"'
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
+REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"regex": "a", "choices": ["b"]}, "regex and choices were both given"),
     ({"json_schema": "{"}, "json_schema is not JSON"),
+    ({"json_schema": False}, "json_schema is false"),
+    ({"json_schema": " false "}, "json_schema is false"),
     ({"json_schema": "[" * 100_000}, "json_schema is not JSON"),
     ({"json_schema": "[1]"}, "a JSON schema was expected"),
     ({"json_schema": 3}, "json_schema is 3; a JSON schema was expected"),
@@ -110,20 +92,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "sentence"), BAD, ids=[sentence[:50] for _, sentence in BAD])
-def test_an_invalid_constraint_is_refused(options, sentence):
-    with pytest.raises(InputError, match=sentence):
+@pytest.mark.parametrize(("options", "words"), REFUSED, ids=[words[:50] for _, words in REFUSED])
+def test_an_invalid_constraint_is_refused(options, words):
+    with pytest.raises(InputError, match=words):
         Constraint.of(options)
 
 
-def test_the_deepest_schemas_and_recursive_ones_are_taken():
-    tree = {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
-    for options in (
-        {"json_schema": deep(90)},
-        {"json_schema": chain(30)},
-        {"json_schema": tree},
-        {"grammar": rules(50)},
-        {"grammar": 'start: a\na: "(" a ")" | b\nb: a | "x: y"'},
-        {"grammar": "no rule at all"},
-    ):
-        assert Constraint.of(options) is not None
+RECURSIVE = {"$defs": {"t": {"type": "object", "properties": {"t": {"$ref": "#/$defs/t"}}}}, "$ref": "#/$defs/t"}
+DEEPEST: list[dict[str, Any]] = [
+    *({"json_schema": schema} for schema in (deep(90), chain(30), RECURSIVE)),
+    *({"grammar": text} for text in (rules(50), 'start: a\na: "(" a ")" | b\nb: a | "x: y"', "no rule at all")),
+]
+
+
+@pytest.mark.parametrize("options", DEEPEST)
+def test_the_deepest_and_recursive_ones_are_taken(options):
+    assert Constraint.of(options)

@@ -1,44 +1,28 @@
 """Constraints in whole generations, over the tiny decoder."""
 
-from __future__ import annotations
-
 import json
 import re
-from typing import Any
 
 import pytest
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
 from pastkey.errors import InputError
+from pastkey.runtime import load
 from pastkey.runtime.constraints.lazy import LazyVocabulary
 from pastkey.runtime.constraints.vocabulary import Vocabulary
-from pastkey.runtime.loading import load
 from pastkey.runtime.text.codec import TextCodec
 
-LETTERS = '{}[]":, -.0123456789aeflnrstuyé'  # what JSON is made of
-END = "<end>"
+from .vocabularies import characters
 
-
-def json_letters() -> Tokenizer:
-    """36 tokens and one id that is none, as many as the tiny decoder has."""
-    words = [END, *LETTERS, '{"', '": ', '", "', "tr"]
-    vocabulary = {text: i for i, text in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(END, special=True)])
-    assert len(vocabulary) == 36
-    return tokenizer
+# What JSON is made of: 36 tokens and one id that is none, as many as the tiny decoder has.
+LETTERS = [*'{}[]":, -.0123456789aeflnrstuyé', '{"', '": ', '", "', "tr"]
 
 
 @pytest.fixture(scope="module", params=["fused", "standard"])
 def lm(request, tiny, make_bundle):
-    bundle = make_bundle(tiny, request.param, tokenizer=json_letters(), eos_token_ids=(0,))
-    return load(bundle.path)
+    return load(make_bundle(tiny, request.param, tokenizer=characters(LETTERS), eos_token_ids=(0,)).path)
 
 
 SCHEMA = {
@@ -51,23 +35,15 @@ SCHEMA = {
     "required": ["a", "tees", "return"],
     "additionalProperties": False,
 }
-SAMPLED: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 200}
+SAMPLED = {"temperature": 1.5, "max_new_tokens": 200}
+SEVERAL = {"top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.1}
 
 
-OTHERS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.0},
-    {"logprobs": 2},
-    {"temperature": 2.0, "top_n_sigma": 1.0, "typical_p": 0.9, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.1},
-]
-
-
-@pytest.mark.parametrize("options", OTHERS)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"logprobs": 2}, {"temperature": 2.0, **SEVERAL}])
 def test_sampled_output_validates(lm, options):
     for seed in range(8):
         done = lm.generate("ta", json_schema=SCHEMA, seed=seed, **SAMPLED | options)
-        assert done.finish_reason == "stop"
-        assert done.new_tokens == len(done.ids)
+        assert (done.finish_reason, done.new_tokens) == ("stop", len(done.ids))
         if "logprobs" in options:  # each token is chosen
             assert (done.forced_tokens, len(done.logprobs)) == (0, len(done.ids))
         else:
@@ -91,12 +67,13 @@ def test_stop_strings_limits_and_bans_with_a_constraint(lm):
 
 def test_a_constraint_that_takes_no_text_is_met_at_once(lm, speaking_bundle):
     assert lm.generate("ta", regex="a{0}", min_new_tokens=2).finish_reason == "stop"
-    done = load(speaking_bundle.path, threads=1).generate("abc", regex="a{0}")  # a model without EOS
-    assert (done.text, done.finish_reason) == ("", "stop")
+    without_eos = load(speaking_bundle.path, threads=1)
+    for regex, text in (("a{0}", ""), ("a{2,3}", "aaa")):
+        done = without_eos.generate("abc", regex=regex)
+        assert (done.text, done.finish_reason) == (text, "stop")
 
 
 def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
-    assert lm.tokenizer is not None
     true, dot = (lm.tokenizer.encode(letter)[0] for letter in "t.")
     for regex in ("a\\.t", "[0-9][.]t"):  # where it is forced and where it is chosen
         whole = lm.generate("ta", regex=regex)
@@ -104,17 +81,15 @@ def test_an_end_id_of_ones_own_ends_a_text_that_is_held(lm):
         cut = lm.generate("ta", regex=regex, stop_token_ids=[dot])
         assert (cut.ids, cut.finish_reason) == (whole.ids[:1], "stop")
     # An end of the text's own may follow where the constraint is met, and the bundle's no more.
-    held = lm.generate("ta", regex="a+", eos_token_id=true, max_new_tokens=20, logit_bias={true: 999.0})
-    assert (held.text, held.finish_reason) == ("a", "stop")
-    held = lm.generate("ta", regex="a+", eos_token_id=[], max_new_tokens=20, logit_bias={0: 999.0})
-    assert (held.text, held.finish_reason) == ("a" * 20, "length")
+    for own, end, expected in ((true, true, ("a", "stop")), ([], 0, ("a" * 20, "length"))):
+        held = lm.generate("ta", regex="a+", eos_token_id=own, max_new_tokens=20, logit_bias={end: 999.0})
+        assert (held.text, held.finish_reason) == expected
 
 
 def test_forced_tokens_of_a_stream_are_run_together(lm):
     whole = lm.generate("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
-    stream = lm.stream("ta", json_schema=SCHEMA, seed=3, **SAMPLED)
     before = lm.scheduler.steps
-    chunks = list(stream)
+    chunks = list(lm.stream("ta", json_schema=SCHEMA, seed=3, **SAMPLED))
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert [token for chunk in chunks for token in chunk.ids] == whole.ids
     assert lm.scheduler.steps - before < whole.new_tokens - whole.forced_tokens + 5
@@ -124,7 +99,6 @@ def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm):
     """The greedy text is what a loop over uncached logits with the same masks gives."""
     done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
     following = lm.vocabulary.matcher({"json_schema": SCHEMA})
-    assert following is not None
     prompt = lm.prompt_ids("ta")
     ids = [*prompt]
     while not following.complete:
@@ -152,10 +126,9 @@ def test_a_batch_of_constraints_is_as_each_alone(lm):
 
 
 def test_drafts_change_nothing(lm):
-    repeating: dict[str, Any] = {"regex": "(te |ta |es ){2,60}"}
-    prompt = "te ta es te ta es te ta es "
-    done = lm.generate(prompt, max_new_tokens=120, **repeating)
-    assert done.text == lm.generate(prompt, max_new_tokens=120, prompt_lookup=False, **repeating).text
+    given = {"prompt": "te ta es te ta es te ta es ", "regex": "(te |ta |es ){2,60}", "max_new_tokens": 120}
+    done = lm.generate(**given)
+    assert done.text == lm.generate(**given, prompt_lookup=False).text
     assert re.fullmatch("(te |ta |es )+", done.text)
 
 
@@ -175,15 +148,12 @@ def test_a_dead_end_of_a_grammar_is_an_error(lm):
     assert lm.generate("ta", regex="[a]").text == "a"
 
 
-def test_the_vocabulary_is_read_once(monkeypatch):
-    vocabulary = LazyVocabulary(TextCodec(json_letters()), 37, (0,))
+def test_the_vocabulary_is_read_once_and_a_bundle_without_tokenizer_has_none(monkeypatch):
+    vocabulary = LazyVocabulary(TextCodec(characters(LETTERS)), 37, (0,))
     vocabulary.matcher({"regex": "a"})
     monkeypatch.setattr(Vocabulary, "of", None)
     vocabulary.matcher({"regex": "e"})
-
-
-def test_without_a_tokenizer_there_is_nothing_to_hold():
     vocabulary = LazyVocabulary(None, 9, ())
     assert vocabulary.matcher({"seed": 3}) is None
-    with pytest.raises(InputError, match="this bundle has no tokenizer, so that no text can be held to regex"):
+    with pytest.raises(InputError, match="this bundle has no tokenizer"):
         vocabulary.matcher({"regex": "a"})

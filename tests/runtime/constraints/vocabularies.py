@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -30,9 +30,8 @@ def sentence_piece() -> Tokenizer:
     """Words with their space in front, bytes for what is in no word: the way of Llama's vocabulary and llama2.c's."""
     letters, merges = ["▁", *'{":thesab'], [("h", "e"), ("▁", "t"), ("▁t", "he"), ("{", '"'), ('"', ":"), ("a", "b")]
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *(left + right for left, right in merges)]
-    tokenizer = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<unk>")
-    )
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -41,9 +40,9 @@ def sentence_piece() -> Tokenizer:
     return tokenizer
 
 
-def characters() -> Tokenizer:
+def characters(letters: Sequence[str] = CHARACTERS) -> Tokenizer:
     """A token for each character, as `pastkey train --tokenizer char` makes them."""
-    vocabulary = {text: i for i, text in enumerate([END, *CHARACTERS])}
+    vocabulary = {text: i for i, text in enumerate([END, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,17 +1,11 @@
 """The kernel library is used where it is installed, fits, and has a graph; elsewhere onnxruntime's kernels run."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import struct
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError
 from pastkey.runtime.providers.native import NativeKernels, kernels_for, native_kernels
 from pastkey.runtime.providers.placement import CPU
@@ -19,18 +13,18 @@ from pastkey.runtime.providers.placement import CPU
 from ...onnx_text import encode_model
 
 PACKAGE = "pastkey_kernels"
-Install = Callable[..., None]
+SOURCE = "__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', 'library.so')\n"
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Installs a package of the name, of this source, in the place of any other."""
+    """Installs a package of the name, of this source, in the place of any other. Returns its folder."""
 
-    def install(source: str) -> None:
-        folder = tmp_path / PACKAGE
-        folder.mkdir()
-        (folder / "__init__.py").write_text(source)
+    def install(source):
+        (tmp_path / PACKAGE).mkdir()
+        (tmp_path / PACKAGE / "__init__.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
+        return tmp_path / PACKAGE
 
     monkeypatch.delenv("PASTKEY_NATIVE", raising=False)
     installed = {name: module for name, module in sys.modules.items() if name == PACKAGE}
@@ -44,129 +38,112 @@ def install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def found(monkeypatch):
-    """found(KERNELS): as if this library were installed."""
+    """found(*KERNELS): as if a library of these were installed."""
     for name in ("PASTKEY_NATIVE", "PASTKEY_KERNELS"):
         monkeypatch.delenv(name, raising=False)
 
-    def here(kernels: NativeKernels | None) -> NativeKernels | None:
+    def here(version, level):
+        kernels = NativeKernels("0.2.0", version, level, "/library.so") if version else None
         monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda: kernels)
         return kernels
 
     return here
 
 
-def package(library: str) -> str:
-    return f"__version__ = '0.1.0'\ndef library_path():\n    return __file__.replace('__init__.py', {library!r})\n"
+def with_manifest(bundle, **fields):
+    return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, **fields))
 
 
-def write_graph(bundle: Bundle, version: int = 1, **attributes: Any) -> None:
-    given = ", ".join(f"{name} = {value}" for name, value in attributes.items())
-    model, _ = encode_model(
+def write_graph(bundle, version=1, attributes=""):
+    text = (
         f'<ir_version: 10, opset_import: ["": 20, "pastkey": {version}]>\n'
-        "g (float[1] x) => (float[1] y) {\n"
-        f"z = Relu<other = 1>(x)\ny = pastkey.MatMulInt8{f'<{given}>' if given else ''}(x)\n}}",
-        {},
+        f"g (float[1] x) => (float[1] y) {{\nz = Relu<other = 1>(x)\ny = pastkey.MatMulInt8{attributes}(x)\n}}"
     )
-    assert bundle.native_graph is not None
     bundle.native_graph.parent.mkdir(exist_ok=True)
-    bundle.native_graph.write_bytes(model)
+    bundle.native_graph.write_bytes(encode_model(text, {})[0])
 
 
 @pytest.fixture
 def bundle(fused_bundle, tmp_path):
-    manifest = dataclasses.replace(fused_bundle.manifest, native=1)
-    made = dataclasses.replace(fused_bundle, path=tmp_path, manifest=manifest)
-    write_graph(made, version=1, terms=2)
+    made = with_manifest(dataclasses.replace(fused_bundle, path=tmp_path), native=1)
+    write_graph(made, attributes="<terms = 2>")
     return made
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (package("library.so"), "it cannot be loaded: "),
-        ("raise ImportError('no module of its own')", "it cannot be loaded: no module of its own"),
-        ("", "it cannot be loaded: module 'pastkey_kernels' has no attribute '__version__'"),
-    ],
-    ids=["no library", "no import", "another package"],
-)
+def refused(bundle, words):
+    """They are not used, and one who asks for them is told why."""
+    with pytest.warns(FallbackWarning, match=rf"cannot be used, so onnxruntime's run .*: .*{words}"):
+        assert kernels_for(bundle, CPU, None) is None
+    with pytest.raises(ProviderError, match=f"True, and the native kernels cannot be used: .*{words}"):
+        kernels_for(bundle, CPU, True)
+
+
+NOT_LOADED = [
+    (SOURCE, "it cannot be loaded: "),  # no library
+    ("raise ImportError('no module of its own')", "it cannot be loaded: no module of its own"),
+    ("", "it cannot be loaded: module 'pastkey_kernels' has no attribute '__version__'"),
+]
+
+
+@pytest.mark.parametrize(("source", "words"), NOT_LOADED)
 def test_a_library_that_cannot_be_loaded_says_why(source, words, install, bundle):
     install(source)
-    found = native_kernels()
-    assert found is not None
-    assert found.refused.startswith(words)
-    with pytest.warns(FallbackWarning, match=r"cannot be used, so onnxruntime's run .*: it cannot be loaded"):
-        assert kernels_for(bundle, CPU, None) is None
-    with pytest.raises(ProviderError, match="True, and the native kernels cannot be used: it cannot be loaded"):
-        kernels_for(bundle, CPU, True)
+    assert native_kernels().refused.startswith(words)
+    refused(bundle, words)
 
 
 @pytest.mark.parametrize("ends", [(1000,), (64, 1000, 100)])
-def test_a_library_that_is_cut_short_says_so(ends, tmp_path, install):
+def test_a_library_that_is_cut_short_says_so(ends, install):
     """The loader would end the process by SIGBUS, with a wheel's record beside it or without."""
-    install(package("library.so"))
+    library = install(SOURCE) / "library.so"
     elf = b"\x7fELF\x02\x01" + struct.pack("<26xQ16xH6x", 64, len(ends))
     elf += b"".join(struct.pack("<8xQ16xQ16x", 60, end - 60) for end in ends)
-    (tmp_path / PACKAGE / "library.so").write_bytes(elf.ljust(300, b"\0"))
-    found = native_kernels()
-    assert found is not None
-    assert found.refused == f"{tmp_path / PACKAGE / 'library.so'} was cut short by 700 bytes: install it again"
-    (tmp_path / PACKAGE / "library.so").write_bytes(elf[:60])  # not even a header
+    library.write_bytes(elf.ljust(300, b"\0"))
+    assert native_kernels().refused == f"{library} was cut short by 700 bytes: install it again"
+    library.write_bytes(elf[:60])  # not even a header
     native_kernels.cache_clear()
-    found = native_kernels()
-    assert found is not None
-    assert found.refused.startswith("it cannot be loaded: ")
+    assert native_kernels().refused.startswith("it cannot be loaded: ")
 
 
 def test_a_library_runs_graphs_of_its_version_and_of_earlier_ones(bundle, found):
-    here = found(NativeKernels("0.2.0", 2, "avx2", "/library.so"))
-    for version in (1, 2, 3):
-        of_version = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=version))
-        warns = pytest.warns(FallbackWarning, match="needs 3") if version == 3 else contextlib.nullcontext()
-        with warns:
-            assert kernels_for(of_version, CPU, None) is (here if version <= 2 else None)
-    with pytest.raises(
-        ProviderError, match="has version 2 of the operators, and the bundle needs 3: install the libra"
-    ):
-        kernels_for(of_version, CPU, True)
+    here = found(2, "avx2")
+    for version in (1, 2):
+        assert kernels_for(with_manifest(bundle, native=version), CPU, None) is here
+    refused(with_manifest(bundle, native=3), "has version 2 of the operators, and the bundle needs 3: install the")
 
 
-@pytest.mark.parametrize(
-    ("version", "attributes", "told"),
-    [(3, {}, "imports version 3 of the operators, and the installed library has 2"),
-     (2, {"rotate": 1}, "has the attribute 'rotate', which the operators do not have"),
-     (2, {"gate": 0, "caps": [1.0, 2.0]}, "has the attribute 'caps'")],
-)  # fmt: skip
-def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, told, bundle, found):
+UNKNOWN = [
+    (3, "", "imports version 3 of the operators, and the installed library has 2"),
+    (2, "<rotate = 1>", "has the attribute 'rotate', which the operators do not have"),
+    (2, "<gate = 0, caps = [1.0, 2.0]>", "has the attribute 'caps'"),
+]
+
+
+@pytest.mark.parametrize(("version", "attributes", "words"), UNKNOWN)
+def test_a_graph_that_the_operators_do_not_know_is_not_run(version, attributes, words, bundle, found):
     """onnxruntime would run it without what it asks for."""
-    here = found(NativeKernels("0.2.0", 2, "avx2", "/library.so"))
-    assert kernels_for(bundle, CPU, None) is here
-    write_graph(bundle, version, **attributes)
-    with pytest.warns(FallbackWarning, match=told):
-        assert kernels_for(bundle, CPU, None) is None
-    with pytest.raises(ProviderError, match=told):
-        kernels_for(bundle, CPU, True)
+    assert found(2, "avx2") is kernels_for(bundle, CPU, None)
+    write_graph(bundle, version, attributes)
+    refused(bundle, words)
 
 
 def test_they_may_be_switched_off_and_are_for_the_cpu(bundle, found, monkeypatch):
-    here = found(NativeKernels("0.1.0", 1, "avx2", "/library.so"))
-    assert kernels_for(bundle, CPU, None) is here
-    assert kernels_for(bundle, CPU, False) is None
+    here = found(1, "avx2")
+    assert [kernels_for(bundle, CPU, asked) for asked in (None, False)] == [here, None]
     monkeypatch.setenv("PASTKEY_NATIVE", "0")
-    assert kernels_for(bundle, CPU, None) is None
-    assert kernels_for(bundle, CPU, True) is here
+    assert [kernels_for(bundle, CPU, asked) for asked in (None, True)] == [None, here]
     for value in ("off", "1"):
         monkeypatch.setenv("PASTKEY_NATIVE", value)
         with pytest.raises(ProviderError, match=f"PASTKEY_NATIVE is '{value}'; 0 was expected, .* native=True.* req"):
             kernels_for(bundle, CPU, None)
-    plain = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, native=None))
     with pytest.raises(ProviderError, match=r"has no native graph"):
-        kernels_for(plain, CPU, True)
-    portable = found(NativeKernels("0.1.0", 1, "portable", "/library.so"))
+        kernels_for(with_manifest(bundle, native=None), CPU, True)
     monkeypatch.delenv("PASTKEY_NATIVE")
+    portable = found(1, "portable")
     assert [kernels_for(bundle, CPU, asked) for asked in (None, True)] == [None, portable]
     monkeypatch.setenv("PASTKEY_KERNELS", "portable")
     assert kernels_for(bundle, CPU, None) is portable
-    found(None)
+    found(0, "")
     assert kernels_for(bundle, CPU, None) is None
     with pytest.raises(ProviderError, match=r"the kernel library is not installed"):
         kernels_for(bundle, CPU, True)

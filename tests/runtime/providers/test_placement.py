@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -9,11 +7,20 @@ from pastkey.providers import PROVIDERS
 from pastkey.runtime.providers import placement as providers
 
 CPU = providers.Placement((("CPUExecutionProvider", {}),))
-REFUSED = [known.name for known in PROVIDERS.values() if "fused" not in known.graphs]
+NEVER_FUSED = [known.name for known in PROVIDERS.values() if "fused" not in known.graphs]
+QNN = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
 
 
-def here(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
+@pytest.fixture
+def here(monkeypatch):
+    """here(*NAMES): as if these providers were on this machine."""
+    return lambda *names: monkeypatch.setattr(providers, "available", lambda: [*names, "CPUExecutionProvider"])
+
+
+@pytest.fixture
+def wheels(monkeypatch):
+    """wheels(*NAMES): as if these packages were installed."""
+    return lambda *names: monkeypatch.setattr(providers, "wheels", lambda: list(names))
 
 
 @pytest.mark.parametrize("choice", [None, "cpu", "CPU", "CPUExecutionProvider", ["cpu"], ("cpu", {}), []])
@@ -22,44 +29,53 @@ def test_the_cpu_by_every_name(choice):
     assert providers.resolve(choice, target="portable") == CPU
 
 
-def test_options_of_qnn(monkeypatch):
-    monkeypatch.setattr(providers, "available", lambda: ["QNNExecutionProvider"])
-    default = {"backend_type": "htp", "htp_arch": "75", "soc_model": "57"}
-    for choice, target in (("qnn", "cpu"), (None, "qnn")):
-        assert providers.resolve(choice, target, "static").providers == (("QNNExecutionProvider", default),)
-    given = providers.resolve(("qnn", {"htp_arch": "73", "more": "1"})).providers[0][1]
-    assert given == default | {"htp_arch": "73", "more": "1"}
-    sentence = str(providers.takes_nothing("QNNExecutionProvider", given))
-    assert "'qnn' takes nothing of this bundle's graph with backend_type=htp, htp_arch=73" in sentence
+def test_options_are_the_calls_then_those_of_the_target_then_the_providers_own(here):
+    here("QNNExecutionProvider", "OpenVINOExecutionProvider")
+    own = {"htp_arch": "73"}
+    for choice, target, of_target, expected in (
+        ("qnn", "cpu", {}, QNN),
+        (None, "qnn", {}, QNN),
+        (("qnn", {"htp_arch": "73", "more": "1"}), "cpu", {}, QNN | {"htp_arch": "73", "more": "1"}),
+        (None, "qnn", own, QNN | {"htp_arch": "73"}),
+        ("qnn", "qnn", own, QNN | {"htp_arch": "73"}),
+        (("qnn", {"htp_arch": "79"}), "qnn", own, QNN | {"htp_arch": "79"}),
+    ):
+        found = providers.resolve(choice, target, "static", options_of_target=of_target)
+        assert found.providers == (("QNNExecutionProvider", expected),)
+    assert "htp_arch" not in providers.resolve("openvino", "qnn", "standard", options_of_target=own).providers[0][1]
+    sentence = str(providers.takes_nothing("QNNExecutionProvider", QNN))
+    assert "'qnn' takes nothing of this bundle's graph with backend_type=htp, htp_arch=75" in sentence
     for missing in ("68", "99"):  # no float16, no such chip
         with pytest.raises(ProviderError, match=f"'qnn' has no htp_arch {missing}; it must be one of 69, 73"):
             providers.resolve(("qnn", {"htp_arch": missing}))
+    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of"):
+        providers.require_values(PROVIDERS["qnn"], {"htp_arch": "99"})
 
 
-@pytest.mark.parametrize(
-    ("choice", "settings", "expected"),
-    [
-        ("cuda", {}, ["cuda", "cpu"]),
-        (None, {"target": "cuda"}, ["cuda", "cpu"]),
-        ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
-        # One that is known to run whole graphs runs all of it, or is told that it need not.
-        ("openvino", {}, ["openvino"]),
-        (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
-        (["openvino"], {}, ["openvino"]),
-        ("openvino", {"graph": "fused"}, ["openvino"]),
-        (None, {"target": "openvino"}, ["openvino"]),
-        ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
-        (["openvino", "cpu"], {}, ["openvino", "cpu"]),
-        # WebGPU runs a bundle that was made for it in parts, and no other.
-        (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
-        ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
-        ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
-        ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
-        (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
-    ],
-)
-def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, settings, expected, monkeypatch):
-    here(monkeypatch, *(PROVIDERS[name].name for name in ("cuda", "tensorrt", "openvino", "webgpu")))
+CHOICES = [
+    ("cuda", {}, ["cuda", "cpu"]),
+    (None, {"target": "cuda"}, ["cuda", "cpu"]),
+    ("tensorrt", {"graph": "fused"}, ["tensorrt", "cpu"]),
+    # One that is known to run whole graphs runs all of it, or is told that it need not.
+    ("openvino", {}, ["openvino"]),
+    (("openvino", {"device_type": "CPU"}), {}, ["openvino"]),
+    (["openvino"], {}, ["openvino"]),
+    ("openvino", {"graph": "fused"}, ["openvino"]),
+    (None, {"target": "openvino"}, ["openvino"]),
+    ("openvino", {"allow_fallback": True}, ["openvino", "cpu"]),
+    (["openvino", "cpu"], {}, ["openvino", "cpu"]),
+    # WebGPU runs a bundle that was made for it in parts, and no other.
+    (None, {"target": "webgpu", "graph": "fused"}, ["webgpu", "cpu"]),
+    ("webgpu", {"target": "webgpu", "graph": "standard"}, ["webgpu", "cpu"]),
+    ("webgpu", {"target": "cpu", "graph": "fused"}, ["webgpu"]),
+    ("webgpu", {"target": "cpu", "graph": "standard"}, ["webgpu"]),
+    (None, {"target": "webgpu", "graph": "static"}, ["webgpu"]),
+]
+
+
+@pytest.mark.parametrize(("choice", "settings", "expected"), CHOICES)
+def test_the_cpu_is_added_unless_the_whole_graph_must_run_elsewhere(choice, settings, expected, here):
+    here(*(PROVIDERS[name].name for name in ("cuda", "tensorrt", "openvino", "webgpu")))
     placement = providers.resolve(choice, **settings)
     found = [providers.short_name(name) for name, _ in placement.providers]
     whole = expected[-1] != "cpu"
@@ -77,43 +93,36 @@ def test_operators_left_to_the_cpu_are_counted():
     assert "CPU: export the model again if an older pastkey wrote this bundle, or let it, with" in sentence
 
 
-def test_wheels_over_one_another_are_named(monkeypatch):
+def test_wheels_over_one_another_are_named(here, wheels):
     assert providers.overlapping() == ""
-    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime", "onnxruntime-webgpu"])
+    wheels("onnxruntime", "onnxruntime-webgpu")
     assert "the packages onnxruntime, onnxruntime-webgpu lie over one another" in providers.overlapping()
-    here(monkeypatch)
-    with pytest.raises(ProviderError, match="'webgpu' is not on this machine; here: cpu; it comes with pip uninstall"):
-        providers.resolve("webgpu")
-    with pytest.raises(ProviderError, match=r"onnxruntime-webgpu  and then  pip install onnxruntime-openvino$"):
-        providers.resolve("openvino")
+    here()
+    for name, words in (
+        ("webgpu", "'webgpu' is not on this machine; here: cpu; it comes with pip uninstall"),
+        ("openvino", r"onnxruntime-webgpu  and then  pip install onnxruntime-openvino$"),
+    ):
+        with pytest.raises(ProviderError, match=words):
+            providers.resolve(name)
 
 
-def test_the_command_that_installs_another_wheel(monkeypatch):
-    known, gpu = PROVIDERS, "pip install onnxruntime-gpu, with CUDA and cuDNN"
-    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime"])
-    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime  and then  {gpu}"
-    assert providers.what_brings(known["qnn"]) == "pip install onnxruntime onnxruntime-qnn"
-    assert providers.what_brings(known["coreml"]) == "pip install onnxruntime on macOS"
-    assert providers.what_brings(known["xnnpack"]) == "onnxruntime built from source with --use_xnnpack"
-    monkeypatch.setattr(providers, "wheels", lambda: ["onnxruntime-webgpu", "onnxruntime-gpu"])
-    # The files of the wanted one lie under the other's: pip would find it installed, and bring nothing back.
-    assert providers.what_brings(known["cuda"]) == f"pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  {gpu}"
-    assert providers.what_brings(known["qnn"]).startswith(
-        "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  "
-    )
-
-
-def test_options_of_the_target_are_the_defaults_of_its_provider(monkeypatch):
-    here(monkeypatch, "QNNExecutionProvider", "OpenVINOExecutionProvider")
-    for choice in (None, "qnn"):
-        placement = providers.resolve(choice, "qnn", "static", options_of_target={"htp_arch": "73"})
-        assert placement.providers[0][1]["htp_arch"] == "73"
-    given = providers.resolve(("qnn", {"htp_arch": "79"}), "qnn", "static", options_of_target={"htp_arch": "73"})
-    assert given.providers[0][1]["htp_arch"] == "79"
-    other = providers.resolve("openvino", "qnn", "standard", options_of_target={"htp_arch": "73"})
-    assert "htp_arch" not in other.providers[0][1]
-    with pytest.raises(ProviderError, match="'qnn' has no htp_arch 99; it must be one of"):
-        providers.require_values(PROVIDERS["qnn"], {"htp_arch": "99"})
+def test_the_command_that_installs_another_wheel(wheels):
+    gpu, both = "pip install onnxruntime-gpu, with CUDA and cuDNN", ("onnxruntime-webgpu", "onnxruntime-gpu")
+    for installed, name, expected in (
+        (("onnxruntime",), "cuda", f"pip uninstall onnxruntime  and then  {gpu}"),
+        (("onnxruntime",), "qnn", "pip install onnxruntime onnxruntime-qnn"),
+        (("onnxruntime",), "coreml", "pip install onnxruntime on macOS"),
+        (("onnxruntime",), "xnnpack", "onnxruntime built from source with --use_xnnpack"),
+        # The files of the wanted one lie under the other's: pip would find it installed, and bring nothing back.
+        (both, "cuda", f"pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  {gpu}"),
+        (
+            both,
+            "qnn",
+            "pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  pip install onnxruntime onnxruntime-qnn",
+        ),
+    ):
+        wheels(*installed)
+        assert providers.what_brings(PROVIDERS[name]) == expected
 
 
 def test_a_plugin_is_here_where_its_package_is(monkeypatch):
@@ -125,20 +134,23 @@ def test_a_plugin_is_here_where_its_package_is(monkeypatch):
         providers.plugin_devices("QNNExecutionProvider")
 
 
-def test_absent_and_unknown_providers_are_refused():
-    for asked, target, words in (
-        ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
-        (None, "webgpu", "the bundle was made for webgpu"),
-        ("gpu9", "cpu", r"is unknown; here: .*; known are cpu, cuda, "),
-        ("", "cpu", "is unknown"),
-    ):
-        with pytest.raises(ProviderError, match=words):
-            providers.resolve(asked, target)
+REFUSED = [
+    ("coreml", "cpu", r"'coreml' is not on this machine; here: .*cpu.*macOS"),
+    (None, "webgpu", "the bundle was made for webgpu"),
+    ("gpu9", "cpu", r"is unknown; here: .*; known are cpu, cuda, "),
+    ("", "cpu", "is unknown"),
+]
 
 
-@pytest.mark.parametrize("full", [*REFUSED, "NewExecutionProvider"])
-def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
-    monkeypatch.setattr(providers, "available", lambda: [full, "CPUExecutionProvider"])
+@pytest.mark.parametrize(("asked", "target", "words"), REFUSED)
+def test_absent_and_unknown_providers_are_refused(asked, target, words):
+    with pytest.raises(ProviderError, match=words):
+        providers.resolve(asked, target)
+
+
+@pytest.mark.parametrize("full", [*NEVER_FUSED, "NewExecutionProvider"])
+def test_the_fused_graph_is_refused_where_it_was_not(full, here):
+    here(full)
     sentence = "this bundle has the fused graph, which the execution provider '.*' was never seen to run"
     for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
         with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
@@ -146,16 +158,17 @@ def test_the_fused_graph_is_refused_where_it_was_not(full, monkeypatch):
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
 
 
-def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle):
-    fused = fused_bundle.manifest
-    static, int8 = dataclasses.replace(fused, graph="static"), dataclasses.replace(fused, precision="int8")
-    for name, manifest, advice in (
-        ("webgpu", fused, "--target webgpu --graph static --precision fp32"),
-        ("webgpu", int8, "--target webgpu --graph standard --precision int8"),
-        ("dml", fused, "--target cpu --graph standard --precision fp32"),
-        ("webgpu", static, "report the device"),
-    ):
-        assert advice in providers.other_graph(name, manifest)
+ADVICE = [
+    ("webgpu", {}, "--target webgpu --graph static --precision fp32"),
+    ("webgpu", {"precision": "int8"}, "--target webgpu --graph standard --precision int8"),
+    ("dml", {}, "--target cpu --graph standard --precision fp32"),
+    ("webgpu", {"graph": "static"}, "report the device"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "advice"), ADVICE)
+def test_another_graph_is_of_the_same_model_in_the_same_precision(fused_bundle, name, changes, advice):
+    assert advice in providers.other_graph(name, dataclasses.replace(fused_bundle.manifest, **changes))
 
 
 def test_a_provider_that_did_not_start_is_refused():

@@ -1,13 +1,8 @@
-"""Bundles as a hostile author makes them: whole, with every hash right."""
-
-from __future__ import annotations
+"""Bundles as a hostile author makes them: whole, with every hash right; and processes that were taken over."""
 
 import json
 import shutil
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -18,52 +13,7 @@ from pastkey.files.folder import file_records
 from pastkey.runtime.sandbox import process
 from pastkey.runtime.sandbox.limits import Limits
 
-from ...onnx_text import encode_model, field, nodes, values
-from ..conftest import tiny_graph
-
-SMALL = Limits(memory=400_000_000, seconds=1.0)  # the tiny decoder loads in a tenth of it
 EASY = Limits(memory=400_000_000, seconds=60.0)
-
-Hostile = Callable[[str], Path]
-
-_START = "start = Identity(logits_start)\n"
-
-
-def _loop() -> tuple[str, bytes]:
-    """2**62 iterations, on whose outcome the logits depend."""
-    inner = "int64 i, int64[1] before"
-    body = b"".join(field(1, node) for node in nodes("going = Identity(go)\n after = Sub(before, before)\n"))
-    body += field(2, "body") + field(11, next(values("int64 i")))
-    condition = field(1, "go") + field(2, field(1, field(1, 9) + field(2, b"")))  # BOOL
-    body += field(11, condition) + field(11, list(values(inner))[1])
-    body += field(12, field(1, "going") + field(2, field(1, field(1, 9) + field(2, b"")))) + field(
-        12, next(values("int64[1] after"))
-    )
-    attribute = field(1, "body") + field(6, body) + field(20, 5)  # GRAPH
-    loop = b"".join(field(1, name) for name in ("turns", "yes", "logits_start")) + field(2, "turned")
-    loop += field(4, "Loop") + field(5, attribute)
-    constants = "one1 = Constant <value_int = 1> ()\n yes = Cast <to = 9> (one1)\n"
-    constants += f"turns = Constant <value_int = {2**62}> ()\n"
-    return "start = Mul(turned, turned)\n", b"".join(field(1, node) for node in nodes(constants)) + field(1, loop)
-
-
-def _large_constant() -> tuple[str, bytes]:
-    """3 GB and as much again, folded when the graph is loaded."""
-    text = "sizes = Constant <value_ints = [3, 268435456]> ()\n zero = Constant <value_float = 0.0> ()\n"
-    text += "large = Expand(zero, sizes)\n less = Neg(large)\n"
-    text += "least = ReduceMax <keepdims = 0> (less)\n nought = Cast <to = 7> (least)\n"
-    return text + "start = Add(logits_start, nought)\n", b""
-
-
-GRAPHS = {"a loop": _loop, "a large constant": _large_constant}
-
-
-def mend(folder: Path) -> None:
-    """Writes the hashes of the files as they are into the manifest."""
-    manifest = json.loads((folder / names.MANIFEST).read_text())
-    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    manifest["files"] = file_records(folder, [file for file in files if file != names.MANIFEST])
-    write_json(folder / names.MANIFEST, manifest)
 
 
 @pytest.fixture(scope="session")
@@ -74,25 +24,22 @@ def talking_bundle(tiny, letters, make_bundle):
 
 
 @pytest.fixture
-def hostile(talking_bundle, tiny, tmp_path):
-    """hostile(GRAPH): a bundle with this graph; hostile("") one to be changed and mended."""
+def hostile(talking_bundle, tmp_path):
+    """hostile(NAME, CONTENT): the bundle with this file in it, and its hash in the manifest."""
 
-    def make(kind: str) -> Path:
-        folder = tmp_path / "hostile"
-        shutil.copytree(talking_bundle.path, folder)
-        if kind:
-            start, first = GRAPHS[kind]()
-            text = tiny_graph(tiny, "fused", last_only=True)
-            assert _START in text
-            model, _ = encode_model(text.replace(_START, start), tiny.weights, first=first)
-            (folder / names.LAST_LOGITS_GRAPH).write_bytes(model)
-            mend(folder)
+    def make(name, content):
+        folder = shutil.copytree(talking_bundle.path, tmp_path / "hostile")
+        (folder / name).write_bytes(content)
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        manifest = json.loads((folder / names.MANIFEST).read_text())
+        records = file_records(folder, [file for file in files if file != names.MANIFEST])
+        write_json(folder / names.MANIFEST, manifest | {"files": records})
         return folder
 
     return make
 
 
-def hooked(hook: str) -> str:
+def hooked(hook):
     """The boot of a process that runs this first."""
     return process.BOOT.replace("; ", "\n").replace("from pastkey", hook + "from pastkey", 1)
 
@@ -104,7 +51,7 @@ def acting(monkeypatch):
     `raw` writes bytes where frames are expected, and `frame` a frame of any kind.
     """
 
-    def act(program: str) -> None:
+    def act(program):
         act = f"""
 import pastkey.runtime.sandbox.child as c
 def run(arguments):
@@ -126,16 +73,3 @@ def no_warning_of_a_limit():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LimitWarning)
         yield
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone within a minute."""
-    until, state = time.monotonic() + 60, Path(f"/proc/{pid}/stat")
-    while time.monotonic() < until:
-        try:
-            if state.read_text().rpartition(")")[2].split()[0] in "ZX":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.02)
-    return False

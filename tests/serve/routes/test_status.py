@@ -1,12 +1,16 @@
-"""Models, health, metrics, props; tokens and embeddings."""
-
-from __future__ import annotations
+"""Models, health, metrics, props, the OpenAPI description; tokens and embeddings; the page, where it is there."""
 
 import base64
+import json
+import re
+import sys
+import types
 
 import numpy as np
 
-from ..conftest import TEMPLATE, ids_of
+from pastkey.serve.app import TABLE
+
+from ..conftest import TEMPLATE, ids_of, running
 
 
 def test_the_model_is_listed_with_and_without_v1(served):
@@ -18,7 +22,7 @@ def test_the_model_is_listed_with_and_without_v1(served):
 
 
 def test_the_metrics_count_what_was_done(served):
-    def metrics() -> dict[str, float]:
+    def metrics():
         with served.response("/metrics") as response:
             assert response.headers["content-type"].startswith("text/plain; version=")
             lines = response.read().decode().splitlines()
@@ -72,3 +76,41 @@ def test_embeddings_are_the_runtimes_in_both_forms(served):
     reply = served.ask("/v1/embeddings", {"input": "abc", "encoding_format": "base64"})[1]
     found = np.frombuffer(base64.b64decode(reply["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(found, expected[0], rtol=1e-6)
+
+
+# --- the description and the page -----------------------------------------------------------------------------------
+def test_each_route_is_described_by_its_model(served):
+    status, found = served.ask("/openapi.json")
+    assert (status, found["openapi"]) == (200, "3.1.0")
+    assert found["paths"].keys() == {re.sub(r":\w+}", "}", entry.path) for entry in TABLE}
+    for entry in TABLE:
+        operation = found["paths"][re.sub(r":\w+}", "}", entry.path)][entry.method.lower()]
+        assert operation["summary"].endswith(".") or ": " in operation["summary"]
+        if entry.body is not None:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            names = {field.alias or name for name, field in entry.body.model_fields.items()}
+            assert (schema["properties"].keys(), schema["additionalProperties"]) == (names, False)
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(found)))
+    assert set() < references <= found["components"]["schemas"].keys()
+
+
+def test_without_the_page_the_root_says_what_this_is(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pastkey.web", None)
+    served.service.site = None
+    with served.response("/") as response:
+        assert response.status == 200
+        assert response.read().startswith(b"pastkey serve: tiny. ")
+
+
+def test_the_files_of_the_page_are_given_and_no_others(bundle, tmp_path, monkeypatch):
+    (tmp_path / "run.mjs").write_text("1", encoding="utf-8")
+    web = types.SimpleNamespace(site=lambda bundle: {"index.html": b"<p>", "a/run.mjs": tmp_path / "run.mjs"})
+    monkeypatch.setitem(sys.modules, "pastkey.web", web)
+    with running(bundle) as served:
+        for path, kind, content in (("/", "text/html", b"<p>"), ("/a/run.mjs", "text/javascript", b"1")):
+            with served.response(path) as response:
+                assert (response.status, response.read()) == (200, content)
+                assert response.headers["content-type"].startswith(kind)
+                assert response.headers["cross-origin-embedder-policy"] == "require-corp"
+        for path in ("/../conftest.py", "/a/../../pastkey.json", "/pastkey.json", "//etc/passwd"):
+            assert served.ask(path)[0] == 404
