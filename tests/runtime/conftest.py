@@ -38,6 +38,25 @@ V, E, H, K = 37, 24, 4, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"  # of the decoder's ids, from 0
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"  # in these letters
 Array = npt.NDArray[Any]
+# Greedy, the decoder repeats itself: this way its texts hang on every logit before them.
+DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    """So many ids by a seed."""
+    ids: list[int] = np.random.default_rng(seed).integers(0, V, count).tolist()
+    return ids
+
+
+def require_close(found: Any, expected: Any, limit: float = 5e-6) -> None:
+    """Compares logits, float32 with the reference's float64, in parts of the largest one."""
+    assert np.shape(found) == np.shape(expected)
+    assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
+
+
+def stopped(*_: Any, **__: Any) -> Any:
+    """In place of a function within which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,12 @@ class Tiny:
         weights["embedding"] = embedding.astype(np.float32)
         weights["position"][: len(script)] = 50 * embedding[list(script)]
         return Tiny(self.layers, self.context_length, weights)
+
+    def spoilt(self, places: slice, number: float = np.nan) -> Tiny:
+        """A decoder that computes this number at these positions."""
+        position = self.weights["position"].copy()
+        position[places] = number
+        return Tiny(self.layers, self.context_length, {**self.weights, "position": position})
 
     def __call__(self, ids: Sequence[int] | Array) -> Array:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
@@ -317,9 +342,15 @@ def with_golden(bundle: Bundle) -> Bundle:
     """Adds golden logits of this CPU."""
     limit = PRECISIONS[bundle.manifest.precision].golden_limit
     Golden.computed(Engine(bundle, threads=1), 5, limit).save(bundle.path / names.GOLDEN)
-    files = file_records(bundle.path, [*bundle.manifest.files, names.GOLDEN])
-    write_json(bundle.path / names.MANIFEST, bundle.manifest.to_json() | {"files": files})
-    return open_bundle(bundle.path, verify=False)
+    return relisted(bundle.path, names.GOLDEN)
+
+
+def relisted(folder: Path, *more: str, **fields: Any) -> Bundle:
+    """The bundle with its files as they are by now, `more` among them, and with other fields of the manifest."""
+    content = json.loads((folder / names.MANIFEST).read_bytes())
+    files = file_records(folder, [*content["files"], *more])
+    write_json(folder / names.MANIFEST, content | {"files": files} | fields)
+    return open_bundle(folder, verify=False)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pastkey.contract.bundle import CacheShift, KeyRotation
+from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 
 from .conftest import Array, H, K, Tiny
 
@@ -47,6 +47,10 @@ class RotaryTiny(Tiny):
         """What an export would write."""
         layers = tuple(range(len(self.layers)))
         return CacheShift(rotations=(KeyRotation(layers, 0, self.interleaved, tuple(self.angles.tolist())),))
+
+    def written(self, make_bundle: Callable[..., Bundle], graph: str = "fused", **fields: Any) -> Bundle:
+        """As a bundle that tells of its rotations and its window."""
+        return make_bundle(self, graph, **{"shift": self.shift, "window": self.window or None, **fields})
 
     def text(self, graph: str, **options: Any) -> str:
         found = super().text(graph, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ PLACE = {"file": "weights", "offset": 64, "shape": [11, 3, 16]}
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "weights").write_bytes(b"x" * 64 + TABLE.tobytes())
-    return tmp_path
+    (tmp_path / "inside").mkdir()
+    for file in (tmp_path / "above", tmp_path / "inside" / "weights"):
+        file.write_bytes(b"x" * 64 + TABLE.tobytes())
+    return tmp_path / "inside"
 
 
 def test_rows_are_the_tables(folder):
@@ -36,29 +39,24 @@ def test_reading_moves_no_position_that_a_forked_process_shares(folder):
     assert os.lseek(rows._file, 0, os.SEEK_CUR) == 5
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        {},
-        PLACE | {"file": "missing"},
-        PLACE | {"file": "..", "shape": [1, 1, 1]},
-        PLACE | {"offset": 65},  # one byte beyond the end
-        PLACE | {"offset": -1},
-        PLACE | {"shape": [11, 0, 16]},
-        PLACE | {"shape": 11},
-        PLACE | {"shape": []},
-        ["weights"],
-    ],
-)
-def test_a_place_that_cannot_be_is_refused(folder, place):
+WRONG: dict[str, Any] = {
+    "nothing": {},
+    "no dict": ["weights"],
+    "no file": PLACE | {"file": "missing"},
+    "a folder": PLACE | {"file": "..", "shape": [1, 1, 1]},
+    "another folder": PLACE | {"file": "../above"},
+    "one byte beyond the end": PLACE | {"offset": 65},
+    "before the file": PLACE | {"offset": -1},
+    "no rows": PLACE | {"shape": [11, 0, 16]},
+    "a size": PLACE | {"shape": 11},
+    "no sizes": PLACE | {"shape": []},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_place_that_cannot_be_is_refused(folder, wrong):
     with pytest.raises(IntegrityError, match="does not say where its embedding is"):
-        EmbeddingRows(folder, json.dumps(place))
-
-
-def test_no_file_of_another_folder_is_read(folder):
-    (folder / "inside").mkdir()
-    with pytest.raises(IntegrityError):
-        EmbeddingRows(folder / "inside", json.dumps(PLACE | {"file": "../weights"}))
+        EmbeddingRows(folder, json.dumps(WRONG[wrong]))
 
 
 def test_a_file_that_was_cut_meanwhile_is_noticed(folder):

@@ -15,23 +15,12 @@ from pastkey.runtime.engine.module_patterns import ModulePatterns
 
 FILE = Path("adapter_config.json")
 NAMES = [
-    "a",
-    "b",
-    "ab",
-    "a.b",
-    "a.1.b",
-    "aa.bb.ab",
-    "layers.1.q_proj",
-    "model.layers.12.q_proj",
-    "_",
-    "a-b",
-    ".a",
-    "a.",
-]
+    "a", "b", "ab", "a.b", "a.1.b", "aa.bb.ab", "layers.1.q_proj", "model.layers.12.q_proj", "_", "a-b", ".a", "a.",
+]  # fmt: skip
 PIECES = r"a b ab . \. 1 \d \w [a-c] [^.] ( (?: ) | * + ? {2} {1,2} {,2} {1,} {2,1} ^ $ *? ** _ \_ layers q_proj .* .+"
 
 
-def peft_key(patterns: Sequence[str], name: str) -> str | None:
+def first_by_peft(patterns: Sequence[str], name: str) -> str | None:
     """As peft.utils.other.get_pattern_key, but None where none matches."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
@@ -39,8 +28,7 @@ def peft_key(patterns: Sequence[str], name: str) -> str | None:
 @pytest.mark.parametrize(
     "patterns",
     [
-        ["q_proj"],
-        ["model.layers.1.q_proj", "layers.1.q_proj"],
+        ["model.layers.1.q_proj", "layers.1.q_proj", "q_proj"],
         [r"^model\.layers\.\d+\.(q|k)_proj$", "q_proj"],
         [r"(?:a|b)\.1\.b", r"[a-z]{2}", r"[^.]+"],
         ["", "|a", "(a|)(|b)"],
@@ -49,7 +37,7 @@ def peft_key(patterns: Sequence[str], name: str) -> str | None:
 def test_the_first_that_matches_is_that_of_peft(patterns):
     found = ModulePatterns(patterns, FILE)
     for name in NAMES:
-        assert found.first(name) == peft_key(patterns, name)
+        assert found.first(name) == first_by_peft(patterns, name)
 
 
 def test_what_is_accepted_at_random_has_the_meaning_of_peft():
@@ -62,10 +50,9 @@ def test_what_is_accepted_at_random_has_the_meaning_of_peft():
             continue
         accepted += 1
         for name in NAMES:
-            assert found.first(name) == peft_key([pattern], name), (pattern, name)
+            assert found.first(name) == first_by_peft([pattern], name), (pattern, name)
             matched += found.first(name) is not None
-    assert accepted > 250
-    assert matched > 250
+    assert min(accepted, matched) > 250
 
 
 @pytest.mark.parametrize(
@@ -90,12 +77,11 @@ def test_what_takes_re_exponential_time_ends(pattern):
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
-        ([".*" * 400 + "x"], ["a." * 500]),
-        (["(" + "|" * 400 + ")"], ["." * 1000]),
-        ([f"{number}?" for number in range(1000)], ["a"]),
-        ([str(number) for number in range(300)], [f"a.{number}!" for number in range(300)]),
+        pytest.param([".*" * 400 + "x"], ["a." * 500], id="long"),
+        pytest.param(["(" + "|" * 400 + ")"], ["." * 1000], id="branches"),
+        pytest.param([f"{number}?" for number in range(1000)], ["a"], id="parts"),
+        pytest.param([str(number) for number in range(300)], [f"a.{number}!" for number in range(300)], id="many"),
     ],
-    ids=["long", "branches", "parts", "many"],
 )
 def test_what_takes_too_long_is_refused(patterns, names, monkeypatch):
     monkeypatch.setattr(module_patterns, "_MOST_STEPS", 100_000)

@@ -18,9 +18,9 @@ from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
+from ...conftest import require_close, stopped
 from ...rotary import RotaryTiny
 
-TOLERANCE = 5e-6  # in parts of a logit
 # graph, fields of the bundle, class of the cache
 FORMS: dict[str, tuple[str, dict[str, Any], type]] = {
     "fused": ("fused", {}, KVCache),
@@ -41,10 +41,8 @@ STEPS = st.one_of(
 def form(request, tiny, make_bundle):
     """An engine and the decoder."""
     graph, fields, kind = FORMS[request.param]
-    decoder = tiny
-    if request.param == "window":
-        decoder = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
-        fields = {**fields, "shift": decoder.shift}
+    local = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
+    decoder, fields = (local, {**fields, "shift": local.shift}) if "window" in fields else (tiny, fields)
     with pytest.MonkeyPatch.context() as patch:
         if kind is FixedKVCache:
             patch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
@@ -53,38 +51,29 @@ def form(request, tiny, make_bundle):
         yield engine, decoder
 
 
-def interrupted(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=3, max_size=9), seed=st.integers(0, 99))
 def test_every_way_through_a_cache_equals_the_uncached_pass(form, steps, seed):
     engine, decoder = form
     engine.reset()
     rng, ids, exact = np.random.default_rng(seed), list[int](), 0  # `exact` first tokens came by a prefill
-
-    def require_right(logits: np.ndarray) -> None:
-        expected = decoder(ids)[-1]
-        assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
-
     for step, size in [*steps, ("prefill", 5), ("decode", 1)]:
         if step == "prefill":
             new = rng.integers(0, 37, min(size, 590 - len(ids))).tolist()
             exact += len(new) if len(new) > 1 and exact == len(ids) else 0
             ids += new
-            require_right(engine.prefill(new, chunk_size=64))
+            require_close(engine.prefill(new, chunk_size=64), decoder(ids)[-1])
         elif step == "decode":
             for token in rng.integers(0, 37, size).tolist():
                 ids.append(token)
-                require_right(engine.decode(token))
+                require_close(engine.decode(token), decoder(ids)[-1])
         elif step == "reset":
             engine.reset()
             ids.clear()
         elif step == "interrupt":  # in a trim, a growth, or behind a run: the cache is empty
             with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", interrupted)
-                patch.setattr(engine.graph, "check_finite", interrupted)
+                patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", stopped)
+                patch.setattr(engine.graph, "check_finite", stopped)
                 if engine.can_trim(len(ids) // 2):
                     engine.trim(len(ids) // 2)
                 engine.append([1, 2, 3])

@@ -14,50 +14,44 @@ from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.engine import Engine
 
-FIXED = dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True)
-IDS = np.random.default_rng(0).integers(0, 37, 200)
+from ...conftest import ids_of, require_close
+
+
+@pytest.fixture(autouse=True)
+def prefers_fixed_shapes(monkeypatch):
+    """The processor in the place of a provider that does."""
+    monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
 
 
 @pytest.fixture
-def fixed(standard_bundle, monkeypatch):
-    """The processor in the place of a provider that prefers fixed shapes."""
-    with monkeypatch.context() as patch:
-        patch.setitem(PROVIDERS, "cpu", FIXED)
-        engine = Engine(standard_bundle, threads=1, graph="all_logits")
+def fixed(standard_bundle):
+    engine = Engine(standard_bundle, threads=1, graph="all_logits")
     assert isinstance(engine.cache, FixedKVCache)
     return engine
 
 
-def test_after_a_reset_another_number_of_rows_fits(fixed, tiny):
-    fixed.prefill(IDS[:30])
+def test_rows_with_padding_equal_each_row_alone_after_a_reset(fixed, tiny):
+    ids = np.array(ids_of(8))
+    fixed.prefill(ids_of(30))
     fixed.reset()
-    found = fixed.forward(IDS[:6].reshape(2, 3))
-    np.testing.assert_allclose(found[1, -1], tiny(IDS[3:6])[-1], atol=1e-4)
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]])
+    fixed.forward(np.where(mask, ids.reshape(2, 4), 0), mask)
+    found = fixed.forward([[1], [2]])
+    require_close(found[:, -1], np.stack([tiny([*ids[:4], 1])[-1], tiny([*ids[5:7], 2])[-1]]))
     with pytest.raises(InputError, match="the cache holds 2 rows and 1 were given"):
         fixed.decode(1)
 
 
-def test_rows_with_padding_equal_each_row_alone(fixed, tiny):
-    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 0]])
-    fixed.forward(np.where(mask, IDS[:8].reshape(2, 4), 0), mask)
-    found = fixed.forward([[1], [2]])
-    np.testing.assert_allclose(found[0, -1], tiny([*IDS[:4], 1])[-1], atol=1e-4)
-    np.testing.assert_allclose(found[1, -1], tiny([*IDS[5:7], 2])[-1], atol=1e-4)
-
-
-def test_the_last_rows_of_the_context_are_used(make_bundle, tiny_odd, monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "cpu", FIXED)
+def test_the_last_rows_of_the_context_are_used(make_bundle, tiny_odd):
     engine = Engine(make_bundle(tiny_odd, "standard"), threads=1)
-    ids = IDS[: tiny_odd.context_length]
+    ids = ids_of(tiny_odd.context_length)
     engine.prefill(ids[:-1])
-    np.testing.assert_allclose(engine.decode(int(ids[-1])), tiny_odd(ids)[-1], atol=1e-4)
+    require_close(engine.decode(ids[-1]), tiny_odd(ids)[-1])
     assert engine.cache.capacity == tiny_odd.context_length
 
 
 @pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}])
-def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, fixed, monkeypatch):
-    monkeypatch.setitem(PROVIDERS, "cpu", FIXED)
-    assert isinstance(fixed.graph.new_cache(), FixedKVCache)
+def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, fixed):
     fixed.graph.manifest = dataclasses.replace(fixed.graph.manifest, **fields)
     assert isinstance(fixed.graph.new_cache(), KVCache)
 
