@@ -18,7 +18,7 @@ import hypothesis
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, CacheShift, KVGeometry, Manifest, StaticShape, open_bundle
@@ -52,6 +52,19 @@ def require_close(found: Any, expected: Any, limit: float = 5e-6) -> None:
     """Compares logits, float32 with the reference's float64, in parts of the largest one."""
     assert np.shape(found) == np.shape(expected)
     assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
+
+
+def log_softmax(logits: Array) -> Array:
+    """In float64, over the last axis."""
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
+
+
+def metaspace() -> Tokenizer:
+    """A token for each of few letters and for the space, which it drops where a text begins."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefghi▁")}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer
 
 
 def stopped(*_: Any, **__: Any) -> Any:

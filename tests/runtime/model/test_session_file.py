@@ -12,55 +12,47 @@ import pytest
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.runtime import load
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+from ..conftest import DRAWN
 
 
-@pytest.fixture
-def session(model):
+def begun(model: Any) -> Any:
+    """A session of a text and what came of it."""
     session = model.session()
-    session.append("once upon")
-    session.generate(**SETTINGS)
+    session.generate("once upon", **DRAWN)
     return session
 
 
-def test_it_goes_on_as_if_it_had_never_left(model, session, tmp_path):
+def test_it_goes_on_as_if_it_had_never_left(model, tmp_path):
+    session = begun(model)
     session.save(tmp_path / "s")
     again = load(model.bundle.path, threads=1).load_session(tmp_path / "s")
     assert again.ids == session.ids
-    expected, found = session.generate(" a", **SETTINGS), again.generate(" a", **SETTINGS)
+    expected, found = session.generate(" a", **DRAWN), again.generate(" a", **DRAWN)
     assert found.ids == expected.ids
     assert found.cached_tokens == expected.cached_tokens == 20
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_an_empty_one_is_one_too(model, tmp_path):
-    model.session().save(tmp_path / "s")
-    assert model.load_session(tmp_path / "s").generate("ab", **SETTINGS).ids == model.generate("ab", **SETTINGS).ids
+def test_an_empty_one_is_one_too(lm, tmp_path):
+    lm.session().save(tmp_path / "s")
+    assert lm.load_session(tmp_path / "s").generate("ab", **DRAWN).ids == lm.generate("ab", **DRAWN).ids
 
 
 # --- what is no session of this bundle ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def saved(lm, tmp_path_factory):
     """The bytes of a file, and the ids in it."""
-    session = lm.session()
-    session.append("once upon")
-    session.generate(**SETTINGS)
-    file = tmp_path_factory.mktemp("saved") / "s"
+    session, file = begun(lm), tmp_path_factory.mktemp("saved") / "s"
     session.save(file)
     return file.read_bytes(), session.ids
 
 
-def test_cut_anywhere_it_is_refused(lm, saved, tmp_path):
-    content, _ = saved
+def test_cut_or_altered_anywhere_it_is_refused(lm, saved, tmp_path):
+    (content, ids), refused = saved, 0
     for length in [*range(0, len(content), len(content) // 20), len(content) - 1]:
         (tmp_path / "cut").write_bytes(content[:length])
         with pytest.raises(IntegrityError, match="cannot be read as a saved session"):
             lm.load_session(tmp_path / "cut")
-
-
-def test_altered_content_is_refused(lm, saved, tmp_path):
-    content, ids = saved
-    refused = 0
     for place in range(0, len(content), len(content) // 100):
         altered = bytearray(content)
         altered[place] ^= 1
@@ -93,7 +85,7 @@ def test_content_that_does_not_go_with_the_bundle_is_refused(lm, saved, tmp_path
 
 def test_another_bundle_is_refused(saved, tmp_path, tiny, make_bundle):
     (tmp_path / "s").write_bytes(saved[0])
-    other = load(make_bundle(type(tiny).random([(8, 8), (16, 16)], 600, seed=1), "fused").path, threads=1)
+    other = load(make_bundle(type(tiny).random([(8, 8), (16, 16)], 600, seed=1)).path, threads=1)
     with pytest.raises(IntegrityError, match="was saved by another bundle than"):
         other.load_session(tmp_path / "s")
 
@@ -111,7 +103,7 @@ def test_where_there_is_none(lm, tmp_path):
 def test_a_full_disk_leaves_what_stood_there(lm, saved, tmp_path, monkeypatch, place):
     (tmp_path / "s").write_bytes(saved[0])
     session = lm.load_session(tmp_path / "s")
-    session.generate(**SETTINGS)
+    session.generate(**DRAWN)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
