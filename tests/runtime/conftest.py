@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -423,17 +423,29 @@ def talking(tiny, letters, make_bundle):
     return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, golden=True).path
 
 
-def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[tuple[int, int]]:
-    """The shapes (rows, tokens) of all runs of a graph from now on, each of which takes so many seconds more."""
+def runs_of(
+    graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, before: Callable[[Array], object] | None = None
+) -> list[tuple[int, int]]:
+    """The shapes (rows, tokens) of all runs of a graph from now on.
+
+    Each takes so many seconds more, and calls `before` with its ids.
+    """
     run, shapes = graph.run, list[tuple[int, int]]()
 
     def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
         shapes.append(ids.shape)
         time.sleep(seconds)
+        if before is not None:
+            before(ids)
         return run(cache, ids, *arguments)
 
     monkeypatch.setattr(graph, "run", counted)
     return shapes
+
+
+def ids_in(chunks: Iterable[Any]) -> list[int]:
+    """The ids of a stream, or of its chunks."""
+    return [token for chunk in chunks for token in chunk.ids]
 
 
 @pytest.fixture(scope="module", params=["fused", "standard", "static"])
