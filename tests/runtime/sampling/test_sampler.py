@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
+from pastkey.runtime.sampling import random_stream
+from pastkey.runtime.sampling.random_stream import EXCLUDE, MAX_SEED, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -23,13 +24,10 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
 def test_a_seed_repeats_and_another_does_not():
-    def tokens(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
-        return [sampler(LOGITS, [0] * place) for place in range(50)]
-
-    assert tokens(7) == tokens(7)
-    assert tokens(7) != tokens(8)
-    assert tokens(None) != tokens(None)
+    samplers = [Sampler(SamplingConfig(temperature=1.0, seed=seed)) for seed in (7, 7, 8, None, None)]
+    first, *others = ([sampler(LOGITS, [0] * place) for place in range(50)] for sampler in samplers)
+    assert [first == other for other in others] == [True, False, False, False]
+    assert others[-1] != others[-2]
 
 
 # --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
@@ -105,14 +103,12 @@ def test_the_order_of_the_first_half():
     logits = np.array([1.0, 2.0, 0.0], np.float32)
     assert choice([0], logits, logit_bias={0: 2.0}, repetition_penalty=3.0) == 1  # (1 + 2) / 3, and not 1 / 3 + 2
     assert choice([], logits, bad_words_ids=[[2]], forced_decoder_ids=[(0, 2)]) == 2
-    seen: list[np.ndarray] = []
 
     def look(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        seen.append(logits)
+        assert logits.tolist() == [1, -np.inf, 0]
         return logits
 
-    choice([], logits, suppress_tokens=[1], logits_processor=look)
-    np.testing.assert_array_equal(seen[0], [1, -np.inf, 0])
+    assert choice([], logits, suppress_tokens=[1], logits_processor=look) == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -187,8 +183,7 @@ def test_any_settings_give_a_token_that_is_not_banned(logits, ids, settings):
     ],
 )
 def test_ids_may_be_an_array(field, value, token):
-    logits = np.arange(5, dtype=np.float32)
-    assert choice([0, 1, 2], logits, **{field: np.array(value)}) == token
+    assert choice([0, 1, 2], np.arange(5, dtype=np.float32), **{field: np.array(value)}) == token
 
 
 def test_stages_show_what_a_call_draws_from():
@@ -197,3 +192,42 @@ def test_stages_show_what_a_call_draws_from():
     assert [name for name, _ in shown] == ["penalties", "temperature", "top_k", "min_p"]
     assert [int((scores > -math.inf).sum()) for _, scores in shown] == [4, 4, 3, 1]
     assert int(shown[-1][1].argmax()) == Sampler(config)(LOGITS, [2]) == 3
+
+
+# --- the stream of random numbers -----------------------------------------------------------------------------------
+WORD = 2**32 - 1
+
+
+# Random123 1.14, tests/kat_vectors, "threefry2x32 20".
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((WORD, WORD), (WORD, WORD), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_the_generator_gives_the_published_answers(counter, key, answer):
+    assert random_stream.threefry2x32(key, counter) == answer
+
+
+def test_the_numbers_and_seeds_of_the_documentation():
+    """In docs/bundle-format.md, for whoever writes the stream in another language."""
+    assert uniform(0, 0) == 0.41845711022987275
+    assert uniform(0, 1) == 0.3146817218764961
+    assert uniform(1, 5) == 0.49113639551488
+    assert uniform(MAX_SEED, 1000) == 0.0955491390217722
+    assert random_stream.continuation_seed(1, 1) == 3683160032914396005
+    assert random_stream.continuation_seed(MAX_SEED, 7) == 6868561896620353006
+
+
+def test_lanes_continuations_and_fresh_seeds_differ():
+    assert len({uniform(1, 2, lane) for lane in range(8)}) == 8
+    for seed in (0, 1, MAX_SEED):
+        seeds = [random_stream.continuation_seed(seed, number) for number in range(50)]
+        assert seeds[0] == seed
+        assert len({*seeds}) == 50
+        assert 0 <= min(seeds) <= max(seeds) <= MAX_SEED
+    fresh = {random_stream.fresh_seed() for _ in range(20)}
+    assert len(fresh) == 20
+    assert 0 <= min(fresh) <= max(fresh) <= MAX_SEED
