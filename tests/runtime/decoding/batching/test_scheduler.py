@@ -20,7 +20,7 @@ from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 
 from ...conftest import ids_in, runs_of
-from ...soak import Soak
+from ...test_soak import Soak
 from .waiting import until
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
