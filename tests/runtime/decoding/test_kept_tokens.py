@@ -8,7 +8,6 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import load
-from pastkey.runtime.engine import engine as engines
 
 from ..conftest import TEMPLATE, ids_of
 from ..rotary import RotaryTiny
@@ -106,24 +105,6 @@ def test_a_cut_prompt_continues_as_its_kept_tokens(lm, rotary):
     first = lm.generate(ids, max_new_tokens=5, reuse_prefix=True, **SHIFT)
     again = lm.generate([*ids, *first.ids], max_new_tokens=5, reuse_prefix=True, **SHIFT)
     assert again.cached_tokens == len(kept) + 3  # what is cut as the last prompt was is computed once
-
-
-@pytest.mark.parametrize("others", [0, 1])
-def test_a_fault_within_a_shift_ends_the_texts_of_its_step(lm, monkeypatch, others):
-    options = {"max_new_tokens": 30, "prompt_lookup": False, **SHIFT}
-    expected = lm.generate(ids_of(50), **options)
-
-    def failing(*_: object) -> None:
-        raise MemoryError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engines, "moved_by", failing)
-        stream = lm.stream_many([ids_of(50)] * (1 + others), **options)
-        found = [next(stream)[1].ids[0] for _ in range(15 * (1 + others))]
-        with pytest.raises(MemoryError):
-            list(stream)
-    assert found[:: 1 + others] == expected.ids[:15]
-    assert lm.generate(ids_of(50), **options).ids == expected.ids
 
 
 def test_more_forced_tokens_than_the_context_holds(make_bundle, rotary, letters):

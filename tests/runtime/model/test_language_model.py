@@ -158,12 +158,6 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle, tmp_pa
         load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("providers", ["cpu", [("cpu", {})]])
-def test_providers_in_every_form(speaking_bundle, providers):
-    one: Any = np.int64(1)
-    assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
-
-
 REFUSED: list[tuple[Any, str]] = [
     ([1, "a"], "the prompt holds 'a'; token ids are whole numbers from 0 to"),
     ([1, [2]], r"the prompt holds \[2\]; token ids"),

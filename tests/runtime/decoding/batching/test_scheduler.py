@@ -9,12 +9,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pastkey.errors import NumericsError, QueueFullError
+from pastkey.errors import QueueFullError
 from pastkey.runtime import load
 from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
@@ -95,18 +94,6 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(model, fresh, tmp_path):
     assert model.scheduler.batched
 
 
-def test_streams_read_in_turn_are_batched_up_to_max_batch(talking, fresh, monkeypatch):
-    model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab"]
-    shapes = runs_of(model.require_open().graph, monkeypatch)
-    found: list[list[int]] = [[] for _ in prompts]
-    for place, chunk in model.stream_many(prompts, **SETTINGS):
-        found[place] += chunk.ids
-    assert found == [fresh.generate(prompt, **SETTINGS).ids for prompt in prompts]
-    rows = [rows for rows, _ in shapes]
-    assert max(rows) == 3
-    assert rows.count(3) >= 20
-
-
 def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, shapes):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
@@ -135,36 +122,6 @@ def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, shapes):
     chunks = [tokens for rows, tokens in shapes if tokens > MAX_DRAFT_TOKENS + 1]
     assert max(chunks) <= 64
     assert sum(chunks) == 500
-
-
-def test_an_error_belongs_to_its_own_generation(tiny, letters, make_bundle):
-    """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
-    model = load(make_bundle(tiny.spoilt(slice(40, 41), np.inf), tokenizer=letters).path, threads=1)
-    expected = model.generate("abc", **SETTINGS).ids
-    dying, living = model.stream("a" * 30, max_new_tokens=30, prompt_lookup=False), model.stream("abc", **SETTINGS)
-    found = list[int]()
-
-    def read_both() -> None:
-        for _ in dying:
-            found.extend(ids_in(itertools.islice(living, 1)))
-
-    with pytest.raises(NumericsError, match="position 40"):
-        read_both()
-    assert found + ids_in(living) == expected
-
-
-def test_a_stream_that_is_collected_leaves(model, shapes):
-    circle: list[Any] = [model.stream("abc", **SETTINGS)]
-    other = model.stream("de", **SETTINGS)
-    next(circle[0])
-    next(other)
-    circle.append(circle)
-    del circle
-    gc.collect()
-    shapes.clear()
-    list(other)
-    assert max(rows for rows, _ in shapes) == 1
-    assert model.scheduler.live == 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
