@@ -129,20 +129,26 @@ class Tiny:
     def hidden_states(self, ids: Sequence[int] | Array) -> Array:
         """What is multiplied for them, (T, E)."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
-        count = len(ids)
-        x = w["embedding"][list(ids)] + w["position"][:count]  # (T, E)
+        x = w["embedding"][list(ids)] + w["position"][: len(ids)]  # (T, E)
         for i in range(len(self.layers)):
-            q, k, v = (
-                (x @ w[f"w{name}{i}"]).reshape(count, heads, -1) for name, heads in (("q", H), ("k", K), ("v", K))
-            )
-            heads = []
-            for h in range(H):
-                scores = q[:, h] @ k[:, h // (H // K)].T / np.sqrt(q.shape[-1])
-                scores[np.triu_indices(count, 1)] = -np.inf
-                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                heads.append(scores / scores.sum(axis=-1, keepdims=True) @ v[:, h // (H // K)])
-            x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
+            q, k, v = projected(x, w, i)
+            x = x + attended(q, k, v, np.tri(len(ids), dtype=bool)) @ w[f"wo{i}"]
         return x
+
+
+def projected(x: Array, weights: Mapping[str, Array], i: int) -> list[Array]:
+    """Queries (T, H, D), keys (T, K, D) and values (T, K, DV) of an attention call."""
+    return [(x @ weights[f"w{n}{i}"]).reshape(len(x), heads, -1) for n, heads in (("q", H), ("k", K), ("v", K))]
+
+
+def attended(q: Array, keys: Array, values: Array, seen: Array) -> Array:
+    """(T, H * DV): each query head over the keys and values (S, K, ...) of its group, where `seen` (T, S)."""
+    heads = []
+    for h in range(H):
+        scores = q[:, h] @ keys[:, h // (H // K)].T / np.sqrt(q.shape[-1])
+        scores = np.exp(np.where(seen, scores, -np.inf))
+        heads.append(scores / scores.sum(axis=-1, keepdims=True) @ values[:, h // (H // K)])
+    return np.concatenate(heads, axis=-1)
 
 
 FUSED_MASK = """
@@ -448,11 +454,17 @@ def ids_in(chunks: Iterable[Any]) -> list[int]:
     return [token for chunk in chunks for token in chunk.ids]
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(request, tiny, letters, make_bundle):
-    """The tiny decoder with a tokenizer, loaded, once with each graph."""
+@pytest.fixture(scope="session", params=["fused", "standard", "static"])
+def any_bundle(request, tiny, letters, make_bundle):
+    """The tiny decoder with a tokenizer, once with each graph, and so with each way that a cache can be."""
     fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
+    return make_bundle(tiny, request.param, tokenizer=letters, **fields)
+
+
+@pytest.fixture(scope="module")
+def model(any_bundle):
+    """The tiny decoder with a tokenizer, loaded, once with each graph."""
+    return load(any_bundle.path, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import importlib.resources
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -93,19 +94,14 @@ def test_what_is_no_bundle_is_refused(speaking_bundle, tmp_path):
 
 
 def test_errors_inside_a_zip_file_name_the_given_file(speaking_bundle, tmp_path):
-    """The last of two entries of one name counts."""
     file = tmp_path / "b.zip"
-    file.write_bytes(zipped(speaking_bundle.path))
-    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        archive.writestr("pastkey.json", "{}")
-    with pytest.raises(InputError) as caught:
+    file.write_bytes(zipped(speaking_bundle.path, skip="pastkey.json", **{"pastkey.json": "{}"}))
+    with pytest.raises(InputError, match=re.escape(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle")):
         load(file)
-    assert str(caught.value).startswith(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle was expected")
     file.write_bytes(zipped(speaking_bundle.path, skip="model.onnx"))
     for given, name in ((file, f"{file}"), (file.read_bytes(), "the bytes")):
-        with pytest.raises(IntegrityError) as missing:
+        with pytest.raises(IntegrityError, match=re.escape(f"{name}/onnx/model.onnx is missing")):
             load(given)
-        assert str(missing.value).startswith(f"{name}/onnx/model.onnx is missing")
 
 
 FOLDERS = {f"{number}/" + "a/" * 40 + "x": b"" for number in range(60)}  # with an empty file each
@@ -135,29 +131,6 @@ def test_compressions_that_bound_no_memory_are_refused(method):
 
 
 # --- other processes ----------------------------------------------------------------------------------------------
-
-
-SPAWNS = """
-import multiprocessing, pastkey
-
-def answer(model, queue):
-    queue.put(model.generate("abc", **{settings}).ids)
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=answer, args=(pastkey.load({path!r}, threads=1), queue))
-    process.start()
-    print(queue.get(timeout=60))
-    process.join()
-"""
-
-
-def test_a_process_that_is_spawned_takes_a_model(speaking_bundle, expected, tmp_path):
-    path = tmp_path / "spawn.py"
-    path.write_text(SPAWNS.format(settings=DRAWN, path=str(speaking_bundle.path)), encoding="utf-8")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == f"{expected}\n"
 
 
 def test_a_model_is_quiet_and_has_a_logger(speaking_bundle, capfd, caplog):

@@ -143,11 +143,9 @@ def test_a_second_thread_that_reads_a_stream_is_refused(lm, several):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, stream)
         assert gate.inside.wait(60)
-        try:
-            with pytest.raises(InputError, match=READ_TWICE):
-                next(stream)
-        finally:
-            gate.open.set()
+        with pytest.raises(InputError, match=READ_TWICE):
+            next(stream)
+        gate.open.set()
         chunks = [first.result(60), *stream]
     assert ids_in(chunk[1] if several else chunk for chunk in chunks) == expected
 
@@ -159,11 +157,9 @@ def test_a_second_task_that_reads_a_stream_is_refused(lm):
         stream = lm.astream("abc", **SHORT, logits_processor=gate)
         first = asyncio.create_task(anext(stream))
         await asyncio.to_thread(gate.inside.wait, 60)
-        try:
-            with pytest.raises(InputError, match=READ_TWICE):
-                await anext(stream)
-        finally:
-            gate.open.set()
+        with pytest.raises(InputError, match=READ_TWICE):
+            await anext(stream)
+        gate.open.set()
         return ids_in([await first, *[chunk async for chunk in stream]])
 
     assert asyncio.run(read()) == lm.generate("abc", **SHORT).ids
@@ -281,19 +277,13 @@ def test_closing_a_model_ends_its_streams(speaking_bundle):
     assert list(stream) == []
     assert stream.completion.finish_reason == "cancelled"
     assert repr(model).endswith("(fp32, closed)>")
-    for call in (
-        lambda: model.generate("abc"),
-        lambda: model.generate(["abc"]),
-        lambda: model.stream("abc"),
-        lambda: model.session(),
-        lambda: model.logits([1]),
-        lambda: model.astream("abc"),
-        lambda: session.append("d"),
-        lambda: session.generate(),
-        lambda: next(other),
-    ):
+    calls: list[tuple[Any, Any]] = [
+        (model.generate, "abc"), (model.generate, ["abc"]), (model.stream, "abc"), (model.astream, "abc"),
+        (model.logits, [1]), (model.session, None), (session.append, "d"), (session.generate, None), (next, other),
+    ]  # fmt: skip
+    for call, given in calls:
         with pytest.raises(InputError, match="this model is closed: load it again"):
-            call()
+            call(given)
     model.close()
 
 

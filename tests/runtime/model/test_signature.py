@@ -147,7 +147,7 @@ def test_a_new_key_replaces_none(tmp_path):
 
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not on this machine")
 def test_openssl_makes_the_keys_and_checks_the_signature(signed, tmp_path):
-    private, public, made = tmp_path / "k.pem", tmp_path / "p.pem", tmp_path / "by_openssl.sig"
+    private, public = tmp_path / "k.pem", tmp_path / "p.pem"
 
     def openssl(*arguments: str | Path) -> bool:
         return subprocess.run([str(OPENSSL), *map(str, arguments)], capture_output=True, check=False).returncode == 0
@@ -159,8 +159,6 @@ def test_openssl_makes_the_keys_and_checks_the_signature(signed, tmp_path):
     require_signature(signed, public)
     check = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", signed / MANIFEST, "-sigfile")
     assert openssl(*check, signature)
-    assert openssl("pkeyutl", "-sign", "-inkey", private, "-rawin", "-in", signed / MANIFEST, "-out", made)
-    assert made.read_bytes() == signature.read_bytes()
 
 
 def test_without_the_package_one_sentence_names_it(signed, keys, monkeypatch):

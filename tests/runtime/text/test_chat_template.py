@@ -61,7 +61,7 @@ TEMPLATES = {
 {% macro turn(name) %}<{{ name }}>{% endmacro %}
 {% generation %}{% set state.seen = 9 %}{{ turn('assistant') }}{% endgeneration %}{{ state.seen }}
 """,
-    # In the manner of models that call tools: Hermes and Qwen, Command R, and of those that think first.
+    # In the manner of models that call tools: Hermes and Qwen, and of those that think first.
     "hermes": """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -70,10 +70,6 @@ TEMPLATES = {
     {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
     {{- "\\n</tools><|im_end|>\\n" }}
 {%- endif %}
-{%- set ns = namespace(last=messages|length - 1) %}
-{%- for message in messages[::-1] if message.role == 'user' %}
-    {%- set ns.last = (messages|length - 1) - loop.index0 %}
-{%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' + (message.content or '').split('</think>')[-1].lstrip('\\n') }}
@@ -95,19 +91,6 @@ TEMPLATES = {
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>\\n' if thinking is false) }}
 {%- endif %}
-""",
-    "documents": """\
-{% macro shown(doc, i) %}Document: {{ i }}
-{% for key, value in doc.items() %}{{ key }}: {{ value | string }}
-{% endfor %}{% endmacro %}
-{% if documents %}<results>
-{% for doc in documents %}{{ shown(doc, loop.index0) }}{% if not loop.last %}
-
-{% endif %}{% endfor %}</results>
-{% endif %}
-{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}
-{% for part in m.content %}{{ part.text if part.type == 'text' else '<' ~ part.type ~ '>' }}{% endfor %}
-{% endif %}{{ m.reasoning_content | default('') }}{{ m.thinking }}{% endfor %}{{ mode | default('fast') }}
 """,
 }
 

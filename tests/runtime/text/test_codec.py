@@ -83,14 +83,6 @@ def test_the_pieces_of_any_ids_are_together_their_text(make, keep):
     check()
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
-@given(data=st.binary(max_size=20))
-def test_the_pieces_of_any_bytes_are_together_their_text(make, data):
-    tokenizer = make()
-    codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, data)
-    assert streamed(codec, ids) == whole_text(codec, ids)
-
-
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     """One token for each byte, in either way of writing them."""
     letters = _byte_letters()

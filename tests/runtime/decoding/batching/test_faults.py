@@ -41,15 +41,9 @@ LEAD = "fg" * 62  # two runs, and its cache grows while it decodes
 OPTIONS: dict[str, Any] = {**DRAWN, "max_new_tokens": 7, "reuse_prefix": True}
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def bundle(request, tiny, letters, make_bundle):
-    fields: dict[str, Any] = {"chunk": 8} if request.param == "static" else {}
-    return make_bundle(tiny, request.param, tokenizer=letters, **fields)
-
-
 @pytest.fixture(scope="module")
-def opened(bundle):
-    return load(bundle.path, threads=1)
+def opened(any_bundle):
+    return load(any_bundle.path, threads=1)
 
 
 @pytest.fixture
@@ -60,9 +54,9 @@ def model(opened):
 
 
 @pytest.fixture(scope="module")
-def expected(bundle):
+def expected(any_bundle):
     """What each text is alone."""
-    alone = load(bundle.path, threads=1)
+    alone = load(any_bundle.path, threads=1)
     return {prompt: alone.generate(prompt, **options) for prompt, options in {**STREAMS, LEAD: OPTIONS}.items()}
 
 

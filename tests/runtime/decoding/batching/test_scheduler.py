@@ -25,13 +25,11 @@ from .waiting import until
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def any_model(request, tiny, letters, make_bundle):
-    """A model of at most three rows, with each way that a cache can be, and what each call gives alone."""
-    fields: dict[str, Any] = {"chunk": 8} if request.param == "static" else {}
-    path = make_bundle(tiny, request.param, tokenizer=letters, **fields).path
-    alone = load(path, threads=1)
-    return load(path, threads=1, max_batch=3), [alone.generate(p, **options).ids for p, options in CALLS]
+@pytest.fixture(scope="module")
+def any_model(any_bundle):
+    """A model of at most three rows, and what each call gives alone."""
+    alone = load(any_bundle.path, threads=1)
+    return load(any_bundle.path, threads=1, max_batch=3), [alone.generate(p, **options).ids for p, options in CALLS]
 
 
 @pytest.fixture
