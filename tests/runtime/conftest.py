@@ -397,6 +397,12 @@ def bundle(request, tiny, make_bundle):
     return make_bundle(tiny, request.param)
 
 
+@pytest.fixture
+def engine(bundle):
+    """Over the tiny decoder, once with each attention."""
+    return Engine(bundle, threads=1)
+
+
 @pytest.fixture(scope="session")
 def fused_bundle(tiny, make_bundle):
     return make_bundle(tiny, "fused", golden=True)

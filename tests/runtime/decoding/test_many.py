@@ -1,7 +1,8 @@
-"""Several prompts in one call: each as if alone, the results in order."""
+"""A text by an engine alone, and several prompts in one call: each as if alone, the results in order."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Completion, load
+from pastkey.runtime.decoding.generation import Generation
+from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.sampling.random_stream import continuation_seed
 
 from ..conftest import DRAWN, runs_of
@@ -105,3 +108,44 @@ def test_closing_and_cancelling_keep_what_there_is(speaking_bundle, lm, end):
     found = [one.finish_reason for one in streams.completions if one is not None]
     assert found == ["cancelled"] * (20 if end == "cancel" else 3)
     assert (model.activity.running, model.activity.waiting, model.scheduler.live) == (0, 0, 0)
+
+
+# --- by an engine alone ---------------------------------------------------------------------------------------------
+PROMPT = [5, 6, 7]
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
+def test_the_last_token_may_stand_behind_the_context(engine, prompt, expected):
+    engine.graph.manifest = dataclasses.replace(engine.manifest, context_length=24)
+    generation = Generation(engine, Request(list(range(prompt)), max_new_tokens=100))
+    assert len(list(generation)) == expected
+    assert (generation.finish_reason, generation.prompt_tokens) == ("length", prompt)
+
+
+def test_a_generation_that_another_took_over_says_so(engine):
+    first = Generation(engine, Request(PROMPT, max_new_tokens=10))
+    next(first)
+    assert len(list(Generation(engine, Request([1, 2], max_new_tokens=3)))) == 3
+    with pytest.raises(InputError, match="another generation began"):
+        next(first)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "word"),
+    [
+        ([], 5, "the prompt is empty"),
+        ([37], 5, "out of range"),
+        ([1] * 601, 5, "the context is 600"),
+        ([1], -1, "max_new"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_at_once(engine, prompt, new, word):
+    with pytest.raises(InputError, match=word):
+        Generation(engine, Request(prompt, max_new_tokens=new))
+
+
+def test_a_prefix_in_the_engines_cache_is_reused(engine, tiny):
+    first = [*PROMPT, *Generation(engine, Request(PROMPT, max_new_tokens=9))]
+    second = Generation(engine, Request([*first, 8, 9], max_new_tokens=3, reuse_prefix=True))
+    assert list(second) == tiny.greedy([*first, 8, 9], 3)
+    assert second.cached_tokens == len(first) - 1

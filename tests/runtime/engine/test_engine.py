@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError, NumericsError
-from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime import Engine
 
 from ..conftest import ids_of, require_close
 
@@ -18,15 +18,10 @@ def session(bundle):
     return Engine(bundle, graph="all_logits", threads=1)
 
 
-@pytest.fixture
-def last(bundle):
-    return Engine(bundle, threads=1)
-
-
-def test_logits_of_a_step_stay_what_they_were(last):
-    first = last.decode(3)
+def test_logits_of_a_step_stay_what_they_were(engine):
+    first = engine.decode(3)
     kept = first.copy()
-    last.decode(4)
+    engine.decode(4)
     np.testing.assert_array_equal(first, kept)
     assert first.dtype == np.float32
 
@@ -76,22 +71,22 @@ def test_a_mask_that_the_fused_graph_cannot_take_is_refused(fused_bundle, name):
 
 
 @pytest.mark.parametrize("ids", [[37], [-1], [3, 10**9], [], [[1, 2]], [0.5], ["a"], 3])
-def test_what_is_no_row_of_ids_is_refused(last, ids):
+def test_what_is_no_row_of_ids_is_refused(engine, ids):
     whole = isinstance(ids, list) and ids and isinstance(ids[0], int)
     word = "this model's ids are 0 to 36" if whole else r"token ids are whole numbers of shape \(T,\)"
     with pytest.raises(InputError, match=word):
-        last.prefill(ids)
-    assert last.length == 0
+        engine.prefill(ids)
+    assert engine.length == 0
 
 
-def test_the_whole_context_is_usable_and_no_more(last):
+def test_the_whole_context_is_usable_and_no_more(engine):
     with pytest.raises(InputError, match="the prompt has 601 tokens; the context is 600"):
-        last.prefill(ids_of(601))
-    last.prefill(ids_of(599))
-    last.decode(1)
+        engine.prefill(ids_of(601))
+    engine.prefill(ids_of(599))
+    engine.decode(1)
     with pytest.raises(InputError, match="600 tokens are in the cache and 1 more were given"):
-        last.decode(1)
-    assert last.length == 600
+        engine.decode(1)
+    assert engine.length == 600
 
 
 @pytest.mark.parametrize("graph", ["fused", "standard"])

@@ -16,9 +16,8 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
 from pastkey.providers import PROVIDERS, Provider
-from pastkey.runtime import load
+from pastkey.runtime import Engine, load
 from pastkey.runtime.commands.inspection import inspect, print_inspection
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 from pastkey.runtime.providers.native import NativeKernels
 

@@ -11,8 +11,8 @@ import pytest
 from pastkey.contract.bundle import CacheShift, KeyRotation
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
+from pastkey.runtime import Engine
 from pastkey.runtime.engine import engine as engines
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.shift import turned
 
 from ..conftest import ids_of, require_close

@@ -159,21 +159,6 @@ def test_a_function_of_ones_own_sees_the_text_as_it_grows(lm):
     assert seen == [ids[:length] for length in range(2, 22)]
 
 
-def test_one_that_fails_ends_its_own_generation_and_no_other(lm):
-    def failing(ids: Any, logits: Any) -> Any:
-        if len(ids) > 6:
-            raise ValueError("enough")
-        return logits
-
-    other = lm.stream("abc", **DRAWN)
-    next(other)
-    with pytest.raises(InputError, match=r"logits_processor .*failing raised ValueError: enough"):
-        list(lm.stream("abc", logits_processor=failing, **DRAWN))
-    list(other)
-    assert other.completion.ids == lm.generate("abc", **DRAWN).ids
-    assert lm.scheduler.live == 0
-
-
 def test_breakers_are_texts_or_ids(lm, mute):
     settings: dict[str, Any] = {"dry_multiplier": 5.0, "dry_allowed_length": 1, "max_new_tokens": 40}
     prompt = lm.prompt_ids("abcabcabc")

@@ -18,11 +18,6 @@ from ...conftest import ids_of, require_close
 from ...rotary import RotaryTiny
 
 
-@pytest.fixture
-def engine(bundle):
-    return Engine(bundle, threads=1)
-
-
 def filled(engine: Engine, ids: list[int], *, decoded: int = 0) -> Engine:
     made = Engine.over(engine.graph)
     made.prefill(ids[: len(ids) - decoded])

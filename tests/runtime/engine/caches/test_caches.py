@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pastkey.providers import PROVIDERS
+from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.fixed import FixedKVCache
 from pastkey.runtime.engine.caches.kv import KVCache
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
 from ...conftest import require_close, stopped

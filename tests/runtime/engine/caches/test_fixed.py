@@ -10,10 +10,10 @@ import pytest
 from pastkey.contract.bundle import KVGeometry, StateGeometry, StaticShape
 from pastkey.errors import InputError, IntegrityError
 from pastkey.providers import PROVIDERS
+from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.caches.static_graphs import visible_columns
-from pastkey.runtime.engine.engine import Engine
 
 from ...conftest import ids_of, require_close
 

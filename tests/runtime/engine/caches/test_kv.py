@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError
+from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP
-from pastkey.runtime.engine.engine import Engine
 
 from ...conftest import require_close
 
 ROW_BYTES = 4 * 2 * (8 + 8 + 16 + 16)  # float32, two kv heads, keys and values of two attention calls
-
-
-@pytest.fixture
-def session(bundle):
-    return Engine(bundle, threads=1)
 
 
 @pytest.mark.parametrize(("graph", "fields"), [("fused", {}), ("standard", {}), ("static", {"chunk": 2})])
@@ -56,15 +51,15 @@ def test_the_concatenating_form_holds_what_there_is(standard_bundle):
 
 
 @pytest.mark.parametrize("length", [-1, 4, 1.5])
-def test_trim_to_what_is_not_there_is_refused(session, tiny, length):
-    session.prefill([1, 2, 3])
+def test_trim_to_what_is_not_there_is_refused(engine, tiny, length):
+    engine.prefill([1, 2, 3])
     with pytest.raises(InputError, match=r"holds 3 tokens|length is 1\.5; it must be a whole number"):
-        session.trim(length)
-    session.trim(3)
-    assert session.length == 3
-    session.trim(0)  # another number of rows fits
-    require_close(session.forward([[5], [6]])[1, 0], tiny([6])[0])
-    assert session.cache.nbytes == 2 * session.cache.capacity * ROW_BYTES
+        engine.trim(length)
+    engine.trim(3)
+    assert engine.length == 3
+    engine.trim(0)  # another number of rows fits
+    require_close(engine.forward([[5], [6]])[1, 0], tiny([6])[0])
+    assert engine.cache.nbytes == 2 * engine.cache.capacity * ROW_BYTES
 
 
 def test_the_cache_is_dropped_before_its_session(bundle):
