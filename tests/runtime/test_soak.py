@@ -63,7 +63,7 @@ class Soak:
         `most`: ends after so many texts. `watched`: interrupts, forks, and looks at the memory, as Linux tells it.
         """
         end, stop = time.monotonic() + seconds, threading.Event()
-        kinds = [self._generate] * 5 + [self._stream] * 9 + [self._session, self._chat]
+        kinds = [self._generate] * 5 + [self._stream] * 9 + [self._session, self._session, self._chat]
 
         def work(number: int) -> None:
             rng = random.Random(number)
@@ -146,7 +146,7 @@ class Soak:
             stream.close()
 
     def _session(self, rng: random.Random) -> None:
-        """Appended in two parts, forked, saved and loaded again."""
+        """Appended in two parts, forked, saved and loaded, and trimmed for another time."""
         prompt, settings, expected = self._some(rng)
         file, half = self.folder / f"{threading.get_ident()}.session", len(prompt) // 2 or 1
         with self.model.session() as session:
@@ -156,6 +156,8 @@ class Soak:
             with session.fork() as fork, self.model.load_session(file) as loaded:
                 for each in (fork, loaded, session):
                     assert each.generate(**settings).ids == expected, (prompt, settings)
+                session.trim(len(prompt))
+                assert session.generate(**settings).ids == expected, (prompt, settings)
 
     def _chat(self, rng: random.Random) -> None:
         which = rng.randrange(len(self.talks))

@@ -8,6 +8,7 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.runtime import load
+from pastkey.runtime.engine import engine as engines
 
 from ..conftest import TEMPLATE, ids_of
 from ..rotary import RotaryTiny
@@ -105,6 +106,22 @@ def test_a_cut_prompt_continues_as_its_kept_tokens(lm, rotary):
     first = lm.generate(ids, max_new_tokens=5, reuse_prefix=True, **SHIFT)
     again = lm.generate([*ids, *first.ids], max_new_tokens=5, reuse_prefix=True, **SHIFT)
     assert again.cached_tokens == len(kept) + 3  # what is cut as the last prompt was is computed once
+
+
+def test_a_fault_within_a_shift_ends_the_texts_of_its_step(lm, monkeypatch):
+    options = {"max_new_tokens": 30, "prompt_lookup": False, **SHIFT}
+    expected = lm.generate(ids_of(50), **options)
+
+    def failing(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "moved_by", failing)
+        stream = lm.stream_many([ids_of(50)] * 2, **options)
+        assert [next(stream)[1].ids[0] for _ in range(30)][::2] == expected.ids[:15]
+        with pytest.raises(MemoryError):
+            list(stream)
+    assert lm.generate(ids_of(50), **options).ids == expected.ids
 
 
 def test_more_forced_tokens_than_the_context_holds(make_bundle, rotary, letters):

@@ -130,20 +130,6 @@ def test_a_generation_that_another_took_over_says_so(engine):
         next(first)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "new", "word"),
-    [
-        ([], 5, "the prompt is empty"),
-        ([37], 5, "out of range"),
-        ([1] * 601, 5, "the context is 600"),
-        ([1], -1, "max_new"),
-    ],
-)
-def test_what_cannot_be_continued_is_refused_at_once(engine, prompt, new, word):
-    with pytest.raises(InputError, match=word):
-        Generation(engine, Request(prompt, max_new_tokens=new))
-
-
 def test_a_prefix_in_the_engines_cache_is_reused(engine, tiny):
     first = [*PROMPT, *Generation(engine, Request(PROMPT, max_new_tokens=9))]
     second = Generation(engine, Request([*first, 8, 9], max_new_tokens=3, reuse_prefix=True))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import CacheShift, KeyRotation
+from pastkey.contract.bundle import KeyRotation
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine
@@ -110,12 +110,6 @@ def test_tokens_that_are_not_there(bundle, keep, count):
     engine.forward([ids_of(10), ids_of(10, 1)])
     with pytest.raises(InputError, match="a cache of 2 rows of 10 tokens"):
         engine.shift(0, 2)
-
-
-def test_a_cache_that_cannot_be_shifted(make_bundle, tiny):
-    refused = Engine(make_bundle(tiny, shift=CacheShift("its positions are learned")), threads=1)
-    with pytest.raises(InputError, match="cannot be shifted: its positions are learned; shorten the text"):
-        refused.shift(0, 0)
 
 
 # --- windows ------------------------------------------------------------------------------------------------------

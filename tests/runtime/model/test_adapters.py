@@ -182,8 +182,6 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda lm, at: lm.load_adapter("", at / "one"), "adapter is ''; it must be a text of at least one"),
     (lambda lm, at: lm.unload_adapter("three"), "there is no adapter 'three'"),
     (lambda lm, at: lm.session("three"), "there is no adapter 'three'"),
-    (lambda lm, at: lm.generate(PROMPT, adapter=3), "adapter is 3"),
-    (lambda lm, at: load(at / "bundle", adapters=["one"]), "adapters is .*a mapping of names to folders"),  # type: ignore[arg-type]
 ]
 
 

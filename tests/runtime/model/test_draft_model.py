@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from pastkey.errors import InputError, MissingFileError, OptionError
+from pastkey.errors import InputError
 from pastkey.runtime import load
 from pastkey.runtime.speculation.worth import Worth
 
@@ -136,10 +136,3 @@ def test_any_graph_may_draft(kind, fields, tiny, letters, speaking_bundle, lm, a
         found = model.generate("abc", **DRAWN)
     assert found.ids == lm.generate("abc", **DRAWN).ids
     assert found.accepted_tokens == found.draft_tokens > 20
-
-
-def test_options_are_named(drafted, speaking_bundle, tmp_path):
-    with pytest.raises(OptionError, match="did you mean 'draft'"):
-        drafted.generate("abc", drafts=True)
-    with pytest.raises(MissingFileError):
-        load(speaking_bundle.path, draft=tmp_path / "none")

@@ -138,16 +138,6 @@ def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(lm
     assert first not in ending.generate("abc", **drawn, eos_token_id=first, min_new_tokens=30).ids
 
 
-def test_a_bundle_without_tokenizer_takes_ids(bundle, tiny):
-    model = load(bundle.path, threads=1)
-    completion = model.generate([1, 2, 3], max_new_tokens=6)
-    assert completion.ids == tiny.greedy([1, 2, 3], 6)
-    assert completion.text == ""
-    assert [chunk.ids for chunk in model.stream([1, 2, 3], max_new_tokens=2)] == [[t] for t in completion.ids[:2]]
-    with pytest.raises(InputError, match=r"has no tokenizer.*--prompt-ids"):
-        model.generate("text")
-
-
 def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle, tmp_path):
     shutil.copytree(speaking_bundle.path, tmp_path / "b")
     graph = tmp_path / "b" / names.LAST_LOGITS_GRAPH

@@ -94,7 +94,6 @@ def test_a_prompt_has_log_probabilities_without_new_tokens(model, length):
 def test_the_figures(lm):
     found = lm.generate("abcabcabc", max_new_tokens=100)
     assert 0 < found.accepted_tokens <= found.draft_tokens
-    assert found.prefill_seconds > 0
     assert found.seconds_per_token == found.decode_seconds / 99
     assert lm.generate("abc", max_new_tokens=1).seconds_per_token == 0
 

@@ -215,39 +215,30 @@ def bundle_with(tmp_path, speaking_bundle):
     return make
 
 
-@pytest.mark.parametrize(
-    ("config", "file", "expected"),
-    [
-        ({"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}, None, "<s>a"),
-        ({"chat_template": "{{ eos_token }}a", "eos_token": {"content": "</s>"}, "bos_token": None}, None, "</s>a"),
-        ({"chat_template": "{{ add_bos_token }}a", "add_bos_token": True}, None, "a"),
-        ({"chat_template": [{"name": "x", "template": "b"}, {"name": "default", "template": "a"}]}, None, "a"),
-        ({"chat_template": {"x": "b", "default": "a"}}, None, "a"),
-        ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", "<s>é"),
-        (None, "a", "a"),
-    ],
-)
-def test_where_a_template_is_found(config, file, expected, bundle_with):
-    template = ChatTemplate.from_bundle(bundle_with(config, file))
-    assert template.render([{"role": "user", "content": "x"}]) == expected
+BOTH = {"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}, "{{ bos_token }}b"
 
 
 @pytest.mark.parametrize(
-    ("listed", "expected"),
+    ("config", "file", "listed", "expected"),
     [
-        ([names.TOKENIZER_CONFIG], "<s>a"),
-        ([names.CHAT_TEMPLATE], "b"),
-        ([], None),
+        (BOTH[0], None, None, "<s>a"),
+        (
+            {"chat_template": "{{ eos_token }}a", "eos_token": {"content": "</s>"}, "bos_token": None},
+            None,
+            None,
+            "</s>a",
+        ),
+        ({"chat_template": "{{ add_bos_token }}a", "add_bos_token": True}, None, None, "a"),
+        ({"chat_template": [{"name": "x", "template": "b"}, {"name": "default", "template": "a"}]}, None, None, "a"),
+        ({"chat_template": {"x": "b", "default": "a"}}, None, None, "a"),
+        ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", None, "<s>é"),
+        (None, "a", None, "a"),
+        (*BOTH, [names.TOKENIZER_CONFIG], "<s>a"),  # a file that the manifest does not list is not read
+        (*BOTH, [names.CHAT_TEMPLATE], "b"),
     ],
 )
-def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle_with, listed, expected):
-    config = {"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}
-    bundle = bundle_with(config, "{{ bos_token }}b", listed=listed)
-    if expected is not None:
-        assert ChatTemplate.from_bundle(bundle).render([]) == expected
-    else:
-        with pytest.raises(InputError, match=r"has no chat template .* --template FILE"):
-            ChatTemplate.from_bundle(bundle)
+def test_where_a_template_is_found(config, file, listed, expected, bundle_with):
+    assert ChatTemplate.from_bundle(bundle_with(config, file, listed)).render(MESSAGES) == expected
 
 
 def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, tmp_path):
@@ -263,7 +254,7 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, 
         read_template(tmp_path / "none.jinja")
 
 
-NONE = r"has no chat template .* pastkey run BUNDLE --prompt TEXT"
+NONE = r"has no chat template .* --template FILE"
 NAMED = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
 
 
@@ -281,6 +272,8 @@ NAMED = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag"
 def test_a_bundle_without_template_says_what_to_do(config, words, bundle_with):
     with pytest.raises(InputError, match=words):
         ChatTemplate.from_bundle(bundle_with(config))
+    with pytest.raises(InputError, match=NONE):
+        ChatTemplate.from_bundle(bundle_with(*BOTH, listed=[]))
 
 
 def test_without_jinja2_it_is_named(monkeypatch):

@@ -19,7 +19,6 @@ TALK: list[dict[str, Any]] = [
 ]
 CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {}}}
 BROKEN = [{"role": "user", "content": {1}}]
-CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {}}}
 
 
 def test_what_is_saved_is_read(tmp_path):

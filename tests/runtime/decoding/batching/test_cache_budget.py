@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pastkey.errors import ResourceError
-from pastkey.runtime import Engine, load
+from pastkey.runtime import Engine
 from pastkey.runtime.decoding.batching.cache_budget import CacheMemory
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
 from pastkey.runtime.engine.caches.kv import GROWTH_STEP
@@ -138,13 +138,3 @@ def test_exact_reuses_prefilled_tokens_only(engine):
     store.put(filled(engine, A, decoded=18))
     assert store.take([*A, 1, 2], exact=True)[1] == 30
     assert store.take([*A, 1, 2])[1] == 48
-
-
-def test_requests_in_between_evict_no_conversation(speaking_bundle):
-    model, text = load(speaking_bundle.path, threads=1), "once upon a time"
-    for number in range(4):
-        completion = model.generate(text, reuse_prefix=True, max_new_tokens=10)
-        assert completion.cached_tokens == (0 if not number else len(text) - 6)
-        for title in ("give a title", "some tags"):
-            model.generate(title, reuse_prefix=True, max_new_tokens=3)
-        text += completion.text + " more"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, processors
 
 from pastkey.errors import InputError, OptionError
-from pastkey.runtime import Chat, LanguageModel, load
+from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.decoding.completion import completed
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
@@ -133,23 +133,6 @@ def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left
     assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
 
 
-def test_an_event_loop_gets_the_answers_of_calls(model):
-    expected = model.chat("be")
-    first, second = expected.ask("hello", **VARIED), expected.ask("and", **VARIED)
-
-    async def talk() -> Chat:
-        chat = model.chat("be")
-        assert (await chat.aask("hello", **VARIED)).ids == first.ids
-        stream = chat.astream("and", **VARIED)
-        assert "".join([chunk.text async for chunk in stream]) == second.text
-        assert stream.completion.ids == second.ids
-        with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
-            await chat.aask("a", x=1)
-        return chat
-
-    assert asyncio.run(talk()).messages == expected.messages
-
-
 def test_two_answers_of_one_conversation_at_once_are_refused(model):
     chat = model.chat()
     one, other = chat.stream("abc", **VARIED), chat.stream("def", **VARIED)
@@ -216,17 +199,6 @@ def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle, t
     assert answer.ids == lm.generate("abc.", max_new_tokens=5).ids
 
 
-def test_a_bundle_that_cannot_chat_says_so(make_model, speaking_bundle, bundle):
-    for silent, words in (
-        (speaking_bundle, r"has no chat template .* pastkey run \S+ --prompt TEXT"),
-        (bundle, r"has no tokenizer.* pastkey run \S+ --prompt-ids"),
-    ):
-        with pytest.raises(InputError, match=words):
-            Chat(load(silent.path, threads=1))
-    with pytest.raises(InputError, match="is not valid Jinja"):
-        make_model("{% for %}").chat()
-
-
 # --- stateless calls: the answers of a Chat, without one --------------------------------------------------------------
 MESSAGES = [{"role": role, "content": text} for role, text in (("user", "hello"), ("assistant", "so"), ("user", "b"))]
 
@@ -237,10 +209,12 @@ def lm(make_model):
 
 
 def test_every_call_gives_the_answer_of_a_chat(lm):
-    expected = lm.chat(messages=MESSAGES).ask(**VARIED)
+    chat = lm.chat(messages=MESSAGES)
+    expected = chat.ask(**VARIED)
     assert lm.generate_chat(MESSAGES, **VARIED).ids == expected.ids
     stream = lm.stream_chat(MESSAGES, **VARIED)
     assert "".join(chunk.text for chunk in stream) == stream.completion.text == expected.text
+    assert next(stream, None) is None
     prompt = lm.chat_prompt(MESSAGES)
     assert [one.ids for one in completed(lm.stream_many([prompt], **VARIED))] == [expected.ids]
 
@@ -248,6 +222,11 @@ def test_every_call_gives_the_answer_of_a_chat(lm):
         assert (await lm.agenerate_chat(MESSAGES, **VARIED)).ids == expected.ids
         async with lm.astream_chat(MESSAGES, **VARIED) as chunks:
             assert "".join([chunk.text async for chunk in chunks]) == expected.text
+        other = lm.chat(messages=MESSAGES)
+        assert (await other.aask(**VARIED)).ids == expected.ids
+        assert other.messages == chat.messages
+        with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
+            await other.aask("a", x=1)
         many = lm.astream_many([prompt], 2, **VARIED)
         assert {place async for place, _ in many} == {0, 1}
         return many.completions
