@@ -160,7 +160,8 @@ def test_a_session_takes_more_than_the_context_holds(lm):
 def test_texts_and_a_saved_session_of_what_is_local(make_bundle, tmp_path):
     tiny = RotaryTiny.of(16, 1000, pairs=8, inside=True, window=24)
     local, whole = (load(found.path, threads=1) for found in (tiny.written(make_bundle), make_bundle(tiny)))
-    prompts, options = [ids_of(count) for count in (10, 300, 500)], {"max_new_tokens": 300, "prompt_lookup": False}
+    prompts = [ids_of(count) for count in (10, 300, 500)]
+    options: dict[str, Any] = {"max_new_tokens": 300, "prompt_lookup": False}
     found = local.generate(prompts, **options)
     assert [one.ids for one in found] == [whole.generate(prompt, **options).ids for prompt in prompts]
     assert local.scheduler.batched > 300

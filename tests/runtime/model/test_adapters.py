@@ -41,8 +41,9 @@ def lm(folder):
 
 @pytest.fixture(scope="module")
 def expected(tiny):
-    found = {name: merged(tiny, lora(tiny, ADAPTED[name], seed=seed)) for seed, name in enumerate(ADAPTED)}
-    texts = {name: decoder.greedy(PROMPT, 12) for name, decoder in {**found, None: tiny}.items()}
+    texts: dict[str | None, list[int]] = {None: tiny.greedy(PROMPT, 12)}
+    for seed, (name, weights) in enumerate(ADAPTED.items()):
+        texts[name] = merged(tiny, lora(tiny, weights, seed=seed)).greedy(PROMPT, 12)
     assert len({tuple(ids) for ids in texts.values()}) == 3
     return texts
 
@@ -145,7 +146,7 @@ def test_an_adapter_is_unloaded_while_a_request_runs_to_its_end(lm, folder, expe
 
 
 def test_the_adapter_graph_opens_with_the_first_adapter_and_closes_with_the_last(folder):
-    lm, graphs = load(folder / "bundle"), []
+    lm, graphs = load(folder / "bundle"), list[Any]()
     assert lm.adapters._graph is None
     for name in ADAPTED:
         lm.load_adapter(name, folder / name)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 import pastkey
 from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError
-from pastkey.runtime import load
+from pastkey.runtime import ChatOptions, load
 from pastkey.runtime.model.generation_config import sampling_defaults
 from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPTIONS
 
@@ -195,7 +195,8 @@ def test_the_library_uses_them_on_request_only(tiny, make_bundle):
     model = load(make_bundle(tiny, "fused", generation_config=found).path, threads=1)
     assert model.sampling_defaults == {"temperature": 3.0}
     greedy = model.generate([1, 2, 3], max_new_tokens=20)
-    drawn = model.generate([1, 2, 3], **model.sampling_defaults, max_new_tokens=20, seed=1)
+    options: ChatOptions = {**model.sampling_defaults, "max_new_tokens": 20, "seed": 1}
+    drawn = model.generate([1, 2, 3], **options)
     assert drawn.ids == model.generate([1, 2, 3], max_new_tokens=20, seed=1, temperature=3.0).ids != greedy.ids
 
 

@@ -83,7 +83,8 @@ def test_parts_are_lines_of_one_text():
 
 # --- tools ----------------------------------------------------------------------------------------------------------
 def test_schemas_stay_as_they_are_and_without_parameters_take_none():
-    takes, none = ({"type": "object", "properties": properties} for properties in ({"x": {}}, {}))
+    takes: dict[str, Any] = {"type": "object", "properties": {"x": {}}}
+    none = takes | {"properties": {}}
     schemas: list[dict[str, Any]] = [
         {"type": "function", "function": {"name": "a", "parameters": takes}},
         {"name": "b", "x": 1, "parameters": takes},
