@@ -149,6 +149,7 @@ def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle, tmp_pa
 
 
 REFUSED: list[tuple[Any, str]] = [
+    ([], "the prompt is empty"),
     ([1, "a"], "the prompt holds 'a'; token ids are whole numbers from 0 to"),
     ([1, [2]], r"the prompt holds \[2\]; token ids"),
     ([1, 2.5], r"the prompt holds 2\.5; token ids"),

@@ -197,6 +197,8 @@ def test_options_out_of_range_are_named_before_the_first_token(lm, options, word
 def test_what_needs_a_tokenizer_is_refused_without_one(mute, options, words):
     with pytest.raises(InputError, match=words):
         mute.generate([5, 6], **options)
+    with pytest.raises(InputError, match="no tokenizer: give the prompt as token ids"):
+        mute.generate("a")
 
 
 # --- the score of a text ----------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left
     assert left.messages == []  # nothing has happened yet
     said = next(stream).text + next(stream).text
     stream.close()
+    assert next(stream, None) is None
     assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
 
 
@@ -214,7 +215,6 @@ def test_every_call_gives_the_answer_of_a_chat(lm):
     assert lm.generate_chat(MESSAGES, **VARIED).ids == expected.ids
     stream = lm.stream_chat(MESSAGES, **VARIED)
     assert "".join(chunk.text for chunk in stream) == stream.completion.text == expected.text
-    assert next(stream, None) is None
     prompt = lm.chat_prompt(MESSAGES)
     assert [one.ids for one in completed(lm.stream_many([prompt], **VARIED))] == [expected.ids]
 
