@@ -9,11 +9,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pastkey.errors import QueueFullError
+from pastkey.errors import NumericsError, QueueFullError
 from pastkey.runtime import load
 from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
@@ -120,6 +121,21 @@ def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, shapes):
     chunks = [tokens for rows, tokens in shapes if tokens > MAX_DRAFT_TOKENS + 1]
     assert max(chunks) <= 64
     assert sum(chunks) == 500
+
+
+def test_an_error_belongs_to_its_own_generation(tiny, letters, make_bundle):
+    """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
+    model = load(make_bundle(tiny.spoilt(slice(40, 41), np.inf), tokenizer=letters).path, threads=1)
+    expected, found = model.generate("abc", **SETTINGS).ids, list[int]()
+    dying, living = model.stream("a" * 30, max_new_tokens=30, prompt_lookup=False), model.stream("abc", **SETTINGS)
+
+    def read_both() -> None:
+        for _ in dying:
+            found.extend(ids_in(itertools.islice(living, 1)))
+
+    with pytest.raises(NumericsError, match="position 40"):
+        read_both()
+    assert found + ids_in(living) == expected
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
