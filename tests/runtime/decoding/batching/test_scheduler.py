@@ -124,7 +124,7 @@ def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, shapes):
 
 
 def test_an_error_belongs_to_its_own_generation(tiny, letters, make_bundle):
-    """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
+    """A row with infinity, here at position 40, fails without the others of its batch."""
     model = load(make_bundle(tiny.spoilt(slice(40, 41), np.inf), tokenizer=letters).path, threads=1)
     expected, found = model.generate("abc", **SETTINGS).ids, list[int]()
     dying, living = model.stream("a" * 30, max_new_tokens=30, prompt_lookup=False), model.stream("abc", **SETTINGS)
