@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import hypothesis
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, CacheShift, KVGeometry, Manifest, StaticShape, open_bundle
@@ -38,6 +38,38 @@ V, E, H, K = 37, 24, 4, 2
 ALPHABET = "abcdefghijklmnopqrstuvwxyzé日 .<>ABCDE"  # of the decoder's ids, from 0
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"  # in these letters
 Array = npt.NDArray[Any]
+# Greedy, the decoder repeats itself: this way its texts hang on every logit before them.
+DRAWN: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+
+
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    """So many ids by a seed."""
+    ids: list[int] = np.random.default_rng(seed).integers(0, V, count).tolist()
+    return ids
+
+
+def require_close(found: Any, expected: Any, limit: float = 5e-6) -> None:
+    """Compares logits, float32 with the reference's float64, in parts of the largest one."""
+    assert np.shape(found) == np.shape(expected)
+    assert np.abs(found - expected).max() <= limit * np.abs(expected).max()
+
+
+def log_softmax(logits: Array) -> Array:
+    """In float64, over the last axis."""
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
+
+
+def metaspace() -> Tokenizer:
+    """A token for each of few letters and for the space, which it drops where a text begins."""
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate("abcdefghi▁")}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer
+
+
+def stopped(*_: Any, **__: Any) -> Any:
+    """In place of a function within which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -76,6 +108,12 @@ class Tiny:
         weights["position"][: len(script)] = 50 * embedding[list(script)]
         return Tiny(self.layers, self.context_length, weights)
 
+    def spoilt(self, places: slice, number: float = np.nan) -> Tiny:
+        """A decoder that computes this number at these positions."""
+        position = self.weights["position"].copy()
+        position[places] = number
+        return Tiny(self.layers, self.context_length, {**self.weights, "position": position})
+
     def __call__(self, ids: Sequence[int] | Array) -> Array:
         """The reference: logits (T, V) of an uncached pass over one row, in float64."""
         logits: Array = self.hidden_states(ids) @ self.weights["embedding"].astype(np.float64).T
@@ -91,20 +129,26 @@ class Tiny:
     def hidden_states(self, ids: Sequence[int] | Array) -> Array:
         """What is multiplied for them, (T, E)."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
-        count = len(ids)
-        x = w["embedding"][list(ids)] + w["position"][:count]  # (T, E)
+        x = w["embedding"][list(ids)] + w["position"][: len(ids)]  # (T, E)
         for i in range(len(self.layers)):
-            q, k, v = (
-                (x @ w[f"w{name}{i}"]).reshape(count, heads, -1) for name, heads in (("q", H), ("k", K), ("v", K))
-            )
-            heads = []
-            for h in range(H):
-                scores = q[:, h] @ k[:, h // (H // K)].T / np.sqrt(q.shape[-1])
-                scores[np.triu_indices(count, 1)] = -np.inf
-                scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                heads.append(scores / scores.sum(axis=-1, keepdims=True) @ v[:, h // (H // K)])
-            x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
+            q, k, v = projected(x, w, i)
+            x = x + attended(q, k, v, np.tri(len(ids), dtype=bool)) @ w[f"wo{i}"]
         return x
+
+
+def projected(x: Array, weights: Mapping[str, Array], i: int) -> list[Array]:
+    """Queries (T, H, D), keys (T, K, D) and values (T, K, DV) of an attention call."""
+    return [(x @ weights[f"w{n}{i}"]).reshape(len(x), heads, -1) for n, heads in (("q", H), ("k", K), ("v", K))]
+
+
+def attended(q: Array, keys: Array, values: Array, seen: Array) -> Array:
+    """(T, H * DV): each query head over the keys and values (S, K, ...) of its group, where `seen` (T, S)."""
+    heads = []
+    for h in range(H):
+        scores = q[:, h] @ keys[:, h // (H // K)].T / np.sqrt(q.shape[-1])
+        scores = np.exp(np.where(seen, scores, -np.inf))
+        heads.append(scores / scores.sum(axis=-1, keepdims=True) @ values[:, h // (H // K)])
+    return np.concatenate(heads, axis=-1)
 
 
 FUSED_MASK = """
@@ -317,9 +361,15 @@ def with_golden(bundle: Bundle) -> Bundle:
     """Adds golden logits of this CPU."""
     limit = PRECISIONS[bundle.manifest.precision].golden_limit
     Golden.computed(Engine(bundle, threads=1), 5, limit).save(bundle.path / names.GOLDEN)
-    files = file_records(bundle.path, [*bundle.manifest.files, names.GOLDEN])
-    write_json(bundle.path / names.MANIFEST, bundle.manifest.to_json() | {"files": files})
-    return open_bundle(bundle.path, verify=False)
+    return relisted(bundle.path, names.GOLDEN)
+
+
+def relisted(folder: Path, *more: str, **fields: Any) -> Bundle:
+    """The bundle with its files as they are by now, `more` among them, and with other fields of the manifest."""
+    content = json.loads((folder / names.MANIFEST).read_bytes())
+    files = file_records(folder, [*content["files"], *more])
+    write_json(folder / names.MANIFEST, content | {"files": files} | fields)
+    return open_bundle(folder, verify=False)
 
 
 @pytest.fixture(scope="session")
@@ -345,6 +395,12 @@ def make_bundle(tmp_path_factory):
 def bundle(request, tiny, make_bundle):
     """The tiny decoder, once with each attention."""
     return make_bundle(tiny, request.param)
+
+
+@pytest.fixture
+def engine(bundle):
+    """Over the tiny decoder, once with each attention."""
+    return Engine(bundle, threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -379,24 +435,42 @@ def talking(tiny, letters, make_bundle):
     return make_bundle(tiny, "fused", tokenizer=letters, tokenizer_config=config, golden=True).path
 
 
-def runs_of(graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[tuple[int, int]]:
-    """The shapes (rows, tokens) of all runs of a graph from now on, each of which takes so many seconds more."""
+def runs_of(
+    graph: Any, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0, before: Callable[[Array], object] | None = None
+) -> list[tuple[int, int]]:
+    """The shapes (rows, tokens) of all runs of a graph from now on.
+
+    Each takes so many seconds more, and calls `before` with its ids.
+    """
     run, shapes = graph.run, list[tuple[int, int]]()
 
     def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
         shapes.append(ids.shape)
         time.sleep(seconds)
+        if before is not None:
+            before(ids)
         return run(cache, ids, *arguments)
 
     monkeypatch.setattr(graph, "run", counted)
     return shapes
 
 
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def model(request, tiny, letters, make_bundle):
-    """The tiny decoder with a tokenizer, loaded, once with each graph."""
+def ids_in(chunks: Iterable[Any]) -> list[int]:
+    """The ids of a stream, or of its chunks."""
+    return [token for chunk in chunks for token in chunk.ids]
+
+
+@pytest.fixture(scope="session", params=["fused", "standard", "static"])
+def any_bundle(request, tiny, letters, make_bundle):
+    """The tiny decoder with a tokenizer, once with each graph, and so with each way that a cache can be."""
     fields = {"chunk": 8} if request.param == "static" else {}
-    return load(make_bundle(tiny, request.param, tokenizer=letters, **fields).path, threads=1)
+    return make_bundle(tiny, request.param, tokenizer=letters, **fields)
+
+
+@pytest.fixture(scope="module")
+def model(any_bundle):
+    """The tiny decoder with a tokenizer, loaded, once with each graph."""
+    return load(any_bundle.path, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pastkey.contract.bundle import CacheShift, KeyRotation
+from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 
-from .conftest import Array, H, K, Tiny
+from .conftest import Array, H, K, Tiny, attended, projected
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class RotaryTiny(Tiny):
         """What an export would write."""
         layers = tuple(range(len(self.layers)))
         return CacheShift(rotations=(KeyRotation(layers, 0, self.interleaved, tuple(self.angles.tolist())),))
+
+    def written(self, make_bundle: Callable[..., Bundle], graph: str = "fused", **fields: Any) -> Bundle:
+        """As a bundle that tells of its rotations and its window."""
+        return make_bundle(self, graph, **{"shift": self.shift, "window": self.window or None, **fields})
 
     def text(self, graph: str, **options: Any) -> str:
         found = super().text(graph, **options)
@@ -100,19 +104,14 @@ class Streaming:
         w, tiny = self._weights, self._tiny
         x = w["embedding"][list(ids)]
         for i, (keys, values) in enumerate(self._rows):
-            q, k, v = ((x @ w[f"w{n}{i}"]).reshape(len(x), heads, -1) for n, heads in (("q", H), ("k", K), ("v", K)))
+            q, k, v = projected(x, w, i)
             keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
             self._rows[i] = keys, values
             places = np.arange(len(keys))
-            turned, q = self._turned(keys, places), self._turned(q, places[-len(x) :])
-            distance = places[-len(x) :, None] - places
+            new = places[-len(x) :]
+            distance = new[:, None] - places
             seen = (distance >= 0) & (distance < (tiny.window or np.inf))
-            heads = []
-            for h in range(H):
-                scores = q[:, h] @ turned[:, h // (H // K)].T / np.sqrt(q.shape[-1])
-                scores = np.exp(np.where(seen, scores, -np.inf))
-                heads.append(scores / scores.sum(axis=-1, keepdims=True) @ values[:, h // (H // K)])
-            x = x + np.concatenate(heads, axis=-1) @ w[f"wo{i}"]
+            x = x + attended(self._turned(q, new), self._turned(keys, places), values, seen) @ w[f"wo{i}"]
         return x @ w["embedding"].T
 
     def _turned(self, heads: Array, places: Array) -> Array:

@@ -1,4 +1,4 @@
-"""A bundle is opened wherever it lies, and taken along by other processes."""
+"""A bundle is opened wherever it lies, and taken along by other processes; what an import brings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import importlib.resources
 import io
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,33 @@ from typing import Any
 import pytest
 
 import pastkey
+import pastkey.runtime
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.runtime import load, loading
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+from .conftest import DRAWN
 
 
 @pytest.fixture(scope="module")
-def expected(speaking_bundle):
-    return load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS).ids
+def expected(lm):
+    return lm.generate("abc", **DRAWN).ids
 
 
-def zipped(folder: Path, root: str = "", skip: str = "none") -> bytes:
+def written_by(program: str) -> str:
+    """What a Python of its own writes."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+def zipped(folder: Path, root: str = "", skip: str = "none", **more: bytes | str) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != skip:
                 archive.write(path, root + path.relative_to(folder).as_posix())
+        for name, data in more.items():
+            archive.writestr(name, data)
     return content.getvalue()
 
 
@@ -47,7 +57,7 @@ def test_from_a_zip_file_and_its_bytes(speaking_bundle, expected, tmp_path, root
     (tmp_path / "b.zip").write_bytes(content)
     for given in (content, memoryview(content), tmp_path / "b.zip", str(tmp_path / "b.zip")):
         with load(given, threads=1) as model:  # type: ignore[arg-type]
-            assert model.generate("abc", **SETTINGS).ids == expected
+            assert model.generate("abc", **DRAWN).ids == expected
             assert list((tmp_path / "temporary").iterdir())
             with pytest.raises(InputError, match="a model that was unpacked cannot be given to another process"):
                 pickle.dumps(model)
@@ -56,64 +66,48 @@ def test_from_a_zip_file_and_its_bytes(speaking_bundle, expected, tmp_path, root
 
 def test_from_a_resource_of_a_package(speaking_bundle, expected, tmp_path, monkeypatch):
     """In a folder, and in a zip file that Python imports from."""
-    content = zipped(speaking_bundle.path, "packed_bundle/data/")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    content = zipped(speaking_bundle.path, "packed_bundle/data/", **{"packed_bundle/__init__.py": ""})
+    (tmp_path / "p.zip").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
         archive.extractall(tmp_path / "folder")
-    (tmp_path / "folder" / "packed_bundle" / "__init__.py").touch()
-    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive, zipfile.ZipFile(io.BytesIO(content)) as inner:
-        for name in inner.namelist():
-            archive.writestr(name, inner.read(name))
-        archive.writestr("packed_bundle/__init__.py", "")
     for place in ("folder", "p.zip"):
-        monkeypatch.syspath_prepend(str(tmp_path / place))
-        sys.modules.pop("packed_bundle", None)
-        resource = importlib.resources.files("packed_bundle")
-        assert load(resource / "data", threads=1).generate("abc", **SETTINGS).ids == expected
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path / place))
+            sys.modules.pop("packed_bundle", None)
+            resource = importlib.resources.files("packed_bundle")
+        assert load(resource / "data", threads=1).generate("abc", **DRAWN).ids == expected
         with pytest.raises(MissingFileError):
             load(resource / "nothing")
-        sys.path.remove(str(tmp_path / place))
 
 
 def test_what_is_no_bundle_is_refused(speaking_bundle, tmp_path):
-    with pytest.raises(InputError, match="are not a zip file of a bundle folder"):
-        load(b"abc")
-    with pytest.raises(MissingFileError, match=r"holds no bundle: it has no pastkey\.json"):
-        load(zipped(speaking_bundle.path, skip="pastkey.json"))
-    with pytest.raises(IntegrityError):
-        load(zipped(speaking_bundle.path, skip="model.onnx"))
-    content = zipped(speaking_bundle.path)
-    with pytest.raises((InputError, IntegrityError)):
-        load(content[: len(content) // 2])
-    outside = io.BytesIO(content)
-    with zipfile.ZipFile(outside, "a") as archive:
-        archive.writestr("../outside", "x")
-    with pytest.raises(IntegrityError, match=r"names '\.\./outside', which is not a path inside the folder"):
-        load(outside.getvalue())
+    whole = zipped(speaking_bundle.path)
+    for content, error, words in (
+        (b"abc", InputError, "are not a zip file of a bundle folder"),
+        (zipped(speaking_bundle.path, skip="pastkey.json"), MissingFileError, r"holds no bundle: it has no pastkey\."),
+        (whole[: len(whole) // 2], (InputError, IntegrityError), "zip"),
+        (zipped(speaking_bundle.path, **{"../outside": "x"}), IntegrityError, r"names '\.\./outside', which is not a"),
+    ):
+        with pytest.raises(error, match=words):
+            load(content)
     assert not (tmp_path.parent / "outside").exists()
 
 
 def test_errors_inside_a_zip_file_name_the_given_file(speaking_bundle, tmp_path):
-    """The last of two entries of one name counts."""
     file = tmp_path / "b.zip"
-    file.write_bytes(zipped(speaking_bundle.path))
-    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        archive.writestr("pastkey.json", "{}")
-    with pytest.raises(InputError) as caught:
+    file.write_bytes(zipped(speaking_bundle.path, skip="pastkey.json", **{"pastkey.json": "{}"}))
+    with pytest.raises(InputError, match=re.escape(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle")):
         load(file)
-    assert str(caught.value).startswith(f"{file / 'pastkey.json'} has no kind; the manifest of a bundle was expected")
     file.write_bytes(zipped(speaking_bundle.path, skip="model.onnx"))
     for given, name in ((file, f"{file}"), (file.read_bytes(), "the bytes")):
-        with pytest.raises(IntegrityError) as missing:
+        with pytest.raises(IntegrityError, match=re.escape(f"{name}/onnx/model.onnx is missing")):
             load(given)
-        assert str(missing.value).startswith(f"{name}/onnx/model.onnx is missing")
 
 
-def folders_of(count: int) -> dict[str, bytes]:
-    """Empty files in folders of their own, 40 deep."""
-    return {f"{number}/" + "a/" * 40 + "x": b"" for number in range(count)}
+FOLDERS = {f"{number}/" + "a/" * 40 + "x": b"" for number in range(60)}  # with an empty file each
 
 
-@pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, folders_of(60)], ids=["zeros", "folders"])
+@pytest.mark.parametrize("content", [{"a": bytes(80_000_000)}, FOLDERS], ids=["zeros", "folders"])
 def test_a_zip_bomb_stops_at_20_times_the_file(content, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     packed = io.BytesIO()
@@ -139,71 +133,52 @@ def test_compressions_that_bound_no_memory_are_refused(method):
 # --- other processes ----------------------------------------------------------------------------------------------
 
 
-def test_a_process_that_is_spawned_takes_a_model(speaking_bundle, expected):
-    program = (
-        "import multiprocessing, pastkey\n"
-        "def answer(model, queue):\n"
-        f"    queue.put(model.generate('abc', **{SETTINGS}).ids)\n"
-        "if __name__ == '__main__':\n"
-        "    context = multiprocessing.get_context('spawn')\n"
-        "    queue = context.Queue()\n"
-        f"    model = pastkey.load({str(speaking_bundle.path)!r}, threads=1)\n"
-        "    process = context.Process(target=answer, args=(model, queue))\n"
-        "    process.start()\n"
-        "    print(queue.get(timeout=60))\n"
-        "    process.join()\n"
-    )
-    path = speaking_bundle.path.parent / "spawn.py"
-    path.write_text(program, encoding="utf-8")
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == f"{expected}\n"
-
-
 def test_a_model_is_quiet_and_has_a_logger(speaking_bundle, capfd, caplog):
     threads = threading.active_count()
     with caplog.at_level("DEBUG", "pastkey"):
-        load(speaking_bundle.path, threads=1).generate("abc", **SETTINGS)
+        load(speaking_bundle.path, threads=1).generate("abc", **DRAWN)
     assert [record.name for record in caplog.records] == ["pastkey"]
     assert "loaded" in caplog.text
-    time.sleep(0)
     assert threading.active_count() == threads
     assert capfd.readouterr() == ("", "")
 
 
 def test_what_a_file_manager_leaves_in_a_folder_is_passed_over(speaking_bundle, expected, tmp_path):
     """A file that is anything else is refused: onnxruntime might be led to it."""
-    with zipfile.ZipFile(io.BytesIO(zipped(speaking_bundle.path))) as archive:
-        archive.extractall(tmp_path)
+    folder = tmp_path / "b"
+    shutil.copytree(speaking_bundle.path, folder)
     for left in (".DS_Store", "._pastkey.onnx", "Thumbs.db"):
-        (tmp_path / "onnx" / left).write_bytes(b"x")
-    assert load(tmp_path, threads=1).generate("abc", **SETTINGS).ids == expected
-    (tmp_path / "onnx" / "other.onnx_data").write_bytes(b"x")
+        (folder / "onnx" / left).write_bytes(b"x")
+    assert load(folder, threads=1).generate("abc", **DRAWN).ids == expected
+    (folder / "onnx" / "other.onnx_data").write_bytes(b"x")
     with pytest.raises(IntegrityError, match=r"other\.onnx_data is not listed in pastkey\.json: it was added"):
-        load(tmp_path)
+        load(folder)
+
+
+FORKS = """
+import os, sys, warnings, pastkey
+warnings.simplefilter("ignore")
+model = pastkey.load({path!r}, threads=1)
+folder = model.bundle.path
+for closes in (True, False):
+    child = os.fork()
+    if not child:
+        if closes: model.close()
+        sys.exit(0)
+    os.waitpid(child, 0)
+    print(folder.is_dir(), flush=True)
+print(model.generate("abc", **{settings}).ids == {expected})
+model.close()
+print(folder.exists())
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_leaves_the_unpacked_files_where_they_are(speaking_bundle, expected, tmp_path):
     """Whether it closes the model or ends; in a process of its own, for the atexit handlers of pytest."""
     (tmp_path / "b.zip").write_bytes(zipped(speaking_bundle.path))
-    program = (
-        "import os, sys, warnings, pastkey\n"
-        "warnings.simplefilter('ignore')\n"
-        f"model = pastkey.load({str(tmp_path / 'b.zip')!r}, threads=1)\n"
-        "folder = model.bundle.path\n"
-        "for closes in (True, False):\n"
-        "    child = os.fork()\n"
-        "    if not child:\n"
-        "        if closes: model.close()\n"
-        "        sys.exit(0)\n"
-        "    os.waitpid(child, 0)\n"
-        "    print(folder.is_dir(), flush=True)\n"
-        f"print(model.generate('abc', **{SETTINGS}).ids == {expected})\n"
-        "model.close()\n"
-        "print(folder.exists())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
-    assert done.stdout == "True\nTrue\nTrue\nFalse\n", done.stderr
+    program = FORKS.format(path=str(tmp_path / "b.zip"), settings=DRAWN, expected=expected)
+    assert written_by(program) == "True\nTrue\nTrue\nFalse\n"
 
 
 def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected, monkeypatch):
@@ -222,8 +197,62 @@ def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected
             await asyncio.sleep(0.001)
         go_on.set()  # which a loop that stands still would not come to
         with await task as model:
-            return (await model.agenerate("abc", **SETTINGS)).ids
+            return (await model.agenerate("abc", **DRAWN)).ids
 
     assert asyncio.run(load_beside_others()) == expected
     with pytest.raises(InputError, match="threads is 'a'"):
         asyncio.run(pastkey.aload(speaking_bundle.path, threads="a"))  # type: ignore[arg-type]
+
+
+# --- what an import brings ----------------------------------------------------------------------------------------
+# Prints what the loop's own thread imports, and then what there is.
+IMPORTS_BESIDE = """
+import asyncio, sys, threading
+import pastkey
+import pastkey.runtime
+LIBRARIES = {{"numpy", "onnxruntime", "tokenizers", "pastkey.runtime.loading"}}
+
+class Spy:
+    def find_spec(self, name, path, target=None):
+        if name in LIBRARIES and threading.current_thread() is threading.main_thread():
+            print(name)
+
+async def main():
+    sys.meta_path.insert(0, Spy())
+    assert not LIBRARIES & set(sys.modules)
+    with await pastkey.aload({path!r}, threads=1) as model:
+        print(LIBRARIES <= set(sys.modules), len(model.generate([1, 2], max_new_tokens=3).ids))
+
+asyncio.run(main())
+"""
+
+
+def test_the_first_load_of_a_process_imports_nothing_heavy_in_the_loop(fused_bundle):
+    assert written_by(IMPORTS_BESIDE.format(path=str(fused_bundle.path))) == "True 3\n"
+
+
+def test_everything_that_is_offered_is_there():
+    offered: list[str] = vars(pastkey.runtime)["__all__"]
+    for name in offered:
+        assert getattr(pastkey.runtime, name).__name__.rpartition(".")[2] == name
+    assert set(offered) <= set(dir(pastkey.runtime))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pastkey.runtime.nothing  # type: ignore[attr-defined]
+
+
+BROUGHT = "import sys, {before}; before = set(sys.modules); import {module}; print(*sys.modules.keys() - before)"
+
+
+@pytest.mark.parametrize(
+    ("module", "before", "limit"),
+    [
+        ("pastkey", "sys", 60),  # 6 to 38 by what Python itself has imported at its start
+        ("pastkey.runtime", "sys", 60),
+        ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 192),  # 80 of them pastkey's
+    ],
+)
+def test_imports_are_few(module, before, limit):
+    brought = written_by(BROUGHT.format(module=module, before=before)).split()
+    assert module in brought
+    assert {name.partition(".")[0] for name in brought} - sys.stdlib_module_names <= {"pastkey", *before.split(", ")}
+    assert len(brought) < limit

@@ -1,7 +1,8 @@
-"""Several prompts in one call: each as if alone, the results in order."""
+"""A text by an engine alone, and several prompts in one call: each as if alone, the results in order."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,109 +11,127 @@ import pytest
 
 from pastkey.errors import InputError, OptionError
 from pastkey.runtime import Completion, load
+from pastkey.runtime.decoding.generation import Generation
+from pastkey.runtime.decoding.request import Request
+from pastkey.runtime.sampling.random_stream import continuation_seed
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
+from ..conftest import DRAWN, runs_of
+
+SETTINGS: dict[str, Any] = {**DRAWN, "prompt_lookup": False}
 PROMPTS = ["abc" * (number + 1) for number in range(21)]
 
 
-def same(found: Completion, expected: Completion) -> bool:
-    return (found.ids, found.text, found.finish_reason) == (expected.ids, expected.text, expected.finish_reason)
+def told(completions: list[Completion]) -> list[Any]:
+    return [(found.ids, found.text, found.finish_reason) for found in completions]
 
 
 def test_each_is_as_if_alone_and_in_order(model):
-    told: list[tuple[int, int]] = []
-    found = model.generate(PROMPTS, progress=lambda done, count: told.append((done, count)), **SETTINGS)
-    expected = [model.generate(prompt, **SETTINGS) for prompt in PROMPTS]
-    assert len(found) == 21
-    assert all(map(same, found, expected))
-    assert told == [(done, 21) for done in range(1, 22)]
+    progress: list[tuple[int, int]] = []
+    found = model.generate(PROMPTS, lambda *done: progress.append(done), **SETTINGS)
+    assert told(found) == told([model.generate(prompt, **SETTINGS) for prompt in PROMPTS])
+    assert progress == [(done, 21) for done in range(1, 22)]
+
+    def enough(done: int, count: int) -> None:
+        raise RuntimeError("enough")
+
     with pytest.raises(RuntimeError, match="enough"):  # an error of the callback ends all
         model.generate(PROMPTS, progress=enough, **SETTINGS)
     assert model.scheduler.live == 0
 
 
-def enough(done: int, count: int) -> None:
-    raise RuntimeError("enough")
-
-
-def test_they_share_runs(speaking_bundle):
-    model = load(speaking_bundle.path, threads=1, max_batch=8)
-    model.generate(PROMPTS, **SETTINGS)
-    assert model.scheduler.batched > 20 * 9
-    alone = load(speaking_bundle.path, threads=1, max_batch=1)
-    found = alone.generate(PROMPTS, **SETTINGS)
-    assert alone.scheduler.batched == 0
-    assert all(map(same, found, model.generate(PROMPTS, **SETTINGS)))
+def test_they_share_runs_of_at_most_max_batch(speaking_bundle, monkeypatch):
+    models = [load(speaking_bundle.path, threads=1, max_batch=rows) for rows in (8, 1)]
+    shapes = [runs_of(model.require_open().graph, monkeypatch) for model in models]
+    found = [told(model.generate(PROMPTS, **SETTINGS)) for model in models]
+    assert found[0] == found[1]
+    assert [max(rows for rows, _ in each) for each in shapes] == [8, 1]
+    assert models[0].scheduler.batched > 20 * 9
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2], [3]], ([1, 2], (3,)), np.array([[1, 2], [3, 4]]), [np.array([1, 2])]])
-def test_ids_of_any_kind(model, prompts):
-    found = model.generate(prompts, **SETTINGS)
-    assert [completion.ids for completion in found] == [
-        model.generate([int(token) for token in prompt], **SETTINGS).ids for prompt in prompts
-    ]
+def test_ids_of_any_kind(lm, prompts):
+    alone = [lm.generate([int(token) for token in prompt], **SETTINGS) for prompt in prompts]
+    assert told(lm.generate(prompts, **SETTINGS)) == told(alone)
 
 
 def test_a_stream_of_several_tells_whose_each_piece_is(model):
-    streams = model.stream_many(PROMPTS[:3], **SETTINGS)
-    texts = ["", "", ""]
-    places = []
+    streams, texts, places = model.stream_many(PROMPTS[:3], **SETTINGS), ["", "", ""], []
     for place, chunk in streams:
         texts[place] += chunk.text
         places.append(place)
     assert texts == [model.generate(prompt, **SETTINGS).text for prompt in PROMPTS[:3]]
     assert places[:6] == [0, 1, 2, 0, 1, 2]
-    assert [completion and completion.text for completion in streams.completions] == texts
+    assert [completion.text for completion in streams.completions] == texts
 
 
-def test_what_is_wrong_is_told_before_anything_runs(model):
-    steps = model.scheduler.steps
-    for prompts, words in (
-        (["abc", ""], "the prompt is empty"),
-        (["abc", "a" * 700], "the context is 600"),
-        ([[1], [99]], "token id 99 is out of range"),
-    ):
-        with pytest.raises(InputError, match=words):
-            model.stream_many(prompts)
-    with pytest.raises(OptionError, match=r"stream_many\(\) has no option 'temprature'"):
-        model.stream_many(["abc"], temprature=1)
-    assert model.scheduler.steps == steps
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "words"),
+    [
+        (["abc", ""], {}, InputError, "the prompt is empty"),
+        (["abc", "a" * 700], {}, InputError, "the context is 600"),
+        ([[1], [99]], {}, InputError, "token id 99 is out of range"),
+        (["abc"], {"temprature": 1}, OptionError, r"stream_many\(\) has no option 'temprature'"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(lm, prompts, options, error, words):
+    steps = lm.scheduler.steps
+    with pytest.raises(error, match=words):
+        lm.stream_many(prompts, **options)
+    assert lm.scheduler.steps == steps
 
 
 def test_continuations_are_opened_when_they_are_due(speaking_bundle):
-    model = load(speaking_bundle.path, threads=1, max_batch=3)
-    most, told = 0, list[tuple[int, int]]()
+    model, most, progress = load(speaking_bundle.path, threads=1, max_batch=3), 0, list[Any]()
     streams = model.stream_many(PROMPTS[:2], n=20, **SETTINGS)
     for _ in streams:
-        activity = model.activity
-        most = max(most, activity.running + activity.waiting)
+        most = max(most, model.activity.running + model.activity.waiting)
     assert most <= 3 + 1  # the rows of a batch, and the first of the second prompt
-    found = model.generate(PROMPTS[:2], progress=lambda *done: told.append(done), n=20, **SETTINGS)
-    assert [one.ids for one in found] == [one.ids for one in streams.completions if one is not None]
-    assert told == [(done, 40) for done in range(1, 41)]
+    found = model.generate(PROMPTS[:2], lambda *done: progress.append(done), n=20, **SETTINGS)
+    assert told(found) == told([one for one in streams.completions if one is not None])
+    second = [model.generate(PROMPTS[1], **{**SETTINGS, "seed": continuation_seed(1, i)}) for i in range(20)]
+    assert told(found[20:]) == told(second)
+    assert progress == [(done, 40) for done in range(1, 41)]
 
 
 @pytest.mark.parametrize("end", ["close", "cancel"])
-def test_continuations_that_are_not_due_end_with_the_call(speaking_bundle, end):
+def test_closing_and_cancelling_keep_what_there_is(speaking_bundle, lm, end):
     model = load(speaking_bundle.path, threads=1, max_batch=3)
-    streams = model.stream_many(["abc" * 20], n=20, **SETTINGS)
+    streams = model.stream_many(PROMPTS[:3], **SETTINGS)
+    assert len(list(itertools.islice(streams, 6))) == 6
+    getattr(streams, end)()
+    assert list(streams) == []
+    assert [one.ids for one in streams.completions] == [lm.generate(p, **SETTINGS).ids[:2] for p in PROMPTS[:3]]
+    streams = model.stream_many(["abc" * 20], n=20, **SETTINGS)  # most are not due
     next(streams)
     getattr(streams, end)()
     assert list(streams) == []
     found = [one.finish_reason for one in streams.completions if one is not None]
     assert found == ["cancelled"] * (20 if end == "cancel" else 3)
-    activity = model.activity
-    assert (activity.running, activity.waiting, model.scheduler.live) == (0, 0, 0)
+    assert (model.activity.running, model.activity.waiting, model.scheduler.live) == (0, 0, 0)
 
 
-def test_closing_and_cancelling_keep_what_there_is(model):
-    expected = [model.generate(prompt, **SETTINGS).ids for prompt in PROMPTS[:3]]
-    for end in ("close", "cancel"):
-        streams = model.stream_many(PROMPTS[:3], **SETTINGS)
-        taken = len(list(itertools.islice(streams, 6)))
-        getattr(streams, end)()
-        assert list(streams) == []
-        assert taken == 6
-        found = [completion.ids for completion in streams.completions if completion is not None]
-        assert found == [ids[:2] for ids in expected]
-        assert model.scheduler.live == 0
+# --- by an engine alone ---------------------------------------------------------------------------------------------
+PROMPT = [5, 6, 7]
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [(24, 1), (23, 2), (20, 5), (1, 24)])
+def test_the_last_token_may_stand_behind_the_context(engine, prompt, expected):
+    engine.graph.manifest = dataclasses.replace(engine.manifest, context_length=24)
+    generation = Generation(engine, Request(list(range(prompt)), max_new_tokens=100))
+    assert len(list(generation)) == expected
+    assert (generation.finish_reason, generation.prompt_tokens) == ("length", prompt)
+
+
+def test_a_generation_that_another_took_over_says_so(engine):
+    first = Generation(engine, Request(PROMPT, max_new_tokens=10))
+    next(first)
+    assert len(list(Generation(engine, Request([1, 2], max_new_tokens=3)))) == 3
+    with pytest.raises(InputError, match="another generation began"):
+        next(first)
+
+
+def test_a_prefix_in_the_engines_cache_is_reused(engine, tiny):
+    first = [*PROMPT, *Generation(engine, Request(PROMPT, max_new_tokens=9))]
+    second = Generation(engine, Request([*first, 8, 9], max_new_tokens=3, reuse_prefix=True))
+    assert list(second) == tiny.greedy([*first, 8, 9], 3)
+    assert second.cached_tokens == len(first) - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
 import threading
 from collections.abc import Callable
@@ -12,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from pastkey.errors import InputError
+from pastkey.errors import InputError, NumericsError, OptionError
 from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.model.unpack import TemporaryFolder
 
-from ..conftest import runs_of
+from ..conftest import ids_in, runs_of
+from .batching.waiting import until
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 100, "temperature": 1.0, "seed": 1}
+SHORT: dict[str, Any] = {**SETTINGS, "max_new_tokens": 25, "prompt_lookup": False}
 
 
 def elsewhere(call: Callable[[], object]) -> None:
@@ -28,12 +29,29 @@ def elsewhere(call: Callable[[], object]) -> None:
     thread.join()
 
 
+class Gate:
+    """Stands still, as a processor of logits or in a run, until it is let through."""
+
+    def __init__(self) -> None:
+        self.inside, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, ids: object, logits: Any = None) -> Any:
+        self.inside.set()
+        assert self.open.wait(60)
+        return logits
+
+
+@pytest.fixture
+def graph(lm):
+    return lm.require_open().graph
+
+
 @pytest.mark.parametrize("end", ["close", "leave", "throw"])
-def test_an_ended_stream_runs_no_further_step(lm, monkeypatch, end):
+def test_an_ended_stream_runs_no_further_step(lm, graph, monkeypatch, end):
     expected = lm.generate("abc", **SETTINGS)
     stream = lm.stream("abc", **SETTINGS, prompt_lookup=False)
-    chunks = list(itertools.islice(stream, 5))
-    runs = runs_of(lm.require_open().graph, monkeypatch)
+    text = "".join(chunk.text for chunk in itertools.islice(stream, 5))
+    runs = runs_of(graph, monkeypatch)
     if end == "close":
         stream.close()
     elif end == "leave":
@@ -43,9 +61,9 @@ def test_an_ended_stream_runs_no_further_step(lm, monkeypatch, end):
         with pytest.raises(KeyError):
             stream.throw(KeyError("x"))
     assert runs == []
-    assert stream.completion.ids == expected.ids[:5]
-    assert stream.completion.text == "".join(chunk.text for chunk in chunks) == expected.text[:5]
-    assert stream.completion.finish_reason == "cancelled"
+    done = stream.completion
+    assert (done.ids, done.text, done.finish_reason) == (expected.ids[:5], text, "cancelled")
+    assert text == expected.text[:5]
     assert list(stream) == []
     following = lm.generate([*lm.prompt_ids("abc"), *expected.ids[:5], 1], reuse_prefix=True, max_new_tokens=1)
     assert following.cached_tokens == 3 + 4
@@ -66,7 +84,7 @@ def test_a_stream_ended_by_another_thread_ends_within_one_step(lm, end, others):
         return logits
 
     stream = lm.stream("abc", **SETTINGS, logits_processor=ending)
-    found = [token for chunk in stream for token in chunk.ids]
+    found = ids_in(stream)
     assert found == expected.ids[: len(found)]
     assert 4 <= len(found) <= 5
     assert len(places) <= 6
@@ -74,18 +92,11 @@ def test_a_stream_ended_by_another_thread_ends_within_one_step(lm, end, others):
     assert lm.generate("abc", **SETTINGS).ids == expected.ids
 
 
-def test_a_long_prefill_is_cancelled_within_a_chunk(lm, monkeypatch):
-    graph, run, tokens = lm.require_open().graph, lm.require_open().graph.run, list[int]()
-
-    def cancelled(cache: Any, ids: Any, *arguments: Any) -> Any:
-        tokens.append(ids.size)
-        elsewhere(stream.cancel)
-        return run(cache, ids, *arguments)
-
-    monkeypatch.setattr(graph, "run", cancelled)
+def test_a_long_prefill_is_cancelled_within_a_chunk(lm, graph, monkeypatch):
+    runs = runs_of(graph, monkeypatch, before=lambda ids: elsewhere(stream.cancel))
     stream = lm.stream("a" * 600, max_new_tokens=1)
     assert list(stream) == []
-    assert tokens == [200]
+    assert runs == [(1, 200)]
     assert stream.completion.new_tokens == 0
 
 
@@ -108,113 +119,151 @@ def test_a_deadline_ends_a_text_with_what_there_is(lm, monkeypatch):
     expected, clock = lm.generate("abc", **SETTINGS), Clock()
     monkeypatch.setattr("pastkey.runtime.decoding.generation.time", clock)
     completion = lm.generate("abc", **SETTINGS, timeout=9.5, logits_processor=clock)
-    assert completion.finish_reason == "deadline"
+    assert (completion.finish_reason, completion.text) == ("deadline", expected.text[:9])
     assert (clock.now, completion.new_tokens, completion.decode_seconds) == (10, 9, 9)
-    assert completion.text == expected.text[:9]
     assert lm.generate("abc", max_new_tokens=2, timeout=60).finish_reason == "length"
-    for timeout in (0, -1, float("nan")):
-        with pytest.raises(InputError, match=r"timeout is .* seconds above 0"):
-            lm.stream("abc", timeout=timeout)
 
 
 def test_each_next_may_come_from_another_thread(lm):
     stream, found = lm.stream("abc", **SETTINGS), list[int]()
     while stream.completion is None:
-        elsewhere(lambda: found.extend(t for c in itertools.islice(stream, 1) for t in c.ids))
+        elsewhere(lambda: found.extend(ids_in(itertools.islice(stream, 1))))
     assert found == lm.generate("abc", **SETTINGS).ids
 
 
 # --- readers at the same time ---------------------------------------------------------------------------------------
-class Gate:
-    """A processor of logits that stands still in its first step until it is let through."""
-
-    def __init__(self) -> None:
-        self.inside, self.open = threading.Event(), threading.Event()
-
-    def __call__(self, ids: object, logits: Any) -> Any:
-        self.inside.set()
-        assert self.open.wait(60)
-        return logits
+READ_TWICE = "is being read by another thread or task"
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_second_thread_that_reads_a_stream_is_refused(lm, several):
-    expected = lm.generate("abc", max_new_tokens=4).ids
-    gate = Gate()
-    options: Any = {"max_new_tokens": 4, "logits_processor": gate}
+    expected, gate = lm.generate("abc", **SHORT).ids, Gate()
+    options: Any = {**SHORT, "logits_processor": gate}
     stream: Any = lm.stream_many(["abc"], **options) if several else lm.stream("abc", **options)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(next, stream)
         assert gate.inside.wait(60)
-        try:
-            with pytest.raises(InputError, match="is being read by another thread or task"):
-                next(stream)
-        finally:
-            gate.open.set()
+        with pytest.raises(InputError, match=READ_TWICE):
+            next(stream)
+        gate.open.set()
         chunks = [first.result(60), *stream]
-    assert [token for chunk in chunks for token in (chunk[1] if several else chunk).ids] == expected
+    assert ids_in(chunk[1] if several else chunk for chunk in chunks) == expected
 
 
 def test_a_second_task_that_reads_a_stream_is_refused(lm):
-    expected = lm.generate("abc", max_new_tokens=4).ids
+    gate = Gate()
 
-    async def run() -> list[int]:
-        gate = Gate()
-        stream = lm.astream("abc", max_new_tokens=4, logits_processor=gate)
+    async def read() -> list[int]:
+        stream = lm.astream("abc", **SHORT, logits_processor=gate)
         first = asyncio.create_task(anext(stream))
         await asyncio.to_thread(gate.inside.wait, 60)
-        try:
-            with pytest.raises(InputError, match="is being read by another thread or task"):
-                await anext(stream)
-        finally:
-            gate.open.set()
-        chunks = [await first, *[chunk async for chunk in stream]]
-        return [token for chunk in chunks for token in chunk.ids]
+        with pytest.raises(InputError, match=READ_TWICE):
+            await anext(stream)
+        gate.open.set()
+        return ids_in([await first, *[chunk async for chunk in stream]])
 
-    assert asyncio.run(run()) == expected
+    assert asyncio.run(read()) == lm.generate("abc", **SHORT).ids
 
 
 def test_a_stream_is_not_read_from_within(lm):
-    found: list[str] = []
-
     def within(ids: object, logits: Any) -> Any:
-        try:
+        with pytest.raises(InputError, match="by a callback of its own"):
             next(stream)
-        except InputError as error:
-            found.append(str(error))
         return logits
 
     stream = lm.stream("abc", logits_processor=within, max_new_tokens=2)
-    list(stream)
-    assert len(found) == 2
-    assert "by a callback of its own" in found[0]
+    assert len(list(stream)) == 2
+
+
+# --- in an event loop -----------------------------------------------------------------------------------------------
+def test_many_tasks_get_the_texts_of_calls_alone(lm):
+    prompts = ["a", "bc", "def", "ghij"] * 5
+    expected = [lm.generate(prompt, **SHORT).text for prompt in prompts]
+
+    async def streamed(prompt: str) -> str:
+        return "".join([chunk.text async for chunk in lm.astream(prompt, **SHORT)])
+
+    async def all_of_them() -> list[str]:
+        return await asyncio.gather(*map(streamed, prompts))
+
+    assert asyncio.run(all_of_them()) == expected
+    assert lm.scheduler.batched > 50
+    assert lm.scheduler.live == 0
+
+
+@pytest.mark.parametrize("call", ["astream", "agenerate"])
+def test_a_cancelled_task_stops_within_one_run(lm, graph, monkeypatch, call):
+    """It does not wait for the run, which is the first of three of a prefill, and the loop goes on meanwhile."""
+    gate = Gate()
+
+    async def read() -> None:
+        if call == "astream":
+            await anext(lm.astream("a" * 590))
+        else:
+            await lm.agenerate("a" * 590)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(gate.inside.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not gate.open.is_set()
+        gate.open.set()
+        await asyncio.to_thread(until, lambda: lm.scheduler.live == 0)
+
+    with monkeypatch.context() as patch:
+        runs = runs_of(graph, patch, before=gate)
+        asyncio.run(cancel())
+    assert len(runs) == 1
+    assert runs[0][1] < 590
+    assert lm.generate("abc", **SHORT).new_tokens == 25
+
+
+def test_an_error_of_a_run_comes_to_its_task(lm, graph, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise NumericsError("not finite")
+
+    monkeypatch.setattr(graph, "run", broken)
+    with pytest.raises(NumericsError, match="not finite"):
+        asyncio.run(asyncio.wait_for(lm.agenerate("abc"), 60))
+    with pytest.raises(OptionError, match=r"astream\(\) has no option"):
+        lm.astream("abc", temprature=1)
+    assert lm.scheduler.live == 0
 
 
 # --- the model's own end ------------------------------------------------------------------------------------------
+def test_a_model_that_is_closed_ends_its_asynchronous_calls(speaking_bundle):
+    model = load(speaking_bundle.path, threads=1)
+
+    async def close_early() -> list[Any]:
+        calls = [asyncio.create_task(model.agenerate("abc", max_new_tokens=100)) for _ in range(6)]
+        async for _ in model.astream("abc"):
+            model.close()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    # One that had not begun finds the model closed.
+    ends = [InputError if isinstance(end, InputError) else end.finish_reason for end in asyncio.run(close_early())]
+    assert {*ends} <= {"cancelled", "length", InputError}
+
+
 def test_closing_a_model_ends_its_streams(speaking_bundle):
     model = load(speaking_bundle.path, threads=1)
-    stream, session = model.stream("abc", **SETTINGS), model.session()
+    stream, other, session = model.stream("abc", **SETTINGS), model.stream("de"), model.session()
     session.append("abc")
     next(stream)
-    chat_like = model.stream("de")
     with model:
         pass
     assert list(stream) == []
     assert stream.completion.finish_reason == "cancelled"
     assert repr(model).endswith("(fp32, closed)>")
-    for call in (
-        lambda: model.generate("abc"),
-        lambda: model.generate(["abc"]),
-        lambda: model.stream("abc"),
-        lambda: model.session(),
-        lambda: model.logits([1]),
-        lambda: model.astream("abc"),
-        lambda: session.append("d"),
-        lambda: session.generate(),
-        lambda: next(chat_like),
-    ):
+    calls: list[tuple[Any, Any]] = [
+        (model.generate, "abc"), (model.generate, ["abc"]), (model.stream, "abc"), (model.astream, "abc"),
+        (model.logits, [1]), (model.session, None), (session.append, "d"), (session.generate, None), (next, other),
+    ]  # fmt: skip
+    for call, given in calls:
         with pytest.raises(InputError, match="this model is closed: load it again"):
-            call()
+            call(given)
     model.close()
 
 
@@ -243,19 +292,3 @@ def test_a_step_s_own_callback_may_close_the_model(speaking_bundle, others):
         assert len(list(stream)) <= 5  # decoded ahead, or none
         assert stream.completion.finish_reason == "cancelled"
     assert model.scheduler.live == 0
-    model.close()
-
-
-def test_a_stream_that_is_alone_is_ten_frames_from_onnxruntime(lm, monkeypatch):
-    onnx, depths = lm.require_open().graph.onnx, list[int]()
-    run = onnx.run_with_iobinding
-
-    def counted(*arguments: Any) -> None:
-        depths.append(len(inspect.stack(0)) - here - 1)  # without this one; onnxruntime's own is the next
-        run(*arguments)
-
-    monkeypatch.setattr(onnx, "run_with_iobinding", counted)
-    stream, here = lm.stream("abc", **SETTINGS, prompt_lookup=False), len(inspect.stack(0))
-    next(stream)
-    next(stream)
-    assert max(depths) <= 8  # and then Session's, and onnxruntime's

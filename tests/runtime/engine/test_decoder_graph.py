@@ -1,26 +1,23 @@
-"""One graph under several caches."""
+"""What a graph can do; the inputs of its runs, their sizes, and the lock around them."""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
+import pytest
 
 from pastkey.runtime import Engine
 from pastkey.runtime.engine import decoder_graph
+from pastkey.runtime.engine.binding import Binding
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
-from pastkey.runtime.providers.ort import onnxruntime
+from pastkey.runtime.engine.one_at_a_time import one_at_a_time
+from pastkey.runtime.engine.padding import Padding
+from pastkey.runtime.providers.inference import OrtSession
 
-
-def test_engines_over_one_graph_keep_apart(bundle, tiny, monkeypatch):
-    first = Engine(bundle, threads=1)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", None)  # none is opened any more
-    second, third = Engine.over(first.graph), Engine.over(first.graph)
-    first.prefill([1, 2, 3])
-    second.prefill([4, 5])
-    third.prefill([6])
-    np.testing.assert_allclose(first.decode(7), tiny([1, 2, 3, 7])[-1], atol=1e-4)
-    np.testing.assert_allclose(second.decode(8), tiny([4, 5, 8])[-1], atol=1e-4)
-    np.testing.assert_allclose(third.decode(9), tiny([6, 9])[-1], atol=1e-4)
-    assert first.onnx is second.onnx
+from ...onnx_text import encode_model
 
 
 def test_what_can_be_decoded_together(fused_bundle, standard_bundle, tiny, make_bundle):
@@ -33,12 +30,6 @@ def test_what_can_be_decoded_together(fused_bundle, standard_bundle, tiny, make_
     assert not Engine(make_bundle(tiny, "static", chunk=4), threads=1).graph.batches
     graph.one_by_one = True
     assert not graph.batches
-
-
-def test_all_logits_come_of_the_graph_of_the_last_ones(bundle, tiny):
-    engine = Engine(bundle, threads=1)
-    ids = [number % 37 for number in range(300)]
-    np.testing.assert_allclose(engine.all_logits(ids), tiny(ids), atol=2e-4)
 
 
 def test_chunks_shrink_with_the_context_where_scores_are_stored(standard_bundle, fused_bundle, monkeypatch):
@@ -55,3 +46,78 @@ def test_chunks_shrink_with_the_context_where_scores_are_stored(standard_bundle,
         assert (sizes * np.maximum(ends, 1024)).max() <= 1.02 * decoder_graph.SCORES
     assert standard.chunk_sizes(1, 200_000) == [1]
     assert [standard.chunk_sizes(tokens, 0, 2) for tokens in (1, 2, 3, 4, 5)] == [[1], [2], [3], [2, 2], [3, 2]]
+
+
+# --- masks and positions --------------------------------------------------------------------------------------------
+def test_a_position_is_the_number_of_real_tokens_before_it():
+    padding = Padding()
+    mask, positions = padding.of_run(3, 2, 1, None)
+    assert (mask.tolist(), positions.tolist()) == ([[1, 1, 1, 1]] * 2, [[3]] * 2)
+    assert padding.of_run(0, 1, 3, np.array([[0, 1, 1]]))[1].tolist() == [[0, 0, 1]]
+    mask, positions = padding.of_run(0, 2, 3, np.array([[1, 1, 0], [1, 1, 1]]))
+    assert positions.tolist() == [[0, 1, 1], [0, 1, 2]]
+    padding.mask = mask
+    mask, positions = padding.of_run(3, 2, 2, None)
+    assert mask.tolist() == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]]
+    assert positions.tolist() == [[2, 3], [3, 4]]
+    assert positions.flags.c_contiguous
+
+
+def test_what_is_left_of_it():
+    padding = Padding()
+    assert padding.first(3) is None
+    padding.mask = np.array([[1, 0, 1]])
+    assert padding.first(2).tolist() == [[1, 0]]
+    assert padding.first(0) is None
+
+
+# --- an input is what its array held when it was given --------------------------------------------------------------
+GRAPH = '<ir_version: 10, opset_import: ["": 21]> g (int64[N, M] x) => (int64[N, M] y) { y = Identity(x) }'
+
+
+@pytest.mark.parametrize("device", ["CPUExecutionProvider", "DeviceExecutionProvider"])
+def test_each_run_has_what_was_given_to_it(device, monkeypatch):
+    session = OrtSession(encode_model(GRAPH, {})[0], providers=["CPUExecutionProvider"])
+    monkeypatch.setattr(session, "get_providers", lambda: [device])
+    binding = Binding(session)
+
+    def told() -> Any:
+        binding.bind_output("y")
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy().tolist()
+
+    for rows in ([[1, 2]], [[3, 4]], [[5]], [[6], [7]], [[8, 9]]):
+        array = np.array(rows, np.int64)
+        binding.feed("x", array)
+        array[:] = 0
+        assert told() == rows
+    binding.feed("x", np.array([[1, 2], [3, 4]], np.int64).T)  # its layout does not count
+    assert told() == [[1, 3], [2, 4]]
+    binding.feed("x", np.array([[5, 6], [7, 8]], np.int64))
+    assert told() == [[5, 6], [7, 8]]
+
+
+# --- one thread at a time -------------------------------------------------------------------------------------------
+class Locked:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    @one_at_a_time
+    def outer(self) -> bool:
+        return self.inner()
+
+    @one_at_a_time
+    def inner(self) -> bool:
+        return free(self.lock)
+
+
+def free(lock: Any) -> bool:
+    """Whether another thread could enter."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lock.acquire, blocking=False).result()
+
+
+def test_one_thread_is_inside_at_a_time():
+    locked = Locked()
+    assert not locked.outer()
+    assert free(locked.lock)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +13,16 @@ import numpy.typing as npt
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, ProviderError
-from pastkey.files.durable import write_json
-from pastkey.files.folder import file_records
 from pastkey.providers import PROVIDERS, Provider
-from pastkey.runtime import load
+from pastkey.runtime import Engine, load
 from pastkey.runtime.commands.inspection import inspect, print_inspection
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 from pastkey.runtime.providers.native import NativeKernels
 
-MakeBundle = Callable[..., Bundle]
+from ..conftest import relisted, require_close
+
 LIMIT = 1e-3
 
 
@@ -67,6 +62,11 @@ def on(bundle: Bundle, *, off: float = 0.0, least: int = 2) -> Elsewhere:
     return engine
 
 
+def refuses_padding(engine: Engine) -> None:
+    with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
+        engine.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+
+
 def proved(engine: Engine, bundle: Bundle) -> list[str]:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -84,20 +84,13 @@ def test_golden_logits_are_of_the_end_and_of_beginnings(stored, make_bundle, tin
     assert (len(golden.ids), golden.ends.tolist()) == (6, [1, 6])
 
 
-def test_the_processor_is_not_proved(fused_bundle, monkeypatch):
-    monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("read"))
-    require_golden(Engine(fused_bundle, threads=1), fused_bundle)
-
-
 def test_a_device_that_is_right_is_remembered(fused_bundle, home):
-    engine = on(fused_bundle, off=LIMIT / 2)
+    engine, again = on(fused_bundle, off=LIMIT / 2), on(fused_bundle, off=1.0)
     assert proved(engine, fused_bundle) == []
-    assert not engine.graph.one_by_one
-    assert engine.length == 0
+    assert (engine.graph.one_by_one, engine.length) == (False, 0)
     assert max(engine.runs) == TOKENS
     assert 1 in engine.runs  # decoded, too
-    again = on(fused_bundle, off=1.0)  # which nobody looks at
-    assert proved(again, fused_bundle) == []
+    assert proved(again, fused_bundle) == []  # nobody looks at its logits
     assert again.runs == []
     assert len(list((home / "pastkey").iterdir())) == 1
 
@@ -136,10 +129,9 @@ def test_a_device_with_wrong_prefill_runs_single_tokens(fused_bundle):
         engine = on(fused_bundle, off=0.1)
         (told,) = proved(engine, fused_bundle)
         assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
-        assert engine.graph.one_by_one
-        assert not engine.graph.supports_drafts
+        assert (engine.graph.one_by_one, engine.graph.supports_drafts) == (True, False)
         engine.runs.clear()
-        np.testing.assert_allclose(engine.prefill([5, 6, 7, 8]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        require_close(engine.prefill([5, 6, 7, 8]), expected, 1e-5)
         assert engine.runs == [1, 1, 1, 1]
 
 
@@ -148,34 +140,27 @@ def test_every_logit_is_there_one_token_at_a_time(fused_bundle):
     expected = engine.forward([[5, 6, 7]])
     engine.reset()
     engine.graph.one_by_one = True
-    np.testing.assert_allclose(engine.forward([[5, 6, 7]]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    require_close(engine.forward([[5, 6, 7]]), expected, 1e-5)
     engine.reset()
-    with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
-        engine.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+    refuses_padding(engine)
 
 
-def test_a_provider_that_misses_keys_may_be_off_by_less(make_bundle, tiny, stored, tmp_path, monkeypatch):
+def test_a_provider_that_misses_keys_may_be_off_by_less(fused_bundle, stored, tmp_path, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "device", Provider("DeviceExecutionProvider", misses_keys=True))
     for limit, one_by_one in ((LIMIT, False), (0.05, True)):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache of {limit}"))
-        bundle = copied(make_bundle(tiny, "fused"), tmp_path / str(limit), dataclasses.replace(stored, limit=limit))
-        engine = on(make_bundle(tiny, "fused"))
-        assert bool(proved(engine, bundle)) is one_by_one
-        assert engine.graph.one_by_one is one_by_one
+        bundle = copied(fused_bundle, tmp_path / str(limit), dataclasses.replace(stored, limit=limit))
+        engine = on(fused_bundle)
+        assert bool(proved(engine, bundle)) is engine.graph.one_by_one is one_by_one
         assert not engine.graph.takes_padding
-        everything = Engine(make_bundle(tiny, "fused"), graph="all_logits", threads=1)
-        everything.graph.providers = ["DeviceExecutionProvider"]
-        with pytest.raises(InputError, match="rows of different lengths cannot be run together"):
-            everything.forward([[1, 2], [3, 4]], [[1, 1], [1, 0]])
+    everything = Engine(fused_bundle, graph="all_logits", threads=1)
+    everything.graph.providers = ["DeviceExecutionProvider"]
+    refuses_padding(everything)
 
 
 @pytest.mark.parametrize(
     ("off", "precision", "words"),
-    [
-        (0.1, "fp32", r"'device' computes other logits on this device than the CPU: off by"),
-        (np.nan, "fp32", r"'device' computes other logits on this device than the CPU: off by"),
-        (np.inf, "fp16", r"overflow in float16.*--precision fp32, or int8"),
-    ],
+    [(0.1, "fp32", "'device' computes other logits"), (np.nan, "fp32", "off by"), (np.inf, "fp16", "--precision fp32")],
 )
 def test_a_device_that_computes_something_else_is_refused(fused_bundle, off, precision, words):
     engine = on(fused_bundle, off=off, least=1)
@@ -186,16 +171,14 @@ def test_a_device_that_computes_something_else_is_refused(fused_bundle, off, pre
 
 
 @pytest.fixture
-def wrong_native(make_bundle, tiny, stored, tmp_path, monkeypatch):
+def wrong_native(make_bundle, tiny, fused_bundle, stored, tmp_path, monkeypatch):
     """A bundle whose native graph is that of another decoder."""
     other = make_bundle(dataclasses.replace(tiny, weights={n: w[::-1] for n, w in tiny.weights.items()}), "fused")
     folder = tmp_path / "native"
-    shutil.copytree(make_bundle(tiny, "fused").path, folder)
+    shutil.copytree(fused_bundle.path, folder)
     shutil.copyfile(other.last_logits_graph, folder / names.NATIVE_GRAPH)
     stored.save(folder / names.GOLDEN)
-    content = json.loads((folder / names.MANIFEST).read_bytes())
-    files = [*content["files"], names.NATIVE_GRAPH, names.GOLDEN]
-    write_json(folder / names.MANIFEST, content | {"native": 1, "files": file_records(folder, files)})
+    relisted(folder, names.NATIVE_GRAPH, native=1)
 
     def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
         return None if asked is False else NativeKernels("0.1.0", 1, "avx2")
@@ -204,43 +187,39 @@ def wrong_native(make_bundle, tiny, stored, tmp_path, monkeypatch):
     return folder
 
 
-def test_wrong_native_kernels_fall_back(wrong_native, monkeypatch):
-    told = r"onnxruntime's kernels run the bundle: the native kernels \(native 0.1.0, avx2\) compute other logits"
-    expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
-    for _ in range(2):  # the second time from memory
-        with pytest.warns(FallbackWarning, match=told):
-            lm = load(wrong_native, threads=1)
-        assert lm.kernels.startswith("onnxruntime")
-        assert lm.generate([1, 2], max_new_tokens=8).ids == expected
-        monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("computed again"))
+def require_fallback(bundle: Path, words: str) -> None:
+    """Told, and with the text of onnxruntime's kernels."""
+    expected = load(bundle, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
+    with pytest.warns(FallbackWarning, match=f"onnxruntime's kernels run the bundle: {words}"):
+        lm = load(bundle, threads=1)
+    assert lm.kernels.startswith("onnxruntime")
+    assert lm.generate([1, 2], max_new_tokens=8).ids == expected
+
+
+def test_wrong_native_kernels_fall_back(wrong_native, monkeypatch, capsys):
+    told = r"the native kernels \(native 0.1.0, avx2\) compute other logits"
+    require_fallback(wrong_native, told)
+    monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("computed again"))
+    require_fallback(wrong_native, told)  # from memory
     with pytest.raises(ProviderError, match=r"off by .* \(limit 1.0e-03\): load the bundle with native=False"):
         load(wrong_native, threads=1, native=True)
-
-
-def test_a_native_graph_that_cannot_be_opened_falls_back(wrong_native):
-    expected = load(wrong_native, threads=1, native=False).generate([1, 2], max_new_tokens=8).ids
-    graph = wrong_native / names.NATIVE_GRAPH
-    graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"NotMul"))
-    content = json.loads((wrong_native / names.MANIFEST).read_bytes())
-    files = file_records(wrong_native, list(content["files"]))
-    write_json(wrong_native / names.MANIFEST, content | {"files": files})
-    with pytest.warns(FallbackWarning, match=r"onnxruntime's kernels run the bundle: .*pastkey_native.onnx"):
-        lm = load(wrong_native, threads=1)
-    assert lm.generate([1, 2], max_new_tokens=8).ids == expected
-    with pytest.raises(IntegrityError, match=r"pastkey_native.onnx"):
-        load(wrong_native, threads=1, native=True)
-
-
-def test_wrong_native_kernels_are_inspected(wrong_native, capsys):
     with pytest.warns(FallbackWarning):
         found = inspect(wrong_native, threads=1)
-    assert found.kernels.startswith("onnxruntime")
-    assert (found.golden_logits, found.refusal) == ("wrong", None)
+    assert (found.kernels.split()[0], found.golden_logits, found.refusal) == ("onnxruntime", "wrong", None)
     print_inspection(found)
     assert "without the native kernels: the native kernels (native 0.1.0, avx2) compute" in capsys.readouterr().out
     asked = inspect(wrong_native, threads=1, native=True)
     assert (asked.kernels, asked.native_left_out) == ("native 0.1.0, avx2", "")
     assert asked.refusal == f"{found.native_left_out}: load the bundle with native=False"
+
+
+def test_a_native_graph_that_cannot_be_opened_falls_back(wrong_native):
+    graph = wrong_native / names.NATIVE_GRAPH
+    graph.write_bytes(graph.read_bytes().replace(b"MatMul", b"NotMul"))
+    relisted(wrong_native)
+    require_fallback(wrong_native, ".*pastkey_native.onnx")
+    with pytest.raises(IntegrityError, match=r"pastkey_native.onnx"):
+        load(wrong_native, threads=1, native=True)
 
 
 @pytest.mark.parametrize(("offs", "taken"), [([0.04, 0.03, 0.02, 0.01], 2), ([0.09, 0.05, 0.06, 0.08], 1)])
@@ -263,24 +242,13 @@ class Exact:
         return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
-def packed(golden: Golden, save: Any = np.savez, **changes: Any) -> bytes:
-    arrays = {name: getattr(golden, name) for name in ("ids", "ends", "logits", "limit")} | changes
-    content = io.BytesIO()
-    save(content, **arrays)
-    return content.getvalue()
-
-
+# Archives that numpy does not write are refused in test_npz.py.
 BROKEN: dict[str, Any] = {
-    "compressed": lambda golden: packed(golden, np.savez_compressed),
-    "longer than it is": lambda golden: packed(golden).replace(
-        b"(3, 37), }" + b" " * 20, b"(3, 37000000000000000), }".ljust(30)
-    ),
-    "empty": lambda golden: b"",
-    "cut short": lambda golden: packed(golden)[:-30],
-    "another vocabulary": lambda golden: packed(golden, logits=golden.logits[:, :5]),
-    "another number of ends": lambda golden: packed(golden, ends=golden.ends[:1]),
-    "another number of ids": lambda golden: packed(golden, ids=golden.ids[:9]),
-    "ids out of range": lambda golden: packed(golden, ids=golden.ids + 37),
+    "another vocabulary": lambda golden: {"logits": golden.logits[:, :5]},
+    "another number of ends": lambda golden: {"ends": golden.ends[:1]},
+    "another number of ids": lambda golden: {"ids": golden.ids[:9]},
+    "ids out of range": lambda golden: {"ids": golden.ids + 37},
+    "no arrays": None,
 }
 
 
@@ -288,9 +256,10 @@ BROKEN: dict[str, Any] = {
 def test_golden_logits_that_cannot_be_read_are_refused(fused_bundle, stored, tmp_path, spoilt):
     bundle = copied(fused_bundle, tmp_path, dataclasses.replace(stored, limit=0.5))
     assert Golden.of(bundle).limit == 0.5  # the bundle's own count
-    content = BROKEN[spoilt](stored)
-    assert content != packed(stored)
-    (bundle.path / names.GOLDEN).write_bytes(content)
+    if BROKEN[spoilt] is None:
+        (tmp_path / names.GOLDEN).write_bytes(b"")
+    else:
+        dataclasses.replace(stored, **BROKEN[spoilt](stored)).save(tmp_path / names.GOLDEN)
     with pytest.raises(IntegrityError, match=r"golden_logits\.npz cannot be read .*: export the bundle again"):
         Golden.of(bundle)
 
@@ -302,11 +271,14 @@ def copied(bundle: Bundle, folder: Path, golden: Golden) -> Bundle:
     return Bundle(folder, dataclasses.replace(bundle.manifest, files=files))
 
 
-def test_text_is_made_of_an_engine_that_was_proved(fused_bundle, monkeypatch):
+def test_text_is_made_of_an_engine_that_was_asked_and_the_processor_is_not_proved(fused_bundle, monkeypatch):
     asked: list[Engine] = []
-    monkeypatch.setattr(
-        "pastkey.runtime.model.language_model.require_golden", lambda engine, bundle: asked.append(engine)
-    )
+
+    def noted(engine: Engine, bundle: Bundle) -> None:
+        asked.append(engine)
+        require_golden(engine, bundle)
+
+    monkeypatch.setattr("pastkey.runtime.model.language_model.require_golden", noted)
+    monkeypatch.setattr(Golden, "of", lambda bundle: pytest.fail("read"))
     lm = load(fused_bundle.path, threads=1)
     assert asked == [lm.parts.engine]
-    assert open_bundle(fused_bundle.path).manifest == lm.manifest

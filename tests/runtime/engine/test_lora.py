@@ -1,8 +1,10 @@
-"""Adapters as peft saves them, and what is refused of them."""
+"""Adapters as peft saves them, what is refused of them, and how the names in them are matched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,79 +12,68 @@ import numpy as np
 import pytest
 
 from pastkey.errors import InputError, IntegrityError, MissingFileError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
+from pastkey.runtime.engine import module_patterns
+from pastkey.runtime.engine.channels import changed, rotation
+from pastkey.runtime.engine.module_patterns import ModulePatterns
 
 from ..adapters import lora, merged, write_adapter, write_safetensors
-from ..conftest import write_bundle
 
 IDS = [3, 14, 15, 9, 2, 6]
 
 
 @pytest.fixture(scope="module")
-def lm(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapted") / "bundle"
-    write_bundle(folder, tiny, "fused", adapters=True)
-    return load(folder)
+def lm(tiny, make_bundle):
+    return load(make_bundle(tiny, adapters=True).path)
 
 
-def logits_with(lm: LanguageModel, folder: Path) -> np.ndarray:
+def require_merged(lm: Any, folder: Path, decoder: Any) -> None:
+    """With this adapter the model computes what the decoder does."""
     lm.load_adapter("under test", folder)
     try:
-        return lm.logits(IDS, "under test")
+        np.testing.assert_allclose(lm.logits(IDS, "under test"), decoder(IDS), rtol=0, atol=1e-3)
     finally:
         lm.unload_adapter("under test")
 
 
+WEIGHTS = ["wq0", "wo1", "wv0"]
+
+
 @pytest.mark.parametrize(
-    ("config", "scale"),
+    ("config", "scales"),
     [
-        ({"lora_alpha": 6}, 3),
-        ({"lora_alpha": 6, "use_rslora": True}, 6 / 2**0.5),
-        ({"lora_alpha": 6, "alpha_pattern": {"wq0": 2, "w.1": 4, "model": 9}}, {"wq0": 1, "wo1": 2, "wv0": 3}),
-        ({"lora_alpha": 6, "alpha_pattern": {r"^model\.w[qk]\d": 2, ".*": 4}}, {"wq0": 1, "wo1": 2, "wv0": 2}),
+        ({"lora_alpha": 6}, (3, 3, 3)),
+        ({"lora_alpha": 6, "use_rslora": True}, [6 / 2**0.5] * 3),
+        ({"lora_alpha": 6, "alpha_pattern": {"wq0": 2, "w.1": 4, "model": 9}}, (1, 2, 3)),
+        ({"lora_alpha": 6, "alpha_pattern": {r"^model\.w[qk]\d": 2, ".*": 4}}, (1, 2, 2)),
     ],
 )
-def test_the_scale_is_that_of_peft(config, scale, lm, tiny, tmp_path):
-    matrices = lora(tiny, ["wq0", "wo1", "wv0"])
-    scales = scale if isinstance(scale, dict) else dict.fromkeys(["wq0", "wo1", "wv0"], scale)
-    scaled = {m: (a, scales[m.removeprefix("model.")] * b) for m, (a, b) in matrices.items()}
-    found = logits_with(lm, write_adapter(tmp_path / "a", matrices, **config))
-    np.testing.assert_allclose(found, merged(tiny, scaled)(IDS), rtol=0, atol=1e-3)
+def test_the_scale_is_that_of_peft(config, scales, lm, tiny, tmp_path):
+    matrices = lora(tiny, WEIGHTS)
+    scaled = {module: (a, scale * b) for scale, (module, (a, b)) in zip(scales, matrices.items(), strict=True)}
+    require_merged(lm, write_adapter(tmp_path / "a", matrices, **config), merged(tiny, scaled))
 
 
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "of rank 0", "of zeros"])
-def test_other_forms_of_matrices_are_read(kind, lm, tiny, tmp_path):
-    matrices = lora(tiny, ["wk0"], rank=0 if kind == "of rank 0" else 2)
-    a, b = matrices["model.wk0"]
-    stored: tuple[Any, Any]
-    if kind == "half":
-        stored = a.astype(np.float16), b.astype(np.float16)
-        a, b = stored[0].astype(np.float32), stored[1].astype(np.float32)
-    elif kind == "bfloat16":
-        first, second = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (a, b))
-        a, b = ((x.astype(np.uint32) << 16).view(np.float32) for x in (first, second))
-        stored = first, second
-    else:
-        b = b * 0
-        stored = a, b
-    found = logits_with(lm, write_adapter(tmp_path / "a", {"model.wk0": stored}, lora_alpha=2))
-    np.testing.assert_allclose(found, merged(tiny, {"model.wk0": (a, b)})(IDS), rtol=0, atol=1e-4)
+def half(array: Any) -> tuple[Any, Any]:
+    return array.astype(np.float16), array.astype(np.float16).astype(np.float32)
 
 
-def _cut(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
+def bfloat16(array: Any) -> tuple[Any, Any]:
+    stored = (array.view(np.uint32) >> 16).astype(np.uint16)
+    return stored, (stored.astype(np.uint32) << 16).view(np.float32)
 
 
-def _add(name: str, array: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        write_safetensors(folder / "adapter_model.safetensors", {f"base_model.model.model.{name}": array})
+@pytest.mark.parametrize(("form", "rank"), [(half, 2), (bfloat16, 2), (half, 0)])
+def test_other_forms_of_matrices_are_read(form, rank, lm, tiny, tmp_path):
+    """A matrix of a form, and what it is in float32."""
+    (a, read_a), (b, read_b) = map(form, lora(tiny, ["wk0"], rank=rank)["model.wk0"])
+    folder = write_adapter(tmp_path / "a", {"model.wk0": (a, b)}, lora_alpha=2)
+    require_merged(lm, folder, merged(tiny, {"model.wk0": (read_a, read_b)}))
 
-    return change
 
-
-def _pickled(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+def tensors(name: str, array: Any) -> Any:
+    """Puts one tensor in the place of the adapter's."""
+    return lambda file: write_safetensors(file, {f"base_model.model.model.{name}": array})
 
 
 ONES = np.ones((2, 24), np.float32)
@@ -98,41 +89,144 @@ ONES = np.ones((2, 24), np.float32)
         ({"lora_alpha": "much"}, None, InputError, "has lora_alpha = 'much'; a number was expected"),
         ({"alpha_pattern": {"q": 1, r"(\w+\.?)+x!": 3}}, None, InputError, r"has the alpha_pattern '\(.*; names and"),
         ({"alpha_pattern": ["wq0"]}, None, IntegrityError, "adapter_config.json cannot be read"),
-        ({}, _cut, IntegrityError, "is damaged: .* bytes"),
-        ({}, _pickled, InputError, "a pickle, which is not read"),
-        ({}, _add("wq0.lora_magnitude_vector", ONES), InputError, "only lora_A and lora_B of linear projections"),
-        ({}, _add("word.lora_embedding_A", ONES), InputError, "only lora_A and lora_B of linear projections"),
-        ({}, _add("head.weight", ONES), InputError, "only lora_A and lora_B of linear projections"),
-        ({}, _add("wq0.lora_A.weight", ONES.astype(np.float64)), InputError, "in F32, F16 or BF16"),
-        ({}, _add("wq0.lora_A.weight", np.inf * ONES), InputError, "holds NaN or infinity"),
-        ({}, _add("wq0.lora_A.weight", ONES), InputError, r"has \{'lora_A': \[2, 24\]\} of model.wq0"),
-        ({}, lambda folder: write_safetensors(folder / "adapter_model.safetensors", {}), InputError, "adapts nothing"),
-        ({}, lambda folder: (folder / "adapter_config.json").unlink(), MissingFileError, "adapter_config.json"),
+        ({}, lambda file: file.write_bytes(file.read_bytes()[:-3]), IntegrityError, "is damaged: .* bytes"),
+        ({}, lambda file: file.rename(file.with_suffix(".bin")), InputError, "a pickle, which is not read"),
+        ({}, tensors("wq0.lora_magnitude_vector", ONES), InputError, "only lora_A and lora_B of linear projections"),
+        ({}, tensors("word.lora_embedding_A", ONES), InputError, "only lora_A and lora_B of linear projections"),
+        ({}, tensors("head.weight", ONES), InputError, "only lora_A and lora_B of linear projections"),
+        ({}, tensors("wq0.lora_A.weight", ONES.astype(np.float64)), InputError, "in F32, F16 or BF16"),
+        ({}, tensors("wq0.lora_A.weight", np.inf * ONES), InputError, "holds NaN or infinity"),
+        ({}, tensors("wq0.lora_A.weight", ONES), InputError, r"has \{'lora_A': \[2, 24\]\} of model.wq0"),
+        ({}, lambda file: write_safetensors(file, {}), InputError, "adapts nothing"),
+        ({}, lambda file: file.with_name("adapter_config.json").unlink(), MissingFileError, "adapter_config.json"),
     ],
 )
 def test_other_adapters_are_refused(config, change, error, words, lm, tiny, tmp_path):
     folder = write_adapter(tmp_path / "a", lora(tiny, ["wq0"]), **config)
     if change is not None:
-        change(folder)
+        change(folder / "adapter_model.safetensors")
     with pytest.raises(error, match=words):
         lm.load_adapter("bad", folder)
     assert not lm.parts.adapters
 
 
 @pytest.mark.parametrize(
-    ("module", "shapes", "words"),
+    ("module", "columns", "words"),
     [
-        ("model.other", ((2, 24), (24, 2)), "adapts 'model.other', and .* has no projections of that name"),
-        ("model.wq0", ((2, 23), (32, 2)), "as a matrix of 32 x 23; it has 32 x 24"),
+        ("model.other", 24, "adapts 'model.other', and .* has no projections of that name"),
+        ("model.wq0", 23, "as a matrix of 32 x 23; it has 32 x 24"),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(module, shapes, words, lm, tmp_path):
-    matrices = {module: tuple(np.ones(shape, np.float32) for shape in shapes)}
+def test_an_adapter_of_another_model_is_refused(module, columns, words, lm, tmp_path):
+    matrices = {module: (np.ones((2, columns), np.float32), np.ones((32, 2), np.float32))}
     with pytest.raises(InputError, match=words):
-        lm.load_adapter("bad", write_adapter(tmp_path / "a", matrices))  # type: ignore[arg-type]
+        lm.load_adapter("bad", write_adapter(tmp_path / "a", matrices))
 
 
 def test_a_wrapper_may_add_a_prefix_to_the_names(lm, tiny, tmp_path):
     matrices = lora(tiny, ["wq1"])
-    found = logits_with(lm, write_adapter(tmp_path / "a", {f"wrapped.{m}": p for m, p in matrices.items()}, r=2))
-    np.testing.assert_allclose(found, merged(tiny, matrices, scale=2)(IDS), rtol=0, atol=1e-3)  # alpha 4, r 2
+    folder = write_adapter(tmp_path / "a", {f"wrapped.{name}": pair for name, pair in matrices.items()}, r=2)
+    require_merged(lm, folder, merged(tiny, matrices, scale=2))  # alpha 4, r 2
+
+
+# --- patterns of modules: peft's meaning, in bounded time -----------------------------------------------------------
+FILE = Path("adapter_config.json")
+NAMES = [
+    "a", "b", "ab", "a.b", "a.1.b", "aa.bb.ab", "layers.1.q_proj", "model.layers.12.q_proj", "_", "a-b", ".a", "a.",
+]  # fmt: skip
+PIECES = r"a b ab . \. 1 \d \w [a-c] [^.] ( (?: ) | * + ? {2} {1,2} {,2} {1,} {2,1} ^ $ *? ** _ \_ layers q_proj .* .+"
+
+
+def first_by_peft(patterns: Sequence[str], name: str) -> str | None:
+    """As peft.utils.other.get_pattern_key, but None where none matches."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["model.layers.1.q_proj", "layers.1.q_proj", "q_proj"],
+        [r"^model\.layers\.\d+\.(q|k)_proj$", "q_proj"],
+        [r"(?:a|b)\.1\.b", r"[a-z]{2}", r"[^.]+"],
+        ["", "|a", "(a|)(|b)"],
+    ],
+)
+def test_the_first_that_matches_is_that_of_peft(patterns):
+    found = ModulePatterns(patterns, FILE)
+    for name in NAMES:
+        assert found.first(name) == first_by_peft(patterns, name)
+
+
+def test_what_is_accepted_at_random_has_the_meaning_of_peft():
+    rng, accepted, matched = random.Random(7), 0, 0
+    for _ in range(1500):
+        pattern = "".join(rng.choices(PIECES.split(), k=rng.randint(1, 7)))
+        try:
+            found = ModulePatterns([pattern], FILE)
+        except InputError:
+            continue
+        accepted += 1
+        for name in NAMES:
+            assert found.first(name) == first_by_peft([pattern], name), (pattern, name)
+            matched += found.first(name) is not None
+    assert min(accepted, matched) > 250
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(\w+\.?)+x!", "(.*)*(.*)*(.*)*x", "(a|b)?", "(a){2}", "(", ")", "(a", "a)", "a**", "a*+", "*", "^*", "a|*",
+        "[", "[z-a]", "[]a]", "[^]", "a{2,1}", r"\b", r"\1", "\\", r"\p", "(?i)a", "(?=a)", "(?P<n>a)", "{", "a}",
+    ],
+)  # fmt: skip
+def test_other_patterns_are_refused_by_name(pattern):
+    with pytest.raises(InputError, match=re.escape(f"has the alpha_pattern {pattern!r}; names and plain patterns")):
+        ModulePatterns(["a", pattern], FILE)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a|a)" * 60 + "x", "a?" * 60 + "a" * 60 + "x", ".*" * 60 + "x", "(a|aa)" * 60 + "x", "[a.]{0,99}" * 60]
+)
+def test_what_takes_re_exponential_time_ends(pattern):
+    assert ModulePatterns([pattern], FILE).first("a" * 60 + "!") is None
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        pytest.param([".*" * 400 + "x"], ["a." * 500], id="long"),
+        pytest.param(["(" + "|" * 400 + ")"], ["." * 1000], id="branches"),
+        pytest.param([f"{number}?" for number in range(1000)], ["a"], id="parts"),
+        pytest.param([str(number) for number in range(300)], [f"a.{number}!" for number in range(300)], id="many"),
+    ],
+)
+def test_what_takes_too_long_is_refused(patterns, names, monkeypatch):
+    monkeypatch.setattr(module_patterns, "_MOST_STEPS", 100_000)
+    with pytest.raises(InputError, match="an alpha_pattern that takes too long to match"):
+        list(map(ModulePatterns(patterns, FILE).first, names))
+
+
+# --- channels that an export changed --------------------------------------------------------------------------------
+N, K, R = 12, 8, 3
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", ["rotated", "scaled", "permuted"])
+def test_an_update_follows_its_weight(kind, axis):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(R, K)).astype(np.float32), rng.normal(size=(N, R)).astype(np.float32)
+    size = (N, K)[axis]
+    numbers = {
+        "rotated": np.array([4]),
+        "scaled": rng.uniform(0.5, 2, size).astype(np.float32),
+        "permuted": rng.permutation(size),
+    }[kind]
+    want = changed(b @ a, axis, kind, numbers)
+    found = changed(b, 0, kind, numbers) @ a if axis == 0 else b @ changed(a, 1, kind, numbers)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert not np.allclose(want, b @ a)
+
+
+@pytest.mark.parametrize("size", [4, 6, 8])
+def test_a_rotation_is_orthogonal(size):
+    np.testing.assert_allclose(rotation(size) @ rotation(size).T, np.eye(size), atol=1e-12)

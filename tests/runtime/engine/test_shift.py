@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
+from pastkey.contract.bundle import KeyRotation
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
+from pastkey.runtime import Engine
 from pastkey.runtime.engine import engine as engines
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.engine.shift import turned
 
+from ..conftest import ids_of, require_close
 from ..rotary import RotaryTiny
 
-MakeBundle = Callable[..., Bundle]
 CONTEXT, SIZE = 64, 16
-TOLERANCE = 5e-6  # of the largest logit
 FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # graph, decoder, bundle
     "fused, rotated inside": ("fused", {"pairs": 8, "inside": True}, {}),
     "fused, interleaved inside": ("fused", {"pairs": 8, "inside": True, "interleaved": True}, {}),
@@ -32,36 +30,25 @@ FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # graph, decod
 }
 
 
-def ids_of(count: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 37, count).tolist()
-
-
-def assert_close(found: Any, expected: Any) -> None:
-    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
-
-
-def compare(tiny: RotaryTiny, engine: Engine) -> None:
-    """Fills the context twice, by runs of one token and of several, with shifts of different sizes."""
-    reference, sinks = tiny.reference(), 3
-    ids = ids_of(CONTEXT)
-    assert_close(engine.prefill(ids), reference.feed(ids)[-1])
-    for gone, more in ((20, 9), (1, 1), (30, 30)):
-        engine.shift(sinks, gone)
-        reference.drop(sinks, gone)
-        for token in ids_of(3, gone):
-            assert_close(engine.decode(token), reference.feed([token])[-1])
-        several = ids_of(more, gone + 1)
-        assert_close(engine.prefill(several), reference.feed(several)[-1])
-    assert engine.length == CONTEXT - 51 + 9 + 40
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_decode_after_shift_equals_keys_rotated_anew(form, make_bundle, monkeypatch):
+    """The context is filled twice, by runs of one token and of several, with shifts of different sizes."""
     if form == "fixed":
         monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
     graph, decoder, fields = FORMS[form]
     tiny = RotaryTiny.of(SIZE, CONTEXT, **decoder)
-    compare(tiny, Engine(make_bundle(tiny, graph, shift=tiny.shift, **fields), threads=1))
+    engine = Engine(tiny.written(make_bundle, graph, **fields), threads=1)
+    reference, sinks = tiny.reference(), 3
+    ids = ids_of(CONTEXT)
+    require_close(engine.prefill(ids), reference.feed(ids)[-1])
+    for gone, more in ((20, 9), (1, 1), (30, 30)):
+        engine.shift(sinks, gone)
+        reference.drop(sinks, gone)
+        for token in ids_of(3, gone):
+            require_close(engine.decode(token), reference.feed([token])[-1])
+        several = ids_of(more, gone + 1)
+        require_close(engine.prefill(several), reference.feed(several)[-1])
+    assert engine.length == CONTEXT - 51 + 9 + 40
 
 
 def test_keys_in_float16_stay_so():
@@ -78,8 +65,7 @@ def test_keys_in_float16_stay_so():
 # --- what the cache says of itself --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def bundle(make_bundle):
-    tiny = RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True)
-    return make_bundle(tiny, "fused", shift=tiny.shift)
+    return RotaryTiny.of(SIZE, CONTEXT, pairs=8, inside=True).written(make_bundle)
 
 
 def test_what_is_left_is_no_prefix_of_a_text(bundle):
@@ -101,20 +87,14 @@ def test_an_error_within_a_shift_empties_the_cache(bundle, monkeypatch):
     engine = Engine(bundle, threads=1)
     engine.prefill(ids_of(40))
 
-    def moved_by(*_: object) -> Any:
-        calls = iter(range(2))
+    def moved(index: int, rows: Any) -> Any:
+        if index:
+            raise KeyboardInterrupt
+        return rows
 
-        def moved(index: int, rows: Any) -> Any:
-            if next(calls):
-                raise KeyboardInterrupt
-            return rows
-
-        return moved
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engines, "moved_by", moved_by)
-        with pytest.raises(KeyboardInterrupt):
-            engine.shift(4, 10)
+    monkeypatch.setattr(engines, "moved_by", lambda *_: moved)
+    with pytest.raises(KeyboardInterrupt):
+        engine.shift(4, 10)
     assert (engine.length, engine.cached_ids) == (0, [])
     engine.prefill([1, 2, 3])
     assert engine.cached_ids == [1, 2, 3]
@@ -126,81 +106,74 @@ def test_tokens_that_are_not_there(bundle, keep, count):
     engine.prefill(ids_of(10))
     with pytest.raises(InputError, match="takes one row without padding, and tokens that are there"):
         engine.shift(keep, count)
-    several = Engine(bundle, threads=1)
-    several.forward([ids_of(10), ids_of(10, 1)])
+    engine.reset()
+    engine.forward([ids_of(10), ids_of(10, 1)])
     with pytest.raises(InputError, match="a cache of 2 rows of 10 tokens"):
-        several.shift(0, 2)
-
-
-def test_a_cache_that_cannot_be_shifted(make_bundle, tiny):
-    refused = Engine(make_bundle(tiny, shift=CacheShift("its positions are learned")), threads=1)
-    with pytest.raises(InputError, match="cannot be shifted: its positions are learned; shorten the text"):
-        refused.shift(0, 0)
+        engine.shift(0, 2)
 
 
 # --- windows ------------------------------------------------------------------------------------------------------
 WINDOW = 24
-LOCAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "rotated inside": ("fused", {"pairs": 8, "inside": True}),
-    "rotated outside": ("fused", {"pairs": 4, "interleaved": True}),
-}
 
 
-@pytest.mark.parametrize("form", LOCAL)
-def test_what_no_window_sees_leaves_the_cache(form, make_bundle, monkeypatch):
+@pytest.fixture(scope="module")
+def local():
+    return RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
+
+
+@pytest.fixture
+def engine(local, make_bundle):
+    return Engine(local.written(make_bundle), threads=1)
+
+
+@pytest.mark.parametrize("decoder", [{"pairs": 8, "inside": True}, {"pairs": 4, "interleaved": True}])
+def test_what_no_window_sees_leaves_the_cache(decoder, make_bundle, monkeypatch):
     monkeypatch.setattr("pastkey.runtime.engine.decoder_graph.PREFILL_CHUNK", 32)
-    graph, decoder = LOCAL[form]
     tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, **decoder)
-    engine = Engine(make_bundle(tiny, graph, shift=tiny.shift, window=WINDOW), threads=1)
-    whole = Engine(make_bundle(tiny, graph), threads=1)
+    engine, whole = (Engine(bundle, threads=1) for bundle in (tiny.written(make_bundle), make_bundle(tiny)))
     reference, rows = tiny.reference(), []
     ids = ids_of(400)
     for part in (ids[:7], ids[7:300]):
         expected = reference.feed(part)[-1]
-        assert_close(engine.prefill(part), expected)
-        assert_close(whole.prefill(part), expected)
+        require_close(engine.prefill(part), expected)
+        require_close(whole.prefill(part), expected)
     for token in ids[300:]:
-        assert_close(engine.decode(token), reference.feed([token])[-1])
+        require_close(engine.decode(token), reference.feed([token])[-1])
         rows.append(engine.cache.length)
     assert (engine.length, engine.cached_ids) == (400, ids)
     assert max(rows) <= WINDOW + 16 + 32
     assert engine.nbytes <= whole.nbytes / 3
 
 
-def test_a_text_is_cut_as_far_as_its_window_is_there(make_bundle):
-    tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
-    engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
+def test_a_text_is_cut_as_far_as_its_window_is_there(engine, local):
     ids = ids_of(700)
     engine.prefill(ids)
     assert engine.gone
     least = engine.gone + WINDOW - 1
     assert [engine.can_trim(length) for length in (700, least, least - 1, 1, 0)] == [True, True, False, False, True]
-    with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
-        engine.trim(100)
-    with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
-        engine.copy(100)
+    for call in (engine.trim, engine.copy):
+        with pytest.raises(InputError, match="cannot be trimmed to 100: call reset"):
+            call(100)
     engine.trim(least)
-    assert_close(engine.decode(7), tiny([*ids[:least], 7])[-1])
+    require_close(engine.decode(7), local([*ids[:least], 7])[-1])
     assert engine.keep_prefix([*ids[:least], 8, 9]) == least
     assert engine.keep_prefix(ids[:200]) == 0
 
 
-def test_a_copy_and_a_shift_of_what_is_local(make_bundle):
-    tiny = RotaryTiny.of(SIZE, 1000, window=WINDOW, pairs=8, inside=True)
-    engine = Engine(make_bundle(tiny, "fused", shift=tiny.shift, window=WINDOW), threads=1)
-    ids, reference = ids_of(900), tiny.reference()
+def test_a_copy_and_a_shift_of_what_is_local(engine, local):
+    ids, reference = ids_of(900), local.reference()
     engine.prefill(ids)
     reference.feed(ids)
     copy = engine.copy(890, room=5)
     assert (copy.length, copy.cached_ids) == (890, ids[:890])
     copy.prefill(ids[890:])
     expected = reference.feed([5])[-1]
-    assert_close(copy.decode(5), expected)
-    assert_close(engine.decode(5), expected)
+    require_close(copy.decode(5), expected)
+    require_close(engine.decode(5), expected)
     gone = engine.gone
     engine.shift(0, 100)
     assert (engine.gone, engine.length) == (gone - 100, 801)
     engine.shift(0, engine.gone + 30)
     assert (engine.gone, engine.length) == (0, 901 - gone - 30)
     reference.drop(0, gone + 30)
-    assert_close(engine.decode(6), reference.feed([6])[-1])
+    require_close(engine.decode(6), reference.feed([6])[-1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 import pastkey
 from pastkey.contract import names
@@ -20,22 +20,18 @@ from pastkey.runtime.settings import CHAT_OPTIONS, GENERATE_OPTIONS, SESSION_OPT
 def test_generate_continues_a_text(lm, tiny, letters):
     expected = tiny.greedy(letters.encode("once upon").ids, 12)
     completion = lm.generate("once upon", max_new_tokens=12)
-    assert completion.ids == expected
-    assert completion.text == letters.decode(expected)
-    assert completion.finish_reason == "length"
-    assert (completion.prompt_tokens, completion.new_tokens) == (9, 12)
-    assert completion.prefill_seconds > 0
-    assert completion.decode_seconds > 0
+    assert (completion.ids, completion.text) == (expected, letters.decode(expected))
+    assert (completion.finish_reason, completion.prompt_tokens, completion.new_tokens) == ("length", 9, 12)
+    assert min(completion.prefill_seconds, completion.decode_seconds) > 0
 
 
 def test_a_stop_string_ends_the_text_before_it(lm):
     text = lm.generate("abc", max_new_tokens=30).text
     stop = text[5:8]
-    completion = lm.generate("abc", max_new_tokens=30, stop=["~", stop])
-    assert completion.text == text[: text.index(stop)]
-    assert completion.finish_reason == "stop_string"
-    assert completion.new_tokens == len(completion.ids) < 30
-    assert lm.generate("abc", max_new_tokens=30, stop=stop).text == completion.text
+    for given in (["~", stop], stop):
+        completion = lm.generate("abc", max_new_tokens=30, stop=given)
+        assert (completion.text, completion.finish_reason) == (text[: text.index(stop)], "stop_string")
+        assert completion.new_tokens == len(completion.ids) < 30
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(lm):
@@ -64,8 +60,7 @@ MISSPELT = {
 @pytest.mark.parametrize("option", MISSPELT)
 def test_a_misspelt_option_is_named_with_its_call(byte_model, option):
     chat = byte_model.chat()
-    calls = {"generate": byte_model.generate, "chat.ask": chat.ask, "chat.stream": chat.stream}
-    for name, call in calls.items():
+    for name, call in (("generate", byte_model.generate), ("chat.ask", chat.ask), ("chat.stream", chat.stream)):
         with pytest.raises(OptionError, match=rf"^{name}\(\) has no option '{option}'; {MISSPELT[option]}"):
             call("?", **{option: 1})
     with pytest.raises(OptionError, match=r"has no option 'n'; generate\(n=...\) and stream_many\(n=...\) give"):
@@ -73,10 +68,7 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model, option):
 
 
 def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
-    every: dict[str, Any] = dict.fromkeys(GENERATE_OPTIONS)
-    chats: dict[str, Any] = dict.fromkeys(CHAT_OPTIONS)
-    going: dict[str, Any] = dict.fromkeys(SESSION_OPTIONS)
-    arguments: dict[str, Any] = dict.fromkeys(set(inspect.signature(load).parameters) - {"path", "trust"})
+    every, chats, going = (dict.fromkeys(names) for names in (GENERATE_OPTIONS, CHAT_OPTIONS, SESSION_OPTIONS))
     expected = byte_model.generate("a").ids
     assert byte_model.generate("a", **every).ids == expected
     chat = byte_model.chat(None, messages=None, template=None, tools=None, documents=None, special_tokens_as_text=None)
@@ -84,6 +76,7 @@ def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
     session = byte_model.session()
     session.append("a", context_overflow=None, num_sink_tokens=None)
     assert session.generate(**going).ids == expected
+    arguments: dict[str, Any] = dict.fromkeys(set(inspect.signature(load).parameters) - {"path", "trust"})
     with load(speaking_bundle.path, **arguments) as model:
         assert model.max_batch > 1
         assert not pastkey.Generator(model.bundle.path, exact=None, max_batch=None, seed=None).exact
@@ -93,22 +86,15 @@ def test_none_is_not_set_in_every_option(byte_model, speaking_bundle):
 MANY_BYTES = "a日é🙂."
 
 
-@pytest.fixture(scope="module", params=["byte_level", "byte_fallback"])
-def byte_model(request, tiny, make_bundle):
+@pytest.fixture(scope="module")
+def byte_model(tiny, make_bundle):
     """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it has a chat template, too."""
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters = "".join(part for part, _ in byte_level.pre_tokenize_str(MANY_BYTES + "?"))  # one for each byte
-    data = MANY_BYTES.encode()
-    names_of = {byte: f"<0x{byte:02X}>" for byte in data + b"?"}
-    if request.param == "byte_level":
-        names_of = dict(zip(data + b"?", letters, strict=True))
-    pieces = [*names_of.values(), "<end>"]
+    said = [f"<0x{byte:02X}>" for byte in MANY_BYTES.encode()] + ["<end>"]
+    pieces = sorted({*said, f"<0x{ord('?'):02X}>"})
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    if request.param == "byte_level":
-        tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
-    script = [tokenizer.token_to_id(piece) or 0 for piece in (*(names_of[byte] for byte in data), "<end>")]
+    script = [pieces.index(piece) for piece in said]
     config = {"chat_template": "{% for m in messages %}{{ '?' if m.role == 'user' }}{% endfor %}"}
     fields = {"tokenizer": tokenizer, "tokenizer_config": config, "eos_token_ids": (script[-1],)}
     return load(make_bundle(tiny.saying(script), "fused", **fields).path, threads=1)
@@ -124,8 +110,7 @@ def test_a_text_that_ends_by_length_inside_a_character_ends_before_it(byte_model
     assert completion.finish_reason == ("length" if count <= len(data) else "stop")
     assert "".join(chunk.text for chunk in byte_model.stream([0], max_new_tokens=count)) == expected
     chat = byte_model.chat()
-    assert chat.ask("?", max_new_tokens=count).text == expected
-    assert chat.messages[-1] == {"role": "assistant", "content": expected}
+    assert chat.ask("?", max_new_tokens=count).text == chat.messages[-1]["content"] == expected
 
 
 def test_a_text_that_ends_at_a_stop_string_inside_a_character_ends_before_it(byte_model):
@@ -138,97 +123,67 @@ def test_end_ids_of_ones_own_replace_those_of_the_bundle_or_stand_beside_them(lm
     free = lm.generate("abc", **drawn)
     first, second = [token for i, token in enumerate(free.ids) if i > 0 and token not in free.ids[:i]][:2]
     ending = load(make_bundle(tiny, "fused", tokenizer=letters, eos_token_ids=(second,)).path, threads=1)
-
-    def told(**options: Any) -> tuple[list[int], str]:
-        completion = ending.generate("abc", **drawn, **options)
-        return completion.ids, completion.finish_reason
-
     to_first, to_second = (free.ids[: free.ids.index(end)] for end in (first, second))
-    assert told() == told(stop_token_ids=[]) == (to_second, "stop")
-    assert told(stop_token_ids=np.array([first])) == told(stop_token_ids=(first,)) == (to_first, "stop")
-    assert told(eos_token_id=first) == told(eos_token_id=[second, first]) == (to_first, "stop")
-    assert told(eos_token_id=[]) == (free.ids, "length")
-    assert told(eos_token_id=[], stop_token_ids=[second]) == (to_second, "stop")
-    assert first not in told(eos_token_id=first, min_new_tokens=30)[0]
-
-
-def test_logits_of_every_position(lm, tiny):
-    ids = [3, 1, 4, 1, 5]
-    for given in (ids, np.array(ids)):
-        logits = lm.logits(given)
-        assert logits.dtype == np.float32
-        np.testing.assert_allclose(logits, tiny(ids), atol=1e-4)
-
-
-def test_a_bundle_without_tokenizer_takes_ids(bundle, tiny):
-    model = load(bundle.path, threads=1)
-    completion = model.generate([1, 2, 3], max_new_tokens=6)
-    assert completion.ids == tiny.greedy([1, 2, 3], 6)
-    assert completion.text == ""
-    assert [chunk.ids for chunk in model.stream([1, 2, 3], max_new_tokens=2)] == [[t] for t in completion.ids[:2]]
-    with pytest.raises(InputError, match=r"has no tokenizer.*--prompt-ids"):
-        model.generate("text")
-
-
-def test_a_prompt_that_fills_the_context_has_one_more_token(lm):
-    completion = lm.generate("a" * 600)
-    assert (completion.new_tokens, completion.finish_reason) == (1, "length")
+    for options, ids, reason in (
+        ({}, to_second, "stop"),
+        ({"stop_token_ids": []}, to_second, "stop"),
+        ({"stop_token_ids": np.array([first])}, to_first, "stop"),
+        ({"eos_token_id": first}, to_first, "stop"),
+        ({"eos_token_id": [second, first]}, to_first, "stop"),
+        ({"eos_token_id": []}, free.ids, "length"),
+        ({"eos_token_id": [], "stop_token_ids": [second]}, to_second, "stop"),
+    ):
+        completion = ending.generate("abc", **drawn, **options)
+        assert (completion.ids, completion.finish_reason) == (ids, reason), options
+    assert first not in ending.generate("abc", **drawn, eos_token_id=first, min_new_tokens=30).ids
 
 
 def test_a_damaged_bundle_is_refused_before_it_is_opened(speaking_bundle, tmp_path):
-    folder = tmp_path / "b"
-    shutil.copytree(speaking_bundle.path, folder)
-    graph = folder / names.LAST_LOGITS_GRAPH
-    content = bytearray(graph.read_bytes())
-    content[-1] ^= 1
-    graph.write_bytes(content)
+    shutil.copytree(speaking_bundle.path, tmp_path / "b")
+    graph = tmp_path / "b" / names.LAST_LOGITS_GRAPH
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError, match=r"pastkey\.onnx was altered"):
-        load(folder, verify=True)
+        load(tmp_path / "b", verify=True)
     with pytest.raises(MissingFileError, match="no such bundle"):
         load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("providers", ["cpu", [("cpu", {})]])
-def test_providers_in_every_form(speaking_bundle, providers):
-    one: Any = np.int64(1)
-    assert load(speaking_bundle.path, providers=providers, threads=one).require_open().providers[-1].startswith("CPU")
+REFUSED: list[tuple[Any, str]] = [
+    ([], "the prompt is empty"),
+    ([1, "a"], "the prompt holds 'a'; token ids are whole numbers from 0 to"),
+    ([1, [2]], r"the prompt holds \[2\]; token ids"),
+    ([1, 2.5], r"the prompt holds 2\.5; token ids"),
+    ([1, None], "the prompt holds None; token ids"),
+    ([10**30], "token id"),
+    ("a" * 700, "the prompt has 700 tokens; the context is 600"),
+]
 
 
-REFUSED: dict[str, tuple[Any, str]] = {
-    "a text in ids": ([1, "a"], "the prompt holds 'a'; token ids are whole numbers from 0 to"),
-    "a list in ids": ([1, [2]], r"the prompt holds \[2\]; token ids"),
-    "a fraction": ([1, 2.5], r"the prompt holds 2\.5; token ids"),
-    "none": ([1, None], "the prompt holds None; token ids"),
-    "a large number": ([10**30], "token id"),
-    "beyond the context": ("a" * 700, "the prompt has 700 tokens; the context is 600"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_prompt_is_refused(lm, case):
-    prompt, words = REFUSED[case]
+@pytest.mark.parametrize(("prompt", "words"), REFUSED)
+def test_what_is_no_prompt_is_refused(lm, prompt, words):
     with pytest.raises(InputError, match=words):
         lm.generate(prompt)
+
+
+def test_logits_of_no_tokens_are_refused(lm):
     with pytest.raises(InputError, match=r"shape \(T,\), at least one; found .* of shape \(0,\)"):
         lm.logits([])
 
 
 # --- the sampling that a model's authors name -------------------------------------------------------------------------
 ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
+COUNTS: list[tuple[dict[str, Any], dict[str, float]]] = [  # generation_config.json, and what counts of it
+    ({}, {}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": True, **ALL}, ALL),
+    ({"do_sample": True, "temperature": 0.7, "top_k": None, "top_p": 1.0}, {"temperature": 0.7}),
+    ({"temperature": 0.7, "top_k": 20}, {}),
+    ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
+    ({"eos_token_id": 3, "max_length": 40, "num_beams": 4}, {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({}, {}),
-        ({"do_sample": True}, {"temperature": 1.0}),
-        ({"do_sample": True, **ALL}, ALL),
-        ({"do_sample": True, "temperature": 0.7, "top_k": None, "top_p": 1.0}, {"temperature": 0.7}),
-        ({"temperature": 0.7, "top_k": 20}, {}),
-        ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2}, {"repetition_penalty": 1.2}),
-        ({"eos_token_id": 3, "max_length": 40, "num_beams": 4}, {}),
-    ],
-)
+@pytest.mark.parametrize(("found", "expected"), COUNTS)
 def test_what_counts(tiny, make_bundle, found, expected):
     bundle = make_bundle(tiny, "fused", generation_config=found)
     assert sampling_defaults(bundle) == expected

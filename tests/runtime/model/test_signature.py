@@ -41,11 +41,10 @@ def signed(speaking_bundle, keys, tmp_path):
 def test_the_one_who_has_the_public_key_knows_the_bundle(signed, keys):
     require_signature(signed, keys[1])
     assert (signed / SIGNATURE).stat().st_size == 64
-    expected = load(signed, threads=1).generate("abc", max_new_tokens=5).ids  # readers ignore it otherwise
-    assert load(signed, threads=1, key=keys[1]).generate("abc", max_new_tokens=5).ids == expected
-    assert load(str(signed), threads=1, key=str(keys[1])).generate("abc", max_new_tokens=5).ids == expected
+    for bundle, key in ((signed, None), (signed, keys[1]), (str(signed), str(keys[1]))):
+        load(bundle, threads=1, key=key).close()
     (signed / SIGNATURE).write_bytes(b"")
-    assert open_bundle(signed, verify=True)
+    assert open_bundle(signed, verify=True)  # readers ignore it otherwise
 
 
 def test_signing_anew_replaces_the_signature(signed, keys, tmp_path):
@@ -64,17 +63,9 @@ def altered(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], obj
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-REFUSED = {
-    "another manifest": (
-        altered(MANIFEST, lambda content: content.replace(b'"tiny"', b'"tony"')),
-        IntegrityError,
-        "is not a signature of pastkey.json by the key in .*: the manifest was altered",
-    ),
-    "a longer signature": (
-        altered(SIGNATURE, lambda content: content + b"\n"),
-        IntegrityError,
-        "has 65 bytes and not 64",
-    ),
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "another manifest": (altered(MANIFEST, lambda old: old.replace(b'"tiny"', b'"tony"')), IntegrityError, "altered"),
+    "a longer signature": (altered(SIGNATURE, lambda old: old + b"\n"), IntegrityError, "has 65 bytes and not 64"),
     "another signature": (altered(SIGNATURE, lambda _: bytes(64)), IntegrityError, "is not a signature"),
     "a large signature": (altered(SIGNATURE, lambda _: bytes(20_000)), InputError, "10,000 are the most"),
     "no signature": (lambda folder: (folder / SIGNATURE).unlink(), MissingFileError, "is not signed"),
@@ -84,13 +75,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_bundle_that_is_not_as_it_was_signed_is_one_sentence(signed, keys, case):
+def test_a_bundle_that_is_not_as_it_was_signed_is_refused(signed, keys, case):
     alter, kind, words = REFUSED[case]
     alter(signed)
     for check in (lambda: require_signature(signed, keys[1]), lambda: load(signed, key=keys[1])):
-        with pytest.raises(kind, match=words) as raised:
+        with pytest.raises(kind, match=words):
             check()
-        assert str(raised.value).count("\n") == 0
 
 
 def test_an_altered_file_is_found_by_its_hash_and_not_signed(signed, keys):
@@ -108,49 +98,38 @@ def test_an_altered_file_is_found_by_its_hash_and_not_signed(signed, keys):
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
-def private_pem(key: Any, **options: Any) -> bytes:
+def private_pem(key: Any = None, **options: Any) -> bytes:
     plain = {"format": serialization.PrivateFormat.PKCS8, "encryption_algorithm": serialization.NoEncryption()}
+    key = key or ed25519.Ed25519PrivateKey.generate()
     found: bytes = key.private_bytes(serialization.Encoding.PEM, **plain | options)
     return found
 
 
+LOCKED = serialization.BestAvailableEncryption(b"secret")
 NO_KEY = {
-    "of another curve": (lambda: private_pem(ed448.Ed448PrivateKey.generate()), "it holds a Ed448PrivateKey"),
-    "encrypted": (
-        lambda: private_pem(
-            ed25519.Ed25519PrivateKey.generate(), encryption_algorithm=serialization.BestAvailableEncryption(b"secret")
-        ),
-        "without a password .*Password was not given",
-    ),
-    "of openssh": (
-        lambda: private_pem(ed25519.Ed25519PrivateKey.generate(), format=serialization.PrivateFormat.OpenSSH),
-        "cannot be read as an Ed25519PrivateKey",
-    ),
-    "empty": (lambda: b"", "cannot be read as an Ed25519PrivateKey .*pastkey sign --new-key FILE writes a pair"),
-    "damaged": (
-        lambda: private_pem(ed25519.Ed25519PrivateKey.generate()).replace(b"\nMC4", b"\nMA4"),
-        "cannot be read",
-    ),
-    "large": (lambda: bytes(20_000), "has 20,000 bytes, and 10,000 are the most"),
+    "of another curve": (private_pem(ed448.Ed448PrivateKey.generate()), "it holds a Ed448PrivateKey"),
+    "encrypted": (private_pem(encryption_algorithm=LOCKED), "without a password .*Password was not given"),
+    "of openssh": (private_pem(format=serialization.PrivateFormat.OpenSSH), "cannot be read as an Ed25519PrivateKey"),
+    "empty": (b"", "cannot be read as an Ed25519PrivateKey .*pastkey sign --new-key FILE writes a pair"),
+    "damaged": (private_pem().replace(b"\nMC4", b"\nMA4"), "cannot be read"),
+    "large": (bytes(20_000), "has 20,000 bytes, and 10,000 are the most"),
 }
 
 
 @pytest.mark.parametrize("case", NO_KEY)
-def test_a_file_that_is_no_such_key_is_one_sentence(signed, tmp_path, case):
+def test_a_file_that_is_no_such_key_is_refused(signed, tmp_path, case):
     content, words = NO_KEY[case]
-    (tmp_path / "key.pem").write_bytes(content())
+    (tmp_path / "key.pem").write_bytes(content)
     before = (signed / SIGNATURE).read_bytes()
-    with pytest.raises(PastkeyError, match=words) as raised:
+    with pytest.raises(PastkeyError, match=words):
         sign_bundle(signed, tmp_path / "key.pem")
-    assert str(raised.value).count("\n") == 0
     assert (signed / SIGNATURE).read_bytes() == before
 
 
 def test_the_two_halves_are_not_taken_for_one_another(signed, keys):
-    with pytest.raises(InputError, match="cannot be read as an Ed25519PrivateKey"):
-        sign_bundle(signed, keys[1])
-    with pytest.raises(InputError, match="cannot be read as an Ed25519PublicKey"):
-        require_signature(signed, keys[0])
+    for check, key, kind in ((sign_bundle, keys[1], "Private"), (require_signature, keys[0], "Public")):
+        with pytest.raises(InputError, match=f"cannot be read as an Ed25519{kind}Key"):
+            check(signed, key)
 
 
 def test_a_new_key_replaces_none(tmp_path):
@@ -168,7 +147,7 @@ def test_a_new_key_replaces_none(tmp_path):
 
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not on this machine")
 def test_openssl_makes_the_keys_and_checks_the_signature(signed, tmp_path):
-    private, public, made = tmp_path / "k.pem", tmp_path / "p.pem", tmp_path / "by_openssl.sig"
+    private, public = tmp_path / "k.pem", tmp_path / "p.pem"
 
     def openssl(*arguments: str | Path) -> bool:
         return subprocess.run([str(OPENSSL), *map(str, arguments)], capture_output=True, check=False).returncode == 0
@@ -180,8 +159,6 @@ def test_openssl_makes_the_keys_and_checks_the_signature(signed, tmp_path):
     require_signature(signed, public)
     check = ("pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin", "-in", signed / MANIFEST, "-sigfile")
     assert openssl(*check, signature)
-    assert openssl("pkeyutl", "-sign", "-inkey", private, "-rawin", "-in", signed / MANIFEST, "-out", made)
-    assert made.read_bytes() == signature.read_bytes()
 
 
 def test_without_the_package_one_sentence_names_it(signed, keys, monkeypatch):

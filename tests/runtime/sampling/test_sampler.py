@@ -1,4 +1,4 @@
-"""Hand-made probabilities: every expected value can be worked out in the head."""
+"""A token by its settings, on hand-made probabilities: every expected value can be worked out in the head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import InputError
-from pastkey.runtime.sampling.random_stream import EXCLUDE, uniform
+from pastkey.runtime.sampling import random_stream
+from pastkey.runtime.sampling.history import History
+from pastkey.runtime.sampling.log_probs import likeliest, token_logprob
+from pastkey.runtime.sampling.processors import apply_processor
+from pastkey.runtime.sampling.random_stream import EXCLUDE, MAX_SEED, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -23,19 +27,18 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
 def test_a_seed_repeats_and_another_does_not():
-    def tokens(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingConfig(temperature=1.0, seed=seed))
-        return [sampler(LOGITS, [0] * place) for place in range(50)]
-
-    assert tokens(7) == tokens(7)
-    assert tokens(7) != tokens(8)
-    assert tokens(None) != tokens(None)
+    samplers = [Sampler(SamplingConfig(temperature=1.0, seed=seed)) for seed in (7, 7, 8, None, None)]
+    first, *others = ([sampler(LOGITS, [0] * place) for place in range(50)] for sampler in samplers)
+    assert [first == other for other in others] == [True, False, False, False]
+    assert others[-1] != others[-2]
 
 
 # --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
 @pytest.mark.parametrize("vector", sampling_vectors(), ids=lambda vector: vector.name)
 def test_a_vectors_token_is_drawn(vector):
-    assert defined_token(vector.logits, vector.ids, vector.u, **vector.settings)[0] == vector.expected
+    token, distance = defined_token(vector.logits, vector.ids, vector.u, **vector.settings)
+    assert token == vector.expected
+    assert distance > 1e-6  # else rounding could decide
     assert uniform(vector.seed, len(vector.ids)) == vector.u
     assert Sampler(SamplingConfig(**vector.options))(vector.logits, vector.ids) == vector.expected
 
@@ -105,14 +108,12 @@ def test_the_order_of_the_first_half():
     logits = np.array([1.0, 2.0, 0.0], np.float32)
     assert choice([0], logits, logit_bias={0: 2.0}, repetition_penalty=3.0) == 1  # (1 + 2) / 3, and not 1 / 3 + 2
     assert choice([], logits, bad_words_ids=[[2]], forced_decoder_ids=[(0, 2)]) == 2
-    seen: list[np.ndarray] = []
 
     def look(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        seen.append(logits)
+        assert logits.tolist() == [1, -np.inf, 0]
         return logits
 
-    choice([], logits, suppress_tokens=[1], logits_processor=look)
-    np.testing.assert_array_equal(seen[0], [1, -np.inf, 0])
+    assert choice([], logits, suppress_tokens=[1], logits_processor=look) == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -187,8 +188,7 @@ def test_any_settings_give_a_token_that_is_not_banned(logits, ids, settings):
     ],
 )
 def test_ids_may_be_an_array(field, value, token):
-    logits = np.arange(5, dtype=np.float32)
-    assert choice([0, 1, 2], logits, **{field: np.array(value)}) == token
+    assert choice([0, 1, 2], np.arange(5, dtype=np.float32), **{field: np.array(value)}) == token
 
 
 def test_stages_show_what_a_call_draws_from():
@@ -197,3 +197,136 @@ def test_stages_show_what_a_call_draws_from():
     assert [name for name, _ in shown] == ["penalties", "temperature", "top_k", "min_p"]
     assert [int((scores > -math.inf).sum()) for _, scores in shown] == [4, 4, 3, 1]
     assert int(shown[-1][1].argmax()) == Sampler(config)(LOGITS, [2]) == 3
+
+
+# --- the stream of random numbers -----------------------------------------------------------------------------------
+WORD = 2**32 - 1
+
+
+# Random123 1.14, tests/kat_vectors, "threefry2x32 20".
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((WORD, WORD), (WORD, WORD), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_the_generator_gives_the_published_answers(counter, key, answer):
+    assert random_stream.threefry2x32(key, counter) == answer
+
+
+def test_the_numbers_and_seeds_of_the_documentation():
+    """In docs/bundle-format.md, for whoever writes the stream in another language."""
+    assert uniform(0, 0) == 0.41845711022987275
+    assert uniform(0, 1) == 0.3146817218764961
+    assert uniform(1, 5) == 0.49113639551488
+    assert uniform(MAX_SEED, 1000) == 0.0955491390217722
+    assert random_stream.continuation_seed(1, 1) == 3683160032914396005
+    assert random_stream.continuation_seed(MAX_SEED, 7) == 6868561896620353006
+
+
+def test_lanes_continuations_and_fresh_seeds_differ():
+    assert len({uniform(1, 2, lane) for lane in range(8)}) == 8
+    for seed in (0, 1, MAX_SEED):
+        seeds = [random_stream.continuation_seed(seed, number) for number in range(50)]
+        assert seeds[0] == seed
+        assert len({*seeds}) == 50
+        assert 0 <= min(seeds) <= max(seeds) <= MAX_SEED
+    fresh = {random_stream.fresh_seed() for _ in range(20)}
+    assert len(fresh) == 20
+    assert 0 <= min(fresh) <= max(fresh) <= MAX_SEED
+
+
+# --- a caller's function --------------------------------------------------------------------------------------------
+GIVEN = np.array([1.0, -np.inf, 3.0], np.float32)
+IDS = np.array([4, 5])
+
+
+def test_it_is_given_copies_that_it_may_write_into():
+    GIVEN.flags.writeable = IDS.flags.writeable = False
+
+    def processor(ids: Any, logits: Any) -> Any:
+        assert (ids.dtype, ids.tolist(), logits.dtype) == (np.int64, [4, 5], np.float32)
+        np.testing.assert_array_equal(logits, GIVEN)
+        ids[0] = 0
+        logits[2] = -np.inf
+        return logits
+
+    np.testing.assert_array_equal(apply_processor(GIVEN, IDS, processor), [1, -np.inf, -np.inf])
+    assert (GIVEN[2], IDS[0]) == (3, 4)
+
+
+def test_it_is_given_float32_also_of_what_float32_cannot_hold():
+    found = apply_processor(np.array([1e308, -1e308, -np.inf]), IDS, lambda _, logits: logits)
+    most = np.finfo(np.float32).max
+    np.testing.assert_array_equal(found, [most, -most, -np.inf])
+
+
+def test_it_may_give_another_array_of_another_precision():
+    found = apply_processor(GIVEN, IDS, lambda _, logits: logits.astype(np.float64) * 2)
+    np.testing.assert_array_equal(found, [2, -np.inf, 6])
+
+
+def raising(ids: Any, logits: Any) -> Any:
+    raise KeyError("no such word")
+
+
+class Wrong:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __call__(self, ids: Any, logits: Any) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (raising, "logits_processor raising raised KeyError: 'no such word'"),
+        (Wrong(None), "logits_processor Wrong returned NoneType; .* return an array of numpy"),
+        (Wrong(np.zeros(4)), r"returned float64 of shape \(4,\); logits of shape \(3,\)"),
+        (Wrong(np.zeros(3, np.int64)), r"returned int64 of shape \(3,\)"),
+        (Wrong(np.array([0, np.inf, 1])), "returned NaN or infinity"),
+        (lambda ids: ids, "raised TypeError"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told(processor, message):
+    with pytest.raises(InputError, match=message):
+        apply_processor(GIVEN, IDS, processor)
+
+
+# --- the ids as an array --------------------------------------------------------------------------------------------
+def test_a_list_that_grows_and_others_between():
+    history, ids = History(), [1, 2]
+    for token in range(1000):
+        ids.append(token)
+        assert history.of(ids).tolist() == ids
+    for other in ([7, 8], [], ids[:5], (4, 5)):
+        assert history.of(other).tolist() == [*other]
+    with pytest.raises(ValueError, match="read-only"):
+        history.of([1])[0] = 2
+    assert history.of([1]).dtype == np.int64
+
+
+# --- log-probabilities ----------------------------------------------------------------------------------------------
+@given(
+    logits=arrays(np.float32, st.integers(1, 40), elements=st.floats(-300, 300, width=32)),
+    top=st.integers(0, 45),
+    place=st.integers(0, 39),
+)
+def test_they_are_the_log_softmax(logits, top, place):
+    token = place % logits.size
+    wide = logits.astype(np.float64) - logits.max()
+    expected = wide - np.log(np.exp(wide).sum())
+    found = token_logprob(logits, token, top)
+    assert found.id == token
+    assert found.logprob == pytest.approx(expected[token], rel=1e-6, abs=1e-5)
+    best = np.argsort(-logits, kind="stable")[:top]
+    assert [i for i, _ in found.top] == best.tolist()
+    np.testing.assert_allclose([p for _, p in found.top], expected[best], rtol=1e-6, atol=1e-5)
+
+
+def test_of_equal_ones_the_smaller_id_comes_first():
+    assert likeliest(np.array([1, 5, 5, 2, 5], np.float32), 2) == [1, 2]
+    assert likeliest(np.array([1, 5], np.float32), 0) == []

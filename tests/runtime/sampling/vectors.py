@@ -1,14 +1,14 @@
 """Sampling vectors: logits, settings, the text so far and a random number, with the token that they give.
 
 `vectors.json` is read by the tests of each sampler: numpy, the kernel library, the generation graph, the page and the
-examples for phones. `python -m tests.runtime.sampling.vectors` writes it. Its tokens are those of `defined_token`: the
-text of docs/sampling.md over the whole vocabulary, in float64, which shares no code with any sampler.
+examples for phones. Its tokens are those of `defined_token`: the text of docs/sampling.md over the whole vocabulary, in
+float64, which shares no code with any sampler. `test_sampler.py` holds each row, and one that is written anew, to it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,6 @@ FILE = Path(__file__).with_name("vectors.json")
 SIZE = 5003  # no multiple of a part of the kernels, and parts enough for top_k
 GENERATE = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # all that graphs, page and phones have
 REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # they count as float32
-
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"repetition_penalty": 1.3},
-    {"temperature": 0.7},
-    {"temperature": 1.0, "top_k": 1},
-    {"temperature": 1.3, "top_k": 5},
-    {"temperature": 1.0, "top_k": 10**6},
-    {"temperature": 1.0, "top_p": 0.6},
-    {"temperature": 2.0, "min_p": 0.05},
-    {"temperature": 1.0, "min_p": 1.0},
-    {"temperature": 0.3, "top_p": 0.99, "min_p": 0.02},
-    {"temperature": 3.0, "repetition_penalty": 0.7},
-    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1},
-    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logit_bias": {"3": 2.5, "4": -1e9}},
-    {"temperature": 1.0, "frequency_penalty": 0.6, "penalty_last_n": 6},
-    {"temperature": 0.9, "logit_bias": {"5": 20.0, "7": -1e9}, "repetition_penalty": 0.5},
-]
 
 
 @dataclass(frozen=True)
@@ -112,36 +94,3 @@ def defined_token(logits: npt.NDArray[Any], ids: Sequence[int], u: float, **sett
     sums = np.cumsum(np.exp(x) / np.exp(x).sum())
     token = int(np.flatnonzero(sums / sums[-1] > u)[0])
     return token, float(np.abs(sums / sums[-1] - u).min())
-
-
-def made_vectors() -> Iterator[Vector]:
-    """Each setting on each kind of logits, and some by hand."""
-    from pastkey.runtime.sampling.random_stream import uniform
-
-    rng = np.random.default_rng(0)
-
-    def vector(name: str, given: str | list[float], settings: dict[str, Any], ids: list[int], seed: int) -> Vector:
-        u = uniform(seed, len(ids))
-        unknown = Vector(name, given, settings, ids, seed, u, -1)
-        token, distance = defined_token(unknown.logits, ids, u, **settings)
-        assert distance > 1e-6, f"{name}: rounding could decide, take another seed"
-        return Vector(name, given, settings, ids, seed, u, token)
-
-    for kind in ("steep", "spread", "rounded", "masked"):
-        likely = np.argsort(-made_logits(kind))[:4].tolist()
-        for number, settings in enumerate(SETTINGS):
-            seen = [*rng.integers(0, SIZE, int(rng.integers(0, 12))).tolist(), *likely, *likely[:2]]
-            yield vector(f"{kind} {number}", kind, settings, seen, int(rng.integers(0, 2**63)))
-    ties, fifths = [0.0, 1.0, 1.0, 0.5, 1.0], [0.0] * 5
-    yield vector("the first of equal ones", ties, {}, [], 0)
-    yield vector("a penalty breaks a tie", ties, {"repetition_penalty": 2.0}, [1], 0)
-    yield vector("a penalty raises what is below 0", [-1.0, -3.0, -2.0], {"repetition_penalty": 4.0}, [0], 0)
-    yield vector("top_k keeps equal ones", ties, {"temperature": 1.0, "top_k": 1}, [], 5)
-    yield vector("of equal ones top_p keeps the first", fifths, {"temperature": 1.0, "top_p": 0.5}, [], 6)
-    yield vector("the largest seed", fifths, {"temperature": 1.0}, [0] * 7, 2**63 - 1)
-    yield vector("a seed beyond what JavaScript's numbers hold", fifths, {"temperature": 1.0}, [0] * 7, 2**53 + 1)
-
-
-if __name__ == "__main__":
-    rows = [json.dumps(vars(vector), ensure_ascii=False) for vector in made_vectors()]
-    FILE.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")

@@ -1,21 +1,25 @@
-"""Chat templates, rendered as transformers renders them."""
+"""Chat templates, rendered as transformers renders them: where they are found, what they may use, and their bounds."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError, MissingExtraError, MissingFileError
+from pastkey.files.durable import write_json
 from pastkey.files.folder import file_record
 from pastkey.runtime.text.chat_template import ChatTemplate, read_template
+from pastkey.runtime.text.environment import MAX_OUTPUT
+
+pytest.importorskip("jinja2")
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -57,7 +61,7 @@ TEMPLATES = {
 {% macro turn(name) %}<{{ name }}>{% endmacro %}
 {% generation %}{% set state.seen = 9 %}{{ turn('assistant') }}{% endgeneration %}{{ state.seen }}
 """,
-    # In the manner of models that call tools: Hermes and Qwen, Llama 3, Command R, and of those that think first.
+    # In the manner of models that call tools: Hermes and Qwen, and of those that think first.
     "hermes": """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -66,10 +70,6 @@ TEMPLATES = {
     {%- for tool in tools %}{{- "\\n" }}{{- tool | tojson }}{%- endfor %}
     {{- "\\n</tools><|im_end|>\\n" }}
 {%- endif %}
-{%- set ns = namespace(last=messages|length - 1) %}
-{%- for message in messages[::-1] if message.role == 'user' %}
-    {%- set ns.last = (messages|length - 1) - loop.index0 %}
-{%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' + (message.content or '').split('</think>')[-1].lstrip('\\n') }}
@@ -92,41 +92,10 @@ TEMPLATES = {
     {{- '<|im_start|>assistant\\n' ~ ('<think>\\n\\n</think>\\n' if thinking is false) }}
 {%- endif %}
 """,
-    "llama": """\
-{{- bos_token }}
-{%- if not date_string is defined %}{%- set date_string = strftime_now("%Y") %}{%- endif %}
-{%- for message in messages %}
-    {%- if message.tool_calls is defined and message.tool_calls %}
-        {%- if message.tool_calls | length != 1 %}
-            {{- raise_exception("This model only supports single tool-calls at once!") }}
-        {%- endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- '<|eh|>assistant{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}<|eot_id|>' }}
-    {%- elif message.role in ["tool", "ipython"] %}
-        {{- "<|eh|>ipython" }}
-        {{- message.content | tojson if message.content is mapping or message.content is iterable else 'none' }}
-    {%- else %}
-        {{- '<|eh|>' + message['role'] ~ (message['content'] | trim) ~ '<|eot_id|>' }}
-    {%- endif %}
-    {%- if loop.first and tools is not none %}
-        {%- for t in tools %}{{- t | tojson(indent=4) }}{{- date_string }}{%- endfor %}
-    {%- endif %}
-{%- endfor %}
-""",
-    "documents": """\
-{% macro shown(doc, i) %}Document: {{ i }}
-{% for key, value in doc.items() %}{{ key }}: {{ value | string }}
-{% endfor %}{% endmacro %}
-{% if documents %}<results>
-{% for doc in documents %}{{ shown(doc, loop.index0) }}{% if not loop.last %}
-
-{% endif %}{% endfor %}</results>
-{% endif %}
-{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}
-{% for part in m.content %}{{ part.text if part.type == 'text' else '<' ~ part.type ~ '>' }}{% endfor %}
-{% endif %}{{ m.reasoning_content | default('') }}{{ m.thinking }}{% endfor %}{{ mode | default('fast') }}
-""",
 }
+
+
+MESSAGES = [{"role": "user", "content": "a"}]
 
 
 def test_a_template_knows_the_variables_that_it_reads():
@@ -134,36 +103,82 @@ def test_a_template_knows_the_variables_that_it_reads():
     assert template.variables == {"thinking", "bos_token", "messages"}
 
 
-def test_a_message_that_cannot_be_continued_is_told():
-    for messages in ([], [{"role": "assistant", "content": None}], [{"role": "assistant", "content": []}]):
-        with pytest.raises(InputError, match="the last message has no text to continue"):
-            ChatTemplate("{{ messages }}").render(messages, continue_final_message=True)
-    cutting = ChatTemplate("{{ messages[-1].content[:3] }}")
-    with pytest.raises(InputError, match="does not write the last message as it stands"):
-        cutting.render([{"role": "assistant", "content": "a long one"}], continue_final_message=True)
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
-    template = ChatTemplate("{% for p in messages[-1].content %}{{ p.text }}{% endfor %}<end>")
-    assert template.render([{"role": "assistant", "content": parts}], continue_final_message=True) == "ab"
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
 
 
-def test_a_rendering_word_for_word():
-    """The same without transformers, so that it is seen wherever the tests run."""
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}]
-    assert ChatTemplate(TEMPLATES["chatml"]).render(messages) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n"
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        ("{{ messages }}", [], "the last message has no text to continue"),
+        ("{{ messages }}", [{"role": "assistant", "content": None}], "the last message has no text to continue"),
+        ("{{ messages }}", [{"role": "assistant", "content": []}], "the last message has no text to continue"),
+        ("{{ messages[-1].content[:3] }}", [{"content": "long"}], "does not write the last message as it stands"),
+    ],
+)
+def test_a_message_that_cannot_be_continued_is_told(template, messages, words):
+    with pytest.raises(InputError, match=words):
+        ChatTemplate(template).render(messages, continue_final_message=True)
+
+
+RENDERED: list[tuple[str, Any, dict[str, Any], str]] = [
+    (
+        TEMPLATES["chatml"],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi "}],
+        {},
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n<|im_start|>assistant\n",
+    ),
+    (
+        "{% for p in messages[-1].content %}{{ p.text }}{% endfor %}<end>",
+        [{"role": "assistant", "content": PARTS}],
+        {"continue_final_message": True},
+        "ab",
+    ),
+    ("{{ strftime_now('%Y') }}", MESSAGES, {}, str(datetime.datetime.now().year)),
+    ("{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}", MESSAGES, {}, "13"),
+    ("{% generation %}{{ 1 }}{% endgeneration %}", MESSAGES, {}, "1"),
+    ("  {% if true %}\na{% endif %}", MESSAGES, {}, "a"),
+    ("{{ '<é>' | tojson }}{{ [1] | tojson(indent=1) }}", MESSAGES, {}, '"<é>"[\n 1\n]'),
+]
+
+
+@pytest.mark.parametrize(("template", "messages", "options", "expected"), RENDERED)
+def test_a_rendering_word_for_word(template, messages, options, expected):
+    """Without transformers, so that it is seen wherever the tests run."""
+    assert ChatTemplate(template).render(messages, **options) == expected
+
+
+def test_a_template_sees_plain_values_only():
+    class Text(str):
+        def secret(self) -> str:
+            return "secret"
+
+    message: dict[str, Any] = {"role": "user", "content": Text("a"), "n": np.int64(3), "t": (1, 2.5, None, True)}
+    assert ChatTemplate("{{ messages[0].content.secret is defined }}").render([message]) == "False"
+    assert ChatTemplate("{{ messages[0] | tojson }}").render([message]) == (
+        '{"role": "user", "content": "a", "n": 3, "t": [1, 2.5, null, true]}'
     )
-    assert ChatTemplate("{{ strftime_now('%Y') }}").render(messages) == str(datetime.datetime.now().year)
+    with pytest.raises(InputError, match="is a object; text, numbers, lists and dicts were expected"):
+        ChatTemplate("a").render([{"role": "user", "content": object()}])
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+TOO_MUCH = "does not take this conversation"
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (TEMPLATES["instructions"], "does not take this conversation: roles must take turns: user, assistant"),
-        ("{{ messages[0].content.nothing.more }}", "does not take this conversation: .* has no attribute"),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "does not take this conversation: .*recursion"),
-        ("{{ messages.__class__.__base__.__subclasses__() }}", "does not take this conversation"),
+        (TEMPLATES["instructions"], f"{TOO_MUCH}: roles must take turns: user, assistant"),
+        ("{{ messages[0].content.nothing.more }}", f"{TOO_MUCH}: .* has no attribute"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", f"{TOO_MUCH}: .*recursion"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", TOO_MUCH),
+        ("{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}", TOO_MUCH),
+        ("{% include 'other' %}", TOO_MUCH),
+        ("{{ messages[0].update(role='system') }}", TOO_MUCH),
+        ("{{ range(99999999) }}", TOO_MUCH),
         ("a\n{% endfor %}", r"is not valid Jinja: .*endfor.* \(line 2\)"),
         ("{{ messages | nothing }}", "is not valid Jinja: No filter named 'nothing'"),
+        ("a" * 200_001, "cannot be compiled: it has 200,001 characters, and 200,000 are the most"),
     ],
 )
 def test_a_template_that_fails_is_told_in_a_sentence(template, words):
@@ -171,50 +186,59 @@ def test_a_template_that_fails_is_told_in_a_sentence(template, words):
         ChatTemplate(template, TOKENS).render([{"role": "assistant", "content": "a"}])
 
 
+def test_constants_are_not_computed_where_a_template_is_compiled():
+    ChatTemplate("{{ 7 ** (10 ** 8) }}")
+
+
+def test_a_long_rendering_is_refused():
+    template = ChatTemplate("{% for part in parts %}{{ part }}{% endfor %}")
+    assert len(template.render([], parts=["a" * (MAX_OUTPUT // 4)] * 4)) == MAX_OUTPUT
+    for parts in (["a" * (MAX_OUTPUT + 1)], ["a" * (MAX_OUTPUT // 4)] * 5):
+        with pytest.raises(InputError, match=f"{TOO_MUCH}: it writes more than 4,000,000 charact"):
+            template.render([], parts=parts)
+
+
 # --- from a bundle ------------------------------------------------------------------------------------------------
 @pytest.fixture
 def bundle_with(tmp_path, speaking_bundle):
     """A bundle with these two files, both listed unless `listed` says which."""
 
-    def make(config: dict[str, Any] | None, file: str | None = None, listed: Sequence[str] | None = None) -> Bundle:
-        files = []
+    def make(config: Any, file: str | None = None, listed: Sequence[str] | None = None) -> Bundle:
         if config is not None:
-            (tmp_path / names.TOKENIZER_CONFIG).write_text(json.dumps(config))
-            files.append(names.TOKENIZER_CONFIG)
+            write_json(tmp_path / names.TOKENIZER_CONFIG, config)
         if file is not None:
             (tmp_path / names.CHAT_TEMPLATE).write_text(file, encoding="utf-8")
-            files.append(names.CHAT_TEMPLATE)
-        records = {name: file_record(tmp_path / name) for name in (files if listed is None else listed)}
+        there = [path.name for path in tmp_path.iterdir()] if listed is None else listed
+        records = {name: file_record(tmp_path / name) for name in there}
         return Bundle(tmp_path, dataclasses.replace(speaking_bundle.manifest, files=records))
 
     return make
 
 
+BOTH = {"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}, "{{ bos_token }}b"
+
+
 @pytest.mark.parametrize(
-    ("config", "file", "expected"),
+    ("config", "file", "listed", "expected"),
     [
-        ({"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}, None, "<s>a"),
-        ({"chat_template": "{{ eos_token }}a", "eos_token": {"content": "</s>"}, "bos_token": None}, None, "</s>a"),
-        ({"chat_template": "{{ add_bos_token }}a", "add_bos_token": True}, None, "a"),
-        ({"chat_template": [{"name": "x", "template": "b"}, {"name": "default", "template": "a"}]}, None, "a"),
-        ({"chat_template": {"x": "b", "default": "a"}}, None, "a"),
-        ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", "<s>é"),
-        (None, "a", "a"),
+        (BOTH[0], None, None, "<s>a"),
+        (
+            {"chat_template": "{{ eos_token }}a", "eos_token": {"content": "</s>"}, "bos_token": None},
+            None,
+            None,
+            "</s>a",
+        ),
+        ({"chat_template": "{{ add_bos_token }}a", "add_bos_token": True}, None, None, "a"),
+        ({"chat_template": [{"name": "x", "template": "b"}, {"name": "default", "template": "a"}]}, None, None, "a"),
+        ({"chat_template": {"x": "b", "default": "a"}}, None, None, "a"),
+        ({"chat_template": "b", "bos_token": "<s>"}, "{{ bos_token }}é", None, "<s>é"),
+        (None, "a", None, "a"),
+        (*BOTH, [names.TOKENIZER_CONFIG], "<s>a"),  # a file that the manifest does not list is not read
+        (*BOTH, [names.CHAT_TEMPLATE], "b"),
     ],
 )
-def test_where_a_template_is_found(config, file, expected, bundle_with):
-    template = ChatTemplate.from_bundle(bundle_with(config, file))
-    assert template.render([{"role": "user", "content": "x"}]) == expected
-
-
-def test_a_file_that_the_manifest_does_not_list_is_not_read(bundle_with):
-    config = {"chat_template": "{{ bos_token }}a", "bos_token": "<s>"}
-    template = ChatTemplate.from_bundle(bundle_with(config, "added", listed=[names.TOKENIZER_CONFIG]))
-    assert template.render([]) == "<s>a"
-    template = ChatTemplate.from_bundle(bundle_with(config, "{{ bos_token }}b", listed=[names.CHAT_TEMPLATE]))
-    assert template.render([]) == "b"
-    with pytest.raises(InputError, match=r"has no chat template .* --template FILE"):
-        ChatTemplate.from_bundle(bundle_with(config, "added", listed=[]))
+def test_where_a_template_is_found(config, file, listed, expected, bundle_with):
+    assert ChatTemplate.from_bundle(bundle_with(config, file, listed)).render(MESSAGES) == expected
 
 
 def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, tmp_path):
@@ -230,17 +254,26 @@ def test_another_template_is_taken_with_the_bundles_special_tokens(bundle_with, 
         read_template(tmp_path / "none.jinja")
 
 
+NONE = r"has no chat template .* --template FILE"
 NAMED = {"chat_template": [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]}
 
 
 @pytest.mark.parametrize(
-    "config", [None, {}, {"chat_template": None}, {"chat_template": []}, {"chat_template": 3}, NAMED]
+    ("config", "words"),
+    [
+        (None, NONE),
+        ({}, NONE),
+        ({"chat_template": None}, NONE),
+        ({"chat_template": []}, NONE),
+        ({"chat_template": 3}, NONE),
+        (NAMED, r"named tool_use, rag, and none named default.* --template FILE"),
+    ],
 )
-def test_a_bundle_without_template_says_what_to_do(config, bundle_with):
-    none = r"has no chat template .* pastkey run BUNDLE --prompt TEXT"
-    named = r"named tool_use, rag, and none named default.* --template FILE"
-    with pytest.raises(InputError, match=named if config is NAMED else none):
+def test_a_bundle_without_template_says_what_to_do(config, words, bundle_with):
+    with pytest.raises(InputError, match=words):
         ChatTemplate.from_bundle(bundle_with(config))
+    with pytest.raises(InputError, match=NONE):
+        ChatTemplate.from_bundle(bundle_with(*BOTH, listed=[]))
 
 
 def test_without_jinja2_it_is_named(monkeypatch):

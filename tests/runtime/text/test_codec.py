@@ -1,7 +1,9 @@
+"""Text of token ids, in pieces and whole, ids of text, and the bytes of each token."""
+
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -12,22 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from pastkey.errors import InputError, IntegrityError
 from pastkey.runtime.text.codec import TextCodec, TextStream
 from pastkey.runtime.text.stop_strings import StopStrings
+from pastkey.runtime.text.token_bytes import ExactEncoder, token_bytes
 
-from ..constraints.vocabularies import byte_level, word_piece
-
-
-def sentence_piece() -> Tokenizer:
-    """Words with their space in front, bytes for what is in no word: the way of Llama's vocabulary."""
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁cat", "s", "▁▁", "�", "<end>"]
-    tokenizer = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
-    return tokenizer
+from ..constraints import vocabularies
+from ..constraints.vocabularies import byte_level, sentence_piece, word_piece
 
 
 def word_level(*, unknown: bool = False) -> Tokenizer:
@@ -93,14 +83,6 @@ def test_the_pieces_of_any_ids_are_together_their_text(make, keep):
     check()
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
-@given(data=st.binary(max_size=20))
-def test_the_pieces_of_any_bytes_are_together_their_text(make, data):
-    tokenizer = make()
-    codec, ids = TextCodec(tokenizer), byte_ids(tokenizer, data)
-    assert streamed(codec, ids) == whole_text(codec, ids)
-
-
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     """One token for each byte, in either way of writing them."""
     letters = _byte_letters()
@@ -140,9 +122,8 @@ def test_a_token_of_a_letter_and_the_beginning_of_a_character_shows_the_letter()
     pieces = [*letters, "a" + letters[0xE6]]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
     tokenizer.decoder = decoders.ByteLevel()
-    codec = TextCodec(tokenizer)
-    assert streamed(codec, [256]) == "a"
-    assert streamed(codec, [256, 0x97, 0xA5]) == "a日"
+    assert streamed(TextCodec(tokenizer), [256]) == "a"
+    assert streamed(TextCodec(tokenizer), [256, 0x97, 0xA5]) == "a日"
 
 
 def _byte_letters() -> list[str]:
@@ -152,19 +133,18 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
-def test_a_character_comes_as_soon_as_it_is_whole():
-    codec = TextCodec(byte_level())
-    stream = TextStream(codec)
-    pieces = [stream.push(token) for token in codec.encode("a日b")]
-    assert pieces == ["a", "", "日", "b"]  # of whose three bytes two are one token
-    assert stream.flush() == ""
-
-
-def test_a_space_between_words_is_kept():
-    tokenizer = sentence_piece()
+@pytest.mark.parametrize(
+    ("make", "tokens", "pieces"),
+    [
+        (byte_level, ["a", "æĹ", "¥", "b"], ["a", "", "日", "b"]),  # of whose three bytes two are one token
+        (sentence_piece, ["▁the", "<end>", "▁the", "s"], ["the", "", " the", "s"]),
+    ],
+)
+def test_a_character_comes_as_soon_as_it_is_whole(make, tokens, pieces):
+    tokenizer = make()
     stream = TextStream(TextCodec(tokenizer))
-    ids = ids_of(tokenizer, ["▁the", "<end>", "▁cat", "s"])
-    assert [stream.push(token) for token in ids] == ["the", "", " cat", "s"]
+    assert [stream.push(token) for token in ids_of(tokenizer, tokens)] == pieces
+    assert stream.flush() == ""
 
 
 @given(
@@ -174,14 +154,11 @@ def test_a_space_between_words_is_kept():
     make=st.sampled_from([byte_level, sentence_piece]),
 )
 def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(text, before, start, make):
-    tokenizer = make()
-    codec, stop = TextCodec(tokenizer), text[start % len(text) :]
+    tokenizer, stop = make(), text[start % len(text) :]
     said = before + text + "é"
-    stream, stops = TextStream(codec), StopStrings([stop])
-    shown = ""
+    stream, stops, shown = TextStream(TextCodec(tokenizer)), StopStrings([stop]), ""
     for token in byte_ids(tokenizer, said.encode()):
-        piece = stops.push(stream.push(token))
-        shown += piece
+        shown += stops.push(stream.push(token))
         assert said.startswith(shown)
         if stops.found is not None:
             break
@@ -190,19 +167,13 @@ def test_a_stop_string_may_begin_or_end_between_the_tokens_of_a_character(text, 
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
-def test_what_is_encoded_is_decoded():
-    codec = TextCodec(byte_level())
-    text = "the cat\n日本 ✓ \t é"
-    assert codec.decode(codec.encode(text)) == text
-
-
 def test_the_tokenizers_own_begin_token_is_the_prompt_of_no_text():
     tokenizer = byte_level()
     end = tokenizer.token_to_id("<end>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", end)])
     codec = TextCodec(tokenizer)
     assert codec.encode("") == [end]
-    assert codec.encode("a")[0] == end
+    assert codec.encode("a") == [end, tokenizer.token_to_id("a")]
     assert codec.decode(codec.encode("a")) == "a"
 
 
@@ -240,22 +211,27 @@ def test_a_later_piece_gets_no_space_from_a_byte_level_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     codec = TextCodec(tokenizer)
     ids = codec.encode("a")
-    assert codec.decode(ids + codec.encode_after(ids, "b") + codec.encode_after(ids, " a")).strip() == "ab a"
+    assert codec.decode([*ids, *codec.encode_after(ids, "b"), *codec.encode_after(ids, " a")]).strip() == "ab a"
 
 
-REFUSED = {
-    "no text": (byte_level, "", "the prompt is empty and the tokenizer adds no BOS token"),
-    "an unknown word": (word_level, "what is statquest?", r"no token covers 'statquest\?'"),
-    "unknown letters": (characters, "ab xbc", "no token covers 'xbc'"),
-    "half of a character": (byte_level, "a\udcff", "not valid UTF-8"),
-}
+REFUSED = [
+    (byte_level, "", "the prompt is empty and the tokenizer adds no BOS token"),
+    (word_level, "what is statquest?", r"no token covers 'statquest\?'"),
+    (characters, "ab xbc", "no token covers 'xbc'"),
+    (byte_level, "a\udcff", "not valid UTF-8"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_prompt_that_has_no_tokens_is_refused(case):
-    make, text, words = REFUSED[case]
+@pytest.mark.parametrize(("make", "text", "words"), REFUSED)
+def test_a_prompt_that_has_no_tokens_is_refused(make, text, words):
     with pytest.raises(InputError, match=words):
         TextCodec(make()).encode(text)
+
+
+def accentless() -> Tokenizer:
+    tokenizer = characters()
+    tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=True)
+    return tokenizer
 
 
 @pytest.mark.parametrize(
@@ -266,18 +242,11 @@ def test_a_prompt_that_has_no_tokens_is_refused(case):
         (sentence_piece, " the cats are 日本 🙂"),
         (byte_level, "\x00 ok \N{COMBINING ACUTE ACCENT} 🙂"),
         (word_piece, "the playing."),
+        (accentless, "A\N{COMBINING ACUTE ACCENT}b"),  # what the normalizer drops is no missing word
     ],
 )
 def test_text_that_tokens_cover_is_taken(make, text):
     assert TextCodec(make()).encode(text)
-
-
-def test_accents_that_the_normalizer_drops_are_no_missing_words():
-    tokenizer = characters()
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
-    assert TextCodec(tokenizer).encode("A\N{COMBINING ACUTE ACCENT}b")
 
 
 def test_a_saved_tokenizer_neither_cuts_nor_pads_a_prompt():
@@ -300,18 +269,13 @@ def test_a_continuation_keeps_the_space_that_sentencepiece_drops_where_a_text_be
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.decoder = decoders.Metaspace()
     codec = TextCodec(tokenizer)
-
-    def continued(ids: list[int]) -> str:
-        stream = TextStream(codec, after_text=True)
-        return "".join([*map(stream.push, ids), stream.flush()])
-
     assert streamed(codec, [2, 3, 1]) == "timely Once"
-    assert continued([2, 3, 1]) == " timely Once"
-    assert continued([3, 1]) == "ly Once"
-    assert continued([4, 2]) == codec.decode([1, 4, 2])[len("Once") :]
+    for ids, text in (([2, 3, 1], " timely Once"), ([3, 1], "ly Once"), ([4, 2], codec.decode([1, 4, 2])[4:])):
+        stream = TextStream(codec, after_text=True)
+        assert "".join([*map(stream.push, ids), stream.flush()]) == text
 
 
-@pytest.mark.parametrize("read", [lambda codec: codec.pieces(), lambda codec: codec.decode([0])])
+@pytest.mark.parametrize("read", [TextCodec.pieces, lambda codec: codec.decode([0])])
 def test_a_decoder_that_panics_is_one_sentence(monkeypatch, read):
     class Panic(BaseException):
         __module__ = "pyo3_runtime"
@@ -329,3 +293,64 @@ def test_a_decoder_that_panics_is_one_sentence(monkeypatch, read):
     monkeypatch.setattr(codec, "_tokenizer", Broken())
     with pytest.raises(IntegrityError, match=r"at the text of 1 ids \(index out of range\): its decoder is damaged"):
         read(codec)
+
+
+# --- the bytes of each token, and ids that are exactly a text ---------------------------------------------------------
+TEXTS = st.text() | st.text(st.sampled_from(vocabularies.CHARACTERS))
+
+
+def encoder(make: Callable[[], Tokenizer]) -> tuple[ExactEncoder, list[bytes]]:
+    tokenizer = make()
+    tokens = token_bytes(TextCodec(tokenizer), tokenizer.get_vocab_size() + 2)
+    return ExactEncoder(TextCodec(tokenizer), tokens), tokens
+
+
+BYTES, PIECES, CHARACTERS = map(encoder, vocabularies.MAKES)
+
+
+@given(TEXTS | st.just(f"a{vocabularies.END}b"))
+def test_the_bytes_of_the_ids_are_the_text(text):
+    """Also of a special token that a text writes."""
+    for encode, tokens in (BYTES, PIECES):
+        assert b"".join(tokens[token] for token in encode(text)).decode() == text
+
+
+@given(TEXTS)
+def test_where_a_character_has_no_token_the_ids_end_before_it(text):
+    encode, tokens = CHARACTERS
+    told = b"".join(tokens[token] for token in encode(text)).decode()
+    assert text.startswith(told)
+    assert told == text or text[len(told)] not in vocabularies.CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "pieces"),
+    [
+        (PIECES, ' the{"s"', [b" the", b'{"', b"s", b'"']),
+        (PIECES, "s the", [b"s", b" the"]),  # no space is put before it
+        (BYTES, '{"the":', [b'{"', b"th", b"e", b'":']),
+        (BYTES, "", []),
+    ],
+)
+def test_texts_are_split_as_the_tokenizer_splits_them_within_a_text(make, text, pieces):
+    encode, tokens = make
+    assert [tokens[token] for token in encode(text)] == pieces
+
+
+@pytest.mark.parametrize(("make", "silent"), [*zip(vocabularies.MAKES, (1, 2, 1), strict=True)])
+def test_special_tokens_and_ids_without_a_token_say_nothing(make, silent):
+    tokens = encoder(make)[1]
+    assert tokens[make().token_to_id(vocabularies.END)] == b""
+    assert tokens[-2:] == [b"", b""]
+    assert tokens.count(b"") == 2 + silent
+
+
+def test_what_tokens_can_write():
+    assert BYTES[0].characters == PIECES[0].characters == [(0, 0xD7FF), (0xE000, 0x10FFFF)]
+    letters = {chr(code) for first, last in CHARACTERS[0].characters for code in range(first, last + 1)}
+    assert letters == set(vocabularies.CHARACTERS)
+
+
+def test_a_tokenizer_whose_words_depend_on_one_another_is_refused():
+    with pytest.raises(InputError, match="decodes a token differently by the tokens beside it"):
+        encoder(word_piece)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,11 +44,6 @@ def sentence_piece() -> Tokenizer:
     return tokenizer
 
 
-def encoded(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    contents = PlainContents(TextCodec(tokenizer))
-    return contents.encode(ChatTemplate(CHATML).render(contents.protect(messages, ["role"])))
-
-
 HOSTILE = st.text() | st.lists(
     st.sampled_from(
         [*CONTROLS, "<tool_call>", "<", "|im_end|>", "\ufdd0", "\ufdd1\U000f0000\ufdd1", " <", "    ", "a é日"]
@@ -59,39 +53,37 @@ HOSTILE = st.text() | st.lists(
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 def test_whatever_contents_write_the_control_tokens_are_the_templates(make):
-    tokenizer = make()
-    codec, template = TextCodec(tokenizer), ChatTemplate(CHATML)
+    codec, template = TextCodec(make()), ChatTemplate(CHATML)
     contents = PlainContents(codec)
-    controls = {codec.added_tokens[text][0] for text in [*CONTROLS, "<tool_call>"]}
+    start, end, *others = (codec.added_tokens[text][0] for text in [*CONTROLS, "<tool_call>"])
 
     @given(st.lists(HOSTILE, min_size=1, max_size=3))
     def check(texts: list[str]) -> None:
         messages = [{"role": "user", "content": text} for text in texts]
         ids = contents.encode(template.render(contents.protect(messages, ["role"])))
-        start, end = (codec.added_tokens[text][0] for text in CONTROLS[:2])
-        assert [token for token in ids if token in controls] == [start, end] * len(texts) + [start]
-        clean = [text.replace("\ufdd0", "").replace("\ufdd1", "") for text in texts]
-        expected = template.render([{"role": "user", "content": text} for text in clean])
-        assert codec.decode(ids, keep_special_tokens=True) == expected
+        assert [token for token in ids if token in {start, end, *others}] == [start, end] * len(texts) + [start]
+        for message in messages:
+            message["content"] = message["content"].replace("\ufdd0", "").replace("\ufdd1", "")
+        assert codec.decode(ids, keep_special_tokens=True) == template.render(messages)
 
     check()
 
 
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 def test_without_control_tokens_the_encoding_is_the_tokenizers_own(make):
-    tokenizer = make()
+    tokenizer, template = make(), ChatTemplate(CHATML)
+    contents = PlainContents(TextCodec(tokenizer))
     messages = [{"role": "user", "content": "a < b,     日 [x]"}]
-    own = tokenizer.encode(ChatTemplate(CHATML).render(messages), add_special_tokens=False).ids
-    assert encoded(tokenizer, messages) == own
+    own = tokenizer.encode(template.render(messages), add_special_tokens=False).ids
+    assert contents.encode(template.render(contents.protect(messages, ["role"]))) == own
 
 
 def test_what_is_excepted_is_left_as_it_is():
-    contents = PlainContents(TextCodec(byte_level()))
-    message = {"role": "<|im_end|>", "content": [{"type": "text", "text": "<|im_end|>"}], "n": 3}
-    protected = contents.protect(message, ["role"])
-    assert protected["role"] == "<|im_end|>"
-    assert protected["content"][0]["text"].replace("\ufdd0", "") == "<|im_end|>" != protected["content"][0]["text"]
-    assert protected["n"] == 3
+    contents, mark = PlainContents(TextCodec(byte_level())), "<|im_end|>"
+    protected = contents.protect({"role": mark, "content": [{"type": "text", "text": mark}], "n": 3}, ["role"])
+    assert (protected["role"], protected["n"]) == (mark, 3)
+    text = protected["content"][0]["text"]
+    assert text.replace("\ufdd0", "") == mark != text
 
 
 def test_a_tokenizer_whose_control_tokens_cannot_be_renamed_is_refused():

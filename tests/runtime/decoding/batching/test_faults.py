@@ -23,6 +23,7 @@ from pastkey.runtime.providers.inference import RunFailedError
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.text.token_bytes import ExactEncoder
 
+from ...conftest import runs_of
 from .waiting import until
 
 pytest.importorskip("llguidance")
@@ -38,27 +39,24 @@ STREAMS: dict[str, dict[str, Any]] = {
 READ = ("abcabcab", "abababab", "abc")
 LEAD = "fg" * 62  # two runs, and its cache grows while it decodes
 OPTIONS: dict[str, Any] = {**DRAWN, "max_new_tokens": 7, "reuse_prefix": True}
-KINDS: dict[str, dict[str, Any]] = {
-    "fused": {},
-    "standard": {},
-    "static": {"chunk": 8},
-}
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def bundle(request, tiny, letters, make_bundle):
-    return make_bundle(tiny, request.param, tokenizer=letters, **KINDS[request.param])
 
 
 @pytest.fixture(scope="module")
-def model(bundle):
-    return load(bundle.path, threads=1)
+def opened(any_bundle):
+    return load(any_bundle.path, threads=1)
+
+
+@pytest.fixture
+def model(opened):
+    """Nothing is left of a test's calls."""
+    yield opened
+    require_nothing_left(opened)
 
 
 @pytest.fixture(scope="module")
-def expected(bundle):
+def expected(any_bundle):
     """What each text is alone."""
-    alone = load(bundle.path, threads=1)
+    alone = load(any_bundle.path, threads=1)
     return {prompt: alone.generate(prompt, **options) for prompt, options in {**STREAMS, LEAD: OPTIONS}.items()}
 
 
@@ -71,9 +69,7 @@ class Counted:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
         fails = self.calls - 1 == self.at
-        if fails and not self.after:
-            raise self.error("injected")
-        found = self.call(*arguments, **options)
+        found = self.call(*arguments, **options) if self.after or not fails else None
         if fails:
             raise self.error("injected")
         return found
@@ -101,13 +97,12 @@ def fault(
         yield counted
 
 
-def require_same(model: LanguageModel, found: Completion | None, expected: Completion) -> None:
+def require_same(found: Any, expected: Completion) -> None:
     """The text, and in float32 its log-probabilities up to the last bits."""
-    assert found is not None
     assert (found.text, found.ids, found.finish_reason) == (expected.text, expected.ids, expected.finish_reason)
-    for ours, theirs in ((found.logprobs, expected.logprobs), (found.prompt_logprobs, expected.prompt_logprobs)):
-        values = [[None if one is None else one.logprob for one in each] for each in (ours, theirs)]
-        assert values[0] == pytest.approx(values[1], abs=1e-4)
+    for name in ("logprobs", "prompt_logprobs"):
+        ours, theirs = ([one and one.logprob for one in getattr(each, name)] for each in (found, expected))
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def require_nothing_left(model: LanguageModel) -> None:
@@ -134,11 +129,11 @@ def test_a_fault_leaves_every_other_text_as_it_is_alone(model, expected, moment,
         for prompt, stream in begun.items():
             try:
                 list(stream)
-                require_same(model, stream.completion, expected[prompt])
+                require_same(stream.completion, expected[prompt])
             except (OSError, InputError):
                 failed += 1
         assert failed <= (len(READ) if came and error is OSError else 0)
-        require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+        require_same(model.generate(LEAD, **OPTIONS), expected[LEAD])
         require_nothing_left(model)
         at += 3 if moment == "memory" else 1
     assert at > 6
@@ -146,15 +141,13 @@ def test_a_fault_leaves_every_other_text_as_it_is_alone(model, expected, moment,
 
 def test_a_fault_while_a_stream_leaves_a_batch_loses_its_cache_alone(model, expected, caplog):
     streams = [model.stream(prompt, **STREAMS[prompt]) for prompt in ("abcabcab", "abc")]
-    for _ in range(3):
-        for stream in streams:
-            next(stream)
+    for stream in streams * 3:
+        next(stream)
     with fault(model, "memory", 0, OSError) as counted:
         streams[0].close()
     assert ("the cache of a generation was lost" in caplog.text) is (counted.calls > 0)
     list(streams[1])
-    require_same(model, streams[1].completion, expected["abc"])
-    require_nothing_left(model)
+    require_same(streams[1].completion, expected["abc"])
 
 
 class Waiting:
@@ -172,20 +165,20 @@ class Waiting:
         return logits
 
 
-def beside(model: LanguageModel, gate: Waiting, prompts: Sequence[str], lead: str = "f") -> dict[str, Any]:
-    """Calls in threads that begin when the first step of `lead` has come to its processor: each text, or its error."""
+def beside(model: LanguageModel, gate: Waiting, prompts: Sequence[str]) -> dict[str, Any]:
+    """Calls in threads that begin when the first step of "f" has come to its processor: each text, or its error."""
 
     def called(prompt: str) -> Any:
         try:
-            if prompt != lead:
-                assert gate.inside.wait(60)
-                return model.generate(prompt, **STREAMS[prompt])
-            return model.generate(lead, max_new_tokens=9, logits_processor=gate)
+            if prompt == "f":
+                return model.generate(prompt, max_new_tokens=9, logits_processor=gate)
+            assert gate.inside.wait(60)
+            return model.generate(prompt, **STREAMS[prompt])
         except BaseException as error:
             return error
 
     with ThreadPoolExecutor(len(prompts) + 1) as pool:
-        return dict(zip([lead, *prompts], pool.map(called, [lead, *prompts]), strict=True))
+        return dict(zip(["f", *prompts], pool.map(called, ["f", *prompts]), strict=True))
 
 
 def test_a_leader_that_is_interrupted_leaves_no_one_waiting(model, expected):
@@ -194,47 +187,42 @@ def test_a_leader_that_is_interrupted_leaves_no_one_waiting(model, expected):
     found = beside(model, Waiting(model, 2, KeyboardInterrupt), prompts)
     assert isinstance(found["f"], KeyboardInterrupt)
     for prompt in prompts:
-        require_same(model, found[prompt], expected[prompt])
-    require_nothing_left(model)
+        require_same(found[prompt], expected[prompt])
 
 
 @pytest.mark.parametrize("error", [MemoryError, RunFailedError])
 def test_an_error_belongs_to_the_text_whose_run_failed(model, expected, monkeypatch, error):
     """Whichever thread leads."""
-    graph, run = model.require_open().graph, model.require_open().graph.run
 
-    def failing(cache: Any, ids: Any, *arguments: Any) -> Any:
+    def failing(ids: Any) -> None:
         if 4 in ids and ids.size > 8:  # an e in a prefill
             raise error("injected")
-        return run(cache, ids, *arguments)
 
-    monkeypatch.setattr(graph, "run", failing)
+    runs_of(model.require_open().graph, monkeypatch, before=failing)
     found = beside(model, Waiting(model, 2), ["de" * 40, "abc"])
     monkeypatch.undo()
     assert isinstance(found["de" * 40], error)
     assert found["f"].ids == model.generate("f", max_new_tokens=9).ids
-    require_same(model, found["abc"], expected["abc"])
-    require_nothing_left(model)
+    require_same(found["abc"], expected["abc"])
 
 
-def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expected):
+def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expected, monkeypatch):
     """llguidance swallows what is raised in its call, and is of no use afterwards: the constraint begins anew."""
+    call = ExactEncoder.__call__
     for moment in range(3):
         stream = model.stream("abc", **STREAMS["abc"])
         next(stream)
-        encoder = Counted(ExactEncoder.__call__, moment, KeyboardInterrupt)
-        came = False
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ExactEncoder, "__call__", lambda *given, encoder=encoder: encoder(*given))
-            try:
-                model.generate("f", **{**OPTIONS, "max_new_tokens": 12})
-            except KeyboardInterrupt:
-                came = True
+        encoder, came = Counted(call, moment, KeyboardInterrupt), False
+        monkeypatch.setattr(ExactEncoder, "__call__", lambda *given, encoder=encoder: encoder(*given))
+        try:
+            model.generate("f", **{**OPTIONS, "max_new_tokens": 12})
+        except KeyboardInterrupt:
+            came = True
+        monkeypatch.undo()
         assert came is (encoder.calls > moment)
         assert came or moment or not model.require_open().graph.batches
         list(stream)
-        require_same(model, stream.completion, expected["abc"])
-    require_nothing_left(model)
+        require_same(stream.completion, expected["abc"])
 
 
 # --- forks --------------------------------------------------------------------------------------------------------
@@ -242,31 +230,24 @@ def test_an_interrupt_while_a_constraint_splits_a_text_into_tokens(model, expect
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_beside_a_step_goes_on_in_both_processes(model, expected):
     """It waits for the step that runs."""
-    inside = threading.Event()
-
-    def processor(ids: Any, logits: Any) -> Any:
-        inside.set()
-        return logits
-
+    gate = Waiting(model, 0)
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(model.generate, "abc", max_new_tokens=60, logits_processor=processor)
-        assert inside.wait(60)
+        future = pool.submit(model.generate, "abc", max_new_tokens=60, logits_processor=gate)
+        assert gate.inside.wait(60)
         child = os.fork()
         if child == 0:
             signal.alarm(60)  # where it waits for a thread that is not there
             try:
-                require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
+                require_same(model.generate(LEAD, **OPTIONS), expected[LEAD])
                 os._exit(0)
             finally:
                 os._exit(1)
         assert len(future.result(60).ids) == 60
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
-    require_nothing_left(model)
+    require_same(model.generate(LEAD, **OPTIONS), expected[LEAD])
 
 
 def test_the_hooks_of_a_child_let_it_go_on(model, expected):
     model.scheduler.before_fork()
     model.scheduler.after_fork(child=True)
-    require_same(model, model.generate(LEAD, **OPTIONS), expected[LEAD])
-    require_nothing_left(model)
+    require_same(model.generate(LEAD, **OPTIONS), expected[LEAD])

@@ -14,24 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pastkey.errors import NumericsError
+from pastkey.errors import NumericsError, QueueFullError
 from pastkey.runtime import load
 from pastkey.runtime.decoding.batching.scheduler import AHEAD, STALLED
 from pastkey.runtime.settings import MAX_DRAFT_TOKENS
 
-from ...conftest import TEMPLATE, runs_of
-from ...soak import Soak
+from ...conftest import ids_in, runs_of
+from ...test_soak import Soak
 from .waiting import until
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
-
-
-@pytest.fixture(scope="module", params=["fused", "standard", "static"])
-def any_bundle(request, tiny, letters, make_bundle):
-    """With each way that a cache can be."""
-    kind = request.param
-    fields: dict[str, Any] = {"chunk": 8} if kind == "static" else {}
-    return make_bundle(tiny, kind, tokenizer=letters, tokenizer_config={"chat_template": TEMPLATE}, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +45,9 @@ def fresh(talking):
 
 
 @pytest.fixture
-def pool():
-    with ThreadPoolExecutor(16) as executor:
-        yield executor
+def shapes(model, monkeypatch):
+    """Of the runs of the model."""
+    return runs_of(model.require_open().graph, monkeypatch)
 
 
 # What may be called: prompts short and long, which begin alike or not, drawn, with drafts, and with a stored prefix.
@@ -68,24 +60,15 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+STEPS = st.sampled_from(["begin", "begin", "read", "read", "close", "cancel", "generate"])
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["begin", "begin", "read", "read", "close", "cancel", "generate"]), st.integers(0, 30)
-        ),
-        min_size=5,
-        max_size=30,
-    )
-)
+@given(st.lists(st.tuples(STEPS, st.integers(0, 30)), min_size=5, max_size=30))
 def test_any_order_of_calls_gives_the_texts_of_calls_alone(any_model, steps):
     """More streams than the three rows of a batch, begun, read, left and cancelled in any order by one thread."""
     model, expected = any_model
     streams: list[tuple[int, Any, list[int]]] = []  # the call, its stream, and what was read of it
-
-    def read(stream: Any, ids: list[int], most: int | None) -> None:
-        ids += [token for chunk in itertools.islice(stream, most) for token in chunk.ids]
-
     for step, number in steps:
         call = number % len(CALLS)
         if step == "generate":
@@ -95,11 +78,11 @@ def test_any_order_of_calls_gives_the_texts_of_calls_alone(any_model, steps):
         else:
             _, stream, ids = streams[number % len(streams)]
             if step == "read":
-                read(stream, ids, 1 + number % 7)
+                ids += ids_in(itertools.islice(stream, 1 + number % 7))
             else:
                 getattr(stream, step)()
     for call, stream, ids in streams:
-        read(stream, ids, None)
+        ids += ids_in(stream)
         assert stream.completion.ids == ids == expected[call][: len(ids)]
         assert (stream.completion.finish_reason == "cancelled") or len(ids) == len(expected[call])
     assert (model.scheduler.live, model.activity.cache_bytes) == (0, 0)
@@ -110,36 +93,22 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(model, fresh, tmp_path):
     assert model.scheduler.batched
 
 
-def test_streams_read_in_turn_are_batched_up_to_max_batch(talking, fresh, monkeypatch):
-    model, prompts = load(talking, threads=1, max_batch=3), ["a", "bcd" * 30, "efg", "ab"]
-    shapes = runs_of(model.require_open().graph, monkeypatch)
-    found: list[list[int]] = [[] for _ in prompts]
-    for place, chunk in model.stream_many(prompts, **SETTINGS):
-        found[place] += chunk.ids
-    assert found == [fresh.generate(prompt, **SETTINGS).ids for prompt in prompts]
-    rows = [rows for rows, _ in shapes]
-    assert max(rows) == 3
-    assert rows.count(3) >= 20
-
-
-def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, monkeypatch):
+def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, shapes):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
     next(read)
-    shapes = runs_of(model.require_open().graph, monkeypatch)
-    rest = list(read)
-    assert len(rest) == 99
+    shapes.clear()
+    assert len(list(read)) == 99
     assert 1 + AHEAD <= [rows for rows, _ in shapes].count(2) + 1 <= AHEAD + 2
     assert len(shapes) > STALLED + AHEAD
     assert not model.scheduler.shares_memory(stalled._generation.engine)
-    ids = [token for chunk in stalled for token in chunk.ids]
-    assert ids == fresh.generate("abc", **SETTINGS).ids[1:]
+    assert ids_in(stalled) == fresh.generate("abc", **SETTINGS).ids[1:]
 
 
-def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, monkeypatch):
+def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, shapes):
     stream = model.stream("abc", **SETTINGS | {"max_new_tokens": 60})
     next(stream)
-    shapes = runs_of(model.require_open().graph, monkeypatch)
+    shapes.clear()
     next(model.stream("late"))  # closed again at once
     assert len(shapes) <= 3
     late = model.stream("x" * 500)  # which lives until the end of this, however fast it is
@@ -155,65 +124,85 @@ def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, monkeypatch
 
 
 def test_an_error_belongs_to_its_own_generation(tiny, letters, make_bundle):
-    """The model yields infinity at position 40, alone or among others; with drafts it reaches earlier ones."""
-    weights = dict(tiny.weights)
-    weights["position"] = weights["position"].copy()
-    weights["position"][40] = np.inf
-    broken = type(tiny)(tiny.layers, tiny.context_length, weights)
-    model = load(make_bundle(broken, "fused", tokenizer=letters).path, threads=1)
-    expected = model.generate("abc", **SETTINGS).ids
+    """A row with infinity, here at position 40, fails without the others of its batch."""
+    model = load(make_bundle(tiny.spoilt(slice(40, 41), np.inf), tokenizer=letters).path, threads=1)
+    expected, found = model.generate("abc", **SETTINGS).ids, list[int]()
     dying, living = model.stream("a" * 30, max_new_tokens=30, prompt_lookup=False), model.stream("abc", **SETTINGS)
-    found = list[int]()
 
     def read_both() -> None:
         for _ in dying:
-            found.extend(token for chunk in itertools.islice(living, 1) for token in chunk.ids)
+            found.extend(ids_in(itertools.islice(living, 1)))
 
     with pytest.raises(NumericsError, match="position 40"):
         read_both()
-    found += [token for chunk in living for token in chunk.ids]
-    assert found == expected
-
-
-def test_a_stream_that_is_collected_leaves(model, monkeypatch):
-    circle: list[Any] = [model.stream("abc", **SETTINGS)]
-    other = model.stream("de", **SETTINGS)
-    next(circle[0])
-    next(other)
-    circle.append(circle)
-    del circle
-    gc.collect()
-    shapes = runs_of(model.require_open().graph, monkeypatch)
-    list(other)
-    assert max(rows for rows, _ in shapes) == 1
-    assert model.scheduler.live == 0
+    assert found + ids_in(living) == expected
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
-def test_sigint_at_any_moment_changes_no_other_text(model, fresh, pool):
+def test_sigint_at_any_moment_changes_no_other_text(model, fresh):
     main = threading.main_thread().ident
-    assert main is not None
     expected = {prompt: fresh.generate(prompt, **SETTINGS).ids for prompt in ("abc", "de", "f")}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     interrupted = 0
-
-    def generated(prompt: str) -> list[int]:
-        return model.generate(prompt, **SETTINGS).ids
-
     try:
-        for moment in range(15):
-            others = {prompt: pool.submit(generated, prompt) for prompt in ("abc", "de")}
-            timer = threading.Timer(moment * 0.0003, signal.pthread_kill, (main, signal.SIGINT))
-            try:
-                timer.start()
-                for _ in range(1000):
-                    model.generate("f", **SETTINGS)
-            except KeyboardInterrupt:
-                interrupted += 1
-            timer.join()
-            for prompt, future in others.items():
-                assert future.result(timeout=60) == expected[prompt]
-            assert model.generate("f", **SETTINGS).ids == expected["f"]
+        with ThreadPoolExecutor(2) as pool:
+            for moment in range(15):
+                others = {prompt: pool.submit(model.generate, prompt, **SETTINGS) for prompt in ("abc", "de")}
+                timer = threading.Timer(moment * 0.0003, signal.pthread_kill, (main, signal.SIGINT))
+                try:
+                    timer.start()
+                    for _ in range(1000):
+                        model.generate("f", **SETTINGS)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                timer.join()
+                found = {prompt: future.result(timeout=60).ids for prompt, future in others.items()}
+                assert found | {"f": model.generate("f", **SETTINGS).ids} == expected
     finally:
         signal.signal(signal.SIGINT, before)
     assert interrupted == 15
+
+
+# --- how busy a model is, and the limit of its queue ----------------------------------------------------------------
+@pytest.fixture
+def narrow(fused_bundle):
+    return load(fused_bundle.path, threads=1, max_batch=2, max_queue=1)
+
+
+def test_a_request_beyond_the_queue_is_refused(narrow):
+    streams = [narrow.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
+    with pytest.raises(QueueFullError, match="3 requests are open"):
+        narrow.stream([1])
+    with pytest.raises(QueueFullError):
+        narrow.generate([[1], [2]])
+    assert [len(list(stream)) for stream in streams] == [4, 4, 4]
+    assert len(narrow.generate([[1, 2]] * 9, max_new_tokens=2)) == 9  # a call that has begun is not cut
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "cancel"])
+def test_a_stream_that_ends_gives_its_place_back(narrow, end):
+    streams = [narrow.stream([1, 2, number], max_new_tokens=4) for number in range(3)]
+    next(streams[0])
+    if end != "drop":
+        getattr(streams[0], end)()
+    if end == "cancel":
+        list(streams[0])
+    del streams[0]
+    gc.collect()
+    assert len(list(narrow.stream([1], max_new_tokens=2))) == 2
+
+
+def test_the_activity_counts_what_runs_waits_and_was_done(narrow):
+    first, second = (narrow.stream([1, 2, 3], max_new_tokens=5, reuse_prefix=True) for _ in range(2))
+    before = narrow.activity
+    next(first)
+    now = narrow.activity
+    list(first)
+    list(second)
+    after = narrow.activity
+    assert [(one.running, one.waiting, one.cache_bytes > 0, one.requests) for one in (before, now, after)] == [
+        (0, 2, False, 0), (1, 1, True, 0), (0, 0, False, 2),
+    ]  # fmt: skip
+    assert (after.prompt_tokens, after.new_tokens, after.cached_prefixes) == (6, 10, 1)
+    assert after.cached_tokens == second.completion.cached_tokens > 0
+    assert after.prefix_bytes > 0

@@ -1,9 +1,11 @@
-"""Each cache computes what one uncached pass computes: appended to, trimmed, kept, copied and interrupted."""
+"""Each cache computes what one uncached pass computes; what it holds, how it grows and shrinks, and when it goes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
+from pastkey.runtime import Engine
 from pastkey.runtime.engine.caches.fixed import FixedKVCache
-from pastkey.runtime.engine.caches.kv import KVCache
+from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
-from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers.ort import onnxruntime
 
+from ...conftest import require_close, stopped
 from ...rotary import RotaryTiny
 
-TOLERANCE = 5e-6  # in parts of a logit
 # graph, fields of the bundle, class of the cache
 FORMS: dict[str, tuple[str, dict[str, Any], type]] = {
     "fused": ("fused", {}, KVCache),
@@ -41,10 +44,8 @@ STEPS = st.one_of(
 def form(request, tiny, make_bundle):
     """An engine and the decoder."""
     graph, fields, kind = FORMS[request.param]
-    decoder = tiny
-    if request.param == "window":
-        decoder = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
-        fields = {**fields, "shift": decoder.shift}
+    local = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
+    decoder, fields = (local, {**fields, "shift": local.shift}) if "window" in fields else (tiny, fields)
     with pytest.MonkeyPatch.context() as patch:
         if kind is FixedKVCache:
             patch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
@@ -53,38 +54,29 @@ def form(request, tiny, make_bundle):
         yield engine, decoder
 
 
-def interrupted(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, min_size=3, max_size=9), seed=st.integers(0, 99))
 def test_every_way_through_a_cache_equals_the_uncached_pass(form, steps, seed):
     engine, decoder = form
     engine.reset()
     rng, ids, exact = np.random.default_rng(seed), list[int](), 0  # `exact` first tokens came by a prefill
-
-    def require_right(logits: np.ndarray) -> None:
-        expected = decoder(ids)[-1]
-        assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
-
     for step, size in [*steps, ("prefill", 5), ("decode", 1)]:
         if step == "prefill":
             new = rng.integers(0, 37, min(size, 590 - len(ids))).tolist()
             exact += len(new) if len(new) > 1 and exact == len(ids) else 0
             ids += new
-            require_right(engine.prefill(new, chunk_size=64))
+            require_close(engine.prefill(new, chunk_size=64), decoder(ids)[-1])
         elif step == "decode":
             for token in rng.integers(0, 37, size).tolist():
                 ids.append(token)
-                require_right(engine.decode(token))
+                require_close(engine.decode(token), decoder(ids)[-1])
         elif step == "reset":
             engine.reset()
             ids.clear()
         elif step == "interrupt":  # in a trim, a growth, or behind a run: the cache is empty
             with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-                patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", interrupted)
-                patch.setattr(engine.graph, "check_finite", interrupted)
+                patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", stopped)
+                patch.setattr(engine.graph, "check_finite", stopped)
                 if engine.can_trim(len(ids) // 2):
                     engine.trim(len(ids) // 2)
                 engine.append([1, 2, 3])
@@ -101,3 +93,68 @@ def test_every_way_through_a_cache_equals_the_uncached_pass(form, steps, seed):
         exact = min(exact, len(ids))
         assert (engine.length, engine.exact_length) == (len(ids), exact)
         assert engine.cached_ids == ids
+
+
+# --- rows and bytes -------------------------------------------------------------------------------------------------
+ROW_BYTES = 4 * 2 * (8 + 8 + 16 + 16)  # float32, two kv heads, keys and values of two attention calls
+
+
+@pytest.mark.parametrize(("graph", "fields"), [("fused", {}), ("standard", {}), ("static", {"chunk": 2})])
+def test_rows_are_the_keys_and_values_of_the_tokens(graph, fields, tiny, make_bundle):
+    """Of the first attention call: nothing stands before it but the embedding."""
+    session = Engine(make_bundle(tiny, graph, **fields), threads=1)
+    assert session.cache.nbytes == 0
+    session.prefill([3, 1, 4])
+    session.decode(1)
+    keys, values, later, _ = session.cache.rows(4)
+    x = tiny.weights["embedding"][[3, 1, 4, 1]] + tiny.weights["position"][:4]
+    for found, name in ((keys, "wk0"), (values, "wv0")):
+        np.testing.assert_allclose(found[0], (x @ tiny.weights[name]).reshape(4, 2, 8).swapaxes(0, 1), atol=1e-5)
+    assert later.shape == (1, 2, 4, 16)
+    assert session.cache.nbytes == {"fused": GROWTH_STEP, "standard": 4, "static": 600}[graph] * ROW_BYTES
+
+
+def test_a_shared_buffer_grows_in_steps_up_to_the_context(fused_bundle):
+    session, capacities = Engine(fused_bundle, threads=1), []
+    for _ in range(600):
+        session.decode(1)
+        capacities.append(session.cache.capacity)
+    assert sorted(set(capacities)) == [128, 256, 384, 512, 600]
+    assert capacities[126:129] == [128, 128, 256]
+    assert session.cache.nbytes == 600 * ROW_BYTES
+
+
+def test_the_concatenating_form_holds_what_there_is(standard_bundle):
+    session = Engine(standard_bundle, threads=1)
+    session.prefill([1, 2, 3])
+    for length, rows in ((3, 3), (2, 2), (0, 0)):
+        session.trim(length)
+        assert session.cache.nbytes == rows * ROW_BYTES
+
+
+@pytest.mark.parametrize("length", [-1, 4, 1.5])
+def test_trim_to_what_is_not_there_is_refused(engine, tiny, length):
+    engine.prefill([1, 2, 3])
+    with pytest.raises(InputError, match=r"holds 3 tokens|length is 1\.5; it must be a whole number"):
+        engine.trim(length)
+    engine.trim(3)
+    assert engine.length == 3
+    engine.trim(0)  # another number of rows fits
+    require_close(engine.forward([[5], [6]])[1, 0], tiny([6])[0])
+    assert engine.cache.nbytes == 2 * engine.cache.capacity * ROW_BYTES
+
+
+def test_the_cache_is_dropped_before_its_session(bundle):
+    """On WebGPU, the other order is a segmentation fault."""
+    engine = Engine(bundle, threads=1)
+    engine.prefill([1, 2, 3])
+    engine.decode(4)
+    cache, dropped = engine.cache, list[str]()
+    for value in cache._values:
+        weakref.finalize(value, dropped.append, "value")
+    weakref.finalize(cache.binding, dropped.append, "binding")
+    weakref.finalize(engine.onnx, dropped.append, "session")
+    del value, cache, engine
+    gc.collect()
+    assert sorted(dropped[:-1]) == ["binding", *["value"] * 4]
+    assert dropped[-1] == "session"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, processors
 
 from pastkey.errors import InputError, OptionError
-from pastkey.runtime import Chat, LanguageModel, load
+from pastkey.runtime import LanguageModel, load
 from pastkey.runtime.decoding.completion import completed
 from pastkey.runtime.settings import CHAT_NEW_TOKENS, MAX_DRAFT_TOKENS
 from pastkey.runtime.text.chat_template import ChatTemplate
 
-from ...conftest import runs_of
+from ...conftest import DRAWN, runs_of
 
 # In the tiny decoder's letters. A begins, and ends nothing.
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}<assistant>"
@@ -27,8 +26,7 @@ FORGETFUL = (
     "{{ m.content[-3:] if m.role == 'assistant' else m.content }}.{% endfor %}<assistant>"
 )
 # Greedy, the tiny decoder repeats itself: this way its answers hang on every logit before them.
-VARIED: dict[str, Any] = {"temperature": 1.0, "repetition_penalty": 1.3, "seed": 3, "max_new_tokens": 20}
-MakeModel = Callable[..., LanguageModel]
+VARIED: dict[str, Any] = {**DRAWN, "repetition_penalty": 1.3, "seed": 3, "max_new_tokens": 20}
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +60,6 @@ def fresh(make_model):
 
 
 def rendered_ids(model: LanguageModel, messages: list[dict[str, str]], template: str = TEMPLATE) -> list[int]:
-    assert model.tokenizer is not None
     text = ChatTemplate(template, {"bos_token": "A"}).render(messages)
     return model.tokenizer.encode(text, add_special_tokens=False)
 
@@ -78,9 +75,9 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     assert len(set(second.ids)) > 5
     assert second.prompt_tokens == len(prompt) == 87
     # Not in the cache: the last token of the first answer, which was not fed, and what the template wrote after it.
-    assert len(".<user>and now.<assistant>") + 1 == 27
-    assert [tokens for _, tokens in runs if tokens > MAX_DRAFT_TOKENS + 1] == [first.prompt_tokens, 27]
-    assert (first.cached_tokens, second.cached_tokens) == (0, 87 - 27)
+    new = 1 + len(".<user>and now.<assistant>")
+    assert [tokens for _, tokens in runs if tokens > MAX_DRAFT_TOKENS + 1] == [first.prompt_tokens, new]
+    assert (first.cached_tokens, second.cached_tokens) == (0, 87 - new)
     assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [message["content"] for message in chat.messages[2::2]] == [first.text, second.text]
 
@@ -101,9 +98,7 @@ STEPS = st.lists(
 
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["plain", "forgetful"])
 def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(make_model, fresh, template):
-    model = make_model(template)
-
-    varied = VARIED | {"max_new_tokens": 9}
+    model, varied = make_model(template), VARIED | {"max_new_tokens": 9}
 
     @settings(max_examples=15)
     @given(STEPS)
@@ -115,10 +110,9 @@ def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(make_model
             elif step == "generate":
                 model.generate(text, **varied)
             elif step == "leave":
-                stream = chat.stream(text, **varied)
-                next(stream)
-                next(stream)
-                stream.close()
+                with chat.stream(text, **varied) as stream:
+                    next(stream)
+                    next(stream)
             else:
                 prompt = rendered_ids(fresh, [*chat.messages, {"role": "user", "content": text}], template)
                 answer = chat.ask(text, **varied)
@@ -129,89 +123,62 @@ def test_whatever_came_before_an_answer_is_that_of_a_fresh_generation(make_model
 
 
 def test_a_stream_is_an_answer_in_pieces_and_keeps_what_was_said_when_it_is_left(model):
-    expected = model.chat().ask("hello", max_new_tokens=12)
-    chat = model.chat()
-    chunks = list(chat.stream("hello", max_new_tokens=12))
-    assert "".join(chunk.text for chunk in chunks) == expected.text == chat.messages[-1]["content"]
-    left = model.chat()
-    stream = left.stream("hello", max_new_tokens=12)
+    expected, chat, left = model.chat().ask("hello", **DRAWN), model.chat(), model.chat()
+    pieces = [chunk.text for chunk in chat.stream("hello", **DRAWN)]
+    assert "".join(pieces) == expected.text == chat.messages[-1]["content"]
+    stream = left.stream("hello", **DRAWN)
     assert left.messages == []  # nothing has happened yet
     said = next(stream).text + next(stream).text
     stream.close()
+    assert next(stream, None) is None
     assert left.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
-
-
-def test_an_event_loop_gets_the_answers_of_calls(model):
-    expected = model.chat("be")
-    answers = [expected.ask("hello", **VARIED), expected.ask("and", **VARIED)]
-
-    async def talk() -> Chat:
-        chat = model.chat("be")
-        assert (await chat.aask("hello", **VARIED)).ids == answers[0].ids
-        stream = chat.astream("and", **VARIED)
-        text = "".join([chunk.text async for chunk in stream])
-        assert stream.completion is not None
-        assert (text, stream.completion.ids) == (answers[1].text, answers[1].ids)
-        with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
-            await chat.aask("a", x=1)
-        return chat
-
-    assert asyncio.run(talk()).messages == expected.messages
 
 
 def test_two_answers_of_one_conversation_at_once_are_refused(model):
     chat = model.chat()
     one, other = chat.stream("abc", **VARIED), chat.stream("def", **VARIED)
-    next(one)
+    said = next(one).text
     with pytest.raises(InputError, match="one question at a time"):
         next(other)
-    answer = "".join(chunk.text for chunk in [*one])
-    assert chat.messages[0]["content"] == "abc"
-    assert chat.messages[-1]["content"].endswith(answer)
+    said += "".join(chunk.text for chunk in one)
+    assert [message["content"] for message in chat.messages] == ["abc", said]
     assert model.scheduler.live == 0
 
 
 def test_a_cancelled_task_leaves_the_answer_as_far_as_it_came(model):
     chat = model.chat()
 
-    async def leave() -> None:
+    async def leave() -> Any:
         async with chat.astream("hello", **{**VARIED, "max_new_tokens": 200}) as stream:
             async for _ in stream:
                 if len(chat.messages) == 2 and len(chat.messages[1]["content"]) > 3:
                     break
-        assert stream.completion is not None
-        assert (stream.completion.finish_reason, stream.completion.text) == ("cancelled", chat.messages[1]["content"])
+        return stream.completion
 
-    asyncio.run(leave())
+    completion = asyncio.run(leave())
+    assert (completion.finish_reason, completion.text) == ("cancelled", chat.messages[1]["content"])
     assert [said["role"] for said in chat.messages] == ["user", "assistant"]
     assert model.scheduler.live == 0
 
 
 def test_settings_are_those_of_generate(model, fresh):
-    sampling: dict[str, Any] = {"temperature": 2.0, "top_k": 20, "seed": 3, "max_new_tokens": 15}
-    expected = fresh.generate(rendered_ids(fresh, [{"role": "user", "content": "hello"}]), **sampling)
-    assert model.chat().ask("hello", **sampling).ids == expected.ids
-    stop = expected.text[5:7]
-    chat = model.chat()
-    assert chat.ask("hello", stop=stop, **sampling).finish_reason == "stop_string"
+    expected = fresh.generate(rendered_ids(fresh, [{"role": "user", "content": "hello"}]), top_k=20, **VARIED)
+    stop, chat = expected.text[5:7], model.chat()
+    assert chat.ask("hello", stop=stop, top_k=20, **VARIED).finish_reason == "stop_string"
     assert chat.messages[-1]["content"] == expected.text[: expected.text.index(stop)]
     assert len(model.chat().ask("hello").ids) == CHAT_NEW_TOKENS
-
-
-def test_a_new_conversation_keeps_the_system_text(model):
-    chat = model.chat("be brief")
-    first = chat.ask("hello", max_new_tokens=5)
-    chat.reset()
-    assert chat.messages == [{"role": "system", "content": "be brief"}]
-    again = chat.ask("hello", max_new_tokens=5)
-    assert again.ids == first.ids
-    assert again.cached_tokens == again.prompt_tokens - 2  # two are fed, for the path of every prefill
 
 
 def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model):
     chat = model.chat()
     chat.ask("a" * 500, max_new_tokens=40)
     before = chat.messages
+    chat.messages = broken = [*before, {"role": "user", "content": 1}]
+    for call in (lambda: chat.ask("a"), chat.ask, chat.undo, chat.drop, lambda: chat.set_system("a")):
+        with pytest.raises(InputError, match="message 3"):
+            call()
+        assert chat.messages is broken
+    chat.messages = before
     for text, setting, words in (
         ("b" * 100, {}, r"the conversation has 678 tokens; the context is 600: .*/reset"),
         ("what?", {}, "no token covers"),
@@ -223,8 +190,6 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model):
     answer = chat.ask("b", max_new_tokens=100)  # what has room is still answered, as far as there is room
     assert answer.finish_reason == "length"
     assert answer.prompt_tokens + answer.new_tokens == 601
-    chat.reset()
-    chat.ask("b" * 100, max_new_tokens=1)
 
 
 def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle, tmp_path):
@@ -235,38 +200,8 @@ def test_a_bundle_without_template_chats_by_one_that_is_given(speaking_bundle, t
     assert answer.ids == lm.generate("abc.", max_new_tokens=5).ids
 
 
-def test_a_bundle_that_cannot_chat_says_so(make_model, speaking_bundle, bundle, tmp_path):
-    with pytest.raises(InputError, match=r"has no chat template .* pastkey run \S+ --prompt TEXT"):
-        Chat(load(speaking_bundle.path, threads=1))
-    with pytest.raises(InputError, match=r"has no tokenizer.* pastkey run \S+ --prompt-ids"):
-        Chat(load(bundle.path, threads=1))
-    with pytest.raises(InputError, match="is not valid Jinja"):
-        make_model("{% for %}").chat()
-    with pytest.raises(InputError, match="does not take this conversation: no system"):
-        make_model("{{ raise_exception('no system') }}").chat("be brief").ask("a")
-
-
-@pytest.mark.parametrize(
-    "messages", ["ab", [None], [{}], [{"role": 1}], [{"role": "user", "content": 1}], [{"role": "user", "content": []}]]
-)
-def test_messages_that_are_none_are_refused_and_stay(model, messages):
-    chat = model.chat()
-    expected = chat.ask("abc", max_new_tokens=3).ids
-    chat.messages = messages
-    for call in (lambda: chat.ask("a"), chat.ask, chat.undo, chat.drop, lambda: chat.set_system("a")):
-        with pytest.raises(InputError, match="message 1"):
-            call()
-        assert chat.messages is messages
-    chat.reset()
-    assert chat.ask("abc", max_new_tokens=3).ids == expected
-
-
 # --- stateless calls: the answers of a Chat, without one --------------------------------------------------------------
-MESSAGES = [
-    {"role": "user", "content": "hello"},
-    {"role": "assistant", "content": "so"},
-    {"role": "user", "content": "b"},
-]
+MESSAGES = [{"role": role, "content": text} for role, text in (("user", "hello"), ("assistant", "so"), ("user", "b"))]
 
 
 @pytest.fixture(scope="module")
@@ -275,27 +210,29 @@ def lm(make_model):
 
 
 def test_every_call_gives_the_answer_of_a_chat(lm):
-    expected = lm.chat(messages=MESSAGES).ask(**VARIED)
+    chat = lm.chat(messages=MESSAGES)
+    expected = chat.ask(**VARIED)
     assert lm.generate_chat(MESSAGES, **VARIED).ids == expected.ids
     stream = lm.stream_chat(MESSAGES, **VARIED)
-    assert "".join(chunk.text for chunk in stream) == expected.text
-    assert stream.completion is not None
-    assert stream.completion.text == expected.text
+    assert "".join(chunk.text for chunk in stream) == stream.completion.text == expected.text
     prompt = lm.chat_prompt(MESSAGES)
     assert [one.ids for one in completed(lm.stream_many([prompt], **VARIED))] == [expected.ids]
 
-    async def asynchronous() -> None:
+    async def asynchronous() -> list[Any]:
         assert (await lm.agenerate_chat(MESSAGES, **VARIED)).ids == expected.ids
         async with lm.astream_chat(MESSAGES, **VARIED) as chunks:
             assert "".join([chunk.text async for chunk in chunks]) == expected.text
+        other = lm.chat(messages=MESSAGES)
+        assert (await other.aask(**VARIED)).ids == expected.ids
+        assert other.messages == chat.messages
+        with pytest.raises(OptionError, match=r"chat\.aask\(\) has no option 'x'"):
+            await other.aask("a", x=1)
         many = lm.astream_many([prompt], 2, **VARIED)
-        places = {place async for place, _ in many}
-        assert places == {0, 1}
-        assert [one.ids for one in many.completions if one] == [
-            one.ids for one in lm.generate(prompt.ids, n=2, **VARIED)
-        ]
+        assert {place async for place, _ in many} == {0, 1}
+        return many.completions
 
-    asyncio.run(asynchronous())
+    found = asyncio.run(asynchronous())
+    assert [one.ids for one in found] == [one.ids for one in lm.generate(prompt.ids, n=2, **VARIED)]
 
 
 def test_the_messages_stay_as_they_are_and_an_answer_is_continued(lm):
@@ -315,20 +252,8 @@ def test_variables_reach_the_template_and_unknown_ones_are_told(lm):
 
 
 def test_what_is_no_conversation_is_told(lm):
-    with pytest.raises(InputError, match="empty list"):
-        lm.generate_chat([])
-    with pytest.raises(InputError, match="message 1 is"):
-        lm.generate_chat([{"content": "x"}])
+    for messages, words in (([], "empty list"), ([{"role": "user", "content": "a" * 700}], "context")):
+        with pytest.raises(InputError, match=words):
+            lm.generate_chat(messages)
     with pytest.raises(OptionError, match="stream_chat"):
         lm.stream_chat(MESSAGES, temprature=1)
-    with pytest.raises(InputError, match="context"):
-        lm.generate_chat([{"role": "user", "content": "a" * 700}])
-
-
-def test_a_closed_stream_has_what_was_written(lm):
-    stream = lm.stream_chat(MESSAGES, **VARIED)
-    said = next(stream).text + next(stream).text
-    stream.close()
-    assert stream.completion is not None
-    assert (stream.completion.text, stream.completion.finish_reason) == (said, "cancelled")
-    assert next(stream, None) is None
