@@ -79,14 +79,19 @@ def test_what_is_wrong_is_told_before_anything_runs(model):
     assert model.scheduler.steps == steps
 
 
-def test_continuations_are_opened_when_they_are_due(speaking_bundle):
-    model = load(speaking_bundle.path, threads=1, max_batch=3)
-    most, told = 0, list[tuple[int, int]]()
-    streams = model.stream_many(PROMPTS[:2], n=20, **SETTINGS)
-    for _ in streams:
+@pytest.mark.parametrize(("prompts", "n"), [(PROMPTS[:2], 20), (PROMPTS, None)])
+def test_streams_are_opened_when_they_are_due(speaking_bundle, prompts, n):
+    model, most = load(speaking_bundle.path, threads=1, max_batch=3), 0
+    for _ in model.stream_many(prompts, n=n, **SETTINGS):
         activity = model.activity
         most = max(most, activity.running + activity.waiting)
-    assert most <= 3 + 1  # the rows of a batch, and the first of the second prompt
+    assert most == 3  # the rows of a batch
+
+
+def test_continuations_of_prompts_are_in_order(model):
+    told = list[tuple[int, int]]()
+    streams = model.stream_many(PROMPTS[:2], n=20, **SETTINGS)
+    list(streams)
     found = model.generate(PROMPTS[:2], progress=lambda *done: told.append(done), n=20, **SETTINGS)
     assert [one.ids for one in found] == [one.ids for one in streams.completions if one is not None]
     assert told == [(done, 40) for done in range(1, 41)]
