@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import socket
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
+from pastkey.serve.events import ahead
 
 from ..runtime.conftest import runs_of
 from ..runtime.decoding.batching import waiting
 from .conftest import Gate, Served, data_of, running
 
 PATH = "/v1/completions"
+
+
+async def cancelled() -> AsyncIterator[int]:
+    yield 1
+    raise asyncio.CancelledError
+
+
+def test_an_answer_whose_source_is_cancelled_ends():
+    async def read() -> list[int | None]:
+        return [item async for item in ahead(cancelled(), 0.1)]
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(asyncio.wait_for(read(), 5))
 
 
 def body(prompt: str, tokens: int = 20, **more: Any) -> dict[str, Any]:
