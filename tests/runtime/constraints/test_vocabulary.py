@@ -42,6 +42,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_chains_as_long_as_the_limits_allow_compile():
+    """llguidance recurses along them, and a stack that is full ends the process."""
+    chain: dict[str, Any] = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(990)}
+    rules = "start: r0\n" + "".join(f'r{i}: "a" r{i + 1}\n' for i in range(2500)) + 'r2500: "b"'
+    assert matcher(BYTES, json_schema={"$defs": {**chain, "d990": {"type": "null"}}, "$ref": "#/$defs/d0"}).can_begin
+    assert matcher(BYTES, grammar=rules).can_begin
+
+
 @pytest.mark.parametrize(("options", "sentence"), WRONG, ids=[sentence[:40] for _, sentence in WRONG])
 def test_a_wrong_constraint_is_refused(options, sentence):
     for _ in range(2):
