@@ -83,7 +83,9 @@ class Prompted(Scheduled):
         generation.engine = self.parts.engine
 
 
-def read_prompt(parts: ModelParts, options: Mapping[str, Any], prompt: Any) -> TextPrompt | ChatPrompt:
+def read_prompt(
+    parts: ModelParts, options: Mapping[str, Any], prompt: str | Sequence[int] | TextPrompt | ChatPrompt
+) -> TextPrompt | ChatPrompt:
     """Returns a prompt with its ids, for `open_prompt`. Raises InputError for one that the model cannot take."""
     if not isinstance(prompt, TextPrompt | ChatPrompt):
         prompt = TextPrompt(parts.prompt_ids(prompt), prompt if isinstance(prompt, str) else None)
