@@ -75,10 +75,8 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
 
 def _reads_elsewhere(folder: Path, *, code: bool) -> bool:
     """Whether a source takes its base, or with `code` its Python code, from another repository on the Hub."""
-    base = adapter_base(folder)
-    if base is not None and not Path(base).exists():
-        return True
-    return code and any("--" in name for name in code_references(folder if base is None else Path(base)))
+    base = Path(adapter_base(folder) or folder)
+    return not base.exists() or (code and any("--" in name for name in code_references(base)))
 
 
 def _state(file: Path) -> list[Any]:

@@ -64,13 +64,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
 
 def _convert(source: Path, folder: Path) -> None:
     """Runs onnxruntime's converter in a child process: when imported, it reconfigures global logging."""
-    program: list[str | Path] = [
-        sys.executable,
-        "-P",
-        "-m",
-        _TOOL,
-        source,
-    ]  # -P: do not import from the current directory
+    program: list[str | Path] = [sys.executable, "-P", "-m", _TOOL, source]  # -P: not from the current directory
     # Fixed: optimize at conversion. `arm` leaves out optimizations that only server CPUs run.
     settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
@@ -95,7 +89,9 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
 
 def _logits(graph: Path, ids: Array) -> Array:
     """Returns the logits of every position, (T, V), by running the graph with a cache, one token at a time."""
-    session = onnxruntime.InferenceSession(str(graph), _quiet(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings about cache shapes are harmless
+    session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     inputs, outputs = session.get_inputs(), [value.name for value in session.get_outputs()]
     past = {
         value.name: np.zeros(
@@ -119,9 +115,3 @@ def _logits(graph: Path, ids: Array) -> Array:
         logits.append(found[names.LOGITS][0, -1])
         past = {name: found[names.present_of(name)] for name in past}
     return np.stack(logits)
-
-
-def _quiet() -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about cache shapes are harmless
-    return options

@@ -160,10 +160,9 @@ class Store:
         with contextlib.suppress(OSError):  # which the bundle's own folder meets as well
             self._beside.mkdir(parents=True, exist_ok=True)
         with locked(self._beside):
-            if self.matrices is not None and self._beside.is_dir():
-                for entry in self._beside.iterdir():
-                    if entry not in (self.matrices, self._quantized):
-                        shutil.rmtree(entry, ignore_errors=True)
+            for entry in self._beside.glob("*") if self.matrices is not None else ():
+                if entry not in (self.matrices, self._quantized):
+                    shutil.rmtree(entry, ignore_errors=True)
             try:
                 yield
             except BaseException:
