@@ -186,7 +186,7 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
     "drafts and adapters": (
         Option("prompt_lookup", Switch, True,
                "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
-        Option("draft", Switch, None, "use the draft model, an option of load"),
+        Option("draft", Switch, None, "use the draft model, an option of load, if that is faster"),
         Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),
     "output": (

@@ -13,6 +13,7 @@ import pytest
 
 from pastkey.errors import MissingFileError
 from pastkey.runtime import load
+from pastkey.runtime.speculation.worth import Worth
 
 from .conftest import fails
 
@@ -64,7 +65,8 @@ def test_run_decodes_with_draft_tokens_or_without(command, speaking_bundle):
     assert drafted["draft_tokens"] > 0 == alone["draft_tokens"]
 
 
-def test_a_draft_model_changes_no_text(command, speaking_bundle, standard_bundle):
+def test_a_draft_model_changes_no_text(command, speaking_bundle, standard_bundle, monkeypatch):
+    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
     arguments = ["run", speaking_bundle.path, "--prompt", "abc", "--temperature", "1", "--seed", "1", "--json"]
     plain, drafted = (json.loads(command(*arguments, *more)[1]) for more in ([], ["--draft", speaking_bundle.path]))
     assert drafted["ids"] == plain["ids"]

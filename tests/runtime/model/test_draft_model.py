@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from pastkey.errors import InputError, MissingFileError, OptionError
 from pastkey.runtime import load
+from pastkey.runtime.speculation.worth import Worth
 
 from ..conftest import runs_of
 
@@ -29,7 +30,13 @@ def near(tiny, letters, make_bundle):
 
 
 @pytest.fixture
-def drafted(speaking_bundle, near):
+def always(monkeypatch):
+    """Three tokens are drafted in each step, whatever that costs."""
+    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
+
+
+@pytest.fixture
+def drafted(speaking_bundle, near, always):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         yield model
 
@@ -65,7 +72,7 @@ def test_a_session_goes_on_in_both_caches(drafted, lm, monkeypatch):
     session.close()
 
 
-def test_its_caches_count_as_memory(speaking_bundle, near, lm):
+def test_its_caches_count_as_memory(speaking_bundle, near, always, lm):
     """Where there is no room for it, a text does without."""
     needed = lm.memory.estimate(3 + 40 + 1)
     expected = lm.generate("abc", **DRAWN).ids
@@ -77,7 +84,7 @@ def test_its_caches_count_as_memory(speaking_bundle, near, lm):
                 assert (found.draft_tokens > 0) == drafts
 
 
-def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle, near):
+def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle, near, always):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         assert model.draft is not None
     assert model.draft.model.closed
@@ -135,7 +142,9 @@ def test_a_graph_that_decodes_token_by_token_is_refused(standard_bundle, fused_b
 
 
 @pytest.mark.parametrize("kind", ["standard", "static"])
-def test_any_graph_may_draft(tiny, letters, speaking_bundle, lm, make_bundle, kind):
+def test_any_graph_may_draft(
+    tiny, letters, speaking_bundle, lm, always,
+    make_bundle, kind):  # fmt: skip
     fields = {"chunk": 8} if kind == "static" else {}
     other = make_bundle(tiny, kind, tokenizer=letters, **fields)
     with load(speaking_bundle.path, threads=1, draft=other.path) as model:

@@ -122,15 +122,6 @@ def test_streams_read_in_turn_are_batched_up_to_max_batch(talking, fresh, monkey
     assert rows.count(3) >= 20
 
 
-def test_two_rows_that_repeat_themselves_take_turns_with_drafts(model, fresh):
-    settings = {"max_new_tokens": 90, "prompt_lookup": True}
-    for prompts, batched in ((["abab", "cdcd"], False), (["abab", "cdcd", "efef"], True)):
-        before = model.scheduler.batched
-        found = model.generate(prompts, **settings)
-        assert [one.ids for one in found] == [fresh.generate(prompt, **settings).ids for prompt in prompts]
-        assert (model.scheduler.batched - before > 150) == batched
-
-
 def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, monkeypatch):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
