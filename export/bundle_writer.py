@@ -179,9 +179,8 @@ class BundleWriter:
             self.progress.warn(f"{target} is not on this machine: the bundle is proved there when it is loaded first")
             return bundle
         self.progress.stage(f"prove the bundle on {target}")
-        manifest = dataclasses.replace(
-            bundle.manifest, provider_options=options
-        )  # including options that the manifest does not store
+        # Including options that the manifest does not store.
+        manifest = dataclasses.replace(bundle.manifest, provider_options=options)
         try:
             engine = Engine(
                 dataclasses.replace(bundle, manifest=manifest),

@@ -11,10 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,13 +24,14 @@ import pastkey
 import pastkey.runtime
 import pastkey.train
 from pastkey.contract import names
-from pastkey.contract.source_files import source_files
+from pastkey.contract.source_files import adapter_base, source_files
 from pastkey.errors import IntegrityError
 from pastkey.files.folder import hub_id
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .settings import ExportConfig, split_factory
 from .source.hub import HubModel
+from .source.pretrained import code_references
 
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
@@ -56,6 +59,8 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
     if not isinstance(source, HubModel) and (split_factory(str(source)) or hub_id(str(source))) is not None:
         return None
     found: Identity = {}
+    if _reads_elsewhere(source.folder if isinstance(source, HubModel) else Path(source), code=config.trust_remote_code):
+        found["another repository"] = None  # whose state is not known, so that no step has a key
     if isinstance(source, HubModel):
         found["commit"] = [source.name, source.revision]
     else:
@@ -66,6 +71,12 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
         if path is not None and path.exists():
             found |= {f"--{option} {name}": _state(file) for name, file in source_files(path.resolve()).items()}
     return found
+
+
+def _reads_elsewhere(folder: Path, *, code: bool) -> bool:
+    """Whether a source takes its base, or with `code` its Python code, from another repository on the Hub."""
+    base = Path(adapter_base(folder) or folder)
+    return not base.exists() or (code and any("--" in name for name in code_references(base)))
 
 
 def _state(file: Path) -> list[Any]:
@@ -105,7 +116,7 @@ class Keys:
 
 def keys_of(config: ExportConfig, source: Identity | None, graph: str) -> Keys:
     """Returns the keys of an export; without an identity or a cache there are none. `graph` is the graph's form."""
-    if source is None or not config.cache:
+    if source is None or None in source.values() or not config.cache:
         return Keys()
     program = _program()
     options, later = _options(config)
@@ -128,11 +139,15 @@ def _options(config: ExportConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _program() -> list[str]:
-    """Returns what makes and proves the steps: pastkey, its code while a version is developed, and the libraries."""
+    """Returns what makes and proves the steps: pastkey, its code while a version is developed, libraries and the CPU.
+
+    Two CPUs round the sums of a kernel differently, so the same step has other last bits, and another KL divergence.
+    """
     rooms = (__file__, pastkey.__file__, pastkey.runtime.__file__, pastkey.train.__file__)
     files = [file for room in rooms for file in sorted(Path(str(room)).parent.rglob("*.py"))]
     code = [file.read_text(encoding="utf-8") for file in files]
     found: list[str] = [pastkey.__version__, _hash(code), torch.__version__, onnxruntime.__version__]
+    found += [platform.machine(), *np.show_config(mode="dicts")["SIMD Extensions"]["found"]]
     for library in ("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "transformers", "gguf"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(importlib.metadata.version(library))

@@ -59,13 +59,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
 
 def _convert(source: Path, folder: Path) -> None:
     """Runs onnxruntime's converter in a child process: when imported, it reconfigures global logging."""
-    program: list[str | Path] = [
-        sys.executable,
-        "-P",
-        "-m",
-        _TOOL,
-        source,
-    ]  # -P: do not import from the current directory
+    program: list[str | Path] = [sys.executable, "-P", "-m", _TOOL, source]  # -P: not from the current directory
     # Fixed: optimize at conversion. `arm` leaves out optimizations that only server CPUs run.
     settings: list[str | Path] = ["--output_dir", folder, "--optimization_style", "Fixed", "--target_platform", "arm"]
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)

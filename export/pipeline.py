@@ -141,7 +141,7 @@ def export_found(
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     store, proof = Store(out, keys_of(config, before, choice.graph), progress), None
-    with store.kept_on_failure(), whole_folder(out, force=config.force) as folder:
+    with store.opened(), whole_folder(out, force=config.force) as folder:
         if (found := store.graph(source.module)) is None:
             decoder = grafted(source, observation, choice, progress)
         else:

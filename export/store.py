@@ -22,7 +22,7 @@ import onnx_ir as ir
 from torch import nn
 
 from pastkey.errors import InputError, IntegrityError
-from pastkey.files.durable import sync_tree, write_json, write_whole
+from pastkey.files.durable import locked, sync_tree, write_json, write_whole
 from pastkey.files.folder import read_json, user_cache_file
 
 from .graph.stored import Stored, StoredWeight, stored_weights
@@ -44,16 +44,12 @@ class Store:
     """
 
     def __init__(self, out: Path, keys: Keys, progress: Progress) -> None:
-        """Removes what earlier exports to `out` left and this one cannot use. An entry without a key is not kept."""
+        """An entry without a key is not kept."""
         self._progress, self._keys = progress, keys
         self._folder = user_cache_file("exports")
         self._beside = out.with_name(f".{out.name}.steps")
         self.matrices = None if keys.matrices is None else self._beside / keys.matrices
         self._quantized = None if keys.quantized is None else self._beside / keys.quantized
-        if self.matrices is not None and self._beside.is_dir():
-            for entry in self._beside.iterdir():
-                if entry not in (self.matrices, self._quantized):
-                    shutil.rmtree(entry, ignore_errors=True)
 
     # --- small entries ------------------------------------------------------------------------------------------
     def graph(self, module: nn.Module) -> tuple[ir.Model, dict[str, Any]] | None:
@@ -156,15 +152,26 @@ class Store:
             write_json(entry / _RECORD, {"files": sizes, "record": record})
 
     @contextlib.contextmanager
-    def kept_on_failure(self) -> Iterator[None]:
-        """Removes the large entries when the bundle is whole. After a failure, says where they are."""
-        try:
-            yield
-        except BaseException:
-            if self.matrices is not None and self._beside.is_dir():
-                self._progress.say(f"kept finished steps in {self._beside}: the same command goes on from there")
-            raise
-        shutil.rmtree(self._beside, ignore_errors=True)
+    def opened(self) -> Iterator[None]:
+        """Locks the large entries, and removes those that this export cannot use; all when the bundle is whole.
+
+        After a failure, says where they are. Raises InUseError if another process exports to the same folder.
+        """
+        with contextlib.suppress(OSError):  # which the bundle's own folder meets as well
+            self._beside.mkdir(parents=True, exist_ok=True)
+        with locked(self._beside):
+            for entry in self._beside.glob("*") if self.matrices is not None else ():
+                if entry not in (self.matrices, self._quantized):
+                    shutil.rmtree(entry, ignore_errors=True)
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self._beside.rmdir()
+                if self._beside.is_dir():
+                    self._progress.say(f"kept finished steps in {self._beside}: the same command goes on from there")
+                raise
+            shutil.rmtree(self._beside, ignore_errors=True)
 
 
 def unbound(model: ir.Model, module: nn.Module) -> bytes | None:

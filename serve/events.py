@@ -91,7 +91,7 @@ async def ahead(source: AsyncIterator[Item], ping_seconds: float) -> AsyncGenera
             async for item in source:
                 read.put_nowait(item)
             read.put_nowait(StopAsyncIteration())
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # otherwise a reader waits forever
             read.put_nowait(error)
 
     task = asyncio.create_task(pump())

@@ -36,6 +36,8 @@ def fuse_rotary(model: ir.Model, context_length: int) -> None:
         query, key = _rotation(node.inputs[0]), _rotation(node.inputs[1])
         if query is None or key is None or query.interleaved != key.interleaved:
             continue
+        if any(r.heads != node.attributes.get_int(n, 0) for r, n in ((query, "num_heads"), (key, "kv_num_heads"))):
+            continue  # the rotation of another width than a head's
         for rotation in (query, key):
             if rotation.angles not in known:
                 known[rotation.angles] = _at_all_positions(model, rotation, context_length, allowed)
@@ -74,6 +76,11 @@ class _Rotation:
     def half(self) -> int:
         """D / 2."""
         return _width(self.x) // 2
+
+    @property
+    def heads(self) -> object:
+        """H."""
+        return None if self.x.shape is None else self.x.shape[1 if self.heads_first else 2]
 
     @property
     def angles(self) -> tuple[int, int]:
@@ -211,11 +218,18 @@ def _width(value: ir.Value) -> int:
 
 # --- angles -------------------------------------------------------------------------------------------------------
 def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> np.ndarray | None:
-    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of positions alone."""
+    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position alone."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
     if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):
         return None
+    whole, half = (_at_positions(model, rotation, length) for length in (context_length, -(-context_length // 2)))
+    # Angles that differ follow the longest position, as those of dynamic NTK do.
+    return whole if whole is not None and half is not None and np.array_equal(whole[:, : half.shape[1]], half) else None
+
+
+def _at_positions(model: ir.Model, rotation: _Rotation, context_length: int) -> np.ndarray | None:
+    """Returns cos and sin of the first positions, None if they have another form."""
     positions = np.arange(context_length)[None]
     feeds = {names.POSITION_IDS: positions, names.INPUT_IDS: positions}
     for value in model.graph.inputs:

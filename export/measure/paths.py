@@ -172,26 +172,22 @@ def _hidden(engine: Engine, ids: Ids, source: ModulePredictor | None) -> Iterato
 
 # --- progress -----------------------------------------------------------------------------------------------------
 class VerificationProgress(Progress):
-    """The parts of a verification, each with its own progress and as long as it has runs."""
+    """The parts of a verification, each with its own progress."""
 
     def __init__(self, progress: Progress, plan: Plan) -> None:
-        paths = [*map(len, plan.paths.values())]
         self._progress, self._done = progress, 0
-        self._runs = [PIECE_TOKENS, *paths, plan.greedy, 4]  # the text, its paths and hidden states
-        self._runs += [4, *paths, 2 * BATCH_STEPS, 1, 4]  # the reference, and the checks
-        self._total = sum(self._runs)
+        # The text, its paths, greedy decoding and hidden states; the reference and the same again, with a batch.
+        self._total = 7 + 2 * len(plan.paths)
 
     def advance(self, done: int, total: int) -> None:
-        runs = self._runs[0] if self._runs else 0
-        self._progress.advance(100 * self._done + 100 * runs * done // total, 100 * self._total)
+        self._progress.advance(100 * self._done + 100 * done // total, 100 * self._total)
 
     def next(self) -> None:
         """Begins the next part."""
-        if self._runs:
-            self._done += self._runs.pop(0)
+        self._done = min(self._done + 1, self._total)
         self.advance(0, 1)
 
     def end(self) -> None:
         """All parts are complete."""
-        self._done, self._runs = self._total, []
+        self._done = self._total
         self.advance(0, 1)

@@ -116,7 +116,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             f"the weights of {name} are quantized already (quantization_config says "
             f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
         )
-    code = _custom_code(folder, config)
+    code = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in code_references(folder)})
     if code and not trust_remote_code:
         raise InputError(
             f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
@@ -151,15 +151,14 @@ def _read_of(folder: Path) -> Iterator[Path]:
     yield from folder.glob("additional_chat_templates/*")
 
 
-def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Returns the Python files that the folder's auto_map entries name."""
-    beside = folder / names.TOKENIZER_CONFIG
+def code_references(folder: Path) -> list[str]:
+    """Returns the classes that the folder's auto_map entries name: "module.Class", "ORG/NAME--module.Class"."""
     references: list[Any] = []
-    for content in (config, read_json(beside) if beside.is_file() else {}):
-        entries = content.get("auto_map")
+    for file in (folder / names.CONFIG, folder / names.TOKENIZER_CONFIG):
+        entries = read_json(file).get("auto_map") if file.is_file() else None
         for reference in entries.values() if isinstance(entries, dict) else [entries]:
             references += reference if isinstance(reference, list) else [reference]
-    return sorted({name.split("--")[-1].split(".")[0] + ".py" for name in references if isinstance(name, str)})
+    return [name for name in references if isinstance(name, str)]
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

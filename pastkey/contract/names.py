@@ -139,10 +139,6 @@ NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
 NATIVE_OPERATORS: Final = 2  # their version
-NATIVE_ATTRIBUTES: Final = frozenset({
-    *("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap"),
-    *("smooth_softmax", "bits", "terms", "activation", "gate", "norm", "epsilon", "version"),
-})  # fmt: skip
 # pastkey's own graph with the matrices of LoRA adapters as inputs. Optional.
 ADAPTER_GRAPH: Final = "onnx/pastkey_adapters.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,18 +10,14 @@ from typing import Any, Literal
 from pastkey.errors import InputError
 from pastkey.values import shown
 
-# Beyond these, compiling takes seconds, or its recursion exceeds the thread stack of some systems.
+# Beyond these, compiling takes seconds, or more stack than `Vocabulary` gives it.
 MAX_SCHEMA_CHARACTERS = 500_000
 MAX_SUBSCHEMAS = 2_000
-MAX_SCHEMA_DEPTH = 100  # of nested objects and lists, following each $ref
-MAX_RULE_DEPTH = 60  # of rules that refer to one another
 MAX_CHARACTERS = 50_000  # of a regular expression or a grammar
 MAX_CHOICES = 10_000
 
 Kind = Literal["json_schema", "regex", "choices", "grammar"]
 KINDS: tuple[Kind, ...] = ("json_schema", "regex", "choices", "grammar")
-_RULE = re.compile(r"^[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]]*\])?\s*:", re.M)
-_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*')
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,6 @@ def _schema_text(value: object) -> str:
     found = sum(1 for _ in _subschemas(schema))
     if found > MAX_SUBSCHEMAS:
         raise InputError(f"json_schema holds {found} objects; at most {MAX_SUBSCHEMAS} are taken: ask for less at once")
-    _require_shallow("json_schema", _schema_edges(schema), MAX_SCHEMA_DEPTH)
     return text
 
 
@@ -124,8 +118,6 @@ def _choices_text(texts: list[str]) -> str:
 def _bounded(kind: Kind, value: str) -> str:
     if len(value) > MAX_CHARACTERS:
         raise InputError(_too_long(kind, len(value), MAX_CHARACTERS))
-    if kind == "grammar":
-        _require_shallow(kind, _rule_edges(value), MAX_RULE_DEPTH)
     return value
 
 
@@ -143,52 +135,3 @@ def _subschemas(value: Any) -> Iterator[dict[str, Any]]:
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
-
-
-# --- depth: a graph of nodes by name, with an edge to each node that they contain or refer to -------------------------
-def _schema_edges(schema: Any) -> dict[Any, list[Any]]:
-    """The children of each object or list, by path, and the target of its $ref."""
-    edges: dict[Any, list[Any]] = {}
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), schema)]
-    while waiting:
-        place, value = waiting.pop()
-        if isinstance(value, dict | list):
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            children = [((*place, str(name)), child) for name, child in inner]
-            edges[place] = [child for child, _ in children]
-            waiting += children
-            ref = value.get("$ref") if isinstance(value, dict) else None
-            if isinstance(ref, str) and ref.startswith("#"):
-                parts = [part for part in ref[1:].split("/") if part]
-                edges[place].append(tuple(part.replace("~1", "/").replace("~0", "~") for part in parts))
-    return edges
-
-
-def _rule_edges(grammar: str) -> dict[Any, list[Any]]:
-    """The rules that each rule of a Lark grammar refers to."""
-    text = _QUOTED.sub(" ", grammar)
-    heads = list(_RULE.finditer(text))
-    ends = [*(head.start() for head in heads[1:]), len(text)]
-    return {head[1]: re.findall(r"\w+", text[head.end() : end]) for head, end in zip(heads, ends, strict=False)}
-
-
-def _require_shallow(kind: Kind, edges: Mapping[Any, list[Any]], most: int) -> None:
-    """Raises InputError if a path through the graph is longer than `most`, cycles aside."""
-    depth: dict[Any, int] = {}
-    for root in edges:
-        path: list[tuple[Any, Iterator[Any]]] = [(root, iter(edges[root]))] if root not in depth else []
-        depth.setdefault(root, 1)
-        while path:
-            node, rest = path[-1]
-            child = next(rest, None)
-            if child is None:
-                path.pop()
-                if path:
-                    depth[path[-1][0]] = max(depth[path[-1][0]], depth[node] + 1)
-            elif child in edges and child not in depth:
-                depth[child] = 1
-                path.append((child, iter(edges[child])))
-            elif child in depth:
-                depth[node] = max(depth[node], depth[child] + 1)
-            if path and max(depth[path[-1][0]], len(path)) > most:
-                raise InputError(f"{kind} is nested more than {most} deep: write it flatter, or ask for less at once")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import json
 import sys
+import threading
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 from pastkey.errors import InputError, missing_extra
@@ -19,6 +21,8 @@ from .matcher import Matcher, first_sentence, require_uninterrupted
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_STACK_BYTES = 128 << 20  # a chain of 2,000 $refs, the longest that `Constraint` takes, needs less than 64 KB each
+_starting = threading.Lock()  # the size of the stack is one for all threads that start
 _KEPT = 16  # number of cached compiled constraints
 # As json.dumps and most training data write it. With free whitespace a model may write it endlessly, and no token
 # between two values would be forced. A schema's own "x-guidance" takes precedence.
@@ -85,9 +89,20 @@ class Vocabulary:
         return Matcher(compiled, self.size, self.eos_ids if end_ids is None else end_ids)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
+        """Compiles a constraint in a thread with a large stack: llguidance recurses, and a full stack is a crash."""
+        self._require_writable(constraint)
+        with ThreadPoolExecutor(1) as pool:
+            with _starting:
+                before = threading.stack_size(_STACK_BYTES)
+                try:
+                    compiled = pool.submit(self._compiled_here, constraint)
+                finally:
+                    threading.stack_size(before)
+            return compiled.result()
+
+    def _compiled_here(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
-        self._require_writable(constraint)
         limits = LLParserLimits(verbose_errors=False)
         try:
             compiled = LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0, limits=limits)

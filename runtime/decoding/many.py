@@ -97,6 +97,7 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
 
     def __init__(
         self,
+        read: Callable[[Any], Any],
         begin: Open,
         prompts: Sequence[Any],
         options: Mapping[str, Any],
@@ -104,23 +105,22 @@ class StreamMany(Readable[tuple[int, Chunk], list[Completion]]):
         n: int | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Opens a stream for each prompt with `begin`, and for its further completions when they are due.
+        """Opens each stream with `begin` when it is due, and the first one now.
 
-        Reads up to `most` of them concurrently. Prompts with the same beginning share its prefill. `n` gives each
-        prompt that many completions, each with its own seed. Calls `progress(done, all)` when a stream ends.
+        Before, `read` gives each prompt its ids, and raises for a wrong one. Reads up to `most` streams concurrently.
+        Prompts with the same beginning share its prefill. `n` gives each prompt that many completions, each with its
+        own seed. Calls `progress(done, all)` when a stream ends.
         """
         super().__init__()
         ordered = is_collection(prompts) and not isinstance(prompts, Set)
         require(ordered and len(prompts) > 0, "prompts", prompts, "a list of at least one prompt")
         require_valid({"n": n})
         self._each = [options] if n is None else continuations(options, n)
-        self._begin, self._prompts = begin, prompts
-        self._shared = SharedPrefills(len(self._each))
+        self._begin, self._prompts = begin, [read(prompt) for prompt in prompts]
+        self._shared = SharedPrefills((prompt.ids for prompt in self._prompts), len(self._each))
         self._count = len(prompts) * len(self._each)
         self._done: dict[int, Completion] = {}
-        first = range(0, self._count, len(self._each))  # of each prompt, so that a wrong one is told at once
-        self._streams = {place: self._open(place) for place in first}  # those that are open
-        self._shared.complete()
+        self._streams = {0: self._open(0)}  # those that are open; a wrong option is told at once
         self._closed = self._cancelled = False
         self._rest = self._run(most, progress)
 

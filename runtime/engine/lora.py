@@ -28,7 +28,6 @@ from pastkey.values import is_number, shown
 
 from ..providers.ort import onnxruntime
 from .channels import changed
-from .module_patterns import ModulePatterns
 
 Matrix = npt.NDArray[np.float32]
 
@@ -43,6 +42,10 @@ _HARMLESS = {
     *("lora_ga_config", "qalora_group_size", "runtime_config", "target_parameters", "trainable_token_indices"),
     *("bias", "ensure_weight_tying"),
 }
+# A key of alpha_pattern that `re` matches in little time: nothing is repeated but digits before a dot.
+_NAME = r"(?:[\w/:-]|\\?\.|(?:\\d|\[0-9\])(?:\+\\\.)?)*"
+_PLAIN = re.compile(rf"(?=.{{1,500}}$)\^?{_NAME}(?:\((?:\?:)?\w+(?:\|\w+)*\){_NAME}){{0,2}}\$?")
+_MOST_MATCHES = 2_000_000  # of a pattern with a module; 900 patterns of 900 modules are 810,000
 # Other initial weights change the base model as well.
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -143,13 +146,13 @@ def _read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[M
             )
         found.setdefault(matched[1], {})[matched[2]] = _array(tensor, content, start, file)
     with reading(folder / names.ADAPTER_CONFIG, "the configuration of an adapter"):
-        patterns = ModulePatterns((config.get("alpha_pattern") or {}).keys(), folder / names.ADAPTER_CONFIG)
+        alphas = _alphas(dict(config.get("alpha_pattern") or {}), len(found), folder)
     matrices = {}
     for module, pair in found.items():
         if len(pair) != 2 or len(pair["A"]) != pair["B"].shape[1]:
             shapes = {f"lora_{side}": list(matrix.shape) for side, matrix in pair.items()}
             raise InputError(f"{folder} has {shapes} of {module}; lora_A (r, K) and lora_B (N, r) were expected")
-        matrices[module] = pair["A"], pair["B"] * np.float32(_scale(config, module, len(pair["A"]), patterns, folder))
+        matrices[module] = pair["A"], pair["B"] * np.float32(_scale(config, module, len(pair["A"]), alphas, folder))
     if not matrices:
         raise InputError(f"{file} has no tensors: it adapts nothing")
     return matrices
@@ -166,9 +169,23 @@ def _array(tensor: StoredTensor, content: bytes, start: int, file: Path) -> Matr
     return np.ascontiguousarray(stored, np.float32)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, patterns: ModulePatterns, folder: Path) -> float:
-    """Returns alpha / r, or alpha / sqrt(r) of rsLoRA. `alpha_pattern` has alphas of single modules."""
-    alpha = (config.get("alpha_pattern") or {}).get(patterns.first(module) or module, config.get("lora_alpha", 8))
+def _alphas(given: Mapping[str, Any], modules: int, folder: Path) -> dict[re.Pattern[str], Any]:
+    """Returns the alphas of `alpha_pattern`. Raises InputError for a pattern that is no name."""
+    for pattern in given:
+        if not _PLAIN.fullmatch(pattern) or len(given) * modules > _MOST_MATCHES:
+            raise InputError(
+                f"{folder / names.ADAPTER_CONFIG} has the alpha_pattern {shown(pattern)}; names were expected, "
+                r"with ^, $, \d, \d+\. or two groups as (k|v): merge the adapter (merge_and_unload), then export"
+            )
+    return {re.compile(rf"(?:.*\.)?(?:{pattern})$"): alpha for pattern, alpha in given.items()}  # as peft
+
+
+def _scale(
+    config: Mapping[str, Any], module: str, rank: int, alphas: Mapping[re.Pattern[str], Any], folder: Path
+) -> float:
+    """Returns alpha / r, or alpha / sqrt(r) of rsLoRA. `alphas`: of single modules, of which the first counts."""
+    own = (alpha for pattern, alpha in alphas.items() if pattern.match(module))
+    alpha = next(own, config.get("lora_alpha", 8))
     if not is_number(alpha):
         raise InputError(f"{folder / names.ADAPTER_CONFIG} has lora_alpha = {shown(alpha)}; a number was expected")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0

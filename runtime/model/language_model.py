@@ -37,7 +37,7 @@ from .chat.prompt import ChatPrompt
 from .draft_model import DraftModel
 from .embed import embed
 from .generation_config import sampling_defaults
-from .opening import open_prompt, open_text
+from .opening import open_prompt, open_text, read_prompt
 from .parts import ModelParts, TextPrompt
 from .scoring import Score, logits_by_chunk, score
 from .session import Session
@@ -240,8 +240,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         """
         given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
-            prompts = prompt if several(prompt) else [prompt if isinstance(prompt, str) else self.prompt_ids(prompt)]  # type: ignore[arg-type]
-            return completed(StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n, progress))
+            return completed(self._many(prompt if several(prompt) else [prompt], given, n, progress))
         return completed(open_prompt(self.parts, prompt, given))  # type: ignore[arg-type]
 
     def stream_many(
@@ -266,7 +265,17 @@ class LanguageModel(ChatCalls, AdapterCalls):
             OptionError: There is no option of that name.
         """
         given = options_of("stream_many", options, GENERATE_OPTIONS)
-        return StreamMany(partial(open_prompt, self.parts), prompts, given, self.max_batch, n)
+        return self._many(prompts, given, n)
+
+    def _many(
+        self,
+        prompts: Any,
+        given: Mapping[str, Any],
+        n: int | None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> StreamMany:
+        read, begin = partial(read_prompt, self.parts, given), partial(open_prompt, self.parts)
+        return StreamMany(read, begin, prompts, given, self.max_batch, n, progress)
 
     def astream_many(
         self,

@@ -10,6 +10,7 @@ from pastkey.values import is_int, or_default, require
 
 from ..decoding.batching.shared_prefill import SharedPrefill, SharedPrefills
 from ..decoding.generation import Generation, Lifecycle
+from ..decoding.kept_tokens import KeptTokens
 from ..decoding.request import Request
 from ..decoding.stream import ChunkStream, Stream
 from ..engine.engine import Engine
@@ -80,6 +81,18 @@ class Prompted(Scheduled):
             else:
                 scheduler.store.put(engine, reuse=self._reuse)
         generation.engine = self.parts.engine
+
+
+def read_prompt(
+    parts: ModelParts, options: Mapping[str, Any], prompt: str | Sequence[int] | TextPrompt | ChatPrompt
+) -> TextPrompt | ChatPrompt:
+    """Returns a prompt with its ids, for `open_prompt`. Raises InputError for one that the model cannot take."""
+    if not isinstance(prompt, TextPrompt | ChatPrompt):
+        prompt = TextPrompt(parts.prompt_ids(prompt), prompt if isinstance(prompt, str) else None)
+    options = {**DEFAULTS, **options}
+    kept = KeptTokens(parts.require_open(), options["context_overflow"], options["num_sink_tokens"])
+    kept.checked(prompt.ids)
+    return prompt
 
 
 def open_prompt(

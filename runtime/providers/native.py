@@ -5,28 +5,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import mmap
 import os
-import struct
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import FallbackWarning, ProviderError, first_line
-from pastkey.files.external_data import messages
-from pastkey.files.protobuf import fields, varint
 from pastkey.precisions import PRECISIONS
-from pastkey.values import shown
 
 from . import placement as ep
 
 _PACKAGE = "pastkey_kernels"
 _SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
-_OPSETS, _OPSET_DOMAIN, _VERSION = 8, 1, 2  # of a ModelProto, and of each
-_ATTRIBUTES, _NODE_DOMAIN, _NAME = 5, 7, 1  # of a NodeProto, and of each attribute
-_ELF_HEADER, _SEGMENT = 64, struct.Struct("<8xQ16xQ16x")  # bytes; offset and size in the file
 
 
 @dataclass(frozen=True)
@@ -57,10 +48,6 @@ def native_kernels() -> NativeKernels | None:
     try:
         package = importlib.import_module(_PACKAGE)
         version, library = package.__version__, package.library_path()
-        if (short := _missing_bytes(library)) > 0:  # to load it would end the process
-            return NativeKernels(
-                version, operators, refused=f"{library} was cut short by {short} bytes: install it again"
-            )
         loaded = ctypes.CDLL(library)
         loaded.pastkey_kernels_level.restype = ctypes.c_char_p
         operators, level = loaded.pastkey_kernels_operators(), loaded.pastkey_kernels_level()
@@ -73,18 +60,6 @@ def native_kernels() -> NativeKernels | None:
         )
         return NativeKernels(version, operators, refused=refused)
     return NativeKernels(version, operators, level.decode(), library)
-
-
-def _missing_bytes(library: str) -> int:
-    """How many bytes an ELF file lacks of those that its loader maps; other systems' loaders look themselves."""
-    with Path(library).open("rb") as file:
-        head = file.read(_ELF_HEADER)
-        if len(head) < _ELF_HEADER or not head.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, the lowest first
-            return 0
-        file.seek(int.from_bytes(head[32:40], "little"))
-        table = file.read(_SEGMENT.size * int.from_bytes(head[56:58], "little"))
-        segments = _SEGMENT.iter_unpack(table[: len(table) // _SEGMENT.size * _SEGMENT.size])
-        return max((offset + size for offset, size in segments), default=0) - file.seek(0, os.SEEK_END)
 
 
 def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKernels | None:
@@ -127,8 +102,6 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
             f"the installed library has version {found.operators} of the operators, and the bundle needs "
             f"{manifest.native}: install the library of a newer pastkey"
         )
-    else:
-        why = _unknown(bundle.native_graph, found.operators)
     if not why:
         return None if found is not None and found.slow and not asked else found
     if asked:
@@ -137,25 +110,3 @@ def kernels_for(bundle: Bundle, provider: str, asked: bool | None) -> NativeKern
         told = f"the native kernels cannot be used, so onnxruntime's run {bundle.path}: {why}"
         warnings.warn(told, FallbackWarning, stacklevel=2)
     return None
-
-
-def _unknown(graph: Path, operators: int) -> str:
-    """Why the operators of this version cannot run a graph, or "". onnxruntime passes any import and any attribute."""
-    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-
-        def parts(message: tuple[int, int], wanted: int) -> list[tuple[int, int]]:
-            return [(a, b) for number, _, a, b in fields(content, *message) if number == wanted]
-
-        def text(message: tuple[int, int], wanted: int) -> str:
-            return b"".join(content[a:b] for a, b in parts(message, wanted)).decode("utf-8", "replace")
-
-        for opset in parts((0, len(content)), _OPSETS):
-            version = max((varint(content, a)[0] for a, _ in parts(opset, _VERSION)), default=0)
-            if text(opset, _OPSET_DOMAIN) == names.NATIVE_DOMAIN and version > operators:
-                return f"{graph} imports version {version} of the operators, and the installed library has {operators}"
-        for node in [(start, end) for kind, start, end in messages(content) if kind == "NodeProto"]:
-            if text(node, _NODE_DOMAIN) == names.NATIVE_DOMAIN:
-                given = {text(attribute, _NAME) for attribute in parts(node, _ATTRIBUTES)}
-                if unknown := given - names.NATIVE_ATTRIBUTES:
-                    return f"{graph} has the attribute {shown(min(unknown))}, which the operators do not have"
-    return ""

@@ -89,10 +89,18 @@ def logprobs_of(service: Service, found: Sequence[TokenLogprob]) -> list[dict[st
     ]
 
 
-def text_logprobs(service: Service, found: Sequence[TokenLogprob | None], ids: Sequence[int]) -> dict[str, list[Any]]:
-    """Log-probabilities in the form of completions. `ids`: all tokens; the first one of a prompt has none."""
+def text_logprobs(
+    service: Service, found: Sequence[TokenLogprob | None], ids: Sequence[int], offset: int = 0
+) -> dict[str, list[Any]]:
+    """Log-probabilities in the form of completions.
+
+    Args:
+        service: The service.
+        found: Of each token; the first one of a prompt has none.
+        ids: The tokens.
+        offset: Number of characters before them.
+    """
     columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    offset = 0
     for token, each in zip(ids, found, strict=True):
         text = service.pieces(token)[0]
         columns["tokens"].append(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,13 +50,16 @@ class _CompletionWriter(ChoiceWriter):
     kind = chunk_kind = "text_completion"
 
     def begin(self) -> Iterator[str]:
+        self._lengths = Counter[int]()  # characters of each text so far
         for place in range(len(self.job.prompts) * self.body.n) if self.body.echo else ():
             yield self.event(place, {"text": self._prompt(place)[0]})
 
     def add(self, place: int, chunk: Chunk) -> Iterator[str]:
         if chunk.text or chunk.logprobs:
-            asked = self.body.logprobs is not None
-            logprobs = text_logprobs(self.service, chunk.logprobs, chunk.ids) if asked else None
+            logprobs = None
+            if self.body.logprobs is not None:
+                logprobs = text_logprobs(self.service, chunk.logprobs, chunk.ids, self._lengths[place])
+                self._lengths[place] += sum(map(len, logprobs["tokens"]))
             yield self.event(place, {"text": chunk.text}, logprobs=logprobs)
 
     def last(self, place: int, completion: Completion) -> str:

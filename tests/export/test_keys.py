@@ -7,6 +7,7 @@ import json
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pastkey
@@ -58,6 +59,23 @@ def test_a_step_is_of_the_code_that_makes_and_proves_it(room, tmp_path, monkeypa
     (tmp_path / "changed.py").write_text("")
     monkeypatch.setattr(getattr(pastkey, room, pastkey), "__file__", str(tmp_path / "__init__.py"))
     assert same(before, keys_of(ExportConfig(), SOURCE, "fused")) == set()
+
+
+def test_a_step_is_of_the_cpu_whose_kernels_made_it(monkeypatch):
+    before = keys_of(ExportConfig(), SOURCE, "fused")
+    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": {"found": ["AVX2"]}})
+    assert same(before, keys_of(ExportConfig(), SOURCE, "fused")) == set()
+
+
+def test_a_source_with_parts_on_the_hub_has_no_keys(tmp_path):
+    config = ExportConfig(trust_remote_code=True)
+    for file, content, kept in (
+        ("config.json", {"auto_map": {"AutoConfig": "own.Own"}}, True),
+        ("config.json", {"auto_map": {"AutoConfig": "org/name--own.Own"}}, False),
+        ("adapter_config.json", {"base_model_name_or_path": "org/name"}, False),
+    ):
+        (tmp_path / file).write_text(json.dumps(content))
+        assert (keys_of(config, identity(tmp_path, config), "fused") != Keys()) == kept
 
 
 # --- a source that changes ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from pastkey.contract.bundle import open_bundle
+from pastkey.errors import InUseError
 from pastkey.export import export, grafting, pipeline, store
 from pastkey.export.graph.stored import StoredWeight, stored_weights
 from pastkey.export.keys import Keys
@@ -217,8 +218,37 @@ def test_quantized_weights_are_of_one_key_and_whole(tmp_path):
     (tmp_path / ".out.steps" / "q" / "onnx" / "graph").write_bytes(b"123")
     assert quantized_store(out).quantized(tmp_path / "damaged") is None
     assert not (tmp_path / "damaged" / "onnx").exists()
-    assert quantized_store(out, "other").quantized(tmp_path / "other") is None
-    assert not (tmp_path / ".out.steps" / "q").exists()  # no export with these options can use it
+    with quantized_store(out, "other").opened():
+        assert not (tmp_path / ".out.steps" / "q").exists()  # no export with these options can use it
+
+
+EXPORTING = """
+import sys, time
+from pathlib import Path
+from pastkey.export.keys import Keys
+from pastkey.export.progress import Progress
+from pastkey.export.store import Store
+
+with Store(Path(sys.argv[1]), Keys(), Progress()).opened():
+    print("exporting", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of folders")
+def test_a_second_export_to_one_folder_is_refused_until_the_first_has_ended(tmp_path):
+    out, steps = tmp_path / "out", tmp_path / ".out.steps"
+    with subprocess.Popen([sys.executable, "-c", EXPORTING, out], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "exporting\n"
+        (steps / "of the first").mkdir()
+        with pytest.raises(InUseError, match=r"out\.steps is being written by another"), quantized_store(out).opened():
+            pass
+        assert (steps / "of the first").is_dir()
+        first.kill()
+    with quantized_store(out).opened():
+        assert list(steps.iterdir()) == []
+    assert not steps.exists()
 
 
 # --- small entries ------------------------------------------------------------------------------------------------

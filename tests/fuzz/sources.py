@@ -47,7 +47,7 @@ def _huggingface(content: bytes) -> object:
     (folder / names.WEIGHTS).write_bytes(_safetensors())
     (folder / names.CONFIG).write_bytes(content)
     config = read_json(folder / names.CONFIG)
-    pretrained._custom_code(folder, config)
+    pretrained.code_references(folder)
     stored_weights.check_weights(folder, config)
     stored_weights.check_sizes(folder, config)
     return config

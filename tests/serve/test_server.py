@@ -1,5 +1,6 @@
 """Before the model is loaded, and after the server was told to end; the commands and the program of docs/serve.md."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from pastkey.runtime import load
 from pastkey.serve.api import schemas
 from pastkey.serve.app import TABLE
+from pastkey.serve.events import ahead
 
 from ..runtime.conftest import runs_of
 from ..runtime.decoding.batching import waiting
@@ -222,3 +224,16 @@ def test_one_request_with_many_prompts_is_never_cut_by_the_queue(bundle):
         choices = served.choices(COMPLETIONS, prompt=["ab"] * 9, max_tokens=2, n=2)
         assert [choice["index"] for choice in choices] == list(range(18))
         assert served.opened == 0
+
+
+async def cancelled():
+    yield 1
+    raise asyncio.CancelledError
+
+
+def test_an_answer_whose_source_is_cancelled_ends():
+    async def read():
+        return [item async for item in ahead(cancelled(), 0.1)]
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(asyncio.wait_for(read(), 5))

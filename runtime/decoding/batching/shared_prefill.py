@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pastkey.errors import ResourceError
 
@@ -16,26 +16,23 @@ SHARED_TOKENS = 32  # prompts that agree in so many first tokens share a prefill
 
 
 class SharedPrefills:
-    """The prompts of one call, grouped by their beginnings. Each has `completions`, of which the first joins first."""
+    """The prompts of one call, grouped by their beginnings.
 
-    def __init__(self, completions: int = 1) -> None:
+    Attributes:
+        begun: Whether a prompt has joined.
+    """
+
+    def __init__(self, prompts: Iterable[Sequence[int]], completions: int = 1) -> None:
+        """`prompts`: the ids (T,) of each, of which every one has so many `completions`."""
         self._of: dict[tuple[int, ...], SharedPrefill] = {}
-        self._joining = completions  # members that one prompt adds
-
-    @property
-    def begun(self) -> bool:
-        """Whether a prompt has joined."""
-        return bool(self._of)
+        for ids in prompts:
+            self.join(ids).left += completions
+        self.begun = False
 
     def join(self, ids: Sequence[int]) -> SharedPrefill:
-        """Returns the group with the beginning of `ids` (T,), which counts all completions of the prompt."""
-        found = self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())
-        found.left += self._joining
-        return found
-
-    def complete(self) -> None:
-        """Notes that all prompts have joined: what joins from now on is a further completion of one of them."""
-        self._joining = 0
+        """Returns the group with the beginning of `ids` (T,)."""
+        self.begun = True
+        return self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())
 
     def clear(self) -> None:
         """Leaves the groups to the prompts that have joined, and each cache to the last of them."""

@@ -123,11 +123,19 @@ class TurnedByToken(TableRope):
         return super().turn(heads, (position_ids + self.shift) % CONTEXT)
 
 
+class TurnedByLength(TableRope):
+    """Angles that follow the longest position, as those of dynamic NTK do."""
+
+    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+        return super().turn(heads, position_ids - (position_ids.max() > CONTEXT // 2).long())
+
+
 @pytest.mark.parametrize(
     ("build", "allowed"),
     [
         pytest.param(TableRope, 0, marks=pytest.mark.slow),
         pytest.param(lambda: TurnedByToken(size=16), 0, marks=pytest.mark.slow),
+        pytest.param(lambda: TurnedByLength(size=16), 0, marks=pytest.mark.slow),
         # A product whose result is not reshaped any more runs as another kernel.
         pytest.param(CASES["gpt2"].build, 3e-6, marks=pytest.mark.slow),
     ],

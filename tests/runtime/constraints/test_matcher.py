@@ -263,6 +263,15 @@ def test_a_wrong_constraint_is_refused(options, sentence):
         assert "\n" not in str(error.value)
 
 
+def test_chains_as_long_as_the_limits_allow_compile():
+    """llguidance recurses along them, and a stack that is full ends the process."""
+    chain = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(990)}
+    rules = "start: r0\n" + "".join(f'r{i}: "a" r{i + 1}\n' for i in range(2500)) + 'r2500: "b"'
+    schema = {"$defs": {**chain, "d990": {"type": "null"}}, "$ref": "#/$defs/d0"}
+    assert BYTES.matcher(json_schema=schema).can_begin
+    assert BYTES.matcher(grammar=rules).can_begin
+
+
 UNWRITABLE = [
     ({"choices": ["abc", "a\nb"]}, "choices asks for .*, and no token of this model's vocabulary writes '.n'"),
     ({"json_schema": {"properties": {"Z": {}}, "required": ["Z"]}}, "json_schema asks for '\"Z\"', .* writes 'Z'"),

@@ -40,6 +40,15 @@ def test_a_stream_has_the_texts_of_the_whole_reply(served):
     assert texts[0].startswith("abc")
 
 
+def test_the_chunks_of_a_stream_go_on_counting_characters(served):
+    body = {"prompt": "abc", "max_tokens": 6, "logprobs": 1, "seed": 1}
+    *chunks, _ = served.events(COMPLETIONS, {**body, "stream_options": {"include_usage": False}})
+    columns = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice["logprobs"]]
+    streamed = [offset for column in columns for offset in column["text_offset"]]
+    assert streamed == served.ask(COMPLETIONS, body)[1]["choices"][0]["logprobs"]["text_offset"]
+    assert streamed == sorted(set(streamed))
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_echo_with_log_probabilities_scores_the_prompt(served, tokens):
     body = {"prompt": ids_of("abca"), "max_tokens": tokens, "echo": True, "logprobs": 2}

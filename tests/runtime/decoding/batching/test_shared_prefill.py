@@ -104,7 +104,7 @@ def test_the_copies_keep_the_memory_limit(caches, make_bundle, engines, monkeypa
 
 def opened(lm: LanguageModel, n: int, **options: Any) -> list[ChunkStream]:
     """The streams of `n` continuations of one prompt."""
-    shared = SharedPrefills()
+    shared = SharedPrefills([lm.prompt_ids(PROMPT)] * n)
     return [open_prompt(lm.parts, PROMPT, one, shared) for one in continuations({**DRAWN, **options}, n)]
 
 
