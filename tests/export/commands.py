@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pastkey.export.progress import Progress
+
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Command = Callable[..., Result]
 
@@ -57,3 +59,21 @@ def fails(result: Result, *words: str) -> None:
     assert "Traceback" not in err
     for word in words:
         assert word in sentence
+
+
+class Heard(Progress):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.stages: list[str] = []
+        self.shares: list[tuple[int, int]] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int) -> None:
+        self.shares.append((done, total))
