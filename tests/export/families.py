@@ -36,16 +36,9 @@ _LATENT: dict[str, Any] = {  # keys and values out of a smaller vector, and head
     "head_dim": 8,
     "num_key_value_heads": 4,
 }
-_KINDS: dict[str, Any] = {
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": WINDOW,
-}
+_KINDS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _SMALL: dict[str, Any] = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "laurel_rank": 16}
-_PER_LAYER: dict[str, Any] = _KINDS | {
-    "num_kv_shared_layers": 0,
-    "global_head_dim": 32,
-    **_SMALL,
-}
+_PER_LAYER: dict[str, Any] = _KINDS | {"num_kv_shared_layers": 0, "global_head_dim": 32, **_SMALL}
 _SOFTCAP: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 
 _PLAIN = (
@@ -89,11 +82,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
         "shared_intermediate_size": 48,
         "position_embedding_type": "rope",
     },
-    "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]],
-        "num_layers": 2,
-        "window_size": WINDOW,
-    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": WINDOW},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
@@ -167,12 +156,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 _INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 # What the configurations of other types need to be small.
-_HALF: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
+_HALF: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 _VISION = _HALF | {"num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OTHERS: dict[str, dict[str, Any]] = {

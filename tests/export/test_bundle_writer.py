@@ -51,11 +51,7 @@ def writer_of(decoder: ExportedDecoder) -> BundleWriter:
 
 @pytest.mark.parametrize(
     ("graph", "window", "oldest"),
-    [
-        ("standard", 3, MIN_ONNXRUNTIME),
-        ("fused", None, MIN_ONNXRUNTIME),
-        ("fused", 3, MIN_ONNXRUNTIME_WITH_WINDOWS),
-    ],
+    [("standard", 3, MIN_ONNXRUNTIME), ("fused", None, MIN_ONNXRUNTIME), ("fused", 3, MIN_ONNXRUNTIME_WITH_WINDOWS)],
 )
 def test_a_window_in_the_fused_graph_asks_for_a_newer_onnxruntime(graph, window, oldest, decoder, tmp_path):
     layers = tuple(dataclasses.replace(layer, window=window) for layer in decoder.observation.layers)

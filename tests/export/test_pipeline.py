@@ -28,10 +28,7 @@ EXPORTS += [(name, "fp32", "standard") for name, case in CASES.items() if case.g
 EXPORTS += [(name, "int8", "auto") for name in CASES]
 NOT_IN_CI = ("both_positions", "compiled", "data_parallel", "encoder_layers", "multi_head_attention")
 IN_CI = [(name, "fp32", "auto") for name in CASES if name not in NOT_IN_CI]
-IN_CI += [
-    ("nano_gpt", "int8", "auto"),
-    ("vocabulary_of_one", "int8", "auto"),
-]
+IN_CI += [("nano_gpt", "int8", "auto"), ("vocabulary_of_one", "int8", "auto")]
 
 
 @pytest.mark.parametrize(

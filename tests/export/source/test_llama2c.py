@@ -8,22 +8,24 @@ import os
 import re
 import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from pastkey.contract import names
 from pastkey.errors import InputError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
+
+from .opening import save, write
 
 Array = npt.NDArray[np.float32]
 Piece = tuple[bytes, float]
@@ -45,21 +47,14 @@ class Toy:
 
     def weights(self) -> dict[str, Array]:
         rng = np.random.default_rng(0)
-        kv = self.dim // self.heads * self.kv_heads
+        kv, layers = self.dim // self.heads * self.kv_heads, self.layers
         shapes = {
-            "embedding": (self.vocab, self.dim),
-            "norm1": (self.layers, self.dim),
-            "wq": (self.layers, self.dim, self.dim),
-            "wk": (self.layers, kv, self.dim),
-            "wv": (self.layers, kv, self.dim),
-            "wo": (self.layers, self.dim, self.dim),
-            "norm2": (self.layers, self.dim),
-            "w1": (self.layers, self.hidden, self.dim),
-            "w2": (self.layers, self.dim, self.hidden),
-            "w3": (self.layers, self.hidden, self.dim),
-            "norm": (self.dim,),
-            "head": (self.vocab, self.dim),
-        }
+            "embedding": (self.vocab, self.dim), "head": (self.vocab, self.dim), "norm": (self.dim,),
+            "norm1": (layers, self.dim), "norm2": (layers, self.dim), "wq": (layers, self.dim, self.dim),
+            "wk": (layers, kv, self.dim), "wv": (layers, kv, self.dim), "wo": (layers, self.dim, self.dim),
+            "w1": (layers, self.hidden, self.dim), "w2": (layers, self.dim, self.hidden),
+            "w3": (layers, self.hidden, self.dim),
+        }  # fmt: skip
         return {
             name: (rng.normal(size=shape) * 0.4 + name.startswith("norm")).astype(np.float32)
             for name, shape in shapes.items()
@@ -84,45 +79,32 @@ class Toy:
         return header + b"".join(w[name].tobytes() for name in [*order, *([] if self.tied else ["head"])])
 
     def logits(self, ids: list[int]) -> Array:
-        """(T, V) in float64, one position and one head at a time."""
-        w, size = {name: block.astype(np.float64) for name, block in self.weights().items()}, self.dim // self.heads
+        """(T, V), computed in float64."""
+        w = {name: torch.from_numpy(block).double() for name, block in self.weights().items()}
         hidden = w["embedding"][ids]  # (T, E)
         for layer in range(self.layers):
             x = normed(hidden, w["norm1"][layer])
             q, k, v = (
-                (x @ w[name][layer].T).reshape(len(ids), -1, size) for name in ("wq", "wk", "wv")
-            )  # (T, heads, D)
-            q, k = turned(q), turned(k)
-            mixed = np.zeros_like(q)
-            for t in range(len(ids)):
-                for head in range(self.heads):
-                    group = head // (self.heads // self.kv_heads)
-                    scores = k[: t + 1, group] @ q[t, head] / np.sqrt(size)
-                    share = np.exp(scores - scores.max())
-                    mixed[t, head] = share @ v[: t + 1, group] / share.sum()
-            hidden = hidden + mixed.reshape(len(ids), -1) @ w["wo"][layer].T
+                (x @ w[name][layer].T).unflatten(1, (-1, self.dim // self.heads)).transpose(0, 1)
+                for name in ("wq", "wk", "wv")
+            )  # (heads, T, D)
+            mixed = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
+            hidden = hidden + mixed.transpose(0, 1).flatten(1) @ w["wo"][layer].T
             x = normed(hidden, w["norm2"][layer])
-            gate = x @ w["w1"][layer].T
-            hidden = hidden + (gate / (1 + np.exp(-gate)) * (x @ w["w3"][layer].T)) @ w["w2"][layer].T
-        return normed(hidden, w["norm"]) @ w["embedding" if self.tied else "head"].T
+            hidden = hidden + (F.silu(x @ w["w1"][layer].T) * (x @ w["w3"][layer].T)) @ w["w2"][layer].T
+        return (normed(hidden, w["norm"]) @ w["embedding" if self.tied else "head"].T).numpy()
 
 
-def normed(hidden: Any, gain: Any) -> Any:
-    return hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + 1e-5) * gain
+def normed(hidden: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(hidden, gain.shape, gain, 1e-5)
 
 
-def turned(heads: Any) -> Any:
-    """(T, heads, D), each adjacent pair turned as one complex number."""
-    length, _, size = heads.shape
-    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)  # (T, D/2)
-    pairs = (heads[..., 0::2] + 1j * heads[..., 1::2]) * np.exp(1j * angles)[:, None]
-    return np.stack([pairs.real, pairs.imag], -1).reshape(heads.shape)
-
-
-def checkpoint(folder: Path, content: bytes) -> Path:
-    path = folder / "toy.bin"
-    path.write_bytes(content)
-    return path
+def turned(heads: Tensor) -> Tensor:
+    """(heads, T, D), each adjacent pair turned as one complex number."""
+    _, length, size = heads.shape
+    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2).double() / size)  # (T, D/2)
+    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
 IDS = [1, 264, 7, 100, 7, 33, 259, 260, 261, 7, 0, 2]
@@ -132,7 +114,7 @@ IDS = [1, 264, 7, 100, 7, 33, 259, 260, 261, 7, 0, 2]
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_decoder_computes_what_llama2c_computes(version, tied, tmp_path):
     toy = Toy(tied=tied)
-    source = open_source(checkpoint(tmp_path, toy.version1() if version else toy.version0()))
+    source = open_source(write(tmp_path / "toy.bin", toy.version1() if version else toy.version0()))
     with torch.no_grad():
         found = source.module(torch.tensor([IDS]), torch.arange(len(IDS))[None])[0].numpy()
     expected = toy.logits(IDS)
@@ -140,7 +122,7 @@ def test_the_decoder_computes_what_llama2c_computes(version, tied, tmp_path):
 
 
 def test_the_header_becomes_the_configuration(tmp_path):
-    source = open_source(checkpoint(tmp_path, Toy(tied=False).version0()), context_length=12)
+    source = open_source(write(tmp_path / "toy.bin", Toy(tied=False).version0()), context_length=12)
     config = source.config
     assert (source.name, source.context_length, config["max_position_embeddings"]) == ("toy", 12, 12)
     assert (config["model_type"], config["tie_word_embeddings"], config["head_dim"]) == ("llama", False, 6)
@@ -170,13 +152,13 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 def test_a_file_that_is_no_whole_checkpoint_is_refused_before_a_layer_is_made(spoilt, tmp_path, monkeypatch):
     content, words = REFUSED[spoilt]
     monkeypatch.setattr("pastkey.export.source.llama2c.Decoder", None)
-    path = checkpoint(tmp_path, content)
+    path = write(tmp_path / "toy.bin", content)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} .*{re.escape(words)}"):
         open_source(path)
 
 
 def test_a_file_that_claims_a_size_and_has_no_content_is_refused_for_its_memory(tmp_path):
-    path = checkpoint(tmp_path, struct.pack("<7i", 4096, 33, 2, 4, 2, 1 << 24, 19))
+    path = write(tmp_path / "toy.bin", struct.pack("<7i", 4096, 33, 2, 4, 2, 1 << 24, 19))
     os.truncate(path, 1 << 38)
     with pytest.raises(InputError, match="and its header asks for") as caught:
         open_source(path)
@@ -186,12 +168,8 @@ def test_a_file_that_claims_a_size_and_has_no_content_is_refused_for_its_memory(
 
 
 # --- the tokenizer ------------------------------------------------------------------------------------------------
-RESERVED: list[Piece] = [
-    (b"<unk>", 0.0),
-    (b"\n<s>\n", 0.0),
-    (b"\n</s>\n", 0.0),
-    *((f"<0x{byte:02X}>".encode(), 0.0) for byte in range(256)),
-]
+RESERVED: list[Piece] = [(text, 0.0) for text in (b"<unk>", b"\n<s>\n", b"\n</s>\n")]
+RESERVED += [(f"<0x{byte:02X}>".encode(), 0.0) for byte in range(256)]
 LETTERS = [" ", "a", "b", "c", "é", "日", "<", ">", "s"]
 # Longer pieces have lower scores or higher ones, some can be made in several ways, and some equal others' parts.
 JOINED = [" a", "ab", "bc", "abc", "  ", " ab", "aa", "aaa", "ca", "caé", "é日", " b", "    ", "bb"]
@@ -200,6 +178,9 @@ PIECES = [
     *((text.encode(), -1000.0 - i) for i, text in enumerate(LETTERS)),
     *((text.encode(), -float(i * 7 % 15)) for i, text in enumerate(JOINED)),
 ]
+
+
+TOY = dataclasses.replace(Toy(), vocab=len(PIECES))
 
 
 def tokenizer_bin(pieces: list[Piece]) -> bytes:
@@ -224,13 +205,15 @@ def encoded(text: str, pieces: list[Piece]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def files(tmp_path_factory):
+    """A checkpoint and its tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "tok.bin").write_bytes(tokenizer_bin(PIECES))
-    toy = dataclasses.replace(Toy(), vocab=len(PIECES))
-    content = open_source(checkpoint(folder, toy.version0()), tokenizer=folder / "tok.bin").tokenizer
-    assert content is not None
-    return Tokenizer.from_buffer(content)
+    return write(folder / "toy.bin", TOY.version0()), write(folder / "tok.bin", tokenizer_bin(PIECES))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files):
+    return Tokenizer.from_buffer(open_source(files[0], tokenizer=files[1]).tokenizer or b"")
 
 
 @settings(max_examples=150, deadline=None)
@@ -245,45 +228,41 @@ def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer, text):
 
 @pytest.mark.oldest
 @pytest.mark.slow
-def test_a_bundle_computes_and_takes_text_as_llama2c(tmp_path):
-    (tmp_path / "tok.bin").write_bytes(tokenizer_bin(PIECES))
-    toy = dataclasses.replace(Toy(), vocab=len(PIECES))
+def test_a_bundle_computes_and_takes_text_as_llama2c(files, tmp_path):
     out = tmp_path / "bundle"
-    model = checkpoint(tmp_path, toy.version0())
-    manifest = export(model, out, precision="fp32", tokenizer=tmp_path / "tok.bin").manifest
+    manifest = export(files[0], out, precision="fp32", tokenizer=files[1]).manifest
     assert (manifest.graph, manifest.bos_token_id, manifest.eos_token_ids) == ("standard", 1, (2, 1))
     lm = load(out)
     assert lm.prompt_ids("abc é") == encoded("abc é", PIECES)
     assert lm.prompt_ids("") == [1]
-    expected = toy.logits(IDS)
+    expected = TOY.logits(IDS)
     assert np.abs(lm.logits(IDS) - expected).max() < 1e-5 * np.abs(expected).max()
     assert '"add_bos_token": true' in (out / names.TOKENIZER_CONFIG).read_text()
 
 
-def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenizer, tmp_path):
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    source = open_source(checkpoint(tmp_path, WHOLE), tokenizer=tmp_path / "tokenizer.json")
-    assert source.tokenizer == (tmp_path / "tokenizer.json").read_bytes()
+def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenizer, files, tmp_path):
+    path = save(tokenizer, tmp_path)
+    source = open_source(files[0], tokenizer=path)
+    assert source.tokenizer == path.read_bytes()
     assert (source.bos_token_id, source.eos_token_ids) == (1, (2, 1))
 
 
 GOOD = tokenizer_bin(PIECES)
+LAST = f"piece {len(PIECES) - 1}, at byte"
 REFUSED_TOKENIZERS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is not a llama2.c tokenizer, or was cut short: piece 0, at byte 4, cannot be read"),
-    "cut": (GOOD[:-1], f"piece {len(PIECES) - 1}, at byte"),
+    "empty": (b"", "is not a llama2.c tokenizer, or was cut short: piece 0, at byte 4"),
+    "cut": (GOOD[:-1], LAST),
     "a length below 0": (GOOD[:4] + struct.pack("<fi", 0, -3) + GOOD[12:], "piece 0, at byte 4"),
-    "not UTF-8": (tokenizer_bin([*PIECES[:-1], (b"\xff\xfe", 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
+    "not UTF-8": (tokenizer_bin([*PIECES[:-1], (b"\xff\xfe", 0.0)]), LAST),
     "too few": (tokenizer_bin(PIECES[:-1]), f"{len(PIECES) - 1} pieces and the model {len(PIECES)} embeddings"),
-    "a long piece": (tokenizer_bin([*PIECES[:-1], (b"a" * 1001, 0.0)]), f"piece {len(PIECES) - 1}, at byte"),
-    "another order": (tokenizer_bin([*PIECES[259:], *RESERVED]), "are not <unk>, <s>, </s>, the 256 bytes, and then"),
+    "a long piece": (tokenizer_bin([*PIECES[:-1], (b"a" * 1001, 0.0)]), LAST),
+    "another order": (tokenizer_bin([*PIECES[259:], *RESERVED]), "are not <unk>, <s>, </s>, the 256 bytes"),
     "a piece twice": (tokenizer_bin([*PIECES[:-1], PIECES[-2]]), "each its own text"),
 }
 
 
 @pytest.mark.parametrize("spoilt", REFUSED_TOKENIZERS)
-def test_a_tokenizer_that_does_not_fit_is_refused(spoilt, tmp_path):
+def test_a_tokenizer_that_does_not_fit_is_refused(spoilt, files, tmp_path):
     content, words = REFUSED_TOKENIZERS[spoilt]
-    (tmp_path / "tok.bin").write_bytes(content)
-    model = checkpoint(tmp_path, dataclasses.replace(Toy(), vocab=len(PIECES)).version0())
     with pytest.raises(InputError, match=rf"tok\.bin .*{words}"):
-        open_source(model, tokenizer=tmp_path / "tok.bin")
+        open_source(files[0], tokenizer=write(tmp_path / "tok.bin", content))
