@@ -32,21 +32,6 @@ class NotCausal(Small):
         x = self.token(input_ids) + self.position(position_ids)
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
         return self.head(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
-
-class Baked(Small):
-    def forward(self, input_ids, position_ids):
-        if torch.compiler.is_exporting():
-            position_ids = position_ids * 0
-        return super().forward(input_ids, position_ids)
-
-def other_weights():
-    module = Small()
-    with torch.no_grad():
-        module.head.weight[3] += 0.5
-    return module
-
-def other_vocabulary():
-    return Small(38)
 """
 
 
@@ -71,6 +56,9 @@ class Heard(Progress):
 
     def say(self, sentence: str) -> None:
         self.said.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        self.said.append(f"warning: {sentence}")
 
     def stage(self, name: str) -> None:
         self.stages.append(name)

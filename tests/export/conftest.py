@@ -126,27 +126,6 @@ def llama_folder(saved_llama, tmp_path):
     return Path(shutil.copytree(saved_llama, tmp_path / "tiny-llama"))
 
 
-@pytest.fixture
-def refusal(tmp_path, capsys):
-    """refusal(SOURCE, ARGUMENT, ...): the one sentence of `pastkey export`, which leaves nothing behind."""
-
-    def run(source: object, *arguments: object) -> str:
-        (tmp_path / "work").mkdir()
-        out = tmp_path / "work" / "bundle"
-        capsys.readouterr()  # transformers' progress bars of making the source
-        status = main(["export", str(source), "--out", str(out), *map(str, arguments)])
-        stdout, stderr = capsys.readouterr()
-        assert (status, stdout, list(out.parent.iterdir())) == (2, "", [])
-        assert "Traceback" not in stderr
-        *stages, sentence = stderr.splitlines()
-        said = (" weights need about ", "decoding with a cache gives ")
-        assert all(line.startswith("  ") or any(words in line for words in said) for line in stages), stderr
-        assert sentence.startswith("pastkey export: ")
-        return sentence.removeprefix("pastkey export: ")
-
-    return run
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def factory(tmp_path_factory):

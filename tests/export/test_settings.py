@@ -32,41 +32,31 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "words"),
     [
-        ({"precision": "int3"}, "precision is 'int3'; it must be one of int8, int4, fp16, fp32"),
-        ({"graph": "static"}, "--precision int8 and a static graph exclude each other"),
-        (
-            {"target": "coreml", "precision": "int8"},
-            "static graphs are made in float32, for qnn also in int8; leave out or change one of them",
-        ),
-        ({"target": "qnn", "graph": "standard"}, "--target qnn and --graph standard exclude each other"),
+        ({"precision": "int3"}, "precision is 'int3'; it must be one of"),
+        ({"graph": "static"}, "--precision int8 and a static graph exclude"),
+        ({"target": "coreml", "precision": "int8"}, "static graphs are made in float32, for qnn also in int8"),
+        ({"target": "qnn", "graph": "standard"}, "--target qnn and --graph standard exclude"),
         ({"target": "qnn", "max_kl": 0.1}, "they are of pastkey's own int8"),
-        ({"chunk": 64}, "--chunk and --graph auto exclude each other: it is of the static graph"),
-        ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be a whole number of tokens from 1"),
-        (
-            {"target": "portable", "precision": "fp32", "graph": "fused"},
-            "--graph fused and --target portable exclude each other",
-        ),
-        ({"format": "gguf"}, "format is 'gguf'; it must be one of onnx, ort"),
-        ({"format": "ort", "target": "cuda"}, "--format ort and --target cuda exclude each other"),
-        ({"max_kl": float("nan")}, "max_kl is nan; it must be a finite number of nats above 0"),
-        ({"precision": "fp32", "max_kl": 0.1}, "and --precision fp32 exclude each other"),
+        ({"chunk": 64}, "--chunk and --graph auto exclude"),
+        ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be"),
+        ({"target": "portable", "precision": "fp32", "graph": "fused"}, "--graph fused and --target portable exclude"),
+        ({"format": "gguf"}, "format is 'gguf'; it must be one of"),
+        ({"format": "ort", "target": "cuda"}, "--format ort and --target cuda exclude"),
+        ({"max_kl": float("nan")}, "max_kl is nan; it must be"),
+        ({"precision": "fp32", "max_kl": 0.1}, "and --precision fp32 exclude"),
         ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to integers"),
+        ({"precision": "fp32", "sensitivity": "table.json"}, "--calibration, --max-kl or --sensitivity and"),
         ({"graph": "static", "precision": "fp32", "format": "ort"}, "it is of graphs whose sizes change"),
-        ({"provider_options": {"a": "b"}}, "--provider-option or --allow-fallback and --target cpu exclude each other"),
+        ({"provider_options": {"a": "b"}}, "--provider-option or --allow-fallback and --target cpu exclude"),
         ({"quick": True, "max_kl": 0.1}, "it measures no single matrix"),
-        ({"shard_size": "2 apples"}, "shard_size is '2 apples'; it must be a number of bytes, such as 500MB or 2GB"),
-        (
-            {"precision": "fp32", "sensitivity": "table.json"},
-            "--calibration, --max-kl or --sensitivity and --precision fp32",
-        ),
+        ({"shard_size": "2 apples"}, "shard_size is '2 apples'; it must be"),
     ],
 )
-def test_what_cannot_be_is_refused_when_it_is_said(settings, sentence):
-    with pytest.raises(InputError) as raised:
+def test_what_cannot_be_is_refused_when_it_is_said(settings, words):
+    with pytest.raises(InputError, match=words):
         ExportConfig(**settings)
-    assert sentence in str(raised.value)
 
 
 def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one():

@@ -18,7 +18,7 @@ from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import placement as providers
 
 from ..shared import divided
-from .decoders import Plain, gpt2, llama
+from .decoders import Plain, gpt2
 from .graft.own.biases import DECODERS as BIASES
 
 
@@ -45,35 +45,27 @@ def test_a_bundle_is_proved_where_it_is_to_run_with_what_was_given_for_that(tmp_
     monkeypatch.setattr(bundle_writer, "Engine", Recorded)
     monkeypatch.setattr(providers, "available", lambda: [PROVIDERS["openvino"].name, providers.CPU])
     report = export(
-        Plain(),
-        tmp_path / "bundle",
-        precision="fp32",
-        target="openvino",
-        context_length=8,
+        Plain(), tmp_path / "bundle", precision="fp32", target="openvino", context_length=8, allow_fallback=True,
         provider_options={"device_type": "GPU", "cache_dir": "blobs"},
         session_options=[("session.use_env_allocators", "1")],
-        allow_fallback=True,
-    )
+    )  # fmt: skip
     assert proved[-1] == {
-        "target": "openvino",
-        "options": {"device_type": "GPU", "cache_dir": "blobs"},
+        "target": "openvino", "options": {"device_type": "GPU", "cache_dir": "blobs"}, "allow_fallback": True,
         "session_options": {"session.use_env_allocators": "1"},
-        "allow_fallback": True,
-    }
+    }  # fmt: skip
     assert report.manifest.provider_options == {"device_type": "GPU"}
     assert any("does not keep the provider options cache_dir" in sentence for sentence in report.warnings)
     assert open_bundle(tmp_path / "bundle").manifest.files.keys() >= {names.GOLDEN}
 
 
-@pytest.mark.parametrize("build", divided([llama, gpt2], ci=[gpt2]))
-def test_a_portable_bundle_has_onnx_standard_operators_only(build, tmp_path):
-    export(build(), tmp_path / "bundle", precision="fp32", target="portable", context_length=40)
+@pytest.mark.slow
+def test_a_portable_bundle_has_onnx_standard_operators_only(tmp_path):
+    export(gpt2(), tmp_path / "bundle", precision="fp32", target="portable", context_length=40)
     bundle = open_bundle(tmp_path / "bundle")
     assert (bundle.manifest.target, bundle.manifest.graph) == ("portable", "standard")
     for path in (bundle.all_logits_graph, bundle.last_logits_graph):
         model = onnx.load(path, load_external_data=False)
-        assert [opset.domain for opset in model.opset_import] == [""]
-        assert {node.domain for node in model.graph.node} == {""}
+        assert {opset.domain for opset in model.opset_import} | {node.domain for node in model.graph.node} == {""}
         onnx.checker.check_model(path)
 
 

@@ -36,10 +36,10 @@ def write(path: Path, content: str | bytes | object) -> Path:
     return path
 
 
-def change(file: Path, **entries: Any) -> None:
+def change(file: Path, **entries: Any) -> Path:
     """Writes entries of a JSON file over; None takes one out."""
     content = json.loads(file.read_text()) | entries
-    write(file, {key: value for key, value in content.items() if value is not None})
+    return write(file, {key: value for key, value in content.items() if value is not None})
 
 
 def link_out(folder: Path, name: str) -> Path:
