@@ -66,18 +66,18 @@ def every_matrix_is_large(monkeypatch):
 def reads(monkeypatch):
     """The shapes of the tensors that were read."""
     found: list[tuple[int, ...]] = []
-    read_into, mapped = MappedTensor.read_into, MappedTensor.mapped
 
-    def counted_read(self: MappedTensor, out: torch.Tensor) -> None:
-        found.append(self.shape)
-        read_into(self, out)
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(MappedTensor, name)
 
-    def counted_mapped(self: MappedTensor, dtype: torch.dtype) -> torch.Tensor | None:
-        found.append(self.shape)
-        return mapped(self, dtype)
+        def read(self: MappedTensor, given: Any) -> Any:
+            found.append(self.shape)
+            return original(self, given)
 
-    monkeypatch.setattr(MappedTensor, "read_into", counted_read)
-    monkeypatch.setattr(MappedTensor, "mapped", counted_mapped)
+        return read
+
+    for name in ("read_into", "mapped"):
+        monkeypatch.setattr(MappedTensor, name, counted(name))
     return found
 
 
