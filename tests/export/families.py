@@ -186,7 +186,9 @@ _UNTRIED = "it was not tried there"
 FROM_TRANSFORMERS_5: dict[str, str] = {
     family: reason
     for reason, families in (
-        (_UNTRIED, ("modernbert-decoder", "lfm2_moe", "granitemoehybrid", "gpt_neox_japanese", "gpt-sw3", "gemma3n_text")),
+        (_UNTRIED, (
+            "modernbert-decoder", "lfm2_moe", "granitemoehybrid", "gpt_neox_japanese", "gpt-sw3", "gemma3n_text",
+        )),
         (_BY_HAND, (
             "codegen", "ctrl", "diffllama", "gptj", "jetmoe", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm",
         )),

@@ -14,6 +14,8 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ParityError
 from pastkey.export import export, grafting
 from pastkey.export.bundle_writer import MIN_ONNXRUNTIME
+from pastkey.export.measure.metrics import kl_divergence
+from pastkey.export.measure.paths import compared_text
 from pastkey.runtime import Engine
 
 from ..shared import divided
@@ -56,37 +58,29 @@ def test_a_block_applied_twice_is_stored_once(exported):
 
 
 # --- the report and the manifest ----------------------------------------------------------------------------------
-def test_the_manifest_records_what_was_measured(exported):
+def test_the_manifest_records_what_was_measured_of_the_two_models(exported):
     made = exported("llama", "int8")
     manifest = made.bundle.manifest
     checks = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch", "greedy"}
-    assert set(manifest.parity) == {"fp32", "int8"}
-    for precision, parity in manifest.parity.items():
-        assert parity["ok"] is True
-        assert parity["tokens"] == 40
-        assert set(parity["checks"]) == checks | ({"float32"} if precision == "int8" else set())
-    assert manifest.parity["fp32"]["reference"] == "source"
-    assert manifest.parity["int8"]["reference"] == "own uncached run"
-    for check in manifest.parity["fp32"]["checks"].values():
+    parities = manifest.parity
+    assert {precision: set(parity["checks"]) for precision, parity in parities.items()} == {
+        "fp32": checks, "int8": checks | {"float32"},
+    }  # fmt: skip
+    assert {(parity["ok"], parity["tokens"]) for parity in parities.values()} == {(True, 40)}
+    assert [parities[name]["reference"] for name in ("fp32", "int8")] == ["source", "own uncached run"]
+    for check in parities["fp32"]["checks"].values():
         if check["measure"] == "max_relative_difference":
             assert 0 <= check["value"] <= check["limit"] == 1e-5
     assert 0 < manifest.quality["kl_divergence"] < 0.05
     assert 0.5 < manifest.quality["top1_agreement"] <= 1
     assert manifest.quality["text"] == "own"
     verified = made.report.verification.quality
-    assert {key: manifest.parity["int8"][key] for key in verified} == verified
-
-
-def test_the_quality_figures_are_those_of_the_two_models(exported):
-    from pastkey.export.measure.metrics import kl_divergence
-    from pastkey.export.measure.paths import compared_text
-
-    made = exported("llama", "int8")
+    assert {key: parities["int8"][key] for key in verified} == verified
     ids = compared_text(Engine(made.bundle), 40).tolist()
     assert len(ids) == 40
     assert len(set(ids)) > 10
     found = kl_divergence(made.torch_logits(ids), run_chunks(made.bundle.all_logits_graph, [ids]))
-    assert found == pytest.approx(made.bundle.manifest.parity["int8"]["kl_divergence"], rel=0.01)
+    assert found == pytest.approx(parities["int8"]["kl_divergence"], rel=0.01)
 
 
 def test_the_manifest_says_what_the_graph_is(exported):

@@ -1,19 +1,26 @@
-"""The settings of an export: one place for Python's defaults and the command line's."""
+"""The settings of an export, and the keys by which it and the state of its source are told from others."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import inspect
+import json
+import os
 import re
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
-from pastkey.errors import InputError
-from pastkey.export import export
+import pastkey
+from pastkey.contract import names
+from pastkey.errors import InputError, IntegrityError
+from pastkey.export import export, pipeline
 from pastkey.export.cli import export_command
+from pastkey.export.keys import Keys, identity, keys_of, require_unchanged
+from pastkey.export.progress import Progress
 from pastkey.export.settings import ExportConfig, ExportOptions
+from pastkey.export.source import pretrained
 
 
 def test_python_and_the_command_line_have_the_same_settings_and_defaults():
@@ -66,3 +73,78 @@ def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one():
         assert config.common == ExportConfig(precision="fp32", graph="standard", target="cpu")
     assert not ExportConfig().static
     assert ExportConfig().common == ExportConfig()
+
+
+SOURCE = {"a": 1}
+ALL = {"graph", "text", "matrices", "quantized"}
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+def same(one: Keys, other: Keys) -> set[str]:
+    """The steps with one key in both."""
+    first, second = dataclasses.asdict(one), dataclasses.asdict(other)
+    return {step for step, key in first.items() if key is not None and key == second[step]}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"force": True, "generate": True}, ALL),
+        ({"max_kl": 0.1, "shard_size": "2GB"}, {"graph", "text", "matrices"}),
+        ({"sensitivity": "table.json"}, {"graph", "text", "matrices"}),
+        ({"precision": "int4"}, {"graph"}),
+        ({"precision": "fp32"}, {"graph"}),
+        ({"calibration": "other"}, {"graph"}),
+        ({"target": "webgpu", "eos": 3, "chat_template": "other.jinja"}, {"graph"}),
+        ({"quick": True}, set()),
+        ({"context_length": 16}, set()),
+        ({"cache": False}, set()),
+    ],
+)
+def test_a_step_is_of_one_source_and_the_options_that_it_depends_on(options, found):
+    first, config = keys_of(ExportConfig(), SOURCE, "fused"), ExportConfig(**options)
+    assert same(first, keys_of(config, SOURCE, "fused")) == found
+    assert same(first, keys_of(config, {"a": 2}, "fused")) == set()
+    assert same(first, keys_of(config, None, "fused")) == set()
+    assert "graph" not in same(first, keys_of(config, SOURCE, "standard"))
+
+
+@pytest.mark.parametrize("room", ["pastkey", "runtime", "train"])
+def test_a_step_is_of_the_code_that_makes_and_proves_it(room, tmp_path, monkeypatch):
+    before = keys_of(ExportConfig(), SOURCE, "fused")
+    (tmp_path / "changed.py").write_text("")
+    monkeypatch.setattr(getattr(pastkey, room, pastkey), "__file__", str(tmp_path / "__init__.py"))
+    assert same(before, keys_of(ExportConfig(), SOURCE, "fused")) == set()
+
+
+# --- a source that changes ----------------------------------------------------------------------------------------
+def test_a_source_that_changes_under_an_export_is_refused(tmp_path):
+    source, config = tmp_path / "model", ExportConfig()
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "model.safetensors").write_bytes(bytes(3 << 20))
+    before = identity(source, config)
+    require_unchanged(source, config, before)
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match=r"model changed while it was exported \(model\.safetensors\): export it"):
+        require_unchanged(source, config, before)
+    # A checkpoint was read as a whole, and training goes on.
+    (source / names.MANIFEST).write_text(json.dumps({}))
+    require_unchanged(source, config, before)
+
+
+def test_a_source_that_changes_while_its_weights_are_read_is_refused(llama_folder, tmp_path, monkeypatch):
+    original = pretrained._load
+
+    def load(*args: Any, **options: Any) -> Any:
+        loaded = original(*args, **options)
+        os.utime(llama_folder / "model.safetensors", ns=(1, 1))
+        return loaded
+
+    monkeypatch.setattr(pretrained, "_load", load)
+    config = ExportConfig()
+    _, before = pipeline._open(llama_folder, tmp_path / "bundle", config, Progress())
+    with pytest.raises(IntegrityError, match=r"changed while it was exported \(model\.safetensors\)"):
+        require_unchanged(llama_folder, config, before)

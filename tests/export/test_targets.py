@@ -1,25 +1,34 @@
-"""What an export makes for each target and in float16, and where it is proved."""
+"""What an export makes for each target and format, in float16 and beyond 2 GiB, and where it is proved."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
 from torch import Tensor
 
+import pastkey
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
-from pastkey.errors import ContractError, NumericsError, ProviderError
-from pastkey.export import bundle_writer, export
+from pastkey.errors import ContractError, NumericsError, ParityError, ProviderError
+from pastkey.export import bundle_writer, export, ort_format
+from pastkey.export.graph.write import embedding_rows
+from pastkey.export.resources import parameters
+from pastkey.files.memory import available_memory
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine, load
 from pastkey.runtime.providers import placement as providers
 
 from ..shared import divided
-from .decoders import Plain, gpt2
+from .decoders import Plain, gpt2, llama
 from .graft.own.biases import DECODERS as BIASES
+from .plain_loop import Text, open_graph
 
 
 @pytest.mark.parametrize("target", divided(["cuda", "openvino", "webgpu"], quick=["cuda"], ci=["webgpu"]))
@@ -91,3 +100,67 @@ def test_float16_that_overflows_is_refused_though_the_processor_does_not_see_it(
     with pytest.raises(NumericsError, match=r"the value \w+ reaches [\d.e+]+, and float16 ends at 65,504: export with"):
         export(Beyond(), tmp_path / "bundle", precision="fp16", context_length=8)
     assert not list(tmp_path.iterdir())
+
+
+CONTEXT, PROMPT = 40, [3, 1, 4, 1, 5]
+
+
+def test_the_file_is_one_and_lists_its_operators(tmp_path, monkeypatch):
+    """tests/conformance runs it."""
+    monkeypatch.setattr(embedding_rows, "_LARGE", 1)  # so that the int8 graph is handed the embedding's rows
+    export(llama(), tmp_path / "bundle", context_length=CONTEXT, format="ort")
+    bundle = open_bundle(tmp_path / "bundle", verify=True)
+    assert {names.ORT_GRAPH, names.ORT_OPERATORS} <= set(bundle.manifest.files)
+    assert not [*bundle.path.glob(".*"), *bundle.path.glob("onnx/ort_source*")]
+    listed = (bundle.path / names.ORT_OPERATORS).read_text(encoding="utf-8")
+    assert "com.microsoft;1;GroupQueryAttention,MatMulNBits," in listed
+    assert str(tmp_path) not in listed
+    alone = open_graph(Path(shutil.copy(bundle.path / names.ORT_GRAPH, tmp_path / "alone.ort")))
+    assert names.EMBEDDING_ROWS not in [value.name for value in alone.get_inputs()]
+
+
+@pytest.mark.slow
+def test_it_gives_the_logits_of_every_position_when_it_is_asked_to(tmp_path):
+    export(llama(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")
+    bundle = open_bundle(tmp_path / "bundle")
+    text = Text(open_graph(bundle.path / names.ORT_GRAPH), last=5)
+    expected = Engine(bundle, graph="all_logits").forward([PROMPT])[0]
+    np.testing.assert_allclose(text.read(PROMPT), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_a_file_that_computes_something_else_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    logits = ort_format._logits
+    monkeypatch.setattr(ort_format, "_logits", lambda graph, ids: 1.001 * logits(graph, ids))
+    sentence = r"in the ORT format of pastkey\.onnx logits differ by .*e-0.* of the largest logit \(limit 1e-05\)"
+    with pytest.raises(ParityError, match=sentence):
+        export(Plain(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_fails_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ort_format, "_TOOL", "onnxruntime.tools.no_such_tool")
+    with pytest.raises(ParityError, match=r"cannot write the graph in its ORT format \(.*no_such_tool.*--format onnx$"):
+        export(Plain(), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, format="ort")
+    assert not list(tmp_path.iterdir())
+
+
+_NEEDED = 13e9  # bytes
+
+
+@pytest.mark.matrix
+def test_a_model_over_2_gib_is_exported_and_runs(tmp_path):
+    free = available_memory()
+    if free is not None and free < _NEEDED:
+        pytest.skip(f"{free / 1e9:.0f} GB of memory are available, {_NEEDED / 1e9:.0f} are needed")
+    module = Plain(vocab=290_000, width=1024, heads=8, size=16, context=32)
+    assert 4 * parameters(module) > 2.2 * 2**30
+    report = export(module, tmp_path / "bundle", precision="fp32", context_length=32)
+    assert report.manifest.parity["fp32"]["ok"]
+    graph, data = tmp_path / "bundle" / "onnx" / "model.onnx", tmp_path / "bundle" / "onnx" / "model.onnx_data"
+    assert graph.stat().st_size < 1 << 20
+    assert data.stat().st_size > 2.2 * 2**30
+    ids = [7, 289_999, 12_345]
+    with torch.no_grad():
+        expected = module(torch.tensor([ids]), torch.arange(3)[None])[0, -1].argmax()
+    assert pastkey.load(tmp_path / "bundle").generate(ids, max_new_tokens=1).ids == [int(expected)]

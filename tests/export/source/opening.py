@@ -54,6 +54,17 @@ def link_out(folder: Path, name: str) -> Path:
     return target
 
 
+class Runs:
+    """Calls a function when a pickle of it is read as pickles are."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, *arguments = self.call
+        return function, tuple(arguments)
+
+
 def save(tokenizer: Tokenizer, folder: Path, **config: Any) -> Path:
     """Writes tokenizer.json, and a configuration if there is one."""
     tokenizer.save(str(folder / names.TOKENIZER))

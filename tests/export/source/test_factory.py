@@ -205,9 +205,9 @@ def test_what_the_file_sets_for_its_process_is_restored(file):
 @pytest.mark.parametrize(
     ("text", "width"),
     [
-        ("make", 4), ("Model", 4), ("Model(width=3)", 3), ("Model(2 + 3)", 5), ("torch.compile(Model(), backend='eager')", 4),
-        ("late", 4), ("needs(1, depth=2)", 4), ("(3, Model())[1]", 4), ("n = 6; Model(n)", 6), ("lambda: Model(2)", 2),
-        ("{'a:b': Model(7)}['a:b']", 7),
+        ("make", 4), ("Model", 4), ("Model(width=3)", 3), ("Model(2 + 3)", 5), ("late", 4),
+        ("torch.compile(Model(), backend='eager')", 4), ("needs(1, depth=2)", 4), ("(3, Model())[1]", 4),
+        ("n = 6; Model(n)", 6), ("lambda: Model(2)", 2), ("{'a:b': Model(7)}['a:b']", 7),
     ],
 )  # fmt: skip
 def test_a_function_a_class_a_module_and_an_expression_give_the_module(text, width, file):

@@ -26,7 +26,7 @@ from pastkey.export.source.open import open_source
 from pastkey.export.source.stored_weights import MOST_POSITIONS
 
 from ..tiny_llama import TRANSFORMERS_4
-from .opening import Refused, change, link_out, write
+from .opening import Refused, Runs, change, link_out, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 INDEX = "model.safetensors.index.json"
@@ -56,16 +56,6 @@ def in_shards(folder: Path) -> Path:
     return folder
 
 
-class Opens:
-    """What a pickle runs when it is read."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
 def list_in(folder: Path, name: str) -> Path:
     """Puts the weights into the file `name`, which an index lists, and a pickle there for any other."""
     target = folder / name
@@ -73,13 +63,13 @@ def list_in(folder: Path, name: str) -> Path:
     found = load_file(folder / names.WEIGHTS)
     (folder / names.WEIGHTS).rename(target)
     if not name.endswith(".safetensors"):
-        torch.save({"mark": Opens(folder / "was-run")}, target)
+        torch.save({"mark": Runs(Path.touch, folder / "was-run")}, target)
     write(folder / INDEX, {"metadata": {}, "weight_map": dict.fromkeys(found, name)})
     return target
 
 
 def name_in_configuration(folder: Path, name: object) -> Path:
-    torch.save({"mark": Opens(folder / "was-run")}, folder / "adapter_model.bin")
+    torch.save({"mark": Runs(Path.touch, folder / "was-run")}, folder / "adapter_model.bin")
     change(folder / names.CONFIG, transformers_weights=name)
     return folder / "adapter_model.bin"
 

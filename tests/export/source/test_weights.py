@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pastkey.export.source.open import open_source
 from pastkey.export.source.weights import load_weights
 
 from ..decoders import Plain
+from .opening import Runs
 
 
 @dataclasses.dataclass
@@ -85,36 +85,29 @@ def test_safetensors_are_no_pickle_which_is_named_and_a_missing_tied_weight_is_t
     assert loaded(Net(), file) == [f"5 weights of {file} were loaded", told]
 
 
-SEARCHED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "model": (lambda s: {"model": s, "step": 3}, ", under 'model'"),
-    "lightning": (
-        lambda s: {"state_dict": prefixed(s, "model."), "epoch": 1}, ", under 'state_dict', without 'model.' in",
-    ),
-    "deep": (lambda s: {"a": {"b": {"c": s}}}, ", under 'a.b.c'"),
-    "compiled": (lambda s: prefixed(s, "_orig_mod."), ", without '_orig_mod.' in their names"),
-    "parallel": (lambda s: prefixed(s, "module._orig_mod."), ", without '_orig_mod.' and 'module.' in their names"),
-    "prefix": (lambda s: prefixed(s, "net.decoder."), ", without 'net.decoder.' in their names"),
-    "two": (lambda s: {"model": s, "ema": s}, ", under 'model' ('ema' would fit as well)"),
-    "optimizer": (
-        lambda s: {"optimizer": {"state": {0: {"exp_avg": s["embed.weight"]}}}, "model": s}, ", under 'model'",
-    ),
-    "compiled layers": (
-        lambda s: {"model": {n.replace("layers.", "layers._orig_mod."): t for n, t in s.items()}}, "'_orig_mod.'",
-    ),
-    "other classes": (
-        lambda s: {"model": s, "config": Settings(), "args": argparse.Namespace(a=1), "loss": np.float64(2.5)}, "",
-    ),
-    "outside the prefix": (
-        lambda s: prefixed(s, "net.") | {"loss.weight": torch.rand(3)}, "1 the module has no place for",
-    ),
-}  # fmt: skip
+STATE = trained()
+WRAPPED = {name.replace("layers.", "layers._orig_mod."): tensor for name, tensor in STATE.items()}
+OTHERS = {"config": Settings(), "args": argparse.Namespace(a=1), "loss": np.float64(2.5)}
+SEARCHED: dict[str, tuple[Any, str]] = {
+    "model": ({"model": STATE, "step": 3}, ", under 'model'"),
+    "lightning": ({"state_dict": prefixed(STATE, "model.")}, ", under 'state_dict', without 'model.' in"),
+    "deep": ({"a": {"b": {"c": STATE}}}, ", under 'a.b.c'"),
+    "compiled": (prefixed(STATE, "_orig_mod."), ", without '_orig_mod.' in their names"),
+    "parallel": (prefixed(STATE, "module._orig_mod."), ", without '_orig_mod.' and 'module.' in their names"),
+    "prefix": (prefixed(STATE, "net.decoder."), ", without 'net.decoder.' in their names"),
+    "two": ({"model": STATE, "ema": STATE}, ", under 'model' ('ema' would fit as well)"),
+    "optimizer": ({"optimizer": {"state": {0: {"exp_avg": STATE["embed.weight"]}}}, "model": STATE}, ", under 'model'"),
+    "compiled layers": ({"model": WRAPPED}, "'_orig_mod.'"),
+    "other classes": ({"model": STATE} | OTHERS, ""),
+    "outside the prefix": (prefixed(STATE, "net.") | {"loss.weight": torch.rand(3)}, "1 the module has no place for"),
+}
 
 
 @pytest.mark.parametrize("name", SEARCHED)
 def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(name, tmp_path):
     content, words = SEARCHED[name]
     net = Net()
-    assert words in loaded(net, saved(content(trained()), tmp_path))[0]
+    assert words in loaded(net, saved(content, tmp_path))[0]
     assert same(net, trained())
 
 
@@ -213,23 +206,12 @@ def test_files_that_are_no_weights_are_told(tmp_path):
         loaded(Net(), tmp_path / "none.pt")
 
 
-class Evil:
-    """Runs something when a pickle of it is read as pickles are."""
-
-    def __init__(self, *call: Any) -> None:
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        function, *arguments = self.call
-        return function, tuple(arguments)
-
-
 def test_no_code_of_a_pickle_is_run(tmp_path):
-    net, state, target = Net(), trained(), tmp_path / "evil"
-    loaded(net, saved({"model": state, "extra": Evil(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
-    assert same(net, state)
-    for evil, words in ((Evil(os.system, f"touch {target}"), "system"), (Evil(Path.touch, target), "unrecognized")):
-        sentence = refused(Net(), saved({"model": state, "extra": evil}, tmp_path))
+    net, target = Net(), tmp_path / "evil"
+    loaded(net, saved({"model": trained(), "extra": Runs(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
+    assert same(net, trained())
+    for evil, words in ((Runs(os.system, f"touch {target}"), "system"), (Runs(Path.touch, target), "unrecognized")):
+        sentence = refused(Net(), saved({"model": trained(), "extra": evil}, tmp_path))
         assert words in sentence
         assert "save model.state_dict() alone" in sentence
         assert "False" not in sentence
