@@ -14,6 +14,8 @@ import torch, torch.nn.functional as F
 from torch import nn
 
 class Small(nn.Module):
+    causal = True
+
     def __init__(self, vocab=37):
         super().__init__()
         torch.manual_seed(0)
@@ -24,14 +26,10 @@ class Small(nn.Module):
     def forward(self, input_ids, position_ids):
         x = self.token(input_ids) + self.position(position_ids)
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[:, 0])
 
 class NotCausal(Small):
-    def forward(self, input_ids, position_ids):
-        print("forward")
-        x = self.token(input_ids) + self.position(position_ids)
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
+    causal = False
 """
 
 

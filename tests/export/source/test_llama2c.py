@@ -1,19 +1,16 @@
-"""llama2.c checkpoints: files written here by the format, and a Llama in numpy that turns adjacent pairs as it does."""
+"""llama2.c checkpoints: files written here by the format, of a decoder whose logits are known."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import re
 import struct
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -24,7 +21,9 @@ from pastkey.errors import InputError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
+from pastkey.train.model import Decoder
 
+from ..decoders import llama
 from .opening import save, write
 
 Array = npt.NDArray[np.float32]
@@ -32,79 +31,55 @@ Piece = tuple[bytes, float]
 
 
 # --- a checkpoint of any sizes ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Toy:
-    """A random llama2.c decoder; heads of size 6 and odd widths, so that no two sizes can be mixed up."""
-
-    dim: int = 24
-    hidden: int = 33
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    vocab: int = 265
-    context: int = 19
-    tied: bool = True
-
-    def weights(self) -> dict[str, Array]:
-        rng = np.random.default_rng(0)
-        kv, layers = self.dim // self.heads * self.kv_heads, self.layers
-        shapes = {
-            "embedding": (self.vocab, self.dim), "head": (self.vocab, self.dim), "norm": (self.dim,),
-            "norm1": (layers, self.dim), "norm2": (layers, self.dim), "wq": (layers, self.dim, self.dim),
-            "wk": (layers, kv, self.dim), "wv": (layers, kv, self.dim), "wo": (layers, self.dim, self.dim),
-            "w1": (layers, self.hidden, self.dim), "w2": (layers, self.dim, self.hidden),
-            "w3": (layers, self.hidden, self.dim),
-        }  # fmt: skip
-        return {
-            name: (rng.normal(size=shape) * 0.4 + name.startswith("norm")).astype(np.float32)
-            for name, shape in shapes.items()
-        }
-
-    def sizes(self) -> list[int]:
-        return [self.dim, self.hidden, self.layers, self.heads, self.kv_heads, self.vocab, self.context]
-
-    def version0(self) -> bytes:
-        w = self.weights()
-        sizes = self.sizes()
-        sizes[5] *= 1 if self.tied else -1
-        table = np.full((2, self.context, self.dim // self.heads // 2), 7, np.float32)  # read by nobody
-        order = ["embedding", "norm1", "wq", "wk", "wv", "wo", "norm2", "w1", "w2", "w3", "norm"]
-        blocks = [*(w[name] for name in order), table, *([] if self.tied else [w["head"]])]
-        return struct.pack("<7i", *sizes) + b"".join(block.tobytes() for block in blocks)
-
-    def version1(self, version: int = 1) -> bytes:
-        w = self.weights()
-        header = struct.pack("<Ii7iB", 0x616B3432, version, *self.sizes(), self.tied).ljust(256, b"\0")
-        order = ["norm1", "norm2", "norm", "embedding", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-        return header + b"".join(w[name].tobytes() for name in [*order, *([] if self.tied else ["head"])])
-
-    def logits(self, ids: list[int]) -> Array:
-        """(T, V), computed in float64."""
-        w = {name: torch.from_numpy(block).double() for name, block in self.weights().items()}
-        hidden = w["embedding"][ids]  # (T, E)
-        for layer in range(self.layers):
-            x = normed(hidden, w["norm1"][layer])
-            q, k, v = (
-                (x @ w[name][layer].T).unflatten(1, (-1, self.dim // self.heads)).transpose(0, 1)
-                for name in ("wq", "wk", "wv")
-            )  # (heads, T, D)
-            mixed = F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
-            hidden = hidden + mixed.transpose(0, 1).flatten(1) @ w["wo"][layer].T
-            x = normed(hidden, w["norm2"][layer])
-            hidden = hidden + (F.silu(x @ w["w1"][layer].T) * (x @ w["w3"][layer].T)) @ w["w2"][layer].T
-        return (normed(hidden, w["norm"]) @ w["embedding" if self.tied else "head"].T).numpy()
+SIZES = (24, 33, 2, 4, 2, 265, 19)  # heads of size 6 and odd widths, so that no two sizes can be mixed up
+# The format's order of the weights, by the names that Llama has in PyTorch.
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "down_proj", "up_proj")
+ORDER = (
+    ("embed_tokens", "input_layernorm", *_MATRICES, "post_attention_layernorm", *_MLP, "norm"),
+    ("input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", *_MATRICES, *_MLP),
+)
 
 
-def normed(hidden: Tensor, gain: Tensor) -> Tensor:
-    return F.rms_norm(hidden, gain.shape, gain, 1e-5)
+def toy(*, vocab: int = 265, tied: bool = True) -> Decoder:
+    """A random decoder of these sizes, also in its norms."""
+    dim, hidden, layers, heads, kv_heads, _, context = SIZES
+    model = llama(
+        vocab_size=vocab, max_position_embeddings=context, hidden_size=dim, intermediate_size=hidden, head_dim=6,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+        norm_eps=1e-5, rope_theta=10000.0,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4).add_(torch.randn(parameter.shape) * 0.1)
+    return model
 
 
-def turned(heads: Tensor) -> Tensor:
-    """(heads, T, D), each adjacent pair turned as one complex number."""
-    _, length, size = heads.shape
-    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, size, 2).double() / size)  # (T, D/2)
-    pairs = torch.view_as_complex(heads.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+def content(model: Decoder, version: int = 0) -> bytes:
+    """The model as llama2.c writes it."""
+    state, tied = model.state_dict(), model.config.tie_word_embeddings
+    sizes = [*SIZES[:5], model.config.vocab_size * (1 if tied or version else -1), SIZES[6]]
+    header = struct.pack("<7i", *sizes)
+    if version:
+        header = (struct.pack("<Ii", 0x616B3432, version) + header + bytes([tied])).ljust(256, b"\0")
+    blocks = [block for name in ORDER[version > 0] for block in _blocks(state, name)]
+    table = [] if version else [torch.full((2, SIZES[6], 3), 7.0)]  # of positions, read by nobody
+    head = [] if tied else [state["lm_head.weight"]]
+    return header + b"".join(block.numpy().tobytes() for block in (*blocks, *table, *head))
+
+
+def _blocks(state: dict[str, Tensor], name: str) -> list[Tensor]:
+    """A weight of all layers. llama2.c turns adjacent pairs in each head of six, Llama in PyTorch those 3 apart."""
+    found = [weight for full, weight in state.items() if full.split(".")[-2] == name]
+    if name in ("q_proj", "k_proj"):
+        found = [weight.unflatten(0, (-1, 2, 3)).transpose(1, 2).flatten(0, 2) for weight in found]
+    return found
+
+
+def logits(model: Decoder) -> Array:
+    with torch.no_grad():
+        found: Array = model(torch.tensor([IDS]), torch.arange(len(IDS))[None])[0].numpy()
+    return found
 
 
 IDS = [1, 264, 7, 100, 7, 33, 259, 260, 261, 7, 0, 2]
@@ -113,16 +88,14 @@ IDS = [1, 264, 7, 100, 7, 33, 259, 260, 261, 7, 0, 2]
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_decoder_computes_what_llama2c_computes(version, tied, tmp_path):
-    toy = Toy(tied=tied)
-    source = open_source(write(tmp_path / "toy.bin", toy.version1() if version else toy.version0()))
-    with torch.no_grad():
-        found = source.module(torch.tensor([IDS]), torch.arange(len(IDS))[None])[0].numpy()
-    expected = toy.logits(IDS)
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    model = toy(tied=tied)
+    source = open_source(write(tmp_path / "toy.bin", content(model, version)))
+    expected = logits(model)
+    assert np.abs(logits(source.module) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 def test_the_header_becomes_the_configuration(tmp_path):
-    source = open_source(write(tmp_path / "toy.bin", Toy(tied=False).version0()), context_length=12)
+    source = open_source(write(tmp_path / "toy.bin", content(toy(tied=False))), context_length=12)
     config = source.config
     assert (source.name, source.context_length, config["max_position_embeddings"]) == ("toy", 12, 12)
     assert (config["model_type"], config["tie_word_embeddings"], config["head_dim"]) == ("llama", False, 6)
@@ -132,15 +105,15 @@ def test_the_header_becomes_the_configuration(tmp_path):
 
 
 # --- a file that cannot be read -----------------------------------------------------------------------------------
-WHOLE = Toy().version0()
+WHOLE = content(toy())
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "has 0 bytes, which is less than the header of a llama2.c checkpoint"),
     "a header alone": (WHOLE[:28], f"has 28 bytes and its header asks for {len(WHOLE):,}: it was cut short or alter"),
     "cut": (WHOLE[:-1], f"has {len(WHOLE) - 1:,} bytes and its header asks for {len(WHOLE):,}"),
-    "cut, of version 1": (Toy().version1()[:-4], "its header asks for"),
-    "version 2": (Toy().version1(2), "is of llama2.c's format version 2, the one with int8 weights, and pastkey reads"),
+    "cut, of version 1": (content(toy(), 1)[:-4], "its header asks for"),
+    "version 2": (content(toy(), 2), "is of llama2.c's format version 2, the one with int8 weights"),
     "a zip file": (b"PK\3\4" + bytes(300), "its header would mean dim 67324752, hidden_dim 0"),
-    "heads that do not divide": (dataclasses.replace(Toy(), heads=5).version0(), "would mean dim 24, hidden_dim 33"),
+    "heads that do not divide": (struct.pack("<7i", 24, 33, 2, 5, 1, 265, 19) + bytes(99), "would mean dim 24, hidden"),
     "K/V heads": (struct.pack("<7i", 24, 33, 2, 4, 3, 265, 19) + bytes(99), "n_heads 4, n_kv_heads 3"),
     "context": (struct.pack("<7i", 24, 33, 2, 4, 2, 265, -1) + bytes(99), "max_seq_len -1"),
     "vocabulary": (struct.pack("<7i", 24, 33, 2, 4, 2, -(2**31), 19) + bytes(99), "vocab_size 2147483648"),
@@ -150,9 +123,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("spoilt", REFUSED)
 def test_a_file_that_is_no_whole_checkpoint_is_refused_before_a_layer_is_made(spoilt, tmp_path, monkeypatch):
-    content, words = REFUSED[spoilt]
+    damaged, words = REFUSED[spoilt]
     monkeypatch.setattr("pastkey.export.source.llama2c.Decoder", None)
-    path = write(tmp_path / "toy.bin", content)
+    path = write(tmp_path / "toy.bin", damaged)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} .*{re.escape(words)}"):
         open_source(path)
 
@@ -180,7 +153,7 @@ PIECES = [
 ]
 
 
-TOY = dataclasses.replace(Toy(), vocab=len(PIECES))
+TOY = toy(vocab=len(PIECES))
 
 
 def tokenizer_bin(pieces: list[Piece]) -> bytes:
@@ -208,7 +181,7 @@ def encoded(text: str, pieces: list[Piece]) -> list[int]:
 def files(tmp_path_factory):
     """A checkpoint and its tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    return write(folder / "toy.bin", TOY.version0()), write(folder / "tok.bin", tokenizer_bin(PIECES))
+    return write(folder / "toy.bin", content(TOY)), write(folder / "tok.bin", tokenizer_bin(PIECES))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +208,7 @@ def test_a_bundle_computes_and_takes_text_as_llama2c(files, tmp_path):
     lm = load(out)
     assert lm.prompt_ids("abc é") == encoded("abc é", PIECES)
     assert lm.prompt_ids("") == [1]
-    expected = TOY.logits(IDS)
+    expected = logits(TOY)
     assert np.abs(lm.logits(IDS) - expected).max() < 1e-5 * np.abs(expected).max()
     assert '"add_bos_token": true' in (out / names.TOKENIZER_CONFIG).read_text()
 
@@ -263,6 +236,6 @@ REFUSED_TOKENIZERS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("spoilt", REFUSED_TOKENIZERS)
 def test_a_tokenizer_that_does_not_fit_is_refused(spoilt, files, tmp_path):
-    content, words = REFUSED_TOKENIZERS[spoilt]
+    damaged, words = REFUSED_TOKENIZERS[spoilt]
     with pytest.raises(InputError, match=rf"tok\.bin .*{words}"):
-        open_source(files[0], tokenizer=write(tmp_path / "tok.bin", content))
+        open_source(files[0], tokenizer=write(tmp_path / "tok.bin", damaged))
