@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,9 +95,8 @@ def exported(made_once):
         module = case.build()
 
         def fill(folder: Path) -> None:
-            report = export(
-                case.build(), folder / "bundle", precision=precision, graph=graph, context_length=case.context
-            )
+            options: Any = {"precision": precision, "graph": graph, "context_length": case.context}
+            report = export(case.build(), folder / "bundle", **options)
             (folder.parent / f"{folder.name}.report").write_bytes(pickle.dumps(report))
 
         folder = made_once(f"{name}-{precision}-{graph}", fill)

@@ -25,6 +25,7 @@ from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.store import Store, unbound
 
+from ..loopback_hub import read_files
 from ..shared import divided
 from .commands import Heard
 from .decoders import Plain
@@ -44,10 +45,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "cache" / "pastkey" / "exports"
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def again(*_: object, **__: object) -> NoReturn:
     raise AssertionError("made again")
 
@@ -62,16 +59,16 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
     export(saved_llama, tmp_path / "expected", target="webgpu", cache=False)
     assert not folder.exists()
     export(saved_llama, tmp_path / "fp32", "fp32", progress=(heard := Heard()))
-    (graph,) = files(folder).values()
+    (graph,) = read_files(folder).values()
     assert len(graph) < 100_000 < (saved_llama / "model.safetensors").stat().st_size
     kept = "kept the float32 graph with its proof for the next export of this source: "
     assert heard.said[-1].startswith(f"{kept}{-(-len(graph) // 1000)} KB in {folder}")
     monkeypatch.setattr(grafting, "trace", again)
     export(saved_llama, tmp_path / "int8", target="webgpu", progress=(heard := Heard()))
-    assert files(tmp_path / "int8") == files(tmp_path / "expected")
+    assert read_files(tmp_path / "int8") == read_files(tmp_path / "expected")
     assert f"took the float32 graph with its proof from an earlier export, in {folder}" in " ".join(heard.said)
     assert [stage for stage in heard.stages if "fp32" in stage] == ["write fp32 weights"]
-    assert len(files(folder)) == 2
+    assert len(read_files(folder)) == 2
     # The text of the same precision, whatever follows.
     monkeypatch.setattr(pipeline, "calibration_text", again)
     export(saved_llama, tmp_path / "bounded", target="webgpu", max_kl=10)
@@ -79,7 +76,7 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
         export(saved_llama, tmp_path / "int4", "int4", target="webgpu")
     with pytest.raises(AssertionError, match="made again"):
         export(saved_llama, tmp_path / "traced", cache=False)
-    assert len(files(folder)) == 2
+    assert len(read_files(folder)) == 2
 
 
 KILLED = """
@@ -219,9 +216,9 @@ def test_the_least_recently_used_entries_are_removed(folder, monkeypatch):
     monkeypatch.setattr(store, "MOST_BYTES", 3 * size)
     assert store_of(text="c").text() == TEXT  # now the most recently used one
     store_of(text="e").keep_text(TEXT)
-    assert set(files(folder)) == {"a", "c", "e"}
+    assert set(read_files(folder)) == {"a", "c", "e"}
     store_of(text="f").keep_text({"source": "x" * 4 * size})
-    assert set(files(folder)) == {"a", "c", "e"}
+    assert set(read_files(folder)) == {"a", "c", "e"}
     assert store_of(text="f").text() is None
 
 

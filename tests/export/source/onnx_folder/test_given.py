@@ -304,10 +304,9 @@ def test_a_window_is_found_where_it_is_shorter_than_the_context(window, context,
     assert [call.window for call in recognise(standard_form(given), given.layers, context)] == [found] * LAYERS
 
 
-def change_before_softmax(model: ir.Model, operator: str) -> None:
-    """Puts an operator between the scores and the softmax of each layer."""
+def exponentiate_scores(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.op_type == "Softmax"]:
-        new = ir.node(operator, [node.inputs[0]])
+        new = ir.node("Exp", [node.inputs[0]])
         model.graph.insert_before(node, new)
         node.replace_input_with(0, new.outputs[0])
 
@@ -326,7 +325,7 @@ def read_past_elsewhere(model: ir.Model) -> None:
 
 UNRECOGNISED: dict[str, tuple[Kind, Callable[[ir.Model], None], str]] = {
     "a bias": (Kind(bias=True), lambda model: None, "scores have a bias"),
-    "other scores": (Kind(), lambda model: change_before_softmax(model, "Exp"), "scores of layer 0 become weights in"),
+    "other scores": (Kind(), exponentiate_scores, "scores of layer 0 become weights in"),
     "past read elsewhere": (Kind(), read_past_elsewhere, "ReduceSum reads past beside attention"),
 }
 
