@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def test_the_bundle_of_a_folder_writes_what_transformers_writes(saved_llama, bun
     expected = greedy(model, 48)
     assert len(set(expected)) > 10
     assert load(bundle).generate(PROMPT, max_new_tokens=48).ids == expected
+
+
+def test_no_network_is_tried(saved_llama, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", pytest.fail)
+    monkeypatch.setattr(socket, "getaddrinfo", pytest.fail)
+    assert open_source(saved_llama).context_length == CONTEXT
 
 
 def test_a_context_length_is_found_under_every_name(tmp_path, word_tokenizer):
