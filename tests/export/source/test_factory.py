@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "5": (MODEL, "is a int"),
     "": (MODEL, "write {file}:NAME"),
     "lambda: 7": (MODEL, "returned a int"),
-    "fails": (MODEL, "failed at {file}:18 with IndexError"),
+    "fails": (MODEL, "failed at {file}:15 with IndexError"),
     "exit(3)": (MODEL, "failed at {file} with SystemExit: 3"),
     "needs": (MODEL, "give them as in  {file}:'needs(config=..., depth=...)'"),
     "Model(depth=3)": (MODEL, "failed at {file} with TypeError: "),
