@@ -144,7 +144,7 @@ def test_an_export_that_is_stopped_leaves_nothing_and_loses_nothing(number, stat
 
 # --- what comes with an own decoder ---------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path, command):
+def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_path, command, capsys):
     """From cells that would train to text, and `verify` and `eval` with the same weights."""
     trains = "model = Small()\nfor step in range(3):\n    raise SystemError('training')"
     write_notebook(tmp_path / "lesson.ipynb", "%pip install torch", FACTORY, trains)
@@ -152,6 +152,7 @@ def test_a_notebook_its_weights_its_characters_and_its_end_go_the_whole_way(tmp_
     characters = "abcdefghijklmnopqrstuvwxyz .,!?\n'-:;("
     (tmp_path / "characters.json").write_text(json.dumps({"stoi": {c: i for i, c in enumerate(characters)}}))
     module, _ = call_factory(tmp_path / "mine.py", "Small")
+    capsys.readouterr()  # what the module prints
     state = {f"_orig_mod.{name}": weight + 0.25 for name, weight in module.state_dict().items()}
     torch.save({"model": state, "step": 3}, tmp_path / "ckpt.pt")
     bundle, source = tmp_path / "bundle", ("--weights", tmp_path / "ckpt.pt")

@@ -29,7 +29,7 @@ from pastkey.export.source.gguf_tensors import TemporaryWeights
 from pastkey.export.source.open import open_source
 from pastkey.runtime import load
 
-from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe, greedy
+from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
 from .opening import Refused, link_out
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
@@ -99,7 +99,11 @@ def reference(file: Path) -> Any:
 def test_the_bundle_writes_what_transformers_writes(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
     export(file, tmp_path / "bundle", "fp32")
-    expected = greedy(reference(file), 64)
+    ids = torch.tensor([PROMPT])
+    options = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
+    found = reference(file).generate(ids, attention_mask=torch.ones_like(ids), **options)
+    expected = found[0, len(PROMPT) :].tolist()
+    assert len(expected) == 64
     assert len(set(expected)) > 10
     lm = load(tmp_path / "bundle")
     assert lm.generate(PROMPT, max_new_tokens=64).ids == expected
