@@ -77,6 +77,7 @@ def test_without_json_nothing_is_on_standard_output(factory, tmp_path, command):
         (("{file}:NotCausal", "--context", "12"), ("cannot be given a cache: mine.py:", "a later one")),
         (("{file}:Small", "--context", "12", "--eos", "36,37"), ("--eos 37 is no token of Small",)),
         (("{file}:Small", "--context", "12", "--eos=-1"), ("eos is [-1]; it must be a token id",)),
+        (("{file}:Small", "--context", "12", "--eos", "end"), ("--eos 'end' is the name of a token",)),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, factory, tmp_path, command):
