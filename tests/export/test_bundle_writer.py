@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def decoder():
     )
 
 
-def manifest_of(decoder: ExportedDecoder, folder: Path, **changes: object) -> Manifest:
+def manifest_of(decoder: ExportedDecoder, folder: Path, **changes: Any) -> Manifest:
     """What is written of the decoder with some fields changed."""
     writer = BundleWriter(dataclasses.replace(decoder, **changes), ExportConfig(precision="fp32"), SILENT)
     return writer.write(decoder.model.clone(), folder)[0].manifest

@@ -15,7 +15,7 @@ from pastkey.errors import PastkeyError
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Source
 
-Refused = tuple[Callable[[Path], object], type[PastkeyError], str]  # what is spoilt, the class, key words
+Refused = tuple[Callable[[Path], Any], type[PastkeyError], str]  # what is spoilt, the class, key words
 
 
 def opened(source: Any, **settings: Any) -> Source:

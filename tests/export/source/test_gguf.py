@@ -141,13 +141,17 @@ def test_weights_are_those_of_transformers_and_large_ones_go_to_the_disk_if_it_h
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------
+def link_beside(file: Path, name: str) -> None:
+    link_out(file.parent, name)
+
+
 REFUSED: dict[str, Refused] = {
     **{
         f"{size} bytes": (partial(os.truncate, length=size), InputError, "cut short.*fetch it again")
         for size in (10, 3000, 400_000)
     },
     **{  # transformers reads these files of the folder too
-        name: (lambda file, name=name: link_out(file.parent, name), InputError, f"{name} leads out of")
+        name: (partial(link_beside, name=name), InputError, f"{name} leads out of")
         for name in (names.TOKENIZER, names.CONFIG)
     },
     "unknown": (partial(write_gguf, architecture="foo"), InputError, r"cannot load .*tiny\.gguf: .*foo"),

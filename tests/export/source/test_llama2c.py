@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from pastkey.contract import names
 from pastkey.errors import InputError, ResourceError
@@ -76,7 +76,7 @@ def _blocks(state: dict[str, Tensor], name: str) -> list[Tensor]:
     return found
 
 
-def logits(model: Decoder) -> Array:
+def logits(model: nn.Module) -> Array:
     with torch.no_grad():
         found: Array = model(torch.tensor([IDS]), torch.arange(len(IDS))[None])[0].numpy()
     return found

@@ -59,11 +59,14 @@ def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(c
     assert "--context 41 is more than the 40 tokens" in refusal(InputError, checkpoint, context_length=41)
 
 
+def without_configuration(folder: Path) -> None:
+    for file in folder.glob("*.json"):
+        file.unlink()
+
+
 DAMAGED: dict[str, Refused] = {
     "no folder": (shutil.rmtree, MissingFileError, "copy does not exist; expected a checkpoint, "),
-    "no configuration": (
-        lambda f: [file.unlink() for file in f.glob("*.json")], MissingFileError, "has no config.json, as a Hugging",
-    ),
+    "no configuration": (without_configuration, MissingFileError, "has no config.json, as a Hugging"),
     "cut short": (lambda f: write(f / names.WEIGHTS, bytes(8)), IntegrityError, "model.safetensors has 8 bytes"),
     "a bundle": (lambda f: write(f / names.MANIFEST, {"kind": "bundle"}), InputError, "a checkpoint was expected"),
 }  # fmt: skip

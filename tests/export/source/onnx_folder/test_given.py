@@ -220,7 +220,7 @@ def test_sizes_that_are_known_become_numbers_and_a_gemm_a_matmul(tmp_path):
         logits = Tanh (apart)
         {ADDED}
     """
-    weights = {name: np.array(number) for number, name in enumerate(("nought", "one", "two"))}
+    weights: Any = {name: np.array(number) for number, name in enumerate(("nought", "one", "two"))}
     weights |= {"zeros": np.array([0]), "minus": np.array([-1]), "bias": np.arange(5, dtype=np.float32)}
     path = write(tmp_path / "model.onnx", body=body, **weights)
     found = standard_form(read_given(path))
