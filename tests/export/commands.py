@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pastkey.export.progress import Progress
+
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Command = Callable[..., Result]
 
@@ -12,6 +14,8 @@ import torch, torch.nn.functional as F
 from torch import nn
 
 class Small(nn.Module):
+    causal = True
+
     def __init__(self, vocab=37):
         super().__init__()
         torch.manual_seed(0)
@@ -22,29 +26,10 @@ class Small(nn.Module):
     def forward(self, input_ids, position_ids):
         x = self.token(input_ids) + self.position(position_ids)
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+        return self.head(x + F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[:, 0])
 
 class NotCausal(Small):
-    def forward(self, input_ids, position_ids):
-        print("forward")
-        x = self.token(input_ids) + self.position(position_ids)
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return self.head(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
-
-class Baked(Small):
-    def forward(self, input_ids, position_ids):
-        if torch.compiler.is_exporting():
-            position_ids = position_ids * 0
-        return super().forward(input_ids, position_ids)
-
-def other_weights():
-    module = Small()
-    with torch.no_grad():
-        module.head.weight[3] += 0.5
-    return module
-
-def other_vocabulary():
-    return Small(38)
+    causal = False
 """
 
 
@@ -57,3 +42,24 @@ def fails(result: Result, *words: str) -> None:
     assert "Traceback" not in err
     for word in words:
         assert word in sentence
+
+
+class Heard(Progress):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.stages: list[str] = []
+        self.shares: list[tuple[int, int]] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    def warn(self, sentence: str) -> None:
+        self.said.append(f"warning: {sentence}")
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def advance(self, done: int, total: int) -> None:
+        self.shares.append((done, total))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,9 +95,8 @@ def exported(made_once):
         module = case.build()
 
         def fill(folder: Path) -> None:
-            report = export(
-                case.build(), folder / "bundle", precision=precision, graph=graph, context_length=case.context
-            )
+            options: Any = {"precision": precision, "graph": graph, "context_length": case.context}
+            report = export(case.build(), folder / "bundle", **options)
             (folder.parent / f"{folder.name}.report").write_bytes(pickle.dumps(report))
 
         folder = made_once(f"{name}-{precision}-{graph}", fill)
@@ -124,27 +124,6 @@ def saved_llama(tmp_path_factory):
 def llama_folder(saved_llama, tmp_path):
     """A copy of it, to be spoilt."""
     return Path(shutil.copytree(saved_llama, tmp_path / "tiny-llama"))
-
-
-@pytest.fixture
-def refusal(tmp_path, capsys):
-    """refusal(SOURCE, ARGUMENT, ...): the one sentence of `pastkey export`, which leaves nothing behind."""
-
-    def run(source: object, *arguments: object) -> str:
-        (tmp_path / "work").mkdir()
-        out = tmp_path / "work" / "bundle"
-        capsys.readouterr()  # transformers' progress bars of making the source
-        status = main(["export", str(source), "--out", str(out), *map(str, arguments)])
-        stdout, stderr = capsys.readouterr()
-        assert (status, stdout, list(out.parent.iterdir())) == (2, "", [])
-        assert "Traceback" not in stderr
-        *stages, sentence = stderr.splitlines()
-        said = (" weights need about ", "decoding with a cache gives ")
-        assert all(line.startswith("  ") or any(words in line for words in said) for line in stages), stderr
-        assert sentence.startswith("pastkey export: ")
-        return sentence.removeprefix("pastkey export: ")
-
-    return run
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -21,121 +21,80 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 _EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-}
+    "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+}  # fmt: skip
 _ROUTED = _EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _LATENT: dict[str, Any] = {  # keys and values out of a smaller vector, and heads of two sizes
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-}
-_KINDS: dict[str, Any] = {
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": WINDOW,
-}
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+_KINDS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _SMALL: dict[str, Any] = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97, "laurel_rank": 16}
-_PER_LAYER: dict[str, Any] = _KINDS | {
-    "num_kv_shared_layers": 0,
-    "global_head_dim": 32,
-    **_SMALL,
-}
+_PER_LAYER: dict[str, Any] = _KINDS | {"num_kv_shared_layers": 0, "global_head_dim": 32, **_SMALL}
 _SOFTCAP: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 
-_PLAIN = (
-    "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "exaone", "gemma", "gpt-sw3", "gpt2", "gpt_bigcode",
-    "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "nanochat", "nemotron",
-    "olmo", "olmo2", "openai-gpt", "persimmon", "qwen3", "seed_oss", "smollm3",
+_HALF_TURNED = {"partial_rotary_factor": 0.5}
+_WINDOWED = {"sliding_window": WINDOW}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# What the configurations of several families have beside the common sizes.
+_ALIKE: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({}, (
+        "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "exaone", "gemma", "gpt-sw3", "gpt2",
+        "gpt_bigcode", "gpt_neox_japanese", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder",
+        "jais2", "llama", "nanochat", "nemotron", "olmo", "olmo2", "openai-gpt", "persimmon", "qwen3", "seed_oss",
+        "smollm3",
+    )),
+    (_KINDS, ("cohere2", "exaone4", "granite_swa", "ministral", "olmo3")),
+    (_WINDOWED, ("ministral3", "mistral", "phi3", "starcoder2")),
+    (_HALF_TURNED, ("glm", "glm4", "phi", "stablelm")),
+    (_EXPERTS, ("flex_olmo", "hunyuan_v1_moe", "olmoe", "qwen3_moe")),
+    (_EXPERTS | _WINDOWED, ("mixtral", "phimoe")),
+    (_EXPERTS | _KINDS, (
+        "afmoe", "cohere2_moe", "exaone_moe", "gpt_oss", "granitemoe_swa", "laguna", "mellum",
+    )),
+    (_LATENT, ("minicpm3", "youtu")),
+    (_ROUTED, ("glm4_moe", "solar_open")),
+    (_ROUTED | _LATENT, ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")),
 )  # fmt: skip
 # family -> what its configuration has beside the common sizes
-FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in _PLAIN} | {
-    "afmoe": _EXPERTS | _KINDS,
-    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+FAMILIES: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE for family in families} | {
+    "apertus": {"rope_parameters": _ROPE},
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
     "codegen": {"rotary_dim": 8, "n_inner": 112},
-    "cohere2": _KINDS,
-    "cohere2_moe": _EXPERTS | _KINDS,
     "ctrl": {"dff": 112, "tie_word_embeddings": False},
-    "cwm": _KINDS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "deepseek_v2": _ROUTED | _LATENT,
-    "deepseek_v3": _ROUTED | _LATENT,
+    "cwm": _KINDS | {"rope_parameters": _ROPE},
     "dots1": _ROUTED | {"n_shared_experts": 1},
     "ernie4_5_moe": _EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
-    "exaone4": _KINDS,
-    "exaone_moe": _EXPERTS | _KINDS,
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "flex_olmo": _EXPERTS,
     "gemma2": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
     "gemma3_text": _KINDS | {"query_pre_attn_scalar": 16},
     "gemma3n_text": _KINDS | _SMALL | {"activation_sparsity_pattern": [0.9, 0.0], "num_kv_shared_layers": 0},
     "gemma4_text": _PER_LAYER
     | {"num_hidden_layers": 4, "layer_types": _KINDS["layer_types"] * 2, "num_kv_shared_layers": 2}
     | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
-    "gpt_neox_japanese": {},
-    "granite_swa": _KINDS,
-    "granitemoe_swa": _EXPERTS | _KINDS,
-    "glm": {"partial_rotary_factor": 0.5},
-    "glm4": {"partial_rotary_factor": 0.5},
-    "glm4_moe": _ROUTED,
-    "glm4_moe_lite": _ROUTED | _LATENT,
     "granitemoehybrid": {  # dense Granite 4.0; its configuration has infinity
-        "layer_types": ["attention", "attention"],
-        "shared_intermediate_size": 48,
-        "position_embedding_type": "rope",
+        "layer_types": ["attention", "attention"], "shared_intermediate_size": 48, "position_embedding_type": "rope",
     },
-    "gpt_neo": {
-        "attention_types": [[["global", "local"], 1]],
-        "num_layers": 2,
-        "window_size": WINDOW,
-    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": WINDOW},
     "gpt_neox": {"rotary_pct": 0.5},
-    "gpt_oss": _EXPERTS | _KINDS,
     "gptj": {"rotary_dim": 8, "n_inner": 112},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
     "granitemoe": _EXPERTS | {"attention_multiplier": 0.3},
     "granitemoeshared": _EXPERTS | {"attention_multiplier": 0.3, "shared_intermediate_size": 48},
-    "hunyuan_v1_moe": _EXPERTS,
     "hy_v3": _EXPERTS | {"first_k_dense_replace": 1},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
-    "laguna": _EXPERTS | _KINDS,
     "lfm2": {"layer_types": ["full_attention", "conv"]},
     "lfm2_moe": _EXPERTS | {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1},
-    "lfm3": {
-        "num_hidden_layers": 3,
-        "layer_types": ["conv", "sliding_attention", "full_attention"],
-        "sliding_window": WINDOW,
-    },
-    "mellum": _EXPERTS | _KINDS,
-    "minicpm3": _LATENT,
+    "lfm3": _WINDOWED | {"num_hidden_layers": 3, "layer_types": ["conv", "sliding_attention", "full_attention"]},
     "minimax_m2": _EXPERTS | {"rotary_dim": 8},
-    "ministral": _KINDS,
-    "ministral3": {"sliding_window": WINDOW},
-    "mistral": {"sliding_window": WINDOW},
-    "mixtral": _EXPERTS | {"sliding_window": WINDOW},
     "modernbert-decoder": {"layer_types": _KINDS["layer_types"], "local_attention": WINDOW},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
-    "olmo3": _KINDS,
-    "olmoe": _EXPERTS,
     "opt": {"ffn_dim": 112, "word_embed_proj_dim": 64},
-    "phi": {"partial_rotary_factor": 0.5},
-    "phi3": {"sliding_window": WINDOW},
-    "phimoe": _EXPERTS | {"sliding_window": WINDOW},
     "qwen2": _KINDS | {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 48},
-    "qwen3_moe": _EXPERTS,
-    "solar_open": _ROUTED,
-    "stablelm": {"partial_rotary_factor": 0.5},
-    "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": _KINDS | _SOFTCAP | {"query_pre_attn_scalar": 16},
     "xglm": {"tie_word_embeddings": False, "ffn_dim": 112, "num_layers": 2, "attention_heads": 4, "d_model": 64},
-    "youtu": _LATENT,
-}
+}  # fmt: skip
 
 # One family or two of each kind; the others are combinations of what these have, and `make matrix` runs them.
 QUICK = ("gemma2",)  # in every run: rotary positions with windows and a soft cap
@@ -168,73 +127,50 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 _INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 # What the configurations of other types need to be small.
 _HALF: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+}  # fmt: skip
 _VISION = _HALF | {"num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14}
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-OTHERS: dict[str, dict[str, Any]] = {
+_ALIKE_OTHERS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    (_EXPERTS, ("inkling_text", "inkling2_text", "inkling2_loop_text", "minimax", "minimax_m3_vl_text")),
+    (_EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48}, ("flint", "kolibri1")),
+    (_INDEXED, ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4")),
+    (_ROUTED | _LATENT, ("axk1", "sarvam_mla")),
+    ({"layers_block_type": ["linear_attention", "hybrid"]}, ("zamba", "zamba2")),
+)
+OTHERS: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE_OTHERS for family in families} | {
     "apertus1p5_text": {},
     "aria_text": _EXPERTS | {"moe_num_experts": 4, "moe_topk": 2},
-    "axk1": _ROUTED | _LATENT,
-    "axk2": _INDEXED,
     "beam": _EXPERTS | _KINDS | {"n_group": 1, "topk_group": 1},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "blt": {
-        "encoder_hash_byte_group_vocab": 50,
-        "patch_in_forward": False,
-        "patcher_config": _HALF,
-        "encoder_config": _HALF | {"hidden_size_global": 64},
-        "decoder_config": _HALF | {"hidden_size_global": 64},
+        "encoder_hash_byte_group_vocab": 50, "patch_in_forward": False, "patcher_config": _HALF,
+        "encoder_config": _HALF | {"hidden_size_global": 64}, "decoder_config": _HALF | {"hidden_size_global": 64},
         "global_config": _HALF | {"hidden_size": 64},
     },
     "cohere_compass_text": _KINDS | {"rope_parameters": dict.fromkeys(_KINDS["layer_types"], _ROPE)},
     "dbrx": {
-        "d_model": 64,
-        "n_heads": 4,
-        "n_layers": 2,
-        "max_seq_len": CONTEXT,
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 48},
     },
-    "deepseek_v32": _INDEXED,
     "dory": _KINDS | {"n_input_layers": 1, "n_output_layers": 1, "num_hidden_layers": 2, "n_recurrent_layers": 0},
-    "dots3_note_text": _INDEXED,
-    "flint": _EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48},
     "gemma4_unified_text": _PER_LAYER,
-    "glm_moe_dsa": _INDEXED,
-    "hy_v4": _INDEXED,
-    "inkling_text": _EXPERTS,
-    "inkling2_text": _EXPERTS,
-    "inkling2_loop_text": _EXPERTS,
-    "kolibri1": _EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48},
     "longcat_flash": _LATENT
     | {"num_layers": 1, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}
     | {"expert_ffn_hidden_size": 48, "ffn_hidden_size": 112, "head_dim": 8},
     "mimo_v2_flash": _ROUTED | _KINDS | {"v_head_dim": 16},
-    "minimax": _EXPERTS,
-    "minimax_m3_vl_text": _EXPERTS,
     "moshi": {"ffn_dim": 112, "audio_vocab_size": 33},
     "phi4_multimodal": {
         "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
         "audio_config": {"hidden_size": 32, "num_blocks": 1, "num_attention_heads": 2, "intermediate_size": 32},
     },
     "reformer": {
-        "attn_layers": ["local", "local"],
-        "axial_pos_embds": False,
-        "is_decoder": True,
-        "local_attn_chunk_length": 8,
-        "feed_forward_size": 112,
-        "attention_head_size": 16,
+        "attn_layers": ["local", "local"], "axial_pos_embds": False, "is_decoder": True, "local_attn_chunk_length": 8,
+        "feed_forward_size": 112, "attention_head_size": 16,
     },
-    "sarvam_mla": _ROUTED | _LATENT,
     "sarvam_moe": _ROUTED,
     "xlm": {"emb_dim": 64, "n_layers": 2, "n_heads": 4, "causal": True},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
-}
+}  # fmt: skip
 # Types that are no decoder, where neither the class nor the configuration says so.
 NO_DECODERS: dict[str, str] = {
     "xlnet": "its tokens see later ones: it was trained by permutations",
@@ -248,28 +184,19 @@ _OTHERWISE = "it is refused for another reason"
 _UNTRIED = "it was not tried there"
 # Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
 FROM_TRANSFORMERS_5: dict[str, str] = {
-    "modernbert-decoder": _UNTRIED,
-    "lfm2_moe": _UNTRIED,
-    "granitemoehybrid": _UNTRIED,
-    "gpt_neox_japanese": _UNTRIED,
-    "gpt-sw3": _UNTRIED,
-    "gemma3n_text": _UNTRIED,
-    "codegen": _BY_HAND,
-    "ctrl": _BY_HAND,
-    "deepseek_v2": _OTHERWISE,
-    "deepseek_v3": _UNTRACED,
-    "diffllama": _BY_HAND,
-    "dots1": _UNTRACED,
-    "glm4_moe": _UNTRACED,
-    "gptj": _BY_HAND,
-    "jetmoe": _BY_HAND,
-    "nemotron": _BY_HAND,
-    "olmoe": _BY_HAND,
-    "phimoe": _BY_HAND,
-    "qwen2_moe": _BY_HAND,
-    "stablelm": _BY_HAND,
-    "xglm": _OTHERWISE,
-}
+    family: reason
+    for reason, families in (
+        (_UNTRIED, (
+            "modernbert-decoder", "lfm2_moe", "granitemoehybrid", "gpt_neox_japanese", "gpt-sw3", "gemma3n_text",
+        )),
+        (_BY_HAND, (
+            "codegen", "ctrl", "diffllama", "gptj", "jetmoe", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm",
+        )),
+        (_UNTRACED, ("deepseek_v3", "dots1", "glm4_moe")),
+        (_OTHERWISE, ("deepseek_v2", "xglm")),
+    )
+    for family in families
+}  # fmt: skip
 
 
 def configured(family: str) -> Any:

@@ -9,8 +9,10 @@ import threading
 import pytest
 
 from pastkey.export import terminal
-from pastkey.export.progress import Progress, Recorder
+from pastkey.export.progress import Recorder
 from pastkey.export.terminal import StageLines
+
+from .commands import Heard
 
 
 class Terminal(io.StringIO):
@@ -42,12 +44,8 @@ def test_without_a_terminal_a_stage_is_a_line_when_it_ends(monkeypatch):
         assert screen.getvalue() == ""
         stages.stage("verify")
         stages.warn("something is odd")
-    lines = screen.getvalue().splitlines()
-    assert [re.sub(r"\d+\.\d s", "N s", line) for line in lines] == [
-        "  trace  N s",
-        "warning: something is odd",
-        "  verify  N s",
-    ]
+    drawn = re.sub(r"\d+\.\d s", "N s", screen.getvalue())
+    assert drawn == "  trace  N s\nwarning: something is odd\n  verify  N s\n"
 
 
 def test_without_a_terminal_a_long_stage_is_a_line_now_and_then(monkeypatch):
@@ -100,21 +98,14 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
     ]
 
 
-def test_a_long_name_does_not_wrap_on_a_terminal(monkeypatch):
+def test_a_long_name_does_not_wrap_on_a_terminal_and_an_interrupt_ends_its_line(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setenv("COLUMNS", "40")
-    with StageLines() as stages:
-        stages.stage("x" * 100)
-        current = screen.getvalue().removeprefix("\r\x1b[K")
-    assert len(current) <= 40
-
-
-def test_an_interrupted_stage_ends_its_line(monkeypatch):
-    screen = show(True, monkeypatch)
 
     def run() -> None:
         with StageLines() as stages:
-            stages.stage("trace")
+            stages.stage("x" * 100)
+            assert len(screen.getvalue().removeprefix("\r\x1b[K")) <= 40
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -123,22 +114,11 @@ def test_an_interrupted_stage_ends_its_line(monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "pastkey-stages"]
 
 
-# --- listeners ----------------------------------------------------------------------------------------------------
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.all: list[object] = []
-
-    def stage(self, name: str) -> None:
-        self.all.append(name)
-
-    def warn(self, sentence: str) -> None:
-        self.all.append(f"warning: {sentence}")
-
-
 def test_a_recorder_passes_everything_on_and_keeps_the_warnings():
-    heard = Heard()
-    recorder = Recorder(heard)
+    recorder = Recorder(heard := Heard())
     recorder.stage("trace")
+    recorder.advance(1, 2)
+    recorder.say("even")
     recorder.warn("odd")
-    assert heard.all == ["trace", "warning: odd"]
+    assert (heard.stages, heard.shares, heard.said) == (["trace"], [(1, 2)], ["even", "warning: odd"])
     assert recorder.warnings == ["odd"]

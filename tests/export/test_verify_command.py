@@ -33,9 +33,7 @@ def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factor
     altered = alter_weight(open_bundle(small), tmp_path, "qkv.weight", 3.0).path
     status, printed, _ = command("verify", altered, f"{factory}:Small", "--json")
     result = json.loads(printed)
-    assert (status, printed.count("\n"), result["ok"]) == (1, 1, False)
-    assert result["checks"]["prefill"]["ok"] is False
-    assert result["checks"]["prefill"]["value"] > 1e-5
+    assert (status, printed.count("\n"), result["ok"], result["checks"]["prefill"]["ok"]) == (1, 1, False, False)
     assert "first in layer 0 (, mine.py:" in result["checks"]["prefill"]["detail"]
     status, printed, told = command("verify", altered, f"{factory}:Small")
     assert (status, printed) == (1, "")
@@ -55,11 +53,10 @@ def test_a_key_is_asked_for_before_anything_else(small, tmp_path, command):
     status, printed, _ = command("verify", bundle, "--key", public, "--json")
     assert (status, json.loads(printed)["signed_by"]) == (0, str(public))
     assert command("sign", "--new-key", tmp_path / "other.pem")[0] == 0
-    fails(
-        command("verify", bundle, "--key", tmp_path / "other.pub.pem"), "is not a signature of pastkey.json by the key"
-    )
+    other, unsigned = tmp_path / "other.pub.pem", "is not a signature of pastkey.json by the key"
+    fails(command("verify", bundle, "--key", other), unsigned)
     graph = bundle / "onnx" / "model.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     fails(command("verify", bundle, "--key", public), "model.onnx was altered: its sha256")
     (bundle / names.MANIFEST).write_text("{}", encoding="utf-8")
-    fails(command("verify", bundle, "--key", public), "is not a signature of pastkey.json by the key")
+    fails(command("verify", bundle, "--key", public), unsigned)

@@ -23,6 +23,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
 from ..tiny_llama import TEMPLATE, bpe, llama
+from .opening import change, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and peft's own
 IDS = torch.tensor([[5, 17, 20, 9, 3, 11]])  # a checkpoint of characters has few
@@ -75,31 +76,30 @@ def test_a_folder_of_peft_alone_is_merged(trained, tmp_path):
 
 def test_the_eos_tokens_of_the_base_end_texts_beside_that_of_the_adapters_tokenizer(trained, tmp_path):
     folder = shutil.copytree(trained / "lora", tmp_path / "lora")
-    config = json.loads((folder / names.TOKENIZER_CONFIG).read_text())
-    tokenizer = json.loads((folder / names.TOKENIZER).read_text())
-    other = next(token for token, number in tokenizer["model"]["vocab"].items() if number == 7)
+    vocabulary = json.loads((folder / names.TOKENIZER).read_text())["model"]["vocab"]
+    other = next(token for token, number in vocabulary.items() if number == 7)
     for eos, expected in ((other, (7, 1)), (None, (1,))):
-        (folder / names.TOKENIZER_CONFIG).write_text(json.dumps(config | {"eos_token": eos}))
+        change(folder / names.TOKENIZER_CONFIG, eos_token=eos)
         assert open_source(folder).eos_token_ids == expected
 
 
 def test_a_training_that_stopped_is_told(trained, tmp_path):
     folder = shutil.copytree(trained / "full", tmp_path / "full")
-    manifest = json.loads((folder / names.MANIFEST).read_text())
-    manifest["training"]["settings"]["steps"] = 9
-    (folder / names.MANIFEST).write_text(json.dumps(manifest))
+    training = json.loads((folder / names.MANIFEST).read_text())["training"]
+    training["settings"]["steps"] = 9
+    change(folder / names.MANIFEST, training=training)
     assert any("stopped at step 2 of 9" in warning for warning in open_source(folder).warnings)
 
 
 def test_an_adapter_that_does_not_fit_is_named(trained, tmp_path):
     folder = shutil.copytree(trained / "lora", tmp_path / "lora")
-    content = json.loads((folder / names.ADAPTER_CONFIG).read_text())
-    (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": "gone/far/away"}))
-    with pytest.raises(MissingFileError, match=r"is a peft adapter of gone/far/away, .* put it there, or change"):
-        open_source(folder)
-    (folder / names.ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": str(trained / "own")}))
-    with pytest.raises(InputError, match="cannot merge"):
-        open_source(folder)
+    for base, kind, words in (
+        ("gone/far/away", MissingFileError, r"is a peft adapter of gone/far/away, .* put it there"),
+        (str(trained / "own"), InputError, "cannot merge"),
+    ):
+        change(folder / names.ADAPTER_CONFIG, base_model_name_or_path=base)
+        with pytest.raises(kind, match=words):
+            open_source(folder)
     (folder / names.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(MissingFileError, match="has no adapter_model"):
         open_source(folder)
@@ -111,13 +111,9 @@ def test_an_adapter_that_does_not_fit_is_named(trained, tmp_path):
 
 def test_an_adapter_whose_base_was_never_fetched_is_told_with_the_commands(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    (tmp_path / names.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    write(tmp_path / names.ADAPTER_CONFIG, {"base_model_name_or_path": "some/base"})
     (tmp_path / names.ADAPTER_WEIGHTS).write_bytes(b"")
     with pytest.raises(MissingFileError, match="is a peft adapter of some/base") as caught:
         open_source(tmp_path)
-    for command in (
-        "pastkey export some/base --out base",
-        "pastkey export FOLDER --adapters --out base",
-        f"pastkey run base --adapter {tmp_path}",
-    ):
+    for command in ("pastkey export some/base --out base", f"pastkey run base --adapter {tmp_path}"):
         assert command in str(caught.value)

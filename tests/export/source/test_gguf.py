@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +18,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from benchmarks.environments import smollm2
-from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, MissingExtraError, MissingFileError
@@ -33,6 +31,7 @@ from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
+from .opening import Refused, link_out
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
@@ -43,33 +42,24 @@ TEXTS = ("Once upon a time", " two  spaces", "äöü 🙂\n\ttab", "<|im_start|>
 def write_gguf(file: Path, *, quantized: bool = False, architecture: str = "llama") -> Path:
     """A random Llama with a byte-level tokenizer and a chat template, in F32 or, its matrices, in Q8_0."""
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(HIDDEN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_vocab_size(VOCABULARY)
+    for name, value in {
+        "context_length": CONTEXT, "embedding_length": WIDTH, "block_count": LAYERS, "feed_forward_length": HIDDEN,
+        "head_count": HEADS, "head_count_kv": KV_HEADS, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 50000.0,
+        "rope_dimension_count": WIDTH // HEADS, "vocab_size": VOCABULARY,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
     _write_tokenizer(writer)
     rng = np.random.default_rng(0)
     kv = WIDTH // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,)}
-    shapes["output"] = (VOCABULARY, WIDTH)
-    for i in range(LAYERS):
-        shapes |= {
-            f"blk.{i}.attn_norm": (WIDTH,),
-            f"blk.{i}.attn_q": (WIDTH, WIDTH),
-            f"blk.{i}.attn_k": (kv, WIDTH),
-            f"blk.{i}.attn_v": (kv, WIDTH),
-            f"blk.{i}.attn_output": (WIDTH, WIDTH),
-            f"blk.{i}.ffn_norm": (WIDTH,),
-            f"blk.{i}.ffn_gate": (HIDDEN, WIDTH),
-            f"blk.{i}.ffn_up": (HIDDEN, WIDTH),
-            f"blk.{i}.ffn_down": (WIDTH, HIDDEN),
-        }
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (VOCABULARY, WIDTH), "output_norm": (WIDTH,), "output": (VOCABULARY, WIDTH),
+    }  # fmt: skip
+    block = {
+        "attn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_k": (kv, WIDTH), "attn_v": (kv, WIDTH),
+        "attn_output": (WIDTH, WIDTH), "ffn_norm": (WIDTH,), "ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH),
+        "ffn_down": (WIDTH, HIDDEN),
+    }  # fmt: skip
+    shapes |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in block.items()}
     for name, shape in shapes.items():
         weight = rng.normal(len(shape) == 1, 0.2, shape).astype(np.float32)
         if quantized and len(shape) == 2:
@@ -104,22 +94,16 @@ def reference(file: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options)
 
 
-def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """What transformers writes with its own cache, up to the end that the model's configuration names."""
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
-    )
-    return found[0, len(prompt) :].tolist()
-
-
 # --- what comes out -----------------------------------------------------------------------------------------------
 @pytest.mark.oldest
 @pytest.mark.slow
 def test_the_bundle_writes_what_transformers_writes(tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", quantized=True)
     export(file, tmp_path / "bundle", "fp32")
-    expected = greedy(reference(file), PROMPT, 64)
+    ids = torch.tensor([PROMPT])
+    options = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
+    found = reference(file).generate(ids, attention_mask=torch.ones_like(ids), **options)
+    expected = found[0, len(PROMPT) :].tolist()
     assert len(expected) == 64
     assert len(set(expected)) > 10
     lm = load(tmp_path / "bundle")
@@ -158,26 +142,22 @@ def test_weights_are_those_of_transformers_and_large_ones_go_to_the_disk_if_it_h
 
 
 # --- what cannot be read ------------------------------------------------------------------------------------------
-def linked_out(name: str) -> Callable[[Path], None]:
-    """transformers reads these files of the folder too."""
-
-    def spoil(file: Path) -> None:
-        (file.parent.parent / "secret").write_text("{}")
-        (file.parent / name).symlink_to(file.parent.parent / "secret")
-
-    return spoil
+def link_beside(file: Path, name: str) -> None:
+    link_out(file.parent, name)
 
 
-def cut(size: int) -> Callable[[Path], None]:
-    return lambda file: os.truncate(file, size)
-
-
-REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    **{f"{size} bytes": (cut(size), InputError, "cut short.*fetch it again") for size in (10, 3000, 400_000)},
-    **{name: (linked_out(name), InputError, f"{name} leads out of") for name in (names.TOKENIZER, names.CONFIG)},
-    "unknown": (lambda file: write_gguf(file, architecture="foo"), InputError, r"cannot load .*tiny\.gguf: .*foo"),
+REFUSED: dict[str, Refused] = {
+    **{
+        f"{size} bytes": (partial(os.truncate, length=size), InputError, "cut short.*fetch it again")
+        for size in (10, 3000, 400_000)
+    },
+    **{  # transformers reads these files of the folder too
+        name: (partial(link_beside, name=name), InputError, f"{name} leads out of")
+        for name in (names.TOKENIZER, names.CONFIG)
+    },
+    "unknown": (partial(write_gguf, architecture="foo"), InputError, r"cannot load .*tiny\.gguf: .*foo"),
     "gone": (Path.unlink, MissingFileError, "no such source"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoilt", REFUSED)
@@ -194,32 +174,3 @@ def test_a_package_that_is_not_installed_comes_with_its_extra(tmp_path, monkeypa
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     with pytest.raises(MissingExtraError, match=r"type  pip install gguf  and .* \(pastkey's extras export,gguf\)"):
         open_source(tmp_path / "tiny.gguf")
-
-
-# --- a trained model ----------------------------------------------------------------------------------------------
-@pytest.mark.matrix  # minutes: SmolLM2-135M twice. Trained decoders that CI exports stand in tests/test_trained.py.
-def test_a_trained_model_writes_what_transformers_writes_and_answers_in_int8(tmp_path, capsys):
-    file = smollm2()
-    assert main(["export", str(file), "--out", str(tmp_path / "fp32"), "--precision", "fp32"]) == 0
-    model, lm = reference(file), load(tmp_path / "fp32")
-    for prompt in ("Once upon a time", "The capital of France is", "def fibonacci(n):"):
-        ids = lm.tokenizer.encode(prompt)
-        expected, answer = greedy(model, ids, 64), lm.generate(ids, max_new_tokens=64)
-        # transformers gives the EOS token with the rest.
-        found = [*answer.ids, *(expected[-1:] if answer.finish_reason == "stop" else [])]
-        assert found[-1] in lm.manifest.eos_token_ids or len(found) == 64
-        for step, (token, other) in enumerate(zip(expected, found, strict=False)):
-            if token != other:  # allowed only where two tokens are as likely as each other
-                with torch.no_grad():
-                    logits = model(torch.tensor([ids + expected[:step]])).logits[0, -1]
-                assert abs(float(logits[token] - logits[other])) < 1e-4, (prompt, step)
-                break
-        else:
-            assert len(found) == len(expected), prompt
-    del model, lm
-
-    assert main(["export", str(file), "--out", str(tmp_path / "int8")]) == 0
-    capsys.readouterr()
-    question = "What is the capital of France?"
-    assert main(["chat", str(tmp_path / "int8"), "--prompt", question, "--json"]) == 0
-    assert "Paris" in json.loads(capsys.readouterr().out)["text"]

@@ -9,6 +9,8 @@ import pytest
 from pastkey.errors import InputError
 from pastkey.export.source.gguf_header import read_gguf
 
+from .opening import write
+
 
 def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
@@ -26,8 +28,7 @@ TENSOR = text("w") + struct.pack("<IQQIQ", 2, 4, 2, 0, 32)
 
 
 def test_a_header_is_read(tmp_path):
-    file = tmp_path / "m.gguf"
-    file.write_bytes(header([LAYERS, TOKENS, SCORES], [TENSOR]))
+    file = write(tmp_path / "m.gguf", header([LAYERS, TOKENS, SCORES], [TENSOR]))
     (tensor,) = read_gguf(file)
     assert (tensor.name, tensor.elements, tensor.kind) == ("w", 8, 0)
     assert tensor.offset == file.stat().st_size - 64 + 32
@@ -53,7 +54,5 @@ def test_a_header_is_read(tmp_path):
     ],
 )
 def test_counts_beyond_the_file_are_refused_at_once(content, words, tmp_path):
-    file = tmp_path / "m.gguf"
-    file.write_bytes(content)
     with pytest.raises(InputError, match=words):
-        read_gguf(file)
+        read_gguf(write(tmp_path / "m.gguf", content))

@@ -43,18 +43,19 @@ from ..tiny_llama import TRANSFORMERS_4, llama
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
 WHOLE = 1 << 40
+
+
+def families_of(start: str) -> set[str]:
+    """Those that the documentation lists."""
+    page = (ROOT / "docs" / "sources-and-targets.md").read_text(encoding="utf-8")
+    return {name.strip() for name in page.split(start)[1].split(";")[0].split(",")}
+
+
 # Families of which transformers computes some parameters of several tensors, or turns them: these are in memory.
-COMPUTED = {
-    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo",
-    "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "hy_v3", "laguna", "lfm2_moe", "mellum", "minimax_m2",
-    "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
-}  # fmt: skip
+COMPUTED = families_of("- experts that transformers merges:")
 CHANGED = {"youtu"}  # transformers sets the row of the padding to zero after it has read it
 # Families that are followed along the time axis, whose rules read weights.
-FOLLOWED = {
-    "bloom", "deepseek_v2", "deepseek_v3", "falcon", "gemma4_text", "glm4_moe_lite", "gpt_neo",
-    "gpt_neox_japanese", "lfm2_moe", "lfm3", "minicpm3", "mpt", "openai-gpt", "xglm", "youtu",
-}  # fmt: skip
+FOLLOWED = families_of("along the time axis:")
 
 
 @pytest.fixture(autouse=True)
@@ -66,18 +67,18 @@ def every_matrix_is_large(monkeypatch):
 def reads(monkeypatch):
     """The shapes of the tensors that were read."""
     found: list[tuple[int, ...]] = []
-    read_into, mapped = MappedTensor.read_into, MappedTensor.mapped
 
-    def counted_read(self: MappedTensor, out: torch.Tensor) -> None:
-        found.append(self.shape)
-        read_into(self, out)
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(MappedTensor, name)
 
-    def counted_mapped(self: MappedTensor, dtype: torch.dtype) -> torch.Tensor | None:
-        found.append(self.shape)
-        return mapped(self, dtype)
+        def read(self: MappedTensor, given: Any) -> Any:
+            found.append(self.shape)
+            return original(self, given)
 
-    monkeypatch.setattr(MappedTensor, "read_into", counted_read)
-    monkeypatch.setattr(MappedTensor, "mapped", counted_mapped)
+        return read
+
+    for name in ("read_into", "mapped"):
+        monkeypatch.setattr(MappedTensor, name, counted(name))
     return found
 
 
@@ -104,12 +105,9 @@ def logits(module: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind, tied, tmp_path):
     folder = saved(llama(tie_word_embeddings=tied), tmp_path / "model", kind)
     module = open_source(folder).module
-    expected = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    assert [name for name, _, stored in parameters(module) if not stored] == [
-        name for name, parameter, _ in parameters(module) if parameter.dim() == 1
-    ]
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    assert all(stored == (parameter.dim() > 1) for _, parameter, stored in parameters(module))
     assert resident_bytes(module) < 3000
     ids = torch.arange(60).view(2, 30)
     with torch.no_grad():
@@ -117,12 +115,10 @@ def test_logits_are_those_of_the_loaded_model_bit_by_bit(kind, tied, tmp_path):
         wide, expected = in_float64(module), expected.double()
         assert resident_bytes(wide) < 6000
         assert torch.equal(logits(wide, ids), expected(input_ids=ids, use_cache=False).logits.float())
-    load(module)
-    assert resident_bytes(module) == sum(parameter.nbytes for parameter in expected.float().parameters()) + sum(
-        buffer.nbytes for buffer in module.buffers()
-    )
-    with torch.no_grad():
-        assert torch.equal(logits(module, ids), expected(input_ids=ids, use_cache=False).logits)
+        load(module)
+        assert torch.equal(logits(module, ids), expected.float()(input_ids=ids, use_cache=False).logits)
+    whole = [*expected.parameters(), *module.buffers()]
+    assert resident_bytes(module) == sum(tensor.nbytes for tensor in whole)
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(saved_llama, tmp_path):
@@ -229,10 +225,3 @@ def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(ResourceError, match="reading all weights takes about"):
         load(module)
-
-
-def test_the_documentation_names_the_families_whose_weights_are_loaded():
-    page = (ROOT / "docs" / "sources-and-targets.md").read_text(encoding="utf-8")
-    for start, families in (("- experts that transformers merges:", COMPUTED), ("along the time axis:", FOLLOWED)):
-        listed = page.split(start)[1].split(";")[0]
-        assert {name.strip() for name in listed.split(",")} == families

@@ -21,6 +21,7 @@ from pastkey.export.source.source import Opening
 from pastkey.export.source.weights import load_weights
 
 from ..decoders import Plain
+from .opening import Runs
 
 
 @dataclasses.dataclass
@@ -41,12 +42,6 @@ class Net(nn.Module):
         self.register_buffer("scratch", torch.rand(3), persistent=False)
 
 
-class Wrapped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = Net()
-
-
 def trained() -> dict[str, Tensor]:
     torch.manual_seed(1)
     return {name: tensor.clone() for name, tensor in Net().state_dict().items()}
@@ -54,6 +49,10 @@ def trained() -> dict[str, Tensor]:
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {other: tensor for other, tensor in trained().items() if other != name}
 
 
 def saved(content: Any, folder: Path) -> Path:
@@ -77,61 +76,54 @@ def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
 
 
-def test_safetensors_are_no_pickle_and_a_missing_tied_weight_is_the_other_one(tmp_path):
-    state = trained()
-    save_file({name: state[name] for name in state if name != "head.weight"}, tmp_path / "state.safetensors")
-    net = Net()
-    (sentence,) = loaded(net, tmp_path / "state.safetensors")
-    assert sentence == f"4 weights of {tmp_path}/state.safetensors were loaded"
-    assert same(net, state)
-
-
-def test_a_pickle_is_named_before_it_is_read(tmp_path):
+def test_safetensors_are_no_pickle_which_is_named_and_a_missing_tied_weight_is_the_other_one(tmp_path):
+    net, file = Net(), tmp_path / "state.safetensors"
+    save_file(without("head.weight"), file)
+    assert loaded(net, file) == [f"4 weights of {file} were loaded"]
+    assert same(net, trained())
     file = saved(trained(), tmp_path)
-    sentence, warning = loaded(Net(), file)
-    assert warning == f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it"
-    assert sentence == f"5 weights of {file} were loaded"
+    told = f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it"
+    assert loaded(Net(), file) == [f"5 weights of {file} were loaded", told]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (lambda s: {"model": s, "step": 3}, ", under 'model'"),
-        (lambda s: {"state_dict": prefixed(s, "model."), "epoch": 1}, ", under 'state_dict', without 'model.' in"),
-        (lambda s: {"a": {"b": {"c": s}}}, ", under 'a.b.c'"),
-        (lambda s: prefixed(s, "_orig_mod."), ", without '_orig_mod.' in their names"),
-        (lambda s: prefixed(s, "module._orig_mod."), ", without '_orig_mod.' and 'module.' in their names"),
-        (lambda s: prefixed(s, "net.decoder."), ", without 'net.decoder.' in their names"),
-        (lambda s: {"model": s, "ema": s}, ", under 'model' ('ema' would fit as well)"),
-        (lambda s: {"optimizer": {"state": {0: {"exp_avg": s["embed.weight"]}}}, "model": s}, ", under 'model'"),
-        (lambda s: {"model": {n.replace("layers.", "layers._orig_mod."): t for n, t in s.items()}}, "'_orig_mod.'"),
-        (lambda s: {"model": s, "config": Settings(), "args": argparse.Namespace(a=1), "loss": np.float64(2.5)}, ""),
-        (lambda s: prefixed(s, "net.") | {"loss.weight": torch.rand(3)}, "1 the module has no place for"),
-    ],
-    ids=[
-        "model", "lightning", "deep", "compiled", "parallel", "prefix", "two",
-        "optimizer", "compiled layers", "other classes", "outside the prefix",
-    ],
-)  # fmt: skip
-def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(content, words, tmp_path):
-    state, net = trained(), Net()
-    sentence, _ = loaded(net, saved(content(state), tmp_path))
-    assert words in sentence
-    assert same(net, state)
+STATE = trained()
+WRAPPED = {name.replace("layers.", "layers._orig_mod."): tensor for name, tensor in STATE.items()}
+OTHERS = {"config": Settings(), "args": argparse.Namespace(a=1), "loss": np.float64(2.5)}
+SEARCHED: dict[str, tuple[Any, str]] = {
+    "model": ({"model": STATE, "step": 3}, ", under 'model'"),
+    "lightning": ({"state_dict": prefixed(STATE, "model.")}, ", under 'state_dict', without 'model.' in"),
+    "deep": ({"a": {"b": {"c": STATE}}}, ", under 'a.b.c'"),
+    "compiled": (prefixed(STATE, "_orig_mod."), ", without '_orig_mod.' in their names"),
+    "parallel": (prefixed(STATE, "module._orig_mod."), ", without '_orig_mod.' and 'module.' in their names"),
+    "prefix": (prefixed(STATE, "net.decoder."), ", without 'net.decoder.' in their names"),
+    "two": ({"model": STATE, "ema": STATE}, ", under 'model' ('ema' would fit as well)"),
+    "optimizer": ({"optimizer": {"state": {0: {"exp_avg": STATE["embed.weight"]}}}, "model": STATE}, ", under 'model'"),
+    "compiled layers": ({"model": WRAPPED}, "'_orig_mod.'"),
+    "other classes": ({"model": STATE} | OTHERS, ""),
+    "outside the prefix": (prefixed(STATE, "net.") | {"loss.weight": torch.rand(3)}, "1 the module has no place for"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_checkpoint_is_searched_and_its_names_are_made_to_fit(name, tmp_path):
+    content, words = SEARCHED[name]
+    net = Net()
+    assert words in loaded(net, saved(content, tmp_path))[0]
+    assert same(net, trained())
 
 
 def test_a_module_within_a_wrapper_of_its_own_gets_the_names_of_the_wrapper(tmp_path):
-    net = Wrapped()
-    sentence, _ = loaded(net, saved(trained(), tmp_path))
-    assert "with 'model.' in front of their names" in sentence
-    assert same(net.model, trained())
+    net = nn.ModuleDict({"model": Net()})
+    assert "with 'model.' in front of their names" in loaded(net, saved(trained(), tmp_path))[0]
+    assert same(net["model"], trained())
 
 
 def test_half_precision_becomes_the_modules_own(tmp_path):
     net = Net()
-    loaded(net, saved({name: tensor.bfloat16() for name, tensor in trained().items()}, tmp_path))
+    halves = {name: tensor.bfloat16() for name, tensor in trained().items()}
+    loaded(net, saved(halves, tmp_path))
     assert net.embed.weight.dtype == torch.float32
-    assert same(net, {"embed.weight": trained()["embed.weight"].bfloat16().float()})
+    assert same(net, {"embed.weight": halves["embed.weight"].float()})
 
 
 def angles(kind: Any) -> Tensor:
@@ -173,26 +165,16 @@ def test_a_weight_that_would_be_lost_is_refused(weight, tmp_path):
     assert "layers.0.bias, for which the module has no place: 5 of its 7 weights fit" in refused(Net(), file)
 
 
-def without(*names: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in trained().items() if name not in names}
-
-
 REFUSED: dict[str, tuple[nn.Module, Any, str]] = {
-    "a weight less": (Net(), without("layers.1.weight"), "lacks layers.1.weight: 4 of its 4 weights fit, and the modu"),
+    "a weight less": (Net(), without("layers.1.weight"), "lacks layers.1.weight: 4 of its 4 weights fit"),
     "no head": (Net(tied=False), without("head.weight"), "lacks head.weight"),
     "another shape": (Net(width=6), trained(), r"embed.weight is of shape \(8, 4\) in .* and of shape \(8, 6\) in the"),
-    "a head of its own": (
-        Net(), trained() | {"head.weight": torch.rand(8, 4)}, "embed.weight and head.weight differ in .*one weight",
-    ),
-    "another module": (
-        Net(), {"encoder.w": torch.rand(2)}, "no weight of .*: it has encoder.w and the module embed.weight",
-    ),
-    "no tensor": (Net(), {"step": 3}, "holds no state dict, which is tensors by name"),
+    "a head of its own": (Net(), trained() | {"head.weight": torch.rand(8, 4)}, "embed.weight and head.weight differ"),
+    "another module": (Net(), {"encoder.w": torch.rand(2)}, "it has encoder.w and the module embed.weight"),
+    "no tensor": (Net(), {"step": 3}, "holds no state dict"),
     "a list": (Net(), [1, 2], "holds no state dict"),
-    "a tensor": (Net(), torch.rand(3), "holds no state dict"),
-    "an object": (Net(), {"model": Settings()}, "holds no state dict"),
     "a whole module": (Net(), Net(), "holds no state dict"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoilt", REFUSED)
@@ -202,44 +184,35 @@ def test_weights_that_do_not_fit_are_refused_by_name(spoilt, tmp_path):
 
 
 def test_buffers_may_be_missing_and_masks_may_be_for_another_context(tmp_path):
-    state, net = trained(), Net(mask=3)
-    sentence, _ = loaded(net, saved(state, tmp_path))
-    assert "; 1 buffer stayed as the module makes them (mask)" in sentence
+    net = Net(mask=3)
+    assert "; 1 buffer stayed as the module makes them (mask)" in loaded(net, saved(trained(), tmp_path))[0]
     assert same(net, {"mask": torch.ones(3, 3).tril()})
     net = Net()
-    assert "1 buffer stayed" in loaded(net, saved({n: t for n, t in state.items() if n != "mask"}, tmp_path))[0]
-    assert same(net, state)
+    assert "1 buffer stayed" in loaded(net, saved(without("mask"), tmp_path))[0]
+    assert same(net, trained())
 
 
 def test_files_that_are_no_weights_are_told(tmp_path):
-    for name, words in (("a.safetensors", "cannot be read as safetensors"), ("a.pt", "torch.load(")):
-        (tmp_path / name).write_bytes(b"nothing")
+    cut = saved(trained(), tmp_path).read_bytes()[:200]
+    for name, content, words in (
+        ("a.safetensors", b"nothing", "cannot be read as safetensors"),
+        ("a.pt", b"nothing", "torch.load(weights_only=True) cannot read"),
+        ("cut.pt", cut, "torch.load(weights_only=True) cannot read"),
+        (".", None, "is a folder; a file of weights was expected"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         assert words in refused(Net(), tmp_path / name)
-    file = saved(trained(), tmp_path)
-    file.write_bytes(file.read_bytes()[:200])
-    assert f"torch.load(weights_only=True) cannot read {file}" in refused(Net(), file)
-    assert "is a folder; a file of weights was expected" in refused(Net(), tmp_path)
-    with pytest.raises(MissingFileError, match=r"no such file: .*none.pt; expected the weights of a module"):
+    with pytest.raises(MissingFileError, match=r"no such file: .*none.pt"):
         loaded(Net(), tmp_path / "none.pt")
 
 
-class Evil:
-    """Runs something when a pickle of it is read as pickles are."""
-
-    def __init__(self, *call: Any) -> None:
-        self.call = call
-
-    def __reduce__(self) -> Any:
-        function, *arguments = self.call
-        return function, tuple(arguments)
-
-
 def test_no_code_of_a_pickle_is_run(tmp_path):
-    net, state, target = Net(), trained(), tmp_path / "evil"
-    loaded(net, saved({"model": state, "extra": Evil(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
-    assert same(net, state)
-    for evil, words in ((Evil(os.system, f"touch {target}"), "system"), (Evil(Path.touch, target), "unrecognized")):
-        sentence = refused(Net(), saved({"model": state, "extra": evil}, tmp_path))
+    net, target = Net(), tmp_path / "evil"
+    loaded(net, saved({"model": trained(), "extra": Runs(eval, f"open({str(target)!r}, 'w')")}, tmp_path))
+    assert same(net, trained())
+    for evil, words in ((Runs(os.system, f"touch {target}"), "system"), (Runs(Path.touch, target), "unrecognized")):
+        sentence = refused(Net(), saved({"model": trained(), "extra": evil}, tmp_path))
         assert words in sentence
         assert "save model.state_dict() alone" in sentence
         assert "False" not in sentence

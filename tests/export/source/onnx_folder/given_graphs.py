@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+from ..opening import save, write
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, SIZE, LAYERS, CONTEXT = 61, 64, 4, 2, 16, 2, 128
 
@@ -113,57 +114,44 @@ def _split(x: Tensor) -> Tensor:
     return x.view(*x.shape[:2], -1, SIZE).transpose(1, 2)
 
 
-def write_graph(path: Path, kind: Kind = Kind(), *, opset: int = 18) -> None:  # it is frozen
+def write_graph(path: Path, kind: Kind = Kind()) -> Path:  # it is frozen
     """Writes the decoder's graph in optimum's form."""
-    model = Decoder(kind).eval()
     past = [torch.randn(2, KV_HEADS, 5, SIZE) for _ in range(2 * LAYERS)]
     ids, mask = torch.randint(0, VOCABULARY, (2, 3)), torch.ones(2, 8, dtype=torch.long)
-    inputs = ["input_ids", "attention_mask", "position_ids"]
     parts = [f"{i}.{part}" for i in range(LAYERS) for part in ("key", "value")]
-    axes: dict[str, dict[int, str]] = {
-        "input_ids": {0: "batch_size", 1: "sequence_length"},
-        "attention_mask": {0: "batch_size", 1: "past_sequence_length + sequence_length"},
-        "position_ids": {0: "batch_size", 1: "sequence_length"},
-        "logits": {0: "batch_size", 1: "sequence_length"},
-    }
-    axes |= {f"past_key_values.{part}": {0: "batch_size", 2: "past_sequence_length"} for part in parts}
-    axes |= {f"present.{part}": {0: "batch_size", 2: "past_sequence_length + sequence_length"} for part in parts}
+    inputs, outputs = [f"past_key_values.{part}" for part in parts], [f"present.{part}" for part in parts]
+    whole = "past_sequence_length + sequence_length"
+    axes = {name: {0: "batch_size", 1: "sequence_length"} for name in ("input_ids", "position_ids", "logits")}
+    axes |= {"attention_mask": {0: "batch_size", 1: whole}}
+    axes |= {name: {0: "batch_size", 2: "past_sequence_length"} for name in inputs}
+    axes |= {name: {0: "batch_size", 2: whole} for name in outputs}
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model,
+            Decoder(kind).eval(),
             (ids, mask, torch.arange(5, 8).expand(2, 3), *past),
             path,
-            input_names=[*inputs, *(f"past_key_values.{part}" for part in parts)],
-            output_names=["logits", *(f"present.{part}" for part in parts)],
+            input_names=["input_ids", "attention_mask", "position_ids", *inputs],
+            output_names=["logits", *outputs],
             dynamic_axes=axes,
-            opset_version=opset,
+            opset_version=18,
             dynamo=False,
         )
+    return path
 
 
-def config(**others: Any) -> dict[str, Any]:
-    return {
+def write_folder(folder: Path, kind: Kind = Kind(), tokenizer: Tokenizer | None = None, **others: Any) -> Path:
+    """Writes what `optimum-cli export onnx --task text-generation-with-past` writes. Returns the folder."""
+    write_graph(folder / "model.onnx", kind)
+    config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY, "hidden_size": WIDTH,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": LAYERS,
         "max_position_embeddings": CONTEXT, "bos_token_id": None, "eos_token_id": VOCABULARY - 1,
         "transformers_version": "4.57.6",
-    } | others  # fmt: skip
-
-
-def write_folder(
-    folder: Path,
-    kind: Kind = Kind(),
-    tokenizer: Tokenizer | None = None,
-    **others: Any,  # it is frozen
-) -> Path:
-    """Writes what `optimum-cli export onnx --task text-generation-with-past` writes. Returns the folder."""
-    write_graph(folder / "model.onnx", kind)
-    (folder / "config.json").write_text(json.dumps(config(**others)))
+    }  # fmt: skip
+    write(folder / "config.json", config | others)
     if tokenizer is not None:
-        tokenizer.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({"eos_token": "<end>", "tokenizer_class": "TokenizersBackend", "model_max_length": CONTEXT})
-        )
+        special = {"eos_token": "<end>", "tokenizer_class": "TokenizersBackend", "model_max_length": CONTEXT}
+        save(tokenizer, folder, **special)
     return folder
