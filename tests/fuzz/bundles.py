@@ -27,8 +27,8 @@ from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.runtime.text.codec import TextCodec
 
 from ..runtime.conftest import Tiny, write_bundle
-from .mutations import mutate_bytes, mutate_json
-from .reader import Target, changed, json_bytes, workplace, written
+from .mutations import Mutation, mutate_bytes, mutate_json
+from .reader import Target, alone, json_bytes, within, workplace, written
 from .samples import MESSAGES, TEMPLATE, word_tokenizer
 
 
@@ -49,14 +49,6 @@ def bundle_folder() -> Path:
     return folder
 
 
-def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], object]:
-    def read(content: bytes) -> object:
-        with changed(bundle_folder(), file, content):
-            return use(open_bundle(bundle_folder(), verify=True))
-
-    return read
-
-
 def _use_manifest(bundle: Any) -> str:
     from pastkey.runtime.commands.inspection import print_figures
 
@@ -67,8 +59,7 @@ def _use_manifest(bundle: Any) -> str:
 
 
 def _use_template(bundle: Any) -> object:
-    template = ChatTemplate.from_bundle(bundle)
-    return template.render(MESSAGES)
+    return ChatTemplate.from_bundle(bundle).render(MESSAGES)
 
 
 def _use_tokenizer(bundle: Any) -> object:
@@ -83,28 +74,26 @@ def _use_graph(bundle: Any) -> object:
     return engine.decode(4)
 
 
-def _of_bundle(file: str) -> Callable[[], bytes]:
-    return lambda: (bundle_folder() / file).read_bytes()
-
-
 @functools.cache
-def _session_engine() -> Any:
+def _opened() -> Any:
     bundle = open_bundle(bundle_folder(), verify=True)
     return bundle, Engine(bundle, threads=1)
 
 
+def _session_engine() -> Any:
+    _opened()[1].reset()
+    return _opened()
+
+
 def _session_valid() -> bytes:
     bundle, engine = _session_engine()
-    engine.reset()
     engine.prefill([1, 2, 3])
     write_session(workplace() / "valid.session", bundle, [1, 2, 3, 4], engine)
     return (workplace() / "valid.session").read_bytes()
 
 
 def _session(content: bytes) -> object:
-    bundle, engine = _session_engine()
-    engine.reset()
-    return read_session(written("a.session", content), bundle, engine)
+    return read_session(written("a.session", content), *_session_engine())
 
 
 def _mutate_session(rng: Any, content: bytes) -> bytes:
@@ -143,42 +132,33 @@ def _golden_valid() -> bytes:
     return packed.getvalue()
 
 
-def _golden(content: bytes) -> object:
+def _golden(file: Path) -> object:
     bundle = open_bundle(bundle_folder(), verify=False)
-    files = {**bundle.manifest.files, names.GOLDEN: FileRecord(len(content), "0" * 64)}
-    folder = workplace() / "golden"
-    folder.mkdir(exist_ok=True)
-    (folder / names.GOLDEN).write_bytes(content)
+    files = {**bundle.manifest.files, names.GOLDEN: FileRecord(file.stat().st_size, "0" * 64)}
     listed = dataclasses.replace(bundle.manifest, files=files)
-    return Golden.of(dataclasses.replace(bundle, path=folder, manifest=listed))
+    return Golden.of(dataclasses.replace(bundle, path=file.parent, manifest=listed))
 
 
 def _embedding_rows(content: bytes) -> object:
     written("table.bin", bytes(4 * 6 * 8))
-    rows = EmbeddingRows(workplace(), content.decode("utf-8", "replace"))
-    return rows[np.array([[0, 3, 5]])]
+    return EmbeddingRows(workplace(), content.decode("utf-8", "replace"))[np.array([[0, 3, 5]])]
 
 
-_CONFIG = names.TOKENIZER_CONFIG
-_PLACE = {"file": "table.bin", "offset": 0, "shape": [6, 4, 8]}
+def _of_bundle(file: str, use: Callable[[Any], object], mutate: Mutation) -> Target:
+    return within(bundle_folder, file, lambda folder: use(open_bundle(folder, verify=True)), mutate)
+
+
+_PLACE = json_bytes({"file": "table.bin", "offset": 0, "shape": [6, 4, 8]})
 
 BUNDLES: Mapping[str, Target] = {
-    "manifest": Target(_in_bundle(names.MANIFEST, _use_manifest), _of_bundle(names.MANIFEST), mutate_json),
-    "generation_config": Target(
-        _in_bundle(names.GENERATION_CONFIG, sampling_defaults), _of_bundle(names.GENERATION_CONFIG), mutate_json
-    ),
-    "tokenizer_config": Target(_in_bundle(_CONFIG, _use_template), _of_bundle(_CONFIG), mutate_json),
-    "tokenizer": Target(
-        _in_bundle(names.TOKENIZER, _use_tokenizer), _of_bundle(names.TOKENIZER), mutate_json, native=True
-    ),
-    "graph": Target(
-        _in_bundle(names.LAST_LOGITS_GRAPH, _use_graph), _of_bundle(names.LAST_LOGITS_GRAPH), mutate_bytes, native=True
-    ),
-    "external_data": Target(
-        _in_bundle(names.LAST_LOGITS_GRAPH, str), _of_bundle(names.LAST_LOGITS_GRAPH), mutate_bytes
-    ),
-    "embedding_rows": Target(_embedding_rows, json_bytes(_PLACE), mutate_json),
+    "manifest": _of_bundle(names.MANIFEST, _use_manifest, mutate_json),
+    "generation_config": _of_bundle(names.GENERATION_CONFIG, sampling_defaults, mutate_json),
+    "tokenizer_config": _of_bundle(names.TOKENIZER_CONFIG, _use_template, mutate_json),
+    "tokenizer": _of_bundle(names.TOKENIZER, _use_tokenizer, mutate_json),
+    "graph": _of_bundle(names.LAST_LOGITS_GRAPH, _use_graph, mutate_bytes),
+    "external_data": _of_bundle(names.LAST_LOGITS_GRAPH, str, mutate_bytes),
+    "embedding_rows": Target(_embedding_rows, lambda: _PLACE, mutate_json),
     "session": Target(_session, _session_valid, _mutate_session),
     "zip": Target(_zip, _zip_valid, mutate_bytes),
-    "golden_logits": Target(_golden, _golden_valid, mutate_bytes),
-}  # fmt: skip
+    "golden_logits": alone(f"golden/{names.GOLDEN}", _golden, _golden_valid(), mutate_bytes),
+}

@@ -44,22 +44,14 @@ def outcome(target: Target, content: bytes) -> Outcome:
     except PastkeyError as error:
         sentence = str(error)
         found = Outcome("sentence", sentence)
-        if not sentence.strip() or len(sentence) > 4000 or not _prints(sentence):
+        printed = sentence.encode(errors="replace").decode()
+        if not sentence.strip() or len(sentence) > 4000 or printed != sentence:
             found = Outcome("traceback", f"no sentence: {sentence!r:.200}")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
-        lines = traceback.format_exception(error)
-        found = Outcome("traceback", "".join(lines)[-3000:])
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        found = Outcome("traceback", "".join(traceback.format_exception(error))[-3000:])
     seconds = time.process_time() - started
     if found.well and seconds > MOST_SECONDS:
         return Outcome("slow", f"{seconds:.1f} s of processor time, then: {found.told}")
     return found
-
-
-def _prints(sentence: str) -> bool:
-    try:
-        sentence.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

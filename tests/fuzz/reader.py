@@ -25,7 +25,21 @@ class Target:
     read: Callable[[bytes], object]
     valid: Callable[[], bytes]  # a file that it takes
     mutate: Mutation
-    native: bool = False  # a library that is not in Python reads the bytes, so that it may run long, or end the process
+
+
+def alone(file: str, read: Callable[[Path], object], valid: bytes, mutate: Mutation) -> Target:
+    """A reader of one file."""
+    return Target(lambda content: read(written(file, content)), lambda: valid, mutate)
+
+
+def within(folder: Callable[[], Path], file: str, read: Callable[[Path], object], mutate: Mutation) -> Target:
+    """A reader of a folder, in one file of which the bytes are."""
+
+    def read_changed(content: bytes) -> object:
+        with changed(folder(), file, content):
+            return read(folder())
+
+    return Target(read_changed, lambda: (folder() / file).read_bytes(), mutate)
 
 
 @functools.cache
@@ -42,41 +56,29 @@ _kept: list[Any] = []
 
 def written(name: str, content: bytes) -> Path:
     file = workplace() / name
+    file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     return file
 
 
-def json_bytes(value: object) -> Callable[[], bytes]:
-    return lambda: json.dumps(value).encode()
-
-
-def _mended(folder: Path, file: str, content: bytes) -> None:
-    """Writes one file and what its manifest says of it."""
-    (folder / file).write_bytes(content)
-    manifest = json.loads(_original(folder))
-    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    for records in (manifest["files"], manifest.get("training", {}).get("files", {})):
-        if file in records:
-            records[file] = record
-    (folder / names.MANIFEST).write_text(json.dumps(manifest))
-
-
-@functools.cache
-def _original(folder: Path) -> bytes:
-    return (folder / names.MANIFEST).read_bytes()
+def json_bytes(value: object) -> bytes:
+    return json.dumps(value).encode()
 
 
 @contextlib.contextmanager
 def changed(folder: Path, file: str, content: bytes) -> Iterator[None]:
-    """The folder with this content in one file, which its manifest lists so, unless it is the manifest itself."""
-    whole = (folder / file).read_bytes()
-    _original(folder)
+    """The folder with this content in one file, which its manifest lists so, if it has another one."""
+    manifest = folder / names.MANIFEST
+    before = {path: path.read_bytes() for path in (folder / file, manifest) if path.exists()}
     try:
-        if file == names.MANIFEST:
-            (folder / file).write_bytes(content)
-        else:
-            _mended(folder, file, content)
+        (folder / file).write_bytes(content)
+        if manifest in before and file != names.MANIFEST:
+            listed = json.loads(before[manifest])
+            for records in (listed["files"], listed.get("training", {}).get("files", {})):
+                if file in records:
+                    records[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            manifest.write_text(json.dumps(listed))
         yield
     finally:
-        (folder / file).write_bytes(whole)
-        (folder / names.MANIFEST).write_bytes(_original(folder))
+        for path, whole in before.items():
+            path.write_bytes(whole)

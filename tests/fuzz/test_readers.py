@@ -47,7 +47,3 @@ def test_any_bytes_give_a_value_or_a_sentence(name, seeds):
 def test_what_was_a_finding_is_none_any_more(file):
     found = outcome(TARGETS[file.parent.name], file.read_bytes())
     assert found.well, found.told
-
-
-def test_the_regressions_are_small():
-    assert sum(file.stat().st_size for file in REGRESSIONS.glob("*/*")) <= 500_000

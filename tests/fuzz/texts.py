@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from pastkey.contract import names
 from pastkey.export.measure.texts import encode_file
@@ -19,40 +20,31 @@ from pastkey.train.tokenizer import train_bpe
 
 from .bundles import bundle_folder
 from .mutations import mutate_bytes, mutate_json, mutate_text
-from .reader import Target, json_bytes, written
+from .reader import Target, alone, json_bytes
 from .samples import CORPUS, MESSAGES, TEMPLATE
 
 
-def _corpus(content: bytes) -> object:
-    corpus = open_corpus([written("corpus.txt", content)])
+def _corpus(file: Path) -> object:
+    corpus = open_corpus([file])
     survey(corpus)
     return train_bpe((text for document in corpus.documents() for text in document.texts()), 260).vocab_size
 
 
-def _rows(content: bytes) -> object:
-    return survey(open_corpus([written("rows.jsonl", content)])).documents
-
-
-def _template(content: bytes) -> object:
-    return ChatTemplate(read_template(written("template.jinja", content))).render(MESSAGES)
-
-
-def _calibration(content: bytes) -> object:
-    return encode_file(written("calibration.txt", content), TextCodec.from_file(bundle_folder() / names.TOKENIZER))
+def _calibration(file: Path) -> object:
+    return encode_file(file, TextCodec.from_file(bundle_folder() / names.TOKENIZER))
 
 
 _ROWS = [{"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}}, {"id": "x", "messages": MESSAGES}]
 
 
-def _requests(content: bytes) -> object:
-    rows = [*read_rows(written("rows.jsonl", content))]
+def _requests(file: Path) -> object:
+    rows = [*read_rows(file)]
     for row in rows:
         assert json.loads(answered_line(row, error_of("no")))["id"] == row.id
     return [parse_request(row.content) for row in rows if isinstance(row.content, dict)]
 
 
-def _output(content: bytes) -> object:
-    out = written("output.jsonl", content)
+def _output(out: Path) -> object:
     with out.open("ab", buffering=0) as file:
         assert isinstance(file, io.FileIO)
         job = Job(out, out, file, {1, "a"})
@@ -61,16 +53,19 @@ def _output(content: bytes) -> object:
 
 
 TEXTS: Mapping[str, Target] = {
-    "chat_template": Target(_template, lambda: TEMPLATE.encode(), mutate_text, native=True),
-    "corpus": Target(_corpus, lambda: CORPUS.encode(), mutate_text),
-    "rows": Target(_rows, json_bytes({"messages": MESSAGES}), mutate_json),
-    "calibration": Target(_calibration, lambda: CORPUS.encode(), mutate_text),
-    "stories": Target(
-        lambda content: read_stories(written("s.jsonl", content)), lambda: b'{"text": "a"}\n{"text": "b"}', mutate_json
+    "chat_template": alone(
+        "t.jinja", lambda file: ChatTemplate(read_template(file)).render(MESSAGES), TEMPLATE.encode(), mutate_text
     ),
-    "requests": Target(_requests, lambda: b"\n".join(json.dumps(row).encode() for row in _ROWS), mutate_json),
-    "output": Target(_output, lambda: b'{"id":1,"text":"x"}\n{"id":"a","error":"b"}\n', mutate_bytes),
-    "messages": Target(
-        lambda content: read_messages(written("chat.json", content)), json_bytes({"messages": MESSAGES}), mutate_json
+    "corpus": alone("corpus.txt", _corpus, CORPUS.encode(), mutate_text),
+    "rows": alone(
+        "rows.jsonl",
+        lambda file: survey(open_corpus([file])).documents,
+        json_bytes({"messages": MESSAGES}),
+        mutate_json,
     ),
-}  # fmt: skip
+    "calibration": alone("calibration.txt", _calibration, CORPUS.encode(), mutate_text),
+    "stories": alone("s.jsonl", read_stories, b'{"text": "a"}\n{"text": "b"}', mutate_json),
+    "requests": alone("rows.jsonl", _requests, b"\n".join(map(json_bytes, _ROWS)), mutate_json),
+    "output": alone("output.jsonl", _output, b'{"id":1,"text":"x"}\n{"id":"a","error":"b"}\n', mutate_bytes),
+    "messages": alone("chat.json", read_messages, json_bytes({"messages": MESSAGES}), mutate_json),
+}
