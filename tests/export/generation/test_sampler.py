@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -25,30 +24,18 @@ from .small_models import BOOL, DOUBLE, FLOAT, INT64, run
 
 @functools.cache
 def sampler(vocab_size: int) -> Callable[..., Any]:
-    inputs: dict[str, tuple[ir.DataType, list[int | str | None]]] = {
-        "logits": (FLOAT, [vocab_size]),
-        "seen": (BOOL, [vocab_size]),
-        "u": (DOUBLE, [1]),
-        "top_k": (INT64, [1]),
-    }
+    inputs = {"logits": (FLOAT, [vocab_size]), "seen": (BOOL, [vocab_size]), "u": (DOUBLE, [1]), "top_k": (INT64, [1])}
     inputs |= dict.fromkeys(names.GENERATE_NUMBERS, (FLOAT, [1]))
-    return run(
-        inputs,
-        lambda n, g: choose(
-            n,
-            g["logits"],
-            g["seen"],
-            g["u"],
-            Settings(**{name: g[name] for name in ("top_k", *names.GENERATE_NUMBERS)}),
-            vocab_size,
-        ),
-        INT64,
-    )
+
+    def chosen(nodes, given):
+        settings = Settings(**{name: given[name] for name in ("top_k", *names.GENERATE_NUMBERS)})
+        return choose(nodes, given["logits"], given["seen"], given["u"], settings, vocab_size)
+
+    return run(inputs, chosen, INT64)
 
 
 def drawn(logits: np.ndarray, ids: list[int], config: SamplingConfig) -> int:
     """The graph's token."""
-    assert config.seed is not None
     seen = np.zeros(logits.size, bool)
     seen[ids] = True
     u = np.array([uniform(config.seed, len(ids))])

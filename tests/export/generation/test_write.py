@@ -9,7 +9,7 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import InputError, ParityError
 from pastkey.export import export
 from pastkey.export.generation import write
-from pastkey.runtime import SamplingConfig
+from pastkey.export.settings import ExportConfig
 
 from ..decoders import Plain, llama
 
@@ -17,8 +17,8 @@ from ..decoders import Plain, llama
 def test_a_graph_that_says_something_else_is_not_kept(tmp_path, monkeypatch):
     settings = write.settings
 
-    def other_seed(sampling: SamplingConfig, new: int) -> dict[str, write.Array]:
-        return settings(sampling, new) | {"seed": settings(sampling, new)["seed"] + 1}
+    def other_seed(*given):
+        return settings(*given) | {"seed": settings(*given)["seed"] + 1}
 
     monkeypatch.setattr(write, "settings", other_seed)
     with pytest.raises(ParityError, match=r"generate\.onnx gives other ids than pastkey's runtime from new token"):
@@ -39,12 +39,10 @@ def test_nothing_is_written_unless_it_is_asked_for(exported):
     assert not [*(exported("llama").bundle.path / "onnx").glob("generate*")]
 
 
-@pytest.mark.parametrize("target", ["qnn", "webgpu"])
-def test_a_target_without_a_loop_is_refused_before_the_work(target, tmp_path):
-    with pytest.raises(InputError, match=f"--generate and --target {target} exclude each other"):
-        export(llama(), tmp_path / "bundle", precision="fp32", target=target, context_length=40, generate=True)
-
-
-def test_a_static_graph_is_refused_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="--generate and a static graph exclude each other"):
-        export(llama(), tmp_path / "b", precision="fp32", graph="static", context_length=40, generate=True)
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"target": "qnn"}, "--target qnn"), ({"target": "webgpu"}, "--target webgpu"), ({"graph": "static"}, "a static")],
+)
+def test_what_runs_no_loop_is_refused_before_the_work(option, words):
+    with pytest.raises(InputError, match=f"--generate and {words}.* exclude each other"):
+        ExportConfig(precision="fp32", context_length=40, generate=True, **option)
