@@ -27,7 +27,7 @@ COMPILER := $(shell command -v c++)
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
-	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}, -m tests.fuzz; CONTRIBUTING.md has more"
+	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}; CONTRIBUTING.md has more"
 
 demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
 	$(PASTKEY) train --out demo/checkpoint --force
