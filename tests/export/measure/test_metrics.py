@@ -1,10 +1,12 @@
-"""The figures of how far two models' predictions are apart, against their definitions."""
+"""The figures of how well a model predicts, and how far two are apart, against their definitions."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from hypothesis.extra.numpy import arrays
 
 from pastkey.errors import NumericsError, ParityError
 from pastkey.export.measure import metrics
+from pastkey.export.measure.evaluate import evaluate
 from pastkey.export.measure.metrics import kl_by_position, kl_divergence, log_softmax, softmax, top1_agreement
-from pastkey.export.measure.predictors import BundlePredictor
 from pastkey.export.measure.texts import cut_windows, encode_file, self_generated_texts, start_token
 from pastkey.export.measure.verification import Check, Verification
 from pastkey.runtime import Engine
@@ -67,10 +69,12 @@ def exactly(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("vocabulary", [61, 5000])
 @pytest.mark.parametrize("noise", [1e-4, 1e-2, 1, 10])
-def test_kl_is_exact_to_a_millionth_however_small_or_large(vocabulary, noise):
+def test_kl_of_any_axes_is_exact_to_a_millionth_however_small_or_large(vocabulary, noise):
     rng = np.random.default_rng(0)
-    reference = (3 * rng.normal(size=(20, vocabulary))).astype(np.float32)
+    reference = (3 * rng.normal(size=(2, 10, vocabulary))).astype(np.float32)
     logits = (reference + noise * rng.normal(size=reference.shape)).astype(np.float32)
+    for array in (reference, logits):
+        array.flags.writeable = False
     found = kl_by_position(reference, softmax(reference), logits)
     np.testing.assert_allclose(found, exactly(reference, logits), rtol=2e-6)
 
@@ -81,14 +85,6 @@ def test_kl_of_predictions_with_nothing_in_common_is_their_distance_and_of_nan_n
     assert kl_divergence(reference, logits) == pytest.approx(200, rel=1e-9)
     assert kl_divergence(reference, 100 * logits) == pytest.approx(20000, rel=1e-9)
     assert math.isnan(kl_divergence(reference, np.full_like(logits, np.nan)))
-
-
-def test_kl_takes_any_number_of_axes_and_leaves_its_arguments_alone():
-    rng = np.random.default_rng(0)
-    reference, logits = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
-    for array in (reference, logits):
-        array.flags.writeable = False
-    np.testing.assert_allclose(kl_by_position(reference, softmax(reference), logits), exactly(reference, logits), 1e-6)
 
 
 def test_sums_of_windows_are_those_of_all_positions_together():
@@ -167,9 +163,74 @@ def test_a_model_writes_what_the_slow_obvious_way_draws(beginning, exported):
     assert {text.dtype for text in found} == {np.dtype(np.int64)}
 
 
-def test_tokens_are_drawn_with_the_models_probabilities(exported):
-    bundle = exported("llama").bundle
-    texts = self_generated_texts(Engine(bundle), 3, 4096, 2, batch=512)
-    counted = np.bincount([text[1] for text in texts], minlength=61) / len(texts)
-    expected = softmax(BundlePredictor(bundle).logits(np.array([3])))[0]
-    assert np.abs(counted - expected).max() < 4 * np.sqrt(expected.max() / len(texts))
+# --- how well a model predicts a text, and how far it is from a reference ---------------------------------------------
+class Fake:
+    """Logits of ids by a function, and a greedy continuation that is always the same."""
+
+    def __init__(self, name: str, logits: Callable[[np.ndarray], np.ndarray], continuation: Sequence[int]) -> None:
+        self.name, self.logits, self.continuation = name, logits, list(continuation)
+        self.asked: list[tuple[int, int]] = []  # tokens of a prompt, and of its continuation
+
+    def greedy(self, prompt: np.ndarray, count: int) -> list[int]:
+        self.asked.append((prompt.size, count))
+        return self.continuation[:count]
+
+    def agreeing(self, prompt: np.ndarray, tokens: Sequence[int]) -> int:
+        return metrics.agreeing_tokens(self.continuation, tokens)
+
+
+def certain_of_the_same(ids: np.ndarray) -> np.ndarray:
+    """3 to 1 that the next token of two is the one before."""
+    return np.log(np.where(np.arange(2) == ids[:, None], 0.75, 0.25)).astype(np.float32)
+
+
+def undecided(ids: np.ndarray) -> np.ndarray:
+    return np.zeros((ids.size, 2), np.float32)
+
+
+def test_figures_of_known_odds_over_windows_of_different_lengths():
+    bundle, reference = Fake("a", certain_of_the_same, [1, 1]), Fake("b", undecided, [1, 1])
+    windows = [np.array([0, 0, 0, 1]), np.array([1, 0])]
+    found = evaluate(bundle, windows, reference)
+    assert found.perplexity == pytest.approx((0.75 * 0.75 * 0.25 * 0.25) ** (-1 / 4))
+    assert found.reference_perplexity == pytest.approx(2)
+    assert found.kl_divergence == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-6)
+    assert found.top1_agreement == pytest.approx(4 / 6)  # an undecided one takes the first token
+    assert (found.tokens, found.windows, found.length) == (6, 2, 4)
+    assert (found.bundle, found.reference) == ("a", "b")
+
+
+def test_greedy_agreement_counts_nothing_after_the_first_difference_nor_behind_the_longest_window():
+    bundle = Fake("a", undecided, range(32))
+    reference = Fake("b", undecided, [*range(8), 99, *range(9, 32)])
+    found = evaluate(bundle, [np.zeros(80, np.int64)] * 20, reference)
+    assert found.greedy_agreement == 8 / 32
+    assert bundle.asked == [(32, 32)] * 16
+    bundle.asked.clear()  # continuations stay within the longest window
+    windows = [np.zeros(10, np.int64), np.zeros(3, np.int64)]
+    assert evaluate(bundle, windows, bundle).greedy_agreement == 1
+    assert bundle.asked == [(5, 6), (1, 10)]  # the last token is not fed
+
+
+def test_without_a_reference_its_figures_are_none_and_nothing_is_written():
+    bundle = Fake("a", undecided, [])
+    found = evaluate(bundle, [np.array([0, 1, 1])])
+    assert found.to_json() == {
+        "perplexity": pytest.approx(2), "kl_divergence": None, "top1_agreement": None, "greedy_agreement": None,
+        "reference_perplexity": None, "tokens": 3, "windows": 1, "length": 3, "bundle": "a", "reference": None,
+    }  # fmt: skip
+    assert bundle.asked == []
+
+
+def test_the_logits_of_no_two_windows_are_held():
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def watched(ids: np.ndarray) -> np.ndarray:
+        assert sum(made() is not None for made in held) <= 1  # at most the other model's of this window
+        logits = undecided(ids)
+        held.append(weakref.ref(logits))
+        return logits
+
+    bundle, reference = Fake("a", watched, [1]), Fake("b", watched, [1])
+    evaluate(bundle, [np.zeros(200, np.int64)] * 3, reference)
+    assert len(held) == 6

@@ -10,14 +10,18 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ParityError
+from pastkey.export import export
 from pastkey.export.graft.probe.observe import observe
 from pastkey.export.measure.verify import KL_FLOOR, Check, Tolerances, Verification, verify
 from pastkey.export.progress import Progress
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime.providers import open as opening
 from pastkey.runtime.providers.inference import OrtSession
+from tools.planted_faults import FAULTS, found_by
 
+from .. import families
 from ..decoders import llama
 from .conftest import scaled
 
@@ -25,45 +29,13 @@ CHECKS = ["prefill", "decode", "chunks_of_7", "chunks_of_64", "batch", "greedy"]
 
 
 # --- right bundles ------------------------------------------------------------------------------------------------
-def test_fp32_against_its_source_is_equal_in_every_check(exported):
-    made = exported("llama")
-    verification = verify(made.bundle, made.module)
-    assert verification.ok
-    assert verification.reference == "source"
-    assert [check.name for check in verification.checks] == CHECKS
-    for check in verification.checks[:-1]:
-        assert check.measure == "max_relative_difference"
-        assert 0 < check.value <= PRECISIONS["fp32"].max_difference == check.limit
-    assert verification.checks[-1].value is None
-    assert verification.quality == {}
-
-
-def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported):
-    made = exported("llama", "int8")
-    checks = {check.name: check for check in verify(made.bundle, made.module).checks}
-    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {"decode", "float32"}
-    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.parity["int8"]["kl_divergence"], rel=1e-3)
-    assert checks["decode"].value <= checks["decode"].limit
-    assert checks["chunks_of_7"].limit == checks["batch"].limit == PRECISIONS["fp32"].max_difference
-    assert checks["chunks_of_7"].value <= PRECISIONS["fp32"].max_difference
-
-
-def test_progress_goes_forward_from_the_text_to_the_last_check(exported):
-    parts = list[tuple[int, int]]()
+def verified(made, monkeypatch):
+    """Verifies a bundle: progress goes forward to the last check, and one graph is open at a time."""
+    parts, live = list[tuple[int, int]](), weakref.WeakSet[Any]()
 
     class Seen(Progress):
         def advance(self, done: int, total: int) -> None:
             parts.append((done, total))
-
-    made = exported("llama", "int8")
-    verify(made.bundle, made.module, progress=Seen())
-    assert parts == sorted(parts)
-    assert parts[-1][0] == parts[-1][1]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_one_graph_is_open_at_a_time(precision, exported, monkeypatch):
-    live = weakref.WeakSet[Any]()
 
     class Watched(OrtSession):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -71,9 +43,32 @@ def test_one_graph_is_open_at_a_time(precision, exported, monkeypatch):
             super().__init__(*arguments, **options)
             live.add(self)
 
-    made = exported("llama", precision)
     monkeypatch.setattr(opening, "OrtSession", Watched)
-    assert verify(made.bundle, made.module).ok
+    verification = verify(made.bundle, made.module, progress=Seen())
+    assert verification.ok
+    assert parts == sorted(parts)
+    assert parts[-1][0] == parts[-1][1]
+    return verification
+
+
+def test_fp32_against_its_source_is_equal_in_every_check(exported, monkeypatch):
+    verification = verified(exported("llama"), monkeypatch)
+    assert (verification.reference, verification.quality) == ("source", {})
+    assert [check.name for check in verification.checks] == CHECKS
+    for check in verification.checks[:-1]:
+        assert check.measure == "max_relative_difference"
+        assert 0 < check.value <= PRECISIONS["fp32"].max_difference == check.limit
+    assert verification.checks[-1].value is None
+
+
+def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported, monkeypatch):
+    made = exported("llama", "int8")
+    checks = {check.name: check for check in verified(made, monkeypatch).checks}
+    assert {name for name, check in checks.items() if check.measure == "mean_kl"} == {"decode", "float32"}
+    assert checks["decode"].limit == pytest.approx(2 * made.bundle.manifest.parity["int8"]["kl_divergence"], rel=1e-3)
+    assert checks["decode"].value <= checks["decode"].limit
+    assert checks["chunks_of_7"].limit == checks["batch"].limit == PRECISIONS["fp32"].max_difference
+    assert checks["chunks_of_7"].value <= PRECISIONS["fp32"].max_difference
 
 
 # --- limits -------------------------------------------------------------------------------------------------------
@@ -111,10 +106,8 @@ def findings(verification: Verification) -> dict[str, Check]:
 )
 def test_an_altered_weight_is_found_and_its_layer_named(weight, where, exported, altered):
     made = exported("llama")
-    verification = verify(
-        altered(made.bundle, scaled(weight, 2.0)), made.module, layers=observe(made.module, 40).layers
-    )
-    assert not verification.ok
+    bundle, layers = altered(made.bundle, scaled(weight, 2.0)), observe(made.module, 40).layers
+    verification = verify(bundle, made.module, layers=layers)
     found = findings(verification)
     assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
     assert where in found["prefill"].detail
@@ -176,3 +169,51 @@ def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported, altered)
     assert "prefill" not in found  # there is no past in it
     assert {"decode", "chunks_of_7"} <= set(found)
     assert "first in layer 1" in found["decode"].detail
+
+
+# --- each planted fault is found: the runs that verify spares would show no other -------------------------------------
+CONTEXT = 200
+# int8's own rounding is larger than these: `verify` asks whether it is the same model.
+WITHIN_INT8 = {
+    "half of one matrix times 1.001",
+    "half of one matrix times 1.01",
+    "one row of one matrix is zero",
+    "the scale of one block doubled",
+    "the zero point of one block off by one",
+    "epsilon of one norm 100 times too large",
+    "the scale of one attention 1 % off",
+    "the last cached value is stale at single tokens 64, 128, ...",
+}
+
+
+def made(module, folder, precision="fp32", context=CONTEXT):
+    export(module, folder / "bundle", precision, context_length=context)
+    return open_bundle(folder / "bundle", verify=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "within"), [("fp32", set[str]()), ("int8", WITHIN_INT8)])
+def test_every_fault_that_exceeds_rounding_is_found(precision, within, tmp_path):
+    module = llama(max_position_embeddings=CONTEXT)
+    bundle = made(module, tmp_path, precision)
+    found = {fault: found_by(bundle, fault, module, (), tmp_path) for fault in FAULTS}
+    assert sum(names is not None for names in found.values()) >= 17
+    assert {fault for fault, names in found.items() if names == []} <= within
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_a_window_that_is_one_token_too_wide_is_found(tmp_path):
+    pytest.importorskip("transformers")
+    from pastkey.export.graft.huggingface import HuggingFaceDecoder
+
+    decoder = HuggingFaceDecoder(families.build("gemma3_text"))
+    bundle = made(families.build("gemma3_text"), tmp_path, context=families.CONTEXT)
+    layers = observe(decoder, families.CONTEXT).layers
+    assert found_by(bundle, "one window one token too wide", decoder, layers, tmp_path)
+
+
+def test_a_last_logits_graph_that_differs_from_the_other_is_found_in_int8(exported, tmp_path):
+    bundle = exported("llama", "int8").bundle
+    found = found_by(bundle, "the last-logits graph exchanges two rows of the head", None, (), tmp_path)
+    assert {"prefill", "decode", "chunks_of_7", "chunks_of_64"} <= set(found)
