@@ -27,7 +27,7 @@ COMPILER := $(shell command -v c++)
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
-	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}, -m tests.fuzz; CONTRIBUTING.md has more"
+	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}; CONTRIBUTING.md has more"
 
 demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
 	$(PASTKEY) train --out demo/checkpoint --force
@@ -65,7 +65,7 @@ sanitize: $(VENV)/installed  ## The kernels' tests under AddressSanitizer and Un
 		--config-settings=cmake.define.PASTKEY_SANITIZE=ON ./kernels
 	PASTKEY_SANITIZED=$(CURDIR)/$(ENVIRONMENTS)/sanitize/pastkey_kernels/libpastkey_kernels.so \
 		$(BIN)/python $(call TESTS,sanitize) -m "not slow" tests/kernels/test_matmul.py tests/kernels/test_attention.py \
-		tests/kernels/test_matmul_refused.py tests/kernels/test_attention_refused.py tests/kernels/test_random.py
+		tests/kernels/test_refused.py tests/kernels/test_random.py
 
 web-assets: $(VENV)/installed  ## Install the JavaScript libraries of `pastkey web` with npm: docs/web.md
 	$(BIN)/python -m tools.web_assets

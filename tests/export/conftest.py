@@ -69,17 +69,20 @@ def word_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, word_tokenizer):
+def saved_untrained(folder: Path, tokenizer: Tokenizer, **sizes: Any) -> Path:
     """A checkpoint folder as `pastkey train` writes it, of an untrained decoder."""
-    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
     (folder / "training").mkdir(parents=True)
-    word_tokenizer.save(str(folder / names.TOKENIZER))
+    tokenizer.save(str(folder / names.TOKENIZER))
     write_json(folder / names.TOKENIZER_CONFIG, {"eos_token": "<end>", "bos_token": None})
     for name in (TOKENS_TRAIN, TOKENS_VAL):
         (folder / name).write_bytes(b"\0\0")
-    save_checkpoint(folder, llama(eos_token_id=60), TrainingState(0, {}, {}, {}, {}))
+    save_checkpoint(folder, llama(eos_token_id=60, **sizes), TrainingState(0, {}, {}, {}, {}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, word_tokenizer):
+    return saved_untrained(tmp_path_factory.mktemp("trained") / "checkpoint", word_tokenizer)
 
 
 Export = Callable[..., Exported]

@@ -1,4 +1,4 @@
-"""What is in a bundle, or was written of one: the manifest, the graph, the tokenizer, sessions."""
+"""What is in a bundle, or was written of one: the manifest, the graph, the tokenizer, sessions; and people's texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ import numpy as np
 
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
+from pastkey.export.measure.texts import encode_file
 from pastkey.files.folder import FileRecord
 from pastkey.runtime import Engine
+from pastkey.runtime.bulk.job import Job
+from pastkey.runtime.bulk.rows import answered_line, error_of, parse_request, read_rows
 from pastkey.runtime.engine.embedding import EmbeddingRows
 from pastkey.runtime.engine.golden import Golden
 from pastkey.runtime.model.generation_config import sampling_defaults
 from pastkey.runtime.model.session_file import read_session, write_session
 from pastkey.runtime.model.unpack import unpack
-from pastkey.runtime.text.chat_template import ChatTemplate
+from pastkey.runtime.text.chat_template import ChatTemplate, read_template
 from pastkey.runtime.text.codec import TextCodec
+from pastkey.runtime.text.messages import read_messages
+from pastkey.train.data.sources import open_corpus, survey
+from pastkey.train.stories.__main__ import read_stories
+from pastkey.train.tokenizer import train_bpe
 
 from ..runtime.conftest import Tiny, write_bundle
-from .mutations import mutate_bytes, mutate_json
-from .reader import Target, changed, json_bytes, workplace, written
-from .samples import MESSAGES, TEMPLATE, word_tokenizer
+from .mutations import Mutation, mutate_bytes, mutate_json, mutate_text
+from .reader import Target, alone, json_bytes, within, workplace, written
+from .samples import CORPUS, MESSAGES, TEMPLATE, word_tokenizer
 
 
 @functools.cache
@@ -49,14 +56,6 @@ def bundle_folder() -> Path:
     return folder
 
 
-def _in_bundle(file: str, use: Callable[[Any], object]) -> Callable[[bytes], object]:
-    def read(content: bytes) -> object:
-        with changed(bundle_folder(), file, content):
-            return use(open_bundle(bundle_folder(), verify=True))
-
-    return read
-
-
 def _use_manifest(bundle: Any) -> str:
     from pastkey.runtime.commands.inspection import print_figures
 
@@ -67,8 +66,7 @@ def _use_manifest(bundle: Any) -> str:
 
 
 def _use_template(bundle: Any) -> object:
-    template = ChatTemplate.from_bundle(bundle)
-    return template.render(MESSAGES)
+    return ChatTemplate.from_bundle(bundle).render(MESSAGES)
 
 
 def _use_tokenizer(bundle: Any) -> object:
@@ -83,28 +81,26 @@ def _use_graph(bundle: Any) -> object:
     return engine.decode(4)
 
 
-def _of_bundle(file: str) -> Callable[[], bytes]:
-    return lambda: (bundle_folder() / file).read_bytes()
-
-
 @functools.cache
-def _session_engine() -> Any:
+def _opened() -> Any:
     bundle = open_bundle(bundle_folder(), verify=True)
     return bundle, Engine(bundle, threads=1)
 
 
+def _session_engine() -> Any:
+    _opened()[1].reset()
+    return _opened()
+
+
 def _session_valid() -> bytes:
     bundle, engine = _session_engine()
-    engine.reset()
     engine.prefill([1, 2, 3])
     write_session(workplace() / "valid.session", bundle, [1, 2, 3, 4], engine)
     return (workplace() / "valid.session").read_bytes()
 
 
 def _session(content: bytes) -> object:
-    bundle, engine = _session_engine()
-    engine.reset()
-    return read_session(written("a.session", content), bundle, engine)
+    return read_session(written("a.session", content), *_session_engine())
 
 
 def _mutate_session(rng: Any, content: bytes) -> bytes:
@@ -143,42 +139,81 @@ def _golden_valid() -> bytes:
     return packed.getvalue()
 
 
-def _golden(content: bytes) -> object:
+def _golden(file: Path) -> object:
     bundle = open_bundle(bundle_folder(), verify=False)
-    files = {**bundle.manifest.files, names.GOLDEN: FileRecord(len(content), "0" * 64)}
-    folder = workplace() / "golden"
-    folder.mkdir(exist_ok=True)
-    (folder / names.GOLDEN).write_bytes(content)
+    files = {**bundle.manifest.files, names.GOLDEN: FileRecord(file.stat().st_size, "0" * 64)}
     listed = dataclasses.replace(bundle.manifest, files=files)
-    return Golden.of(dataclasses.replace(bundle, path=folder, manifest=listed))
+    return Golden.of(dataclasses.replace(bundle, path=file.parent, manifest=listed))
 
 
 def _embedding_rows(content: bytes) -> object:
     written("table.bin", bytes(4 * 6 * 8))
-    rows = EmbeddingRows(workplace(), content.decode("utf-8", "replace"))
-    return rows[np.array([[0, 3, 5]])]
+    return EmbeddingRows(workplace(), content.decode("utf-8", "replace"))[np.array([[0, 3, 5]])]
 
 
-_CONFIG = names.TOKENIZER_CONFIG
-_PLACE = {"file": "table.bin", "offset": 0, "shape": [6, 4, 8]}
+def _of_bundle(file: str, use: Callable[[Any], object], mutate: Mutation) -> Target:
+    return within(bundle_folder, file, lambda folder: use(open_bundle(folder, verify=True)), mutate)
+
+
+_PLACE = json_bytes({"file": "table.bin", "offset": 0, "shape": [6, 4, 8]})
 
 BUNDLES: Mapping[str, Target] = {
-    "manifest": Target(_in_bundle(names.MANIFEST, _use_manifest), _of_bundle(names.MANIFEST), mutate_json),
-    "generation_config": Target(
-        _in_bundle(names.GENERATION_CONFIG, sampling_defaults), _of_bundle(names.GENERATION_CONFIG), mutate_json
-    ),
-    "tokenizer_config": Target(_in_bundle(_CONFIG, _use_template), _of_bundle(_CONFIG), mutate_json),
-    "tokenizer": Target(
-        _in_bundle(names.TOKENIZER, _use_tokenizer), _of_bundle(names.TOKENIZER), mutate_json, native=True
-    ),
-    "graph": Target(
-        _in_bundle(names.LAST_LOGITS_GRAPH, _use_graph), _of_bundle(names.LAST_LOGITS_GRAPH), mutate_bytes, native=True
-    ),
-    "external_data": Target(
-        _in_bundle(names.LAST_LOGITS_GRAPH, str), _of_bundle(names.LAST_LOGITS_GRAPH), mutate_bytes
-    ),
-    "embedding_rows": Target(_embedding_rows, json_bytes(_PLACE), mutate_json),
+    "manifest": _of_bundle(names.MANIFEST, _use_manifest, mutate_json),
+    "generation_config": _of_bundle(names.GENERATION_CONFIG, sampling_defaults, mutate_json),
+    "tokenizer_config": _of_bundle(names.TOKENIZER_CONFIG, _use_template, mutate_json),
+    "tokenizer": _of_bundle(names.TOKENIZER, _use_tokenizer, mutate_json),
+    "graph": _of_bundle(names.LAST_LOGITS_GRAPH, _use_graph, mutate_bytes),
+    "external_data": _of_bundle(names.LAST_LOGITS_GRAPH, str, mutate_bytes),
+    "embedding_rows": Target(_embedding_rows, lambda: _PLACE, mutate_json),
     "session": Target(_session, _session_valid, _mutate_session),
     "zip": Target(_zip, _zip_valid, mutate_bytes),
-    "golden_logits": Target(_golden, _golden_valid, mutate_bytes),
-}  # fmt: skip
+    "golden_logits": alone(f"golden/{names.GOLDEN}", _golden, _golden_valid(), mutate_bytes),
+}
+
+
+# --- what people write: templates, conversations, corpora; and the rows of a job --------------------------------------
+def _corpus(file: Path) -> object:
+    corpus = open_corpus([file])
+    survey(corpus)
+    return train_bpe((text for document in corpus.documents() for text in document.texts()), 260).vocab_size
+
+
+def _calibration(file: Path) -> object:
+    return encode_file(file, TextCodec.from_file(bundle_folder() / names.TOKENIZER))
+
+
+_ROWS = [{"id": 1, "prompt": "a", "stop": ["b"], "logit_bias": {"3": 1}}, {"id": "x", "messages": MESSAGES}]
+
+
+def _requests(file: Path) -> object:
+    rows = [*read_rows(file)]
+    for row in rows:
+        assert json.loads(answered_line(row, error_of("no")))["id"] == row.id
+    return [parse_request(row.content) for row in rows if isinstance(row.content, dict)]
+
+
+def _output(out: Path) -> object:
+    with out.open("ab", buffering=0) as file:
+        assert isinstance(file, io.FileIO)
+        job = Job(out, out, file, {1, "a"})
+        job.resume()
+        return job.done
+
+
+TEXTS: Mapping[str, Target] = {
+    "chat_template": alone(
+        "t.jinja", lambda file: ChatTemplate(read_template(file)).render(MESSAGES), TEMPLATE.encode(), mutate_text
+    ),
+    "corpus": alone("corpus.txt", _corpus, CORPUS.encode(), mutate_text),
+    "rows": alone(
+        "rows.jsonl",
+        lambda file: survey(open_corpus([file])).documents,
+        json_bytes({"messages": MESSAGES}),
+        mutate_json,
+    ),
+    "calibration": alone("calibration.txt", _calibration, CORPUS.encode(), mutate_text),
+    "stories": alone("s.jsonl", read_stories, b'{"text": "a"}\n{"text": "b"}', mutate_json),
+    "requests": alone("rows.jsonl", _requests, b"\n".join(map(json_bytes, _ROWS)), mutate_json),
+    "output": alone("output.jsonl", _output, b'{"id":1,"text":"x"}\n{"id":"a","error":"b"}\n', mutate_bytes),
+    "messages": alone("chat.json", read_messages, json_bytes({"messages": MESSAGES}), mutate_json),
+}

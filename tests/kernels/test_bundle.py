@@ -10,7 +10,6 @@ from typing import cast
 import numpy as np
 import pytest
 
-import pastkey
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ProviderError
@@ -18,7 +17,7 @@ from pastkey.export import export
 from pastkey.export.bundle_writer import BundleWriter, ExportedDecoder
 from pastkey.export.progress import SILENT, Recorder
 from pastkey.export.settings import ExportConfig
-from pastkey.runtime import Engine
+from pastkey.runtime import Engine, load
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine import golden
 from pastkey.runtime.providers.native import native_kernels
@@ -28,81 +27,44 @@ from ..export.decoders import gpt2, llama
 from .running import LEVELS
 
 SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "head_dim": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 1088,
-}
-KINDS = {"llama": llama, "gpt2": gpt2}
+}  # fmt: skip
+FORMS = {"llama-int8": (llama, "int8", 1088), "gpt2-int4": (gpt2, "int4", 128)}  # and the length of their context
 IDS = np.random.default_rng(0).integers(0, 61, 80)
 
 
-@pytest.fixture(scope="module", params=["llama-long", "gpt2-int4"])
+@pytest.fixture(scope="module", params=FORMS)
 def bundle(request, tmp_path_factory):
-    kind, _, form = request.param.partition("-")
-    folder, length = tmp_path_factory.mktemp(request.param) / "bundle", 1088 if form == "long" else 128
-    precision = "int4" if form == "int4" else "int8"
-    export(KINDS[kind](**SIZES), folder, precision, context_length=length, cache=False)
+    folder, (kind, precision, length) = tmp_path_factory.mktemp(request.param) / "bundle", FORMS[request.param]
+    export(kind(**SIZES), folder, precision, context_length=length, cache=False)
     made = open_bundle(folder)
     assert made.manifest.native == names.NATIVE_OPERATORS
     return made
 
 
-@pytest.fixture
-def lm(bundle):
-    with pastkey.load(bundle.path, native=True) as loaded:
-        assert loaded.kernels.startswith("native ")
-        yield loaded
-
-
-def test_a_token_has_the_same_logits_alone_and_among_others(lm):
-    """Drafts and batches do not change a text: up to eight rows take the path of one."""
+def test_a_text_is_the_same_alone_among_others_with_drafts_and_from_a_cached_prefix(bundle):
+    """Up to eight rows take the path of one."""
     prompts = [IDS[start : start + 20].tolist() for start in range(0, 50, 10)]
-    alone = [lm.generate(prompt, max_new_tokens=24, prompt_lookup=False).ids for prompt in prompts]
-    assert [found.ids for found in lm.generate(prompts, max_new_tokens=24)] == alone
-    assert [lm.generate(prompt, max_new_tokens=24).ids for prompt in prompts] == alone
-
-
-def test_a_prefix_is_reused(lm):
-    prompt = IDS[:40].tolist()
-    expected = lm.generate(prompt, max_new_tokens=8, prompt_lookup=False).ids
-    for _ in range(2):
-        assert lm.generate(prompt, max_new_tokens=8, prompt_lookup=False, reuse_prefix=True).ids == expected
-
-
-def test_a_text_goes_on_behind_the_context(bundle, tmp_path):
-    if bundle.manifest.shift.refused:
-        pytest.skip("positions are learned")
-    with pastkey.load(bundle.path, native=True) as lm, pastkey.load(bundle.path, native=False) as ordinary:
-        length = bundle.manifest.context_length - 4
-        prompt = np.random.default_rng(1).integers(0, 61, length).tolist()
-        texts = [model.generate(prompt, max_new_tokens=8, context_overflow="shift").ids for model in (lm, ordinary)]
-        assert len(texts[0]) == 8
-        assert texts[0][:4] == texts[1][:4]
+    with load(bundle.path, native=True) as lm:
+        assert lm.kernels.startswith("native ")
+        alone = [lm.generate(prompt, max_new_tokens=24, prompt_lookup=False).ids for prompt in prompts]
+        assert [found.ids for found in lm.generate(prompts, max_new_tokens=24)] == alone
+        assert [lm.generate(prompt, max_new_tokens=24).ids for prompt in prompts] == alone
+        for _ in range(2):
+            cached = lm.generate(prompts[0], max_new_tokens=24, prompt_lookup=False, reuse_prefix=True)
+            assert cached.ids == alone[0]
 
 
 def test_a_session_is_read_by_the_other_kernels(bundle, tmp_path):
     file = tmp_path / "session.npz"
-    with pastkey.load(bundle.path, native=True) as lm, pastkey.load(bundle.path, native=False) as ordinary:
+    with load(bundle.path, native=True) as lm, load(bundle.path, native=False) as ordinary:
         for writer, reader in ((lm, ordinary), (ordinary, lm)):
             session = writer.session()
             session.append(IDS[:30].tolist())
             session.save(file)
             expected = session.generate(max_new_tokens=4).ids
-            read = reader.load_session(file)
-            assert read.ids == IDS[:30].tolist()
-            assert read.generate(max_new_tokens=4).ids == expected
-
-
-def test_other_logits_are_refused(bundle, monkeypatch):
-    computed = golden.Golden.of(bundle)
-    wrong = dataclasses.replace(computed, logits=computed.logits + 1)
-    monkeypatch.setattr(golden.Golden, "of", lambda bundle: wrong)
-    monkeypatch.setattr("pastkey.files.folder.user_cache_file", lambda name: None)
-    with pytest.raises(ProviderError, match=r"compute other logits on this CPU: off by .* load the bundle with "):
-        pastkey.load(bundle.path, native=True)
+            assert reader.load_session(file).generate(max_new_tokens=4).ids == expected
 
 
 def test_an_export_leaves_out_a_native_graph_with_other_logits(bundle, tmp_path, monkeypatch):
@@ -121,10 +83,10 @@ def test_an_export_leaves_out_a_native_graph_with_other_logits(bundle, tmp_path,
     assert made.manifest.native is None
     assert names.NATIVE_GRAPH not in made.manifest.files
     assert inspect(made.path).native_left_out == why
-    with pastkey.load(made.path) as lm:
+    with load(made.path) as lm:
         assert lm.kernels.startswith("onnxruntime")
     with pytest.raises(ProviderError, match=r"has no native graph, since its export found that .* off by 3.0e-01"):
-        pastkey.load(made.path, native=True)
+        load(made.path, native=True)
 
 
 @pytest.mark.parametrize("fault", ["the first block is left out", "a tile of 16 results is transposed"])
@@ -132,14 +94,12 @@ def test_golden_logits_find_a_faulty_kernel(bundle, fault, tmp_path):
     stored = golden.Golden.of(bundle)
     assert max(golden.differences(Engine(bundle, native=True), stored)) < stored.limit
     made = native_faults.planted(bundle, native_faults.FAULTS[fault], tmp_path / "planted")
-    assert made is not None
     assert max(golden.differences(Engine(made, native=True), stored)) > stored.limit
 
 
 def test_the_installed_library_says_its_level_and_version():
     native_kernels.cache_clear()
     found = native_kernels()
-    assert found is not None
     assert not found.refused
     assert found.operators == names.NATIVE_OPERATORS
     assert found.level in LEVELS

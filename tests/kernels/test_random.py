@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .attention_graphs import case, draw
-from .matmul_graphs import Weights, matmul, norm_matmul
-from .running import LEVELS, Array, Case, run_at
+from .conftest import each_level
+from .graphs import Weights, case, draw, matmul, norm_matmul
+from .running import Array, Case
 
 CASES = int(os.environ.get("PASTKEY_FUZZ", 150))  # of each operator and level
 TYPES = (np.float32, np.float16, np.float64, np.int8, np.uint8, np.int32, np.int64)
@@ -52,21 +52,13 @@ def some_wrong(rng: Random, arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def attention_case(rng: Random) -> Case:
-    h, g = rng.choice([(6, 2), (4, 4), (9, 3), (8, 1)])
+    h, g = rng.choice([(6, 2), (4, 4), (9, 3), (8, 1)]).tolist()
     d, new = int(rng.choice([32, 48, 64, 80, 128])), int(rng.choice([1, 2, 5, 9, 20, 33]))
     lengths = [int(new + rng.integers(0, 150)) for _ in range(rng.integers(1, 4))]
-    feed = draw(
-        lengths,
-        new,
-        (int(h), int(g)),
-        d,
-        form=str(rng.choice(["float32", "float16"])),
-        rotary=int(rng.choice([0, 16, d])),
-        packed=bool(rng.random() < 0.7),
-        sink=bool(rng.random() < 0.2),
-        seed=int(rng.integers(1 << 30)),
-    )
-    attributes: dict[str, Any] = {"num_heads": int(h), "kv_num_heads": int(g), "do_rotary": int("cos" in feed)}
+    forms = {"form": str(rng.choice(["float32", "float16"])), "rotary": int(rng.choice([0, 16, d]))}
+    forms |= {"packed": bool(rng.random() < 0.7), "sink": bool(rng.random() < 0.2)}
+    feed = draw(lengths, new, (h, g), d, **forms, seed=int(rng.integers(1 << 30)))
+    attributes: dict[str, Any] = {"num_heads": h, "kv_num_heads": g, "do_rotary": int("cos" in feed)}
     if rng.random() < 0.3:
         attributes["local_window_size"] = int(rng.choice([-1, 1, 5, 128, *WRONG]))
     if rng.random() < 0.2:
@@ -103,13 +95,10 @@ def matmul_case(rng: Random) -> Case:
     return Case(model, [feed], threads=2)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@each_level
 @pytest.mark.parametrize("make", [attention_case, matmul_case])
-def test_a_random_case_ends_in_outputs_or_in_an_error(make, level, tmp_path):
-    cases = [make(np.random.default_rng(seed)) for seed in range(CASES)]
-    found = run_at(level, cases, tmp_path)
-    if found is None:
-        pytest.skip(f"this machine has no {level}")
-    refused = [outcome.error for outcome in found if outcome.error]
+def test_a_random_case_ends_in_outputs_or_in_an_error(make, level, run):
+    found = run(level, {seed: make(np.random.default_rng(seed)) for seed in range(CASES)})
+    refused = [outcome.error for outcome in found.values() if outcome.error]
     assert not [error for error in refused if "has changed" in error]
     assert CASES / 10 < len(refused) < CASES * 9 / 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from tools.versions import ROOT
 
+from .emulation import emulated
 from .running import ON_ARM
 
 COMPILER = shutil.which("c++") or ""
@@ -38,21 +40,16 @@ def sources() -> dict[str, list[str]]:
 
 SOURCES = sources()
 OF_NO_LEVEL = [f"csrc/{name}.cc" for name in ("library", "levels", "draw", "matmul", "attention")]
-LEVELS = [file for file in SOURCES if file not in OF_NO_LEVEL]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", LEVELS)
-def test_a_level_shares_no_function_with_another(file, tmp_path):
-    """Of a weak function the linker keeps one copy, with instructions that a processor may lack."""
-    compiled("-O0", *SOURCES[file], "-c", KERNELS / file, "-o", tmp_path / "object")
-    symbols = subprocess.run(["nm", "-C", tmp_path / "object"], capture_output=True, text=True, check=True).stdout
-    assert [line for line in symbols.splitlines() if " W " in line] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", SOURCES)
-def test_no_frame_is_too_large_for_a_thread_of_128_kilobytes(file, tmp_path):
+def test_a_level_shares_no_function_with_another_and_no_frame_is_too_large_for_a_thread(file, tmp_path):
+    """A small thread has 128 kB. Of a weak function the linker keeps one copy, for which a processor may be too old."""
+    if file not in OF_NO_LEVEL:
+        compiled("-O0", *SOURCES[file], "-c", KERNELS / file, "-o", tmp_path / "object")
+        symbols = subprocess.run(["nm", "-C", tmp_path / "object"], capture_output=True, text=True, check=True).stdout
+        assert [line for line in symbols.splitlines() if " W " in line] == []
     flags = ["-O3", "-ffp-contract=off", *SOURCES[file], "-Werror", "-Wframe-larger-than=24576"]
     compiled(*flags, "-c", KERNELS / file, "-o", tmp_path / "object")
 
@@ -86,3 +83,26 @@ int main(int count, char**) {
 """)
     compiled(program, f"-I{tmp_path / 'include'}", tmp_path / "lib/libpastkey_kernels.a", "-o", tmp_path / "program")
     subprocess.run([tmp_path / "program"], check=True)
+
+
+# --- which level the library chooses on a CPU: emulated ones of ARM ---------------------------------------------------
+LEVEL = """
+import ctypes, sys
+level = ctypes.CDLL(sys.argv[1]).pastkey_kernels_level
+level.restype = ctypes.c_char_p
+print(level())
+"""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("cpu", "level"), [("cortex-a53", "neon"), ("cortex-a76", "dotprod"), ("neoverse-v1", "i8mm")])
+def test_the_level_is_the_highest_that_the_cpu_has(cpu, level):
+    def chosen(forced: str) -> str:
+        python, library, _ = emulated()
+        environment = {**os.environ, "QEMU_CPU": cpu, "PASTKEY_KERNELS": forced}
+        command = [*python, "-c", LEVEL, library]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert chosen("") == repr(level.encode())
+    assert chosen("neon") == repr(b"neon")
+    assert chosen("i8mm") == repr(b"i8mm" if level == "i8mm" else None)

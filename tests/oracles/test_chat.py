@@ -27,35 +27,28 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_WORDS, inner, max_size=2),
     max_leaves=4,
 )
-_CALL = st.builds(
-    lambda name, arguments, i: {"type": "function", "id": f"{i}", "function": {"name": name, "arguments": arguments}},
-    _WORDS,
-    st.dictionaries(_WORDS, _JSON, max_size=2),
-    st.integers(0, 999),
-)
+
+
+def _dict(*words: str, **fields: Any) -> Any:
+    return st.fixed_dictionaries(fields | dict.fromkeys(words, _WORDS))
+
+
+_CALLED = _dict("name", arguments=st.dictionaries(_WORDS, _JSON, max_size=2))
+_CALL = _dict(type=st.just("function"), id=st.integers(0, 999).map(str), function=_CALLED)
+_PART = _dict("text", type=st.just("text"))
 _MESSAGE = st.one_of(
-    st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "system"]), _WORDS),
-    st.builds(lambda text: {"role": "assistant", "content": text}, _WORDS),
-    st.builds(lambda text, thought: {"role": "assistant", "content": text, "reasoning": thought}, _WORDS, _WORDS),
-    st.builds(
-        lambda text, calls: {"role": "assistant", "content": text, "tool_calls": calls},
-        _WORDS | st.none(),
-        st.lists(_CALL, max_size=2),
-    ),
-    st.builds(lambda text: {"role": "tool", "name": "f", "tool_call_id": "1", "content": text}, _WORDS),
-    st.builds(
-        lambda texts: {"role": "user", "content": [{"type": "text", "text": t} for t in texts]}, st.lists(_WORDS)
-    ),
+    _dict("content", role=st.sampled_from(["user", "system"])),
+    _dict("content", role=st.just("assistant")),
+    _dict("content", "reasoning", role=st.just("assistant")),
+    _dict(role=st.just("assistant"), content=_WORDS | st.none(), tool_calls=st.lists(_CALL, max_size=2)),
+    _dict("content", role=st.just("tool"), name=st.just("f"), tool_call_id=st.just("1")),
+    _dict(role=st.just("user"), content=st.lists(_PART)),
 )
-_TOOL = st.builds(
-    lambda name, text, fields: {
-        "type": "function",
-        "function": {"name": name, "description": text, "parameters": {"type": "object", "properties": fields}},
-    },
-    _WORDS,
-    _WORDS,
-    st.dictionaries(_WORDS, _JSON, max_size=2),
+_TALK = st.lists(_WORDS, min_size=1, max_size=4).map(
+    lambda texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 )
+_FIELDS = _dict(type=st.just("object"), properties=st.dictionaries(_WORDS, _JSON, max_size=2))
+_TOOL = _dict(type=st.just("function"), function=_dict("name", "description", parameters=_FIELDS))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -63,26 +56,19 @@ def test_a_rendering_is_that_of_transformers(name):
     template = ChatTemplate(TEMPLATES[name], TOKENS)
     agreed: list[bool] = []
 
-    @settings(max_examples=60)
+    @settings(max_examples=60, deadline=None)
     @given(
-        messages=st.lists(_MESSAGE, min_size=1, max_size=5),
+        messages=st.lists(_MESSAGE, min_size=1, max_size=5) | _TALK,
         tools=st.none() | st.lists(_TOOL, max_size=2),
         documents=st.none() | st.lists(st.dictionaries(_WORDS, _WORDS, max_size=2), max_size=2),
         variables=st.sampled_from([{}, {"thinking": False}, {"date_string": "today", "mode": "slow"}]),
         ends=st.booleans(),
     )
-    def check(
-        messages: list[dict[str, Any]], tools: Any, documents: Any, variables: dict[str, Any], ends: bool
-    ) -> None:
-        more: dict[str, Any] = {
-            "tools": tools,
-            "documents": documents,
-            "add_generation_prompt": ends,
-            **variables,
-            **TOKENS,
-        }
+    def check(messages, tools, documents, variables, ends):
+        more: dict[str, Any] = {"tools": tools, "documents": documents, "add_generation_prompt": ends}
+        more |= variables | TOKENS
         try:
-            rendered: Any = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
+            rendered = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
         except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
             with pytest.raises(InputError, match="the chat template does not take this conversation"):
                 template.render(messages, **more)
@@ -119,15 +105,9 @@ def weather(city: str, days: int = 1, unit: Literal["C", "F"] = "C") -> str:
 
 
 def everything(
-    a: float,
-    b: bool,
-    c: list[int],
-    d: dict[str, float],
-    e: str | None,
-    f: list[Any],
-    g: dict[str, Any],
+    a: float, b: bool, c: list[int], d: dict[str, float], e: str | None, f: list[Any], g: dict[str, Any],
     h: int | str = 3,
-) -> None:
+) -> None:  # fmt: skip
     """Does it.
 
     Args:

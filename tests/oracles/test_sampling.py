@@ -1,4 +1,4 @@
-"""transformers' logits processors as a live oracle: each stage, and all of them in transformers' own order."""
+"""transformers' logits processors as a live oracle: all of them, in transformers' own order."""
 
 from __future__ import annotations
 
@@ -8,47 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from pastkey.runtime.sampling import bans, truncation
+from pastkey.runtime.sampling import truncation
 from pastkey.runtime.sampling.sampler import _changes, _Text, _truncations
 from pastkey.runtime.settings import SamplingConfig
 
 torch = pytest.importorskip("torch")
-theirs = pytest.importorskip("transformers.generation.logits_process")
 GenerationConfig = pytest.importorskip("transformers").GenerationConfig
 GenerationMixin = pytest.importorskip("transformers.generation.utils").GenerationMixin
 
 SIZE = 12
-# Ties, bans, far and near.
-logit_arrays = arrays(np.float32, SIZE, elements=st.sampled_from([-np.inf, -7.5, -1.0, 0.0, 0.25, 0.25, 1.5, 3.0]))
-id_lists = st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=20)
-
-
-def apply(processor: Any, ids: list[int], logits: np.ndarray) -> np.ndarray:
-    found = processor(torch.tensor([ids]), torch.from_numpy(logits.astype(np.float64)[None].copy()))
-    return np.asarray(found[0].numpy())
-
-
-def same(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
-    left = np.isfinite(expected)
-    np.testing.assert_allclose(found[left], expected[left], rtol=1e-6, atol=1e-6)
-
-
-@given(logits=logit_arrays, bias=st.dictionaries(st.integers(0, SIZE - 1), st.sampled_from([-1.5, 4.0]), min_size=1))
-def test_logit_bias(logits, bias):
-    processor = theirs.SequenceBiasLogitsProcessor({(token,): number for token, number in bias.items()})
-    same(bans.add_bias(logits, bias), apply(processor, [0], logits))
-
-
-@given(logits=logit_arrays, ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=9))
-def test_forced_eos_token_id(logits, ids):
-    processor = theirs.ForcedEOSTokenLogitsProcessor(7, 2)
-    (change,) = _changes(SamplingConfig(forced_eos_token_id=2), _Text(4, 3, frozenset({2}), {}))
-    same(change(logits, np.array(ids)), apply(processor, ids, logits))
-
-
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "repetition_penalty": st.sampled_from([0.5, 1.3, 3.0]),
     "no_repeat_ngram_size": st.integers(1, 5),
@@ -65,7 +34,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     ids=st.lists(st.integers(0, SIZE - 1), min_size=4, max_size=20),

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
 from pastkey.export import export
-from pastkey.export.compat.facts import (
-    NOTE_KEY,
-    REPLACED_KEY,
-    declare_cache,
-    js_layers_key,
-    optimum_cache,
-    suits,
-)
-from pastkey.train.checkpoint import TrainingState, save_checkpoint
+from pastkey.export.compat.facts import NOTE_KEY, REPLACED_KEY, declare_cache, js_layers_key, optimum_cache, suits
 
-from ..decoders import llama
+from ..conftest import saved_untrained
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
+FALCON = HEADS | {"model_type": "falcon"}
+LATENT = HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4}
 
 
 @pytest.mark.parametrize(
@@ -35,30 +27,19 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, 
         ({"model_type": "llama", "num_attention_heads": 8, "hidden_size": 64}, (8, 8, 8)),
         ({"model_type": "gpt2", "n_head": 4, "n_embd": 32}, (4, 8, 8)),
         ({"model_type": "mpt", "n_heads": 4, "d_model": 32}, (4, 8, 8)),
-        (HEADS | {"model_type": "falcon"}, (1, 8, 8)),
-        (HEADS | {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2}, (2, 8, 8)),
-        (HEADS | {"model_type": "falcon", "multi_query": False}, (8, 8, 8)),
+        (FALCON, (1, 8, 8)),
+        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, (2, 8, 8)),
+        (FALCON | {"multi_query": False}, (8, 8, 8)),
         ({"model_type": "gpt_bigcode", "n_head": 4, "n_embd": 32}, (1, 8, 8)),
-        (
-            HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6},
-            (2, 12, 6),
-        ),
+        (LATENT | {"qk_nope_head_dim": 8, "v_head_dim": 6}, (2, 12, 6)),
+        # A key is missing, or is no number.
+        (LATENT, None),
+        ({"model_type": "llama", "num_attention_heads": 8}, None),
+        ({"model_type": "gpt2", "n_embd": 8, "n_head": True}, None),
     ],
 )
 def test_optimum_reads_each_type_by_its_own_keys(config, expected):
-    assert optimum_cache(config) == KVGeometry(*expected)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "llama", "num_attention_heads": 8},
-        {"model_type": "gpt2", "n_embd": 8, "n_head": True},
-        HEADS | {"model_type": "deepseek_v3", "qk_rope_head_dim": 4},
-    ],
-)
-def test_a_configuration_without_a_key_has_no_cache(config):
-    assert optimum_cache(config) is None
+    assert optimum_cache(config) == (None if expected is None else KVGeometry(*expected))
 
 
 def test_transformers_js_counts_layers_by_the_types_own_key():
@@ -104,22 +85,11 @@ def test_a_cache_without_a_counterpart_is_declared_as_nobodys(layers):
     assert declare_cache(own, SIZES, layers) == own
 
 
-@pytest.mark.parametrize("name", ["multi_query_repeated_by_hand", "three_axes"])
-def test_modules_of_any_heads_and_sizes_are_declared(name, exported):
-    bundle = exported(name).bundle
-    config = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
-    assert suits(config, bundle.manifest.layers)
-    assert config["architectures"] == [bundle.manifest.source]
-    assert config[NOTE_KEY]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pastkey", "llama"])
-def test_a_checkpoint_of_ours_is_declared(kind, checkpoint, tmp_path):
-    """`checkpoint` is a Llama whose width is not heads times size; with learned positions it has no type."""
-    source = checkpoint
-    if kind == "pastkey":
-        source = _learned_positions(checkpoint, tmp_path)
+@pytest.mark.parametrize(("kind", "positions"), [("pastkey", "learned"), ("llama", "rope")])
+def test_a_checkpoint_of_ours_is_declared(kind, positions, word_tokenizer, tmp_path):
+    """Of a width that is not heads times size; with learned positions it has no type."""
+    source = saved_untrained(tmp_path / "checkpoint", word_tokenizer, position_encoding=positions)
     bundle = export(source, tmp_path / "bundle", precision="fp32")
     own = json.loads((source / names.CONFIG).read_text(encoding="utf-8"))
     declared = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
@@ -130,16 +100,14 @@ def test_a_checkpoint_of_ours_is_declared(kind, checkpoint, tmp_path):
     assert declared.get("rms_norm_eps") == own.get("rms_norm_eps")
 
 
-def _learned_positions(checkpoint: Path, folder: Path) -> Path:
-    changed = Path(shutil.copytree(checkpoint, folder / "checkpoint"))
-    model = llama(position_encoding="learned", eos_token_id=60)
-    save_checkpoint(changed, model, TrainingState(0, {}, {}, {}, {}))
-    return changed
-
-
-def test_transformers_parses_what_is_declared(exported):
+@pytest.mark.parametrize("name", ["multi_query_repeated_by_hand", "three_axes"])
+def test_a_module_of_any_heads_and_sizes_is_declared_and_transformers_parses_it(name, exported):
+    bundle = exported(name).bundle
+    own = json.loads((bundle.path / names.CONFIG).read_text(encoding="utf-8"))
+    assert suits(own, bundle.manifest.layers)
+    assert own["architectures"] == [bundle.manifest.source]
+    assert own[NOTE_KEY]
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    bundle = exported("multi_query_repeated_by_hand").bundle
     config = transformers.AutoConfig.from_pretrained(bundle.path)
     first = bundle.manifest.layers[0]
     assert type(config).__name__ == "LlamaConfig"

@@ -13,11 +13,7 @@ from pastkey.runtime.providers.ort import onnxruntime
 INT64, FLOAT, BOOL, DOUBLE = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL, ir.DataType.DOUBLE
 
 
-def run(
-    inputs: Mapping[str, tuple[ir.DataType, list[int | str | None]]],
-    build: Callable[[Nodes, dict[str, ir.Value]], ir.Value],
-    dtype: ir.DataType,
-) -> Callable[..., Any]:
+def run(inputs: Mapping[str, tuple[Any, Any]], build: Callable[..., ir.Value], dtype: Any) -> Callable[..., Any]:
     """A function of arrays by name, which gives the one output that `build` makes of the inputs."""
     given = {name: typed(name, *kind) for name, kind in inputs.items()}
     graph = ir.Graph([*given.values()], [], nodes=[], opset_imports={"": 20}, name="small")
@@ -29,9 +25,8 @@ def run(
     graph.outputs.append(output)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    content = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     used = {value.name for value in session.get_inputs()}
 
     def call(**arrays: Any) -> Any:

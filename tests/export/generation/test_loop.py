@@ -12,12 +12,15 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
+from pastkey.errors import InputError, ParityError
 from pastkey.export import export
+from pastkey.export.generation import write
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
+from pastkey.export.settings import ExportConfig
 from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 
-from ..decoders import llama
+from ..decoders import Plain, llama
 from ..plain_loop import open_graph
 
 CONTEXT = 40
@@ -25,20 +28,27 @@ DRAWN = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=
 
 
 @pytest.fixture(scope="module")
-def fused(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("fused") / "bundle", "fused")
+def made(made_once):
+    """made(GRAPH): the bundle with that graph."""
+
+    def make(graph):
+        options = {"graph": graph, "context_length": CONTEXT, "generate": True}
+        folder = made_once(f"generate-{graph}", lambda folder: export(llama(), folder / "bundle", "fp32", **options))
+        return open_bundle(folder / "bundle", verify=True)
+
+    return make
 
 
-def made(folder: Path, graph: str) -> Bundle:
-    export(llama(), folder, "fp32", graph=graph, context_length=CONTEXT, generate=True)
-    return open_bundle(folder, verify=True)
+@pytest.fixture(scope="module")
+def fused(made):
+    return made("fused")
 
 
 def call(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig, ends: tuple[int, ...] = ()) -> list[int]:
     feeds = as_feeds(config, new, ends) | {names.INPUT_IDS: np.array([prompt], np.int64)}
     (ids,) = open_graph(bundle.path / names.GENERATE_GRAPH).run([names.GENERATED_IDS], feeds)
     assert (ids.dtype, ids.ndim) == (np.int64, 1)
-    return [int(token) for token in ids]
+    return ids.tolist()
 
 
 def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig) -> list[int]:
@@ -48,11 +58,9 @@ def runtime(bundle: Bundle, prompt: list[int], new: int, config: SamplingConfig)
 
 def test_inputs_and_outputs_are_those_that_the_format_names(fused):
     inputs = {v.name: (v.type, v.shape) for v in open_graph(fused.path / names.GENERATE_GRAPH).get_inputs()}
-    numbers = {name: ("tensor(float)", [1]) for name in names.GENERATE_NUMBERS}
-    integers = {name: ("tensor(int64)", [1]) for name in names.GENERATE_INTEGERS}
-    expected = (
-        numbers | integers | {"end_ids": ("tensor(int64)", ["ends"]), "input_ids": ("tensor(int64)", [1, "tokens"])}
-    )
+    expected = dict.fromkeys(names.GENERATE_NUMBERS, ("tensor(float)", [1]))
+    expected |= dict.fromkeys(names.GENERATE_INTEGERS, ("tensor(int64)", [1]))
+    expected |= {"end_ids": ("tensor(int64)", ["ends"]), "input_ids": ("tensor(int64)", [1, "tokens"])}
     assert inputs == expected
     assert set(ir.load(fused.path / names.GENERATE_GRAPH).opset_imports) <= {"", "com.microsoft"}
 
@@ -111,11 +119,7 @@ def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused, tmp_path
     bundle = Bundle(Path(shutil.copytree(fused.path, tmp_path / "bundle")), fused.manifest)
     path = bundle.path / names.GENERATE_GRAPH
     model = ir.load(path)
-    head = max(
-        (v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)),
-        key=lambda v: v.const_value.nbytes,
-    )
-    assert head.const_value is not None
+    head = max(model.graph.initializers.values(), key=lambda value: value.const_value.nbytes)
     head.const_value = ir.tensor(np.full_like(head.const_value.numpy(), np.nan))
     ir.save(model, path)
     with pytest.raises(Exception, match="the logits are not finite"):
@@ -136,20 +140,14 @@ class Host:
         feeds = as_feeds(config, new) | {names.HELD_CACHE: self.cache, names.HELD_IDS: self.history}
         feeds[names.INPUT_IDS] = np.array([ids], np.int64)
         made, self.cache, self.history = self.session.run(["ids", names.NEW_CACHE, names.NEW_IDS], feeds)
-        return [int(token) for token in made]
+        return made.tolist()
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_chunks_say_what_one_call_says(fused, size):
-    assert_chunks_say_what_one_call_says(fused, size)
-
-
-@pytest.mark.slow
-def test_chunks_of_the_standard_graph_say_what_one_call_says(tmp_path):
-    assert_chunks_say_what_one_call_says(made(tmp_path / "bundle", "standard"), 3)
-
-
-def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:
+@pytest.mark.parametrize(
+    ("graph", "size"), [("fused", 1), ("fused", 3), pytest.param("standard", 3, marks=pytest.mark.slow)]
+)
+def test_chunks_say_what_one_call_says(graph, size, made):
+    bundle = made(graph)
     for config in (SamplingConfig(seed=0, repetition_penalty=1.2), DRAWN):
         whole, host = call(bundle, [5, 9, 11], 25, config), Host(bundle)
         ids, fed = list[int](), [5, 9, 11]
@@ -161,37 +159,23 @@ def assert_chunks_say_what_one_call_says(bundle: Bundle, size: int) -> None:
         assert host.cache.shape[3] == 3 + 24
 
 
-def test_a_second_turn_goes_on_from_the_first_ones_cache(fused):
+def test_a_second_turn_goes_on_from_the_first_ones_cache_or_from_its_beginning(fused):
     host = Host(fused)
+    assert host([5, 9], 0, DRAWN) == []
+    assert host.history.size == 0  # no new tokens feed nothing
     answer = host([5, 9, 11], 6, DRAWN)
-    second = host([answer[-1], 7, 8], 6, DRAWN)
-    assert second == call(fused, [5, 9, 11, *answer, 7, 8], 6, DRAWN)
-
-
-def test_a_shorter_history_forgets_the_rest_of_the_cache(fused):
-    host = Host(fused)
-    host([5, 9, 11], 6, DRAWN)
-    host.history = host.history[:2]
+    assert host([answer[-1], 7, 8], 6, DRAWN) == call(fused, [5, 9, 11, *answer, 7, 8], 6, DRAWN)
+    host.history = host.history[:2]  # forgets the rest of the cache
     assert host([3], 6, DRAWN) == call(fused, [5, 9, 3], 6, DRAWN)
 
 
-def test_no_new_tokens_still_feed_nothing(fused):
-    host = Host(fused)
-    assert host([5, 9], 0, DRAWN) == []
-    assert host.history.size == 0
-    assert host([5, 9], 4, DRAWN) == call(fused, [5, 9], 4, DRAWN)
-
-
-def test_a_call_after_the_last_token_of_all_gives_none(fused):
+def test_what_does_not_fit_the_context_or_has_no_cache_is_refused(fused):
     host = Host(fused)
     ids = host([5] * 30, 10**6, DRAWN)
     assert len(ids) == CONTEXT + 1 - 30
     assert host(ids[-1:], 4, DRAWN) == []
     with pytest.raises(Exception, match="the text is longer than the context of 40 tokens"):
         host([1, 2], 4, DRAWN)
-
-
-def test_a_history_without_its_cache_is_refused(fused):
     host = Host(fused)
     host.history = np.array([1, 2])
     with pytest.raises(Exception, match="history must have no more ids than cache has rows"):
@@ -210,3 +194,38 @@ def test_a_history_without_its_cache_is_refused(fused):
 def test_a_cache_of_several_shapes_has_no_step(fused, layers, states, reason):
     found = why_no_step(dataclasses.replace(fused.manifest, layers=layers, states=states))
     assert (found is None) if reason is None else (reason in str(found))
+
+
+# --- what --generate writes is proved against the runtime, or refused -------------------------------------------------
+def test_a_graph_that_says_something_else_is_not_kept(tmp_path, monkeypatch):
+    settings = write.settings
+
+    def other_seed(*given):
+        return settings(*given) | {"seed": settings(*given)["seed"] + 1}
+
+    monkeypatch.setattr(write, "settings", other_seed)
+    with pytest.raises(ParityError, match=r"generate\.onnx gives other ids than pastkey's runtime from new token"):
+        export(llama(), tmp_path / "bundle", precision="fp32", context_length=40, generate=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_what_is_not_made_is_said(tmp_path):
+    module = Plain(value_size=16, layers=2)
+    report = export(module, tmp_path / "bundle", precision="fp32", context_length=40, generate=True)
+    (said,) = (warning for warning in report.warnings if "generate_step" in warning)
+    assert "is not made: its keys and values differ in shape from layer to layer" in said
+    assert names.GENERATE_GRAPH in open_bundle(tmp_path / "bundle").manifest.files
+
+
+def test_nothing_is_written_unless_it_is_asked_for(exported):
+    assert not [*(exported("llama").bundle.path / "onnx").glob("generate*")]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [({"target": "qnn"}, "--target qnn"), ({"target": "webgpu"}, "--target webgpu"), ({"graph": "static"}, "a static")],
+)
+def test_what_runs_no_loop_is_refused_before_the_work(option, words):
+    with pytest.raises(InputError, match=f"--generate and {words}.* exclude each other"):
+        ExportConfig(precision="fp32", context_length=40, generate=True, **option)

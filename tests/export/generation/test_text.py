@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import random
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from pastkey.train.tokenizer import train_bpe, train_char
 from ..decoders import Plain
 
 WORDS = "once upon a time there was a little dog who said hello to everyone naïve Größe 日本語 don't 1234 🙂"
-CONTEXT = 40
 
 
 def lines() -> list[str]:
@@ -43,25 +41,20 @@ def sentencepiece(folder: Path) -> Path:
     package = pytest.importorskip("sentencepiece")
     (folder / "text").write_text("".join(lines()), encoding="utf-8")
     package.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "mine"),
-        vocab_size=400,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        byte_fallback=True,
-        minloglevel=2,
-    )
+        input=str(folder / "text"), model_prefix=str(folder / "mine"), vocab_size=400, hard_vocab_limit=False,
+        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
     return folder / "mine.model"
 
 
-def made(tmp_path: Path, tokenizer: Path) -> Report:
-    module = Plain(vocab=420, context=CONTEXT)
-    return export(
-        module, tmp_path / "bundle", precision="fp32", tokenizer=tokenizer, context_length=CONTEXT, generate=True
-    )
+def made(folder: Path, tokenizer: Path) -> Report:
+    module = Plain(vocab=420, context=40)
+    return export(module, folder / "bundle", "fp32", tokenizer=tokenizer, context_length=40, generate=True)
+
+
+def feeds(prompt, *given):
+    return settings(*given) | {names.TEXT: np.array([prompt], object)}
 
 
 @pytest.mark.parametrize("kind", [byte_level, pytest.param(sentencepiece, marks=pytest.mark.slow)])
@@ -74,8 +67,8 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
     for prompt in ("once upon", "Größe 日本語", "  1234\n 🙂x", "a<", "once <", "x <|end", "<s"):
         for config in (SamplingConfig(seed=0), SamplingConfig(temperature=1.5, seed=3)):
             expected = lm.generate(prompt, max_new_tokens=16, temperature=config.temperature, seed=config.seed)
-            feeds = settings(config, 16, bundle.manifest.eos_token_ids) | {names.TEXT: np.array([prompt], object)}
-            ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+            given = feeds(prompt, config, 16, bundle.manifest.eos_token_ids)
+            ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], given)
             ended = expected.finish_reason == "stop"
             assert ids.tolist()[: len(ids) - ended] == expected.ids
             # How many U+FFFD stand for a run of SentencePiece's bytes that is no text is a matter of each decoder.
@@ -83,27 +76,17 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
                 assert completion[0] == expected.text
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    return made(folder, byte_level(folder)).path
-
-
-def test_a_call_for_no_tokens_gives_no_text(bundle):
+def test_the_end_token_is_no_part_of_the_text_which_may_be_empty(tmp_path):
+    bundle = made(tmp_path, byte_level(tmp_path)).path
     session = cpu_session(bundle / names.TEXT_GRAPH, library=library())
-    feeds = settings(SamplingConfig(seed=0), 0) | {names.TEXT: np.array(["once"], object)}
-    ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+    outputs = [names.GENERATED_IDS, names.COMPLETION]
+    ids, completion = session.run(outputs, feeds("once", SamplingConfig(seed=0), 0))
     assert (ids.size, completion.tolist()) == (0, [""])
-
-
-def test_the_end_token_is_no_part_of_the_text(bundle):
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER))
-    session = cpu_session(bundle / names.TEXT_GRAPH, library=library())
     config = SamplingConfig(temperature=1.0, seed=4)
-    free = session.run(["ids"], settings(config, 12) | {names.TEXT: np.array(["once"], object)})[0].tolist()
+    free = session.run(["ids"], feeds("once", config, 12))[0].tolist()
     end = free[5]
-    feeds = settings(config, 12, (end,)) | {names.TEXT: np.array(["once"], object)}
-    ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
+    ids, completion = session.run(outputs, feeds("once", config, 12, (end,)))
     before = free[: free.index(end)]
     assert ids.tolist() == [*before, end]
     assert completion[0] == tokenizer.decode(before)
@@ -121,14 +104,7 @@ def test_a_tokenizer_that_is_read_otherwise_is_refused_with_the_text(tmp_path):
         text_operators(bundle)
 
 
-def test_without_the_package_its_command_is_said(tmp_path, monkeypatch):
-    load = builtins.__import__
-
-    def absent(name: str, *rest: Any) -> Any:
-        if name == "onnxruntime_extensions":
-            raise ImportError(name)
-        return load(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+def test_without_the_package_its_command_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_extensions", None)
     with pytest.raises(MissingExtraError, match="pip install onnxruntime-extensions"):
         text_module.library()

@@ -1,10 +1,12 @@
-"""The figures of how far two models' predictions are apart, against their definitions."""
+"""The figures of how well a model predicts, and how far two are apart, against their definitions."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -12,18 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pastkey.errors import InputError, MissingFileError, NumericsError, ParityError
-from pastkey.export.measure.metrics import (
-    Sums,
-    agreeing_tokens,
-    kl_by_position,
-    kl_divergence,
-    log_softmax,
-    perplexity,
-    softmax,
-    top1_agreement,
-)
-from pastkey.export.measure.predictors import BundlePredictor
+from pastkey.errors import NumericsError, ParityError
+from pastkey.export.measure import metrics
+from pastkey.export.measure.evaluate import evaluate
+from pastkey.export.measure.metrics import kl_by_position, kl_divergence, log_softmax, softmax, top1_agreement
 from pastkey.export.measure.texts import cut_windows, encode_file, self_generated_texts, start_token
 from pastkey.export.measure.verification import Check, Verification
 from pastkey.runtime import Engine
@@ -32,21 +26,11 @@ from pastkey.runtime.text.codec import TextCodec
 LOGITS = arrays(np.float32, (3, 5), elements=st.floats(-50, 50, width=32))
 
 
-def test_log_softmax_of_known_odds():
+def test_log_softmax_of_known_odds_does_not_overflow():
     found = log_softmax(np.log(np.array([[1, 3]], np.float32)))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, [[math.log(0.25), math.log(0.75)]], rtol=1e-6)
-
-
-def test_log_softmax_does_not_overflow():
     np.testing.assert_allclose(log_softmax(np.array([[1e30, 0.0]], np.float32)), [[0.0, -1e30]])
-
-
-def test_kl_divergence_of_two_coins_in_nats():
-    fair, biased = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32))
-    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert kl_divergence(fair, biased) == pytest.approx(expected, rel=1e-6)
-    assert kl_divergence(biased, fair) != pytest.approx(expected, rel=1e-2)  # it has a direction
 
 
 @given(LOGITS, LOGITS, st.floats(-20, 20))
@@ -63,72 +47,55 @@ def test_top1_agreement_is_a_share_of_positions():
 
 
 def test_perplexity_of_an_even_choice_is_the_number_of_choices():
-    assert perplexity(math.log(61)) == pytest.approx(61)
+    assert metrics.perplexity(math.log(61)) == pytest.approx(61)
     with pytest.raises(NumericsError, match="loses 1e\\+03 nats per token"):
-        perplexity(1e3)
+        metrics.perplexity(1e3)
 
 
 def test_agreeing_tokens_are_those_before_the_first_difference():
     asked = iter([1, 2, 9, 4])
-    assert agreeing_tokens(asked, [1, 2, 3, 4]) == 2
+    assert metrics.agreeing_tokens(asked, [1, 2, 3, 4]) == 2
     assert next(asked) == 4  # nothing was asked for after it
-    assert agreeing_tokens([1, 2], [1, 2]) == 2
+    assert metrics.agreeing_tokens([1, 2], [1, 2]) == 2
 
 
 # --- the one KL ---------------------------------------------------------------------------------------------------
 def exactly(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """KL by its definition, in extended precision."""
-    p, q = (x.astype(np.longdouble) for x in (reference, logits))
-    p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
-            for x in (p, q))  # fmt: skip
-    return np.asarray((np.exp(p) * (p - q)).sum(-1))
+    p, q = (x.astype(np.longdouble) - x.max(-1, keepdims=True) for x in (reference, logits))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return (np.exp(p) * (p - q)).sum(-1).astype(np.float64)
 
 
 @pytest.mark.parametrize("vocabulary", [61, 5000])
 @pytest.mark.parametrize("noise", [1e-4, 1e-2, 1, 10])
-def test_kl_is_exact_to_a_millionth_however_small_or_large(vocabulary, noise):
+def test_kl_of_any_axes_is_exact_to_a_millionth_however_small_or_large(vocabulary, noise):
     rng = np.random.default_rng(0)
-    reference = (3 * rng.normal(size=(20, vocabulary))).astype(np.float32)
+    reference = (3 * rng.normal(size=(2, 10, vocabulary))).astype(np.float32)
     logits = (reference + noise * rng.normal(size=reference.shape)).astype(np.float32)
+    for array in (reference, logits):
+        array.flags.writeable = False
     found = kl_by_position(reference, softmax(reference), logits)
-    np.testing.assert_allclose(found, exactly(reference, logits).astype(np.float64), rtol=2e-6)
+    np.testing.assert_allclose(found, exactly(reference, logits), rtol=2e-6)
 
 
-def test_kl_of_predictions_with_nothing_in_common_is_their_distance():
-    """A probability of e^-200 is no float32."""
+def test_kl_of_predictions_with_nothing_in_common_is_their_distance_and_of_nan_nan():
+    """A probability of e^-200 is no float32. No limit lets NaN pass."""
     reference, logits = np.array([[100.0, -100.0]], np.float32), np.array([[-100.0, 100.0]], np.float32)
     assert kl_divergence(reference, logits) == pytest.approx(200, rel=1e-9)
     assert kl_divergence(reference, 100 * logits) == pytest.approx(20000, rel=1e-9)
-
-
-def test_kl_takes_any_number_of_axes_and_leaves_its_arguments_alone():
-    rng = np.random.default_rng(0)
-    reference, logits = rng.normal(size=(2, 2, 3, 5)).astype(np.float32)
-    before = reference.copy(), logits.copy()
-    found = kl_by_position(reference, softmax(reference), logits)
-    assert found.shape == (2, 3)
-    np.testing.assert_allclose(found, exactly(reference, logits).astype(np.float64), rtol=1e-6)
-    assert np.array_equal(reference, before[0])
-    assert np.array_equal(logits, before[1])
-
-
-def test_kl_of_nan_is_nan():
-    """Which no limit lets pass."""
-    logits = np.zeros((1, 3), np.float32)
-    assert math.isnan(kl_divergence(logits, np.full_like(logits, np.nan)))
+    assert math.isnan(kl_divergence(reference, np.full_like(logits, np.nan)))
 
 
 def test_sums_of_windows_are_those_of_all_positions_together():
     rng = np.random.default_rng(0)
-    sums, ids, logits, expected = Sums(), list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
-    for length in (130, 64, 3):
-        ids.append(rng.integers(0, 7, length))
-        logits.append(rng.normal(size=(length, 7)).astype(np.float32))
-        expected.append(rng.normal(size=(length, 7)).astype(np.float32))
-        sums.add(ids[-1], logits[-1], expected[-1])
+    ids, lengths = [rng.integers(0, 7, length) for length in (130, 64, 3)], (130, 64, 3)
+    logits, expected = ([rng.normal(size=(n, 7)).astype(np.float32) for n in lengths] for _ in range(2))
+    sums = metrics.Sums()
+    for window in zip(ids, logits, expected, strict=True):
+        sums.add(*window)
     both = np.concatenate(expected), np.concatenate(logits)
-    assert sums.tokens == 197
-    assert sums.predicted == 194
+    assert (sums.tokens, sums.predicted) == (197, 194)
     assert sums.kl / sums.tokens == pytest.approx(kl_divergence(*both), rel=1e-12)
     assert sums.same_top / sums.tokens == top1_agreement(*both)
     for total, windows in ((sums.loss, logits), (sums.reference_loss, expected)):
@@ -138,10 +105,8 @@ def test_sums_of_windows_are_those_of_all_positions_together():
 
 # --- what a verification says of itself -------------------------------------------------------------------------------
 def test_a_verification_is_the_same_after_json():
-    checks = (
-        Check("prefill", True, "mean_kl", 0.25, 0.5),
-        Check("greedy", True, "first_difference", None, None, "why"),
-    )
+    greedy = Check("greedy", True, "first_difference", None, None, "why")
+    checks = (Check("prefill", True, "mean_kl", 0.25, 0.5), greedy)
     made = Verification("source", 7, checks, {"kl_divergence": 0.125})
     assert Verification.from_json(json.loads(json.dumps(made.to_json()))) == made
 
@@ -155,7 +120,6 @@ def test_the_first_check_that_failed_is_told():
 
 
 # --- texts to measure on: windows of a file, and what a model itself writes -------------------------------------------
-# --- of a file ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("count", "length", "most", "expected"),
     [
@@ -176,23 +140,6 @@ def test_a_file_is_encoded_as_a_whole_without_its_byte_order_mark(word_tokenizer
     assert encode_file(file, TextCodec(word_tokenizer)) == [3, 1, 4, 1, 5]
 
 
-@pytest.mark.parametrize(
-    ("content", "kind", "words"),
-    [
-        (None, MissingFileError, "no such file: "),
-        (b"", InputError, "is empty: a text of at least 7 tokens was expected"),
-        (b"w1 \xe9", InputError, "is not UTF-8 text: byte 3 is 0xe9"),
-    ],
-)
-def test_a_file_without_a_text_is_one_sentence(content, kind, words, word_tokenizer, tmp_path):
-    file = tmp_path / "text.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(kind, match=words):
-        encode_file(file, TextCodec(word_tokenizer), 7)
-
-
-# --- of the model itself ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("bos", "eos", "expected"), [(3, (5,), 3), (None, (5, 4), 5), (None, (), 0), (99, (), 60)])
 def test_a_text_begins_with_bos_or_eos_or_the_first_token(bos, eos, expected, exported):
     manifest = exported("llama").bundle.manifest  # of 61 tokens
@@ -206,7 +153,7 @@ def test_a_model_writes_what_the_slow_obvious_way_draws(beginning, exported):
     found = self_generated_texts(Engine(made.bundle), beginning, 5, 12, batch=2, seed=4)
     rng, expected = np.random.default_rng(4), list[list[int]]()
     for rows in (2, 2, 1):
-        texts = [[7] if beginning == 7 else [7, 3, 9] for _ in range(rows)]
+        texts = [np.atleast_1d(beginning).tolist() for _ in range(rows)]
         while len(texts[0]) < 12:
             logits = np.stack([made.torch_logits(text)[-1] for text in texts])
             chosen = (logits + rng.gumbel(size=logits.shape)).argmax(-1)
@@ -216,9 +163,74 @@ def test_a_model_writes_what_the_slow_obvious_way_draws(beginning, exported):
     assert {text.dtype for text in found} == {np.dtype(np.int64)}
 
 
-def test_tokens_are_drawn_with_the_models_probabilities(exported):
-    bundle = exported("llama").bundle
-    texts = self_generated_texts(Engine(bundle), 3, 4096, 2, batch=512)
-    counted = np.bincount([text[1] for text in texts], minlength=61) / len(texts)
-    expected = softmax(BundlePredictor(bundle).logits(np.array([3])))[0]
-    assert np.abs(counted - expected).max() < 4 * np.sqrt(expected.max() / len(texts))
+# --- how well a model predicts a text, and how far it is from a reference ---------------------------------------------
+class Fake:
+    """Logits of ids by a function, and a greedy continuation that is always the same."""
+
+    def __init__(self, name: str, logits: Callable[[np.ndarray], np.ndarray], continuation: Sequence[int]) -> None:
+        self.name, self.logits, self.continuation = name, logits, list(continuation)
+        self.asked: list[tuple[int, int]] = []  # tokens of a prompt, and of its continuation
+
+    def greedy(self, prompt: np.ndarray, count: int) -> list[int]:
+        self.asked.append((prompt.size, count))
+        return self.continuation[:count]
+
+    def agreeing(self, prompt: np.ndarray, tokens: Sequence[int]) -> int:
+        return metrics.agreeing_tokens(self.continuation, tokens)
+
+
+def certain_of_the_same(ids: np.ndarray) -> np.ndarray:
+    """3 to 1 that the next token of two is the one before."""
+    return np.log(np.where(np.arange(2) == ids[:, None], 0.75, 0.25)).astype(np.float32)
+
+
+def undecided(ids: np.ndarray) -> np.ndarray:
+    return np.zeros((ids.size, 2), np.float32)
+
+
+def test_figures_of_known_odds_over_windows_of_different_lengths():
+    bundle, reference = Fake("a", certain_of_the_same, [1, 1]), Fake("b", undecided, [1, 1])
+    windows = [np.array([0, 0, 0, 1]), np.array([1, 0])]
+    found = evaluate(bundle, windows, reference)
+    assert found.perplexity == pytest.approx((0.75 * 0.75 * 0.25 * 0.25) ** (-1 / 4))
+    assert found.reference_perplexity == pytest.approx(2)
+    assert found.kl_divergence == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-6)
+    assert found.top1_agreement == pytest.approx(4 / 6)  # an undecided one takes the first token
+    assert (found.tokens, found.windows, found.length) == (6, 2, 4)
+    assert (found.bundle, found.reference) == ("a", "b")
+
+
+def test_greedy_agreement_counts_nothing_after_the_first_difference_nor_behind_the_longest_window():
+    bundle = Fake("a", undecided, range(32))
+    reference = Fake("b", undecided, [*range(8), 99, *range(9, 32)])
+    found = evaluate(bundle, [np.zeros(80, np.int64)] * 20, reference)
+    assert found.greedy_agreement == 8 / 32
+    assert bundle.asked == [(32, 32)] * 16
+    bundle.asked.clear()  # continuations stay within the longest window
+    windows = [np.zeros(10, np.int64), np.zeros(3, np.int64)]
+    assert evaluate(bundle, windows, bundle).greedy_agreement == 1
+    assert bundle.asked == [(5, 6), (1, 10)]  # the last token is not fed
+
+
+def test_without_a_reference_its_figures_are_none_and_nothing_is_written():
+    bundle = Fake("a", undecided, [])
+    found = evaluate(bundle, [np.array([0, 1, 1])])
+    assert found.to_json() == {
+        "perplexity": pytest.approx(2), "kl_divergence": None, "top1_agreement": None, "greedy_agreement": None,
+        "reference_perplexity": None, "tokens": 3, "windows": 1, "length": 3, "bundle": "a", "reference": None,
+    }  # fmt: skip
+    assert bundle.asked == []
+
+
+def test_the_logits_of_no_two_windows_are_held():
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def watched(ids: np.ndarray) -> np.ndarray:
+        assert sum(made() is not None for made in held) <= 1  # at most the other model's of this window
+        logits = undecided(ids)
+        held.append(weakref.ref(logits))
+        return logits
+
+    bundle, reference = Fake("a", watched, [1]), Fake("b", watched, [1])
+    evaluate(bundle, [np.zeros(200, np.int64)] * 3, reference)
+    assert len(held) == 6

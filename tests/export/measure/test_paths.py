@@ -5,19 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pastkey.export.measure.paths import (
-    PIECE_TOKENS,
-    RANDOM_TOKENS,
-    SHORT_DECODE,
-    SHORT_PREFILL,
-    TOKENS,
-    Plan,
-    VerificationProgress,
-    at_ends,
-    run_last_logits,
-    short_texts,
-    sizes_of_runs,
-)
+from pastkey.export.measure import paths
+from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL, TOKENS, Plan
 from pastkey.export.progress import SILENT
 from pastkey.runtime import Engine
 
@@ -35,7 +24,7 @@ from pastkey.runtime import Engine
     ],
 )
 def test_a_text_is_run_in_parts_at_both_ends(length, size, ends, sizes):
-    assert sizes_of_runs(length, size, ends) == sizes
+    assert paths.sizes_of_runs(length, size, ends) == sizes
 
 
 @pytest.mark.parametrize("length", [1, 2, 40, TOKENS, 1040])
@@ -49,40 +38,41 @@ def test_each_path_takes_every_token_once(length):
 
 def test_the_run_between_the_ends_is_told_from_them():
     plan = Plan.of(TOKENS)
-    ends = {name: int(at_ends(sizes).sum()) for name, sizes in plan.paths.items()}
+    ends = {name: int(paths.at_ends(sizes).sum()) for name, sizes in plan.paths.items()}
     assert ends == {"prefill": 1, "decode": 48, "chunks_of_7": 16, "chunks_of_64": 3}
-    assert at_ends([6, 5]).all()
+    assert paths.at_ends([6, 5]).all()
+
+
+def last_logits(bundle, plan, ids=None):
+    return paths.run_last_logits(bundle, plan, ids, None, paths.VerificationProgress(SILENT, plan), {})
 
 
 def test_a_quick_proof_decodes_the_end_of_a_short_text(exported):
     bundle = exported("llama").bundle
-    texts = short_texts(Engine(bundle), 2)
+    texts = paths.short_texts(Engine(bundle), 2)
     assert [text.size for text in texts] == [bundle.manifest.context_length] * 2
     assert not np.array_equal(texts[0], texts[1])
     decode = Plan.short(SHORT_PREFILL + SHORT_DECODE).paths["decode"]
     assert decode == [SHORT_PREFILL] + [1] * SHORT_DECODE
     plan = Plan.short(texts[0].size)
-    found = run_last_logits(bundle, plan, texts[0], None, VerificationProgress(SILENT, plan), {})
+    found = last_logits(bundle, plan, texts[0])
     assert found.ids is texts[0]
-    assert {name: len(logits) for name, logits in found.paths.items()} == {
-        name: len(sizes) for name, sizes in plan.paths.items()
-    }
+    expected = {name: len(sizes) for name, sizes in plan.paths.items()}
+    assert {name: len(rows) for name, rows in found.paths.items()} == expected
 
 
 def test_the_text_is_written_in_pieces_side_by_side(exported, monkeypatch):
-    runs = list[tuple[int, ...]]()
-    forward = Engine.forward
+    runs, forward = list[tuple[int, ...]](), Engine.forward
 
-    def counted(engine: Engine, ids: np.ndarray) -> np.ndarray:
+    def counted(engine, ids):
         runs.append(ids.shape)
         return forward(engine, ids)
 
     monkeypatch.setattr(Engine, "forward", counted)
     bundle = exported("llama").bundle
     plan = Plan.of(bundle.manifest.context_length)
-    found = run_last_logits(bundle, plan, None, None, VerificationProgress(SILENT, plan), {})
+    found = last_logits(bundle, plan)
     assert found.ids.shape == (40,)
-    assert runs[0] == (1, RANDOM_TOKENS)
-    assert len(runs) <= PIECE_TOKENS
-    again = run_last_logits(bundle, plan, None, None, VerificationProgress(SILENT, plan), {})
-    np.testing.assert_array_equal(found.ids, again.ids)
+    assert runs[0] == (1, paths.RANDOM_TOKENS)
+    assert len(runs) <= paths.PIECE_TOKENS
+    np.testing.assert_array_equal(found.ids, last_logits(bundle, plan).ids)

@@ -1,4 +1,4 @@
-"""int4: MatMuls in 4 bits, a few in 8, embeddings and head in 8; better than round to nearest, and verified."""
+"""int4: MatMuls in 4 bits, a few in 8, embeddings and head in 8; better than round to nearest. And --quick."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ import pytest
 
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
-from pastkey.export import export
+from pastkey.errors import ParityError
+from pastkey.export import bundle_writer, export
 from pastkey.export.measure.metrics import Ids, kl_divergence
+from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL
 from pastkey.export.measure.verify import KL_FLOOR, verify
 from pastkey.export.quantize import int4
-from pastkey.export.quantize.int4 import by_error, in_int8, rounded
+from pastkey.export.quantize.calibrate.activations import probing
+from pastkey.export.quantize.int4 import by_error, in_int8, rounded, rounded_to_nearest
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
+from pastkey.export.quantize.rounding import int4_blocks
 from pastkey.export.quantize.rounding.blocks import Blocks
 from pastkey.export.quantize.rounding.int4_blocks import Gptq, Rounded
 from pastkey.export.quantize.rounding.matrices import matmul_weight
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.precisions import PRECISIONS
 
+from ...oracles.dequantized import dequantize
 from ...shared import divided
 from ..decoders import llama
-from ..plain_loop import open_graph, run_chunks
 
 WINDOWS = [np.random.default_rng(seed).integers(0, 60, 40) for seed in range(8)]
-IDS = WINDOWS[0].tolist()
 
 
 def bits_of(model: ir.Model) -> Counter[int]:
@@ -57,43 +60,31 @@ def in_4_bits(graph: Path, windows: list[Ids]) -> dict[str, Blocks]:
     return {name: found.blocks for name, found in rounded(ir.load(graph), graph.parent, windows).items()}
 
 
-def divergence_of_int4(graph: Path, out: Path) -> float:
-    """KL divergence in nats of the float32 graph from its MatMuls in 4 bits, which are written to `out`."""
-    model = ir.load(graph)
-    quantize(model, rounded=in_4_bits(graph, WINDOWS[1:]))
-    ir.save(model, out, external_data=f"{out.name}_data")
-    return kl_divergence(run_chunks(graph, [IDS]), run_chunks(out, [IDS]))
-
-
-def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(exported, tmp_path, monkeypatch):
+def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(exported, computed, monkeypatch):
     """Both from one float32 graph. Without the Hessian each weight is rounded by itself."""
     graph = exported("llama").bundle.all_logits_graph
-    by_hessian = divergence_of_int4(graph, tmp_path / "hessian")
+
+    def divergence() -> float:
+        model = ir.load(graph)
+        quantize(model, rounded=in_4_bits(graph, WINDOWS[1:]))
+        return kl_divergence(computed(ir.load(graph), WINDOWS[0]), computed(model, WINDOWS[0]))
+
+    by_hessian = divergence()
     monkeypatch.setattr(int4, "Gptq", lambda hessian: Gptq(np.zeros_like(hessian)))
-    by_itself = divergence_of_int4(graph, tmp_path / "nearest")
-    assert 0 < by_hessian < 0.8 * by_itself
+    assert 0 < by_hessian < 0.8 * divergence()
 
 
-def test_a_switch_opens_the_very_4_bit_matrix(exported, tmp_path):
-    bundle = exported("llama").bundle
-    weight = "model.layers.1.mlp.down_proj.weight"
-    matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
-    alone = ir.load(bundle.all_logits_graph)
+def test_a_switch_opens_the_very_4_bit_matrix(exported, computed):
+    graph, weight = exported("llama").bundle.all_logits_graph, "model.layers.1.mlp.down_proj.weight"
+    matrices = in_4_bits(graph, WINDOWS[:2])
+    exact, alone, switched = (ir.load(graph) for _ in range(3))
     quantize(alone, set(alone.graph.initializers) - {weight}, rounded=matrices)
-    ir.save(alone, tmp_path / "alone", external_data="alone_data")
-    switched = ir.load(bundle.all_logits_graph)
     every = add_switches(switched, matrices)
-    ir.save(switched, tmp_path / "switched", external_data="switched_data")
-    session = open_graph(tmp_path / "switched")
-    feeds = {names.INPUT_IDS: WINDOWS[0][None], names.ATTENTION_MASK: np.ones((1, 40), np.int64)}
-    feeds |= {names.POSITION_IDS: np.arange(40)[None], SWITCHES: quantization_mask(every, {weight})}
-    for value in session.get_inputs():
-        if value.name not in feeds:
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    expected = run_chunks(tmp_path / "alone", [IDS])
-    found = session.run([names.LOGITS], feeds)[0][0]
+    with probing(switched, graph.parent, [names.LOGITS]) as probe:
+        found = probe(WINDOWS[0], {SWITCHES: quantization_mask(every, {weight})})[names.LOGITS]
+    expected = computed(alone, WINDOWS[0])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(expected - run_chunks(bundle.all_logits_graph, [IDS])).max() > 1e-3 * np.abs(expected).max()
+    assert np.abs(expected - computed(exact, WINDOWS[0])).max() > 1e-3 * np.abs(expected).max()
 
 
 def test_matrices_that_a_killed_export_rounded_are_taken(exported, tmp_path, monkeypatch):
@@ -107,14 +98,13 @@ def test_matrices_that_a_killed_export_rounded_are_taken(exported, tmp_path, mon
     monkeypatch.setattr(int4, "captured", lambda *_: pytest.fail("run again"))
     for name, found in again().items():
         assert found.error == expected[name].error
-        for field in ("data", "scales", "zeros", "columns", "block_size", "bits"):
-            assert np.array_equal(getattr(found.blocks, field), getattr(expected[name].blocks, field))
+        np.testing.assert_array_equal(dequantize(found.blocks), dequantize(expected[name].blocks))
     monkeypatch.undo()
     damaged = sorted(finished.iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     hessians = list[np.ndarray]()
 
-    def counted(hessian: np.ndarray) -> Gptq:
+    def counted(hessian):
         hessians.append(hessian)
         return Gptq(hessian)
 
@@ -125,10 +115,9 @@ def test_matrices_that_a_killed_export_rounded_are_taken(exported, tmp_path, mon
 
 # --- which are in 8 bits ------------------------------------------------------------------------------------------
 def test_what_costs_most_per_weight_is_ranked_first(exported):
-    bundle = exported("llama").bundle
-    folder = bundle.all_logits_graph.parent
-    matrices = in_4_bits(bundle.all_logits_graph, WINDOWS[:2])
-    found = sensitivity(ir.load(bundle.all_logits_graph), folder, WINDOWS[:1], rounded=matrices)
+    graph = exported("llama").bundle.all_logits_graph
+    matrices = in_4_bits(graph, WINDOWS[:2])
+    found = sensitivity(ir.load(graph), graph.parent, WINDOWS[:1], rounded=matrices)
     rows = {row.weight: row for row in found.rows}
     assert set(found.ranking) == set(matrices)
     worth = [rows[name].kl_divergence / rows[name].share for name in found.ranking]
@@ -136,16 +125,13 @@ def test_what_costs_most_per_weight_is_ranked_first(exported):
     assert list(found.ranking) != [row.weight for row in found.rows if row.weight in matrices]
 
 
-def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first():
+def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first_and_one_weight_in_24_at_most():
     def of(error: float, rows: int) -> Rounded:
         codes, scales = np.ones((rows, 1), np.uint8), np.ones((rows, 1), np.float32)
         return Rounded(Blocks(lambda: codes, codes, scales, 32, 32), error)
 
     found = {"large": of(0.3, 100), "small": of(0.1, 10), "exact": of(0.0, 1)}
     assert by_error(found) == ("small", "large", "exact")
-
-
-def test_one_weight_in_24_is_in_8_bits_at_most():
     assert in_int8([10, 20, 54, 1916]) == 2
     assert in_int8([1937]) == 0
     assert in_int8([]) == 0
@@ -157,10 +143,9 @@ def test_a_budget_moves_what_costs_most_to_8_bits_until_it_is_met(exported, tmp_
     table = tmp_path / "table.json"
     budget = quality["kl_divergence"] / 4
     report = export(llama(), tmp_path / "bundle", "int4", context_length=40, max_kl=budget, sensitivity=table)
-    found = open_bundle(tmp_path / "bundle").manifest.quality
+    found = report.manifest.quality
     assert found["kl_divergence"] <= budget
     assert len(found["int8_weights"]) > len(quality["int8_weights"])
-    assert report.sensitivity is not None
     assert tuple(found["int8_weights"]) == report.sensitivity.worst(len(found["int8_weights"]))
     assert len(json.loads(table.read_text())["matrices"]) == 15
 
@@ -177,9 +162,55 @@ def test_int4_has_bounds_of_its_own(exported):
     assert checks["float32"].ok
 
 
-def test_other_programs_are_told_of_q4(exported):
-    bundle = exported("llama", "int4").bundle
-    config = json.loads((bundle.path / names.CONFIG).read_text())
-    assert config["transformers.js_config"]["dtype"] == "q4"
-    genai = json.loads((bundle.path / names.GENAI_CONFIG).read_text())
-    assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+# --- --quick: weights rounded to nearest, and a short proof within the limits of a long one ---------------------------
+CONTEXT = 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.matrix)])
+def test_a_quick_bundle_is_proved_and_says_what_it_is(precision, tmp_path, command):
+    module = llama(max_position_embeddings=CONTEXT)
+    report = export(module, tmp_path / "bundle", precision, context_length=CONTEXT, quick=True)
+    bundle = open_bundle(report.path, verify=True)
+    manifest = bundle.manifest
+    assert manifest.quick
+    assert (report.path / names.GOLDEN).is_file()
+    parity = manifest.parity["fp32"]
+    assert (parity["ok"], parity["reference"], parity["tokens"]) == (True, "source", SHORT_PREFILL + SHORT_DECODE)
+    assert {check["limit"] for name, check in parity["checks"].items() if name != "greedy"} == {1e-5}
+    assert manifest.parity[precision]["kl_divergence"] <= PRECISIONS[precision].max_kl
+    assert manifest.quality["tokens"] == SHORT_PREFILL + SHORT_DECODE
+    assert "exported with --quick: " in command("inspect", report.path)[1]
+    assert verify(bundle, module).ok  # the whole proof, of a text that the export did not see
+
+
+def test_a_quick_int8_graph_is_the_float32_graph_rounded_as_it_is(exported, computed, tmp_path):
+    report = export(llama(), tmp_path / "bundle", context_length=40, quick=True)
+    model = ir.load(exported("llama").bundle.all_logits_graph)
+    quantize(model)
+    ids = np.random.default_rng(0).integers(0, 60, 30)
+    found = computed(ir.load(report.path / PRECISIONS["int8"].graph), ids)
+    np.testing.assert_array_equal(found, computed(model, ids))
+
+
+def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported):
+    model = ir.load(exported("llama").bundle.all_logits_graph)
+    for name, found in rounded_to_nearest(model).items():
+        matrix = model.graph.initializers[name].const_value.numpy().T
+        alike = np.eye(matrix.shape[1], dtype=np.float32)
+        expected = int4_blocks.Gptq(alike).round(matrix, found.block_size).blocks
+        np.testing.assert_array_equal(found.data, expected.data)
+        np.testing.assert_array_equal(found.scale_codes, expected.scale_codes)
+
+
+def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path, monkeypatch):
+    def spoilt(model, *arguments):
+        weight = next(v for name, v in model.graph.initializers.items() if name.endswith("o_proj.weight"))
+        weight.const_value = ir.tensor(weight.const_value.numpy() * 1.001)
+        return write(model, *arguments)
+
+    write = bundle_writer.write_graphs
+    monkeypatch.setattr(bundle_writer, "write_graphs", spoilt)
+    with pytest.raises(ParityError, match="prefill"):
+        export(llama(), tmp_path / "bundle", "fp32", context_length=40, quick=True)
+    assert not list(tmp_path.iterdir())

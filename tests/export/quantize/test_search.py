@@ -6,10 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from pathlib import Path
-from typing import Any
 
-import onnx_ir as ir
 import pytest
 
 from pastkey.contract.bundle import Bundle, CacheShift, Manifest
@@ -18,81 +15,69 @@ from pastkey.export.quantize import search as module
 from pastkey.export.quantize.calibrate.calibration import CalibrationText
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
 from pastkey.export.quantize.report import check_report_file
-from pastkey.export.quantize.search import Quantized, search
 from pastkey.precisions import PRECISIONS
 
-TEXT = CalibrationText("own", (), ())
+BUNDLE = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1", CacheShift())
 
 
-class Fake:
-    """Mixtures of ten matrices: the table asks for `asked` of them, and the bundle keeps within from `enough` on."""
+class Mixtures:
+    """Of ten matrices, `start` of which are raised at first: the table asks for `asked` of them."""
 
     precision = "int8"
     sensitivity = Sensitivity(1.0, (), tuple("abcdefghij"))
 
-    def __init__(self, asked: int, enough: int, start: int = 0) -> None:
-        self.start, self._asked, self._enough = start, asked, enough
-        self.tried: list[int] = []
+    def __init__(self, asked, start):
+        self.asked, self.start = asked, start
 
-    def model(self, raised: int) -> Any:
-        self.tried.append(raised)
+    def model(self, raised):
         return raised
 
-    def quality(self, raised: int) -> dict[str, Any]:
+    def quality(self, raised):
         return {"raised": raised}
 
-    def asked_for(self) -> int:
-        return self._asked
+    def asked_for(self):
+        return self.asked
 
-    def most(self) -> int:
+    def most(self):
         return 9
-
-    def search(self, folder: Path, monkeypatch: pytest.MonkeyPatch, max_kl: float | None = 0.5) -> Quantized:
-        manifest = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1", CacheShift())
-        bundle = Bundle(folder, manifest)
-
-        def write(model: ir.Model) -> tuple[Bundle, int]:
-            graph = folder / PRECISIONS["int8"].graph
-            graph.parent.mkdir()  # fails where the last round was left
-            graph.touch()
-            return bundle, 7
-
-        monkeypatch.setattr(
-            module, "measured", lambda *_: {"kl_divergence": 0.1 if self.tried[-1] >= self._enough else 1.0}
-        )
-        return search(self, bundle, TEXT, write, max_kl)
-
-
-def test_without_a_budget_the_first_mixture_is_taken(tmp_path, monkeypatch):
-    fake = Fake(asked=5, enough=9)
-    assert fake.search(tmp_path, monkeypatch, None).quality == {"kl_divergence": 1.0, "raised": 0}
-    assert fake.tried == [0]
 
 
 @pytest.mark.parametrize(
-    ("asked", "enough", "start", "tried"),
+    ("asked", "enough", "start", "max_kl", "tried"),
     [
-        (5, 0, 0, [0]),  # the first keeps within
-        (5, 5, 0, [0, 5]),  # then what the table asks for
-        (2, 6, 0, [0, 2, 3, 5, 9]),  # then one more, two more, four more, and never more than there may be
-        (3, 5, 3, [3, 4, 6]),  # the table was there before
+        (5, 9, 0, None, [0]),  # without a budget, the first is taken
+        (5, 0, 0, 0.5, [0]),  # the first keeps within
+        (5, 5, 0, 0.5, [0, 5]),  # then what the table asks for
+        (2, 6, 0, 0.5, [0, 2, 3, 5, 9]),  # then one more, two more, four more, and never more than there may be
+        (3, 5, 3, 0.5, [3, 4, 6]),  # the table was there before
+        (5, 10, 0, 0.5, [0, 5, 6, 8, 9]),  # no mixture keeps within
     ],
 )
 def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
-    asked, enough, start, tried, tmp_path, monkeypatch
+    asked, enough, start, max_kl, tried, tmp_path, monkeypatch
 ):
-    fake = Fake(asked, enough, start)
-    found = fake.search(tmp_path, monkeypatch)
-    assert fake.tried == tried
-    assert found.quality == {"kl_divergence": 0.1, "raised": tried[-1]}
-    assert found.weight_bytes == 7
+    found = list[int]()
 
+    def write(raised):
+        graph = tmp_path / PRECISIONS["int8"].graph
+        graph.parent.mkdir()  # fails where the last round was left
+        graph.touch()
+        found.append(raised)
+        return Bundle(tmp_path, BUNDLE), 7
 
-def test_a_budget_that_no_mixture_meets_is_refused(tmp_path, monkeypatch):
-    fake = Fake(asked=5, enough=10)
-    with pytest.raises(QualityError, match=r"with 9 of 10 matrices in fp32, over --max-kl 0\.5 by 0\.5"):
-        fake.search(tmp_path, monkeypatch)
-    assert fake.tried[-1] == 9
+    def measured(*_):
+        return {"kl_divergence": 0.1 if found[-1] >= enough else 1.0}
+
+    monkeypatch.setattr(module, "measured", measured)
+    arguments = Mixtures(asked, start), Bundle(tmp_path, BUNDLE), CalibrationText("own", (), ()), write, max_kl
+    if enough == 10:
+        with pytest.raises(QualityError, match=r"with 9 of 10 matrices in fp32, over --max-kl 0\.5 by 0\.5"):
+            module.search(*arguments)
+    else:
+        made = module.search(*arguments)
+        assert made.quality == {"kl_divergence": 1.0 if max_kl is None else 0.1, "raised": tried[-1]}
+        assert made.weight_bytes == 7
+    assert found == tried
 
 
 # --- the file of --sensitivity: what it holds, and which names are refused before the work ----------------------------
@@ -110,13 +95,9 @@ def test_the_table_is_json():
     assert content["kl_divergence"] == 0.01
     assert [row["weight"] for row in content["matrices"]] == [row.weight for row in TABLE.rows]
     assert content["matrices"][0] == {
-        "weight": "model.layers.1.mlp.down_proj.weight",
-        "shape": [80, 48],
-        "kl_divergence": 0.004,
-        "top1_agreement": 0.97,
-        "share": 0.3,
-        "matmul": True,
-    }
+        "weight": TABLE.rows[0].weight, "shape": [80, 48], "kl_divergence": 0.004, "top1_agreement": 0.97,
+        "share": 0.3, "matmul": True,
+    }  # fmt: skip
 
 
 REFUSED = {
@@ -141,8 +122,8 @@ def test_a_place_for_the_table_is_refused_before_the_work(file, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
-    def denied(**where: Path) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where["dir"]))
+    def denied(**where):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", denied)
     with pytest.raises(InputError, match=r"table\.json cannot be written there \(Permission denied\): choose another"):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pastkey.export import export
 from pastkey.export.compare import relative_difference
@@ -23,19 +20,27 @@ from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.runtime import Engine
 
 from ...decoders import llama
-from ...plain_loop import run_chunks
-from ...small_graphs import model_of
+from ...small_graphs import model_of, run_model
+
+IDS = np.random.default_rng(0).integers(0, 61, 40)
 
 
-def smoothed(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str, float]]:
-    """The smoothed graph, written to `out`, and the exponents."""
+def activations(graph, ids=IDS):
+    """A graph, its groups, and their activations."""
     model = ir.load(graph)
     groups = find_groups(model)
     with probing(model, graph.parent, [group.activation for group in groups]) as probe:
-        samples = probe(np.array(ids))
-    chosen = smooth(model, groups, samples)
-    ir.save(model, out, external_data=f"{out.name}_data")
-    return model, chosen
+        return model, groups, probe(np.array(ids))
+
+
+def smoothed(graph, ids=IDS):
+    """The smoothed graph, and the exponents."""
+    model, groups, samples = activations(graph, ids)
+    return model, smooth(model, groups, samples)
+
+
+def exported_graph(module, folder):
+    return export(module, folder / "fp32", precision="fp32", context_length=40).path / "onnx" / "model.onnx"
 
 
 @pytest.mark.parametrize(
@@ -46,16 +51,14 @@ def smoothed(graph: Path, ids: list[int], out: Path) -> tuple[ir.Model, dict[str
         ("nano_gpt", 3),  # q, k, v are one MatMul, so that the values have none of their own; the head is tied
     ],
 )
-def test_smoothing_changes_no_logits(name, groups, exported, tmp_path):
-    made = exported(name)
-    graph = made.bundle.all_logits_graph
-    (ids,) = (t.tolist() for t in self_generated_texts(Engine(made.bundle), 0, 1, made.bundle.manifest.context_length))
-    found = find_groups(ir.load(graph))
-    assert len(found) == groups > 0, [group.activation for group in found]
-    expected = run_chunks(graph, [ids])
-    _, chosen = smoothed(graph, ids, tmp_path / "smoothed.onnx")
+def test_smoothing_changes_no_logits(name, groups, exported, computed):
+    bundle = exported(name).bundle
+    (ids,) = self_generated_texts(Engine(bundle), 0, 1, bundle.manifest.context_length)
+    found = find_groups(ir.load(bundle.all_logits_graph))
+    assert len(found) == groups, [group.activation for group in found]
+    model, chosen = smoothed(bundle.all_logits_graph, ids)
     assert set(chosen) == {group.activation for group in found}
-    assert relative_difference(expected, run_chunks(tmp_path / "smoothed.onnx", [ids])) < 5e-6
+    assert relative_difference(computed(ir.load(bundle.all_logits_graph), ids), computed(model, ids)) < 5e-6
 
 
 def test_weights_that_have_several_places_are_in_no_group(exported):
@@ -63,87 +66,26 @@ def test_weights_that_have_several_places_are_in_no_group(exported):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_channels_between_two_products_are_put_in_the_order_of_their_size(name, exported, tmp_path):
+def test_channels_between_two_products_are_put_in_the_order_of_their_size(name, exported):
     """One activation of each of two layers' MLPs; GPT-2's first projection has a bias, which moves along."""
     graph = exported(name).bundle.all_logits_graph
-    model = ir.load(graph)
-    groups = [group for group in find_groups(model) if group.permuted]
-    assert len(groups) == 2
-    wanted = [group.activation for group in groups]
-    ids = np.random.default_rng(0).integers(0, 61, 40)
+    _, groups, before = activations(graph)
+    wanted = [group.activation for group in groups if group.permuted]
+    assert len(wanted) == 2
+    model, _ = smoothed(graph)
     with probing(model, graph.parent, wanted) as probe:
-        before = probe(ids)
-    smoothed(graph, ids.tolist(), tmp_path / "smoothed.onnx")
-    with probing(ir.load(tmp_path / "smoothed.onnx"), tmp_path, wanted) as probe:
-        after = probe(ids)
+        after = probe(IDS)
     for name in wanted:
         sizes = np.abs(after[name] / np.sqrt(np.square(before[name]).mean(1, keepdims=True))).max(0)
         assert (np.diff(sizes) > -1e-4 * sizes.max()).all()
         assert not (np.diff(np.abs(before[name]).max(0)) >= 0).all()
 
 
-class PerHead(nn.Module):
-    """Something between a MatMul and the next one that treats channels in groups of 16, or of its own shape."""
-
-    def __init__(self, inner: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = x.unflatten(-1, (-1, 16))
-        if not isinstance(self.inner, nn.Module):
-            return (groups * self.inner).flatten(2)
-        return self.inner(groups).flatten(2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "between"),
-    [
-        pytest.param("self_attn.o_proj", lambda: PerHead(nn.Linear(16, 16, bias=False)), marks=pytest.mark.matrix),
-        ("self_attn.o_proj", lambda: PerHead(nn.Parameter(torch.rand(4, 16) + 0.5))),
-        pytest.param("mlp.down_proj", lambda: PerHead(nn.RMSNorm(16)), marks=pytest.mark.matrix),
-    ],
-)
-def test_channels_that_are_regrouped_on_the_way_stay_as_they_are(place, between, tmp_path):
-    module = llama()
-    for layer in module.model.layers:
-        parent, name = place.split(".")
-        owner = layer.get_submodule(parent)
-        setattr(owner, name, nn.Sequential(between(), owner.get_submodule(name)))
-    graph = export(module, tmp_path / "fp32", precision="fp32", context_length=40).path / "onnx" / "model.onnx"
-    ids = np.random.default_rng(0).integers(0, 61, 40).tolist()
-    smoothed(graph, ids, tmp_path / "smoothed.onnx")
-    assert relative_difference(run_chunks(graph, [ids]), run_chunks(tmp_path / "smoothed.onnx", [ids])) < 5e-6
-    report = export(module, tmp_path / "int8", context_length=40)
-    assert report.manifest.quality["kl_divergence"] < 0.02
-
-
-@pytest.mark.slow
-def test_values_behind_a_norm_are_smoothed_without_a_rotation(tmp_path):
-    """The norm's weights are each a channel's, so that channels cannot be mixed behind it."""
-    module = llama()
-    for layer in module.model.layers:
-        attention = layer.self_attn
-        norm = nn.RMSNorm(attention.v_proj.out_features)
-        norm.weight.data = torch.linspace(0.5, 1.5, len(norm.weight))
-        attention.v_proj = nn.Sequential(attention.get_submodule("v_proj"), norm)
-    graph = export(module, tmp_path / "fp32", precision="fp32", context_length=40).path / "onnx" / "model.onnx"
-    ids = np.random.default_rng(0).integers(0, 61, 40).tolist()
-    _, chosen = smoothed(graph, ids, tmp_path / "smoothed.onnx")
-    assert len(chosen) == 8  # o_proj's two activations are among them
-    assert relative_difference(run_chunks(graph, [ids]), run_chunks(tmp_path / "smoothed.onnx", [ids])) < 5e-6
-
-
 @pytest.mark.parametrize("number", [0.0, 1e-45, 3e38])
 @pytest.mark.parametrize("projection", ["q_proj", "down_proj", "v_proj"])
 def test_weights_without_any_size_to_go_by_are_left_as_they_are(projection, number, exported, recwarn):
     """A layer that was switched off, numbers that cannot be divided by, and one that overflows when it is scaled."""
-    made = exported("llama")
-    model = ir.load(made.bundle.all_logits_graph)
-    groups = find_groups(model)
-    with probing(model, made.bundle.all_logits_graph.parent, [group.activation for group in groups]) as probe:
-        samples = probe(np.arange(40))
+    model, groups, samples = activations(exported("llama").bundle.all_logits_graph)
     for name, value in model.graph.initializers.items():
         if f"layers.0.self_attn.{projection}" in str(name) or f"layers.0.mlp.{projection}" in str(name):
             array = value.const_value.numpy().copy()
@@ -157,12 +99,8 @@ def test_weights_without_any_size_to_go_by_are_left_as_they_are(projection, numb
 
 
 def test_activations_that_are_nothing_are_left_as_they_are(exported, recwarn):
-    made = exported("llama")
-    model = ir.load(made.bundle.all_logits_graph)
-    groups = find_groups(model)
-    with probing(model, made.bundle.all_logits_graph.parent, [group.activation for group in groups]) as probe:
-        samples = {name: rows * 0 for name, rows in probe(np.arange(40)).items()}
-    assert set(smooth(model, groups, samples).values()) == {0}
+    model, groups, samples = activations(exported("llama").bundle.all_logits_graph)
+    assert set(smooth(model, groups, {name: 0 * rows for name, rows in samples.items()}).values()) == {0}
     assert not list(recwarn)
 
 
@@ -170,7 +108,7 @@ def test_activations_that_are_nothing_are_left_as_they_are(exported, recwarn):
 def test_smoothing_that_changes_the_logits_is_not_taken(factor, exported, monkeypatch, tmp_path):
     made = exported("llama")
 
-    def wrong(model: ir.Model, *_: object) -> None:
+    def wrong(model, *_):
         value = model.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
         value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
 
@@ -178,43 +116,50 @@ def test_smoothing_that_changes_the_logits_is_not_taken(factor, exported, monkey
     listener, graph = Recorder(SILENT), made.bundle.all_logits_graph
     out = tmp_path / "calibrated.onnx"
     assert calibration.calibrated(made.bundle, [np.arange(40)], out, listener) == graph
-    assert len(listener.warnings) == 1
-    assert listener.warnings[0].startswith("smoothing changed the logits")
+    (warning,) = listener.warnings
+    assert warning.startswith("smoothing changed the logits")
     assert not list(tmp_path.iterdir())
     assert not [path for path in graph.parent.iterdir() if path.name.startswith(("probe", "segment"))]
 
 
-def test_channels_of_other_sizes_cost_int8_less(tmp_path):
+def test_channels_of_other_sizes_cost_int8_less(tmp_path, computed):
     """Outliers as trained decoders have them: a norm's weight that is 40 times its neighbours'."""
     module = llama()
     with torch.no_grad():
         for layer in module.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[::32] *= 40
-    report = export(module, tmp_path / "fp32", precision="fp32", context_length=40)
-    graph = report.path / "onnx" / "model.onnx"
-    ids = np.random.default_rng(0).integers(0, 61, 40).tolist()
-    expected = run_chunks(graph, [ids])
-    plain = ir.load(graph)
-    quantize(plain)
-    ir.save(plain, tmp_path / "plain.onnx", external_data="plain.onnx_data")
-    changed, chosen = smoothed(graph, ids, tmp_path / "smoothed.onnx")
+    graph = exported_graph(module, tmp_path)
+    expected, plain, (changed, chosen) = computed(ir.load(graph), IDS), ir.load(graph), smoothed(graph)
     assert max(chosen.values()) > 0
+    quantize(plain)
     quantize(changed)
-    ir.save(changed, tmp_path / "int8.onnx", external_data="int8.onnx_data")
-    before, after = (
-        kl_divergence(expected, run_chunks(tmp_path / name, [ids])) for name in ("plain.onnx", "int8.onnx")
-    )
+    before, after = (kl_divergence(expected, computed(model, IDS)) for model in (plain, changed))
     assert after < before / 3
 
 
 # --- which activations are smoothed, and by which weights: rules 1 to 4, and what keeps each from holding -------------
 RNG = np.random.default_rng(0)
-WEIGHTS = {
-    name: RNG.normal(size=shape).astype(np.float32)
-    for name, shape in {"gate": (8, 16), "up": (8, 16), "down": (16, 8), "b": (16,), "n": (16,), "head": (4,)}.items()
-}
-INPUTS = "float[1,T,8] x, float[8,16] gate, float[8,16] up, float[16,8] down, float[16] b, float[16] n, float[4] head"
+
+
+def draw(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+WEIGHTS = {"gate": draw(8, 16), "up": draw(8, 16), "down": draw(16, 8), "b": draw(16), "n": draw(16)}
+WEIGHTS |= {"ff": draw(4, 4), "f": draw(4), "apart": np.array([0, 0, 4, 4]), "together": np.array([0, 0, 16])}
+INPUTS = "float[1,T,8] x, float[8,16] gate, float[8,16] up, float[16,8] down, float[16] b, float[16] n"
+INPUTS += ", float[4,4] ff, float[4] f, int64[4] apart, int64[3] together"
+
+
+def require_unchanged(model, group, **feeds):
+    """Smoothing a group, whose activations have channels of other sizes, leaves the outputs as they are."""
+    expected, channels = run_model(model, **feeds)[0], group.readers[0].channels
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    smooth(model, [group], {group.activation: draw(50, channels) * np.exp(draw(channels))})
+    stored = model.graph.initializers
+    assert any(not np.array_equal(array, stored[name].const_value.numpy()) for name, array in before.items())
+    np.testing.assert_allclose(run_model(model, **feeds)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def names_of(weights: tuple[ChannelWeight, ...]) -> list[tuple[str, int]]:
@@ -222,43 +167,48 @@ def names_of(weights: tuple[ChannelWeight, ...]) -> list[tuple[str, int]]:
     return [(str(found.node.inputs[found.index].name), found.axis) for found in weights]
 
 
-@pytest.mark.parametrize(
-    ("body", "divided", "permuted"),
-    [
-        ("g = MatMul(x, gate) s = Sigmoid(g) u = MatMul(x, up) h = Mul(s, u)", ["up"], ["up", "gate"]),
-        ("u = MatMul(x, up) h = Add(u, b)", ["b", "up"], ["up", "b"]),
-        ("u = MatMul(x, up) h = Mul(u, n)", ["n"], ["up", "n"]),
-        ("u = MatMul(x, up) h = Gelu(u)", [], ["up"]),
-        ("u = MatMul(x, up) h = LayerNormalization(u, n, b)", ["n", "b"], []),
-        ("u = MatMul(x, up) h = Add(u, u)", [], ["up"]),
-        ("u = MatMul(x, up) h = MatMul(u, sq)", ["sq"], ["sq"]),
-    ],
-    ids=["gated", "bias", "vector", "gelu", "norm", "twice", "two_products"],
-)
+MADE = {
+    "gated": ("g = MatMul(x, gate) s = Sigmoid(g) u = MatMul(x, up) h = Mul(s, u)", ["up"], ["up", "gate"]),
+    "bias": ("u = MatMul(x, up) h = Add(u, b)", ["b", "up"], ["up", "b"]),
+    "vector": ("u = MatMul(x, up) h = Mul(u, n)", ["n"], ["up", "n"]),
+    "gelu": ("u = MatMul(x, up) h = Gelu(u)", [], ["up"]),
+    "norm": ("u = MatMul(x, up) h = LayerNormalization(u, n, b)", ["n", "b"], []),
+    "twice": ("u = MatMul(x, up) h = Add(u, u)", [], ["up"]),
+    "two products": ("u = MatMul(x, up) h = MatMul(u, sq)", ["sq"], ["sq"]),
+    "regrouped": ("u = MatMul(x, up) r = Reshape(u, apart) h = Reshape(r, together)", ["up"], []),
+}
+
+
+@pytest.mark.parametrize(("body", "divided", "permuted"), MADE.values(), ids=MADE)
 def test_what_makes_the_channels(body, divided, permuted):
-    square = RNG.normal(size=(16, 16)).astype(np.float32)
+    square = draw(16, 16)
     text = f"g ({INPUTS}, float[16,16] sq) => (float[1,T,8] y) {{ {body} y = MatMul(h, down) }}"
-    group = next(group for group in find_groups(model_of(text, **WEIGHTS, sq=square)) if group.activation == "h")
+    model = model_of(text, **WEIGHTS, sq=square)
+    group = next(group for group in find_groups(model) if group.activation == "h")
     assert names_of(group.readers) == [("down", 0)]
     axes = {name: 1 if WEIGHTS.get(name, square).ndim == 2 else -1 for name in (*divided, *permuted)}
     assert names_of(group.divided) == [(name, axes[name]) for name in divided]
     assert names_of(group.permuted) == [(name, axes[name]) for name in permuted]
     assert (group.heads, group.shared_by, group.rotatable) == (0, 1, False)
+    require_unchanged(model, group, x=draw(1, 9, 8))
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "h = MatMul(x, up) y = MatMul(h, down) z = Neg(h)",
-        "u = MatMul(x, up) h = Sigmoid(u) y = MatMul(h, down) z = Neg(u)",
-        "u = MatMul(x, up) h = Softmax(u) y = MatMul(h, down) z = Neg(x)",
-        "h = MatMul(x, up) y = MatMul(h, down) v = Transpose <perm = [1, 0]> (up) z = MatMul(x, up)",
-        "h = MatMul(x, up) y = MatMul(h, down) z = Add(y, down)",
-    ],
-    ids=["activation_read_elsewhere", "producer_read_elsewhere", "not_elementwise", "producer_shared", "reader_shared"],
-)
-def test_what_something_else_reads_is_in_no_group(body):
-    model = model_of(f"g ({INPUTS}) => (float[1,T,8] y, float[1,T,N] z) {{ {body} }}", **WEIGHTS)
+GROUPED = "u = MatMul(x, up) r = Reshape(u, apart) m = {} h = Reshape(m, together) y = MatMul(h, down) z = Neg(x)"
+IN_NO_GROUP = {
+    "activation read elsewhere": "h = MatMul(x, up) y = MatMul(h, down) z = Neg(h)",
+    "producer read elsewhere": "u = MatMul(x, up) h = Sigmoid(u) y = MatMul(h, down) z = Neg(u)",
+    "not elementwise": "u = MatMul(x, up) h = Softmax(u) y = MatMul(h, down) z = Neg(x)",
+    "producer shared": "h = MatMul(x, up) y = MatMul(h, down) v = Transpose <perm = [1, 0]> (up) z = MatMul(x, up)",
+    "reader shared": "h = MatMul(x, up) y = MatMul(h, down) z = Add(y, down)",
+    "factors of groups": GROUPED.format("Mul(r, ff)"),
+    "products of groups": GROUPED.format("MatMul(r, ff)"),
+    "norms of groups": GROUPED.format("SimplifiedLayerNormalization(r, f)"),
+}
+
+
+@pytest.mark.parametrize("name", IN_NO_GROUP)
+def test_what_something_else_reads_is_in_no_group(name):
+    model = model_of(f"g ({INPUTS}) => (float[1,T,8] y, float[1,T,N] z) {{ {IN_NO_GROUP[name]} }}", **WEIGHTS)
     assert [group for group in find_groups(model) if group.activation == "h"] == []
 
 
@@ -280,9 +230,9 @@ def test_values_are_divided_and_rotated_behind_their_projection(values, divided,
     model = model_of(
         f"g ({inputs}) => (float[1,T,8] y) {{ {values}"
         f" a, pk, pv = {attention} (q, k, v, past_k, past_v, seqlens, total) y = MatMul(a, o) }}",
-        w=RNG.normal(size=(8, 16)).astype(np.float32),
-        c=RNG.normal(size=16).astype(np.float32),
-        o=RNG.normal(size=(32, 8)).astype(np.float32),
+        w=draw(8, 16),
+        c=draw(16),
+        o=draw(32, 8),
     )
     groups = {group.activation: group for group in find_groups(model)}
     assert ("a" in groups) == (divided is not None)
@@ -290,3 +240,6 @@ def test_values_are_divided_and_rotated_behind_their_projection(values, divided,
         group = groups["a"]
         assert names_of(group.divided) == [(name, 1 if name == "w" else -1) for name in divided]
         assert (group.heads, group.shared_by, group.rotatable, group.permuted) == (4, 2, rotatable, ())
+        lengths = {"seqlens": np.array([8], np.int32), "total": np.array(9, np.int32).reshape(1)}
+        feeds = {"x": draw(1, 9, 8), "q": draw(1, 9, 32), "k": draw(1, 9, 16)} | lengths
+        require_unchanged(model, group, **feeds, past_k=draw(1, 2, 0, 8), past_v=draw(1, 2, 0, 8))

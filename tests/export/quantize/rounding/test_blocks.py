@@ -1,32 +1,31 @@
-"""Matrices in int8 blocks: what a round trip costs, and the edges of the range."""
+"""Matrices in blocks of 8 and 4 bits: what a round trip costs, the edges of the range, and ONNX's own operators."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from onnx.reference import ReferenceEvaluator
 
-from pastkey.export.quantize.rounding.blocks import (
-    choose_block_size,
-    encode_scales,
-    join,
-    quantize_blocks,
-    round_trip,
-)
-from pastkey.export.quantize.rounding.int4_blocks import Gptq
+from pastkey.contract import names
+from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.export import export
+from pastkey.export.quantize.calibrate.activations import window_feeds
+from pastkey.export.quantize.rounding import blocks
+from pastkey.export.quantize.rounding.block_dequantize import dequantize_linear
+from pastkey.export.quantize.rounding.blocks import Blocks, encode_scales, quantize_blocks
+from pastkey.export.quantize.rounding.int4_blocks import Gptq, round_to_nearest
 from pastkey.export.quantize.rounding.workers import for_each_part, one_thread_each
+from pastkey.runtime.engine.engine import Engine
 
-from ....oracles.dequantized import dequantize, dequantize_blocks
-from ...plain_loop import onnxruntime
-
-Array = npt.NDArray[Any]
+from ....oracles.dequantized import dequantize
+from ...decoders import Plain, llama
+from ...small_graphs import Array, model_of, run_model
 
 MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 70)).flatmap(
     lambda shape: arrays(np.float32, shape, elements=st.floats(-(2.0**100), 2.0**100, width=32))
@@ -38,11 +37,11 @@ MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 70)).flatmap(
 def test_a_round_trip_errs_by_half_a_step_at_most(matrix, block_size):
     quantized = quantize_blocks(matrix, block_size)
     rows, columns = matrix.shape
-    blocks = -(-columns // block_size)
-    assert quantized.data.shape == (rows, blocks, block_size)
-    assert quantized.scales.shape == (rows, blocks)
+    size = -(-columns // block_size)
+    assert quantized.data.shape == (rows, size, block_size)
+    assert quantized.scales.shape == (rows, size)
     assert (quantized.data.dtype.name, quantized.scales.dtype.name) == ("uint8", "float32")
-    found = dequantize_blocks(quantized)
+    found = dequantize(quantized)
     assert found.shape == matrix.shape
     step = np.repeat(quantized.scales, block_size, axis=1)[:, :columns].astype(np.float64)
     # numbers below the smallest normal one may be stored as zero
@@ -50,25 +49,39 @@ def test_a_round_trip_errs_by_half_a_step_at_most(matrix, block_size):
     assert (np.abs(found.astype(np.float64) - matrix) <= slack).all()
 
 
-def test_zeros_are_stored_as_zeros():
-    quantized = quantize_blocks(np.zeros((2, 40), np.float32), 32)
-    assert (quantized.data == 128).all()
-    assert (dequantize_blocks(quantized) == 0).all()
-    assert np.isfinite(quantized.scales).all()
+def in_4_bits(matrix: Array, block_size: int) -> Blocks:
+    return Gptq(np.eye(matrix.shape[1], dtype=np.float32)).round(matrix, block_size).blocks
 
 
-@pytest.mark.parametrize("number", [-3.5, 1e-30, 1e30])
-def test_a_constant_block_is_exact(number):
-    matrix = np.full((1, 32), number, np.float32)
-    np.testing.assert_allclose(dequantize_blocks(quantize_blocks(matrix, 32)), matrix, rtol=1e-6)
+each_width = pytest.mark.parametrize("rounded", [quantize_blocks, in_4_bits])
 
 
-def test_a_block_too_small_to_divide_by_becomes_zero():
-    matrix = np.full((1, 32), 1e-40, np.float32)
-    matrix[0, 0] = -1e-40
-    quantized = quantize_blocks(matrix, 32)
-    assert np.isfinite(quantized.scales).all()
-    assert (np.abs(dequantize_blocks(quantized)) <= 1e-37).all()
+@each_width
+@pytest.mark.parametrize("number", [0.0, -3.5, 1e-30, 1e30, 1e-40])
+def test_a_matrix_of_equal_numbers_is_exact(rounded, number):
+    """But for numbers too small to divide by, which become zero."""
+    matrix = np.full((2, 40), number, np.float32)
+    found = rounded(matrix, 32)
+    assert np.isfinite(found.scales).all()
+    np.testing.assert_allclose(dequantize(found), matrix, rtol=1e-5, atol=1e-37)
+
+
+@each_width
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_matrix_that_is_not_finite_is_refused(rounded, number):
+    matrix = np.ones((2, 16), np.float32)
+    matrix[1, 2] = number
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        rounded(matrix, 16)
+
+
+@each_width
+def test_joined_matrices_are_the_matrices_below_one_another(rounded):
+    rng = np.random.default_rng(0)
+    parts = [rounded(rng.normal(size=(rows, 40)).astype(np.float32), 32) for rows in (3, 1, 5)]
+    joined = blocks.join(parts)
+    assert (joined.columns, joined.bits, joined.block_size) == (40, parts[0].bits, 32)
+    np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))
 
 
 def test_both_ends_of_the_range_are_used_and_padding_is_zero():
@@ -79,14 +92,6 @@ def test_both_ends_of_the_range_are_used_and_padding_is_zero():
     assert quantized.scales[0, 0] == pytest.approx(2 / 127)
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_matrix_that_is_not_finite_is_refused(number):
-    matrix = np.ones((2, 3), np.float32)
-    matrix[1, 2] = number
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        quantize_blocks(matrix, 16)
-
-
 @pytest.mark.parametrize(
     ("columns", "expected"), [(1, 16), (16, 16), (17, 32), (32, 32), (48, 16), (64, 32), (80, 16), (576, 32)]
 )
@@ -94,7 +99,7 @@ def test_the_block_size_with_the_fewer_bytes_is_chosen(columns, expected):
     def stored(size: int) -> int:
         return -(-columns // size) * (size + 1)
 
-    assert choose_block_size(columns) == expected
+    assert blocks.choose_block_size(columns) == expected
     assert stored(expected) <= min(stored(16), stored(32))
 
 
@@ -109,24 +114,10 @@ def test_scales_are_rounded_up_so_that_no_weight_is_cut_off():
     assert (nearest < codes).any()
 
 
-def test_joined_matrices_are_the_matrices_below_one_another():
-    rng = np.random.default_rng(0)
-    parts = [rng.normal(size=(rows, 40)).astype(np.float32) for rows in (3, 1, 5)]
-    quantized = [quantize_blocks(part, 32) for part in parts]
-    joined = join(quantized)
-    assert joined.columns == 40
-    np.testing.assert_array_equal(
-        dequantize_blocks(joined), np.concatenate([dequantize_blocks(one) for one in quantized])
-    )
-
-
 def at_once(matrix: Array, block_size: int) -> tuple[Array, Array, Array]:
     """Data, scale codes and row scales of the plain way: the whole matrix in each step."""
-    rows, columns = matrix.shape
-    blocks = -(-columns // block_size)
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :columns] = matrix
-    padded = padded.reshape(rows, blocks, block_size)
+    padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % block_size)))
+    padded = padded.reshape(len(matrix), -1, block_size)
     codes, row_scales = encode_scales(np.abs(padded).max(2) / np.float32(127))
     scales = codes.astype(np.float32) * row_scales
     data = np.clip(np.rint(padded / scales[:, :, None]), -127, 127) + 128
@@ -140,12 +131,11 @@ def test_rows_by_rows_every_bit_is_that_of_the_whole_matrix(shape, block_size, t
     matrix[0] *= 1e-40
     matrix = matrix.T if transposed else matrix
     found = quantize_blocks(matrix, block_size)
-    for array, expected in zip(
-        (found.data, found.scale_codes, found.row_scales), at_once(matrix, block_size), strict=True
-    ):
+    arrays = found.data, found.scale_codes, found.row_scales
+    for array, expected in zip(arrays, at_once(matrix, block_size), strict=True):
         np.testing.assert_array_equal(array, expected)
     assert found.shape == found.data.shape
-    np.testing.assert_array_equal(round_trip(matrix, block_size), dequantize_blocks(found))
+    np.testing.assert_array_equal(blocks.round_trip(matrix, block_size), dequantize(found))
 
 
 # --- 4-bit blocks: how they lie in bytes, and that columns make good what the others cost -----------------------------
@@ -186,9 +176,8 @@ def test_products_on_text_err_by_less_than_half_of_what_the_nearest_numbers_cost
 
 def test_activations_whose_squares_overflow_leave_each_weight_by_itself():
     matrix, _ = drawn(5, 64)
-    hessians = [np.full((64, 64), np.inf, np.float32), np.eye(64, dtype=np.float32)]
-    found, alone = (Gptq(hessian).round(matrix, 32).blocks for hessian in hessians)
-    np.testing.assert_array_equal(dequantize(found), dequantize(alone))
+    found = Gptq(np.full((64, 64), np.inf, np.float32)).round(matrix, 32).blocks
+    np.testing.assert_array_equal(dequantize(found), dequantize(in_4_bits(matrix, 32)))
 
 
 @pytest.mark.parametrize(("rows", "columns", "block_size"), [(7, 50, 32), (5, 40, 16), (1, 16, 16), (3, 96, 32)])
@@ -196,71 +185,36 @@ def test_onnxruntime_multiplies_by_what_dequantize_says(rows, columns, block_siz
     """Also where a row is padded, and where a row's zero points end in half a byte."""
     matrix, x = drawn(rows, columns)
     found = Gptq(x.T @ x).round(matrix, block_size).blocks
-    blocks = -(-columns // block_size)
-    assert found.data.shape == (rows, blocks, block_size // 2)
-    assert found.zeros.shape == (rows, -(-blocks // 2))
-    scales = (found.scale_codes * found.row_scales).astype(np.float32)
-    arrays = {"b": found.data, "s": scales, "z": found.zeros.reshape(-1)}
-    node = onnx.helper.make_node(
-        *("MatMulNBits", ["x", "b", "s", "z"], ["y"]),
-        domain="com.microsoft",
-        bits=4,
-        block_size=found.block_size,
-        K=columns,
-        N=rows,
+    size = -(-columns // block_size)
+    assert found.data.shape == (rows, size, block_size // 2)
+    assert found.zeros.shape == (rows, -(-size // 2))
+    sizes = f"<K: int = {columns}, N: int = {rows}, bits: int = 4, block_size: int = {block_size}>"
+    inputs = f"float[T,{columns}] x, uint8[{rows},{size},{block_size // 2}] b, float[{rows},{size}] s, uint8[Z] z"
+    model = model_of(
+        f"g ({inputs}) => (float[T,{rows}] y) {{ y = com.microsoft.MatMulNBits {sizes} (x, b, s, z) }}",
+        b=found.data,
+        s=found.scales,
+        z=found.zeros.reshape(-1),
     )
-    ends = [onnx.helper.make_tensor_value_info(name, 1, [None, size]) for name, size in (("x", columns), ("y", rows))]
-    weights = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], weights)
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
-    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = x @ dequantize(found).T
-    np.testing.assert_allclose(session.run(["y"], {"x": x})[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(run_model(model, x=x)[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("number", [0.0, -3.5, 1e30, 1e-40])
-def test_a_matrix_of_equal_numbers_is_exact(number):
-    matrix = np.full((2, 40), number, np.float32)
-    found = dequantize(Gptq(np.eye(40, dtype=np.float32)).round(matrix, 32).blocks)
-    np.testing.assert_allclose(found, matrix, rtol=1e-5, atol=1e-37)
-
-
-def test_channels_that_no_text_ever_reads_are_rounded_by_themselves():
+def test_channels_that_no_text_ever_reads_are_rounded_by_themselves_and_lose_nothing():
     matrix, _ = drawn(4, 32)
-    found = dequantize(Gptq(np.zeros((32, 32), np.float32)).round(matrix, 32).blocks)
-    assert np.abs(found - matrix).max() <= (matrix.max(1) - matrix.min(1)).max() / 15
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_a_matrix_that_is_not_finite_is_refused_of_int4_blocks(number):
-    matrix = np.ones((2, 16), np.float32)
-    matrix[1, 2] = number
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        Gptq(np.eye(16, dtype=np.float32)).round(matrix, 16)
-
-
-def test_matrices_below_one_another_are_one():
-    parts = [Gptq(np.eye(48, dtype=np.float32)).round(drawn(rows, 48, rows)[0], 16).blocks for rows in (3, 5)]
-    joined = join(parts)
-    assert (joined.bits, joined.block_size) == (4, 16)
-    np.testing.assert_array_equal(dequantize(joined), np.concatenate([dequantize(part) for part in parts]))
+    rounded, error = Gptq(np.zeros((32, 32), np.float32)).round(matrix, 32)
+    assert np.abs(dequantize(rounded) - matrix).max() <= (matrix.max(1) - matrix.min(1)).max() / 15
+    assert error == Gptq(np.eye(32, dtype=np.float32)).round(0 * matrix, 32).error == 0
 
 
 def test_the_error_is_that_of_the_products_on_the_text_and_of_damping_over_the_products():
     matrix, x = drawn(24, 96)
     hessian = x.T @ x
-    blocks, error = Gptq(hessian).round(matrix, 32)
-    wrong = (dequantize(blocks) - matrix).astype(np.float64)
+    rounded, error = Gptq(hessian).round(matrix, 32)
+    wrong = (dequantize(rounded) - matrix).astype(np.float64)
     damped = hessian + 0.2 * hessian.diagonal().mean() * np.eye(96)
     cost, whole = (np.einsum("nk,kl,nl->", a, h, a) for a, h in ((wrong, damped), (matrix, hessian)))
     assert error == pytest.approx(cost / whole, rel=1e-4)
-
-
-def test_a_layer_that_is_switched_off_has_no_error():
-    matrix, x = drawn(24, 96)
-    assert Gptq(np.zeros((96, 96), np.float32)).round(matrix, 32).error == 0
-    assert Gptq(x.T @ x).round(0 * matrix, 32).error == 0
 
 
 # --- work on the rows of a matrix reaches each row once, and leaves torch's threads as they were ----------------------
@@ -275,19 +229,65 @@ def test_each_row_is_worked_on_once(rows):
     assert found.tolist() == [1] * rows
 
 
-def test_torch_has_one_thread_in_each_worker_and_its_own_number_after():
-    before = torch.get_num_threads()
-    with one_thread_each() as pool:
-        assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
-    assert torch.get_num_threads() == before
-
-
-def test_what_a_worker_raises_is_raised():
+def test_torch_has_one_thread_in_each_worker_and_its_own_number_after_also_where_one_raises():
     def work(part: slice) -> None:
         if part.start == 128:
             raise ValueError("NaN or infinity")
 
     before = torch.get_num_threads()
+    with one_thread_each() as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}
+    assert torch.get_num_threads() == before
     with pytest.raises(ValueError, match="NaN or infinity"):
         for_each_part(work, 300)
     assert torch.get_num_threads() == before
+
+
+# --- portable bundles multiply by ONNX's own operators, and compute what MatMulNBits does -----------------------------
+IDS = np.arange(12) % 7
+
+
+@pytest.mark.parametrize("columns", [32, 33, 48, 7])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_operator_gives_the_matrix_transposed(columns, bits):
+    matrix = np.random.default_rng(0).normal(size=(6, columns)).astype(np.float32)
+    blocks = quantize_blocks(matrix, 16) if bits == 8 else round_to_nearest(matrix, 16)
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="weights"), ir_version=10)
+    node = dequantize_linear(model, "w", blocks)
+    model.graph.append(node)
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    model.graph.outputs.append(node.outputs[0])
+    (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {})
+    np.testing.assert_array_equal(found[:columns], dequantize(blocks).T)
+    assert found.shape == (-(-columns // 16) * 16, 6)
+    assert not found[columns:].any()
+
+
+def reference_logits(bundle: Bundle, ids: np.ndarray) -> np.ndarray:
+    """(T, V), by onnx's own evaluator of the operators' definitions, from an empty cache."""
+    model = ir.load(bundle.all_logits_graph)
+    feeds = window_feeds({value.name: value.shape for value in model.graph.inputs}, ids)
+    return ReferenceEvaluator(onnx.load(bundle.all_logits_graph)).run([names.LOGITS], feeds)[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("build", [llama, pytest.param(lambda: Plain(width=40), marks=pytest.mark.matrix)])
+def test_a_portable_bundle_computes_what_matmulnbits_does(build, precision, tmp_path):
+    logits = {}
+    for target in ("portable", "cpu"):
+        export(build(), tmp_path / target, precision=precision, target=target, graph="standard", context_length=40)
+        bundle = open_bundle(tmp_path / target)
+        logits[target] = Engine(bundle, graph="all_logits").forward(IDS[None])[0]
+    np.testing.assert_array_equal(logits["portable"], logits["cpu"])
+
+    bundle = open_bundle(tmp_path / "portable")
+    for path in (bundle.all_logits_graph, bundle.last_logits_graph):
+        model = onnx.load(path)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
+        onnx.checker.check_model(path)
+        assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) >= 3
+    # The definition multiplies activations in float32, where the kernels take them in int8.
+    off = np.abs(reference_logits(bundle, IDS) - logits["portable"]).max() / np.abs(logits["portable"]).max()
+    assert off < 0.03

@@ -9,18 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.errors import InputError
+from pastkey.export.quantize.rounding import matrices
 from pastkey.export.quantize.rounding.blocks import quantize_blocks
-from pastkey.export.quantize.rounding.matrices import (
-    add_lazy_weight,
-    embedding_weight,
-    lazy,
-    matmul_weight,
-    shape_of,
-)
 from pastkey.export.quantize.rounding.merge import find_mergeable
 from pastkey.export.quantize.rounding.rewrite import quantize
 
-from ....oracles.dequantized import dequantize_blocks
+from ....oracles.dequantized import dequantize
 from ...blocks import scales_of
 from ...small_graphs import Array, model_of, run_model
 
@@ -48,19 +42,19 @@ W = RNG.normal(size=(50, 23)).astype(np.float32)  # (K, N), K no multiple of the
 BIAS = RNG.normal(size=23).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("body", "weights", "expected"),
-    [
-        ("y = MatMul(x, w)", {"w": W}, X @ W),
-        ("t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t)", {"w": np.ascontiguousarray(W.T)}, X @ W),
-        ("y = Gemm(x, w)", {"w": W}, X @ W),
-        ("y = Gemm(x, w, b)", {"w": W, "b": BIAS}, X @ W + BIAS),
-        ("y = Gemm <transB = 1> (x, w, b)", {"w": np.ascontiguousarray(W.T), "b": BIAS}, X @ W + BIAS),
-    ],
-    ids=["MatMul", "MatMul_of_a_transposed_weight", "Gemm", "Gemm_with_bias", "Gemm_transB"],
-)
-def test_every_form_of_a_product_is_quantized(body, weights, expected):
-    model = graph_of(body, **weights)
+PRODUCTS: dict[str, dict[str, Array]] = {
+    "y = MatMul(x, w)": {"w": W},
+    "t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t)": {"w": np.ascontiguousarray(W.T)},
+    "y = Gemm(x, w)": {"w": W},
+    "y = Gemm(x, w, b)": {"w": W, "b": BIAS},
+    "y = Gemm <transB = 1> (x, w, b)": {"w": np.ascontiguousarray(W.T), "b": BIAS},
+}
+
+
+@pytest.mark.parametrize("body", PRODUCTS)
+def test_every_form_of_a_product_is_quantized(body):
+    weights = PRODUCTS[body]
+    model, expected = graph_of(body, **weights), X @ W + weights.get("b", 0)
     if weights["w"].shape[0] == 23:  # x has K columns whichever way the weight lies
         model.graph.inputs[0].shape = ir.Shape([2, 50])
     quantize(model)
@@ -82,13 +76,17 @@ def test_a_gathered_table_is_quantized_and_cut_to_its_width():
     model = graph_of("y = Gather(w, i)", w=table)
     quantize(model)
     assert [node.op_type for node in model.graph] == [*SCALES, *GATHERED, "Slice"]
-    expected = dequantize_blocks(quantize_blocks(table, 32))[[3, 0]]
+    expected = dequantize(quantize_blocks(table, 32))[[3, 0]]
     np.testing.assert_array_equal(run(model, X[:, :5]), expected)
 
 
-def test_a_tied_table_is_stored_once_for_both_uses():
+def test_a_tied_table_is_stored_once_for_both_uses_or_kept_for_both():
     table = RNG.normal(size=(5, 48)).astype(np.float32)
-    model = graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table)
+    kept, model = (
+        graph_of("e = Gather(w, i) t = Transpose <perm = [1, 0]> (w) y = MatMul(e, t)", w=table) for _ in range(2)
+    )
+    quantize(kept, {"w"})
+    assert [node.op_type for node in kept.graph] == ["Gather", "Transpose", "MatMul"]
     quantize(model)
     data = {v.name: v.const_value.numpy() for v in model.graph.initializers.values()}
     scales = {"scales_of_3_0.scale_codes", "scales_of_3_0.row_scales"}
@@ -104,7 +102,6 @@ def error_of_product(output: str, columns: int) -> float:
     model = graph_of(f"{output} = MatMul(x, w)", output, "1,2", w=matrix)
     quantize(model)
     blocks = model.graph.initializers["w.blocks"].const_value
-    assert blocks is not None
     dequantized = (blocks.numpy().astype(np.float32) - 128) * scales_of(model)["w"][..., None]
     exact = x @ dequantized.reshape(40, -1)[:, :columns].T
     return float(np.sqrt(np.square(run(model, x) - exact).mean() / np.square(exact).mean()))
@@ -115,19 +112,15 @@ def test_the_output_head_reads_what_int8_left_of_its_input_too(columns):
     assert error_of_product("logits", columns) < error_of_product("y", columns) / 50
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_what_has_no_quantized_form_is_left_alone():
+    for body in (
         "t = Transpose <perm = [1, 0]> (x) y = MatMul(t, x)",
         "y = Gemm <alpha = 2.0> (x, w)",
         "t = Transpose <perm = [1, 0]> (x) y = Gemm <transA = 1> (t, w)",
-    ],
-    ids=["no_weight", "alpha", "transA"],
-)
-def test_what_has_no_quantized_form_is_left_alone(body):
-    model = graph_of(body, w=W)
-    quantize(model)
-    assert "MatMulNBits" not in {node.op_type for node in model.graph}
+    ):
+        model = graph_of(body, w=W)
+        quantize(model)
+        assert "MatMulNBits" not in {node.op_type for node in model.graph}, body
 
 
 def test_a_weight_that_is_not_finite_is_named():
@@ -139,18 +132,18 @@ def test_a_weight_that_is_not_finite_is_named():
 
 def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own():
     """In several steps, since the sizes stand in the graph itself."""
-    matrices = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
+    weights = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
     body = " ".join(f"a{i} = MatMul(x{i}, w{i})" for i in range(70))
     inputs = ", ".join([f"float[2,50] x{i}" for i in range(70)] + [f"float[50,{3 + i % 4}] w{i}" for i in range(70)])
     outputs = ", ".join(f"float[2,{3 + i % 4}] a{i}" for i in range(70))
-    model = model_of(f"g ({inputs}) => ({outputs}) {{ {body} }}", **matrices)
+    model = model_of(f"g ({inputs}) => ({outputs}) {{ {body} }}", **weights)
     quantize(model)
     assert Counter(node.op_type for node in model.graph) == {"MatMulNBits": 70, "Cast": 3, "Mul": 3, "Split": 3}
     for name, scales in scales_of(model).items():
-        np.testing.assert_array_equal(scales, quantize_blocks(matrices[name].T, 32).scales)
+        np.testing.assert_array_equal(scales, quantize_blocks(weights[name].T, 32).scales)
     x = {f"x{i}": RNG.normal(size=(2, 50)).astype(np.float32) for i in range(70)}
     for number, found in enumerate(run_model(model, **x)):
-        np.testing.assert_allclose(found, x[f"x{number}"] @ matrices[f"w{number}"], atol=0.25 * (number + 1))
+        np.testing.assert_allclose(found, x[f"x{number}"] @ weights[f"w{number}"], atol=0.25 * (number + 1))
 
 
 # --- merged projections: which MatMuls become one, and that they compute what each of them did ------------------------
@@ -166,7 +159,6 @@ def matmuls(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "MatMul"]
 
 
-# --- rule 2 -------------------------------------------------------------------------------------------------------
 def test_products_that_read_one_activation_become_one():
     nodes = "a = MatMul(x, w) b = MatMul(x, v) c = Sigmoid(b) y = Concat <axis = 1> (a, c)"
     model = two_products("float[2,N] y", nodes)
@@ -182,7 +174,6 @@ def test_products_of_different_activations_stay_apart():
     assert find_mergeable(matmuls(model)) == []
 
 
-# --- rule 1 -------------------------------------------------------------------------------------------------------
 ATTENTION = "com.microsoft.GroupQueryAttention <num_heads: int = 2, kv_num_heads: int = 1>"
 TEXT = (
     "g (float[1,T,8] x, float[8,16] wq, float[8,8] wk, float[8,8] wv, float[16] bq, float[8] bk, float[8] bv,"
@@ -197,22 +188,17 @@ PLAIN = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)"
 BIASED = "q0 = MatMul(x, wq) q = Add(q0, bq) k0 = MatMul(x, wk) k = Add(k0, bk) v0 = MatMul(x, wv) v = Add(v0, bv)"
 
 
-@pytest.mark.parametrize(
-    ("body", "qkv"),
-    [
+def test_queries_keys_and_values_are_one_where_the_operator_can_take_them_so():
+    for body, qkv in (
         (PLAIN, True),
         (BIASED, True),
         ("q0 = MatMul(x, wq) q = Add(q0, bq) k = MatMul(x, wk) v = MatMul(x, wv)", False),
         ("q = MatMul(x, wq) k0 = MatMul(x, wk) k = Neg(k0) v = MatMul(x, wv)", False),
         (f"{PLAIN} z = Neg(v)", False),
-    ],
-    ids=["plain", "biases", "one_bias", "keys_changed", "values_read_elsewhere"],
-)
-def test_queries_keys_and_values_are_one_where_the_operator_can_take_them_so(body, qkv):
-    model = model_of(TEXT.format(body, ATTENTION), **WEIGHTS)
-    (projections,) = find_mergeable(matmuls(model))
-    assert (projections.attention is not None) == qkv
-    assert [str(node.inputs[1].name) for node in projections.matmuls] == ["wq", "wk", "wv"]
+    ):
+        (projections,) = find_mergeable(matmuls(model_of(TEXT.format(body, ATTENTION), **WEIGHTS)))
+        assert (projections.attention is not None) == qkv, body
+        assert [str(node.inputs[1].name) for node in projections.matmuls] == ["wq", "wk", "wv"]
 
 
 @pytest.mark.parametrize("body", [PLAIN, BIASED], ids=["plain", "biases"])
@@ -229,50 +215,33 @@ def test_attention_over_merged_projections_is_the_same(body):
 
 
 # --- matrices are found in a graph, with their shapes, without being read ---------------------------------------------
-def unread() -> np.ndarray:
+def unread():
     raise AssertionError("a matrix was read for its shape")
 
 
-@pytest.mark.parametrize(
-    ("body", "shape", "found"),
-    [
-        ("y = MatMul(x, w)", (8, 3), (3, 8)),
-        ("t = Transpose <perm = [1, 0]> (w) y = MatMul(x, t)", (3, 8), (3, 8)),
-        ("y = Gemm <transB = 1> (x, w)", (3, 8), (3, 8)),
-        ("y = Gemm <alpha = 2.0> (x, w)", (8, 3), None),
-        ("y = Add(x, w)", (1, 8), None),
-    ],
-)
-def test_a_weight_that_is_multiplied_by_is_found_unread(body, shape, found):
-    text = f"g (float[2,8] x, float[{shape[0]},{shape[1]}] w) => (float[2,N] y) {{ {body} }}"
-    model = model_of(text, w=np.zeros(shape, np.float32))
+@pytest.mark.parametrize("body", [*PRODUCTS, "y = Gemm <alpha = 2.0> (x, w)", "y = Add(x, w)", "y = Gather(w, i)"])
+def test_a_matrix_is_found_unread(body):
+    weights = PRODUCTS.get(body, {"w": W})
+    model = graph_of(body, **weights)
     value = model.graph.initializers["w"]
-    value.const_value = lazy("w", ir.DataType.FLOAT, shape, unread)
-    reads = [read for node in model.graph if (read := matmul_weight(node)) is not None]
-    assert [read.shape for read in reads] == ([] if found is None else [found])
-
-
-def test_a_gathered_table_is_found_unread_and_a_computed_value_has_no_shape():
-    model = model_of(
-        "g (int64[2] i, float[9,8] w) => (float[2,8] y) { y = Gather(w, i) }", w=np.zeros((9, 8), np.float32)
-    )
-    value = model.graph.initializers["w"]
-    value.const_value = lazy("w", ir.DataType.FLOAT, (9, 8), unread)
-    assert embedding_weight(model.graph[0]) is value
-    assert shape_of(value) == (9, 8)
-    assert shape_of(model.graph.outputs[0]) is None
-    assert shape_of(None) is None
+    value.const_value = matrices.lazy("w", ir.DataType.FLOAT, weights["w"].shape, unread)
+    reads = [read for node in model.graph if (read := matrices.matmul_weight(node)) is not None]
+    assert [read.shape for read in reads] == ([(23, 50)] if body in PRODUCTS else [])
+    gathered = [found for node in model.graph if (found := matrices.embedding_weight(node)) is not None]
+    assert gathered == ([value] if "Gather" in body else [])
+    assert matrices.shape_of(value) == weights["w"].shape
+    assert matrices.shape_of(model.graph.outputs[0]) is matrices.shape_of(None) is None
 
 
 def test_a_lazy_weight_is_made_each_time_that_it_is_read():
     model = model_of("g (float[2] x) => (float[2] y) { y = Neg(x) }")
     made = []
 
-    def make() -> np.ndarray:
+    def make():
         made.append(1)
         return np.arange(6, dtype=np.uint8).reshape(2, 3)
 
-    value = add_lazy_weight(model, "w", ir.DataType.UINT8, (2, 3), make)
+    value = matrices.add_lazy_weight(model, "w", ir.DataType.UINT8, (2, 3), make)
     assert (value.const_value.nbytes, value.const_value.dtype, made) == (6, ir.DataType.UINT8, [])
     for times in (1, 2):
         np.testing.assert_array_equal(value.const_value.numpy(), [[0, 1, 2], [3, 4, 5]])

@@ -1,40 +1,112 @@
-"""Graphs of one MatMulInt8 or NormMatMulInt8, beside what they should compute."""
+"""Graphs of the native operators, their inputs, and the same sums in numpy.
+
+Shape letters: B batch, S new tokens, H query heads, G key heads, D head size.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import helper, numpy_helper
 
-from .running import Array
+from .running import Array, Case
 
 FLOAT = 1
 OPSETS = [helper.make_opsetid(*pair) for pair in (("", 20), ("com.microsoft", 1), ("pastkey", 1))]
+NOTHING: Mapping[str, Any] = {}
 
 
-def graph(
-    nodes: list[Any],
-    weights: dict[str, Array],
-    inputs: list[str],
-    outputs: list[str],
-    types: dict[str, int] | None = None,
-) -> bytes:
-    """The ModelProto of `nodes`. Inputs are float32 but for what `types` says, and of any shape."""
+def graph(nodes, weights, inputs, outputs, types=NOTHING) -> bytes:
+    """The ModelProto of `nodes`. Inputs and outputs are float32 but for what `types` says, and of any shape."""
+    ends = [
+        [helper.make_tensor_value_info(name, types.get(name, FLOAT), None) for name in some]
+        for some in (inputs, outputs)
+    ]
     initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    made = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info(name, (types or {}).get(name, FLOAT), None) for name in inputs],
-        [helper.make_tensor_value_info(name, FLOAT, None) for name in outputs],
-        initializers,
-    )
-    model: bytes = helper.make_model(made, opset_imports=OPSETS, ir_version=10).SerializeToString()
-    return model
+    made = helper.make_graph(nodes, "graph", *ends, initializers)
+    return helper.make_model(made, opset_imports=OPSETS, ir_version=10).SerializeToString()
 
 
+# --- attention --------------------------------------------------------------------------------------------------------
+INPUTS = [
+    *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin"),
+    "head_sink",
+]
+IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
+
+
+def attention(feed: Mapping[str, Array], operator: str = "DecoderAttention", **attributes: Any) -> bytes:
+    """The operator with the inputs that are fed. Outputs: y, present_key, present_value."""
+    native = operator == "DecoderAttention"
+    names = [name if name in feed else "" for name in INPUTS]
+    if not native:
+        names[9:9] = ["", ""]  # position_ids, attention_bias
+    while not names[-1]:
+        names.pop()
+    domain = "pastkey" if native else "com.microsoft"
+    node = helper.make_node(operator, names, ["y", *IN_PLACE], domain=domain, **attributes)
+    types = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feed.items()}
+    types |= dict.fromkeys(IN_PLACE, types["past_value"])  # as onnxruntime infers it
+    return graph([node], {}, feed, node.output, types)
+
+
+def case(feeds: Sequence[Mapping[str, Array]], *operator: str, threads: int = 1, **attributes: Any) -> Case:
+    return Case(attention(feeds[0], *operator, **attributes), feeds, threads, IN_PLACE)
+
+
+def draw(
+    lengths, new, heads=(6, 2), d=64, *, form="float32", rotary=0, packed=True, sink=False, size=1, seed=0
+) -> dict[str, Array]:
+    """Inputs for rows of `lengths` tokens, `new` of them new. The whole cache is filled, with 9 tokens of room left."""
+    rng = np.random.default_rng([seed, d, new, *heads])
+    h, g = heads
+    batch, total = len(lengths), max(lengths)
+    width = (h + 2 * g if packed else h) * d
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    feed: dict[str, Array] = {"query": normal(batch, new, width) * np.float32(size)}
+    if not packed:
+        feed |= {name: normal(batch, new, g * d) for name in ("key", "value")}
+    feed |= {name: normal(batch, g, total + 9, d).astype(form) for name in ("past_key", "past_value")}
+    feed |= {"seqlens_k": np.array(lengths, np.int32) - 1, "total_sequence_length": np.array(total, np.int32)}
+    if rotary:
+        angles = np.outer(np.arange(total), 1e4 ** -(np.arange(rotary // 2) / (rotary // 2)))
+        feed |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    if sink:
+        feed["head_sink"] = normal(h)
+    return feed
+
+
+def in_numpy(feed, heads, form, softcap=0.0) -> tuple[Array, Array, Array]:
+    """y, present_key and present_value for packed inputs without rotation, sums in float64."""
+    h, g = heads
+    batch, new, width = feed["query"].shape
+    d = width // (h + 2 * g)
+    query, key, value = np.split(feed["query"].reshape(batch, new, -1, d), [h, h + g], axis=2)
+    keys, values = feed["past_key"].copy(), feed["past_value"].copy()
+    y = np.zeros((batch, new, h, d))
+    for b, last in enumerate(feed["seqlens_k"]):
+        past = last + 1 - new
+        keys[b, :, past : past + new] = key[b].swapaxes(0, 1).astype(form)
+        values[b, :, past : past + new] = value[b].swapaxes(0, 1).astype(form)
+        for i, head in np.ndindex(new, h):
+            seen = slice(past + i + 1)
+            asked = query[b, i, head].astype(np.float64)
+            scores = keys[b, head * g // h, seen].astype(np.float64) @ asked / np.sqrt(d)
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            y[b, i, head] = weights / weights.sum() @ values[b, head * g // h, seen].astype(np.float64)
+    return y.reshape(batch, new, h * d), keys, values
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Weights:
     """What the operators take as W [N, K / 32, 4 bits], scales [N, K / 32], row scales [N, 1] and bias [N].
@@ -62,10 +134,6 @@ class Weights:
         )
 
     @property
-    def scales(self) -> Array:
-        return (self.scale_codes * self.row_scales).astype(np.float32)
-
-    @property
     def matrix(self) -> Array:
         """float64 [N, K]"""
         scales = self.scale_codes * self.row_scales.astype(np.float64)
@@ -78,7 +146,9 @@ class Weights:
 
     def named(self, float_scales: bool = False, bias: bool = False) -> dict[str, Array]:
         """The initializers of a node, by the names that `arguments` uses."""
-        scales = {"scales": self.scales} if float_scales else {"codes": self.scale_codes, "row_scales": self.row_scales}
+        scales = {"codes": self.scale_codes, "row_scales": self.row_scales}
+        if float_scales:
+            scales = {"scales": (self.scale_codes * self.row_scales).astype(np.float32)}
         zeros = {} if self.zeros is None else {"zeros": self.zeros}
         return {"w": self.codes, **scales, **({"bias": self.bias} if bias else {}), **zeros}
 
@@ -88,14 +158,14 @@ def _nibbles(packed: Array) -> Array:
     return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
-def arguments(weights: dict[str, Array]) -> list[str]:
+def arguments(weights: Mapping[str, Array]) -> list[str]:
     """The inputs of a node from W on."""
     scales = ["scales", ""] if "scales" in weights else ["codes", "row_scales"]
     bias, zeros = (["bias"] if "bias" in weights else []), (["zeros"] if "zeros" in weights else [])
     return ["w", *scales, *(bias or [""] * len(zeros)), *zeros]
 
 
-def matmul(weights: dict[str, Array], **attributes: Any) -> bytes:
+def matmul(weights: Mapping[str, Array], **attributes: Any) -> bytes:
     node = helper.make_node("MatMulInt8", ["x", *arguments(weights)], ["y"], domain="pastkey", **attributes)
     return graph([node], weights, ["x"], ["y"])
 
@@ -116,7 +186,7 @@ def compared(weights: Weights, bias: bool) -> bytes:
     return graph(nodes, initializers, ["x"], [node.output[0] for node in nodes])
 
 
-def norm_matmul(weights: dict[str, Array], *, skip: bool, beta: bool, summed: bool, **attributes: Any) -> bytes:
+def norm_matmul(weights: Mapping[str, Array], *, skip: bool, beta: bool, summed: bool, **attributes: Any) -> bytes:
     """`weights` has gamma, and beta where `beta`."""
     names = ["x", "skip" if skip else "", "gamma", "beta" if beta else "", *arguments(weights)]
     outputs = ["y", "s"] if summed else ["y"]
