@@ -1,15 +1,10 @@
 """Every attention call is seen once, whichever way it is written, and torch is put back as it was."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from pastkey.errors import ContractError
 from pastkey.export.graft.attention import AttentionCall, MaskSpec, attend, described_mask, intercept, torch_attention
@@ -30,11 +25,11 @@ from ..decoders import (
 LENGTH = 6
 
 
-def run(module: nn.Module, watch: Callable[..., None] | None = None) -> tuple[Tensor, list[AttentionCall]]:
+def run(module, watch=None):
     """The logits and the calls that were handed over on the way."""
     calls: list[AttentionCall] = []
 
-    def handler(call: AttentionCall) -> Tensor:
+    def handler(call):
         calls.append(call)
         return torch_attention(call)
 
@@ -99,7 +94,7 @@ def test_watch_sees_other_functions_but_not_those_of_the_handler():
 def test_torch_is_put_back_as_it_was_after_an_exception():
     original, fastpath = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
 
-    def handler(call: AttentionCall) -> Tensor:
+    def handler(call):
         assert not torch.backends.mha.get_fastpath_enabled()
         raise RuntimeError("in the handler")
 
@@ -111,15 +106,15 @@ def test_torch_is_put_back_as_it_was_after_an_exception():
 
 
 # --- what a library's hook hands over -----------------------------------------------------------------------------
-def call(**changes: object) -> AttentionCall:
+def call(**changes):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, 5, 8, generator=generator)
     key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(2))
-    plain: dict[str, Any] = {"mask": None, "dropout": 0.0, "is_causal": True, "scale": 0.3, "where": "here"}
+    plain = {"mask": None, "dropout": 0.0, "is_causal": True, "scale": 0.3, "where": "here"}
     return AttentionCall(query=query, key=key, value=value, **(plain | changes))
 
 
-def one_by_one(given: AttentionCall) -> Tensor:
+def one_by_one(given):
     """Softmax attention with a loop for every axis but the last."""
     output = torch.zeros(*given.query.shape[:3], given.value.shape[3])
     for b, h, t in itertools.product(*map(range, given.query.shape[:3])):
@@ -155,7 +150,7 @@ def test_windows_softcap_and_sinks_are_what_they_say(changes):
 def test_a_described_mask_is_read_and_not_computed_with():
     seen: list[AttentionCall] = []
 
-    def keep(given: AttentionCall) -> Tensor:
+    def keep(given):
         seen.append(given)
         return torch_attention(given)
 

@@ -1,27 +1,25 @@
 """Folding of constants before a program becomes ONNX: values are torch's, and nothing that changes is folded."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.export.graft.constants import fold_constants
 
 
-def operators(program: torch.export.ExportedProgram) -> list[str]:
+def operators(program):
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
 class Quantile(nn.Module):
     """Scales by a quantile of the normal distribution: erfinv of constants, for which ONNX has no operator."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.register_buffer("share", torch.tensor([0.25, 0.5]))
         self.weight = nn.Parameter(torch.ones(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(0.95))
         return x * quantile + torch.special.erfinv(self.get_buffer("share")) * self.weight
 
@@ -29,7 +27,7 @@ class Quantile(nn.Module):
 class Counting(nn.Module):
     """Changes its constant in place."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         total = torch.tensor([0.0, 0.5])
         total += x
         return total.erfinv() * torch.tensor(0.5).erfinv()

@@ -5,10 +5,6 @@ of rows of different lengths and a greedy continuation. Windows are smaller than
 listed at the end of the test run.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -16,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, InputError
-from pastkey.export import Report, export
+from pastkey.export import export
 from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import run_on, run_uncached
@@ -38,7 +34,7 @@ LATENT = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 
 
-def skip_unless_known(family: str) -> None:
+def skip_unless_known(family):
     if family not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     if family in FROM_TRANSFORMERS_5 and int(transformers.__version__.split(".")[0]) < 5:
@@ -82,7 +78,7 @@ def test_a_family_computes_what_transformers_computes(family, tmp_path, record_f
     record_family(family, max(figures))
 
 
-def assert_greedy_ids_are_those_of_transformers(model: Any, report: Report) -> None:
+def assert_greedy_ids_are_those_of_transformers(model, report):
     """By its own `generate`, and with padding allowed."""
     prompt, new = [5, 17, 3, 60, 41], 40
     expected = model.generate(

@@ -1,7 +1,5 @@
 """The families again under transformers 4.57, in the environment of the extra `optimum`, which asks for it."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,13 +1,8 @@
 """Decoders as people write them, unedited: with a cache they compute what their author's own call computes."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pastkey.contract.bundle import open_bundle
 from pastkey.export import export
@@ -18,7 +13,6 @@ from pastkey.export.graft.trace import choose_graph
 
 from ...shared import divided
 from ..plain_loop import Text, open_graph
-from .own.parts import Own
 from .own.registry import DECODERS
 
 # One of each kind that a graph must have an operator for: a mask, rows of earlier tokens beside keys and values, a
@@ -26,7 +20,7 @@ from .own.registry import DECODERS
 IN_CI = ("filled_in_place", "short_conv", "relative_buckets", "latent_filled", "experts_hit", "transformer_encoder")
 
 
-def reference(own: Own, module: nn.Module, ids: Tensor) -> Tensor:
+def reference(own, module, ids):
     """Logits (B, T, V) as the author computes them, also where a call gives those of the last position only."""
     with torch.no_grad():
         logits = own.call(module, ids)
@@ -57,7 +51,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     assert (logits_difference(expected[0, -1], reference(own, module, ids)[0, -1]) > 1e-2) != own.alone
 
 
-def chunks(ids: list[int]) -> Iterator[list[int]]:
+def chunks(ids):
     start = 0
     for size in [6, 1, 1, 1, 4, 1, 7, 2] + [1] * len(ids):
         if chunk := ids[start : start + size]:

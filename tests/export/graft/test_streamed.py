@@ -1,7 +1,5 @@
 """Weights that are read when an operator needs them: the same numbers wherever a module uses them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -15,12 +13,12 @@ from ..in_memory import InMemory
 class Elsewhere(nn.Module):
     """Uses weights outside of their submodules, and parts and views of them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(32, 48, bias=False), nn.Linear(48, 32)
         self.table = nn.Embedding(16, 32)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids):
         x = self.table.weight[ids] + self.second.weight.mean(1)
         x = x @ self.first.weight[8:40].T.contiguous().T.reshape(32, 32) @ self.first.weight.T
         x = nn.functional.linear(x, self.second.weight, self.second.bias) * self.second.weight.view(-1)[3]

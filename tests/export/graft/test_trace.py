@@ -1,15 +1,10 @@
 """The choice of a graph, and what tracing refuses. That a traced graph is right is tested where it is run."""
 
-from __future__ import annotations
-
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError
@@ -21,7 +16,7 @@ from ..decoders import Encoder, NanoGpt, Plain
 from .plain import plain
 
 
-def observed(*geometry: KVGeometry) -> Observation:
+def observed(*geometry):
     return Observation(tuple(CacheLayer(g, g.kv_heads, "", "") for g in geometry), 37)
 
 
@@ -66,7 +61,7 @@ def test_a_graph_is_chosen_that_the_target_runs(name):
 
 
 # --- tracing ------------------------------------------------------------------------------------------------------
-def traced_refusal(module: nn.Module) -> str:
+def traced_refusal(module):
     observation = observe(module, 20)
     with pytest.raises(ContractError) as caught:
         trace(module, observation, "standard", 20)
@@ -99,45 +94,45 @@ def test_torch_is_put_back_after_a_trace_that_failed():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def branches_on_values(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+def branches_on_values(m, ids, at):
     hidden = Plain.embed(m, ids, at)
     return hidden * 2 if at.max() > 30 else hidden
 
 
-def branches_on_length(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+def branches_on_length(m, ids, at):
     hidden = Plain.embed(m, ids, at)
     return hidden if ids.shape[1] > 4 else hidden * 1.0
 
 
-def complex_tables(m: Plain) -> None:
+def complex_tables(m):
     angles = torch.outer(torch.arange(m.context).float(), torch.ones(m.size // 2))
     m.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
 
 
-def complex_numbers(m: Plain, heads: Tensor, at: Tensor) -> Tensor:
+def complex_numbers(m, heads, at):
     pairs = torch.view_as_complex(heads.reshape(*heads.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * m.turns[at][:, None]).flatten(3)
 
 
-def half_precision(m: Plain, hidden: Tensor) -> Tensor:
+def half_precision(m, hidden):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return m.head(hidden).float()
 
 
-def twice(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+def twice(m, block, hidden, at):
     if torch.compiler.is_exporting():
         hidden = Plain.apply_block(m, block, hidden, at)
     return Plain.apply_block(m, block, hidden, at)
 
 
-def not_the_second(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+def not_the_second(m, block, hidden, at):
     if torch.compiler.is_exporting() and block is m.blocks[1]:
         return hidden
     return Plain.apply_block(m, block, hidden, at)
 
 
 BRANCHES = {"embed": branches_on_values}
-REFUSED: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {
+REFUSED = {
     "a branch on values": (BRANCHES, "forward must not branch on values or lengths"),
     "a branch on the length": (
         {"embed": branches_on_length},

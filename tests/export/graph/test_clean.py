@@ -1,7 +1,5 @@
 """The graph that is shipped: names, axes, weights stored once, and nothing of the machine that made it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ def made(request, exported):
     return exported(request.param)
 
 
-def axes(value: onnx.ValueInfoProto) -> list[str | int]:
+def axes(value):
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
@@ -29,7 +27,7 @@ def axes(value: onnx.ValueInfoProto) -> list[str | int]:
 @pytest.mark.parametrize("last", [False, True], ids=["common", "last"])
 def test_every_axis_has_its_designed_name_or_number(made, last):
     graph = made.graph(last=last).graph
-    expected: dict[str, list[str | int]] = {
+    expected = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],
@@ -129,7 +127,7 @@ def test_a_tied_head_is_stored_once(exported):
 
 
 def test_both_graphs_read_the_same_bytes(made):
-    def places(last: bool) -> dict[str, dict[str, str]]:
+    def places(last):
         external = {}
         for tensor in made.graph(last=last).graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,7 +6,7 @@ from pastkey.export.graph import edit
 from pastkey.export.graph.part import Subgraph, constant, depends_only_on
 from pastkey.export.graph.simplify import simplify
 
-from ..small_graphs import Array, model_of, run_model
+from ..small_graphs import model_of, run_model
 
 
 @pytest.fixture
@@ -20,12 +18,12 @@ def model():
     )
 
 
-def node_of(model: ir.Model, operator: str) -> ir.Node:
+def node_of(model, operator):
     (found,) = (node for node in model.graph if node.op_type == operator)
     return found
 
 
-def operators(model: ir.Model) -> list[str]:
+def operators(model):
     return [node.op_type for node in model.graph]
 
 
@@ -97,7 +95,7 @@ def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
 X = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
 
 
-def simplified(body: str, **weights: Array) -> list[str]:
+def simplified(body, **weights):
     """The operators of the graph x (2, 4) -> y, which computes the same as before."""
     declared = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
     model = model_of(f"g (float[2,4] x{declared}) => (float[2,4] y) {{ {body} }}", **weights)

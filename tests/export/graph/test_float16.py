@@ -1,22 +1,19 @@
 """Weights, activations and cache in float16; what would not fit into it stays in float32."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle
 from pastkey.export.graph.float16 import to_float16
 
-from ..small_graphs import Array, model_of, run_model
+from ..small_graphs import model_of, run_model
 
 RNG = np.random.default_rng(0)
 
 
-def halved(text: str, **weights: Array) -> ir.Model:
+def halved(text, **weights):
     model = model_of(text, **weights)
     to_float16(model)
     return model
@@ -95,7 +92,7 @@ def test_what_is_no_float_stays():
 def test_an_export_in_float16(exported):
     made = exported("llama", "fp16")
     full = exported("llama", "fp32")
-    bundle: Bundle = made.bundle
+    bundle = made.bundle
     assert bundle.manifest.precision == "fp16"
     assert 0 < bundle.manifest.quality["kl_divergence"] < 1e-4
     assert 1e-5 < bundle.manifest.parity["fp16"]["checks"]["prefill"]["value"] < 1e-2

@@ -1,14 +1,11 @@
 """Fused operators compute what torch wrote, and stand only where they do."""
 
-from __future__ import annotations
-
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.export.compare import relative_difference
 from pastkey.export.graft.probe.contract import in_contract
@@ -27,7 +24,7 @@ from ..plain_loop import run_chunks
 CONTEXT = 40
 
 
-def graphs(module: nn.Module, folder: Path) -> tuple[Path, Path, Counter[str]]:
+def graphs(module, folder):
     """The fused graph of a decoder before and after the passes, and the operators after them."""
     observation = observe(module, CONTEXT)
     for name in ("before", "after"):
@@ -39,7 +36,7 @@ def graphs(module: nn.Module, folder: Path) -> tuple[Path, Path, Counter[str]]:
     return folder / "before.onnx", folder / "after.onnx", Counter(node.op_type for node in model.graph)
 
 
-def rotating(path: Path) -> list[bool]:
+def rotating(path):
     """For each attention call, whether it rotates queries and keys itself."""
     nodes = [node for node in ir.load(path).graph if node.op_type == "GroupQueryAttention"]
     return [node.attributes.get_int("do_rotary", 0) == 1 for node in nodes]
@@ -115,11 +112,11 @@ def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path, monkeypatc
 class TurnedByToken(TableRope):
     """Angles that depend on more than the position."""
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         self.shift = input_ids % 3
         return super().embed(input_ids, position_ids)
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         return super().turn(heads, (position_ids + self.shift) % CONTEXT)
 
 
@@ -142,10 +139,10 @@ def test_what_is_not_the_pattern_is_left_alone(build, allowed, tmp_path):
 class OneRowOfPositions(Plain):
     """A sum that spreads one row over the batch, before an RMSNorm: Add does so, the fused operator does not."""
 
-    def more(self) -> None:
+    def more(self):
         self.norm = nn.RMSNorm(self.width)
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         return self.norm(self.token(input_ids) + self.position.weight[3])
 
 

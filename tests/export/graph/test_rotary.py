@@ -1,15 +1,10 @@
 """Rotary positions whose frequencies are scaled: fixed ones go along, moving ones as far as they stand still."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -27,25 +22,16 @@ from .test_fuse import rotating
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 HALF = 8  # pairs of a head
-ROTARY: dict[str, dict[str, Any]] = {
+ROTARY = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 48},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 48,
-    },
-    "longrope": {
-        "short_factor": [1.1] * HALF,
-        "long_factor": [2.0] * HALF,
-        "original_max_position_embeddings": 48,
-    },
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48},
+    "longrope": {"short_factor": [1.1] * HALF, "long_factor": [2.0] * HALF, "original_max_position_embeddings": 48},
 }
 
 
-def llama(kind: str) -> nn.Module:
+def llama(kind):
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("the configuration is written as transformers 5 has it")
     torch.manual_seed(0)
@@ -62,7 +48,7 @@ def llama(kind: str) -> nn.Module:
         eos_token_id=2,
         rope_parameters={"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind],
     )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -85,14 +71,14 @@ def test_scaled_frequencies_are_transformers_own(kind, tmp_path):
     assert (kind == "longrope") or ROTARY[kind].items() <= written["rope_scaling"].items()
 
 
-def spell_as_transformers_4(file: Path) -> None:
+def spell_as_transformers_4(file):
     content = json.loads(file.read_text(encoding="utf-8"))
     rope = content.pop("rope_parameters")
     content |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def assert_computes_the_same(bundle: Path, folder: Path, context: int) -> None:
+def assert_computes_the_same(bundle, folder, context):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, context)  # (T,)
     with torch.no_grad():

@@ -1,19 +1,17 @@
 """Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .parts import CONTEXT, WIDTH, Gpt, NoPositions, Own, Qkv
 
 WINDOW = 10
 
 
-def causal(scores: Tensor) -> Tensor:
+def causal(scores):
     T = scores.shape[-1]
     return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
 
@@ -21,23 +19,21 @@ def causal(scores: Tensor) -> Tensor:
 class Scored(Qkv):
     """softmax(scores) v, where a variant says what scores are."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return causal(self.scores(q, k)).softmax(dim=-1) @ v
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return q @ k.transpose(-2, -1) / math.sqrt(self.size)
 
 
 class BandBuffer(Scored):
     """tril and triu of a buffer: each token sees itself and nine before it."""
 
-    band: Tensor
-
-    def more(self) -> None:
+    def more(self):
         ones = torch.ones(CONTEXT, CONTEXT)
         self.register_buffer("band", torch.triu(torch.tril(ones), diagonal=-(WINDOW - 1)))
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         T = q.size(2)
         return super().scores(q, k).masked_fill(self.band[:T, :T] == 0, float("-inf"))
 
@@ -45,7 +41,7 @@ class BandBuffer(Scored):
 class BandByRows(Scored):
     """A mask that is written in a loop over positions, into one that was made elsewhere."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         T = q.size(2)
         band = torch.full((T, T), float("-inf"))
         for i in range(T):
@@ -56,8 +52,8 @@ class BandByRows(Scored):
 class BandByVmap(Scored):
     """A mask of a rule for one query and one key, as transformers 4 has it."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        def seen(i: Tensor, j: Tensor) -> Tensor:
+    def scores(self, q, k):
+        def seen(i, j):
             return (j <= i) & (i - j < WINDOW)
 
         rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
@@ -68,26 +64,26 @@ class BandByVmap(Scored):
 class Mixed(Gpt):
     """A layer with a window, one without."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         layers = iter([BandBuffer, Scored])
         super().__init__(lambda: next(layers)())
 
 
-def slopes(heads: int) -> Tensor:
+def slopes(heads):
     return torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)])
 
 
 class AlibiOfColumns(Scored):
     """slopes * arange(T), the same for all queries: softmax does not see the difference."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return super().scores(q, k) + slopes(self.heads)[:, None, None] * torch.arange(k.size(2))
 
 
 class AlibiToSdpa(Qkv):
     """A mask with the bias in it for scaled_dot_product_attention."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         place = torch.arange(T)
         bias = -slopes(self.heads)[:, None, None] * (place[:, None] - place)
@@ -98,10 +94,10 @@ class AlibiToSdpa(Qkv):
 class RelativeBuckets(Scored):
     """T5's: near distances have a bucket each, far ones share them by logarithms. Its scores are not scaled."""
 
-    def more(self) -> None:
+    def more(self):
         self.relative_attention_bias = nn.Embedding(16, self.heads)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         place = torch.arange(q.size(2))
         n = (place[:, None] - place[None, :]).clamp(min=0)
         far = 8 + (torch.log(n.float().clamp(min=1) / 8) / math.log(32 / 8) * 8).long()
@@ -113,10 +109,10 @@ class RelativeBuckets(Scored):
 class RelativeKeys(Scored):
     """Shaw: scores are q kᵀ and q times a vector for each distance."""
 
-    def more(self) -> None:
+    def more(self):
         self.er = nn.Embedding(CONTEXT, self.size)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         place = torch.arange(q.size(2))
         vectors = self.er((place[:, None] - place).abs())  # (T, T, D)
         return super().scores(q, k) + torch.einsum("bhid,ijd->bhij", q, vectors) / math.sqrt(self.size)
@@ -125,25 +121,25 @@ class RelativeKeys(Scored):
 class UnitKeys(Scored):
     """Cosines, with a learned temperature for each head."""
 
-    def more(self) -> None:
+    def more(self):
         self.logit_scale = nn.Parameter(torch.full((self.heads, 1, 1), 1.5))
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.exp()
 
 
 class Softcapped(Scored):
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return 2 * torch.tanh(super().scores(q, k) / 2)
 
 
 class Sinks(Scored):
     """A learned number for each head stands in the softmax as one more key without a value."""
 
-    def more(self) -> None:
+    def more(self):
         self.sinks = nn.Parameter(torch.zeros(self.heads))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = causal(self.scores(q, k))
         sinks = self.sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ v
@@ -152,7 +148,7 @@ class Sinks(Scored):
 class SoftmaxPlusOne(Scored):
     """exp(x) / (1 + sum of exp(x))."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = causal(self.scores(q, k))
         top = scores.max(-1, keepdim=True).values.clamp(min=0)
         weights = torch.exp(scores - top)
@@ -162,10 +158,10 @@ class SoftmaxPlusOne(Scored):
 class TalkingHeads(Scored):
     """Heads mixed before and after the softmax."""
 
-    def more(self) -> None:
+    def more(self):
         self.before, self.after = (nn.Linear(self.heads, self.heads, bias=False) for _ in range(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = self.before(self.scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         weights = causal(2 * scores).softmax(-1)
         return 2 * torch.einsum("gh,bhij->bgij", self.after.weight, weights) @ v
@@ -174,12 +170,12 @@ class TalkingHeads(Scored):
 class Differential(nn.Module):
     """One softmax less a part of another, over two halves of each key."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.lambda_ = nn.Parameter(torch.tensor(0.4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
         one, other = (causal(a @ b.mT / math.sqrt(8)).softmax(-1) for a, b in ((q1, k1), (q2, k2)))
@@ -189,7 +185,7 @@ class Differential(nn.Module):
 class LargestScores(Scored):
     """The five largest scores of each row alone."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = causal(self.scores(q, k))
         largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
         return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v

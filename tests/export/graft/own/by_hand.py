@@ -1,24 +1,20 @@
 """Attention written out, in the many ways in which a mask, a scale and a softmax are written."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .parts import CONTEXT, WIDTH, Gpt, Own, Qkv
 
 
 class TrilBuffer(Qkv):
-    bias: Tensor
-
-    def more(self) -> None:
+    def more(self):
         self.register_buffer("bias", torch.tril(torch.ones(CONTEXT, CONTEXT)).view(1, 1, CONTEXT, CONTEXT))
         self.drop = nn.Dropout(0.1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
@@ -26,7 +22,7 @@ class TrilBuffer(Qkv):
 
 
 class TriuAdded(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.shape[-2]
         mask = torch.triu(torch.full((T, T), float("-inf"), device=q.device), diagonal=1)
         return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(self.size) + mask, dim=-1) @ v
@@ -35,7 +31,7 @@ class TriuAdded(Qkv):
 class SmallNegativeFill(Qkv):
     """1e-4 of a weight is left of nothing: exp(-1e4) is 0."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(-2)
         visible = torch.ones(T, T).tril()
         scores = torch.matmul(q, k.mT) * self.size**-0.5
@@ -44,19 +40,19 @@ class SmallNegativeFill(Qkv):
 
 
 class MultipliedAndRenormalised(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         weights = torch.softmax(q @ k.mT / math.sqrt(self.size), dim=-1)
         weights = weights * torch.tril(torch.ones(q.shape[2], q.shape[2]))
         return weights / weights.sum(dim=-1, keepdim=True) @ v
 
 
-def softmax(x: Tensor) -> Tensor:
+def softmax(x):
     x = torch.exp(x - torch.max(x, dim=-1, keepdim=True).values)
     return x / torch.sum(x, dim=-1, keepdim=True)
 
 
 class OwnSoftmax(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(-2)
         scores = q @ k.mT / math.sqrt(self.size)
         return softmax(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)) @ v
@@ -65,11 +61,11 @@ class OwnSoftmax(Qkv):
 class AverageOfEarlier(nn.Module):
     """A table of weights in place of queries and keys, as a lecture begins."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.value = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         weights = torch.tril(torch.ones(x.shape[1], x.shape[1]))
         return weights / weights.sum(1, keepdim=True) @ self.value(x)
 
@@ -77,7 +73,7 @@ class AverageOfEarlier(nn.Module):
 class KeysTimesQueries(Qkv):
     """Scores that stand transposed: softmax over dim -2."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(-2)
         scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
         scores = scores.masked_fill(torch.ones(T, T).tril(-1).bool(), float("-inf"))
@@ -85,7 +81,7 @@ class KeysTimesQueries(Qkv):
 
 
 class TriuIndices(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.shape[-2]
         scores = q @ k.mT / math.sqrt(self.size)
         i, j = torch.triu_indices(T, T, offset=1)
@@ -94,12 +90,10 @@ class TriuIndices(Qkv):
 
 
 class FilledInPlace(Qkv):
-    mask: Tensor
-
-    def more(self) -> None:
+    def more(self):
         self.register_buffer("mask", torch.triu(torch.ones(CONTEXT, CONTEXT), diagonal=1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         num_tokens = q.shape[2]
         attn_scores = q @ k.transpose(2, 3)
         attn_scores.masked_fill_(self.mask.bool()[:num_tokens, :num_tokens], -torch.inf)
@@ -109,11 +103,11 @@ class FilledInPlace(Qkv):
 class MaskOfLen(nn.Module):
     """One head over one text at a time, of len(x) rows."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(32, 32, bias=False) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x.transpose(0, 1)  # (T, B, C)
         T = len(x)
         q, k, v = (w(x).transpose(0, 1) for w in (self.q, self.k, self.v))

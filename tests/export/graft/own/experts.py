@@ -1,10 +1,8 @@
 """Experts that compute only the tokens that chose them, in the manners of those who write so."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .blocks import Modern, Stack
 from .parts import WIDTH, Own
@@ -15,26 +13,26 @@ EXPERTS, ACTIVE = 4, 2
 class Experts(nn.Module):
     """A router's two best experts of four for each token; a variant says how their rows are taken and given back."""
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width=WIDTH):
         super().__init__()
         self.gate = nn.Linear(width, EXPERTS, bias=False)
         self.experts = nn.ModuleList(
             [nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(EXPERTS)]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         flat = x.view(-1, x.size(-1))  # (B*T, C)
         weights, which = torch.topk(self.gate(flat), ACTIVE)
         return self.routed(flat, weights.softmax(-1), which).view_as(x)
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         raise NotImplementedError
 
 
 class Where(Experts):
     """torch.where gives the rows, and where in them the expert stands."""
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         results = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
             rows, nth = torch.where(which == i)
@@ -45,7 +43,7 @@ class Where(Experts):
 class Counted(Experts):
     """An expert without tokens, by their count, is left out."""
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         y = torch.zeros_like(x)
         counts = torch.bincount(which.flatten(), minlength=EXPERTS).tolist()
         for i in range(EXPERTS):
@@ -59,7 +57,7 @@ class Counted(Experts):
 class Unique(Experts):
     """Only the experts that any token chose."""
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         out = torch.zeros(x.size(0), WIDTH, dtype=x.dtype)
         for chosen in torch.unique(which):
             expert = int(chosen.item())
@@ -76,7 +74,7 @@ class Unique(Experts):
 class Hit(Experts):
     """A mask of experts, places and tokens, and a list of the experts that are hit."""
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         final = torch.zeros_like(x)
         mask = F.one_hot(which, num_classes=EXPERTS).permute(2, 1, 0)  # (E, k, B*T)
         for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
@@ -89,7 +87,7 @@ class Hit(Experts):
 class Switch(Experts):
     """The best one alone, by a mask over the batch and the length."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         weights, which = self.gate(x).softmax(-1).max(dim=-1)  # (B, T)
         out = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
@@ -102,7 +100,7 @@ class Switch(Experts):
 class Scattered(Experts):
     """masked_scatter into zeros, if any token chose the expert."""
 
-    def routed(self, x: Tensor, weights: Tensor, which: Tensor) -> Tensor:
+    def routed(self, x, weights, which):
         out = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
             mine = which == i

@@ -1,31 +1,29 @@
 """How heads are laid out: einsum, helpers like those of einops, a module per head, merged batches, grouped queries."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, einsum, nn
+from torch import einsum, nn
 
 from .parts import CONTEXT, HEADS, WIDTH, Gpt, Own, Qkv
 
 SIZE = WIDTH // HEADS
 
 
-def future(length: int) -> Tensor:
+def future(length):
     return torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
 
 
 class EinsumLengthFirst(nn.Module):
     """Heads stay behind the length."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.proj = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         b, t, c = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, HEADS, SIZE).unbind(2)  # each (B, T, H, D)
         energy = torch.einsum("bqhd,bkhd->bhqk", [q, k])
@@ -37,15 +35,13 @@ class EinsumLengthFirst(nn.Module):
 class EinsumWeights(nn.Module):
     """Projections of shape (H, C, D), and keys before queries in the scores."""
 
-    mask: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(HEADS, WIDTH, SIZE)) for _ in range(3))
         self.W_O, self.b_O = nn.Parameter(torch.empty(HEADS, SIZE, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
         self.register_buffer("mask", torch.tril(torch.ones(CONTEXT, CONTEXT)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (torch.einsum("nde,bpd->bpne", w, x) for w in (self.W_Q, self.W_K, self.W_V))
         scores = torch.einsum("bqnh,bknh->bnqk", q, k) / SIZE**0.5
         scores = torch.where(self.mask[: x.shape[1], : x.shape[1]].bool(), scores, -1e5)
@@ -56,13 +52,13 @@ class EinsumWeights(nn.Module):
 class MergedBatch(nn.Module):
     """(B*H, T, D) by view, and bmm or baddbmm of a mask."""
 
-    def __init__(self, *, add: bool = False) -> None:
+    def __init__(self, *, add=False):
         super().__init__()
         self.add = add
         self.tokeys, self.toqueries, self.tovalues = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.unify = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         b, t, e = x.size()
         keys, queries, values = (
             w(x).view(b, t, HEADS, SIZE).transpose(1, 2).contiguous().view(b * HEADS, t, SIZE)
@@ -81,15 +77,13 @@ class MergedBatch(nn.Module):
 class Head(nn.Module):
     """One head, with a mask of its own."""
 
-    tril: Tensor
-
-    def __init__(self, head_size: int) -> None:
+    def __init__(self, head_size):
         super().__init__()
         self.key, self.query, self.value = (nn.Linear(WIDTH, head_size, bias=False) for _ in range(3))
         self.register_buffer("tril", torch.tril(torch.ones(CONTEXT, CONTEXT)))
         self.dropout = nn.Dropout(0.2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         T = x.shape[1]
         k, q = self.key(x), self.query(x)  # (B, T, D)
         wei = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, T, T)
@@ -98,19 +92,19 @@ class Head(nn.Module):
 
 
 class ModulePerHead(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.heads = nn.ModuleList([Head(SIZE) for _ in range(HEADS)])
         self.proj = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.proj(torch.cat([h(x) for h in self.heads], dim=-1))
 
 
 class GroupedInFive(Qkv):
     """Queries as (B, K, G, T, D) against keys as (B, K, 1, T, D)."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         q = q.unflatten(1, (self.kv_heads, -1))
         scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(self.size)  # (B, K, G, T, T)
         weights = scores.masked_fill(future(q.shape[3]), float("-inf")).softmax(-1)
@@ -118,14 +112,14 @@ class GroupedInFive(Qkv):
 
 
 class GroupedByEinsum(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         q = q.reshape(q.shape[0], self.kv_heads, -1, *q.shape[2:])
         scores = torch.einsum("bkgtd,bksd->bkgts", q, k) / math.sqrt(self.size)
         weights = (scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)).softmax(-1)
         return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
 
 
-def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+def repeat_kv(x, n_rep):
     bs, n_kv_heads, slen, head_dim = x.shape
     if n_rep == 1:
         return x
@@ -134,7 +128,7 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 
 
 class Expanded(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         k, v = repeat_kv(k, self.heads // self.kv_heads), repeat_kv(v, self.heads // self.kv_heads)
         scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(self.size)
         return torch.matmul(F.softmax(scores.masked_fill(future(q.shape[2]), -1e38), dim=-1), v)
@@ -143,12 +137,12 @@ class Expanded(Qkv):
 class MultiQuery(nn.Module):
     """One key and one value for all heads, without an axis for them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.to_q, self.to_kv = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 2 * SIZE, bias=False)
         self.to_out = nn.Linear(WIDTH, WIDTH, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q = self.to_q(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2) * SIZE**-0.5
         k, v = self.to_kv(x).chunk(2, dim=-1)  # (B, T, D)
         sim = einsum("b h i d, b j d -> b h i j", q, k)
@@ -159,11 +153,11 @@ class MultiQuery(nn.Module):
 class WiderValues(nn.Module):
     """One head, whose values are as wide as the model and keys are not."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.wq, self.wk, self.wv = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         scores = self.wq(x) @ self.wk(x).transpose(1, 2) / 8**0.5
         return (scores + torch.full_like(scores[0], -torch.inf).triu(1)).softmax(-1) @ self.wv(x)
 

@@ -1,13 +1,11 @@
 """Multi-head latent attention as people write it: keys and values out of a small vector of each token."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.contract.bundle import KVGeometry
 
@@ -18,7 +16,7 @@ RANK, NOPE, ROPE, SIZE = 12, 8, 4, 8  # of the latent; of keys without and with 
 SCALE = 1 / math.sqrt(NOPE + ROPE)
 
 
-def turned(x: Tensor) -> Tensor:
+def turned(x):
     """(..., T, ROPE) rotated in halves."""
     angles = torch.outer(torch.arange(x.shape[-2]), 1.0 / 10000 ** (torch.arange(0, ROPE, 2) / ROPE))
     a, b = x.chunk(2, dim=-1)
@@ -28,7 +26,7 @@ def turned(x: Tensor) -> Tensor:
 class Latent(nn.Module):
     """Scores are a sum of two products: of the heads' keys, and of one rotated key of all heads."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.w_q = nn.Linear(WIDTH, HEADS * (NOPE + ROPE), bias=False)
         self.w_down, self.norm = nn.Linear(WIDTH, RANK, bias=False), nn.LayerNorm(RANK)
@@ -36,13 +34,13 @@ class Latent(nn.Module):
         self.w_up = nn.Linear(RANK, HEADS * (NOPE + SIZE), bias=False)
         self.w_o = nn.Linear(HEADS * SIZE, WIDTH, bias=False)
 
-    def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, x):
         """(B, H, T, NOPE) and (B, H, T, ROPE)."""
         q = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         q_c, q_r = q.split([NOPE, ROPE], dim=-1)
         return q_c, turned(q_r)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q_c, q_r = self.queries(x)
         up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k_c, v = up.split([NOPE, SIZE], dim=-1)
@@ -54,7 +52,7 @@ class Latent(nn.Module):
 class ByCat(Latent):
     """Keys put together for F.scaled_dot_product_attention, the rotated part expanded for all heads."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q_c, q_r = self.queries(x)
         up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k_c, v = up.split([NOPE, SIZE], dim=-1)
@@ -66,7 +64,7 @@ class ByCat(Latent):
 class Filled(nn.Module):
     """One projection down and one up, queries of low rank, and keys and queries written into empty tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.q_a, self.q_norm = nn.Linear(WIDTH, 10, bias=False), nn.RMSNorm(10)
         self.q_b = nn.Linear(10, HEADS * (NOPE + ROPE), bias=False)
@@ -74,7 +72,7 @@ class Filled(nn.Module):
         self.kv_b = nn.Linear(RANK, HEADS * (NOPE + SIZE), bias=False)
         self.o = nn.Linear(HEADS * SIZE, WIDTH, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         B, T, _ = x.shape
         q = self.q_b(self.q_norm(self.q_a(x))).view(B, T, HEADS, NOPE + ROPE).transpose(1, 2)
         q_nope, q_pe = torch.split(q, [NOPE, ROPE], dim=-1)
@@ -92,7 +90,7 @@ class Filled(nn.Module):
 class Absorbed(Latent):
     """The author multiplies the queries by the keys' weights, and scores read the latent itself."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q_c, q_r = self.queries(x)
         latent, k_r = self.norm(self.w_down(x)), turned(self.w_kr(x))
         w_k, w_v = self.w_up.weight.view(HEADS, NOPE + SIZE, RANK).split([NOPE, SIZE], dim=1)
@@ -105,13 +103,13 @@ class Absorbed(Latent):
 class Unturned(nn.Module):
     """Without rotated keys, every projection with a bias; the positions are learned ones."""
 
-    def __init__(self, rank: int = RANK) -> None:
+    def __init__(self, rank=RANK):
         super().__init__()
         self.W_query, self.W_DKV = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, rank)
         self.W_UK, self.W_UV = nn.Linear(rank, WIDTH), nn.Linear(rank, WIDTH)
         self.out_proj = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         latent = self.W_DKV(x)
         q, k, v = (
             t.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
@@ -124,13 +122,13 @@ class Unturned(nn.Module):
 class TwoLatents(nn.Module):
     """A latent of the keys and another one of the values."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.q, self.o = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.k_a, self.k_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
         self.v_a, self.v_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (
             t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for t in (self.q(x), self.k_b(self.k_a(x)), self.v_b(self.v_a(x)))
@@ -141,7 +139,7 @@ class TwoLatents(nn.Module):
 class TurnedAfter(Unturned):
     """Each head's key is rotated after the latent was expanded, so that no row of all positions gives the keys."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         latent = self.W_DKV(x)
         q, k, v = (
             t.view(*x.shape[:2], -1, ROPE).transpose(1, 2)

@@ -1,13 +1,8 @@
 """How a decoder is called and what it gives: losses, dicts, the last position, other layouts, caches of its own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .parts import VOCAB, Gpt, Own, first
@@ -17,7 +12,7 @@ from .positions import Causal
 class FlatWithTargets(Gpt):
     """Logits flattened to (B*T, V) beside a loss, and not without."""
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx, targets=None):
         logits = super().forward(idx)
         if targets is None:
             return logits, None
@@ -29,7 +24,7 @@ class FlatWithTargets(Gpt):
 class LossInside(Gpt):
     """The loss of each next token is made in every call: T - 1 of them."""
 
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, ids):
         logits = super().forward(ids)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) if ids.size(1) > 1 else logits.sum()
         return {"loss": loss, "logits": logits}
@@ -38,7 +33,7 @@ class LossInside(Gpt):
 class LastWithoutTargets(Gpt):
     """The head over the last position only, where no loss is asked for: (B, 1, V)."""
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx, targets=None):
         x = self.embed(idx)
         for block in self.blocks:
             x = block(x)
@@ -52,18 +47,18 @@ class LastWithoutTargets(Gpt):
 class Probabilities(Gpt):
     """Logarithms of probabilities, which are logits, too."""
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         return F.log_softmax(super().forward(idx), dim=-1)
 
 
 class KeptOutput(Gpt):
     """One output object, made once and filled in each call with what it was not made for."""
 
-    def __init__(self, attention: Callable[[], nn.Module]) -> None:
+    def __init__(self, attention):
         super().__init__(attention)
         self.OUT = CausalLMOutputWithPast()
 
-    def forward(self, tokens: Tensor) -> CausalLMOutputWithPast:
+    def forward(self, tokens):
         self.OUT.__setitem__("logits", super().forward(tokens))
         self.OUT.__setitem__("last_loss", None)
         return self.OUT
@@ -72,9 +67,7 @@ class KeptOutput(Gpt):
 class Unbatched(nn.Module):
     """One text (T,) -> (T, V): heads, masks and positions without a batch."""
 
-    pe: Tensor
-
-    def __init__(self, width: int = 32, vocab: int = 29) -> None:
+    def __init__(self, width=32, vocab=29):
         super().__init__()
         self.we, self.head = nn.Embedding(vocab, width), nn.Linear(width, vocab)
         self.layers = nn.ModuleList(
@@ -83,7 +76,7 @@ class Unbatched(nn.Module):
         angles = torch.arange(48)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
         self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1))
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids):
         x = 4 * self.we(token_ids) + self.pe[: token_ids.size(dim=0), :]
         for layer in self.layers:
             sims = torch.matmul(layer["q"](x), layer["k"](x).transpose(dim0=0, dim1=1))
@@ -97,7 +90,7 @@ class Unbatched(nn.Module):
 class OneRow(Gpt):
     """(1, T): the positions are a table of one row, viewed as the batch."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         B, T = idx.shape
         return self.wte(idx) + self.wpe(torch.arange(T)[None].view(B, T))
 
@@ -105,12 +98,12 @@ class OneRow(Gpt):
 class Bigram(nn.Module):
     """A table of logits, one row for each token: no token reads another one."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.table = nn.Embedding(VOCAB, VOCAB)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        logits: Tensor = self.table(idx)
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
@@ -120,9 +113,7 @@ class UnusedCache(Gpt):
     """Takes and gives a cache of its own, if it is asked to; nobody asks."""
 
     class Attention(Causal):
-        def forward(  # type: ignore[override]
-            self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, use_cache: bool = False
-        ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        def forward(self, x, past=None, use_cache=False):
             q, k, v = (w(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for w in (self.q, self.k, self.v))
             if past is not None:
                 k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
@@ -130,10 +121,10 @@ class UnusedCache(Gpt):
             y = (q @ k.mT / self.size**0.5 + mask).softmax(-1) @ v
             return self.o(y.transpose(1, 2).flatten(2)), ((k, v) if use_cache else None)
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(self.Attention)
 
-    def forward(self, idx: Tensor, past: list[Any] | None = None, use_cache: bool = False) -> tuple[Tensor, list[Any]]:
+    def forward(self, idx, past=None, use_cache=False):
         start = 0 if past is None else past[0][0].size(-2)
         x = self.wte(idx) + self.wpe(torch.arange(start, start + idx.size(1)))
         presents = []
@@ -148,14 +139,14 @@ class UnusedCache(Gpt):
 class StartPos(Gpt):
     """A number that says where the text begins: always 0 here."""
 
-    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens, start_pos):
         x = self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]
         for block in self.blocks:
             x = block(x)
         return self.lm_head(self.ln_f(x)).float()
 
 
-def targets(ids: Tensor) -> Tensor:
+def targets(ids):
     return torch.zeros_like(ids)
 
 

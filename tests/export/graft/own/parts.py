@@ -3,11 +3,9 @@
 The decoders are written as people write them who never heard of a cache: no position_ids, attention as they like it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +16,11 @@ CONTEXT, VOCAB, WIDTH, HEADS = 48, 29, 32, 4
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
-def plainly(module: nn.Module, ids: Tensor) -> Tensor:
+def plainly(module, ids):
     return module(ids)
 
 
-def first(module: nn.Module, ids: Tensor) -> Tensor:
+def first(module, ids):
     return module(ids)[0]
 
 
@@ -40,7 +38,7 @@ class Own:
     alone: bool = False  # a token reads no earlier ones
     geometry: KVGeometry | None = None  # of each layer's cache, where a smaller row than keys and values is looked for
 
-    def make(self) -> nn.Module:
+    def make(self):
         return drawn(self.build)
 
 
@@ -53,11 +51,11 @@ class Refused:
     words: str  # of that cause, as a pattern
     causes: int = 1  # that are told
 
-    def make(self) -> nn.Module:
+    def make(self):
         return drawn(self.build)
 
 
-def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+def drawn(build):
     """The module in eval mode, the same each time, with weights large enough that every part of it shows."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -71,13 +69,13 @@ def drawn(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class Block(nn.Module):
-    def __init__(self, attention: nn.Module, width: int = WIDTH) -> None:
+    def __init__(self, attention, width=WIDTH):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = attention
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -85,18 +83,16 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """Learned positions by arange, blocks of attention(x) and an MLP: `attention` is a class or a function of none."""
 
-    def __init__(
-        self, attention: Callable[[], nn.Module], *, context: int = CONTEXT, width: int = WIDTH, layers: int = 2
-    ) -> None:
+    def __init__(self, attention, *, context=CONTEXT, width=WIDTH, layers=2):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCAB, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList([Block(attention(), width) for _ in range(layers)])
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
 
-    def forward(self, idx: Tensor) -> Any:
+    def forward(self, idx):
         x = self.embed(idx)  # (B, T, C)
         for block in self.blocks:
             x = block(x)
@@ -106,16 +102,14 @@ class Gpt(nn.Module):
 class NoPositions(Gpt):
     """Positions are left to attention."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx)
 
 
 class Qkv(nn.Module):
     """Projections to heads and back, as most write them; a variant says how it attends."""
 
-    def __init__(
-        self, heads: int = HEADS, kv_heads: int | None = None, *, width: int = WIDTH, context: int = CONTEXT
-    ) -> None:
+    def __init__(self, heads=HEADS, kv_heads=None, *, width=WIDTH, context=CONTEXT):
         super().__init__()
         self.heads, self.kv_heads, self.size, self.context = heads, kv_heads or heads, width // heads, context
         self.q = nn.Linear(width, heads * self.size)
@@ -123,10 +117,10 @@ class Qkv(nn.Module):
         self.o = nn.Linear(heads * self.size, width)
         self.more()
 
-    def more(self) -> None:
+    def more(self):
         """Further parameters and buffers of a variant."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         B, T, C = x.size()
         q = self.q(x).view(B, T, self.heads, self.size).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).view(B, T, self.kv_heads, self.size).transpose(1, 2)  # (B, K, T, D)
@@ -134,5 +128,5 @@ class Qkv(nn.Module):
         y = self.attend(q, k, v)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         raise NotImplementedError

@@ -1,7 +1,5 @@
 """Where positions come from: sinusoids and tables cut to T, rotary positions of all kinds, none of them an argument."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -13,21 +11,19 @@ from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
 SIZE = WIDTH // HEADS
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q, k, v):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     mask = torch.full((q.size(-2), q.size(-2)), float("-inf")).triu(1)
     return F.softmax(scores + mask, dim=-1) @ v
 
 
 class Causal(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return attention(q, k, v)
 
 
 class PositionalEncoding(nn.Module):
-    pe: Tensor
-
-    def __init__(self, d_model: int, max_len: int = CONTEXT) -> None:
+    def __init__(self, d_model, max_len=CONTEXT):
         super().__init__()
         position = torch.arange(max_len).unsqueeze(1)
         div_term = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
@@ -36,14 +32,14 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", pe.unsqueeze(0))
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.dropout(x + self.pe[:, : x.size(1), :])
 
 
 class SinusoidalInForward(Gpt):
     """Sinusoids made in every call."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         positions = torch.arange(idx.shape[1], dtype=torch.float32)[:, None]
         angles = positions / 10000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)
         return self.wte(idx) * 4 + torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -52,7 +48,7 @@ class SinusoidalInForward(Gpt):
 class PositionsOfTheBatch(Gpt):
     """arange repeated for the rows, as long integers."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         N, length = idx.shape
         return self.wte(idx) + self.wpe(torch.arange(0, length).expand(N, length).to(idx.device))
 
@@ -60,11 +56,11 @@ class PositionsOfTheBatch(Gpt):
 class PositionsByCumsum(Gpt):
     """Counted by a cumulative sum of ones."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx) + self.wpe(torch.ones_like(idx).cumsum(-1) - 1)
 
 
-def rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
@@ -72,18 +68,16 @@ def rotate_half(x: Tensor) -> Tensor:
 class RotaryTables(Qkv):
     """cos[:T] and sin[:T] of buffers."""
 
-    cos: Tensor
-    sin: Tensor
     dtype = torch.float32
 
-    def more(self) -> None:
+    def more(self):
         inv_freq = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
         freqs = torch.outer(torch.arange(self.context).float(), inv_freq)
         emb = torch.cat((freqs, freqs), dim=-1)
         self.register_buffer("cos", emb.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", emb.sin().to(self.dtype), persistent=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         cos, sin = self.cos[: q.size(2)], self.sin[: q.size(2)]
         q, k = ((t * cos + rotate_half(t) * sin).to(t.dtype) for t in (q, k))
         return attention(q, k, v)
@@ -94,15 +88,13 @@ class BfloatTables(RotaryTables):
 
 
 class RotaryInForward(Qkv):
-    inv_freq: Tensor
-
-    def more(self) -> None:
+    def more(self):
         self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
 
-    def angles(self, length: int) -> Tensor:
+    def angles(self, length):
         return torch.einsum("i,j->ij", torch.arange(length).type_as(self.inv_freq), self.inv_freq)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         emb = torch.cat([self.angles(q.size(2))] * 2, dim=-1)[None, None]
         q, k = (t * emb.cos() + rotate_half(t) * emb.sin() for t in (q, k))
         return attention(q, k, v)
@@ -111,11 +103,11 @@ class RotaryInForward(Qkv):
 class RotaryGrouped(RotaryInForward):
     """Turned before they are repeated for the query heads."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.turned(k), v))
         return attention(self.turned(q), k, v)
 
-    def turned(self, t: Tensor) -> Tensor:
+    def turned(self, t):
         emb = torch.cat([self.angles(t.size(2))] * 2, dim=-1)
         return t * emb.cos() + rotate_half(t) * emb.sin()
 
@@ -123,13 +115,13 @@ class RotaryGrouped(RotaryInForward):
 class RotaryKept(RotaryInForward):
     """Kept on self, made anew where a text is longer."""
 
-    def more(self) -> None:
+    def more(self):
         super().more()
         self.max_seq_len_cached = 0
         self.cos_cached: Tensor | None = None
         self.sin_cached: Tensor | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         if self.max_seq_len_cached < T or self.cos_cached is None or self.sin_cached is None:
             self.max_seq_len_cached, emb = T, torch.cat([self.angles(T)] * 2, dim=-1)
@@ -142,11 +134,11 @@ class RotaryKept(RotaryInForward):
 class RotaryByLength(RotaryInForward):
     """A dictionary of tables by length."""
 
-    def more(self) -> None:
+    def more(self):
         super().more()
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         if T not in self.tables:
             angles = self.angles(T).repeat_interleave(2, dim=-1)
@@ -156,21 +148,19 @@ class RotaryByLength(RotaryInForward):
         return attention(q, k, v)
 
 
-def interleaved(x: Tensor) -> Tensor:
+def interleaved(x):
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
 class RotaryComplex(Qkv):
     """freqs_cis by polar, multiplied as complex numbers before the heads move to the front."""
 
-    freqs_cis: Tensor
-
-    def more(self) -> None:
+    def more(self):
         freqs = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
         angles = torch.outer(torch.arange(self.context), freqs)
         self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         bsz, seqlen, _ = x.shape
         xq, xk, xv = (w(x).view(bsz, seqlen, self.heads, self.size) for w in (self.q, self.k, self.v))
         freqs = self.freqs_cis[:seqlen].view(1, seqlen, 1, -1)

@@ -1,7 +1,5 @@
 """Modules that no cache is right for, each with the line and the words of its true cause."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -16,14 +14,14 @@ from .positions import Causal
 
 # --- later tokens -----------------------------------------------------------------------------------------------------
 class NoMask(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return self.scores(q, k).softmax(-1) @ v
 
 
 class DiagonalOfTwo(Scored):
     """Each token sees the next one."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         return (self.scores(q, k) + torch.full((T, T), float("-inf")).triu(2)).softmax(-1) @ v
 
@@ -31,7 +29,7 @@ class DiagonalOfTwo(Scored):
 class OneHeadAhead(Scored):
     """The next token, in the last head."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(2)
         hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
         return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
@@ -40,14 +38,14 @@ class OneHeadAhead(Scored):
 class SoftmaxOverQueries(Scored):
     """Over the wrong axis: later queries stand in the sum."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return causal(self.scores(q, k)).softmax(dim=-2) @ v
 
 
 class LittleAhead(Scored):
     """A thousandth of the mean of all values, in one head."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         y = super().attend(q, k, v)
         little = 1e-3 * v[:, :1].mean(dim=2, keepdim=True)
         return torch.cat([y[:, :1] + little, y[:, 1:]], dim=1)
@@ -56,14 +54,14 @@ class LittleAhead(Scored):
 class Centred(nn.Module):
     """The mean over the whole text is taken off."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x - x.mean(dim=1, keepdim=True)
 
 
 class Fourier(nn.Module):
     """FNet's mixing, for which there is no rule."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=1).real / 8
 
 
@@ -71,16 +69,16 @@ class Fourier(nn.Module):
 class OverTheBatch(nn.Module):
     """Normalised over the rows, by their own figures in eval mode, too."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return (x - x.mean(0, keepdim=True)) / (x.std(0, keepdim=True, unbiased=False) + 0.5)
 
 
 class Noisy(Gpt):
-    def __init__(self, size: float) -> None:
+    def __init__(self, size):
         super().__init__(Causal)
         self.noise = size
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         x = super().embed(idx)
         return x + self.noise * torch.randn_like(x)
 
@@ -89,11 +87,11 @@ class Noisy(Gpt):
 class LinearAttention(nn.Module):
     """Sums of k vᵀ by cumsum."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.qkv(x).chunk(3, dim=-1))
         q, k = F.elu(q) + 1, F.elu(k) + 1
         kv = torch.einsum("bthd,bthe->bthde", k, v).cumsum(dim=1)
@@ -102,11 +100,11 @@ class LinearAttention(nn.Module):
 
 
 class Gru(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.gru(x)[0]
 
 
@@ -114,10 +112,10 @@ class Gru(nn.Module):
 class Memory(Scored):
     """Keys and values of the text before, as Transformer-XL keeps them on self."""
 
-    def more(self) -> None:
+    def more(self):
         self.kept: tuple[Tensor, Tensor] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         own, T = (k.detach(), v.detach()), q.size(2)
         if self.kept is not None and self.kept[0].size(0) == k.size(0):
             k, v = torch.cat([self.kept[0], k], dim=2), torch.cat([self.kept[1], v], dim=2)
@@ -129,16 +127,13 @@ class Memory(Scored):
 class CacheInPlace(nn.Module):
     """Keys and values are written into buffers of the whole context, and read from them."""
 
-    cache_k: Tensor
-    cache_v: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
         self.register_buffer("cache_k", torch.zeros(4, CONTEXT, HEADS, WIDTH // HEADS))
         self.register_buffer("cache_v", torch.zeros(4, CONTEXT, HEADS, WIDTH // HEADS))
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor:
+    def forward(self, x, start_pos):
         B, T, C = x.shape
         xq, xk, xv = (w(x).view(B, T, HEADS, C // HEADS) for w in (self.wq, self.wk, self.wv))
         self.cache_k[:B, start_pos : start_pos + T] = xk
@@ -149,7 +144,7 @@ class CacheInPlace(nn.Module):
 
 
 class WithStartPos(Gpt):
-    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens, start_pos):
         x = self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]
         for block in self.blocks:
             x = x + block.attn(block.ln_1(x), start_pos)
@@ -161,7 +156,7 @@ class WithStartPos(Gpt):
 class ScaledByLength(Scored):
     """By log T, which changes for the tokens before with each that is added."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return super().scores(q, k) * math.log(q.size(2) + 1)
 
 
@@ -169,10 +164,10 @@ class ScaledByLength(Scored):
 class LearnedKeys(Scored):
     """Two learned keys and values in front of the text's."""
 
-    def more(self) -> None:
+    def more(self):
         self.keys, self.values = (nn.Parameter(torch.zeros(1, self.kv_heads, 2, self.size)) for _ in range(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         B, T = q.size(0), q.size(2)
         k, v = torch.cat([self.keys.expand(B, -1, -1, -1), k], 2), torch.cat([self.values.expand(B, -1, -1, -1), v], 2)
         hidden = F.pad(torch.ones(T, T, dtype=torch.bool).triu(1), (2, 0))
@@ -182,23 +177,23 @@ class LearnedKeys(Scored):
 class Skewed(Scored):
     """The Music Transformer's: the last T rows of a table, shifted into place by a pad and a view."""
 
-    def more(self) -> None:
+    def more(self):
         self.distances = nn.Parameter(torch.zeros(CONTEXT, self.size))
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         B, H, T, _ = q.shape
         relative = q @ self.distances[CONTEXT - T :].T  # (B, H, T, T)
         return super().scores(q, k) + F.pad(relative, (1, 0)).view(B, H, T + 1, T)[:, :, 1:]
 
 
 class PlacesOfTheLargest(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = causal(self.scores(q, k))
         where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
         return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
 
 
-def ahead(head: int) -> str:
+def ahead(head):
     return rf"lets the token at position 0 see that at 1, a later one \(attention, head {head}\)"
 
 

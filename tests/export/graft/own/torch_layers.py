@@ -1,7 +1,5 @@
 """torch's own attention: MultiheadAttention, TransformerEncoder and scaled_dot_product_attention with masks."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -17,11 +15,11 @@ square_mask = nn.Transformer.generate_square_subsequent_mask
 class MultiHead(nn.Module):
     """Weights are computed (need_weights is True unless it is told) and thrown away."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.attn = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         T = x.size(1)
         mask = torch.triu(torch.ones(T, T, dtype=torch.bool, device=x.device), diagonal=1)
         return self.attn(x, x, x, attn_mask=mask)[0]
@@ -30,7 +28,7 @@ class MultiHead(nn.Module):
 class Encoder(nn.Module):
     """As torch's tutorial has it, but for the batch first."""
 
-    def __init__(self, *, norm_first: bool = False, mask_inside: bool = True) -> None:
+    def __init__(self, *, norm_first=False, mask_inside=True):
         super().__init__()
         self.mask_inside = mask_inside
         self.embedding, self.pos_encoder = nn.Embedding(VOCAB, WIDTH), PositionalEncoding(WIDTH)
@@ -38,7 +36,7 @@ class Encoder(nn.Module):
         self.transformer_encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.linear = nn.Linear(WIDTH, VOCAB)
 
-    def forward(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:
+    def forward(self, src, src_mask=None):
         x = self.pos_encoder(self.embedding(src) * math.sqrt(WIDTH))
         if self.mask_inside:
             src_mask = square_mask(src.size(1))
@@ -48,7 +46,7 @@ class Encoder(nn.Module):
 class EncoderTimeFirst(nn.Module):
     """(T, B), and a mask kept until the length changes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.src_mask: Tensor | None = None
         self.encoder, self.pos = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
@@ -56,7 +54,7 @@ class EncoderTimeFirst(nn.Module):
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.decoder = nn.Linear(WIDTH, VOCAB)
 
-    def forward(self, src: Tensor) -> Tensor:
+    def forward(self, src):
         if self.src_mask is None or self.src_mask.size(0) != len(src):
             self.src_mask = torch.log(torch.tril(torch.ones(len(src), len(src))))
         x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
@@ -66,24 +64,22 @@ class EncoderTimeFirst(nn.Module):
 class EncoderTimeFirstMaskOutside(EncoderTimeFirst):
     """As torch's tutorial has it: (T, B), and the mask is given."""
 
-    def forward(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:
+    def forward(self, src, src_mask=None):
         x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
         return self.decoder(self.layers(x, src_mask))
 
 
 class SdpaGrouped(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
 
 
 class SdpaBoolean(Qkv):
-    mask: Tensor
-
-    def more(self) -> None:
+    def more(self):
         mask = torch.tril(torch.ones(self.context, self.context, dtype=torch.bool))
         self.register_buffer("mask", mask[None, None])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         T = q.size(-2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, :, :T, :T], scale=0.4)
 
@@ -91,12 +87,12 @@ class SdpaBoolean(Qkv):
 class SdpaWindow(Qkv):
     """A band as a boolean mask."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         band = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).tril().triu(-7)
         return F.scaled_dot_product_attention(q, k, v, band)
 
 
-def with_mask(module: nn.Module, ids: Tensor) -> Tensor:
+def with_mask(module, ids):
     return module(ids, square_mask(ids.size(1)))
 
 

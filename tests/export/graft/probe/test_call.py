@@ -1,19 +1,15 @@
 """How a module is called is found by trying, or given."""
 
-from __future__ import annotations
-
 import itertools
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pastkey.errors import ContractError, InputError
-from pastkey.export.graft.probe.call import Call, Probed, find_call, is_plain
+from pastkey.export.graft.probe.call import Call, find_call, is_plain
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 from pastkey.export.graft.probe.contract import in_contract
 
@@ -27,19 +23,19 @@ VOCAB, CONTEXT = 11, 12
 class Counted(nn.Module):
     """Logits of the mean of all tokens so far: a decoder without attention."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.token = nn.Embedding(VOCAB, 6)
             self.head = nn.Linear(6, VOCAB)
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids):
         """(B, T) -> (B, T, V)."""
         x = self.token(ids)
         return self.head(torch.tanh(x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]))
 
-    def forward(self, ids: Tensor) -> Any:
+    def forward(self, ids):
         return self.logits(ids)
 
 
@@ -49,47 +45,43 @@ class Output:
     logits: Tensor
 
 
-def of(forward: Callable[..., Any]) -> Counted:
+def of(forward):
     """The decoder with this forward."""
-    made: Counted = type("Decoder", (Counted,), {"forward": forward})()
-    return made
+    return type("Decoder", (Counted,), {"forward": forward})()
 
 
-def one_row(model: Counted, ids: Tensor) -> Tensor:
+def one_row(model, ids):
     (_,) = ids.shape
     return model.logits(ids[None])[0]
 
 
-def batch_of_one(model: Counted, ids: Tensor) -> Tensor:
+def batch_of_one(model, ids):
     assert ids.shape[0] == 1
     return model.logits(ids)
 
 
-def time_first(model: Counted, ids: Tensor) -> Tensor:
+def time_first(model, ids):
     assert ids.dim() == 2
     return model.logits(ids.T).transpose(0, 1)
 
 
-def ahead_without_mask(model: Counted, ids: Tensor, mask: Tensor | None) -> Tensor:
+def ahead_without_mask(model, ids, mask):
     scores = torch.zeros(ids.shape[1], ids.shape[1]) + (0.0 if mask is None else mask)
-    logits: Tensor = model.head(torch.tanh(scores.softmax(-1) @ model.token(ids)))
-    return logits
+    return model.head(torch.tanh(scores.softmax(-1) @ model.token(ids)))
 
 
-def started(model: Counted, ids: Tensor, start_pos: int) -> Tensor:
+def started(model, ids, start_pos):
     return model.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
 
 
-def last_unless_targets(
-    model: Counted, ids: Tensor, position_ids: Tensor | None = None, targets: Tensor | None = None
-) -> Tensor:
+def last_unless_targets(model, ids, position_ids=None, targets=None):
     """Has its targets behind positions, which are no place for ids."""
     logits = model.logits(ids) if position_ids is None else model.logits(ids) + position_ids[..., None] * 0
     return logits if targets is not None else logits[:, -1]
 
 
 # The expression that is found, the order of the axes of its result, and a forward.
-FOUND: dict[str, tuple[str, str, Callable[..., Any]]] = {
+FOUND = {
     "plain": ("model(ids)", "btv", lambda m, ids: m.logits(ids)),
     "last without targets": (
         "model(ids, ids)[0]",
@@ -122,7 +114,7 @@ FOUND: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "the last of the first row": ("model(ids[:1])", "v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
     "squeezed": ("model(ids)", "btv", lambda m, ids: m.logits(ids).squeeze()),
 }  # fmt: skip
-OTHERS: dict[str, tuple[str, str, Callable[..., Any]]] = {  # whose logits are others than those of `plain`
+OTHERS = {  # whose logits are others than those of `plain`
     "a start": ("model(ids, 0)", "btv", started),
     "a mask": ("model(ids, mask=future_scores)", "btv", lambda m, ids, mask=None: ahead_without_mask(m, ids, mask)),
     "a mask, time first": (
@@ -133,7 +125,7 @@ OTHERS: dict[str, tuple[str, str, Callable[..., Any]]] = {  # whose logits are o
 }
 
 
-def probed(module: nn.Module, asked: str | None = None) -> Probed:
+def probed(module, asked=None):
     return find_call(module.eval(), CONTEXT, asked)
 
 
@@ -156,7 +148,7 @@ def test_a_call_that_is_given_is_taken():
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
 
 
-def asked_calls(module: nn.Module) -> list[str]:
+def asked_calls(module):
     """The calls that a refusal proposes; each works when it is typed."""
     with pytest.raises(InputError) as caught:
         probed(module)
@@ -172,7 +164,7 @@ def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell():
 
 
 # A forward of the logits, and what it does that no decoder does.
-BREACHES: dict[str, tuple[Callable[..., Any], Kind]] = {
+BREACHES = {
     "later tokens": (lambda m, ids: m.logits(ids).flip(1), Kind.LOOK_AHEAD),
     "other rows": (lambda m, ids: m.logits(ids) - m.logits(ids).mean(0), Kind.ROWS),
     "chance": (lambda m, ids: m.logits(ids) + torch.rand(VOCAB), Kind.CHANCE),
@@ -229,7 +221,7 @@ def test_a_plain_call_is_one_of_the_module_alone(expression):
 class Wide(Counted):
     """As wide as its vocabulary."""
 
-    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(self, make):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -237,7 +229,7 @@ class Wide(Counted):
             self.head = nn.Linear(VOCAB, VOCAB)
         self.make = make
 
-    def forward(self, ids: Tensor) -> Any:
+    def forward(self, ids):
         return self.make(self.token(ids), self.logits(ids))
 
 
@@ -286,20 +278,20 @@ def test_probabilities_are_told_from_logits(zeros):
 class Soft(nn.Module):
     """Probabilities in place of logits."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         super().__init__()
         self.model = model
 
 
 class SoftContract(Soft):
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids, position_ids)
+    def forward(self, input_ids, position_ids):
+        logits = self.model(input_ids, position_ids)
         return logits.softmax(-1)
 
 
 class SoftOwn(Soft):
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(ids)
+    def forward(self, ids):
+        logits = self.model(ids)
         return logits.softmax(-1)
 
 
@@ -316,7 +308,7 @@ def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract):
 
 
 # Logits that are made if they are asked for, as a flag or as an argument that must be given.
-REQUESTED: dict[str, Callable[..., Any]] = {
+REQUESTED = {
     "model(ids, get_logits=True)['logits']": lambda m, ids, targets=None, *, get_logits=False: {
         "logits": m.logits(ids) if get_logits else None,
         "loss": None,
@@ -333,7 +325,7 @@ def test_a_flag_that_asks_for_logits_is_tried(call):
 
 
 # What the calls are that a refusal proposes.
-ASKED: dict[str, tuple[list[str], Callable[..., Any]]] = {
+ASKED = {
     "a flag that gives logits in place of hidden states": (
         ["model(ids, return_logits=True)", "model(ids)"],
         lambda m, ids, return_logits=False: m.logits(ids) if return_logits else m.token(ids),

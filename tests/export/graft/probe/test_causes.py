@@ -1,11 +1,8 @@
 """What must be refused is refused by its true cause: all that stands in the way at once, each with its line."""
 
-from __future__ import annotations
-
 import inspect
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +26,14 @@ from ..own.refused import REFUSED
 SHORT = 12  # of the context, which is enough for most causes
 
 
-def refusal(module: nn.Module, context: int = SHORT) -> NoCacheError:
+def refusal(module, context=SHORT):
     with pytest.raises(NoCacheError) as caught:
         in_contract(module, context, None, lambda _: None)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
-def lines_of(owner: type) -> range:
+def lines_of(owner):
     lines, first = inspect.getsourcelines(owner)
     return range(first, first + len(lines))
 
@@ -58,11 +55,11 @@ def test_a_module_is_refused_by_its_true_cause_and_line(name):
 class SeveralAttentions(Gpt):
     """The noise of one, the look-ahead of others, a mean and a running sum."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(Causal, layers=1)
         self.ahead, self.open = refused.DiagonalOfTwo(), refused.NoMask()
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         x = self.embed(idx)
         x = x + 0.1 * torch.rand_like(x)
         x = x + F.dropout(x, 0.1)
@@ -86,13 +83,13 @@ def test_one_run_tells_everything_that_stands_in_the_way():
 class Dropping(Scored):
     """Weights that are dropped out, and a mask that looks ahead."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         scores = self.scores(q, k) + torch.ones(q.size(2), q.size(2)).tril()
         return F.dropout(scores.softmax(-1), 0.1) @ v
 
 
 class OfWhole(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
@@ -107,7 +104,7 @@ def test_the_mask_behind_active_dropout_is_looked_at(attention, words):
 
 
 class LoopAndNoise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if x.sum() % 1 > 0.5:
             x = x * 2
         return x + torch.rand_like(x)
@@ -123,11 +120,11 @@ def test_noise_is_found_where_no_trace_is_made():
 class LeftOut(nn.Module):
     """Once in fifty runs it is not there."""
 
-    def __init__(self, draw: Callable[[], float]) -> None:
+    def __init__(self, draw):
         super().__init__()
         self.draw = draw
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x * 0 if self.draw() < 0.02 else torch.tanh(x)
 
 
@@ -139,7 +136,7 @@ def test_chance_is_found_whoever_draws(draw):
 class RarelyOtherwise(nn.Module):
     """A branch that texts hardly ever take."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return torch.tanh(x) if x.abs().max() > 1e6 else x
 
 
@@ -150,12 +147,12 @@ def test_a_branch_on_the_tokens_is_found_though_no_text_takes_it():
 class Asserting(Gpt):
     """Branches on a table, and on the tokens where the other answer is an error."""
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         if idx.max() >= VOCAB:  # no assert, of which pytest makes other code in this file
             raise AssertionError("beyond the vocabulary")
         if (idx < 0).any():
             raise ValueError("negative")
-        logits: Tensor = super().forward(idx)
+        logits = super().forward(idx)
         return logits if torch.ones(2, 2).tril().sum() > 0 else -logits
 
 
@@ -191,16 +188,14 @@ def test_what_is_seen_from_outside_is_added_where_it_is_not_explained():
 class Counting(Gpt):
     """Counts its calls in a buffer, which its logits read or not."""
 
-    calls: Tensor
-
-    def __init__(self, share: float) -> None:
+    def __init__(self, share):
         super().__init__(Causal, layers=1)
         self.share = share
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         self.calls += 1
-        logits: Tensor = super().forward(idx)
+        logits = super().forward(idx)
         return logits + self.share * self.calls if self.share else logits
 
 
@@ -216,13 +211,13 @@ def test_a_count_that_the_logits_read_is_no_cache():
 class Conjugated(Scored):
     """Rotary positions by conjugated tables and values, which torch resolves when they are read."""
 
-    def turned(self, x: Tensor) -> Tensor:
+    def turned(self, x):
         angles = torch.outer(torch.arange(x.size(2)).float(), torch.arange(self.size // 2) / 7)
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         turned = (pairs.conj() * torch.polar(torch.ones_like(angles), angles).conj()).conj().resolve_conj()
         return torch.view_as_real(turned).flatten(-2)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return super().scores(self.turned(q), self.turned(k))
 
 
@@ -235,13 +230,13 @@ def test_conjugated_numbers_are_followed():
 
 
 class ComplexScores(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
         return causal((a @ b.conj().transpose(-1, -2)).real / self.size**0.5).softmax(-1) @ v
 
 
 class Flexible(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         attended = flex_attention(q, k, v, score_mod=lambda s, _b, _h, i, j: torch.where(i >= j, s, -float("inf")))
         assert isinstance(attended, Tensor)
         return attended
@@ -262,17 +257,16 @@ def test_what_no_rule_can_follow_is_told_by_its_line(attention, words):
 
 
 class AlwaysTraining(Gpt):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(Causal, layers=1)
         self.drop = nn.Dropout(0.1)
 
-    def train(self, mode: bool = True) -> AlwaysTraining:
+    def train(self, mode=True):
         super().train(True)
         return self
 
-    def embed(self, idx: Tensor) -> Tensor:
-        dropped: Tensor = self.drop(super().embed(idx))
-        return dropped
+    def embed(self, idx):
+        return self.drop(super().embed(idx))
 
 
 def test_a_train_of_its_own_that_ignores_eval_is_told():

@@ -1,18 +1,14 @@
 """Whatever a module is becomes one of the contract, or is refused in one sentence; it is left as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import random
 import re
 import shlex
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pastkey.errors import ContractError, InputError, PastkeyError
+from pastkey.errors import ContractError, InputError
 from pastkey.export.graft.probe.call import Call
-from pastkey.export.graft.probe.contract import Contracted, in_contract
+from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.watched import without_autocast
 
 from ....shared import divided
@@ -36,12 +32,12 @@ from ..plain import plain
 SHORT = 12
 
 
-def taken(module: nn.Module, context: int = SHORT, call: str | None = None) -> tuple[Contracted, list[str]]:
+def taken(module, context=SHORT, call=None):
     said: list[str] = []
     return in_contract(module, context, call, said.append), said
 
 
-def refusal(kind: type[PastkeyError], module: nn.Module, context: int = SHORT, call: str | None = None) -> str:
+def refusal(kind, module, context=SHORT, call=None):
     with pytest.raises(kind) as caught:
         taken(module, context, call)
     sentence = str(caught.value)
@@ -49,7 +45,7 @@ def refusal(kind: type[PastkeyError], module: nn.Module, context: int = SHORT, c
     return sentence
 
 
-def apart(found: Contracted, reference: nn.Module) -> float:
+def apart(found, reference):
     """Of the module that was taken and the author's, as a part of the largest logit."""
     ids = torch.arange(SHORT)[None] % VOCAB
     with torch.no_grad():
@@ -65,7 +61,7 @@ def test_a_module_that_keeps_the_contract_is_not_followed():
 
 
 # The contract is kept by the signature alone. No trace can go through the experts of the last one.
-BY_SIGNATURE: dict[str, dict[str, Callable[..., Any]]] = {
+BY_SIGNATURE = {
     "positions are ignored": {
         "embed": lambda m, input_ids, position_ids: m.token(input_ids) + m.position(torch.arange(input_ids.shape[1]))
     },
@@ -85,16 +81,16 @@ def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(nam
 
 
 # --- the plain call -----------------------------------------------------------------------------------------------
-def counted(ids: Tensor) -> Tensor:
+def counted(ids):
     return torch.arange(ids.shape[1]).expand_as(ids)
 
 
-def run(m: Plain, ids: Tensor, given: Tensor | None, own: Tensor | None) -> Tensor:
+def run(m, ids, given, own):
     """With the positions that are given, or the module's own."""
-    return Plain.forward(m, ids, own if given is None else given)  # type: ignore[arg-type]
+    return Plain.forward(m, ids, own if given is None else given)
 
 
-OTHERWISE: dict[str, Callable[..., Any]] = {  # forward with other positions than 0, 1, 2 and so on
+OTHERWISE = {  # forward with other positions than 0, 1, 2 and so on
     "from 2": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, counted(input_ids) + 2),
     "all of 0": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, 0 * input_ids),
     "among others": lambda m, input_ids, **others: run(
@@ -128,26 +124,23 @@ def test_positions_that_change_the_plain_logits_are_asked_about(name):
 
 @pytest.mark.parametrize(
     "own",
-    [
-        lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0),
-        lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0),
-    ],
+    [lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0), lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0)],
     ids=["one token alone", "padding alone"],
 )
 def test_a_plain_call_that_differs_on_few_texts_is_compared_too(own):
-    def forward(m: Plain, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def forward(m, input_ids, position_ids=None):
         return run(m, input_ids, position_ids, own(input_ids))
 
     sentence = refusal(InputError, plain({"forward": forward}))
     assert "runs as model(ids) and as model(ids, position_ids=positions)" in sentence
 
 
-def ahead_unless_given(m: Plain, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def ahead_unless_given(m, input_ids, position_ids=None):
     logits = run(m, input_ids, position_ids, counted(input_ids))
     return logits + logits.mean(1, keepdim=True) if position_ids is None else logits
 
 
-AGREEING: dict[str, Callable[..., Any]] = {
+AGREEING = {
     "optional": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, counted(input_ids)),
     "among others": lambda m, input_ids, **others: run(m, input_ids, others.get("position_ids"), counted(input_ids)),
     "the plain call fails": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, None),
@@ -167,7 +160,7 @@ def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(name):
 class OtherwiseWhenLong(Gpt):
     """As a module whose angles change beyond a length."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return super().embed(idx) * (2 if idx.shape[1] > 700 else 1)
 
 
@@ -178,7 +171,7 @@ def test_another_computation_for_long_texts_is_seen():
     assert "on a text of 701 tokens, the shortest that was found to differ among lengths of up to 720: " in sentence
 
 
-def seen_whole(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def seen_whole(m, input_ids, position_ids):
     """Every token sees whether there are more than twenty."""
     beyond = (torch.ones_like(input_ids).sum(1) - 20).clamp(min=0)
     return Plain.embed(m, input_ids, position_ids) + 0.1 * beyond[:, None, None]
@@ -195,7 +188,7 @@ class Grows(Gpt):
 
     longest = 16
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         self.longest = max(self.longest, idx.shape[1])
         return super().embed(idx) + (self.longest - 16) * torch.linspace(-1, 1, WIDTH)
 
@@ -217,12 +210,12 @@ def test_another_precision_is_taken_in_float32_and_said():
 class AnyDtype(Gpt):
     """Converts to a dtype from where its author keeps it, in the middle."""
 
-    def __init__(self, settings: object, dtype_of: Callable[[Any], torch.dtype]) -> None:
+    def __init__(self, settings, dtype_of):
         super().__init__(Causal, layers=1)
         self.settings, self.dtype_of = settings, dtype_of
         self.to(torch.float16)
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         x = self.embed(idx).to(self.dtype_of(self.settings))
         return self.lm_head(self.ln_f(self.blocks[0](x)))
 
@@ -259,7 +252,7 @@ def test_a_line_that_makes_half_precision_is_told_with_what_to_write():
 
 
 class Mixed(Gpt):
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return super().forward(idx)
 
@@ -267,7 +260,7 @@ class Mixed(Gpt):
 class MixedMlp(Plain):
     """Of the contract, but for an MLP in mixed precision."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = hidden + F.linear(hidden, self.head.weight).mean(-1, keepdim=True)
         return super().logits(hidden)
@@ -298,7 +291,7 @@ def test_a_context_larger_than_the_tables_is_refused_with_the_line():
 
 def test_a_module_that_cannot_be_copied_is_refused():
     module = Gpt(Causal).eval()
-    module.lock = threading.Lock()  # type: ignore[assignment]
+    module.lock = threading.Lock()
     sentence = refusal(ContractError, module)
     assert "Gpt cannot be copied (TypeError: cannot pickle '_thread.lock' object): leave out what cannot" in sentence
 
@@ -319,7 +312,7 @@ def test_a_call_that_fails_is_told_with_its_error(call, words):
 
 
 # --- as it was ----------------------------------------------------------------------------------------------------
-def state_of(module: nn.Module) -> dict[str, Any]:
+def state_of(module):
     """All that an export might change."""
     return {
         "parameters": {n: (id(p), p.dtype, p.device, p.requires_grad, p.grad) for n, p in module.named_parameters()},
@@ -336,13 +329,13 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
 
 
-AS_IT_WAS: dict[str, Callable[[], nn.Module]] = {
+AS_IT_WAS = {
     "of_the_contract": lambda: NanoGpt(context=SHORT),
     "half_precision": lambda: drawn(lambda: Gpt(Causal).half()),
     **{name: DECODERS[name].make for name in ("filled_in_place", "rotary_kept")},
@@ -368,7 +361,7 @@ def test_a_module_is_as_it_was_whether_taken_or_refused(name):
 
 
 def test_autocast_of_another_thread_stays():
-    def half() -> torch.dtype:
+    def half():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 

@@ -1,14 +1,9 @@
 """What is learned from running a module, and which modules do not keep the contract."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, NumericsError
@@ -25,7 +20,7 @@ from ...decoders import MultiHead, NanoGpt, Plain, Twice, Wrapper
 from ..plain import plain
 
 
-def reason(module: nn.Module, context: int = 20) -> str:
+def reason(module, context=20):
     with pytest.raises(UnkeptError) as caught:
         observe(module, context)
     return str(caught.value)
@@ -68,20 +63,20 @@ def test_attention_must_be_seen():
     assert "made no call of F.scaled_dot_product_attention" in reason(module)
 
 
-def attending(arguments: Callable[[int], dict[str, Any]]) -> nn.Module:
+def attending(arguments):
     """Passes `arguments(length)` to the call."""
 
-    def attend(m: Plain, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(m, query, key, value):
         return F.scaled_dot_product_attention(query, key, value, **arguments(query.shape[2]))
 
     return plain({"attend": attend})
 
 
-def causal(length: int) -> Tensor:
+def causal(length):
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
-def alibi(length: int) -> Tensor:
+def alibi(length):
     distance = torch.arange(length)[:, None] - torch.arange(length)
     slopes = 2.0 ** -torch.arange(1, 5)[:, None, None]
     return (-slopes * distance).masked_fill(~causal(length), float("-inf"))
@@ -124,31 +119,31 @@ def test_the_causal_mask_is_accepted_in_every_form(mask):
     assert len(observe(attending(lambda length: {"attn_mask": mask(length)}), 20).layers) == 1
 
 
-def merged(m: Plain, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def merged(m, query, key, value):
     """Heads merged into the batch."""
     rows = len(query)
     query, key, value = (t.flatten(0, 1) for t in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).unflatten(0, (rows, -1))
 
 
-def deeper(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+def deeper(m, ids, at):
     """As many layers as tokens."""
     hidden = Plain.embed(m, ids, at)
     for _ in range(ids.shape[1]):
-        hidden = m.apply_block(m.blocks[0], hidden, at)  # type: ignore[arg-type]
+        hidden = m.apply_block(m.blocks[0], hidden, at)
     return hidden
 
 
-def autocast(m: Plain, block: nn.ModuleDict, hidden: Tensor, at: Tensor) -> Tensor:
+def autocast(m, block, hidden, at):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return Plain.apply_block(m, block, hidden, at)
 
 
-def needs_mask(m: Plain, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def needs_mask(m, input_ids, position_ids, attention_mask):
     return Plain.forward(m, input_ids, position_ids)
 
 
-UNKEPT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+UNKEPT = {
     "dropout": (lambda: attending(lambda length: {"is_causal": True, "dropout_p": 0.1}), "drops out attention weights"),
     "merged heads": (lambda: plain({"attend": merged}), "received query, key and value of shapes (8, 1, 7, 8)"),
     "a layer per token": (lambda: plain({"embed": deeper}), "makes different attention calls for different lengths"),

@@ -1,11 +1,8 @@
 """How positions enter is seen by running the module, whatever its code calls them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pastkey.contract.bundle import CacheShift
 from pastkey.export.graft.probe.observe import observe
@@ -17,14 +14,14 @@ CONTEXT = 40
 LEARNED = "as learned ones do"
 
 
-def shift_of(module: nn.Module, context_length: int = CONTEXT) -> CacheShift:
+def shift_of(module, context_length=CONTEXT):
     return find_shift(module.eval(), observe(module.eval(), context_length), context_length)
 
 
 class Unplaced(Plain):
     """No positions at all."""
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         return self.token(input_ids)
 
 
@@ -34,10 +31,10 @@ class Turning(Unplaced):
     first, pairs, theta, factor = 0, 4, 100.0, 1.0
     interleaved = False
 
-    def angles(self, position_ids: Tensor) -> Tensor:
+    def angles(self, position_ids):
         return position_ids[:, None, :, None] * self.theta ** (-torch.arange(self.pairs) / self.pairs)
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         angles = self.angles(position_ids)
         cos, sin = self.factor * angles.cos(), self.factor * angles.sin()
         if self.interleaved:
@@ -69,7 +66,7 @@ class FirstNeighbours(Turning):
 class FasterLater(Turning):
     """Dynamic rotary positions, which change with the length."""
 
-    def angles(self, position_ids: Tensor) -> Tensor:
+    def angles(self, position_ids):
         return super().angles(position_ids) * (1 + position_ids.amax() / 100)
 
 
@@ -78,12 +75,12 @@ class Growing(Turning):
 
     grows = True
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         self.grows = not self.grows  # queries, then keys
         return super().turn(heads, position_ids) * (1.01 if self.grows else 1 / 1.01) ** position_ids[:, None, :, None]
 
 
-FOUND: dict[type[Plain], tuple[int, int, bool]] = {  # first channel, pairs, interleaved
+FOUND = {  # first channel, pairs, interleaved
     Turning: (0, 4, False),
     Scaled: (0, 4, False),
     LastChannels: (4, 2, False),
@@ -120,7 +117,7 @@ def test_without_positions_only_rows_go():
 
 def test_layers_that_turn_by_other_angles():
     class Both(Turning):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        def apply_block(self, block, hidden, position_ids):
             self.theta = {0: 100.0, 1: 10.0, 2: 100.0}[next(i for i, b in enumerate(self.blocks) if b is block)]
             return super().apply_block(block, hidden, position_ids)
 

@@ -1,9 +1,6 @@
 """Whether a cache gives what the author's call gives is seen in torch, before anything is traced."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,19 +10,19 @@ from torch import Tensor, nn
 from pastkey.export.graft.probe import proof as proof_module
 from pastkey.export.graft.probe.call import CONTRACT, Call
 from pastkey.export.graft.probe.observe import observe
-from pastkey.export.graft.probe.proof import SHORTEST, Proof, prove
+from pastkey.export.graft.probe.proof import SHORTEST, prove
 
 from ...cases import CASES
 from ...decoders import Plain
 from ..plain import plain
 
 
-def proved(module: nn.Module, context: int = 40) -> Proof:
+def proved(module, context=40):
     module.eval()
     return prove(module, module, Call(CONTRACT), observe(module, context), context, brief=False)
 
 
-def works(module: nn.Module, context: int = 20) -> bool:
+def works(module, context=20):
     return not proved(module, context).differs
 
 
@@ -35,25 +32,22 @@ def test_decoders_of_the_contract_pass(name):
     assert works(case.build(), case.context)
 
 
-def mixed(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def mixed(m, input_ids, position_ids):
     hidden = Plain.embed(m, input_ids, position_ids)
     return hidden + m.mix(F.pad(hidden.transpose(1, 2), (2, 0))).transpose(1, 2)
 
 
-def running_mean(m: Plain, hidden: Tensor) -> Tensor:
+def running_mean(m, hidden):
     return Plain.logits(m, hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[None, :, None])
 
 
-def shifted(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def shifted(m, input_ids, position_ids):
     hidden = Plain.embed(m, input_ids, position_ids)
     return hidden + F.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
 
-CONVOLUTION: dict[str, Callable[..., Any]] = {
-    "more": lambda m: setattr(m, "mix", nn.Conv1d(32, 32, 3, groups=32)),
-    "embed": mixed,
-}
-OTHER: dict[str, dict[str, Callable[..., Any]]] = {
+CONVOLUTION = {"more": lambda m: setattr(m, "mix", nn.Conv1d(32, 32, 3, groups=32)), "embed": mixed}
+OTHER = {
     "a convolution": CONVOLUTION,
     "a running mean": {"logits": running_mean},
     "a shift of tokens": {"embed": shifted},
@@ -71,7 +65,7 @@ def test_what_a_cache_of_keys_and_values_is_not_enough_for_is_seen(name):
 
 
 def test_a_failure_where_tokens_do_not_begin_at_position_0_is_seen():
-    def embed(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+    def embed(m, ids, at):
         return m.token(ids) + m.position.weight[: 2 * ids.shape[1] - 1][at]
 
     with pytest.raises(IndexError):
@@ -91,16 +85,16 @@ def test_no_positions_at_all_are_accepted():
 Factor = Callable[[Tensor, Tensor], Tensor]  # of ids and positions (B, T), a number (B,) of the whole text
 
 
-def scaled(factor: Factor, **arguments: Any) -> Plain:
+def scaled(factor, **arguments):
     """Moves the embeddings by the number."""
 
-    def embed(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+    def embed(m, ids, at):
         return Plain.embed(m, ids, at) + (factor(ids, at) - 1)[:, None, None] * torch.linspace(-1, 1, m.width)
 
     return plain({"embed": embed}, **arguments)
 
 
-def any_flagged(ids: Tensor, _: Tensor) -> Tensor:
+def any_flagged(ids, _):
     flags = torch.zeros(5000, dtype=torch.bool)
     flags[4321] = True
     return torch.where(flags[ids].any(1), 1.5, 1.0)
@@ -123,23 +117,23 @@ def test_numbers_that_depend_on_the_length_are_seen_with_the_shortest_text(name)
     assert proof.off > 1e-3
 
 
-def flagged_first(ids: Tensor, _: Tensor) -> Tensor:
+def flagged_first(ids, _):
     flags = torch.zeros(5000, dtype=torch.bool)
     flags[4321] = True
     return torch.where(flags[ids[:, 0]], 1.5, 1.0)
 
 
-def counted(ids: Tensor, _: Tensor) -> Tensor:
+def counted(ids, _):
     counts = torch.zeros(len(ids), 5000).scatter_add(1, ids, torch.ones(ids.shape))
     return torch.where(counts[:, 4321] > 0, 1.5, 1.0)
 
 
-def multiplied(ids: Tensor, _: Tensor) -> Tensor:
+def multiplied(ids, _):
     hits = (ids == 4321).float()[:, None, :] @ torch.ones(len(ids), ids.shape[1], 1)
     return 1 + hits[:, 0, 0]
 
 
-def one_of_nine(ids: Tensor, _: Tensor) -> Tensor:
+def one_of_nine(ids, _):
     hits = [(ids == number).any(1) * (number == 4321) for number in (*range(10, 90, 10), 4321)]
     return 1 + torch.stack(hits).sum(0)
 
@@ -165,7 +159,7 @@ def test_numbers_that_depend_on_a_rare_content_are_seen(name):
     assert proved(scaled(OF_CONTENT[name], vocab=5000)).differs
 
 
-def loud(m: Plain, ids: Tensor, at: Tensor) -> Tensor:
+def loud(m, ids, at):
     x = Plain.embed(m, ids, at)
     return x * torch.where(x.norm(dim=-1).amax(1) > 12, 1.5, 1.0)[:, None, None]
 
@@ -176,7 +170,7 @@ def test_a_norm_that_few_tokens_exceed_is_seen():
     assert proved(module).differs
 
 
-def banned(m: Plain, hidden: Tensor) -> Tensor:
+def banned(m, hidden):
     """Bans the last tokens, as models with unused rows in their embeddings do."""
     return Plain.logits(m, hidden).masked_fill(torch.arange(m.vocab) >= m.vocab - 3, torch.finfo().min)
 
@@ -191,7 +185,7 @@ def test_a_maximum_that_changes_no_logit_is_accepted():
     assert works(plain({"embed": lambda m, ids, at: m.token(ids) + m.position.weight[: int(at.max()) + 1][at]}), 40)
 
 
-def chosen(m: Plain, hidden: Tensor) -> Tensor:
+def chosen(m, hidden):
     """Multiplies by one of two numbers, by a sign that rounding decides: an expert whose router is at a tie."""
     tie = hidden.sum(-1, keepdim=True) - hidden.flip(-1).sum(-1, keepdim=True)
     return Plain.logits(m, hidden * torch.where(tie.abs() > 1e-12, 2.0, 1.0))

@@ -1,10 +1,7 @@
 """The run of a whole text finds each attention; the weights of one are run with scores that are given."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
 from pastkey.export.graft.time_axis.interpret import Weights
@@ -22,7 +19,7 @@ def test_given_scores_become_the_weights_of_the_last_rows():
     assert torch.allclose(found, (scores * 0.5).masked_fill(future, -torch.inf).softmax(-1))
 
 
-def grouped(x: Tensor) -> Tensor:
+def grouped(x):
     heads = x.view(1, x.shape[1], 4, 2).transpose(1, 2)
     found = F.scaled_dot_product_attention(heads, heads[:, :2], heads[:, 2:], is_causal=True, enable_gqa=True)
     return found.transpose(1, 2).flatten(2)
@@ -36,7 +33,7 @@ def test_a_call_of_attention_is_one_attention_with_grouped_heads():
 
 
 def test_a_mask_by_a_table_is_added():
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask, scale=0.3)
 

@@ -1,7 +1,5 @@
 """Where the axes of a tensor are."""
 
-from __future__ import annotations
-
 import torch
 
 from pastkey.export.graft.time_axis.values import NEW, Axis, Value

@@ -1,7 +1,5 @@
 """Static graphs in int8 for QNN: MatMuls between QuantizeLinear and DequantizeLinear, over one data file."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,18 +1,15 @@
 """Static graphs: every size a number, masks as inputs, new rows as outputs, and the same numbers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
-from torch import nn
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, StaticShape, open_bundle
+from pastkey.contract.bundle import StaticShape, open_bundle
 from pastkey.errors import ContractError
-from pastkey.export import Report, export
+from pastkey.export import export
 from pastkey.export.graph.static.static import make_static
 from pastkey.export.graph.write.weights_file import WeightsFile
 
@@ -24,11 +21,11 @@ CHECKS = {"prefill", "decode", "chunks_of_7", "chunks_of_64", "greedy"}
 MASK = "int64[batch_size,total_sequence_length] attention_mask"
 
 
-def export_static(module: nn.Module, out: Path, context: int, target: str = "cpu") -> Report:
+def export_static(module, out, context, target="cpu"):
     return export(module, out, precision="fp32", target=target, graph="static", chunk=7, context_length=context)
 
 
-def require_equal(report: Report) -> None:
+def require_equal(report):
     """`verify` has run prefill, decode and chunks by these graphs, and compared them with the module."""
     parity = report.manifest.parity["fp32"]
     assert (parity["ok"], parity["reference"]) == (True, "source")
@@ -51,7 +48,7 @@ def test_a_decoder_computes_the_same_by_static_graphs(name, tmp_path):
         require_fixed(path, bundle, tokens)
 
 
-def require_fixed(path: Path, bundle: Bundle, tokens: int) -> None:
+def require_fixed(path, bundle, tokens):
     """Sizes are numbers, ids int32, and weights where those of the common graph are."""
     model = onnx.load(path, load_external_data=False)
     onnx.checker.check_model(str(path))
@@ -109,7 +106,7 @@ def test_what_masks_cannot_tell_is_refused(family, sentence, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def standard(body: str) -> ir.Model:
+def standard(body):
     """A graph of an attention's scores and nothing else."""
     model = model_of(
         f"g (int64[batch_size,sequence_length] input_ids, {MASK}, "

@@ -1,14 +1,11 @@
 """Tables that the host reads: Core ML's graph gathers nothing and takes no angles, and computes the same."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +20,6 @@ from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 
-from ....conftest import MadeOnce
 from ....shared import divided
 from ...cases import CASES
 from ...small_graphs import model_of, run_model
@@ -31,9 +27,9 @@ from ...small_graphs import model_of, run_model
 RNG = np.random.default_rng(0)
 
 
-def for_core_ml(name: str, made_once: MadeOnce) -> Path:
+def for_core_ml(name, made_once):
     case = CASES[name]
-    how: dict[str, Any] = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
+    how = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
     return made_once(f"{name}-coreml", lambda folder: export(case.build(), folder / "b", **how)) / "b"
 
 
@@ -55,7 +51,7 @@ def test_core_ml_takes_every_node_in_one_part(name, made_once):
     assert generated.new_tokens == 5
 
 
-def usability(path: Path) -> str:
+def usability(path):
     """What onnxruntime's checker says of Core ML's newer format."""
     command = [
         sys.executable,

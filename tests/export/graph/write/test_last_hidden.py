@@ -1,9 +1,6 @@
 """The last hidden states of a bundle are what its module's output head multiplies."""
 
-from __future__ import annotations
-
 import shutil
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -64,11 +61,10 @@ def test_they_are_the_heads_input_whatever_the_head_is_made_of(body, form):
     assert [str(size) for size in model.graph.outputs[1].shape or ()] == [names.BATCH, names.SEQUENCE, str(H)]
 
 
-def transformers_states(model: Any, ids: list[int]) -> np.ndarray:
+def transformers_states(model, ids):
     with torch.no_grad():
         output = model(torch.tensor([ids]), output_hidden_states=True)
-    states: np.ndarray = output.hidden_states[-1][0].numpy()
-    return states
+    return output.hidden_states[-1][0].numpy()
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -136,13 +132,13 @@ def test_a_bundle_is_as_before_without_them_and_its_manifest_must_agree(exported
 class TwoHeads(torch.nn.Module):
     """Its logits are a sum of two products."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inner = llama()
         self.other = torch.nn.Linear(61, 61, bias=False)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.inner(input_ids, position_ids)
+    def forward(self, input_ids, position_ids):
+        logits = self.inner(input_ids, position_ids)
         return logits + torch.softmax(self.other(logits), -1)
 
 

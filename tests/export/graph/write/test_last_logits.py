@@ -1,9 +1,6 @@
 """The logits of the last positions, chosen before the output head where there is one."""
 
-from __future__ import annotations
-
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from pastkey.contract import names
@@ -22,7 +19,7 @@ TEXT = (
 )
 
 
-def chosen_from(model: ir.Model) -> str:
+def chosen_from(model):
     """The name of what the last positions are taken of."""
     (node,) = (node for node in model.graph if str(node.name).startswith("last_positions_Slice"))
     return str(node.inputs[0].name)
@@ -65,7 +62,7 @@ def test_everything_of_an_int8_head_reads_the_chosen_positions():
 # --- the output head is found in the float32 graph, and marked where int8 nodes take its place ------------------------
 
 
-def head_of(body: str, columns: int = 32) -> ir.Model:
+def head_of(body, columns=32):
     """A graph x (1, T, columns) -> logits (1, T, 40) with the weights w (columns, 40), e (40, columns) and b (40,)."""
     weights = {
         "w": RNG.normal(size=(columns, 40)).astype(np.float32),
@@ -147,7 +144,7 @@ g (float[batch_size,sequence_length,16] x, int64[batch_size,total_sequence_lengt
 """
 
 
-def operators(model: ir.Model) -> list[str]:
+def operators(model):
     return [node.op_type for node in model.graph]
 
 

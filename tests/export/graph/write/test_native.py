@@ -1,7 +1,5 @@
 """The native graph has the kernel library's operators in the place of onnxruntime's, and computes the same."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import numpy as np
@@ -79,7 +77,7 @@ def test_a_node_takes_in_what_stands_around_it(body, operator, attributes, bits)
         np.testing.assert_allclose(_run_native(model, x=x), expected, rtol=2e-5, atol=2e-4)
 
 
-def _run_native(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
+def _run_native(model, **inputs):
     import pastkey_kernels
 
     options = onnxruntime.SessionOptions()

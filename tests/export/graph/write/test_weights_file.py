@@ -1,10 +1,7 @@
 """A weights file of several graphs has equal content once."""
 
-from __future__ import annotations
-
 import errno
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,7 +23,7 @@ from pastkey.runtime import Engine
 
 from ...cases import CASES
 from ...plain_loop import onnxruntime
-from ...small_graphs import Array, model_of
+from ...small_graphs import model_of
 
 
 def test_equal_content_is_written_once_and_begins_on_a_cache_line(tmp_path):
@@ -146,7 +143,7 @@ TEXT = (
 )
 
 
-def written(folder: Path, w: Array, v: Array) -> tuple[int, onnx.ModelProto, onnx.ModelProto]:
+def written(folder, w, v):
     """The bytes that are told, and the two graphs without their weights."""
     told = write_graphs(model_of(TEXT, w=w, v=v), folder, "fp32")
     all_logits, last_logits = (
@@ -156,7 +153,7 @@ def written(folder: Path, w: Array, v: Array) -> tuple[int, onnx.ModelProto, onn
     return told, all_logits, last_logits
 
 
-def places(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
+def places(model):
     return {w.name: {e.key: e.value for e in w.external_data} for w in model.graph.initializer if w.external_data}
 
 

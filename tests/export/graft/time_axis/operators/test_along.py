@@ -1,11 +1,8 @@
 """What goes along an axis: along channels as in torch, along the keys of scores, along positions not at all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
 
@@ -51,7 +48,7 @@ def test_along_positions_it_is_refused_by_its_cause(function, kind, words):
 
 
 def test_scores_are_masked_by_a_triangle_in_the_manner_of_their_author():
-    def linear(x: Tensor) -> Tensor:
+    def linear(x):
         return (x @ x.mT).tril() @ x
 
     assert result(linear).scores == frozenset()
@@ -59,7 +56,7 @@ def test_scores_are_masked_by_a_triangle_in_the_manner_of_their_author():
 
 
 def test_an_own_softmax_passes():
-    def own(x: Tensor) -> Tensor:
+    def own(x):
         scores = (x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         return (weights / weights.sum(-1, keepdim=True)) @ x

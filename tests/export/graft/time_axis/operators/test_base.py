@@ -1,9 +1,6 @@
 """Tables beside values, and pointwise operators."""
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
 from pastkey.export.graft.time_axis.values import NEW
@@ -22,7 +19,7 @@ def test_operands_of_fewer_axes_are_aligned_from_the_right():
 
 
 def test_complex_numbers_are_multiplied_as_pairs():
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         pairs = torch.view_as_complex(x.reshape(1, x.shape[1], WIDTH // 2, 2))
         angles = torch.outer(torch.arange(x.shape[1]).float(), torch.ones(WIDTH // 2))
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(2)
@@ -31,7 +28,7 @@ def test_complex_numbers_are_multiplied_as_pairs():
 
 
 def test_other_operators_of_complex_numbers_are_refused():
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         pairs = torch.view_as_complex(x.reshape(1, x.shape[1], WIDTH // 2, 2))
         return torch.view_as_real(torch.exp(pairs)).flatten(2)
 

@@ -1,17 +1,14 @@
 """Parts of a tensor, and what is joined or written: along channels as in torch, along positions not at all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 
 from ..small import VOCAB, WIDTH, Of, cause, followed, ids_of, result
 
 
-def marked(x: Tensor) -> Tensor:
+def marked(x):
     """Every second channel of a table of tokens is written into."""
     x = x * 1
     x[..., ::2] = x[..., 1::2] * 2
@@ -42,7 +39,7 @@ def test_parts_of_channels_are_those_of_torch(function):
 
 @pytest.mark.parametrize("last", [lambda x: x[:, -1], lambda x: x[:, [-1], :].squeeze(1), lambda x: x[:, -1:][:, 0]])
 def test_the_last_position_is_computed_for_every_one(last):
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         return torch.tanh(last(x)) * 2
 
     run = followed(function)

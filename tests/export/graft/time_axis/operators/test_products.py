@@ -1,11 +1,8 @@
 """Products: of channels as in torch; of rows with rows an attention."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
 from pastkey.export.graft.time_axis.values import KEY, NEW
@@ -34,14 +31,14 @@ def test_products_of_channels_are_those_of_torch(function):
     result(function)
 
 
-def by_einsum(x: Tensor) -> Tensor:
+def by_einsum(x):
     heads = x.view(1, x.shape[1], 2, 4)
     scores = torch.einsum("bqhd,bkhd->bhqk", heads, heads)
     scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), heads).flatten(2)
 
 
-def keys_first(x: Tensor) -> Tensor:
+def keys_first(x):
     scores = x @ x.mT  # keys, queries
     scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).tril(-1).bool(), -torch.inf)
     return scores.softmax(1).mT @ x

@@ -1,7 +1,5 @@
 """An operator has a rule, or is refused by its name and line."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,13 +1,10 @@
 """Views, permutations and expansions equal torch's, and leave what is expanded uncopied."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pastkey.export.graft.time_axis.values import NEW, Axis
 
@@ -40,7 +37,7 @@ def test_positions_merged_with_others_are_an_axis_of_factors():
 
 
 def test_heads_that_are_repeated_stay_uncopied():
-    def grouped(x: Tensor) -> Tensor:
+    def grouped(x):
         keys = x.view(1, x.shape[1], 2, 4).transpose(1, 2)
         return keys[:, :, None].expand(1, 2, 3, x.shape[1], 4).reshape(1, 6, x.shape[1], 4)
 
@@ -50,7 +47,7 @@ def test_heads_that_are_repeated_stay_uncopied():
 
 
 def test_two_expanded_axes_of_which_one_is_merged_in_the_wrong_order_are_copied():
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         wide = x.view(1, x.shape[1], 1, 2, 4, 1).expand(1, -1, 3, 2, 4, 5)
         return wide.reshape(1, x.shape[1], 6, 4, 5)
 
@@ -71,7 +68,7 @@ def test_a_shape_that_mixes_positions_is_refused(function, words):
 
 # --- chains -------------------------------------------------------------------------------------------------------
 @st.composite
-def chains(draw: st.DrawFn) -> list[tuple[str, tuple[int, ...]]]:
+def chains(draw):
     """Steps on a shape in which T stands as 0."""
     shape, steps = [1, 0, WIDTH], []
     for _ in range(draw(st.integers(1, 5))):
@@ -96,7 +93,7 @@ def chains(draw: st.DrawFn) -> list[tuple[str, tuple[int, ...]]]:
     return steps
 
 
-def taken(x: Tensor, steps: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+def taken(x, steps):
     length = x.shape[1]
     for kind, numbers in steps:
         sizes = [n or length for n in numbers]

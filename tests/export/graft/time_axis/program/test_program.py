@@ -1,10 +1,7 @@
 """Two traces become one program of numbers a·T + b; what has no such form is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 from pastkey.export.graft.time_axis.program.program import LengthNumber, Size, Tables, size_of
@@ -57,7 +54,7 @@ def test_a_table_of_python_numbers_is_traced_again_for_its_length():
 def test_a_branch_on_a_table_is_taken_as_every_text_takes_it():
     kept = torch.ones(3)
 
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         return x * 2 if bool(kept.sum() == 3) else x
 
     assert program_of(function).logits.name == "mul"
@@ -70,7 +67,7 @@ def test_a_branch_on_the_tokens_is_refused():
 
 
 def test_a_loop_over_positions_is_a_recurrence():
-    def function(x: Tensor) -> Tensor:
+    def function(x):
         state, rows = x[:, 0], []
         for i in range(x.shape[1]):
             state = torch.tanh(state + x[:, i])

@@ -1,12 +1,8 @@
 """Functions that choose rows by numbers give the same where all rows are taken, in real runs and in a trace."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.export.graft.probe.causes import Kind, ObstacleError
 from pastkey.export.graft.time_axis.program.python_branches import Replay, heard
@@ -17,17 +13,17 @@ TABLE = torch.randn(MANY, WIDTH, generator=torch.Generator().manual_seed(0))
 OTHER = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def embedded(ids: Tensor) -> Tensor:
+def embedded(ids):
     return TABLE[ids]  # (1, T, C)
 
 
-def replayed(run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+def replayed(run, ids):
     told = heard(run, ids.shape[1], VOCAB)
     with Replay(told):
         return run(ids)
 
 
-def batch_and_rows(ids: Tensor) -> Tensor:
+def batch_and_rows(ids):
     x = embedded(ids)
     batch, rows = torch.where(x[..., 0] > 0)
     out = x.clone()
@@ -35,7 +31,7 @@ def batch_and_rows(ids: Tensor) -> Tensor:
     return out
 
 
-def columns_of_nonzero(ids: Tensor) -> Tensor:
+def columns_of_nonzero(ids):
     x = embedded(ids)
     found = (x[..., 0] > 0).nonzero()
     out = x.clone()
@@ -43,25 +39,25 @@ def columns_of_nonzero(ids: Tensor) -> Tensor:
     return out
 
 
-def second_axis(ids: Tensor) -> Tensor:
+def second_axis(ids):
     x = embedded(ids)
     rows = (x[0, :, 0] > 0).nonzero(as_tuple=True)[0]
     return x.index_add(1, rows, x[:, rows] @ OTHER, alpha=2)
 
 
-def copied(ids: Tensor) -> Tensor:
+def copied(ids):
     x = embedded(ids)[0]
     rows = (x[:, 0] > 0).nonzero().squeeze(-1)
     return x.index_copy(0, rows, torch.index_select(x, dim=0, index=rows) @ OTHER)[None]
 
 
-def put(ids: Tensor) -> Tensor:
+def put(ids):
     x = embedded(ids)[0].clone()
     rows = torch.argwhere(x[:, 0] > 0).view(-1)
     return x.index_put_((rows,), x[rows] @ OTHER, accumulate=True)[None]
 
 
-def in_the_middle(ids: Tensor) -> Tensor:
+def in_the_middle(ids):
     x = embedded(ids)[0].unflatten(-1, (2, 3))  # (T, 2, 3)
     rows = (x[:, 0, 0] > 0).nonzero().flatten()
     out = x.clone()
@@ -69,7 +65,7 @@ def in_the_middle(ids: Tensor) -> Tensor:
     return out.flatten(1)[None]
 
 
-def no_rows_at_all(ids: Tensor) -> Tensor:
+def no_rows_at_all(ids):
     x = embedded(ids)
     mask = x[..., 0] > 1e9
     if mask.sum().item() != 0:
@@ -78,7 +74,7 @@ def no_rows_at_all(ids: Tensor) -> Tensor:
     return x
 
 
-def merged_rows(ids: Tensor) -> Tensor:
+def merged_rows(ids):
     x = embedded(ids)[0].repeat_interleave(2, dim=0)  # (2T, C)
     mask = x[:, 0] > 0
     out = torch.zeros_like(x)
@@ -86,7 +82,7 @@ def merged_rows(ids: Tensor) -> Tensor:
     return out.view(-1, 2, WIDTH).sum(1)[None]
 
 
-def a_table(ids: Tensor) -> Tensor:
+def a_table(ids):
     x = embedded(ids)
     rows, columns = torch.ones(ids.shape[1], ids.shape[1]).triu(1).nonzero(as_tuple=True)
     mask = torch.zeros(ids.shape[1], ids.shape[1])
@@ -94,14 +90,14 @@ def a_table(ids: Tensor) -> Tensor:
     return x + mask.sum(1)[None, :, None]
 
 
-def into_itself(ids: Tensor) -> Tensor:
+def into_itself(ids):
     x = embedded(ids)
     x[ids == 7] = 0
     x[(ids > 20) & (ids < 25)] *= 2
     return x
 
 
-def an_axis_before(ids: Tensor) -> Tensor:
+def an_axis_before(ids):
     x = embedded(ids).transpose(1, 2).contiguous()  # (1, C, T)
     batch, rows = torch.where(ids > 9)
     x[batch, :, rows] = 1.0
@@ -123,11 +119,11 @@ def test_all_rows_give_what_the_chosen_give(run):
 
 
 class Called(nn.Module):
-    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, run):
         super().__init__()
         self.run, self.told = run, heard(run, LENGTH, VOCAB)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids):
         with Replay(self.told):
             return self.run(ids)
 
@@ -141,12 +137,12 @@ def test_a_trace_on_one_text_is_right_of_another(run):
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
-def another_sign(ids: Tensor) -> Tensor:
+def another_sign(ids):
     x = embedded(ids)
     return -x if (ids == 7).any() else x
 
 
-def less_their_mean(ids: Tensor) -> Tensor:
+def less_their_mean(ids):
     x = embedded(ids)[0]
     mask = x[:, 0] > 0
     out = torch.zeros_like(x)
@@ -154,13 +150,13 @@ def less_their_mean(ids: Tensor) -> Tensor:
     return out[None]
 
 
-def by_their_number(ids: Tensor) -> Tensor:
+def by_their_number(ids):
     x = embedded(ids)[0]
     rows = (x[:, 0] > 0).nonzero().flatten()
     return x.index_add(0, rows, x[rows] / max(rows.numel(), 1))[None]
 
 
-def beyond_a_number(ids: Tensor) -> Tensor:
+def beyond_a_number(ids):
     x = embedded(ids)[0]
     mask = x[:, 0] > 0
     if mask.sum() < 2:
@@ -170,25 +166,25 @@ def beyond_a_number(ids: Tensor) -> Tensor:
     return out[None]
 
 
-def several_of_a_row(ids: Tensor) -> Tensor:
+def several_of_a_row(ids):
     x = embedded(ids)[0]
     rows, columns = torch.where(x > 0)
     return x.index_add(0, rows, x[rows, columns, None].expand(-1, WIDTH))[None]
 
 
-def computed_with(ids: Tensor) -> Tensor:
+def computed_with(ids):
     x = embedded(ids)[0]
     rows = (x[:, 0] > 0).nonzero().flatten()
     return x.index_add(0, rows, rows[:, None] + x[rows])[None]
 
 
-def beside_others(ids: Tensor) -> Tensor:
+def beside_others(ids):
     x = embedded(ids)[0]
     rows = (x[:, 0] > 0).nonzero().flatten()
     return x.index_put((rows, torch.zeros(1, dtype=torch.long)), torch.zeros(()))[None]
 
 
-def only_a_wrong_guess_raises(ids: Tensor) -> Tensor:
+def only_a_wrong_guess_raises(ids):
     x = embedded(ids)
     if ids[0, 0] == 7:
         place = {7: 1}[int(ids[0, 0])]
@@ -196,7 +192,7 @@ def only_a_wrong_guess_raises(ids: Tensor) -> Tensor:
     return x
 
 
-def checked_within(ids: Tensor) -> Tensor:
+def checked_within(ids):
     x = embedded(ids)
     if ids[0, 0] == 7:
         x = x * 2
@@ -205,7 +201,7 @@ def checked_within(ids: Tensor) -> Tensor:
     return x
 
 
-def always_so(ids: Tensor) -> Tensor:
+def always_so(ids):
     x = embedded(ids)
     return x.tanh() if (x < 1e9).all() else x
 
@@ -231,7 +227,7 @@ def test_a_token_that_no_text_has_is_not_taken_for_an_assertion(run):
 
 
 def test_an_assertion_may_put_numbers_into_its_words():
-    def checked(ids: Tensor) -> Tensor:
+    def checked(ids):
         if ids.max() >= VOCAB:
             raise ValueError(f"the largest of {ids.shape[1]} tokens is {ids.max().item()}")
         return embedded(ids)
@@ -242,7 +238,7 @@ def test_an_assertion_may_put_numbers_into_its_words():
 def test_a_call_that_asks_nothing_is_run_once():
     runs = []
 
-    def run(ids: Tensor) -> Tensor:
+    def run(ids):
         runs.append(ids)
         return embedded(ids) @ OTHER
 

@@ -1,34 +1,30 @@
 """What the weights of an attention are is seen from numbers alone."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from pastkey.export.graft.time_axis.step.attention_form import GivenWeights, LooksAhead, Softmax, recognised
+from pastkey.export.graft.time_axis.step.attention_form import LooksAhead, recognised
 
 CONTEXT, HEADS = 24, 3
 
 
-def distance(new: int, total: int) -> Tensor:
+def distance(new, total):
     """(T, S) of the key before the query."""
     return torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
 
 
-def masked(scores: Tensor, window: int | None = None, ahead: int = 0) -> Tensor:
+def masked(scores, window=None, ahead=0):
     far = distance(*scores.shape[2:])
     return scores.masked_fill((far < -ahead) | (far >= (window or CONTEXT)), -math.inf)
 
 
-def weights_of(change: Callable[[Tensor], Tensor]) -> GivenWeights:
+def weights_of(change):
     return lambda scores, total: change(scores[0]).softmax(-1)
 
 
-def found(change: Callable[[Tensor], Tensor]) -> Softmax:
+def found(change):
     softmax = recognised(weights_of(change), 1, (HEADS,), CONTEXT)
     assert softmax is not None
     return softmax
@@ -37,7 +33,7 @@ def found(change: Callable[[Tensor], Tensor]) -> Softmax:
 SLOPES = 2.0 ** -torch.arange(1, HEADS + 1)
 
 
-def alibi(scores: Tensor) -> Tensor:
+def alibi(scores):
     return masked(scores * 0.25 - SLOPES[:, None, None] * distance(*scores.shape[2:]))
 
 
@@ -68,7 +64,7 @@ def test_a_soft_cap_is_told():
 def test_sinks_take_their_share():
     sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 
-    def change(scores: list[Tensor], total: int) -> Tensor:
+    def change(scores, total):
         column = sinks[None, :, None, None].expand(*scores[0].shape[:3], 1)
         return torch.cat([masked(scores[0]), column], -1).softmax(-1)[..., :-1]
 
@@ -96,7 +92,7 @@ def test_scores_that_are_left_out_have_no_scale():
 
 @pytest.mark.parametrize("head", [0, 2])
 def test_a_later_token_that_is_seen_is_told_with_its_head(head):
-    def one_ahead(scores: Tensor) -> Tensor:
+    def one_ahead(scores):
         return torch.where(torch.arange(HEADS)[:, None, None] == head, masked(scores, ahead=1), masked(scores))
 
     with pytest.raises(LooksAhead) as caught:
@@ -106,7 +102,7 @@ def test_a_later_token_that_is_seen_is_told_with_its_head(head):
 
 
 MIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.5, 0.0, 1.0]], dtype=torch.float64)
-OTHER: dict[str, GivenWeights] = {
+OTHER = {
     "heads that talk": weights_of(lambda s: masked(torch.einsum("hg,bgts->bhts", MIX, s))),
     "a table that is not of the distance": weights_of(
         lambda s: masked(s + torch.arange(s.shape[3]).remainder(3) * (torch.arange(s.shape[2])[:, None] + 1))
@@ -124,7 +120,7 @@ def test_anything_else_is_left_as_it_is(name):
 
 
 def test_a_later_token_is_seen_where_the_weights_are_no_softmax():
-    def ahead(scores: list[Tensor], total: int) -> Tensor:
+    def ahead(scores, total):
         del total
         return scores[0].relu()
 

@@ -1,7 +1,5 @@
 """A smaller row that keys and values are linear functions of is cached in their place."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

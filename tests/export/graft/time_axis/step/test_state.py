@@ -1,34 +1,29 @@
 """Rows that are shifted keep as many rows as they reach back; what reaches ahead or too far is refused."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pastkey.export.graft.probe.causes import Kind
-from pastkey.export.graft.time_axis.step.state import MOST_ROWS, Shifted, State, find_state
+from pastkey.export.graft.time_axis.step.state import MOST_ROWS, Shifted, find_state
 from pastkey.export.graft.time_axis.values import NEW
 
 from ..small import WIDTH, followed, told, weight
 
 
-def state(function: Callable[[Tensor], Tensor]) -> State:
+def state(function):
     run = followed(function)
     assert not run.refused
     (end,) = run.shifted_back
     return find_state(run.program, end, run.known, run.local, weight)
 
 
-def convolved(x: Tensor, kernel: int, before: int) -> Tensor:
+def convolved(x, kernel, before):
     weights = torch.arange(1.0, 1 + WIDTH * kernel).reshape(WIDTH, 1, kernel) / kernel
     return F.conv1d(F.pad(x.mT, (before, kernel - 1 - before)), weights, groups=WIDTH).mT
 
 
-SHIFTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+SHIFTS = {
     "padded and cut": (lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1], 1),
     "joined with zeros": (lambda x: torch.cat([torch.zeros(1, 1, WIDTH), x[:, :-1]], 1), 1),
     "by two": (lambda x: F.pad(x, (0, 0, 2, -2)), 2),

@@ -1,19 +1,17 @@
 """A step computes new tokens at their positions as the whole text does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find
 
-from ..small import VOCAB, WIDTH, Function, Of
+from ..small import VOCAB, WIDTH, Of
 
 CONTEXT = 24
 TABLE = torch.randn(CONTEXT, WIDTH, generator=torch.Generator().manual_seed(5))
 
 
-def decoder(function: Function) -> TimeAxisDecoder:
+def decoder(function):
     module = Of(function).eval()
     found = find(module, lambda module, ids: module(ids), CONTEXT, VOCAB)
     return TimeAxisDecoder(module, lambda module, ids: module(ids), found, CONTEXT)
