@@ -15,7 +15,6 @@ from pastkey.errors import ContractError, InputError
 from pastkey.export import export
 from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.contract import in_contract
-from pastkey.export.graft.probe.observe import run_on, run_uncached
 from pastkey.export.graft.trace import choose_graph
 from pastkey.export.source.open import open_source
 from pastkey.precisions import PRECISIONS
@@ -23,6 +22,7 @@ from pastkey.runtime import load
 
 from ...shared import divided
 from ..families import CONTEXT, FAMILIES, FEW, FROM_TRANSFORMERS_5, IN_CI, QUICK, REFUSED, WINDOW, build, greedy
+from .plain import steps
 
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
 # Whose graph CI compares as well: ALiBi by hand, sinks and experts, latents of two head sizes, convolutions with a
@@ -50,12 +50,7 @@ def test_steps_with_a_cache_give_transformers_own_logits(family):
     ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = build(family).eval()(ids).logits
-    past = run_uncached(taken.module, ids[:, :5])
-    logits = [past.logits]
-    for start, end in ((5, 6), (6, 13), *((i, i + 1) for i in range(13, 30))):
-        past = run_on(taken.module, past, ids[:, start:end])
-        logits.append(past.logits)
-    assert logits_difference(expected, torch.cat(logits, 1)) < 1e-4
+    assert logits_difference(expected, steps(taken.module, ids, 5, 6, 13)) < 1e-4
 
 
 @pytest.mark.parametrize("family", divided(FAMILIES, quick=QUICK, ci=EXPORTED))

@@ -17,6 +17,7 @@ from pastkey.runtime.engine.engine import Engine
 
 from ...shared import divided
 from ...train.helpers import TINY, write_corpus
+from .. import tiny_llama
 from .test_fuse import rotating
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -34,26 +35,8 @@ ROTARY = {
 def llama(kind):
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("the configuration is written as transformers 5 has it")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=2 * HALF,
-        max_position_embeddings=96,
-        bos_token_id=1,
-        eos_token_id=2,
-        rope_parameters={"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind],
-    )
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.2)
-    return model
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind]
+    return tiny_llama.llama(max_position_embeddings=96, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("kind", divided(ROTARY, ci=["longrope", "dynamic", "yarn"]))

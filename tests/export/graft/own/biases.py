@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import CONTEXT, WIDTH, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, Gpt, NoPositions, Own, Qkv
 
 WINDOW = 10
 
@@ -167,21 +167,6 @@ class TalkingHeads(Scored):
         return 2 * torch.einsum("gh,bhij->bgij", self.after.weight, weights) @ v
 
 
-class Differential(nn.Module):
-    """One softmax less a part of another, over two halves of each key."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.lambda_ = nn.Parameter(torch.tensor(0.4))
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
-        (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
-        one, other = (causal(a @ b.mT / math.sqrt(8)).softmax(-1) for a, b in ((q1, k1), (q2, k2)))
-        return self.o(((one - self.lambda_ * other) @ v).transpose(1, 2).flatten(2))
-
-
 class LargestScores(Scored):
     """The five largest scores of each row alone."""
 
@@ -205,5 +190,4 @@ DECODERS = {
     "sinks": Own(lambda: Gpt(Sinks)),
     "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
     "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
-    "differential": Own(lambda: Gpt(Differential), graph="standard"),  # two softmaxes share the values
 }  # fmt: skip

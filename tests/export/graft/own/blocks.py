@@ -79,6 +79,112 @@ class Stack(nn.Module):
         return self.output(self.norm(h)) / 2
 
 
+# --- experts that compute only the tokens that chose them -------------------------------------------------------------
+EXPERTS, ACTIVE = 4, 2
+
+
+class Experts(nn.Module):
+    """A router's two best experts of four for each token; a variant says how their rows are taken and given back."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.gate = nn.Linear(width, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(
+            [nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, width)) for _ in range(EXPERTS)]
+        )
+
+    def forward(self, x):
+        flat = x.view(-1, x.size(-1))  # (B*T, C)
+        weights, which = torch.topk(self.gate(flat), ACTIVE)
+        return self.routed(flat, weights.softmax(-1), which).view_as(x)
+
+    def routed(self, x, weights, which):
+        raise NotImplementedError
+
+
+class Where(Experts):
+    """torch.where gives the rows, and where in them the expert stands."""
+
+    def routed(self, x, weights, which):
+        results = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, nth = torch.where(which == i)
+            results[rows] += weights[rows, nth, None] * expert(x[rows])
+        return results
+
+
+class Counted(Experts):
+    """An expert without tokens, by their count, is left out."""
+
+    def routed(self, x, weights, which):
+        y = torch.zeros_like(x)
+        counts = torch.bincount(which.flatten(), minlength=EXPERTS).tolist()
+        for i in range(EXPERTS):
+            if counts[i] == 0:
+                continue
+            idx, top = torch.where(which == i)
+            y[idx] += self.experts[i](x[idx]) * weights[idx, top, None]
+        return y
+
+
+class Unique(Experts):
+    """Only the experts that any token chose."""
+
+    def routed(self, x, weights, which):
+        out = torch.zeros(x.size(0), WIDTH, dtype=x.dtype)
+        for chosen in torch.unique(which):
+            expert = int(chosen.item())
+            mask = which == expert
+            rows = mask.any(dim=-1).nonzero(as_tuple=False).squeeze(-1)
+            if rows.numel() == 0:
+                continue
+            nth = mask[rows].int().argmax(dim=-1, keepdim=True)
+            weight = torch.gather(weights.index_select(0, rows), dim=-1, index=nth).squeeze(-1)
+            out.index_add_(0, rows, self.experts[expert](x.index_select(0, rows)) * weight.unsqueeze(-1))
+        return out
+
+
+class Hit(Experts):
+    """A mask of experts, places and tokens, and a list of the experts that are hit."""
+
+    def routed(self, x, weights, which):
+        final = torch.zeros_like(x)
+        mask = F.one_hot(which, num_classes=EXPERTS).permute(2, 1, 0)  # (E, k, B*T)
+        for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            nth, rows = torch.where(mask[expert].squeeze(0))
+            state = x[None, rows].reshape(-1, WIDTH)
+            final.index_add_(0, rows, self.experts[int(expert)](state) * weights[rows, nth, None])
+        return final
+
+
+class Switch(Experts):
+    """The best one alone, by a mask over the batch and the length."""
+
+    def forward(self, x):
+        weights, which = self.gate(x).softmax(-1).max(dim=-1)  # (B, T)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mask = which == i
+            if mask.sum() > 0:
+                out[mask] = expert(x[mask]) * weights[mask].unsqueeze(-1)
+        return x + out
+
+
+class Scattered(Experts):
+    """masked_scatter into zeros, if any token chose the expert."""
+
+    def routed(self, x, weights, which):
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mine = which == i
+            mask = mine.any(-1)
+            if mask.any():
+                y = expert(x[mask]) * (weights * mine).sum(-1)[mask, None]
+                out = out + torch.zeros_like(x).masked_scatter(mask[:, None].expand_as(x), y)
+        return out
+
+
+# --- rows of earlier tokens -------------------------------------------------------------------------------------------
 class SmearedEmbedding(Gpt):
     """Part of the token before is mixed into each embedding, by a gate; without a cache it takes no text of one."""
 
@@ -140,29 +246,18 @@ class ShortConv(nn.Module):
         return self.out(self.gate(x) * F.silu(mixed.transpose(1, 2)))
 
 
-class BatchNorm(nn.Module):
-    """With the figures of the training: over (B, C, T), or flattened to (B*T, C)."""
+class Normed(nn.Module):
+    """A norm of whole columns with the figures of the training: over (B, C, T), or flattened to (B*T, C)."""
 
-    def __init__(self, *, flat):
+    def __init__(self, norm, *, flat=True):
         super().__init__()
-        self.flat, self.norm, self.mlp = flat, nn.BatchNorm1d(WIDTH), SwiGLU()
-        self.norm.running_mean = torch.linspace(-1, 1, WIDTH)
-        self.norm.running_var = torch.linspace(0.5, 2, WIDTH)
+        self.flat, self.norm, self.mlp = flat, norm, SwiGLU()
+        if isinstance(norm, nn.BatchNorm1d):
+            norm.running_mean, norm.running_var = torch.linspace(-1, 1, WIDTH), torch.linspace(0.5, 2, WIDTH)
 
     def forward(self, x):
         normed = self.norm(x.flatten(0, 1)).view_as(x) if self.flat else self.norm(x.transpose(1, 2)).transpose(1, 2)
         return self.mlp(normed)
-
-
-class GroupNorm(nn.Module):
-    """Each token by itself, as a row of (B*T, C)."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.mlp = nn.GroupNorm(4, WIDTH), SwiGLU()
-
-    def forward(self, x):
-        return self.mlp(self.norm(x.flatten(0, 1)).view_as(x))
 
 
 def blocks_with(**parts):
@@ -191,13 +286,19 @@ DECODERS = {
     "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm by hand, grouped queries, tied
     "dense_experts": Own(lambda: Stack(Modern(DenseExperts), Modern(DenseExperts))),
     "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3),  # shared weights
-    "batch_norm": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=False))),  # over (B, C, T), in eval mode
-    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: BatchNorm(flat=True))),  # over (B*T, C), in eval mode
-    "group_norm_of_rows": Own(lambda: mixed(mlp=GroupNorm)),  # over (B*T, C)
+    "batch_norm": Own(lambda: mixed(mlp=lambda: Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
+    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode
+    "group_norm_of_rows": Own(lambda: mixed(mlp=lambda: Normed(nn.GroupNorm(4, WIDTH)))),  # each token by itself
     "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True),  # nanochat's: cat of the first row
     "bigrams": Own(Bigrams, graph="standard", state=True),  # a shift of the ids themselves
     "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True),  # ZeroPad2d, RWKV's
     "shifted_keys": Own(lambda: mixed(attn=ShiftedKeys), graph="standard", state=True),  # pad, then [:, :-1]
     "short_conv": Own(lambda: mixed(mlp=ShortConv), graph="standard", state=True),  # padding=3, cut to T; C groups
     "short_conv_padded_left": Own(lambda: mixed(mlp=lambda: ShortConv(3, both=False)), graph="standard", state=True),
+"experts_where": Own(lambda: Stack(Modern(Where)), layers=1),  # results[rows] += ...
+    "experts_counted": Own(lambda: Stack(Modern(Counted)), layers=1),  # bincount(...).tolist()
+    "experts_unique": Own(lambda: Stack(Modern(Unique)), layers=1),  # for expert in unique(...)
+    "experts_hit": Own(lambda: Stack(Modern(Hit)), layers=1),  # one_hot(...).permute(2, 1, 0)
+    "experts_scattered": Own(lambda: Stack(Modern(Scattered)), layers=1),  # masked_scatter, if mask.any()
+    "experts_switch": Own(lambda: Stack(Modern(Switch)), layers=1),  # out[mask] = ..., (B, T)
 }  # fmt: skip

@@ -1,14 +1,15 @@
-"""Attention written out, in the many ways in which a mask, a scale and a softmax are written."""
+"""Attention written out: the many ways of a mask, a scale and a softmax, and of laying out heads."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import einsum, nn
 
-from .parts import CONTEXT, WIDTH, Gpt, Own, Qkv
+from .parts import CONTEXT, HEADS, SIZE, WIDTH, Gpt, Own, Qkv
 
 
+# --- masks, scales and softmax ----------------------------------------------------------------------------------------
 class TrilBuffer(Qkv):
     def more(self):
         self.register_buffer("bias", torch.tril(torch.ones(CONTEXT, CONTEXT)).view(1, 1, CONTEXT, CONTEXT))
@@ -28,34 +29,11 @@ class TriuAdded(Qkv):
         return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(self.size) + mask, dim=-1) @ v
 
 
-class SmallNegativeFill(Qkv):
-    """1e-4 of a weight is left of nothing: exp(-1e4) is 0."""
-
-    def attend(self, q, k, v):
-        T = q.size(-2)
-        visible = torch.ones(T, T).tril()
-        scores = torch.matmul(q, k.mT) * self.size**-0.5
-        scores = scores * visible - 1e4 * (1 - visible)
-        return scores.softmax(-1) @ v
-
-
 class MultipliedAndRenormalised(Qkv):
     def attend(self, q, k, v):
         weights = torch.softmax(q @ k.mT / math.sqrt(self.size), dim=-1)
         weights = weights * torch.tril(torch.ones(q.shape[2], q.shape[2]))
         return weights / weights.sum(dim=-1, keepdim=True) @ v
-
-
-def softmax(x):
-    x = torch.exp(x - torch.max(x, dim=-1, keepdim=True).values)
-    return x / torch.sum(x, dim=-1, keepdim=True)
-
-
-class OwnSoftmax(Qkv):
-    def attend(self, q, k, v):
-        T = q.size(-2)
-        scores = q @ k.mT / math.sqrt(self.size)
-        return softmax(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)) @ v
 
 
 class AverageOfEarlier(nn.Module):
@@ -74,17 +52,15 @@ class KeysTimesQueries(Qkv):
     """Scores that stand transposed: softmax over dim -2."""
 
     def attend(self, q, k, v):
-        T = q.size(-2)
         scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
-        scores = scores.masked_fill(torch.ones(T, T).tril(-1).bool(), float("-inf"))
+        scores = scores.masked_fill(torch.ones(q.size(-2), q.size(-2)).tril(-1).bool(), float("-inf"))
         return torch.softmax(scores, dim=-2).transpose(-1, -2) @ v
 
 
 class TriuIndices(Qkv):
     def attend(self, q, k, v):
-        T = q.shape[-2]
         scores = q @ k.mT / math.sqrt(self.size)
-        i, j = torch.triu_indices(T, T, offset=1)
+        i, j = torch.triu_indices(q.shape[-2], q.shape[-2], offset=1)
         scores[..., i, j] = float("-inf")
         return scores.softmax(-1) @ v
 
@@ -105,32 +81,123 @@ class MaskOfLen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
 
     def forward(self, x):
         x = x.transpose(0, 1)  # (T, B, C)
-        T = len(x)
         q, k, v = (w(x).transpose(0, 1) for w in (self.q, self.k, self.v))
-        scores = q @ k.transpose(1, 2) / math.sqrt(32) + torch.full((T, T), -1e9).triu(1)
-        return scores.softmax(2) @ v
+        mask = torch.full((len(x), len(x)), -1e9).triu(1)
+        return (q @ k.transpose(1, 2) / math.sqrt(WIDTH) + mask).softmax(2) @ v
 
 
-class HeadOfTen(TrilBuffer):
-    """Heads of a size that GroupQueryAttention does not take."""
+# --- heads ------------------------------------------------------------------------------------------------------------
+def future(length):
+    return torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
+
+
+class EinsumWeights(nn.Module):
+    """Projections of shape (H, C, D), and keys before queries in the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(HEADS, WIDTH, SIZE)) for _ in range(3))
+        self.W_O, self.b_O = nn.Parameter(torch.empty(HEADS, SIZE, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("nde,bpd->bpne", w, x) for w in (self.W_Q, self.W_K, self.W_V))
+        scores = torch.einsum("bqnh,bknh->bnqk", q, k) / SIZE**0.5
+        scores = torch.where(future(x.shape[1]), -1e5, scores)
+        z = torch.einsum("bnqk,bknh->bqnh", scores.softmax(-1), v)
+        return torch.einsum("bqnh,nhd->bqd", z, self.W_O) + self.b_O
+
+
+class MergedBatch(nn.Module):
+    """(B*H, T, D) by view, and bmm or baddbmm of a mask."""
+
+    def __init__(self, *, add=False):
+        super().__init__()
+        self.add = add
+        self.tokeys, self.toqueries, self.tovalues = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        b, t, e = x.size()
+        keys, queries, values = (
+            w(x).view(b, t, HEADS, SIZE).transpose(1, 2).contiguous().view(b * HEADS, t, SIZE)
+            for w in (self.tokeys, self.toqueries, self.tovalues)
+        )
+        if self.add:
+            mask = torch.zeros(t, t).masked_fill(future(t), float("-inf")).expand(b * HEADS, t, t)
+            dot = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=SIZE**-0.5)
+        else:
+            dot = torch.bmm(queries / e**0.25, (keys / e**0.25).transpose(1, 2))
+            dot = dot.masked_fill(future(t), float("-inf"))
+        out = torch.bmm(F.softmax(dot, dim=2), values).view(b, HEADS, t, SIZE)
+        return out.transpose(1, 2).contiguous().view(b, t, e)
+
+
+class Head(nn.Module):
+    """One head, with a mask of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(WIDTH, SIZE, bias=False) for _ in range(3))
+        self.register_buffer("tril", torch.tril(torch.ones(CONTEXT, CONTEXT)))
+
+    def forward(self, x):
+        T = x.shape[1]
+        k, q = self.key(x), self.query(x)  # (B, T, D)
+        wei = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, T, T)
+        wei = wei.masked_fill(self.tril[:T, :T] == 0, float("-inf"))
+        return F.softmax(wei, dim=-1) @ self.value(x)
+
+
+class ModulePerHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([Head() for _ in range(HEADS)])
+
+    def forward(self, x):
+        return torch.cat([h(x) for h in self.heads], dim=-1)
+
+
+class GroupedInFive(Qkv):
+    """Queries as (B, K, G, T, D) against keys as (B, K, 1, T, D)."""
+
+    def attend(self, q, k, v):
+        q = q.unflatten(1, (self.kv_heads, -1))
+        scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(self.size)  # (B, K, G, T, T)
+        weights = scores.masked_fill(future(q.shape[3]), float("-inf")).softmax(-1)
+        return (weights @ v[:, :, None]).flatten(1, 2)
+
+
+class MultiQuery(nn.Module):
+    """One key and one value for all heads, without an axis for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_kv = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 2 * SIZE, bias=False)
+
+    def forward(self, x):
+        q = self.to_q(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2) * SIZE**-0.5
+        k, v = self.to_kv(x).chunk(2, dim=-1)  # (B, T, D)
+        sim = einsum("b h i d, b j d -> b h i j", q, k)
+        attn = sim.masked_fill(future(x.shape[1]), -1e9).softmax(dim=-1)
+        return einsum("b h i j, b j d -> b h i d", attn, v).transpose(1, 2).flatten(2)
 
 
 DECODERS = {
     "tril_buffer": Own(lambda: Gpt(TrilBuffer)),
-    "triu_added": Own(lambda: Gpt(TriuAdded)),
-    "small_negative_added": Own(lambda: Gpt(SmallNegativeFill)),  # scores * mask - 1e4 * (1 - mask)
     "multiplied_and_renormalised": Own(lambda: Gpt(MultipliedAndRenormalised), graph="either"),
-    "own_softmax": Own(lambda: Gpt(OwnSoftmax)),  # exp, max and sum
     "average_of_earlier": Own(lambda: Gpt(AverageOfEarlier)),  # no queries and keys at all
     "keys_times_queries": Own(lambda: Gpt(KeysTimesQueries), graph="either"),  # softmax over dim -2
     "triu_indices": Own(lambda: Gpt(TriuIndices)),  # torch.export makes T a constant
     "filled_in_place": Own(lambda: Gpt(FilledInPlace)),
     "len_of_x": Own(lambda: Gpt(MaskOfLen)),  # torch.export makes T a constant; one head without projection
-    "head_of_ten": Own(lambda: Gpt(lambda: HeadOfTen(width=40), width=40), graph="standard"),
-    "context_16": Own(lambda: Gpt(TriuAdded, context=16), context=16),
     "context_300": Own(lambda: Gpt(TriuAdded, context=300, layers=1), context=300, layers=1),
-}  # fmt: skip
+    "einsum_weights": Own(lambda: Gpt(EinsumWeights)),  # weights (H, C, D)
+    "bmm": Own(lambda: Gpt(MergedBatch)),  # (B*H, T, D)
+    "baddbmm": Own(lambda: Gpt(lambda: MergedBatch(add=True))),  # the mask is added by the product
+    "module_per_head": Own(lambda: Gpt(ModulePerHead), graph="either", layers=8),  # layers: of each head
+    "grouped_in_five": Own(lambda: Gpt(lambda: GroupedInFive(kv_heads=2))),
+    "multi_query": Own(lambda: Gpt(MultiQuery)),
+}

@@ -41,24 +41,21 @@ class Latent(nn.Module):
         return q_c, turned(q_r)
 
     def forward(self, x):
-        q_c, q_r = self.queries(x)
         up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k_c, v = up.split([NOPE, SIZE], dim=-1)
         k_r = turned(self.w_kr(x).unsqueeze(1))  # (B, 1, T, ROPE)
-        scores = (q_c @ k_c.mT + q_r @ k_r.mT) * SCALE
-        return self.w_o((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.w_o(self.mixed(*self.queries(x), k_c, k_r, v).transpose(1, 2).flatten(2))
+
+    def mixed(self, q_c, q_r, k_c, k_r, v):
+        return causal((q_c @ k_c.mT + q_r @ k_r.mT) * SCALE).softmax(-1) @ v
 
 
 class ByCat(Latent):
     """Keys put together for F.scaled_dot_product_attention, the rotated part expanded for all heads."""
 
-    def forward(self, x):
-        q_c, q_r = self.queries(x)
-        up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k_c, v = up.split([NOPE, SIZE], dim=-1)
-        k_r = turned(self.w_kr(x).unsqueeze(1)).expand(-1, HEADS, -1, -1)
-        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k_c, k_r], dim=-1)
-        return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def mixed(self, q_c, q_r, k_c, k_r, v):
+        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k_c, k_r.expand(-1, HEADS, -1, -1)], dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Filled(nn.Module):
@@ -103,50 +100,43 @@ class Absorbed(Latent):
 class Unturned(nn.Module):
     """Without rotated keys, every projection with a bias; the positions are learned ones."""
 
+    heads = HEADS
+
     def __init__(self, rank=RANK):
         super().__init__()
         self.W_query, self.W_DKV = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, rank)
         self.W_UK, self.W_UV = nn.Linear(rank, WIDTH), nn.Linear(rank, WIDTH)
-        self.out_proj = nn.Linear(WIDTH, WIDTH)
+
+    def rows(self, x):
+        latent = self.W_DKV(x)
+        return self.W_query(x), self.W_UK(latent), self.W_UV(latent)
 
     def forward(self, x):
-        latent = self.W_DKV(x)
-        q, k, v = (
-            t.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
-            for t in (self.W_query(x), self.W_UK(latent), self.W_UV(latent))
-        )
-        scores = q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS)
-        return self.out_proj((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.rows(x))
+        return self.mixed(q, k, v).transpose(1, 2).flatten(2)
+
+    def mixed(self, q, k, v):
+        return causal(q @ k.transpose(2, 3) / math.sqrt(q.size(-1))).softmax(-1) @ v
 
 
-class TwoLatents(nn.Module):
+class TwoLatents(Unturned):
     """A latent of the keys and another one of the values."""
 
     def __init__(self):
-        super().__init__()
-        self.q, self.o = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.k_a, self.k_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
-        self.v_a, self.v_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
+        super().__init__(rank=8)
+        self.W_DV = nn.Linear(WIDTH, 8)
 
-    def forward(self, x):
-        q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for t in (self.q(x), self.k_b(self.k_a(x)), self.v_b(self.v_a(x)))
-        )
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def rows(self, x):
+        return self.W_query(x), self.W_UK(self.W_DKV(x)), self.W_UV(self.W_DV(x))
 
 
 class TurnedAfter(Unturned):
     """Each head's key is rotated after the latent was expanded, so that no row of all positions gives the keys."""
 
-    def forward(self, x):
-        latent = self.W_DKV(x)
-        q, k, v = (
-            t.view(*x.shape[:2], -1, ROPE).transpose(1, 2)
-            for t in (self.W_query(x), self.W_UK(latent), self.W_UV(latent))
-        )
-        scores = turned(q) @ turned(k).transpose(2, 3) / math.sqrt(ROPE)
-        return self.out_proj((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    heads = WIDTH // ROPE
+
+    def mixed(self, q, k, v):
+        return super().mixed(turned(q), turned(k), v)
 
 
 TURNED = KVGeometry(1, ROPE, RANK)  # the rotated key, and the latent

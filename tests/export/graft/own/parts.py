@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pastkey.contract.bundle import KVGeometry
 
 CONTEXT, VOCAB, WIDTH, HEADS = 48, 29, 32, 4
+SIZE = WIDTH // HEADS
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -93,9 +94,11 @@ class Gpt(nn.Module):
         return self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
 
     def forward(self, idx):
-        x = self.embed(idx)  # (B, T, C)
+        return self.logits(self.embed(idx))
+
+    def logits(self, x):
         for block in self.blocks:
-            x = block(x)
+            x = block(x)  # (B, T, C)
         return self.lm_head(self.ln_f(x))
 
 

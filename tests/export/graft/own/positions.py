@@ -4,11 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
-
-SIZE = WIDTH // HEADS
+from .parts import CONTEXT, Gpt, NoPositions, Own, Qkv
 
 
 def attention(q, k, v):
@@ -36,15 +34,6 @@ class PositionalEncoding(nn.Module):
         return self.dropout(x + self.pe[:, : x.size(1), :])
 
 
-class SinusoidalInForward(Gpt):
-    """Sinusoids made in every call."""
-
-    def embed(self, idx):
-        positions = torch.arange(idx.shape[1], dtype=torch.float32)[:, None]
-        angles = positions / 10000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)
-        return self.wte(idx) * 4 + torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 class PositionsOfTheBatch(Gpt):
     """arange repeated for the rows, as long integers."""
 
@@ -65,91 +54,78 @@ def rotate_half(x):
     return torch.cat((-x2, x1), dim=-1)
 
 
-class RotaryTables(Qkv):
-    """cos[:T] and sin[:T] of buffers."""
-
-    dtype = torch.float32
-
-    def more(self):
-        inv_freq = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
-        freqs = torch.outer(torch.arange(self.context).float(), inv_freq)
-        emb = torch.cat((freqs, freqs), dim=-1)
-        self.register_buffer("cos", emb.cos().to(self.dtype), persistent=False)
-        self.register_buffer("sin", emb.sin().to(self.dtype), persistent=False)
-
-    def attend(self, q, k, v):
-        cos, sin = self.cos[: q.size(2)], self.sin[: q.size(2)]
-        q, k = ((t * cos + rotate_half(t) * sin).to(t.dtype) for t in (q, k))
-        return attention(q, k, v)
+def interleaved(x):
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
-class BfloatTables(RotaryTables):
-    dtype = torch.bfloat16
+class RotaryGrouped(Qkv):
+    """Cosines and sines made in every call; queries and keys are turned before keys are repeated for the queries."""
 
+    crossed = staticmethod(rotate_half)
 
-class RotaryInForward(Qkv):
     def more(self):
         self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
 
     def angles(self, length):
         return torch.einsum("i,j->ij", torch.arange(length).type_as(self.inv_freq), self.inv_freq)
 
+    def tables(self, length):
+        emb = torch.cat([self.angles(length)] * 2, dim=-1)
+        return emb.cos(), emb.sin()
+
     def attend(self, q, k, v):
-        emb = torch.cat([self.angles(q.size(2))] * 2, dim=-1)[None, None]
-        q, k = (t * emb.cos() + rotate_half(t) * emb.sin() for t in (q, k))
+        cos, sin = self.tables(q.size(2))
+        q, k = ((t * cos + self.crossed(t) * sin).to(t.dtype) for t in (q, k))
+        if self.kv_heads < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         return attention(q, k, v)
 
 
-class RotaryGrouped(RotaryInForward):
-    """Turned before they are repeated for the query heads."""
+class RotaryTables(RotaryGrouped):
+    """cos[:T] and sin[:T] of buffers."""
 
-    def attend(self, q, k, v):
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.turned(k), v))
-        return attention(self.turned(q), k, v)
+    dtype = torch.float32
 
-    def turned(self, t):
-        emb = torch.cat([self.angles(t.size(2))] * 2, dim=-1)
-        return t * emb.cos() + rotate_half(t) * emb.sin()
+    def more(self):
+        super().more()
+        cos, sin = super().tables(self.context)
+        self.register_buffer("cos", cos.to(self.dtype), persistent=False)
+        self.register_buffer("sin", sin.to(self.dtype), persistent=False)
+
+    def tables(self, length):
+        return self.cos[:length], self.sin[:length]
 
 
-class RotaryKept(RotaryInForward):
+class BfloatTables(RotaryTables):
+    dtype = torch.bfloat16
+
+
+class RotaryKept(RotaryGrouped):
     """Kept on self, made anew where a text is longer."""
 
-    def more(self):
-        super().more()
-        self.max_seq_len_cached = 0
-        self.cos_cached: Tensor | None = None
-        self.sin_cached: Tensor | None = None
+    max_seq_len_cached = 0
 
-    def attend(self, q, k, v):
-        T = q.size(2)
-        if self.max_seq_len_cached < T or self.cos_cached is None or self.sin_cached is None:
-            self.max_seq_len_cached, emb = T, torch.cat([self.angles(T)] * 2, dim=-1)
-            self.cos_cached, self.sin_cached = emb.cos(), emb.sin()
-        cos, sin = self.cos_cached[:T], self.sin_cached[:T]
-        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-        return attention(q, k, v)
+    def tables(self, length):
+        if self.max_seq_len_cached < length:
+            self.max_seq_len_cached = length
+            self.cos_cached, self.sin_cached = super().tables(length)
+        return self.cos_cached[:length], self.sin_cached[:length]
 
 
-class RotaryByLength(RotaryInForward):
-    """A dictionary of tables by length."""
+class RotaryByLength(RotaryGrouped):
+    """A dictionary of tables by length, of neighbours."""
+
+    crossed = staticmethod(interleaved)
 
     def more(self):
         super().more()
-        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made = dict[int, object]()
 
-    def attend(self, q, k, v):
-        T = q.size(2)
-        if T not in self.tables:
-            angles = self.angles(T).repeat_interleave(2, dim=-1)
-            self.tables[T] = angles.cos(), angles.sin()
-        cos, sin = self.tables[T]
-        q, k = (t * cos + interleaved(t) * sin for t in (q, k))
-        return attention(q, k, v)
-
-
-def interleaved(x):
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    def tables(self, length):
+        if length not in self.made:
+            angles = self.angles(length).repeat_interleave(2, dim=-1)
+            self.made[length] = angles.cos(), angles.sin()
+        return self.made[length]
 
 
 class RotaryComplex(Qkv):
@@ -173,7 +149,6 @@ class RotaryComplex(Qkv):
 
 
 DECODERS = {
-    "sinusoidal_in_forward": Own(lambda: SinusoidalInForward(Causal)),
     "positions_of_the_batch": Own(lambda: PositionsOfTheBatch(Causal)),
     "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal)),  # of ones_like(ids): a contraction over time
     "no_positions": Own(lambda: NoPositions(Causal)),

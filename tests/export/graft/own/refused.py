@@ -18,14 +18,6 @@ class NoMask(Scored):
         return self.scores(q, k).softmax(-1) @ v
 
 
-class DiagonalOfTwo(Scored):
-    """Each token sees the next one."""
-
-    def attend(self, q, k, v):
-        T = q.size(2)
-        return (self.scores(q, k) + torch.full((T, T), float("-inf")).triu(2)).softmax(-1) @ v
-
-
 class OneHeadAhead(Scored):
     """The next token, in the last head."""
 
@@ -42,27 +34,11 @@ class SoftmaxOverQueries(Scored):
         return causal(self.scores(q, k)).softmax(dim=-2) @ v
 
 
-class LittleAhead(Scored):
-    """A thousandth of the mean of all values, in one head."""
-
-    def attend(self, q, k, v):
-        y = super().attend(q, k, v)
-        little = 1e-3 * v[:, :1].mean(dim=2, keepdim=True)
-        return torch.cat([y[:, :1] + little, y[:, 1:]], dim=1)
-
-
 class Centred(nn.Module):
     """The mean over the whole text is taken off."""
 
     def forward(self, x):
         return x - x.mean(dim=1, keepdim=True)
-
-
-class Fourier(nn.Module):
-    """FNet's mixing, for which there is no rule."""
-
-    def forward(self, x):
-        return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=1).real / 8
 
 
 # --- other rows, and chance -------------------------------------------------------------------------------------------
@@ -74,31 +50,12 @@ class OverTheBatch(nn.Module):
 
 
 class Noisy(Gpt):
-    def __init__(self, size):
-        super().__init__(Causal)
-        self.noise = size
-
     def embed(self, idx):
         x = super().embed(idx)
-        return x + self.noise * torch.randn_like(x)
+        return x + 1e-4 * torch.randn_like(x)
 
 
 # --- recurrence -------------------------------------------------------------------------------------------------------
-class LinearAttention(nn.Module):
-    """Sums of k vᵀ by cumsum."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.qkv(x).chunk(3, dim=-1))
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        kv = torch.einsum("bthd,bthe->bthde", k, v).cumsum(dim=1)
-        below = torch.einsum("bthd,bthd->bth", q, k.cumsum(dim=1))
-        return (torch.einsum("bthd,bthde->bthe", q, kv) / below[..., None]).flatten(2)
-
-
 class Gru(nn.Module):
     def __init__(self):
         super().__init__()
@@ -200,17 +157,11 @@ def ahead(head):
 OF_LENGTH = "computes with a number made from the length of the text"
 REFUSED = {
     "no_mask": Refused(lambda: Gpt(NoMask), NoMask, ahead(0)),
-    "diagonal_of_two": Refused(lambda: Gpt(DiagonalOfTwo), DiagonalOfTwo, ahead(0)),
     "one_head_ahead": Refused(lambda: Gpt(OneHeadAhead), OneHeadAhead, ahead(3)),
     "softmax_over_queries": Refused(lambda: Gpt(SoftmaxOverQueries), SoftmaxOverQueries, "softmax over the queries"),
     "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
-    "fourier": Refused(lambda: Mixing(Fourier()), Fourier, "computes fft_fft over all positions, later ones too"),
-    "little_ahead": Refused(lambda: Gpt(LittleAhead), LittleAhead, "averages over all positions, later ones too"),
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
-    "little_noise": Refused(lambda: Noisy(1e-4), Noisy, "draws random numbers outside training"),
-    "linear_attention": Refused(
-        lambda: NoPositions(LinearAttention), LinearAttention, "computes cumsum over earlier positions", 2
-    ),
+    "little_noise": Refused(lambda: Noisy(Causal), Noisy, "draws random numbers outside training"),
     "gru": Refused(lambda: Mixing(Gru()), Gru, "computes gru over earlier positions"),
     "memory": Refused(lambda: NoPositions(Memory), Memory, r"keeps blocks\.0\.attn\.kept from one call to the next"),
     "cache_in_place": Refused(

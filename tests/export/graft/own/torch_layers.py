@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .parts import CONTEXT, HEADS, VOCAB, WIDTH, Gpt, Own, Qkv
 from .positions import PositionalEncoding
@@ -20,8 +20,7 @@ class MultiHead(nn.Module):
         self.attn = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
 
     def forward(self, x):
-        T = x.size(1)
-        mask = torch.triu(torch.ones(T, T, dtype=torch.bool, device=x.device), diagonal=1)
+        mask = torch.triu(torch.ones(x.size(1), x.size(1), dtype=torch.bool), diagonal=1)
         return self.attn(x, x, x, attn_mask=mask)[0]
 
 
@@ -48,40 +47,22 @@ class EncoderTimeFirst(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.src_mask: Tensor | None = None
+        self.src_mask = torch.zeros(0)
         self.encoder, self.pos = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH)
         self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.decoder = nn.Linear(WIDTH, VOCAB)
 
     def forward(self, src):
-        if self.src_mask is None or self.src_mask.size(0) != len(src):
+        if self.src_mask.size(0) != len(src):
             self.src_mask = torch.log(torch.tril(torch.ones(len(src), len(src))))
         x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
         return F.log_softmax(self.decoder(self.layers(x, self.src_mask)), dim=-1)
 
 
-class EncoderTimeFirstMaskOutside(EncoderTimeFirst):
-    """As torch's tutorial has it: (T, B), and the mask is given."""
-
-    def forward(self, src, src_mask=None):
-        x = self.encoder(src) + self.pos(torch.arange(len(src)).unsqueeze(1))
-        return self.decoder(self.layers(x, src_mask))
-
-
 class SdpaGrouped(Qkv):
     def attend(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
-
-
-class SdpaBoolean(Qkv):
-    def more(self):
-        mask = torch.tril(torch.ones(self.context, self.context, dtype=torch.bool))
-        self.register_buffer("mask", mask[None, None])
-
-    def attend(self, q, k, v):
-        T = q.size(-2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, :, :T, :T], scale=0.4)
 
 
 class SdpaWindow(Qkv):
@@ -101,10 +82,6 @@ DECODERS = {
     "transformer_encoder": Own(Encoder),  # generate_square_subsequent_mask inside
     "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
     "transformer_encoder_time_first": Own(EncoderTimeFirst, lambda m, ids: m(ids.t()).transpose(0, 1)),
-    "transformer_encoder_time_first_mask_outside": Own(
-        EncoderTimeFirstMaskOutside, lambda m, ids: m(ids.t(), square_mask(ids.size(1))).transpose(0, 1)
-    ),
     "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2))),  # is_causal=T > 1
-    "sdpa_boolean_mask": Own(lambda: Gpt(SdpaBoolean)),
     "sdpa_window": Own(lambda: Gpt(SdpaWindow)),  # a window of 8
 }

@@ -2,11 +2,11 @@
 
 import itertools
 import shlex
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.errors import ContractError, InputError
 from pastkey.export.graft.probe.call import Call, find_call, is_plain
@@ -23,31 +23,19 @@ VOCAB, CONTEXT = 11, 12
 class Counted(nn.Module):
     """Logits of the mean of all tokens so far: a decoder without attention."""
 
-    def __init__(self):
+    def __init__(self, width=6):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.token = nn.Embedding(VOCAB, 6)
-            self.head = nn.Linear(6, VOCAB)
+        self.token, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB)
 
     def logits(self, ids):
         """(B, T) -> (B, T, V)."""
         x = self.token(ids)
         return self.head(torch.tanh(x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]))
 
-    def forward(self, ids):
-        return self.logits(ids)
 
-
-@dataclass
-class Output:
-    loss: None
-    logits: Tensor
-
-
-def of(forward):
+def of(forward, **sizes):
     """The decoder with this forward."""
-    return type("Decoder", (Counted,), {"forward": forward})()
+    return drawn(lambda: type("Decoder", (Counted,), {"forward": forward})(**sizes))
 
 
 def one_row(model, ids):
@@ -70,32 +58,24 @@ def ahead_without_mask(model, ids, mask):
     return model.head(torch.tanh(scores.softmax(-1) @ model.token(ids)))
 
 
-def started(model, ids, start_pos):
-    return model.logits(ids) + (torch.arange(ids.shape[1]) + start_pos)[:, None] * 0.01
-
-
 def last_unless_targets(model, ids, position_ids=None, targets=None):
     """Has its targets behind positions, which are no place for ids."""
     logits = model.logits(ids) if position_ids is None else model.logits(ids) + position_ids[..., None] * 0
     return logits if targets is not None else logits[:, -1]
 
 
+def last_without(m, ids, targets=None):
+    return m.logits(ids) if targets is not None else m.logits(ids)[:, [-1]], None
+
+
 # The expression that is found, the order of the axes of its result, and a forward.
 FOUND = {
     "plain": ("model(ids)", "btv", lambda m, ids: m.logits(ids)),
-    "last without targets": (
-        "model(ids, ids)[0]",
-        "btv",
-        lambda m, ids, targets=None: (m.logits(ids) if targets is not None else m.logits(ids)[:, [-1]], None),
-    ),
-    "in a dictionary": (
-        "model(ids)['out'][0]",
-        "btv",
-        lambda m, ids: {"hidden": m.token(ids), "out": [m.logits(ids)]},
-    ),
-    "in a dataclass": ("model(ids).logits", "btv", lambda m, ids: Output(None, m.logits(ids))),
-    "time first": ("model(ids.T)", "tbv", lambda m, ids: time_first(m, ids)),
-    "one row": ("model(ids[0])", "tv", lambda m, ids: one_row(m, ids)),
+    "last without targets": ("model(ids, ids)[0]", "btv", last_without),
+    "in a dictionary": ("model(ids)['out'][0]", "btv", lambda m, ids: {"h": m.token(ids), "out": [m.logits(ids)]}),
+    "in an object": ("model(ids).logits", "btv", lambda m, ids: SimpleNamespace(loss=None, logits=m.logits(ids))),
+    "time first": ("model(ids.T)", "tbv", time_first),
+    "one row": ("model(ids[0])", "tv", one_row),
     "one row with positions": (
         "model(ids[0])",
         "tv",
@@ -103,7 +83,7 @@ FOUND = {
     ),
     "last alone": ("model(ids)", "bv", lambda m, ids: m.logits(ids)[:, -1]),
     "targets behind positions": ("model(ids, targets=ids)", "btv", last_unless_targets),
-    "a batch of one": ("model(ids[:1])", "btv", lambda m, ids: batch_of_one(m, ids)),
+    "a batch of one": ("model(ids[:1])", "btv", batch_of_one),
     "the last of one": ("model(ids[:1])", "bv", lambda m, ids: batch_of_one(m, ids)[:, -1]),
     "targets of one": (
         "model(ids[:1], ids[:1])[1]",
@@ -113,9 +93,11 @@ FOUND = {
     "the first row": ("model(ids[:1])", "tv", lambda m, ids: m.logits(ids[:1])[0]),
     "the last of the first row": ("model(ids[:1])", "v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
     "squeezed": ("model(ids)", "btv", lambda m, ids: m.logits(ids).squeeze()),
-}  # fmt: skip
-OTHERS = {  # whose logits are others than those of `plain`
-    "a start": ("model(ids, 0)", "btv", started),
+    "a start": (
+        "model(ids, 0)",
+        "btv",
+        lambda m, ids, start: m.logits(ids) + (torch.arange(ids.shape[1]) + start)[:, None] * 0.01,
+    ),
     "a mask": ("model(ids, mask=future_scores)", "btv", lambda m, ids, mask=None: ahead_without_mask(m, ids, mask)),
     "a mask, time first": (
         "model(ids.T, mask=future_scores)",
@@ -126,12 +108,12 @@ OTHERS = {  # whose logits are others than those of `plain`
 
 
 def probed(module, asked=None):
-    return find_call(module.eval(), CONTEXT, asked)
+    return find_call(module, CONTEXT, asked)
 
 
-@pytest.mark.parametrize("name", [*FOUND, *OTHERS])
+@pytest.mark.parametrize("name", FOUND)
 def test_the_call_is_found_and_how_the_logits_lie(name):
-    expression, order, forward = (FOUND | OTHERS)[name]
+    expression, order, forward = FOUND[name]
     module = of(forward)
     found = probed(module)
     assert (found.call.expression, found.call.order) == (expression, order)
@@ -140,27 +122,13 @@ def test_the_call_is_found_and_how_the_logits_lie(name):
     with torch.no_grad():
         logits = found.call(module, ids)
         assert logits.shape == (1, 6 if "t" in order else 1, VOCAB)
-        assert name in OTHERS or torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
+        others = name in ("a start", "a mask", "a mask, time first")  # whose logits are not those of `plain`
+        assert others or torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
 
 
 def test_a_call_that_is_given_is_taken():
-    found = probed(of(FOUND["last without targets"][2]), "model(ids)[0]")
+    found = probed(of(last_without), "model(ids)[0]")
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
-
-
-def asked_calls(module):
-    """The calls that a refusal proposes; each works when it is typed."""
-    with pytest.raises(InputError) as caught:
-        probed(module)
-    words = shlex.split(str(caught.value).rpartition(" with ")[2])
-    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
-    assert [probed(module, call).call.expression for call in calls] == calls
-    return calls
-
-
-def test_a_call_that_is_to_be_typed_is_quoted_for_a_shell():
-    module = of(lambda m, ids, scale: {"it's $HOME": m.logits(ids) * (2 if scale is None else 1)})
-    assert asked_calls(module) == ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]']
 
 
 # A forward of the logits, and what it does that no decoder does.
@@ -184,16 +152,12 @@ def test_what_a_decoder_does_not_do_is_seen(name):
     assert len(found.breaches) == 1 or kind is Kind.LOOK_AHEAD
 
 
-def test_a_module_that_gives_no_logits_is_refused_with_what_to_type():
+def test_a_module_without_logits_or_of_one_length_alone_is_refused_by_that():
     with pytest.raises(ContractError, match=r"it gives no logits .* --call"):
         probed(of(lambda m, ids: m.logits(ids).mean()))
-
-
-def test_a_module_of_one_length_alone_is_refused_by_that():
-    with pytest.raises(NoCacheError) as caught:
+    with pytest.raises(NoCacheError, match=f"takes {CONTEXT} tokens, the whole context, and no fewer") as caught:
         probed(of(lambda m, ids: m.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))))
     assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
-    assert f"takes {CONTEXT} tokens, the whole context, and no fewer" in str(caught.value)
 
 
 def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
@@ -207,9 +171,8 @@ def test_an_expression_knows_positions_and_masks_and_no_more_of_python():
 
 PLAIN = ("model(ids)", "model(ids, None)[0]", "model(ids.T, mask=future)['logits']", "model(ids).transpose(1, 2).log()")
 NOT_PLAIN = (
-    "torch.load('weights')", "torch.ops.load_library", "model.save(ids)", "model.log(ids)", "ids.log()",
-    "model(ids).tofile(ids)", "model.__class__", "().__class__.__base__", "[model(ids) for _ in ids]",
-    "(lambda: model(ids))()", "model(",
+    "torch.load('weights')", "model.save(ids)", "model.log(ids)", "ids.log()", "model(ids).tofile(ids)",
+    "().__class__.__base__", "[model(ids) for _ in ids]", "(lambda: model(ids))()", "model(",
 )  # fmt: skip
 
 
@@ -218,26 +181,26 @@ def test_a_plain_call_is_one_of_the_module_alone(expression):
     assert is_plain(expression) == (expression in PLAIN)
 
 
-class Wide(Counted):
-    """As wide as its vocabulary."""
+# --- what is proposed ---------------------------------------------------------------------------------------------
+def asked_calls(module):
+    """The calls that a refusal proposes; each works when it is typed."""
+    with pytest.raises(InputError) as caught:
+        probed(module)
+    words = shlex.split(str(caught.value).rpartition(" with ")[2])
+    calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
+    assert [probed(module, call).call.expression for call in calls] == calls
+    return calls
 
-    def __init__(self, make):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.token = nn.Embedding(VOCAB, VOCAB)
-            self.head = nn.Linear(VOCAB, VOCAB)
-        self.make = make
 
-    def forward(self, ids):
-        return self.make(self.token(ids), self.logits(ids))
+def wide(make):
+    """As wide as its vocabulary; gives what is made of its hidden states and logits."""
+    return of(lambda m, ids: make(m.token(ids), m.logits(ids)), width=VOCAB)
 
 
 @pytest.mark.parametrize(
     ("make", "places"),
     [
         (lambda hidden, logits: (hidden, logits), "[1] [0]"),
-        (lambda hidden, logits: (logits, None, hidden), "[2] [0]"),
         (lambda hidden, logits: {"hidden": hidden, "out": logits}, "['out'] ['hidden']"),
         (lambda hidden, logits: {"draft_logits": hidden, "main_logits": logits}, "['main_logits'] ['draft_logits']"),
         (lambda hidden, logits: (hidden, hidden * 2, logits), "[2] [1] [0]"),
@@ -245,13 +208,12 @@ class Wide(Counted):
     ],
 )
 def test_two_results_that_may_both_be_the_logits_are_asked_for(make, places):
-    assert asked_calls(Wide(make)) == [f"model(ids){place}" for place in places.split()]
+    assert asked_calls(wide(make)) == [f"model(ids){place}" for place in places.split()]
 
 
 @pytest.mark.parametrize(
     ("make", "place"),
     [
-        (lambda hidden, logits: {"hidden": hidden, "logits": logits}, "['logits']"),
         (lambda hidden, logits: {"draft_logits": hidden, "logits": logits}, "['logits']"),
         (lambda hidden, logits: {"hidden": hidden, "lm_logits": logits}, "['lm_logits']"),
         (lambda hidden, logits: {"router_logits": hidden[..., :4], "out": logits}, "['out']"),
@@ -264,47 +226,7 @@ def test_two_results_that_may_both_be_the_logits_are_asked_for(make, places):
     ],
 )
 def test_one_result_that_alone_can_be_the_logits_is_taken(make, place):
-    assert probed(Wide(make)).call.expression == f"model(ids){place}"
-
-
-@pytest.mark.parametrize("zeros", [0, 3])
-def test_probabilities_are_told_from_logits(zeros):
-    seen = torch.arange(VOCAB) < VOCAB - zeros
-    (call,) = asked_calls(of(lambda m, ids: [m.logits(ids).masked_fill(~seen, -torch.inf).softmax(-1)]))
-    assert call == ("model(ids)[0].clamp_min(1e-30).log()" if zeros else "model(ids)[0].log()")
-    assert is_plain(call)
-
-
-class Soft(nn.Module):
-    """Probabilities in place of logits."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-
-class SoftContract(Soft):
-    def forward(self, input_ids, position_ids):
-        logits = self.model(input_ids, position_ids)
-        return logits.softmax(-1)
-
-
-class SoftOwn(Soft):
-    def forward(self, ids):
-        logits = self.model(ids)
-        return logits.softmax(-1)
-
-
-@pytest.mark.parametrize("contract", [True, False])
-def test_a_call_that_is_proposed_for_probabilities_gives_logits(contract):
-    module = SoftContract(NanoGpt().eval()) if contract else SoftOwn(drawn(lambda: Gpt(Causal)))
-    with pytest.raises(InputError, match="gives probabilities") as caught:
-        in_contract(module, CONTEXT, None, print)
-    made = in_contract(module, CONTEXT, shlex.split(str(caught.value))[-1], print).module
-    ids = torch.arange(9)[None]
-    with torch.no_grad():
-        expected = module(ids, position_ids=ids) if contract else module(ids)
-        assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)
+    assert probed(wide(make)).call.expression == f"model(ids){place}"
 
 
 # Logits that are made if they are asked for, as a flag or as an argument that must be given.
@@ -330,12 +252,20 @@ ASKED = {
         ["model(ids, return_logits=True)", "model(ids)"],
         lambda m, ids, return_logits=False: m.logits(ids) if return_logits else m.token(ids),
     ),
-    "across": (["model(ids).transpose(1, 2)"], lambda m, ids: m.logits(ids).transpose(1, 2)),
+    "quoted for a shell": (
+        ['model(ids, ids)["it\'s $HOME"]', 'model(ids, None)["it\'s $HOME"]'],
+        lambda m, ids, scale: {"it's $HOME": m.logits(ids) * (2 if scale is None else 1)},
+    ),
     "across in a dictionary": (["model(ids)['out'].transpose(1, 2)"], lambda m, ids: {"out": m.logits(ids).mT}),
     "two of each token": (["model(ids)[:, :, 0]"], lambda m, ids: torch.stack([m.logits(ids), m.logits(ids) * 2], 2)),
     "two of each text": (["model(ids)[:, 0]"], lambda m, ids: torch.stack([m.logits(ids), m.logits(ids) * 2], 1)),
     "beside a part": (["model(ids)[1][:, :, 0]"], lambda m, ids: (m.logits(ids)[..., :4], m.logits(ids)[:, :, None])),
     "across, of one row": (["model(ids[0]).T"], lambda m, ids: one_row(m, ids).T),
+    "probabilities": (["model(ids)[0].log()"], lambda m, ids: [m.logits(ids).softmax(-1)]),
+    "probabilities with zeros": (
+        ["model(ids)[0].clamp_min(1e-30).log()"],
+        lambda m, ids: [m.logits(ids).masked_fill(torch.arange(VOCAB) > 7, -torch.inf).softmax(-1)],
+    ),
 }
 
 
@@ -343,4 +273,26 @@ ASKED = {
 def test_logits_that_lie_otherwise_are_told_with_the_calls_that_work(name):
     calls, forward = ASKED[name]
     assert asked_calls(of(forward)) == calls
-    assert all(map(is_plain, calls))
+    assert all(map(is_plain, calls)) or "shell" in name
+
+
+class SoftContract(NanoGpt):
+    def forward(self, input_ids, position_ids):
+        return super().forward(input_ids, position_ids).softmax(-1)
+
+
+class SoftOwn(Gpt):
+    def forward(self, ids):
+        return super().forward(ids).softmax(-1)
+
+
+@pytest.mark.parametrize("build", [SoftContract, lambda: SoftOwn(Causal)], ids=["of_the_contract", "own"])
+def test_a_call_that_is_proposed_for_probabilities_gives_logits(build):
+    module = drawn(build)
+    with pytest.raises(InputError, match="gives probabilities") as caught:
+        in_contract(module, CONTEXT, None, print)
+    made = in_contract(module, CONTEXT, shlex.split(str(caught.value))[-1], print).module
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = module(ids, position_ids=ids) if isinstance(module, NanoGpt) else module(ids)
+        assert torch.allclose(made(ids, position_ids=ids).softmax(-1), expected, atol=1e-6)

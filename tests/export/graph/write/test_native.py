@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.contract import names
+from pastkey.export.graph.write import weights_file
 from pastkey.export.graph.write.last_logits import keep_last_positions
 from pastkey.export.graph.write.native import to_native
 from pastkey.export.graph.write.output_head import take_head
-from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.export.quantize.rounding.int4_blocks import round_to_nearest
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.runtime.providers.ort import onnxruntime
@@ -117,25 +117,15 @@ def test_both_terms_of_the_head_are_one_node():
         np.testing.assert_allclose(_run_native(model, **inputs), expected, rtol=2e-5, atol=2e-4)
 
 
-def test_scales_are_read_where_they_lie(tmp_path):
+def test_scales_are_read_where_they_lie(tmp_path, monkeypatch):
     """Two matrices share a table of scales in the weights file: each node has its own rows of it."""
     model = model_of(TEXT.format("p = MatMul(x, v) y = MatMul(p, w)"), **WEIGHTS)
     quantize(model)
     inline = [value for value in model.graph.initializers.values() if "scale" in str(value.name)]
-    file = WeightsFile.of(tmp_path / "model.onnx")
-    for value in inline:  # though they are small
-        tensor = value.const_value
-        assert tensor is not None
-        name, offset = file.place(tensor.tobytes())
-        value.const_value = ir.ExternalTensor(
-            name,
-            offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=str(value.name),
-            base_dir=tmp_path,
-        )
+    monkeypatch.setattr(weights_file, "INLINE_BYTES", 0)  # though they are small
+    file = weights_file.WeightsFile.of(tmp_path / "model.onnx")
+    for value in inline:
+        file.take_weight(value)
     stored = {str(value.name): value.const_value.numpy() for value in inline}
     to_native(model)
     first, second = (node for node in model.graph if node.op_type == MATMUL)
