@@ -1,4 +1,4 @@
-"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads."""
+"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks."""
 
 import math
 
@@ -26,18 +26,6 @@ class Scored(Qkv):
         return q @ k.transpose(-2, -1) / math.sqrt(self.size)
 
 
-class BandBuffer(Scored):
-    """tril and triu of a buffer: each token sees itself and nine before it."""
-
-    def more(self):
-        ones = torch.ones(CONTEXT, CONTEXT)
-        self.register_buffer("band", torch.triu(torch.tril(ones), diagonal=-(WINDOW - 1)))
-
-    def scores(self, q, k):
-        T = q.size(2)
-        return super().scores(q, k).masked_fill(self.band[:T, :T] == 0, float("-inf"))
-
-
 class BandByRows(Scored):
     """A mask that is written in a loop over positions, into one that was made elsewhere."""
 
@@ -61,32 +49,14 @@ class BandByVmap(Scored):
         return super().scores(q, k).masked_fill(~band, float("-inf"))
 
 
-class Mixed(Gpt):
-    """A layer with a window, one without."""
-
-    def __init__(self):
-        layers = iter([BandBuffer, Scored])
-        super().__init__(lambda: next(layers)())
-
-
-def slopes(heads):
-    return torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)])
-
-
-class AlibiOfColumns(Scored):
-    """slopes * arange(T), the same for all queries: softmax does not see the difference."""
-
-    def scores(self, q, k):
-        return super().scores(q, k) + slopes(self.heads)[:, None, None] * torch.arange(k.size(2))
-
-
 class AlibiToSdpa(Qkv):
     """A mask with the bias in it for scaled_dot_product_attention."""
 
     def attend(self, q, k, v):
         T = q.size(2)
         place = torch.arange(T)
-        bias = -slopes(self.heads)[:, None, None] * (place[:, None] - place)
+        slopes = torch.tensor([2 ** (-8 * (i + 1) / self.heads) for i in range(self.heads)])
+        bias = -slopes[:, None, None] * (place[:, None] - place)
         bias = bias + torch.full((T, T), float("-inf")).triu(1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -155,18 +125,6 @@ class SoftmaxPlusOne(Scored):
         return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
 
 
-class TalkingHeads(Scored):
-    """Heads mixed before and after the softmax."""
-
-    def more(self):
-        self.before, self.after = (nn.Linear(self.heads, self.heads, bias=False) for _ in range(2))
-
-    def attend(self, q, k, v):
-        scores = self.before(self.scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        weights = causal(2 * scores).softmax(-1)
-        return 2 * torch.einsum("gh,bhij->bgij", self.after.weight, weights) @ v
-
-
 class LargestScores(Scored):
     """The five largest scores of each row alone."""
 
@@ -180,8 +138,6 @@ DECODERS = {
     "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard"),  # topk of masked scores
     "band_by_vmap": Own(lambda: Gpt(BandByVmap)),  # a window of 10, of a rule for one pair
     "band_by_rows": Own(lambda: Gpt(BandByRows, context=16), context=16),  # a window of 10, in a loop over positions
-    "window_and_full": Own(Mixed),  # a layer of each
-    "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
     "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),
     "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard"),  # T5
     "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)
@@ -189,5 +145,4 @@ DECODERS = {
     "soft_cap": Own(lambda: Gpt(Softcapped)),
     "sinks": Own(lambda: Gpt(Sinks)),
     "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
-    "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
 }  # fmt: skip

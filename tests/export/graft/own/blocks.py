@@ -260,18 +260,9 @@ class Normed(nn.Module):
         return self.mlp(normed)
 
 
-def blocks_with(**parts):
-    """Two blocks with one of their parts (attn, mlp) replaced."""
-    blocks = [Block(Causal()) for _ in range(2)]
-    for block in blocks:
-        for name, make in parts.items():
-            setattr(block, name, make())
-    return list(blocks)
-
-
-def mixed(**parts):
+def mixed(attention=None, mlp=None):
     """One block with such a part, one without."""
-    return Stack(blocks_with(**parts)[0], Block(Causal()), positions=48)
+    return Stack(Block(attention or Causal(), mlp=mlp), Block(Causal()), positions=48)
 
 
 class Mixing(Gpt):
@@ -279,22 +270,22 @@ class Mixing(Gpt):
 
     def __init__(self, mlp):
         super().__init__(Causal)
-        self.blocks[1] = blocks_with(mlp=lambda: mlp)[1]
+        self.blocks[1] = Block(Causal(), mlp=mlp)
 
 
 DECODERS = {
     "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm by hand, grouped queries, tied
     "dense_experts": Own(lambda: Stack(Modern(DenseExperts), Modern(DenseExperts))),
     "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3),  # shared weights
-    "batch_norm": Own(lambda: mixed(mlp=lambda: Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
-    "batch_norm_of_rows": Own(lambda: mixed(mlp=lambda: Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode
-    "group_norm_of_rows": Own(lambda: mixed(mlp=lambda: Normed(nn.GroupNorm(4, WIDTH)))),  # each token by itself
+    "batch_norm": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
+    "batch_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode
+    "group_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.GroupNorm(4, WIDTH)))),  # each token by itself
     "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True),  # nanochat's: cat of the first row
     "bigrams": Own(Bigrams, graph="standard", state=True),  # a shift of the ids themselves
-    "time_shift": Own(lambda: mixed(mlp=TimeShift), graph="standard", state=True),  # ZeroPad2d, RWKV's
-    "shifted_keys": Own(lambda: mixed(attn=ShiftedKeys), graph="standard", state=True),  # pad, then [:, :-1]
-    "short_conv": Own(lambda: mixed(mlp=ShortConv), graph="standard", state=True),  # padding=3, cut to T; C groups
-    "short_conv_padded_left": Own(lambda: mixed(mlp=lambda: ShortConv(3, both=False)), graph="standard", state=True),
+    "time_shift": Own(lambda: mixed(mlp=TimeShift()), graph="standard", state=True),  # ZeroPad2d, RWKV's
+    "shifted_keys": Own(lambda: mixed(ShiftedKeys()), graph="standard", state=True),  # pad, then [:, :-1]
+    "short_conv": Own(lambda: mixed(mlp=ShortConv()), graph="standard", state=True),  # padding=3, cut to T; C groups
+    "short_conv_padded_left": Own(lambda: mixed(mlp=ShortConv(3, both=False)), graph="standard", state=True),
 "experts_where": Own(lambda: Stack(Modern(Where)), layers=1),  # results[rows] += ...
     "experts_counted": Own(lambda: Stack(Modern(Counted)), layers=1),  # bincount(...).tolist()
     "experts_unique": Own(lambda: Stack(Modern(Unique)), layers=1),  # for expert in unique(...)

@@ -70,11 +70,11 @@ def drawn(build):
 
 
 class Block(nn.Module):
-    def __init__(self, attention, width=WIDTH):
+    def __init__(self, attention, width=WIDTH, mlp=None):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = attention
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = mlp or nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))

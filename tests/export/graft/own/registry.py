@@ -1,7 +1,7 @@
 """Decoders as people write them, and modules that are none: what the tests of unedited modules run through."""
 
-from . import biases, blocks, by_hand, latents, outputs, positions, torch_layers
+from . import biases, blocks, by_hand, latents, outputs, positions
 from .refused import REFUSED as REFUSED
 
-ROOMS = (by_hand, positions, biases, outputs, torch_layers, blocks, latents)
+ROOMS = (by_hand, positions, biases, outputs, blocks, latents)
 DECODERS = {name: own for room in ROOMS for name, own in room.DECODERS.items()}

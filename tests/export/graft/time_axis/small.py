@@ -1,10 +1,8 @@
 """A function of embedded tokens as a program, followed along the time axis."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.export.graft.probe.causes import ObstacleError
 from pastkey.export.graft.time_axis.interpret import Whole
@@ -12,11 +10,10 @@ from pastkey.export.graft.time_axis.operators.base import Swapped
 from pastkey.export.graft.time_axis.program.program import Op, trace_program
 
 VOCAB, WIDTH, LENGTHS = 11, 8, (7, 5)
-Function = Callable[[Tensor], Tensor]  # (1, T, WIDTH) -> anything
 
 
 class Of(nn.Module):
-    """The function of embedded tokens."""
+    """The function, (1, T, WIDTH) -> anything, of embedded tokens."""
 
     def __init__(self, function):
         super().__init__()
@@ -29,12 +26,11 @@ class Of(nn.Module):
         return self.function(self.token(ids))
 
 
-def program_of(function, lengths=LENGTHS):
-    return trace_program(Of(function).eval(), lambda module, ids: module(ids), lengths, VOCAB)
+def program_of(function):
+    return trace_program(Of(function).eval(), lambda module, ids: module(ids), LENGTHS, VOCAB)
 
 
 def weight(op):
-    assert op.constant is not None
     return op.constant
 
 
@@ -45,7 +41,7 @@ def ids_of(program):
 def followed(function):
     """The run of two rows."""
     program = program_of(function)
-    swapped: set[Op] = set()
+    swapped = set[Op]()
     for _ in range(3):
         run = Whole(program, ids_of(program), weight, swapped)
         try:
@@ -62,13 +58,11 @@ def result(function):
     run = followed(function)
     assert not run.refused
     value = run.known[run.program.logits]
+    found = value.real().explicit()
     with torch.no_grad():
         for row, ids in enumerate(ids_of(run.program)):
-            expected = Of(function)(ids[None])
-            found = value.real().explicit()
             tensor = found.tensor[row] if found.batched else found.tensor
-            assert tensor.shape == expected.shape
-            assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(tensor, Of(function)(ids[None]), rtol=1e-5, atol=1e-6)
     return value
 
 
@@ -88,9 +82,12 @@ def told(call):
     return caught.value.cause
 
 
+def future(x):
+    """(T, T) of which token is a later one."""
+    return torch.ones(x.shape[1], x.shape[1]).triu(1) == 1
+
+
 def causal(x):
     """Attention by hand, of one head."""
-    length = x.shape[1]
-    scores = x @ x.transpose(1, 2) * 0.5
-    scores = scores.masked_fill(torch.ones(length, length).triu(1) == 1, float("-inf"))
+    scores = (x @ x.transpose(1, 2) * 0.5).masked_fill(future(x), float("-inf"))
     return scores.softmax(-1) @ x
