@@ -67,26 +67,6 @@ def test_nothing_tells_where_and_of_what_a_graph_was_made(made, last):
     assert not any(item.metadata_props for item in [model, model.graph, *parts])
 
 
-# --- operators ----------------------------------------------------------------------------------------------------
-def test_the_standard_graph_is_valid_onnx_of_the_standard_domain_only(exported):
-    for name in ("head_size_10_context_11", "one_block_twice"):
-        made = exported(name)
-        onnx.checker.check_model(str(made.bundle.all_logits_graph), full_check=True)
-        assert {node.domain for node in made.graph().graph.node} == {""}
-        assert {o.domain for o in made.graph().opset_import} == {""}
-
-
-def test_the_fused_graph_has_one_attention_operator_per_layer(exported):
-    for name in ("llama", "gpt2"):
-        made = exported(name)
-        nodes = [node for node in made.graph().graph.node if node.op_type == "GroupQueryAttention"]
-        assert len(nodes) == len(made.bundle.manifest.layers)
-        assert {node.domain for node in nodes} == {"com.microsoft"}
-        assert "Softmax" not in {node.op_type for node in made.graph().graph.node}
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
-    assert attributes["num_heads"] == attributes["kv_num_heads"] == 4
-
-
 # --- weights ------------------------------------------------------------------------------------------------------
 def test_weights_carry_the_modules_names(made):
     known = dict([*made.module.named_parameters(), *made.module.named_buffers()])

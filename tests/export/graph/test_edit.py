@@ -12,39 +12,25 @@ from ..small_graphs import model_of, run_model
 @pytest.fixture
 def model():
     """y = Neg(a), z = Abs(a), where a = Relu(x)."""
-    return ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["": 20]>\n'
-        "g (float[3] x) => (float[3] y, float[3] z) { a = Relu(x) y = Neg(a) z = Abs(a) }"
-    )
-
-
-def node_of(model, operator):
-    (found,) = (node for node in model.graph if node.op_type == operator)
-    return found
+    return model_of("g (float[3] x) => (float[3] y, float[3] z) { a = Relu(x) y = Neg(a) z = Abs(a) }")
 
 
 def operators(model):
     return [node.op_type for node in model.graph]
 
 
-def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model):
-    array = np.ones(3, np.float32)
-    value = edit.add_weight(model, "w", array)
-    assert edit.weight(value) is array
-    assert edit.weight(model.graph.inputs[0]) is None
-    assert edit.weight(node_of(model, "Relu").outputs[0]) is None
-    assert edit.weight(None) is None
-
-
-def test_weights_that_nothing_reads_are_dropped(model):
-    used, _ = edit.add_weight(model, "used", np.ones(3)), edit.add_weight(model, "unused", np.ones(3))
-    node_of(model, "Neg").replace_input_with(0, used)
+def test_a_weight_is_the_array_itself_and_goes_where_nothing_reads_it(model):
+    array, (relu, neg, _) = np.ones(3, np.float32), model.graph
+    used, _ = edit.add_weight(model, "used", array), edit.add_weight(model, "unused", np.ones(3))
+    assert edit.weight(used) is array
+    assert edit.weight(model.graph.inputs[0]) is edit.weight(relu.outputs[0]) is edit.weight(None) is None
+    neg.replace_input_with(0, used)
     edit.drop_unused_weights(model)
     assert set(model.graph.initializers) == {"used"}
 
 
 def test_an_output_that_is_replaced_keeps_name_type_and_place(model):
-    neg = node_of(model, "Neg")
+    _, neg, _ = model.graph
     sqrt = ir.node("Sqrt", [neg.inputs[0]])
     edit.replace_node(model, neg, sqrt)
     assert operators(model) == ["Relu", "Sqrt", "Abs"]
@@ -54,13 +40,13 @@ def test_an_output_that_is_replaced_keeps_name_type_and_place(model):
 
 
 def test_several_nodes_stand_in_for_one_and_every_reader_follows(model):
-    relu = node_of(model, "Relu")
+    relu, neg, absolute = model.graph
     builder = edit.NodeBuilder(model, "clipped")
     low = builder.add("Max", relu.inputs[0], builder.constant("zero", np.zeros(1, np.float32)))
     builder.add("Min", low, builder.constant("six", np.full(1, 6, np.float32)))
     edit.replace_node(model, relu, *builder.nodes)
     assert operators(model) == ["Max", "Min", "Neg", "Abs"]
-    assert {edit.input_of(node_of(model, name).inputs[0], "Min") for name in ("Neg", "Abs")} == {low}
+    assert {edit.input_of(node.inputs[0], "Min") for node in (neg, absolute)} == {low}
     assert {"clipped.zero", "clipped.six"} == set(model.graph.initializers)
     names = [output.name for node in model.graph for output in node.outputs]
     assert len(set(names)) == len(names)
@@ -88,7 +74,7 @@ def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
     sine = next(node.outputs[0] for node in model.graph if node.op_type == "Sin")
     part = Subgraph(model, sine, model.graph.inputs[0])
     np.testing.assert_allclose(part.run(np.array([[4, 5, 6]])), np.sin(-W * [4, 5, 6]), atol=1e-6)
-    assert [node.op_type for node in model.graph] == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
+    assert operators(model) == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
 
 
 # --- `simplify` changes no number -------------------------------------------------------------------------------------
@@ -102,7 +88,7 @@ def simplified(body, **weights):
     (before,) = run_model(model, x=X)
     simplify(model)
     np.testing.assert_array_equal(run_model(model, x=X)[0], before)
-    return [node.op_type for node in model.graph]
+    return operators(model)
 
 
 def test_an_epsilon_of_1e_8_is_not_taken_for_zero():

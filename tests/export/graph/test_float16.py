@@ -1,7 +1,5 @@
 """Weights, activations and cache in float16; what would not fit into it stays in float32."""
 
-from collections import Counter
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -85,14 +83,9 @@ def test_what_is_no_float_stays():
     assert (y.tolist(), shape.tolist()) == ([[-1, 2, 3]], [1, 3])
 
 
-def test_an_export_in_float16(exported):
+def test_an_export_in_float16_has_its_cache_in_it_and_its_logits_in_float32(exported):
     """tests/conformance has its numbers."""
-    manifest = exported("llama", "fp16").bundle.manifest
-    assert 0 < manifest.quality["kl_divergence"] < 1e-4
-    assert 1e-5 < manifest.parity["fp16"]["checks"]["prefill"]["value"] < 1e-2
     graph = exported("llama", "fp16").graph().graph
-    types = Counter(t.data_type for t in graph.initializer)
-    assert types[int(ir.DataType.FLOAT16)] > types.get(int(ir.DataType.FLOAT), 0)
-    assert {v.name: v.type.tensor_type.elem_type for v in graph.output}[names.LOGITS] == ir.DataType.FLOAT
-    cache = [v for v in graph.input if v.name.startswith(names.PAST_PREFIX)]
-    assert {v.type.tensor_type.elem_type for v in cache} == {int(ir.DataType.FLOAT16)}
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]}
+    assert types[names.LOGITS] == ir.DataType.FLOAT
+    assert {kind for name, kind in types.items() if name.startswith(names.PAST_PREFIX)} == {ir.DataType.FLOAT16}

@@ -6,62 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import CONTEXT, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, Causal, Gpt, NoPositions, Own, attending, causal
 
 WINDOW = 10
 
 
-def causal(scores):
-    T = scores.shape[-1]
-    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
-
-
-class Scored(Qkv):
-    """softmax(scores) v, where a variant says what scores are."""
-
-    def attend(self, q, k, v):
-        return causal(self.scores(q, k)).softmax(dim=-1) @ v
-
-    def scores(self, q, k):
-        return q @ k.transpose(-2, -1) / math.sqrt(self.size)
-
-
-class BandByRows(Scored):
+def band_by_rows(self, q, k):
     """A mask that is written in a loop over positions, into one that was made elsewhere."""
-
-    def scores(self, q, k):
-        T = q.size(2)
-        band = torch.full((T, T), float("-inf"))
-        for i in range(T):
-            band[i, max(0, i - WINDOW + 1) : i + 1] = 0.0
-        return super().scores(q, k) + band.view(1, 1, T, T)
+    T = q.size(2)
+    band = torch.full((T, T), float("-inf"))
+    for i in range(T):
+        band[i, max(0, i - WINDOW + 1) : i + 1] = 0.0
+    return Causal.scores(self, q, k) + band.view(1, 1, T, T)
 
 
-class BandByVmap(Scored):
+def band_by_vmap(self, q, k):
     """A mask of a rule for one query and one key, as transformers 4 has it."""
 
-    def scores(self, q, k):
-        def seen(i, j):
-            return (j <= i) & (i - j < WINDOW)
+    def seen(i, j):
+        return (j <= i) & (i - j < WINDOW)
 
-        rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
-        band = rule(torch.arange(q.size(2)), torch.arange(k.size(2)))
-        return super().scores(q, k).masked_fill(~band, float("-inf"))
+    rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
+    band = rule(torch.arange(q.size(2)), torch.arange(k.size(2)))
+    return Causal.scores(self, q, k).masked_fill(~band, float("-inf"))
 
 
-class AlibiToSdpa(Qkv):
+def alibi_to_sdpa(self, q, k, v):
     """A mask with the bias in it for scaled_dot_product_attention."""
-
-    def attend(self, q, k, v):
-        T = q.size(2)
-        place = torch.arange(T)
-        slopes = torch.tensor([2 ** (-8 * (i + 1) / self.heads) for i in range(self.heads)])
-        bias = -slopes[:, None, None] * (place[:, None] - place)
-        bias = bias + torch.full((T, T), float("-inf")).triu(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    T = q.size(2)
+    place = torch.arange(T)
+    slopes = torch.tensor([2 ** (-8 * (i + 1) / self.heads) for i in range(self.heads)])
+    bias = -slopes[:, None, None] * (place[:, None] - place)
+    bias = bias + torch.full((T, T), float("-inf")).triu(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-class RelativeBuckets(Scored):
+class RelativeBuckets(Causal):
     """T5's: near distances have a bucket each, far ones share them by logarithms. Its scores are not scaled."""
 
     def more(self):
@@ -76,7 +56,7 @@ class RelativeBuckets(Scored):
         return torch.matmul(q, k.transpose(3, 2)) * 0.4 + 2 * bias
 
 
-class RelativeKeys(Scored):
+class RelativeKeys(Causal):
     """Shaw: scores are q kᵀ and q times a vector for each distance."""
 
     def more(self):
@@ -88,7 +68,7 @@ class RelativeKeys(Scored):
         return super().scores(q, k) + torch.einsum("bhid,ijd->bhij", q, vectors) / math.sqrt(self.size)
 
 
-class UnitKeys(Scored):
+class UnitKeys(Causal):
     """Cosines, with a learned temperature for each head."""
 
     def more(self):
@@ -98,12 +78,11 @@ class UnitKeys(Scored):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.exp()
 
 
-class Softcapped(Scored):
-    def scores(self, q, k):
-        return 2 * torch.tanh(super().scores(q, k) / 2)
+def soft_capped(self, q, k):
+    return 2 * torch.tanh(Causal.scores(self, q, k) / 2)
 
 
-class Sinks(Scored):
+class Sinks(Causal):
     """A learned number for each head stands in the softmax as one more key without a value."""
 
     def more(self):
@@ -115,34 +94,30 @@ class Sinks(Scored):
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ v
 
 
-class SoftmaxPlusOne(Scored):
+def softmax_plus_one(self, q, k, v):
     """exp(x) / (1 + sum of exp(x))."""
-
-    def attend(self, q, k, v):
-        scores = causal(self.scores(q, k))
-        top = scores.max(-1, keepdim=True).values.clamp(min=0)
-        weights = torch.exp(scores - top)
-        return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
+    scores = causal(self.scores(q, k))
+    top = scores.max(-1, keepdim=True).values.clamp(min=0)
+    weights = torch.exp(scores - top)
+    return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
 
 
-class LargestScores(Scored):
+def largest_scores(self, q, k, v):
     """The five largest scores of each row alone."""
-
-    def attend(self, q, k, v):
-        scores = causal(self.scores(q, k))
-        largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
-        return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
+    scores = causal(self.scores(q, k))
+    largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
+    return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
 
 
 DECODERS = {
-    "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard"),  # topk of masked scores
-    "band_by_vmap": Own(lambda: Gpt(BandByVmap)),  # a window of 10, of a rule for one pair
-    "band_by_rows": Own(lambda: Gpt(BandByRows, context=16), context=16),  # a window of 10, in a loop over positions
-    "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),
+    "largest_scores": Own(lambda: Gpt(attending(largest_scores)), graph="standard"),  # topk of masked scores
+    "band_by_vmap": Own(lambda: Gpt(attending(scores=band_by_vmap))),  # a window of 10, of a rule for one pair
+    "band_by_rows": Own(lambda: Gpt(attending(scores=band_by_rows), context=16), context=16),  # a window of 10, in a loop over positions
+    "alibi_to_sdpa": Own(lambda: NoPositions(attending(alibi_to_sdpa)), graph="standard"),
     "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard"),  # T5
     "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)
     "cosines_with_temperature": Own(lambda: Gpt(UnitKeys)),
-    "soft_cap": Own(lambda: Gpt(Softcapped)),
+    "soft_cap": Own(lambda: Gpt(attending(scores=soft_capped))),
     "sinks": Own(lambda: Gpt(Sinks)),
-    "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
+    "softmax_plus_one": Own(lambda: Gpt(attending(softmax_plus_one))),
 }  # fmt: skip

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import VOCAB, WIDTH, Block, Gpt, Own
-from .positions import Causal, RotaryGrouped
+from .parts import VOCAB, WIDTH, Block, Causal, Gpt, Own
+from .positions import RotaryGrouped
 
 
 class RMSNorm(nn.Module):

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import einsum, nn
 
-from .parts import CONTEXT, HEADS, SIZE, VOCAB, WIDTH, Gpt, Own, Qkv
+from .parts import CONTEXT, HEADS, SIZE, VOCAB, WIDTH, Causal, Gpt, Own, attending
 from .positions import PositionalEncoding
 
 
 # --- masks, scales and softmax ----------------------------------------------------------------------------------------
-class TrilBuffer(Qkv):
+class TrilBuffer(Causal):
     def more(self):
         self.register_buffer("bias", torch.tril(torch.ones(CONTEXT, CONTEXT)).view(1, 1, CONTEXT, CONTEXT))
         self.drop = nn.Dropout(0.1)
@@ -23,18 +23,16 @@ class TrilBuffer(Qkv):
         return self.drop(F.softmax(att, dim=-1)) @ v
 
 
-class TriuAdded(Qkv):
-    def attend(self, q, k, v):
-        T = q.shape[-2]
-        mask = torch.triu(torch.full((T, T), float("-inf"), device=q.device), diagonal=1)
-        return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(self.size) + mask, dim=-1) @ v
+def triu_added(self, q, k, v):
+    T = q.shape[-2]
+    mask = torch.triu(torch.full((T, T), float("-inf"), device=q.device), diagonal=1)
+    return torch.softmax(q @ k.transpose(2, 3) / math.sqrt(self.size) + mask, dim=-1) @ v
 
 
-class MultipliedAndRenormalised(Qkv):
-    def attend(self, q, k, v):
-        weights = torch.softmax(q @ k.mT / math.sqrt(self.size), dim=-1)
-        weights = weights * torch.tril(torch.ones(q.shape[2], q.shape[2]))
-        return weights / weights.sum(dim=-1, keepdim=True) @ v
+def multiplied_and_renormalised(self, q, k, v):
+    weights = torch.softmax(q @ k.mT / math.sqrt(self.size), dim=-1)
+    weights = weights * torch.tril(torch.ones(q.shape[2], q.shape[2]))
+    return weights / weights.sum(dim=-1, keepdim=True) @ v
 
 
 class AverageOfEarlier(nn.Module):
@@ -49,24 +47,21 @@ class AverageOfEarlier(nn.Module):
         return weights / weights.sum(1, keepdim=True) @ self.value(x)
 
 
-class KeysTimesQueries(Qkv):
+def keys_times_queries(self, q, k, v):
     """Scores that stand transposed: softmax over dim -2."""
-
-    def attend(self, q, k, v):
-        scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
-        scores = scores.masked_fill(torch.ones(q.size(-2), q.size(-2)).tril(-1).bool(), float("-inf"))
-        return torch.softmax(scores, dim=-2).transpose(-1, -2) @ v
+    scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
+    scores = scores.masked_fill(torch.ones(q.size(-2), q.size(-2)).tril(-1).bool(), float("-inf"))
+    return torch.softmax(scores, dim=-2).transpose(-1, -2) @ v
 
 
-class TriuIndices(Qkv):
-    def attend(self, q, k, v):
-        scores = q @ k.mT / math.sqrt(self.size)
-        i, j = torch.triu_indices(q.shape[-2], q.shape[-2], offset=1)
-        scores[..., i, j] = float("-inf")
-        return scores.softmax(-1) @ v
+def triu_indices(self, q, k, v):
+    scores = q @ k.mT / math.sqrt(self.size)
+    i, j = torch.triu_indices(q.shape[-2], q.shape[-2], offset=1)
+    scores[..., i, j] = float("-inf")
+    return scores.softmax(-1) @ v
 
 
-class FilledInPlace(Qkv):
+class FilledInPlace(Causal):
     def more(self):
         self.register_buffer("mask", torch.triu(torch.ones(CONTEXT, CONTEXT), diagonal=1))
 
@@ -94,22 +89,6 @@ class MaskOfLen(nn.Module):
 # --- heads ------------------------------------------------------------------------------------------------------------
 def future(length):
     return torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
-
-
-class EinsumWeights(nn.Module):
-    """Projections of shape (H, C, D), and keys before queries in the scores."""
-
-    def __init__(self):
-        super().__init__()
-        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(HEADS, WIDTH, SIZE)) for _ in range(3))
-        self.W_O, self.b_O = nn.Parameter(torch.empty(HEADS, SIZE, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
-
-    def forward(self, x):
-        q, k, v = (torch.einsum("nde,bpd->bpne", w, x) for w in (self.W_Q, self.W_K, self.W_V))
-        scores = torch.einsum("bqnh,bknh->bnqk", q, k) / SIZE**0.5
-        scores = torch.where(future(x.shape[1]), -1e5, scores)
-        z = torch.einsum("bnqk,bknh->bqnh", scores.softmax(-1), v)
-        return torch.einsum("bqnh,nhd->bqd", z, self.W_O) + self.b_O
 
 
 class MergedBatch(nn.Module):
@@ -161,14 +140,12 @@ class ModulePerHead(nn.Module):
         return torch.cat([h(x) for h in self.heads], dim=-1)
 
 
-class GroupedInFive(Qkv):
+def grouped_in_five(self, q, k, v):
     """Queries as (B, K, G, T, D) against keys as (B, K, 1, T, D)."""
-
-    def attend(self, q, k, v):
-        q = q.unflatten(1, (self.kv_heads, -1))
-        scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(self.size)  # (B, K, G, T, T)
-        weights = scores.masked_fill(future(q.shape[3]), float("-inf")).softmax(-1)
-        return (weights @ v[:, :, None]).flatten(1, 2)
+    q = q.unflatten(1, (self.kv_heads, -1))
+    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(self.size)  # (B, K, G, T, T)
+    weights = scores.masked_fill(future(q.shape[3]), float("-inf")).softmax(-1)
+    return (weights @ v[:, :, None]).flatten(1, 2)
 
 
 class MultiQuery(nn.Module):
@@ -190,18 +167,6 @@ class MultiQuery(nn.Module):
 square_mask = nn.Transformer.generate_square_subsequent_mask
 
 
-class MultiHead(nn.Module):
-    """Weights are computed (need_weights is True unless it is told) and thrown away."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
-
-    def forward(self, x):
-        mask = torch.triu(torch.ones(x.size(1), x.size(1), dtype=torch.bool), diagonal=1)
-        return self.attn(x, x, x, attn_mask=mask)[0]
-
-
 class Encoder(nn.Module):
     """As torch's tutorial has it, but for the batch first."""
 
@@ -220,17 +185,14 @@ class Encoder(nn.Module):
         return self.linear(self.transformer_encoder(x, mask=src_mask))
 
 
-class SdpaGrouped(Qkv):
-    def attend(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
+def sdpa_grouped(self, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
 
 
-class SdpaWindow(Qkv):
+def sdpa_window(self, q, k, v):
     """A band as a boolean mask."""
-
-    def attend(self, q, k, v):
-        band = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).tril().triu(-7)
-        return F.scaled_dot_product_attention(q, k, v, band)
+    band = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).tril().triu(-7)
+    return F.scaled_dot_product_attention(q, k, v, band)
 
 
 def with_mask(module, ids):
@@ -239,22 +201,20 @@ def with_mask(module, ids):
 
 DECODERS = {
     "tril_buffer": Own(lambda: Gpt(TrilBuffer)),
-    "multiplied_and_renormalised": Own(lambda: Gpt(MultipliedAndRenormalised), graph="either"),
+    "multiplied_and_renormalised": Own(lambda: Gpt(attending(multiplied_and_renormalised)), graph="either"),
     "average_of_earlier": Own(lambda: Gpt(AverageOfEarlier)),  # no queries and keys at all
-    "keys_times_queries": Own(lambda: Gpt(KeysTimesQueries), graph="either"),  # softmax over dim -2
-    "triu_indices": Own(lambda: Gpt(TriuIndices)),  # torch.export makes T a constant
+    "keys_times_queries": Own(lambda: Gpt(attending(keys_times_queries)), graph="either"),  # softmax over dim -2
+    "triu_indices": Own(lambda: Gpt(attending(triu_indices))),  # torch.export makes T a constant
     "filled_in_place": Own(lambda: Gpt(FilledInPlace)),
     "len_of_x": Own(lambda: Gpt(MaskOfLen)),  # torch.export makes T a constant; one head without projection
-    "context_300": Own(lambda: Gpt(TriuAdded, context=300, layers=1), context=300, layers=1),
-    "einsum_weights": Own(lambda: Gpt(EinsumWeights)),  # weights (H, C, D)
+    "context_300": Own(lambda: Gpt(attending(triu_added), context=300, layers=1), context=300, layers=1),
     "bmm": Own(lambda: Gpt(MergedBatch)),  # (B*H, T, D)
     "baddbmm": Own(lambda: Gpt(lambda: MergedBatch(add=True))),  # the mask is added by the product
     "module_per_head": Own(lambda: Gpt(ModulePerHead), graph="either", layers=8),  # layers: of each head
-    "grouped_in_five": Own(lambda: Gpt(lambda: GroupedInFive(kv_heads=2))),
+    "grouped_in_five": Own(lambda: Gpt(attending(grouped_in_five, kv_heads=2))),
     "multi_query": Own(lambda: Gpt(MultiQuery)),
-    "multi_head_attention": Own(lambda: Gpt(MultiHead)),  # need_weights is left True
     "transformer_encoder": Own(Encoder),  # generate_square_subsequent_mask inside
     "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
-    "sdpa_grouped": Own(lambda: Gpt(lambda: SdpaGrouped(kv_heads=2))),  # is_causal=T > 1
-    "sdpa_window": Own(lambda: Gpt(SdpaWindow)),  # a window of 8
+    "sdpa_grouped": Own(lambda: Gpt(attending(sdpa_grouped, kv_heads=2))),  # is_causal=T > 1
+    "sdpa_window": Own(lambda: Gpt(attending(sdpa_window))),  # a window of 8
 }

@@ -9,8 +9,7 @@ from torch import nn
 
 from pastkey.contract.bundle import KVGeometry
 
-from .biases import causal
-from .parts import HEADS, WIDTH, Gpt, NoPositions, Own
+from .parts import HEADS, WIDTH, Gpt, NoPositions, Own, causal
 
 RANK, NOPE, ROPE, SIZE = 12, 8, 4, 8  # of the latent; of keys without and with positions; of values
 SCALE = 1 / math.sqrt(NOPE + ROPE)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import VOCAB, WIDTH, Gpt, Own, first
-from .positions import Causal
+from .parts import VOCAB, WIDTH, Causal, Gpt, Own, first
 
 
 class FlatWithTargets(Gpt):

@@ -3,6 +3,7 @@
 The decoders are written as people write them who never heard of a cache: no position_ids, attention as they like it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -109,8 +110,13 @@ class NoPositions(Gpt):
         return self.wte(idx)
 
 
-class Qkv(nn.Module):
-    """Projections to heads and back, as most write them; a variant says how it attends."""
+def causal(scores):
+    T = scores.shape[-1]
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
+
+
+class Causal(nn.Module):
+    """Projections to heads and back, as most write them; a variant says what its scores are, or how it attends."""
 
     def __init__(self, heads=HEADS, kv_heads=None, *, width=WIDTH, context=CONTEXT):
         super().__init__()
@@ -132,4 +138,12 @@ class Qkv(nn.Module):
         return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
 
     def attend(self, q, k, v):
-        raise NotImplementedError
+        return causal(self.scores(q, k)).softmax(dim=-1) @ v
+
+    def scores(self, q, k):
+        return q @ k.transpose(-2, -1) / math.sqrt(self.size)
+
+
+def attending(attend=Causal.attend, scores=Causal.scores, **sizes):
+    """Makes attention that attends, or whose scores are, otherwise."""
+    return lambda: type("Attention", (Causal,), {"attend": attend, "scores": scores})(**sizes)

@@ -3,21 +3,9 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .parts import CONTEXT, Gpt, NoPositions, Own, Qkv
-
-
-def attention(q, k, v):
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    mask = torch.full((q.size(-2), q.size(-2)), float("-inf")).triu(1)
-    return F.softmax(scores + mask, dim=-1) @ v
-
-
-class Causal(Qkv):
-    def attend(self, q, k, v):
-        return attention(q, k, v)
+from .parts import CONTEXT, Causal, Gpt, NoPositions, Own
 
 
 class PositionalEncoding(nn.Module):
@@ -58,7 +46,7 @@ def interleaved(x):
     return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
 
 
-class RotaryGrouped(Qkv):
+class RotaryGrouped(Causal):
     """Cosines and sines made in every call; queries and keys are turned before keys are repeated for the queries."""
 
     crossed = staticmethod(rotate_half)
@@ -78,7 +66,7 @@ class RotaryGrouped(Qkv):
         q, k = ((t * cos + self.crossed(t) * sin).to(t.dtype) for t in (q, k))
         if self.kv_heads < self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        return attention(q, k, v)
+        return super().attend(q, k, v)
 
 
 class RotaryTables(RotaryGrouped):
@@ -128,7 +116,7 @@ class RotaryByLength(RotaryGrouped):
         return self.made[length]
 
 
-class RotaryComplex(Qkv):
+class RotaryComplex(Causal):
     """freqs_cis by polar, multiplied as complex numbers before the heads move to the front."""
 
     def more(self):
@@ -144,7 +132,7 @@ class RotaryComplex(Qkv):
             torch.view_as_real(torch.view_as_complex(t.float().reshape(*t.shape[:-1], -1, 2)) * freqs).flatten(3)
             for t in (xq, xk)
         )
-        y = attention(*(t.transpose(1, 2) for t in (xq, xk, xv)))
+        y = self.attend(*(t.transpose(1, 2) for t in (xq, xk, xv)))
         return self.o(y.transpose(1, 2).reshape(bsz, seqlen, -1))
 
 

@@ -4,34 +4,28 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
-from .biases import Scored, causal
 from .blocks import Mixing
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Refused
-from .positions import Causal
+from .parts import CONTEXT, HEADS, WIDTH, Causal, Gpt, NoPositions, Refused, attending, causal
 
 
 # --- later tokens -----------------------------------------------------------------------------------------------------
-class NoMask(Scored):
-    def attend(self, q, k, v):
-        return self.scores(q, k).softmax(-1) @ v
+def no_mask(self, q, k, v):
+    return self.scores(q, k).softmax(-1) @ v
 
 
-class OneHeadAhead(Scored):
+def one_head_ahead(self, q, k, v):
     """The next token, in the last head."""
-
-    def attend(self, q, k, v):
-        T = q.size(2)
-        hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
-        return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    T = q.size(2)
+    hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
+    return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-class SoftmaxOverQueries(Scored):
+def softmax_over_queries(self, q, k, v):
     """Over the wrong axis: later queries stand in the sum."""
-
-    def attend(self, q, k, v):
-        return causal(self.scores(q, k)).softmax(dim=-2) @ v
+    return causal(self.scores(q, k)).softmax(dim=-2) @ v
 
 
 class Centred(nn.Module):
@@ -66,15 +60,15 @@ class Gru(nn.Module):
 
 
 # --- what is kept from call to call ----------------------------------------------------------------------------------
-class Memory(Scored):
+class Memory(Causal):
     """Keys and values of the text before, as Transformer-XL keeps them on self."""
 
     def more(self):
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept = list[torch.Tensor]()
 
     def attend(self, q, k, v):
-        own, T = (k.detach(), v.detach()), q.size(2)
-        if self.kept is not None and self.kept[0].size(0) == k.size(0):
+        own, T = [k.detach(), v.detach()], q.size(2)
+        if self.kept and self.kept[0].size(0) == k.size(0):
             k, v = torch.cat([self.kept[0], k], dim=2), torch.cat([self.kept[1], v], dim=2)
         self.kept = own
         hidden = torch.ones(T, k.size(2)).triu(1 + k.size(2) - T).bool()
@@ -109,16 +103,33 @@ class WithStartPos(Gpt):
         return self.lm_head(self.ln_f(x))
 
 
-# --- lengths and loops ------------------------------------------------------------------------------------------------
-class ScaledByLength(Scored):
-    """By log T, which changes for the tokens before with each that is added."""
+class Counting(Gpt):
+    """Counts its calls in a buffer, which its logits read or not."""
 
-    def scores(self, q, k):
-        return super().scores(q, k) * math.log(q.size(2) + 1)
+    share = 0.0
+
+    def __init__(self):
+        super().__init__(Causal, layers=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, idx):
+        self.calls += 1
+        logits = super().forward(idx)
+        return logits + self.share * self.calls if self.share else logits
+
+
+class CountRead(Counting):
+    share = 1e-9
+
+
+# --- lengths and loops ------------------------------------------------------------------------------------------------
+def scaled_by_length(self, q, k):
+    """By log T, which changes for the tokens before with each that is added."""
+    return Causal.scores(self, q, k) * math.log(q.size(2) + 1)
 
 
 # --- rows and places that no cache has --------------------------------------------------------------------------------
-class LearnedKeys(Scored):
+class LearnedKeys(Causal):
     """Two learned keys and values in front of the text's."""
 
     def more(self):
@@ -131,7 +142,7 @@ class LearnedKeys(Scored):
         return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-class Skewed(Scored):
+class Skewed(Causal):
     """The Music Transformer's: the last T rows of a table, shifted into place by a pad and a view."""
 
     def more(self):
@@ -143,11 +154,20 @@ class Skewed(Scored):
         return super().scores(q, k) + F.pad(relative, (1, 0)).view(B, H, T + 1, T)[:, :, 1:]
 
 
-class PlacesOfTheLargest(Scored):
-    def attend(self, q, k, v):
-        scores = causal(self.scores(q, k))
-        where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
-        return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
+def places_of_the_largest(self, q, k, v):
+    scores = causal(self.scores(q, k))
+    where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
+    return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
+
+
+# --- what no rule can follow -----------------------------------------------------------------------------------------
+def complex_scores(self, q, k, v):
+    a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+    return causal((a @ b.conj().transpose(-1, -2)).real / self.size**0.5).softmax(-1) @ v
+
+
+def flexible(self, q, k, v):
+    return flex_attention(q, k, v, score_mod=lambda s, _b, _h, i, j: torch.where(i >= j, s, -float("inf")))
 
 
 def ahead(head):
@@ -156,9 +176,11 @@ def ahead(head):
 
 OF_LENGTH = "computes with a number made from the length of the text"
 REFUSED = {
-    "no_mask": Refused(lambda: Gpt(NoMask), NoMask, ahead(0)),
-    "one_head_ahead": Refused(lambda: Gpt(OneHeadAhead), OneHeadAhead, ahead(3)),
-    "softmax_over_queries": Refused(lambda: Gpt(SoftmaxOverQueries), SoftmaxOverQueries, "softmax over the queries"),
+    "no_mask": Refused(lambda: Gpt(attending(no_mask)), no_mask, ahead(0)),
+    "one_head_ahead": Refused(lambda: Gpt(attending(one_head_ahead)), one_head_ahead, ahead(3)),
+    "softmax_over_queries": Refused(
+        lambda: Gpt(attending(softmax_over_queries)), softmax_over_queries, "softmax over the queries"
+    ),
     "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
     "little_noise": Refused(lambda: Noisy(Causal), Noisy, "draws random numbers outside training"),
@@ -167,10 +189,22 @@ REFUSED = {
     "cache_in_place": Refused(
         lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2
     ),
-    "scaled_by_length": Refused(lambda: Gpt(ScaledByLength), ScaledByLength, OF_LENGTH),
+    "scaled_by_length": Refused(lambda: Gpt(attending(scores=scaled_by_length)), scaled_by_length, OF_LENGTH),
     "learned_keys": Refused(lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows beside those of the text"),
     "skewed": Refused(lambda: NoPositions(Skewed), Skewed, "multiplies by rows that are counted from the end"),
     "places_of_the_largest": Refused(
-        lambda: Gpt(PlacesOfTheLargest), PlacesOfTheLargest, "reads where the largest scores are", 2
+        lambda: Gpt(attending(places_of_the_largest)),
+        places_of_the_largest,
+        "reads where the largest scores are",
+        2,
+    ),
+    "count_that_the_logits_read": Refused(CountRead, Counting, "writes into the buffer calls"),
+    "complex_scores": Refused(
+        lambda: Gpt(attending(complex_scores)), complex_scores, "multiplies matrices of complex numbers"
+    ),
+    "flex_attention": Refused(
+        lambda: Gpt(attending(flexible)),
+        flexible,
+        "calls flex_attention, which cannot be followed: write F.scaled_dot_product",
     ),
 }

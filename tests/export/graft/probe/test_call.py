@@ -14,8 +14,7 @@ from pastkey.export.graft.probe.causes import Kind, NoCacheError
 from pastkey.export.graft.probe.contract import in_contract
 
 from ...decoders import NanoGpt
-from ..own.parts import Gpt, drawn
-from ..own.positions import Causal
+from ..own.parts import Causal, Gpt, drawn
 
 VOCAB, CONTEXT = 11, 12
 

@@ -24,8 +24,7 @@ from pastkey.export.graft.probe.watched import without_autocast
 from ....shared import divided
 from ...decoders import NanoGpt, Plain
 from ..own.blocks import Where
-from ..own.parts import CONTEXT, VOCAB, WIDTH, Gpt, drawn
-from ..own.positions import Causal
+from ..own.parts import CONTEXT, VOCAB, WIDTH, Causal, Gpt, drawn
 from ..own.registry import DECODERS, REFUSED
 from ..plain import plain
 

@@ -133,8 +133,7 @@ LOGITS = {
 }
 UNKEPT = {
     "no attention": (
-        lambda: plain({"apply_block": lambda m, block, hidden, at: hidden}),
-        "made no call of F.scaled_dot",
+        lambda: plain({"apply_block": lambda m, block, hidden, at: hidden}), "made no call of F.scaled_dot"
     ),
     "no mask": (lambda: attending(lambda length: {}), r"attention call 0 \(test_observe.py:.*is not causal"),
     "dropout": (lambda: attending(lambda length: {"is_causal": True, "dropout_p": 0.1}), "drops out attention weights"),
@@ -146,7 +145,7 @@ UNKEPT = {
         "required positional argument",
     ),
     "a table too short": (lambda: plain(context=19), "IndexError"),
-}
+}  # fmt: skip
 UNKEPT |= {name: (lambda mask=mask: masked(mask), "is not") for name, mask in MASKS.items()}
 UNKEPT |= {
     f"{name} as logits": (lambda change=change: plain({"logits": lambda m, x: change(m.head(x))}), "returned")

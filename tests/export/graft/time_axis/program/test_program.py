@@ -10,8 +10,7 @@ from ..small import program_of, told
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "size"),
-    [(6, 4, Size(1, -1)), (28, 20, Size(4, 0)), (3, 3, Size(0, 3)), (-7, -5, Size(-1, 0))],
+    ("first", "second", "size"), [(6, 4, Size(1, -1)), (28, 20, Size(4, 0)), (3, 3, Size(0, 3)), (-7, -5, Size(-1, 0))]
 )
 def test_two_numbers_are_one_of_the_length(first, second, size):
     found = size_of(first, second, (7, 5))

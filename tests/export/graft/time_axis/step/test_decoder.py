@@ -166,8 +166,7 @@ def of_squares(x):
 
 
 @pytest.mark.parametrize(
-    "function",
-    [the_largest_is_taken_away_first, softmax_before_the_mask, below_the_largest_that_is_seen, of_squares],
+    "function", [the_largest_is_taken_away_first, softmax_before_the_mask, below_the_largest_that_is_seen, of_squares]
 )
 def test_a_number_of_all_scores_that_cancels_or_that_the_mask_precedes_is_none(function):
     assert len(found(function).plan) == 1
