@@ -84,29 +84,25 @@ def assert_greedy_ids_are_those_of_transformers(model, report):
     assert report.manifest.padding
 
 
-@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "qwen3_moe", "phi3"]))
-def test_the_standard_graph_takes_windows_softcap_sinks_and_experts_too(family, tmp_path):
-    report = export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT, graph="standard")
-    assert report.manifest.graph == "standard"
-    assert report.manifest.parity["fp32"]["ok"]
+STANDARD = [(family, "standard", "fp32") for family in ("gemma2", "gpt_oss", "qwen3_moe", "phi3")]
 
 
-@pytest.mark.parametrize("family", divided(["gemma2", "gpt_oss", "mixtral"]))
-def test_a_family_in_int8_is_still_the_same_model(family, tmp_path):
-    report = export(build(family), tmp_path / "bundle", context_length=CONTEXT)
-    assert report.manifest.parity["int8"]["ok"]
-    assert report.manifest.quality["kl_divergence"] < 0.02
+@pytest.mark.parametrize(
+    ("family", "graph", "precision"), divided([*STANDARD, ("gemma2", "auto", "int8"), ("mixtral", "auto", "int8")])
+)
+def test_windows_softcap_sinks_and_experts_in_other_graphs_and_precisions(family, graph, precision, tmp_path):
+    report = export(build(family), tmp_path / "bundle", precision=precision, context_length=CONTEXT, graph=graph)
+    assert report.manifest.graph == ("standard" if graph == "standard" else "fused")
+    assert report.manifest.parity[precision]["ok"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize(("queries", "heads"), [("grouped", 2), ("multi", 1), ("own", 4)])
 def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(queries, heads, alibi):
-    config = transformers.FalconConfig(
-        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=heads, alibi=alibi,
-        new_decoder_architecture=queries == "grouped", multi_query=queries == "multi", parallel_attn=queries != "own",
-        bos_token_id=1, eos_token_id=2, max_position_embeddings=CONTEXT,
-    )  # fmt: skip
+    how = {"new_decoder_architecture": queries == "grouped", "multi_query": queries == "multi", "alibi": alibi}
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(num_kv_heads=heads, parallel_attn=queries != "own", **sizes, **how)
     torch.manual_seed(0)
     source = open_source(transformers.FalconForCausalLM(config), context_length=CONTEXT)
     observation = in_contract(source.module, CONTEXT, None, lambda _: None).observation

@@ -112,7 +112,7 @@ def largest_scores(self, q, k, v):
 DECODERS = {
     "largest_scores": Own(lambda: Gpt(attending(largest_scores)), graph="standard"),  # topk of masked scores
     "band_by_vmap": Own(lambda: Gpt(attending(scores=band_by_vmap))),  # a window of 10, of a rule for one pair
-    "band_by_rows": Own(lambda: Gpt(attending(scores=band_by_rows), context=16), context=16),  # a window of 10, in a loop over positions
+    "band_by_rows": Own(lambda: Gpt(attending(scores=band_by_rows), context=16), context=16),  # the same, in a loop
     "alibi_to_sdpa": Own(lambda: NoPositions(attending(alibi_to_sdpa)), graph="standard"),
     "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard"),  # T5
     "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)

@@ -280,12 +280,12 @@ DECODERS = {
     "batch_norm": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
     "batch_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode
     "group_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.GroupNorm(4, WIDTH)))),  # each token by itself
-    "smeared_embedding": Own(SmearedEmbedding, graph="standard", state=True),  # nanochat's: cat of the first row
-    "bigrams": Own(Bigrams, graph="standard", state=True),  # a shift of the ids themselves
-    "time_shift": Own(lambda: mixed(mlp=TimeShift()), graph="standard", state=True),  # ZeroPad2d, RWKV's
-    "shifted_keys": Own(lambda: mixed(ShiftedKeys()), graph="standard", state=True),  # pad, then [:, :-1]
-    "short_conv": Own(lambda: mixed(mlp=ShortConv()), graph="standard", state=True),  # padding=3, cut to T; C groups
-    "short_conv_padded_left": Own(lambda: mixed(mlp=ShortConv(3, both=False)), graph="standard", state=True),
+    "smeared_embedding": Own(SmearedEmbedding, graph="standard", rows=1),  # nanochat's: cat of the first row
+    "bigrams": Own(Bigrams, graph="standard", rows=1),  # a shift of the ids themselves
+    "time_shift": Own(lambda: mixed(mlp=TimeShift()), graph="standard", rows=1),  # ZeroPad2d, RWKV's
+    "shifted_keys": Own(lambda: mixed(ShiftedKeys()), graph="standard", rows=1),  # pad, then [:, :-1]
+    "short_conv": Own(lambda: mixed(mlp=ShortConv()), graph="standard", rows=3),  # padding=3, cut to T; C groups
+    "short_conv_padded_left": Own(lambda: mixed(mlp=ShortConv(3, both=False)), graph="standard", rows=2),
 "experts_where": Own(lambda: Stack(Modern(Where)), layers=1),  # results[rows] += ...
     "experts_counted": Own(lambda: Stack(Modern(Counted)), layers=1),  # bincount(...).tolist()
     "experts_unique": Own(lambda: Stack(Modern(Unique)), layers=1),  # for expert in unique(...)

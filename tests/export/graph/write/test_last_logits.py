@@ -91,22 +91,14 @@ def test_a_head_that_stays_in_float32_is_found():
 
 
 # --- pastkey's own fused graph is told its lengths, and computes what the counted mask gave ---------------------------
-FUSED = """
-g (float[batch_size,sequence_length,16] x, int64[batch_size,total_sequence_length] attention_mask,
-   float[batch_size,2,past,8] past_key, float[batch_size,2,past,8] past_value)
-   => (float[batch_size,sequence_length,16] y, float[batch_size,2,s,8] present_key,
-       float[batch_size,2,s,8] present_value) {
-    one = Constant <value_ints = [1]> ()
-    real = ReduceSum <keepdims = 0> (attention_mask, one)
-    last = Sub(real, one)
-    seqlens = Cast <to = 6> (last)
-    shape = Shape <start = 1> (attention_mask)
-    scalar = Squeeze(shape)
-    total = Cast <to = 6> (scalar)
-    y, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
-        (x, x, x, past_key, past_value, seqlens, total)
-}
-"""
+FUSED = """g (float[batch_size,sequence_length,16] x, int64[batch_size,total_sequence_length] attention_mask,
+float[batch_size,2,past,8] past_key, float[batch_size,2,past,8] past_value) =>
+(float[batch_size,sequence_length,16] y, float[batch_size,2,s,8] present_key, float[batch_size,2,s,8] present_value) {
+one = Constant <value_ints = [1]> () real = ReduceSum <keepdims = 0> (attention_mask, one) last = Sub(real, one)
+seqlens = Cast <to = 6> (last) shape = Shape <start = 1> (attention_mask) scalar = Squeeze(shape)
+total = Cast <to = 6> (scalar)
+y, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = 2, kv_num_heads = 2>
+(x, x, x, past_key, past_value, seqlens, total) }"""
 
 
 def test_lengths_stand_in_the_place_of_the_mask():

@@ -113,17 +113,18 @@ REFUSED = [
     (lambda x: x.flip(1), AHEAD, "turns the positions around"),
     (lambda x: x * x.max(), AHEAD, "computes max " + OVER_ALL),
     (lambda x: F.layer_norm(x.mT, (x.shape[1],)).mT, AHEAD, "normalizes over all positions"),
-    (lambda x: x.topk(2, 1).values.sum(1, keepdim=True) + x, None, "chooses among positions"),
+    (lambda x: x.topk(2, 1).values.sum(1, keepdim=True) + x, AHEAD, "computes topk " + OVER_ALL),
     (lambda x: x - x.mean(0), Kind.ROWS, "computes mean over the rows of the batch"),
     (lambda x: x.transpose(1, 2).reshape(1, -1, WIDTH), None, OVER_ALL),
     (lambda x: x.repeat(1, 2, 1), None, "repeats positions"),
     (lambda x: x.repeat_interleave(2, 1)[:, : x.shape[1]], None, "takes a part of the positions"),
     (lambda x: x.mT @ x, AHEAD, "sums " + OVER_ALL),
+    (lambda x: x @ x.mT @ (x @ x.mT) @ x, Kind.UNKNOWN, "multiplies scores with scores"),
     (lambda x: x * x.shape[1], Kind.LENGTH, "computes with a number made from the length of the text"),
-    (lambda x: (x[:, :, None] - x[:, None, :]).abs().amax(2), None, ""),  # every token with every other one
+    (lambda x: (x[:, :, None] - x[:, None, :]).abs().amax(2), Kind.UNKNOWN, "compares every token"),
     (lambda x: x + torch.randn_like(x), Kind.CHANCE, "draws random numbers outside training"),
     (lambda x: F.dropout(x, 0.1, True), Kind.CHANCE, ""),
-    (lambda x: torch.fft.rfft(x, dim=1).abs().sum(1, keepdim=True) + x, None, "fft"),
+    (lambda x: torch.fft.rfft(x, dim=1).abs().sum(1, keepdim=True) + x, Kind.UNKNOWN, "computes fft_rfft"),
     (lambda x: torch.einsum("bthh->bth", x.view(1, -1, 2, 4)[..., :2]), None, ""),
     (lambda x: torch.view_as_real(torch.view_as_complex(x.view(1, -1, 4, 2)).exp()), None, "write it with real ones"),
     (lambda x: x.scatter(1, x.argmax(-1, keepdim=True).clamp(max=3), 0.0), None, ""),
@@ -157,10 +158,9 @@ def test_all_that_is_refused_is_told_at_once(function, kinds):
         lambda x: x[:, 2] * 1,
         lambda x: x[:, ::2].repeat_interleave(2, 1)[:, : x.shape[1]],
         lambda x: x[:, torch.arange(x.shape[1]).flip(0)],
-        lambda x: x @ x.mT @ (x @ x.mT) @ x,
     ],
 )
-def test_parts_of_the_positions_are_refused_or_stay_within_attention(function):
+def test_parts_of_the_positions_are_refused(function):
     run = followed(function)
     assert run.refused or run.known[run.program.logits].local
 

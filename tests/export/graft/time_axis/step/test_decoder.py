@@ -4,10 +4,12 @@ import linecache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pastkey.export.graft.attention import intercept, torch_attention
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find, whole_logits
+from pastkey.export.graft.time_axis.step.state import MOST_ROWS
 
 from ..small import VOCAB, WIDTH, Of, causal, future
 
@@ -111,37 +113,45 @@ def with_a_temperature_of_each_token(x, scores):
     return scores.clamp(min=scores.max(-1, keepdim=True).values - 50)
 
 
-# The words of the cause, and of its line.
-REFUSED = {
-    "a mask that is off by one": (ahead, "see that at", ""),
-    "rows that come back nowhere": (lambda x: x[:, 1:], "takes a part of the positions", "x[:, 1:]"),
+def convolved(x, kernel, before):
+    weights = torch.arange(1.0, 1 + WIDTH * kernel).reshape(WIDTH, 1, kernel) / kernel
+    return F.conv1d(F.pad(x.mT, (before, kernel - 1 - before)), weights, groups=WIDTH).mT
+
+
+SCORES = "over the scores of later tokens too, before the mask"
+EARLIER = "moves rows of later tokens to earlier ones"
+REFUSED = {  # by the words of the cause, and of its line
+    "a mask that is off by one": (ahead, "see that at", "softmax"),
+    "rows that come back nowhere": (lambda x: x[:, 1:], "takes a part of the positions", "nowhere"),
     "below the largest": (
         lambda x: attending(x, lambda s: s.masked_fill(s < s.amax(-1, keepdim=True) - 40, -1e9)),
-        "computes amax over the scores of later tokens too, before the mask",
+        f"computes amax {SCORES}",
         ".amax(",
     ),
     "hidden below the mean": (
         lambda x: attending(x, lambda s: torch.where(s < s.mean(-1, keepdim=True) - 40, -torch.inf, s)),
-        "computes mean over the scores of later tokens too, before the mask",
+        f"computes mean {SCORES}",
         ".mean(",
     ),
     "a temperature of each token": (
-        lambda x: attending(x, lambda s: with_a_temperature_of_each_token(x, s)),
-        "computes max over the scores of later tokens too, before the mask",
-        ".max(",
+        lambda x: attending(x, lambda s: with_a_temperature_of_each_token(x, s)), f"computes max {SCORES}", ".max("
     ),
-    "of a softmax": (of_a_softmax, "over the scores of later tokens too, before the mask", "weights"),
-}
+    "of a softmax": (of_a_softmax, SCORES, "weights"),
+    "a convolution around each": (lambda x: convolved(x, 3, 1), EARLIER, ""),
+    "rows moved ahead": (lambda x: F.pad(x, (0, 0, -1, 1)), EARLIER, "F.pad"),
+    "a long convolution": (lambda x: convolved(x, MOST_ROWS + 2, MOST_ROWS + 1), "with the 17 tokens before it", ""),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_reads_later_tokens_is_refused_with_its_line(name):
+def test_what_reads_later_tokens_or_too_many_is_refused_with_its_line(name):
     function, words, line = REFUSED[name]
     with pytest.raises(NoCacheError) as caught:
         found(function)
     (cause,) = [cause for cause in caught.value.causes if words in cause.what]
     file, number = cause.where.split(":")
-    assert (file, cause.kind) == ("test_decoder.py", Kind.LOOK_AHEAD if line != "x[:, 1:]" else cause.kind)
+    assert file == "test_decoder.py"
+    assert (cause.kind == Kind.RECURRENCE) == ("17" in words)
     assert line in linecache.getline(__file__, int(number.partition("-")[0]))
 
 
