@@ -11,7 +11,7 @@ from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.trace import choose_graph
 
 from ...shared import divided
-from ..plain_loop import Text, open_graph
+from ..plain_loop import run_chunks
 from .own.registry import DECODERS
 from .plain import steps
 
@@ -48,7 +48,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     expected = reference(own, module, ids)
     assert logits_difference(expected, steps(taken.module, ids, 5, 6, 7, 10)) < 1e-4
     ids[0, -2] = (ids[0, -2] + 1) % own.vocab
-    assert (logits_difference(expected[0, -1], reference(own, module, ids)[0, -1]) > 1e-2) != own.alone
+    assert logits_difference(expected[0, -1], reference(own, module, ids)[0, -1]) > 1e-2  # it reads earlier tokens
 
 
 @pytest.mark.parametrize(("name", "precision"), [
@@ -56,7 +56,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     *(pytest.param(name, "int8", marks=pytest.mark.matrix) for name in [*DECODERS][::3]),
 ])  # fmt: skip
 def test_the_exported_graph_computes_what_the_author_computes(name, precision, tmp_path):
-    """Plain onnxruntime over the file; nothing of the runtime takes part."""
+    """Plain onnxruntime over the file; nothing of the runtime takes part. `verify` has compared a greedy text."""
     own = DECODERS[name]
     manifest = export(own.make(), tmp_path / "bundle", precision=precision, context_length=own.context).manifest
     assert manifest.parity[precision]["ok"]
@@ -66,16 +66,9 @@ def test_the_exported_graph_computes_what_the_author_computes(name, precision, t
         assert manifest.operators["GroupQueryAttention"] == own.layers
         assert "Softmax" not in manifest.operators or "expert" in name
 
-    session = open_graph(open_bundle(tmp_path / "bundle", verify=False).all_logits_graph)
-    module, text = own.make().float(), Text(session)
-    ids = torch.randint(own.vocab, (6,), generator=torch.Generator().manual_seed(3)).tolist()
-    logits = text.read(ids)[-1]
-    while len(ids) < min(46, own.context):  # each token that the graph chooses is the author's choice but for a tie
-        chosen, expected = int(logits.argmax()), reference(own, module, torch.tensor([ids]))[0, -1].numpy()
-        short = expected.max() - expected[chosen]
-        assert short <= (1e-4 if precision == "fp32" else 0.15) * np.abs(expected).max(), f"token {len(ids)}"
-        ids.append(chosen)
-        logits = text.read([chosen])[-1]
-    text, expected = Text(session), reference(own, module, torch.tensor([ids]))[0].numpy()
-    found = np.concatenate([text.read(chunk) for chunk in (ids[:6], ids[6:7], ids[7:8], ids[8:12], ids[12:])])
+    module = own.make().float()
+    ids = torch.randint(own.vocab, (min(46, own.context),), generator=torch.Generator().manual_seed(3)).tolist()
+    expected = reference(own, module, torch.tensor([ids]))[0].numpy()
+    graph = open_bundle(tmp_path / "bundle", verify=False).all_logits_graph
+    found = run_chunks(graph, [ids[:6], ids[6:7], ids[7:8], ids[8:12], ids[12:]])
     assert np.abs(found - expected).max() < (1e-4 if precision == "fp32" else 0.15) * np.abs(expected).max()

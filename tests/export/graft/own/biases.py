@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import CONTEXT, Causal, Gpt, NoPositions, Own, attending, causal
+from .parts import CONTEXT, WIDTH, Causal, Gpt, NoPositions, Own, attending, causal
 
 WINDOW = 10
 
@@ -82,24 +82,27 @@ def soft_capped(self, q, k):
     return 2 * torch.tanh(Causal.scores(self, q, k) / 2)
 
 
-class Sinks(Causal):
-    """A learned number for each head stands in the softmax as one more key without a value."""
-
-    def more(self):
-        self.sinks = nn.Parameter(torch.zeros(self.heads))
-
-    def attend(self, q, k, v):
-        scores = causal(self.scores(q, k))
-        sinks = self.sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ v
-
-
 def softmax_plus_one(self, q, k, v):
     """exp(x) / (1 + sum of exp(x))."""
     scores = causal(self.scores(q, k))
     top = scores.max(-1, keepdim=True).values.clamp(min=0)
     weights = torch.exp(scores - top)
     return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
+
+
+class Differential(nn.Module):
+    """One softmax less a part of another, over two halves of each key."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.lambda_ = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
+        one, other = (causal(a @ b.mT / math.sqrt(8)).softmax(-1) for a, b in ((q1, k1), (q2, k2)))
+        return self.o(((one - self.lambda_ * other) @ v).transpose(1, 2).flatten(2))
 
 
 def largest_scores(self, q, k, v):
@@ -118,6 +121,6 @@ DECODERS = {
     "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)
     "cosines_with_temperature": Own(lambda: Gpt(UnitKeys)),
     "soft_cap": Own(lambda: Gpt(attending(scores=soft_capped))),
-    "sinks": Own(lambda: Gpt(Sinks)),
+    "differential": Own(lambda: Gpt(Differential), graph="standard"),  # two softmaxes share the values
     "softmax_plus_one": Own(lambda: Gpt(attending(softmax_plus_one))),
 }  # fmt: skip

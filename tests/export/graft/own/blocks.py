@@ -29,22 +29,6 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class DenseExperts(nn.Module):
-    """All experts over all tokens; those outside the top two weigh nothing."""
-
-    def __init__(self, experts=4, active=2):
-        super().__init__()
-        self.active, self.gate = active, nn.Linear(WIDTH, experts)
-        self.w_in = nn.Parameter(torch.empty(experts, WIDTH, 32))
-        self.w_out = nn.Parameter(torch.empty(experts, 32, WIDTH))
-
-    def forward(self, x):
-        top, which = self.gate(x).topk(self.active, dim=-1)
-        weights = torch.zeros(*x.shape[:-1], self.w_in.size(0)).scatter(-1, which, top.softmax(-1))
-        hidden = F.gelu(torch.einsum("btc,ech->bteh", x, self.w_in))
-        return torch.einsum("bteh,ehc,bte->btc", hidden, self.w_out, weights)
-
-
 class Modern(nn.Module):
     """RMSNorm, grouped queries with rotary positions, another MLP."""
 
@@ -157,19 +141,6 @@ class Hit(Experts):
         return final
 
 
-class Switch(Experts):
-    """The best one alone, by a mask over the batch and the length."""
-
-    def forward(self, x):
-        weights, which = self.gate(x).softmax(-1).max(dim=-1)  # (B, T)
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            mask = which == i
-            if mask.sum() > 0:
-                out[mask] = expert(x[mask]) * weights[mask].unsqueeze(-1)
-        return x + out
-
-
 class Scattered(Experts):
     """masked_scatter into zeros, if any token chose the expert."""
 
@@ -275,7 +246,6 @@ class Mixing(Gpt):
 
 DECODERS = {
     "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm by hand, grouped queries, tied
-    "dense_experts": Own(lambda: Stack(Modern(DenseExperts), Modern(DenseExperts))),
     "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3),  # shared weights
     "batch_norm": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
     "batch_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode
@@ -291,5 +261,4 @@ DECODERS = {
     "experts_unique": Own(lambda: Stack(Modern(Unique)), layers=1),  # for expert in unique(...)
     "experts_hit": Own(lambda: Stack(Modern(Hit)), layers=1),  # one_hot(...).permute(2, 1, 0)
     "experts_scattered": Own(lambda: Stack(Modern(Scattered)), layers=1),  # masked_scatter, if mask.any()
-    "experts_switch": Own(lambda: Stack(Modern(Switch)), layers=1),  # out[mask] = ..., (B, T)
 }  # fmt: skip

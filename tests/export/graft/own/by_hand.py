@@ -189,12 +189,6 @@ def sdpa_grouped(self, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=True)
 
 
-def sdpa_window(self, q, k, v):
-    """A band as a boolean mask."""
-    band = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool).tril().triu(-7)
-    return F.scaled_dot_product_attention(q, k, v, band)
-
-
 def with_mask(module, ids):
     return module(ids, square_mask(ids.size(1)))
 
@@ -216,5 +210,4 @@ DECODERS = {
     "transformer_encoder": Own(Encoder),  # generate_square_subsequent_mask inside
     "transformer_encoder_mask_outside": Own(lambda: Encoder(mask_inside=False, norm_first=True), with_mask),
     "sdpa_grouped": Own(lambda: Gpt(attending(sdpa_grouped, kv_heads=2))),  # is_causal=T > 1
-    "sdpa_window": Own(lambda: Gpt(attending(sdpa_window))),  # a window of 8
 }

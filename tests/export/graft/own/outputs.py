@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import VOCAB, WIDTH, Causal, Gpt, Own, first
+from .parts import WIDTH, Causal, Gpt, Own, first
 
 
 class FlatWithTargets(Gpt):
@@ -26,16 +26,6 @@ class LossInside(Gpt):
         logits = super().forward(ids)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) if ids.size(1) > 1 else logits.sum()
         return {"loss": loss, "logits": logits}
-
-
-class LastWithoutTargets(Gpt):
-    """The last position only, where no loss is asked for: (B, 1, V)."""
-
-    def forward(self, idx, targets=None):
-        logits = super().forward(idx)
-        if targets is not None:
-            return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-        return logits[:, [-1], :], None
 
 
 class Probabilities(Gpt):
@@ -73,26 +63,6 @@ class OneRow(Gpt):
         return self.wte(idx) + self.wpe(torch.arange(T)[None].view(B, T))
 
 
-class Bigram(nn.Module):
-    """A table of logits, one row for each token: no token reads another one."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(VOCAB, VOCAB)
-
-    def forward(self, idx):
-        return self.table(idx)
-
-
-class UnusedCache(Gpt):
-    """Takes and gives a cache of its own, if it is asked to; nobody asks."""
-
-    def forward(self, idx, past=None, use_cache=False):
-        start = 0 if past is None else past[0][0].size(-2)
-        x = self.wte(idx) + self.wpe(torch.arange(start, start + idx.size(1)))
-        return self.logits(x), [None if not use_cache else x for _ in self.blocks]
-
-
 class StartPos(Gpt):
     """A number that says where the text begins: always 0 here."""
 
@@ -100,18 +70,11 @@ class StartPos(Gpt):
         return self.logits(self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]).float()
 
 
-def targets(ids):
-    return torch.zeros_like(ids)
-
-
 DECODERS = {
     "flat_with_targets": Own(lambda: FlatWithTargets(Causal), first),
     "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"]),  # cross_entropy over T - 1
-    "last_without_targets": Own(lambda: LastWithoutTargets(Causal), lambda m, ids: m(ids, targets(ids))[0]),
     "log_probabilities": Own(lambda: Probabilities(Causal)),
     "unbatched": Own(lambda: Unbatched(OneText), lambda m, ids: torch.stack([m(row) for row in ids])),  # (T) -> (T, V)
     "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids])),  # B = 1 alone
-    "bigram": Own(Bigram, layers=1, alone=True),  # reads no earlier token; its cache holds zeros
-    "unused_cache": Own(lambda: UnusedCache(Causal), first),  # (logits, [None, None])
     "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
 }

@@ -37,7 +37,6 @@ class Own:
     graph: Literal["fused", "standard", "either"] = "fused"  # the one that it must get
     layers: int = 2  # pairs of key and value caches
     rows: int = 0  # of earlier tokens that are kept beside keys and values
-    alone: bool = False  # a token reads no earlier ones
     geometry: KVGeometry | None = None  # of each layer's cache, where a smaller row than keys and values is looked for
 
     def make(self):

@@ -34,6 +34,9 @@ class Counted(nn.Module):
     def some(self, ids, asked):
         return self.logits(ids) if asked else None
 
+    def some_banned(self, ids):
+        return self.logits(ids).masked_fill(torch.arange(VOCAB) > 7, -torch.inf)
+
 
 def of(forward):
     """The decoder with this forward."""
@@ -70,71 +73,50 @@ def last_without(m, ids, targets=None):
     return m.logits(ids) if targets is not None else m.logits(ids)[:, [-1]], None
 
 
-# The expression that is found, the order of the axes of its result, and a forward.
+def row_with_positions(m, ids, position_ids=None):
+    return one_row(m, ids) + (0 if position_ids is None else position_ids[..., None])
+
+
+def started(m, ids, start):
+    return m.logits(ids) + (torch.arange(ids.shape[1]) + start)[:, None] * 0.01
+
+
+# The expression that is found and the order of the axes of its result, and a forward.
 FOUND = {
-    "plain": ("model(ids)", "btv", lambda m, ids: m.logits(ids)),
-    "last without targets": ("model(ids, ids)[0]", "btv", last_without),
-    "in a dictionary": (
-        "model(ids)['out'][0]",
-        "btv",
-        lambda m, ids: {"h": m.token(ids)[..., :4], "out": [m.logits(ids)]},
-    ),
-    "in an object": ("model(ids).logits", "btv", lambda m, ids: SimpleNamespace(loss=None, logits=m.logits(ids))),
-    "time first": ("model(ids.T)", "tbv", time_first),
-    "one row": ("model(ids[0])", "tv", one_row),
-    "one row with positions": (
-        "model(ids[0])",
-        "tv",
-        lambda m, ids, position_ids=None: one_row(m, ids) + (0 if position_ids is None else position_ids[..., None]),
-    ),
-    "last alone": ("model(ids)", "bv", lambda m, ids: m.logits(ids)[:, -1]),
-    "targets behind positions": ("model(ids, targets=ids)", "btv", last_unless_targets),
-    "a batch of one": ("model(ids[:1])", "btv", batch_of_one),
-    "the last of one": ("model(ids[:1])", "bv", lambda m, ids: batch_of_one(m, ids)[:, -1]),
-    "targets of one": (
-        "model(ids[:1], ids[:1])[1]",
-        "btv",
-        lambda m, ids, targets: (None, batch_of_one(m, ids) + 0 * targets[..., None]),
-    ),
-    "the first row": ("model(ids[:1])", "tv", lambda m, ids: m.logits(ids[:1])[0]),
-    "the last of the first row": ("model(ids[:1])", "v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
-    "squeezed": ("model(ids)", "btv", lambda m, ids: m.logits(ids).squeeze()),
+    "plain": ("model(ids) btv", lambda m, ids: m.logits(ids)),
+    "last without targets": ("model(ids, ids)[0] btv", last_without),
+    "in a dictionary": ("model(ids)['o'][0] btv", lambda m, ids: {"h": m.token(ids)[..., :4], "o": [m.logits(ids)]}),
+    "in an object": ("model(ids).logits btv", lambda m, ids: SimpleNamespace(loss=None, logits=m.logits(ids))),
+    "time first": ("model(ids.T) tbv", time_first),
+    "one row": ("model(ids[0]) tv", one_row),
+    "one row with positions": ("model(ids[0]) tv", row_with_positions),
+    "last alone": ("model(ids) bv", lambda m, ids: m.logits(ids)[:, -1]),
+    "targets behind positions": ("model(ids, targets=ids) btv", last_unless_targets),
+    "a batch of one": ("model(ids[:1]) btv", batch_of_one),
+    "the last of one": ("model(ids[:1]) bv", lambda m, ids: batch_of_one(m, ids)[:, -1]),
+    "the first row": ("model(ids[:1]) tv", lambda m, ids: m.logits(ids[:1])[0]),
+    "the last of the first row": ("model(ids[:1]) v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
+    "squeezed": ("model(ids) btv", lambda m, ids: m.logits(ids).squeeze()),
     # One of several results alone can be the logits, by its name, its axes or its numbers.
-    "named": ("model(ids)['logits']", "btv", lambda m, ids: {"draft_logits": m.token(ids), "logits": m.logits(ids)}),
-    "named so": ("model(ids)['lm_logits']", "btv", lambda m, ids: {"h": m.token(ids), "lm_logits": m.logits(ids)}),
-    "wider": ("model(ids)['o']", "btv", lambda m, ids: {"router_logits": m.token(ids)[..., :4], "o": m.logits(ids)}),
-    "equal to another": ("model(ids)[0]", "btv", lambda m, ids: (m.logits(ids), m.logits(ids).clone())),
-    "beside a loss": ("model(ids)[0]", "btv", lambda m, ids: (m.logits(ids), m.logits(ids).mean())),
-    "of all positions": ("model(ids)[1]", "btv", lambda m, ids: (m.logits(ids)[:, -1], m.logits(ids))),
-    "not probabilities": ("model(ids)[1]", "btv", lambda m, ids: (m.logits(ids).softmax(-1), m.logits(ids))),
-    "not of later tokens": ("model(ids)[1]", "btv", lambda m, ids: (m.token(ids).flip(1), m.logits(ids))),
+    "named": ("model(ids)['logits'] btv", lambda m, ids: {"draft_logits": m.token(ids), "logits": m.logits(ids)}),
+    "named so": ("model(ids)['lm_logits'] btv", lambda m, ids: {"h": m.token(ids), "lm_logits": m.logits(ids)}),
+    "wider": ("model(ids)['o'] btv", lambda m, ids: {"router_logits": m.token(ids)[..., :4], "o": m.logits(ids)}),
+    "equal to another": ("model(ids)[0] btv", lambda m, ids: (m.logits(ids), m.logits(ids).clone())),
+    "beside a loss": ("model(ids)[0] btv", lambda m, ids: (m.logits(ids), m.logits(ids).mean())),
+    "of all positions": ("model(ids)[1] btv", lambda m, ids: (m.logits(ids)[:, -1], m.logits(ids))),
+    "not probabilities": ("model(ids)[1] btv", lambda m, ids: (m.logits(ids).softmax(-1), m.logits(ids))),
+    "not of later tokens": ("model(ids)[1] btv", lambda m, ids: (m.token(ids).flip(1), m.logits(ids))),
     # Logits that are made if they are asked for, as a flag or as an argument that must be given.
     "asked for": (
-        "model(ids, get_logits=True)['logits']",
-        "btv",
-        lambda m, ids, targets=None, *, get_logits=False: {
-            "logits": m.logits(ids) if get_logits else None,
-            "loss": None,
-        },
+        "model(ids, get_logits=True)['logits'] btv",
+        lambda m, ids, targets=None, *, get_logits=False: {"logits": m.some(ids, get_logits), "loss": None},
     ),
-    "not skipped": (
-        "model(ids, skip_logits=False)",
-        "btv",
-        lambda m, ids, skip_logits=True: m.some(ids, not skip_logits),
-    ),
-    "returned": ("model(ids, True)", "btv", lambda m, ids, return_logits: m.some(ids, return_logits is True)),
-    "scaled": ("model(ids)", "btv", lambda m, ids, scale_logits=False: m.logits(ids) * (2 if scale_logits else 1)),
-    "a start": (
-        "model(ids, 0)",
-        "btv",
-        lambda m, ids, start: m.logits(ids) + (torch.arange(ids.shape[1]) + start)[:, None] * 0.01,
-    ),
-    "a mask": ("model(ids, mask=future_scores)", "btv", lambda m, ids, mask=None: ahead_without_mask(m, ids, mask)),
-    "a mask, time first": (
-        "model(ids.T, mask=future_scores)",
-        "tbv",
-        lambda m, ids, mask=None: ahead_without_mask(m, ids.T, mask).transpose(0, 1),
-    ),
+    "not skipped": ("model(ids, skip_logits=False) btv", lambda m, ids, skip_logits=True: m.some(ids, not skip_logits)),
+    "returned": ("model(ids, True) btv", lambda m, ids, return_logits: m.some(ids, return_logits is True)),
+    "scaled": ("model(ids) btv", lambda m, ids, scale_logits=False: m.logits(ids) * (2 if scale_logits else 1)),
+    # Other logits than those of `plain`.
+    "a start": ("model(ids, 0) btv", started),
+    "a mask": ("model(ids, mask=future_scores) btv", lambda m, ids, mask=None: ahead_without_mask(m, ids, mask)),
 }
 
 
@@ -144,7 +126,8 @@ def probed(module, asked=None):
 
 @pytest.mark.parametrize("name", FOUND)
 def test_the_call_is_found_and_how_the_logits_lie(name):
-    expression, order, forward = FOUND[name]
+    called, forward = FOUND[name]
+    expression, _, order = called.rpartition(" ")
     module = of(forward)
     found = probed(module)
     assert (found.call.expression, found.call.order) == (expression, order)
@@ -153,8 +136,7 @@ def test_the_call_is_found_and_how_the_logits_lie(name):
     with torch.no_grad():
         logits = found.call(module, ids)
         assert logits.shape == (1, 6 if "t" in order else 1, VOCAB)
-        others = name in ("a start", "a mask", "a mask, time first")  # whose logits are not those of `plain`
-        assert others or torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
+        assert name in ("a start", "a mask") or torch.allclose(logits[:, -1], module.logits(ids)[:, -1], atol=1e-6)
 
 
 def test_a_call_that_is_given_is_taken():
@@ -238,10 +220,7 @@ ASKED = {
         ["model(ids)['main_logits']", "model(ids)['draft_logits']"],
         lambda m, ids: {"draft_logits": m.token(ids), "main_logits": m.logits(ids)},
     ),
-    "three": (
-        ["model(ids)[2]", "model(ids)[1]", "model(ids)[0]"],
-        lambda m, ids: (m.token(ids), m.token(ids) * 2, m.logits(ids)),
-    ),
+    "three": ([f"model(ids)[{i}]" for i in (2, 1, 0)], lambda m, ids: (m.token(ids), m.token(ids) * 2, m.logits(ids))),
     "the last beside all": (["model(ids)[1]", "model(ids)[0]"], lambda m, ids: (m.token(ids)[:, -1], m.logits(ids))),
     "across in a dictionary": (["model(ids)['out'].transpose(1, 2)"], lambda m, ids: {"out": m.logits(ids).mT}),
     "two of each token": (["model(ids)[:, :, 0]"], lambda m, ids: torch.stack([m.logits(ids), m.logits(ids) * 2], 2)),
@@ -249,10 +228,7 @@ ASKED = {
     "beside a part": (["model(ids)[1][:, :, 0]"], lambda m, ids: (m.logits(ids)[..., :4], m.logits(ids)[:, :, None])),
     "across, of one row": (["model(ids[0]).T"], lambda m, ids: one_row(m, ids).T),
     "probabilities": (["model(ids)[0].log()"], lambda m, ids: [m.logits(ids).softmax(-1)]),
-    "probabilities with zeros": (
-        ["model(ids)[0].clamp_min(1e-30).log()"],
-        lambda m, ids: [m.logits(ids).masked_fill(torch.arange(VOCAB) > 7, -torch.inf).softmax(-1)],
-    ),
+    "with zeros": (["model(ids)[0].clamp_min(1e-30).log()"], lambda m, ids: [m.some_banned(ids).softmax(-1)]),
 }
 
 

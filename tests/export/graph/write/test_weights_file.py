@@ -187,10 +187,3 @@ def test_the_rows_are_read_from_the_file(name, tmp_path, monkeypatch):
         logits.append(session.forward(IDS.reshape(2, 6))[1, 0])
         found.append(np.stack(logits))
     np.testing.assert_array_equal(found[0], found[1])
-
-
-def test_a_table_in_float32_stays_in_the_graph(exported, monkeypatch):
-    monkeypatch.setattr(embedding_rows, "_LARGE", 1)
-    model = ir.load(exported("llama").bundle.last_logits_graph)
-    embedding_rows.take_embedding_rows(model)
-    assert names.EMBEDDING_ROWS not in {value.name for value in model.graph.inputs}

@@ -6,11 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pastkey.contract.bundle import KVGeometry
 from pastkey.export.graft.attention import intercept, torch_attention
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
+from pastkey.export.graft.probe.contract import in_contract
+from pastkey.export.graft.probe.observe import observe
+from pastkey.export.graft.probe.positions import find_shift
 from pastkey.export.graft.time_axis.step.decoder import TimeAxisDecoder, find, whole_logits
 from pastkey.export.graft.time_axis.step.state import MOST_ROWS
 
+from ...own.latents import DECODERS, ROPE
+from ...own.parts import HEADS
 from ..small import VOCAB, WIDTH, Of, causal, future
 
 CONTEXT = 24
@@ -180,3 +186,25 @@ def of_squares(x):
 )
 def test_a_number_of_all_scores_that_cancels_or_that_the_mask_precedes_is_none(function):
     assert len(found(function).plan) == 1
+
+
+# --- a smaller row that keys and values are linear functions of is cached in their place ------------------------------
+OWN = DECODERS["latent_filled"]
+
+
+@pytest.mark.slow
+def test_the_fused_graph_gets_keys_and_values():
+    own = DECODERS["latent_by_cat"]
+    taken = in_contract(own.make(), own.context, None, lambda _: None, latents=False)
+    assert taken.observation.geometry[0] == KVGeometry(HEADS, 12, 12)
+
+
+def test_the_rotated_key_alone_is_turned_by_a_shift():
+    module = OWN.make()
+    with torch.no_grad():
+        kept = find(module, OWN.call, OWN.context, OWN.vocab)
+    decoder = TimeAxisDecoder(module, OWN.call, kept, OWN.context).eval()
+    observation = observe(decoder, OWN.context)
+    assert observation.geometry[0] == OWN.geometry
+    (rotation,) = find_shift(decoder, observation, OWN.context).rotations
+    assert (rotation.first, 2 * len(rotation.angles)) == (0, ROPE)
