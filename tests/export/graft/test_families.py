@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from pastkey.contract.bundle import KVGeometry
-from pastkey.errors import ContractError, InputError
+from pastkey.errors import ContractError
 from pastkey.export import export
 from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.contract import in_contract
@@ -105,13 +105,3 @@ def test_what_cannot_be_grafted_is_refused_with_the_reason(family, tmp_path):
         export(build(family), tmp_path / "bundle", precision="fp32", context_length=CONTEXT)
     assert REFUSED[family][1] in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_model_whose_own_positions_do_not_begin_at_0_is_asked_about(tmp_path):
-    """RoBERTa's begin behind its padding token. No family that is exported has such."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    config = transformers.RobertaConfig(vocab_size=50, max_position_embeddings=24, is_decoder=True, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with pytest.raises(InputError, match=r"runs as model\(ids\) and as model\(ids, position_ids=positions\)"):
-        export(model, tmp_path / "bundle", precision="fp32", context_length=20)

@@ -27,7 +27,6 @@ FITTING, CAPPED = observed(64, 64), observed(64, 64, attributes=("scale", "softc
 # asked, target, what was observed -> the graph and the reason; or the reason of a refusal
 CHOSEN = {
     "fused": ("auto", "cpu", FITTING, "fused", "target cpu"),
-    "fused on cuda": ("auto", "cuda", FITTING, "fused", "target cuda"),
     "portable": ("auto", "portable", FITTING, "standard", "target portable"),
     "an odd size": ("auto", "cpu", observed(12, 12), "standard", "a head size of 12, not a multiple of 8"),
     "two sizes": ("auto", "cpu", observed(8, 16), "standard", "keys of size 8 and values of size 16"),

@@ -81,26 +81,27 @@ def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
 X = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
 
 
-def simplified(body, **weights):
-    """The operators of the graph x (2, 4) -> y, which computes the same as before."""
-    declared = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+TRANSPOSE = "Transpose <perm = [1, 0]>"
+
+
+def of(number):
+    return np.full(4, number, np.float32)
+
+
+SIMPLER = {  # the body, its weights, and the operators that are left
+    # A norm divides by the root of epsilon on a row of zeros, and by zero without.
+    "an epsilon of 1e-8 is not zero": ("a = Add(x, e) y = Sqrt(a)", {"e": of(1e-8)}, ["Add", "Sqrt"]),
+    "transpositions undo each other": (f"a = {TRANSPOSE} (x) b = {TRANSPOSE} (a) y = Neg(b)", {}, ["Neg"]),
+    "constants are folded": ("p = Mul(two, three) y = Add(x, p)", {"two": of(2), "three": of(3)}, ["Add"]),
+}
+
+
+@pytest.mark.parametrize("name", SIMPLER)
+def test_simplify_changes_no_number(name):
+    body, weights, left = SIMPLER[name]
+    declared = "".join(f", float[4] {weight}" for weight in weights)
     model = model_of(f"g (float[2,4] x{declared}) => (float[2,4] y) {{ {body} }}", **weights)
     (before,) = run_model(model, x=X)
     simplify(model)
     np.testing.assert_array_equal(run_model(model, x=X)[0], before)
-    return operators(model)
-
-
-def test_an_epsilon_of_1e_8_is_not_taken_for_zero():
-    """A norm with it divides by the root of epsilon on a row of zeros, and by zero without."""
-    assert simplified("a = Add(x, e) y = Sqrt(a)", e=np.full(1, 1e-8, np.float32)) == ["Add", "Sqrt"]
-
-
-def test_two_transpositions_that_undo_each_other_go():
-    body = "a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (a) y = Neg(b)"
-    assert "Transpose" not in simplified(body)
-
-
-def test_what_depends_on_constants_alone_is_folded():
-    two, three = np.full(4, 2, np.float32), np.full(4, 3, np.float32)
-    assert simplified("p = Mul(two, three) y = Add(x, p)", two=two, three=three) == ["Add"]
+    assert operators(model) == left

@@ -8,16 +8,15 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
+from pastkey.contract.config import RopeScaling
 from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.runtime.engine.engine import Engine
 
 from ...shared import divided
-from ...train.helpers import TINY, write_corpus
-from .. import tiny_llama
+from .. import decoders, tiny_llama
 from .test_fuse import rotating
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -71,17 +70,15 @@ def assert_computes_the_same(bundle, folder, context):
 
 
 @pytest.mark.slow
-def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path):
-    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
-    flags = TINY | {"head_dim": 16, "steps": 4, "rope_scaling": "yarn", "rope_factor": 4.0}
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["train", "--out", str(checkpoint), "--data", str(write_corpus(tmp_path / "text.txt")), *words]) == 0
-    assert main(["train", "--out", str(checkpoint), "--resume", "--steps", "6"]) == 0
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TINY["context"] // 4}
-    assert rope.items() <= json.loads((checkpoint / names.CONFIG).read_text(encoding="utf-8"))["rope_scaling"].items()
-    export(checkpoint, bundle, precision="fp32")
-    assert_computes_the_same(bundle, checkpoint, TINY["context"])
-    assert all(rotating(file) == [True] for file in bundle.glob("*.onnx"))
+def test_a_decoder_of_pastkey_train_keeps_its_scaled_positions(tmp_path):
+    scaling = RopeScaling("yarn", 4.0, 10)
+    manifest = export(
+        decoders.llama(rope_scaling=scaling), tmp_path / "b", precision="fp32", context_length=40
+    ).manifest
+    assert manifest.parity["fp32"]["ok"]
+    written = json.loads((tmp_path / "b" / names.CONFIG).read_text(encoding="utf-8"))["rope_scaling"]
+    assert (written["rope_type"], written["factor"]) == ("yarn", 4.0)
+    assert all(rotating(file) == [True, True] for file in (tmp_path / "b").glob("*.onnx"))
 
 
 def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path):

@@ -35,18 +35,6 @@ def multiplied_and_renormalised(self, q, k, v):
     return weights / weights.sum(dim=-1, keepdim=True) @ v
 
 
-class AverageOfEarlier(nn.Module):
-    """A table of weights in place of queries and keys, as a lecture begins."""
-
-    def __init__(self):
-        super().__init__()
-        self.value = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        weights = torch.tril(torch.ones(x.shape[1], x.shape[1]))
-        return weights / weights.sum(1, keepdim=True) @ self.value(x)
-
-
 def keys_times_queries(self, q, k, v):
     """Scores that stand transposed: softmax over dim -2."""
     scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
@@ -92,11 +80,10 @@ def future(length):
 
 
 class MergedBatch(nn.Module):
-    """(B*H, T, D) by view, and bmm or baddbmm of a mask."""
+    """(B*H, T, D) by view."""
 
-    def __init__(self, *, add=False):
+    def __init__(self):
         super().__init__()
-        self.add = add
         self.tokeys, self.toqueries, self.tovalues = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
 
     def forward(self, x):
@@ -105,12 +92,8 @@ class MergedBatch(nn.Module):
             w(x).view(b, t, HEADS, SIZE).transpose(1, 2).contiguous().view(b * HEADS, t, SIZE)
             for w in (self.tokeys, self.toqueries, self.tovalues)
         )
-        if self.add:
-            mask = torch.zeros(t, t).masked_fill(future(t), float("-inf")).expand(b * HEADS, t, t)
-            dot = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=SIZE**-0.5)
-        else:
-            dot = torch.bmm(queries / e**0.25, (keys / e**0.25).transpose(1, 2))
-            dot = dot.masked_fill(future(t), float("-inf"))
+        mask = torch.zeros(t, t).masked_fill(future(t), float("-inf")).expand(b * HEADS, t, t)
+        dot = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=SIZE**-0.5)
         out = torch.bmm(F.softmax(dot, dim=2), values).view(b, HEADS, t, SIZE)
         return out.transpose(1, 2).contiguous().view(b, t, e)
 
@@ -196,14 +179,12 @@ def with_mask(module, ids):
 DECODERS = {
     "tril_buffer": Own(lambda: Gpt(TrilBuffer)),
     "multiplied_and_renormalised": Own(lambda: Gpt(attending(multiplied_and_renormalised)), graph="either"),
-    "average_of_earlier": Own(lambda: Gpt(AverageOfEarlier)),  # no queries and keys at all
     "keys_times_queries": Own(lambda: Gpt(attending(keys_times_queries)), graph="either"),  # softmax over dim -2
     "triu_indices": Own(lambda: Gpt(attending(triu_indices))),  # torch.export makes T a constant
     "filled_in_place": Own(lambda: Gpt(FilledInPlace)),
     "len_of_x": Own(lambda: Gpt(MaskOfLen)),  # torch.export makes T a constant; one head without projection
     "context_300": Own(lambda: Gpt(attending(triu_added), context=300, layers=1), context=300, layers=1),
-    "bmm": Own(lambda: Gpt(MergedBatch)),  # (B*H, T, D)
-    "baddbmm": Own(lambda: Gpt(lambda: MergedBatch(add=True))),  # the mask is added by the product
+    "bmm": Own(lambda: Gpt(MergedBatch)),  # (B*H, T, D), and baddbmm of a mask
     "module_per_head": Own(lambda: Gpt(ModulePerHead), graph="either", layers=8),  # layers: of each head
     "grouped_in_five": Own(lambda: Gpt(attending(grouped_in_five, kv_heads=2))),
     "multi_query": Own(lambda: Gpt(MultiQuery)),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import WIDTH, Causal, Gpt, Own, first
+from .parts import WIDTH, Causal, Gpt, Own
 
 
 class FlatWithTargets(Gpt):
@@ -71,7 +71,7 @@ class StartPos(Gpt):
 
 
 DECODERS = {
-    "flat_with_targets": Own(lambda: FlatWithTargets(Causal), first),
+    "flat_with_targets": Own(lambda: FlatWithTargets(Causal), lambda m, ids: m(ids)[0]),
     "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"]),  # cross_entropy over T - 1
     "log_probabilities": Own(lambda: Probabilities(Causal)),
     "unbatched": Own(lambda: Unbatched(OneText), lambda m, ids: torch.stack([m(row) for row in ids])),  # (T) -> (T, V)

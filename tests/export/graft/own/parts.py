@@ -22,10 +22,6 @@ def plainly(module, ids):
     return module(ids)
 
 
-def first(module, ids):
-    return module(ids)[0]
-
-
 @dataclass(frozen=True)
 class Own:
     """A decoder that must export: how it is made, and how its author calls it."""

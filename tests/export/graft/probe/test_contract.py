@@ -90,9 +90,7 @@ def run(m, ids, given, own):
 
 OTHERWISE = {  # forward with other positions than 0, 1, 2 and so on
     "from 2": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, counted(input_ids) + 2),
-    "among others": lambda m, input_ids, **others: run(
-        m, input_ids, others.get("position_ids"), 1 + counted(input_ids)
-    ),
+    "in others": lambda m, input_ids, **others: run(m, input_ids, others.get("position_ids"), counted(input_ids) + 1),
     "followed in any call": lambda m, input_ids, mask=None, position_ids=None: {
         "logits": run(m, input_ids, position_ids, counted(input_ids) + 2)
     },
@@ -165,14 +163,6 @@ class Grows(Gpt):
         return super().embed(idx) + (self.longest - 16) * torch.linspace(-1, 1, WIDTH)
 
 
-class Locked(Gpt):
-    """Holds what cannot be copied."""
-
-    def __init__(self):
-        super().__init__(Causal)
-        self.lock = threading.Lock()
-
-
 class AnyDtype(Gpt):
     """Converts to a dtype from where its author keeps it, in the middle."""
 
@@ -213,7 +203,9 @@ REASONS = {  # the class, the module, a pattern of the sentence, and the context
     ),
     "a line that makes half precision": (ContractError, lambda: AnyDtype(None, lambda _: torch.float16).eval(), HALF),
     "no numbers": (ContractError, lambda: usual().to("meta"), "device meta"),
-    "no copy": (ContractError, lambda: Locked().eval(), r"Locked cannot be copied \(TypeError: cannot pickle"),
+    "no copy": (
+        ContractError, lambda: plain({"more": lambda m: setattr(m, "lock", threading.Lock())}), "cannot be copied"
+    ),
     "a context beyond the tables": (
         InputError, usual, "fails on 49 tokens, the context that was asked for, at .* with --context N", CONTEXT + 1
     ),
@@ -304,8 +296,8 @@ def state_of(module):
     """All that an export might change."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {
-        "tensors": {n: (id(t), t.dtype, t.device, t.requires_grad, t.grad) for n, t in tensors},
-        "numbers": {n: t.clone() for n, t in tensors},
+        "tensors": {n: (id(t), t.dtype, t.device, t.requires_grad, id(t.grad)) for n, t in tensors},
+        "numbers": {n: t.tolist() for n, t in tensors},
         "modes": [part.training for part in module.modules()],
         "attributes": [{n: id(v) for n, v in vars(part).items() if n != "training"} for part in module.modules()],
         "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
@@ -313,12 +305,6 @@ def state_of(module):
         "patched": (nn.Module.__setattr__, torch.fx.proxy.TracerBase._filter_traceback_frames),
         "random": [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()],
     }
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
 AS_IT_WAS = {
@@ -342,5 +328,4 @@ def test_a_module_is_as_it_was_whether_taken_or_refused(name):
     before = state_of(module)
     with pytest.raises(ContractError) if name in REFUSED else contextlib.nullcontext():
         taken(module)
-    after = state_of(module)
-    assert [key for key in before if not same(before[key], after[key])] == []
+    assert state_of(module) == before

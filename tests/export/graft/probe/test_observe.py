@@ -7,17 +7,10 @@ from torch import nn
 
 from pastkey.contract.bundle import KVGeometry
 from pastkey.errors import ContractError, NumericsError
-from pastkey.export.graft.probe.observe import (
-    UnkeptError,
-    observe,
-    random_ids,
-    require_finite,
-    run_cached,
-    run_uncached,
-)
+from pastkey.export.graft.probe.observe import UnkeptError, observe, random_ids, require_finite, run_uncached
 
 from ...decoders import MultiHead, NanoGpt, Plain, Twice, Wrapper
-from ..plain import plain
+from ..plain import plain, steps
 
 
 def test_the_geometry_is_what_the_calls_receive():
@@ -43,8 +36,7 @@ def test_running_with_a_cache_gives_what_running_without_gives():
     module = Plain(kv_heads=2, layers=2)
     ids = random_ids(2, 9, 37)
     whole = run_uncached(module, ids)
-    part = run_cached(module, run_uncached(module, ids[:, :5]), ids[:, 5:])
-    torch.testing.assert_close(part, whole.logits[:, 5:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steps(module, ids, 5, 9), whole.logits, rtol=1e-5, atol=1e-6)
     assert [tuple(keys.shape) for keys in whole.keys] == [(2, 2, 9, 8)] * 2
 
 

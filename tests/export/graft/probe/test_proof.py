@@ -124,7 +124,6 @@ def one_of_nine(ids, _):
 
 OF_CONTENT = {
     "the_first_token": lambda ids, _: torch.where(ids[:, 0] == 4321, 1.5, 1.0),
-    "a_flagged_first_token": lambda ids, _: torch.where(FLAGS[ids[:, 0]], 1.5, 1.0),
     "the_last_token": lambda ids, _: torch.where(ids[:, -1] == 4321, 1.5, 1.0),
     "a_count_of_each_token": counted,
     "a_product": lambda ids, _: 1 + ((ids == 4321).float()[:, None] @ torch.ones(len(ids), ids.shape[1], 1))[:, 0, 0],

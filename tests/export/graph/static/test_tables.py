@@ -42,7 +42,6 @@ def test_core_ml_takes_every_node_in_one_part(name, made_once):
     for path in bundle.static_graphs:
         model = onnx.load(path, load_external_data=False)
         said = re.search(r"(\d+) partitions with a total of (\d+)/(\d+) nodes", usability(path))
-        assert said is not None
         assert (said[1], said[2]) == ("1", said[3])
         assert not {"Gather", "Cos", "Sin", "Reciprocal"} & {node.op_type for node in model.graph.node}
         assert not {names.INPUT_IDS, names.POSITION_IDS} & {value.name for value in model.graph.input}

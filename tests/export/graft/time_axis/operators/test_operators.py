@@ -1,12 +1,8 @@
 """Along channels an operator is as in torch; rows with rows are an attention; others along positions are refused."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 from pastkey.export.graft.time_axis.values import KEY, NEW, Axis
@@ -49,6 +45,8 @@ SHAPES = [
     lambda x: x[0].repeat_interleave(3, 0).view(-1, 3, WIDTH).sum(1),  # tokens for three experts each
     lambda x: x[:, :, None, :].expand(-1, -1, 3, -1).flatten(2),
     lambda x: x[:, :, :, None].expand(-1, -1, -1, 3).flatten(2),
+    lambda x: x.view(1, x.shape[1], 2, 2, 2).permute(1, 3, 0, 4, 2).expand(-1, 2, 3, 2, 2).flatten(1, 2).flatten(2),
+    lambda x: x[:, None, :, None].expand(-1, 3, -1, 2, -1).permute(2, 1, 0, 4, 3).flatten(3).unsqueeze(1),
     merged_in_the_wrong_order,
 ]
 ALONG_CHANNELS = [
@@ -235,41 +233,3 @@ def test_a_product_of_rows_with_rows_is_an_attention(function):
     (product,) = attention.products
     assert sorted(axis.time for axis in run.known[product].axes if axis.time) == [KEY, NEW]
     assert run.swapped == ({product} if function is keys_first else set())
-
-
-# --- chains of shapes ---------------------------------------------------------------------------------------------
-@st.composite
-def chains(draw):
-    """Steps on a shape in which T stands as 0."""
-    shape, steps = [1, 0, WIDTH], []
-    for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from(["permute", "unsqueeze", "split", "merge", "expand"]))
-        at = draw(st.integers(0, len(shape) - 1))
-        if kind == "permute" and len(shape) < 7:
-            order = tuple(draw(st.permutations(range(len(shape)))))
-            shape = [shape[i] for i in order]
-            steps.append((kind, order))
-            continue
-        if kind == "unsqueeze" and len(shape) < 6:
-            shape.insert(at, 1)
-        elif kind == "split" and shape[at] > 3 and not shape[at] % 2:
-            shape[at : at + 1] = [2, shape[at] // 2]
-        elif kind == "merge" and at + 1 < len(shape) and 0 not in shape[at : at + 2]:
-            shape[at : at + 2] = [math.prod(shape[at : at + 2])]
-        elif kind == "expand" and shape[at] == 1 and math.prod(n or 1 for n in shape) < 200:
-            shape[at] = 3
-        steps.append(("expand" if kind == "expand" else "reshape", tuple(shape)))
-    return steps
-
-
-def taken(x, steps):
-    length = x.shape[1]
-    for kind, numbers in steps:
-        x = getattr(x, kind)(numbers if kind == "permute" else [n or length for n in numbers])
-    return x * 1
-
-
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(chains())
-def test_chains_of_shapes_equal_those_of_torch(steps):
-    result(lambda x: taken(x, steps))

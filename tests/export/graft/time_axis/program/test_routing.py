@@ -32,14 +32,6 @@ def batch_and_rows(ids):
     return out
 
 
-def columns_of_nonzero(ids):
-    x = TABLE[ids]
-    found = (x[..., 0] > 0).nonzero()
-    out = x.clone()
-    out[found[:, 0], found[:, 1]] = x[found[:, 0], found[:, 1]] @ OTHER
-    return out
-
-
 def second_axis(ids):
     x = TABLE[ids]
     rows = (x[0, :, 0] > 0).nonzero(as_tuple=True)[0]
@@ -97,7 +89,7 @@ def an_axis_before(ids):
     return x.transpose(1, 2)
 
 
-RIGHT = [into_itself, an_axis_before, batch_and_rows, columns_of_nonzero, second_axis]
+RIGHT = [into_itself, an_axis_before, batch_and_rows, second_axis]
 RIGHT += map(of_rows, (copied, put, in_the_middle, no_rows_at_all, merged_rows, a_table))
 
 

@@ -44,13 +44,6 @@ def test_a_window_is_told_by_its_length(window):
     assert (softmax.plain, softmax.window) == (True, window)
 
 
-def test_a_bias_by_distance_is_a_row_for_each_head():
-    slopes = 2.0 ** -torch.arange(1, HEADS + 1)
-    softmax = found(lambda s: masked(s * 0.25 - slopes[:, None, None] * distance(*s.shape[2:])))
-    assert not softmax.plain
-    assert torch.allclose(softmax.bias.float(), -slopes[:, None] * torch.arange(CONTEXT), atol=1e-5)
-
-
 def test_a_soft_cap_is_told():
     softmax = found(lambda scores: masked(30 * torch.tanh(scores * 0.5 / 30)))
     assert softmax.softcap == pytest.approx(30, rel=1e-4)
