@@ -287,7 +287,7 @@ def test_no_file_of_the_package_has_grown_past_a_glance():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_240, "train": 3_710, "export": 16_740, "runtime": 10_580, "serve": 1_800, "see": 660,
-    "web": 130, "tests": 39_510, "tools": 2_120,
+    "web": 130, "tests": 38_110, "tools": 2_120,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

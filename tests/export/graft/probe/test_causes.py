@@ -144,7 +144,7 @@ def test_the_truer_cause_comes_first_and_none_twice():
 
 def test_what_is_unknown_where_a_cause_is_known_is_left_out():
     state = Cause(Kind.STATE, "keeps", "model.py:9", "Attention")
-    unknown = [Cause(Kind.UNKNOWN, "joins rows", "model.py:1", owner) for owner in ("Attention", "Other")]
+    unknown = [Cause(Kind.UNKNOWN, "joins rows", f"{owner}.py:1", owner) for owner in ("Attention", "Other")]
     assert [cause.owner for cause in NoCacheError("Model", [*unknown, state]).causes] == ["Attention", "Other"]
 
 
