@@ -41,7 +41,7 @@ def test_angles_of_late_positions_are_exact():
 
 
 ROOTS = {
-    "a root": "one = Constant <value_float = 1.0> () r = Sqrt(e) j = Reciprocal(r) i = Mul(j, one)",
+    "a root": "nothing = Constant <value_float = 0.0> () f = Add(e, nothing) r = Sqrt(f) i = Reciprocal(r)",
     "a power": "i = Pow(e, power)",
 }
 

@@ -1,6 +1,7 @@
 """Rotary positions whose frequencies are scaled: fixed ones go along, moving ones as far as they stand still."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from .test_fuse import rotating
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 
 HALF = 8  # pairs of a head
-ROTARY = {
+ROTARY: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 48},

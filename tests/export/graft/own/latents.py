@@ -43,7 +43,8 @@ class Latent(nn.Module):
         up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k_c, v = up.split([NOPE, SIZE], dim=-1)
         k_r = turned(self.w_kr(x).unsqueeze(1))  # (B, 1, T, ROPE)
-        return self.w_o(self.mixed(*self.queries(x), k_c, k_r, v).transpose(1, 2).flatten(2))
+        q_c, q_r = self.queries(x)
+        return self.w_o(self.mixed(q_c, q_r, k_c, k_r, v).transpose(1, 2).flatten(2))
 
     def mixed(self, q_c, q_r, k_c, k_r, v):
         return causal((q_c @ k_c.mT + q_r @ k_r.mT) * SCALE).softmax(-1) @ v

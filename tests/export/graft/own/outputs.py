@@ -66,7 +66,7 @@ class OneRow(Gpt):
 class StartPos(Gpt):
     """A number that says where the text begins: always 0 here."""
 
-    def forward(self, tokens, start_pos):
+    def forward(self, tokens, start_pos):  # type: ignore[override]
         return self.logits(self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]).float()
 
 

@@ -44,7 +44,7 @@ class Refused:
     """A module that must be refused."""
 
     build: Callable[[], nn.Module]
-    owner: type  # the class with the line of the true cause
+    owner: Callable[..., object]  # the class or function with the line of the true cause
     words: str  # of that cause, as a pattern
     causes: int = 1  # that are told
 

@@ -55,7 +55,7 @@ class RotaryGrouped(Causal):
         self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
 
     def angles(self, length):
-        return torch.einsum("i,j->ij", torch.arange(length).type_as(self.inv_freq), self.inv_freq)
+        return torch.einsum("i,j->ij", torch.arange(length).float(), self.inv_freq)
 
     def tables(self, length):
         emb = torch.cat([self.angles(length)] * 2, dim=-1)

@@ -144,17 +144,19 @@ def test_a_call_that_is_given_is_taken():
     assert (found.call.expression, found.call.order) == ("model(ids)[0]", "b1v")
 
 
+def noisy_unless_quiet(m, ids, quiet=None):
+    return m.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
+
+
 # A forward of the logits, and what it does that no decoder does.
 BREACHES = {
     "later tokens": (lambda m, ids: m.logits(ids).flip(1), Kind.LOOK_AHEAD),
     "other rows": (lambda m, ids: m.logits(ids) - m.logits(ids).mean(0), Kind.ROWS),
     "chance": (lambda m, ids: m.logits(ids) + torch.rand(VOCAB), Kind.CHANCE),
-    "chance that another call mends": (
-        lambda m, ids, quiet=None: m.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0), Kind.CHANCE
-    ),
+    "chance that another call mends": (noisy_unless_quiet, Kind.CHANCE),
     "no numbers": (lambda m, ids: m.logits(ids) * torch.nan, Kind.UNKNOWN),
     "zeros": (lambda m, ids: torch.zeros_like(m.logits(ids)), Kind.UNKNOWN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BREACHES)

@@ -8,6 +8,7 @@ import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ OF_LENGTH = r"test_contract.py:\d+ computes with a number made from the length o
 HALF = r"test_contract.py:\d+ makes half precision, and a module is exported in float32(?!.*--call)"
 BOTH_CALLS = re.escape("runs as model(ids) and as model(ids, position_ids=positions)")
 NO_RUN = "could not be run as "
-REASONS = {  # the class, the module, a pattern of the sentence, and the context and the call that are asked for
+REASONS: dict[str, Any] = {  # class, module, pattern of the sentence, and the context and the call asked for
     "other numbers for long texts": (
         ContractError, lambda: OtherwiseWhenLong(Causal, context=720).eval(), FOLLOWED_OFF, 720
     ),

@@ -1,5 +1,7 @@
 """What is learned from running a module, and which modules do not keep the contract."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,10 +120,10 @@ def autocast(m, block, hidden, at):
 
 
 LOGITS = {
-    "a tuple": lambda logits: (logits, None),
-    "the last": lambda logits: logits[:, -1:],
-    "half precision": lambda logits: logits.half(),
-    "infinity": lambda logits: logits / 0,
+    "a tuple": lambda m, hidden: (m.head(hidden), None),
+    "the last": lambda m, hidden: m.head(hidden)[:, -1:],
+    "half precision": lambda m, hidden: m.head(hidden).half(),
+    "infinity": lambda m, hidden: m.head(hidden) / 0,
 }
 UNKEPT = {
     "no attention": (
@@ -138,11 +140,8 @@ UNKEPT = {
     ),
     "a table too short": (lambda: plain(context=19), "IndexError"),
 }  # fmt: skip
-UNKEPT |= {name: (lambda mask=mask: masked(mask), "is not") for name, mask in MASKS.items()}
-UNKEPT |= {
-    f"{name} as logits": (lambda change=change: plain({"logits": lambda m, x: change(m.head(x))}), "returned")
-    for name, change in LOGITS.items()
-}
+UNKEPT |= {name: (partial(masked, mask), "is not") for name, mask in MASKS.items()}
+UNKEPT |= {f"{name} as logits": (partial(plain, {"logits": change}), "returned") for name, change in LOGITS.items()}
 
 
 @pytest.mark.parametrize("name", UNKEPT)

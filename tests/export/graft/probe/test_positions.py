@@ -1,5 +1,7 @@
 """How positions enter is seen by running the module, whatever its code calls them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,7 @@ class ByLayer(Turning):
         return super().apply_block(block, hidden, position_ids)
 
 
-FOUND = {  # the decoder and what it changes; first channel, pairs, interleaved
+FOUND: dict[str, Any] = {  # the decoder and what it changes; first channel, pairs, interleaved
     "halves": (Turning, {}, (0, 4, False)),
     "scaled": (Turning, {"factor": 1.3}, (0, 4, False)),
     "the last channels": (Turning, {"first": 4, "pairs": 2}, (4, 2, False)),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,7 +30,7 @@ RNG = np.random.default_rng(0)
 
 def for_core_ml(name, made_once):
     case = CASES[name]
-    how = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
+    how: dict[str, Any] = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
     return made_once(f"{name}-coreml", lambda folder: export(case.build(), folder / "b", **how)) / "b"
 
 

@@ -57,7 +57,7 @@ def test_sinks_take_their_share():
         column = sinks[None, :, None, None].expand(*scores[0].shape[:3], 1)
         return torch.cat([masked(scores[0]), column], -1).softmax(-1)[..., :-1]
 
-    assert torch.allclose(recognised(change, 1, (HEADS,), CONTEXT).sinks, sinks, atol=1e-4)
+    torch.testing.assert_close(recognised(change, 1, (HEADS,), CONTEXT).sinks, sinks, rtol=0, atol=1e-4)
 
 
 def test_heads_and_products_have_scales_of_their_own():
