@@ -1,6 +1,7 @@
 """Every attention call is seen once, whichever way it is written, and torch is put back as it was."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -59,9 +60,7 @@ def test_a_call_has_four_axes_its_own_scale_and_the_line_that_made_it():
     assert (call.query.shape, call.scale, call.is_causal) == ((2, 1, LENGTH, 16), 0.3, True)
     for module in (Plain(), MultiHead()):  # the line that calls nn.MultiheadAttention, not torch's own
         _, (call,) = run(module)
-        file, line = call.where.split(":")
-        assert file == "decoders.py"
-        assert int(line) > 1
+        assert re.fullmatch(r"decoders\.py:\d\d+", call.where)
 
 
 def test_watch_sees_other_functions_but_not_those_of_the_handler():

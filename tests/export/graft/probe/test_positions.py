@@ -88,7 +88,6 @@ def test_a_rotation_is_found(name):
     kind, changes, expected = FOUND[name]
     module = type("Decoder", (kind,), changes)(context=CONTEXT, layers=2)
     found = shift_of(module)
-    assert found.refused == ""
     (rotation,) = found.rotations
     assert rotation.layers == (0, 1)
     assert (rotation.first, len(rotation.angles), rotation.interleaved) == expected
