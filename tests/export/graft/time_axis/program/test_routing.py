@@ -158,7 +158,10 @@ def beside_others(x, mask):
 
 def only_a_wrong_guess_raises(ids):
     x = TABLE[ids]
-    return x.roll({7: 1}[int(ids[0, 0])], 0) * 2 if ids[0, 0] == 7 else x
+    if ids[0, 0] == 7:
+        place = {7: 1}[int(ids[0, 0])]
+        x = x.roll(place, 0) * 2
+    return x
 
 
 def checked_within(ids):
