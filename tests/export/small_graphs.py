@@ -26,6 +26,18 @@ def model_of(text: str, **weights: Array) -> ir.Model:
     return model
 
 
+def head_of(body: str, columns: int = 32) -> ir.Model:
+    """A graph x (B, T, columns) -> logits (B, T, 40) with the weights w (columns, 40), e (40, columns) and b (40,)."""
+    rng = np.random.default_rng(0)
+    sizes = {"w": (columns, 40), "e": (40, columns), "b": (40,)}
+    declared = "".join(f", float[{','.join(map(str, size))}] {name}" for name, size in sizes.items())
+    return model_of(
+        f"g (float[batch_size,sequence_length,{columns}] x{declared})"
+        f" => (float[batch_size,sequence_length,40] logits) {{ {body} }}",
+        **{name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()},
+    )
+
+
 def run_model(model: ir.Model, **feeds: Array) -> list[Array]:
     """Its outputs, in order. Inputs that the graph does not have are left out."""
     content = ir.to_proto(model).SerializeToString()

@@ -19,11 +19,9 @@ from .conftest import module_of
 
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 FORMS = (
-    "plain", "llama", "gpt2", "own:band_buffer", "own:alibi_of_distances", "own:relative_keys", "own:soft_cap",
-    "own:sinks", "own:talking_heads", "own:differential", "own:post_norm", "own:parallel",
-    "own:one_layer_three_times", "own:residual_of_embedding", "own:values_of_the_first", "own:short_conv",
-    "own:smeared_embedding", "own:latent", "own:two_latents", "hf:gpt2", "hf:gemma2", "hf:qwen3", "hf:olmo2",
-    "hf:cohere", "hf:phi3", "hf:deepseek_v3", "hf:gpt_oss",
+    "plain", "llama", "gpt2", "own:relative_keys", "own:soft_cap", "own:differential", "own:one_layer_three_times",
+    "own:short_conv", "own:smeared_embedding", "own:latent", "own:two_latents", "hf:gpt2", "hf:gemma2", "hf:qwen3",
+    "hf:olmo2", "hf:cohere", "hf:phi3", "hf:deepseek_v3", "hf:gpt_oss",
 )  # fmt: skip
 CI = ("own:differential", "hf:gemma2")  # weights below zero; norms behind, windows and soft caps
 

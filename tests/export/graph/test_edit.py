@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,45 +6,31 @@ from pastkey.export.graph import edit
 from pastkey.export.graph.part import Subgraph, constant, depends_only_on
 from pastkey.export.graph.simplify import simplify
 
-from ..small_graphs import Array, model_of, run_model
+from ..small_graphs import model_of, run_model
 
 
 @pytest.fixture
 def model():
     """y = Neg(a), z = Abs(a), where a = Relu(x)."""
-    return ir.from_onnx_text(
-        '<ir_version: 10, opset_import: ["": 20]>\n'
-        "g (float[3] x) => (float[3] y, float[3] z) { a = Relu(x) y = Neg(a) z = Abs(a) }"
-    )
+    return model_of("g (float[3] x) => (float[3] y, float[3] z) { a = Relu(x) y = Neg(a) z = Abs(a) }")
 
 
-def node_of(model: ir.Model, operator: str) -> ir.Node:
-    (found,) = (node for node in model.graph if node.op_type == operator)
-    return found
-
-
-def operators(model: ir.Model) -> list[str]:
+def operators(model):
     return [node.op_type for node in model.graph]
 
 
-def test_a_weight_is_the_array_itself_and_no_other_value_is_one(model):
-    array = np.ones(3, np.float32)
-    value = edit.add_weight(model, "w", array)
-    assert edit.weight(value) is array
-    assert edit.weight(model.graph.inputs[0]) is None
-    assert edit.weight(node_of(model, "Relu").outputs[0]) is None
-    assert edit.weight(None) is None
-
-
-def test_weights_that_nothing_reads_are_dropped(model):
-    used, _ = edit.add_weight(model, "used", np.ones(3)), edit.add_weight(model, "unused", np.ones(3))
-    node_of(model, "Neg").replace_input_with(0, used)
+def test_a_weight_is_the_array_itself_and_goes_where_nothing_reads_it(model):
+    array, (relu, neg, _) = np.ones(3, np.float32), model.graph
+    used, _ = edit.add_weight(model, "used", array), edit.add_weight(model, "unused", np.ones(3))
+    assert edit.weight(used) is array
+    assert edit.weight(model.graph.inputs[0]) is edit.weight(relu.outputs[0]) is edit.weight(None) is None
+    neg.replace_input_with(0, used)
     edit.drop_unused_weights(model)
     assert set(model.graph.initializers) == {"used"}
 
 
 def test_an_output_that_is_replaced_keeps_name_type_and_place(model):
-    neg = node_of(model, "Neg")
+    _, neg, _ = model.graph
     sqrt = ir.node("Sqrt", [neg.inputs[0]])
     edit.replace_node(model, neg, sqrt)
     assert operators(model) == ["Relu", "Sqrt", "Abs"]
@@ -56,13 +40,13 @@ def test_an_output_that_is_replaced_keeps_name_type_and_place(model):
 
 
 def test_several_nodes_stand_in_for_one_and_every_reader_follows(model):
-    relu = node_of(model, "Relu")
+    relu, neg, absolute = model.graph
     builder = edit.NodeBuilder(model, "clipped")
     low = builder.add("Max", relu.inputs[0], builder.constant("zero", np.zeros(1, np.float32)))
     builder.add("Min", low, builder.constant("six", np.full(1, 6, np.float32)))
     edit.replace_node(model, relu, *builder.nodes)
     assert operators(model) == ["Max", "Min", "Neg", "Abs"]
-    assert {edit.input_of(node_of(model, name).inputs[0], "Min") for name in ("Neg", "Abs")} == {low}
+    assert {edit.input_of(node.inputs[0], "Min") for node in (neg, absolute)} == {low}
     assert {"clipped.zero", "clipped.six"} == set(model.graph.initializers)
     names = [output.name for node in model.graph for output in node.outputs]
     assert len(set(names)) == len(names)
@@ -90,33 +74,34 @@ def test_a_part_gives_what_the_graph_computes_and_leaves_it_alone():
     sine = next(node.outputs[0] for node in model.graph if node.op_type == "Sin")
     part = Subgraph(model, sine, model.graph.inputs[0])
     np.testing.assert_allclose(part.run(np.array([[4, 5, 6]])), np.sin(-W * [4, 5, 6]), atol=1e-6)
-    assert [node.op_type for node in model.graph] == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
+    assert operators(model) == ["Cast", "Neg", "Mul", "Sin", "Mul", "Neg"]
 
 
 # --- `simplify` changes no number -------------------------------------------------------------------------------------
 X = np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)
 
 
-def simplified(body: str, **weights: Array) -> list[str]:
-    """The operators of the graph x (2, 4) -> y, which computes the same as before."""
-    declared = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+TRANSPOSE = "Transpose <perm = [1, 0]>"
+
+
+def of(number):
+    return np.full(4, number, np.float32)
+
+
+SIMPLER = {  # the body, its weights, and the operators that are left
+    # A norm divides by the root of epsilon on a row of zeros, and by zero without.
+    "an epsilon of 1e-8 is not zero": ("a = Add(x, e) y = Sqrt(a)", {"e": of(1e-8)}, ["Add", "Sqrt"]),
+    "transpositions undo each other": (f"a = {TRANSPOSE} (x) b = {TRANSPOSE} (a) y = Neg(b)", {}, ["Neg"]),
+    "constants are folded": ("p = Mul(two, three) y = Add(x, p)", {"two": of(2), "three": of(3)}, ["Add"]),
+}
+
+
+@pytest.mark.parametrize("name", SIMPLER)
+def test_simplify_changes_no_number(name):
+    body, weights, left = SIMPLER[name]
+    declared = "".join(f", float[4] {weight}" for weight in weights)
     model = model_of(f"g (float[2,4] x{declared}) => (float[2,4] y) {{ {body} }}", **weights)
     (before,) = run_model(model, x=X)
     simplify(model)
     np.testing.assert_array_equal(run_model(model, x=X)[0], before)
-    return [node.op_type for node in model.graph]
-
-
-def test_an_epsilon_of_1e_8_is_not_taken_for_zero():
-    """A norm with it divides by the root of epsilon on a row of zeros, and by zero without."""
-    assert simplified("a = Add(x, e) y = Sqrt(a)", e=np.full(1, 1e-8, np.float32)) == ["Add", "Sqrt"]
-
-
-def test_two_transpositions_that_undo_each_other_go():
-    body = "a = Transpose <perm = [1, 0]> (x) b = Transpose <perm = [1, 0]> (a) y = Neg(b)"
-    assert "Transpose" not in simplified(body)
-
-
-def test_what_depends_on_constants_alone_is_folded():
-    two, three = np.full(4, 2, np.float32), np.full(4, 3, np.float32)
-    assert simplified("p = Mul(two, three) y = Add(x, p)", two=two, three=three) == ["Add"]
+    assert operators(model) == left

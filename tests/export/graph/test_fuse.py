@@ -1,14 +1,11 @@
 """Fused operators compute what torch wrote, and stand only where they do."""
 
-from __future__ import annotations
-
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.export.compare import relative_difference
 from pastkey.export.graft.probe.contract import in_contract
@@ -20,15 +17,15 @@ from pastkey.export.graph.fuse import fuse
 from ...shared import divided
 from ..cases import CASES
 from ..decoders import Plain, TableRope, llama
-from ..graft.own.parts import VOCAB, NoPositions, drawn
-from ..graft.own.positions import RotaryByLength, RotaryComplex, RotaryGrouped, RotaryKept, RotaryTables
+from ..graft.own import positions as own
+from ..graft.own.parts import NoPositions, drawn
 from ..plain_loop import run_chunks
 
 CONTEXT = 40
 
 
-def graphs(module: nn.Module, folder: Path) -> tuple[Path, Path, Counter[str]]:
-    """The fused graph of a decoder before and after the passes, and the operators after them."""
+def fused(module, folder, allowed=3e-6):
+    """What its attention calls rotate, and its operators, after passes that change no number: at once and by tokens."""
     observation = observe(module, CONTEXT)
     for name in ("before", "after"):
         model = trace(module, observation, "fused", CONTEXT)
@@ -36,10 +33,15 @@ def graphs(module: nn.Module, folder: Path) -> tuple[Path, Path, Counter[str]]:
             fuse(model, CONTEXT)
         clean(model, module, observation.geometry, observation.vocab_size)
         ir.save(model, folder / f"{name}.onnx")
-    return folder / "before.onnx", folder / "after.onnx", Counter(node.op_type for node in model.graph)
+    ids = np.random.default_rng(0).integers(0, observation.vocab_size, CONTEXT).tolist()
+    expected = run_chunks(folder / "before.onnx", [ids])
+    for chunks in ([ids], [ids[:20], *([token] for token in ids[20:])]):
+        found = run_chunks(folder / "after.onnx", chunks)
+        assert relative_difference(expected, found) <= (allowed if len(chunks) == 1 else 3e-6)
+    return rotating(folder / "after.onnx"), Counter(node.op_type for node in model.graph)
 
 
-def rotating(path: Path) -> list[bool]:
+def rotating(path):
     """For each attention call, whether it rotates queries and keys itself."""
     nodes = [node for node in ir.load(path).graph if node.op_type == "GroupQueryAttention"]
     return [node.attributes.get_int("do_rotary", 0) == 1 for node in nodes]
@@ -54,111 +56,86 @@ def rotating(path: Path) -> list[bool]:
     ],
 )
 def test_norms_skips_and_rotation_are_fused_exactly(changes, tmp_path):
-    before, after, operators = graphs(llama(**changes), tmp_path)
-    assert rotating(after) == [True, True]
+    rotated, operators = fused(llama(**changes), tmp_path)
+    assert rotated == [True, True]
     assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Split"} & set(operators)
     assert (operators["Cos"], operators["Sin"]) == (1, 1)  # of the tables, which are computed at load
     # Of the two tables only; norms of single heads take q and k apart and together, by two shapes that are computed.
     assert operators["Reshape"] == (12 if "qk_norm" in changes else 2)
     assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
     assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)
-    ids = np.random.default_rng(0).integers(0, 61, CONTEXT).tolist()
-    expected = run_chunks(before, [ids])
-    assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
-    one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])
-    assert relative_difference(expected, one_by_one) < 3e-6
 
 
 @pytest.mark.parametrize(
     "attention",
     divided(
-        [RotaryTables, RotaryKept, RotaryGrouped, RotaryByLength, RotaryComplex],
-        quick=[RotaryByLength, RotaryComplex],
-        ci=[RotaryGrouped],
+        [own.RotaryTables, own.RotaryKept, own.RotaryGrouped, own.RotaryByLength, own.RotaryComplex],
+        quick=[own.RotaryByLength, own.RotaryComplex],
+        ci=[own.RotaryGrouped],
     ),
 )
 def test_rotations_as_people_write_them_move_into_attention(attention, tmp_path):
-    """Halves and neighbours, tables and angles, real and complex numbers, before heads are repeated."""
+    """Halves and neighbours, tables and angles, real and complex numbers."""
     module = drawn(lambda: NoPositions(lambda: attention(heads=2)))
     followed = in_contract(module, CONTEXT, None, lambda _: None).module
-    before, after, _ = graphs(followed, tmp_path)
-    assert rotating(after) == [True, True]
-    ids = np.random.default_rng(0).integers(0, VOCAB, CONTEXT).tolist()
-    expected = run_chunks(before, [ids])
-    assert relative_difference(expected, run_chunks(after, [ids])) < 3e-6
-    one_by_one = run_chunks(after, [ids[:20], *([token] for token in ids[20:])])
-    assert relative_difference(expected, one_by_one) < 3e-6
+    assert fused(followed, tmp_path)[0] == [True, True]
 
 
 @pytest.mark.slow
 def test_a_head_size_that_attention_cannot_rotate_keeps_its_rotation(tmp_path):
-    before, after, operators = graphs(llama(head_dim=24, hidden_size=48), tmp_path)
-    assert rotating(after) == [False, False]
+    rotated, operators = fused(llama(head_dim=24, hidden_size=48), tmp_path)
+    assert rotated == [False, False]
     assert operators["SkipSimplifiedLayerNormalization"] == 4
-    ids = list(range(30))
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
 
 
-@pytest.mark.slow
 @pytest.mark.matrix
 def test_tables_that_would_outgrow_the_weights_are_not_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1
-    )  # cos and sin, half a head each
+    monkeypatch.setattr("pastkey.export.graph.rotary._TABLE_BYTES", CONTEXT * 16 * 4 - 1)  # cos and sin, half a head
     monkeypatch.setattr("pastkey.export.graph.rotary._TABLE_SHARE", 0)
-    before, after, _ = graphs(llama(), tmp_path)
-    assert rotating(after) == [False, False]
-    ids = list(range(30))
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+    assert fused(llama(), tmp_path)[0] == [False, False]
 
 
 class TurnedByToken(TableRope):
     """Angles that depend on more than the position."""
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         self.shift = input_ids % 3
         return super().embed(input_ids, position_ids)
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         return super().turn(heads, (position_ids + self.shift) % CONTEXT)
 
 
 class TurnedByLength(TableRope):
     """Angles that follow the longest position, as those of dynamic NTK do."""
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         return super().turn(heads, position_ids - (position_ids.max() > CONTEXT // 2).long())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "allowed"),
     [
-        pytest.param(TableRope, 0, marks=pytest.mark.slow),
-        pytest.param(lambda: TurnedByToken(size=16), 0, marks=pytest.mark.slow),
-        pytest.param(lambda: TurnedByLength(size=16), 0, marks=pytest.mark.slow),
-        # A product whose result is not reshaped any more runs as another kernel.
-        pytest.param(CASES["gpt2"].build, 3e-6, marks=pytest.mark.slow),
+        (TableRope, 0),
+        (lambda: TurnedByToken(size=16), 0),
+        (lambda: TurnedByLength(size=16), 0),
+        (CASES["gpt2"].build, 3e-6),  # a product whose result is not reshaped any more runs as another kernel
     ],
 )
 def test_what_is_not_the_pattern_is_left_alone(build, allowed, tmp_path):
-    before, after, _ = graphs(build(), tmp_path)
-    assert not any(rotating(after))
-    ids = list(range(30))
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) <= allowed
+    assert not any(fused(build(), tmp_path, allowed)[0])
 
 
 class OneRowOfPositions(Plain):
     """A sum that spreads one row over the batch, before an RMSNorm: Add does so, the fused operator does not."""
 
-    def more(self) -> None:
+    def more(self):
         self.norm = nn.RMSNorm(self.width)
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         return self.norm(self.token(input_ids) + self.position.weight[3])
 
 
 def test_a_sum_that_spreads_is_not_fused(tmp_path):
-    before, after, operators = graphs(OneRowOfPositions(), tmp_path)
-    assert operators["SimplifiedLayerNormalization"] == 1
-    ids = list(range(30))
-    assert relative_difference(run_chunks(before, [ids]), run_chunks(after, [ids])) < 3e-6
+    assert fused(OneRowOfPositions(), tmp_path)[1]["SimplifiedLayerNormalization"] == 1

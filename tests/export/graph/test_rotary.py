@@ -1,27 +1,23 @@
 """Rotary positions whose frequencies are scaled: fixed ones go along, moving ones as far as they stand still."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
+from pastkey.contract.config import RopeScaling
 from pastkey.errors import InputError
 from pastkey.export import export
 from pastkey.runtime.engine.engine import Engine
 
 from ...shared import divided
-from ...train.helpers import TINY, write_corpus
+from .. import decoders, tiny_llama
 from .test_fuse import rotating
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -31,43 +27,16 @@ ROTARY: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 48},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 48,
-    },
-    "longrope": {
-        "short_factor": [1.1] * HALF,
-        "long_factor": [2.0] * HALF,
-        "original_max_position_embeddings": 48,
-    },
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48},
+    "longrope": {"short_factor": [1.1] * HALF, "long_factor": [2.0] * HALF, "original_max_position_embeddings": 48},
 }
 
 
-def llama(kind: str) -> nn.Module:
+def llama(kind):
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("the configuration is written as transformers 5 has it")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=2 * HALF,
-        max_position_embeddings=96,
-        bos_token_id=1,
-        eos_token_id=2,
-        rope_parameters={"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind],
-    )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.2)
-    return model
+    rope = {"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind]
+    return tiny_llama.llama(max_position_embeddings=96, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("kind", divided(ROTARY, ci=["longrope", "dynamic", "yarn"]))
@@ -85,14 +54,14 @@ def test_scaled_frequencies_are_transformers_own(kind, tmp_path):
     assert (kind == "longrope") or ROTARY[kind].items() <= written["rope_scaling"].items()
 
 
-def spell_as_transformers_4(file: Path) -> None:
+def spell_as_transformers_4(file):
     content = json.loads(file.read_text(encoding="utf-8"))
     rope = content.pop("rope_parameters")
     content |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def assert_computes_the_same(bundle: Path, folder: Path, context: int) -> None:
+def assert_computes_the_same(bundle, folder, context):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, context)  # (T,)
     with torch.no_grad():
@@ -102,17 +71,11 @@ def assert_computes_the_same(bundle: Path, folder: Path, context: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_with_scaled_positions_is_resumed_and_exported(tmp_path):
-    checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
-    flags = TINY | {"head_dim": 16, "steps": 4, "rope_scaling": "yarn", "rope_factor": 4.0}
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert main(["train", "--out", str(checkpoint), "--data", str(write_corpus(tmp_path / "text.txt")), *words]) == 0
-    assert main(["train", "--out", str(checkpoint), "--resume", "--steps", "6"]) == 0
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TINY["context"] // 4}
-    assert rope.items() <= json.loads((checkpoint / names.CONFIG).read_text(encoding="utf-8"))["rope_scaling"].items()
-    export(checkpoint, bundle, precision="fp32")
-    assert_computes_the_same(bundle, checkpoint, TINY["context"])
-    assert all(rotating(file) == [True] for file in bundle.glob("*.onnx"))
+def test_a_decoder_of_pastkey_train_keeps_its_scaled_positions(tmp_path):
+    scaled = decoders.llama(rope_scaling=RopeScaling("yarn", 4.0, 10))
+    manifest = export(scaled, tmp_path / "b", precision="fp32", context_length=40).manifest
+    assert manifest.parity["fp32"]["ok"]
+    assert all(rotating(file) == [True, True] for file in (tmp_path / "b").rglob("*.onnx"))
 
 
 def test_frequencies_that_change_within_the_context_are_refused_with_the_context_to_take(tmp_path):

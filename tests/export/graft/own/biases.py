@@ -1,107 +1,53 @@
-"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks, talking heads."""
-
-from __future__ import annotations
+"""Attention that is more than causal: windows, ALiBi, relative biases, soft caps, sinks."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .parts import CONTEXT, WIDTH, Gpt, NoPositions, Own, Qkv
+from .parts import CONTEXT, WIDTH, Causal, Gpt, NoPositions, Own, attending, causal
 
 WINDOW = 10
 
 
-def causal(scores: Tensor) -> Tensor:
-    T = scores.shape[-1]
-    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
-
-
-class Scored(Qkv):
-    """softmax(scores) v, where a variant says what scores are."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal(self.scores(q, k)).softmax(dim=-1) @ v
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return q @ k.transpose(-2, -1) / math.sqrt(self.size)
-
-
-class BandBuffer(Scored):
-    """tril and triu of a buffer: each token sees itself and nine before it."""
-
-    band: Tensor
-
-    def more(self) -> None:
-        ones = torch.ones(CONTEXT, CONTEXT)
-        self.register_buffer("band", torch.triu(torch.tril(ones), diagonal=-(WINDOW - 1)))
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        T = q.size(2)
-        return super().scores(q, k).masked_fill(self.band[:T, :T] == 0, float("-inf"))
-
-
-class BandByRows(Scored):
+def band_by_rows(self, q, k):
     """A mask that is written in a loop over positions, into one that was made elsewhere."""
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        T = q.size(2)
-        band = torch.full((T, T), float("-inf"))
-        for i in range(T):
-            band[i, max(0, i - WINDOW + 1) : i + 1] = 0.0
-        return super().scores(q, k) + band.view(1, 1, T, T)
+    T = q.size(2)
+    band = torch.full((T, T), float("-inf"))
+    for i in range(T):
+        band[i, max(0, i - WINDOW + 1) : i + 1] = 0.0
+    return Causal.scores(self, q, k) + band.view(1, 1, T, T)
 
 
-class BandByVmap(Scored):
+def band_by_vmap(self, q, k):
     """A mask of a rule for one query and one key, as transformers 4 has it."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        def seen(i: Tensor, j: Tensor) -> Tensor:
-            return (j <= i) & (i - j < WINDOW)
+    def seen(i, j):
+        return (j <= i) & (i - j < WINDOW)
 
-        rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
-        band = rule(torch.arange(q.size(2)), torch.arange(k.size(2)))
-        return super().scores(q, k).masked_fill(~band, float("-inf"))
-
-
-class Mixed(Gpt):
-    """A layer with a window, one without."""
-
-    def __init__(self) -> None:
-        layers = iter([BandBuffer, Scored])
-        super().__init__(lambda: next(layers)())
+    rule = torch.vmap(torch.vmap(seen, in_dims=(None, 0)), in_dims=(0, None))
+    band = rule(torch.arange(q.size(2)), torch.arange(k.size(2)))
+    return Causal.scores(self, q, k).masked_fill(~band, float("-inf"))
 
 
-def slopes(heads: int) -> Tensor:
-    return torch.tensor([2 ** (-8 * (i + 1) / heads) for i in range(heads)])
-
-
-class AlibiOfColumns(Scored):
-    """slopes * arange(T), the same for all queries: softmax does not see the difference."""
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return super().scores(q, k) + slopes(self.heads)[:, None, None] * torch.arange(k.size(2))
-
-
-class AlibiToSdpa(Qkv):
+def alibi_to_sdpa(self, q, k, v):
     """A mask with the bias in it for scaled_dot_product_attention."""
+    T = q.size(2)
+    place = torch.arange(T)
+    slopes = torch.tensor([2 ** (-8 * (i + 1) / self.heads) for i in range(self.heads)])
+    bias = -slopes[:, None, None] * (place[:, None] - place)
+    bias = bias + torch.full((T, T), float("-inf")).triu(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        place = torch.arange(T)
-        bias = -slopes(self.heads)[:, None, None] * (place[:, None] - place)
-        bias = bias + torch.full((T, T), float("-inf")).triu(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-
-class RelativeBuckets(Scored):
+class RelativeBuckets(Causal):
     """T5's: near distances have a bucket each, far ones share them by logarithms. Its scores are not scaled."""
 
-    def more(self) -> None:
+    def more(self):
         self.relative_attention_bias = nn.Embedding(16, self.heads)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         place = torch.arange(q.size(2))
         n = (place[:, None] - place[None, :]).clamp(min=0)
         far = 8 + (torch.log(n.float().clamp(min=1) / 8) / math.log(32 / 8) * 8).long()
@@ -110,104 +56,71 @@ class RelativeBuckets(Scored):
         return torch.matmul(q, k.transpose(3, 2)) * 0.4 + 2 * bias
 
 
-class RelativeKeys(Scored):
+class RelativeKeys(Causal):
     """Shaw: scores are q kᵀ and q times a vector for each distance."""
 
-    def more(self) -> None:
+    def more(self):
         self.er = nn.Embedding(CONTEXT, self.size)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         place = torch.arange(q.size(2))
         vectors = self.er((place[:, None] - place).abs())  # (T, T, D)
         return super().scores(q, k) + torch.einsum("bhid,ijd->bhij", q, vectors) / math.sqrt(self.size)
 
 
-class UnitKeys(Scored):
+class UnitKeys(Causal):
     """Cosines, with a learned temperature for each head."""
 
-    def more(self) -> None:
+    def more(self):
         self.logit_scale = nn.Parameter(torch.full((self.heads, 1, 1), 1.5))
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.logit_scale.exp()
 
 
-class Softcapped(Scored):
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return 2 * torch.tanh(super().scores(q, k) / 2)
+def soft_capped(self, q, k):
+    return 2 * torch.tanh(Causal.scores(self, q, k) / 2)
 
 
-class Sinks(Scored):
-    """A learned number for each head stands in the softmax as one more key without a value."""
-
-    def more(self) -> None:
-        self.sinks = nn.Parameter(torch.zeros(self.heads))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = causal(self.scores(q, k))
-        sinks = self.sinks.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1] @ v
-
-
-class SoftmaxPlusOne(Scored):
+def softmax_plus_one(self, q, k, v):
     """exp(x) / (1 + sum of exp(x))."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = causal(self.scores(q, k))
-        top = scores.max(-1, keepdim=True).values.clamp(min=0)
-        weights = torch.exp(scores - top)
-        return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
-
-
-class TalkingHeads(Scored):
-    """Heads mixed before and after the softmax."""
-
-    def more(self) -> None:
-        self.before, self.after = (nn.Linear(self.heads, self.heads, bias=False) for _ in range(2))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = self.before(self.scores(q, k).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        weights = causal(2 * scores).softmax(-1)
-        return 2 * torch.einsum("gh,bhij->bgij", self.after.weight, weights) @ v
+    scores = causal(self.scores(q, k))
+    top = scores.max(-1, keepdim=True).values.clamp(min=0)
+    weights = torch.exp(scores - top)
+    return weights / (torch.exp(-top) + weights.sum(-1, keepdim=True)) @ v
 
 
 class Differential(nn.Module):
     """One softmax less a part of another, over two halves of each key."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.lambda_ = nn.Parameter(torch.tensor(0.4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
         one, other = (causal(a @ b.mT / math.sqrt(8)).softmax(-1) for a, b in ((q1, k1), (q2, k2)))
         return self.o(((one - self.lambda_ * other) @ v).transpose(1, 2).flatten(2))
 
 
-class LargestScores(Scored):
+def largest_scores(self, q, k, v):
     """The five largest scores of each row alone."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = causal(self.scores(q, k))
-        largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
-        return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
+    scores = causal(self.scores(q, k))
+    largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
+    return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v
 
 
 DECODERS = {
-    "largest_scores": Own(lambda: Gpt(LargestScores), graph="standard"),  # topk of masked scores
-    "band_by_vmap": Own(lambda: Gpt(BandByVmap)),  # a window of 10, of a rule for one pair
-    "band_by_rows": Own(lambda: Gpt(BandByRows, context=16), context=16),  # a window of 10, in a loop over positions
-    "window_and_full": Own(Mixed),  # a layer of each
-    "alibi_of_columns": Own(lambda: NoPositions(AlibiOfColumns), graph="standard"),
-    "alibi_to_sdpa": Own(lambda: NoPositions(AlibiToSdpa), graph="standard"),
+    "largest_scores": Own(lambda: Gpt(attending(largest_scores)), graph="standard"),  # topk of masked scores
+    "band_by_vmap": Own(lambda: Gpt(attending(scores=band_by_vmap))),  # a window of 10, of a rule for one pair
+    "band_by_rows": Own(lambda: Gpt(attending(scores=band_by_rows), context=16), context=16),  # the same, in a loop
+    "alibi_to_sdpa": Own(lambda: NoPositions(attending(alibi_to_sdpa)), graph="standard"),
     "relative_buckets": Own(lambda: NoPositions(RelativeBuckets), graph="standard"),  # T5
     "relative_keys": Own(lambda: NoPositions(RelativeKeys), graph="standard"),  # Shaw: q times a table (T, T, D)
     "cosines_with_temperature": Own(lambda: Gpt(UnitKeys)),
-    "soft_cap": Own(lambda: Gpt(Softcapped)),
-    "sinks": Own(lambda: Gpt(Sinks)),
-    "softmax_plus_one": Own(lambda: Gpt(SoftmaxPlusOne)),
-    "talking_heads": Own(lambda: Gpt(TalkingHeads), graph="standard"),
+    "soft_cap": Own(lambda: Gpt(attending(scores=soft_capped))),
     "differential": Own(lambda: Gpt(Differential), graph="standard"),  # two softmaxes share the values
+    "softmax_plus_one": Own(lambda: Gpt(attending(softmax_plus_one))),
 }  # fmt: skip

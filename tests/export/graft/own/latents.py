@@ -1,24 +1,21 @@
 """Multi-head latent attention as people write it: keys and values out of a small vector of each token."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from pastkey.contract.bundle import KVGeometry
 
-from .biases import causal
-from .parts import HEADS, WIDTH, Gpt, NoPositions, Own
+from .parts import HEADS, WIDTH, Gpt, NoPositions, Own, causal
 
 RANK, NOPE, ROPE, SIZE = 12, 8, 4, 8  # of the latent; of keys without and with positions; of values
 SCALE = 1 / math.sqrt(NOPE + ROPE)
 
 
-def turned(x: Tensor) -> Tensor:
+def turned(x):
     """(..., T, ROPE) rotated in halves."""
     angles = torch.outer(torch.arange(x.shape[-2]), 1.0 / 10000 ** (torch.arange(0, ROPE, 2) / ROPE))
     a, b = x.chunk(2, dim=-1)
@@ -28,7 +25,7 @@ def turned(x: Tensor) -> Tensor:
 class Latent(nn.Module):
     """Scores are a sum of two products: of the heads' keys, and of one rotated key of all heads."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.w_q = nn.Linear(WIDTH, HEADS * (NOPE + ROPE), bias=False)
         self.w_down, self.norm = nn.Linear(WIDTH, RANK, bias=False), nn.LayerNorm(RANK)
@@ -36,37 +33,35 @@ class Latent(nn.Module):
         self.w_up = nn.Linear(RANK, HEADS * (NOPE + SIZE), bias=False)
         self.w_o = nn.Linear(HEADS * SIZE, WIDTH, bias=False)
 
-    def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, x):
         """(B, H, T, NOPE) and (B, H, T, ROPE)."""
         q = self.w_q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         q_c, q_r = q.split([NOPE, ROPE], dim=-1)
         return q_c, turned(q_r)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q_c, q_r = self.queries(x)
+    def forward(self, x):
         up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         k_c, v = up.split([NOPE, SIZE], dim=-1)
         k_r = turned(self.w_kr(x).unsqueeze(1))  # (B, 1, T, ROPE)
-        scores = (q_c @ k_c.mT + q_r @ k_r.mT) * SCALE
-        return self.w_o((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q_c, q_r = self.queries(x)
+        return self.w_o(self.mixed(q_c, q_r, k_c, k_r, v).transpose(1, 2).flatten(2))
+
+    def mixed(self, q_c, q_r, k_c, k_r, v):
+        return causal((q_c @ k_c.mT + q_r @ k_r.mT) * SCALE).softmax(-1) @ v
 
 
 class ByCat(Latent):
     """Keys put together for F.scaled_dot_product_attention, the rotated part expanded for all heads."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q_c, q_r = self.queries(x)
-        up = self.w_up(self.norm(self.w_down(x))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        k_c, v = up.split([NOPE, SIZE], dim=-1)
-        k_r = turned(self.w_kr(x).unsqueeze(1)).expand(-1, HEADS, -1, -1)
-        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k_c, k_r], dim=-1)
-        return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def mixed(self, q_c, q_r, k_c, k_r, v):
+        q, k = torch.cat([q_c, q_r], dim=-1), torch.cat([k_c, k_r.expand(-1, HEADS, -1, -1)], dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Filled(nn.Module):
     """One projection down and one up, queries of low rank, and keys and queries written into empty tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.q_a, self.q_norm = nn.Linear(WIDTH, 10, bias=False), nn.RMSNorm(10)
         self.q_b = nn.Linear(10, HEADS * (NOPE + ROPE), bias=False)
@@ -74,7 +69,7 @@ class Filled(nn.Module):
         self.kv_b = nn.Linear(RANK, HEADS * (NOPE + SIZE), bias=False)
         self.o = nn.Linear(HEADS * SIZE, WIDTH, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         B, T, _ = x.shape
         q = self.q_b(self.q_norm(self.q_a(x))).view(B, T, HEADS, NOPE + ROPE).transpose(1, 2)
         q_nope, q_pe = torch.split(q, [NOPE, ROPE], dim=-1)
@@ -92,7 +87,7 @@ class Filled(nn.Module):
 class Absorbed(Latent):
     """The author multiplies the queries by the keys' weights, and scores read the latent itself."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         q_c, q_r = self.queries(x)
         latent, k_r = self.norm(self.w_down(x)), turned(self.w_kr(x))
         w_k, w_v = self.w_up.weight.view(HEADS, NOPE + SIZE, RANK).split([NOPE, SIZE], dim=1)
@@ -105,50 +100,43 @@ class Absorbed(Latent):
 class Unturned(nn.Module):
     """Without rotated keys, every projection with a bias; the positions are learned ones."""
 
-    def __init__(self, rank: int = RANK) -> None:
+    heads = HEADS
+
+    def __init__(self, rank=RANK):
         super().__init__()
         self.W_query, self.W_DKV = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, rank)
         self.W_UK, self.W_UV = nn.Linear(rank, WIDTH), nn.Linear(rank, WIDTH)
-        self.out_proj = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rows(self, x):
         latent = self.W_DKV(x)
-        q, k, v = (
-            t.view(*x.shape[:2], HEADS, -1).transpose(1, 2)
-            for t in (self.W_query(x), self.W_UK(latent), self.W_UV(latent))
-        )
-        scores = q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS)
-        return self.out_proj((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.W_query(x), self.W_UK(latent), self.W_UV(latent)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.rows(x))
+        return self.mixed(q, k, v).transpose(1, 2).flatten(2)
+
+    def mixed(self, q, k, v):
+        return causal(q @ k.transpose(2, 3) / math.sqrt(q.size(-1))).softmax(-1) @ v
 
 
-class TwoLatents(nn.Module):
+class TwoLatents(Unturned):
     """A latent of the keys and another one of the values."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.o = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.k_a, self.k_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
-        self.v_a, self.v_b = nn.Linear(WIDTH, 8, bias=False), nn.Linear(8, WIDTH, bias=False)
+    def __init__(self):
+        super().__init__(rank=8)
+        self.W_DV = nn.Linear(WIDTH, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for t in (self.q(x), self.k_b(self.k_a(x)), self.v_b(self.v_a(x)))
-        )
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+    def rows(self, x):
+        return self.W_query(x), self.W_UK(self.W_DKV(x)), self.W_UV(self.W_DV(x))
 
 
 class TurnedAfter(Unturned):
     """Each head's key is rotated after the latent was expanded, so that no row of all positions gives the keys."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        latent = self.W_DKV(x)
-        q, k, v = (
-            t.view(*x.shape[:2], -1, ROPE).transpose(1, 2)
-            for t in (self.W_query(x), self.W_UK(latent), self.W_UV(latent))
-        )
-        scores = turned(q) @ turned(k).transpose(2, 3) / math.sqrt(ROPE)
-        return self.out_proj((causal(scores).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    heads = WIDTH // ROPE
+
+    def mixed(self, q, k, v):
+        return super().mixed(turned(q), turned(k), v)
 
 
 TURNED = KVGeometry(1, ROPE, RANK)  # the rotated key, and the latent

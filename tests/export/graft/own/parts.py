@@ -3,11 +3,10 @@
 The decoders are written as people write them who never heard of a cache: no position_ids, attention as they like it.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,12 @@ from torch import Tensor, nn
 from pastkey.contract.bundle import KVGeometry
 
 CONTEXT, VOCAB, WIDTH, HEADS = 48, 29, 32, 4
+SIZE = WIDTH // HEADS
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
-def plainly(module: nn.Module, ids: Tensor) -> Tensor:
+def plainly(module, ids):
     return module(ids)
-
-
-def first(module: nn.Module, ids: Tensor) -> Tensor:
-    return module(ids)[0]
 
 
 @dataclass(frozen=True)
@@ -36,11 +32,10 @@ class Own:
     vocab: int = VOCAB
     graph: Literal["fused", "standard", "either"] = "fused"  # the one that it must get
     layers: int = 2  # pairs of key and value caches
-    state: bool = False  # keeps rows of earlier tokens beside keys and values
-    alone: bool = False  # a token reads no earlier ones
+    rows: int = 0  # of earlier tokens that are kept beside keys and values
     geometry: KVGeometry | None = None  # of each layer's cache, where a smaller row than keys and values is looked for
 
-    def make(self) -> nn.Module:
+    def make(self):
         return drawn(self.build)
 
 
@@ -49,15 +44,15 @@ class Refused:
     """A module that must be refused."""
 
     build: Callable[[], nn.Module]
-    owner: type  # the class with the line of the true cause
+    owner: Callable[..., object]  # the class or function with the line of the true cause
     words: str  # of that cause, as a pattern
     causes: int = 1  # that are told
 
-    def make(self) -> nn.Module:
+    def make(self):
         return drawn(self.build)
 
 
-def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+def drawn(build):
     """The module in eval mode, the same each time, with weights large enough that every part of it shows."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -71,13 +66,13 @@ def drawn(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class Block(nn.Module):
-    def __init__(self, attention: nn.Module, width: int = WIDTH) -> None:
+    def __init__(self, attention, width=WIDTH, mlp=None):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = attention
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = mlp or nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -85,37 +80,40 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """Learned positions by arange, blocks of attention(x) and an MLP: `attention` is a class or a function of none."""
 
-    def __init__(
-        self, attention: Callable[[], nn.Module], *, context: int = CONTEXT, width: int = WIDTH, layers: int = 2
-    ) -> None:
+    def __init__(self, attention, *, context=CONTEXT, width=WIDTH, layers=2):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(VOCAB, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList([Block(attention(), width) for _ in range(layers)])
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
 
-    def forward(self, idx: Tensor) -> Any:
-        x = self.embed(idx)  # (B, T, C)
+    def forward(self, idx):
+        return self.logits(self.embed(idx))
+
+    def logits(self, x):
         for block in self.blocks:
-            x = block(x)
+            x = block(x)  # (B, T, C)
         return self.lm_head(self.ln_f(x))
 
 
 class NoPositions(Gpt):
     """Positions are left to attention."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx)
 
 
-class Qkv(nn.Module):
-    """Projections to heads and back, as most write them; a variant says how it attends."""
+def causal(scores):
+    T = scores.shape[-1]
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf"))
 
-    def __init__(
-        self, heads: int = HEADS, kv_heads: int | None = None, *, width: int = WIDTH, context: int = CONTEXT
-    ) -> None:
+
+class Causal(nn.Module):
+    """Projections to heads and back, as most write them; a variant says what its scores are, or how it attends."""
+
+    def __init__(self, heads=HEADS, kv_heads=None, *, width=WIDTH, context=CONTEXT):
         super().__init__()
         self.heads, self.kv_heads, self.size, self.context = heads, kv_heads or heads, width // heads, context
         self.q = nn.Linear(width, heads * self.size)
@@ -123,10 +121,10 @@ class Qkv(nn.Module):
         self.o = nn.Linear(heads * self.size, width)
         self.more()
 
-    def more(self) -> None:
+    def more(self):
         """Further parameters and buffers of a variant."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         B, T, C = x.size()
         q = self.q(x).view(B, T, self.heads, self.size).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).view(B, T, self.kv_heads, self.size).transpose(1, 2)  # (B, K, T, D)
@@ -134,5 +132,13 @@ class Qkv(nn.Module):
         y = self.attend(q, k, v)  # (B, H, T, D)
         return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+    def attend(self, q, k, v):
+        return causal(self.scores(q, k)).softmax(dim=-1) @ v
+
+    def scores(self, q, k):
+        return q @ k.transpose(-2, -1) / math.sqrt(self.size)
+
+
+def attending(attend=Causal.attend, scores=Causal.scores, **sizes):
+    """Makes attention that attends, or whose scores are, otherwise."""
+    return lambda: type("Attention", (Causal,), {"attend": attend, "scores": scores})(**sizes)

@@ -1,33 +1,15 @@
 """Where positions come from: sinusoids and tables cut to T, rotary positions of all kinds, none of them an argument."""
 
-from __future__ import annotations
-
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Own, Qkv
-
-SIZE = WIDTH // HEADS
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-    mask = torch.full((q.size(-2), q.size(-2)), float("-inf")).triu(1)
-    return F.softmax(scores + mask, dim=-1) @ v
-
-
-class Causal(Qkv):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v)
+from .parts import CONTEXT, Causal, Gpt, NoPositions, Own
 
 
 class PositionalEncoding(nn.Module):
-    pe: Tensor
-
-    def __init__(self, d_model: int, max_len: int = CONTEXT) -> None:
+    def __init__(self, d_model, max_len=CONTEXT):
         super().__init__()
         position = torch.arange(max_len).unsqueeze(1)
         div_term = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000.0) / d_model))
@@ -36,23 +18,14 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("pe", pe.unsqueeze(0))
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.dropout(x + self.pe[:, : x.size(1), :])
-
-
-class SinusoidalInForward(Gpt):
-    """Sinusoids made in every call."""
-
-    def embed(self, idx: Tensor) -> Tensor:
-        positions = torch.arange(idx.shape[1], dtype=torch.float32)[:, None]
-        angles = positions / 10000 ** (torch.arange(0, WIDTH, 2).float() / WIDTH)
-        return self.wte(idx) * 4 + torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class PositionsOfTheBatch(Gpt):
     """arange repeated for the rows, as long integers."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         N, length = idx.shape
         return self.wte(idx) + self.wpe(torch.arange(0, length).expand(N, length).to(idx.device))
 
@@ -60,117 +33,98 @@ class PositionsOfTheBatch(Gpt):
 class PositionsByCumsum(Gpt):
     """Counted by a cumulative sum of ones."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return self.wte(idx) + self.wpe(torch.ones_like(idx).cumsum(-1) - 1)
 
 
-def rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x):
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
 
-class RotaryTables(Qkv):
+def interleaved(x):
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+class RotaryGrouped(Causal):
+    """Cosines and sines made in every call; queries and keys are turned before keys are repeated for the queries."""
+
+    crossed = staticmethod(rotate_half)
+
+    def more(self):
+        self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
+
+    def angles(self, length):
+        return torch.einsum("i,j->ij", torch.arange(length).float(), self.inv_freq)
+
+    def tables(self, length):
+        emb = torch.cat([self.angles(length)] * 2, dim=-1)
+        return emb.cos(), emb.sin()
+
+    def attend(self, q, k, v):
+        cos, sin = self.tables(q.size(2))
+        q, k = ((t * cos + self.crossed(t) * sin).to(t.dtype) for t in (q, k))
+        if self.kv_heads < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        return super().attend(q, k, v)
+
+
+class RotaryTables(RotaryGrouped):
     """cos[:T] and sin[:T] of buffers."""
 
-    cos: Tensor
-    sin: Tensor
     dtype = torch.float32
 
-    def more(self) -> None:
-        inv_freq = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
-        freqs = torch.outer(torch.arange(self.context).float(), inv_freq)
-        emb = torch.cat((freqs, freqs), dim=-1)
-        self.register_buffer("cos", emb.cos().to(self.dtype), persistent=False)
-        self.register_buffer("sin", emb.sin().to(self.dtype), persistent=False)
+    def more(self):
+        super().more()
+        cos, sin = super().tables(self.context)
+        self.register_buffer("cos", cos.to(self.dtype), persistent=False)
+        self.register_buffer("sin", sin.to(self.dtype), persistent=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cos, sin = self.cos[: q.size(2)], self.sin[: q.size(2)]
-        q, k = ((t * cos + rotate_half(t) * sin).to(t.dtype) for t in (q, k))
-        return attention(q, k, v)
+    def tables(self, length):
+        return self.cos[:length], self.sin[:length]
 
 
 class BfloatTables(RotaryTables):
     dtype = torch.bfloat16
 
 
-class RotaryInForward(Qkv):
-    inv_freq: Tensor
-
-    def more(self) -> None:
-        self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size))
-
-    def angles(self, length: int) -> Tensor:
-        return torch.einsum("i,j->ij", torch.arange(length).type_as(self.inv_freq), self.inv_freq)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        emb = torch.cat([self.angles(q.size(2))] * 2, dim=-1)[None, None]
-        q, k = (t * emb.cos() + rotate_half(t) * emb.sin() for t in (q, k))
-        return attention(q, k, v)
-
-
-class RotaryGrouped(RotaryInForward):
-    """Turned before they are repeated for the query heads."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (self.turned(k), v))
-        return attention(self.turned(q), k, v)
-
-    def turned(self, t: Tensor) -> Tensor:
-        emb = torch.cat([self.angles(t.size(2))] * 2, dim=-1)
-        return t * emb.cos() + rotate_half(t) * emb.sin()
-
-
-class RotaryKept(RotaryInForward):
+class RotaryKept(RotaryGrouped):
     """Kept on self, made anew where a text is longer."""
 
-    def more(self) -> None:
+    max_seq_len_cached = 0
+
+    def tables(self, length):
+        if self.max_seq_len_cached < length:
+            self.max_seq_len_cached = length
+            self.cos_cached, self.sin_cached = super().tables(length)
+        return self.cos_cached[:length], self.sin_cached[:length]
+
+
+class RotaryByLength(RotaryGrouped):
+    """A dictionary of tables by length, of neighbours."""
+
+    crossed = staticmethod(interleaved)
+
+    def more(self):
         super().more()
-        self.max_seq_len_cached = 0
-        self.cos_cached: Tensor | None = None
-        self.sin_cached: Tensor | None = None
+        self.made = dict[int, object]()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        if self.max_seq_len_cached < T or self.cos_cached is None or self.sin_cached is None:
-            self.max_seq_len_cached, emb = T, torch.cat([self.angles(T)] * 2, dim=-1)
-            self.cos_cached, self.sin_cached = emb.cos(), emb.sin()
-        cos, sin = self.cos_cached[:T], self.sin_cached[:T]
-        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
-        return attention(q, k, v)
+    def tables(self, length):
+        if length not in self.made:
+            angles = self.angles(length).repeat_interleave(2, dim=-1)
+            self.made[length] = angles.cos(), angles.sin()
+        return self.made[length]
 
 
-class RotaryByLength(RotaryInForward):
-    """A dictionary of tables by length."""
-
-    def more(self) -> None:
-        super().more()
-        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        if T not in self.tables:
-            angles = self.angles(T).repeat_interleave(2, dim=-1)
-            self.tables[T] = angles.cos(), angles.sin()
-        cos, sin = self.tables[T]
-        q, k = (t * cos + interleaved(t) * sin for t in (q, k))
-        return attention(q, k, v)
-
-
-def interleaved(x: Tensor) -> Tensor:
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-
-
-class RotaryComplex(Qkv):
+class RotaryComplex(Causal):
     """freqs_cis by polar, multiplied as complex numbers before the heads move to the front."""
 
-    freqs_cis: Tensor
-
-    def more(self) -> None:
+    def more(self):
         freqs = 1.0 / 10000 ** (torch.arange(0, self.size, 2).float() / self.size)
         angles = torch.outer(torch.arange(self.context), freqs)
         self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         bsz, seqlen, _ = x.shape
         xq, xk, xv = (w(x).view(bsz, seqlen, self.heads, self.size) for w in (self.q, self.k, self.v))
         freqs = self.freqs_cis[:seqlen].view(1, seqlen, 1, -1)
@@ -178,12 +132,11 @@ class RotaryComplex(Qkv):
             torch.view_as_real(torch.view_as_complex(t.float().reshape(*t.shape[:-1], -1, 2)) * freqs).flatten(3)
             for t in (xq, xk)
         )
-        y = attention(*(t.transpose(1, 2) for t in (xq, xk, xv)))
+        y = self.attend(*(t.transpose(1, 2) for t in (xq, xk, xv)))
         return self.o(y.transpose(1, 2).reshape(bsz, seqlen, -1))
 
 
 DECODERS = {
-    "sinusoidal_in_forward": Own(lambda: SinusoidalInForward(Causal)),
     "positions_of_the_batch": Own(lambda: PositionsOfTheBatch(Causal)),
     "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal)),  # of ones_like(ids): a contraction over time
     "no_positions": Own(lambda: NoPositions(Causal)),

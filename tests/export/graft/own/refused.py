@@ -1,125 +1,74 @@
 """Modules that no cache is right for, each with the line and the words of its true cause."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
-from .biases import Scored, causal
 from .blocks import Mixing
-from .parts import CONTEXT, HEADS, WIDTH, Gpt, NoPositions, Refused
-from .positions import Causal
+from .parts import CONTEXT, HEADS, WIDTH, Causal, Gpt, NoPositions, Refused, attending, causal
 
 
 # --- later tokens -----------------------------------------------------------------------------------------------------
-class NoMask(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.scores(q, k).softmax(-1) @ v
+def no_mask(self, q, k, v):
+    return self.scores(q, k).softmax(-1) @ v
 
 
-class DiagonalOfTwo(Scored):
-    """Each token sees the next one."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        return (self.scores(q, k) + torch.full((T, T), float("-inf")).triu(2)).softmax(-1) @ v
-
-
-class OneHeadAhead(Scored):
+def one_head_ahead(self, q, k, v):
     """The next token, in the last head."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        T = q.size(2)
-        hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
-        return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    T = q.size(2)
+    hidden = torch.stack([torch.ones(T, T).triu(1)] * (self.heads - 1) + [torch.ones(T, T).triu(2)]).bool()
+    return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-class SoftmaxOverQueries(Scored):
+def softmax_over_queries(self, q, k, v):
     """Over the wrong axis: later queries stand in the sum."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal(self.scores(q, k)).softmax(dim=-2) @ v
-
-
-class LittleAhead(Scored):
-    """A thousandth of the mean of all values, in one head."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = super().attend(q, k, v)
-        little = 1e-3 * v[:, :1].mean(dim=2, keepdim=True)
-        return torch.cat([y[:, :1] + little, y[:, 1:]], dim=1)
+    return causal(self.scores(q, k)).softmax(dim=-2) @ v
 
 
 class Centred(nn.Module):
     """The mean over the whole text is taken off."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x - x.mean(dim=1, keepdim=True)
-
-
-class Fourier(nn.Module):
-    """FNet's mixing, for which there is no rule."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=1).real / 8
 
 
 # --- other rows, and chance -------------------------------------------------------------------------------------------
 class OverTheBatch(nn.Module):
     """Normalised over the rows, by their own figures in eval mode, too."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return (x - x.mean(0, keepdim=True)) / (x.std(0, keepdim=True, unbiased=False) + 0.5)
 
 
 class Noisy(Gpt):
-    def __init__(self, size: float) -> None:
-        super().__init__(Causal)
-        self.noise = size
-
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         x = super().embed(idx)
-        return x + self.noise * torch.randn_like(x)
+        return x + 1e-4 * torch.randn_like(x)
 
 
 # --- recurrence -------------------------------------------------------------------------------------------------------
-class LinearAttention(nn.Module):
-    """Sums of k vᵀ by cumsum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.qkv(x).chunk(3, dim=-1))
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        kv = torch.einsum("bthd,bthe->bthde", k, v).cumsum(dim=1)
-        below = torch.einsum("bthd,bthd->bth", q, k.cumsum(dim=1))
-        return (torch.einsum("bthd,bthde->bthe", q, kv) / below[..., None]).flatten(2)
-
-
 class Gru(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.gru(x)[0]
 
 
 # --- what is kept from call to call ----------------------------------------------------------------------------------
-class Memory(Scored):
+class Memory(Causal):
     """Keys and values of the text before, as Transformer-XL keeps them on self."""
 
-    def more(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+    def more(self):
+        self.kept = list[torch.Tensor]()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own, T = (k.detach(), v.detach()), q.size(2)
-        if self.kept is not None and self.kept[0].size(0) == k.size(0):
+    def attend(self, q, k, v):
+        own, T = [k.detach(), v.detach()], q.size(2)
+        if self.kept and self.kept[0].size(0) == k.size(0):
             k, v = torch.cat([self.kept[0], k], dim=2), torch.cat([self.kept[1], v], dim=2)
         self.kept = own
         hidden = torch.ones(T, k.size(2)).triu(1 + k.size(2) - T).bool()
@@ -129,16 +78,13 @@ class Memory(Scored):
 class CacheInPlace(nn.Module):
     """Keys and values are written into buffers of the whole context, and read from them."""
 
-    cache_k: Tensor
-    cache_v: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
         self.register_buffer("cache_k", torch.zeros(4, CONTEXT, HEADS, WIDTH // HEADS))
         self.register_buffer("cache_v", torch.zeros(4, CONTEXT, HEADS, WIDTH // HEADS))
 
-    def forward(self, x: Tensor, start_pos: int) -> Tensor:
+    def forward(self, x, start_pos):
         B, T, C = x.shape
         xq, xk, xv = (w(x).view(B, T, HEADS, C // HEADS) for w in (self.wq, self.wk, self.wv))
         self.cache_k[:B, start_pos : start_pos + T] = xk
@@ -149,7 +95,7 @@ class CacheInPlace(nn.Module):
 
 
 class WithStartPos(Gpt):
-    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens, start_pos):  # type: ignore[override]
         x = self.wte(tokens) + self.wpe.weight[start_pos : start_pos + tokens.size(1)]
         for block in self.blocks:
             x = x + block.attn(block.ln_1(x), start_pos)
@@ -157,74 +103,108 @@ class WithStartPos(Gpt):
         return self.lm_head(self.ln_f(x))
 
 
-# --- lengths and loops ------------------------------------------------------------------------------------------------
-class ScaledByLength(Scored):
-    """By log T, which changes for the tokens before with each that is added."""
+class Counting(Gpt):
+    """Counts its calls in a buffer, which its logits read or not."""
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return super().scores(q, k) * math.log(q.size(2) + 1)
+    share = 0.0
+
+    def __init__(self):
+        super().__init__(Causal, layers=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, idx):
+        self.calls += 1  # type: ignore[assignment]
+        logits = super().forward(idx)
+        return logits + self.share * self.calls if self.share else logits
+
+
+class CountRead(Counting):
+    share = 1e-9
+
+
+# --- lengths and loops ------------------------------------------------------------------------------------------------
+def scaled_by_length(self, q, k):
+    """By log T, which changes for the tokens before with each that is added."""
+    return Causal.scores(self, q, k) * math.log(q.size(2) + 1)
 
 
 # --- rows and places that no cache has --------------------------------------------------------------------------------
-class LearnedKeys(Scored):
+class LearnedKeys(Causal):
     """Two learned keys and values in front of the text's."""
 
-    def more(self) -> None:
+    def more(self):
         self.keys, self.values = (nn.Parameter(torch.zeros(1, self.kv_heads, 2, self.size)) for _ in range(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q, k, v):
         B, T = q.size(0), q.size(2)
         k, v = torch.cat([self.keys.expand(B, -1, -1, -1), k], 2), torch.cat([self.values.expand(B, -1, -1, -1), v], 2)
         hidden = F.pad(torch.ones(T, T, dtype=torch.bool).triu(1), (2, 0))
         return self.scores(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-class Skewed(Scored):
+class Skewed(Causal):
     """The Music Transformer's: the last T rows of a table, shifted into place by a pad and a view."""
 
-    def more(self) -> None:
+    def more(self):
         self.distances = nn.Parameter(torch.zeros(CONTEXT, self.size))
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+    def scores(self, q, k):
         B, H, T, _ = q.shape
         relative = q @ self.distances[CONTEXT - T :].T  # (B, H, T, T)
         return super().scores(q, k) + F.pad(relative, (1, 0)).view(B, H, T + 1, T)[:, :, 1:]
 
 
-class PlacesOfTheLargest(Scored):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = causal(self.scores(q, k))
-        where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
-        return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
+def places_of_the_largest(self, q, k, v):
+    scores = causal(self.scores(q, k))
+    where = scores.topk(min(5, scores.size(-1)), dim=-1).indices
+    return (scores + torch.full_like(scores, float("-inf")).scatter(-1, where, 0.0)).softmax(-1) @ v
 
 
-def ahead(head: int) -> str:
+# --- what no rule can follow -----------------------------------------------------------------------------------------
+def complex_scores(self, q, k, v):
+    a, b = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+    return causal((a @ b.conj().transpose(-1, -2)).real / self.size**0.5).softmax(-1) @ v
+
+
+def flexible(self, q, k, v):
+    return flex_attention(q, k, v, score_mod=lambda s, _b, _h, i, j: torch.where(i >= j, s, -float("inf")))
+
+
+def ahead(head):
     return rf"lets the token at position 0 see that at 1, a later one \(attention, head {head}\)"
 
 
 OF_LENGTH = "computes with a number made from the length of the text"
 REFUSED = {
-    "no_mask": Refused(lambda: Gpt(NoMask), NoMask, ahead(0)),
-    "diagonal_of_two": Refused(lambda: Gpt(DiagonalOfTwo), DiagonalOfTwo, ahead(0)),
-    "one_head_ahead": Refused(lambda: Gpt(OneHeadAhead), OneHeadAhead, ahead(3)),
-    "softmax_over_queries": Refused(lambda: Gpt(SoftmaxOverQueries), SoftmaxOverQueries, "softmax over the queries"),
-    "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
-    "fourier": Refused(lambda: Mixing(Fourier()), Fourier, "computes fft_fft over all positions, later ones too"),
-    "little_ahead": Refused(lambda: Gpt(LittleAhead), LittleAhead, "averages over all positions, later ones too"),
-    "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
-    "little_noise": Refused(lambda: Noisy(1e-4), Noisy, "draws random numbers outside training"),
-    "linear_attention": Refused(
-        lambda: NoPositions(LinearAttention), LinearAttention, "computes cumsum over earlier positions", 2
+    "no_mask": Refused(lambda: Gpt(attending(no_mask)), no_mask, ahead(0)),
+    "one_head_ahead": Refused(lambda: Gpt(attending(one_head_ahead)), one_head_ahead, ahead(3)),
+    "softmax_over_queries": Refused(
+        lambda: Gpt(attending(softmax_over_queries)), softmax_over_queries, "softmax over the queries"
     ),
+    "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
+    "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
+    "little_noise": Refused(lambda: Noisy(Causal), Noisy, "draws random numbers outside training"),
     "gru": Refused(lambda: Mixing(Gru()), Gru, "computes gru over earlier positions"),
     "memory": Refused(lambda: NoPositions(Memory), Memory, r"keeps blocks\.0\.attn\.kept from one call to the next"),
     "cache_in_place": Refused(
         lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2
     ),
-    "scaled_by_length": Refused(lambda: Gpt(ScaledByLength), ScaledByLength, OF_LENGTH),
+    "scaled_by_length": Refused(lambda: Gpt(attending(scores=scaled_by_length)), scaled_by_length, OF_LENGTH),
     "learned_keys": Refused(lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows beside those of the text"),
     "skewed": Refused(lambda: NoPositions(Skewed), Skewed, "multiplies by rows that are counted from the end"),
     "places_of_the_largest": Refused(
-        lambda: Gpt(PlacesOfTheLargest), PlacesOfTheLargest, "reads where the largest scores are", 2
+        lambda: Gpt(attending(places_of_the_largest)),
+        places_of_the_largest,
+        "reads where the largest scores are",
+        2,
+    ),
+    "count_that_the_logits_read": Refused(CountRead, Counting, "writes into the buffer calls"),
+    "complex_scores": Refused(
+        lambda: Gpt(attending(complex_scores)), complex_scores, "multiplies matrices of complex numbers"
+    ),
+    "flex_attention": Refused(
+        lambda: Gpt(attending(flexible)),
+        flexible,
+        "calls flex_attention, which cannot be followed: write F.scaled_dot_product",
     ),
 }

@@ -1,16 +1,12 @@
 """Whatever a module is becomes one of the contract, or is refused in one sentence; it is left as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import random
 import re
 import shlex
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,30 +14,30 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from pastkey.errors import ContractError, InputError, PastkeyError
+from pastkey.errors import ContractError, InputError
+from pastkey.export.compare import logits_difference
 from pastkey.export.graft.probe.call import Call
-from pastkey.export.graft.probe.contract import Contracted, in_contract
+from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.watched import without_autocast
 
 from ....shared import divided
 from ...decoders import NanoGpt, Plain
-from ..own.experts import Where
-from ..own.parts import CONTEXT, VOCAB, WIDTH, Gpt, drawn
-from ..own.positions import Causal
+from ..own.blocks import Where
+from ..own.parts import CONTEXT, VOCAB, WIDTH, Causal, Gpt, drawn
 from ..own.registry import DECODERS, REFUSED
 from ..plain import plain
 
 SHORT = 12
 
 
-def taken(module: nn.Module, context: int = SHORT, call: str | None = None) -> tuple[Contracted, list[str]]:
-    said: list[str] = []
+def taken(module, context=SHORT, call=None):
+    said = list[str]()
     return in_contract(module, context, call, said.append), said
 
 
-def refusal(kind: type[PastkeyError], module: nn.Module, context: int = SHORT, call: str | None = None) -> str:
+def refusal(kind, module, context=SHORT, call=None):
     with pytest.raises(kind) as caught:
         taken(module, context, call)
     sentence = str(caught.value)
@@ -49,12 +45,11 @@ def refusal(kind: type[PastkeyError], module: nn.Module, context: int = SHORT, c
     return sentence
 
 
-def apart(found: Contracted, reference: nn.Module) -> float:
+def apart(found, reference):
     """Of the module that was taken and the author's, as a part of the largest logit."""
     ids = torch.arange(SHORT)[None] % VOCAB
     with torch.no_grad():
-        one, other = found.module(ids, position_ids=torch.arange(SHORT)[None]), reference(ids)
-    return float((one - other).abs().max() / other.abs().max())
+        return logits_difference(reference(ids), found.module(ids, position_ids=torch.arange(SHORT)[None]))
 
 
 # --- the two ways -------------------------------------------------------------------------------------------------
@@ -65,7 +60,7 @@ def test_a_module_that_keeps_the_contract_is_not_followed():
 
 
 # The contract is kept by the signature alone. No trace can go through the experts of the last one.
-BY_SIGNATURE: dict[str, dict[str, Callable[..., Any]]] = {
+BY_SIGNATURE = {
     "positions are ignored": {
         "embed": lambda m, input_ids, position_ids: m.token(input_ids) + m.position(torch.arange(input_ids.shape[1]))
     },
@@ -85,21 +80,18 @@ def test_a_module_that_keeps_the_contract_by_its_signature_alone_is_followed(nam
 
 
 # --- the plain call -----------------------------------------------------------------------------------------------
-def counted(ids: Tensor) -> Tensor:
+def counted(ids):
     return torch.arange(ids.shape[1]).expand_as(ids)
 
 
-def run(m: Plain, ids: Tensor, given: Tensor | None, own: Tensor | None) -> Tensor:
+def run(m, ids, given, own):
     """With the positions that are given, or the module's own."""
-    return Plain.forward(m, ids, own if given is None else given)  # type: ignore[arg-type]
+    return Plain.forward(m, ids, own if given is None else given)
 
 
-OTHERWISE: dict[str, Callable[..., Any]] = {  # forward with other positions than 0, 1, 2 and so on
+OTHERWISE = {  # forward with other positions than 0, 1, 2 and so on
     "from 2": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, counted(input_ids) + 2),
-    "all of 0": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, 0 * input_ids),
-    "among others": lambda m, input_ids, **others: run(
-        m, input_ids, others.get("position_ids"), 1 + counted(input_ids)
-    ),
+    "in others": lambda m, input_ids, **others: run(m, input_ids, others.get("position_ids"), counted(input_ids) + 1),
     "followed in any call": lambda m, input_ids, mask=None, position_ids=None: {
         "logits": run(m, input_ids, position_ids, counted(input_ids) + 2)
     },
@@ -126,28 +118,12 @@ def test_positions_that_change_the_plain_logits_are_asked_about(name):
         assert torch.allclose(logits[:, -expected.shape[1] :], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0),
-        lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0),
-    ],
-    ids=["one token alone", "padding alone"],
-)
-def test_a_plain_call_that_differs_on_few_texts_is_compared_too(own):
-    def forward(m: Plain, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        return run(m, input_ids, position_ids, own(input_ids))
-
-    sentence = refusal(InputError, plain({"forward": forward}))
-    assert "runs as model(ids) and as model(ids, position_ids=positions)" in sentence
-
-
-def ahead_unless_given(m: Plain, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def ahead_unless_given(m, input_ids, position_ids=None):
     logits = run(m, input_ids, position_ids, counted(input_ids))
     return logits + logits.mean(1, keepdim=True) if position_ids is None else logits
 
 
-AGREEING: dict[str, Callable[..., Any]] = {
+AGREEING = {
     "optional": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, counted(input_ids)),
     "among others": lambda m, input_ids, **others: run(m, input_ids, others.get("position_ids"), counted(input_ids)),
     "the plain call fails": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, None),
@@ -164,30 +140,18 @@ def test_the_contract_is_taken_where_no_plain_call_gives_other_logits(name):
         assert found.call == (call or "")
 
 
+# --- refused ------------------------------------------------------------------------------------------------------
 class OtherwiseWhenLong(Gpt):
     """As a module whose angles change beyond a length."""
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         return super().embed(idx) * (2 if idx.shape[1] > 700 else 1)
 
 
-@pytest.mark.slow
-def test_another_computation_for_long_texts_is_seen():
-    sentence = refusal(ContractError, OtherwiseWhenLong(Causal, context=720).eval(), 720)
-    assert "was followed, and is off by" in sentence
-    assert "on a text of 701 tokens, the shortest that was found to differ among lengths of up to 720: " in sentence
-
-
-def seen_whole(m: Plain, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def seen_whole(m, input_ids, position_ids):
     """Every token sees whether there are more than twenty."""
     beyond = (torch.ones_like(input_ids).sum(1) - 20).clamp(min=0)
     return Plain.embed(m, input_ids, position_ids) + 0.1 * beyond[:, None, None]
-
-
-def test_a_module_of_the_contract_is_refused_by_its_line_and_the_shortest_text_that_differs():
-    sentence = refusal(ContractError, plain({"embed": seen_whole}), 40)
-    assert re.search(r"test_contract.py:\d+ computes with a number made from the length of the text", sentence)
-    assert "on a text of 21 tokens, the shortest that was found to differ among lengths of up to 40" in sentence
 
 
 class Grows(Gpt):
@@ -195,71 +159,102 @@ class Grows(Gpt):
 
     longest = 16
 
-    def embed(self, idx: Tensor) -> Tensor:
+    def embed(self, idx):
         self.longest = max(self.longest, idx.shape[1])
         return super().embed(idx) + (self.longest - 16) * torch.linspace(-1, 1, WIDTH)
 
 
-def test_what_a_long_run_leaves_behind_is_seen():
-    sentence = refusal(ContractError, Grows(Causal).eval(), CONTEXT)
-    assert f"gives a text other logits after a run over {CONTEXT} tokens" in sentence
+class AnyDtype(Gpt):
+    """Converts to a dtype from where its author keeps it, in the middle."""
+
+    def __init__(self, settings, dtype_of):
+        super().__init__(Causal, layers=1)
+        self.settings, self.dtype_of = settings, dtype_of
+        self.to(torch.float16)
+
+    def forward(self, idx):
+        x = self.embed(idx).to(self.dtype_of(self.settings))
+        return self.lm_head(self.ln_f(self.blocks[0](x)))
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------
+def placed(own):
+    """A module that has positions of its own where none are given."""
+    return plain({"forward": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, own(input_ids))})
+
+
+def usual():
+    return Gpt(Causal).eval()
+
+
+FOLLOWED_OFF = (
+    r"was followed, and is off by \S+ of the largest logit on a text of 701 tokens, the shortest that was found to "
+    "differ among lengths of up to 720: "
+)
+OF_LENGTH = r"test_contract.py:\d+ computes with a number made from the length of the text.* on a text of 21 tokens"
+HALF = r"test_contract.py:\d+ makes half precision, and a module is exported in float32(?!.*--call)"
+BOTH_CALLS = re.escape("runs as model(ids) and as model(ids, position_ids=positions)")
+NO_RUN = "could not be run as "
+REASONS: dict[str, Any] = {  # class, module, pattern of the sentence, and the context and the call asked for
+    "other numbers for long texts": (
+        ContractError, lambda: OtherwiseWhenLong(Causal, context=720).eval(), FOLLOWED_OFF, 720
+    ),
+    "its line and the shortest text that differs": (ContractError, lambda: plain({"embed": seen_whole}), OF_LENGTH, 40),
+    "what a long run leaves behind": (
+        ContractError, lambda: Grows(Causal).eval(), "other logits after a run over 48 tokens", CONTEXT
+    ),
+    "a line that makes half precision": (ContractError, lambda: AnyDtype(None, lambda _: torch.float16).eval(), HALF),
+    "no numbers": (ContractError, lambda: usual().to("meta"), "device meta"),
+    "no copy": (
+        ContractError, lambda: plain({"more": lambda m: setattr(m, "lock", threading.Lock())}), "cannot be copied"
+    ),
+    "a context beyond the tables": (
+        InputError, usual, "fails on 49 tokens, the context that was asked for, at .* with --context N", CONTEXT + 1
+    ),
+    "other positions of one token alone": (
+        InputError, lambda: placed(lambda ids: counted(ids) + (3 if ids.shape[1] == 1 else 0)), BOTH_CALLS
+    ),
+    "other positions of padding alone": (
+        InputError, lambda: placed(lambda ids: ((ids != 0).cumsum(1) - 1).clamp(min=0)), BOTH_CALLS
+    ),
+    "a call that is no Python": (
+        InputError, usual, NO_RUN + r"model\(ids: SyntaxError.* --call \"model", SHORT, "model(ids"
+    ),
+    "a call of no logits": (InputError, usual, NO_RUN + "ids: it gives no logits", SHORT, "ids"),
+}  # fmt: skip
+LONG = "other numbers for long texts"
+
+
+@pytest.mark.parametrize("name", divided(REASONS, quick={*REASONS} - {LONG}, ci=[LONG]))
+def test_a_module_is_refused_with_its_reason(name):
+    kind, build, words, *asked = REASONS[name]
+    assert re.search(words, refusal(kind, build(), *asked))
+
+
+# --- other precisions ---------------------------------------------------------------------------------------------
 def test_another_precision_is_taken_in_float32_and_said():
-    module = Gpt(Causal).eval().to(torch.bfloat16)
+    module = usual().to(torch.bfloat16)
     found, said = taken(module)
     assert said == ["Gpt is bfloat16 on cpu: it was copied to the CPU in float32"]
     assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
     assert apart(found, module.float()) < 1e-5
 
 
-class AnyDtype(Gpt):
-    """Converts to a dtype from where its author keeps it, in the middle."""
+def test_half_precision_in_settings_becomes_float32_in_the_copy_alone():
+    def dtype_of(settings):
+        return settings.kinds["dtype"]
 
-    def __init__(self, settings: object, dtype_of: Callable[[Any], torch.dtype]) -> None:
-        super().__init__(Causal, layers=1)
-        self.settings, self.dtype_of = settings, dtype_of
-        self.to(torch.float16)
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = self.embed(idx).to(self.dtype_of(self.settings))
-        return self.lm_head(self.ln_f(self.blocks[0](x)))
-
-
-@dataclass(frozen=True)
-class Settings:
-    dtype: torch.dtype = torch.float16
-
-
-@pytest.mark.parametrize(
-    ("settings", "dtype_of"),
-    [
-        ({"kinds": {"dtype": torch.float16}}, lambda settings: settings["kinds"]["dtype"]),
-        (Settings(), lambda settings: settings.dtype),
-        (SimpleNamespace(model=Settings()), lambda settings: settings.model.dtype),
-    ],
-    ids=["dict", "frozen dataclass", "namespace"],
-)
-def test_half_precision_in_settings_becomes_float32_in_the_copy_alone(settings, dtype_of):
-    module = AnyDtype(settings, dtype_of).eval()
+    module = AnyDtype(SimpleNamespace(kinds={"dtype": torch.float16}), dtype_of).eval()
     found, said = taken(module)
     assert (found.call, len(said)) == ("model(ids)", 1)
     assert dtype_of(module.settings) == torch.float16
-    assert apart(found, AnyDtype(None, lambda _: torch.float32).float().eval()) > 1e-3  # of other weights
     reference = AnyDtype(None, lambda _: torch.float32).float()
+    assert apart(found, reference.eval()) > 1e-3  # of other weights
     reference.load_state_dict(module.state_dict())
-    assert apart(found, reference.eval()) < 1e-5
-
-
-def test_a_line_that_makes_half_precision_is_told_with_what_to_write():
-    sentence = refusal(ContractError, AnyDtype(None, lambda _: torch.float16).eval())
-    assert re.search(r"test_contract.py:\d+ makes half precision, and a module is exported in float32", sentence)
-    assert "--call" not in sentence
+    assert apart(found, reference) < 1e-5
 
 
 class Mixed(Gpt):
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return super().forward(idx)
 
@@ -267,14 +262,14 @@ class Mixed(Gpt):
 class MixedMlp(Plain):
     """Of the contract, but for an MLP in mixed precision."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = hidden + F.linear(hidden, self.head.weight).mean(-1, keepdim=True)
         return super().logits(hidden)
 
 
 def test_autocast_is_left_out_and_said():
-    module, reference = Mixed(Causal).eval(), Gpt(Causal).eval()
+    module, reference = Mixed(Causal).eval(), usual()
     reference.load_state_dict(module.state_dict())
     found, said = taken(module)
     assert said == ["Mixed computes under torch.autocast: it is exported in float32, without autocast"]
@@ -286,63 +281,34 @@ def test_autocast_is_left_out_and_said():
     assert (found.call, len(said)) == ("model(ids, position_ids=positions)", 1)
 
 
-def test_a_module_without_numbers_is_refused():
-    assert "device meta" in refusal(ContractError, Gpt(Causal).to("meta"))
+def test_autocast_of_another_thread_stays():
+    def half():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
-
-def test_a_context_larger_than_the_tables_is_refused_with_the_line():
-    sentence = refusal(InputError, Gpt(Causal).eval(), context=CONTEXT + 1)
-    assert f"fails on {CONTEXT + 1} tokens, the context that was asked for, at " in sentence
-    assert "with --context N" in sentence
-
-
-def test_a_module_that_cannot_be_copied_is_refused():
-    module = Gpt(Causal).eval()
-    module.lock = threading.Lock()  # type: ignore[assignment]
-    sentence = refusal(ContractError, module)
-    assert "Gpt cannot be copied (TypeError: cannot pickle '_thread.lock' object): leave out what cannot" in sentence
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        ("model(ids", "could not be run as model(ids: SyntaxError"),
-        ("model(tokens)", "could not be run as model(tokens): NameError: name 'tokens' is not defined"),
-        ("model(ids, 1, 2)", "could not be run as model(ids, 1, 2): TypeError"),
-        ("ids", "could not be run as ids: it gives no logits (B, T, V), (B, V) or without B"),
-    ],
-)
-def test_a_call_that_fails_is_told_with_its_error(call, words):
-    sentence = refusal(InputError, Gpt(Causal).eval(), call=call)
-    assert words in sentence
-    assert '--call "model(ids, None)[0]"' in sentence
+    with without_autocast(), ThreadPoolExecutor(1) as other:
+        assert half() is torch.float32
+        assert other.submit(half).result() is torch.bfloat16
+        assert not other.submit(torch.is_autocast_enabled, "cpu").result()
 
 
 # --- as it was ----------------------------------------------------------------------------------------------------
-def state_of(module: nn.Module) -> dict[str, Any]:
+def state_of(module):
     """All that an export might change."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
     return {
-        "parameters": {n: (id(p), p.dtype, p.device, p.requires_grad, p.grad) for n, p in module.named_parameters()},
-        "numbers": {n: t.clone() for n, t in [*module.named_parameters(), *module.named_buffers()]},
-        "buffers": {n: id(b) for n, b in module.named_buffers()},
+        "tensors": {n: (id(t), t.dtype, t.device, t.requires_grad, id(t.grad)) for n, t in tensors},
+        "numbers": {n: t.tolist() for n, t in tensors},
         "modes": [part.training for part in module.modules()],
         "attributes": [{n: id(v) for n, v in vars(part).items() if n != "training"} for part in module.modules()],
         "hooks": [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()],
         "torch": (F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()),
         "patched": (nn.Module.__setattr__, torch.fx.proxy.TracerBase._filter_traceback_frames),
-        "python": random.getstate(),
-        "numpy": repr(np.random.get_state()),
-        "random": torch.get_rng_state(),
+        "random": [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()],
     }
 
 
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
-
-
-AS_IT_WAS: dict[str, Callable[[], nn.Module]] = {
+AS_IT_WAS = {
     "of_the_contract": lambda: NanoGpt(context=SHORT),
     "half_precision": lambda: drawn(lambda: Gpt(Causal).half()),
     **{name: DECODERS[name].make for name in ("filled_in_place", "rotary_kept")},
@@ -363,16 +329,4 @@ def test_a_module_is_as_it_was_whether_taken_or_refused(name):
     before = state_of(module)
     with pytest.raises(ContractError) if name in REFUSED else contextlib.nullcontext():
         taken(module)
-    after = state_of(module)
-    assert [key for key in before if not same(before[key], after[key])] == []
-
-
-def test_autocast_of_another_thread_stays():
-    def half() -> torch.dtype:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-
-    with without_autocast(), ThreadPoolExecutor(1) as other:
-        assert half() is torch.float32
-        assert other.submit(half).result() is torch.bfloat16
-        assert not other.submit(torch.is_autocast_enabled, "cpu").result()
+    assert state_of(module) == before

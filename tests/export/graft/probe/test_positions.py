@@ -1,11 +1,10 @@
 """How positions enter is seen by running the module, whatever its code calls them."""
 
-from __future__ import annotations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pastkey.contract.bundle import CacheShift
 from pastkey.export.graft.probe.observe import observe
@@ -14,17 +13,16 @@ from pastkey.export.graft.probe.positions import find_shift
 from ...decoders import BothPositions, GptJ, Plain, TableRope
 
 CONTEXT = 40
-LEARNED = "as learned ones do"
 
 
-def shift_of(module: nn.Module, context_length: int = CONTEXT) -> CacheShift:
+def shift_of(module, context_length=CONTEXT):
     return find_shift(module.eval(), observe(module.eval(), context_length), context_length)
 
 
 class Unplaced(Plain):
     """No positions at all."""
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids, position_ids):
         return self.token(input_ids)
 
 
@@ -34,42 +32,26 @@ class Turning(Unplaced):
     first, pairs, theta, factor = 0, 4, 100.0, 1.0
     interleaved = False
 
-    def angles(self, position_ids: Tensor) -> Tensor:
+    def angles(self, position_ids):
         return position_ids[:, None, :, None] * self.theta ** (-torch.arange(self.pairs) / self.pairs)
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         angles = self.angles(position_ids)
         cos, sin = self.factor * angles.cos(), self.factor * angles.sin()
+        middle, end = self.first + self.pairs, self.first + 2 * self.pairs
+        places = slice(self.first, middle), slice(middle, end)
         if self.interleaved:
-            places = (
-                slice(self.first, self.first + 2 * self.pairs, 2),
-                slice(self.first + 1, self.first + 2 * self.pairs, 2),
-            )
-        else:
-            middle = self.first + self.pairs
-            places = slice(self.first, middle), slice(middle, middle + self.pairs)
+            places = slice(self.first, end, 2), slice(self.first + 1, end, 2)
         one, other = (heads[..., place] for place in places)
         found = heads.clone()
         found[..., places[0]], found[..., places[1]] = one * cos - other * sin, other * cos + one * sin
         return found
 
 
-class Scaled(Turning):
-    factor = 1.3
-
-
-class LastChannels(Turning):
-    first, pairs = 4, 2
-
-
-class FirstNeighbours(Turning):
-    pairs, interleaved = 3, True
-
-
 class FasterLater(Turning):
     """Dynamic rotary positions, which change with the length."""
 
-    def angles(self, position_ids: Tensor) -> Tensor:
+    def angles(self, position_ids):
         return super().angles(position_ids) * (1 + position_ids.amax() / 100)
 
 
@@ -78,32 +60,40 @@ class Growing(Turning):
 
     grows = True
 
-    def turn(self, heads: Tensor, position_ids: Tensor) -> Tensor:
+    def turn(self, heads, position_ids):
         self.grows = not self.grows  # queries, then keys
         return super().turn(heads, position_ids) * (1.01 if self.grows else 1 / 1.01) ** position_ids[:, None, :, None]
 
 
-FOUND: dict[type[Plain], tuple[int, int, bool]] = {  # first channel, pairs, interleaved
-    Turning: (0, 4, False),
-    Scaled: (0, 4, False),
-    LastChannels: (4, 2, False),
-    TableRope: (0, 4, True),
-    GptJ: (0, 4, True),
-    FirstNeighbours: (0, 4, True),
+class ByLayer(Turning):
+    """The second layer turns by other angles."""
+
+    def apply_block(self, block, hidden, position_ids):
+        self.theta = 10.0 if block is self.blocks[1] else 100.0
+        return super().apply_block(block, hidden, position_ids)
+
+
+FOUND: dict[str, Any] = {  # the decoder and what it changes; first channel, pairs, interleaved
+    "halves": (Turning, {}, (0, 4, False)),
+    "scaled": (Turning, {"factor": 1.3}, (0, 4, False)),
+    "the last channels": (Turning, {"first": 4, "pairs": 2}, (4, 2, False)),
+    "neighbours of tables": (TableRope, {}, (0, 4, True)),
+    "neighbours of a part": (GptJ, {}, (0, 4, True)),
+    "the first neighbours": (Turning, {"pairs": 3, "interleaved": True}, (0, 4, True)),
 }
 
 
-@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
-def test_a_rotation_is_found(kind):
-    module = kind(context=CONTEXT, layers=2)
+@pytest.mark.parametrize("name", FOUND)
+def test_a_rotation_is_found(name):
+    kind, changes, expected = FOUND[name]
+    module = type("Decoder", (kind,), changes)(context=CONTEXT, layers=2)
     found = shift_of(module)
-    assert found.refused == ""
     (rotation,) = found.rotations
     assert rotation.layers == (0, 1)
-    assert (rotation.first, len(rotation.angles), rotation.interleaved) == FOUND[kind]
+    assert (rotation.first, len(rotation.angles), rotation.interleaved) == expected
     if isinstance(module, Turning):
-        expected = module.theta ** (-np.arange(module.pairs) / module.pairs)
-        assert np.abs(np.array(rotation.angles[: module.pairs]) - expected).max() < 1e-6
+        angles = module.theta ** (-np.arange(module.pairs) / module.pairs)
+        assert np.abs(np.array(rotation.angles[: module.pairs]) - angles).max() < 1e-6
         assert np.abs(rotation.angles[module.pairs :]).sum() < 1e-6
 
 
@@ -114,31 +104,20 @@ def test_angles_of_a_long_context_are_as_precise_as_its_positions_need():
     assert np.abs(np.array(found) - expected).max() * 8192 < 2e-3
 
 
-def test_without_positions_only_rows_go():
+def test_without_positions_only_rows_go_and_layers_may_turn_by_other_angles():
     assert shift_of(Unplaced(context=CONTEXT)) == CacheShift()
-
-
-def test_layers_that_turn_by_other_angles():
-    class Both(Turning):
-        def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
-            self.theta = {0: 100.0, 1: 10.0, 2: 100.0}[next(i for i, b in enumerate(self.blocks) if b is block)]
-            return super().apply_block(block, hidden, position_ids)
-
-    assert [rotation.layers for rotation in shift_of(Both(context=CONTEXT, layers=3)).rotations] == [(0, 2), (1,)]
+    assert [rotation.layers for rotation in shift_of(ByLayer(context=CONTEXT, layers=3)).rotations] == [(0, 2), (1,)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("kind", "context", "reason"),
     [
-        (Plain, LEARNED),
-        (BothPositions, LEARNED),
-        (Growing, "otherwise than by one angle per token"),
-        (FasterLater, LEARNED),
+        (Plain, CONTEXT, "as learned ones do"),
+        (BothPositions, CONTEXT, "as learned ones do"),
+        (FasterLater, CONTEXT, "as learned ones do"),
+        (Growing, CONTEXT, "otherwise than by one angle per token"),
+        (Turning, 1, "its context is one token"),
     ],
 )
-def test_what_no_shift_can_move_is_refused(kind, reason):
-    assert reason in shift_of(kind(context=CONTEXT)).refused
-
-
-def test_a_context_without_room():
-    assert shift_of(Turning(context=1), 1).refused == "its context is one token"
+def test_what_no_shift_can_move_is_refused(kind, context, reason):
+    assert reason in shift_of(kind(context=context), context).refused

@@ -1,54 +1,47 @@
 """A function of embedded tokens as a program, followed along the time axis."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pastkey.export.graft.probe.causes import Cause, ObstacleError
+from pastkey.export.graft.probe.causes import ObstacleError
 from pastkey.export.graft.time_axis.interpret import Whole
 from pastkey.export.graft.time_axis.operators.base import Swapped
-from pastkey.export.graft.time_axis.program.program import Op, Program, trace_program
-from pastkey.export.graft.time_axis.values import Value
+from pastkey.export.graft.time_axis.program.program import Op, trace_program
 
 VOCAB, WIDTH, LENGTHS = 11, 8, (7, 5)
-Function = Callable[[Tensor], Tensor]  # (1, T, WIDTH) -> anything
 
 
 class Of(nn.Module):
-    """The function of embedded tokens."""
+    """The function, (1, T, WIDTH) -> anything, of embedded tokens."""
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function):
         super().__init__()
         self.function = function
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.token = nn.Embedding(VOCAB, WIDTH)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids):
         return self.function(self.token(ids))
 
 
-def program_of(function: Function, lengths: tuple[int, int] = LENGTHS) -> Program:
-    return trace_program(Of(function).eval(), lambda module, ids: module(ids), lengths, VOCAB)
+def program_of(function):
+    return trace_program(Of(function).eval(), lambda module, ids: module(ids), LENGTHS, VOCAB)
 
 
-def weight(op: Op) -> Tensor:
-    assert op.constant is not None
+def weight(op):
     return op.constant
 
 
-def ids_of(program: Program) -> Tensor:
+def ids_of(program):
     return torch.randint(0, VOCAB, (2, program.lengths[0]), generator=torch.Generator().manual_seed(0))
 
 
-def followed(function: Function) -> Whole:
+def followed(function):
     """The run of two rows."""
     program = program_of(function)
-    swapped: set[Op] = set()
+    swapped = set[Op]()
     for _ in range(3):
         run = Whole(program, ids_of(program), weight, swapped)
         try:
@@ -60,40 +53,41 @@ def followed(function: Function) -> Whole:
     raise AssertionError
 
 
-def result(function: Function) -> Value:
+def result(function):
     """What the function gives, which equals what torch computes row by row."""
     run = followed(function)
     assert not run.refused
-    value: Value = run.known[run.program.logits]
+    value = run.known[run.program.logits]
+    found = value.real().explicit()
     with torch.no_grad():
         for row, ids in enumerate(ids_of(run.program)):
-            expected = Of(function)(ids[None])
-            found = value.real().explicit()
             tensor = found.tensor[row] if found.batched else found.tensor
-            assert tensor.shape == expected.shape
-            assert torch.allclose(tensor, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(tensor, Of(function)(ids[None]), rtol=1e-5, atol=1e-6)
     return value
 
 
-def causes(function: Function) -> list[Cause]:
+def causes(function):
     return [error.cause for error in followed(function).refused]
 
 
-def cause(function: Function) -> Cause:
+def cause(function):
     """The one thing that stands in the way."""
     (found,) = causes(function)
     return found
 
 
-def told(call: Callable[[], object]) -> Cause:
+def told(call):
     with pytest.raises(ObstacleError) as caught:
         call()
     return caught.value.cause
 
 
-def causal(x: Tensor) -> Tensor:
+def future(x):
+    """(T, T) of which token is a later one."""
+    return torch.ones(x.shape[1], x.shape[1]).triu(1) == 1
+
+
+def causal(x):
     """Attention by hand, of one head."""
-    length = x.shape[1]
-    scores = x @ x.transpose(1, 2) * 0.5
-    scores = scores.masked_fill(torch.ones(length, length).triu(1) == 1, float("-inf"))
+    scores = (x @ x.transpose(1, 2) * 0.5).masked_fill(future(x), float("-inf"))
     return scores.softmax(-1) @ x

@@ -1,9 +1,6 @@
 """Forms for Qualcomm's NPU: the same numbers, in operators that its compiler takes."""
 
-from __future__ import annotations
-
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from pastkey.export.graph.edit import weight
@@ -14,7 +11,7 @@ from ...small_graphs import model_of, run_model
 RNG = np.random.default_rng(0)
 
 
-def changed_exactly(model: ir.Model, x: np.ndarray) -> list[str]:
+def changed_exactly(model, x):
     """Runs the passes, which change no number of the output. Returns the operators."""
     (before,) = run_model(model, x=x)
     suit_htp(model)

@@ -1,7 +1,5 @@
 """Tables that the host reads: Core ML's graph gathers nothing and takes no angles, and computes the same."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -23,7 +21,6 @@ from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.runtime import load
 from pastkey.runtime.engine.engine import Engine
 
-from ....conftest import MadeOnce
 from ....shared import divided
 from ...cases import CASES
 from ...small_graphs import model_of, run_model
@@ -31,7 +28,7 @@ from ...small_graphs import model_of, run_model
 RNG = np.random.default_rng(0)
 
 
-def for_core_ml(name: str, made_once: MadeOnce) -> Path:
+def for_core_ml(name, made_once):
     case = CASES[name]
     how: dict[str, Any] = {"precision": "fp32", "target": "coreml", "chunk": 7, "context_length": case.context}
     return made_once(f"{name}-coreml", lambda folder: export(case.build(), folder / "b", **how)) / "b"
@@ -46,25 +43,16 @@ def test_core_ml_takes_every_node_in_one_part(name, made_once):
     for path in bundle.static_graphs:
         model = onnx.load(path, load_external_data=False)
         said = re.search(r"(\d+) partitions with a total of (\d+)/(\d+) nodes", usability(path))
-        assert said is not None
-        assert said[1] == "1"
-        assert said[2] == said[3]
+        assert (said[1], said[2]) == ("1", said[3])
         assert not {"Gather", "Cos", "Sin", "Reciprocal"} & {node.op_type for node in model.graph.node}
         assert not {names.INPUT_IDS, names.POSITION_IDS} & {value.name for value in model.graph.input}
-    generated = load(out, "cpu", threads=1).generate([1, 2, 3], max_new_tokens=5)
-    assert generated.new_tokens == 5
+    assert load(out, "cpu", threads=1).generate([1, 2, 3], max_new_tokens=5).new_tokens == 5
 
 
-def usability(path: Path) -> str:
+def usability(path):
     """What onnxruntime's checker says of Core ML's newer format."""
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime.tools.check_onnx_model_mobile_usability",
-        "--log_level",
-        "info",
-        str(path),
-    ]
+    checker = "onnxruntime.tools.check_onnx_model_mobile_usability"
+    command = [sys.executable, "-m", checker, "--log_level", "info", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return (done.stdout + done.stderr).partition("Checking CoreML MLProgram")[2]
 

@@ -1,7 +1,5 @@
 """The native graph has the kernel library's operators in the place of onnxruntime's, and computes the same."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import numpy as np
@@ -9,10 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.contract import names
+from pastkey.export.graph.write import weights_file
 from pastkey.export.graph.write.last_logits import keep_last_positions
 from pastkey.export.graph.write.native import to_native
 from pastkey.export.graph.write.output_head import take_head
-from pastkey.export.graph.write.weights_file import WeightsFile
 from pastkey.export.quantize.rounding.int4_blocks import round_to_nearest
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.runtime.providers.ort import onnxruntime
@@ -22,64 +20,49 @@ from ...small_graphs import model_of, run_model
 BUILT = importlib.util.find_spec("pastkey_kernels") is not None
 RNG = np.random.default_rng(0)
 K, N = 64, 96
-WEIGHTS = {
-    "w": RNG.normal(size=(K, N)).astype(np.float32),
-    "v": RNG.normal(size=(K, K)).astype(np.float32),
-    "b": RNG.normal(size=N).astype(np.float32),
-    "g": RNG.normal(size=K).astype(np.float32),
-    "halves": np.array([N // 2, N // 2]),
-}
+SIZES = {"w": (K, N), "v": (K, K), "b": (N,), "g": (K,)}
+WEIGHTS = {name: RNG.normal(size=size).astype(np.float32) for name, size in SIZES.items()}
+WEIGHTS["halves"] = np.array([N // 2, N // 2])
 TEXT = f"""g (float[batch_size,sequence_length,{K}] x, float[{K},{N}] w, float[{K},{K}] v, float[{N}] b, float[{K}] g,
 int64[2] halves) => (float[batch_size,sequence_length,n] y) {{{{ {{}} }}}}"""
 MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
+HALVES = "p = MatMul(x, w) i, j = Split <axis = -1> (p, halves)"
+
+
+TAKEN = {  # what a node and those around it compute -> its operator and attributes
+    "y = MatMul(x, w)": (MATMUL, {}),
+    "p = MatMul(x, w) y = Add(p, b)": (MATMUL, {}),
+    "p = MatMul(x, w) s = Sigmoid(p) y = Mul(p, s)": (MATMUL, {"activation": "silu"}),
+    "p = MatMul(x, w) q = Add(p, b) y = Gelu(q)": (MATMUL, {"activation": "gelu"}),
+    f"{HALVES} s = Sigmoid(i) a = Mul(i, s) y = Mul(a, j)": (MATMUL, {"activation": "silu", "gate": 0}),
+    f'{HALVES} a = Gelu <approximate = "tanh"> (j) y = Mul(i, a)': (MATMUL, {"activation": "gelu_tanh", "gate": 1}),
+    "n = LayerNormalization <epsilon = 0.01> (x, g, g) y = MatMul(n, w)": (NORM, {"norm": "layer"}),
+    "n = SimplifiedLayerNormalization <epsilon = 0.01> (x, g) y = MatMul(n, w)": (NORM, {"norm": "rms"}),
+    "r = Neg(x) n, e, f, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.01> (x, r, g) "
+    "p = MatMul(n, w) q = MatMul(s, w) y = Add(p, q)": (NORM, {"norm": "rms"}),
+}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(
-    ("body", "operator", "attributes"),
-    [
-        ("y = MatMul(x, w)", MATMUL, {}),
-        ("p = MatMul(x, w) y = Add(p, b)", MATMUL, {}),
-        ("p = MatMul(x, w) s = Sigmoid(p) y = Mul(p, s)", MATMUL, {"activation": "silu"}),
-        ("p = MatMul(x, w) q = Add(p, b) y = Gelu(q)", MATMUL, {"activation": "gelu"}),
-        (
-            "p = MatMul(x, w) i, j = Split <axis = -1> (p, halves) s = Sigmoid(i) a = Mul(i, s) y = Mul(a, j)",
-            MATMUL,
-            {"activation": "silu", "gate": 0},
-        ),
-        (
-            'p = MatMul(x, w) i, j = Split <axis = -1> (p, halves) a = Gelu <approximate = "tanh"> (j) y = Mul(i, a)',
-            MATMUL,
-            {"activation": "gelu_tanh", "gate": 1},
-        ),
-        ("n = LayerNormalization <epsilon = 0.01> (x, g, g) y = MatMul(n, w)", NORM, {"norm": "layer"}),
-        ("n = SimplifiedLayerNormalization <epsilon = 0.01> (x, g) y = MatMul(n, w)", NORM, {"norm": "rms"}),
-        (
-            "r = Neg(x) n, e, f, s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 0.01> (x, r, g) "
-            "p = MatMul(n, w) q = MatMul(s, w) y = Add(p, q)",
-            NORM,
-            {"norm": "rms"},
-        ),
-    ],
-)
-def test_a_node_takes_in_what_stands_around_it(body, operator, attributes, bits):
+@pytest.mark.parametrize("body", TAKEN)
+def test_a_node_takes_in_what_stands_around_it(body, bits):
+    operator, attributes = TAKEN[body]
     model = model_of(TEXT.format(body), **WEIGHTS)
     quantize(model, rounded={"w": round_to_nearest(WEIGHTS["w"].T, 32)} if bits == 4 else {})
     x = RNG.normal(size=(2, 3, K)).astype(np.float32)
     (expected,) = run_model(model, x=x)
     assert to_native(model)
     node = next(node for node in model.graph if node.op_type == operator)
-    found = {name: attribute.value for name, attribute in node.attributes.items() if name != "epsilon"}
+    found = {name: attribute.value for name, attribute in node.attributes.items()}
+    assert found.pop("epsilon", None) == (pytest.approx(0.01) if operator == NORM else None)
     assert found == attributes | {"version": names.NATIVE_OPERATORS} | ({"bits": 4} if bits == 4 else {})
     assert node.domain == names.NATIVE_DOMAIN
     assert not {"MatMulNBits", "Sigmoid", "Gelu"} & {node.op_type for node in model.graph}
-    if operator == NORM:
-        assert node.attributes["epsilon"].value == pytest.approx(0.01)
     if BUILT:
         np.testing.assert_allclose(_run_native(model, x=x), expected, rtol=2e-5, atol=2e-4)
 
 
-def _run_native(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
+def _run_native(model, **inputs):
     import pastkey_kernels
 
     options = onnxruntime.SessionOptions()
@@ -119,25 +102,15 @@ def test_both_terms_of_the_head_are_one_node():
         np.testing.assert_allclose(_run_native(model, **inputs), expected, rtol=2e-5, atol=2e-4)
 
 
-def test_scales_are_read_where_they_lie(tmp_path):
+def test_scales_are_read_where_they_lie(tmp_path, monkeypatch):
     """Two matrices share a table of scales in the weights file: each node has its own rows of it."""
     model = model_of(TEXT.format("p = MatMul(x, v) y = MatMul(p, w)"), **WEIGHTS)
     quantize(model)
     inline = [value for value in model.graph.initializers.values() if "scale" in str(value.name)]
-    file = WeightsFile.of(tmp_path / "model.onnx")
-    for value in inline:  # though they are small
-        tensor = value.const_value
-        assert tensor is not None
-        name, offset = file.place(tensor.tobytes())
-        value.const_value = ir.ExternalTensor(
-            name,
-            offset,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=str(value.name),
-            base_dir=tmp_path,
-        )
+    monkeypatch.setattr(weights_file, "INLINE_BYTES", 0)  # though they are small
+    file = weights_file.WeightsFile.of(tmp_path / "model.onnx")
+    for value in inline:
+        file.take_weight(value)
     stored = {str(value.name): value.const_value.numpy() for value in inline}
     to_native(model)
     first, second = (node for node in model.graph if node.op_type == MATMUL)

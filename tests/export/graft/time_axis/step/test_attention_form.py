@@ -1,50 +1,41 @@
 """What the weights of an attention are is seen from numbers alone."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from pastkey.export.graft.time_axis.step.attention_form import GivenWeights, LooksAhead, Softmax, recognised
+from pastkey.export.graft.time_axis.step.attention_form import LooksAhead, recognised
 
 CONTEXT, HEADS = 24, 3
 
 
-def distance(new: int, total: int) -> Tensor:
+def distance(new, total):
     """(T, S) of the key before the query."""
     return torch.arange(total - new, total)[:, None] - torch.arange(total)[None, :]
 
 
-def masked(scores: Tensor, window: int | None = None, ahead: int = 0) -> Tensor:
+def masked(scores, window=None, ahead=0):
     far = distance(*scores.shape[2:])
     return scores.masked_fill((far < -ahead) | (far >= (window or CONTEXT)), -math.inf)
 
 
-def weights_of(change: Callable[[Tensor], Tensor]) -> GivenWeights:
+def weights_of(change):
     return lambda scores, total: change(scores[0]).softmax(-1)
 
 
-def found(change: Callable[[Tensor], Tensor]) -> Softmax:
-    softmax = recognised(weights_of(change), 1, (HEADS,), CONTEXT)
-    assert softmax is not None
-    return softmax
+def found(change):
+    return recognised(weights_of(change), 1, (HEADS,), CONTEXT)
 
 
-SLOPES = 2.0 ** -torch.arange(1, HEADS + 1)
-
-
-def alibi(scores: Tensor) -> Tensor:
-    return masked(scores * 0.25 - SLOPES[:, None, None] * distance(*scores.shape[2:]))
+def exactly(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def test_a_causal_mask_is_plain_and_has_a_scale():
     softmax = found(lambda scores: masked(scores * 0.125))
     assert (softmax.plain, softmax.window, softmax.softcap, softmax.sinks) == (True, None, None, None)
-    assert torch.allclose(softmax.scale, torch.full((1, HEADS), 0.125, dtype=torch.float64), rtol=1e-6)
+    torch.testing.assert_close(softmax.scale, exactly([0.125] * HEADS), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("window", [1, 5, 23])
@@ -53,60 +44,42 @@ def test_a_window_is_told_by_its_length(window):
     assert (softmax.plain, softmax.window) == (True, window)
 
 
-def test_a_bias_by_distance_is_a_row_for_each_head():
-    softmax = found(alibi)
-    assert not softmax.plain
-    assert torch.allclose(softmax.bias.float(), -SLOPES[:, None] * torch.arange(CONTEXT), atol=1e-5)
-
-
 def test_a_soft_cap_is_told():
     softmax = found(lambda scores: masked(30 * torch.tanh(scores * 0.5 / 30)))
     assert softmax.softcap == pytest.approx(30, rel=1e-4)
-    assert torch.allclose(softmax.scale, torch.tensor(0.5, dtype=torch.float64), rtol=1e-4)
+    torch.testing.assert_close(softmax.scale, exactly([0.5] * HEADS), rtol=1e-4, atol=0)
 
 
 def test_sinks_take_their_share():
-    sinks = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    sinks = exactly(0.5, -1.0, 2.0)
 
-    def change(scores: list[Tensor], total: int) -> Tensor:
+    def change(scores, total):
         column = sinks[None, :, None, None].expand(*scores[0].shape[:3], 1)
         return torch.cat([masked(scores[0]), column], -1).softmax(-1)[..., :-1]
 
-    softmax = recognised(change, 1, (HEADS,), CONTEXT)
-    assert softmax is not None
-    assert softmax.sinks is not None
-    assert torch.allclose(softmax.sinks, sinks, atol=1e-4)
+    torch.testing.assert_close(recognised(change, 1, (HEADS,), CONTEXT).sinks, sinks, rtol=0, atol=1e-4)
 
 
-def test_heads_have_scales_of_their_own():
-    scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    softmax = found(lambda scores: masked(scores * scales[:, None, None]))
-    assert torch.allclose(softmax.scale[0], scales, rtol=1e-5)
-
-
-def test_two_products_are_added_each_with_its_scale():
+def test_heads_and_products_have_scales_of_their_own():
+    scales = exactly(0.5, 1.0, 2.0)
+    torch.testing.assert_close(found(lambda s: masked(s * scales[:, None, None])).scale[0], scales, rtol=1e-5, atol=0)
     softmax = recognised(lambda s, total: masked(s[0] * 0.5 + s[1] * 2).softmax(-1), 2, (HEADS, 1), CONTEXT)
-    assert softmax is not None
-    assert torch.allclose(softmax.scale, torch.tensor([[0.5] * 3, [2.0] * 3], dtype=torch.float64), rtol=1e-5)
-
-
-def test_scores_that_are_left_out_have_no_scale():
+    torch.testing.assert_close(softmax.scale, exactly([0.5] * 3, [2.0] * 3), rtol=1e-5, atol=0)
     assert float(found(lambda scores: masked(scores * 0)).scale.abs().max()) == 0
 
 
 @pytest.mark.parametrize("head", [0, 2])
 def test_a_later_token_that_is_seen_is_told_with_its_head(head):
-    def one_ahead(scores: Tensor) -> Tensor:
+    def one_ahead(scores):
         return torch.where(torch.arange(HEADS)[:, None, None] == head, masked(scores, ahead=1), masked(scores))
 
     with pytest.raises(LooksAhead) as caught:
         found(one_ahead)
-    assert caught.value.head == head
-    assert caught.value.column == caught.value.row + 1
+    assert (caught.value.head, caught.value.column) == (head, caught.value.row + 1)
 
 
 MIX = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.5], [0.5, 0.0, 1.0]], dtype=torch.float64)
-OTHER: dict[str, GivenWeights] = {
+OTHER = {
     "heads that talk": weights_of(lambda s: masked(torch.einsum("hg,bgts->bhts", MIX, s))),
     "a table that is not of the distance": weights_of(
         lambda s: masked(s + torch.arange(s.shape[3]).remainder(3) * (torch.arange(s.shape[2])[:, None] + 1))
@@ -124,9 +97,5 @@ def test_anything_else_is_left_as_it_is(name):
 
 
 def test_a_later_token_is_seen_where_the_weights_are_no_softmax():
-    def ahead(scores: list[Tensor], total: int) -> Tensor:
-        del total
-        return scores[0].relu()
-
     with pytest.raises(LooksAhead):
-        recognised(ahead, 1, (HEADS,), CONTEXT)
+        recognised(lambda scores, total: scores[0].relu(), 1, (HEADS,), CONTEXT)
