@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,93 +57,73 @@ if TYPE_CHECKING:
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The destinations of the optional arguments are the fields of ExportConfig."""
     add = parser.add_argument
-    add("source", help=SOURCES)
+    add("source", metavar="SOURCE", help=SOURCES)
     add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--precision", choices=PRECISIONS, help="of the weights (default: %(default)s)")
-    add("--target", choices=TARGETS, help="where the bundle will run (default: %(default)s)")
-    add("--graph", choices=GRAPH_CHOICES, help="form of the graph (default: %(default)s)")
-    add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format (default: %(default)s)")
-    add(
-        "--generate",
-        action="store_true",
-        help="also write a whole generation as one graph: one call from any language, prompt in, new ids out",
-    )
-    add(
-        "--hidden-states",
-        action="store_true",
-        help="also output the last hidden states, for text embeddings: lm.embed in Python",
-    )
-    add("--adapters", action="store_true", help="also write a graph that takes LoRA adapters: --adapter of run")
-    add(
-        "--chunk",
-        type=positive_int,
-        metavar="T",
-        help=f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})",
-    )
-    add(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="take no finished steps from an earlier export of the same source, and keep none for a next one",
-    )
-    add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
-    add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
-    add(
-        "--context",
-        dest="context_length",
-        type=positive_int,
-        metavar="N",
-        help="context length in tokens; required for a module",
-    )
-    add(
-        "--tokenizer",
-        metavar="FILE",
-        help=f"for modules: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer "
-        ".bin; without one, the bundle takes ids only",
-    )
-    add(
-        "--call",
-        metavar="EXPR",
-        help="how to call a module, an expression over model and ids (B, T), such as "
-        '"model(ids, None)[0]" (default: found by trying)',
-    )
-    add(
-        "--eos",
-        type=_tokens,
-        action="extend",
-        metavar="TOKEN",
-        help='id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
-    )
-    _add_weights(parser)
-    add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
-    add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
-    add(
-        "--max-kl",
-        type=finite_float,
-        metavar="NATS",
-        help="KL budget in nats: the most sensitive matrices stay in float32 (int4: int8) until it is met",
-    )
-    add("--sensitivity", metavar="FILE", help="write the sensitivity of each matrix to this .json file")
-    add_provider_settings(parser)
     add("--force", action="store_true", help="replace an existing bundle")
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
-    add(
-        "--no-network",
-        dest="network",
-        action="store_false",
-        help="fetch nothing: take ORG/NAME from the cache of huggingface_hub",
-    )
     add("--json", action="store_true", help="print the report as one JSON object")
+
+    add = parser.add_argument_group("precision").add_argument
+    add("--precision", choices=PRECISIONS, help="of the weights")
+    add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
+    add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
+    budget = "KL budget: the most sensitive matrices stay in float32 (int4: int8) until it is met"
+    add("--max-kl", type=finite_float, metavar="NATS", help=budget)
+    add("--sensitivity", metavar="FILE", help="write the sensitivity of each matrix to this .json file")
+
+    device = parser.add_argument_group("where the bundle will run")
+    add = device.add_argument
+    add("--target", choices=TARGETS, help="the device, or portable for browsers and other programs")
+    add("--graph", choices=GRAPH_CHOICES, help="form of the graph")
+    add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format")
+    chunk = f"length of a prefill run of the static graph (default: {STATIC_CHUNK})"
+    add("--chunk", type=positive_int, metavar="TOKENS", help=chunk)
+    add_provider_settings(device)
+
+    add = parser.add_argument_group("a module of your own").add_argument
+    length = "context length; required for a module"
+    add("--context", dest="context_length", type=positive_int, metavar="TOKENS", help=length)
+    _add_weights(add)
+    tokenizer = (
+        f"{TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; without one, the "
+        "bundle takes ids only"
+    )
+    add("--tokenizer", metavar="FILE", help=tokenizer)
+    end = 'id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2'
+    add("--eos", type=_tokens, action="extend", metavar="TOKEN", help=end)
+    call = (
+        'how to call it, an expression over model and ids (B, T), such as "model(ids, None)[0]" (default: found by '
+        "trying)"
+    )
+    add("--call", metavar="EXPRESSION", help=call)
+    add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
+
+    add = parser.add_argument_group("further graphs").add_argument
+    add("--adapters", action="store_true", help="also write a graph that takes LoRA adapters: --adapter of run")
+    states = "also output the last hidden states, for text embeddings: lm.embed in Python"
+    add("--hidden-states", action="store_true", help=states)
+    whole = "also write a whole generation as one graph: one call from any language, prompt in, new ids out"
+    add("--generate", action="store_true", help=whole)
+
+    add = parser.add_argument_group("rare").add_argument
+    _add_trust(add)
+    offline = "fetch nothing: take ORG/NAME from the cache of huggingface_hub"
+    add("--no-network", dest="network", action="store_false", help=offline)
+    fresh = "take no finished steps from an earlier export of the same source, and keep none for a next one"
+    add("--no-cache", dest="cache", action="store_false", help=fresh)
+    add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a "
-        "script then runs only its definitions",
+def _add_weights(add: Callable[..., Any]) -> None:
+    what = (
+        "state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a script "
+        "then runs only its definitions"
     )
+    add("--weights", metavar="FILE", help=what)
+
+
+def _add_trust(add: Callable[..., Any]) -> None:
+    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
 
 
 def _tokens(text: str) -> list[int | str]:
@@ -238,13 +218,18 @@ def _say_sensitivity(report: Report) -> None:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", help="the bundle folder")
-    add("source", nargs="?", help="the source of the export (default: compare with the bundle's own uncached run)")
+    add("bundle", metavar="BUNDLE", help="the bundle folder")
+    add(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="the source of the export (default: compare with the bundle's own uncached run)",
+    )
     add("--key", metavar="PUBLIC.pem", help="require a signature by this key, made by pastkey sign; checked first")
-    _add_weights(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
-    add_placement(parser)
+    _add_weights(add)
+    _add_trust(add)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
+    add_placement(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -297,22 +282,22 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", help="the bundle folder")
+    add("bundle", metavar="BUNDLE", help="the bundle folder")
     add("--text", required=True, metavar="FILE", help="a UTF-8 text file to evaluate on")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or a source of export, run in torch")
-    _add_weights(parser)
+    _add_weights(add)
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
-    add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
+    add("--length", type=positive_int, metavar="TOKENS", help=f"length of a window (default: {shown})")
     add(
         "--windows",
         type=positive_int,
         default=EVAL_WINDOWS,
         metavar="N",
-        help="at most N windows, from the beginning of the text (%(default)s)",
+        help="at most N windows, from the beginning of the text",
     )
-    add_placement(parser)
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
+    _add_trust(add)
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
+    add_placement(parser)
     parser.epilog = (
         "perplexity: exp of the mean loss in nats over every token of a window but its first. kl_divergence: "
         "KL(reference || bundle) in nats, mean over all positions. top1_agreement: share of positions whose most "

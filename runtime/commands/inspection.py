@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pastkey.command import Command, add_placement, print_json
+from pastkey.command import Command, print_json
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
@@ -23,7 +23,7 @@ from pastkey.precisions import PRECISIONS
 
 from ..options import PlacementOptions
 from ..sandbox.relay import run_limited
-from .flags import add_bundle, limits_of, opening_of
+from .flags import add_bundle, add_device, limits_of, opening_of
 
 if TYPE_CHECKING:
     from ..engine.decoder_graph import DecoderGraph
@@ -247,8 +247,8 @@ def _figure(value: Any) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_device(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
