@@ -77,10 +77,6 @@ def test_each_route_but_health_needs_a_key(locked, headers, status):
     assert locked.ask("/health")[0] == 200
 
 
-def test_the_page_which_has_the_weights_is_not_given_where_there_is_a_key(locked):
-    assert locked.ask("/pastkey.json")[0] == 404
-
-
 def test_a_body_has_a_limit_of_size_however_it_is_sent(locked):
     headers = {"Authorization": "Bearer QZ"}
     assert locked.ask(PATH, b"x" * 1001, **headers)[0] == 413

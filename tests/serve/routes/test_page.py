@@ -1,32 +1,25 @@
-"""The page of the web package, where it is there."""
+"""The page that is a chat with the server: what is given. What it does is in tests/serve/test_chat_page.py."""
 
 from __future__ import annotations
 
-import sys
-import types
+import re
+
+from pastkey.serve.routes.page import FILES
 
 from ..conftest import running
 
 
-def test_without_the_page_the_root_says_what_this_is(served, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pastkey.web", None)
-    served.service.site = None
-    with served.response("/") as response:
-        assert response.status == 200
-        assert response.read().startswith(b"pastkey serve: tiny. ")
-
-
-def test_the_files_of_the_page_are_given_and_no_others(bundle, tmp_path, monkeypatch):
-    (tmp_path / "run.mjs").write_text("1", encoding="utf-8")
-    web = types.ModuleType("pastkey.web")
-    web.site = lambda bundle: {"index.html": b"<p>", "a/run.mjs": tmp_path / "run.mjs"}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pastkey.web", web)
-    with running(bundle) as served:
-        for path, kind, content in (("/", "text/html", b"<p>"), ("/a/run.mjs", "text/javascript", b"1")):
-            with served.response(path) as response:
-                assert response.status == 200
-                assert response.headers["content-type"].startswith(kind)
-                assert response.headers["cross-origin-embedder-policy"] == "require-corp"
-                assert response.read() == content
-        for path in ("/../conftest.py", "/a/../../pastkey.json", "/pastkey.json", "//etc/passwd"):
-            assert served.ask(path)[0] == 404
+def test_the_files_of_the_page_are_given_with_or_without_a_key_and_no_others(served, bundle):
+    with running(bundle, keys=("QZ",)) as locked:
+        for server in (served, locked):
+            for name, kind in FILES.items():
+                with server.response(f"/{name}") as response:
+                    assert response.status == 200
+                    assert response.headers["content-type"].startswith(kind)
+                    assert response.headers["content-security-policy"].startswith(
+                        "default-src 'none'; script-src 'self'"
+                    )
+                    named = re.findall(r'(?:src|href)="([\w.]+)"|from "\./([\w.]+)"', response.read().decode())
+                    assert all((one or other) in FILES for one, other in named)
+            for path in ("/../conftest.py", "/page/chat.js", "/pastkey.json", "/index.html", "//etc/passwd"):
+                assert server.ask(path)[0] == 404
