@@ -20,7 +20,7 @@ from typing import Any
 
 from pastkey.command import Command, Parser, say
 from pastkey.errors import (
-    NEEDED,
+    EXTRAS,
     FallbackWarning,
     LimitWarning,
     PastkeyError,
@@ -28,7 +28,7 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
-from pastkey.files.folder import source_extra
+from pastkey.files.folder import needs_huggingface
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: print the traceback of an unexpected error
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given.bundle = exported(given.bundle, untrusted=given.untrusted)
             return command.run(given)
         except ModuleNotFoundError as error:
-            sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
-            raise missing_extra(error, name if name in NEEDED else module.partition(".")[0], *sources) from None
+            source = ["huggingface"] if name == "export" and any(map(needs_huggingface, rest)) else []
+            raise missing_extra(error, name if name in EXTRAS else module.partition(".")[0], *source) from None
 
     return guarded(work, prog)
 

@@ -216,7 +216,7 @@ def _transformers(source: object) -> Iterator[Any]:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "finetune") from None
+        raise missing_extra(error, "train") from None
     try:
         with quiet():
             yield transformers
@@ -262,7 +262,7 @@ def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "finetune") from None
+        raise missing_extra(error, "train") from None
     return peft
 
 

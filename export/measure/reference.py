@@ -178,11 +178,7 @@ def _open_module(
 def _require_packages() -> None:
     missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtraError(
-            f"to compare with a source it is run in torch, and {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not installed: type  pip install {' '.join(missing)}  and try "
-            "again; a bundle alone, or two, need neither"
-        )
+        raise missing_extra(ModuleNotFoundError(name=missing[0]), "export")
 
 
 def _is_bundle(path: Path) -> bool:

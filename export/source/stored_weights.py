@@ -173,7 +173,7 @@ def check_gguf(file: Path) -> int:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "export", "gguf") from None
+        raise missing_extra(error, "export", "huggingface") from None
     header, size = read_gguf(file), file.stat().st_size
     sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
     for tensor in header.tensors:
