@@ -141,10 +141,10 @@ def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFound
         return error
     lacking = [extra for extra in needed_by if any(_is_missing(module) for module in EXTRAS.get(extra, ()))]
     extras = ",".join(lacking if set(lacking) & set(bringing) else bringing[:1])
+    wheel = f"pastkey-{version('pastkey')}-py3-none-any.whl"
     return MissingExtraError(
         f"the package {package!r} is not installed, which pastkey's extras [{extras}] bring: type  pip install "
-        f"'.[{extras}]'  in pastkey's checkout, or  pip install 'pastkey-{version('pastkey')}-py3-none-any.whl[{extras}]'"
-        "  with its wheel, and try again"
+        f"'.[{extras}]'  in pastkey's checkout, or  pip install '{wheel}[{extras}]'  with its wheel, and try again"
     )
 
 

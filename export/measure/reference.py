@@ -18,9 +18,9 @@ from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
 from pastkey.errors import (
     ContextLengthError,
     InputError,
-    MissingExtraError,
     MissingFileError,
     first_line,
+    missing_extra,
 )
 from pastkey.files.folder import hub_id, read_json
 from pastkey.files.tokenizer_file import open_tokenizer
