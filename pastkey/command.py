@@ -8,7 +8,9 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -207,6 +209,21 @@ def progressed() -> None:
     """Tells that a model is loaded, or has made a token: with --untrusted each has the limit of time."""
     if on_progress is not None:
         on_progress()
+
+
+def print_table(headings: Sequence[str], *rows: Sequence[str]) -> None:
+    """Prints rows below their headings. Figures are to the right; the last column wraps at the terminal's width."""
+    table = [headings, *rows] if any(headings) else rows
+    widths = [max(len(row[place]) for row in table) for place in range(len(headings) - 1)]
+    right = [all(row[place][:1] in ("", *"0123456789") for row in rows) for place in range(len(widths))]
+    for row in table:
+        cells = zip(row, widths, right, strict=False)
+        line = "  ".join(cell.rjust(width) if figure else cell.ljust(width) for cell, width, figure in cells)
+        last = f"{line}  {row[-1]}".rstrip()
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(last)
+        hanging = {"initial_indent": line + "  ", "subsequent_indent": " " * (len(line) + 2)}
+        wrapped = room < len(last) and room > len(line) + 20
+        print(textwrap.fill(row[-1], room, **hanging, break_on_hyphens=False) if wrapped else last)
 
 
 def print_json(content: Mapping[str, Any]) -> None:
