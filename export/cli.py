@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,6 @@ from pastkey.command import (
     Command,
     add_placement,
     add_provider_settings,
-    finite_float,
     placement_of,
     positive_int,
     print_json,
@@ -26,22 +25,19 @@ from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import refuse_existing
 from pastkey.files.folder import hub_id, read_json
-from pastkey.precisions import PRECISIONS
-from pastkey.providers import TARGETS
 
 from .progress import SILENT, Progress
 from .settings import (
     EVAL_LENGTH,
     EVAL_WINDOWS,
-    GRAPH_CHOICES,
     GREEDY_PROMPT_TOKENS,
     GREEDY_PROMPTS,
     GREEDY_TOKENS,
     SOURCES,
-    STATIC_CHUNK,
-    TOKENIZERS,
     ExportConfig,
 )
+
+_FLAGS = {field.name: field.metadata for field in dataclasses.fields(ExportConfig) if field.metadata}
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,82 +52,29 @@ if TYPE_CHECKING:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The destinations of the optional arguments are the fields of ExportConfig."""
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help=SOURCES)
-    add("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    add("--force", action="store_true", help="replace an existing bundle")
-    add("--json", action="store_true", help="print the report as one JSON object")
-
-    add = parser.add_argument_group("precision").add_argument
-    add("--precision", choices=PRECISIONS, help="of the weights")
-    add("--quick", action="store_true", help="round to nearest without calibration, and prove on a short text")
-    add("--calibration", metavar="FILE", help="text to calibrate quantization on (default: text that the model writes)")
-    budget = "KL budget: the most sensitive matrices stay in float32 (int4: int8) until it is met"
-    add("--max-kl", type=finite_float, metavar="NATS", help=budget)
-    add("--sensitivity", metavar="FILE", help="write the sensitivity of each matrix to this .json file")
-
-    device = parser.add_argument_group("where the bundle will run")
-    add = device.add_argument
-    add("--target", choices=TARGETS, help="the device, or portable for browsers and other programs")
-    add("--graph", choices=GRAPH_CHOICES, help="form of the graph")
-    add("--format", choices=names.FORMATS, help="ort: also write the graph in the ORT format")
-    chunk = f"length of a prefill run of the static graph (default: {STATIC_CHUNK})"
-    add("--chunk", type=positive_int, metavar="TOKENS", help=chunk)
-    add_provider_settings(device)
-
-    add = parser.add_argument_group("a module of your own").add_argument
-    length = "context length; required for a module"
-    add("--context", dest="context_length", type=positive_int, metavar="TOKENS", help=length)
-    _add_weights(add)
-    tokenizer = (
-        f"{TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; without one, the "
-        "bundle takes ids only"
-    )
-    add("--tokenizer", metavar="FILE", help=tokenizer)
-    end = 'id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2'
-    add("--eos", type=_tokens, action="extend", metavar="TOKEN", help=end)
-    call = (
-        'how to call it, an expression over model and ids (B, T), such as "model(ids, None)[0]" (default: found by '
-        "trying)"
-    )
-    add("--call", metavar="EXPRESSION", help=call)
-    add("--chat-template", metavar="FILE", help="a .jinja file (default: the source's chat template)")
-
-    add = parser.add_argument_group("further graphs").add_argument
-    add("--adapters", action="store_true", help="also write a graph that takes LoRA adapters: --adapter of run")
-    states = "also output the last hidden states, for text embeddings: lm.embed in Python"
-    add("--hidden-states", action="store_true", help=states)
-    whole = "also write a whole generation as one graph: one call from any language, prompt in, new ids out"
-    add("--generate", action="store_true", help=whole)
-
-    add = parser.add_argument_group("rare").add_argument
-    _add_trust(add)
-    offline = "fetch nothing: take ORG/NAME from the cache of huggingface_hub"
-    add("--no-network", dest="network", action="store_false", help=offline)
-    fresh = "take no finished steps from an earlier export of the same source, and keep none for a next one"
-    add("--no-cache", dest="cache", action="store_false", help=fresh)
-    add("--shard-size", metavar="SIZE", help="write weights files smaller than this, such as 2GB (default: one file)")
+    parser.add_argument("source", metavar="SOURCE", help=SOURCES)
+    parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    for name, metadata in _FLAGS.items():
+        if (heading := metadata["group"]) not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        _add_flag(groups[heading], name)
+    add_provider_settings(parser.add_argument_group("provider"))
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
 
-def _add_weights(add: Callable[..., Any]) -> None:
-    what = (
-        "state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a script "
-        "then runs only its definitions"
-    )
-    add("--weights", metavar="FILE", help=what)
+def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
+    """Adds the flag of this field of ExportConfig."""
+    further = {key: value for key, value in _FLAGS[name].items() if key != "group"}
+    flag = further.pop("flag", "--" + name.replace("_", "-"))
+    group.add_argument(flag, dest=name, **further)
 
 
-def _add_trust(add: Callable[..., Any]) -> None:
-    add("--trust-remote-code", action="store_true", help="run the Python code in a Hugging Face folder")
-
-
-def _tokens(text: str) -> list[int | str]:
-    """Token ids such as 1,2, or the name of one token."""
-    try:
-        return [int(token) for token in text.split(",")]
-    except ValueError:
-        return [text]
+def _add_module_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a source that is opened again."""
+    _add_flag(parser, "weights")
+    _add_flag(parser, "trust_remote_code")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -226,8 +169,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         help="the source of the export (default: compare with the bundle's own uncached run)",
     )
     add("--key", metavar="PUBLIC.pem", help="require a signature by this key, made by pastkey sign; checked first")
-    _add_weights(add)
-    _add_trust(add)
+    _add_module_flags(parser)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
     add_placement(parser)
 
@@ -285,7 +227,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", metavar="BUNDLE", help="the bundle folder")
     add("--text", required=True, metavar="FILE", help="a UTF-8 text file to evaluate on")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or a source of export, run in torch")
-    _add_weights(add)
+    _add_module_flags(parser)
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
     add("--length", type=positive_int, metavar="TOKENS", help=f"length of a window (default: {shown})")
     add(
@@ -295,7 +237,6 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="at most N windows, from the beginning of the text",
     )
-    _add_trust(add)
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
     add_placement(parser)
     parser.epilog = (

@@ -10,16 +10,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ParityError
-from pastkey.runtime.engine.engine import Engine
+from pastkey.runtime.engine.engine import Engine, Ids, Logits
 from pastkey.runtime.providers.ort import onnxruntime
 
 from .compare import NUMBERS, logits_difference
@@ -29,9 +27,6 @@ from .resources import require_ort_size
 
 _TOOL = "onnxruntime.tools.convert_onnx_models_to_ort"
 _TOKENS = 9  # tokens of the text that both files are run on
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # dtypes of the cache
-
-Array = npt.NDArray[Any]
 
 
 def write_ort_format(bundle: Bundle, progress: Progress) -> None:
@@ -59,7 +54,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
         ),
         encoding="utf-8",
     )
-    _require_equal(bundle, graph)
+    _require_equal(bundle)
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -79,12 +74,18 @@ def _convert(source: Path, folder: Path) -> None:
         raise ParityError(f"onnxruntime cannot write the graph in its ORT format ({reason}): take --format onnx")
 
 
-def _require_equal(bundle: Bundle, graph: Path) -> None:
+class OrtBundle(Bundle):
+    """A bundle whose graph in the ORT format is the one that its engine opens."""
+
+    @property
+    def last_logits_graph(self) -> Path:
+        return self.path / names.ORT_GRAPH
+
+
+def _require_equal(bundle: Bundle) -> None:
     count = min(_TOKENS, bundle.manifest.context_length)
     ids = np.random.default_rng(0).integers(0, bundle.manifest.vocab_size, count)
-    engine = Engine(bundle, providers="cpu", native=False)
-    expected = np.stack([engine.prefill(ids[:1]), *(engine.decode(int(token)) for token in ids[1:])])
-    apart = logits_difference(expected, _logits(graph, ids))
+    apart = logits_difference(_logits(bundle, ids), _logits(OrtBundle(bundle.path, bundle.manifest), ids))
     if not apart <= NUMBERS:
         raise ParityError(
             f"in the ORT format of {bundle.last_logits_graph.name} logits differ by {apart:.1e} of the largest logit "
@@ -93,35 +94,7 @@ def _require_equal(bundle: Bundle, graph: Path) -> None:
         )
 
 
-def _logits(graph: Path, ids: Array) -> Array:
-    """Returns the logits of every position, (T, V), by running the graph with a cache, one token at a time."""
-    session = onnxruntime.InferenceSession(str(graph), _quiet(), providers=["CPUExecutionProvider"])
-    inputs, outputs = session.get_inputs(), [value.name for value in session.get_outputs()]
-    past = {
-        value.name: np.zeros(
-            [1, *(0 if isinstance(size, str) else size for size in value.shape[1:])], _TYPES[value.type]
-        )
-        for value in inputs
-        if value.name.startswith("past_")
-    }
-    logits = []
-    for position, token in enumerate(ids):
-        known = {
-            names.INPUT_IDS: np.array([[token]], np.int64),
-            names.ATTENTION_MASK: np.ones((1, position + 1), np.int64),
-            names.SEQLENS_K: np.array([position], np.int32),
-            names.TOTAL_SEQUENCE_LENGTH: np.array(position + 1, np.int32),
-            names.POSITION_IDS: np.array([[position]], np.int64),
-            names.LOGITS_START: np.array([-1], np.int64),
-        } | past
-        feeds = {value.name: known[value.name] for value in inputs}
-        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
-        logits.append(found[names.LOGITS][0, -1])
-        past = {name: found[names.present_of(name)] for name in past}
-    return np.stack(logits)
-
-
-def _quiet() -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about cache shapes are harmless
-    return options
+def _logits(bundle: Bundle, ids: Ids) -> Logits:
+    """Returns the logits of every position, (T, V), one token at a time."""
+    engine = Engine(bundle, providers="cpu", native=False)
+    return np.stack([engine.prefill(ids[:1]), *(engine.decode(int(token)) for token in ids[1:])])

@@ -23,7 +23,7 @@ from torch import nn
 
 from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
-from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder
+from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder, write_json
 from pastkey.files.folder import hub_id
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
@@ -50,13 +50,13 @@ from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
-from .quantize.report import check_report_file, write_report
+from .quantize.report import check_report_file
 from .quantize.search import Quantized
 from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel, find
 from .source.open import open_source
-from .source.source import Source
+from .source.source import Opening, Source
 from .store import Store, unbound
 
 _FP32_FOLDER = ".fp32"  # in a bundle's folder until it is whole: the float32 bundle that others are made from
@@ -165,7 +165,7 @@ def export_found(
         bundle = writer.finish(bundle)
         bundle = writer.proved_on_target(bundle)
         if config.sensitivity is not None and last.sensitivity is not None:
-            write_report(Path(config.sensitivity), last.sensitivity)
+            write_json(Path(config.sensitivity), last.sensitivity.to_json())
     return Report(
         path=out,
         manifest=bundle.manifest,
@@ -217,11 +217,11 @@ def _make_artifacts(
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
         text = _calibration_text(fp32, calibration, short, store, config, progress)
-        artifacts.append(_make_quantized(fp32, folder, writer, text, store, config.common, progress))
+        artifacts.append(_make_quantized(fp32, folder, writer, text, store))
     if config.static:
-        artifacts.append(_make_static(artifacts[0], writer, config, progress))
+        artifacts.append(_make_static(artifacts[0], writer))
         if precision.quantized:
-            artifacts.append(_make_static_int8(artifacts[-1].bundle, folder, artifacts[1], writer, text, progress))
+            artifacts.append(_make_static_int8(artifacts[-1].bundle, folder, artifacts[1], writer, text))
     return artifacts
 
 
@@ -259,19 +259,10 @@ def _open(
             before = identity(module_or_path, config)  # now that links out of its folder are refused
         said = True
 
-    source = open_source(
-        module_or_path,
-        tokenizer=config.tokenizer,
-        context_length=config.context_length,
-        chat_template=config.chat_template,
-        weights=config.weights,
-        eos=config.eos_tokens,
-        trust_remote_code=config.trust_remote_code,
-        network=config.network,
-        say=progress.warn,
-        progress=progress,
-        before_loading=check,
-    )
+    same = ("tokenizer", "context_length", "chat_template", "weights", "trust_remote_code", "network")
+    given: dict[str, Any] = {name: getattr(config, name) for name in same} | {"eos": config.eos_tokens}
+    opening = Opening(**given, say=progress.warn, progress=progress, before_loading=check)
+    source = open_source(module_or_path, opening)
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
@@ -319,16 +310,16 @@ def _require_range(fp32: Bundle, halved: Sequence[str]) -> None:
 
 
 # --- static graphs ------------------------------------------------------------------------------------------------
-def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, progress: Progress) -> Artifact:
+def _make_static(made: Artifact, writer: BundleWriter) -> Artifact:
     """Adds the static graphs to a verified float32 bundle of the standard graph, and verifies them."""
-    fp32 = made.bundle
+    fp32, config = made.bundle, writer.config
     context = fp32.manifest.context_length
     chunk = min(config.chunk or STATIC_CHUNK, context)
     sizes = f"1 and {chunk} new tokens over a past of {context}"
     row = TARGETS[config.target]
     options = {**row.options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
-    progress.stage(f"make the static graphs of {sizes}{chip}")
+    writer.progress.stage(f"make the static graphs of {sizes}{chip}")
     shape = write_static_graphs(
         fp32, chunk, by_host=not row.reads_tables, shard_size=config.shard_bytes if config.precision == "fp32" else None
     )
@@ -339,10 +330,10 @@ def _make_static(made: Artifact, writer: BundleWriter, config: ExportConfig, pro
 
 
 def _make_static_int8(
-    fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText, progress: Progress
+    fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText
 ) -> Artifact:
     """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
-    progress.stage("quantize the static graphs to int8")
+    writer.progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set, writer.config.shard_bytes)
     made.bundle.last_logits_graph.unlink()
     static = in_int8(fp32).manifest
@@ -350,7 +341,7 @@ def _make_static_int8(
         made.bundle.manifest, graph=static.graph, graph_reason=static.graph_reason, static=static.static
     )
     bundle = dataclasses.replace(made.bundle, manifest=manifest)
-    quality = measured(fp32, bundle, text, progress)
+    quality = measured(fp32, bundle, text, writer.progress)
     return dataclasses.replace(made, bundle=bundle, quality=quality, verification=writer.verify(bundle))
 
 
@@ -378,17 +369,9 @@ def _calibration_text(
     return text
 
 
-def _make_quantized(
-    fp32: Bundle,
-    folder: Path,
-    writer: BundleWriter,
-    text: CalibrationText,
-    store: Store,
-    config: ExportConfig,
-    progress: Progress,
-) -> Artifact:
+def _make_quantized(fp32: Bundle, folder: Path, writer: BundleWriter, text: CalibrationText, store: Store) -> Artifact:
     """A verified quantized bundle in `folder`, made from a verified float32 one."""
-    precision = config.precision
+    config, precision = writer.config.common, writer.config.precision
     write = functools.partial(writer.write, folder=folder, precision=precision)
     makers: dict[str, Callable[..., Quantized]] = {
         "int8": make_int8,
@@ -399,7 +382,7 @@ def _make_quantized(
         bundle = Bundle(folder, parse_manifest(folder, known["manifest"]))
         made = Quantized(bundle, known["weight_bytes"], known["quality"], None)
     else:
-        made = make(fp32, text, write, config, progress)
+        made = make(fp32, text, write, config, writer.progress)
         record = {
             "manifest": made.bundle.manifest.to_json(),
             "weight_bytes": made.weight_bytes,

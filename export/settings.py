@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from pastkey.command import finite_float, positive_int
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
 from pastkey.precisions import PRECISIONS
@@ -108,39 +109,102 @@ class ExportOptions(TypedDict, total=False):
     shard_size: int | str | None
 
 
+def _tokens(text: str) -> list[int | str]:
+    """Token ids such as 1,2, or the name of one token."""
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        return [text]
+
+
+# The headings of the flags.
+_PRECISION, _DEVICE, _MODULE = "precision", "where the bundle will run", "a module of your own"
+_GRAPHS, _RARE = "further graphs", "rare"
+
+
+def _flag(group: str, default: Any, what: str, **further: Any) -> Any:
+    """A field with its flag: what it does, and further arguments of argparse, or "flag" for another name."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": what} | further)
+
+
+def _switch(group: str, what: str) -> Any:
+    return _flag(group, False, what, action="store_true")
+
+
 @dataclass(frozen=True)
 class ExportConfig:
-    """The precision of the weights and the options of an export, documented in ExportOptions.
+    """The precision of the weights and the options of an export, documented in ExportOptions, with their flags.
 
     Raises InputError for an unknown choice, or one that another choice rules out.
     """
 
-    precision: str = "int8"
-    target: str = "cpu"
-    graph: str = "auto"
-    format: str = "onnx"
-    generate: bool = False
-    hidden_states: bool = False
-    adapters: bool = False
-    tokenizer: str | Path | None = None
-    context_length: int | None = None
-    force: bool = False
-    call: str | None = None
-    chat_template: str | Path | None = None
-    calibration: str | Path | None = None
-    max_kl: float | None = None
-    sensitivity: str | Path | None = None
-    trust_remote_code: bool = False
-    network: bool = True
-    weights: str | Path | None = None
-    eos: int | str | Sequence[int | str] | None = None
-    provider_options: Options | None = None
+    precision: str = _flag(_PRECISION, "int8", "of the weights", choices=PRECISIONS)
+    target: str = _flag(_DEVICE, "cpu", "the device, or portable for browsers and other programs", choices=TARGETS)
+    quick: bool = _switch(_PRECISION, "round to nearest without calibration, and prove on a short text")
+    calibration: str | Path | None = _flag(
+        _PRECISION, None, "text to calibrate quantization on (default: text that the model writes)", metavar="FILE"
+    )
+    max_kl: float | None = _flag(
+        _PRECISION, None, "KL budget: the most sensitive matrices stay in float32 (int4: int8) until it is met",
+        metavar="NATS", type=finite_float,
+    )  # fmt: skip
+    sensitivity: str | Path | None = _flag(
+        _PRECISION, None, "write the sensitivity of each matrix to this .json file", metavar="FILE"
+    )
+    graph: str = _flag(_DEVICE, "auto", "form of the graph", choices=GRAPH_CHOICES)
+    format: str = _flag(_DEVICE, "onnx", "ort: also write the graph in the ORT format", choices=names.FORMATS)
+    chunk: int | None = _flag(
+        _DEVICE, None, f"length of a prefill run of the static graph (default: {STATIC_CHUNK})",
+        metavar="TOKENS", type=positive_int,
+    )  # fmt: skip
+    context_length: int | None = _flag(
+        _MODULE, None, "context length; required for a module", flag="--context", metavar="TOKENS", type=positive_int
+    )
+    weights: str | Path | None = _flag(
+        _MODULE, None, "state dict of a module: .safetensors, or a checkpoint that torch.load reads with "
+        "weights_only=True; a script then runs only its definitions",
+        metavar="FILE",
+    )  # fmt: skip
+    tokenizer: str | Path | None = _flag(
+        _MODULE, None, f"{TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; "
+        "without one, the bundle takes ids only",
+        metavar="FILE",
+    )  # fmt: skip
+    eos: int | str | Sequence[int | str] | None = _flag(
+        _MODULE, None, 'id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
+        metavar="TOKEN", type=_tokens, action="extend",
+    )  # fmt: skip
+    call: str | None = _flag(
+        _MODULE, None, 'how to call it, an expression over model and ids (B, T), such as "model(ids, None)[0]" '
+        "(default: found by trying)",
+        metavar="EXPRESSION",
+    )  # fmt: skip
+    chat_template: str | Path | None = _flag(
+        _MODULE, None, "a .jinja file (default: the source's chat template)", metavar="FILE"
+    )
+    adapters: bool = _switch(_GRAPHS, "also write a graph that takes LoRA adapters: --adapter of run")
+    hidden_states: bool = _switch(
+        _GRAPHS, "also output the last hidden states, for text embeddings: lm.embed in Python"
+    )
+    generate: bool = _switch(
+        _GRAPHS, "also write a whole generation as one graph: one call from any language, prompt in, new ids out"
+    )
+    provider_options: Options | None = None  # the flags of these three are `pastkey.command`'s
     session_options: Options | None = None
     allow_fallback: bool = False
-    chunk: int | None = None  # None: STATIC_CHUNK
-    cache: bool = True
-    quick: bool = False
-    shard_size: int | str | None = None
+    force: bool = _switch("", "replace an existing bundle")
+    trust_remote_code: bool = _switch(_RARE, "run the Python code in a Hugging Face folder")
+    network: bool = _flag(
+        _RARE, True, "fetch nothing: take ORG/NAME from the cache of huggingface_hub",
+        flag="--no-network", action="store_false",
+    )  # fmt: skip
+    cache: bool = _flag(
+        _RARE, True, "take no finished steps from an earlier export of the same source, and keep none for a next one",
+        flag="--no-cache", action="store_false",
+    )  # fmt: skip
+    shard_size: int | str | None = _flag(
+        _RARE, None, "write weights files smaller than this, such as 2GB (default: one file)", metavar="SIZE"
+    )
 
     def __post_init__(self) -> None:
         for name, found, known in (

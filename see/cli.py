@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, id_list, positive_int, say
-from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, open_bundle
+from pastkey.contract.bundle import Bundle, is_bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import refuse_special, write_whole
-from pastkey.files.folder import read_json
 from pastkey.runtime.commands.flags import add_option, prompt_of
 from pastkey.runtime.options import OPTIONS
 
@@ -94,8 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _opened(arguments: argparse.Namespace) -> Iterator[Bundle]:
     """Opens a bundle, or exports a source in float32 for the time of the block."""
     source = arguments.source
-    manifest = Path(source) / names.MANIFEST  # a checkpoint has one, too
-    if manifest.is_file() and read_json(manifest).get("kind") == "bundle":
+    if is_bundle(source):
         if arguments.context is not None or arguments.tokenizer is not None:
             raise InputError(
                 f"{source} is a bundle, which has its context and its tokenizer: leave out --context and --tokenizer"

@@ -18,6 +18,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.export.compare import logits_difference, relative_difference
+from pastkey.export.graph.session import window_feeds
 from pastkey.export.measure.metrics import softmax
 from pastkey.runtime.providers.ort import onnxruntime
 
@@ -148,16 +149,10 @@ def _open(model: ir.Model, folder: Path) -> Any:
 
 
 def _feeds(session: Any, ids: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
-    feeds: dict[str, npt.NDArray[Any]] = {
-        names.INPUT_IDS: np.array([ids], np.int64),
-        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
-        names.POSITION_IDS: np.arange(len(ids))[None],
-    }
     given = {value.name: value for value in session.get_inputs()}
-    for name, value in given.items():
-        if name not in feeds:  # the past, which is empty
-            shape = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
-            feeds[name] = np.zeros(shape, np.float16 if "float16" in value.type else np.float32)
+    half = any("float16" in value.type for value in given.values())
+    shapes = {name: value.shape for name, value in given.items()}
+    feeds = window_feeds(shapes, np.array(ids), np.float16 if half else np.float32)
     return {name: array for name, array in feeds.items() if name in given}
 
 

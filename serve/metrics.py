@@ -57,21 +57,15 @@ class ServerMetrics:
 
     def watch(self, activity: Callable[[], Activity]) -> None:
         """Shows the activity of a model: `pastkey_running`, `pastkey_new_tokens_total` and the others."""
-        self._registry.register(_ModelCollector(activity))
+        self._activity = activity
+        self._registry.register(self)
 
     def page(self) -> bytes:
         """The page in Prometheus' text format."""
         return generate_latest(self._registry)
 
-
-class _ModelCollector:
-    """Reads the activity of a model when the page is asked for."""
-
-    def __init__(self, activity: Callable[[], Activity]) -> None:
-        self._activity = activity
-
     def collect(self) -> Iterator[Metric]:
-        """See prometheus-client."""
+        """Reads the activity of the model, for prometheus-client."""
         for name, value in dataclasses.asdict(self._activity()).items():
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
             yield kind(f"pastkey_{name}", _HELP[name], value=value)

@@ -286,7 +286,7 @@ def test_no_file_of_the_package_has_grown_past_a_glance():
 # The most code lines of a folder, without docstrings and comments. A change that raises a number says in its commit
 # which mechanism goes, or why both stay.
 BUDGET = {
-    "pastkey": 2_240, "train": 3_710, "export": 16_740, "runtime": 10_580, "serve": 1_800, "see": 660,
+    "pastkey": 2_220, "train": 3_670, "export": 16_480, "runtime": 10_580, "serve": 1_790, "see": 660,
     "web": 130, "tests": 39_510, "tools": 2_120,
 }  # fmt: skip
 _NO_CODE = {

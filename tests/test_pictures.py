@@ -12,7 +12,7 @@ from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, rows_of
 from benchmarks.pictures import bars, charts, scores
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
-from pastkey.export.quantize.report import write_report
+from pastkey.files.durable import write_json
 
 DOCS = ROOT / "docs"
 RESULTS = (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8")
@@ -63,7 +63,8 @@ def test_the_costs_of_an_export_are_drawn(layers, tmp_path):
         for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
     ]
     rows.append(MatrixCost("model.embed_tokens.weight", (61, 8), 0.0, 1.0, 0.1, matmul=False))
-    write_report(tmp_path / "table.json", Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence))))
+    table = Sensitivity(0.01, tuple(sorted(rows, key=lambda row: -row.kl_divergence)))
+    write_json(tmp_path / "table.json", table.to_json())
     assert main(["sensitivity-chart", str(tmp_path / "table.json"), str(tmp_path / "chart.png")]) == 0
     image = imread(tmp_path / "chart.png")
     assert min(image.shape[:2]) > 400

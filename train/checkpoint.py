@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import safetensors.torch
 import torch
@@ -47,11 +47,14 @@ from pastkey.files.folder import (
 from pastkey.files.folder import sha256 as file_sha256
 from pastkey.files.memory import require_memory_for
 from pastkey.files.reading import reading
-from pastkey.files.safetensors_header import HeaderError, read_header
+from pastkey.files.safetensors_header import read_header
 
 from .model import Decoder
 
-FORMAT_VERSION = 2  # of a checkpoint with a layout; others are of version 1
+if TYPE_CHECKING:
+    from .pretrained import Pretrained
+
+FORMAT_VERSION = 2
 TRANSFORMERS: Final = "transformers"  # the layouts
 PEFT: Final = "peft"
 STATE = "training/state.safetensors"
@@ -66,8 +69,6 @@ _PENDING = ".new"
 _SAVING = "training/saving.new"  # a folder into which a library writes its files
 T = TypeVar("T")
 Loaded = tuple[Mapping[str, Any], ModelConfig, dict[str, Tensor]]  # manifest, configuration, weights
-
-_DTYPES = ("F32", "F64", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -96,18 +97,9 @@ class TrainingState:
     figures: Mapping[str, Any]  # losses at this step
 
 
-class Saves(Protocol):
-    """A model with a layout of its own."""
-
-    layout: str
-
-    def save(self, folder: Path) -> None:
-        """Writes its files into an empty folder."""
-
-
 # --- writing ------------------------------------------------------------------------------------------------------
 def save_checkpoint(
-    folder: Path, model: Decoder | Saves, state: TrainingState, *, weights: Mapping[str, Tensor] | None = None
+    folder: Path, model: Decoder | Pretrained, state: TrainingState, *, weights: Mapping[str, Tensor] | None = None
 ) -> None:
     """Saves the model and state to `folder` atomically. The tokenizer and token files must be there already.
 
@@ -120,7 +112,9 @@ def save_checkpoint(
         shutil.rmtree(folder / _SAVING, ignore_errors=True)
 
 
-def _save(folder: Path, model: Decoder | Saves, state: TrainingState, weights: Mapping[str, Tensor] | None) -> None:
+def _save(
+    folder: Path, model: Decoder | Pretrained, state: TrainingState, weights: Mapping[str, Tensor] | None
+) -> None:
     layout = None if isinstance(model, Decoder) else model.layout
     changed = _decoder_files(model, weights) if isinstance(model, Decoder) else _files_of(model, folder / _SAVING)
     # An empty safetensors file is invalid, and at step 0 there are no moments yet.
@@ -131,7 +125,7 @@ def _save(folder: Path, model: Decoder | Saves, state: TrainingState, weights: M
     records |= {name: _record(content) for name, content in changed.items()}
     manifest = {
         "kind": "checkpoint",
-        "format_version": 1 if layout is None else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "pastkey_version": pastkey.__version__,
         **({} if layout is None else {"layout": layout}),
         "files": {name: asdict(records[name]) for name in model_files},
@@ -180,7 +174,7 @@ def _decoder_files(model: Decoder, weights: Mapping[str, Tensor] | None) -> dict
     return {names.CONFIG: config, names.WEIGHTS: _weights(model, model.state_dict() if weights is None else weights)}
 
 
-def _files_of(model: Saves, folder: Path) -> dict[str, bytes | Path]:
+def _files_of(model: Pretrained, folder: Path) -> dict[str, bytes | Path]:
     """Returns the files that a model of another layout has written into this folder, which is made anew."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -325,13 +319,9 @@ def load_optimizer(path: Path, training: Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def _load_tensors(file: Path, config: ModelConfig | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file of real numbers: those of a decoder of `config`, if given."""
-    try:
+    """Returns the tensors of a safetensors file: those of a decoder of `config`, if given."""
+    with reading(file, "safetensors"):
         header = read_header(file)
-    except HeaderError as error:
-        raise IntegrityError(f"{file} is cut short or damaged: {error}; copy it again") from None
-    if other := next((tensor.dtype for tensor in header.values() if tensor.dtype not in _DTYPES), None):
-        raise IntegrityError(f"{file} holds numbers of the type {other!r:.20}, and a checkpoint {', '.join(_DTYPES)}")
     if config is not None:
         _require_fits(file, {name: tensor.shape for name, tensor in header.items()}, config)
     require_memory_for(file, file.stat().st_size + 4 * sum(tensor.elements for tensor in header.values()))

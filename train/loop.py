@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -231,8 +231,8 @@ class Run:
             with (
                 self.device.computing(self.config.threads),
                 torch.random.fork_rng(devices=[]),
-                MetricsFile(self.place.path, self.step) if first else nullcontext() as metrics,
-                TrainingProgress(self.step) if first else nullcontext() as progress,
+                closing(MetricsFile(self.place.path, self.step)) if first else nullcontext() as metrics,
+                closing(TrainingProgress(self.step)) if first else nullcontext() as progress,
             ):
                 return self._go(metrics, progress)
         except BaseException as error:
@@ -393,7 +393,8 @@ class Run:
             return
         metrics.add({"step": self.step} | {name: self.figures[name] for name in ("val_loss", "bits_per_byte")})
         metrics.flush()
-        state = _state(self.step, moments, self.config, self.info, self.figures)
+        settings = dataclasses.asdict(self.config)
+        state = TrainingState(self.step, moments, settings, self.info.to_json(), self.figures)
         save_checkpoint(self.place.path, self.model, state, weights=weights)
         if self.place.path != self.place.target:
             # Windows cannot rename a folder with an open file.
@@ -440,10 +441,3 @@ class Run:
     def _utilization(self, tokens_per_second: float) -> float | None:
         peak = self.device.peak_flops
         return None if peak is None else tokens_per_second * self.flops_per_token / (peak * self.ranks.world)
-
-
-# --- parts of a run -----------------------------------------------------------------------------------------------
-def _state(
-    step: int, moments: Mapping[str, Tensor], config: TrainConfig, info: DataInfo, figures: Mapping[str, Any]
-) -> TrainingState:
-    return TrainingState(step, moments, dataclasses.asdict(config), info.to_json(), figures)

@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pastkey.errors import IntegrityError
+
 from .settings import TrainConfig
 
 _BETAS: Final = (0.9, 0.95)  # of AdamW; a shorter second moment than the default suits short runs
@@ -115,16 +117,27 @@ def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) ->
 def restore_moments(
     optimizers: Iterable[torch.optim.Optimizer], model: nn.Module, moments: Mapping[str, Tensor], step: int
 ) -> None:
-    """Gives the optimizers the moments that `moments_of` returned after `step` steps."""
+    """Gives the optimizers the moments that `moments_of` returned after `step` steps.
+
+    Raises IntegrityError for a moment that is missing or of another shape: of another model or optimizer.
+    """
     if step == 0:
         return
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
-        state = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ):
-            state[number] = {name: moments[f"{names[parameter]}.{name}"] for name in moment_names(optimizer)}
+            state[number] = {}
+            for moment in moment_names(optimizer):
+                found = moments.get(name := f"{names[parameter]}.{moment}")
+                if found is None or found.shape != parameter.shape:
+                    raise IntegrityError(
+                        f"the checkpoint's optimizer has no {name} of shape {tuple(parameter.shape)}: it is another "
+                        "model's, or was altered; copy the checkpoint again"
+                    )
+                state[number][moment] = found
             if not isinstance(optimizer, Muon):
                 state[number]["step"] = torch.tensor(float(step))
         # which puts each tensor on its parameter's device

@@ -23,6 +23,7 @@ from pastkey.contract.source_files import adapter_base
 from pastkey.errors import InputError, MissingFileError, PastkeyError, first_line, missing_extra
 from pastkey.files.durable import write_json
 from pastkey.files.folder import hub_id, read_json
+from pastkey.files.reading import is_panic
 from pastkey.quiet import quiet
 
 from .checkpoint import PEFT, TRANSFORMERS, check_files, check_settled, layout_of, load_checkpoint
@@ -165,7 +166,7 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
         raise InputError(
             f"{path} has no {names.CONFIG}: --init takes a checkpoint, a Hugging Face folder or a GGUF file"
         )
-    with _transformers(path) as library, TemporaryDirectory() as folder:
+    with transformers_opening(path, "train") as library, TemporaryDirectory() as folder:
         model = _load(library, path)
         _write_tokenizer(library, path, Path(folder), model.config.vocab_size)
         return model, read_tokenizer(Path(folder) / names.TOKENIZER)
@@ -211,18 +212,23 @@ def _write_tokenizer(library: Any, path: Path, out: Path, vocab_size: int) -> No
 
 
 @contextlib.contextmanager
-def _transformers(source: object) -> Iterator[Any]:
-    """Yields the library, silenced; its exceptions about the source become InputErrors."""
+def transformers_opening(source: object, *needed_by: str) -> Iterator[Any]:
+    """Yields the library, silenced; its exceptions about the source become InputErrors.
+
+    Raises MissingExtraError without it; `needed_by` as of `missing_extra`.
+    """
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "train") from None
+        raise missing_extra(error, *needed_by) from None
     try:
         with quiet():
             yield transformers
     except (PastkeyError, MemoryError):
         raise
-    except Exception as error:  # each format's reader has its own kinds
+    except BaseException as error:  # each format's reader has its own kinds
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = first_line(error).rstrip(".")
         raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
 
@@ -276,23 +282,18 @@ class FineTuned:
     model: Pretrained
     training: Mapping[str, Any]
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """tokenizer.json."""
-        return self.path / names.TOKENIZER
-
 
 def reopen(folder: Path) -> FineTuned:
     """Opens a fine-tuned model or an adapter whose files are as the manifest says. Raises as `open_start`."""
     training = check_files(folder)
     if layout_of(folder) == TRANSFORMERS:
-        with _transformers(folder) as library:
+        with transformers_opening(folder, "train") as library:
             model = _load(library, folder)
         return FineTuned(folder, model.config, model, training)
     base = base_of(folder)
     found, _ = _open(base)
     inner = found if isinstance(found, Decoder) else found.model
-    with _transformers(folder):
+    with transformers_opening(folder, "train"):
         adapted = _peft().PeftModel.from_pretrained(inner, folder, is_trainable=True)
     sizes = Sizes(found.config.vocab_size, found.config.max_position_embeddings)
     return FineTuned(folder, sizes, Pretrained(adapted, sizes, PEFT), training)

@@ -10,8 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,14 +45,6 @@ class MetricsFile:
                 break
             kept += len(line)
         self._file.truncate(kept)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Writes the remaining lines, and closes the file."""
@@ -126,12 +117,8 @@ class TrainingProgress:
         self._bar = tqdm(initial=step, unit="step", file=sys.stderr, dynamic_ncols=True) if terminal else None
         self._started = self._line_at = time.monotonic()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends the bar."""
         if self._bar is not None:
             with contextlib.suppress(OSError):  # the terminal is gone
                 self._bar.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,13 +14,10 @@ from pastkey.errors import InputError, IntegrityError
 from pastkey.typed import parse
 from pastkey.values import is_int
 
-from .checkpoint import STATE, TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
+from .checkpoint import TOKENS_TRAIN, TOKENS_VAL, Checkpoint, load_optimizer
 from .data.token_files import DataInfo
-from .optimizer import make_optimizers, moment_names
 from .pretrained import FineTuned
 from .settings import TrainConfig
-
-_DTYPES = ("<u2", "<u4", "<i2", "<i4")  # signed: ~id is a token that is not trained
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ def read_training(checkpoint: Checkpoint | FineTuned) -> Resumed:
     if not {"step", "settings", "data", "files"} <= set(training):
         raise InputError(f"{folder} has no training state to resume from: it holds the model alone")
     try:
-        config = parse(TrainConfig, _with_optimizer(training["settings"]), "settings")
+        config = parse(TrainConfig, training["settings"], "settings")
         info = parse(DataInfo, training["data"], "data")
     except InputError as error:
         raise IntegrityError(
@@ -50,36 +46,14 @@ def read_training(checkpoint: Checkpoint | FineTuned) -> Resumed:
     if not is_int(step, 0, 2**63 - 1):
         raise IntegrityError(f"{folder / names.MANIFEST} is not valid: step is not a whole number; copy it again")
     moments = load_optimizer(folder, training)
-    if step:
-        _check_moments(checkpoint, config, moments)
     for name, tokens in ((TOKENS_TRAIN, info.train_tokens), (TOKENS_VAL, info.val_tokens)):
         context = config.context or checkpoint.config.max_position_embeddings
         _check_tokens(folder / name, info, tokens, context, checkpoint.config.vocab_size)
     return Resumed(config, info, step, moments)
 
 
-def _with_optimizer(settings: Any) -> Any:
-    """A checkpoint from before there was a choice was trained by AdamW."""
-    return {"optimizer": "adamw"} | settings if isinstance(settings, dict) else settings
-
-
-def _check_moments(checkpoint: Checkpoint | FineTuned, config: TrainConfig, moments: Mapping[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in checkpoint.model.named_parameters()}
-    for optimizer in make_optimizers(checkpoint.model, config):
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            for moment in moment_names(optimizer):
-                found = moments.get(f"{names[parameter]}.{moment}")
-                if found is None or found.shape != parameter.shape:
-                    raise IntegrityError(
-                        f"{checkpoint.path / STATE} has no {names[parameter]}.{moment} of shape "
-                        f"{tuple(parameter.shape)}: it is another model's, or was altered; copy the checkpoint again"
-                    )
-
-
 def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_size: int) -> None:
     """Raises IntegrityError if a token file's length differs from the manifest's, or its ids exceed the vocabulary."""
-    if info.dtype not in _DTYPES:
-        raise IntegrityError(f"the type of the tokens in {file} is {info.dtype!r:.20}, expected {' or '.join(_DTYPES)}")
     if info.sources and sum(source.tokens for source in info.sources) != info.train_tokens:
         raise IntegrityError(f"the sources of {file} do not add up to its tokens: it was altered, copy it again")
     size, rows = file.stat().st_size, info.row_length or 1

@@ -21,11 +21,12 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError, MissingExtraError, first_line
 from pastkey.files.tokenizer_file import open_tokenizer
-from pastkey.runtime.providers.ort import OrtError, onnxruntime
+from pastkey.runtime.providers.ort import OrtError
 from pastkey.runtime.text.codec import TextCodec, TextStream
 from pastkey.runtime.text.token_bytes import token_bytes
 
 from ..graph.edit import IR_VERSION, OPSET
+from ..graph.session import cpu_session
 from ..source.tokenizers.conversion import sample_texts
 from .nodes import Nodes, typed
 from .utf8 import DROPPED, whole_characters
@@ -51,15 +52,6 @@ def library() -> str:
         ) from None
     path: str = onnxruntime_extensions.get_library_path()
     return path
-
-
-def opened(content: str | bytes) -> Any:
-    """Opens a session with the operators of onnxruntime-extensions."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    options.register_custom_ops_library(library())
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)
@@ -227,5 +219,5 @@ def _alone(given: ir.DataType, made: ir.DataType, build: Callable[[Nodes, ir.Val
     output.type = ir.TensorType(made)
     graph.extend(nodes.nodes)
     graph.outputs.append(output)
-    session = opened(ir.to_proto(model).SerializeToString())
+    session = cpu_session(ir.to_proto(model).SerializeToString(), threads=1, library=library())
     return lambda array: session.run(None, {"given": array})[0]

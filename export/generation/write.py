@@ -16,10 +16,11 @@ from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.providers.ort import onnxruntime
 from pastkey.runtime.text.codec import REPLACEMENT, TextCodec, TextStream
 
+from ..graph.session import cpu_session
 from ..graph.write.embedding_rows import give_embedding_back
 from ..progress import Progress
 from .loop import generate_whole, why_no_step
-from .text import ReadsOtherwiseError, opened, text_operators, with_text
+from .text import ReadsOtherwiseError, library, text_operators, with_text
 
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS, _STEP_TOKENS = 3, 12, 24, 5
 _CASES = (
@@ -94,13 +95,13 @@ def _expected(bundle: Bundle) -> list[tuple[list[int], SamplingConfig, list[int]
 
 def _require_equal(bundle: Bundle, whole: Path, step: Path | None) -> None:
     expected = _expected(bundle)
-    session = _open(whole)
+    session = cpu_session(whole, threads=1)
     for prompt, case, ids in expected:
         feeds = {names.INPUT_IDS: np.array([prompt], np.int64)} | settings(case, _NEW_TOKENS)
         _compare(whole, session.run([names.GENERATED_IDS], feeds)[0], ids)
     del session
     if step is not None:
-        session = _open(step)
+        session = cpu_session(step, threads=1)
         for prompt, case, ids in expected:
             _compare(step, _in_steps(session, prompt, case, len(ids)), ids)
 
@@ -125,7 +126,7 @@ def _expected_texts(bundle: Bundle, codec: TextCodec) -> list[tuple[str, Samplin
 
 def _require_equal_text(bundle: Bundle) -> None:
     expected = _expected_texts(bundle, TextCodec.from_file(bundle.path / names.TOKENIZER))
-    session = opened(str(bundle.path / names.TEXT_GRAPH))
+    session = cpu_session(bundle.path / names.TEXT_GRAPH, threads=1, library=library())
     for text, case, said in expected:
         feeds = settings(case, _NEW_TOKENS, bundle.manifest.eos_token_ids) | {names.TEXT: np.array([text], object)}
         found = str(session.run([names.COMPLETION], feeds)[0][0])
@@ -163,10 +164,3 @@ def _compare(path: Path, found: Any, expected: list[int]) -> None:
             f"{path.name} gives other ids than pastkey's runtime from new token {place} on, with onnxruntime "
             f"{onnxruntime.__version__}: export without --generate"
         )
-
-
-def _open(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

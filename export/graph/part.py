@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from pastkey.runtime.providers.ort import onnxruntime
-
 from .edit import shape_of
+from .session import cpu_session
 
 
 def depends_only_on(model: ir.Model, sources: Iterable[ir.Value]) -> set[int]:
@@ -58,7 +57,4 @@ def _opened(model: ir.Model, values: Sequence[ir.Value], sources: Sequence[ir.Va
     for held in graph.initializers.values():  # external data is read into the part
         assert held.const_value is not None
         held.const_value = ir.Tensor(held.const_value.numpy(), name=held.name)
-    content = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return cpu_session(ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString())

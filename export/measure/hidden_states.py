@@ -34,7 +34,7 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
     left = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.matmul: 0, aten.addmm: 1, aten.baddbmm: 1}
     seen: list[tuple[torch.Tensor, torch.Size]] = []
 
-    class Watch(TorchDispatchMode):
+    class ProductsWatch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
@@ -45,7 +45,7 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
                 seen.append((args[place], made.shape))
             return made
 
-    with Watch():  # type: ignore[no-untyped-call]  # torch has no types there
+    with ProductsWatch():  # type: ignore[no-untyped-call]  # torch has no types there
         logits = run_uncached(module, torch.from_numpy(ids[None])).logits
     for hidden, shape in reversed(seen):
         if shape[-1] == logits.shape[-1] and shape.numel() == logits.numel():

@@ -104,7 +104,7 @@ def run_last_logits(
     plan: Plan,
     short: Ids | None,
     source: ModulePredictor | None,
-    parts: Parts,
+    parts: VerificationProgress,
     placement: PlacementOptions,
 ) -> LastLogits:
     """Opens the last-logits graph, generates the text unless it is given, and runs it by each path."""
@@ -171,7 +171,7 @@ def _hidden(engine: Engine, ids: Ids, source: ModulePredictor | None) -> Iterato
 
 
 # --- progress -----------------------------------------------------------------------------------------------------
-class Parts(Progress):
+class VerificationProgress(Progress):
     """The parts of a verification, each with its own progress and as long as it has runs."""
 
     def __init__(self, progress: Progress, plan: Plan) -> None:

@@ -67,14 +67,11 @@ class BundlePredictor:
 
     def greedy(self, prompt: Ids, count: int) -> Iterator[int]:
         """Yields the `count` tokens of its greedy continuation of `prompt` (T,). EOS does not end it."""
-        return self._continue(prompt, count)
+        return Generation(self.engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
 
     def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
         """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
-        return agreeing_tokens(self._continue(prompt, len(tokens)), tokens)
-
-    def _continue(self, prompt: Ids, count: int) -> Generation:
-        return Generation(self.engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
+        return agreeing_tokens(self.greedy(prompt, len(tokens)), tokens)
 
 
 def cached_layers(engine: Engine) -> Cache:

@@ -5,27 +5,16 @@ Only opening a source imports torch.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, KVGeometry, open_bundle
-from pastkey.errors import (
-    ContextLengthError,
-    InputError,
-    MissingFileError,
-    first_line,
-    missing_extra,
-)
-from pastkey.files.folder import hub_id, read_json
+from pastkey.contract.bundle import Bundle, KVGeometry, is_bundle, open_bundle
+from pastkey.errors import ContextLengthError, InputError, first_line
 from pastkey.files.tokenizer_file import open_tokenizer
 
-from ..settings import SOURCES, split_factory
 from .predictors import BundlePredictor, ModulePredictor, Predictor
 
 if TYPE_CHECKING:
@@ -35,11 +24,6 @@ if TYPE_CHECKING:
     from ..source.source import Source
 
 Say = Callable[[str], None]
-_NEEDED = ("torch", "safetensors")  # by nearly every source
-
-
-def _silently(line: str) -> None:
-    """Prints nothing."""
 
 
 # --- for eval -----------------------------------------------------------------------------------------------------
@@ -52,7 +36,7 @@ def open_reference(
     threads: int | None = None,
     weights: str | None = None,
     trust_remote_code: bool = False,
-    say: Say = _silently,
+    say: Say = lambda line: None,
 ) -> Predictor:
     """Opens a bundle folder, or a source of `open_source`, that will run on windows of `length` of the bundle's `ids`.
 
@@ -61,10 +45,9 @@ def open_reference(
     Raises:
         MissingFileError: The reference does not exist.
         InputError: It is neither, it has another vocabulary, or its context is shorter than a window.
-        MissingExtraError: It is a source, and torch is not installed.
         PastkeyError: Any other error of opening it.
     """
-    if _is_bundle(Path(path)):
+    if is_bundle(path):
         other = open_bundle(path)
         if length > other.manifest.context_length:
             raise _too_short(path, other.manifest.context_length, length)
@@ -72,7 +55,6 @@ def open_reference(
         tokenizer = None if other.tokenizer is None else other.tokenizer.read_bytes()
         _require_same_tokens(bundle, path, tokenizer, ids)
         return BundlePredictor(other, threads=threads)
-    _require_known(path)
     try:
         source, module, _ = _open_module(path, length, None, bundle, weights, trust_remote_code, say)
     except ContextLengthError as error:
@@ -90,13 +72,12 @@ def open_exported(
     *,
     weights: str | None = None,
     trust_remote_code: bool = False,
-    say: Say = _silently,
+    say: Say = lambda line: None,
 ) -> tuple[nn.Module, tuple[CacheLayer, ...]]:
     """Opens the source that the bundle was exported from: its module, and its attention calls as messages name them.
 
     Raises:
         InputError: It has another vocabulary or another cache.
-        MissingExtraError: torch is not installed.
         PastkeyError: Any other error of opening it.
     """
     length, call = bundle.manifest.context_length, bundle.manifest.call or None
@@ -112,7 +93,6 @@ def open_exported(
 
 def _require_plain(call: str, bundle: Bundle) -> None:
     """Refuses a call that does more than call the module: manifests may be untrusted, and their calls run as Python."""
-    _require_packages()
     from ..graft.probe.call import is_plain
 
     if not is_plain(call):
@@ -152,18 +132,15 @@ def _open_module(
 
     The source of `bundle` on the Hub is opened at the commit that was exported.
     """
-    _require_packages()
     from ..graft.probe.contract import in_contract
     from ..source.open import open_source
+    from ..source.source import Opening
 
-    source = open_source(
-        path,
-        context_length=context_length,
-        weights=weights,
-        trust_remote_code=trust_remote_code,
-        revision=bundle.manifest.revision if path == bundle.manifest.source else "",
-        say=say,
+    revision = bundle.manifest.revision if path == bundle.manifest.source else ""
+    opening = Opening(
+        context_length=context_length, weights=weights, trust_remote_code=trust_remote_code, revision=revision, say=say
     )
+    source = open_source(path, opening)
     try:
         found = in_contract(source.module, source.context_length, call, say, latents=latents, brief=True)
     except InputError as error:
@@ -173,33 +150,6 @@ def _open_module(
             "or export that again"
         ) from error
     return source, found.module, found.observation
-
-
-def _require_packages() -> None:
-    missing = [package for package in _NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        raise missing_extra(ModuleNotFoundError(name=missing[0]), "export")
-
-
-def _is_bundle(path: Path) -> bool:
-    manifest = path / names.MANIFEST  # a checkpoint also has one
-    return manifest.is_file() and read_json(manifest).get("kind") == "bundle"
-
-
-def _require_known(path: str) -> None:
-    """Raises if the path can be neither a bundle nor a source; `open_source` determines the kind of source."""
-    if split_factory(path) is not None or hub_id(path) is not None:
-        return
-    expected = f"expected another bundle, {SOURCES}"
-    place = Path(path)
-    if place.is_dir() and not any((place / name).is_file() for name in (names.MANIFEST, names.CONFIG)):
-        raise InputError(
-            f"{path} cannot be a reference, it has neither {names.MANIFEST} nor {names.CONFIG}: {expected}"
-        )
-    if place.is_file() and place.suffix not in (".bin", ".gguf", ".onnx"):
-        raise InputError(f"{path} cannot be a reference, it is a file of another kind: {expected}")
-    if not place.exists():
-        raise MissingFileError(f"no such reference: {path} does not exist; {expected}")
 
 
 def _too_short(path: str, longest: int, length: int) -> InputError:

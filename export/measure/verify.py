@@ -28,8 +28,8 @@ from .paths import (
     MAX_WINDOW,
     TOKENS,
     LastLogits,
-    Parts,
     Plan,
+    VerificationProgress,
     at_ends,
     run_last_logits,
     run_parts,
@@ -127,7 +127,7 @@ def verify(
     windows = [layer.window + BEYOND_WINDOW for layer in layers if layer.window and layer.window <= MAX_WINDOW]
     length = min(max(TOKENS, *windows, 0), manifest.context_length) if short is None else short.size
     plan = Plan.of(length) if short is None else Plan.short(length)
-    parts = Parts(progress, plan)
+    parts = VerificationProgress(progress, plan)
     # One graph is open at a time, since each session may hold all weights.
     last = run_last_logits(bundle, plan, short, source, parts, placement)
     own = BundlePredictor(bundle, **placement)

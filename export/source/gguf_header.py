@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,6 @@ class GgufTensor:
     elements: int
     kind: int  # ggml's number of its type
     offset: int  # bytes from the file's beginning
-
-
-@dataclass(frozen=True)
-class GgufHeader:
-    """The content of the header."""
-
-    values: Mapping[str, Any]  # numbers and texts; for an array its length
-    tensors: tuple[GgufTensor, ...]
 
 
 class _Walk:
@@ -95,8 +86,11 @@ class _Walk:
         return count
 
 
-def read_gguf(file: Path) -> GgufHeader:
-    """Reads a header. Raises InputError if it is not GGUF or is cut short, MissingFileError if it does not exist."""
+def read_gguf(file: Path) -> list[GgufTensor]:
+    """Returns the tensors in a header.
+
+    Raises InputError if it is not GGUF or is cut short, MissingFileError if it does not exist.
+    """
     require_regular(file)
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
@@ -108,13 +102,13 @@ def read_gguf(file: Path) -> GgufHeader:
                 raise InputError(f"{file} is cut short or damaged ({error}): fetch it again") from None
 
 
-def _header(walk: _Walk) -> GgufHeader:
+def _header(walk: _Walk) -> list[GgufTensor]:
     walk.position = 4
     version = walk.number("I")
     if version not in _VERSIONS:
         raise ValueError(f"its version is {version}, expected {' or '.join(map(str, _VERSIONS))}")
     tensors, pairs = walk.count(_LEAST_TENSOR, "tensors"), walk.count(_LEAST_PAIR, "keys")
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # numbers and texts; for an array its length
     for _ in range(pairs):
         key = walk.text()
         if key in values:
@@ -128,10 +122,7 @@ def _header(walk: _Walk) -> GgufHeader:
     for key, value in values.items():
         if key.endswith(f".{_LAYERS}") and (not isinstance(value, int) or not 0 <= value <= tensors):
             raise ValueError(f"its {key} is {value!r:.60}, and it has {tensors} tensors")
-    return GgufHeader(
-        values,
-        tuple(GgufTensor(name, elements, kind, start + offset) for name, elements, kind, offset in entries),
-    )
+    return [GgufTensor(name, elements, kind, start + offset) for name, elements, kind, offset in entries]
 
 
 def _tensor(walk: _Walk) -> tuple[str, int, int, int]:

@@ -28,7 +28,7 @@ from pastkey.files.reading import read_bytes, reading, require_regular
 from pastkey.files.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
 
-from .source import BeforeLoading, Source, allowed, context_of
+from .source import BeforeLoading, Opening, Source, context_of
 from .tokenizers.sentencepiece import SPACE, merges_by_score
 from .tokenizers.tokenizer import read_tokenizer
 
@@ -56,18 +56,17 @@ _SPECIALS = ("<unk>", "<s>", "</s>")  # ids 0 to 2
 _RESERVED = (*_SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)))  # ids 0 to 258
 
 
-def open_llama2c(
-    path: Path, tokenizer: str | Path | None, context_length: int | None, before_loading: BeforeLoading = allowed
-) -> Source:
+def open_llama2c(path: Path, opening: Opening) -> Source:
     """Opens the decoder in `path`, with the text of a llama2.c tokenizer .bin or a tokenizer.json, or ids only.
 
     Raises MissingFileError, InputError or ResourceError.
     """
     header, config = _read_header(path)
-    state = _read_weights(header, config, before_loading)  # before a decoder of possibly invalid sizes is made
+    state = _read_weights(header, config, opening.before_loading)  # before a decoder of possibly invalid sizes is made
     model = Decoder(config)
     model.load_state_dict(state)
-    context = context_of(path, config.max_position_embeddings, context_length)
+    context = context_of(path, config.max_position_embeddings, opening.context_length)
+    tokenizer = opening.tokenizer
     if tokenizer is not None and Path(tokenizer).suffix == ".bin":
         with reading(tokenizer, "a llama2.c tokenizer"):
             found = _read_tokenizer_bin(Path(tokenizer), config)

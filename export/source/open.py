@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,177 +23,98 @@ from pastkey.runtime.text.chat_template import ChatTemplate
 from pastkey.values import is_int
 
 from ..graft.huggingface import HuggingFaceDecoder
-from ..progress import SILENT, Progress
 from ..settings import SOURCES, split_factory
 from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
 from .onnx_folder.folder import SUFFIX, find_graph, open_onnx
 from .pretrained import check_config, open_folder, open_gguf, open_model
-from .source import BeforeLoading, Source, allowed, checked_context, context_of, read_template, token_id, with_template
+from .source import Opening, Source, checked_context, context_of, read_template, token_id, with_template
 from .stored_weights import stored_bytes_per_weight
 from .tokenizers.tokenizer import read_tokenizer
 from .weights import load_weights
 
+PLAIN = Opening()
 
-def open_source(
-    source: nn.Module | str | Path | HubModel,
-    *,
-    tokenizer: str | Path | None = None,
-    chat_template: str | Path | None = None,
-    context_length: int | None = None,
-    weights: str | Path | None = None,
-    eos: Sequence[int | str] = (),
-    trust_remote_code: bool = False,
-    network: bool = False,
-    revision: str = "",
-    say: Callable[[str], None] = lambda stage: None,
-    progress: Progress = SILENT,
-    before_loading: BeforeLoading = allowed,
-    in_memory: bool = False,
-) -> Source:
-    """Opens the source of an export.
 
-    Raises MissingFileError, InputError or IntegrityError. `context_length` is required for a module, which has none of
-    its own, and may shorten that of others. `chat_template` is a file whose template replaces the tokenizer's own.
-    `weights` is a file with a module's state dict, and `eos` (ids or names) replaces the source's own ids.
-    `trust_remote_code` runs the Python code in a Hugging Face folder; `say` is called first. A str may be ORG/NAME on
-    the Hub, which is fetched with `network`, or else taken from the cache, at commit `revision` or the newest.
-    `before_loading` may refuse to load the weights of a file. `in_memory` loads all of them, so that they can change.
+def open_source(source: nn.Module | str | Path | HubModel, opening: Opening = PLAIN) -> Source:
+    """Opens the source of an export. A str may be ORG/NAME on the Hub.
+
+    Raises MissingFileError, InputError or IntegrityError.
     """
-    template = None if chat_template is None else read_template(chat_template)  # first: loading takes long
+    template = None if opening.chat_template is None else read_template(opening.chat_template)  # loading takes long
     if template is not None and importlib.util.find_spec("jinja2") is not None:
         ChatTemplate(template)  # refuses an invalid template; without Jinja, `chat` does
-    told: tuple[str, ...] = ()
+    opened = _opened(source, opening)
+    if opening.eos:
+        ids = tuple(token if isinstance(token, int) else token_id(opened, token) for token in opening.eos)
+        opened = dataclasses.replace(opened, eos_token_ids=ids)
+    return opened if template is None else with_template(opened, template)
+
+
+def _opened(source: nn.Module | str | Path | HubModel, opening: Opening) -> Source:
     if isinstance(source, nn.Module):
         module = getattr(source, "_orig_mod", source)  # unwrap torch.compile
-        module = module if weights is None else copy.deepcopy(module)  # the caller's own must not change
-    elif (factory := split_factory(str(source))) is not None:
-        module, told = call_factory(*factory, weights_follow=weights is not None)
-        module = getattr(module, "_orig_mod", module)
-    elif weights is not None:
+        # The caller's own must not change.
+        return _from_module(module if opening.weights is None else copy.deepcopy(module), opening)
+    if (factory := split_factory(str(source))) is not None:
+        module, told = call_factory(*factory, weights_follow=opening.weights is not None)
+        return _from_module(getattr(module, "_orig_mod", module), opening, told)
+    if opening.weights is not None:
         raise InputError(
-            f"--weights {weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} brings its "
-            "own weights: leave it out"
+            f"--weights {opening.weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} "
+            "brings its own weights: leave it out"
         )
-    elif not isinstance(source, HubModel) and (base := _base_of(Path(source))) is not None:
+    if isinstance(source, HubModel):
+        return _open_hub(source, opening)
+    if (base := _base_of(Path(source))) is not None:
+        own = dataclasses.replace(opening, tokenizer=None, chat_template=None, eos=(), revision="", in_memory=True)
         try:
-            opened = open_source(
-                base,
-                context_length=context_length,
-                trust_remote_code=trust_remote_code,
-                network=network,
-                say=say,
-                progress=progress,
-                before_loading=before_loading,
-                in_memory=True,
-            )
+            opened = open_source(base, own)
         except MissingFileError as error:
             raise MissingFileError(f"{_adapter_of(Path(source), base)}: {error}") from error
-        return _finished(_merged(opened, Path(source), tokenizer), eos, template)
-    elif isinstance(source, HubModel) or (isinstance(source, str) and hub_id(source) is not None):
-        found = find(source, progress, network=network, revision=revision) if isinstance(source, str) else source
-        return _finished(
-            _open_hub(found, tokenizer, context_length, trust_remote_code, say, progress, before_loading, in_memory),
-            eos,
-            template,
-        )
-    else:
-        return _finished(
-            _open(source, tokenizer, context_length, trust_remote_code, say, before_loading, in_memory), eos, template
-        )
-    if weights is not None:
-        told = (*told, *load_weights(module, Path(weights), say))
-    opened = _from_module(module, tokenizer, context_length)
-    return _finished(dataclasses.replace(opened, warnings=(*told, *opened.warnings)), eos, template)
+        return _merged(opened, Path(source), opening.tokenizer)
+    if isinstance(source, str) and hub_id(source) is not None:
+        return _open_hub(find(source, opening.progress, network=opening.network, revision=opening.revision), opening)
+    return _open(Path(source), opening)
 
 
-def _finished(source: Source, eos: Sequence[int | str], template: str | None) -> Source:
-    """Replaces the source's values by the user's."""
-    if eos:
-        ids = tuple(token if isinstance(token, int) else token_id(source, token) for token in eos)
-        source = dataclasses.replace(source, eos_token_ids=ids)
-    return source if template is None else with_template(source, template)
-
-
-def _open(
-    source: str | Path,
-    tokenizer: str | Path | None,
-    context_length: int | None,
-    trust_remote_code: bool,
-    say: Callable[[str], None],
-    before_loading: BeforeLoading,
-    in_memory: bool,
-) -> Source:
-    path = Path(source)
+def _open(path: Path, opening: Opening) -> Source:
     if not path.exists():
-        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}{hub_hint(str(source))}")
+        raise MissingFileError(f"no such source: {path} does not exist; expected {SOURCES}{hub_hint(str(path))}")
     if path.suffix == ".bin" and path.is_file():
-        return open_llama2c(path, tokenizer, context_length, before_loading)
+        return open_llama2c(path, opening)
     if path.suffix == ".gguf" and path.is_file():
-        return open_gguf(
-            path,
-            tokenizer=tokenizer,
-            context_length=context_length,
-            before_loading=before_loading,
-            in_memory=in_memory,
-        )
+        return open_gguf(path, opening)
     graph = path if path.suffix == SUFFIX and path.is_file() else None
     if path.is_dir() and not (path / names.MANIFEST).exists():
         graph = find_graph(path)
     if graph is not None:
-        return open_onnx(graph, tokenizer=tokenizer, context_length=context_length, before_loading=before_loading)
+        return open_onnx(graph, opening)
     training = _training_of_fine_tuned(path)
     if (path / names.CONFIG).is_file() and (training is not None or not (path / names.MANIFEST).exists()):
-        opened = open_folder(
-            path,
-            tokenizer=tokenizer,
-            context_length=context_length,
-            trust_remote_code=trust_remote_code,
-            say=say,
-            before_loading=before_loading,
-            in_memory=in_memory,
-        )
+        opened = open_folder(path, opening)
         return dataclasses.replace(opened, warnings=(*_unfinished(path, training or {}), *opened.warnings))
     if path.is_dir() and not (path / names.MANIFEST).exists():
         raise MissingFileError(
             f"{path} has no {names.CONFIG}, as a Hugging Face or ONNX folder has, and no {names.MANIFEST}, as a "
             f"checkpoint has: expected {SOURCES}"
         )
-    return _from_checkpoint(path, tokenizer, context_length)
+    return _from_checkpoint(path, opening)
 
 
-def _open_hub(
-    found: HubModel,
-    tokenizer: str | Path | None,
-    context_length: int | None,
-    trust_remote_code: bool,
-    say: Callable[[str], None],
-    progress: Progress,
-    before_loading: BeforeLoading,
-    in_memory: bool,
-) -> Source:
+def _open_hub(found: HubModel, opening: Opening) -> Source:
     if found.is_bundle:
         raise InputError(
             f"{found} is a bundle already: fetch it with  pastkey export {found} --out {found.folder_name}  and load "
             "that folder"
         )
-    found.fetch_small(progress, code=trust_remote_code)
-    check_config(found.folder, found, trust_remote_code=trust_remote_code)
+    found.fetch_small(opening.progress, code=opening.trust_remote_code)
+    check_config(found.folder, found, trust_remote_code=opening.trust_remote_code)
     weights = sum(found.weights().values()) // stored_bytes_per_weight(read_json(found.folder / names.CONFIG))
-    before_loading(weights, 0, 0)
-    found.fetch_weights(progress)
-    opened = open_folder(
-        found.folder,
-        name=found.name,
-        tokenizer=tokenizer,
-        context_length=context_length,
-        trust_remote_code=trust_remote_code,
-        say=say,
-        before_loading=before_loading,
-        in_memory=in_memory,
-    )
-    return dataclasses.replace(opened, revision=found.revision)
+    opening.before_loading(weights, 0, 0)
+    found.fetch_weights(opening.progress)
+    return dataclasses.replace(open_folder(found.folder, opening, name=found.name), revision=found.revision)
 
 
 def _is_of_transformers(module: nn.Module) -> bool:
@@ -216,25 +137,32 @@ def _require_float_python(module: nn.Module) -> None:
             )
 
 
-def _from_module(module: nn.Module, tokenizer: str | Path | None, context_length: int | None) -> Source:
+def _from_module(module: nn.Module, opening: Opening, told: tuple[str, ...] = ()) -> Source:
+    """`told`: sentences about how the module was made."""
+    if opening.weights is not None:
+        told = (*told, *load_weights(module, Path(opening.weights), opening.say))
     _require_float_python(module)
     if _is_of_transformers(module):
-        return open_model(module, tokenizer=tokenizer, context_length=context_length)
-    name = type(module).__name__
-    if context_length is None:
-        raise InputError(
-            f"{name} has no context length of its own: give it with context_length=N (on the command line, --context N)"
-        )
-    return Source(module, name, checked_context(context_length), **read_tokenizer(tokenizer))
+        opened = open_model(module, opening)
+    else:
+        name = type(module).__name__
+        if opening.context_length is None:
+            raise InputError(
+                f"{name} has no context length of its own: give it with context_length=N (on the command line, "
+                "--context N)"
+            )
+        context = checked_context(opening.context_length)
+        opened = Source(module, name, context, **read_tokenizer(opening.tokenizer))
+    return dataclasses.replace(opened, warnings=(*told, *opened.warnings))
 
 
-def _from_checkpoint(path: Path, tokenizer: str | Path | None, context_length: int | None) -> Source:
+def _from_checkpoint(path: Path, opening: Opening) -> Source:
     from pastkey.train.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
-    context = context_of(path, config.max_position_embeddings, context_length)
-    found = read_tokenizer(tokenizer or checkpoint.tokenizer_path)
+    context = context_of(path, config.max_position_embeddings, opening.context_length)
+    found = read_tokenizer(opening.tokenizer or checkpoint.tokenizer_path)
     if config.eos_token_id is not None:
         found["eos_token_ids"] = (config.eos_token_id,)
     found["bos_token_id"] = config.bos_token_id

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,17 @@ from tokenizers import Tokenizer
 
 from pastkey.contract import names
 from pastkey.contract.config import ROPE_TYPES
-from pastkey.errors import ContractError, InputError, MissingFileError, PastkeyError, first_line, missing_extra
+from pastkey.errors import ContractError, InputError, MissingFileError
 from pastkey.files.folder import read_json
-from pastkey.files.reading import is_panic, read_bytes
+from pastkey.files.reading import read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
-from pastkey.quiet import quiet
+from pastkey.train.pretrained import transformers_opening
 from pastkey.values import is_int
 
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
-from .source import BeforeLoading, Source, context_of, refuse_links
+from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
 from .stored_tensors import kept_in_files
 from .stored_weights import (
     MOST_POSITIONS,
@@ -43,6 +43,7 @@ from .stored_weights import (
 )
 from .tokenizers.tokenizer import read_tokenizer
 
+_EXTRAS = ("export", "huggingface")
 _OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]\w*$")  # BertForMaskedLM
 _CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
@@ -51,70 +52,53 @@ _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py"
 _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
 
 
-def open_folder(
-    folder: Path,
-    *,
-    tokenizer: str | Path | None,
-    context_length: int | None,
-    trust_remote_code: bool,
-    say: Callable[[str], None],
-    before_loading: BeforeLoading,
-    name: str | None = None,
-    in_memory: bool = False,
-) -> Source:
+def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> Source:
     """Opens a folder with config.json and safetensors. Raises InputError, MissingFileError or ResourceError.
 
-    `name` is the source's, by default the folder's. `in_memory` loads all weights, which may then be changed.
+    `name` is the source's, by default the folder's.
     """
-    code = check_config(folder, name or folder, trust_remote_code=trust_remote_code)
+    trusted, tokenizer = opening.trust_remote_code, opening.tokenizer
+    code = check_config(folder, name or folder, trust_remote_code=trusted)
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
-    before_loading(check_sizes(folder, content), 0, 0)
+    opening.before_loading(check_sizes(folder, content), 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
-        say(f"run the Python code that {folder} brings: {', '.join(code)}")
-    with _transformers(folder) as library:
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        opening.say(f"run the Python code that {folder} brings: {', '.join(code)}")
+    with transformers_opening(folder, *_EXTRAS) as library:
+        options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
+        in_memory = opening.in_memory
         model, stored = _load(library, folder, in_memory=in_memory, config=config, use_safetensors=True, **options)
         wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
-    return _source(name or folder.resolve().name, model, found, tokenizer, context_length, stored)
+    return _source(name or folder.resolve().name, model, found, opening, stored)
 
 
-def open_gguf(
-    file: Path,
-    *,
-    tokenizer: str | Path | None,
-    context_length: int | None,
-    before_loading: BeforeLoading,
-    in_memory: bool = False,
-) -> Source:
+def open_gguf(file: Path, opening: Opening) -> Source:
     """Opens a GGUF file, which contains weights, configuration, tokenizer and chat template."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
     weights = check_gguf(file)
-    in_file = 4 * weights if has_room(weights) and not in_memory else 0
-    before_loading(weights, 4 * weights - in_file, in_file)
-    with _transformers(file) as library, read_once():
+    in_file = 4 * weights if has_room(weights) and not opening.in_memory else 0
+    opening.before_loading(weights, 4 * weights - in_file, in_file)
+    with transformers_opening(file, *_EXTRAS) as library, read_once():
         options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        model, stored = _load(library, file.parent, named=file, in_memory=in_memory, **options)
-        found = None if tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
-    source = _source(file.stem, model, found, tokenizer, context_length, stored)
+        model, stored = _load(library, file.parent, named=file, in_memory=opening.in_memory, **options)
+        found = None if opening.tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
+    source = _source(file.stem, model, found, opening, stored)
     if found is None or source.tokenizer is None:
         return source
     own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)
     return dataclasses.replace(source, tokenizer=own)
 
 
-def open_model(model: Any, *, tokenizer: str | Path | None, context_length: int | None) -> Source:
+def open_model(model: Any, opening: Opening) -> Source:
     """Opens a copy of a model in memory; the model does not change."""
-    return _source(
-        type(model).__name__, torch.nn.Module.float(copy.deepcopy(model)).eval(), None, tokenizer, context_length
-    )
+    return _source(type(model).__name__, torch.nn.Module.float(copy.deepcopy(model)).eval(), None, opening)
 
 
 # --- before loading -----------------------------------------------------------------------------------------------
@@ -138,7 +122,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
             "and if you trust it add --trust-remote-code"
         )
-    with _transformers(name) as library:
+    with transformers_opening(name, *_EXTRAS) as library:
         opened = library.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         if getattr(opened, "is_encoder_decoder", False):
             raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
@@ -179,25 +163,6 @@ def _custom_code(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _transformers(source: object) -> Iterator[Any]:
-    """Yields the library, silenced; its exceptions about the source become InputErrors."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, "export", "huggingface") from None
-    try:
-        with quiet():
-            yield transformers
-    except PastkeyError:
-        raise
-    except BaseException as error:  # each format's reader has its own kinds
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        reason = first_line(error).rstrip(".")
-        raise InputError(f"transformers {transformers.__version__} cannot load {source}: {reason}") from error
-
-
 def _load(
     library: Any, folder: Path, *, named: Path | None = None, in_memory: bool = False, **options: Any
 ) -> tuple[Any, StoredWeights | None]:
@@ -281,33 +246,25 @@ def _numberless(name: str) -> str:
 
 # --- the source ---------------------------------------------------------------------------------------------------
 def _source(
-    name: str,
-    model: Any,
-    tokenizer: Any | None,
-    given: str | Path | None,
-    context_length: int | None,
-    stored: StoredWeights | None = None,
+    name: str, model: Any, tokenizer: Any | None, opening: Opening, stored: StoredWeights | None = None
 ) -> Source:
     from ..graft.huggingface import HuggingFaceDecoder, freeze_rotary
 
     _refuse_recurrent(type(model), model.config, name)
     config = model.config.get_text_config()
     longest = _longest(config, tokenizer)
+    context_length = opening.context_length
     context = context_of(name, longest or context_length or _UNNAMED_CONTEXT, context_length)
     freeze_rotary(model, context)
-    fields = read_tokenizer(given) if given else _tokenizer(tokenizer, context)
+    fields = read_tokenizer(opening.tokenizer) if opening.tokenizer else _tokenizer(tokenizer, context)
     if longest is None and context_length is None:
         told = (
             f"the configuration of {name} names no context length: it gets {context:,} tokens; --context N changes it"
         )
         fields["warnings"] = (*fields.get("warnings", ()), told)
     generation = getattr(model, "generation_config", None)
-    for key in ("bos_token_id", "eos_token_id"):
-        found = next((v for c in (generation, config) if (v := getattr(c, key, None)) is not None), None)
-        if found is not None:
-            ids = tuple(found) if isinstance(found, list | tuple) else (found,)
-            fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
-    fields["generation"] = _generation(generation)
+    fields |= special_ids({} if generation is None else generation.to_dict(), config.to_dict())
+    fields["generation"] = {} if generation is None else sampling_of(generation.to_diff_dict())
     return Source(HuggingFaceDecoder(model, stored), name, context, config=_config(config, context), **fields)
 
 
@@ -315,15 +272,6 @@ def _longest(config: Any, tokenizer: Any | None) -> int | None:
     """The context length that the configuration names, or the tokenizer's; a number far too large means none."""
     named = [getattr(config, key, None) for key in _CONTEXT] + [getattr(tokenizer, "model_max_length", None)]
     return next((n for n in named if is_int(n, 2) and n <= MOST_POSITIONS), None)
-
-
-def _generation(config: Any) -> dict[str, Any]:
-    """The sampling settings of generation_config.json that pastkey has and that differ from transformers' defaults."""
-    stated = {} if config is None else config.to_diff_dict()
-    wanted = ["repetition_penalty"]
-    if stated.get("do_sample") is True:  # otherwise the others have no effect
-        wanted += ["do_sample", "temperature", "top_k", "top_p", "min_p"]
-    return {name: stated[name] for name in wanted if stated.get(name) is not None}
 
 
 def _config(config: Any, context: int) -> dict[str, Any]:

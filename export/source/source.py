@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pastkey.files.reading import reading
 from pastkey.values import is_int
 
 from ..graft.streamed import resident_bytes
+from ..progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,37 @@ class Source:
 BeforeLoading = Callable[[int, int, int], None]
 
 
-def allowed(weights: int, resident_bytes: int, temporary_bytes: int) -> None:
-    """Allows any number of weights."""
+@dataclass(frozen=True)
+class Opening:
+    """How a source is opened: what the user says of it, and who is told.
+
+    Attributes:
+        tokenizer: Replaces the source's own.
+        chat_template: A file whose template replaces the tokenizer's own.
+        context_length: In tokens. Required for a module, which has none of its own; may shorten that of others.
+        weights: A file with a module's state dict.
+        eos: Ids or names that replace the source's own ids.
+        trust_remote_code: Runs the Python code in a Hugging Face folder; `say` is called first.
+        network: Whether ORG/NAME on the Hub may be fetched; otherwise it is taken from the cache.
+        revision: The commit there, or "" for the newest.
+        say: Receives sentences.
+        progress: Receives the stages of a fetch.
+        before_loading: May refuse to load the weights of a file.
+        in_memory: Loads all weights, so that they can change.
+    """
+
+    tokenizer: str | Path | None = None
+    chat_template: str | Path | None = None
+    context_length: int | None = None
+    weights: str | Path | None = None
+    eos: Sequence[int | str] = ()
+    trust_remote_code: bool = False
+    network: bool = False
+    revision: str = ""
+    say: Callable[[str], None] = lambda sentence: None
+    progress: Progress = SILENT
+    before_loading: BeforeLoading = lambda weights, resident_bytes, temporary_bytes: None
+    in_memory: bool = False
 
 
 def context_of(name: object, longest: int, asked: int | None) -> int:
@@ -67,6 +97,26 @@ def checked_context(length: int) -> int:
     if not is_int(length, 2):
         raise InputError(f"the context length is {length!r}; it must be a whole number of tokens from 2")
     return length
+
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # which have no effect without the first
+
+
+def special_ids(*configurations: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a Source's fields for BOS and EOS: of each, what the first of the configurations says that has it."""
+    fields: dict[str, Any] = {}
+    for key, field_name in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_ids")):
+        found = next((v for content in configurations if (v := content.get(key)) is not None), None)
+        ids = tuple(token for token in (found if isinstance(found, list | tuple) else [found]) if is_int(token, 0))
+        if ids:
+            fields[field_name] = ids[0] if key == field_name else ids
+    return fields
+
+
+def sampling_of(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a generation_config.json that pastkey has."""
+    wanted = ("repetition_penalty", *(SAMPLING if stated.get("do_sample") is True else ()))
+    return {name: stated[name] for name in wanted if stated.get(name) is not None}
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------------

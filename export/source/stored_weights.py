@@ -10,7 +10,8 @@ from typing import Any
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError, missing_extra
 from pastkey.files.folder import read_json
-from pastkey.files.safetensors_header import HeaderError, read_header
+from pastkey.files.reading import reading
+from pastkey.files.safetensors_header import read_header
 from pastkey.values import is_int, shown
 
 from .gguf_header import read_gguf
@@ -18,11 +19,6 @@ from .gguf_header import read_gguf
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
-# safetensors' types that torch has, the usual ones first.
-_DTYPES = (
-    "F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "BOOL", "U8", "I8",
-    "I16", "U16", "I32", "U32", "I64", "U64", "C64",
-)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 # Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
 SIZES = {
@@ -74,7 +70,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_safetensors(folder: Path) -> None:
-    """Raises MissingFileError or InputError if a file is missing or shorter than its own header says."""
+    """Raises MissingFileError, InputError or IntegrityError if a file is missing or shorter than its header says."""
     for index in folder.glob("*.safetensors.index.json"):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict):
@@ -94,16 +90,8 @@ def _check_safetensors(folder: Path) -> None:
             )
     headers = {}
     for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
-        try:
+        with reading(file, "safetensors"):
             headers[file.name] = read_header(file)
-        except HeaderError as error:
-            raise InputError(f"{file} is cut short or damaged, {error}: fetch it again") from None
-        unknown = next((t for t in headers[file.name].items() if t[1].dtype not in _DTYPES), None)
-        if unknown is not None:
-            raise InputError(
-                f"{file} holds {unknown[0]!r:.80} in {unknown[1].dtype!r:.20}, which is not a known type: expected "
-                f"{', '.join(_DTYPES[:3])} or another of safetensors; save the model in one of them"
-            )
     for index in folder.glob("*.safetensors.index.json"):
         _check_shards(index, read_json(index)["weight_map"], headers)
 
@@ -174,13 +162,13 @@ def check_gguf(file: Path) -> int:
         import gguf
     except ModuleNotFoundError as error:
         raise missing_extra(error, "export", "huggingface") from None
-    header, size = read_gguf(file), file.stat().st_size
+    tensors, size = read_gguf(file), file.stat().st_size
     sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
-    for tensor in header.tensors:
+    for tensor in tensors:
         block, block_bytes = sizes.get(tensor.kind, (1, size + 1))
         end = tensor.offset + tensor.elements // block * block_bytes
         if end > size:
             raise InputError(
                 f"{file} is cut short: the tensor {tensor.name} ends at byte {end:,} of {size:,}; fetch it again"
             )
-    return sum(tensor.elements for tensor in header.tensors)
+    return sum(tensor.elements for tensor in tensors)

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pastkey.errors import InputError, MissingFileError, ResourceError, first_line
+from pastkey.errors import InputError, MissingFileError, first_line
 from pastkey.files.memory import require_memory_for
-from pastkey.files.safetensors_header import HeaderError, read_header
+from pastkey.files.reading import reading
+from pastkey.files.safetensors_header import read_header
 
 State = Mapping[str, Tensor]
 
@@ -68,14 +68,10 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}; expected the weights of a module, .safetensors or of torch.save")
     if file.suffix == ".safetensors":
-        try:
+        with reading(file, "safetensors"):
             read_header(file)
             require_memory_for(file, 2 * file.stat().st_size)
             return load_file(file)
-        except ResourceError:
-            raise
-        except (SafetensorError, HeaderError, OSError) as error:
-            raise InputError(f"{file} is not a safetensors file, or was cut short: {first_line(error)}") from None
     say(f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it")
     try:
         with torch.serialization.safe_globals(_stand_ins(file)):

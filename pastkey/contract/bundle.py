@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from ..errors import InputError, IntegrityError
 from ..files.external_data import check_contexts, check_external_data
-from ..files.folder import FileRecord, check_hashes, check_sizes, parse_records, read_manifest
+from ..files.folder import FileRecord, check_hashes, check_sizes, parse_records, read_json, read_manifest
 from ..precisions import PRECISIONS
 from ..providers import TARGETS
 from ..typed import Between, Size, TokenId, parse
@@ -178,9 +178,13 @@ class Bundle:
 def read_bundle(path: str | Path) -> Bundle:
     """Reads only the manifest. Raises MissingFileError, InputError or IntegrityError."""
     folder = as_path(path, expected="the path of a bundle folder")
-    return Bundle(
-        folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION, oldest=FORMAT_VERSION))
-    )
+    return Bundle(folder, parse_manifest(folder, read_manifest(folder, "bundle", FORMAT_VERSION)))
+
+
+def is_bundle(path: str | Path) -> bool:
+    """Whether this is a bundle's folder. A checkpoint has a manifest as well."""
+    manifest = Path(path) / names.MANIFEST
+    return manifest.is_file() and read_json(manifest).get("kind") == "bundle"
 
 
 def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:

@@ -77,15 +77,13 @@ def read_text(path: Path) -> str:
     return decode_text(path.read_bytes(), path)
 
 
-def decode_text(content: bytes, source: object) -> str:
-    """Decodes the bytes of `source`. Raises InputError naming the first byte that is not UTF-8."""
+def decode_text(content: bytes, source: object, offset: int = 0) -> str:
+    """Decodes the bytes of `source` from `offset` on. Raises InputError naming the first byte that is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x} ({error.reason}); "
-            "convert it to UTF-8"
-        ) from None
+        wrong = f"byte {offset + error.start} is 0x{error.object[error.start]:02x} ({error.reason})"
+        raise InputError(f"{source} is not UTF-8 text: {wrong}; convert it to UTF-8") from None
 
 
 def require_manifest(folder: Path, kind: str) -> None:
@@ -144,8 +142,8 @@ def _to_export(path: Path, kind: str) -> str:
     return f"; {given}  {command}  (it needs pastkey's extras export,huggingface)"
 
 
-def read_manifest(folder: Path, kind: str, newest: int, *, oldest: int = 1) -> dict[str, Any]:
-    """Reads pastkey.json of a "checkpoint" or "bundle". Checks its kind, and its version from `oldest` to `newest`."""
+def read_manifest(folder: Path, kind: str, known: int) -> dict[str, Any]:
+    """Reads pastkey.json of a "checkpoint" or "bundle". Checks its kind and its format version."""
     require_manifest(folder, kind)
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("kind")
@@ -159,14 +157,9 @@ def read_manifest(folder: Path, kind: str, newest: int, *, oldest: int = 1) -> d
     version = manifest.get("format_version")
     if not is_int(version, 1, 2**31 - 1):
         raise IntegrityError(f"{folder / MANIFEST} has no valid format_version (found {shown(version)})")
-    if version > newest:
-        raise IntegrityError(
-            f"{folder} has {kind} format version {version}; this pastkey reads up to {newest}: upgrade pastkey"
-        )
-    if version < oldest:
-        raise IntegrityError(
-            f"{folder} has {kind} format version {version}; this pastkey reads {oldest}: export it again"
-        )
+    if version != known:
+        remedy = "upgrade pastkey" if version > known else f"make the {kind} again"
+        raise IntegrityError(f"{folder} has {kind} format version {version}; this pastkey reads {known}: {remedy}")
     return manifest
 
 

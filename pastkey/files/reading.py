@@ -64,7 +64,8 @@ def reading(path: str | Path, expected: str, but: tuple[type[Exception], ...] = 
     try:
         yield
     except BaseException as error:
-        if isinstance(error, (PastkeyError, OSError, MemoryError, Warning, *but)):
+        of_system = isinstance(error, OSError) and error.errno is not None  # a damaged archive has no number
+        if of_system or isinstance(error, (PastkeyError, MemoryError, Warning, *but)):
             raise
         if isinstance(error, Exception) or is_panic(error):
             raise IntegrityError(

@@ -56,10 +56,10 @@ async def chat(service: Service, request: Request, raw: bytes) -> Response:
     body = parsed(ChatBody, raw)
     name = service.require_model(body.model)
     running = await service.open(name, lambda model: job_of(service, body, model))
-    return await running.answered(request, _Writer(service, body, running, "chatcmpl-"), stream=body.stream)
+    return await running.answered(request, _ChatWriter(service, body, running, "chatcmpl-"), stream=body.stream)
 
 
-class _Writer(ChoiceWriter):
+class _ChatWriter(ChoiceWriter):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def begin(self) -> Iterator[str]:

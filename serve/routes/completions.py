@@ -42,10 +42,10 @@ async def completions(service: Service, request: Request, raw: bytes) -> Respons
         raise RequestError("echo with logprobs is for a reply that is not streamed", param="stream")
     name = service.require_model(body.model)
     running = await service.open(name, lambda model: job_of(service, body, model))
-    return await running.answered(request, _Writer(service, body, running, "cmpl-"), stream=body.stream)
+    return await running.answered(request, _CompletionWriter(service, body, running, "cmpl-"), stream=body.stream)
 
 
-class _Writer(ChoiceWriter):
+class _CompletionWriter(ChoiceWriter):
     kind = chunk_kind = "text_completion"
 
     def begin(self) -> Iterator[str]:

@@ -90,10 +90,10 @@ async def responses(service: Service, request: Request, raw: bytes) -> Response:
     name = service.require_model(body.model)
     chat = chat_body_of(body)
     running = await service.open(name, lambda model: job_of(service, chat, model))
-    return await running.answered(request, _Writer(service, body, chat, running), stream=body.stream)
+    return await running.answered(request, _ResponseWriter(service, body, chat, running), stream=body.stream)
 
 
-class _Writer(Writer):
+class _ResponseWriter(Writer):
     """Makes the items of an answer, and the events of their parts."""
 
     def __init__(self, service: Service, body: ResponsesBody, chat: ChatBody, running: Running) -> None:

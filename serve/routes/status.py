@@ -25,20 +25,17 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 async def models(service: Service, request: Request, raw: bytes) -> Response:
     """Lists the model, and its adapters."""
-    del request, raw
     names = (service.settings.names[0], *service.settings.adapters)
     return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
 
 async def model(service: Service, request: Request, raw: bytes) -> Response:
     """Tells of the model by its name."""
-    del raw
     return JSONResponse(_model(service, service.require_model(request.path_params["model"])))
 
 
 async def health(service: Service, request: Request, raw: bytes) -> Response:
     """Says whether the model is loaded: 200, or 503 before."""
-    del request, raw
     if service.model.closed:
         raise RequestError("the model is closed", status=503)
     found: dict[str, Any] = {"status": "ok"}
@@ -49,13 +46,11 @@ async def health(service: Service, request: Request, raw: bytes) -> Response:
 
 async def metrics(service: Service, request: Request, raw: bytes) -> Response:
     """Counters in Prometheus' text format."""
-    del request, raw
     return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def props(service: Service, request: Request, raw: bytes) -> Response:
     """Tells the limits and the chat template."""
-    del request, raw
     found = service.model
     try:
         template = found.chat_format().source

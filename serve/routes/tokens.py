@@ -23,7 +23,6 @@ def _codec(service: Service) -> Any:
 
 async def tokenize(service: Service, request: Request, raw: bytes) -> Response:
     """The token ids of a text."""
-    del request
     body, codec = parsed(TokenizeBody, raw), _codec(service)
 
     def encoded() -> list[int]:
@@ -42,7 +41,6 @@ def _piece(text: str, written: list[int]) -> str | list[int]:
 
 async def detokenize(service: Service, request: Request, raw: bytes) -> Response:
     """The text of token ids."""
-    del request
     body, codec = parsed(DetokenizeBody, raw), _codec(service)
     size = service.model.manifest.vocab_size
     if any(token >= size for token in body.tokens):
@@ -53,7 +51,6 @@ async def detokenize(service: Service, request: Request, raw: bytes) -> Response
 
 async def apply_template(service: Service, request: Request, raw: bytes) -> Response:
     """The text that messages become."""
-    del request
     body = parsed(ConversationBody, raw)
     given = {name: value for name, value in conversation_of(body).items() if name != "tool_choice"}
     prompt = await run_in_threadpool(lambda: service.model.chat_text(**given))

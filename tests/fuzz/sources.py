@@ -13,7 +13,7 @@ from pastkey.contract import names
 from pastkey.export.source import pretrained, stored_weights
 from pastkey.export.source.llama2c import open_llama2c
 from pastkey.export.source.onnx_folder.folder import open_onnx
-from pastkey.export.source.source import allowed
+from pastkey.export.source.source import Opening
 from pastkey.export.source.tokenizers.tokenizer import read_tokenizer
 from pastkey.export.source.weights import load_weights
 from pastkey.files.folder import read_json
@@ -80,7 +80,7 @@ def _in_onnx_folder(file: str) -> Callable[[bytes], object]:
         place.write_bytes(content)
         graph = _onnx_folder() / "model.onnx"
         try:
-            return open_onnx(graph, tokenizer=None, context_length=None, before_loading=allowed)
+            return open_onnx(graph, Opening())
         finally:
             place.write_bytes(whole)
 
@@ -88,7 +88,7 @@ def _in_onnx_folder(file: str) -> Callable[[bytes], object]:
 
 
 def _read_llama2c_tokenizer(content: bytes) -> object:
-    return open_llama2c(written("model.bin", llama2c_valid()), written("tokenizer.bin", content), None)
+    return open_llama2c(written("model.bin", llama2c_valid()), Opening(tokenizer=written("tokenizer.bin", content)))
 
 
 def _as_tokenizer(name: str) -> Callable[[bytes], object]:
@@ -115,7 +115,7 @@ SOURCES: Mapping[str, Target] = {
     ),
     "gguf": Target(lambda content: stored_weights.check_gguf(written("m.gguf", content)), gguf_valid, mutate_bytes),
     "llama2c": Target(
-        lambda content: open_llama2c(written("model.bin", content), None, None), llama2c_valid, mutate_bytes
+        lambda content: open_llama2c(written("model.bin", content), Opening()), llama2c_valid, mutate_bytes
     ),
     "llama2c_tokenizer": Target(_read_llama2c_tokenizer, llama2c_tokenizer, mutate_bytes),
     "sentencepiece": Target(_as_tokenizer("spiece.model"), sentencepiece, mutate_bytes),

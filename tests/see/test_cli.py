@@ -58,7 +58,7 @@ def test_a_source_is_exported_for_the_page_with_its_context_and_tokenizer(classi
         (["--last", "257"], "--last is 257, and a page shows 256 tokens at most"),
         (["--context", "9"], "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context"),
         (["--top-p", "0"], "argument --top-p: '0' was given; it must be above 0 and at most 1"),
-        (["--reference", "nowhere"], "no such reference: nowhere does not exist"),
+        (["--reference", "nowhere"], "no such source: nowhere"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_file(classic, command, tmp_path, flags, sentence):

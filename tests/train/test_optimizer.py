@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pastkey.errors import IntegrityError
 from pastkey.train.model import Decoder
 from pastkey.train.optimizer import (
     Muon,
@@ -86,6 +87,9 @@ def test_restored_moments_give_the_same_steps(optimizer):
     moments = moments_of(optimizers, first)
     assert {name.rpartition(".")[2] for name in moments} == {name for one in optimizers for name in moment_names(one)}
     restore_moments(restored, second, {name: moment.clone() for name, moment in moments.items()}, 1)
+    for other in ({}, {name: moment[:1] for name, moment in moments.items()}):
+        with pytest.raises(IntegrityError, match="the checkpoint's optimizer has no"):
+            restore_moments(make_optimizers(second, config), second, other, 1)
     for model, its in ((first, optimizers), (second, restored)):
         step(model, its)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

@@ -86,7 +86,6 @@ class Tokens:
             yield self._padded(part)
 
     def _in_order(self) -> Iterator[NDArray[np.int64]]:
-        """Yields the windows of `windows`."""
         for first, end in zip(*(bounds.tolist() for bounds in self._documents[:2]), strict=True):
             for start in range(first, end - 1, self._context):
                 back = max(first, min(start, end - self._context - 1))

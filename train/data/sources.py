@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line, missing_extra
+from pastkey.errors import InputError, MissingFileError, missing_extra
+from pastkey.files.folder import decode_text
 from pastkey.files.reading import MOST_JSON, reading, require_regular
 
 from ..stories import stories
@@ -175,19 +176,8 @@ def _last_line(buffer: bytes) -> int:
 
 
 def _text(content: bytes, file: Path, offset: int) -> Iterator[str]:
-    text = _decoded(content.removeprefix(b"\xef\xbb\xbf") if offset == 0 else content, file, offset).strip()
-    if text:
+    if text := decode_text(content, file, offset).strip():
         yield text
-
-
-def _decoded(content: bytes, place: object, offset: int = 0) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{place} is not UTF-8 text: byte {offset + error.start} is 0x{content[error.start]:02x} ({error.reason}); "
-            "convert it to UTF-8"
-        ) from None
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -199,7 +189,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
             place = f"{file}, line {number}"
             if len(line) > MOST_JSON:
                 raise InputError(f"{place} has more than {MOST_JSON:,} bytes: expected one JSON object a line")
-            text = _decoded(line, place).removeprefix("\ufeff" if number == 1 else "").strip()
+            text = decode_text(line, place).strip()
             if text:
                 yield number, parse_line(text, place)
 
@@ -220,7 +210,7 @@ def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Opens a file, decompressed."""
     require_regular(file)
     suffix = file.suffix.lower()
-    with reading(file, f"a {suffix} file" if suffix in _COMPRESSED else "text"), _library_errors(file):
+    with reading(file, f"a {suffix} file" if suffix in _COMPRESSED else "text"):
         if suffix == ".gz":
             with gzip.open(file) as stream:
                 yield stream
@@ -234,17 +224,6 @@ def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         else:
             with file.open("rb") as stream:
                 yield stream
-
-
-@contextmanager
-def _library_errors(file: Path) -> Iterator[None]:
-    """Damaged compressed data is an OSError that is none of the system's."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None and not isinstance(error, PastkeyError):
-            raise IntegrityError(f"{file} is damaged ({first_line(error)}): copy it again") from None
-        raise
 
 
 # --- survey -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pastkey.errors import InputError
 from pastkey.typed import Natural, Size, TokenId
@@ -38,7 +38,7 @@ class DataInfo:
     corpus: str
     fingerprint: str  # sha256 of the documents
     documents: Natural
-    dtype: str  # of a token in the files, little-endian; signed if some tokens are not trained
+    dtype: Literal["<u2", "<u4", "<i2", "<i4"]  # of a token in the files; signed if some tokens are not trained
     train_tokens: Natural
     val_tokens: Natural
     val_bytes: Natural  # UTF-8 bytes of the held-out text that is trained, for bits per byte

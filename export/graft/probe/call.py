@@ -341,7 +341,6 @@ def _masked(module: nn.Module, ids: str) -> list[str]:
 
 
 def _of_one_row(expression: str) -> str:
-    """The call for a module that takes a batch of one row."""
     return re.sub(r"\b(ids|positions)\b(?! *=)", rf"\1{_ONE_ROW}", expression)
 
 

@@ -148,13 +148,11 @@ def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | No
     return result
 
 
-def run_cached(module: nn.Module, past: Uncached, input_ids: Tensor) -> Tensor:
-    """Logits for new ids (B, T) only; the attention calls also get the keys, values and rows of `past`."""
-    return run_on(module, past, input_ids).logits
-
-
 def run_on(module: nn.Module, past: Uncached, input_ids: Tensor) -> Uncached:
-    """As `run_cached`, with the keys, values and rows of all tokens so far: the past of the next tokens."""
+    """Runs new ids (B, T) only; the attention calls also get the keys, values and rows of `past`.
+
+    Returns those of all tokens so far, the past of the next tokens, with the new logits.
+    """
     start = past.keys[0].shape[2]
     length = start + input_ids.shape[1]
     layer, state = iter(zip(past.keys, past.values, strict=True)), iter(past.rows)

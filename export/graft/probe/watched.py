@@ -45,7 +45,7 @@ def half_precision(error: BaseException, run: Callable[[], object]) -> str | Non
     """What to change in a module that fails, since it makes half precision of float32; None for another error."""
     found: list[str] = []
 
-    class Watch(TorchDispatchMode):
+    class HalvesWatch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             given, made = (
@@ -57,7 +57,7 @@ def half_precision(error: BaseException, run: Callable[[], object]) -> str | Non
             return result
 
     if any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
-        with contextlib.suppress(Exception), Watch():  # type: ignore[no-untyped-call]
+        with contextlib.suppress(Exception), HalvesWatch():  # type: ignore[no-untyped-call]
             run()
     return (
         f"{found[0]} makes half precision, and a module is exported in float32: convert there to the dtype of the "
@@ -71,7 +71,7 @@ def draws(run: Callable[[], object]) -> list[Cause]:
     """Each line that draws random numbers through torch."""
     found: dict[str, str] = {}
 
-    class Watch(TorchDispatchMode):
+    class DrawsWatch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__.strip("_")
             if name in NOISE | DROPOUT:
@@ -80,7 +80,7 @@ def draws(run: Callable[[], object]) -> list[Cause]:
                     found[where] = _DROPS if name in DROPOUT else "draws random numbers outside training"
             return func(*args, **(kwargs or {}))
 
-    with Watch():  # type: ignore[no-untyped-call]
+    with DrawsWatch():  # type: ignore[no-untyped-call]
         run()
     if not found:
         return [Cause(Kind.CHANCE, "gives other logits each time it is run")]

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from pastkey.contract import names
 
 from ..edit import shape_of
+from ..part import constant
 
 _MARK = "pastkey.output_head"  # key in a node's metadata
 # Operators that process each position by itself, so that one position can be selected before them.
@@ -27,11 +28,11 @@ def output_head(model: ir.Model) -> ir.Node | None:
     logits = next((value for value in model.graph.outputs if value.name == names.LOGITS), None)
     node = None if logits is None else logits.producer()
     while node is not None and node.op_type in _POSITIONWISE:
-        made = [value for value in node.inputs if value is not None and not _constant(value)]
+        made = [value for value in node.inputs if value is not None and not constant(value)]
         if len(made) != 1:
             return None
         node = made[0].producer()
-    if node is None or node.op_type != "MatMul" or not _constant(node.inputs[1]):
+    if node is None or node.op_type != "MatMul" or node.inputs[1] is None or not constant(node.inputs[1]):
         return None
     return node
 
@@ -64,11 +65,3 @@ def take_head(model: ir.Model) -> list[ir.Node]:
         return marked
     found = output_head(model)
     return [] if found is None else [found]
-
-
-def _constant(value: ir.Value | None) -> bool:
-    """Whether the value is an initializer, or computed only from initializers, such as a transposed one."""
-    producer = None if value is None else value.producer()
-    if producer is None:
-        return shape_of(value) is not None
-    return bool(producer.inputs) and all(_constant(v) for v in producer.inputs if v is not None)

@@ -11,9 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from pastkey.contract import names
-from pastkey.runtime.providers.ort import onnxruntime
-
+from ...graph.session import cpu_session, window_feeds
 from ...graph.write.weights_file import INLINE_BYTES, remove_with_weights, save_with_weights
 from ...measure.metrics import Ids
 from ...measure.predictors import IN_PLACE
@@ -51,7 +49,8 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         else:
             ir.save(model, probe)
         # Without prepacking, the kernel of quantized weights is another one, which does not quantize activations.
-        session = open_probe(probe, in_place=all(node.op_type != "MatMulNBits" for node in model.graph.all_nodes()))
+        quantized = any(node.op_type == "MatMulNBits" for node in model.graph.all_nodes())
+        session = cpu_session(probe, {} if quantized else IN_PLACE)
         yield lambda ids, further=_NO_INPUTS: _run(session, wanted, ids, further)
     finally:
         session = None  # closed, even if the caller still holds the function
@@ -61,34 +60,10 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
         remove_with_weights(probe)
 
 
-def open_probe(graph: Path, *, in_place: bool = True) -> Any:
-    """Opens a graph on the CPU. `in_place`: float32 weights are used where the file is mapped."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    for name, entry in IN_PLACE.items() if in_place else ():
-        options.add_session_config_entry(name, entry)
-    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-
 def _run(session: Any, wanted: Sequence[str], ids: Ids, further: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     shapes = {value.name: value.shape for value in session.get_inputs() if value.name not in further}
     found = session.run(list(wanted), window_feeds(shapes, ids) | dict(further))
     return {name: rows.reshape(-1, *rows.shape[-1:]) for name, rows in zip(wanted, found, strict=True)}
-
-
-def window_feeds(shapes: Mapping[str, Sequence[Any]], ids: Ids) -> dict[str, np.ndarray]:
-    """Returns a graph's inputs for ids (T,) without a past, by the shapes of all inputs: numbers, or names of sizes."""
-    feeds = {
-        names.INPUT_IDS: ids[None],
-        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
-        names.POSITION_IDS: np.arange(len(ids))[None],
-    }
-    past = {
-        name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], np.float32)
-        for name, shape in shapes.items()
-        if name not in feeds
-    }
-    return feeds | past
 
 
 def _is_large_and_in_memory(value: ir.Value) -> bool:

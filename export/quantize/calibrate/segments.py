@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...graph.session import cpu_session, window_feeds
 from ...measure.metrics import Ids
-from .activations import open_probe, window_feeds
+from ...measure.predictors import IN_PLACE
 
 KEPT_BYTES = 1 << 29  # what a segment's values may amount to in memory, unless one alone is larger
 _Values = dict[str, np.ndarray]
@@ -83,7 +84,7 @@ class Segment:
         path = self._folder / "segment.onnx"
         try:
             ir.save(ir.Model(part, ir_version=self._model.ir_version), path)
-            return open_probe(path)
+            return cpu_session(path, IN_PLACE)
         finally:
             path.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from pastkey.runtime.providers.ort import OrtError, onnxruntime
 
 from ...compare import LOGITS, relative_difference
 from ...graft.probe.observe import CacheLayer, Observation, Opaque, Uncached, random_ids
+from ...graph.session import cpu_session
 from ...graph.simplify import simplify
 from .attention import MatchedAttention, UnrecognisedError, fuse_attention, recognise
 from .given import EXPORT_COMMAND, GivenGraph, standard_form
@@ -49,10 +50,8 @@ class GivenDecoder(Opaque):
         self._fused: ir.Model | None = None
         # For `parameters`, which counts the weights that an export holds in memory.
         self.register_buffer("weights", torch.zeros(()).expand(given.weights), persistent=False)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised
         try:
-            self._session = onnxruntime.InferenceSession(str(given.path), options, providers=["CPUExecutionProvider"])
+            self._session = cpu_session(given.path)
         except OrtError as error:
             raise InputError(
                 f"onnxruntime {onnxruntime.__version__} cannot open {given.path} ({first_line(error)}): install the "

@@ -15,7 +15,7 @@ from pastkey.files.external_data import external_data
 from pastkey.files.folder import is_inside, read_json
 from pastkey.values import is_int
 
-from ..source import BeforeLoading, Source, context_of, refuse_links
+from ..source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
 from ..stored_weights import SIZES
 from ..tokenizers.tokenizer import read_tokenizer
 from .decoder import GivenDecoder
@@ -25,7 +25,6 @@ SUFFIX = ".onnx"
 _PLACES = ("model.onnx", "onnx/model.onnx", "decode.onnx")  # optimum's, transformers.js', transformers' exporter's
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 _OF_ANOTHER_MODEL = ("auto_map", "quantization_config", "_name_or_path", "transformers_version")
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 _TOKENIZERS = (names.TOKENIZER, "vocab.json", "tokenizer.model")
 
 
@@ -63,13 +62,7 @@ def _refuse_others(folder: Path) -> None:
         )
 
 
-def open_onnx(
-    path: Path,
-    *,
-    tokenizer: str | Path | None,
-    context_length: int | None,
-    before_loading: BeforeLoading,
-) -> Source:
+def open_onnx(path: Path, opening: Opening) -> Source:
     """Opens a graph, with the configuration and tokenizer beside it or above it.
 
     Raises InputError, MissingFileError, IntegrityError or ResourceError.
@@ -81,32 +74,27 @@ def open_onnx(
         )
     refuse_links(folder, _read_of(folder, path))
     given = read_given(path)
-    before_loading(given.weights, 4 * given.weights, 0)
+    opening.before_loading(given.weights, 4 * given.weights, 0)
     content = read_json(folder / names.CONFIG)
     if content.get("is_encoder_decoder") is True:
         raise InputError(f"{folder} holds an encoder-decoder: only decoders can be exported")
     content = {key: value for key, value in content.items() if key not in _OF_ANOTHER_MODEL}
-    longest = _size(content, SIZES["positions"]) or context_length
+    longest = _size(content, SIZES["positions"]) or opening.context_length
     if longest is None:
         raise InputError(f"{folder / names.CONFIG} names no context length: give it with --context N")
-    context = context_of(folder.resolve().name, longest, context_length)
+    context = context_of(folder.resolve().name, longest, opening.context_length)
     decoder = GivenDecoder(given, _size(content, _HEADS) or given.layers[0].kv_heads, _window(content))
     generation = read_json(folder / names.GENERATION_CONFIG) if (folder / names.GENERATION_CONFIG).is_file() else {}
     has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
-    fields = read_tokenizer(tokenizer or (folder if has_tokenizer else None))
-    for key in ("bos_token_id", "eos_token_id"):
-        found = next((v for c in (generation, content) if (v := c.get(key)) is not None), None)
-        ids = tuple(token for token in (found if isinstance(found, list) else [found]) if is_int(token, 0))
-        if ids:
-            fields |= {"eos_token_ids": ids} if key == "eos_token_id" else {key: ids[0]}
+    fields = read_tokenizer(opening.tokenizer or (folder if has_tokenizer else None))
+    fields |= special_ids(generation, content)
     fields["tokenizer_config"] = _portable(fields.get("tokenizer_config", {}))
-    wanted = ["repetition_penalty", *(_SAMPLING if generation.get("do_sample") is True else ())]
     return Source(
         decoder,
         folder.resolve().name,
         context,
         config=content | {"max_position_embeddings": context, "dtype": "float32", "torch_dtype": "float32"},
-        generation={name: generation[name] for name in wanted if generation.get(name) is not None},
+        generation=sampling_of(generation),
         **fields,
     )
 

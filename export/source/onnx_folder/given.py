@@ -275,7 +275,9 @@ def standard_form(given: GivenGraph) -> ir.Model:
         ends[name].name = new
     for value in list(model.graph.inputs):
         if value.name in _KEPT:
-            everything = add_weight(model, f"{value.name}.all", np.zeros(_sizes(value), _numpy(value)))
+            assert value.dtype is not None
+            zeros = np.zeros([1] * (_rank(value) or 0), value.dtype.numpy())
+            everything = add_weight(model, f"{value.name}.all", zeros)
             replace_uses(value, everything)
             model.graph.inputs.remove(value)
         elif value.dtype is ir.DataType.INT32:
@@ -423,12 +425,3 @@ def _cast(model: ir.Model, value: ir.Value) -> None:
             node.replace_input_with(index, cast)
     cast.type, value.type = ir.TensorType(ir.DataType.INT32), ir.TensorType(ir.DataType.INT64)
     model.graph.insert_before(model.graph[0], builder.nodes)
-
-
-def _sizes(value: ir.Value) -> list[int]:
-    return [1] * (_rank(value) or 0)
-
-
-def _numpy(value: ir.Value) -> np.dtype[np.generic]:
-    assert value.dtype is not None
-    return value.dtype.numpy()

@@ -17,8 +17,9 @@ from pastkey.contract.bundle import open_bundle
 from pastkey.errors import MissingExtraError
 from pastkey.export import Report, export
 from pastkey.export.generation import text as text_module
-from pastkey.export.generation.text import ReadsOtherwiseError, opened, text_operators
+from pastkey.export.generation.text import ReadsOtherwiseError, library, text_operators
 from pastkey.export.generation.write import settings
+from pastkey.export.graph.session import cpu_session
 from pastkey.runtime import SamplingConfig
 from pastkey.train.tokenizer import train_bpe, train_char
 
@@ -68,7 +69,7 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
     report = made(tmp_path, kind(tmp_path))
     assert [warning for warning in report.warnings if "text.onnx" in warning] == []
     bundle = open_bundle(tmp_path / "bundle", verify=True)
-    session, lm = opened(str(bundle.path / names.TEXT_GRAPH)), pastkey.load(bundle.path, threads=1)
+    session, lm = cpu_session(bundle.path / names.TEXT_GRAPH, library=library()), pastkey.load(bundle.path, threads=1)
     assert names.INPUT_IDS not in {value.name for value in session.get_inputs()}
     for prompt in ("once upon", "Größe 日本語", "  1234\n 🙂x", "a<", "once <", "x <|end", "<s"):
         for config in (SamplingConfig(seed=0), SamplingConfig(temperature=1.5, seed=3)):
@@ -89,7 +90,7 @@ def bundle(tmp_path_factory):
 
 
 def test_a_call_for_no_tokens_gives_no_text(bundle):
-    session = opened(str(bundle / names.TEXT_GRAPH))
+    session = cpu_session(bundle / names.TEXT_GRAPH, library=library())
     feeds = settings(SamplingConfig(seed=0), 0) | {names.TEXT: np.array(["once"], object)}
     ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], feeds)
     assert (ids.size, completion.tolist()) == (0, [""])
@@ -97,7 +98,7 @@ def test_a_call_for_no_tokens_gives_no_text(bundle):
 
 def test_the_end_token_is_no_part_of_the_text(bundle):
     tokenizer = Tokenizer.from_file(str(bundle / names.TOKENIZER))
-    session = opened(str(bundle / names.TEXT_GRAPH))
+    session = cpu_session(bundle / names.TEXT_GRAPH, library=library())
     config = SamplingConfig(temperature=1.0, seed=4)
     free = session.run(["ids"], settings(config, 12) | {names.TEXT: np.array(["once"], object)})[0].tolist()
     end = free[5]

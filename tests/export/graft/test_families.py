@@ -22,6 +22,7 @@ from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.probe.observe import run_on, run_uncached
 from pastkey.export.graft.trace import choose_graph
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import load
 
@@ -48,7 +49,7 @@ def skip_unless_known(family: str) -> None:
 @pytest.mark.parametrize("family", divided(FAMILIES, quick=("gpt2", "llama"), ci=(*QUICK, *IN_CI)))
 def test_steps_with_a_cache_give_transformers_own_logits(family):
     skip_unless_known(family)
-    source = open_source(build(family), context_length=CONTEXT)
+    source = open_source(build(family), Opening(context_length=CONTEXT))
     taken = in_contract(source.module, CONTEXT, None, lambda _: None)
     assert taken.observation.geometry[0] == LATENT.get(family, taken.observation.geometry[0])
     ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -118,7 +119,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(que
         bos_token_id=1, eos_token_id=2, max_position_embeddings=CONTEXT,
     )  # fmt: skip
     torch.manual_seed(0)
-    source = open_source(transformers.FalconForCausalLM(config), context_length=CONTEXT)
+    source = open_source(transformers.FalconForCausalLM(config), Opening(context_length=CONTEXT))
     observation = in_contract(source.module, CONTEXT, None, lambda _: None).observation
     assert {layer.geometry.kv_heads for layer in observation.layers} == {heads}
     assert choose_graph("auto", "cpu", observation).graph == ("standard" if alibi else "fused")

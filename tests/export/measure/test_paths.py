@@ -11,8 +11,8 @@ from pastkey.export.measure.paths import (
     SHORT_DECODE,
     SHORT_PREFILL,
     TOKENS,
-    Parts,
     Plan,
+    VerificationProgress,
     at_ends,
     run_last_logits,
     short_texts,
@@ -62,7 +62,7 @@ def test_a_quick_proof_decodes_the_end_of_a_short_text(exported):
     decode = Plan.short(SHORT_PREFILL + SHORT_DECODE).paths["decode"]
     assert decode == [SHORT_PREFILL] + [1] * SHORT_DECODE
     plan = Plan.short(texts[0].size)
-    found = run_last_logits(bundle, plan, texts[0], None, Parts(SILENT, plan), {})
+    found = run_last_logits(bundle, plan, texts[0], None, VerificationProgress(SILENT, plan), {})
     assert found.ids is texts[0]
     assert {name: len(logits) for name, logits in found.paths.items()} == {
         name: len(sizes) for name, sizes in plan.paths.items()
@@ -80,8 +80,9 @@ def test_the_text_is_written_in_pieces_side_by_side(exported, monkeypatch):
     monkeypatch.setattr(Engine, "forward", counted)
     bundle = exported("llama").bundle
     plan = Plan.of(bundle.manifest.context_length)
-    found = run_last_logits(bundle, plan, None, None, Parts(SILENT, plan), {})
+    found = run_last_logits(bundle, plan, None, None, VerificationProgress(SILENT, plan), {})
     assert found.ids.shape == (40,)
     assert runs[0] == (1, RANDOM_TOKENS)
     assert len(runs) <= PIECE_TOKENS
-    np.testing.assert_array_equal(found.ids, run_last_logits(bundle, plan, None, None, Parts(SILENT, plan), {}).ids)
+    again = run_last_logits(bundle, plan, None, None, VerificationProgress(SILENT, plan), {})
+    np.testing.assert_array_equal(found.ids, again.ids)

@@ -1,10 +1,9 @@
-"""What a bundle may be compared with, and the packages that it takes. What users mistype is in test_eval_command.py."""
+"""What a bundle may be compared with. What users mistype is in test_eval_command.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from pastkey.__main__ import main
 from pastkey.contract.bundle import open_bundle
-from pastkey.errors import InputError, MissingExtraError
+from pastkey.errors import InputError
 from pastkey.export.measure import reference
 from pastkey.export.measure.predictors import ModulePredictor
 from pastkey.export.measure.reference import open_exported, open_reference
@@ -84,15 +83,6 @@ def test_a_bundle_may_hold_keys_and_values_where_a_smaller_row_could_be_cached(e
 def test_a_source_of_another_shape_is_not_what_it_was_exported_from(exported, factory):
     with pytest.raises(InputError, match="name the source that it was exported from"):
         open_exported(factory, exported("gpt2").bundle)
-
-
-def test_a_source_without_torch_names_the_packages(exported, factory, monkeypatch):
-    bundle = exported("llama").bundle
-    for package in ("torch", "safetensors"):
-        monkeypatch.setitem(sys.modules, package, None)
-    for opening in (lambda: open_exported(factory, bundle), lambda: open_reference(factory, bundle, [1], 2)):
-        with pytest.raises(MissingExtraError, match="pip install torch safetensors"):
-            opening()
 
 
 # --- modules that do not keep the contract ------------------------------------------------------------------------

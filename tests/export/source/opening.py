@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 from pastkey.contract import names
 from pastkey.errors import PastkeyError
 from pastkey.export.source.open import open_source
-from pastkey.export.source.source import Source
+from pastkey.export.source.source import Opening, Source
 
 
 def opened(source: Any, **settings: Any) -> Source:
-    return open_source(source, **({"context_length": 8} | settings))
+    return open_source(source, Opening(**({"context_length": 8} | settings)))
 
 
 def refusal(kind: type[PastkeyError], source: Any, **settings: Any) -> str:

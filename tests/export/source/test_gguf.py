@@ -29,6 +29,7 @@ from pastkey.export.graph.stored import stored_weights
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.gguf_tensors import TemporaryWeights
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
@@ -146,7 +147,7 @@ def test_weights_are_those_of_transformers_and_large_ones_go_to_the_disk_if_it_h
     monkeypatch.setattr(stored_tensors, "LARGE", 1000)
     file = write_gguf(tmp_path / "tiny.gguf", quantized=quantized)
     told: list[tuple[int, int, int]] = []
-    module = open_source(file, before_loading=lambda *sizes: told.append(sizes)).module
+    module = open_source(file, Opening(before_loading=lambda *sizes: told.append(sizes))).module
     ((number, *places),) = told
     assert places == ([0, 4 * number] if room else [4 * number, 0])
     weights = stored_weights(module)

@@ -28,9 +28,7 @@ TENSOR = text("w") + struct.pack("<IQQIQ", 2, 4, 2, 0, 32)
 def test_a_header_is_read(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(header([LAYERS, TOKENS, SCORES], [TENSOR]))
-    found = read_gguf(file)
-    assert found.values == {"llama.block_count": 1, "tokens": 2, "scores": 2}
-    (tensor,) = found.tensors
+    (tensor,) = read_gguf(file)
     assert (tensor.name, tensor.elements, tensor.kind) == ("w", 8, 0)
     assert tensor.offset == file.stat().st_size - 64 + 32
 

@@ -23,6 +23,7 @@ from pastkey.errors import InputError, MissingExtraError, MissingFileError, Past
 from pastkey.export.progress import SILENT, Progress
 from pastkey.export.source.hub import HubModel, find
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 
 from ...loopback_hub import Files, serving
 
@@ -303,17 +304,17 @@ def test_what_cannot_be_exported_is_refused_before_its_weights_are_fetched(hub, 
     config = {**json.loads(SMALL["config.json"])} | changed
     hub.add(NAME, {**SMALL, "config.json": json.dumps(config).encode(), "model.safetensors": WEIGHTS})
     with pytest.raises(PastkeyError, match=words):
-        open_source(NAME, network=True, **options)
+        open_source(NAME, Opening(network=True, **options))
     assert not [line for line in hub.asked if "safetensors" in line]
 
 
 def test_a_path_is_no_id_and_a_bundle_is_not_exported_again(hub):
     with pytest.raises(MissingFileError, match="no such source: org/tiny does not exist; expected"):
-        open_source(Path(NAME), network=True)
+        open_source(Path(NAME), Opening(network=True))
     assert hub.asked == []
     hub.add(NAME, {"pastkey.json": b"{}", **SMALL})
     with pytest.raises(InputError, match="org/tiny is a bundle"):
-        open_source(NAME, network=True)
+        open_source(NAME, Opening(network=True))
 
 
 def test_the_module_imports_neither_torch_nor_the_library():

@@ -23,6 +23,7 @@ from pastkey.contract import names
 from pastkey.errors import InputError, ResourceError
 from pastkey.export import export
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 
 Array = npt.NDArray[np.float32]
@@ -140,7 +141,7 @@ def test_the_decoder_computes_what_llama2c_computes(version, tied, tmp_path):
 
 
 def test_the_header_becomes_the_configuration(tmp_path):
-    source = open_source(checkpoint(tmp_path, Toy(tied=False).version0()), context_length=12)
+    source = open_source(checkpoint(tmp_path, Toy(tied=False).version0()), Opening(context_length=12))
     config = source.config
     assert (source.name, source.context_length, config["max_position_embeddings"]) == ("toy", 12, 12)
     assert (config["model_type"], config["tie_word_embeddings"], config["head_dim"]) == ("llama", False, 6)
@@ -228,7 +229,7 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tok.bin").write_bytes(tokenizer_bin(PIECES))
     toy = dataclasses.replace(Toy(), vocab=len(PIECES))
-    content = open_source(checkpoint(folder, toy.version0()), tokenizer=folder / "tok.bin").tokenizer
+    content = open_source(checkpoint(folder, toy.version0()), Opening(tokenizer=folder / "tok.bin")).tokenizer
     assert content is not None
     return Tokenizer.from_buffer(content)
 
@@ -262,7 +263,7 @@ def test_a_bundle_computes_and_takes_text_as_llama2c(tmp_path):
 
 def test_a_tokenizer_json_is_taken_too_and_the_format_keeps_its_own_end(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    source = open_source(checkpoint(tmp_path, WHOLE), tokenizer=tmp_path / "tokenizer.json")
+    source = open_source(checkpoint(tmp_path, WHOLE), Opening(tokenizer=tmp_path / "tokenizer.json"))
     assert source.tokenizer == (tmp_path / "tokenizer.json").read_bytes()
     assert (source.bos_token_id, source.eos_token_ids) == (1, (2, 1))
 
@@ -286,4 +287,4 @@ def test_a_tokenizer_that_does_not_fit_is_refused(spoilt, tmp_path):
     (tmp_path / "tok.bin").write_bytes(content)
     model = checkpoint(tmp_path, dataclasses.replace(Toy(), vocab=len(PIECES)).version0())
     with pytest.raises(InputError, match=rf"tok\.bin .*{words}"):
-        open_source(model, tokenizer=tmp_path / "tok.bin")
+        open_source(model, Opening(tokenizer=tmp_path / "tok.bin"))

@@ -17,6 +17,7 @@ from pastkey.export import export
 from pastkey.export.graft.probe.observe import run_uncached
 from pastkey.export.source.open import open_source
 from pastkey.export.source.pretrained import open_model
+from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 from pastkey.runtime.text.chat_template import ChatTemplate
 
@@ -62,7 +63,7 @@ def test_a_context_length_is_found_under_every_name(tmp_path, word_tokenizer):
 
     def found(context_length: int | None = None, **settings: int) -> tuple[int, tuple[str, ...]]:
         file.write_text(json.dumps(plain | settings))
-        source = open_source(tmp_path, context_length=context_length)
+        source = open_source(tmp_path, Opening(context_length=context_length))
         return source.context_length, source.warnings
 
     told = f"the configuration of {tmp_path.name} names no context length: it gets 2,048 tokens; --context N changes it"
@@ -157,7 +158,7 @@ def test_a_model_in_hand_stays_as_it_was():
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         before = model(ids).logits
-        module = open_model(model, tokenizer=None, context_length=None).module
+        module = open_model(model, Opening()).module
         assert torch.equal(model(ids).logits, before)
         assert torch.allclose(run_uncached(module, ids).logits, before.float(), atol=0.2)
     assert model.training

@@ -15,6 +15,7 @@ from pastkey.__main__ import main
 from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, MissingFileError
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 from pastkey.files.durable import write_json
 
 from ..decoders import Plain
@@ -62,7 +63,7 @@ def test_a_checkpoint_brings_its_context_tokenizer_configuration_and_end_token(c
     assert source.eos_token_ids == (60,)
     assert source.config["model_type"] == "llama"
     assert source.tokenizer_config["eos_token"] == "<end>"
-    source = open_source(checkpoint, context_length=16)
+    source = open_source(checkpoint, Opening(context_length=16))
     assert (source.context_length, source.config["max_position_embeddings"]) == (16, 16)
     sentence = refusal(InputError, checkpoint, context_length=41)
     assert sentence == f"--context 41 is more than the 40 tokens that {checkpoint} was trained for"

@@ -32,7 +32,7 @@ from pastkey.export.progress import SILENT
 from pastkey.export.settings import ExportConfig
 from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
-from pastkey.export.source.source import Source
+from pastkey.export.source.source import Opening, Source
 from pastkey.export.source.stored_tensors import MappedTensor, kept_in_files
 from pastkey.files import memory
 
@@ -187,7 +187,9 @@ def test_a_trace_that_reads_a_stored_weight_loads_all(saved_llama, monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_what_transformers_computes_of_several_tensors_is_in_memory(family, tmp_path):
-    assert_in_memory(family, open_source(saved(build(family), tmp_path / "model"), context_length=CONTEXT).module)
+    assert_in_memory(
+        family, open_source(saved(build(family), tmp_path / "model"), Opening(context_length=CONTEXT)).module
+    )
 
 
 def assert_in_memory(family: str, module: nn.Module) -> None:
@@ -197,7 +199,7 @@ def assert_in_memory(family: str, module: nn.Module) -> None:
 
 def graph_of(folder: Path, context: int) -> tuple[nn.Module, bytes]:
     """The module of a folder, and its float32 graph with the weights as a file."""
-    source = open_source(folder, context_length=context)
+    source = open_source(folder, Opening(context_length=context))
     model = grafted(*observed(source, ExportConfig(context_length=context), SILENT), SILENT).model
     return source.module, ir.to_proto(model).SerializeToString()
 
@@ -215,7 +217,7 @@ def test_the_float32_graph_is_that_of_loaded_weights(family, kind, tmp_path, mon
     context = 80 if kind == "tied" else CONTEXT
     model = llama(tie_word_embeddings=True) if kind == "tied" else build(family)
     folder = saved(model, tmp_path / "model", kind)
-    assert_in_memory(family, open_source(folder, context_length=context).module)
+    assert_in_memory(family, open_source(folder, Opening(context_length=context)).module)
     module, graph = graph_of(folder, context)
     assert any(stored for *_, stored in parameters(module)) == (family not in FOLLOWED)
     monkeypatch.setattr(stored_tensors, "LARGE", WHOLE)

@@ -79,7 +79,9 @@ def test_what_a_parser_raises_is_a_sentence_with_the_file():
     with pytest.raises(IntegrityError, match=r"a\.bin cannot be read as numbers \(list index out of range\)"):  # noqa: SIM117
         with reading("a.bin", "numbers"):
             [][0]
-    for passed in (InputError("said"), FileNotFoundError("x"), MemoryError(), KeyboardInterrupt()):
+    with pytest.raises(IntegrityError, match="cannot be read as a gzip file"), reading("a.gz", "a gzip file"):
+        raise OSError("Not a gzipped file")  # no error of the system has no number
+    for passed in (InputError("said"), FileNotFoundError(2, "x"), MemoryError(), KeyboardInterrupt()):
         with pytest.raises(type(passed)), reading("a.bin", "numbers"):
             raise passed
     with pytest.raises(LookupError), reading("a.bin", "numbers", but=(LookupError,)):

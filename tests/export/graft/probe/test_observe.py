@@ -17,7 +17,7 @@ from pastkey.export.graft.probe.observe import (
     observe,
     random_ids,
     require_finite,
-    run_cached,
+    run_on,
     run_uncached,
 )
 
@@ -57,7 +57,7 @@ def test_running_with_a_cache_gives_what_running_without_gives():
     module = Plain(kv_heads=2, layers=2)
     ids = random_ids(2, 9, 37)
     whole = run_uncached(module, ids)
-    part = run_cached(module, run_uncached(module, ids[:, :5]), ids[:, 5:])
+    part = run_on(module, run_uncached(module, ids[:, :5]), ids[:, 5:]).logits
     torch.testing.assert_close(part, whole.logits[:, 5:], rtol=1e-5, atol=1e-6)
     assert [tuple(keys.shape) for keys in whole.keys] == [(2, 2, 9, 8)] * 2
 

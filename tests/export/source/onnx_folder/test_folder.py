@@ -21,6 +21,7 @@ from pastkey.export.measure.reference import open_exported
 from pastkey.export.source.onnx_folder.decoder import GivenDecoder
 from pastkey.export.source.onnx_folder.folder import find_graph
 from pastkey.export.source.open import open_source
+from pastkey.export.source.source import Opening
 
 from .given_graphs import CONTEXT, KV_HEADS, VOCABULARY, Kind, write_folder
 
@@ -75,7 +76,7 @@ def test_what_is_opened(folder, tmp_path):
     assert (source.name, source.context_length) == (folder.name, CONTEXT)
     assert source.bos_token_id is None
     assert source.eos_token_ids == (VOCABULARY - 1,)
-    assert open_source(folder, context_length=32).context_length == 32
+    assert open_source(folder, Opening(context_length=32)).context_length == 32
     copy = tmp_path / "hub"
     shutil.copytree(folder, copy)
     (copy / "onnx").mkdir()
@@ -139,7 +140,7 @@ def test_a_spoilt_folder_is_refused(spoilt, folder, tmp_path):
     with pytest.raises(error, match=word):
         open_source(copy)
     if spoilt == "no context":
-        assert open_source(copy, context_length=64).context_length == 64
+        assert open_source(copy, Opening(context_length=64)).context_length == 64
 
 
 def test_another_models_tokenizer_is_refused(folder, tmp_path):
