@@ -29,7 +29,7 @@ help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}; CONTRIBUTING.md has more"
 
-demo: $(VENV)/installed  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
+demo: $(VENV)/installed $(if $(COMPILER),$(VENV)/kernels)  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
 	$(PASTKEY) train --out demo/checkpoint --force
 	$(PASTKEY) export demo/checkpoint --out demo/fp32 --precision fp32 --force
 	$(PASTKEY) export demo/checkpoint --out demo/int8 --force
@@ -56,7 +56,7 @@ check: $(VENV)/installed  ## ruff, mypy, and the format of the C++
 kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for the tests and your bundles: docs/native.md
 
 $(VENV)/kernels: $(VENV)/installed $(shell git ls-files kernels 2>/dev/null)
-	$(BIN)/python -m pip install --quiet --force-reinstall ./kernels
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps ./kernels
 	touch $@
 
 # Python itself has none of the sanitizers, so that the processes that run graphs load one first.
@@ -99,7 +99,7 @@ oldest: $(ENVIRONMENTS)/oldest/installed
 $(ENVIRONMENTS)/oldest/installed: pyproject.toml $(OLDEST)
 	$(PYTHON) -m venv --clear $(@D)
 	PYTHONWARNINGS="ignore:Editable installation" \
-		$(@D)/bin/python -m pip install --quiet --editable '.[all,huggingface,gguf,finetune]' --constraint $(OLDEST) \
+		$(@D)/bin/python -m pip install --quiet --editable '.[all]' --constraint $(OLDEST) \
 		pytest pytest-xdist hypothesis
 	touch $@
 

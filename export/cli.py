@@ -52,20 +52,29 @@ if TYPE_CHECKING:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The destinations of the optional arguments are the fields of ExportConfig."""
-    parser.add_argument("source", help=SOURCES)
+    parser.add_argument("source", metavar="SOURCE", help=SOURCES)
     parser.add_argument("--out", required=True, metavar="BUNDLE", help="the folder to write")
-    _add_flags(parser, *_FLAGS)
-    add_provider_settings(parser)
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    for name, metadata in _FLAGS.items():
+        if (heading := metadata["group"]) not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        _add_flag(groups[heading], name)
+    add_provider_settings(parser.add_argument_group("provider"))
     parser.set_defaults(**{field.name: field.default for field in dataclasses.fields(ExportConfig)})
 
 
-def _add_flags(parser: argparse.ArgumentParser, *options: str) -> None:
-    """Adds the flags of these fields of ExportConfig."""
-    for name in options:
-        further = dict(_FLAGS[name])
-        flag = further.pop("flag", "--" + name.replace("_", "-"))
-        parser.add_argument(flag, dest=name, **further)
+def _add_flag(group: argparse._ActionsContainer, name: str) -> None:
+    """Adds the flag of this field of ExportConfig."""
+    further = {key: value for key, value in _FLAGS[name].items() if key != "group"}
+    flag = further.pop("flag", "--" + name.replace("_", "-"))
+    group.add_argument(flag, dest=name, **further)
+
+
+def _add_module_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a source that is opened again."""
+    _add_flag(parser, "weights")
+    _add_flag(parser, "trust_remote_code")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -152,12 +161,17 @@ def _say_sensitivity(report: Report) -> None:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", help="the bundle folder")
-    add("source", nargs="?", help="the source of the export (default: compare with the bundle's own uncached run)")
+    add("bundle", metavar="BUNDLE", help="the bundle folder")
+    add(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="the source of the export (default: compare with the bundle's own uncached run)",
+    )
     add("--key", metavar="PUBLIC.pem", help="require a signature by this key, made by pastkey sign; checked first")
-    _add_flags(parser, "weights", "trust_remote_code")
-    add_placement(parser)
+    _add_module_flags(parser)
     add("--json", action="store_true", help="print one JSON object: ok, and one figure per check")
+    add_placement(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -210,21 +224,21 @@ def _say_parity(verification: Mapping[str, Any], title: str) -> None:
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", help="the bundle folder")
+    add("bundle", metavar="BUNDLE", help="the bundle folder")
     add("--text", required=True, metavar="FILE", help="a UTF-8 text file to evaluate on")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="another bundle, or a source of export, run in torch")
-    _add_flags(parser, "weights", "trust_remote_code")
+    _add_module_flags(parser)
     shown = f"{EVAL_LENGTH}, or the context where that is shorter"
-    add("--length", type=positive_int, metavar="N", help=f"tokens of a window ({shown})")
+    add("--length", type=positive_int, metavar="TOKENS", help=f"length of a window (default: {shown})")
     add(
         "--windows",
         type=positive_int,
         default=EVAL_WINDOWS,
         metavar="N",
-        help="at most N windows, from the beginning of the text (%(default)s)",
+        help="at most N windows, from the beginning of the text",
     )
-    add_placement(parser)
     add("--json", action="store_true", help="print one JSON object: the same figures, null for those without reference")
+    add_placement(parser)
     parser.epilog = (
         "perplexity: exp of the mean loss in nats over every token of a window but its first. kl_divergence: "
         "KL(reference || bundle) in nats, mean over all positions. top1_agreement: share of positions whose most "

@@ -117,13 +117,18 @@ def _tokens(text: str) -> list[int | str]:
         return [text]
 
 
-def _flag(default: Any, what: str, **further: Any) -> Any:
+# The headings of the flags.
+_PRECISION, _DEVICE, _MODULE = "precision", "where the bundle will run", "a module of your own"
+_GRAPHS, _RARE = "further graphs", "rare"
+
+
+def _flag(group: str, default: Any, what: str, **further: Any) -> Any:
     """A field with its flag: what it does, and further arguments of argparse, or "flag" for another name."""
-    return dataclasses.field(default=default, metadata={"help": what} | further)
+    return dataclasses.field(default=default, metadata={"group": group, "help": what} | further)
 
 
-def _switch(what: str) -> Any:
-    return _flag(False, what, action="store_true")
+def _switch(group: str, what: str) -> Any:
+    return _flag(group, False, what, action="store_true")
 
 
 @dataclass(frozen=True)
@@ -133,73 +138,72 @@ class ExportConfig:
     Raises InputError for an unknown choice, or one that another choice rules out.
     """
 
-    precision: str = _flag("int8", "of the weights (default: %(default)s)", choices=PRECISIONS)
-    target: str = _flag("cpu", "where the bundle will run (default: %(default)s)", choices=TARGETS)
-    graph: str = _flag("auto", "form of the graph (default: %(default)s)", choices=GRAPH_CHOICES)
-    format: str = _flag(
-        "onnx", "ort: also write the graph in the ORT format (default: %(default)s)", choices=names.FORMATS
-    )
-    generate: bool = _switch(
-        "also write a whole generation as one graph: one call from any language, prompt in, new ids out"
-    )
-    hidden_states: bool = _switch("also output the last hidden states, for text embeddings: lm.embed in Python")
-    adapters: bool = _switch("also write a graph that takes LoRA adapters: --adapter of run")
-    chunk: int | None = _flag(
-        None, f"tokens of a prefill run of the static graph (default: {STATIC_CHUNK})", metavar="T", type=positive_int
-    )
-    cache: bool = _flag(
-        True, "take no finished steps from an earlier export of the same source, and keep none for a next one",
-        flag="--no-cache", action="store_false",
-    )  # fmt: skip
-    quick: bool = _switch("round to nearest without calibration, and prove on a short text")
-    shard_size: int | str | None = _flag(
-        None, "write weights files smaller than this, such as 2GB (default: one file)", metavar="SIZE"
-    )
-    context_length: int | None = _flag(
-        None, "context length in tokens; required for a module", flag="--context", metavar="N", type=positive_int
-    )
-    tokenizer: str | Path | None = _flag(
-        None, f"for modules: {TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer "
-        ".bin; without one, the bundle takes ids only",
-        metavar="FILE",
-    )  # fmt: skip
-    call: str | None = _flag(
-        None, "how to call a module, an expression over model and ids (B, T), such as "
-        '"model(ids, None)[0]" (default: found by trying)',
-        metavar="EXPR",
-    )  # fmt: skip
-    eos: int | str | Sequence[int | str] | None = _flag(
-        None, 'id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
-        metavar="TOKEN", type=_tokens, action="extend",
-    )  # fmt: skip
-    weights: str | Path | None = _flag(
-        None, "state dict of a module: .safetensors, or a checkpoint that torch.load reads with weights_only=True; a "
-        "script then runs only its definitions",
-        metavar="FILE",
-    )  # fmt: skip
-    chat_template: str | Path | None = _flag(
-        None, "a .jinja file (default: the source's chat template)", metavar="FILE"
-    )
+    precision: str = _flag(_PRECISION, "int8", "of the weights", choices=PRECISIONS)
+    target: str = _flag(_DEVICE, "cpu", "the device, or portable for browsers and other programs", choices=TARGETS)
+    quick: bool = _switch(_PRECISION, "round to nearest without calibration, and prove on a short text")
     calibration: str | Path | None = _flag(
-        None, "text to calibrate quantization on (default: text that the model writes)", metavar="FILE"
+        _PRECISION, None, "text to calibrate quantization on (default: text that the model writes)", metavar="FILE"
     )
     max_kl: float | None = _flag(
-        None, "KL budget in nats: the most sensitive matrices stay in float32 (int4: int8) until it is met",
+        _PRECISION, None, "KL budget: the most sensitive matrices stay in float32 (int4: int8) until it is met",
         metavar="NATS", type=finite_float,
     )  # fmt: skip
     sensitivity: str | Path | None = _flag(
-        None, "write the sensitivity of each matrix to this .json file", metavar="FILE"
+        _PRECISION, None, "write the sensitivity of each matrix to this .json file", metavar="FILE"
+    )
+    graph: str = _flag(_DEVICE, "auto", "form of the graph", choices=GRAPH_CHOICES)
+    format: str = _flag(_DEVICE, "onnx", "ort: also write the graph in the ORT format", choices=names.FORMATS)
+    chunk: int | None = _flag(
+        _DEVICE, None, f"length of a prefill run of the static graph (default: {STATIC_CHUNK})",
+        metavar="TOKENS", type=positive_int,
+    )  # fmt: skip
+    context_length: int | None = _flag(
+        _MODULE, None, "context length; required for a module", flag="--context", metavar="TOKENS", type=positive_int
+    )
+    weights: str | Path | None = _flag(
+        _MODULE, None, "state dict of a module: .safetensors, or a checkpoint that torch.load reads with "
+        "weights_only=True; a script then runs only its definitions",
+        metavar="FILE",
+    )  # fmt: skip
+    tokenizer: str | Path | None = _flag(
+        _MODULE, None, f"{TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; "
+        "without one, the bundle takes ids only",
+        metavar="FILE",
+    )  # fmt: skip
+    eos: int | str | Sequence[int | str] | None = _flag(
+        _MODULE, None, 'id of the token that ends a generation, or its name, such as "<EOS>"; several ids: 1,2',
+        metavar="TOKEN", type=_tokens, action="extend",
+    )  # fmt: skip
+    call: str | None = _flag(
+        _MODULE, None, 'how to call it, an expression over model and ids (B, T), such as "model(ids, None)[0]" '
+        "(default: found by trying)",
+        metavar="EXPRESSION",
+    )  # fmt: skip
+    chat_template: str | Path | None = _flag(
+        _MODULE, None, "a .jinja file (default: the source's chat template)", metavar="FILE"
+    )
+    adapters: bool = _switch(_GRAPHS, "also write a graph that takes LoRA adapters: --adapter of run")
+    hidden_states: bool = _switch(
+        _GRAPHS, "also output the last hidden states, for text embeddings: lm.embed in Python"
+    )
+    generate: bool = _switch(
+        _GRAPHS, "also write a whole generation as one graph: one call from any language, prompt in, new ids out"
     )
     provider_options: Options | None = None  # the flags of these three are `pastkey.command`'s
     session_options: Options | None = None
     allow_fallback: bool = False
-    force: bool = _switch("replace an existing bundle")
-    trust_remote_code: bool = _switch("run the Python code in a Hugging Face folder")
+    force: bool = _switch("", "replace an existing bundle")
+    trust_remote_code: bool = _switch(_RARE, "run the Python code in a Hugging Face folder")
     network: bool = _flag(
-        True,
-        "fetch nothing: take ORG/NAME from the cache of huggingface_hub",
-        flag="--no-network",
-        action="store_false",
+        _RARE, True, "fetch nothing: take ORG/NAME from the cache of huggingface_hub",
+        flag="--no-network", action="store_false",
+    )  # fmt: skip
+    cache: bool = _flag(
+        _RARE, True, "take no finished steps from an earlier export of the same source, and keep none for a next one",
+        flag="--no-cache", action="store_false",
+    )  # fmt: skip
+    shard_size: int | str | None = _flag(
+        _RARE, None, "write weights files smaller than this, such as 2GB (default: one file)", metavar="SIZE"
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pastkey.command import Command, Parser, say
 from pastkey.errors import (
-    NEEDED,
+    EXTRAS,
     FallbackWarning,
     LimitWarning,
     PastkeyError,
@@ -28,29 +28,66 @@ from pastkey.errors import (
     first_line,
     missing_extra,
 )
-from pastkey.files.folder import source_extra
+from pastkey.files.folder import needs_huggingface
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: print the traceback of an unexpected error
-# command -> (module, one line of help). The module has a Command of the same name.
-COMMANDS = {
-    "train": ("train.cli", "train a decoder on text: text -> checkpoint/"),
-    "export": ("export.cli", "export a decoder to ONNX with past key values: checkpoint/ -> bundle/"),
-    "verify": ("export.cli", "compare a bundle with its source, or with its own uncached run"),
-    "eval": ("export.cli", "measure perplexity on a text, and the KL divergence from a reference"),
-    "run": ("runtime.commands.run", "generate text: bundle/ -> text"),
-    "chat": ("runtime.commands.chat", "hold a conversation, with the bundle's chat template"),
-    "batch": ("runtime.commands.batch", "answer a file of prompts, and resume after a stop: rows -> rows with texts"),
-    "serve": ("serve.command", "answer OpenAI clients over HTTP: bundle/ -> a server"),
-    "see": ("see.cli", "show what happens inside a decoder on a page: bundle/ -> page.html"),
-    "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle"),
-    "inspect": ("runtime.commands.inspection", "show a bundle's sizes, operators and execution providers"),
-    "web": ("web.command", "write a page that runs a bundle in a browser: bundle/ -> a folder of static files"),
-    "compile": ("runtime.commands.compile", "compile a bundle of static graphs for one device, for a fast load"),
-    "sign": ("runtime.commands.sign", "sign a bundle with your key"),
-    "devices": ("runtime.commands.devices", "list the execution providers of this machine"),
+# command -> (module, one line of help, an example), by what it is for. The module has a Command of the same name.
+GROUPS = {
+    "make": {
+        "train": ("train.cli", "train a decoder on text", "train --data book.txt --out checkpoint"),
+        "export": (
+            "export.cli",
+            "export a decoder to a bundle: ONNX with a KV cache",
+            "export checkpoint --out bundle",
+        ),
+        "compile": (
+            "runtime.commands.compile",
+            "compile a bundle of static graphs for one device, for a fast load",
+            "compile bundle --provider qnn --out compiled",
+        ),
+        "web": ("web.command", "write a page that runs a bundle in a browser", "web bundle --out page"),
+        "sign": ("runtime.commands.sign", "sign a bundle with your key", "sign bundle --key private.pem"),
+    },
+    "use": {
+        "run": ("runtime.commands.run", "generate text", 'run bundle --prompt "Once upon a time"'),
+        "chat": ("runtime.commands.chat", "hold a conversation", "chat bundle"),
+        "batch": (
+            "runtime.commands.batch",
+            "answer a file of prompts, and continue after a stop",
+            "batch bundle rows.jsonl --out answers.jsonl",
+        ),
+        "serve": ("serve.command", "answer OpenAI clients over HTTP", "serve bundle --port 8000"),
+    },
+    "look": {
+        "see": (
+            "see.cli",
+            "show on a page what happens inside a decoder",
+            'see bundle --prompt "The cat sat" --out page.html',
+        ),
+        "inspect": (
+            "runtime.commands.inspection",
+            "show the sizes, operators and devices of a bundle",
+            "inspect bundle",
+        ),
+        "bench": ("runtime.commands.bench", "measure prefill and decode speed of a bundle", "bench bundle"),
+        "devices": ("runtime.commands.devices", "list the execution providers of this machine", "devices"),
+    },
+    "check": {
+        "verify": (
+            "export.cli",
+            "compare a bundle with its source, or with its own uncached run",
+            "verify bundle checkpoint",
+        ),
+        "eval": (
+            "export.cli",
+            "measure perplexity on a text, and the KL divergence from a reference",
+            "eval int8 --text book.txt --reference float32",
+        ),
+    },
 }
-
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+_FLAGS = ("--help", "--version")
 EXPORTING = ("run", "chat")  # they take a source as well, and export it once
 
 
@@ -71,17 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = difflib.get_close_matches(name, [*COMMANDS, *_FLAGS], 1)
         meant = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         return _fail(f"no command {name!r}; {meant}", "pastkey")
     prog = f"pastkey {name}"
-    module, summary = COMMANDS[name]
+    module, summary, example = COMMANDS[name]
 
     def work() -> int:
         try:
             command: Command = getattr(importlib.import_module(f"pastkey.{module}"), f"{name}_command")
             parser = Parser(prog=prog, description=summary[0].upper() + summary[1:] + ".")
             command.add_arguments(parser)
+            parser.add_argument_group("example", f"pastkey {example}")
             given = parser.parse_args(rest)
             if name in EXPORTING:
                 from pastkey.exported import exported
@@ -91,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 given.bundle = exported(given.bundle, untrusted=given.untrusted)
             return command.run(given)
         except ModuleNotFoundError as error:
-            sources = dict.fromkeys(filter(None, map(source_extra, rest)) if name == "export" else ())
-            raise missing_extra(error, name if name in NEEDED else module.partition(".")[0], *sources) from None
+            source = ["huggingface"] if name == "export" and any(map(needs_huggingface, rest)) else []
+            raise missing_extra(error, name if name in EXTRAS else module.partition(".")[0], *source) from None
 
     return guarded(work, prog)
 
@@ -180,11 +218,11 @@ def _warnings_as_sentences(prog: str) -> Iterator[None]:
 
 
 def _overview() -> str:
-    lines = ["usage: pastkey COMMAND ...", "", "text --train--> checkpoint/ --export--> bundle/ --run--> text", ""]
-    lines += [f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "`pastkey COMMAND --help` shows the arguments of one, `pastkey --version` the version."]
-    )
+    lines = ["usage: pastkey COMMAND [options]"]
+    for heading, group in GROUPS.items():
+        lines += ["", f"{heading}:", *(f"  {name:<9} {summary}" for name, (_, summary, _) in group.items())]
+        lines.append(f"  example:  pastkey {next(iter(group.values()))[-1]}")
+    return "\n".join([*lines, "", "pastkey COMMAND --help shows the options of one, pastkey --version the version."])
 
 
 def _os_sentence(error: OSError) -> str:

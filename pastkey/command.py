@@ -8,7 +8,9 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,10 +20,33 @@ from .files.folder import decode_text
 from .values import shown
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Tells the default of a flag that has one, unless its help does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help or ""
+        known = (
+            action.default not in (None, argparse.SUPPRESS, False, "") and action.default != [] and action.nargs != 0
+        )
+        return told + " (default: %(default)s)" if known and "(default" not in told else told
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that prints one sentence instead of usage and message."""
+    """An ArgumentParser whose usage is one line, and that prints one sentence instead of usage and message."""
 
     given: Sequence[str] = ()  # the words that it parsed
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, formatter_class=_Formatter)
+
+    def format_help(self) -> str:
+        """See ArgumentParser."""
+        one_of = [group._group_actions[0] for group in self._mutually_exclusive_groups if group.required]
+        needed = [action for action in self._actions if action.required and action.option_strings]
+        plain = [f"{one.metavar}" if one.required else f"[{one.metavar}]" for one in self._get_positional_actions()]
+        flags = [f"{action.option_strings[-1]} {action.metavar}" for action in (*needed, *one_of)]
+        self.usage = " ".join([self.prog, *plain, *flags, "[options]"]).replace("%", "%%")
+        return super().format_help()
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """See ArgumentParser."""
@@ -108,15 +133,20 @@ def key_value(text: str) -> tuple[str, str]:
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose where a bundle runs."""
-    add = parser.add_argument
+    device = parser.add_argument_group("device")
+    add = device.add_argument
     add("--threads", metavar="N", type=positive_int, help="threads within an operator (default: physical cores)")
-    add("--provider", metavar="X", help="execution provider: pastkey devices lists them")
-    add_provider_settings(parser)
+    add(
+        "--provider",
+        metavar="NAME",
+        help="execution provider: pastkey devices lists them (default: of the export's target)",
+    )
+    add_provider_settings(device)
 
 
-def add_provider_settings(parser: argparse.ArgumentParser) -> None:
+def add_provider_settings(group: argparse._ActionsContainer) -> None:
     """Adds the flags of a provider: `provider_options` and `session_options` are pairs, or None."""
-    add = parser.add_argument
+    add = group.add_argument
     add("--allow-fallback", action="store_true", help="let the CPU run what the provider leaves")
     for flag, name, what in (
         ("--provider-option", "provider_options", "an option of the provider"),
@@ -179,6 +209,21 @@ def progressed() -> None:
     """Tells that a model is loaded, or has made a token: with --untrusted each has the limit of time."""
     if on_progress is not None:
         on_progress()
+
+
+def print_table(headings: Sequence[str], *rows: Sequence[str]) -> None:
+    """Prints rows below their headings. Figures are to the right; the last column wraps at the terminal's width."""
+    table = [headings, *rows] if any(headings) else rows
+    widths = [max(len(row[place]) for row in table) for place in range(len(headings) - 1)]
+    right = [all(row[place][:1] in ("", *"0123456789") for row in rows) for place in range(len(widths))]
+    for row in table:
+        cells = zip(row, widths, right, strict=False)
+        line = "  ".join(cell.rjust(width) if figure else cell.ljust(width) for cell, width, figure in cells)
+        last = f"{line}  {row[-1]}".rstrip()
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(last)
+        hanging: dict[str, Any] = {"initial_indent": line + "  ", "subsequent_indent": " " * (len(line) + 2)}
+        wrapped = room < len(last) and room > len(line) + 20
+        print(textwrap.fill(row[-1], room, **hanging, break_on_hyphens=False) if wrapped else last)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ Every class is also the builtin a caller would catch. The command line prints th
 from __future__ import annotations
 
 import importlib.util
+import sys
+from importlib.metadata import version
 
 
 class PastkeyError(Exception):
@@ -114,35 +116,37 @@ def first_line(error: BaseException, longest: int = 300) -> str:
     return (lines or [type(error).__name__])[0][:longest]
 
 
-# The optional modules that a stage or a command needs. If one is missing, others may be missing as well.
-NEEDED = {
-    "train": ("torch", "safetensors", "matplotlib", "tqdm"),
+# The extras of pyproject.toml and the modules that they bring. If one is missing, others may be missing as well.
+EXTRAS = {
+    "cpu": ("onnxruntime",),
+    "chat": ("jinja2",),
+    "constrained": ("llguidance",),
+    "sign": ("cryptography",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "tqdm"),
+    "huggingface": ("transformers", "huggingface_hub", "gguf", "accelerate"),
+    "train": ("torch", "safetensors", "matplotlib", "tqdm", "transformers", "peft", "pyarrow"),
     "serve": ("starlette", "uvicorn", "h11", "pydantic", "prometheus_client"),
     "see": ("onnx", "onnx_ir"),
-    "finetune": ("transformers", "peft"),
-    "huggingface": ("transformers", "huggingface_hub"),
-    "gguf": ("gguf", "transformers", "accelerate"),
 }
-_TOLD = {"numpy", "tokenizers", "pyarrow", "onnxruntime", "jinja2", "llguidance", "cryptography", "matplotlib"}.union(
-    *NEEDED.values()
-)
 
 
 def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFoundError | MissingExtraError:
     """Returns the error for a missing optional package, or `error` itself if the package is none of ours.
 
-    `needed_by` are keys of NEEDED: the sentence also names what else they lack. It names the packages themselves, which
-    is right however pastkey was installed, and then pastkey's extras of the same names.
+    `needed_by` are extras: the sentence names those that lack something, otherwise the one that brings the package.
     """
     package = (error.name or "").partition(".")[0]
-    if package not in _TOLD:
+    bringing = [extra for extra, modules in EXTRAS.items() if package in modules]
+    if not bringing:
         return error
-    wanted = dict.fromkeys(module for key in needed_by for module in NEEDED.get(key, ()))
-    missing = [module for module in wanted if module == package or importlib.util.find_spec(module) is None]
-    install = " ".join(module.replace("_", "-") for module in (missing if package in missing else [package]))
-    extras = f" (pastkey's extras {','.join(needed_by)})" if len(needed_by) > 1 and package in missing else ""
+    lacking = [extra for extra in needed_by if any(_is_missing(module) for module in EXTRAS.get(extra, ()))]
+    extras = ",".join(lacking if set(lacking) & set(bringing) else bringing[:1])
+    wheel = f"pastkey-{version('pastkey')}-py3-none-any.whl"
     return MissingExtraError(
-        f"the package {package!r} is not installed, which this part of pastkey needs: "
-        f"type  pip install {install}  and try again{extras}"
+        f"the package {package!r} is not installed, which pastkey's extras [{extras}] bring: type  pip install "
+        f"'.[{extras}]'  in pastkey's checkout, or  pip install '{wheel}[{extras}]'  with its wheel, and try again"
     )
+
+
+def _is_missing(module: str) -> bool:
+    return sys.modules.get(module, module) is None or importlib.util.find_spec(module) is None

@@ -22,7 +22,7 @@ from .contract.bundle import open_bundle
 from .contract.source_files import source_files
 from .errors import InputError, IntegrityError, InUseError, MissingFileError, ResourceError
 from .files.durable import locked
-from .files.folder import hub_id, source_extra, user_cache_file
+from .files.folder import hub_id, needs_huggingface, user_cache_file
 
 # As `python -m pastkey`, which would also import what lies in the current folder: a model's folder may hold anything.
 _BOOT = (
@@ -37,7 +37,7 @@ def exported(source: str, *, untrusted: bool = False) -> str:
     cache cannot be written, InputError for a source that is `untrusted`, since no limits hold for an export, and
     SystemExit with the status of an export that failed, which has told why.
     """
-    if source_extra(source) is None or not (hub_id(source) or Path(source).exists()):
+    if not needs_huggingface(source) or not (hub_id(source) or Path(source).exists()):
         return source
     cache = user_cache_file("bundles")
     if untrusted:

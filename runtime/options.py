@@ -28,7 +28,7 @@ LogitsProcessor = Callable[[Any, Any], Any]  # numpy arrays: ids (T,) int64, log
 
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 NUM_SINK_TOKENS = 4  # first tokens that always stay in the context, including the BOS token
-FORMS: Final = "form of the text, one of these"  # the heading of the constraints
+FORMS: Final = "constraints (one of these)"
 MAX_CONTINUATIONS = 10_000  # of a prompt; each takes some kilobytes
 _LEAST, _MOST = 2.0**-149, 2.0**127  # settings become float32, where others would be 0 or infinity
 
@@ -113,15 +113,21 @@ class Option:
 
 # fmt: off
 _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
+    "length and end": (
+        Option("max_new_tokens", Count, MAX_NEW_TOKENS, "most new tokens; the end of the context may come first", "N"),
+        Option("min_new_tokens", Count, 0, "no EOS token before this many new tokens", "N"),
+        Option("stop", Texts, (), "end before this text", "TEXT"),
+        Option("eos_token_id", Annotated[TokenId | Ids, "a token id, or a list of token ids"], None,
+               "the EOS tokens, in place of the bundle's", "IDS"),
+        Option("stop_token_ids", Ids, (), "token ids that end the text, beside the EOS tokens", "IDS"),
+        Option("timeout", Annotated[float, Between(_LEAST, math.inf), "a number of seconds above 0"], None,
+               "seconds from the first step after which the text ends as it is", "SECONDS"),
+    ),
     "choice of tokens": (
-        Option("temperature", Scale, 0.0, "0 takes the likeliest token; above 0, tokens are drawn", "T"),
-        Option("top_k", Count, 0, "draw from the K likeliest tokens; 0 for all", "K"),
+        Option("temperature", Scale, 0.0, "0 takes the likeliest token; above 0, tokens are drawn", "X"),
+        Option("top_k", Count, 0, "draw from the N likeliest tokens; 0 for all", "N"),
         Option("top_p", Part, 1.0, "draw from the fewest likeliest tokens that together have probability P", "P"),
         Option("min_p", Share, 0.0, "drop tokens below P times the likeliest one's probability", "P"),
-        Option("typical_p", Part, 1.0, "draw from the tokens nearest to the entropy with together probability P", "P"),
-        Option("top_n_sigma", Signed, -1.0, "keep logits within S standard deviations of the largest; 0 for all", "S"),
-        Option("xtc_probability", Share, 0.0, "probability of dropping all top choices but the least likely", "P"),
-        Option("xtc_threshold", Share, 0.1, "smallest probability of a top choice; above 0.5 nothing is dropped", "P"),
         Option("seed", Annotated[int, Between(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"], None,
                "the same seed draws the same text; without one, each text is another", "N"),
     ),
@@ -131,39 +137,6 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
         Option("presence_penalty", Signed, 0.0, "subtracted from the logits of tokens that the text has", "X"),
         Option("frequency_penalty", Signed, 0.0, "subtracted from these logits once per occurrence", "X"),
         Option("penalty_last_n", Back, -1, "last tokens that these three consider; -1 for all", "N"),
-        Option("no_repeat_ngram_size", Count, 0, "ban repetitions of N tokens; 0 bans none", "N"),
-        Option("dry_multiplier", Scale, 0.0, "DRY: a penalty on prolonging a repetition; 0 for none", "X"),
-        Option("dry_base", Annotated[float, Between(1, _MOST), "a number from 1"], 1.75,
-               "factor of the DRY penalty for each token of the repetition", "X"),
-        Option("dry_allowed_length", Count, 2, "shortest repetition with the DRY penalty", "N"),
-        Option("dry_penalty_last_n", Back, -1, "last tokens that DRY considers; -1 for all", "N"),
-        Option("dry_sequence_breakers",
-               Annotated[Sequence[Text | _SomeIds], "a list of texts, or of lists of token ids, each of at least one"],
-               ("\n", ":", '"', "*"), "repetitions end at these texts or ids, for DRY"),
-    ),
-    "bans and forced tokens": (
-        Option("logit_bias", Annotated[Mapping[TokenId, _Bias], "a mapping of token ids to numbers, or -inf"], None,
-               "added to the logits of these ids; -inf bans"),
-        Option("suppress_tokens", Ids, (), "ban these token ids", "1,2,3"),
-        Option("bad_words", Texts, (), "ban this text, as the tokenizer encodes it", "TEXT", "--bad-word"),
-        Option("bad_words_ids", Annotated[Sequence[_SomeIds], "a list of lists of token ids, each of at least one"], (),
-               "ban these sequences of tokens"),
-        Option("forced_decoder_ids", Annotated[Sequence[_Pair], "a list of pairs: a place, from 0, and a token id"], (),
-               "pairs of a place among the new tokens, from 0, and the id there"),
-        Option("forced_eos_token_id", Annotated[TokenId, "a token id, or None"], None,
-               "the last id, where max_new_tokens ends the text"),
-        Option("logits_processor", Annotated[LogitsProcessor | Sequence[LogitsProcessor], "a function, or a list"], (),
-               "function of (ids (T,), logits (V,)), numpy arrays, that returns new logits; the step waits for it"),
-    ),
-    "end of the text": (
-        Option("max_new_tokens", Count, MAX_NEW_TOKENS, "most new tokens; the end of the context may come first", "N"),
-        Option("min_new_tokens", Count, 0, "no EOS token before this many new tokens", "N"),
-        Option("stop", Texts, (), "end before this text", "TEXT"),
-        Option("eos_token_id", Annotated[TokenId | Ids, "a token id, or a list of token ids"], None,
-               "the EOS tokens, in place of the bundle's", "1,2,3"),
-        Option("stop_token_ids", Ids, (), "token ids that end the text, beside the EOS tokens", "1,2,3"),
-        Option("timeout", Annotated[float, Between(_LEAST, math.inf), "a number of seconds above 0"], None,
-               "seconds from the first step after which the text ends as it is", "S"),
     ),
     FORMS: (  # by llguidance
         Option("json_schema", Annotated[str | bool | Mapping[str, Any] | type[SchemaModel], _is_schema, _SCHEMA], None,
@@ -173,7 +146,12 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
                "one of these texts", "TEXT", "--choice"),
         Option("grammar", Text, None, "a text that follows this Lark grammar", "FILE"),
     ),
-    "context and cache": (
+    "output": (
+        Option("logprobs", Count, None, "log-probability of each new token, and of the N likeliest", "N"),
+        Option("prompt_logprobs", Switch, False, "also those of the prompt's tokens; then no cached prefix is used"),
+        Option("keep_special_tokens", Switch, False, "show special tokens up to the EOS token", ""),
+    ),
+    "context, cache and drafts": (
         Option("context_overflow", Annotated[ContextOverflow, '"error" or "shift"'], "error",
                "in a full context: an error, or drop the oldest tokens, half of them at a time", "error|shift"),
         Option("num_sink_tokens", Count, NUM_SINK_TOKENS,
@@ -182,17 +160,37 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
                "reuse the KV cache of a text with the same beginning; in int8 a near tie may resolve differently"),
         Option("exact", Switch, False,
                "with reuse_prefix, compute generated tokens again: then int8 output does not depend on the cache"),
-    ),
-    "drafts and adapters": (
         Option("prompt_lookup", Switch, True,
                "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
         Option("draft", Switch, None, "use the draft model, an option of load, if that is faster"),
         Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),
-    "output": (
-        Option("logprobs", Count, None, "log-probability of each new token, and of the N likeliest", "N"),
-        Option("prompt_logprobs", Switch, False, "also those of the prompt's tokens; then no cached prefix is used"),
-        Option("keep_special_tokens", Switch, False, "show special tokens up to the EOS token", ""),
+    "rare": (
+        Option("typical_p", Part, 1.0, "draw from the tokens nearest to the entropy with together probability P", "P"),
+        Option("top_n_sigma", Signed, -1.0, "keep logits within X standard deviations of the largest; 0 for all", "X"),
+        Option("xtc_probability", Share, 0.0, "probability of dropping all top choices but the least likely", "P"),
+        Option("xtc_threshold", Share, 0.1, "smallest probability of a top choice; above 0.5 nothing is dropped", "P"),
+        Option("no_repeat_ngram_size", Count, 0, "ban repetitions of N tokens; 0 bans none", "N"),
+        Option("dry_multiplier", Scale, 0.0, "DRY: a penalty on prolonging a repetition; 0 for none", "X"),
+        Option("dry_base", Annotated[float, Between(1, _MOST), "a number from 1"], 1.75,
+               "factor of the DRY penalty for each token of the repetition", "X"),
+        Option("dry_allowed_length", Count, 2, "shortest repetition with the DRY penalty", "N"),
+        Option("dry_penalty_last_n", Back, -1, "last tokens that DRY considers; -1 for all", "N"),
+        Option("dry_sequence_breakers",
+               Annotated[Sequence[Text | _SomeIds], "a list of texts, or of lists of token ids, each of at least one"],
+               ("\n", ":", '"', "*"), "repetitions end at these texts or ids, for DRY"),
+        Option("logit_bias", Annotated[Mapping[TokenId, _Bias], "a mapping of token ids to numbers, or -inf"], None,
+               "added to the logits of these ids; -inf bans"),
+        Option("suppress_tokens", Ids, (), "ban these token ids", "IDS"),
+        Option("bad_words", Texts, (), "ban this text, as the tokenizer encodes it", "TEXT", "--bad-word"),
+        Option("bad_words_ids", Annotated[Sequence[_SomeIds], "a list of lists of token ids, each of at least one"], (),
+               "ban these sequences of tokens"),
+        Option("forced_decoder_ids", Annotated[Sequence[_Pair], "a list of pairs: a place, from 0, and a token id"], (),
+               "pairs of a place among the new tokens, from 0, and the id there"),
+        Option("forced_eos_token_id", Annotated[TokenId, "a token id, or None"], None,
+               "the last id, where max_new_tokens ends the text"),
+        Option("logits_processor", Annotated[LogitsProcessor | Sequence[LogitsProcessor], "a function, or a list"], (),
+               "function of (ids (T,), logits (V,)), numpy arrays, that returns new logits; the step waits for it"),
     ),
 }
 # Arguments of `load`, of an engine and of other calls. Other types are left to Python's TypeError.

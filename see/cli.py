@@ -30,20 +30,31 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", metavar="BUNDLE_OR_SOURCE", help="a bundle, or anything that pastkey export takes")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to look at; - reads it from standard input")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
+    prompt.add_argument("--prompt-ids", metavar="IDS", type=id_list, help="the prompt as token ids, such as 1,2,3")
     add("--out", metavar="FILE", type=Path, required=True, help="the page")
-    add("--position", metavar="N", type=positive_int, help="look at the model after N tokens (the prompt's)")
-    add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens (32)")
-    add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's (none)")
-    last = f"show the last N tokens, {_MOST_SHOWN} at most ({_LAST})"
+    add("--position", metavar="N", type=positive_int, help="look at the model after N tokens (default: the prompt's)")
+    add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens")
+    add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's")
+    last = f"show the last N tokens, {_MOST_SHOWN} at most"
     add("--last", metavar="N", type=positive_int, default=_LAST, help=last)
     add("--context", metavar="N", type=positive_int, help="for modules: the context length, as pastkey export takes it")
     add("--tokenizer", metavar="FILE", help="for modules: the tokenizer, as pastkey export takes it")
     numbers = "1,2,3"
-    add("--layers", metavar=numbers, type=_from_one, help="layers whose attention is shown, from 1 (as many as fit)")
-    add("--heads", metavar=numbers, type=_from_one, help="heads whose attention is shown, from 1 (as many as fit)")
+    add(
+        "--layers",
+        metavar=numbers,
+        type=_from_one,
+        help="layers whose attention is shown, from 1 (default: as many as fit)",
+    )
+    add(
+        "--heads",
+        metavar=numbers,
+        type=_from_one,
+        help="heads whose attention is shown, from 1 (default: as many as fit)",
+    )
+    sampling = parser.add_argument_group("choice of tokens")
     for name in _SAMPLING:
-        add_option(parser, OPTIONS[name])
+        add_option(sampling, OPTIONS[name])
 
 
 def _from_one(text: str) -> list[int]:

@@ -52,12 +52,11 @@ def application(service: Service) -> Starlette:
         return JSONResponse(describe(TABLE))
 
     routes.append(Route("/openapi.json", _endpoint(service, Entry("/openapi.json", description))))
-    file = _endpoint(service, Entry("/{file}", page.page, open=True))
-
-    async def elsewhere(request: Request, error: Exception) -> Response:
-        """Serves the page's files on unknown paths. A catch-all route would hide 404 and 405."""
-        del error
-        return await file(request)
+    # An untrusted bundle has no page: its scripts would have this server's origin.
+    routes += [
+        Route(f"/{name}", _endpoint(service, Entry(f"/{name}", page.page, open=True)), methods=["GET"])
+        for name in (() if settings.untrusted else page.FILES)
+    ]
 
     cors = Middleware(
         CORSMiddleware,
@@ -69,12 +68,7 @@ def application(service: Service) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[cors] if settings.allow_origins else [],
-        # An untrusted bundle has no page: its scripts would have this server's origin.
-        exception_handlers={
-            Exception: answer_error,
-            404: answer_error if settings.untrusted else elsewhere,
-            405: answer_error,
-        },
+        exception_handlers={Exception: answer_error, 404: answer_error, 405: answer_error},
     )
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pastkey.command import (
     Command,
-    add_placement,
     byte_count,
     finite_float,
     key_value,
@@ -23,7 +22,7 @@ from pastkey.command import (
 )
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.folder import read_text
-from pastkey.runtime.commands.flags import add_bundle, limits_of
+from pastkey.runtime.commands.flags import add_bundle, add_device, add_draft, limits_of
 
 from .settings import ServerSettings, is_loopback
 
@@ -35,46 +34,37 @@ _DEFAULT = ServerSettings()
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
     add_bundle(parser)
-    add("--host", default=_DEFAULT.host, help="address to listen on (%(default)s)")
-    add("--port", metavar="N", type=natural_int, default=_DEFAULT.port, help="port, 0 for a free one (%(default)s)")
+    add = parser.add_argument_group("address and access").add_argument
+    add("--host", metavar="ADDRESS", default=_DEFAULT.host, help="address to listen on")
+    add("--port", metavar="N", type=natural_int, default=_DEFAULT.port, help="port, 0 for a free one")
     add("--api-key-file", metavar="FILE", help=f"keys that requests must have, one a line (or in ${KEY})")
     add("--insecure", action="store_true", help="let other machines ask without a key")
-    add("--alias", metavar="NAME", action="append", help="name of the model (the folder's); may be repeated")
+    add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
+    meaning = "an origin of web pages that may ask"
+    add("--allow-origin", metavar="ORIGIN", type=str.lower, action="append", default=[], help=meaning)
+    add("--access-log", action="store_true", help="print a line for each request")
+
+    add = parser.add_argument_group("requests").add_argument
     for flag, setting, metavar, kind, what in (
         ("--max-concurrency", "max_concurrency", "N", positive_int, "requests decoded together"),
         ("--max-queue", "max_queue", "N", natural_int, "requests that wait; more get 429"),
         ("--timeout", "timeout", "SECONDS", finite_float, "longest time of a request"),
         ("--drain", "drain_seconds", "SECONDS", finite_float, "time to end after SIGTERM"),
     ):
-        default = getattr(_DEFAULT, setting)
-        add(flag, dest=setting, metavar=metavar, type=kind, default=default, help=f"{what} ({default:g})")
-    add("--allow-host", metavar="NAME", action="append", default=[], help="a further name in the Host header")
-    meaning = "an origin of web pages that may ask"
-    add("--allow-origin", metavar="ORIGIN", type=str.lower, action="append", default=[], help=meaning)
-    add(
-        "--default",
-        metavar="NAME=JSON",
-        dest="defaults",
-        type=key_value,
-        action="append",
-        default=[],
-        help="option of requests that do not set it, in place of the model's own: temperature=0.7, max_new_tokens=512",
-    )
-    add("--access-log", action="store_true", help="print a line for each request")
-    add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (none)")
-    add("--draft", metavar="BUNDLE", help="smaller bundle of the same vocabulary that drafts tokens (none)")
-    add(
-        "--adapter",
-        metavar="NAME=FOLDER",
-        dest="adapters",
-        type=key_value,
-        action="append",
-        default=[],
-        help="LoRA adapter, for requests with this model name; may be repeated",
-    )
-    add_placement(parser)
+        add(flag, dest=setting, metavar=metavar, type=kind, default=getattr(_DEFAULT, setting), help=what)
+    add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (default: none)")
+    meaning = "option of requests that do not set it, in place of the model's own: temperature=0.7, max_new_tokens=512"
+    add("--default", metavar="NAME=JSON", dest="defaults", type=key_value, action="append", default=[], help=meaning)
+
+    models = parser.add_argument_group("models")
+    add = models.add_argument
+    add("--alias", metavar="NAME", action="append", help="name of the model (default: the folder's); may be repeated")
+    add_draft(models)
+    meaning = "LoRA adapter, for requests with this model name; may be repeated"
+    repeated: dict[str, Any] = {"type": key_value, "action": "append", "default": []}
+    add("--adapter", metavar="NAME=FOLDER", dest="adapters", **repeated, help=meaning)
+    add_device(parser)
 
 
 def settings_of(arguments: argparse.Namespace, **further: Any) -> ServerSettings:
@@ -150,7 +140,7 @@ def serve_bundle(arguments: argparse.Namespace, settings: ServerSettings, listen
     def opened() -> LanguageModel:
         model: LanguageModel = load(
             arguments.bundle,
-            draft=arguments.draft,
+            draft=arguments.draft_bundle,
             adapters=dict(arguments.adapters),
             max_memory=arguments.max_memory,
             max_batch=settings.max_concurrency,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -103,7 +102,6 @@ class Service:
         places: Held by each job that is decoded; they are given in order of arrival.
         metrics: The counters.
         started: When it began, in seconds since 1970.
-        site: The files of the page, once they were asked for.
         defaults: The options of a request that does not set them: the settings' before the bundle's own.
     """
 
@@ -112,7 +110,6 @@ class Service:
         self.places = asyncio.Semaphore(settings.max_concurrency)
         self.metrics = ServerMetrics()
         self.started = int(time.time())
-        self.site: Mapping[str, Path | bytes] | None = None
         self.defaults = settings.defaults
         self._model: LanguageModel | None = None
 

@@ -21,7 +21,7 @@ from . import web_assets
 from .wheel import ROOT, build, build_wheel, copy_source, source_date
 
 # What README's commands need beside the wheel: they export a Hugging Face folder, and the test makes a small one.
-EXTRAS = "all,huggingface,gguf"
+EXTRAS = "all"
 AROUND = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "docs", "examples", "benchmarks", "tests")
 
 

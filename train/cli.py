@@ -54,7 +54,7 @@ def _add(group: Any, field: Any, kind: Any) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=told)
         return
     read, default = {int: whole_int, float: finite_float}.get(own, str), field.default
-    told += f" (default {default})" if default is not None else ""
+    told += f" (default: {default})" if default is not None else ""
     group.add_argument(flag, type=read, default=argparse.SUPPRESS, metavar=field.metadata["metavar"], help=told)
 
 

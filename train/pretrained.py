@@ -166,7 +166,7 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
         raise InputError(
             f"{path} has no {names.CONFIG}: --init takes a checkpoint, a Hugging Face folder or a GGUF file"
         )
-    with transformers_opening(path, "finetune") as library, TemporaryDirectory() as folder:
+    with transformers_opening(path, "train") as library, TemporaryDirectory() as folder:
         model = _load(library, path)
         _write_tokenizer(library, path, Path(folder), model.config.vocab_size)
         return model, read_tokenizer(Path(folder) / names.TOKENIZER)
@@ -268,7 +268,7 @@ def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "finetune") from None
+        raise missing_extra(error, "train") from None
     return peft
 
 
@@ -287,13 +287,13 @@ def reopen(folder: Path) -> FineTuned:
     """Opens a fine-tuned model or an adapter whose files are as the manifest says. Raises as `open_start`."""
     training = check_files(folder)
     if layout_of(folder) == TRANSFORMERS:
-        with transformers_opening(folder, "finetune") as library:
+        with transformers_opening(folder, "train") as library:
             model = _load(library, folder)
         return FineTuned(folder, model.config, model, training)
     base = base_of(folder)
     found, _ = _open(base)
     inner = found if isinstance(found, Decoder) else found.model
-    with transformers_opening(folder, "finetune"):
+    with transformers_opening(folder, "train"):
         adapted = _peft().PeftModel.from_pretrained(inner, folder, is_trainable=True)
     sizes = Sizes(found.config.vocab_size, found.config.max_position_embeddings)
     return FineTuned(folder, sizes, Pretrained(adapted, sizes, PEFT), training)

@@ -114,7 +114,7 @@ class TrainConfig:
         None, _MODEL, "how much longer the context gets", "X"
     )
     original_context: Size | None = _setting(
-        None, _MODEL, "context before scaling, for yarn and llama3 (default context / X)"
+        None, _MODEL, "context before scaling, for yarn and llama3 (default: context / X)"
     )
     tokenizer: str = _setting("bpe", _MODEL, "bpe, char, word, or the path of a tokenizer.json", "KIND")
     vocab_size: Size = _setting(1024, _MODEL, "largest number of tokens, for bpe and word")

@@ -111,7 +111,6 @@ def _index(bundle: Bundle, golden: Mapping[str, Any], logits: bytes) -> dict[str
         "format_version": FORMAT_VERSION,
         "source": manifest.source,
         "precision": manifest.precision,
-        "slow_on_cpu": slow_on_cpu(bundle),
         "graph": manifest.graph,
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,

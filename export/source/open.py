@@ -223,7 +223,7 @@ def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "finetune") from None
+        raise missing_extra(error, "train") from None
     module: Any = base.module.model if isinstance(base.module, HuggingFaceDecoder) else base.module
     try:
         with quiet():

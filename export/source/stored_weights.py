@@ -161,7 +161,7 @@ def check_gguf(file: Path) -> int:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise missing_extra(error, "export", "gguf") from None
+        raise missing_extra(error, "export", "huggingface") from None
     tensors, size = read_gguf(file), file.stat().st_size
     sizes: Mapping[int, tuple[int, int]] = {int(kind): found for kind, found in gguf.GGML_QUANT_SIZES.items()}
     for tensor in tensors:

@@ -115,17 +115,14 @@ def hub_hint(source: str) -> str:
     return f"; for a model on the Hugging Face Hub write {known}, which takes its newest commit" if known else ""
 
 
-def source_extra(source: str) -> str | None:
-    """Returns pastkey's extra that exports a Hub id, a Hugging Face folder or a GGUF file. None for any other path."""
-    if hub_id(source) is not None:
-        return "huggingface"
+def needs_huggingface(source: str) -> bool:
+    """Whether this is a Hub id, a Hugging Face folder or a GGUF file, which pastkey's extra huggingface exports."""
     folder = Path(source)
-    if folder.suffix == ".gguf":
-        return "gguf"
+    if hub_id(source) is not None or folder.suffix == ".gguf":
+        return True
     with contextlib.suppress(OSError, ValueError):  # not a valid path
-        if (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file() and not _has_own_graphs(folder):
-            return "huggingface"
-    return None
+        return (folder / _CONFIG).is_file() and not (folder / MANIFEST).is_file() and not _has_own_graphs(folder)
+    return False
 
 
 def _has_own_graphs(folder: Path) -> bool:
@@ -138,12 +135,11 @@ def _to_export(path: Path, kind: str) -> str:
     if kind != "bundle":
         return ""
     source = str(path.parent if path.suffix == ".safetensors" and path.exists() else path)
-    extra = source_extra(source)
-    if extra is None or not (hub_id(source) or path.exists()):
+    if not needs_huggingface(source) or not (hub_id(source) or path.exists()):
         return hub_hint(source)
     given = "for a model on Hugging Face, type" if hub_id(source) is not None else "export it first: type"
     command = f"pastkey export {shlex.quote(source)} --out bundle"
-    return f"; {given}  {command}  (it needs pastkey's extras export,{extra})"
+    return f"; {given}  {command}  (it needs pastkey's extras export,huggingface)"
 
 
 def read_manifest(folder: Path, kind: str, known: int) -> dict[str, Any]:

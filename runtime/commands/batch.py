@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pastkey.command import Command, add_placement, print_json, say
+from pastkey.command import Command, print_json, say
 from pastkey.contract import names
 from pastkey.files.folder import sha256
 
 from ..options import MAX_NEW_TOKENS
 from ..settings import CHAT_NEW_TOKENS
-from .flags import add_adapter, add_bundle, add_generation, generation_of, limits_of
+from .flags import add_adapter, add_bundle, add_device, add_generation, generation_of, limits_of
 
 if TYPE_CHECKING:
     from ..bulk.job import Job
@@ -36,8 +36,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
     add_generation(parser, max_new_tokens=f"{MAX_NEW_TOKENS}; of an answer {CHAT_NEW_TOKENS}", seed=0)
-    add_adapter(parser)
-    add_placement(parser)
+    add_adapter(parser.add_argument_group("further models"))
+    add_device(parser)
     parser.epilog = (
         "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "
         "(max_new_tokens, temperature, ...) wins. Each row draws by a seed made of --seed (0) and its id."

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import pastkey
-from pastkey.command import Command, add_placement, natural_int, positive_int, print_json, say
+from pastkey.command import Command, natural_int, positive_int, print_json, say
 from pastkey.contract.bundle import open_bundle
 from pastkey.values import is_int, require
 
 from ..options import PlacementOptions
 from ..sandbox.relay import run_limited
 from ..settings import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS
-from .flags import add_bundle, limits_of, opening_of
+from .flags import add_bundle, add_device, limits_of, opening_of
 
 ROUNDS = 3  # each a prefill and a decode; the figures are medians over them
 
@@ -153,13 +153,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive_int,
         default=BENCH_PROMPT_TOKENS,
-        help="prompt tokens to prefill (%(default)s)",
+        help="prompt tokens to prefill",
     )
-    parser.add_argument(
-        "--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many (%(default)s)"
-    )
-    add_placement(parser)
+    parser.add_argument("--new-tokens", metavar="N", type=natural_int, default=BENCH_NEW_TOKENS, help="decode so many")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_device(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -6,15 +6,18 @@ import argparse
 import dataclasses
 from typing import Any, cast
 
-from pastkey.command import Command, add_placement, print_json, progressed, say
+from pastkey.command import Command, print_json, progressed, say
 from pastkey.errors import InputError
 
+from ..model.generation_config import NAMES
+from ..options import DEFAULTS
 from ..sandbox.relay import run_limited
 from ..settings import CHAT_NEW_TOKENS, ChatOptions
 from .flags import (
     SOURCE,
     add_adapter,
     add_bundle,
+    add_device,
     add_draft,
     add_generation,
     generation_of,
@@ -26,16 +29,17 @@ from .flags import (
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser, SOURCE)
-    parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
-    parser.add_argument("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input"
-    )
-    add_generation(parser, max_new_tokens=CHAT_NEW_TOKENS)
-    add_draft(parser)
-    add_adapter(parser)
-    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object in place of the text")
+    add = parser.add_argument_group("prompt").add_argument
+    add("--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input")
+    add("--system", metavar="TEXT", help="system text of the conversation")
+    add("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
+    own = {name: f"the model's, or {DEFAULTS[name]}" for name in NAMES if DEFAULTS[name] != ()}
+    add_generation(parser, **own, max_new_tokens=CHAT_NEW_TOKENS)
+    models = parser.add_argument_group("further models")
+    add_draft(models)
+    add_adapter(models)
+    add_device(parser)
     parser.epilog = (
         "Without --prompt, each line of standard input is a question, or a command: /help lists them. Tokens are drawn "
         "as the model's authors set it in generation_config.json, where they did; a flag wins."

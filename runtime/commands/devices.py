@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 from dataclasses import dataclass
 
-from pastkey.command import Command, print_json, say
+from pastkey.command import Command, print_json, print_table, say
 from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS, Provider
 
@@ -78,6 +78,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _told(row: DeviceLine) -> str:
+    found = [f"devices {', '.join(row.devices)}"] if row.devices else []
+    told = [row.package, *found] if row.available else [row.note if row.package else f"comes with {row.note}"]
+    return "; ".join([row.hardware, *told])
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from ..providers.native import native_kernels
     from ..providers.ort import onnxruntime
@@ -94,11 +100,10 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return 0
     print(f"onnxruntime {onnxruntime.__version__}")
-    for row in rows:
-        state = "available" if row.available else "absent"
-        told = [f"devices {', '.join(row.devices)}"] if row.devices else []
-        told = [row.package, *told] if row.available else [row.note if row.package else f"comes with {row.note}"]
-        print(f"  {row.short_name:<14} {state:<10} {'; '.join([row.hardware, *told])}")
+    print_table(
+        ("provider", "", "hardware"),
+        *((row.short_name, "available" if row.available else "absent", _told(row)) for row in rows),
+    )
     if native is not None:
         slow = ": onnxruntime's run, which read prompts faster, unless these are asked for" if native.slow else ""
         print(f"native kernels: {native.refused or f'{native.version}, {native.level}{slow}'}")

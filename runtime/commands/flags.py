@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
-from pastkey.command import byte_count, decode_input, finite_float, id_list, key_value, placement_of
+from pastkey.command import add_placement, byte_count, decode_input, finite_float, id_list, key_value, placement_of
 from pastkey.errors import InputError
 from pastkey.files.folder import read_text
 
@@ -30,14 +30,14 @@ _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": byte_count, "second
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 def add_bundle(parser: argparse.ArgumentParser, what: str = BUNDLE) -> None:
-    """The bundle (`what` it is), and the flags of an untrusted one."""
+    """The bundle: `what` it is."""
     parser.add_argument("bundle", metavar="BUNDLE", help=what)
-    add_untrusted(parser)
 
 
-def add_untrusted(parser: argparse.ArgumentParser) -> None:
-    """The flags of an untrusted bundle: `untrusted`, and `limits` as pairs, or None."""
-    add = parser.add_argument
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where the bundle runs, and the flags of an untrusted one: `untrusted`, and `limits` as pairs, or None."""
+    add_placement(parser)
+    add = parser.add_argument_group("a bundle that you do not trust").add_argument
     add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
     meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
@@ -87,7 +87,7 @@ def add_generation(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 def add_option(flags: Any, option: Option, default: Any = None) -> None:
     """The flag of an option. Its value is None unless it is given. `default`: is told in its help."""
-    told = "" if default in (None, ()) or default is False else f" ({'on' if default is True else default})"
+    told = "" if default in (None, ()) or default is False else f" (default: {'on' if default is True else default})"
     form: dict[str, Any] = {"metavar": option.metavar, "type": partial(_value_of, option)}
     if option.metavar == "":
         form = {"action": argparse.BooleanOptionalAction}
@@ -106,16 +106,16 @@ def _value_of(option: Option, text: str) -> Any:
     raise argparse.ArgumentTypeError(f"{text!r} was given; it must be {option.expected}")
 
 
-def add_draft(parser: argparse.ArgumentParser) -> None:
+def add_draft(group: argparse._ActionsContainer) -> None:
     """The flag of a draft model: `draft_bundle`."""
-    what = "smaller bundle of the same vocabulary that drafts tokens (none)"
-    parser.add_argument("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
+    what = "smaller bundle of the same vocabulary that drafts tokens"
+    group.add_argument("--draft", metavar="BUNDLE", dest="draft_bundle", help=what)
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
+def add_adapter(group: argparse._ActionsContainer) -> None:
     """The flag of a LoRA adapter: `adapter_folder`, which `opening_of` loads and `generation_of` names."""
-    what = "LoRA adapter, a folder that peft saved; the bundle was exported with --adapters (none)"
-    parser.add_argument("--adapter", metavar="FOLDER", dest="adapter_folder", help=what)
+    what = "LoRA adapter, a folder that peft saved; the bundle was exported with --adapters"
+    group.add_argument("--adapter", metavar="FOLDER", dest="adapter_folder", help=what)
 
 
 def generation_of(arguments: argparse.Namespace) -> ChatOptions:

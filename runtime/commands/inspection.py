@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pastkey.command import Command, add_placement, print_json
+from pastkey.command import Command, print_json, print_table
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import NumericsError, ProviderError
@@ -23,7 +23,7 @@ from pastkey.precisions import PRECISIONS
 
 from ..options import PlacementOptions
 from ..sandbox.relay import run_limited
-from .flags import add_bundle, limits_of, opening_of
+from .flags import add_bundle, add_device, limits_of, opening_of
 
 if TYPE_CHECKING:
     from ..engine.decoder_graph import DecoderGraph
@@ -199,56 +199,62 @@ def print_inspection(inspection: BundleReport) -> None:
         print(f"decoding with a cache gave the source's own logits on texts of up to {manifest.proved} tokens")
     if manifest.quick:
         print("exported with --quick: weights rounded to nearest without calibration, and proved on a short text")
-    print(f"\n{'bytes':>14}  file")
-    for name, record in sorted(manifest.files.items(), key=lambda item: -item[1].size):
-        print(f"{record.size:>14,}  {name}")
-    print(f"{inspection.total_bytes:>14,}  together; weights {inspection.weight_bytes:,}")
-    print(f"{per_token:>14,}  of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context")
-    print(f"{manifest.context_length:>14,}  tokens of context: {inspection.overflow}")
-    print(f"\n{'provider':<12}{'nodes':>6}{'weight bytes':>16}  operators, as they run after optimisation")
-    shown = ""
-    for share in inspection.shares:
-        if manifest.static and share.graph != shown:
-            print(shown := share.graph)
-        operators = ", ".join(f"{count} {name}" for name, count in share.operators.items())
-        print(f"{share.provider:<12}{share.nodes:>6}{share.weight_bytes:>16,}  {operators}")
+    print()
+    files = sorted(manifest.files.items(), key=lambda item: -item[1].size)
+    print_table(
+        ("bytes", "file"),
+        *((f"{record.size:,}", name) for name, record in files),
+        (f"{inspection.total_bytes:,}", f"together; weights {inspection.weight_bytes:,}"),
+        (f"{per_token:,}", f"of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context"),
+        (f"{manifest.context_length:,}", f"tokens of context: {inspection.overflow}"),
+    )
+    print()
+    print_table(
+        ("graph", "provider", "nodes", "weight bytes", "operators, as they run after optimisation"),
+        *(
+            (
+                Path(share.graph).stem if manifest.static else "",
+                share.provider,
+                f"{share.nodes}",
+                f"{share.weight_bytes:,}",
+                ", ".join(f"{count} {name}" for name, count in share.operators.items()),
+            )
+            for share in inspection.shares
+        ),
+    )
     print(f"\nkernels: {inspection.kernels}")
     if inspection.native_left_out:
         print(f"without the native kernels: {inspection.native_left_out}")
     if inspection.golden_logits is not None:
-        print(f"\ngolden logits on this device: {inspection.golden_logits}")
-    for title, figures in (("parity", manifest.parity), ("quality", manifest.quality)):
-        if figures:
-            print(f"\n{title} at export")
-            print_figures(figures, indent=2)
-
-
-def print_figures(figures: Mapping[str, Any], indent: int) -> None:
-    """One line per figure, and one per group of figures that holds no further group."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
-            print(f"{'':{indent}}{name}")
-            print_figures(value, indent + 2)
-        elif isinstance(value, Mapping):
-            shown = ", ".join(f"{key} {_figure(inner)}" for key, inner in value.items() if inner not in (None, ""))
-            print(f"{'':{indent}}{name}: {shown}")
-        else:
-            print(f"{'':{indent}}{name}: {_figure(value)}")
+        print(f"golden logits on this device: {inspection.golden_logits}")
+    checks = [
+        (precision, name, "ok" if check["ok"] else "DIFFERS", _figure(check["value"]), _figure(check["limit"]),
+         check["measure"].replace("_", " "))
+        for precision, proof in manifest.parity.items()
+        for name, check in proof["checks"].items()
+    ]  # fmt: skip
+    if checks:
+        print("\nas the export proved it")
+        print_table(("graph of", "check", "", "value", "limit", "measure"), *checks)
+    if manifest.quality:
+        print("\nwhat quantization costs")
+        quality = ((name.replace("_", " "), _figure(value)) for name, value in manifest.quality.items())
+        print_table(("", ""), *quality)
 
 
 def _figure(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_figure(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser)
-    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_device(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from pastkey.command import Command, add_placement, id_list, print_json, print_text, progressed
+from pastkey.command import Command, id_list, print_json, print_text, progressed
 from pastkey.contract import names
 
 from ..options import MAX_NEW_TOKENS
@@ -14,6 +14,7 @@ from .flags import (
     SOURCE,
     add_adapter,
     add_bundle,
+    add_device,
     add_draft,
     add_generation,
     generation_of,
@@ -25,14 +26,15 @@ from .flags import (
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser, SOURCE)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
-    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=id_list, help="the prompt as token ids")
-    add_generation(parser)
-    add_draft(parser)
-    add_adapter(parser)
-    add_placement(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, in place of the text")
+    prompt = parser.add_argument_group("prompt (one of these)").add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
+    prompt.add_argument("--prompt-ids", metavar="IDS", type=id_list, help="the prompt as token ids, such as 1,2,3")
+    add_generation(parser)
+    models = parser.add_argument_group("further models")
+    add_draft(models)
+    add_adapter(models)
+    add_device(parser)
     parser.epilog = (
         "The continuation goes to standard output as it comes, without the prompt: text, or ids without a tokenizer."
     )

@@ -80,6 +80,11 @@ class ChunkStream(Readable[Chunk, Completion]):
 
     completion: Completion | None = None
 
+    def __repr__(self) -> str:
+        ended = self.completion
+        state = "not at its end" if ended is None else f"{ended.new_tokens} tokens, {ended.finish_reason}"
+        return f"<{type(self).__name__}, {state}>"
+
 
 class Stream(ChunkStream):
     """Yields a Chunk for each new token; their texts together are the completion's.

@@ -34,6 +34,9 @@ class Adapters:
         self._lock = threading.Lock()
         self.load_all(folders)
 
+    def __repr__(self) -> str:
+        return f"<Adapters {', '.join(map(shown, self._parts.adapters)) or 'none'}>"
+
     def load_all(self, folders: Mapping[str, str | Path]) -> None:
         """See `LanguageModel.load_adapter`."""
         for name, folder in folders.items():

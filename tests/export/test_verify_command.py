@@ -10,8 +10,11 @@ import pytest
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 
+from ..runtime.conftest import relisted
 from .commands import fails
-from .measure.test_verify import alter_weight
+from .measure import conftest as measure
+
+altered = measure.altered
 
 
 def test_verify_is_said_in_sentences_and_as_one_object_with_a_figure_per_check(small, factory, command):
@@ -29,13 +32,13 @@ def test_verify_is_said_in_sentences_and_as_one_object_with_a_figure_per_check(s
     }  # fmt: skip
 
 
-def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factory, tmp_path, command):
-    altered = alter_weight(open_bundle(small), tmp_path, "qkv.weight", 3.0).path
-    status, printed, _ = command("verify", altered, f"{factory}:Small", "--json")
+def test_altered_weights_with_a_matching_manifest_are_a_difference(small, factory, altered, command):
+    changed = relisted(altered(open_bundle(small), measure.scaled("qkv.weight", 3.0)).path).path
+    status, printed, _ = command("verify", changed, f"{factory}:Small", "--json")
     result = json.loads(printed)
     assert (status, printed.count("\n"), result["ok"], result["checks"]["prefill"]["ok"]) == (1, 1, False, False)
     assert "first in layer 0 (, mine.py:" in result["checks"]["prefill"]["detail"]
-    status, printed, told = command("verify", altered, f"{factory}:Small")
+    status, printed, told = command("verify", changed, f"{factory}:Small")
     assert (status, printed) == (1, "")
     assert "DIFFERENT" in told
     assert "FAIL prefill" in told

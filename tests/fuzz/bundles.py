@@ -57,11 +57,7 @@ def bundle_folder() -> Path:
 
 
 def _use_manifest(bundle: Any) -> str:
-    from pastkey.runtime.commands.inspection import print_figures
-
     manifest = bundle.manifest
-    for figures in (manifest.parity, manifest.quality, manifest.operators):
-        print_figures(figures, indent=2)
     return json.dumps(manifest.to_json(), default=str)
 
 

@@ -144,7 +144,7 @@ def test_a_chat_without_jinja_ends_before_the_export(command, monkeypatch):
     monkeypatch.setattr("pastkey.exported.exported", lambda source: pytest.fail("exports"))
     status, _, err = command("chat", "org/name", "--prompt", "x")
     assert status == 2
-    assert "type  pip install jinja2  and try again" in err
+    assert "type  pip install '.[chat]'  in" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")

@@ -142,9 +142,6 @@ def test_a_conversation_is_that_of_python_on_one_thread_which_it_says(page, talk
 
 
 def test_it_is_used_by_the_keyboard_alone(page, talking):
-    """As `pastkey serve` gives it."""
-    from ..serve.conftest import running  # skips without the server's packages
-
     expected = pastkey.load(talking, "cpu").chat().ask("bcd ef", max_new_tokens=8).text
     keys, prompt = page.keyboard, page.locator("#prompt")
 
@@ -158,8 +155,8 @@ def test_it_is_used_by_the_keyboard_alone(page, talking):
             found.append(page.evaluate(focus))
         return found
 
-    with running(talking) as served:
-        page.goto(f"http://127.0.0.1:{served.port}/")
+    with serving(site(talking), ISOLATED) as (address, _):
+        page.goto(address)
         page.locator("#load:enabled").wait_for()
         assert tabs(2) == ["provider", "load"]
         keys.press("Enter")

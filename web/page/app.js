@@ -64,8 +64,6 @@ async function start() {
   document.title = $("name").textContent = source;
   fact("Model", `${source}, ${precision}, ${context.toLocaleString("en")} tokens of context`);
   fact("Size", missing === bytes ? MB(bytes) : `${MB(bytes)}, of which ${MB(bytes - missing)} are in this browser`);
-  const slow = "slow: WebAssembly dequantizes these weights at every token; export --target portable avoids it";
-  if (index.slow_on_cpu) fact("On the CPU", slow, true);
   if (!here.secure) fact("Offline", "no: without HTTPS, files are neither kept nor checked by sha256", true);
   input("[value=webgpu]").disabled = !here.gpu;
   $("no-gpu").textContent = here.gpu ? "" : `: ${here.whyNoGpu}`;

@@ -26,7 +26,6 @@ const MISSED_KEYS = 2e-2;
  * @property {number} format_version
  * @property {string} source
  * @property {string} precision
- * @property {boolean} slow_on_cpu
  * @property {string} graph
  * @property {number} vocab_size
  * @property {number} context_length

@@ -93,6 +93,9 @@ class Chat:
         if said:
             self._take_up([*self.messages, *said])
 
+    def __repr__(self) -> str:
+        return f"<Chat of {len(self.messages)} messages>"
+
     def reset(self) -> None:
         """Begins a new conversation with the same system text."""
         self.messages: list[dict[str, Any]] = [] if self.system is None else [message("system", self.system)]

@@ -255,4 +255,4 @@ def test_a_bundle_is_fetched_by_its_id_without_torch_and_the_library_is_asked_fo
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface-hub" in refusal(MissingExtraError)
+    assert "pip install '.[huggingface]'" in refusal(MissingExtraError)

@@ -133,7 +133,7 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("m.gguf", "type  pastkey export m.gguf --out bundle  (it needs pastkey's extras export,gguf)"),
+        ("m.gguf", "type  pastkey export m.gguf --out bundle  (it needs pastkey's extras export,huggingface)"),
         ("a b", "type  pastkey export 'a b' --out bundle  (it needs pastkey's extras export,huggingface)"),
         ("a b/model.safetensors", "type  pastkey export 'a b' --out bundle  (it"),
         ("org/name-1.5B", "type  pastkey export org/name-1.5B --out bundle  (it needs pastkey's extras export,hugg"),

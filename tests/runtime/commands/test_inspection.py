@@ -189,7 +189,7 @@ def test_every_known_provider_is_listed_once_with_available_ones_first(command):
     assert all(row.note for row in rows if not row.available)
     status, out, _ = command("devices")
     assert status == 0
-    assert f"cpu            available  any CPU; {ort.wheels()[0]} {ort.onnxruntime.__version__}" in out
+    assert f"cpu       available  any CPU; {ort.wheels()[0]} {ort.onnxruntime.__version__}" in out
     assert "Apple GPUs and neural engines; comes with pip install onnxruntime on macOS" in out
     shown = json.loads(command("devices", "--json")[1])["devices"]
     assert [(row["short_name"], row["available"]) for row in shown] == [(row.short_name, row.available) for row in rows]

@@ -347,5 +347,5 @@ def test_whitespace_is_json_dumps_unless_the_schema_says_otherwise():
 
 def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingExtraError, match="pip install llguidance"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[constrained\]'"):
         vocabularies.vocabulary_of(vocabularies.byte_level())

@@ -163,5 +163,5 @@ def test_openssl_makes_the_keys_and_checks_the_signature(signed, tmp_path):
 
 def test_without_the_package_one_sentence_names_it(signed, keys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.serialization", None)
-    with pytest.raises(MissingExtraError, match=r"the package 'cryptography' is not installed.*pip install crypt"):
+    with pytest.raises(MissingExtraError, match=r"'cryptography' is not installed.*pip install '\.\[sign\]'"):
         sign_bundle(signed, keys[0])

@@ -258,4 +258,4 @@ def test_without_onnxruntime_the_command_to_type_is_named(stub):
     program += "sys.exit(main(['devices']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "pip install onnxruntime" in done.stderr
+    assert "pip install '.[cpu]'" in done.stderr

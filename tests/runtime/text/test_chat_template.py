@@ -278,5 +278,5 @@ def test_a_bundle_without_template_says_what_to_do(config, words, bundle_with):
 
 def test_without_jinja2_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtraError, match=r"'jinja2' is not installed.*pip install jinja2  and"):
+    with pytest.raises(MissingExtraError, match=r"'jinja2' is not installed.*pip install '\.\[chat\]'"):
         ChatTemplate("a")

@@ -1,14 +1,13 @@
-"""Models, health, metrics, props, the OpenAPI description; tokens and embeddings; the page, where it is there."""
+"""Models, health, metrics, props, the OpenAPI description; tokens and embeddings; the page's files."""
 
 import base64
 import json
 import re
-import sys
-import types
 
 import numpy as np
 
 from pastkey.serve.app import TABLE
+from pastkey.serve.routes.page import FILES
 
 from ..conftest import TEMPLATE, ids_of, running
 
@@ -94,23 +93,15 @@ def test_each_route_is_described_by_its_model(served):
     assert set() < references <= found["components"]["schemas"].keys()
 
 
-def test_without_the_page_the_root_says_what_this_is(served, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pastkey.web", None)
-    served.service.site = None
-    with served.response("/") as response:
-        assert response.status == 200
-        assert response.read().startswith(b"pastkey serve: tiny. ")
-
-
-def test_the_files_of_the_page_are_given_and_no_others(bundle, tmp_path, monkeypatch):
-    (tmp_path / "run.mjs").write_text("1", encoding="utf-8")
-    web = types.SimpleNamespace(site=lambda bundle: {"index.html": b"<p>", "a/run.mjs": tmp_path / "run.mjs"})
-    monkeypatch.setitem(sys.modules, "pastkey.web", web)
-    with running(bundle) as served:
-        for path, kind, content in (("/", "text/html", b"<p>"), ("/a/run.mjs", "text/javascript", b"1")):
-            with served.response(path) as response:
-                assert (response.status, response.read()) == (200, content)
-                assert response.headers["content-type"].startswith(kind)
-                assert response.headers["cross-origin-embedder-policy"] == "require-corp"
-        for path in ("/../conftest.py", "/a/../../pastkey.json", "/pastkey.json", "//etc/passwd"):
-            assert served.ask(path)[0] == 404
+def test_the_files_of_the_page_are_given_with_or_without_a_key_and_no_others(served, bundle):
+    with running(bundle, keys=("QZ",)) as locked:
+        for server in (served, locked):
+            for name, kind in FILES.items():
+                with server.response(f"/{name}") as response:
+                    assert (response.status, response.headers["content-type"].split(";")[0]) == (200, kind)
+                    policy = response.headers["content-security-policy"]
+                    assert policy.startswith("default-src 'none'; script-src 'self'; ")
+                    named = re.findall(r'(?:src|href)="([\w.]+)"|from "\./([\w.]+)"', response.read().decode())
+                    assert all((one or other) in FILES for one, other in named)
+            for path in ("/../conftest.py", "/page/chat.js", "/pastkey.json", "/index.html", "//etc/passwd"):
+                assert server.ask(path)[0] == 404
