@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     given: Sequence[str] = ()  # the words that it parsed
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, formatter_class=_Formatter)
+        super().__init__(**{"formatter_class": _Formatter} | settings)
 
     def format_help(self) -> str:
         """See ArgumentParser."""

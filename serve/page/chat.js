@@ -30,7 +30,7 @@ async function request(path, body) {
 /** The events of an answer, parsed. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ; ) {
+  for (let rest = ""; ;) {
     const { done, value } = await reader.read();
     if (done) return;
     const lines = (rest + value).split("\n");

@@ -1,12 +1,15 @@
 // Markdown -> elements of the page. Text becomes text nodes only, so that no HTML of a model is ever read.
 
+/**
+ * Patterns of what is inside a line, and how it is shown. What begins first is read first.
+ * @type {[RegExp, (match: RegExpExecArray) => Node][]}
+ */
 const RULES = [
-  // [what, pattern, how it is shown]; the first that begins earliest wins.
-  ["code", /(`+)(.+?)\1(?!`)/, ([, , text]) => element("code", text.replace(/^ (.*) $/, "$1"))],
-  ["strong", /\*\*(?=\S)(.+?)(?<=\S)\*\*|(?<!\w)__(?=\S)(.+?)(?<=\S)__(?!\w)/, ([, a, b]) => inside("strong", a ?? b)],
-  ["em", /\*(?=\S)([^*]+?)(?<=\S)\*|(?<!\w)_(?=\S)([^_]+?)(?<=\S)_(?!\w)/, ([, a, b]) => inside("em", a ?? b)],
-  ["del", /~~(?=\S)(.+?)(?<=\S)~~/, ([, text]) => inside("del", text)],
-  ["link", /\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/, ([, text, address]) => link(text, address)],
+  [/(`+)(.+?)\1(?!`)/, ([, , text]) => element("code", text.replace(/^ (.*) $/, "$1"))],
+  [/\*\*(?=\S)(.+?)(?<=\S)\*\*|(?<!\w)__(?=\S)(.+?)(?<=\S)__(?!\w)/, ([, a, b]) => inside("strong", a ?? b)],
+  [/\*(?=\S)([^*]+?)(?<=\S)\*|(?<!\w)_(?=\S)([^_]+?)(?<=\S)_(?!\w)/, ([, a, b]) => inside("em", a ?? b)],
+  [/~~(?=\S)(.+?)(?<=\S)~~/, ([, text]) => inside("del", text)],
+  [/\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/, ([, text, address]) => link(text, address)],
 ];
 
 function element(name, text = "") {
@@ -31,7 +34,7 @@ function link(text, address) {
 function inline(text) {
   const nodes = [];
   while (text) {
-    const found = RULES.map(([, pattern, show]) => ({ match: pattern.exec(text), show }))
+    const found = RULES.map(([pattern, show]) => ({ match: pattern.exec(text), show }))
       .filter(({ match }) => match)
       .sort((a, b) => a.match.index - b.match.index)[0];
     if (!found) break;
@@ -47,7 +50,12 @@ const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const HEADING = /^\s{0,3}(#{1,6})\s+(.*?)\s*#*$/;
 const RULER = /^\s{0,3}([-*_])\s*(\1\s*){2,}$/;
 const TABLE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
-const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+const cells = (line) =>
+  line
+    .trim()
+    .replace(/^\||\|$/g, "")
+    .split("|")
+    .map((cell) => cell.trim());
 const begins = (line) => [FENCE, ITEM, HEADING, RULER, /^\s*>/].some((pattern) => pattern.test(line));
 
 function code(lines) {
@@ -102,7 +110,7 @@ function blocks(lines) {
     const line = lines[0];
     if (!line.trim()) lines.shift();
     else if (FENCE.test(line)) made.push(code(lines));
-    else if (RULER.test(line)) made.push(element("hr")), lines.shift();
+    else if (RULER.test(line)) (made.push(element("hr")), lines.shift());
     else if (HEADING.test(line)) {
       const [, marks, text] = HEADING.exec(lines.shift());
       made.push(inside(`h${Math.min(marks.length + 2, 6)}`, text)); // h1 and h2 are the page's
