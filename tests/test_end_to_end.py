@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert all(name.startswith("pastkey/") for name in files), files
     expected = {file for stage in STAGES for file in (ROOT / stage).rglob("*.py")}
-    for folder in ("see/page", "web/page", "web/lib"):  # the last only after `make web-assets`
+    for folder in ("see/page", "serve/page", "web/page", "web/lib"):  # the last only after `make web-assets`
         expected |= {*(ROOT / folder).glob("*")}
     own = {file.relative_to(ROOT).as_posix() for file in (ROOT / "pastkey").rglob("*.py")} | {"pastkey/py.typed"}
     assert set(files) == own | {f"pastkey/{file.relative_to(ROOT).as_posix()}" for file in expected}

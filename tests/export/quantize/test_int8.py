@@ -114,7 +114,7 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(checkp
     rows = json.loads(table.read_text())["matrices"]
     assert f"most sensitive to int8: {rows[0]['weight']} (" in told
     assert f", {rows[2]['weight']} (" in told
-    assert f"float32_weights: {', '.join(kept)}" in command("inspect", out)[1]
+    assert f"  {', '.join(kept)}\n" in command("inspect", out)[1]
 
 
 # --- an engine with exact products is as far from the bundle as rounding its activations takes it ---------------------

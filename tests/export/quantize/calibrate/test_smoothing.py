@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
+from pastkey.contract.bundle import Bundle
 from pastkey.export import export
 from pastkey.export.compare import relative_difference
 from pastkey.export.measure.metrics import kl_divergence
@@ -106,19 +110,20 @@ def test_activations_that_are_nothing_are_left_as_they_are(exported, recwarn):
 
 @pytest.mark.parametrize("factor", [1.5, np.nan])
 def test_smoothing_that_changes_the_logits_is_not_taken(factor, exported, monkeypatch, tmp_path):
-    made = exported("llama")
+    made = exported("llama").bundle
+    bundle = Bundle(Path(shutil.copytree(made.path, tmp_path / "llama")), made.manifest)
 
     def wrong(model, *_):
         value = model.graph.initializers["model.layers.0.self_attn.q_proj.weight"]
         value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
 
     monkeypatch.setattr(calibration, "smooth", wrong)
-    listener, graph = Recorder(SILENT), made.bundle.all_logits_graph
+    listener, graph = Recorder(SILENT), bundle.all_logits_graph
     out = tmp_path / "calibrated.onnx"
-    assert calibration.calibrated(made.bundle, [np.arange(40)], out, listener) == graph
+    assert calibration.calibrated(bundle, [np.arange(40)], out, listener) == graph
     (warning,) = listener.warnings
     assert warning.startswith("smoothing changed the logits")
-    assert not list(tmp_path.iterdir())
+    assert not out.exists()
     assert not [path for path in graph.parent.iterdir() if path.name.startswith(("probe", "segment"))]
 
 
