@@ -151,7 +151,7 @@ TYPED = (
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("page", divided(TYPED, ci=["README.md", "docs/tutorial.md"]))
+@pytest.mark.parametrize("page", divided(TYPED, ci=["README.md"]))
 def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_model, tmp_path):
     """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)
