@@ -12,7 +12,8 @@
 |                                                      | PER_TOKEN  | float32; learned positions are far off           |
 | keys and values of a latent row, by its matrices     | NUMBERS    | one product in two orders                        |
 | logits of the ORT format                             | NUMBERS    | the same operators, optimised ahead              |
-| rows that a changed row does not reach               | UNCHANGED  | computed from the same numbers                   |
+| rows that a changed row does not reach; angles of    | UNCHANGED  | computed from the same numbers                   |
+| positions in a shorter text                          |            |                                                  |
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _program() -> list[str]:
     files = [file for room in rooms for file in sorted(Path(str(room)).parent.rglob("*.py"))]
     code = [file.read_text(encoding="utf-8") for file in files]
     found: list[str] = [pastkey.__version__, _hash(code), torch.__version__, onnxruntime.__version__]
-    found += [platform.machine(), *np.show_config(mode="dicts")["SIMD Extensions"]["found"]]
+    found += [platform.machine(), *np.show_config(mode="dicts").get("SIMD Extensions", {}).get("found", ())]
     for library in ("numpy", "onnx", "onnx-ir", "onnxscript", "safetensors", "tokenizers", "transformers", "gguf"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(importlib.metadata.version(library))

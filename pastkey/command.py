@@ -25,9 +25,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
-        known = (
-            action.default not in (None, argparse.SUPPRESS, False, "") and action.default != [] and action.nargs != 0
-        )
+        known = action.default not in (None, argparse.SUPPRESS, "", []) and action.nargs != 0
         return told + " (default: %(default)s)" if known and "(default" not in told else told
 
 
@@ -139,7 +137,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     add(
         "--provider",
         metavar="NAME",
-        help="execution provider: pastkey devices lists them (default: of the export's target)",
+        help="execution provider: pastkey devices lists them (default: that of the export's target)",
     )
     add_provider_settings(device)
 

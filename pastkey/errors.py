@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from importlib.metadata import version
 
 
 class PastkeyError(Exception):
@@ -141,6 +140,8 @@ def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFound
         return error
     lacking = [extra for extra in needed_by if any(_is_missing(module) for module in EXTRAS.get(extra, ()))]
     extras = ",".join(lacking if set(lacking) & set(bringing) else bringing[:1])
+    from importlib.metadata import version  # 20 ms that only an error needs
+
     wheel = f"pastkey-{version('pastkey')}-py3-none-any.whl"
     return MissingExtraError(
         f"the package {package!r} is not installed, which pastkey's extras [{extras}] bring: type  pip install "

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks.__main__ import main
-from benchmarks.measure import ROOT, rows_of
+from benchmarks.measure import ROOT
 from benchmarks.pictures import bars, charts, scores
+from benchmarks.pictures.render import of_readme
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
 from pastkey.files.durable import write_json
 
@@ -19,7 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_the_picture_of_the_readme_shows_the_figures_of_the_results():
-    assert (DOCS / "speed-and-error.svg").read_text(encoding="utf-8") == bars.draw(rows_of(RESULTS, "engine"))
+    assert (DOCS / "speed-and-error.svg").read_text(encoding="utf-8") == bars.draw(of_readme())
 
 
 def test_a_bar_is_as_long_as_its_figure_says():

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 
+from ..compare import UNCHANGED, relative_difference
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, shape_of, weight
 from .part import evaluate
 
@@ -224,8 +225,9 @@ def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int,
     if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):
         return None
     whole, half = (_at_positions(model, rotation, length) for length in (context_length, -(-context_length // 2)))
-    # Angles that differ follow the longest position, as those of dynamic NTK do.
-    return whole if whole is not None and half is not None and np.array_equal(whole[:, : half.shape[1]], half) else None
+    if whole is None or half is None or relative_difference(whole[:, : half.shape[1]], half) > UNCHANGED:
+        return None  # angles that differ follow the longest position, as those of dynamic NTK do
+    return whole
 
 
 def _at_positions(model: ir.Model, rotation: _Rotation, context_length: int) -> np.ndarray | None:

@@ -82,7 +82,7 @@ class ChunkStream(Readable[Chunk, Completion]):
 
     def __repr__(self) -> str:
         ended = self.completion
-        state = "not at its end" if ended is None else f"{ended.new_tokens} tokens, {ended.finish_reason}"
+        state = "unfinished" if ended is None else f"{ended.new_tokens} tokens, {ended.finish_reason}"
         return f"<{type(self).__name__}, {state}>"
 
 

@@ -120,8 +120,9 @@ def test_a_step_is_of_the_code_that_makes_and_proves_it(room, tmp_path, monkeypa
 
 def test_a_step_is_of_the_cpu_whose_kernels_made_it(monkeypatch):
     before = keys_of(ExportConfig(), SOURCE, "fused")
-    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": {"found": ["AVX2"]}})
-    assert same(before, keys_of(ExportConfig(), SOURCE, "fused")) == set()
+    for extensions in ({"found": ["AVX2"]}, {}):  # numpy leaves out what is empty, as on ARM
+        monkeypatch.setattr(np, "show_config", lambda mode, found=extensions: {"SIMD Extensions": found})
+        assert same(before, keys_of(ExportConfig(), SOURCE, "fused")) == set()
 
 
 @pytest.mark.parametrize(
