@@ -17,6 +17,8 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as rules
 
+from .edit import add_weight, replace_uses, shape_of, weight
+
 
 def _only_at(op_type: str, rule: Any) -> Any:
     """Returns the rule, tried at these nodes alone: one with two outputs walks the whole graph for each node."""
@@ -52,6 +54,7 @@ _ROUNDS = 2  # folding makes constants that rules need; rules make nodes that fo
 def simplify(model: ir.Model, kept: Callable[[ir.Node], bool] = lambda node: False) -> None:
     """Changes the model in place. It computes the same numbers with fewer nodes. Nodes that are `kept` do not fold."""
     ir.passes.Sequential(common.InlinePass())(model)
+    _split_stacked_weights(model)
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, should_fold=lambda node: False if kept(node) else None)
         ir.passes.Sequential(
@@ -68,3 +71,29 @@ def simplify(model: ir.Model, kept: Callable[[ir.Node], bool] = lambda node: Fal
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _split_stacked_weights(model: ir.Model) -> None:
+    """Makes a weight of each matrix of a stack, such as experts, that is only read one by one at constant places.
+
+    Constants are folded up to a size only, and a product of a matrix that a node takes out is not quantized.
+    """
+    for stack in tuple(model.graph.initializers.values()):
+        nodes = [node for node, _ in stack.uses()]
+        if stack.dtype != ir.DataType.FLOAT or not nodes or len(shape_of(stack) or ()) < 3:
+            continue
+        content = weight(stack)
+        places = [_place(node) for node in nodes]
+        if content is None or None in places:
+            continue
+        parts = {place: add_weight(model, f"{stack.name}.{place}", content[place]) for place in places}
+        for node, place in zip(nodes, places, strict=True):
+            replace_uses(node.outputs[0], parts[place])
+
+
+def _place(node: ir.Node) -> int | None:
+    """The constant place at which a node takes a part of its first input's first axis, None for other nodes."""
+    index = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "Gather" and node.inputs[1] else None
+    if index is None or index.shape.rank() or node.attributes.get_int("axis", 0) or node.outputs[0].is_graph_output():
+        return None
+    return int(index.numpy())

@@ -93,6 +93,11 @@ SIMPLER = {  # the body, its weights, and the operators that are left
     "an epsilon of 1e-8 is not zero": ("a = Add(x, e) y = Sqrt(a)", {"e": of(1e-8)}, ["Add", "Sqrt"]),
     "transpositions undo each other": (f"a = {TRANSPOSE} (x) b = {TRANSPOSE} (a) y = Neg(b)", {}, ["Neg"]),
     "constants are folded": ("p = Mul(two, three) y = Add(x, p)", {"two": of(2), "three": of(3)}, ["Add"]),
+    "a matrix of a stack is a weight of its own": (
+        "i = Constant <value_int = 1> () m = Gather (stack, i) p = MatMul(x, m) q = MatMul(p, u) y = Add(q, x)",
+        {"stack": np.random.default_rng(0).random((2, 4, 9000), np.float32), "u": np.ones((9000, 4), np.float32)},
+        ["MatMul", "MatMul", "Add"],
+    ),
 }
 
 
