@@ -43,7 +43,7 @@ from .measure.paths import short_texts
 from .measure.predictors import IN_PLACE
 from .measure.verify import Verification
 from .ort_format import write_ort_format
-from .progress import SILENT, Progress, Recorder
+from .progress import SILENT, UNKNOWN, Progress, Recorder, planned
 from .quantize.calibrate.activations import probing
 from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
@@ -246,6 +246,7 @@ def _open(
     module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
 ) -> tuple[Source, Identity | None]:
     """Returns the source, and its identity before its weights were read."""
+    progress.plan(planned(config, UNKNOWN))
     progress.stage("open the source")
 
     said, before = False, None
@@ -256,6 +257,7 @@ def _open(
         require_room(out, needed, allocated=allocated)
         if not said:
             progress.say(str(needed))
+            progress.plan(planned(config, weights))
             before = identity(module_or_path, config)  # now that links out of its folder are refused
         said = True
 

@@ -1,4 +1,7 @@
-"""Shows the stages of an export on standard error: a line each with its seconds, and a spinner in the current one."""
+"""Shows the stages of an export on standard error: a line each with its seconds, and the current one with a spinner.
+
+The share and the time left are those of the whole export, if its phases are planned, and never fall back.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 
 from .progress import Progress
 
 _REDRAWN = 0.2  # seconds between two updates of the current line on a terminal
-_HEARTBEAT = 30.0  # seconds between two lines about one stage without a terminal
-_FORESEEN = 2.0  # seconds of a stage before the time left is estimated
+_HEARTBEAT = 10.0  # seconds between two lines about one stage without a terminal
+_FORESEEN = 60.0  # seconds before the time left is estimated
 _SPINNER = "|/-\\"
 
 
@@ -26,9 +31,11 @@ class StageLines(Progress):
         self._out = sys.stderr  # captured now: `quiet` replaces sys.stderr
         self._live = self._out.isatty()
         self._lock = threading.Lock()
-        self._stage = ""
-        self._began = self._told = time.monotonic()
-        self._share: float | None = None  # completed share of the stage
+        self._stage, self._named = "", Counter[str]()
+        self._opened = self._began = self._told = time.monotonic()
+        self._phases: Mapping[str, float] = {}
+        self._before = self._weight = 0.0  # the planned shares of the phases before the current one, and of this one
+        self._share: float | None = None  # completed, of the whole
         self._advanced = self._began  # when it was told
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="pastkey-stages", daemon=True)
@@ -46,16 +53,41 @@ class StageLines(Progress):
             elif self._stage:
                 self._print("\n" if self._live else "")
 
+    def plan(self, phases: Mapping[str, float]) -> None:
+        with self._lock:
+            self._phases, self._share = phases, self._share or 0.0
+            self._find_phase()
+
     def stage(self, name: str) -> None:
         with self._lock:
             self._end()
-            self._stage, self._share = name, None
+            self._named[name] += 1
+            self._stage = name if self._named[name] == 1 else f"{name} ({self._named[name]})"
             self._began = self._told = time.monotonic()
+            if self._phases:
+                self._find_phase()
+                self._reach(0.0)
+            else:
+                self._share, self._opened = None, self._began
             self._redraw()
 
     def advance(self, done: int, total: int) -> None:
         with self._lock:
-            self._share, self._advanced = (done / total if total else None), time.monotonic()
+            if total:
+                self._reach(done / total)
+
+    def _find_phase(self) -> None:
+        """Keeps the current phase for a stage that has none."""
+        names, whole = list(self._phases), sum(self._phases.values())
+        if (found := next((name for name in names if self._stage.startswith(name)), None)) is not None:
+            self._before = sum(self._phases[name] for name in names[: names.index(found)]) / whole
+            self._weight = self._phases[found] / whole
+
+    def _reach(self, share: float) -> None:
+        """`share` of the stage is complete."""
+        if self._phases:
+            share = max(self._share or 0.0, self._before + self._weight * share)
+        self._share, self._advanced = share, time.monotonic()
 
     def say(self, sentence: str) -> None:
         with self._lock:
@@ -95,11 +127,11 @@ class StageLines(Progress):
 
     def _shown_time(self) -> str:
         """The time so far, and what is left if the remaining parts are as fast as those that are complete."""
-        spent, so_far = self._seconds(), _duration(self._seconds())
+        spent = time.monotonic() - self._opened
         if not self._share or spent < _FORESEEN:
-            return so_far
-        left = (self._advanced - self._began) / self._share - spent
-        return f"{so_far}, about {_duration(max(left, 0))} left"
+            return _duration(spent)
+        left = (self._advanced - self._opened) / self._share - spent
+        return f"{_duration(spent)}, about {_duration(max(left, 0))} left"
 
     def _start(self) -> str:
         """Clears the line that is being redrawn."""

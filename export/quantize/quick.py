@@ -29,4 +29,4 @@ def make_quick(
         rounded = rounded_to_nearest(model, progress)
     quantize(model, rounded=rounded, form=TARGETS[config.target].form)
     bundle, weight_bytes = write(model)
-    return Quantized(bundle, weight_bytes, measured(fp32, bundle, text), None)
+    return Quantized(bundle, weight_bytes, measured(fp32, bundle, text, progress), None)

@@ -96,7 +96,7 @@ class HubModel:
 
     def fetch_weights(self, progress: Progress) -> None:
         """Fetches the files of `weights`."""
-        self._fetch(self.weights(), progress)
+        self._fetch(self.weights(), progress, "the weights")
 
     def fetch_bundle(self, progress: Progress) -> Bundle:
         """Fetches the bundle and checks all its hashes. Raises InputError or IntegrityError."""
@@ -115,7 +115,7 @@ class HubModel:
                     shutil.copyfile(self.folder / name, folder / name)
         return open_bundle(out, verify=False)
 
-    def _fetch(self, files: Iterable[str], progress: Progress) -> None:
+    def _fetch(self, files: Iterable[str], progress: Progress, what: str = "") -> None:
         missing = [name for name in files if not (self.folder / name).is_file()]
         if not missing:
             return
@@ -129,7 +129,8 @@ class HubModel:
                 f"{self.name} takes {shown_bytes(total)} more in {place}, and {shown_bytes(free)} are free: make room, "
                 "or name a folder on another disk with HF_HOME"
             )
-        progress.stage(f"fetch {len(missing)} {'file' if len(missing) == 1 else 'files'}, {shown_bytes(total)}")
+        what = what or f"{len(missing)} {'file' if len(missing) == 1 else 'files'}"
+        progress.stage(f"fetch {what}, {shown_bytes(total)}")
         done = 0
         with _sentences(self.name):
             for name in missing:  # one by one and here, where Ctrl-C ends a download at once

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pastkey.export.progress import Progress
 
@@ -50,6 +50,7 @@ class Heard(Progress):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.stages: list[str] = []
+        self.phases: list[str] = []
         self.shares: list[tuple[int, int]] = []
 
     def say(self, sentence: str) -> None:
@@ -57,6 +58,15 @@ class Heard(Progress):
 
     def warn(self, sentence: str) -> None:
         self.said.append(f"warning: {sentence}")
+
+    def plan(self, phases: Mapping[str, float]) -> None:
+        self.phases = list(phases)
+
+    def require_planned(self) -> None:
+        """Each stage belongs to a phase of the plan, they come in its order, and no label is shown twice."""
+        found = [next(place for place, name in enumerate(self.phases) if s.startswith(name)) for s in self.stages]
+        assert found == sorted(found)
+        assert len(set(self.stages)) == len(self.stages)
 
     def stage(self, name: str) -> None:
         self.stages.append(name)

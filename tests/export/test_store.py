@@ -57,7 +57,8 @@ def store_of(out: Path = Path("out"), **keys: str | None) -> Store:
 # --- exports ------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved_llama, folder, tmp_path, monkeypatch):
-    export(saved_llama, tmp_path / "expected", target="webgpu", cache=False)
+    export(saved_llama, tmp_path / "expected", target="webgpu", cache=False, progress=(heard := Heard()))
+    heard.require_planned()
     assert not folder.exists()
     export(saved_llama, tmp_path / "fp32", "fp32", progress=(heard := Heard()))
     (graph,) = read_files(folder).values()
@@ -66,6 +67,7 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
     assert heard.said[-1].startswith(f"{kept}{-(-len(graph) // 1000)} KB in {folder}")
     monkeypatch.setattr(grafting, "trace", again)
     export(saved_llama, tmp_path / "int8", target="webgpu", progress=(heard := Heard()))
+    heard.require_planned()
     assert read_files(tmp_path / "int8") == read_files(tmp_path / "expected")
     assert f"took the float32 graph with its proof from an earlier export, in {folder}" in " ".join(heard.said)
     assert [stage for stage in heard.stages if "fp32" in stage] == ["write fp32 weights"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import threading
 
@@ -83,18 +84,39 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
     drawn = []
     with StageLines() as stages:
         stages.stage("verify")
-        for at, done in ((1.0, 1), (90.0, 10), (100.0, None), (5000.0, None), (7200.0, 20)):
+        for at, done in ((1.0, 1), (59.0, 8), (90.0, 10), (100.0, None), (5000.0, None), (7200.0, 20)):
             clock[0] = at
             if done is not None:
                 stages.advance(done, 40)
             stages._redraw()
             drawn.append(screen.getvalue().rpartition("verify")[2])
     assert drawn == [
-        " 2%  1 s",  # too early to tell
+        " 2%  1 s",
+        " 20%  59 s",  # too early to tell
         " 25%  1:30 min, about 4:30 min left",
         " 25%  1:40 min, about 4:20 min left",
         " 25%  1:23:20 h, about 0 s left",
         " 50%  2:00:00 h, about 2:00:00 h left",
+    ]
+
+
+def test_the_share_is_that_of_all_planned_phases_and_never_falls(monkeypatch):
+    monkeypatch.setattr(terminal, "_REDRAWN", 1000)
+    screen = show(True, monkeypatch)
+    with StageLines() as stages:
+        stages.plan({"open": 10, "fetch": 10})
+        stages.stage("open it")
+        stages.advance(1, 2)
+        stages.plan({"open": 1, "trace": 4, "write": 4, "prove": 1})  # its size is known
+        for name in ("trace it", "no phase of the plan", "write it", "trace it", "prove it"):
+            stages.stage(name)
+            stages.advance(1, 2)
+            stages._redraw()
+    drawn = re.findall(r"\r\x1b\[K[|/\\-] ([^\r]*?) +(\d+%)  0 s", screen.getvalue())
+    assert [at for at, _ in itertools.groupby(drawn)] == [
+        ("open it", "0%"),
+        *[("trace it", "25%"), ("trace it", "30%"), ("no phase of the plan", "30%"), ("write it", "50%")],
+        *[("write it", "70%"), ("trace it (2)", "70%"), ("prove it", "90%"), ("prove it", "95%")],
     ]
 
 

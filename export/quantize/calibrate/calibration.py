@@ -122,6 +122,7 @@ def _in_int8(bundle: Bundle) -> Iterator[Bundle]:
 
 def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Progress = SILENT) -> dict[str, Any]:
     """Measures the error of `bundle` against float32 on the held-out windows: the manifest's quality."""
+    progress.stage(f"measure the error of {bundle.manifest.precision}")
     reference = text.predicted_by(fp32)
     for ids in text.held_out_set:  # before the other graph is open
         reference.logits(ids)
@@ -153,6 +154,7 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids], out: Path, progress: Prog
         }
     if not groups:
         return source
+    progress.stage("smooth the activations")
     count = -(-_SAMPLES // len(windows))
     sizes = {name: 4 * _SAMPLES * group.readers[0].channels for name, group in groups.items()}
     segments = captured(ir.load(source), folder, windows, {**sizes, names.LOGITS: 0})

@@ -86,7 +86,7 @@ def test_only_what_an_export_reads_is_fetched_without_telemetry(hub, monkeypatch
     assert read_files(found.folder) == WHOLE
     assert found.revision == found.folder.name == repository.sha()
     assert heard.said == [f"fetching {NAME} from {hub.address.removeprefix('http://')}"]
-    assert heard.stages[-1] == "fetch 1 file, 3 MB"
+    assert heard.stages[-1] == "fetch the weights, 3 MB"
     assert heard.shares[-1] == (len(WEIGHTS), len(WEIGHTS))
     if not BEFORE_1:  # which counts files alone
         assert [done for done, total in heard.shares if total == len(WEIGHTS)][:2] == [1_000_000, 2_000_000]
