@@ -87,7 +87,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-webgpu-fp16": ("gpt2", WEBGPU | {"precision": "fp16"}),
     "soft-cap-fp32": ("soft_cap", FP32),
     "soft-cap-webgpu-int8": ("soft_cap", WEBGPU),
-    "own-rope-webgpu": ("own_rope.py", FP32 | WEBGPU | {"context_length": 128}),
     "short-conv": ("short_conv", FP32),  # which keeps rows beside keys and values
     "llama-qnn": ("llama", FP32 | QNN),
     "llama-qnn-int8": ("llama", QNN),
