@@ -43,7 +43,7 @@ class Verdict:
 
 # --- telling ------------------------------------------------------------------------------------------------------
 def stories(seed: int) -> Iterator[str]:
-    """Yields endless stories, the same for the same seed: 60 to 130 words each, in one paragraph."""
+    """Yields endless stories, the same for the same seed: 30 to 70 words each, in one paragraph."""
     rng = random.Random(seed)
     while True:
         yield _tell(STORY, {}, rng)[0]
@@ -64,8 +64,7 @@ def _tell(node: Node, told: Slots, rng: random.Random) -> tuple[str, Slots]:
             text += piece
             continue
         if piece.slot not in told:
-            taken = _settled_names(told)
-            told = {**told, piece.slot: (rng.choice([e for e in SLOTS[piece.slot] if e["name"] not in taken]),)}
+            told = {**told, piece.slot: (rng.choice(SLOTS[piece.slot]),)}
         text += piece.render(told[piece.slot][0])
     return text, told
 
@@ -126,18 +125,12 @@ class _Parser:
                 yield from self._parse_parts(rest, start + len(part), slots)
             return
         possible: dict[str, list[Entry]] = {}  # text of the feature -> the entries that have it
-        taken = _settled_names({name: entries for name, entries in slots.items() if name != part.slot})
         for entry in slots.get(part.slot, SLOTS[part.slot]):
             text = part.render(entry)
-            if entry["name"] not in taken and self.text.startswith(text, start):
+            if self.text.startswith(text, start):
                 possible.setdefault(text, []).append(entry)
         for text, entries in possible.items():
             yield from self._parse_parts(rest, start + len(text), {**slots, part.slot: tuple(entries)})
-
-
-def _settled_names(slots: Slots) -> set[str]:
-    """Returns the names assigned to a slot. No two slots share one, so that the friend is never the hero."""
-    return {entries[0]["name"] for entries in slots.values() if len({entry["name"] for entry in entries}) == 1}
 
 
 @cache

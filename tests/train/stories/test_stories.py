@@ -14,12 +14,9 @@ from pastkey.train.stories.__main__ import main, read_stories
 
 TOLD = list(itertools.islice(stories(11), 100))
 LOST = (
-    "There once was a brave fox named Sam who lived by the sea. Sam loved the yellow scarf that his uncle had given "
-    "him. On a windy morning Sam carried the scarf to the beach. There he built a castle of sand, and when he looked "
-    'up, the scarf was gone. Then Lily, a merry hedgehog, came by. "Do not worry, Sam, we will find it," said Lily. '
-    "They looked near the rocks, but it was not there. At last Lily found the yellow scarf beside the old boat. "
-    '"Thank you, Lily!" said Sam, and they walked home when the wind grew calm. Sam and Lily stayed good friends ever '
-    "after."
+    "There once was a fox named Sam who lived by the sea. Sam loved the yellow scarf that his uncle had made. One day "
+    'he took it to the beach and lost it. Then Lucy, a duck, came by. "Do not worry, Sam," said Lucy. Lucy found the '
+    'scarf beside the old boat. "Thank you, Lucy!" said Sam. Sam and Lucy stayed good friends ever after.'
 )
 
 
@@ -35,14 +32,13 @@ def test_every_story_told_is_accepted_and_the_same_seed_tells_the_same():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("said Lily. They", "said Clara. They"),  # the friend's name changes
-        ("the yellow scarf beside", "the red scarf beside"),  # another color is found
-        ("There he built", "There she built"),  # another pronoun
-        ("near the rocks", "behind the ferns"),  # a hiding place of the forest, at the beach
-        ("when the wind grew calm", "when the rain stopped"),  # the weather was windy
-        ("Then Lily, a merry hedgehog", "Then Lily, a brave hedgehog"),  # a word for heroes
+        ("said Lucy. Lucy", "said Clara. Lucy"),  # the friend's name changes
+        ("found the scarf", "found the ball"),  # another thing is found
+        ("One day he", "One day she"),  # another pronoun
+        ("beside the old boat", "under a log"),  # a hiding place of the forest, at the beach
+        ("Then Lucy", "Then Mia"),  # a name of heroes
         (" ever after.", " ever after"),
-        ("Lily found", "Lily  found"),
+        ("Lucy found", "Lucy  found"),
         (LOST, f"{LOST} {LOST}"),
     ],
 )
@@ -56,7 +52,7 @@ def test_what_does_not_agree_is_refused(right, wrong):
 def test_a_story_cut_short_is_refused_and_the_reason_says_where_it_left_the_grammar():
     words = LOST.split(" ")
     assert not any(check_story(" ".join(words[:end])).ok for end in range(len(words)))
-    assert "ball was gone" in check_story(LOST.replace("the scarf was gone", "the ball was gone")).reason
+    assert "ball beside" in check_story(LOST.replace("found the scarf", "found the ball")).reason
     with pytest.raises(InputError, match="no story"):
         acceptance([])
 
