@@ -2,14 +2,19 @@
 
 package-lock.json -> web/lib/, the JavaScript libraries of `pastkey web`
 checkout -> sdist -> wheel of the sdist, which must be the checkout's wheel, byte for byte
-         -> for each Python: a bare environment with the wheel, where README's commands and program run
+kernels/ -> sdist -> wheel of the sdist
+         -> for each Python: a bare environment without a compiler, made of a folder of wheels without an index, where
+            README's commands and program run, and `pastkey web`
+         -> SHA256SUMS, and the packages of each environment
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +26,7 @@ from . import web_assets
 from .wheel import ROOT, build, build_wheel, copy_source, source_date
 
 # What README's commands need beside the wheel: they export a Hugging Face folder, and the test makes a small one.
-EXTRAS = "all"
+TRIED = ("pastkey[all]", "pastkey-kernels", "pytest>=8.3")
 AROUND = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "docs", "examples", "benchmarks", "tests")
 
 
@@ -31,10 +36,15 @@ def build_sdist(out: Path) -> Path:
         source = Path(work, "source")
         source.mkdir()
         copy_source(source)
-        command = [sys.executable, "-m", "build", "--sdist", "--outdir", str(out), str(source)]
-        subprocess.run(command, env=source_date(), umask=0o022, check=True, stdout=subprocess.DEVNULL)
+        run_build(source, out, "--sdist")
     (sdist,) = out.glob("*.tar.gz")
     return sdist
+
+
+def run_build(source: Path, out: Path, *options: str) -> None:
+    """Writes the sdist of a folder to another, and without options also the wheel of that sdist."""
+    command = [sys.executable, "-m", "build", *options, "--outdir", str(out), str(source)]
+    subprocess.run(command, env=source_date(), umask=0o022, check=True, stdout=subprocess.DEVNULL)
 
 
 def wheel_of(sdist: Path, out: Path) -> Path:
@@ -46,21 +56,46 @@ def wheel_of(sdist: Path, out: Path) -> Path:
         return build(unpacked, out)
 
 
-def try_out(wheel: Path, python: str) -> None:
-    """Installs the wheel into a bare environment of this Python, and runs what README shows.
+def try_out(out: Path, python: str) -> None:
+    """Installs the wheels in `out` into a bare environment of this Python, and runs what README shows.
 
     The folder has the checkout's README, examples and tests, and not its stages: Python imports the wheel.
     """
     with tempfile.TemporaryDirectory() as work:
         subprocess.run([python, "-m", "venv", f"{work}/environment"], check=True)
-        pip = [f"{work}/environment/bin/python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, f"{wheel}[{EXTRAS}]", "pytest>=8.3"], check=True)
+        environment, wheels = f"{work}/environment/bin", f"{work}/wheels"
+        pip = [f"{environment}/python", "-m", "pip"]
+        found = ["--find-links", str(out), "--dest", wheels]
+        subprocess.run([*pip, "download", "--quiet", "--only-binary", ":all:", *found, *TRIED], check=True)
+        path = f"{environment}:{without_compilers(Path(work, 'programs'))}"
+        bare = os.environ | {"PATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+
+        def run(*command: str) -> None:
+            subprocess.run(command, cwd=work, env=bare, check=True)
+
+        run(*pip, "install", "--quiet", "--no-index", "--find-links", wheels, *TRIED)
+        listed = subprocess.run([*pip, "freeze"], env=bare, check=True, stdout=subprocess.PIPE, text=True).stdout
+        names = re.sub(r" @ .*/([^/-]+)-([^/-]+)-.*", r"==\2", listed)  # a wheel of a folder is named by its path
+        (out / f"packages-{Path(python).name}.txt").write_text(names, encoding="utf-8")
         for name in AROUND:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, Path(work, name))
         test = "tests/test_readme.py::test_the_commands_and_programs_of_a_page_run_in_turn[README.md]"
-        tests = [f"{work}/environment/bin/python", "-m", "pytest", "-q", test]
-        subprocess.run(tests, cwd=work, env=os.environ | {"ORT_DISABLE_TELEMETRY": "1"}, check=True)
+        run("python", "-m", "pytest", "-q", test)
+        lesson = ("examples/lesson.py:trained", "--tokenizer", "examples/lesson.py:tokenizer", "--context", "16")
+        run("pastkey", "export", *lesson, "--out", "lesson")
+        run("pastkey", "web", "lesson", "--out", "page")
+
+
+def without_compilers(folder: Path) -> Path:
+    """Makes a folder of links to the programs here but compilers, and returns it."""
+    folder.mkdir()
+    for place in os.get_exec_path():
+        for program in Path(place).glob("*"):
+            if not re.search(r"(^|-)(cc|c\+\+|c[89]9|gcc|g\+\+|clang)", program.name):
+                with contextlib.suppress(FileExistsError):
+                    (folder / program.name).symlink_to(program)
+    return folder
 
 
 def main() -> int:
@@ -79,12 +114,15 @@ def main() -> int:
         if build_wheel(Path(work)).read_bytes() != wheel.read_bytes():
             print(f"the wheel of {sdist} is not the wheel of the checkout: the sdist lacks a file", file=sys.stderr)
             return 1
-    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", sdist, wheel], check=True)
+    run_build(ROOT / "kernels", arguments.out)
+    files = sorted(arguments.out.iterdir())
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], check=True)
+    sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    (arguments.out / "SHA256SUMS").write_text(sums, encoding="utf-8")
     for python in arguments.python or [sys.executable]:
-        try_out(wheel.resolve(), python)
+        try_out(arguments.out.resolve(), python)
         print(f"README's commands run with {python}", flush=True)
-    for file in (sdist, wheel):
-        print(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}")
+    print(sums, end="")
     return 0
 
 
