@@ -61,10 +61,13 @@ QUESTIONS = (
     Question("calibration", "accuracy", "What does calibration bring to int8 on a text?"),
     Question("passes", "passes", "How often does an export read its weights?"),
     Question("pictures", "pictures.render", "Draws the pictures of README and docs from their tables."),
+    Question(
+        "terminal-picture", "pictures.terminal", "Runs README's commands for an own decoder, and draws a terminal."
+    ),
     Question("sensitivity-chart", "pictures.sensitivity", "Draws the cost of each matrix in int8 or int4."),
     Question("decoder-pictures", "pictures.inside", "Draws the pictures of docs/decoder-only.md from its page."),
 )
-DRAWN = ("pictures", "sensitivity-chart", "decoder-pictures")
+DRAWN = ("pictures", "terminal-picture", "sensitivity-chart", "decoder-pictures")
 
 
 def quoted(question: Question) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +10,7 @@ from matplotlib.image import imread
 
 from benchmarks.__main__ import main
 from benchmarks.measure import ROOT
-from benchmarks.pictures import bars, charts, scores
+from benchmarks.pictures import bars, charts, scores, terminal
 from benchmarks.pictures.render import of_readme
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
 from pastkey.files.durable import write_json
@@ -37,6 +38,17 @@ def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn():
     cells = ElementTree.fromstring(scores.draw()).iter(f"{SVG}text")
     computed = [cell.text for cell in cells if cell.get("fill") == "#ffffff"]
     assert computed == ["k₄", "v₄", "q₄", "y₄", *(f"q₄·k{i}" for i in "₀₁₂₃₄")]
+
+
+def test_the_terminal_of_the_readme_has_its_commands():
+    texts = [one.text for one in ElementTree.parse(DOCS / "terminal.svg").iter(f"{SVG}text")]
+    typed = " ".join(str(text).strip(" $\\") for text in texts if str(text).startswith(("$", "    --")))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert typed == " ".join(re.findall(r"^    (pastkey (?:export examples/|run ).*)$", page, re.MULTILINE))
+    assert [str(texts[-1]), "Traceback" in "".join(map(str, texts))] == ["the owl does", False]
+    drawn = list(ElementTree.fromstring(terminal.draw(["$ a \\", "b", "x" * 200, "<&>"])).iter(f"{SVG}text"))
+    assert [one.get("fill") == terminal.TYPED for one in drawn] == [True, True, False, False]
+    assert [len(str(drawn[2].text)), drawn[3].text] == [terminal.COLUMNS, "<&>"]
 
 
 @pytest.mark.parametrize("layers", [0, 30])
