@@ -29,12 +29,12 @@ help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo "Tools: $(BIN)/python -m tools.{versions,aarch64,wheel,sbom}; CONTRIBUTING.md has more"
 
-demo: $(VENV)/installed $(if $(COMPILER),$(VENV)/kernels)  ## From built-in stories to text: train, export in fp32 and int8, verify, tell a story
+demo: $(VENV)/installed $(if $(COMPILER),$(VENV)/kernels)  ## From built-in stories to text in three minutes: train, export to int8 with its proof, tell a story
 	$(PASTKEY) train --out demo/checkpoint --force
-	$(PASTKEY) export demo/checkpoint --out demo/fp32 --precision fp32 --force
 	$(PASTKEY) export demo/checkpoint --out demo/int8 --force
-	$(BIN)/python -m benchmarks stories demo/fp32 demo/int8
 	$(BIN)/python examples/tell_story.py demo/int8
+	@printf 'next:  %s\n' '$(PASTKEY) run demo/int8 --prompt "One day Mia" --temperature 0.7' \
+		'$(PASTKEY) see demo/int8 --prompt "Once upon a time a fox" --out demo/see.html' '$(PASTKEY) serve demo/int8'
 
 test: $(VENV)/installed  ## ruff, mypy, kernels and tests: SLOW=1 as CI, MATRIX=1 all, PYTEST_ARGS="tests/runtime -k cache"
 	$(MAKE) --jobs 2 --output-sync check $(if $(COMPILER),kernels)

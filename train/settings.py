@@ -118,7 +118,7 @@ class TrainConfig:
     )
     tokenizer: str = _setting("bpe", _MODEL, "bpe, char, word, or the path of a tokenizer.json", "KIND")
     vocab_size: Size = _setting(1024, _MODEL, "largest number of tokens, for bpe and word")
-    steps: Size = _setting(1450, _TRAINING, "optimizer steps")
+    steps: Size = _setting(450, _TRAINING, "optimizer steps")
     minutes: Positive | None = _setting(None, _TRAINING, "plan as many steps as this time allows", "X")
     batch_size: Size = _setting(24, _TRAINING, "windows of text per batch")
     accumulate: Size = _setting(1, _TRAINING, "batches per step")
@@ -132,7 +132,7 @@ class TrainConfig:
         0.1, _TRAINING, "weight decay of AdamW, on projections only", "X"
     )
     gradient_clip: Positive = _setting(1.0, _TRAINING, "largest norm of all gradients together", "X")
-    save_every: Size = _setting(145, _TRAINING, "steps between checkpoints, each with validation, sample and curve")
+    save_every: Size = _setting(90, _TRAINING, "steps between checkpoints, each with validation, sample and curve")
     seed: Natural = _setting(0, _TRAINING, "seed of weights, batches and stories")
     threads: Size | None = _setting(None, _TRAINING, "threads of torch")
     gradient_checkpointing: bool = _setting(False, _TRAINING, "less memory, a third slower")
