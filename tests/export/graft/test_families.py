@@ -2,7 +2,7 @@
 
 Steps with a cache are compared in torch; an export's `verify` compares prefill, decode token by token, chunks, a batch
 of rows of different lengths and a greedy continuation. Windows are smaller than the prompt. The exports' figures are
-listed at the end of the test run.
+in the JUnit file.
 """
 
 import pytest

@@ -11,7 +11,7 @@ from benchmarks.environments import ROOT, environment
 from ...programs.environments import OPTIMUM
 
 FILE = "tests/export/graft/test_families.py"
-AT_LEAST = 30
+AT_LEAST = 100  # cases; 113 when this was written
 
 
 @pytest.mark.matrix
@@ -21,7 +21,5 @@ def test_families_under_transformers_4():
         cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"ORT_DISABLE_TELEMETRY": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    counted = re.search(r"(\d+) Hugging Face families under transformers 4\.57", done.stdout)
-    assert counted is not None, done.stdout[-8000:]
-    families = set(re.findall(r"^([\w-]+) +\d\.\de-\d+$", done.stdout, re.MULTILINE))
-    assert len(families) == int(counted[1]) >= AT_LEAST
+    counted = re.search(r"(\d+) passed", done.stdout)
+    assert int(counted[1]) >= AT_LEAST, done.stdout[-8000:]
