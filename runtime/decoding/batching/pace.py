@@ -7,17 +7,10 @@ sequences of SmolLM2 in int8, a batch decodes 1.8 times the tokens of one, a ste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 _WEIGHT = 0.2  # of the newest figure in a moving average
 _MARGIN = 1.1  # factor by which single steps must be faster, since a change moves caches
 _DRAFT_COST = 1.3  # assumed time of a run with drafts, relative to one token, until it was measured
-
-
-class Row(Protocol):
-    """The part of a Generation that Pace needs."""
-
-    tokens_per_step: float
 
 
 class Pace:
@@ -34,14 +27,15 @@ class Pace:
         else:
             self._rows[rows] = _averaged(self._rows.get(rows), seconds)
 
-    def turns_pay(self, rows: Sequence[Row]) -> bool:
-        """Whether single steps with drafts decode more tokens per second than a batch of these rows."""
-        together, alone = self._rows.get(len(rows)), self._rows.get(1)
+    def turns_pay(self, tokens_per_step: Sequence[float]) -> bool:
+        """Whether single steps with drafts decode more tokens per second than a batch of rows that accept so many."""
+        together, alone = self._rows.get(len(tokens_per_step)), self._rows.get(1)
         draft = self._draft if self._draft is not None or alone is None else _DRAFT_COST * alone
-        if together is None or draft is None or all(row.tokens_per_step <= 1 for row in rows):
+        if together is None or draft is None or max(tokens_per_step) <= 1:
             return False  # without drafts the batch is faster, whatever was measured on a busy machine
-        in_turn = sum(row.tokens_per_step for row in rows) / (len(rows) * draft)  # tokens per second
-        return in_turn > _MARGIN * len(rows) / together
+        count = len(tokens_per_step)
+        in_turn = sum(tokens_per_step) / (count * draft)  # tokens per second
+        return in_turn > _MARGIN * count / together
 
 
 def _averaged(before: float | None, newest: float) -> float:

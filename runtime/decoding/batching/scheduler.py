@@ -339,7 +339,7 @@ class Scheduler:
         members = self._slabs[graph].members if graph in self._slabs else []
         excess = [g for g in rows if g.engine not in members][self._max_rows - len(members) :]
         rows = [g for g in rows if g not in excess]
-        if len(rows) < 2 or self._pace.turns_pay(rows):
+        if len(rows) < 2 or self._pace.turns_pay([g.tokens_per_step for g in rows]):
             return []
         reading = [g for g in rows if g.ahead < AHEAD]
         return reading if len(reading) > 1 and any(g in waiting for g in reading) else []
