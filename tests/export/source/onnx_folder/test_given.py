@@ -168,7 +168,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "number of logits": {
         "inputs": f"{INPUTS}, int64 num_logits_to_keep", "body": BODY.replace("logits = ", "all = ") + _KEPT,
     },
-    "int32": {"inputs": INPUTS.replace("int64", "int32")},
+    "int32": {
+        "inputs": INPUTS.replace("int64", "int32"),
+        "body": "i = Constant <value = int32 {1}> () ids = Mul (input_ids, i) " + BODY.replace("input_ids", "ids"),
+    },
 }  # fmt: skip
 
 

@@ -20,6 +20,13 @@ def marked(x):
     return x
 
 
+def ends_written(x):
+    x = x * 1
+    x[..., -1] = x[..., 0] * 2
+    x[..., 0] = x[..., 1]
+    return x
+
+
 def turned(x):
     """Neighbours as complex numbers, by angles."""
     pairs = torch.view_as_complex(x.reshape(1, x.shape[1], WIDTH // 2, 2))
@@ -81,10 +88,13 @@ PARTS = [
     lambda x: x[:, : x.shape[1]].narrow(2, 1, 3),
     lambda x: TABLE[x.argmax(-1)],
     marked,
+    ends_written,
 ]
 PRODUCTS = [
     lambda x: F.linear(x, MATRIX, torch.ones(WIDTH)),
     lambda x: x @ MATRIX @ MATRIX.T,
+    lambda x: x @ MATRIX[0],
+    lambda x: MATRIX[0] @ x.mT,
     lambda x: torch.einsum("btc,dc->btd", x, MATRIX),
     lambda x: torch.einsum("...c,c", x, MATRIX[0]),
     lambda x: torch.einsum("btc,btc->bt", x, x),
@@ -225,7 +235,26 @@ def keys_first(x):
     return scores.masked_fill(future(x).mT, -torch.inf).softmax(1).mT @ x
 
 
-@pytest.mark.parametrize("function", [causal, own_softmax, linear, by_einsum, keys_first])
+def sunk(weights_of_keys, *, at):
+    """A further column of scores takes its share of the weights, and goes by `weights_of_keys`."""
+
+    def attention(x):
+        scores = (x @ x.mT).masked_fill(future(x), -torch.inf)
+        columns = [scores, torch.ones(1, x.shape[1], 1)]
+        return weights_of_keys(torch.cat(columns[::at], -1).softmax(-1)) @ x
+
+    return attention
+
+
+SUNK = [
+    sunk(lambda w: w[..., :-1], at=1),
+    sunk(lambda w: w[..., : w.shape[-1] - 1], at=1),
+    sunk(lambda w: w[..., : w.shape[-2]], at=1),
+    sunk(lambda w: w[..., 1:], at=-1),
+]
+
+
+@pytest.mark.parametrize("function", [causal, own_softmax, linear, by_einsum, keys_first, *SUNK])
 def test_a_product_of_rows_with_rows_is_an_attention(function):
     assert result(function).scores == frozenset()
     run = followed(function)
