@@ -35,7 +35,7 @@ from .graph.write.save import count_operators, write_graphs
 from .measure.metrics import Ids
 from .measure.predictors import IN_PLACE
 from .measure.verify import Verification, verify
-from .progress import Progress
+from .progress import Progress, form_of
 from .quantize.adapters import take_adaptable, write_adapter_graph
 from .quantize.exact import exact_engine
 from .settings import ExportConfig
@@ -111,7 +111,7 @@ class BundleWriter:
     def verify(self, bundle: Bundle) -> Verification:
         """Raises ParityError if the bundle's results differ from its source's."""
         precision, source = bundle.manifest.precision, self.decoder.source
-        self.progress.stage(f"verify {precision}: prefill, decode, chunks, batch, greedy")
+        self.progress.stage(f"verify {form_of(bundle)}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers
             options = _session_options(precision)

@@ -257,7 +257,8 @@ def _open(
         require_room(out, needed, allocated=allocated)
         if not said:
             progress.say(str(needed))
-            progress.plan(planned(config, weights))
+            fetched = isinstance(module_or_path, HubModel) and not module_or_path.has_weights
+            progress.plan(planned(config, weights, fetched=fetched))
             before = identity(module_or_path, config)  # now that links out of its folder are refused
         said = True
 
@@ -321,7 +322,7 @@ def _make_static(made: Artifact, writer: BundleWriter) -> Artifact:
     row = TARGETS[config.target]
     options = {**row.options, **dict(config.provider_options or ())}
     chip = f", for {', '.join(f'{k} {v}' for k, v in options.items())}" if options else ""
-    writer.progress.stage(f"make the static graphs of {sizes}{chip}")
+    writer.progress.stage(f"write the static graphs of {sizes}{chip}")
     shape = write_static_graphs(
         fp32, chunk, by_host=not row.reads_tables, shard_size=config.shard_bytes if config.precision == "fp32" else None
     )

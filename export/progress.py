@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pastkey.contract.bundle import Bundle
 from pastkey.precisions import PRECISIONS
 
 from .settings import ExportConfig
@@ -11,31 +12,46 @@ from .settings import ExportConfig
 UNKNOWN = 10**8  # weights of a source that is not open yet
 
 
-def planned(config: ExportConfig, weights: int) -> dict[str, float]:
+def form_of(bundle: Bundle) -> str:
+    """What a stage works on: int8, or static int8."""
+    static = "static " if bundle.manifest.static is not None else ""
+    return f"{static}{bundle.manifest.precision}"
+
+
+def planned(config: ExportConfig, weights: int, *, fetched: bool = False) -> dict[str, float]:
     """Returns the phases of an export in their order: how a stage's name begins, and the phase's seconds.
 
     Measured on two cores of an EPYC with AVX512-VNNI, for a small model and for each further million of weights. On
-    other machines their ratios differ little.
+    other machines their ratios differ little. `fetched`: the weights come from the Hub now.
     """
     precision, millions = PRECISIONS[config.precision], weights / 1e6
-    made = precision.name != "fp32"
+    made, quantized, static = precision.name != "fp32", precision.quantized, config.static
+    calibrated = quantized and not config.quick
+    first = precision.name == "int4" or config.sensitivity is not None  # otherwise only if the budget is missed
     phases = (
         ("open", 0.3, 0.01, True),
-        ("fetch the weights", 0.0, 0.2, True),
+        ("fetch the weights", 0.0, 0.2, fetched),
         ("observe", 0.5, 0.1, True),
         ("trace", 5.0, 0.1, True),
+        ("make the", 0.1, 0.0, True),  # of an ONNX graph, which is not traced
         ("write fp32", 0.3, 0.02, True),
         ("verify fp32", 1.0, 0.2, True),
-        ("calibrate", 2.0, 0.3, precision.quantized and not config.quick),
-        ("round", 1.0, 0.7, precision.name == "int4" or (config.quick and precision.quantized)),
-        ("smooth", 0.5, 0.2, precision.name == "int8" and not config.quick),
-        ("measure what", 2.0, 1.0, config.measures_each_matrix),
+        ("calibrate", 2.0, 0.3, calibrated),
+        ("round", 1.0, 0.7, quantized and (config.quick or precision.name == "int4")),
+        ("smooth", 0.5, 0.2, calibrated and precision.name == "int8"),
+        ("measure what", 2.0, 1.0, config.measures_each_matrix and first),
         (f"write {precision.name}", 0.3, 0.02, made),
-        ("measure the error", 1.0, 0.3, precision.quantized),
+        (f"measure the error of {precision.name}", 1.0, 0.3, quantized),
+        ("measure what", 2.0, 1.0, config.measures_each_matrix and not first),
         (f"verify {precision.name}", 1.0, 0.2, made),
-        ("make the static", 2.0, 0.1, config.static),
+        ("write the static", 2.0, 0.1, static),
+        ("verify static fp32", 1.0, 0.2, static),
+        ("quantize the static", 1.0, 0.1, static and made),
+        ("measure the error of static", 1.0, 0.3, static and made),
+        ("verify static int8", 1.0, 0.2, static and made),
         ("write the ORT", 1.0, 0.02, config.format == "ort"),
         ("write the whole", 5.0, 0.1, config.generate),
+        ("verify the whole", 5.0, 0.1, config.generate),
         ("prove", 0.2, 0.01, True),
     )
     return {begins: fixed + each * millions for begins, fixed, each, has in phases if has}

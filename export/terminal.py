@@ -35,6 +35,7 @@ class StageLines(Progress):
         self._opened = self._began = self._told = time.monotonic()
         self._phases: Mapping[str, float] = {}
         self._before = self._weight = 0.0  # the planned shares of the phases before the current one, and of this one
+        self._skipped = 0.0  # those of phases before it that never began, as what the cache had
         self._share: float | None = None  # completed, of the whole
         self._advanced = self._began  # when it was told
         self._ended = threading.Event()
@@ -80,8 +81,9 @@ class StageLines(Progress):
         """Keeps the current phase for a stage that has none."""
         names, whole = list(self._phases), sum(self._phases.values())
         if (found := next((name for name in names if self._stage.startswith(name)), None)) is not None:
-            self._before = sum(self._phases[name] for name in names[: names.index(found)]) / whole
-            self._weight = self._phases[found] / whole
+            before = sum(self._phases[name] for name in names[: names.index(found)]) / whole
+            self._skipped += max(0.0, before - self._before - self._weight)
+            self._before, self._weight = before, self._phases[found] / whole
 
     def _reach(self, share: float) -> None:
         """`share` of the stage is complete."""
@@ -126,11 +128,13 @@ class StageLines(Progress):
         return "" if self._share is None else f" {self._share:.0%}"
 
     def _shown_time(self) -> str:
-        """The time so far, and what is left if the remaining parts are as fast as those that are complete."""
+        """The time so far, and what is left if the remaining parts are as fast as those that were done."""
         spent = time.monotonic() - self._opened
-        if not self._share or spent < _FORESEEN:
+        done = (self._share or 0.0) - self._skipped
+        if done <= 0 or self._share is None or spent < _FORESEEN:
             return _duration(spent)
-        left = (self._advanced - self._opened) / self._share - spent
+        took = self._advanced - self._opened
+        left = took * (1 - self._share) / done - (spent - took)
         return f"{_duration(spent)}, about {_duration(max(left, 0))} left"
 
     def _start(self) -> str:

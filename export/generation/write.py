@@ -49,7 +49,7 @@ def write_generation(bundle: Bundle, progress: Progress) -> None:
     else:
         step = bundle.path / names.GENERATE_STEP_GRAPH
         _write(bundle, step, step=True)
-    progress.stage("verify it: greedy and drawn")
+    progress.stage("verify the whole generation: greedy and drawn")
     _require_equal(bundle, whole, step)
     if not (bundle.path / names.TOKENIZER).exists():
         return
@@ -58,7 +58,7 @@ def write_generation(bundle: Bundle, progress: Progress) -> None:
     except (MissingExtraError, ReadsOtherwiseError) as error:
         progress.warn(f"{names.TEXT_GRAPH}, which takes a text and gives one, is not made: {error}")
         return
-    progress.stage("write it with the tokenizer, and verify that")
+    progress.stage("write the whole generation with the tokenizer, and verify it")
     model = ir.load(whole)
     with_text(model, operators)
     ir.save(model, bundle.path / names.TEXT_GRAPH)

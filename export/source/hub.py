@@ -33,7 +33,7 @@ from pastkey.files.durable import whole_folder
 from pastkey.files.folder import parse_records, read_json
 from pastkey.files.memory import shown_bytes
 
-from ..progress import Progress
+from ..progress import SILENT, Progress
 
 _INDEX = "model.safetensors.index.json"
 # What transformers reads of a model beside its weights, at the top of the repository.
@@ -94,13 +94,18 @@ class HubModel:
             raise self._partly(missing)
         return {name: self.files[name] for name in shards if name in self.files}  # `open_folder` names what is missing
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the files of `weights` are in the cache."""
+        return all((self.folder / name).is_file() for name in self.weights())
+
     def fetch_weights(self, progress: Progress) -> None:
         """Fetches the files of `weights`."""
         self._fetch(self.weights(), progress, "the weights")
 
     def fetch_bundle(self, progress: Progress) -> Bundle:
         """Fetches the bundle and checks all its hashes. Raises InputError or IntegrityError."""
-        self._fetch([names.MANIFEST], progress)
+        self._fetch([names.MANIFEST], SILENT)
         listed = parse_records(self.folder, read_json(self.folder / names.MANIFEST).get("files"))
         self._fetch([name for name in self.files if name in listed or name == names.SIGNATURE], progress)
         return open_bundle(self.folder, verify=True)

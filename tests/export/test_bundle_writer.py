@@ -31,6 +31,7 @@ from pastkey.export.source.source import Source
 from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.providers.ort import onnxruntime
 
+from .commands import Heard
 from .decoders import Plain, llama
 
 CONTEXT = 8
@@ -96,7 +97,9 @@ def test_a_bundle_in_shards_is_the_same_model(precision, settings, exported, tmp
     monkeypatch.setattr(embedding_rows, "_LARGE", 1)  # rows are read from a shard
     whole = exported("llama", precision).bundle.path
     size = 4 * SHARD if precision == "fp32" or "target" in settings else SHARD
-    report = export(llama(), tmp_path / "bundle", precision, context_length=40, shard_size=size, **settings)
+    settings = settings | {"context_length": 40, "shard_size": size, "progress": (heard := Heard())}
+    report = export(llama(), tmp_path / "bundle", precision, **settings)
+    heard.require_planned()
     bundle = open_bundle(report.path, verify=True)
     sizes = [p.stat().st_size for p in bundle.path.glob("onnx/*") if names.is_weights_file(p.name)]
     assert len(sizes) > 2

@@ -74,7 +74,8 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
     assert len(read_files(folder)) == 2
     # The text of the same precision, whatever follows.
     monkeypatch.setattr(pipeline, "calibration_text", again)
-    export(saved_llama, tmp_path / "bounded", target="webgpu", max_kl=10)
+    export(saved_llama, tmp_path / "bounded", target="webgpu", max_kl=10, progress=(heard := Heard()))
+    heard.require_planned()
     with pytest.raises(AssertionError, match="made again"):
         export(saved_llama, tmp_path / "int4", "int4", target="webgpu")
     with pytest.raises(AssertionError, match="made again"):

@@ -120,6 +120,22 @@ def test_the_share_is_that_of_all_planned_phases_and_never_falls(monkeypatch):
     ]
 
 
+def test_a_phase_that_was_taken_from_a_cache_does_not_shorten_the_time_left(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(terminal, "_REDRAWN", 1000)
+    screen = show(True, monkeypatch)
+    with StageLines() as stages:
+        stages.plan({"trace": 1, "calibrate": 8, "write": 1})
+        stages.stage("trace it")
+        clock[0] = 60.0
+        stages.stage("write it")
+        clock[0] = 90.0
+        stages.advance(1, 2)
+        stages._redraw()
+    assert "write it 95%  1:30 min, about 30 s left" in screen.getvalue()
+
+
 def test_a_long_name_does_not_wrap_on_a_terminal_and_an_interrupt_ends_its_line(monkeypatch):
     screen = show(True, monkeypatch)
     monkeypatch.setenv("COLUMNS", "40")

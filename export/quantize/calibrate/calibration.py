@@ -30,7 +30,7 @@ from ...measure.evaluate import evaluate
 from ...measure.metrics import Ids
 from ...measure.predictors import BundlePredictor, RecordedPredictor
 from ...measure.texts import cut_windows, encode_file, self_generated_texts, start_token
-from ...progress import SILENT, Progress
+from ...progress import SILENT, Progress, form_of
 from ..rounding.rewrite import quantize
 from .activations import probing
 from .segments import captured
@@ -122,7 +122,7 @@ def _in_int8(bundle: Bundle) -> Iterator[Bundle]:
 
 def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Progress = SILENT) -> dict[str, Any]:
     """Measures the error of `bundle` against float32 on the held-out windows: the manifest's quality."""
-    progress.stage(f"measure the error of {bundle.manifest.precision}")
+    progress.stage(f"measure the error of {form_of(bundle)}")
     reference = text.predicted_by(fp32)
     for ids in text.held_out_set:  # before the other graph is open
         reference.logits(ids)
