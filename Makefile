@@ -33,8 +33,8 @@ demo: $(VENV)/installed $(if $(COMPILER),$(VENV)/kernels)  ## From built-in stor
 	$(PASTKEY) train --out demo/checkpoint --force
 	$(PASTKEY) export demo/checkpoint --out demo/int8 --force
 	$(BIN)/python examples/tell_story.py demo/int8
-	@printf 'next:  %s\n' '$(PASTKEY) run demo/int8 --prompt "One day Mia" --temperature 0.7' \
-		'$(PASTKEY) see demo/int8 --prompt "Once upon a time a fox" --out demo/see.html' '$(PASTKEY) serve demo/int8'
+	@printf 'next:  %s\n' '$(PASTKEY) run demo/int8 --prompt "Once upon a time a fox" --temperature 0.7' \
+		'$(PASTKEY) see demo/int8 --prompt "Once upon a time" --out demo/see.html' '$(PASTKEY) serve demo/int8'
 
 test: $(VENV)/installed  ## ruff, mypy, kernels and tests: SLOW=1 as CI, MATRIX=1 all, PYTEST_ARGS="tests/runtime -k cache"
 	$(MAKE) --jobs 2 --output-sync check $(if $(COMPILER),kernels)
@@ -50,7 +50,7 @@ slowest: $(VENV)/installed  ## The fifty slowest tests of the last runs, and the
 check: $(VENV)/installed  ## ruff, mypy, and the format of the C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror kernels/csrc/*.cc kernels/csrc/*.h kernels/csrc/*.inl tests/kernels/*.cc
+	$(BIN)/clang-format --style file:kernels/.clang-format --dry-run --Werror kernels/csrc/*.cc kernels/csrc/*.h kernels/csrc/*.inl tests/kernels/*.cc
 	$(BIN)/python -m tools.typecheck
 
 kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for the tests and your bundles: docs/native.md
@@ -60,7 +60,7 @@ $(VENV)/kernels: $(VENV)/installed $(shell git ls-files kernels 2>/dev/null)
 	touch $@
 
 # Python itself has none of the sanitizers, so that the processes that run graphs load one first.
-sanitize: $(VENV)/installed  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(VENV)/kernels  ## The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m pip install --quiet --upgrade --target $(ENVIRONMENTS)/sanitize \
 		--config-settings=cmake.define.PASTKEY_SANITIZE=ON ./kernels
 	PASTKEY_SANITIZED=$(CURDIR)/$(ENVIRONMENTS)/sanitize/pastkey_kernels/libpastkey_kernels.so \
@@ -81,7 +81,7 @@ ci:  ## What CI runs: the slow tests, then parts in further environments, kernel
 	$(MAKE) docs
 	$(MAKE) slowest
 
-release: $(VENV)/installed  ## The sdist and the wheel in dist/, tried on two Pythons: docs/releasing.md
+release: $(VENV)/installed  ## Both sdists and wheels in dist/, tried on two Pythons: docs/releasing.md
 	$(BIN)/python -m pip install --quiet --group release
 	$(BIN)/python -m tools.release dist --python $(PYTHON) --python $(NEWEST_PYTHON)
 

@@ -26,7 +26,7 @@ from . import web_assets
 from .wheel import ROOT, build, build_wheel, copy_source, source_date
 
 # What README's commands need beside the wheel: they export a Hugging Face folder, and the test makes a small one.
-TRIED = ("pastkey[all]", "pastkey-kernels", "pytest>=8.3")
+TRIED = ("pastkey[all]", "pastkey-kernels", "pytest>=8.3", "hypothesis")
 AROUND = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "docs", "examples", "benchmarks", "tests")
 
 
@@ -75,8 +75,10 @@ def try_out(out: Path, python: str) -> None:
 
         run(*pip, "install", "--quiet", "--no-index", "--find-links", wheels, *TRIED)
         listed = subprocess.run([*pip, "freeze"], env=bare, check=True, stdout=subprocess.PIPE, text=True).stdout
-        names = re.sub(r" @ .*/([^/-]+)-([^/-]+)-.*", r"==\2", listed)  # a wheel of a folder is named by its path
-        (out / f"packages-{Path(python).name}.txt").write_text(names, encoding="utf-8")
+        (version,) = re.findall(
+            r"^version = (\d+\.\d+)", Path(work, "environment", "pyvenv.cfg").read_text(), re.MULTILINE
+        )
+        (out / f"packages-{version}.txt").write_text(listed, encoding="utf-8")
         for name in AROUND:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, Path(work, name))

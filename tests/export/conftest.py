@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,6 @@ def saved_untrained(folder: Path, tokenizer: Tokenizer, **sizes: Any) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, word_tokenizer):
     return saved_untrained(tmp_path_factory.mktemp("trained") / "checkpoint", word_tokenizer)
-
-
-Export = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from ..stories import stories
 from ..tokenizer import END_OF_TEXT
 from .documents import FIELDS, Document, document_of, parse_line
 
-# A run reads each about five times, and so learns sooner what stories repeat than from 20,000 read once.
+# Fewer that are read again teach sooner what stories repeat than 20,000 read once.
 STORY_COUNT: Final = 7_000
 _TEXT = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson", ".json")

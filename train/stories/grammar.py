@@ -43,7 +43,7 @@ class Verdict:
 
 # --- telling ------------------------------------------------------------------------------------------------------
 def stories(seed: int) -> Iterator[str]:
-    """Yields endless stories, the same for the same seed: 30 to 70 words each, in one paragraph."""
+    """Yields endless stories, the same for the same seed: 40 to 70 words each, in one paragraph."""
     rng = random.Random(seed)
     while True:
         yield _tell(STORY, {}, rng)[0]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,6 @@ FILLED = [*3 * ["mkdir"], *FILE, *4 * ["fsync"]]  # its parent, itself and its c
 FOLDER = [*FILLED, "exchange", "fsync", "unlink", "rmdir"]  # the flush of its parent; the old one
 RENAMED = [*FILLED, "exchange", *3 * ["rename"], "fsync", "unlink", "rmdir"]
 NEW = [*FILLED, "rename", "fsync"]
-Save = Callable[[Path], None]
 
 
 @pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=repr)

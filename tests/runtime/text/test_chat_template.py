@@ -19,7 +19,7 @@ from pastkey.files.folder import file_record
 from pastkey.runtime.text.chat_template import ChatTemplate, read_template
 from pastkey.runtime.text.environment import MAX_OUTPUT
 
-pytest.importorskip("jinja2")
+jinja2 = pytest.importorskip("jinja2")
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -186,8 +186,13 @@ def test_a_template_that_fails_is_told_in_a_sentence(template, words):
         ChatTemplate(template, TOKENS).render([{"role": "assistant", "content": "a"}])
 
 
-def test_constants_are_not_computed_where_a_template_is_compiled():
-    ChatTemplate("{{ 7 ** (10 ** 8) }}")
+def test_constants_are_not_computed_where_a_template_is_compiled(monkeypatch):
+    def computed(*_: int) -> int:
+        raise AssertionError("it was computed")
+
+    for operator in ("**", "*"):
+        monkeypatch.setitem(jinja2.nodes._binop_to_func, operator, computed)
+    ChatTemplate("{{ 7 ** (10 ** 8) }}{{ 'x' * 10 ** 9 }}")
 
 
 def test_a_long_rendering_is_refused():

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 SIZES: dict[str, Any] = {"batch_size": 6, "accumulate": 2, "layers": 2}
 matrix = functools.partial(pytest.param, marks=pytest.mark.matrix)
-Start = Callable[..., list[tuple[int, str]]]
 
 
 @pytest.fixture(scope="module")
