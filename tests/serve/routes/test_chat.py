@@ -196,3 +196,7 @@ def test_calls_and_their_results_go_on(served):
     ]
     reply = served.ask(RESPONSES, {"input": items, "max_output_tokens": 2})[1]
     assert reply["usage"]["input_tokens"] == len("<user>hi.<assistant>.<tool>so.<assistant>")
+    assert (reply["metadata"], reply["top_logprobs"]) == ({}, 0)
+    body = {"input": HI, "max_output_tokens": 1, "metadata": {"a": "b"}, "top_logprobs": 2}
+    reply = served.ask(RESPONSES, body)[1]
+    assert (reply["metadata"], reply["top_logprobs"]) == ({"a": "b"}, 2)

@@ -85,6 +85,7 @@ def test_each_route_is_described_by_its_model(served):
     for entry in TABLE:
         operation = found["paths"][re.sub(r":\w+}", "}", entry.path)][entry.method.lower()]
         assert operation["summary"].endswith(".") or ": " in operation["summary"]
+        assert ("text/event-stream" in operation["responses"]["200"]["content"]) == entry.streams
         if entry.body is not None:
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
             names = {field.alias or name for name, field in entry.body.model_fields.items()}
