@@ -36,9 +36,10 @@ def answer(request: dict[str, Any]) -> list[tuple[int, str]]:
         children.append((child, said))
     if "kill" in request:
         rank, file = request["kill"]
-        while not Path(file).exists():
+        process, ended = children[rank][0], os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while not Path(file).exists() and os.waitid(os.P_PID, process, ended) is None:
             time.sleep(0.01)
-        os.kill(children[rank][0], signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
     answers = []
     for child, said in children:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
