@@ -26,6 +26,7 @@ def look(command, page):
     return run
 
 
+@pytest.mark.oldest
 @pytest.mark.slow
 def test_a_bundle_becomes_a_page(classic, look, page):
     said, data = look(classic / "bundle", *PROMPT)

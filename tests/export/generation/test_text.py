@@ -57,6 +57,7 @@ def feeds(prompt, *given):
     return settings(*given) | {names.TEXT: np.array([prompt], object)}
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("kind", [byte_level, pytest.param(sentencepiece, marks=pytest.mark.slow)])
 def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
     report = made(tmp_path, kind(tmp_path))

@@ -10,6 +10,7 @@ from ...runtime.decoding.batching import waiting
 from ..conftest import CHAT, COMPLETIONS, HI, ids_of, running, write_tiny
 
 
+@pytest.mark.oldest
 def test_texts_ids_and_lists_of_them_are_continued_in_order(served):
     texts = [one.text for one in served.model.generate(["abc", "so "], max_new_tokens=4)]
     for prompt in (["abc", "so "], [ids_of("abc"), ids_of("so ")]):
