@@ -214,7 +214,7 @@ def test_every_package_is_listed_and_typed():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_290, "train": 3_440, "export": 16_600, "runtime": 10_460, "serve": 1_740, "see": 670,
-    "web": 130, "tests": 32_190, "tools": 1_590,
+    "web": 130, "tests": 32_200, "tools": 1_590,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
