@@ -24,18 +24,17 @@ def terminal_picture(picture: Path) -> Answer:
     """Runs the commands and writes the SVG."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (pastkey (?:export examples/|run ).*)$", page, re.MULTILINE)
-    picture.write_text(draw([line for command in commands for line in _run(command)]), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        lines = [line for command in commands for line in _run(command, place)]
+    picture.write_text(draw(lines), encoding="utf-8")
     yield f"Drawn: {picture}, of {len(commands)} commands."
 
 
-def _run(command: str) -> Iterator[str]:
-    """Yields the command as it is typed, and the lines that it prints."""
-    place = Path(tempfile.gettempdir(), "pastkey-terminal")
-    place.mkdir(exist_ok=True)
+def _run(command: str, place: str) -> Iterator[str]:
+    """Yields the command as it is typed, and the lines that it prints in the folder `place`."""
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in shlex.split(command)[1:]]
-    program = [sys.executable, "-m", "pastkey", *words, *(["--force"] if words[0] == "export" else [])]
     done = subprocess.run(
-        program, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+        [sys.executable, "-m", "pastkey", *words], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     yield from " \\\n".join(textwrap.wrap(f"$ {command}", COLUMNS - 2, subsequent_indent="    ")).splitlines()

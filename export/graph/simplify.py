@@ -82,9 +82,8 @@ def _split_stacked_weights(model: ir.Model) -> None:
         nodes = [node for node, _ in stack.uses()]
         if stack.dtype != ir.DataType.FLOAT or not nodes or len(shape_of(stack) or ()) < 3:
             continue
-        content = weight(stack)
         places = [_place(node) for node in nodes]
-        if content is None or None in places:
+        if None in places or (content := weight(stack)) is None:
             continue
         parts = {place: add_weight(model, f"{stack.name}.{place}", content[place]) for place in places}
         for node, place in zip(nodes, places, strict=True):
