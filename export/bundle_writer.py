@@ -87,6 +87,7 @@ class BundleWriter:
             vocab_size=observation.vocab_size,
             context_length=source.context_length,
             layers=observation.geometry,
+            rows=observation.rows,
             states=observation.states,
             window=observation.window,
             shift=self.decoder.shift,

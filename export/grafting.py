@@ -67,7 +67,7 @@ def grafted(source: Source, observation: Observation, choice: GraphChoice, progr
     shift = find_shift(source.module, observation, source.context_length)
     if choice.graph == "fused":
         fuse(model, source.context_length)
-    clean(model, source.module, observation.geometry, observation.vocab_size, observation.states)
+    clean(model, source.module, observation.geometry, observation.vocab_size, observation.rows, observation.states)
     head = output_head(model)
     width = None if head is None else hidden_size(head)
     return decoder_of(source, observation, choice, model, width, shift)
@@ -91,8 +91,8 @@ def require_masks(decoder: ExportedDecoder, config: ExportConfig) -> None:
     """Raises ContractError if a mask cannot tell static graphs which columns of the past are holes."""
     if config.static and not decoder.padding:
         what = "its positions count every column of the cache"
-        if decoder.observation.states:
-            what = "it keeps rows beside the keys and values of attention"
+        if decoder.observation.rows or decoder.observation.states:
+            what = "it keeps more than the keys and values of attention"
         raise ContractError(
             f"{decoder.source.name} cannot have the static graph, whose past has holes, since {what}: export with "
             "--graph standard, and for a target that takes it, such as cpu"

@@ -115,7 +115,7 @@ def _index(bundle: Bundle, golden: Mapping[str, Any], logits: bytes) -> dict[str
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,
         "layers": [asdict(layer) for layer in manifest.layers],
-        "states": [asdict(state) for state in manifest.states],
+        "rows": [asdict(kept) for kept in manifest.rows],
         "eos_token_ids": list(manifest.eos_token_ids),
         "sampling": {SAMPLING[name]: value for name, value in sampling_defaults(bundle).items() if name in SAMPLING},
         "chat_template": template,

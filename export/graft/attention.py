@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from pastkey.errors import ContractError
 
+from .states import StateCall, StateHandler
+
 _ATTENTION = F.scaled_dot_product_attention
 _MASK_SPEC = "pastkey_mask_spec"
 _REPLACING = threading.RLock()
@@ -124,15 +126,20 @@ def replaced(owner: Any, name: str, instead: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def intercept(handler: Handler, watch: Watch | None = None, rows: RowsHandler | None = None) -> Iterator[None]:
+def intercept(
+    handler: Handler,
+    watch: Watch | None = None,
+    rows: RowsHandler | None = None,
+    states: StateHandler | None = None,
+) -> Iterator[None]:
     """While open, passes each attention call to `handler` once; the caller gets its result (B, H, T, Dv).
 
     `watch(func, args, kwargs)` gets every other torch function that the module calls directly, and may return a
     result that replaces the call. `rows` gets each RowsCall and returns the cached rows followed by the new ones,
-    (B, T + up to `keep`, F). Functions wrapped by torch.compile run as plain Python meanwhile, because compiled code
-    cannot be intercepted.
+    (B, T + up to `keep`, F). `states` gets each call that keeps a state, and returns its outputs. Functions wrapped by
+    torch.compile run as plain Python meanwhile, because compiled code cannot be intercepted.
     """
-    mode = _AttentionMode(handler, watch, rows)
+    mode = _AttentionMode(handler, watch, rows, states)
     with replaced(F, "scaled_dot_product_attention", mode.attend), replaced(_AttentionMode, "active", mode):
         fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # it would run attention in one C++ kernel
@@ -172,6 +179,12 @@ def extend(call: RowsCall) -> Tensor:
     """The rows, preceded by the cached rows of earlier tokens if an `intercept` with `rows` is open."""
     mode = _AttentionMode.active
     return call.rows if mode is None or mode.rows is None else mode.rows(call)
+
+
+def remember(call: StateCall) -> Tensor:
+    """The outputs of a call that keeps a state: by the open `intercept` with `states`, else without earlier tokens."""
+    mode = _AttentionMode.active
+    return call.over(None)[0] if mode is None or mode.states is None else mode.states(call)
 
 
 def torch_attention(call: AttentionCall) -> Tensor:
@@ -261,9 +274,12 @@ def mask_spec(mask: Tensor | None) -> MaskSpec | None:
 class _AttentionMode(TorchFunctionMode):
     active: _AttentionMode | None = None  # of the open `intercept`
 
-    def __init__(self, handler: Handler, watch: Watch | None, rows: RowsHandler | None) -> None:
+    def __init__(
+        self, handler: Handler, watch: Watch | None, rows: RowsHandler | None, states: StateHandler | None
+    ) -> None:
         super().__init__()
         self.rows = rows
+        self.states = states
         self._handler = handler
         self._watch = watch
         self._busy = False  # the handler runs: its torch calls are not the module's

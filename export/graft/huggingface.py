@@ -23,6 +23,7 @@ from pastkey.quiet import quiet
 
 from ..graph.stored import StoredWeights
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
+from .kernels import handed_over
 from .probe.observe import StandIn
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
@@ -46,6 +47,7 @@ class HuggingFaceDecoder(StandIn):
         """`stored`: those of its weights that stay in their file."""
         super().__init__(model)
         self.stored = stored
+        self._native = False
         _register_hooks()
         self._experts: Callable[[], contextlib.AbstractContextManager[Any]] = _EveryExpert
         if hasattr(model, "set_experts_implementation"):  # transformers 5
@@ -58,7 +60,7 @@ class HuggingFaceDecoder(StandIn):
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        with self._experts():
+        with self._experts(), contextlib.nullcontext() if self._native else handed_over(self.model):
             # Without a mask transformers looks for several sequences packed into a row.
             logits: Tensor = self.model(
                 input_ids=input_ids,
@@ -70,12 +72,14 @@ class HuggingFaceDecoder(StandIn):
 
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:
-        """While open, the model computes attention and masks itself."""
+        """While open, the model computes attention, masks and recurrences itself."""
         self._set_attention(NATIVE)
+        self._native = True
         try:
             yield
         finally:
             self._set_attention(GRAFT)
+            self._native = False
 
     def _set_attention(self, implementation: str) -> None:
         with quiet():  # hides transformers' advice

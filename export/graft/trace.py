@@ -34,6 +34,7 @@ from ..graph.stored import StoredWeight, StoredWeights, stored_weights
 from .attention import AttentionCall, RowsCall, causes_of, intercept, raw_scores, repeated, visible
 from .constants import fold_constants
 from .probe.observe import CacheLayer, Observation, evaluating, name_of
+from .states import StateCall
 from .streamed import load
 from .time_axis.program.traced import mask_detection, whole_objects
 
@@ -54,11 +55,11 @@ class GraphChoice:
 
 def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoice:
     """`asked` is "auto" or a graph's name. Raises ContractError if the asked graph does not support the module."""
-    if observation.states and asked != "fused":
+    if observation.rows and asked != "fused":
         return GraphChoice("standard", "rows are kept beside the keys and values of attention")
     unsupported = (
         "rows that are kept beside keys and values"
-        if observation.states
+        if observation.rows
         else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer, target))), None)
     )
     if asked == "fused" and unsupported:
@@ -102,14 +103,15 @@ def trace(
     """
     calls: list[int] = []
     grafted = _Grafted(module, graph, calls, observation.geometry)
-    layers, states = observation.geometry, observation.states
+    layers, rows, states = observation.geometry, observation.rows, observation.states
     new = min(_NEW, context_length)  # a longer input would overrun a position table
     arguments = (
         torch.zeros(_BATCH, new, dtype=torch.long),
         torch.ones(_BATCH, _PAST + new, dtype=torch.long),
         torch.zeros(_BATCH, new, dtype=torch.long),
         [torch.zeros(_BATCH, g.kv_heads, _PAST, size) for g in layers for size in (g.key_head_size, g.value_head_size)],
-        [torch.zeros(_BATCH, _PAST, state.size) for state in states],
+        [torch.zeros(_BATCH, _PAST, kept.size) for kept in rows],
+        [torch.zeros(_BATCH, *state.shape) for state in states],
     )
     dim = torch.export.Dim
     batch, total, past = dim(names.BATCH), dim(names.TOTAL), dim(names.PAST)
@@ -120,15 +122,18 @@ def trace(
         {0: batch, 1: total if graph == "fused" else dim.DYNAMIC},
         {0: batch, 1: sequence},
         [{0: batch, 2: past}] * (2 * len(layers)),
-        [{0: batch, 1: dim.DYNAMIC} for _ in states],
+        [{0: batch, 1: dim.DYNAMIC} for _ in rows],
+        [{0: batch} for _ in states],
     )
     inputs = [names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS]
     outputs = [names.LOGITS]
     for i in range(len(layers)):
         inputs += [names.past_key(i), names.past_value(i)]
         outputs += [names.present_key(i), names.present_value(i)]
-    inputs += [names.past_conv(i) for i in range(len(states))]
-    outputs += [names.present_conv(i) for i in range(len(states))]
+    inputs += [names.past_conv(i) for i in range(len(rows))]
+    outputs += [names.present_conv(i) for i in range(len(rows))]
+    inputs += (kept := names.past_states([state.kind for state in states]))
+    outputs += [names.present_of(past) for past in kept]
     with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects():
         try:
             program = torch.export.export(
@@ -223,13 +228,15 @@ class _Grafted(nn.Module):
         position_ids: Tensor,
         past: list[Tensor],
         past_rows: list[Tensor],
+        past_states: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        attention = self._attention(attention_mask, input_ids.shape[1], past[0].shape[2])
+        attention = self._attention(attention_mask, input_ids.shape[1], past[0].shape[2]) if past else None
         present: list[Tensor] = []
         present_rows: list[Tensor] = []
+        present_states: list[Tensor] = []
 
         def graft(call: AttentionCall) -> Tensor:
-            if len(present) == len(past):
+            if attention is None or len(present) == len(past):
                 raise ContractError("the module made more attention calls while traced than when run")
             _require_observed(self.decoder, call, self._layers[len(present) // 2])
             output, key, value = attention(call, *past[len(present) : len(present) + 2])
@@ -243,10 +250,15 @@ class _Grafted(nn.Module):
             present_rows.append(last)
             return rows
 
-        with intercept(graft, rows=extend):
+        def remember(call: StateCall) -> Tensor:
+            output, state = call.node(past_states[len(present_states)])
+            present_states.append(state)
+            return output
+
+        with intercept(graft, rows=extend, states=remember):
             logits = self.decoder(input_ids, position_ids=position_ids)
         self._calls.append(len(present) // 2)
-        return (logits, *present, *present_rows)
+        return (logits, *present, *present_rows, *present_states)
 
 
 def _require_observed(module: nn.Module, call: AttentionCall, observed: KVGeometry) -> None:

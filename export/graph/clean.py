@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pastkey.contract import names
-from pastkey.contract.bundle import KVGeometry, StateGeometry
+from pastkey.contract.bundle import KVGeometry, RowsGeometry, StateGeometry
 
 from .edit import IR_VERSION, add_tensor, drop_unused_weights, replace_uses, shape_of
 from .stored import StoredWeight, stored_weights
@@ -34,6 +34,7 @@ def clean(
     module: nn.Module,
     layers: tuple[KVGeometry, ...],
     vocab_size: int,
+    rows: tuple[RowsGeometry, ...] = (),
     states: tuple[StateGeometry, ...] = (),
 ) -> None:
     """Runs all passes above in order."""
@@ -41,7 +42,7 @@ def clean(
     share_transposed_weights(model)
     fold_transposed_weights(model)
     restore_weight_names(model, module)
-    name_axes(model, layers, vocab_size, states)
+    name_axes(model, layers, vocab_size, rows, states)
     strip_traces(model)
 
 
@@ -150,7 +151,11 @@ def _are_equal(one: ir.TensorProtocol | None, other: ir.TensorProtocol) -> bool:
 
 # --- names --------------------------------------------------------------------------------------------------------
 def name_axes(
-    model: ir.Model, layers: tuple[KVGeometry, ...], vocab_size: int, states: tuple[StateGeometry, ...] = ()
+    model: ir.Model,
+    layers: tuple[KVGeometry, ...],
+    vocab_size: int,
+    rows: tuple[RowsGeometry, ...] = (),
+    states: tuple[StateGeometry, ...] = (),
 ) -> None:
     """Sets the shapes of inputs and outputs: symbols for dynamic axes, numbers for heads, head size and vocabulary."""
     new = (names.BATCH, names.SEQUENCE)
@@ -165,9 +170,11 @@ def name_axes(
         shapes[names.past_value(i)] = (names.BATCH, g.kv_heads, names.PAST, g.value_head_size)
         shapes[names.present_key(i)] = (names.BATCH, g.kv_heads, names.TOTAL, g.key_head_size)
         shapes[names.present_value(i)] = (names.BATCH, g.kv_heads, names.TOTAL, g.value_head_size)
-    for i, state in enumerate(states):
-        shapes[names.past_conv(i)] = (names.BATCH, names.PAST_ROWS, state.size)
-        shapes[names.present_conv(i)] = (names.BATCH, names.PRESENT_ROWS, state.size)
+    for i, kept in enumerate(rows):
+        shapes[names.past_conv(i)] = (names.BATCH, names.PAST_ROWS, kept.size)
+        shapes[names.present_conv(i)] = (names.BATCH, names.PRESENT_ROWS, kept.size)
+    for past, state in zip(names.past_states([state.kind for state in states]), states, strict=True):
+        shapes[past] = shapes[names.present_of(past)] = (names.BATCH, *state.shape)
     ends = [*model.graph.inputs, *model.graph.outputs]
     assert {value.name for value in ends} == set(shapes), f"{[v.name for v in ends]} are not {list(shapes)}"
     for value in ends:

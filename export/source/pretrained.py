@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from pastkey.contract import names
 from pastkey.contract.config import ROPE_TYPES
-from pastkey.errors import ContractError, InputError, MissingFileError
+from pastkey.errors import InputError, MissingFileError
 from pastkey.files.folder import read_json
 from pastkey.files.reading import read_bytes
 from pastkey.files.tokenizer_file import MOST_BYTES, open_tokenizer, require_dense
@@ -47,7 +47,6 @@ _EXTRAS = ("export", "huggingface")
 _OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]\w*$")  # BertForMaskedLM
 _CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
-_STATELESS = {"attention", "full_attention", "sliding_attention", "chunked_attention", "conv", "mlp", "moe"}
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
 _BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
 
@@ -133,7 +132,6 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
                 f"{name} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
                 "(AutoModelForCausalLM): only decoders can be exported"
             )
-        _refuse_recurrent(library.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(opened), None), opened, name)
     return code
 
 
@@ -226,19 +224,6 @@ def _require_tied(model: Any, source: Path) -> None:
         )
 
 
-def _refuse_recurrent(kind: type | None, config: Any, name: object) -> None:
-    """Raises ContractError for a class of transformers with recurrent layers, unless the configuration has none."""
-    text = config.get_text_config()
-    layers = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [None]
-    others = {str(layer) for layer in layers if layer not in _STATELESS}
-    if kind is not None and getattr(kind, "_is_stateful", False) and others:
-        told = ", ".join(sorted(others - {str(None)}))
-        raise ContractError(
-            f"some layers of {name} ({kind.__name__}{told and f': {told}'}) keep another state than keys and values, "
-            "as linear attention and state-space models do: export a decoder that has attention in every layer"
-        )
-
-
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
@@ -249,7 +234,6 @@ def _source(
 ) -> Source:
     from ..graft.huggingface import HuggingFaceDecoder, freeze_rotary
 
-    _refuse_recurrent(type(model), model.config, name)
     config = model.config.get_text_config()
     longest = _longest(config, tokenizer)
     context_length = opening.context_length

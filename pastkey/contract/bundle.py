@@ -36,7 +36,7 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 # Goes up with every change of a field or of a graph's inputs. No other version is read.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,19 @@ class KVGeometry:
 
 
 @dataclass(frozen=True)
-class StateGeometry:
+class RowsGeometry:
     """The cache of a short causal convolution or a shift: the last rows of its input."""
 
     rows: Size  # maximum number
     size: Size  # F
+
+
+@dataclass(frozen=True)
+class StateGeometry:
+    """A state of one size, whatever the number of tokens."""
+
+    kind: str  # names.CONV_STATE or names.RECURRENT_STATE
+    shape: tuple[Size, ...]  # of one sequence
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ class Manifest:
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     shift: CacheShift
-    states: tuple[StateGeometry, ...] = ()  # caches beside those of attention, in order
+    rows: tuple[RowsGeometry, ...] = ()  # caches of rows beside keys and values, in order
+    states: tuple[StateGeometry, ...] = ()  # in order; in float32
     window: Size | None = None  # if every attention call has one: tokens that the widest sees, with the new one
     static: StaticShape | None = None  # sizes of the static graphs
     compiled: Compiled | None = None  # if context binaries replace the static graphs
@@ -228,7 +237,11 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         require(graph in names.GRAPHS, "graph", graph, f"one of {', '.join(names.GRAPHS)}")
         require((graph == "static") == (static is not None), "static", static, "there where the graph is static")
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
-        require(not manifest.states or graph == "standard", "states", manifest.states, "those of a standard graph")
+        require(not manifest.rows or graph == "standard", "rows", manifest.rows, "those of a standard graph")
+        for state in manifest.states:
+            ranks = {names.CONV_STATE: 2, names.RECURRENT_STATE: 3}
+            require(ranks.get(state.kind) == len(state.shape), "states", state, "a kind of state with its shape")
+        require(not manifest.states or static is None, "states", manifest.states, "those of a graph that is not static")
         hidden = manifest.hidden_size
         require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
         for rotation in manifest.shift.rotations:

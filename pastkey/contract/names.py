@@ -5,6 +5,7 @@ D head size, V vocabulary.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from ..files.durable import MANIFEST as MANIFEST
@@ -83,14 +84,24 @@ def present_value(layer: int | str) -> str:
     return f"{PRESENT_PREFIX}{layer}.value"
 
 
-def past_conv(state: int | str) -> str:
+def past_conv(rows: int | str) -> str:
     """Input (B, up to k, F): the last rows of the input of a short causal convolution or a shift."""
-    return f"past_conv.{state}"
+    return f"past_conv.{rows}"
 
 
-def present_conv(state: int | str) -> str:
+def present_conv(rows: int | str) -> str:
     """Output (B, up to k, F): the same after the new tokens."""
-    return f"present_conv.{state}"
+    return f"present_conv.{rows}"
+
+
+# The kinds of states, by onnxruntime-genai's names.
+CONV_STATE: Final = "conv_state"  # (B, C, K - 1): the last columns of a convolution's input
+RECURRENT_STATE: Final = "recurrent_state"  # (B, H, D, Dv): of a linear recurrence
+
+
+def past_states(kinds: Sequence[str]) -> list[str]:
+    """The inputs of the states of these kinds, in order. Those of each kind are numbered from 0."""
+    return [f"{PAST_PREFIX}{kinds[:place].count(kind)}.{kind}" for place, kind in enumerate(kinds)]
 
 
 # Inputs and outputs of the generation graphs, beside INPUT_IDS, (1, T) int64. Each setting is (1,).

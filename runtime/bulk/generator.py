@@ -201,7 +201,7 @@ class Generator:
             (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
         )
         shares = len(tasks) > 1 and shared >= SHARED_TOKENS
-        if shares and not model.manifest.states:
+        if shares and not model.manifest.rows:
             # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
             ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
             with contextlib.suppress(PastkeyError):  # each row has its own

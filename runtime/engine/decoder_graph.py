@@ -25,6 +25,7 @@ from ..providers.ort import onnxruntime
 from .binding import Binding
 from .caches.fixed import FixedKVCache
 from .caches.kv import KVCache
+from .caches.states import MOST_MARKS, state_bytes
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
 from .lora import Adapter
@@ -171,7 +172,7 @@ class DecoderGraph:
         if self._static_decode is not None:
             return StaticGraphs(self._static_decode, self.onnx, manifest, self._folder)
         # Only where a hole is padding.
-        if self.provider.fixed_shapes and not self.fused and manifest.padding and not manifest.states:
+        if self.provider.fixed_shapes and not self.fused and manifest.padding and not manifest.rows:
             return FixedKVCache(self.onnx, manifest.layers, context_length=context, dtype=self.cache_dtype)
         return KVCache(
             self.onnx,
@@ -181,6 +182,7 @@ class DecoderGraph:
             provider=self.provider,
             device_id=int(self.onnx.get_provider_options().get(self.providers[0], {}).get("device_id", 0)),
             dtype=self.cache_dtype,
+            rows=manifest.rows,
             states=manifest.states,
         )
 
@@ -215,7 +217,7 @@ class DecoderGraph:
         """Whether sequences with separate caches can be decoded in one run: a shared buffer and a length for each."""
         return (
             self.supports_drafts
-            and self.takes_padding
+            and (self.takes_padding or bool(self.manifest.states))
             and not self.every
             and names.SEQLENS_K in self._inputs
             and not self.takes_mask
@@ -225,8 +227,8 @@ class DecoderGraph:
 
     @property
     def copies(self) -> bool:
-        """Whether a prefix of a cache can be copied: the cache is in CPU memory and has no convolution states."""
-        return self.provider.device == "cpu" and not self.manifest.states
+        """Whether a prefix of a cache can be copied: the cache is in CPU memory and has no rows of convolutions."""
+        return self.provider.device == "cpu" and not self.manifest.rows
 
     @property
     def droppable_window(self) -> int | None:
@@ -264,7 +266,8 @@ class DecoderGraph:
         if manifest.static is not None:
             return self.bytes_per_token * manifest.context_length
         size = self.bytes_per_token * min(tokens, self.most_rows)
-        return 2 * size if manifest.graph == "standard" else size
+        states = (2 + MOST_MARKS) * state_bytes(manifest.states)
+        return (2 * size if manifest.graph == "standard" else size) + states
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill of `tokens` behind `length` cached ones.

@@ -16,10 +16,15 @@ from pastkey.contract.bundle import Bundle, Manifest
 from pastkey.errors import FallbackWarning, InputError, IntegrityError, PastkeyError, ProviderError
 
 from ..options import require_valid
+from ..settings import MAX_DRAFT_TOKENS
+from .caches.kv import KVCache
+from .caches.states import States
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .one_at_a_time import one_at_a_time
 from .padding import Padding
 from .shift import moved_by, require_shift
+
+MARKED = MAX_DRAFT_TOKENS + 2  # tokens of a run from which the states behind it are marked: no draft
 
 
 class Engine:
@@ -40,6 +45,7 @@ class Engine:
         exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more
             of one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in
             the last bits.
+        marks: Whether to keep the states where a later prompt may begin: behind each chunk of a prompt.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
@@ -80,6 +86,7 @@ class Engine:
         self.resets = 0
         self.gone = 0
         self.exact_length = 0
+        self.marks = False
         self._window = graph.droppable_window
 
     @property
@@ -167,24 +174,28 @@ class Engine:
         else:
             self.trim(shared)
             self.resets += 1
+            self._mark()
         return shared
 
     def can_trim(self, length: int) -> bool:
         """Whether the cache can be trimmed to `length` tokens and still holds all that the next token sees."""
-        if self.manifest.states:
-            return length in (0, self.length)
+        if self.cache.nearest(length - self.gone) != length - self.gone:
+            return not length
         return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """Length of the prefix that `ids` (T,) share with the cache, without the last ones, which are a prefill."""
+        """Length of the prefix that `ids` (T,) share with the cache, without the last ones, which are a prefill.
+
+        Of a cache with states, the part of it whose states are held.
+        """
         require_valid({"ids": ids})
-        last = 1 if self.manifest.states else self.graph.prefill_tokens
+        last = 1 if self.manifest.rows else self.graph.prefill_tokens
         shared = 0
         for mine, theirs in zip(self.cached_ids, ids[: max(0, len(ids) - last)], strict=False):
             if mine != theirs:
                 break
             shared += 1
-        return shared
+        return self.cache.nearest(shared) if self.manifest.states else shared
 
     @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
@@ -194,13 +205,16 @@ class Engine:
         that the next token sees (see `can_trim`).
         """
         made = Engine.over(self.graph)
+        made.marks = self.marks
         length = self.length if length is None else length
         self._require_window(length)
         if length:
             made.gone = self.gone
             if room and self.graph.fused:
                 made.cache.reserve(1, self._rows_of(length - self.gone + room))
-            made.cache.fill(self.cache.rows(length - self.gone))
+            made.cache.fill(self.cache.rows(length - self.gone), length - self.gone)
+            if (states := self._states) is not None and made._states is not None:
+                made._states.share_marks(states, length)
             made._padding.mask = self._padding.first(length)
             made.exact_length = min(self.exact_length, length)
             made._ids = None if self._ids is None else self._ids[:length]
@@ -211,7 +225,7 @@ class Engine:
     ) -> None:
         """Fills an empty cache with the keys and values of one sequence `ids` (T,), as `cache.rows` returned them."""
         with self._changing():
-            self.cache.fill(rows)
+            self.cache.fill(rows, len(ids) - gone)
             self.exact_length, self.gone = exact_length, gone
             self._ids = list(ids)
 
@@ -299,8 +313,11 @@ class Engine:
         return _last(logits)
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
-        """The tokens of each run of a prefill."""
-        return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
+        """The tokens of each run of a prefill. A state is marked before those that a later prompt runs in any case."""
+        last = self.graph.prefill_tokens
+        if not (self.marks and self.manifest.states and tokens - last >= MARKED):
+            return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
+        return [*self.graph.chunk_sizes(tokens - last, self.cache.length, chunk_size), last]
 
     @one_at_a_time
     def reserve(self, tokens: int) -> None:
@@ -400,6 +417,8 @@ class Engine:
             cache.advance(tokens)
             self._padding.mask = full_mask if padded else None
             self._take_in(start, ids, known=batch == 1 and not padded)
+            if batch == 1 and tokens >= MARKED:
+                self._mark()
         except BaseException as error:
             if not isinstance(error, PastkeyError):
                 self.drop_cache()
@@ -414,6 +433,14 @@ class Engine:
             self._ids = None
         elif self._ids is not None:
             self._ids += ids[0].tolist()
+
+    @property
+    def _states(self) -> States | None:
+        return self.cache.states if isinstance(self.cache, KVCache) else None
+
+    def _mark(self) -> None:
+        if self.marks and (states := self._states) is not None:
+            states.mark(self.cache.length)
 
     def note_batched(self, token: int) -> None:
         """Records a token that a batched run appended to this engine's cache."""

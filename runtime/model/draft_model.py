@@ -118,7 +118,7 @@ def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:
             f"a draft model is of no use to {target.bundle.path}, which decodes token by token, since its cache cannot "
             "forget rejected tokens without moving the others: load it without a draft, or export it with --graph fused"
         )
-    if draft.manifest.states:
+    if draft.manifest.rows:
         raise InputError(
             f"{draft.bundle.path} cannot draft: it keeps the last rows of short convolutions, which cannot forget "
             "rejected tokens; take another draft model"

@@ -33,6 +33,7 @@ class Session:
         self._parts = parts
         self._ids = list(ids)
         self._engine: Engine | None = engine or parts.new_engine()
+        self._engine.marks = True
         self._generation: Generation | None = None
         self._cancelled = False
 
@@ -160,7 +161,7 @@ class Session:
     def fork(self) -> Session:
         """Returns another session with the same sequence and a copy of its cache."""
         engine = self._idle()
-        if not engine.graph.copies and not engine.manifest.states:
+        if not engine.graph.copies and not engine.manifest.rows:
             return Session(self._parts, self._ids)  # not on the CPU: the fork computes its cache again
         copied: list[Engine] = []
         self._parts.scheduler.exclusively(lambda: copied.append(engine.copy()))

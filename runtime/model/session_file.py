@@ -70,17 +70,19 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             and 0 <= exact <= cached
         ):
             raise ValueError("ids or lengths out of range")
-        states = manifest.states if cached else ()
-        expected = [
+        layers, kept, states = (manifest.layers, manifest.rows, manifest.states) if cached else ((), (), ())
+        expected: list[tuple[int, ...]] = [
             (1, layer.kv_heads, cached - gone, size)
-            for layer in (manifest.layers if cached else ())
+            for layer in layers
             for size in (layer.key_head_size, layer.value_head_size)
         ]
-        of_states = [(row.shape[0], row.shape[-1]) for row in rows[len(expected) :]]
+        expected += [(1, one.size) for one in kept] + [(1, *state.shape) for state in states]
+        of_rows = range(2 * len(layers), 2 * len(layers) + len(kept))  # of any number
+        shapes = [(row.shape[0], row.shape[-1]) if place in of_rows else row.shape for place, row in enumerate(rows)]
         if (
-            [row.shape for row in rows[: len(expected)]] != expected
-            or of_states != [(1, state.size) for state in states]
+            shapes != expected
             or any(row.dtype not in (np.float32, np.float16) for row in rows)
+            or any(row.dtype != np.float32 for row in rows[len(rows) - len(states) :])
         ):
             raise ValueError("its arrays do not have the shapes of this bundle's cache")
     if rows and rows[0].dtype == engine.graph.cache_dtype:  # else its ids are computed again: other kernels wrote it

@@ -228,9 +228,11 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
         names.POSITION_IDS: [names.BATCH, names.SEQUENCE],
     }
     expected |= _expected_cache(manifest.layers, names.BATCH, names.PAST, names.TOTAL)
-    for i, state in enumerate(manifest.states):
-        expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, state.size]
-        expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, state.size]
+    for i, kept in enumerate(manifest.rows):
+        expected[names.past_conv(i)] = [names.BATCH, names.PAST_ROWS, kept.size]
+        expected[names.present_conv(i)] = [names.BATCH, names.PRESENT_ROWS, kept.size]
+    for past, state in zip(names.past_states([one.kind for one in manifest.states]), manifest.states, strict=True):
+        expected[past] = expected[names.present_of(past)] = [names.BATCH, *state.shape]
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
     if names.SEQLENS_K in found:
         expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}

@@ -30,7 +30,7 @@ const MISSED_KEYS = 2e-2;
  * @property {number} vocab_size
  * @property {number} context_length
  * @property {{ kv_heads: number, key_head_size: number, value_head_size: number }[]} layers
- * @property {{ size: number }[]} states
+ * @property {{ size: number }[]} rows
  * @property {number[]} eos_token_ids
  * @property {Record<string, number>} sampling
  * @property {string | null} chat_template
@@ -423,7 +423,7 @@ export class Model {
 
   /** Keeps the first `length` tokens of the cache, where it is in CPU memory; else none. */
   #trim(length) {
-    if (!length || this.provider !== "wasm" || this.index.states.length) return this.reset();
+    if (!length || this.provider !== "wasm" || this.index.rows.length) return this.reset();
     for (const [name, tensor] of Object.entries(this.#cache)) {
       const [, heads, rows, size] = tensor.dims; // (1, K, P, D)
       const kept = new tensor.data.constructor(heads * length * size);
@@ -484,13 +484,13 @@ const eventLoop = () =>
   });
 
 /** The cache of no token: name of a past input -> its sizes. */
-function cacheSizes({ layers, states }) {
+function cacheSizes({ layers, rows }) {
   const sizes = {};
   layers.forEach(({ kv_heads, key_head_size, value_head_size }, i) => {
     sizes[`past_key_values.${i}.key`] = [1, kv_heads, 0, key_head_size];
     sizes[`past_key_values.${i}.value`] = [1, kv_heads, 0, value_head_size];
   });
-  states.forEach(({ size }, i) => (sizes[`past_conv.${i}`] = [1, 0, size]));
+  rows.forEach(({ size }, i) => (sizes[`past_conv.${i}`] = [1, 0, size]));
   return sizes;
 }
 

@@ -22,6 +22,7 @@ from pastkey.errors import ContractError, InputError, PastkeyError, first_line
 
 from ...compare import LOGITS, logits_difference
 from ..attention import failing_line
+from ..states import StateError
 from ..streamed import load, streaming
 from ..time_axis.program.python_branches import heard
 from ..time_axis.step.decoder import TimeAxisDecoder, find
@@ -91,6 +92,8 @@ def in_contract(
             return followed
         if asked is None:
             _require_plain(model, Call(CONTRACT), context_length, kept.observation.vocab_size)
+        if kept.observation.states:  # following would unroll the recurrences
+            return dataclasses.replace(kept, call=asked or "")
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
         if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
@@ -110,15 +113,22 @@ def _kept(model: nn.Module, context_length: int, *, brief: bool) -> tuple[Contra
         if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return None, None
         observation = observe(model, context_length)
+    except StateError:
+        raise
     except (TypeError, ValueError, UnkeptError):
         return None, None
     try:
         proof = prove(model, model, Call(CONTRACT), observation, context_length, brief=brief)
     except Exception:  # a user's module may raise anything at some length or at these positions
+        if observation.states:
+            raise
         return None, None
     if not proof.differs:
         return Contracted(model, observation, proved=proof.longest), None
     what = f"gives other logits with a cache, {_told(proof)}"
+    if observation.states:  # following would unroll the recurrences
+        kept = "keys, values and the states of its recurrences"
+        raise NoCacheError(name_of(model), [Cause(Kind.RECURRENCE, f"keeps more than {kept}: it {what}")])
     return None, Cause(Kind.UNKNOWN, what) if proof.differs > SHORTEST else None
 
 

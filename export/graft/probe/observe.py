@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from pastkey.contract.bundle import KVGeometry, StateGeometry
+from pastkey.contract.bundle import KVGeometry, RowsGeometry, StateGeometry
 from pastkey.errors import ContractError, NumericsError, PastkeyError, first_line
 
 from ..attention import (
@@ -31,6 +31,7 @@ from ..attention import (
     torch_attention,
     visible,
 )
+from ..states import StateCall, StateHandler
 from ..streamed import streaming
 from .logits import is_distribution
 
@@ -62,18 +63,19 @@ class Observation:
 
     layers: tuple[CacheLayer, ...]
     vocab_size: int  # V, the width of the logits
-    states: tuple[StateGeometry, ...] = ()  # cached in addition to keys and values
+    rows: tuple[RowsGeometry, ...] = ()  # cached in addition to keys and values
+    states: tuple[StateGeometry, ...] = ()  # kept in addition to these
 
     @property
     def padding(self) -> bool:
         """Whether rows of different lengths may share a batch."""
-        return not self.states and all(layer.padding for layer in self.layers)
+        return not self.rows and not self.states and all(layer.padding for layer in self.layers)
 
     @property
     def window(self) -> int | None:
-        """The widest window in tokens, if every attention call has one and there are no states."""
+        """The widest window in tokens, if every attention call has one and nothing else is kept."""
         windows = [layer.window for layer in self.layers if layer.window is not None]
-        return max(windows) if len(windows) == len(self.layers) and not self.states else None
+        return max(windows) if len(windows) == len(self.layers) and not self.rows and not self.states else None
 
     @property
     def geometry(self) -> tuple[KVGeometry, ...]:
@@ -82,12 +84,14 @@ class Observation:
 
 @dataclass
 class Uncached:
-    """The slow, simple reference run: logits (B, T, V), each layer's keys and values, each state's rows."""
+    """The slow, simple reference run: logits (B, T, V), each layer's keys and values, rows and states."""
 
     logits: Tensor
+    length: int = 0  # tokens so far, T and those before
     keys: list[Tensor] = field(default_factory=list)  # per layer (B, K, T, D)
     values: list[Tensor] = field(default_factory=list)  # per layer (B, K, T, Dv)
-    rows: list[Tensor] = field(default_factory=list)  # per state (B, T, F)
+    rows: list[Tensor] = field(default_factory=list)  # per RowsCall (B, T, F)
+    states: list[Tensor] = field(default_factory=list)  # per StateCall (B, ...)
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -144,19 +148,24 @@ def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | No
         result.rows.append(call.rows)
         return call.rows
 
-    result.logits = _call(module, input_ids, position_ids, keep, keep_rows)
+    def keep_state(call: StateCall) -> Tensor:
+        output, state = call.over(None)
+        result.states.append(state)
+        return output
+
+    result.logits = _call(module, input_ids, position_ids, keep, keep_rows, keep_state)
+    result.length = input_ids.shape[1]
     return result
 
 
 def run_on(module: nn.Module, past: Uncached, input_ids: Tensor) -> Uncached:
-    """Runs new ids (B, T) only; the attention calls also get the keys, values and rows of `past`.
+    """Runs new ids (B, T) only; the calls also get the keys, values, rows and states of `past`.
 
     Returns those of all tokens so far, the past of the next tokens, with the new logits.
     """
-    start = past.keys[0].shape[2]
-    length = start + input_ids.shape[1]
-    layer, state = iter(zip(past.keys, past.values, strict=True)), iter(past.rows)
-    result = Uncached(torch.empty(0))
+    length = past.length + input_ids.shape[1]
+    layer, rows, states = iter(zip(past.keys, past.values, strict=True)), iter(past.rows), iter(past.states)
+    result = Uncached(torch.empty(0), length)
 
     def attend(call: AttentionCall) -> Tensor:
         key, value = (torch.cat([old, new], 2) for old, new in zip(next(layer), (call.key, call.value), strict=True))
@@ -165,20 +174,30 @@ def run_on(module: nn.Module, past: Uncached, input_ids: Tensor) -> Uncached:
         return attention_over(call, key, value)
 
     def extend_rows(call: RowsCall) -> Tensor:
-        result.rows.append(torch.cat([next(state)[:, -call.keep :], call.rows], 1))
+        result.rows.append(torch.cat([next(rows)[:, -call.keep :], call.rows], 1))
         return result.rows[-1]
 
-    positions = torch.arange(start, length).expand_as(input_ids)
-    result.logits = _call(module, input_ids, positions, attend, extend_rows)
+    def go_on(call: StateCall) -> Tensor:
+        output, state = call.over(next(states))
+        result.states.append(state)
+        return output
+
+    positions = torch.arange(past.length, length).expand_as(input_ids)
+    result.logits = _call(module, input_ids, positions, attend, extend_rows, go_on)
     return result
 
 
 def _call(
-    module: nn.Module, input_ids: Tensor, position_ids: Tensor | None, handler: Handler, rows: RowsHandler
+    module: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    handler: Handler,
+    rows: RowsHandler,
+    states: StateHandler,
 ) -> Tensor:
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    with evaluating(module), intercept(handler, rows=rows):
+    with evaluating(module), intercept(handler, rows=rows, states=states):
         logits = module(input_ids, position_ids=position_ids)
     assert isinstance(logits, Tensor)
     return logits.float()
@@ -196,16 +215,17 @@ def observe(module: nn.Module, context_length: int) -> Observation:
     runs = [_Observer(module, batch, length, vocab_size) for batch, length in ((2, longest), (3, max(2, longest - 2)))]
     if runs[0].masked:  # a window shows only if the sequence is longer
         runs.append(_Observer(module, 1, context_length, vocab_size))
-    return Observation(_attention_layers(module, runs), vocab_size, tuple(runs[0].states))
+    layers = _attention_layers(module, runs)
+    return Observation(layers, vocab_size, tuple(runs[0].rows), tuple(runs[0].states))
 
 
 def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[CacheLayer, ...]:
-    """The attention calls. Raises UnkeptError if there are none, or if they differ between lengths."""
+    """The attention calls. Raises UnkeptError if nothing is kept, or if they differ between lengths."""
     first = runs[0].layers
-    if not first:
+    if not first and not runs[0].states:
         raise UnkeptError(f"{name_of(module)} made no call of F.scaled_dot_product_attention")
     for run in runs[1:]:
-        if [a.geometry for a in first] != [b.geometry for b in run.layers]:
+        if [a.geometry for a in first] != [b.geometry for b in run.layers] or runs[0].states != run.states:
             raise UnkeptError(f"{name_of(module)} makes different attention calls for different lengths")
     return tuple(first)
 
@@ -227,18 +247,27 @@ class _Observer:
     def __init__(self, module: nn.Module, batch: int, length: int, vocab_size: int) -> None:
         self.length = length
         self.layers: list[CacheLayer] = []
+        self.rows: list[RowsGeometry] = []
         self.states: list[StateGeometry] = []
         self.masked = False  # whether a call passed an attn_mask
         self._module = module
         self._batch = batch
         self._stack: list[str] = []  # the submodules being run
         ids = random_ids(batch, length, vocab_size)
-        with _tracking(module, self._stack), evaluating(module), intercept(self._record, rows=self._keep):
+        with (
+            _tracking(module, self._stack),
+            evaluating(module),
+            intercept(self._record, None, self._keep, self._remember),
+        ):
             _guarded(module, ids, torch.arange(length).expand_as(ids))
 
     def _keep(self, call: RowsCall) -> Tensor:
-        self.states.append(StateGeometry(call.keep, call.rows.shape[2]))
+        self.rows.append(RowsGeometry(call.keep, call.rows.shape[2]))
         return call.rows
+
+    def _remember(self, call: StateCall) -> Tensor:
+        self.states.append(call.geometry)
+        return call.over(None)[0]
 
     def _record(self, call: AttentionCall) -> Tensor:
         number = len(self.layers)

@@ -30,8 +30,8 @@ Keys = npt.NDArray[np.float64]  # (K, T, D)
 
 def find_shift(module: nn.Module, observation: Observation, context_length: int) -> CacheShift:
     """Runs a few tokens at several positions. The result holds the rotations, or why a shift is not exact."""
-    if observation.states:
-        return CacheShift("it keeps rows beside the keys and values of attention, which no rotation moves")
+    if observation.rows or observation.states:
+        return CacheShift("it keeps more than the keys and values of attention, which no rotation moves")
     if not observation.padding:
         return CacheShift("its attention counts every column of the cache")
     if isinstance(module, Opaque) and not module.takes_positions:

@@ -119,7 +119,7 @@ class _Runs:
         self.observation = observation
         self.wide = False  # in float64
         self._module, self._model, self._call = module, model, call
-        self._heads = max(layer.heads for layer in observation.layers)
+        self._heads = max((layer.heads for layer in observation.layers), default=1)
         self._rows = False  # whether the author's output head is known to take some rows alone
 
     def in_float64(self) -> _Runs | None:
@@ -212,7 +212,7 @@ class _Runs:
         yield from sorted({max(length - 1, start + 1), length})
 
     def _run_on(self, past: Uncached, ids: Tensor) -> Uncached:
-        return run_on(self._module, past, ids) if past.keys else run_uncached(self._module, ids)
+        return run_on(self._module, past, ids) if past.length else run_uncached(self._module, ids)
 
     def _apart(self, ids: Tensor, found: Tensor) -> float:
         """How far the last logits (1, n, V) of a cached run are from the author's, or as many as these returns."""

@@ -67,7 +67,7 @@ class GivenDecoder(Opaque):
         positions = None if position_ids is None else position_ids.numpy()
         logits, cache = self.run(input_ids.numpy(), positions)
         arrays = [torch.from_numpy(array) for array in cache]
-        return Uncached(torch.from_numpy(logits), arrays[::2], arrays[1::2])
+        return Uncached(torch.from_numpy(logits), input_ids.shape[1], arrays[::2], arrays[1::2])
 
     def run(
         self,

@@ -6,7 +6,8 @@
     reserve(batch, tokens)            allocates room for new tokens of each sequence: `grown` in kv.py says how much
     trim(length), reset()             trim each sequence to its first tokens; forget all
     drop(start, end, moved)           evicts tokens in between; the later ones move up
-    rows(length), fill(rows)          the first tokens of each tensor, (B, K, length, D), keys and values in turn, as
+    nearest(length)                   the largest number of tokens, at most `length`, to which it can be trimmed
+    rows(length), fill(rows, length)  the first tokens of each tensor, (B, K, length, D), keys and values in turn, as
                                       views in CPU memory; copies such rows in
 
 A run is `reserve`, `DecoderGraph.run` and `advance`.

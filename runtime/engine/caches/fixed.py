@@ -92,12 +92,16 @@ class FixedRows:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {length}")
         return [array[:, :, :length] for array in self.arrays]
 
-    def fill(self, rows: Sequence[Rows]) -> None:
-        """Replaces the content by copies of `rows`, as `rows` of another cache of this graph returned them."""
+    def nearest(self, length: int) -> int:
+        """The largest number of tokens, at most `length`, to which each sequence can be trimmed: `length`."""
+        return length
+
+    def fill(self, rows: Sequence[Rows], length: int) -> None:
+        """Replaces the content by copies of `rows`, as `rows(length)` of another cache of this graph returned them."""
         self.reset()
-        self.reserve(rows[0].shape[0], rows[0].shape[2])
-        self.write(rows, 0, 0, rows[0].shape[2])
-        self.length = rows[0].shape[2]
+        self.reserve(rows[0].shape[0], length)
+        self.write(rows, 0, 0, length)
+        self.length = length
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocates room for `tokens` new tokens in each of `batch` sequences."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pastkey.contract import names
-from pastkey.contract.bundle import KVGeometry, StateGeometry
+from pastkey.contract.bundle import KVGeometry, RowsGeometry, StateGeometry
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS, Provider
 from pastkey.values import shown
@@ -18,6 +18,7 @@ from pastkey.values import shown
 from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
+from .states import States
 
 GROWTH_STEP = 128  # smallest growth of a cache, in rows
 
@@ -65,6 +66,7 @@ class KVCache:
         provider: Provider = PROVIDERS["cpu"],
         device_id: int = 0,
         dtype: type[np.generic] = np.float32,
+        rows: Sequence[RowsGeometry] = (),
         states: Sequence[StateGeometry] = (),
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession. `provider` determines the device of the tensors."""
@@ -72,7 +74,9 @@ class KVCache:
         self.binding = Binding(onnx)
         # Tensors that a run allocates live as long as its binding (at least up to onnxruntime 1.23). The concatenating
         # form alternates two bindings, so that the last run's tensors outlive the next binding.
-        self._other_binding = self.binding if shared else Binding(onnx)
+        # So do states, of which a run reads one copy and writes the other.
+        self.states = States(states) if states else None
+        self._other_binding = self.binding if shared and not states else Binding(onnx)
         self._shared = shared
         self._context_length = context_length
         self._device, self._device_id = provider.device, device_id
@@ -85,11 +89,11 @@ class KVCache:
                 _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size),
                 _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
             ]
-        assert not (shared and states)
-        self._trims = not states  # a convolution state cannot be rolled back to an earlier token
-        for i, state in enumerate(states):
-            self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, state.size))
-        self._state_rows = sum(state.rows * state.size for state in states)
+        assert not (shared and rows)
+        self._trims = not rows  # a convolution state cannot be rolled back to an earlier token
+        for i, kept in enumerate(rows):
+            self._tensors.append(_Tensor(names.past_conv(i), names.present_conv(i), None, kept.size))
+        self._rows = sum(kept.rows * kept.size for kept in rows)
         self._values: list[Any] = []  # one OrtValue per tensor
         # Memory of a shared buffer on the CPU, (B, K, capacity, D): keys and values of each attention call in turn.
         self.arrays: list[npt.NDArray[Any]] = []
@@ -111,7 +115,8 @@ class KVCache:
     def nbytes(self) -> int:
         """Current size of the tensors in bytes."""
         row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
-        return self.batch * (self.capacity * row + self._state_rows) * self._dtype.itemsize
+        states = 0 if self.states is None else self.states.nbytes
+        return self.batch * (self.capacity * row + self._rows) * self._dtype.itemsize + states
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Allocates room for `tokens` new tokens in each of `batch` sequences and binds the changed tensors."""
@@ -120,13 +125,19 @@ class KVCache:
         if self._shared:
             if batch != self.batch or self.length + tokens > self._capacity:
                 self._grow(batch, self.length + tokens)
-            return
-        if not self.length:
-            self.batch = batch
-            self._values = [self._place(np.zeros(self._shape(t, 0), self._dtype)) for t in self._tensors]
-        for tensor, value in zip(self._tensors, self._values, strict=True):
-            self.binding.bind_ortvalue_input(tensor.past, value)
-            self.binding.bind_output(tensor.present, self._device, self._device_id)
+        else:
+            if not self.length:
+                self.batch = batch
+                self._values = [self._place(np.zeros(self._shape(t, 0), self._dtype)) for t in self._tensors]
+            for tensor, value in zip(self._tensors, self._values, strict=True):
+                self.binding.bind_ortvalue_input(tensor.past, value)
+                self.binding.bind_output(tensor.present, self._device, self._device_id)
+        if self.states is not None:
+            if not self.length:
+                self.states.begin(batch)
+                self._bind_states()
+            elif self._device != "cpu":  # which copies bound inputs at the binding
+                self._bind_states()
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The graph's attention_mask for the `mask` (B, S): the same, since each column is a token."""
@@ -134,21 +145,32 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Appends the tokens of the run that just ended."""
+        if self.states is not None:
+            self.states.advance(self.length)
         self.length += tokens
         if self._shared and not self._moving:
+            self.binding, self._other_binding = self._other_binding, self.binding
             return
         # `reserve` binds these outputs before the logits, and onnxruntime keeps the order of binding.
         self._values = self.binding.get_outputs()[: len(self._tensors)]
+        self.binding, self._other_binding = self._other_binding, self.binding
         if not self._shared:
-            self.binding, self._other_binding = self._other_binding, self.binding
             return
         self._moving = False
         for tensor, value in zip(self._tensors, self._values, strict=True):
             self._bind_shared(tensor, value)
 
+    def nearest(self, length: int) -> int:
+        """The largest number of tokens, at most `length`, to which each sequence can be trimmed."""
+        if self.states is not None:
+            return self.states.nearest(length, self.length)
+        return length if self._trims or length == self.length else 0
+
     def trim(self, length: int) -> None:
         """Trims each sequence to its first `length` tokens."""
         self._require_trimmable(length)
+        if self.states is not None and length and self.states.back(length, self.length):
+            self.binding, self._other_binding = self._other_binding, self.binding
         if not self._shared and length < self.length:
             if not length:
                 self.reset()
@@ -166,7 +188,8 @@ class KVCache:
             self.length -= end - start
             return
         rows = self.rows(self.length)
-        self.fill([np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)])
+        left = [np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)]
+        self.fill(left, self.length - (end - start))
 
     def reset(self) -> None:
         """Forgets all tokens. A shared buffer stays for the next prompt."""
@@ -177,21 +200,27 @@ class KVCache:
             self._other_binding.clear_binding_outputs()
 
     def rows(self, length: int) -> list[npt.NDArray[Any]]:
-        """The first `length` tokens of each tensor, (B, K, length, D), and whole convolution states.
+        """The first `length` tokens of each tensor, (B, K, length, D), then whole rows of convolutions, and states.
 
         In CPU memory these are views of the cache.
         """
         self._require_trimmable(length)
         arrays = [value.numpy() for value in self._values]
-        return [
+        rows = [
             array if tensor.kv_heads is None else array[:, :, :length]
             for tensor, array in zip(self._tensors, arrays, strict=True)
         ]
+        return rows if self.states is None else [*rows, *self.states.at(length, self.length)]
 
-    def fill(self, rows: Sequence[npt.NDArray[Any]]) -> None:
-        """Replaces the content by copies of `rows`, as `rows` of another cache of this graph returned them."""
+    def fill(self, rows: Sequence[npt.NDArray[Any]], length: int) -> None:
+        """Replaces the content by copies of `rows`, as `rows(length)` of another cache of this graph returned them."""
         self.reset()
-        batch, length = rows[0].shape[0], rows[0].shape[2]
+        batch = rows[0].shape[0]
+        if self.states is not None:
+            self.states.begin(batch)
+            self.states.fill(rows[len(self._tensors) :])
+            self._bind_states()
+            rows = rows[: len(self._tensors)]
         if not self._shared:
             self._values = [self._place(np.array(array, order="C")) for array in rows]
         elif self.arrays and batch == self.batch and length <= self._capacity:
@@ -219,10 +248,10 @@ class KVCache:
     def _require_trimmable(self, length: int) -> None:
         if not 0 <= length <= self.length:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
-        if not self._trims and 0 < length < self.length:
+        if self.nearest(length) != length:
             raise InputError(
-                "this bundle keeps the last rows of short convolutions, which cannot be trimmed: call reset() and give "
-                "the tokens again"
+                "this bundle keeps the last rows of convolutions or the states of recurrences, which cannot be trimmed "
+                f"to {length} tokens: call reset() and give the tokens again"
             )
 
     def _grow(self, batch: int, needed: int) -> None:
@@ -250,8 +279,13 @@ class KVCache:
             self._bind_shared(tensor, value)
 
     def _bind_shared(self, tensor: _Tensor, value: Any) -> None:
-        self.binding.bind_ortvalue_input(tensor.past, value)
-        self.binding.bind_ortvalue_output(tensor.present, value)
+        for binding in {id(one): one for one in (self.binding, self._other_binding)}.values():
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_ortvalue_output(tensor.present, value)
+
+    def _bind_states(self) -> None:
+        assert self.states is not None
+        self.states.bind(self.binding, self._other_binding)
 
     def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, ...]:
         if tensor.kv_heads is None:

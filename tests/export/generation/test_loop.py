@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.contract import names
-from pastkey.contract.bundle import Bundle, KVGeometry, StateGeometry, open_bundle
+from pastkey.contract.bundle import Bundle, KVGeometry, RowsGeometry, open_bundle
 from pastkey.errors import InputError, ParityError
 from pastkey.export import export
 from pastkey.export.generation import write
@@ -183,16 +183,16 @@ def test_what_does_not_fit_the_context_or_has_no_cache_is_refused(fused):
 
 
 @pytest.mark.parametrize(
-    ("layers", "states", "reason"),
+    ("layers", "rows", "reason"),
     [
         ((KVGeometry(2, 8, 8), KVGeometry(2, 8, 8)), (), None),
         ((KVGeometry(2, 8, 8), KVGeometry(4, 8, 8)), (), "2 heads of 8, 4 heads of 8"),
         ((KVGeometry(2, 8, 16),), (), "2 heads of 8, 2 heads of 16"),
-        ((KVGeometry(2, 8, 8),), (StateGeometry(3, 8),), "short convolutions"),
+        ((KVGeometry(2, 8, 8),), (RowsGeometry(3, 8),), "short convolutions"),
     ],
 )
-def test_a_cache_of_several_shapes_has_no_step(fused, layers, states, reason):
-    found = why_no_step(dataclasses.replace(fused.manifest, layers=layers, states=states))
+def test_a_cache_of_several_shapes_has_no_step(fused, layers, rows, reason):
+    found = why_no_step(dataclasses.replace(fused.manifest, layers=layers, rows=rows))
     assert (found is None) if reason is None else (reason in str(found))
 
 

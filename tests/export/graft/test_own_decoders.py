@@ -39,7 +39,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     taken = in_contract(own.make(), own.context, None, lambda _: None)
     observation = taken.observation
     assert taken.call
-    assert (len(observation.layers), {state.rows for state in observation.states}) == (own.layers, {own.rows} - {0})
+    assert (len(observation.layers), {kept.rows for kept in observation.rows}) == (own.layers, {own.rows} - {0})
     assert own.graph in (choose_graph("auto", "cpu", observation).graph, "either")
     assert own.geometry in (observation.geometry[0], None)
 

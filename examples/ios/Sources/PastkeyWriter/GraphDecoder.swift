@@ -72,8 +72,8 @@ final class GraphDecoder {
             shapes["past_key_values.\(i).key"] = [1, layer.kv_heads, 0, layer.key_head_size]
             shapes["past_key_values.\(i).value"] = [1, layer.kv_heads, 0, layer.value_head_size]
         }
-        for (i, state) in manifest.states.enumerated() {
-            shapes["past_conv.\(i)"] = [1, 0, state.size]
+        for (i, kept) in manifest.rows.enumerated() {
+            shapes["past_conv.\(i)"] = [1, 0, kept.size]
         }
         return try shapes.mapValues { shape in
             let data = NSMutableData(length: MemoryLayout<Float>.size)! // memory of no bytes may have no address

@@ -3,14 +3,14 @@ import Foundation
 /// What is read of a bundle's pastkey.json, by its own names.
 struct Manifest: Decodable {
     struct Layer: Decodable { let kv_heads, key_head_size, value_head_size: Int }
-    struct State: Decodable { let rows, size: Int }
+    struct Rows: Decodable { let rows, size: Int }
     struct Record: Decodable {
         let size: Int
         let sha256: String
     }
     let vocab_size, context_length: Int
     let layers: [Layer]
-    let states: [State]
+    let rows: [Rows]
     let eos_token_ids: [Int]
     let precision: String
     let files: [String: Record]

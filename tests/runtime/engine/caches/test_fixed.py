@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pastkey.contract.bundle import KVGeometry, StateGeometry, StaticShape
+from pastkey.contract.bundle import KVGeometry, RowsGeometry, StaticShape
 from pastkey.errors import InputError, IntegrityError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine
@@ -57,7 +57,7 @@ def test_the_context_can_be_filled_and_no_further(make_bundle, tiny_odd, graph, 
         engine.decode(1)
 
 
-@pytest.mark.parametrize("fields", [{"padding": False}, {"states": (StateGeometry(3, 4),)}])
+@pytest.mark.parametrize("fields", [{"padding": False}, {"rows": (RowsGeometry(3, 4),)}])
 def test_where_a_hole_is_no_padding_the_cache_concatenates(fields, fixed):
     fixed.graph.manifest = replace(fixed.graph.manifest, **fields)
     assert isinstance(fixed.graph.new_cache(), KVCache)
