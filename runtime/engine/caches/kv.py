@@ -18,7 +18,7 @@ from pastkey.values import shown
 from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
-from .states import States
+from .states import Arrays, States
 
 GROWTH_STEP = 128  # smallest growth of a cache, in rows
 
@@ -149,11 +149,11 @@ class KVCache:
             self.states.advance(self.length)
         self.length += tokens
         if self._shared and not self._moving:
-            self.binding, self._other_binding = self._other_binding, self.binding
+            self._swap()
             return
         # `reserve` binds these outputs before the logits, and onnxruntime keeps the order of binding.
         self._values = self.binding.get_outputs()[: len(self._tensors)]
-        self.binding, self._other_binding = self._other_binding, self.binding
+        self._swap()
         if not self._shared:
             return
         self._moving = False
@@ -170,7 +170,7 @@ class KVCache:
         """Trims each sequence to its first `length` tokens."""
         self._require_trimmable(length)
         if self.states is not None and length and self.states.back(length, self.length):
-            self.binding, self._other_binding = self._other_binding, self.binding
+            self._swap()
         if not self._shared and length < self.length:
             if not length:
                 self.reset()
@@ -244,6 +244,21 @@ class KVCache:
         """Moves a shared buffer out of a slab to its own memory."""
         self._capacity = 0
         self._grow(1, max(1, self.length))
+
+    def place_states(self, copies: tuple[Arrays, Arrays]) -> None:
+        """Moves both copies of the states to other arrays on the CPU, the current one to the first."""
+        if self.states is not None:
+            self.states.place(copies)
+            self._bind_states()
+
+    def flip_states(self) -> None:
+        """Copies the states over the other copy, which becomes the current one."""
+        if self.states is not None:
+            self.states.flip()
+            self._swap()
+
+    def _swap(self) -> None:
+        self.binding, self._other_binding = self._other_binding, self.binding
 
     def _require_trimmable(self, length: int) -> None:
         if not 0 <= length <= self.length:

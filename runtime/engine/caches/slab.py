@@ -1,7 +1,8 @@
 """A slab holds the KV caches of several engines in one buffer, so that one batched run decodes a token of each.
 
 GroupQueryAttention takes a shared buffer (B, K, capacity, D) with a length per row. Each engine in a slab owns one row:
-its own runs use the contiguous part [i : i + 1], and batched runs use the first n rows together.
+its own runs use the contiguous part [i : i + 1], and batched runs use the first n rows together. So it is with states,
+of which there are two copies: a run reads one and writes the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..binding import Binding
 from ..decoder_graph import DecoderGraph, Ids, Logits
 from ..engine import Engine
 from .kv import KVCache, grown
+from .states import States
 
 _FIRST_ROWS = 4  # initial number of rows; it doubles at each growth
 
@@ -36,7 +38,7 @@ class Slab:
     def __init__(self, graph: DecoderGraph, most: int) -> None:
         assert graph.batches
         self.onnx = graph.onnx
-        self.binding = Binding(graph.onnx)
+        self.binding, self._other_binding = Binding(graph.onnx), Binding(graph.onnx)  # in turn, as the copies of states
         self.members: list[Engine] = []
         self.idle: dict[Engine, int] = {}
         self._graph, self.most = graph, most
@@ -48,11 +50,12 @@ class Slab:
         self._sizes = sizes  # K, D
         self._past = [name(i) for i in range(len(layers)) for name in (names.past_key, names.past_value)]
         self._present = [name(i) for i in range(len(layers)) for name in (names.present_key, names.present_value)]
+        self._states = States(graph.manifest.states)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays, allocated lazily by the system as rows are written."""
-        return sum(array.nbytes for array in self._arrays)
+        return sum(array.nbytes for array in self._arrays) + self._states.nbytes
 
     def columns(self, mask: Ids) -> Ids:
         """The graph's attention_mask for the `mask` (B, S)."""
@@ -87,7 +90,9 @@ class Slab:
         count = max(rows) + 1
         self._make_room(self._rows, max(_cache(member).length for member in self.members[:count]) + 1)
         self._bind(count)
-        # An idle row computes token 0 behind its last token; its own next token overwrites that position.
+        self._align(count)
+        # An idle row computes token 0 behind its last token; its own next token overwrites that position, and its state
+        # is taken from the other copy.
         ids = np.zeros((count, 1), np.int64)
         ids[rows, 0] = tokens
         lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
@@ -95,6 +100,9 @@ class Slab:
         for engine, token in zip(engines, tokens, strict=True):
             _cache(engine).advance(1)
             engine.note_batched(token)
+        self._states.now = 1 - self._states.now
+        self._align(count)
+        self.binding, self._other_binding = self._other_binding, self.binding
         return [logits[row, 0] for row in rows]
 
     def holds(self, engine: Engine) -> bool:
@@ -117,6 +125,7 @@ class Slab:
         self._make_room(len(self.members) + 1, cache.length + 1)
         self.members.append(engine)
         self._settle(len(self.members) - 1)
+        self._settle_states(len(self.members) - 1)
 
     def remove(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out to its own memory; `keep=False` drops its cache."""
@@ -128,12 +137,15 @@ class Slab:
             self.idle.pop(engine, None)
             if not keep:
                 engine.drop_cache()
-            elif self._is_home(engine):
-                _cache(engine).move_out()
+            else:
+                if self._is_home(engine):
+                    _cache(engine).move_out()
+                _cache(engine).place_states((self._states.zeros(1), self._states.zeros(1)))
             if last is not engine:
                 self.members[row] = last
                 if self._is_home(last):
                     self._settle(row)
+                self._settle_states(row)
         if not self.members:
             self._forget()
 
@@ -141,7 +153,8 @@ class Slab:
         """Releases all members and the memory."""
         self.members, self.idle = [], {}
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
-        self.binding = Binding(self.onnx)
+        self._states = States(self._graph.manifest.states)
+        self.binding, self._other_binding = Binding(self.onnx), Binding(self.onnx)
 
     def _is_home(self, engine: Engine) -> bool:
         """Whether a member's buffers are in the slab. A run of its own may have outgrown its row."""
@@ -153,12 +166,29 @@ class Slab:
         for index, array in enumerate(self._arrays):
             _cache(self.members[row]).place(index, array[row : row + 1])
 
+    def _settle_states(self, row: int) -> None:
+        """Moves both copies of a member's states to its row, the current one to that which the next run reads."""
+        now, copies = self._states.now, self._states.copies
+        first, second = ([array[row : row + 1] for array in copies[which]] for which in (now, 1 - now))
+        _cache(self.members[row]).place_states((first, second))
+
+    def _align(self, count: int) -> None:
+        """Copies the states of those of the first `count` rows that are not in the copy which the next run reads."""
+        for member in self.members[:count] if self._graph.manifest.states else ():
+            states = _cache(member).states
+            assert states is not None
+            if states.copies[states.now][0].base is not self._states.copies[self._states.now][0]:
+                _cache(member).flip_states()
+
     def _make_room(self, rows: int, needed: int) -> None:
         """Grows to `rows` rows of `needed` tokens each, if needed: moves all caches, tensor by tensor."""
         if rows <= self._rows and needed <= self._capacity:
             return
         if rows > self._rows:
             self._rows = min(self.most, max(rows, _FIRST_ROWS, 2 * self._rows))
+            self._states.begin(self._rows)
+            for row in range(len(self.members)):
+                self._settle_states(row)
         if needed > self._capacity:
             self._capacity = grown(self._capacity, needed, self._graph.manifest.context_length)
         before: list[npt.NDArray[Any] | None] = [*self._arrays] or [None] * len(self._sizes)
@@ -176,8 +206,10 @@ class Slab:
             return
         for past, present, array in zip(self._past, self._present, self._arrays, strict=True):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array[:count])
-            self.binding.bind_ortvalue_input(past, value)
-            self.binding.bind_ortvalue_output(present, value)
+            for binding in (self.binding, self._other_binding):
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+        self._states.bind(self.binding, self._other_binding, count)
         self._bound = count
 
 

@@ -62,10 +62,18 @@ class States:
         """One copy of the states of no token."""
         return [np.zeros((batch, *shape), np.float32) for shape in self._shapes]
 
-    def bind(self, reading: Binding, writing: Binding) -> None:
-        """Binds the current copy as inputs of `reading` and outputs of `writing`, and the other copy in reverse."""
+    def bind(self, reading: Binding, writing: Binding, rows: int | None = None) -> None:
+        """Binds the current copy as inputs of `reading` and outputs of `writing`, and the other copy in reverse.
+
+        `rows`: how many of the first sequences; None for all.
+        """
         for binding, now in ((reading, self.now), (writing, 1 - self.now)):
-            bind_states(binding, self._past, self.copies[now], self.copies[1 - now])
+            for name, before, after in zip(self._past, self.copies[now], self.copies[1 - now], strict=True):
+                for bind, end, array in (
+                    (binding.bind_ortvalue_input, name, before),
+                    (binding.bind_ortvalue_output, names.present_of(name), after),
+                ):
+                    bind(end, onnxruntime.OrtValue.ortvalue_from_numpy(array[:rows]))
 
     def advance(self, length: int) -> None:
         """Takes the states that the last run wrote; `length` tokens came before it."""
@@ -113,16 +121,14 @@ class States:
         """Takes the marks of another cache up to `length` tokens."""
         self._marks = [mark for mark in other._marks if mark[0] <= length]
 
+    def flip(self) -> None:
+        """Copies the states over the other copy, which becomes the current one."""
+        self.now = 1 - self.now
+        self.fill(self.copies[1 - self.now])
+
     def place(self, copies: tuple[Arrays, Arrays]) -> None:
         """Moves both copies to other memory, arrays (batch, *shape); the current one becomes the first."""
         for mine, theirs in zip((self.copies[self.now], self.copies[1 - self.now]), copies, strict=True):
             for old, new in zip(mine, theirs, strict=True):
                 new[...] = old
         self.copies, self.now = copies, 0
-
-
-def bind_states(binding: Binding, past: Sequence[str], read: Arrays, written: Arrays) -> None:
-    """Binds arrays as the inputs `past` and as the outputs that follow them."""
-    for name, before, after in zip(past, read, written, strict=True):
-        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(before))
-        binding.bind_ortvalue_output(names.present_of(name), onnxruntime.OrtValue.ortvalue_from_numpy(after))
