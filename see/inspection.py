@@ -18,9 +18,8 @@ from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ContractError, InputError, NumericsError
 from pastkey.export.compare import logits_difference, relative_difference
-from pastkey.export.graph.session import window_feeds
+from pastkey.export.graph.session import cpu_session, window_feeds
 from pastkey.export.measure.metrics import softmax
-from pastkey.runtime.providers.ort import onnxruntime
 
 from .inspectable import Inspectable, inspectable
 
@@ -139,13 +138,9 @@ def _chosen(what: str, asked: Sequence[int], count: int) -> list[int]:
 # --- running ------------------------------------------------------------------------------------------------------
 def _open(model: ir.Model, folder: Path) -> Any:
     """Opens a graph in memory whose weights are in files of `folder`."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    entries = {"session.model_external_initializers_file_folder_path": str(folder.absolute())}
     # The usual order runs the slices of the weights last, and holds the weights of all layers until then.
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.absolute()))
-    content = ir.to_proto(model).SerializeToString()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return cpu_session(ir.to_proto(model).SerializeToString(), entries, by_priority=True)
 
 
 def _feeds(session: Any, ids: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
