@@ -66,10 +66,8 @@ def _from_one(text: str) -> list[int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     refuse_special(arguments.out)
-    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
-        missing = "is in a folder that does not exist: create it"
-        found = "is a folder; --out names the file to write" if arguments.out.is_dir() else missing
-        raise InputError(f"{arguments.out} {found}")
+    if arguments.out.is_dir():
+        raise InputError(f"{arguments.out} is a folder; --out names the file to write")
     if arguments.last > _MOST_SHOWN:
         raise InputError(f"--last is {arguments.last}, and a page shows {_MOST_SHOWN} tokens at most")
     with _opened(arguments) as bundle:
@@ -83,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .inline import page
 
     content = page(panels).encode()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, content)
     say(f"{arguments.out}: {len(content) / 1000:.0f} kB")
     return 0
