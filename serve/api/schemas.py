@@ -133,25 +133,12 @@ class ToolSpec(RequestPart):
     function: Function
 
 
-class NamedFunction(RequestPart):
-    """The name of a function."""
-
-    name: Text
-
-
-class NamedTool(RequestPart):
-    """A tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class ConversationBody(ModelBody):
     """Messages for a chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[ToolSpec] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolSpec | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -180,12 +167,6 @@ class FlatTool(RequestPart):
     name: Text
     description: str | None = None
     parameters: Schema | None = None
-
-
-class FlatChoice(NamedFunction):
-    """A function that must be called, in the form of Responses."""
-
-    type: Literal["function"]
 
 
 class TextFormat(Body):
@@ -217,7 +198,7 @@ class ResponsesBody(ModelBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatTool | None = None
     text: TextConfig | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from pastkey.runtime import Chunk, Completion, ToolCallDelta
 
 from ..api.replies import call_id, finish_reason, logprobs_of, new_id
-from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, checked, parsed
+from ..api.schemas import ChatBody, FlatTool, ResponsesBody, checked, parsed
 from ..errors import RequestError, body_of
 from ..events import DONE, Writer, event
 from ..service import Running, Service
@@ -42,7 +42,7 @@ def chat_body_of(body: ResponsesBody) -> ChatBody:
     if body.tools:
         functions = [tool.model_dump(exclude_unset=True, exclude={"type"}) for tool in body.tools]
         given["tools"] = [{"type": "function", "function": function} for function in functions]
-    if isinstance(body.tool_choice, FlatChoice):
+    if isinstance(body.tool_choice, FlatTool):
         given["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     elif body.tool_choice is not None:
         given["tool_choice"] = body.tool_choice
