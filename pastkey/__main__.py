@@ -88,7 +88,7 @@ GROUPS = {
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _FLAGS = ("--help", "--version")
-EXPORTING = ("run", "chat")  # they take a source as well, and export it once
+EXPORTING = ("run", "chat", "see")  # they take a source as well, and export it once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 if name == "chat":
                     importlib.import_module("jinja2")  # a user without it is told before an export of minutes
-                given.bundle = exported(given.bundle, untrusted=given.untrusted)
+                given.bundle = exported(given.bundle, untrusted=getattr(given, "untrusted", False))
             return command.run(given)
         except ModuleNotFoundError as error:
             source = ["huggingface"] if name == "export" and any(map(needs_huggingface, rest)) else []

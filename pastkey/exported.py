@@ -1,4 +1,4 @@
-"""The bundles that `chat` and `run` export themselves, once for each source, in the user's cache folder.
+"""The bundles that `chat`, `run` and `see` export themselves, once for each source, in the user's cache folder.
 
 A process of its own exports: the one that runs the bundle never imports torch.
 """

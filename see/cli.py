@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pastkey.command import Command, id_list, positive_int, say
-from pastkey.contract.bundle import Bundle, is_bundle, open_bundle
+from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.errors import InputError
 from pastkey.files.durable import refuse_special, write_whole
-from pastkey.runtime.commands.flags import add_option, prompt_of
+from pastkey.runtime.commands.flags import SOURCE, add_bundle, add_option, prompt_of
 from pastkey.runtime.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ _LAST, _MOST_SHOWN = 128, 256  # tokens that are shown; a page is some 600 pixel
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="BUNDLE_OR_SOURCE", help="a bundle, or anything that pastkey export takes")
+    add_bundle(parser, SOURCE)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to look at; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="IDS", type=id_list, help="the prompt as token ids, such as 1,2,3")
@@ -37,8 +34,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's")
     last = f"show the last N tokens, {_MOST_SHOWN} at most"
     add("--last", metavar="N", type=positive_int, default=_LAST, help=last)
-    add("--context", metavar="N", type=positive_int, help="for modules: the context length, as pastkey export takes it")
-    add("--tokenizer", metavar="FILE", help="for modules: the tokenizer, as pastkey export takes it")
     numbers = "1,2,3"
     add(
         "--layers",
@@ -66,14 +61,11 @@ def _from_one(text: str) -> list[int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     refuse_special(arguments.out)
-    if arguments.out.is_dir() or not arguments.out.parent.is_dir():
-        missing = "is in a folder that does not exist: create it"
-        found = "is a folder; --out names the file to write" if arguments.out.is_dir() else missing
-        raise InputError(f"{arguments.out} {found}")
+    if arguments.out.is_dir():
+        raise InputError(f"{arguments.out} is a folder; --out names the file to write")
     if arguments.last > _MOST_SHOWN:
         raise InputError(f"--last is {arguments.last}, and a page shows {_MOST_SHOWN} tokens at most")
-    with _opened(arguments) as bundle:
-        panels = look(bundle, arguments)
+    panels = look(open_bundle(arguments.bundle), arguments)
     text = panels["text"]
     if arguments.position is not None:
         text["at"] = arguments.position - 1 - text["first"]
@@ -83,29 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from .inline import page
 
     content = page(panels).encode()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, content)
     say(f"{arguments.out}: {len(content) / 1000:.0f} kB")
     return 0
-
-
-@contextlib.contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[Bundle]:
-    """Opens a bundle, or exports a source in float32 for the time of the block."""
-    source = arguments.source
-    if is_bundle(source):
-        if arguments.context is not None or arguments.tokenizer is not None:
-            raise InputError(
-                f"{source} is a bundle, which has its context and its tokenizer: leave out --context and --tokenizer"
-            )
-        yield open_bundle(source)
-        return
-    from pastkey.export import export
-
-    with tempfile.TemporaryDirectory() as folder:
-        say(f"exporting {source} in float32, for this page alone (a bundle is opened at once)")
-        given = {"context_length": arguments.context, "tokenizer": arguments.tokenizer}
-        export(source, Path(folder) / "bundle", precision="fp32", **given)
-        yield open_bundle(Path(folder) / "bundle")
 
 
 def look(bundle: Bundle, arguments: argparse.Namespace) -> dict[str, Any]:

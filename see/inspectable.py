@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 from pastkey.errors import ContractError
-from pastkey.export.graph.edit import CONTRIB_DOMAIN, add_weight, producer, replace_value, shape_of
+from pastkey.export.graph.edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_value, shape_of
 
 _AFTER_SOFTMAX = 2  # GroupQueryAttention's qk_output: the weights, as a fourth output
 _CARRIES = {"Reshape", "Expand", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Cast", "Tile", "Slice"}
@@ -62,7 +62,6 @@ def inspectable(model: ir.Model, calls: int, shown: int) -> Inspectable:
         ContractError: The weights of an attention call are not found.
     """
     _unfuse_skips(model)
-    _name_values(model)
     nodes = [_attention(model, number) for number in range(calls)]
     flow = _Flow(model)
     chains = [flow.chain(node) for node, _ in nodes]
@@ -95,24 +94,15 @@ def _unfuse_skips(model: ir.Model) -> None:
     for node in tuple(model.graph):
         if node.op_type != "SkipSimplifiedLayerNormalization":
             continue
-        total = ir.node("Add", node.inputs[:2], name=f"{node.name}_sum")
-        total.outputs[0].name = f"{node.name}_sum_output"
-        epsilon = node.attributes["epsilon"].as_float()
+        builder, epsilon = NodeBuilder(model, f"{node.name}_unfused"), node.attributes["epsilon"].as_float()
+        total = builder.add("Add", *node.inputs[:2])
         attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-        norm = ir.node("SimplifiedLayerNormalization", [total.outputs[0], node.inputs[2]], attributes, name=node.name)
-        norm.outputs[0].name = f"{node.name}_norm_output"
-        model.graph.insert_before(node, [total, norm])
-        replace_value(model, node.outputs[0], norm.outputs[0])
+        norm = builder.add("SimplifiedLayerNormalization", total, node.inputs[2], **attributes)
+        model.graph.insert_before(node, builder.nodes)
+        replace_value(model, node.outputs[0], norm)
         if len(node.outputs) > 3 and node.outputs[3].name:
-            replace_value(model, node.outputs[3], total.outputs[0])
+            replace_value(model, node.outputs[3], total)
         model.graph.remove(node, safe=True)
-
-
-def _name_values(model: ir.Model) -> None:
-    for number, node in enumerate(model.graph):
-        for place, value in enumerate(node.outputs):
-            if value.name is None:
-                value.name = f"see_{number}_{place}"
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -136,19 +126,16 @@ def _attention(model: ir.Model, number: int) -> tuple[ir.Node, ir.Value]:
 
 def _last_rows(model: ir.Model, weights: ir.Value, number: int, shown: int) -> ir.Value:
     """The weights (H, W, S) of the last tokens, of weights (..., S) over a text without a past."""
+    builder = NodeBuilder(model, f"see_weights_{number}")
     bounds = {"heads": -1, "start": -shown, "end": np.iinfo(np.int64).max, "axis": 1}
-    heads, *cut = (add_weight(model, f"see_{number}_{name}", np.array([bound])) for name, bound in bounds.items())
-    length = ir.node("Shape", [weights], {"start": -1})
-    shape = ir.node("Concat", [heads, length.outputs[0], length.outputs[0]], {"axis": 0})
-    square = ir.node("Reshape", [weights, shape.outputs[0]])  # grouped heads stand on the tokens' axis
-    rows = ir.node("Slice", [square.outputs[0], *cut])
+    heads, *cut = (builder.constant(name, np.array([bound])) for name, bound in bounds.items())
+    length = builder.add("Shape", weights, start=-1)
+    shape = builder.add("Concat", heads, length, length, axis=0)
+    rows = builder.add("Slice", builder.add("Reshape", weights, shape), *cut)  # grouped heads: on the tokens' axis
     made = weights.producer()
     assert made is not None
-    added = [length, shape, square, rows]
-    for place, node in enumerate(added):
-        node.outputs[0].name = f"see_weights_{number}_{place}"
-    model.graph.insert_after(made, added)
-    return rows.outputs[0]
+    model.graph.insert_after(made, builder.nodes)
+    return rows
 
 
 def _products(value: ir.Value) -> Iterator[ir.Node]:

@@ -10,16 +10,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pastkey.command import (
-    Command,
-    byte_count,
-    finite_float,
-    key_value,
-    natural_int,
-    placement_of,
-    positive_int,
-    say,
-)
+from pastkey.command import Command, byte_count, finite_float, key_value, natural_int, placement_of, positive_int, say
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.folder import read_text
 from pastkey.runtime.commands.flags import add_bundle, add_device, add_draft, limits_of

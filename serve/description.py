@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,18 +15,7 @@ from .api.replies import ErrorReply
 from .table import Entry
 
 _REF = "#/components/schemas/{model}"
-_ERRORS = {
-    "400": "A field is wrong, or not supported.",
-    "401": "The key is missing or wrong.",
-    "403": "The Host or Origin header is not allowed.",
-    "404": "The model is not here.",
-    "408": "The body came too slowly.",
-    "413": "The body is too large.",
-    "429": "The queue is full: ask again after Retry-After seconds.",
-    "500": "The server failed.",
-    "501": "A package is not installed.",
-    "503": "The model is not loaded yet, or there is no memory for the request.",
-}
+_ERRORS = (400, 401, 403, 404, 408, 413, 429, 500, 501, 503)
 
 
 @cache
@@ -52,7 +42,7 @@ def describe(table: tuple[Entry, ...]) -> dict[str, Any]:
             "summary": (entry.handler.__doc__ or "").strip(),
             "responses": {
                 "200": {"description": "The answer.", "content": content},
-                **{status: {"description": why, "content": error} for status, why in _ERRORS.items()},
+                **{str(code): {"description": HTTPStatus(code).phrase, "content": error} for code in _ERRORS},
             },
         }
         if entry.open:
@@ -71,9 +61,6 @@ def describe(table: tuple[Entry, ...]) -> dict[str, Any]:
         "info": {"title": "pastkey serve", "version": pastkey.__version__},
         "servers": [{"url": "/v1"}, {"url": "/"}],
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{"key": []}, {}],
     }

@@ -10,14 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-from pastkey.errors import (
-    InputError,
-    MissingExtraError,
-    NumericsError,
-    OptionError,
-    QueueFullError,
-    ResourceError,
-)
+from pastkey.errors import InputError, MissingExtraError, NumericsError, OptionError, QueueFullError, ResourceError
 from pastkey.runtime.options import OPTIONS
 
 _log = logging.getLogger("pastkey")
@@ -36,6 +29,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (MissingExtraError, 501),
     (InputError, 400),
     (OptionError, 400),
+    (ClientDisconnect, 499),
 )
 
 
@@ -57,9 +51,6 @@ def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and the JSON object of an exception."""
     param = code = None
     message = str(error)
-    if isinstance(error, ClientDisconnect):
-        error = RequestError("the client went away", status=499)
-        message = str(error)
     if isinstance(error, RequestError):
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, HTTPException):

@@ -20,7 +20,10 @@ def require_host(connection: HTTPConnection, settings: ServerSettings) -> None:
     """
     server = connection.scope.get("server") or ("",)
     known = {*LOOPBACK, settings.host, str(server[0]), *settings.allow_hosts}
-    host = _name("//" + connection.headers.get("host", ""))  # in lower case
+    try:
+        host = urlsplit("//" + connection.headers.get("host", "")).hostname  # in lower case
+    except ValueError:
+        host = None
     if host not in {name.lower() for name in known}:
         raise RequestError("the Host header is not a name of this server: --allow-host NAME allows one", status=403)
 
@@ -30,7 +33,7 @@ def require_origin(connection: HTTPConnection, settings: ServerSettings) -> None
     origin = connection.headers.get("origin")
     if origin is None or origin in settings.allow_origins or "*" in settings.allow_origins:
         return
-    if urlsplit(origin).netloc != connection.headers.get("host"):
+    if origin.partition("://")[2] != connection.headers.get("host"):
         raise RequestError("web pages of other sites may not ask: --allow-origin ORIGIN allows one", status=403)
 
 
@@ -46,12 +49,9 @@ def require_key(connection: HTTPConnection, settings: ServerSettings) -> None:
         return
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
-    sent: tuple[bytes, ...] = (
-        given.encode("latin-1"),
-        given.encode(),
-    )  # UTF-8 as curl sends it, and Latin-1 as browsers do
+    sent = [given.encode("latin-1"), given.encode()]  # UTF-8 as curl sends it, and Latin-1 as browsers do
     if salt:
-        sent = tuple(salted(one, salt).encode() for one in sent)
+        sent = [salted(one, salt).encode() for one in sent]
     wanted = [key.encode(errors="surrogateescape") for key in keys]  # an environment may have any bytes
     if not sum(hmac.compare_digest(one, key) for key in wanted for one in sent):  # each is compared
         raise RequestError(
@@ -75,10 +75,3 @@ async def body_of(request: Request, settings: ServerSettings) -> bytes:
     except TimeoutError:
         raise RequestError(f"the body took more than {settings.receive_seconds:g} seconds", status=408) from None
     return bytes(body)
-
-
-def _name(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None

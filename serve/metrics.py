@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -42,18 +43,10 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         labels = ("route", "status")
         self.requests = Counter("pastkey_http_requests", "HTTP responses.", labels, registry=self._registry)
-        self.first_token = Histogram(
-            "pastkey_time_to_first_token_seconds",
-            "Seconds from the acceptance of a request to its first token.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.seconds = Histogram(
-            "pastkey_request_seconds",
-            "Seconds from the acceptance of a request to its end.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
+        timed = functools.partial(Histogram, buckets=_SECONDS, registry=self._registry)
+        since = "Seconds from the acceptance of a request to its"
+        self.first_token = timed("pastkey_time_to_first_token_seconds", f"{since} first token.")
+        self.seconds = timed("pastkey_request_seconds", f"{since} end.")
 
     def watch(self, activity: Callable[[], Activity]) -> None:
         """Shows the activity of a model: `pastkey_running`, `pastkey_new_tokens_total` and the others."""

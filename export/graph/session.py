@@ -14,12 +14,22 @@ from pastkey.runtime.providers.ort import onnxruntime
 
 
 def cpu_session(
-    graph: Path | bytes, entries: Mapping[str, str] | None = None, *, threads: int = 0, library: str = ""
+    graph: Path | bytes,
+    entries: Mapping[str, str] | None = None,
+    *,
+    threads: int = 0,
+    library: str = "",
+    by_priority: bool = False,
 ) -> Any:
-    """Opens a graph's file or content, with entries of its configuration and a library of operators."""
+    """Opens a graph's file or content, with entries of its configuration and a library of operators.
+
+    `by_priority`: each node runs as soon as it can, not as late as a later one needs it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised
+    if by_priority:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     for name, entry in (entries or {}).items():
         options.add_session_config_entry(name, entry)
     if library:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -16,7 +16,6 @@ Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Schema = dict[str, Any]
-Place = tuple[str | int, ...]  # of a field in a body
 
 
 def _with_nulls(schema: dict[str, Any]) -> None:
@@ -134,25 +133,12 @@ class ToolSpec(RequestPart):
     function: Function
 
 
-class NamedFunction(RequestPart):
-    """The name of a function."""
-
-    name: Text
-
-
-class NamedTool(RequestPart):
-    """A tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class ConversationBody(ModelBody):
     """Messages for a chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[ToolSpec] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolSpec | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -181,12 +167,6 @@ class FlatTool(RequestPart):
     name: Text
     description: str | None = None
     parameters: Schema | None = None
-
-
-class FlatChoice(NamedFunction):
-    """A function that must be called, in the form of Responses."""
-
-    type: Literal["function"]
 
 
 class TextFormat(Body):
@@ -218,7 +198,7 @@ class ResponsesBody(ModelBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatTool | None = None
     text: TextConfig | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -265,42 +245,23 @@ def checked(kind: type[B], content: dict[str, Any], called: Mapping[str, str] | 
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        place, errors = _wrong(content, error.errors(include_url=False, include_input=False))
-    # pydantic names its classes: "a valid dictionary or instance of Message".
-    said, *more = dict.fromkeys(one["msg"].partition(" or instance of ")[0] for one in errors)
-    said = " or ".join([said, *(one.removeprefix("Input should be ") for one in more)])
-    code = "invalid_type" if errors[0]["type"].endswith("_type") else None
-    if errors[0]["type"] == "extra_forbidden":
+        errors = error.errors(include_url=False, include_input=False)
+    # Of a union's branches, the one that fits the furthest: a value of another type fits the least.
+    wrong = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    said = wrong["msg"].partition(" or instance of ")[0]  # pydantic names its classes
+    code = "invalid_type" if wrong["type"].endswith("_type") else None
+    if wrong["type"] == "extra_forbidden":
         said, code = "is not known, or not supported by this server", "unknown_parameter"
-    param = ".".join(map(str, place))
+    param = ".".join(map(str, _place(content, wrong)))
     param = (called or {}).get(param.partition(".")[0], param)
     raise RequestError(f"{param}: {said}", param=param, code=code)
 
 
-def _wrong(content: Any, errors: Sequence[ErrorDetails]) -> tuple[Place, list[ErrorDetails]]:
-    """The first wrong field, and what is wrong there: in a union, where the branch ends that fits the furthest."""
-    first, branch = _place(content, errors[0])
-    if branch is None:
-        return first, [errors[0]]
-    ends: dict[Any, tuple[Place, ErrorDetails]] = {}
-    for error in errors:
-        place, other = _place(content, error)
-        if other is not None and other[0] == branch[0]:
-            ends.setdefault(other[1], (place, error))
-    furthest = max(place for place, _ in ends.values())
-    there = [error for place, error in ends.values() if place == furthest]
-    return furthest, [error for error in there if not error["type"].endswith("_type")] or there
-
-
-def _place(content: Any, error: ErrorDetails) -> tuple[Place, tuple[Place, str | int] | None]:
-    """The place of an error in the body, without pydantic's names of a union's branches; and the first such branch."""
-    place: Place = ()
-    branch = None
-    for number, key in enumerate(error["loc"], 1):
-        missing = error["type"] == "missing" and number == len(error["loc"])
-        inside = isinstance(key, int) if isinstance(content, list) else isinstance(content, dict) and key in content
-        if missing or inside:
-            place, content = (*place, key), content[key] if inside else None
-        elif branch is None:
-            branch = place, key
-    return place, branch
+def _place(content: Any, error: ErrorDetails) -> Iterator[str | int]:
+    """The place of an error in the body, without pydantic's names of a union's branches."""
+    for key in error["loc"]:
+        if isinstance(key, int) if isinstance(content, list) else isinstance(content, dict) and key in content:
+            yield key
+            content = content[key]
+    if error["type"] == "missing":
+        yield error["loc"][-1]

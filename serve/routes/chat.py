@@ -13,7 +13,7 @@ from pastkey.runtime import Chunk, Completion, LanguageModel
 
 from ..api.options import options_of
 from ..api.replies import ChoiceWriter, call_id, finish_reason, logprobs_of
-from ..api.schemas import ChatBody, ConversationBody, NamedTool, parsed
+from ..api.schemas import ChatBody, ConversationBody, ToolSpec, parsed
 from ..errors import RequestError
 from ..service import GenerationJob, Service
 
@@ -34,8 +34,8 @@ def conversation_of(body: ConversationBody) -> dict[str, Any]:
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if choice != "none" else []
     given: dict[str, Any] = {"messages": messages, "template_variables": body.chat_template_kwargs}
     if tools:
-        given |= {"tools": tools, "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice}
-    elif choice == "required" or isinstance(choice, NamedTool):
+        given |= {"tools": tools, "tool_choice": choice.function.name if isinstance(choice, ToolSpec) else choice}
+    elif choice == "required" or isinstance(choice, ToolSpec):
         raise RequestError("tool_choice asks for a call, and there are no tools", param="tool_choice")
     return given
 

@@ -22,9 +22,7 @@ MAX_TOKENS = 16  # OpenAI's default
 
 def prompts_of(given: str | list[Any]) -> list[Any]:
     """The prompts of a field that has a text, token ids, or a list of these."""
-    if isinstance(given, str) or isinstance(given[0], int):
-        return [given]
-    return list(given)
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def job_of(service: Service, body: CompletionBody, model: LanguageModel) -> GenerationJob:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from pastkey.runtime import Chunk, Completion, ToolCallDelta
 
 from ..api.replies import call_id, finish_reason, logprobs_of, new_id
-from ..api.schemas import ChatBody, FlatChoice, ResponsesBody, checked, parsed
+from ..api.schemas import ChatBody, FlatTool, ResponsesBody, checked, parsed
 from ..errors import RequestError, body_of
 from ..events import DONE, Writer, event
 from ..service import Running, Service
@@ -35,13 +35,14 @@ def chat_body_of(body: ResponsesBody) -> ChatBody:
     for number, item in enumerate(items):
         _add(messages, item, f"input.{number}")
     given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
-    given |= {"messages": messages, "logprobs": body.top_logprobs is not None or _logprobs(body)}
+    included = "message.output_text.logprobs" in (body.include or ())
+    given |= {"messages": messages, "logprobs": body.top_logprobs is not None or included}
     if body.max_output_tokens is not None:
         given["max_tokens"] = body.max_output_tokens
     if body.tools:
         functions = [tool.model_dump(exclude_unset=True, exclude={"type"}) for tool in body.tools]
         given["tools"] = [{"type": "function", "function": function} for function in functions]
-    if isinstance(body.tool_choice, FlatChoice):
+    if isinstance(body.tool_choice, FlatTool):
         given["tool_choice"] = {"type": "function", "function": {"name": body.tool_choice.name}}
     elif body.tool_choice is not None:
         given["tool_choice"] = body.tool_choice
@@ -49,10 +50,6 @@ def chat_body_of(body: ResponsesBody) -> ChatBody:
     if form is not None:
         given["response_format"] = {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_ or {}}}
     return checked(ChatBody, given, {"messages": "input"})
-
-
-def _logprobs(body: ResponsesBody) -> bool:
-    return "message.output_text.logprobs" in (body.include or ())
 
 
 def _add(messages: list[Item], item: Item, param: str) -> None:
@@ -144,8 +141,8 @@ class _ResponseWriter(Writer):
             if self._open is None or self._open["type"] != "message":
                 yield from self.close("completed")
                 yield from self._begin({"type": "message", "role": "assistant", "content": []}, "msg_")
-                self._item["content"].append(_part("", []))
-                yield self.event("response.content_part.added", **self._place, content_index=0, part=_part("", []))
+                self._item["content"].append(_part())
+                yield self.event("response.content_part.added", **self._place, content_index=0, part=_part())
             yield self._delta(chunk.text)
         for call in chunk.tool_calls:
             if call.name is not None:
@@ -181,7 +178,7 @@ class _ResponseWriter(Writer):
         cut = finish_reason(completion) == "length"
         status = "incomplete" if cut else "completed"
         if not self.output:  # an empty answer
-            yield from self._begin({"type": "message", "role": "assistant", "content": [_part("", [])]}, "msg_")
+            yield from self._begin({"type": "message", "role": "assistant", "content": [_part()]}, "msg_")
         yield from self.close(status)
         self._response |= {
             "status": status,
@@ -239,5 +236,5 @@ class _ResponseWriter(Writer):
         yield self.event("response.output_item.added", output_index=len(self.output) - 1, item=self._open)
 
 
-def _part(text: str, logprobs: list[Any]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+def _part() -> dict[str, Any]:
+    return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}

@@ -1,7 +1,5 @@
 """The command: one file, or one sentence."""
 
-import shutil
-
 import pytest
 
 from .conftest import data_of
@@ -37,23 +35,24 @@ def test_a_bundle_becomes_a_page(classic, look, page):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_exported_for_the_page_and_compared_with_its_bundle(classic, look, page):
-    _, data = look(classic / "checkpoint", *PROMPT, "--reference", classic / "bundle")
-    assert (data["model"]["precision"], data["reference"]["name"]) == ("fp32", "bundle")
+def test_a_source_is_exported_once_as_for_run_and_compared_with_a_bundle(classic, look, page, monkeypatch):
+    asked = []
+
+    def exported(source, untrusted):
+        asked.append((source, untrusted))
+        return str(classic / "bundle")
+
+    monkeypatch.setattr("pastkey.exported.exported", exported)
+    _, data = look("org/name", *PROMPT, "--reference", classic / "bundle")
+    assert (asked, data["reference"]["name"]) == ([("org/name", False)], "bundle")
     assert list(page.parent.iterdir()) == [page]
 
 
-def test_a_source_is_exported_for_the_page_with_its_context_and_tokenizer(classic, look, monkeypatch):
-    asked = []
-
-    def exported(source, out, **given):
-        asked.append((source, given))
-        shutil.copytree(classic / "bundle", out)
-
-    monkeypatch.setattr("pastkey.export.export", exported)
-    source, given = "lesson.py:trained", ("--context", "16", "--tokenizer", "lesson.py:tokenizer")
-    look(source, *PROMPT, *given)
-    assert asked == [(source, {"precision": "fp32", "context_length": 16, "tokenizer": "lesson.py:tokenizer"})]
+@pytest.mark.parametrize(("source", "said"), [("checkpoint", "export it first"), ("no.py:make", "no such bundle")])
+def test_what_run_does_not_export_either_is_refused(classic, command, page, source, said):
+    status, _, err = command("see", classic / source, *PROMPT, "--out", page)
+    assert (status, err.count("\n"), page.exists()) == (2, 1, False)
+    assert said in err
 
 
 MISTAKES = {
@@ -62,7 +61,6 @@ MISTAKES = {
     "--heads x": "argument --heads: 'x' is not a list of token ids such as 1,2,3",
     "--position 9": "--position 9 is none of the tokens that are shown, 1 to 5",
     "--last 257": "--last is 257, and a page shows 256 tokens at most",
-    "--context 9": "BUNDLE is a bundle, which has its context and its tokenizer: leave out --context",
     "--top-p 0": "argument --top-p: '0' was given; it must be above 0 and at most 1",
     "--reference nowhere": "no such source: nowhere",
 }

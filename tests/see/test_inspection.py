@@ -118,12 +118,12 @@ def test_layers_and_heads_fit_on_a_page_or_are_named(bundle_of):
         inspect(bundle, IDS, 1, shown=99, heads=[4])
 
 
-def test_weights_that_are_not_those_of_the_call_are_refused(bundle_of, monkeypatch):
+def test_weights_that_are_not_those_of_the_call_have_a_large_error(bundle_of, monkeypatch):
     def mistaken(model, calls, shown):
         found = inspectable(model, calls, shown)
         one, other = found.calls
         return dataclasses.replace(found, calls=(dataclasses.replace(one, weights=other.weights), other))
 
     monkeypatch.setattr(inspection, "inspectable", mistaken)
-    with pytest.raises(ContractError, match="the weights found in attention call 0 are not the ones that it used"):
-        inspect(bundle_of("llama"), IDS, 1, shown=99)
+    errors = inspect(bundle_of("llama"), IDS, 1, shown=99).errors
+    assert errors[1] < 1e-5 < 0.01 < errors[0]
