@@ -46,6 +46,7 @@ MIN_ONNXRUNTIME = "1.24.1"  # the oldest that the runtime takes
 NEWEST_OPSET = 23  # that MIN_ONNXRUNTIME supports; a given graph may be newer
 # GroupQueryAttention of 1.23 applies another window. 1.24.4 returned the right logits.
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"
+MIN_ONNXRUNTIME_WITH_STATES = "1.25.1"  # which has LinearAttention and CausalConvWithState on the CPU
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class BundleWriter:
             shift=self.decoder.shift,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
-            min_onnxruntime=_oldest_onnxruntime(model.opset_imports[""], windows=windows),
+            min_onnxruntime=_oldest_onnxruntime(
+                model.opset_imports[""], windows=windows, states=bool(observation.states)
+            ),
             call=source.call,
             proved=source.proved or None,
             bos_token_id=source.bos_token_id,
@@ -203,10 +206,12 @@ class BundleWriter:
         return dataclasses.replace(bundle, manifest=manifest)
 
 
-def _oldest_onnxruntime(opset: int, *, windows: bool) -> str:
+def _oldest_onnxruntime(opset: int, *, windows: bool, states: bool) -> str:
     """Returns the oldest onnxruntime for a graph: of a newer opset than MIN_ONNXRUNTIME's, the one that verifies it."""
     if opset > NEWEST_OPSET:
         return str(onnxruntime.__version__)
+    if states:
+        return MIN_ONNXRUNTIME_WITH_STATES
     return MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME
 
 

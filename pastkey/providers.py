@@ -65,6 +65,7 @@ class Provider:
     why_standard: str = "the fused graph is not known to run there"  # why its bundles have the standard graph
     loop: bool = False  # runs the Loop operator of `--generate`
     ort_format: bool = False  # can load the ORT format, which is optimised for a CPU
+    states: bool = False  # the operators that keep states were run on it
     npu: bool = False  # runs static graphs only, and computes in float16
     static_int8: bool = False  # runs static graphs with QuantizeLinear and DequantizeLinear
     reads_tables: bool = True  # gathers rows of tables; otherwise the host feeds the rows
@@ -98,6 +99,7 @@ _HTP_ARCHS = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN treats an u
 _ROWS = (
     Provider(
         "CPUExecutionProvider", "any CPU", "pip install onnxruntime", _RUNS, target=True, loop=True, ort_format=True,
+        states=True,
     ),
     Provider(
         "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS,
@@ -210,6 +212,7 @@ TARGETS: Final = {row.short: row for row in _ROWS if row.target} | {
     "portable": replace(
         PROVIDERS["cpu"],
         graphs={"standard": Seen.RUNS},
+        states=False,
         form=Form.DEQUANTIZE_LINEAR,
         why_standard="standard operators only",
     )

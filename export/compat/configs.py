@@ -16,7 +16,7 @@ from pastkey.files.tokenizer_file import open_tokenizer
 from pastkey.precisions import PRECISIONS
 
 from ..source.source import Source
-from .facts import GENAI_INPUTS, GENAI_OUTPUTS, declare_cache
+from .facts import GENAI_INPUTS, GENAI_OUTPUTS, UNKNOWN_TYPE, declare_cache
 
 
 def write_configurations(folder: Path, source: Source, manifest: Manifest, heads: Sequence[int]) -> None:
@@ -31,7 +31,8 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     }
     generation = special | {"max_length": manifest.context_length} | source.generation
     write_json(folder / names.GENERATION_CONFIG, generation)
-    write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
+    if manifest.layers:
+        write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
         (folder / names.TOKENIZER).write_bytes(source.tokenizer)
         write_json(folder / names.TOKENIZER_CONFIG, _tokenizer_config(source, source.tokenizer))
@@ -59,18 +60,22 @@ def _finite(content: dict[str, Any]) -> dict[str, Any]:
 
 def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[str, Any]:
     """config.json for transformers, optimum and transformers.js: the source's own if it declares the graph's cache."""
-    first = manifest.layers[0]
     sizes = {
         "architectures": [manifest.source],
         "vocab_size": manifest.vocab_size,
         "max_position_embeddings": manifest.context_length,
+        "bos_token_id": manifest.bos_token_id,
+        "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
+    }
+    if manifest.states:  # no configuration declares a cache with them
+        return sizes | {"model_type": UNKNOWN_TYPE} | source.config
+    first = manifest.layers[0]
+    sizes |= {
         "num_hidden_layers": len(manifest.layers),
         "num_attention_heads": heads[0],
         "num_key_value_heads": first.kv_heads,
         "head_dim": first.key_head_size,
         "hidden_size": heads[0] * first.key_head_size,
-        "bos_token_id": manifest.bos_token_id,
-        "eos_token_id": manifest.eos_token_ids[0] if manifest.eos_token_ids else None,
     }
     return declare_cache(source.config, sizes, manifest.layers)
 

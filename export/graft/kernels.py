@@ -82,8 +82,15 @@ def _convolution(given: dict[str, Any]) -> Tensor:
 def _delta_rule(given: dict[str, Any]) -> Tensor:
     query, key, value, decay, beta = (given.pop(name).float() for name in ("query", "key", "value", "g", "beta"))
     if given.pop("use_qk_l2norm_in_kernel", False):
-        query, key = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + _EPSILON) for t in (query, key))
+        query, key = _normed(query), _normed(key)
     return remember(RecurrenceCall(query, key, value, decay, beta, key.shape[-1] ** -0.5, calling_line()))
+
+
+def _normed(rows: Tensor) -> Tensor:
+    """rows / sqrt(sum(rows ** 2) + epsilon), written as RMSNorm, which is one node of a fused graph."""
+    size = rows.shape[-1]
+    inverse = torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + _EPSILON / size)
+    return rows * inverse * torch.full((size,), size**-0.5)
 
 
 def _time_step(given: dict[str, Any], step: Tensor, bias: str, softplus: str) -> Tensor:

@@ -55,6 +55,10 @@ class GraphChoice:
 
 def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoice:
     """`asked` is "auto" or a graph's name. Raises ContractError if the asked graph does not support the module."""
+    if observation.states and not TARGETS[target].states:
+        raise ContractError(
+            f"the operators that keep the states of recurrences were not run on {target}: export with --target cpu"
+        )
     if observation.rows and asked != "fused":
         return GraphChoice("standard", "rows are kept beside the keys and values of attention")
     unsupported = (

@@ -23,6 +23,8 @@ def fuse(model: ir.Model, context_length: int) -> None:
 
     `context_length` is the number of positions in the rotary tables.
     """
+    drop_masks_of_ones(model)
+    fuse_softplus(model)
     fuse_norms(model)
     fuse_skips(model)
     fuse_rotary(model, context_length)
@@ -38,6 +40,39 @@ def where_rotated(model: ir.Model) -> str:
     if not any(rotating):
         return "rotary positions, if it has some, outside attention, as torch wrote them"
     return f"rotary positions inside attention in {sum(rotating)} of {len(rotating)} calls"
+
+
+# --- recurrences --------------------------------------------------------------------------------------------------
+def drop_masks_of_ones(model: ir.Model) -> None:
+    """Removes products of rows with a mask (B, T, 1) that is 1 everywhere, which transformers applies to padding."""
+    for node in tuple(model.graph):
+        if node.op_type != "Mul" or node.outputs[0].is_graph_output():
+            continue
+        for rows, mask in (tuple(node.inputs), tuple(reversed(node.inputs))):
+            start = mask
+            while (step := None if start is None else start.producer()) and step.op_type in ("Cast", "Unsqueeze"):
+                start = step.inputs[0]
+            ones = weight(input_of(start, "Expand"))
+            if rows is None or mask is None or ones is None or ones.tolist() != 1:
+                continue
+            if rows.shape is not None and mask.shape is not None and rows.shape[:2] == mask.shape[:2]:
+                replace_uses(node.outputs[0], rows)
+                break
+
+
+def fuse_softplus(model: ir.Model) -> None:
+    """Fuses torch's softplus, which passes large numbers on: where(x > 20, x, log(1 + exp(x)))."""
+    for node in tuple(model.graph):
+        if node.op_type != "Where" or producer(node.inputs[0], "Greater") is None:
+            continue
+        curved = node.inputs[2]
+        softplus = producer(input_of(curved, "Div") or curved, "Softplus")
+        scaled = None if softplus is None else producer(softplus.inputs[0], "Mul")
+        if scaled is None or scaled.inputs[0] is not node.inputs[1]:
+            continue
+        beta = weight(scaled.inputs[1])
+        if beta is not None and beta.tolist() == 1:
+            replace_node(model, node, ir.node("Softplus", [node.inputs[1]], name=node.name))
 
 
 # --- norms --------------------------------------------------------------------------------------------------------

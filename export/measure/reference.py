@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from pastkey.contract.bundle import Bundle, KVGeometry, is_bundle, open_bundle
+from pastkey.contract.bundle import Bundle, Manifest, is_bundle, open_bundle
 from pastkey.errors import ContextLengthError, InputError, first_line
 from pastkey.files.tokenizer_file import open_tokenizer
 
@@ -104,16 +104,22 @@ def _require_plain(call: str, bundle: Bundle) -> None:
 
 def _require_same_shape(bundle: Bundle, source: str, observation: Observation) -> None:
     manifest = bundle.manifest
-    if (manifest.vocab_size, manifest.layers) != (observation.vocab_size, observation.geometry):
+    if (manifest.vocab_size, manifest.layers, manifest.states) != (
+        observation.vocab_size,
+        observation.geometry,
+        observation.states,
+    ):
         raise InputError(
-            f"{bundle.path} has {manifest.vocab_size} tokens and the cache {_shown(manifest.layers)}, {source} has "
-            f"{observation.vocab_size} and {_shown(observation.geometry)}: name the source that it was exported from"
+            f"{bundle.path} has {manifest.vocab_size} tokens and the cache {_shown(manifest)}, {source} has "
+            f"{observation.vocab_size} and {_shown(observation)}: name the source that it was exported from"
         )
 
 
-def _shown(layers: Sequence[KVGeometry]) -> str:
-    first = layers[0]
-    return f"of {len(layers)} layers, {first.kv_heads} heads of size {first.key_head_size}"
+def _shown(kept: Manifest | Observation) -> str:
+    layers = kept.layers if isinstance(kept, Manifest) else kept.geometry
+    heads = f", {layers[0].kv_heads} heads of size {layers[0].key_head_size}" if layers else ""
+    states = f", and {len(kept.states)} states" if kept.states else ""
+    return f"of {len(layers)} layers{heads}{states}"
 
 
 # --- sources ------------------------------------------------------------------------------------------------------

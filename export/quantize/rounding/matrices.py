@@ -51,6 +51,31 @@ def matmul_weight(node: ir.Node) -> MatMulWeight | None:
     return None if value is None or not _is_matrix(value) else MatMulWeight(value, transposed)
 
 
+def steering_weights(model: ir.Model) -> set[str]:
+    """Names of the matrices that compute nothing but the decay or the beta of recurrences.
+
+    They are small, and their error adds up over the text, as it is multiplied into the state at each token.
+    """
+    found = set[str]()
+    for node in model.graph:
+        read = matmul_weight(node)
+        if read is not None and _steers(node.outputs[0]):
+            found.add(str(read.initializer.name))
+    return found
+
+
+def _steers(value: ir.Value) -> bool:
+    uses = tuple(value.uses())
+    return bool(uses) and all(
+        place >= _DECAY if user.op_type == "LinearAttention" else user.op_type in _STEPS and _steers(user.outputs[0])
+        for user, place in uses
+    )
+
+
+_DECAY = 4  # the first of LinearAttention's inputs that steer: decay, then beta
+_STEPS = ("Add", "Clip", "Exp", "Mul", "Neg", "Reshape", "Sigmoid", "Softplus", "Unsqueeze")
+
+
 def mark_weights(node: ir.Node, weights: Sequence[MatMulWeight]) -> None:
     """Writes into a node which float32 matrices its quantized one was made of, until `take_weights`."""
     columns = weights[0].shape[1]

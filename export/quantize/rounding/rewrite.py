@@ -45,7 +45,7 @@ from ...graph.write.output_head import mark_head, output_head
 from . import block_dequantize
 from .block_dequantize import dequantize_linear
 from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
-from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, mark_weights, matmul_weight
+from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, mark_weights, matmul_weight, steering_weights
 from .merge import Projections, find_mergeable, insert_merged
 
 ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-bit weights
@@ -75,7 +75,7 @@ def quantize(
     """
     if head is None:
         head = output_head(model)
-    weights = _Weights(model, frozenset(keep), rounded, form)
+    weights = _Weights(model, frozenset(keep) | steering_weights(model), rounded, form)
     matmuls = [n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.of(n)]
     by_bits: dict[int, list[ir.Node]] = {}
     for node in matmuls:
