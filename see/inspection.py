@@ -87,10 +87,12 @@ def inspect(
         most_weights: How many weights of attention fit, without those of masked tokens.
 
     Raises:
-        InputError: There is no such layer or head.
+        InputError: There is no such layer or head, or the decoder keeps states of recurrences.
         ContractError: The weights of attention are not found.
         NumericsError: The logits are not finite.
     """
+    if bundle.manifest.states:
+        raise InputError(f"{bundle.path} keeps the states of recurrences, and the page shows attention alone")
     graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers), shown)
     folder, first = bundle.all_logits_graph.parent, max(0, len(ids) - shown)
     session = _open(graph.model, folder)

@@ -10,6 +10,19 @@ import onnx_ir as ir
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.24 and the execution providers support it
 IR_VERSION = 10  # onnxruntime loads it since 1.18
 CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
+STATEFUL = ("CausalConvWithState", "LinearAttention")  # the operators that keep a state, in float32 alone
+FIRST_STEERING = 4  # LinearAttention's inputs from here on steer it: decay, then beta
+STEERING = (
+    "Add",
+    "Clip",
+    "Exp",
+    "Mul",
+    "Neg",
+    "Reshape",
+    "Sigmoid",
+    "Softplus",
+    "Unsqueeze",
+)  # from a projection to these
 
 
 def weight(value: ir.Value | None) -> np.ndarray | None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 
-from .edit import add_weight, weight
+from .edit import FIRST_STEERING, STATEFUL, STEERING, add_weight, weight
 
 _ANGLES = {"Cos", "Sin"}
 _SUMS = {"ReduceMean", "ReduceSum"}
@@ -45,7 +45,7 @@ class _Halved:
     def rewrite(self) -> list[str]:
         graph, halved = self._model.graph, list[str]()
         for value in graph.inputs:
-            if value.dtype == _FLOAT:
+            if value.dtype == _FLOAT and not names.is_state(str(value.name)):
                 value.type = ir.TensorType(_HALF)
             self._types[id(value)] = value.dtype
         for value in graph.initializers.values():
@@ -115,8 +115,8 @@ class _Halved:
         return node
 
     def _put_out(self, place: int, value: ir.Value) -> None:
-        """Sets the type of a graph output: float32 for logits, float16 for everything else."""
-        wanted = _FLOAT if value.name == names.LOGITS else _HALF
+        """Sets the type of a graph output: float32 for logits and states, float16 for everything else."""
+        wanted = _FLOAT if value.name == names.LOGITS or names.is_state(str(value.name)) else _HALF
         producer, name = value.producer(), value.name
         if self._types[id(value)] != wanted and producer is not None:
             shape, value.shape, value.type = value.shape, None, None
@@ -130,11 +130,15 @@ class _Halved:
 
 
 def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
-    """Returns the nodes that compute angles, and those between a square and the inverse of its root."""
+    """Returns the nodes that compute angles, keep states, and stand between a square and the inverse of its root."""
     kept: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type in _ANGLES:
             _keep(node, kept)
+        elif node.op_type in STATEFUL:
+            kept.add(node)
+            for value in node.inputs[FIRST_STEERING:] if node.op_type == "LinearAttention" else ():
+                _keep_steps(value, kept)
         elif node.op_type == "Sqrt" or _is_inverse_root(node):
             kept.add(node)
             kept.update(user for user, _ in node.outputs[0].uses() if user.op_type == "Reciprocal")
@@ -159,6 +163,15 @@ def _keep(node: ir.Node, kept: set[ir.Node], *, to_squares: bool = False) -> Non
         if producer is None or producer in kept or (to_squares and node.op_type not in {"Add"} | _SUMS):
             continue
         _keep(producer, kept, to_squares=to_squares)
+
+
+def _keep_steps(value: ir.Value | None, kept: set[ir.Node]) -> None:
+    """Adds the steps from a projection to the decay or the beta of a recurrence."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type in STEERING:
+        kept.add(producer)
+        for read in producer.inputs:
+            _keep_steps(read, kept)
 
 
 def _halve_attributes(node: ir.Node) -> None:

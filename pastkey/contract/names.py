@@ -99,6 +99,11 @@ CONV_STATE: Final = "conv_state"  # (B, C, K - 1): the last columns of a convolu
 RECURRENT_STATE: Final = "recurrent_state"  # (B, H, D, Dv): of a linear recurrence
 
 
+def is_state(tensor: str) -> bool:
+    """Whether an input or output is a state."""
+    return tensor.endswith((f".{CONV_STATE}", f".{RECURRENT_STATE}"))
+
+
 def past_states(kinds: Sequence[str]) -> list[str]:
     """The inputs of the states of these kinds, in order. Those of each kind are numbered from 0."""
     return [f"{PAST_PREFIX}{kinds[:place].count(kind)}.{kind}" for place, kind in enumerate(kinds)]

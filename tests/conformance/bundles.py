@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..export.decoders import Plain, gpt2, llama
+from ..export.decoders import Hybrid, Plain, gpt2, llama
 from ..export.graft.own.registry import DECODERS
 
 CONTEXT = 40
@@ -55,6 +55,11 @@ STATES = {
     "padding": "a padded row would be read by the short convolution",
     **NO_SHIFT,
 }
+HYBRID = {
+    "trim": "a state is there for some lengths alone",
+    "padding": "a padded row would change the state",
+    **NO_SHIFT,
+}
 STATIC = {**ONE_ROW, "plain": "other programs feed it masks; tests/export/graph/static runs its graphs"}
 
 
@@ -93,14 +98,21 @@ ROWS = {
     "latent-int8": own("latent", graph="standard", precision="int8"),
     "convolution-fp32": own("short_conv", graph="standard", options={"generate": True}, lacks=STATES),
     "convolution-int8": own("short_conv", graph="standard", precision="int8", lacks=STATES),
+    "hybrid-fp32": Row(Hybrid, lacks=HYBRID),
+    "hybrid-fp32-standard": Row(Hybrid, graph="standard", options={"graph": "standard"}, lacks=HYBRID),
+    "hybrid-fp16": Row(Hybrid, precision="fp16", lacks=HYBRID),
+    "hybrid-int8": Row(Hybrid, precision="int8", lacks=HYBRID),
+    "hybrid-int8-native": Row(Hybrid, precision="int8", native=True, lacks=HYBRID | NATIVE),
+    "hybrid-int4": Row(Hybrid, precision="int4", lacks=HYBRID),
+    "hybrid-int4-native": Row(Hybrid, precision="int4", native=True, lacks=HYBRID | NATIVE),
     "uneven-fp32": Row(
         lambda: Plain(value_size=16, layers=2), graph="standard", options={"generate": True}, lacks=NO_SHIFT
     ),
 }  # fmt: skip
 # Each export traces a decoder, or shares the trace of one with the same graph.
-QUICK = ("llama-fp32", "llama-int8", "llama-int8-native", "gpt2-fp32-standard", "convolution-fp32")
+QUICK = ("llama-fp32", "llama-int8", "llama-int8-native", "gpt2-fp32-standard", "convolution-fp32", "hybrid-fp32")
 CI = (
     "llama-fp32-standard", "llama-fp32-static", "llama-fp16", "llama-int8-generate", "llama-int8-portable",
     "llama-int4", "llama-int4-native", "gpt2-fp32", "gpt2-int8", "gpt2-int4-native", "own-fp32", "latent-int8",
-    "uneven-fp32",
+    "uneven-fp32", "hybrid-fp32-standard", "hybrid-int8-native",
 )  # fmt: skip

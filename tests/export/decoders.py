@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pastkey.contract.config import ModelConfig
+from pastkey.export.graft.attention import remember
+from pastkey.export.graft.states import ConvolutionCall, RecurrenceCall
 from pastkey.train.model import Decoder
 
 
@@ -130,6 +132,29 @@ class Twice(TableRope):
         for _ in range(2):
             hidden = self.apply_block(self.blocks[0], hidden, position_ids)  # type: ignore[arg-type]
         return F.linear(hidden, self.token.weight)
+
+
+class Hybrid(Plain):
+    """Attention, then a gated delta rule behind a short convolution, as transformers' hybrids call them."""
+
+    def more(self) -> None:
+        self.mixed = nn.Linear(self.width, 2 * 2 * self.size + self.heads * self.value_size)  # 2 heads of q and k
+        self.kernel = nn.Parameter(torch.randn(self.mixed.out_features, 4) / 2)
+        self.steer = nn.Linear(self.width, 2 * self.heads)
+        self.out = nn.Linear(self.heads * self.value_size, self.width)
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = super().apply_block(block, hidden, position_ids)
+        rows = remember(ConvolutionCall(self.mixed(hidden).transpose(1, 2), self.kernel, None, True, "")).transpose(
+            1, 2
+        )
+        sizes = [2 * self.size, 2 * self.size, self.heads * self.value_size]
+        query, key, value = (
+            part.unflatten(2, (heads, -1)) for part, heads in zip(rows.split(sizes, 2), (2, 2, self.heads), strict=True)
+        )
+        decay, beta = self.steer(hidden).chunk(2, 2)
+        call = RecurrenceCall(query, key, value, -F.softplus(decay), beta.sigmoid(), 0.5, "")
+        return hidden + self.out(remember(call).flatten(2))
 
 
 class OneHead(Plain):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import add_tensor, shape_of, weight
+from ...graph.edit import FIRST_STEERING, STEERING, add_tensor, shape_of, weight
 
 _MARK = "pastkey.weights"  # key in a node's metadata
 
@@ -67,13 +67,11 @@ def steering_weights(model: ir.Model) -> set[str]:
 def _steers(value: ir.Value) -> bool:
     uses = tuple(value.uses())
     return bool(uses) and all(
-        place >= _DECAY if user.op_type == "LinearAttention" else user.op_type in _STEPS and _steers(user.outputs[0])
+        place >= FIRST_STEERING
+        if user.op_type == "LinearAttention"
+        else user.op_type in STEERING and _steers(user.outputs[0])
         for user, place in uses
     )
-
-
-_DECAY = 4  # the first of LinearAttention's inputs that steer: decay, then beta
-_STEPS = ("Add", "Clip", "Exp", "Mul", "Neg", "Reshape", "Sigmoid", "Softplus", "Unsqueeze")
 
 
 def mark_weights(node: ir.Node, weights: Sequence[MatMulWeight]) -> None:

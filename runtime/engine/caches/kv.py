@@ -135,8 +135,7 @@ class KVCache:
         if self.states is not None:
             if not self.length:
                 self.states.begin(batch)
-                self._bind_states()
-            elif self._device != "cpu":  # which copies bound inputs at the binding
+            if not self.length or not self._shared or self._device != "cpu":  # a device copies what is bound at once
                 self._bind_states()
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -219,7 +218,8 @@ class KVCache:
         if self.states is not None:
             self.states.begin(batch)
             self.states.fill(rows[len(self._tensors) :])
-            self._bind_states()
+            if self._shared:  # else `reserve` binds them, behind keys and values
+                self._bind_states()
             rows = rows[: len(self._tensors)]
         if not self._shared:
             self._values = [self._place(np.array(array, order="C")) for array in rows]
@@ -300,7 +300,9 @@ class KVCache:
 
     def _bind_states(self) -> None:
         assert self.states is not None
-        self.states.bind(self.binding, self._other_binding)
+        self.states.bind(self.binding, self.states.now)
+        if self._shared:  # else the other binding's first outputs are keys and values
+            self.states.bind(self._other_binding, 1 - self.states.now)
 
     def _shape(self, tensor: _Tensor, rows: int) -> tuple[int, ...]:
         if tensor.kv_heads is None:

@@ -209,7 +209,8 @@ class Slab:
             for binding in (self.binding, self._other_binding):
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_ortvalue_output(present, value)
-        self._states.bind(self.binding, self._other_binding, count)
+        for binding, read in ((self.binding, self._states.now), (self._other_binding, 1 - self._states.now)):
+            self._states.bind(binding, read, count)
         self._bound = count
 
 

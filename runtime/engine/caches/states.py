@@ -62,18 +62,15 @@ class States:
         """One copy of the states of no token."""
         return [np.zeros((batch, *shape), np.float32) for shape in self._shapes]
 
-    def bind(self, reading: Binding, writing: Binding, rows: int | None = None) -> None:
-        """Binds the current copy as inputs of `reading` and outputs of `writing`, and the other copy in reverse.
+    def bind(self, binding: Binding, read: int, rows: int | None = None) -> None:
+        """Binds the copy `read` as inputs and the other as outputs.
 
         `rows`: how many of the first sequences; None for all.
         """
-        for binding, now in ((reading, self.now), (writing, 1 - self.now)):
-            for name, before, after in zip(self._past, self.copies[now], self.copies[1 - now], strict=True):
-                for bind, end, array in (
-                    (binding.bind_ortvalue_input, name, before),
-                    (binding.bind_ortvalue_output, names.present_of(name), after),
-                ):
-                    bind(end, onnxruntime.OrtValue.ortvalue_from_numpy(array[:rows]))
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
+        for name, before, after in zip(self._past, self.copies[read], self.copies[1 - read], strict=True):
+            binding.bind_ortvalue_input(name, value(before[:rows]))
+            binding.bind_ortvalue_output(names.present_of(name), value(after[:rows]))
 
     def advance(self, length: int) -> None:
         """Takes the states that the last run wrote; `length` tokens came before it."""
