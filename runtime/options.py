@@ -162,7 +162,7 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
                "with reuse_prefix, compute generated tokens again: then int8 output does not depend on the cache"),
         Option("prompt_lookup", Switch, True,
                "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
-        Option("draft", Switch, None, "use the draft model, an option of load, if that is faster"),
+        Option("draft", Switch, None, "use the draft model, an option of load"),
         Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),
     "rare": (

@@ -139,7 +139,6 @@ class Generation:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.closed = False  # no token will be read any more
-        self.drafted = False  # whether the last step outside a batch had a draft
         self.error: BaseException | None = None
         self._limit = self.kept.most(request.max_new_tokens, len(self.ids))
         self._end_ids = frozenset(request.end_ids)
@@ -293,7 +292,6 @@ class Generation:
             self.jump()
             if self.ended:
                 return
-        self._speculator.start()
         missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
             self.kept.make_room(engine, 1)
@@ -308,7 +306,7 @@ class Generation:
                 draft = []
                 self._speculator.stop()
                 logits = engine.run(np.array([missing]))
-            self.drafted, accepted = bool(draft), self.accepted_tokens
+            accepted = self.accepted_tokens
             self._count(self.take(logits[0], draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
             if draft:
@@ -321,7 +319,6 @@ class Generation:
             engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
         chunk = missing[: sizes[0]]
         logits = self._read_with_logprobs(chunk) if self.prompt_logprobs else engine.run(np.array([chunk]))[0, -1]
-        self._speculator.read()
         if not self._limit and None not in self.prompt_logprobs[1:]:
             self._ending = self._ending or "length"
         elif len(sizes) == 1:
