@@ -336,9 +336,7 @@ class Generation:
 
     def _settle(self) -> None:
         """Trims the cache to `ids`: drops rejected draft tokens and tokens that were never read."""
-        last = len(self.ids) - self.kept.dropped - (not self.ended)  # the next step runs the last token for its logits
-        if self.engine.length > last:
-            self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
+        self.engine.cut(len(self.ids) - self.kept.dropped - (not self.ended))  # a next step runs the last token
 
     def retire(self) -> None:
         """Drops unread tokens from `ids` and from the cache, and passes the engine on. No step may run or follow."""

@@ -99,13 +99,8 @@ class Drafter:
         known, most = min(self._known, len(cached)), min(len(cached), len(ids) - 1)
         while known < most and cached[known] == ids[known]:
             known += 1
-        if engine.length > known:
-            if engine.can_trim(known):
-                engine.trim(known)
-            else:  # a sliding window has evicted tokens that the next one sees
-                engine.empty()
-                known = 0
-        self._known = known
+        engine.cut(known)
+        self._known = min(known, engine.length)
 
     def _run(self, engine: Engine, ids: Sequence[int], count: int) -> list[int]:
         """Up to `count` draft tokens; none if the cache lacks more than a chunk, of which this step runs only one."""
