@@ -78,9 +78,8 @@ class ChatStream(ChunkStream):
         text = chunk.text
         if self._cut and len(self._reader.text) == self._cut and chunk.ids and self._loses_space(chunk.ids[0]):
             text = " " + text  # a decoder drops it where a text begins, and this one goes on
-        content, parts = self._reader.push(text)
-        self._texts.append(content)
-        return dataclasses.replace(chunk, text=content, tool_calls=parts)
+        self._texts.append(content := self._reader.push(text))
+        return dataclasses.replace(chunk, text=content)
 
     def _ended(self) -> StopIteration:
         assert self.completion is not None
