@@ -226,5 +226,4 @@ def _unpacked(file: Path, name: str, folder: Path, rights: list[tuple[Path, int]
     landlock.restrict([*rights, (file, landlock.READ_FILE), (folder, landlock.WRITE)])
     rlimits.limit_memory(_BESIDE, _BESIDE, final=False)
     with file.open("rb") as content:
-        unpack(content, name, folder)
-    return folder
+        return unpack(content, name, folder)
