@@ -1,4 +1,4 @@
-"""Bundles in zip files and resources of packages. The unpacked size is limited.
+"""Bundles in zip files. The unpacked size is limited.
 
 Standard library only: the sandbox's child process unpacks a bundle before it imports other packages.
 """
@@ -12,7 +12,6 @@ import tempfile
 import weakref
 import zipfile
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,34 +55,14 @@ class BundleArgument:
 
 
 def given_as(path: Any) -> BundleArgument:
-    """Writes bytes and resources of a package to a temporary folder, unread. A path stays as it is.
-
-    Raises InputError, MissingFileError.
-    """
+    """Writes bytes to a temporary folder, unread. A path stays as it is."""
     if isinstance(path, bytes | bytearray | memoryview):
         temporary = TemporaryFolder()
         target = temporary.path / "bundle.zip"
         target.write_bytes(path)
         return BundleArgument(target, "the bytes", temporary)
-    if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
-        if not path.is_file() and not path.is_dir():
-            raise MissingFileError(f"no such bundle: {path.name} is not in its package")
-        temporary = TemporaryFolder()
-        target = temporary.path / "bundle"
-        _copy(path, target)
-        return BundleArgument(target, path.name, temporary)
     found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
     return BundleArgument(found, str(found))
-
-
-def _copy(source: Traversable, target: Path) -> None:
-    if source.is_dir():
-        target.mkdir()
-        for part in source.iterdir():
-            _copy(part, target / part.name)
-    else:
-        with source.open("rb") as read, target.open("wb") as written:
-            shutil.copyfileobj(read, written)
 
 
 def unpacked(given: BundleArgument) -> tuple[Path, TemporaryFolder | None]:
