@@ -73,8 +73,10 @@ class LimitedProcess:
             descriptors: Sockets that it inherits.
 
         Raises:
-            UntrustedBundleError: It could not be started.
-            InputError: `bundle` is none, or `given` has something that is not of JSON's types.
+            UntrustedBundleError: This program has no Python to start it with.
+            OSError, RuntimeError: The system could not start it, or a thread for it.
+            TypeError, ValueError: `given` has something that is not of JSON's types.
+            InputError: `bundle` is none.
         """
         found = given_as(bundle)
         if found.path.suffix == ".gguf":  # told by the name: no file is read here
@@ -97,13 +99,7 @@ class LimitedProcess:
             "scratch": self._made("scratch") if scratch else None,
             "libraries": libraries()[1] + [[file, "read"] for file in readable],
         }
-        try:
-            sent = json.dumps(job).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"what was given cannot be sent to the process of an untrusted bundle ({error}): give smaller or "
-                "plainer values"
-            ) from None
+        sent = json.dumps(job).encode() + b"\n"
         self._name, self.seconds = found.name, limits.seconds
         self.in_force = LimitsInForce(limits.seconds, None, 0, ("what its process was to put on itself",))
         self._process, self._lifeline = started(found.name, descriptors)
@@ -116,12 +112,9 @@ class LimitedProcess:
         try:
             for thread in self._threads:
                 thread.start()
-        except RuntimeError as error:  # no room for one
+        except RuntimeError:  # no room for one
             self.close()
-            raise UntrustedBundleError(
-                f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or "
-                "end other processes"
-            ) from None
+            raise
 
     def __enter__(self) -> Self:
         return self
