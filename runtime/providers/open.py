@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import mmap
 import os
 import warnings
 from collections import Counter
@@ -23,7 +22,7 @@ from pastkey.values import is_unicode, parse_version, shown
 from ..options import Choice, SessionSettings
 from . import placement as ep
 from .inference import OrtSession
-from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
+from .ort import OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .session_options import RECORD, WHOLE, require_free, set_options
 
 # Threads that keep spinning after a run take CPU time from other sessions and from the application.
@@ -76,11 +75,8 @@ def open_session(
     wanted = ep.for_bundle(manifest, providers, allow_fallback=allow_fallback)
     entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
 
-    # Referenced until the session is created: onnxruntime gets pointers to this memory.
-    linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
-
     def options(entries: Mapping[str, str]) -> Any:
-        made = _options(linked, threads, entries, given)
+        made = _options(threads, entries, given)
         if library:
             made.register_custom_ops_library(library)
         if profile_prefix is not None:
@@ -123,7 +119,7 @@ def open_session(
     return session
 
 
-def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
+def _options(threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
     """`entries`: pastkey's own. `given`: the user's, which override them."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -132,9 +128,6 @@ def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str
     # the CPU.
     options.log_severity_level = 4 if WHOLE in entries else 3
     set_options(options, {_STOP_SPINNING: "1", **entries, **given})
-    if linked:  # onnxruntime copies them: with 134 MB of weights the peak memory of a load is 172 MiB higher
-        sizes = [len(content) for content in linked.values()]
-        options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
     return options
 
 
@@ -190,16 +183,6 @@ def default_threads() -> int:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
     return len(cores)
-
-
-def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
-    """The weights files that are symbolic links, as in a download cache: name -> content."""
-    content = {}
-    for path in folder.iterdir():
-        if path.is_symlink() and names.is_weights_file(path.name):
-            with path.open("rb") as file:
-                content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return content
 
 
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:

@@ -106,11 +106,10 @@ def test_threads(bundle):
             Engine(bundle, threads=threads)
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path, monkeypatch, in_memory):
-    """Weights beside the graph. onnxruntime 1.24.1 is handed the weights in memory, as the others can be."""
-    if in_memory:
-        monkeypatch.setattr(opening, "REFUSE_LINKS", {parse_version(ort.onnxruntime.__version__)})
+def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path):
+    """Weights beside the graph."""
+    if ort.onnxruntime.__version__ == "1.24.1":
+        pytest.skip("this release takes no weights that are links")
     source = make_bundle(tiny, "fused", data_file=names.weights_file("model.onnx"))
     bundle = open_bundle(linked_to_blobs(source.path, tmp_path), verify=True)
     ids = [3, 1, 4, 1, 5]
