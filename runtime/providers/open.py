@@ -73,7 +73,7 @@ def open_session(
     given = dict(session_options or {})
     require_free(given)
     wanted = ep.for_bundle(manifest, providers, allow_fallback=allow_fallback)
-    entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
+    entries = {RECORD: "1"}
 
     def options(entries: Mapping[str, str]) -> Any:
         made = _options(threads, entries, given)
@@ -155,10 +155,7 @@ def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
 
 
 def operators_of(session: Any) -> dict[str, Counter[str]]:
-    """onnxruntime's name of a provider -> its operators, each with the number of its nodes.
-
-    Empty for a session that was opened without the entry RECORD.
-    """
+    """onnxruntime's name of a provider -> its operators, each with the number of its nodes."""
     found: dict[str, Counter[str]] = {}
     with contextlib.suppress(*OrtError):
         for subgraph in session.get_provider_graph_assignment_info():

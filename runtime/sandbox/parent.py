@@ -55,7 +55,6 @@ class LimitedProcess:
         *,
         prog: str = "pastkey",
         terminals: tuple[bool, bool] = (False, False),
-        scratch: bool = False,
         readable: Sequence[str] = (),
         descriptors: Sequence[int] = (),
     ) -> None:
@@ -68,7 +67,6 @@ class LimitedProcess:
             limits: What it may take.
             prog: What its errors begin with.
             terminals: Whether what it reads, and what it prints, are a terminal's.
-            scratch: Whether it may write to a temporary folder.
             readable: Further files that it may read.
             descriptors: Sockets that it inherits.
 
@@ -82,10 +80,10 @@ class LimitedProcess:
         if found.path.suffix == ".gguf":  # told by the name: no file is read here
             require_manifest(found.path, "bundle")
         path, unpack_to, self._temporary = found.path.absolute(), None, found.temporary
-        if path.is_file() or scratch:
-            self._temporary = self._temporary or TemporaryFolder()
         if path.is_file():
-            unpack_to = self._made("unpacked")
+            self._temporary = self._temporary or TemporaryFolder()
+            (self._temporary.path / "unpacked").mkdir()
+            unpack_to = str(self._temporary.path / "unpacked")
         job = {
             "run": f"{run.__module__}:{run.__qualname__}",
             "given": given,
@@ -96,7 +94,6 @@ class LimitedProcess:
             "path": str(path),
             "name": found.name,
             "unpack_to": unpack_to,
-            "scratch": self._made("scratch") if scratch else None,
             "libraries": libraries()[1] + [[file, "read"] for file in readable],
         }
         sent = json.dumps(job).encode() + b"\n"
@@ -121,12 +118,6 @@ class LimitedProcess:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _made(self, name: str) -> str:
-        assert self._temporary is not None
-        folder = self._temporary.path / name
-        folder.mkdir()
-        return str(folder)
 
     # --- what it says -------------------------------------------------------------------------------------------------
     def allow(self, seconds: float | None) -> None:

@@ -117,12 +117,8 @@ def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path):
     np.testing.assert_allclose(found, tiny(ids), atol=1e-4)
 
 
-def test_operators_are_counted_by_provider(fused_bundle, tmp_path):
-    """By onnxruntime's own record, which it keeps on request."""
-    recorded = Engine(fused_bundle, threads=1, profile_prefix=tmp_path / "profile").onnx
-    recorded.end_profiling()
-    assert opening.operators_of(recorded)[ep.CPU]["GroupQueryAttention"] == 2
-    assert opening.operators_of(Engine(fused_bundle, threads=1).onnx) == {}
+def test_operators_are_counted_by_provider(fused_bundle):
+    assert opening.operators_of(Engine(fused_bundle, threads=1).onnx)[ep.CPU]["GroupQueryAttention"] == 2
 
 
 def test_a_run_that_fails_names_the_graph(standard_bundle):
