@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import warnings
@@ -92,17 +91,13 @@ def open_session(
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
-        partly = _with_cpu(path, options({RECORD: "1"}), wanted) if wanted.whole else None
-        placed = {} if partly is None else operators_of(partly)
-        if left := placed.get(ep.CPU):
-            if len(placed) == 1 and wanted.providers[0][1]:
-                raise ep.takes_nothing(*wanted.providers[0]) from error
-            raise ep.left_behind(wanted.providers[0][0], left, manifest.target) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             remedy = ep.remedy(name, manifest.target)
             again = f"{f'{remedy}, or ' if remedy else ''}take the provider 'cpu'"
+            if wanted.whole:
+                again += "; allow_fallback=True, or --allow-fallback, lets the CPU run what it leaves"
             if manifest.compiled is not None:
                 again = f"it was compiled for {manifest.compiled}: compile it again"
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error
@@ -141,17 +136,6 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         if plugins:  # onnxruntime accepts no list of providers with a plugin
             return OrtSession(str(path), options, enable_fallback=0)
         return OrtSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
-
-
-def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
-    """A session in which the CPU runs what the provider does not; None if that fails as well."""
-    providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
-    try:
-        session = _create(path, options, dataclasses.replace(wanted, providers=providers))
-    except RunError:
-        return None
-    ep.require_active(wanted, session.get_providers())
-    return session
 
 
 def operators_of(session: Any) -> dict[str, Counter[str]]:
