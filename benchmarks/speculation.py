@@ -3,7 +3,6 @@
 Speeds are of decoding alone, in CPU time of one thread, so that others on the machine count little. The tasks go on
 from several places of a text; copy a passage, as two examples do, which a model of any size does word for word, and
 which is what prompt lookup is for; and ask a conversational model to repeat one, which a small one paraphrases.
-Whether a draft pays is decided by the same clock.
 
 Acceptance is of a draft token at each place of the text: what coupling by the place's random number gives, which keeps
 a seed's text as it is, and what rejection sampling would give, which does not: the sum of the smaller probabilities.
@@ -24,7 +23,6 @@ import numpy.typing as npt
 from pastkey.errors import InputError, PastkeyError
 from pastkey.files.folder import read_text
 from pastkey.runtime import Chunk, Completion, LanguageModel, load
-from pastkey.runtime.model.draft_model import timed_worth
 from pastkey.runtime.sampling import truncation
 
 from .measure import Answer, Spread, Table, TextFile, facts_of, interleaved
@@ -63,7 +61,6 @@ def speculation(
     if model.draft is not None:
         other = model.draft.model
         assert isinstance(other, LanguageModel)
-        model.draft.worth = timed_worth(other.require_open().graph, time.process_time)
         length = min(256, model.manifest.context_length, other.manifest.context_length)
         yield _acceptance(model, other, model.prompt_ids(whole)[:length])
     if useless:

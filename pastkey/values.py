@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import numbers
 import os
@@ -80,21 +79,9 @@ def is_collection(value: object) -> TypeGuard[Collection[Any]]:
 
 
 def as_path(value: str | os.PathLike[str], name: str = "path", expected: str = "the path of a file") -> Path:
-    """Returns the path, which need not exist. Raises InputError if it is not a valid path on this system.
-
-    Raises TypeError for what is no path.
-    """
+    """Returns the path, which need not exist. Raises TypeError for what is no path."""
     require_type(isinstance(value, str | os.PathLike), name, value, expected)
-    found, why = Path(value), None
-    try:
-        os.lstat(found)
-    except ValueError:  # a NUL, or a character that no name has here
-        why = "is not the name of a file"
-    except OSError as error:
-        why = "is longer than a name can be here" if error.errno == errno.ENAMETOOLONG else None
-    if why is not None:
-        raise InputError(f"{name} is {shown(str(found))}, which {why}; it must be {expected}")
-    return found
+    return Path(value)
 
 
 def shown(value: object, longest: int = 80) -> str:

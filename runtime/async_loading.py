@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Unpack
 import pastkey
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
     from .loading import LoadSettings
     from .model.language_model import LanguageModel
 
 
-async def aload(path: str | Path | bytes | Traversable, **settings: Unpack[LoadSettings]) -> LanguageModel:
+async def aload(path: str | Path | bytes, **settings: Unpack[LoadSettings]) -> LanguageModel:
     """As `load`, for `await`. A thread imports the runtime and loads the bundle while the event loop runs.
 
     Reading tokenizer.json and each library's start hold the GIL; docs/embedding.md says how long. Cancelling the task

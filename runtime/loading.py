@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TypedDict
 
@@ -34,12 +33,12 @@ class LoadSettings(TypedDict, total=False):
     prefix_bytes: int | None
     max_batch: int | None
     max_queue: int | None
-    draft: str | Path | bytes | Traversable | LanguageModel | None
+    draft: str | Path | bytes | LanguageModel | None
     adapters: Mapping[str, str | Path] | None
 
 
 def load(
-    path: str | Path | bytes | Traversable,
+    path: str | Path | bytes,
     providers: Choice | Sequence[Choice] | None = None,
     threads: int | None = None,
     verify: bool | None = None,
@@ -52,7 +51,7 @@ def load(
     prefix_bytes: int | None = PREFIX_BYTES,
     max_batch: int | None = MAX_ROWS,
     max_queue: int | None = None,
-    draft: str | Path | bytes | Traversable | LanguageModel | None = None,
+    draft: str | Path | bytes | LanguageModel | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> LanguageModel:
     """Opens a bundle. None is "not set" for every argument but `path`.

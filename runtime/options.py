@@ -162,7 +162,7 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
                "with reuse_prefix, compute generated tokens again: then int8 output does not depend on the cache"),
         Option("prompt_lookup", Switch, True,
                "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
-        Option("draft", Switch, None, "use the draft model, an option of load, if that is faster"),
+        Option("draft", Switch, None, "use the draft model, an option of load"),
         Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),
     "rare": (
@@ -216,21 +216,6 @@ OPTIONS: Final[Mapping[str, Option]] = {
 DEFAULTS: Final[Mapping[str, Any]] = {name: option.default for name, option in OPTIONS.items()}
 CHECKED: Final[Mapping[str, Option]] = {**OPTIONS, **{name: Option(name, kind) for name, kind in _OTHERS.items()}}
 
-# Options of other programs, and their equivalents here.
-_ELSEWHERE = {
-    "adapter_name": "adapter is the option",
-    "do_sample": "a temperature above 0 draws, and 0 takes the likeliest token",
-    "guided_json": "json_schema is the option",
-    "ignore_eos": "eos_token_id=[] lets no EOS token end the text",
-    "lookahead": "prompt_lookup is the option",
-    "n": "generate(n=...) and stream_many(n=...) give several continuations",
-    "max_length": "max_new_tokens is the most new tokens, without the prompt's",
-    "num_beams": "there is no beam search, and generate(n=...) gives several continuations",
-    "num_return_sequences": "generate(n=...) gives several continuations",
-    "response_format": "json_schema is the option",
-    "stop_strings": "stop is the option",
-}
-
 
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The options of a call without those that are None. Raises as `require_known` and `require_valid`.
@@ -262,8 +247,8 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            usual = f"did you mean {near[0]!r}?" if near else "docs/sampling.md lists the options"
-            raise OptionError(f"{call}() has no option {shown(name)}; {_ELSEWHERE.get(name, usual)}")
+            meant = f"did you mean {near[0]!r}?" if near else "docs/sampling.md lists the options"
+            raise OptionError(f"{call}() has no option {shown(name)}; {meant}")
 
 
 def require_valid(given: Mapping[str, Any]) -> None:

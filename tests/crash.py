@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from pastkey.files import durable
-
 OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")  # of the module os
 
 
@@ -49,7 +47,6 @@ def run_until(limit: int, error: BaseException, save: Callable[[], object]) -> t
     with pytest.MonkeyPatch.context() as patch:
         for name in OPERATIONS:
             patch.setattr(os, name, counted(name, getattr(os, name)))
-        patch.setattr(durable, "exchange", counted("exchange", durable.exchange))
         try:
             save()
         except type(error) as raised:

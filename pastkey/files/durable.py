@@ -1,9 +1,8 @@
 """Writes files and folders atomically, whatever ends the process that writes them.
 
 An unfinished one is .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system releases when its process
-dies. The next process that writes NAME removes those that no living process holds. Linux and macOS exchange two names
-in one step, if the file system supports it. Elsewhere, two renames replace a folder: a kill in between leaves the old
-one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
+dies. The next process that writes NAME removes those that no living process holds. Two renames replace a folder: a kill
+in between leaves the old one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ if sys.platform != "win32":
     import fcntl
 
 _PARTIAL, _OLD = ".partial", ".old"
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # of Linux' renameat2, and RENAME_SWAP of macOS' renamex_np
-# Errors of a system or a file system without the exchange, and of a sandbox that forbids it.
-_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 # --- writing folders ----------------------------------------------------------------------------------------------
@@ -201,7 +196,7 @@ def _put_in_place(work: Path, target: Path) -> None:
     """Renames `work` to `target`; what was there is then called `work`. Raises OSError, and nothing has changed."""
     if not os.path.lexists(target):
         work.rename(target)
-    elif not exchange(work, target):
+    else:
         old = work.with_suffix(_OLD)
         target.rename(old)
         try:
@@ -211,29 +206,6 @@ def _put_in_place(work: Path, target: Path) -> None:
                 old.rename(target)
             raise
         old.rename(work)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchanges two names in one step. Returns False if this is unsupported here. Raises OSError as renames do."""
-    if sys.platform == "win32":
-        return False
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
-    try:
-        if sys.platform == "darwin":
-            failed = libc.renamex_np(*names, _RENAME_EXCHANGE)
-        else:
-            failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
-    except AttributeError:  # the C library lacks it
-        return False
-    if not failed:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def sync_tree(folder: Path) -> None:

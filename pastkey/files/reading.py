@@ -7,7 +7,6 @@ Parsers raise errors of every kind for damaged bytes, and those in Rust panic, w
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import stat
@@ -83,10 +82,6 @@ def require_regular(path: Path) -> os.stat_result:
         raise MissingFileError(f"no such file: {path}") from None
     except ValueError:  # a name with a NUL
         raise InputError(f"{str(path)!r} is not the name of a file") from None
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise InputError(f"{path} is a link that leads back to itself; a regular file was expected") from None
-        raise
     if stat.S_ISDIR(found.st_mode):
         raise InputError(f"{path} is a folder; a file was expected")
     if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):

@@ -16,17 +16,18 @@ import numpy as np
 from pastkey.errors import InputError, MissingExtraError, PastkeyError, first_line
 from pastkey.values import as_path, is_collection, or_default, require, shown
 
-from ..decoding.batching.prefix_cache import TAIL
 from ..decoding.batching.scheduler import MAX_ROWS
-from ..decoding.batching.shared_prefill import SHARED_TOKENS
+from ..decoding.batching.shared_prefill import SHARED_TOKENS, SharedPrefills
 from ..decoding.completion import Chunk, Completion
 from ..decoding.many import interleaved
 from ..decoding.stream import ChunkStream
 from ..loading import load
 from ..model.chat.prompt import ChatPrompt
 from ..model.language_model import LanguageModel
+from ..model.opening import open_prompt
+from ..model.parts import TextPrompt
 from ..options import MAX_NEW_TOKENS, Choice, SessionSettings, lists_options, options_of, require_valid
-from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, ChatOptions, GenerateOptions
+from ..settings import CHAT_NEW_TOKENS, CHAT_OPTIONS, GENERATE_OPTIONS, ChatOptions, GenerateOptions
 from .rows import (
     FIELDS,
     FURTHER,
@@ -192,25 +193,9 @@ class Generator:
             good = sorted((task for task in window if task.error is None), key=lambda task: (task.adapter, task.ids))
             yield from ((task, task.error) for task in window if task.error is not None)
             for _, group in itertools.groupby(good, key=_beginning):
-                yield from self._group(model, list(group))
-
-    def _group(self, model: LanguageModel, tasks: list[_Task]) -> Iterator[tuple[_Task, ChunkStream | Exception]]:
-        """The streams of rows that begin alike, in order: what they share is computed before the first."""
-        first, last = tasks[0].ids, tasks[-1].ids
-        shared = next(
-            (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
-        )
-        shares = len(tasks) > 1 and shared >= SHARED_TOKENS
-        if shares and not model.manifest.rows:
-            # The tail keeps the cache in the store: one hardly longer than what a row needs would go to that row.
-            ids = [*first[:shared], *[first[shared - 1]] * (TAIL + 1)]
-            with contextlib.suppress(PastkeyError):  # each row has its own
-                if model.require_open().graph.copies and len(ids) < model.manifest.context_length:
-                    model.generate(
-                        ids, max_new_tokens=1, reuse_prefix=True, exact=True, adapter=tasks[0].adapter or None
-                    )
-        for task in tasks:
-            yield task, self._stream(model, task, shares)
+                tasks = list(group)
+                shared = SharedPrefills(task.ids for task in tasks)
+                yield from ((task, self._stream(model, task, shared)) for task in tasks)
 
     def _task(self, model: LanguageModel, row: Row) -> _Task:
         if isinstance(row.content, str):
@@ -239,15 +224,14 @@ class Generator:
         }
         return cast(GenerateOptions, options)
 
-    def _stream(self, model: LanguageModel, task: _Task, shares: bool) -> ChunkStream | Exception:
-        """`shares`: whether other prompts begin in the same way."""
-        assert task.options is not None
-        prompt = task.ids if task.request.prompt is None else task.request.prompt  # a text goes on from a text
-        # Of what others generated nothing is taken, so that no text depends on the order.
-        options = cast(GenerateOptions, {**task.options, "reuse_prefix": shares, "exact": True})
+    def _stream(self, model: LanguageModel, task: _Task, shared: SharedPrefills) -> ChunkStream | Exception:
+        """`shared`: the rows that begin alike."""
+        text = task.request.prompt
+        prompt = task.chat or TextPrompt(task.ids, text if isinstance(text, str) else None)
         try:
-            stream = model.stream(prompt, **options)
-            return stream if task.chat is None else task.chat.answered(stream)
+            # Of what others generated nothing is taken, so that no text depends on the order.
+            options = options_of("generate", {**(task.options or {}), "reuse_prefix": False}, GENERATE_OPTIONS)
+            return open_prompt(model.parts, prompt, options, shared)
         except Exception as error:
             return error
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -26,7 +25,6 @@ from pastkey.values import shown
 from .rows import Answer, Row, RowId, answered_line, is_id, read_rows
 
 FORMAT_VERSION = 1
-SYNC_SECONDS = 2.0  # between two fsyncs: what a power cut may cost
 _ANEW = "begin anew with --force"
 
 
@@ -89,7 +87,6 @@ class Job:
         """`file`: the output, open for appending."""
         self._source, self._out, self._file = source, out, file
         self._left, self.total, self.errors = set(ids), len(ids), 0
-        self._synced = time.monotonic()
 
     @property
     def done(self) -> int:
@@ -104,14 +101,7 @@ class Job:
         line = memoryview(answered_line(row, answer))
         while line:
             line = line[self._file.write(line) :]
-        if time.monotonic() - self._synced >= SYNC_SECONDS:
-            self.sync()
         self._note(row.id, answer)
-
-    def sync(self) -> None:
-        """Puts the answers on the disk itself, against a power cut: a kill does not need it."""
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
 
     def _note(self, identity: RowId, answer: Mapping[str, Any]) -> None:
         self._left.discard(identity)
@@ -120,7 +110,7 @@ class Job:
     def begin(self, wanted: Mapping[str, Any]) -> None:
         """Empties the output, then writes the job file. After a kill in between, the job begins again."""
         self._file.truncate(0)
-        self.sync()
+        os.fsync(self._file.fileno())
         write_json(job_file(self._out), wanted)
         sync_folder(self._out.absolute().parent)
 
@@ -140,7 +130,6 @@ class Job:
                 self._note(found["id"], found)
                 end += len(line)
         self._file.truncate(end)
-        self.sync()
 
 
 @contextlib.contextmanager
@@ -176,7 +165,7 @@ def open_job(
             _require_same(read_json(job_file(out)), wanted, out)
             job.resume()
         yield job
-        job.sync()
+        os.fsync(file.fileno())
         if sha256(source) != wanted["input"]:
             raise InputError(f"{source} was changed while the job ran: {_ANEW}")
 

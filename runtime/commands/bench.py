@@ -162,7 +162,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if (limits := limits_of(arguments)) is not None:
-        return run_limited("bench", _run, arguments, limits, scratch=True)
+        return run_limited("bench", _run, arguments, limits)
     opening = opening_of(arguments)
     report = bench(arguments.bundle, prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, **opening)
     if arguments.json:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import errno
-import json
-import os
-import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -18,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pastkey.command import Command, print_json, print_table
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest, open_bundle
-from pastkey.errors import NumericsError, ProviderError
+from pastkey.errors import ProviderError
 from pastkey.precisions import PRECISIONS
 
 from ..options import PlacementOptions
@@ -28,8 +22,6 @@ from .flags import add_bundle, add_device, limits_of, opening_of
 if TYPE_CHECKING:
     from ..engine.decoder_graph import DecoderGraph
 
-_KERNEL = "_kernel_time"  # how onnxruntime's profile names an operator's run
-
 
 @dataclass(frozen=True)
 class Share:
@@ -38,10 +30,7 @@ class Share:
     graph: str  # its file in the bundle
     provider: str  # short name
     nodes: int
-    # Of what these nodes read; what two of them share counts twice. Of a provider that compiles: the weights that no
-    # other one reads. Of a context binary, which does not tell weights from code: its size.
-    weight_bytes: int
-    operators: dict[str, int]  # operator -> nodes
+    operators: dict[str, int]  # operator -> nodes, before the provider fuses or compiles them
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class BundleReport:
     kv_bytes_per_token: int
     kv_bytes_at_context: int  # of one text's cache at its largest
     overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
-    shares: tuple[Share, ...]  # of each optimised graph that `generate` runs, first that of the prompt; largest first
+    shares: tuple[Share, ...]  # of each graph that `generate` runs, first that of the prompt; most nodes first
     kernels: str  # what runs the graph: the native kernels or onnxruntime
     native_left_out: str = ""  # why the native kernels do not run it, if their golden logits are wrong
     # On a device other than the CPU, or of native kernels: right, prefill wrong, or wrong.
@@ -69,7 +58,7 @@ def inspect(
     path: str | Path,
     **placement: Unpack[PlacementOptions],
 ) -> BundleReport:
-    """Opens a bundle, runs a few tokens to see where each operator is placed, and proves it on its device.
+    """Opens a bundle, looks where each operator is placed, and proves it on its device.
 
     Args:
         path: A bundle.
@@ -80,11 +69,11 @@ def inspect(
         IntegrityError: The bundle was altered, or its graph cannot be loaded.
         ProviderError: A provider is not here, did not start, or is not given this bundle's graph, or leaves some of it.
         InputError: An impossible number of threads.
-        OSError: onnxruntime could not write its profile: the disk of the temporary folder is full.
     """
     from ..engine.engine import Engine
     from ..engine.golden import native_refusal, require_golden
-    from ..providers.placement import CPU
+    from ..providers.open import operators_of
+    from ..providers.placement import CPU, short_name
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
@@ -92,39 +81,24 @@ def inspect(
     weights = sum(size for name, size in sizes.items() if names.is_weights_file(name))
     weights = weights or sizes[PRECISIONS[manifest.precision].graph]
     golden_logits = refusal = None
-    with tempfile.TemporaryDirectory(prefix="pastkey-") as folder:
-        engine = Engine(bundle, profile_prefix=Path(folder) / "profile", **placement)
-        on_cpu = engine.providers[0] == CPU
-        left_out = manifest.native_left_out
-        if engine.graph.native is not None:
-            why = native_refusal(engine, bundle)
-            golden_logits = "wrong" if why else "right"
-            try:
-                require_golden(engine, bundle)
-            except ProviderError as error:
-                refusal = str(error)
-            if engine.graph.native is None:
-                left_out = why
-        with (
-            contextlib.nullcontext() if on_cpu else contextlib.suppress(NumericsError)
-        ):  # the proof below says what is wrong
-            engine.prefill([0] * min(2, manifest.context_length))
-            if len(engine.graph.sessions) > 1:
-                engine.reset()
-                engine.decode(0)
-        shares: list[Share] = []
-        for graph, session in engine.graph.sessions.items():
-            profile = _read_profile(Path(session.end_profiling()))
-            file = graph.relative_to(bundle.path).as_posix()
-            compiled = (f"{file.removesuffix('.onnx')}_", ".bin")
-            binary = sum(n for name, n in sizes.items() if name.startswith(compiled[0]) and name.endswith(compiled[1]))
-            shares += read_shares(profile, file, binary or weights)
-    if not on_cpu:
-        try:
-            require_golden(engine, bundle)
-            golden_logits = "prefill wrong" if engine.graph.one_by_one else "right"
-        except ProviderError as error:
-            golden_logits, refusal = "wrong", str(error)
+    engine = Engine(bundle, **placement)
+    native = engine.graph.native is not None
+    why = native_refusal(engine, bundle) if native else ""
+    if native or engine.providers[0] != CPU:
+        golden_logits = "wrong" if why else "right"
+    try:
+        require_golden(engine, bundle)
+        if engine.graph.one_by_one and golden_logits is not None and not native:
+            golden_logits = "prefill wrong"
+    except ProviderError as error:
+        refusal = str(error)
+        golden_logits = "wrong"
+    left_out = why if native and engine.graph.native is None else manifest.native_left_out
+    shares = [
+        Share(graph.relative_to(bundle.path).as_posix(), short_name(name), sum(operators.values()), dict(operators))
+        for graph, session in engine.graph.sessions.items()
+        for name, operators in sorted(operators_of(session).items(), key=lambda placed: -sum(placed[1].values()))
+    ]
     return BundleReport(
         manifest=manifest,
         weight_bytes=weights,
@@ -153,38 +127,6 @@ def _overflow(graph: DecoderGraph) -> str:
     return f"a token sees the last {window}, and the cache keeps {kept}; {told}"
 
 
-def _read_profile(path: Path) -> list[dict[str, Any]]:
-    try:
-        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:  # onnxruntime does not tell when it cannot write
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent)) from None
-    return events
-
-
-def read_shares(profile: Sequence[dict[str, Any]], graph: str, weights: int) -> tuple[Share, ...]:
-    """Who ran what of a graph, from the events of an onnxruntime profile.
-
-    A node that ran several times counts once. `weights` are the bytes of the graph's weights: a provider that compiles
-    is recorded without any, and has those that are left.
-    """
-    from ..providers.placement import CPU, short_name
-
-    nodes: dict[str, dict[str, Any]] = {}
-    for event in profile:
-        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
-            nodes[event["name"]] = event["args"]
-    read = sum(int(args.get("parameter_size", 0)) for args in nodes.values())
-    shares = []
-    for provider in {args["provider"] for args in nodes.values()}:
-        own = [args for args in nodes.values() if args["provider"] == provider]
-        weight_bytes = sum(int(args.get("parameter_size", 0)) for args in own)
-        if not weight_bytes and provider != CPU:
-            weight_bytes = max(weights - read, 0)
-        operators = dict(Counter(str(args["op_name"]) for args in own).most_common())
-        shares.append(Share(graph, short_name(provider), len(own), weight_bytes, operators))
-    return tuple(sorted(shares, key=lambda share: -share.weight_bytes))
-
-
 # --- for a person -----------------------------------------------------------------------------------------------------
 def print_inspection(inspection: BundleReport) -> None:
     """Shows it to a person, on standard output."""
@@ -210,13 +152,12 @@ def print_inspection(inspection: BundleReport) -> None:
     )
     print()
     print_table(
-        ("graph", "provider", "nodes", "weight bytes", "operators, as they run after optimisation"),
+        ("graph", "provider", "nodes", "operators"),
         *(
             (
                 Path(share.graph).stem if manifest.static else "",
                 share.provider,
                 f"{share.nodes}",
-                f"{share.weight_bytes:,}",
                 ", ".join(f"{count} {name}" for name, count in share.operators.items()),
             )
             for share in inspection.shares
@@ -259,7 +200,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if (limits := limits_of(arguments)) is not None:
-        return run_limited("inspect", _run, arguments, limits, scratch=True)
+        return run_limited("inspect", _run, arguments, limits)
     opening = opening_of(arguments)
     inspection = inspect(arguments.bundle, **opening)
     if arguments.json:

@@ -51,19 +51,6 @@ class Constraint:
             error.option = kind
             raise
 
-    def literals(self) -> Iterator[str]:
-        """The literal strings of the constraint, as far as they are known: choices, property names, enums, consts."""
-        if self.kind == "choices":
-            yield from json.loads(self.text)
-        elif self.kind == "json_schema":
-            for schema in _subschemas(json.loads(self.text)):
-                names = schema.get("properties", {})
-                values = schema.get("enum", [])
-                told = [*(names if isinstance(names, dict) else ()), *(values if isinstance(values, list) else ())]
-                yield from (json.dumps(value, ensure_ascii=False) for value in told)
-                if "const" in schema:
-                    yield json.dumps(schema["const"], ensure_ascii=False)
-
 
 def _text_of(kind: Kind, value: Any) -> str:
     if kind == "json_schema":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import json
-import sys
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 from pastkey.errors import InputError, missing_extra
-from pastkey.values import shown
 
 from ..text.codec import TextCodec
 from ..text.token_bytes import ExactEncoder, token_bytes
@@ -90,7 +87,6 @@ class Vocabulary:
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         """Compiles a constraint in a thread with a large stack: llguidance recurses, and a full stack is a crash."""
-        self._require_writable(constraint)
         with ThreadPoolExecutor(1) as pool:
             with _starting:
                 before = threading.stack_size(_STACK_BYTES)
@@ -134,36 +130,8 @@ class Vocabulary:
         if constraint.kind == "regex":
             # \d means 0 to 9: other digits differ between versions of Unicode.
             expression = regex_to_lark(text, "" if "\\D" in text else "d")
-            lark = f"start: TEXT\nTEXT: /{expression}/"
-            if not self._writes_all:
-                # Intersect with the writable characters: else the output could reach a dead end.
-                within = "".join(f"\\u{{{first:x}}}-\\u{{{last:x}}}" for first, last in self._encode.characters)
-                lark += f" & /[{within}]*/"
-            return LLMatcher.grammar_from_lark(lark)
+            return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: /{expression}/")
         return LLMatcher.grammar_from_lark(text)
-
-    @property
-    def _writes_all(self) -> bool:
-        return list(self._encode.characters) == [(0, 0xD7FF), (0xE000, sys.maxunicode)]
-
-    def _require_writable(self, constraint: Constraint) -> None:
-        """Raises InputError if a literal of the constraint has a character that no token writes."""
-        if self._writes_all:
-            return
-        runs = self._encode.characters
-        firsts = [first for first, _ in runs]
-
-        def writes(letter: str) -> bool:
-            place = bisect.bisect_right(firsts, ord(letter))
-            return place > 0 and ord(letter) <= runs[place - 1][1]
-
-        for literal in constraint.literals():
-            lacking = next((letter for letter in literal if not writes(letter)), None)
-            if lacking is not None:
-                raise InputError(
-                    f"{constraint.kind} asks for {shown(literal)}, and no token of this model's vocabulary writes "
-                    f"{shown(lacking)}: ask for what its vocabulary can write"
-                )
 
 
 class _Wrapper:

@@ -33,7 +33,7 @@ class Chunk:
         text: Whole characters only. "" while a character or a stop string is incomplete, and without a tokenizer.
         ids: The token; empty for the rest of the text.
         logprobs: The token's log-probability, if `logprobs` was given.
-        tool_calls: The parts of tool calls that it wrote, in an answer with tools. They are not in `text`.
+        tool_calls: The tool calls, in the last chunk of an answer that has some. They are not in `text`.
     """
 
     text: str

@@ -139,7 +139,6 @@ class Generation:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.closed = False  # no token will be read any more
-        self.drafted = False  # whether the last step outside a batch had a draft
         self.error: BaseException | None = None
         self._limit = self.kept.most(request.max_new_tokens, len(self.ids))
         self._end_ids = frozenset(request.end_ids)
@@ -293,7 +292,6 @@ class Generation:
             self.jump()
             if self.ended:
                 return
-        self._speculator.start()
         missing = self.kept.missing(self.ids, engine.length)
         if len(missing) == 1:
             self.kept.make_room(engine, 1)
@@ -308,7 +306,7 @@ class Generation:
                 draft = []
                 self._speculator.stop()
                 logits = engine.run(np.array([missing]))
-            self.drafted, accepted = bool(draft), self.accepted_tokens
+            accepted = self.accepted_tokens
             self._count(self.take(logits[0], draft))
             self._speculator.end(len(draft), self.accepted_tokens - accepted)
             if draft:
@@ -321,7 +319,6 @@ class Generation:
             engine.reserve(min(len(missing), engine.manifest.context_length - engine.length))
         chunk = missing[: sizes[0]]
         logits = self._read_with_logprobs(chunk) if self.prompt_logprobs else engine.run(np.array([chunk]))[0, -1]
-        self._speculator.read()
         if not self._limit and None not in self.prompt_logprobs[1:]:
             self._ending = self._ending or "length"
         elif len(sizes) == 1:
@@ -339,9 +336,7 @@ class Generation:
 
     def _settle(self) -> None:
         """Trims the cache to `ids`: drops rejected draft tokens and tokens that were never read."""
-        last = len(self.ids) - self.kept.dropped - (not self.ended)  # the next step runs the last token for its logits
-        if self.engine.length > last:
-            self.engine.trim(last) if self.engine.can_trim(last) else self.engine.empty()
+        self.engine.cut(len(self.ids) - self.kept.dropped - (not self.ended))  # a next step runs the last token
 
     def retire(self) -> None:
         """Drops unread tokens from `ids` and from the cache, and passes the engine on. No step may run or follow."""

@@ -246,6 +246,11 @@ class Engine:
             if self._ids is not None:
                 del self._ids[length:]
 
+    def cut(self, length: int) -> None:
+        """Forgets the tokens behind the first `length`, or all where `trim` would refuse."""
+        if self.length > length:
+            self.trim(length) if self.can_trim(length) else self.empty()
+
     def _require_window(self, length: int) -> None:
         require_valid({"length": length})
         if self.gone and not self.can_trim(length):

@@ -31,7 +31,6 @@ from ..providers import placement as ep
 from ..providers.ort import onnxruntime
 from ..settings import MAX_DRAFT_TOKENS
 from .engine import Engine, Ids, Logits
-from .npz import read_npz
 
 TOKENS = 256  # length of the sequence, if the context has room
 # Divisors of the prefix lengths with golden logits: the whole sequence, its eighth, then half, quarter and sixteenth as
@@ -69,8 +68,7 @@ class Golden:
         if names.GOLDEN not in bundle.manifest.files:
             raise IntegrityError(f"{bundle.path / names.MANIFEST} does not list {names.GOLDEN}: export it again")
         try:
-            with reading(path, "golden logits", but=(ValueError, LookupError)):
-                content = read_npz(path)
+            with reading(path, "golden logits", but=(ValueError, LookupError)), np.load(path) as content:
                 golden = cls(content["ids"], content["ends"], content["logits"], float(content["limit"]))
             rows, vocab_size = golden.logits.shape
             if not rows or rows != len(golden.ends) or golden.ends[-1] != len(golden.ids):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from pastkey.errors import InputError, NumericsError
+from pastkey.errors import InputError
 
 from ..decoding.batching.cache_budget import CacheMemory
 from ..decoding.batching.prefix_cache import PrefixStore
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
 from ..speculation.drafter import Drafter
-from ..speculation.worth import Worth
 from .parts import ModelParts
-
-_RUNS, _TOKENS = 3, 64  # timed at the load: runs of one token; tokens of a longer run
 
 
 class DraftingModel(Protocol):
@@ -39,7 +34,6 @@ class DraftModel:
     Attributes:
         model: The loaded draft model.
         opened: Whether it was loaded for this target alone and is closed with it.
-        worth: Estimates whether drafts save time.
     """
 
     def __init__(self, model: DraftingModel, opened: bool) -> None:
@@ -60,7 +54,6 @@ class DraftModel:
         graphs = [self.model.parts.require_open().graph, graph]
         together = max(1, sum(graph.bytes_per_token for graph in graphs))
         self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
-        self.worth = timed_worth(graphs[0])
         return self._stores
 
     def require_fit(self, target: ModelParts) -> None:
@@ -84,7 +77,7 @@ class DraftModel:
             if not self.model.closed:
                 store.put(engine)
 
-        return Drafter(self.worth, take, give_back)
+        return Drafter(take, give_back)
 
     def close(self) -> None:
         """Releases its caches, and closes it if it was opened for this target."""
@@ -92,24 +85,6 @@ class DraftModel:
             store.clear()
         if self.opened:
             self.model.close()
-
-
-def timed_worth(graph: DecoderGraph, clock: Callable[[], float] = time.perf_counter) -> Worth:
-    """Times a few runs of a draft model, for the estimate before its first request."""
-    engine = Engine.over(graph)
-
-    def fastest(tokens: int, runs: int) -> float:
-        found = []
-        for _ in range(runs):  # the first runs take longer
-            engine.reset()
-            started = clock()
-            with contextlib.suppress(NumericsError):  # the request then runs without drafts
-                engine.append([0] * tokens)
-            found.append(clock() - started)
-        return min(found)
-
-    tokens = min(_TOKENS, graph.manifest.context_length)
-    return Worth(fastest(1, _RUNS), fastest(tokens, 1) / tokens, clock)
 
 
 def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:

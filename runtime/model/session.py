@@ -156,7 +156,7 @@ class Session:
         if not is_int(length, 0, len(self._ids)):
             raise InputError(f"the session holds {len(self._ids)} tokens and cannot be trimmed to {shown(length)}")
         del self._ids[length:]
-        self._parts.scheduler.exclusively(lambda: _cut(engine, length))
+        self._parts.scheduler.exclusively(lambda: engine.cut(length))
 
     def fork(self) -> Session:
         """Returns another session with the same sequence and a copy of its cache."""
@@ -262,11 +262,5 @@ class _Going(Scheduled):
         if session._generation is generation:
             failed = generation.error is not None and not generation.new_tokens  # in the prefill
             ids = self._before if failed else list(generation.kept_ids)
-            _cut(self._engine, len(ids))
+            self._engine.cut(len(ids))
             session._ids, session._generation = ids, None
-
-
-def _cut(engine: Engine, length: int) -> None:
-    """Drops the cached tokens after the first `length`."""
-    if engine.length > length:
-        engine.trim(length) if engine.can_trim(length) else engine.empty()

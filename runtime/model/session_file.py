@@ -23,7 +23,6 @@ from pastkey.files.durable import whole_file
 from pastkey.files.reading import reading, require_regular
 
 from ..engine.engine import Engine
-from ..engine.npz import read_npz
 
 
 def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine) -> None:
@@ -45,8 +44,8 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         InputError: It is a folder.
     """
     require_regular(path)
-    with reading(path, "a saved session"):
-        found = read_npz(path)
+    with reading(path, "a saved session"), path.open("rb") as file:
+        found = {**np.load(file)}
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
         cached, gone, exact = lengths.tolist()
         if digest != _digest(bundle, engine):

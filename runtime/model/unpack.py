@@ -1,4 +1,4 @@
-"""Bundles in zip files and resources of packages. The unpacked size is limited.
+"""Bundles in zip files. The unpacked size is limited.
 
 Standard library only: the sandbox's child process unpacks a bundle before it imports other packages.
 """
@@ -12,18 +12,15 @@ import tempfile
 import weakref
 import zipfile
 from dataclasses import dataclass
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import IO, Any
 
 from pastkey.contract.names import MANIFEST
 from pastkey.errors import InputError, IntegrityError, MissingFileError, PastkeyError, first_line
-from pastkey.files.folder import is_inside
 from pastkey.files.reading import reading
 from pastkey.values import as_path, shown
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
-_PIECE = 2**20  # bytes read at once
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others make any number of bytes of a piece, in memory
 _BLOCK = 4096  # bytes that an empty file or folder takes on a disk
 
@@ -58,34 +55,14 @@ class BundleArgument:
 
 
 def given_as(path: Any) -> BundleArgument:
-    """Writes bytes and resources of a package to a temporary folder, unread. A path stays as it is.
-
-    Raises InputError, MissingFileError.
-    """
+    """Writes bytes to a temporary folder, unread. A path stays as it is."""
     if isinstance(path, bytes | bytearray | memoryview):
         temporary = TemporaryFolder()
         target = temporary.path / "bundle.zip"
         target.write_bytes(path)
         return BundleArgument(target, "the bytes", temporary)
-    if isinstance(path, Traversable) and not isinstance(path, os.PathLike):
-        if not path.is_file() and not path.is_dir():
-            raise MissingFileError(f"no such bundle: {path.name} is not in its package")
-        temporary = TemporaryFolder()
-        target = temporary.path / "bundle"
-        _copy(path, target)
-        return BundleArgument(target, path.name, temporary)
     found = as_path(path, expected="the path of a bundle folder, or of a zip file of one")
     return BundleArgument(found, str(found))
-
-
-def _copy(source: Traversable, target: Path) -> None:
-    if source.is_dir():
-        target.mkdir()
-        for part in source.iterdir():
-            _copy(part, target / part.name)
-    else:
-        with source.open("rb") as read, target.open("wb") as written:
-            shutil.copyfileobj(read, written)
 
 
 def unpacked(given: BundleArgument) -> tuple[Path, TemporaryFolder | None]:
@@ -95,7 +72,7 @@ def unpacked(given: BundleArgument) -> tuple[Path, TemporaryFolder | None]:
     temporary = given.temporary or TemporaryFolder()
     folder = temporary.path / "unpacked"
     with given.path.open("rb") as file:
-        unpack(file, given.name, folder)
+        folder = unpack(file, given.name, folder)
     if given.temporary is not None:
         given.path.unlink()
     return folder, temporary
@@ -107,8 +84,8 @@ def tell_as_given(error: BaseException, folder: Path, name: str) -> None:
         error.args = (str(error).replace(str(folder), name), *error.args[1:])
 
 
-def unpack(file: IO[bytes], name: str, folder: Path) -> None:
-    """Writes the manifest's folder in a zip file to an empty folder.
+def unpack(file: IO[bytes], name: str, folder: Path) -> Path:
+    """Writes the manifest's folder in a zip file below an empty folder. Returns where it is.
 
     Raises:
         InputError: It is not a zip file.
@@ -121,34 +98,26 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
         raise InputError(f"{name:.60} are not a zip file of a bundle folder") from None
     with archive, reading(name, "a zip file of a bundle"):
         size = file.seek(0, os.SEEK_END)
-        room = _MOST_TIMES * size + _ALWAYS
-        manifests = sorted((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len)
-        if not manifests:
+        manifest = min((entry for entry in archive.namelist() if Path(entry).name == MANIFEST), key=len, default=None)
+        if manifest is None:
             raise MissingFileError(f"{name} holds no bundle: it has no {MANIFEST}")
-        root = manifests[0].removesuffix(MANIFEST)
+        root = manifest.removesuffix(MANIFEST)
+        entries = [entry for entry in archive.infolist() if entry.filename.startswith(root) and not entry.is_dir()]
+        for entry in entries:
+            if entry.compress_type not in _METHODS:
+                raise InputError(
+                    f"{name} has {shown(entry.filename)} in the compression {entry.compress_type}; none (0) or deflate "
+                    "(8) was expected: pack the folder again, as by  python -m zipfile -c bundle.zip bundle"
+                )
+        # No entry is read beyond the size that it claims.
+        taken = sum(entry.file_size + _BLOCK * len(Path(entry.filename).parts) for entry in entries)
+        if taken > _MOST_TIMES * size + _ALWAYS:
+            raise IntegrityError(
+                f"{name} would be unpacked to more than {_MOST_TIMES} times its {size:,} bytes: no bundle is, and it "
+                "is left alone"
+            )
         try:
-            for entry in archive.infolist():
-                inner = entry.filename.removeprefix(root)
-                if entry.is_dir() or not entry.filename.startswith(root):
-                    continue
-                if not is_inside(inner):
-                    raise IntegrityError(f"{name} names {shown(inner)}, which is not a path inside the folder")
-                if entry.compress_type not in _METHODS:
-                    raise InputError(
-                        f"{name} has {shown(inner)} in the compression {entry.compress_type}; none (0) or deflate (8) "
-                        "was expected: pack the folder again, as by  python -m zipfile -c bundle.zip bundle"
-                    )
-                room -= _BLOCK * len(Path(inner).parts)
-                (folder / inner).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as read, (folder / inner).open("wb") as written:
-                    while room >= 0 and (piece := read.read(_PIECE)):
-                        room -= len(piece)
-                        written.write(piece)
-                if room < 0:  # what is written counts: an entry may claim any size
-                    raise IntegrityError(
-                        f"{name} would be unpacked to more than {_MOST_TIMES} times its {size:,} bytes: no bundle is, "
-                        "and it is left alone"
-                    )
+            written = {entry.filename: archive.extract(entry, folder) for entry in entries}  # never outside of it
         except (zipfile.BadZipFile, EOFError, OSError) as error:
             clash = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)  # a file as a folder
             if isinstance(error, OSError) and not clash:
@@ -156,3 +125,4 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> None:
             raise IntegrityError(
                 f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"
             ) from None
+        return Path(written[manifest]).parent

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import mmap
 import os
 import warnings
 from collections import Counter
@@ -23,7 +21,7 @@ from pastkey.values import is_unicode, parse_version, shown
 from ..options import Choice, SessionSettings
 from . import placement as ep
 from .inference import OrtSession
-from .ort import REFUSE_LINKS, OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
+from .ort import OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .session_options import RECORD, WHOLE, require_free, set_options
 
 # Threads that keep spinning after a run take CPU time from other sessions and from the application.
@@ -74,13 +72,10 @@ def open_session(
     given = dict(session_options or {})
     require_free(given)
     wanted = ep.for_bundle(manifest, providers, allow_fallback=allow_fallback)
-    entries = {RECORD: "1"} if wanted.tells or profile_prefix is not None else {}
-
-    # Referenced until the session is created: onnxruntime gets pointers to this memory.
-    linked = _linked_weights(path.parent) if parse_version(onnxruntime.__version__) in REFUSE_LINKS else {}
+    entries = {RECORD: "1"}
 
     def options(entries: Mapping[str, str]) -> Any:
-        made = _options(linked, threads, entries, given)
+        made = _options(threads, entries, given)
         if library:
             made.register_custom_ops_library(library)
         if profile_prefix is not None:
@@ -96,17 +91,13 @@ def open_session(
     except RunError as error:
         if not isinstance(error, OrtError):  # a provider that finds no device raises a plain RuntimeError
             raise ep.not_started(wanted.providers[0][0], [ep.CPU]) from error
-        partly = _with_cpu(path, options({RECORD: "1"}), wanted) if wanted.whole else None
-        placed = {} if partly is None else operators_of(partly)
-        if left := placed.get(ep.CPU):
-            if len(placed) == 1 and wanted.providers[0][1]:
-                raise ep.takes_nothing(*wanted.providers[0]) from error
-            raise ep.left_behind(wanted.providers[0][0], left, manifest.target) from error
         reason = first_line(error)
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             remedy = ep.remedy(name, manifest.target)
             again = f"{f'{remedy}, or ' if remedy else ''}take the provider 'cpu'"
+            if wanted.whole:
+                again += "; allow_fallback=True, or --allow-fallback, lets the CPU run what it leaves"
             if manifest.compiled is not None:
                 again = f"it was compiled for {manifest.compiled}: compile it again"
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error
@@ -123,7 +114,7 @@ def open_session(
     return session
 
 
-def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
+def _options(threads: int, entries: Mapping[str, str], given: SessionSettings) -> Any:
     """`entries`: pastkey's own. `given`: the user's, which override them."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -132,9 +123,6 @@ def _options(linked: Mapping[str, mmap.mmap], threads: int, entries: Mapping[str
     # the CPU.
     options.log_severity_level = 4 if WHOLE in entries else 3
     set_options(options, {_STOP_SPINNING: "1", **entries, **given})
-    if linked:  # onnxruntime copies them: with 134 MB of weights the peak memory of a load is 172 MiB higher
-        sizes = [len(content) for content in linked.values()]
-        options.add_external_initializers_from_files_in_memory([*linked], [*linked.values()], sizes)
     return options
 
 
@@ -150,22 +138,8 @@ def _create(path: Path, options: Any, wanted: ep.Placement) -> Any:
         return OrtSession(str(path), options, providers=[*wanted.providers], enable_fallback=0)
 
 
-def _with_cpu(path: Path, options: Any, wanted: ep.Placement) -> Any | None:
-    """A session in which the CPU runs what the provider does not; None if that fails as well."""
-    providers = wanted.providers if ep.is_plugin(wanted.providers[0][0]) else (*wanted.providers, (ep.CPU, {}))
-    try:
-        session = _create(path, options, dataclasses.replace(wanted, providers=providers))
-    except RunError:
-        return None
-    ep.require_active(wanted, session.get_providers())
-    return session
-
-
 def operators_of(session: Any) -> dict[str, Counter[str]]:
-    """onnxruntime's name of a provider -> its operators, each with the number of its nodes.
-
-    Empty for a session that was opened without the entry RECORD.
-    """
+    """onnxruntime's name of a provider -> its operators, each with the number of its nodes."""
     found: dict[str, Counter[str]] = {}
     with contextlib.suppress(*OrtError):
         for subgraph in session.get_provider_graph_assignment_info():
@@ -190,16 +164,6 @@ def default_threads() -> int:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
     return len(cores)
-
-
-def _linked_weights(folder: Path) -> dict[str, mmap.mmap]:
-    """The weights files that are symbolic links, as in a download cache: name -> content."""
-    content = {}
-    for path in folder.iterdir():
-        if path.is_symlink() and names.is_weights_file(path.name):
-            with path.open("rb") as file:
-                content[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return content
 
 
 def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:

@@ -28,8 +28,6 @@ except ModuleNotFoundError as error:
 
 # The oldest release that an extra of pyproject.toml takes: onnxruntime-openvino's newest.
 OLDEST = (1, 24, 1)
-# Releases that refuse weights files that are symbolic links, as in download caches. They get the weights in memory.
-REFUSE_LINKS = {(1, 24, 1)}
 
 # onnxruntime's exceptions have no common base class. UnicodeDecodeError: a message has names of a damaged graph.
 OrtError: tuple[type[Exception], ...] = (

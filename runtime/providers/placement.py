@@ -187,26 +187,6 @@ def remedy(name: str, target: str) -> str:
     return again if provider_of(target) == name else row_of(name).remedy
 
 
-def left_behind(name: str, operators: Mapping[str, int], target: str) -> ProviderError:
-    """The error for a requested provider that leaves operators to the CPU."""
-    instead = remedy(short_name(name), target)
-    return ProviderError(
-        f"the execution provider {short_name(name)!r} leaves {counted(operators)} of this bundle's graph to the "
-        f"CPU: {f'{instead}, or ' if instead else ''}let it, with allow_fallback=True, or "
-        "--allow-fallback"
-    )
-
-
-def takes_nothing(name: str, options: Mapping[str, Any]) -> ProviderError:
-    """The error for a requested provider that starts but runs no node."""
-    given = ", ".join(f"{key}={value}" for key, value in options.items())
-    return ProviderError(
-        f"the execution provider {short_name(name)!r} takes nothing of this bundle's graph"
-        f"{f' with {given}: one of these names no chip or library that it has' if given else ''} (its own message says "
-        "which); give others by provider_options, or --provider-option, or take the provider 'cpu'"
-    )
-
-
 def counted(operators: Mapping[str, int]) -> str:
     """Formats "3 operators (Shape 2, Squeeze)"."""
     most = Counter(operators).most_common()

@@ -60,7 +60,7 @@ def call(
     tokens = _most_tokens(name, wanted)
     given = {"name": name, "arguments": wanted, "threads": None if threads is None else int(threads)}
     written = {OUT: bytearray(), ERROR: bytearray()}
-    with LimitedProcess(answer, given, bundle, limits or Limits(), scratch=name == "inspect") as process:
+    with LimitedProcess(answer, given, bundle, limits or Limits()) as process:
         while (found := process.next())[0] != END:
             kind, content = found
             if kind == PROGRESS and tokens:

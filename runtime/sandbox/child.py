@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -34,7 +33,6 @@ from .limits import Limits, LimitsInForce, default_memory
 
 # In what an error says where memory has run out.
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
-_SCRATCH: Final = 200_000_000  # bytes of a file that may be written
 _BESIDE: Final = 1_000_000_000  # bytes that imports may take
 # What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
 _SYSTEM: Final = (
@@ -182,13 +180,9 @@ def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
     """
     limits = Limits(given["memory"], given["seconds"])
     path = Path(given["path"])
-    scratch = None if given["scratch"] is None else Path(given["scratch"])
     rights = [(Path(place), _RIGHTS[kind]) for place, kind in given["libraries"]]
     rights += [(Path(place), landlock.READ) for place in (*_SYSTEM, *_of_python())]
     rights += [(Path(os.devnull), landlock.READ_FILE | landlock.WRITE_FILE)]
-    if scratch is not None:
-        rights.append((scratch, landlock.WRITE))
-        tempfile.tempdir = str(scratch)
     if given["unpack_to"] is not None:
         path = _unpacked(path, given["name"], Path(given["unpack_to"]), rights)
     rights.append((path, landlock.READ))
@@ -199,7 +193,7 @@ def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
         missing.append("files and networks are open to it (no landlock)")
     elif not landlock.denies_tcp(abi):
         missing.append("the network is open to it (landlock denies TCP from ABI 4 on)")
-    if not rlimits.limit_files(0 if scratch is None else _SCRATCH):
+    if not rlimits.limit_files(0):
         missing.append("the number and size of its files is not bounded")
     memory = limits.memory or default_memory(_size_of(path), available_memory())
     if not rlimits.limit_memory(memory + _BESIDE, _size_of(path), final=False):
@@ -226,5 +220,4 @@ def _unpacked(file: Path, name: str, folder: Path, rights: list[tuple[Path, int]
     landlock.restrict([*rights, (file, landlock.READ_FILE), (folder, landlock.WRITE)])
     rlimits.limit_memory(_BESIDE, _BESIDE, final=False)
     with file.open("rb") as content:
-        unpack(content, name, folder)
-    return folder
+        return unpack(content, name, folder)

@@ -55,7 +55,6 @@ class LimitedProcess:
         *,
         prog: str = "pastkey",
         terminals: tuple[bool, bool] = (False, False),
-        scratch: bool = False,
         readable: Sequence[str] = (),
         descriptors: Sequence[int] = (),
     ) -> None:
@@ -68,22 +67,23 @@ class LimitedProcess:
             limits: What it may take.
             prog: What its errors begin with.
             terminals: Whether what it reads, and what it prints, are a terminal's.
-            scratch: Whether it may write to a temporary folder.
             readable: Further files that it may read.
             descriptors: Sockets that it inherits.
 
         Raises:
-            UntrustedBundleError: It could not be started.
-            InputError: `bundle` is none, or `given` has something that is not of JSON's types.
+            UntrustedBundleError: This program has no Python to start it with.
+            OSError, RuntimeError: The system could not start it, or a thread for it.
+            TypeError, ValueError: `given` has something that is not of JSON's types.
+            InputError: `bundle` is none.
         """
         found = given_as(bundle)
         if found.path.suffix == ".gguf":  # told by the name: no file is read here
             require_manifest(found.path, "bundle")
         path, unpack_to, self._temporary = found.path.absolute(), None, found.temporary
-        if path.is_file() or scratch:
-            self._temporary = self._temporary or TemporaryFolder()
         if path.is_file():
-            unpack_to = self._made("unpacked")
+            self._temporary = self._temporary or TemporaryFolder()
+            (self._temporary.path / "unpacked").mkdir()
+            unpack_to = str(self._temporary.path / "unpacked")
         job = {
             "run": f"{run.__module__}:{run.__qualname__}",
             "given": given,
@@ -94,16 +94,9 @@ class LimitedProcess:
             "path": str(path),
             "name": found.name,
             "unpack_to": unpack_to,
-            "scratch": self._made("scratch") if scratch else None,
             "libraries": libraries()[1] + [[file, "read"] for file in readable],
         }
-        try:
-            sent = json.dumps(job).encode() + b"\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"what was given cannot be sent to the process of an untrusted bundle ({error}): give smaller or "
-                "plainer values"
-            ) from None
+        sent = json.dumps(job).encode() + b"\n"
         self._name, self.seconds = found.name, limits.seconds
         self.in_force = LimitsInForce(limits.seconds, None, 0, ("what its process was to put on itself",))
         self._process, self._lifeline = started(found.name, descriptors)
@@ -116,24 +109,15 @@ class LimitedProcess:
         try:
             for thread in self._threads:
                 thread.start()
-        except RuntimeError as error:  # no room for one
+        except RuntimeError:  # no room for one
             self.close()
-            raise UntrustedBundleError(
-                f"the process of the untrusted bundle {self._name} cannot be started ({error}): free memory, or "
-                "end other processes"
-            ) from None
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _made(self, name: str) -> str:
-        assert self._temporary is not None
-        folder = self._temporary.path / name
-        folder.mkdir()
-        return str(folder)
 
     # --- what it says -------------------------------------------------------------------------------------------------
     def allow(self, seconds: float | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import os
@@ -36,7 +35,7 @@ _KEPT_PREFIXES: Final = ("OMP_", "OPENBLAS_", "MKL_", "TOKENIZERS_", "RAYON_")
 def started(name: str, descriptors: Sequence[int] = ()) -> tuple[subprocess.Popen[bytes], int | None]:
     """The process, and a descriptor whose other end it holds: it ends with this one's last breath.
 
-    It inherits `descriptors`. Raises UntrustedBundleError, which calls the bundle `name`.
+    It inherits `descriptors`. Raises UntrustedBundleError, which calls the bundle `name`, or OSError.
     """
     if not sys.executable or getattr(sys, "frozen", False):
         raise UntrustedBundleError(
@@ -57,16 +56,10 @@ def started(name: str, descriptors: Sequence[int] = ()) -> tuple[subprocess.Pope
             pass_fds=(*descriptors, *(() if own is None else (own,))),
             start_new_session=True,  # no terminal, and Ctrl-C only from the parent
         )
-    except OSError as error:
+    except OSError:
         if lifeline is not None:
             os.close(lifeline)
-        short = error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-        what = (
-            "free memory, or end other processes" if short else f"{sys.executable} must be there, for this user to run"
-        )
-        raise UntrustedBundleError(
-            f"the process of the untrusted bundle {name} cannot be started ({error.strerror or error}): {what}"
-        ) from None
+        raise
     finally:
         if own is not None:
             os.close(own)

@@ -33,7 +33,6 @@ def run_limited(
     *,
     tokens: int = 0,
     lines: bool = False,
-    scratch: bool = False,
 ) -> int:
     """Runs a command on the bundle of `arguments` in a process with limits. Returns its exit status.
 
@@ -45,7 +44,6 @@ def run_limited(
         tokens: How many tokens it may make for each line of input, each in the time of the limits; without them this
             is the time of the whole command.
         lines: Whether it reads standard input.
-        scratch: Whether it may write to a temporary folder.
 
     Raises:
         UntrustedBundleError: It broke a limit, crashed, or ended in no way that a command does.
@@ -58,7 +56,6 @@ def run_limited(
         limits,
         prog=f"pastkey {name}",
         terminals=(sys.stdin.isatty(), sys.stdout.isatty()),
-        scratch=scratch,
         readable=readable,
     )
     with process, _interrupting(process) as presses:

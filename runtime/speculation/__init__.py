@@ -1,1 +1,1 @@
-"""Speculative decoding: draft tokens from prompt lookup or a smaller model, and whether drafting pays."""
+"""Speculative decoding: draft tokens from prompt lookup or a smaller model, and how many."""

@@ -13,38 +13,28 @@ from .prompt_lookup import PromptLookup
 class Speculator:
     """The drafts of one request.
 
-    A step outside a batch calls `start` and then `read`, or `draft`, a run and `end`. A batched step calls `guess`, a
-    run and `came`.
+    A step outside a batch calls `draft`, a run and `end`. A batched step calls `guess`, a run and `came`.
     """
 
     def __init__(self, *, prompt_lookup: bool, drafter: Drafter | None, constraint: Matcher | None) -> None:
         """Without `prompt_lookup` and `drafter` all drafts are empty. `constraint` restricts draft tokens."""
         self._prompt_lookup = PromptLookup() if prompt_lookup else None
         self._drafter, self._constraint = drafter, constraint
+        self._asked: Drafter | None = None  # the drafter, if it was asked for the newest draft
         self._guess: list[int] | None = None  # in batched steps, the draft that a single step would have run
         self._drafted = self._guessed = 0
-
-    def start(self) -> None:
-        """Starts the clock of a step."""
-        if self._drafter is not None:
-            self._drafter.start()
-
-    def read(self) -> None:
-        """Records the end of a step that ran a chunk of the prefill."""
-        if self._drafter is not None:
-            self._drafter.read()
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` draft tokens to run behind `ids`."""
         found = self._looked_up(ids, most)
-        return found if self._drafter is None else self._drafter.draft(ids, found, most)
+        self._asked = self._drafter if not found else None
+        return found if self._asked is None else self._asked.draft(ids, most)
 
     def end(self, drafted: int, accepted: int) -> None:
         """Records the numbers of drafted and accepted tokens at the end of a step."""
-        drafter = self._drafter
-        if drafter is not None:
-            drafter.end(drafted, accepted)
-        if drafted and self._prompt_lookup is not None and (drafter is None or not drafter.made):
+        if self._asked is not None and self._asked.made:
+            self._asked.record(drafted, accepted)
+        elif drafted and self._prompt_lookup is not None:
             self._prompt_lookup.record(drafted, accepted)
 
     def guess(self, ids: Sequence[int], most: int) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from pastkey.errors import InputError
 
 from .codec import TextCodec
-
-_FOUR = range(0xF0, 0xF5)  # lead bytes of four-byte characters
 
 
 def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
@@ -50,38 +48,14 @@ def _stands_alone(codec: TextCodec, token: int, text: str) -> bool:
     return text == alone or (codec.begins_word(token) and text == " " + alone)
 
 
-def _writable(tokens: Collection[bytes]) -> list[tuple[int, int]]:
-    """Ranges of code points that a token contains or that single-byte tokens compose."""
-    single = {token[0] for token in tokens if len(token) == 1}
-    found = {ord(letter) for token in tokens for letter in token.decode(errors="ignore")}
-    runs = [(code, code) for code in found | {byte for byte in single if byte < 0x80}]
-    if single.issuperset(range(0x80, 0xC0)):
-        for leads, bits, least in ((range(0xC2, 0xE0), 6, 0x80), (range(0xE0, 0xF0), 12, 0x800), (_FOUR, 18, 0x10000)):
-            begins = [((lead & (0x7F >> (bits // 6 + 1))) << bits) for lead in leads if lead in single]
-            runs += [(max(begin, least), min(begin + (1 << bits) - 1, 0x10FFFF)) for begin in begins]
-    runs = [(first, 0xD7FF if 0xD800 <= last < 0xE000 else last) for first, last in runs]  # without surrogates
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted(runs):
-        if joined and first <= joined[-1][1] + 1:
-            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-        else:
-            joined.append((first, last))
-    return joined
-
-
 class ExactEncoder:
-    """Encodes text in the middle of a sequence: the bytes of the ids are exactly the text's, without a leading space.
-
-    Attributes:
-        characters: Ranges (first, last) of code points that tokens can write.
-    """
+    """Encodes text within a sequence: the bytes of the ids are exactly the text's, without a leading space."""
 
     def __init__(self, codec: TextCodec, tokens: Sequence[bytes]) -> None:
         """`tokens`: the bytes that each id adds, from `token_bytes`."""
         self._codec, self._tokens = codec, tokens
         self._ids = {text: token for token, text in reversed(list(enumerate(tokens))) if text}
         self._longest = max(map(len, self._ids), default=0)
-        self.characters = _writable(self._ids)
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text, split as the tokenizer does if possible, else by longest match up to the first gap."""

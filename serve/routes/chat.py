@@ -104,8 +104,9 @@ def _delta(chunk: Chunk) -> dict[str, Any]:
         delta["tool_calls"] = [
             {
                 "index": part.index,
-                **({} if part.name is None else {"id": call_id(), "type": "function"}),
-                "function": {**({} if part.name is None else {"name": part.name}), "arguments": part.arguments},
+                "id": call_id(),
+                "type": "function",
+                "function": {"name": part.name, "arguments": part.arguments},
             }
             for part in chunk.tool_calls
         ]

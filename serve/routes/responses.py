@@ -145,13 +145,11 @@ class _ResponseWriter(Writer):
                 yield self.event("response.content_part.added", **self._place, content_index=0, part=_part())
             yield self._delta(chunk.text)
         for call in chunk.tool_calls:
-            if call.name is not None:
-                yield from self.close("completed")
-                item = {"type": "function_call", "call_id": call_id(), "name": call.name, "arguments": ""}
-                yield from self._begin(item, "fc_")
-            if call.arguments:
-                self._item["arguments"] += call.arguments
-                yield self.event("response.function_call_arguments.delta", **self._place, delta=call.arguments)
+            yield from self.close("completed")
+            item = {"type": "function_call", "call_id": call_id(), "name": call.name, "arguments": ""}
+            yield from self._begin(item, "fc_")
+            self._item["arguments"] = call.arguments
+            yield self.event("response.function_call_arguments.delta", **self._place, delta=call.arguments)
 
     def close(self, status: str) -> Iterator[str]:
         """The last events of an item."""

@@ -125,8 +125,7 @@ def _zip_valid() -> bytes:
 def _zip(content: bytes) -> object:
     folder = workplace() / "unpacked"
     shutil.rmtree(folder, ignore_errors=True)
-    unpack(io.BytesIO(content), "x.zip", folder)
-    return folder
+    return unpack(io.BytesIO(content), "x.zip", folder)
 
 
 def _golden_valid() -> bytes:

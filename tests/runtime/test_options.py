@@ -212,7 +212,6 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: load(w.bundle, allow_fallback=x), "allow_fallback", SWITCH),
     (lambda w, x: load(w.bundle, providers=x), "providers", ({"cpu": {}},)),
     (lambda w, x: load(w.bundle, session_options={"logid": x}), "logid", (1, [1], 2.5)),
-    (lambda w, x: load(x), "path", ("a\0b", "/" + "b" * 5000)),
     (lambda w, x: Engine(w.lm.bundle, threads=x), "threads", (True, 1.5)),
     (lambda w, x: Limits(memory=x), "memory", WHOLE),
     (lambda w, x: w.lm.generate(x), "prompt", (b"ab", bytearray(b"ab"), {1: 2}, {1}, [True], [1.5], [b"a"])),

@@ -12,8 +12,8 @@ from pastkey.runtime import LanguageModel
 
 @functools.cache
 def model() -> LanguageModel:
-    """Loaded once, with the first story. A package that is read out of a zip file is unpacked for it."""
-    return pastkey.load(files(__name__) / "bundle")
+    """Loaded once, with the first story."""
+    return pastkey.load(str(files(__name__) / "bundle"))
 
 
 def main() -> None:

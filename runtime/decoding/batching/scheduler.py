@@ -8,7 +8,7 @@
    A batch decodes up to AHEAD tokens more than were read, so that threads which return one after another, or one
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
    Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
-5. A request decodes outside the batch, with drafts, if it is alone, if drafts are faster than the batch (`Pace`), or if
+5. A request decodes outside the batch, with drafts, if it is alone, if it is one of two whose drafts pay (TURNS), or if
    it cannot share a run: standard or static graph, another device than the CPU. Such requests take turns, one step
    each.
 6. `leave` removes a closed request between two steps: it leaves the Slab and its cache goes to the PrefixStore.
@@ -34,11 +34,11 @@ from ...engine.decoder_graph import DecoderGraph, Logits
 from ...engine.engine import Engine
 from ..generation import Generation
 from .activity import TOTALS, Activity
-from .pace import Pace
 from .prefix_cache import PrefixStore
 
 MAX_ROWS = 16  # largest batch; more requests take turns beside it
 AHEAD = 4  # tokens that a batch may decode before they are read
+TURNS = 3.0  # tokens per step with drafts from which two rows take turns: a batch of two decodes 1.8 times one's tokens
 STALLED = 16  # steps without a token after which a sequence leaves the slab
 PREFILL_BESIDE = 64  # prompt tokens per step while other requests decode
 LOOK_SECONDS = 0.5  # a waiting thread looks again after this time: an interrupt may have lost its notification
@@ -71,7 +71,6 @@ class Scheduler:
         self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
         self._max_rows = max_rows
         self._slabs: dict[DecoderGraph, Slab] = {}  # those with members
-        self._pace = Pace()
         self._forks = False  # whether the leader is about to fork
         self._clears = False  # whether the end of the step clears the store
         _schedulers.add(self)
@@ -301,13 +300,11 @@ class Scheduler:
             bound += together
             if alone is not None:
                 bound.append(alone)
-                decodes, before, started = alone.pending == 1, len(alone.ids), time.perf_counter()
+                small = alone.pending > 1 and self._decodes_beside(alone)
                 try:
-                    alone.step(None if decodes or not self._decodes_beside(alone) else PREFILL_BESIDE)
+                    alone.step(PREFILL_BESIDE if small else None)
                 except Exception as error:
                     self._fail(alone, error)
-                if decodes and len(alone.ids) > before:
-                    self._pace.note(1, time.perf_counter() - started, draft=alone.drafted)
                 if len(waiting) > 1:
                     self._to_the_end(alone)
             if together:
@@ -339,7 +336,7 @@ class Scheduler:
         members = self._slabs[graph].members if graph in self._slabs else []
         excess = [g for g in rows if g.engine not in members][self._max_rows - len(members) :]
         rows = [g for g in rows if g not in excess]
-        if len(rows) < 2 or self._pace.turns_pay([g.tokens_per_step for g in rows]):
+        if len(rows) < 2 or (len(rows) == 2 and sum(row.tokens_per_step for row in rows) > 2 * TURNS):
             return []
         reading = [g for g in rows if g.ahead < AHEAD]
         return reading if len(reading) > 1 and any(g in waiting for g in reading) else []
@@ -355,7 +352,7 @@ class Scheduler:
         rows = [generation for generation in rows if not generation.ended and generation.pending == 1]
         if not rows:
             return
-        started, graph = time.perf_counter(), rows[0].engine.graph
+        graph = rows[0].engine.graph
         slab = self._slabs.get(graph) or self._slabs.setdefault(graph, Slab(graph, self._max_rows))
         try:
             logits = slab.decode([g.engine for g in rows], [g.ids[-1] for g in rows])
@@ -363,7 +360,6 @@ class Scheduler:
             for generation in rows:
                 self._fail(generation, error)
             return
-        self._pace.note(len(rows), time.perf_counter() - started)
         self.batched += len(rows)
         for generation, row in zip(rows, logits, strict=True):
             self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]

@@ -60,11 +60,7 @@ class ChatCalls:
         return completed(self._answer(messages, options_of("generate_chat", options, ANSWER_OPTIONS)))
 
     def stream_chat(self, messages: Messages, **options: Unpack[AnswerOptions]) -> ChatStream:
-        """As `generate_chat`, token by token: each Chunk has new text, or parts of tool calls.
-
-        The beginning of a call that turns out to be malformed cannot be taken back. Then the completion's text is the
-        whole answer.
-        """
+        """As `generate_chat`, token by token: each Chunk has new text, and one at the end the tool calls."""
         return self._answer(messages, options_of("stream_chat", options, ANSWER_OPTIONS))
 
     async def agenerate_chat(self, messages: Messages, **options: Unpack[AnswerOptions]) -> Completion:

@@ -46,29 +46,17 @@ def replace_file(out: Path) -> None:
 # --- ended at any operation ---------------------------------------------------------------------------------------
 FILE = ["open", "fsync", "replace"]
 FILLED = [*3 * ["mkdir"], *FILE, *4 * ["fsync"]]  # its parent, itself and its content; two files and two folders
-FOLDER = [*FILLED, "exchange", "fsync", "unlink", "rmdir"]  # the flush of its parent; the old one
-RENAMED = [*FILLED, "exchange", *3 * ["rename"], "fsync", "unlink", "rmdir"]
+FOLDER = [*FILLED, *3 * ["rename"], "fsync", "unlink", "rmdir"]  # the flush of its parent; the old one
 NEW = [*FILLED, "rename", "fsync"]
 
 
 @pytest.mark.parametrize("error", [Killed(), KeyboardInterrupt(), OSError(errno.EIO, "broken")], ids=repr)
 @pytest.mark.parametrize(
-    ("save", "old", "exchanges", "operations"),
-    [
-        (replace_file, replace_file, True, FILE),
-        (replace, None, True, NEW),
-        (replace, made, True, FOLDER),
-        (replace, made, False, RENAMED),
-    ],
-    ids=["file", "new folder", "folder", "folder by renames"],
+    ("save", "old", "operations"),
+    [(replace_file, replace_file, FILE), (replace, None, NEW), (replace, made, FOLDER)],
+    ids=["file", "new folder", "folder"],
 )
-def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(
-    save, old, exchanges, operations, error, tmp_path, monkeypatch
-):
-    if not exchanges:  # as on some file systems
-        monkeypatch.setattr(module, "exchange", lambda one, other: False)
-    elif "exchange" in operations and sys.platform != "linux":
-        pytest.skip("renameat2 is Linux' own")
+def test_a_save_that_ends_at_any_operation_leaves_the_old_or_the_new(save, old, operations, error, tmp_path):
 
     def make(place: Path) -> None:
         if old is made:
@@ -132,9 +120,7 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
 
 
-def test_an_exchange_with_nothing_is_an_error_and_a_folder_that_cannot_be_opened_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none"):
-        module.exchange(made(tmp_path / "one"), tmp_path / "none")
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path):
     module.sync_folder(tmp_path / "none")
 
 

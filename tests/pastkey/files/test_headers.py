@@ -19,18 +19,6 @@ from pastkey.files.tokenizer_file import open_tokenizer, require_dense
 WHOLE: dict[str, Any] = json.loads(Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).to_str())
 
 
-PIECE = {"Sequence": {"id": "A", "type_id": 0}}
-TEMPLATE = {"type": "TemplateProcessing", "single": [PIECE] * 1001, "pair": [PIECE], "special_tokens": {}}
-
-
-def replace(pattern: Any, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def sequence(*steps: Any) -> dict[str, Any]:
-    return {"type": "Sequence", "normalizers": list(steps)}
-
-
 def opened(**parts: Any) -> Tokenizer:
     return open_tokenizer(Tokenizer, json.dumps(WHOLE | parts).encode(), "t.json")
 
@@ -44,22 +32,9 @@ def test_a_tokenizer_is_opened_without_cutting_and_padding():
     assert opened(padding=padding).encode("a").ids == [0]
 
 
-@pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ({"normalizer": sequence(*35 * [replace({"String": "a"}, "aa")])}, "more than 64 times as long"),
-        ({"normalizer": replace({"String": "a"}, "b" * 65)}, "more than 64 times as long"),
-        ({"decoder": replace({"String": "a"}, "b" * 65)}, "more than 64 times as long"),
-        ({"normalizer": replace({"String": "a"}, "b" * 10_001)}, "10,001 characters, and 10,000 are the most"),
-        ({"normalizer": replace({"String": ""}, "b")}, "replaces an empty text"),
-        ({"normalizer": sequence(*101 * [{"type": "NFC"}])}, "102 steps, and 100 are the most"),
-        ({"post_processor": TEMPLATE}, "pieces, and 1,000 are the most"),
-        ({"post_processor": 1}, "t.json is not a tokenizer.json that can be read"),
-    ],
-)
-def test_what_is_beyond_the_bounds_is_refused(parts, words):
-    with pytest.raises(IntegrityError, match=words):
-        opened(**parts)
+def test_what_the_library_does_not_take_is_refused():
+    with pytest.raises(IntegrityError, match=r"t\.json is not a tokenizer\.json that can be read"):
+        opened(post_processor=1)
 
 
 def test_an_id_far_beyond_the_tokens_is_refused():

@@ -17,13 +17,11 @@ from pastkey.files.reading import NativeError, is_panic, last_read, panics_as_er
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
 def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to("loop")
     for path, words in (
         (tmp_path / "pipe", "is a pipe, which can be read once"),
         (Path(os.devnull), "is a device, which need not end"),
         (tmp_path, "is a folder; a file was expected"),
         (tmp_path / "a\0b", "is not the name of a file"),
-        (tmp_path / "loop", "is a link that leads back to itself"),
     ):
         with pytest.raises(InputError, match=words):
             read_text(path)

@@ -10,7 +10,7 @@ import pytest
 
 import pastkey
 from pastkey.errors import InputError, MissingExtraError, MissingFileError, OptionError
-from pastkey.runtime import LanguageModel, load
+from pastkey.runtime import load
 from pastkey.runtime.bulk import generator as module
 from pastkey.runtime.bulk.generator import as_python, as_text, told
 from pastkey.runtime.bulk.rows import Row, seed_of
@@ -72,7 +72,7 @@ def test_what_neighbours_share_is_computed_once(made, monkeypatch):
     monkeypatch.setattr(module, "answer_of", told)
     begin = "abcdefgh" * 6
     made(max_batch=2, max_new_tokens=2)({"prompt": ["zz", *(begin + letter * 3 for letter in "abcdef"), "yy"]})
-    assert sorted(cached) == [0, 0] + [len(begin)] * 6
+    assert sorted(cached) == [0, 0, 0] + [len(begin)] * 5
 
 
 def test_arrays_and_missing_values_are_as_lists_and_none(made):
@@ -186,14 +186,14 @@ def test_settings_are_looked_at_when_it_is_made(tmp_path):
 
 
 def test_no_more_rows_are_begun_than_fit_and_all_are_closed(made, monkeypatch):
-    begun, stream, generator = [], LanguageModel.stream, made(max_batch=2, max_new_tokens=3)
+    begun, stream, generator = [], module.open_prompt, made(max_batch=2, max_new_tokens=3)
 
-    def counted(lm, prompt, **options):
-        begun.append(stream(lm, prompt, **options))
+    def counted(*given):
+        begun.append(stream(*given))
         return begun[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "stream", counted)
+        patch.setattr(module, "open_prompt", counted)
         reader = generator.answers(Row(place, place, {"prompt": letter}) for place, letter in enumerate("abcdefgh"))
         next(reader)
         assert len(begun) == 2

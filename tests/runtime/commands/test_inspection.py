@@ -14,7 +14,7 @@ from pastkey.errors import ProviderError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime.commands.bench import bench, clamp
 from pastkey.runtime.commands.devices import devices
-from pastkey.runtime.commands.inspection import Share, inspect, read_shares
+from pastkey.runtime.commands.inspection import inspect
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.providers import ort
 from pastkey.runtime.providers import placement as providers
@@ -30,9 +30,6 @@ def test_sizes_operators_and_placement(bundle, tiny, tmp_path, monkeypatch, comm
     (share,) = inspection.shares
     assert (share.provider, share.nodes) == ("cpu", sum(share.operators.values()))
     assert share.operators.get("GroupQueryAttention", 0) == (2 if bundle.manifest.graph == "fused" else 0)
-    weights = sum(weight.nbytes for weight in tiny.weights.values())
-    tied = tiny.weights["embedding"].nbytes  # read by the gather and, transposed, by the output
-    assert weights + tied <= share.weight_bytes <= weights + tied + 2000
     files = [path for path in bundle.path.rglob("*") if path.is_file() and path.name != "pastkey.json"]
     assert inspection.total_bytes == sum(path.stat().st_size for path in files)
     assert inspection.kv_bytes_per_token == 4 * 2 * (8 + 8 + 16 + 16)
@@ -46,43 +43,8 @@ def test_sizes_operators_and_placement(bundle, tiny, tmp_path, monkeypatch, comm
     assert (status, err, json.loads(out)["shares"][0]["provider"]) == (0, "", "cpu")
 
 
-def test_a_profile_that_was_cut_short_means_a_full_disk(fused_bundle, tmp_path, monkeypatch):
-    cut = tmp_path / "profile.json"
-    cut.write_text('[{"cat": "Node", "na')
-    monkeypatch.setattr("onnxruntime.InferenceSession.end_profiling", lambda _: str(cut))
-    with pytest.raises(OSError, match="No space left"):
-        inspect(fused_bundle.path, threads=1)
-
-
 def test_one_token_of_context_is_enough(tiny, make_bundle):
     assert inspect(make_bundle(type(tiny).random([(8, 8)], 1), "fused").path, threads=1).shares
-
-
-def node(name, provider, size):
-    args = {"provider": f"{provider}ExecutionProvider", "op_name": name.split("_")[0], "parameter_size": str(size)}
-    return {"cat": "Node", "name": f"{name}_kernel_time", "args": args}
-
-
-CPU, NPU = (functools.partial(Share, "a.onnx", name, 1) for name in ("cpu", "npu"))
-PROFILES = {
-    "each node once per provider": (
-        [node("MatMul_1", "CUDA", 100), node("MatMul_2", "CUDA", 50), node("MatMul_1", "CUDA", 100),
-         node("Shape_3", "CPU", 0), {"cat": "Engine", "name": "model_run", "args": {}},
-         {"cat": "Node", "name": "MatMul_1_fence_before", "args": {}}],
-        1000, (Share("a.onnx", "cuda", 2, 150, {"MatMul": 2}), CPU(0, {"Shape": 1})),
-    ),
-    "a compiled part without weights has those that are left": (
-        [node("subgraph", "NPU", 0), node("Add", "CPU", 50)], 300, (NPU(250, {"subgraph": 1}), CPU(50, {"Add": 1}))
-    ),
-    "a compiled part with weights has its own": (
-        [node("subgraph", "NPU", 40), node("Add", "CPU", 50)], 300, (CPU(50, {"Add": 1}), NPU(40, {"subgraph": 1}))
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("profile", "weight_bytes", "shares"), PROFILES.values(), ids=PROFILES)
-def test_a_profile_is_read_by_provider(profile, weight_bytes, shares):
-    assert read_shares(profile, "a.onnx", weight_bytes) == shares
 
 
 @pytest.mark.parametrize(("chunk", "files"), [(4, ["pastkey_prefill", "pastkey_decode"]), (1, ["pastkey_prefill"])])
@@ -90,9 +52,7 @@ def test_each_graph_of_a_static_bundle_is_shown(chunk, files, tiny, make_bundle,
     bundle, graphs = make_bundle(tiny, "static", chunk=chunk), [f"onnx/{file}.onnx" for file in files]
     shares = inspect(bundle.path, threads=1).shares
     assert [share.graph for share in shares] == graphs
-    least = sum(weight.nbytes for weight in tiny.weights.values())
     assert all(share.nodes == sum(share.operators.values()) > 20 for share in shares)
-    assert all(least <= share.weight_bytes < 3 * least for share in shares)
     status, out, _ = command("inspect", bundle.path)
     assert (status, [line.split()[0] for line in out.splitlines() if line.startswith("pastkey_")]) == (0, files)
 

@@ -242,7 +242,6 @@ class Exact:
         return self._engine.prefill(ids, chunk_size) * np.float32(1 + self._offs.pop(0))
 
 
-# Archives that numpy does not write are refused in test_npz.py.
 BROKEN: dict[str, Any] = {
     "another vocabulary": lambda golden: {"logits": golden.logits[:, :5]},
     "another number of ends": lambda golden: {"ends": golden.ends[:1]},

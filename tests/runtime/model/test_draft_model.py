@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models
 
 from pastkey.errors import InputError
 from pastkey.runtime import load
-from pastkey.runtime.speculation.worth import Worth
 
 from ..conftest import ALPHABET, runs_of
 
@@ -29,13 +28,7 @@ def near(tiny, letters, make_bundle):
 
 
 @pytest.fixture
-def always(monkeypatch):
-    """Three tokens are drafted in each step, whatever that costs."""
-    monkeypatch.setattr(Worth, "tokens", lambda self, rate, behind, most: min(3, most))
-
-
-@pytest.fixture
-def drafted(speaking_bundle, near, always):
+def drafted(speaking_bundle, near):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         yield model
 
@@ -65,7 +58,7 @@ def test_a_session_goes_on_in_both_caches(drafted, lm, monkeypatch):
     assert sum(tokens > 8 for _, tokens in read) == 1
 
 
-def test_its_caches_count_as_memory(speaking_bundle, near, always, lm):
+def test_its_caches_count_as_memory(speaking_bundle, near, lm):
     """Where there is no room for it, a text does without."""
     needed = lm.memory.estimate(3 + 40 + 1)
     expected = lm.generate("abc", **DRAWN).ids
@@ -77,7 +70,7 @@ def test_its_caches_count_as_memory(speaking_bundle, near, always, lm):
                 assert (found.draft_tokens > 0) == drafts
 
 
-def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle, near, always):
+def test_a_path_is_closed_with_the_model_and_a_model_is_not(speaking_bundle, near):
     with load(speaking_bundle.path, threads=1, draft=near) as model:
         assert model.draft is not None
     assert model.draft.model.closed
@@ -130,7 +123,7 @@ def test_a_graph_that_decodes_token_by_token_is_refused(standard_bundle, fused_b
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("standard", {}), ("static", {"chunk": 8})])
-def test_any_graph_may_draft(kind, fields, tiny, letters, speaking_bundle, lm, always, make_bundle):
+def test_any_graph_may_draft(kind, fields, tiny, letters, speaking_bundle, lm, make_bundle):
     other = make_bundle(tiny, kind, tokenizer=letters, **fields)
     with load(speaking_bundle.path, threads=1, draft=other.path) as model:
         found = model.generate("abc", **DRAWN)

@@ -51,7 +51,7 @@ REFUSED = [
     ("generate", {"prompt": [99]}, InputError, "99"),
     ("generate", {"prompt": "\ud800"}, InputError, "is not valid UTF-8"),
     ("generate", {"prompt": "a", "temprature": 1}, OptionError, "did you mean 'temperature'"),
-    ("generate", {"prompt": {1, 2}}, InputError, "cannot be sent to the process"),
+    ("generate", {"prompt": {1, 2}}, TypeError, "not JSON serializable"),
     ("fly", {}, InputError, "name is 'fly'; it must be 'generate', 'chat', 'score', 'inspect'"),
 ]
 

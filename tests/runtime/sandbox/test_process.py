@@ -76,7 +76,7 @@ def test_without_a_python_to_start(monkeypatch):
     with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a process of its own"):
         process.started("b")
     monkeypatch.setattr(process.sys, "executable", "/nowhere/python")
-    with pytest.raises(UntrustedBundleError, match=r"cannot be started \(No such file.*python must be"):
+    with pytest.raises(FileNotFoundError, match="/nowhere/python"):
         process.started("b")
 
 
@@ -283,7 +283,7 @@ def test_what_it_started_ends_with_it(acting, talking_bundle, capfd):
 
 @pytest.mark.usefixtures("nothing_is_left")
 def test_one_that_does_not_start_or_cannot_be_sent_what_was_given(monkeypatch, talking_bundle):
-    with pytest.raises(InputError, match=r"cannot be sent to the process of an untrusted bundle \(.* give smaller or"):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         LimitedProcess(answer, {"a": object()}, talking_bundle.path, LIMITS)
     monkeypatch.setattr(process, "BOOT", "raise SystemExit(1)")
     with pytest.raises(UntrustedBundleError, match="ended with status 1; limits in force: 20 s"):

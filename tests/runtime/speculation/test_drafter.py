@@ -16,8 +16,7 @@ from pastkey.runtime.decoding.generation import Generation
 from pastkey.runtime.decoding.request import Request
 from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.settings import SamplingConfig
-from pastkey.runtime.speculation.drafter import Drafter
-from pastkey.runtime.speculation.worth import Worth
+from pastkey.runtime.speculation.drafter import REJECTIONS, Drafter
 
 from ..conftest import V
 
@@ -28,17 +27,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "seed": 2},
     {"temperature": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.1, "seed": 3},
 ]
-
-
-class Always(Worth):
-    """As many tokens as there may be, up to a number."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(1.0, 1.0)
-        self.count = count
-
-    def tokens(self, rate: float, behind: int, most: int) -> int:
-        return min(self.count, most)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +46,9 @@ def other(tiny, make_bundle):
     return Engine(make_bundle(near, "fused"), threads=1)
 
 
-def drafter_over(engine: Engine, count: int = 3) -> Drafter:
+def drafter_over(engine: Engine) -> Drafter:
     engine.reset()
-    return Drafter(Always(count), lambda ids, most: engine, lambda engine: None)
+    return Drafter(lambda ids, most: engine, lambda engine: None)
 
 
 def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **options: Any) -> tuple[list[int], Generation]:
@@ -78,12 +66,11 @@ def text(engine: Engine, drafter: Drafter | None = None, new: int = 60, **option
     return list(generation), generation
 
 
-@pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_text_is_that_without_a_draft_model(engine, other, settings, count):
+def test_the_text_is_that_without_a_draft_model(engine, other, settings):
     plain, _ = text(engine, **settings)
     for prompt_lookup in (False, True):
-        drafted, generation = text(engine, drafter_over(other, count), prompt_lookup=prompt_lookup, **settings)
+        drafted, generation = text(engine, drafter_over(other), prompt_lookup=prompt_lookup, **settings)
         assert drafted == plain
         assert 15 < generation.accepted_tokens < generation.draft_tokens
         assert engine.length == len(PROMPT) + 59  # the last token is not fed, and no rejected one stays
@@ -107,7 +94,7 @@ def test_beyond_its_context_nothing_is_drafted(engine, other):
 def test_a_draft_ends_before_the_end_of_the_text(engine, fused_bundle):
     plain, _ = text(engine)
     end = next(token for i, token in enumerate(plain) if i >= 4 and token not in plain[:i])
-    drafted, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1), 7), end_ids=[end])
+    drafted, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1)), end_ids=[end])
     assert drafted == plain[: plain.index(end)]
     assert generation.finish_reason == "stop"
     assert generation.draft_tokens == generation.accepted_tokens
@@ -144,14 +131,24 @@ def test_a_constraint_holds_for_drafts(engine, other):
 
 
 def test_another_number_of_padded_ids_is_no_other_vocabulary(engine, tiny, make_bundle):
-    drafter = drafter_over(Engine(make_bundle(tiny, "fused"), threads=1))
-    seen: list[int] = []
-    drafter.begin(lambda logits, ids: seen.append(logits.size) or int(np.argmax(logits)), (), V + 3, None)  # type: ignore[func-returns-value]
-    assert len(drafter.draft([1, 2], [], 9)) == 3
-    assert seen == [V + 3] * 3
-    drafter.begin(lambda logits, ids: seen.append(logits.size) or int(np.argmax(logits)), (), V - 3, None)  # type: ignore[func-returns-value]
-    assert max(drafter.draft([1, 2], [], 9)) < V - 3
-    assert seen[3:] == [V - 3] * 3
+    drafter, sizes = drafter_over(Engine(make_bundle(tiny, "fused"), threads=1)), []
+    for size in (V + 3, V - 3):
+        drafter.begin(lambda logits, ids: sizes.append(logits.size) or int(np.argmax(logits)), (), size, None)  # type: ignore[func-returns-value]
+        assert drafter.draft([1, 2], 9)[0] < V - 3
+    assert sizes == [V + 3, V - 3]
+
+
+def test_drafts_end_after_some_in_a_row_were_rejected(other):
+    given_back: list[Engine] = []
+    other.reset()
+    drafter = Drafter(lambda ids, most: other, given_back.append)
+    drafter.begin(lambda logits, ids: 9, (), V, None)
+    for accepted in (0, 1, *[0] * REJECTIONS):
+        assert set(drafter.draft([1, 2], 9)) == {9}
+        assert not given_back
+        drafter.record(1, accepted)
+    assert drafter.draft([1, 2], 9) == []
+    assert given_back == [other]
 
 
 # --- what fails ---------------------------------------------------------------------------------------------------
@@ -160,7 +157,7 @@ def test_nan_of_the_draft_model_ends_only_the_drafts(engine, tiny, make_bundle, 
     weights["position"][20:] = np.nan
     broken = Engine(make_bundle(dataclasses.replace(tiny, weights=weights), "fused"), threads=1)
     given_back: list[Engine] = []
-    drafter = Drafter(Always(3), lambda ids, most: broken, given_back.append)
+    drafter = Drafter(lambda ids, most: broken, given_back.append)
     plain, _ = text(engine)
     drafted, generation = text(engine, drafter)
     assert drafted == plain
@@ -173,7 +170,7 @@ def test_no_memory_for_it_is_no_error(engine, caplog):
     def refuse(ids: Sequence[int], most: int) -> Engine:
         raise ResourceError("there is none")
 
-    drafted, generation = text(engine, Drafter(Always(3), refuse, lambda engine: None))
+    drafted, generation = text(engine, Drafter(refuse, lambda engine: None))
     assert drafted == text(engine)[0]
     assert generation.draft_tokens == 0
     assert not caplog.text
@@ -186,7 +183,7 @@ def test_an_interrupt_within_a_draft_leaves_the_text_right(engine, other, monkey
     def interrupted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls % 5 == 0:
+        if calls % 9 == 0:
             raise KeyboardInterrupt
         return run(*arguments)
 

@@ -55,24 +55,6 @@ def test_a_growing_text_is_drafted_as_a_whole_one():
         assert growing.draft(ids[:end], 7) == repeating().draft(ids[:end], 7), end
 
 
-def test_drafts_grow_while_they_are_accepted_whole():
-    ids = [*range(20), *range(12)]
-    prompt_lookup, drafts = PromptLookup(), []
-    for accepted in (1, 3, 7, 6, 0, 1, 3):
-        drafts.append(prompt_lookup.draft(ids, MAX_DRAFT_TOKENS))
-        prompt_lookup.record(len(drafts[-1]), accepted)
-    assert [len(draft) for draft in drafts] == [1, 3, 7, 7, 1, 1, 3]
-    assert drafts[2] == [12, 13, 14, 15, 16, 17, 18]
-
-
-def test_a_shortened_draft_does_not_change_the_length():
-    prompt_lookup = repeating()
-    prompt_lookup.record(7, 6)
-    prompt_lookup.record(1, 1)
-    prompt_lookup.record(2, 2)  # of three: a constraint, or the end of the text
-    assert len(prompt_lookup.draft([*range(20), *range(12)], 7)) == 3
-
-
 def test_rejections_raise_the_length_of_a_match():
     ids = [1, 2, 3, 4, 9, 1, 2, 3]
     prompt_lookup = PromptLookup()

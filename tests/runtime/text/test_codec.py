@@ -345,12 +345,6 @@ def test_special_tokens_and_ids_without_a_token_say_nothing(make, silent):
     assert tokens.count(b"") == 2 + silent
 
 
-def test_what_tokens_can_write():
-    assert BYTES[0].characters == PIECES[0].characters == [(0, 0xD7FF), (0xE000, 0x10FFFF)]
-    letters = {chr(code) for first, last in CHARACTERS[0].characters for code in range(first, last + 1)}
-    assert letters == set(vocabularies.CHARACTERS)
-
-
 def test_a_tokenizer_whose_words_depend_on_one_another_is_refused():
     with pytest.raises(InputError, match="decodes a token differently by the tokens beside it"):
         encoder(word_piece)

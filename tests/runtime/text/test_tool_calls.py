@@ -146,27 +146,14 @@ def test_content_and_calls_are_those_of_the_whole(form, text, size):
     pieces = [reader.push(text[start : start + size]) for start in range(0, len(text), size)]
     rest, late, said, calls = reader.end()
     assert (said, calls) == parse_tool_calls(text, form, KNOWN)
-    assert "".join(content for content, _ in pieces) + rest == said
-    told: dict[int, list[str]] = {}
-    for part in [part for _, parts in pieces for part in parts] + late:
-        if part.name is not None:
-            assert part.index == len(told)
-            told[part.index] = [part.name, ""]
-        told[part.index][1] += part.arguments
-    assert [(name, json.loads(arguments)) for name, arguments in told.values()] == [
-        (call["name"], call["arguments"]) for call in calls
+    assert "".join(pieces) + rest == said
+    assert [(call.index, call.name, json.loads(call.arguments)) for call in late] == [
+        (number, call["name"], call["arguments"]) for number, call in enumerate(calls)
     ]
 
 
-def test_a_call_is_told_while_it_is_written():
+def test_content_is_told_up_to_a_call_and_a_call_that_is_cut_off_is_text():
     reader = ToolCallReader("hermes", KNOWN)
-    assert reader.push('so <tool_call>{"name": "w", "arguments": {"a')[0] == "so"
-    content, (part,) = reader.push('": 1')
-    assert (content, part.index, part.name, part.arguments) == ("", 0, None, '": 1')
-
-
-def test_a_call_that_is_cut_off_makes_the_whole_answer_text():
-    reader = ToolCallReader("hermes", KNOWN)
-    text = 'so <tool_call>{"name": "w", "arguments": {"a'
-    assert [(part.name, part.arguments) for part in reader.push(text)[1]] == [("w", '{"a')]
-    assert reader.end() == ("", [], text, [])
+    cut = ' <tool_call>{"name": "w", "arguments": {"a'
+    assert [reader.push(text) for text in ("so ", " go <tool", cut[len(" <tool") :])] == ["so", "  go", ""]
+    assert reader.end() == (cut, [], "so  go" + cut, [])

@@ -93,6 +93,15 @@ def test_sixteen_threads_get_the_texts_of_calls_alone(model, fresh, tmp_path):
     assert model.scheduler.batched
 
 
+def test_two_rows_that_repeat_themselves_take_turns_with_drafts(model, fresh):
+    settings = {"max_new_tokens": 90, "prompt_lookup": True}
+    for prompts, batched in ((["abab", "cdcd"], False), (["abab", "cdcd", "efef"], True)):
+        before = model.scheduler.batched
+        found = model.generate(prompts, **settings)
+        assert [one.ids for one in found] == [fresh.generate(prompt, **settings).ids for prompt in prompts]
+        assert (model.scheduler.batched - before > 150) == batched
+
+
 def test_an_unread_stream_is_decoded_a_few_tokens_ahead_and_leaves_the_batch(model, fresh, shapes):
     stalled, read = model.stream("abc", **SETTINGS), model.stream("de", **SETTINGS | {"max_new_tokens": 100})
     next(stalled)
