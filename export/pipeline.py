@@ -103,7 +103,7 @@ def export(
 ) -> Report:
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
-    A failed export leaves nothing at `out`. Quantized weights that it finished stay in a hidden folder beside `out`.
+    A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder beside `out`.
     The same call goes on from them, and removes them when the bundle is whole.
 
     Args:
@@ -381,17 +381,7 @@ def _make_quantized(fp32: Bundle, folder: Path, writer: BundleWriter, text: Cali
         "int4": functools.partial(make_int4, finished=store.matrices),
     }
     make = make_quick if config.quick else makers[precision]
-    if (known := store.quantized(folder)) is not None:
-        bundle = Bundle(folder, parse_manifest(folder, known["manifest"]))
-        made = Quantized(bundle, known["weight_bytes"], known["quality"], None)
-    else:
-        made = make(fp32, text, write, config, writer.progress)
-        record = {
-            "manifest": made.bundle.manifest.to_json(),
-            "weight_bytes": made.weight_bytes,
-            "quality": made.quality,
-        }
-        store.keep_quantized(folder, record)
+    made = make(fp32, text, write, config, writer.progress)
     verification = writer.verify(made.bundle)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
     return Artifact(bundle, made.weight_bytes, verification, made.quality, made.sensitivity)
