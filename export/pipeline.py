@@ -50,7 +50,6 @@ from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
-from .quantize.report import check_report_file
 from .quantize.search import Quantized
 from .resources import needs, parameters, require_files, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
@@ -233,9 +232,9 @@ def _beside(folder: Path, config: ExportConfig) -> Path:
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig) -> None:
     """Raises the errors that can be found before any work."""
-    if config.sensitivity is not None:
-        read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
-        check_report_file(config.sensitivity, out, read)
+    table = None if config.sensitivity is None else Path(config.sensitivity).resolve()
+    if table is not None and (table.is_dir() or not table.parent.is_dir() or out.resolve() in table.parents):
+        raise InputError(f"--sensitivity {table}: expected a file beside {out}, in a folder that exists")
     providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
