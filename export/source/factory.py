@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +29,6 @@ from .definitions import (
     relative_levels,
     run,
     run_definitions,
-    saved_weights,
 )
 
 
@@ -50,16 +48,11 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
     )
     assert isinstance(made, nn.Module)
     if notebook and not weights_follow:
-        return made, (_untrained(file, text),)
+        return made, (
+            f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
+            "they were initialized; give the trained ones with --weights FILE",
+        )
     return made, ()
-
-
-def _untrained(file: Path, text: str) -> str:
-    """The warning about a notebook's weights."""
-    place, name = saved_weights(file) or ("", "")
-    told = f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
-    told += f"they were initialized; give the trained ones with --weights {shlex.quote(name) if name else 'FILE'}"
-    return f"{told}, which cell {place.removeprefix(str(file))} saves" if place else told
 
 
 def make(file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[object], bool], expected: str) -> Any:
