@@ -93,7 +93,7 @@ def fold_transposed_weights(model: ir.Model, *, shared: bool = False) -> None:
         tensor = None if source is None or shape_of(source) is None else source.const_value
         if source is None or tensor is None or len(tensor.shape) != 2 or (len(tuple(source.uses())) > 1 and not shared):
             continue
-        folded = add_tensor(model, f"{source.name}_folded", _transposed(tensor))
+        folded = add_tensor(model, f"{node.outputs[0].name}_folded", _transposed(tensor))
         replace_uses(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
     drop_unused_weights(model)

@@ -24,7 +24,7 @@ from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.engine.engine import Ids
 from pastkey.runtime.providers.ort import quantization_tools
 
-from ..clean import strip_traces
+from ..clean import fold_transposed_weights, strip_traces
 from ..write.weights_file import WeightsFile
 
 # Added to the score of a masked token. It is small, so that the calibrated ranges stay useful.
