@@ -51,7 +51,7 @@ from .quantize.int8 import make_int8
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
 from .quantize.search import Quantized
-from .resources import needs, parameters, require_files, require_room
+from .resources import needs, parameters, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel, find
 from .source.open import open_source
@@ -268,7 +268,6 @@ def _open(
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
-    require_files(source.module, config)
     check(weights, source.resident_bytes, 0, allocated=source.resident_bytes)
     return source, before
 
