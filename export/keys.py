@@ -35,12 +35,12 @@ from .source.pretrained import code_references
 
 _EDGE = 1 << 20  # bytes at either end of a file that are hashed
 
-# Options that no step depends on, and those that only the steps from this one on depend on.
+# Options that no step depends on, and those that only the text and the matrices depend on.
 _NO_STEP = (
     "force", "cache", "network", "format", "generate", "provider_options", "session_options",
-    "allow_fallback",
+    "allow_fallback", "max_kl", "sensitivity", "shard_size",
 )  # fmt: skip
-_FROM_TEXT, _FROM_QUANTIZED = ("precision", "calibration"), ("max_kl", "sensitivity", "shard_size")
+_FROM_TEXT = ("precision", "calibration")
 # Options, some of which name files, that the float32 graph and its proof do not depend on once its form is known.
 _NOT_OF_GRAPH = ("target", "chunk", "tokenizer", "chat_template", "eos", "adapters")
 
@@ -111,7 +111,6 @@ class Keys:
     graph: str | None = None  # of the float32 graph and its proof, for every precision and target
     text: str | None = None  # of the text that the model writes
     matrices: str | None = None  # of those that GPTQ rounds
-    quantized: str | None = None  # of the quantized weights
 
 
 def keys_of(config: ExportConfig, source: Identity | None, graph: str) -> Keys:
@@ -119,23 +118,16 @@ def keys_of(config: ExportConfig, source: Identity | None, graph: str) -> Keys:
     if source is None or None in source.values() or not config.cache:
         return Keys()
     program = _program()
-    options, later = _options(config)
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
+    later = [options.pop(name) for name in _FROM_TEXT]
     of_graph = {name: value for name, value in options.items() if name not in _NOT_OF_GRAPH}
     files = {name: state for name, state in source.items() if not name.startswith("--")}
-    text = [program, source, options, [later[name] for name in _FROM_TEXT]]
+    text = [program, source, options, later]
     return Keys(
         graph=_hash([program, files, of_graph, graph]),
         text=_hash([*text, "text"]) if config.calibration is None else None,  # otherwise it is the user's
         matrices=_hash([*text, "matrices"]),
-        # The table of sensitivity is not kept with the weights.
-        quantized=_hash([*text, [later[name] for name in _FROM_QUANTIZED]]) if config.sensitivity is None else None,
     )
-
-
-def _options(config: ExportConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the options that every step depends on, and those that only later ones do."""
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_STEP}
-    return options, {name: options.pop(name) for name in (*_FROM_TEXT, *_FROM_QUANTIZED)}
 
 
 def _program() -> list[str]:

@@ -50,9 +50,8 @@ from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
-from .quantize.report import check_report_file
 from .quantize.search import Quantized
-from .resources import needs, parameters, require_files, require_room
+from .resources import needs, parameters, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
 from .source.hub import HubModel, find
 from .source.open import open_source
@@ -103,7 +102,7 @@ def export(
 ) -> Report:
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
-    A failed export leaves nothing at `out`. Quantized weights that it finished stay in a hidden folder beside `out`.
+    A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder beside `out`.
     The same call goes on from them, and removes them when the bundle is whole.
 
     Args:
@@ -233,9 +232,9 @@ def _beside(folder: Path, config: ExportConfig) -> Path:
 # --- opening ------------------------------------------------------------------------------------------------------
 def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig) -> None:
     """Raises the errors that can be found before any work."""
-    if config.sensitivity is not None:
-        read = [module_or_path, config.tokenizer, config.calibration, config.chat_template, config.weights]
-        check_report_file(config.sensitivity, out, read)
+    table = None if config.sensitivity is None else Path(config.sensitivity).resolve()
+    if table is not None and (table.is_dir() or not table.parent.is_dir() or out.resolve() in table.parents):
+        raise InputError(f"--sensitivity {table}: expected a file beside {out}, in a folder that exists")
     providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
@@ -269,7 +268,6 @@ def _open(
     for sentence in source.warnings:
         progress.warn(sentence)
     weights = parameters(source.module)
-    require_files(source.module, config)
     check(weights, source.resident_bytes, 0, allocated=source.resident_bytes)
     return source, before
 
@@ -381,17 +379,7 @@ def _make_quantized(fp32: Bundle, folder: Path, writer: BundleWriter, text: Cali
         "int4": functools.partial(make_int4, finished=store.matrices),
     }
     make = make_quick if config.quick else makers[precision]
-    if (known := store.quantized(folder)) is not None:
-        bundle = Bundle(folder, parse_manifest(folder, known["manifest"]))
-        made = Quantized(bundle, known["weight_bytes"], known["quality"], None)
-    else:
-        made = make(fp32, text, write, config, writer.progress)
-        record = {
-            "manifest": made.bundle.manifest.to_json(),
-            "weight_bytes": made.weight_bytes,
-            "quality": made.quality,
-        }
-        store.keep_quantized(folder, record)
+    made = make(fp32, text, write, config, writer.progress)
     verification = writer.verify(made.bundle)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle
     return Artifact(bundle, made.weight_bytes, verification, made.quality, made.sensitivity)

@@ -74,24 +74,11 @@ def require_room(out: Path, needed: Needs, *, allocated: int = 0) -> None:
         )
 
 
-def require_files(module: nn.Module, config: ExportConfig) -> None:
-    """Raises InputError if a weight is too large for `shard_size`, or all of them for the ORT format.
-
-    The sizes are lower bounds: int4 has matrices of 8 bits.
-    """
-    bits, shard_size = PRECISIONS[config.precision].bits, config.shard_bytes
-    largest = max((p.numel() * bits // 8 for p in module.parameters()), default=0)
-    if shard_size is not None:
-        require_below(shard_size, largest, f" in {config.precision}")
-    if config.format == "ort":
-        require_ort_size(parameters(module) * bits // 8, config.precision)
-
-
-def require_below(shard_size: int, weight_bytes: int, note: str = "") -> None:
-    """Raises InputError if one weight does not fit into a file smaller than `shard_size`. `note` follows its size."""
+def require_below(shard_size: int, weight_bytes: int) -> None:
+    """Raises InputError if one weight does not fit into a file smaller than `shard_size`."""
     if weight_bytes >= shard_size:
         raise InputError(
-            f"a weight takes {_shown(weight_bytes)}{note}, and each weights file is to be smaller than "
+            f"a weight takes {_shown(weight_bytes)}, and each weights file is to be smaller than "
             f"{_shown(shard_size)}: a weight is never split, give a larger --shard-size"
         )
 

@@ -2,8 +2,8 @@
 
 An entry lies under its key (`keys.py`). Small ones lie in the user's cache folder: the float32 graph with its proof,
 and the text that the model wrote. Weights that stay in the source's files are not in them: the graph names the
-parameter of each. Large ones lie in a hidden folder beside OUT until the bundle there is whole: the matrices that GPTQ
-rounded, and the quantized weights, as links to the files of the unfinished bundle. So they outlive a kill.
+parameter of each. The matrices that GPTQ rounded lie in a hidden folder beside OUT until the bundle there is whole, so
+that they outlive a kill.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from pastkey.errors import InputError, IntegrityError
-from pastkey.files.durable import locked, sync_tree, write_json, write_whole
-from pastkey.files.folder import read_json, user_cache_file
+from pastkey.errors import InputError
+from pastkey.files.durable import locked, write_whole
+from pastkey.files.folder import user_cache_file
 
 from .graph.stored import Stored, StoredWeight, stored_weights
 from .keys import Keys
@@ -33,7 +33,6 @@ MOST_BYTES = 200_000_000  # of all entries
 _MOST_IN_MEMORY = 50_000_000  # bytes of weights in memory, as small matrices are; merged experts take more
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
-_ONNX, _RECORD = "onnx", "record.json"  # in the entry of quantized weights
 
 
 class Store:
@@ -49,7 +48,6 @@ class Store:
         self._folder = user_cache_file("exports")
         self._beside = out.with_name(f".{out.name}.steps")
         self.matrices = None if keys.matrices is None else self._beside / keys.matrices
-        self._quantized = None if keys.quantized is None else self._beside / keys.quantized
 
     # --- small entries ------------------------------------------------------------------------------------------
     def graph(self, module: nn.Module) -> tuple[ir.Model, dict[str, Any]] | None:
@@ -116,44 +114,10 @@ class Store:
     def _say_taken(self, what: str) -> None:
         self._progress.say(f"took {what} from an earlier export, in {self._folder}; --no-cache makes it again")
 
-    # --- large entries ------------------------------------------------------------------------------------------
-    def quantized(self, folder: Path) -> dict[str, Any] | None:
-        """Puts the quantized weights into the folder of a bundle. Returns their record, None if there are none."""
-        entry = self._quantized
-        if entry is None:
-            return None
-        try:
-            found = read_json(entry / _RECORD)
-            for name, size in found["files"].items():
-                if (entry / name).stat().st_size != size:
-                    raise InputError(f"{name} is not whole")
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(entry / name, folder / name)
-            record: dict[str, Any] = found["record"]
-        except (OSError, InputError, IntegrityError, LookupError, TypeError, AttributeError):
-            shutil.rmtree(folder / _ONNX, ignore_errors=True)
-            return None
-        self._progress.say(f"took the quantized weights of an earlier export from {self._beside}")
-        return record
-
-    def keep_quantized(self, folder: Path, record: dict[str, Any]) -> None:
-        """Keeps the quantized weights in the folder of a bundle. No later step may change these files."""
-        entry = self._quantized
-        if entry is None:
-            return
-        shutil.rmtree(entry, ignore_errors=True)
-        with contextlib.suppress(OSError, InputError):  # no room, or a file system without links
-            sync_tree(folder / _ONNX)  # otherwise a power cut may leave empty files
-            files = [path for path in sorted((folder / _ONNX).rglob("*")) if path.is_file()]
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-            for name in sizes:
-                (entry / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(folder / name, entry / name)
-            write_json(entry / _RECORD, {"files": sizes, "record": record})
-
+    # --- matrices -----------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Locks the large entries, and removes those that this export cannot use; all when the bundle is whole.
+        """Locks the matrices, and removes those that this export cannot use; all when the bundle is whole.
 
         After a failure, says where they are. Raises InUseError if another process exports to the same folder.
         """
@@ -161,7 +125,7 @@ class Store:
             self._beside.mkdir(parents=True, exist_ok=True)
         with locked(self._beside):
             for entry in self._beside.glob("*") if self.matrices is not None else ():
-                if entry not in (self.matrices, self._quantized):
+                if entry != self.matrices:
                     shutil.rmtree(entry, ignore_errors=True)
             try:
                 yield

@@ -85,16 +85,16 @@ def share_transposed_weights(model: ir.Model) -> None:
     drop_unused_weights(model)
 
 
-def fold_transposed_weights(model: ir.Model) -> None:
-    """Stores a transposed matrix in MatMul's layout if nothing else reads it."""
+def fold_transposed_weights(model: ir.Model, *, shared: bool = False) -> None:
+    """Stores a transposed matrix in MatMul's layout if nothing else reads it, or, with `shared`, also beside it."""
     for node in tuple(model.graph):
         if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue
         source = node.inputs[0]
         tensor = None if source is None or shape_of(source) is None else source.const_value
-        if source is None or tensor is None or len(tensor.shape) != 2 or len(tuple(source.uses())) > 1:
+        if source is None or tensor is None or len(tensor.shape) != 2 or (len(tuple(source.uses())) > 1 and not shared):
             continue
-        folded = add_tensor(model, f"{source.name}_folded", _transposed(tensor))
+        folded = add_tensor(model, f"{node.outputs[0].name}_folded", _transposed(tensor))
         replace_uses(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
     drop_unused_weights(model)

@@ -19,6 +19,7 @@ from pastkey.contract import names
 from ..compare import UNCHANGED, relative_difference
 from .edit import CONTRIB_DOMAIN, NodeBuilder, input_of, producer, replace_node, shape_of, weight
 from .part import evaluate
+from .session import window_feeds
 
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
 # Tables grow with the context. Their limit is the larger of these bytes and this share of the weights.
@@ -232,12 +233,8 @@ def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int,
 
 def _at_positions(model: ir.Model, rotation: _Rotation, context_length: int) -> np.ndarray | None:
     """Returns cos and sin of the first positions, None if they have another form."""
-    positions = np.arange(context_length)[None]
-    feeds = {names.POSITION_IDS: positions, names.INPUT_IDS: positions}
-    for value in model.graph.inputs:
-        if str(value.name).startswith(names.PAST_PREFIX) and value.shape is not None:
-            sizes = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
-            feeds[str(value.name)] = np.zeros(sizes, np.float32)
+    shapes = {str(value.name): tuple(value.shape) for value in model.graph.inputs if value.shape is not None}
+    feeds = window_feeds(shapes, np.arange(context_length))
     width, found = rotation.half * (2 if rotation.doubled else 1), []
     for array in evaluate(model, [rotation.cos, rotation.sin], feeds):
         if array.shape[-1:] != (width,) or [size for size in array.shape[:-1] if size != 1] != [context_length]:

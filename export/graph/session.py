@@ -39,20 +39,23 @@ def cpu_session(
 
 
 def window_feeds(
-    shapes: Mapping[str, Sequence[Any]], ids: npt.NDArray[np.int64], dtype: type[np.floating[Any]] = np.float32
+    shapes: Mapping[str, Sequence[Any]],
+    ids: npt.NDArray[np.int64],
+    dtype: type[np.floating[Any]] = np.float32,
+    past: int = 0,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Returns a graph's inputs for ids (T,) without a past, by the shapes of all inputs: numbers, or names of sizes.
+    """Returns a graph's inputs for ids (T,) after `past` tokens, by the shapes of all inputs: numbers, names of sizes.
 
-    `dtype` is that of keys and values.
+    Keys and values are zeros of `dtype`.
     """
     feeds: dict[str, npt.NDArray[Any]] = {
         names.INPUT_IDS: ids[None],
-        names.ATTENTION_MASK: np.ones((1, len(ids)), np.int64),
-        names.POSITION_IDS: np.arange(len(ids))[None],
+        names.ATTENTION_MASK: np.ones((1, past + len(ids)), np.int64),
+        names.POSITION_IDS: np.arange(past, past + len(ids))[None],
     }
-    past = {
-        name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], dtype)
+    zeros = {
+        name: np.zeros([1, *(size if isinstance(size, int) else past for size in shape[1:])], dtype)
         for name, shape in shapes.items()
         if name not in feeds
     }
-    return feeds | past
+    return feeds | zeros

@@ -12,7 +12,7 @@ from typing import Any
 from ..progress import SILENT, Progress
 from ..settings import GREEDY_PROMPT_TOKENS, GREEDY_PROMPTS, GREEDY_TOKENS
 from .metrics import Ids, Sums, perplexity
-from .predictors import BundlePredictor, Predictor
+from .predictors import BundlePredictor, Predictor, agreeing
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def evaluate(
             for token in bundle.greedy(prompt, min(GREEDY_TOKENS, longest - prompt.size + 1)):
                 tokens.append(token)
                 progress.advance(GREEDY_TOKENS * number + len(tokens), parts)
-            same += reference.agreeing(prompt, tokens)
+            same += agreeing(reference, prompt, tokens)
             written += len(tokens)
         progress.advance(1, 1)
         figures = {

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # takes their size in memory again. Without it, runs take 10 to 50 % longer, and logits differ by 1.4e-6 of the largest.
 IN_PLACE = {"session.disable_prepacking": "1"}
 
-Cache = tuple[tuple[Logits, Logits], ...]  # per layer, keys and values (K, T, D)
-
 
 class Predictor(Protocol):
     """The interface of bundles and modules. A text is (T,) token ids without a past."""
@@ -37,12 +35,6 @@ class Predictor(Protocol):
 
     def logits(self, ids: Ids) -> Logits:
         """Returns the logits (T, V) of a text (T,)."""
-
-    def cache(self, ids: Ids) -> Cache:
-        """Returns the keys and values of every attention call on a text (T,)."""
-
-    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
 
 
 class BundlePredictor:
@@ -60,28 +52,13 @@ class BundlePredictor:
         logits: Logits = self.engine.forward(ids[None])[0]
         return logits
 
-    def cache(self, ids: Ids) -> Cache:
-        """Returns the keys and values of every attention call on a text (T,)."""
-        self.logits(ids)
-        return cached_layers(self.engine)
-
     def greedy(self, prompt: Ids, count: int) -> Iterator[int]:
         """Yields the `count` tokens of its greedy continuation of `prompt` (T,). EOS does not end it."""
         return Generation(self.engine, Request(prompt.tolist(), max_new_tokens=count, prompt_lookup=False))
 
-    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
-        return agreeing_tokens(self.greedy(prompt, len(tokens)), tokens)
-
-
-def cached_layers(engine: Engine) -> Cache:
-    """Returns the content of the first row of the engine's cache."""
-    rows = [array[0].copy() for array in engine.cache.rows(engine.cache.length)]
-    return tuple((rows[2 * i], rows[2 * i + 1]) for i in range(len(engine.manifest.layers)))
-
 
 class RecordedPredictor:
-    """Predicts as a float32 bundle does. Each text is run once, and the graph is open only meanwhile."""
+    """Predicts as a float32 bundle does. A recorded text is run once, and the graph is open only meanwhile."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.name = str(bundle.path)
@@ -90,25 +67,23 @@ class RecordedPredictor:
 
     def logits(self, ids: Ids) -> Logits:
         """Returns the logits (T, V) of a text (T,)."""
-        known = ids.tobytes()
-        if known not in self._logits:
-            self._logits[known] = self._open().logits(ids)
-        return self._logits[known]
+        recorded = self._logits.get(ids.tobytes())
+        return self._open().logits(ids) if recorded is None else recorded
 
-    def cache(self, ids: Ids) -> Cache:
-        """Returns the keys and values of every attention call on a text (T,)."""
-        return self._open().cache(ids)
-
-    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
-        return _agreeing_in_one_run(self._open(), prompt, tokens)
+    def record(self, ids: Ids) -> None:
+        """Keeps the logits of a text (T,)."""
+        if (text := ids.tobytes()) not in self._logits:
+            self._logits[text] = self._open().logits(ids)
 
     def _open(self) -> BundlePredictor:
         return BundlePredictor(self._bundle, providers="cpu", session_options=IN_PLACE)
 
 
-def _agreeing_in_one_run(predictor: Predictor, prompt: Ids, tokens: Sequence[int]) -> int:
-    """As `Predictor.agreeing`. Up to the first difference, the tokens are the predictor's own continuation."""
+def agreeing(predictor: Predictor, prompt: Ids, tokens: Sequence[int]) -> int:
+    """Returns how many of `tokens` are the beginning of a predictor's own greedy continuation of `prompt` (T,).
+
+    One run tells: up to the first difference, the tokens are that continuation.
+    """
     logits = predictor.logits(np.array([*prompt, *tokens[:-1]], np.int64))[prompt.size - 1 :]
     return agreeing_tokens(logits.argmax(-1).tolist(), tokens)
 
@@ -144,15 +119,6 @@ class ModulePredictor:
         if not np.isfinite(logits).all():
             raise NumericsError(f"the logits of {self.name} are not finite (NaN or infinity): its weights are damaged")
         return logits
-
-    def cache(self, ids: Ids) -> Cache:
-        """Returns the keys and values of every attention call on a text (T,)."""
-        run = _uncached(self._module, ids)
-        return tuple((k[0].numpy(), v[0].numpy()) for k, v in zip(run.keys, run.values, strict=True))
-
-    def agreeing(self, prompt: Ids, tokens: Sequence[int]) -> int:
-        """Returns how many of `tokens` are the beginning of its own greedy continuation of `prompt` (T,)."""
-        return _agreeing_in_one_run(self, prompt, tokens)
 
     def hidden_states(self, ids: Ids) -> HiddenStates:
         """Returns the input (T, H) of its output head for (T,). Raises ContractError if no head is found."""

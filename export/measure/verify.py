@@ -34,7 +34,7 @@ from .paths import (
     run_last_logits,
     run_parts,
 )
-from .predictors import BundlePredictor, ModulePredictor, Predictor, cached_layers
+from .predictors import BundlePredictor, ModulePredictor, Predictor
 from .verification import Check as Check
 from .verification import Verification as Verification
 
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 ROUNDING_ALLOWANCE = 3
 # A difference of up to this many limits is told as one of rounding.
 NEAR_ROUNDING = 3
-# The first layer whose keys or values exceed this many limits is reported.
-LAYER_ALLOWANCE = 10
 # int8 and int4 may choose a different token than the uncached run within this many times the distance of their own
 # paths.
 TIE_ALLOWANCE = 2
@@ -107,7 +105,7 @@ def verify(
         bundle: The bundle to verify.
         module: The module that it was exported from. float32 is compared with it; int8 and int4 are measured against
             it. Without a module, the bundle is compared with its own uncached run.
-        layers: The attention calls as messages name them. The text is longer than windows up to MAX_WINDOW.
+        layers: The attention calls: the text is longer than their windows up to MAX_WINDOW.
         short: A text (T,) of `short_texts`, for a quick proof: most of it is not decoded one by one.
         progress: Receives the progress of the verification.
         **placement: Where it runs, as for `load`.
@@ -140,7 +138,7 @@ def verify(
         quality = _quality(source.logits(last.ids), expected if quantized else own.logits(last.ids))
     limits = Tolerances.of(manifest, quality.get("kl_divergence"))
     parts.next()
-    compared = _Compared(manifest, plan, own.engine, last, reference, expected, limits, layers, source)
+    compared = _Compared(manifest, plan, own.engine, last, reference, expected, limits, source)
     checks = []
     for check in _checks(compared, parts):
         checks.append(check)
@@ -170,7 +168,6 @@ class _Compared:
     reference: Predictor
     expected: Logits  # (T, V), the reference's
     limits: Tolerances
-    layers: tuple[CacheLayer, ...]
     source: ModulePredictor | None
 
     @functools.cached_property
@@ -223,7 +220,7 @@ def _batch(c: _Compared) -> Check:
         found.append(np.concatenate([together[0][row, :length], *(step[row] for step in together[1:])]))
         expected.append(_alone(c, text, length))
     pairs = [(np.concatenate(expected), np.concatenate(found))]
-    return _compare(c, "batch", pairs, pairs, locate=False)
+    return _compare(c, "batch", pairs, pairs)
 
 
 def _alone(c: _Compared, text: Ids, length: int) -> Logits:
@@ -302,7 +299,6 @@ def _compare(
     ends: Sequence[tuple[Logits, Logits]],
     *,
     single: bool = False,
-    locate: bool = True,
 ) -> Check:
     """Compares `pairs` (N, V) of expected logits and found ones by each graph; `ends` are those that a mean is of.
 
@@ -317,10 +313,10 @@ def _compare(
     if value > limit:
         limit = max(limit, c.rounding)
     ok = value <= limit
-    return Check(name, ok, measure, value, limit, "" if ok else _explained(c, name, value, measure, limit, locate))
+    return Check(name, ok, measure, value, limit, "" if ok else _explained(c, name, value, measure, limit))
 
 
-def _explained(c: _Compared, name: str, value: float, measure: str, limit: float, locate: bool) -> str:
+def _explained(c: _Compared, name: str, value: float, measure: str, limit: float) -> str:
     what = {
         "max_relative_difference": f"logits differ by {value:.1e} of the largest logit (limit {limit:.1e})",
         "mean_kl": f"predictions differ by {value:.1e} nats (limit {limit:.1e})",
@@ -331,21 +327,8 @@ def _explained(c: _Compared, name: str, value: float, measure: str, limit: float
             f"{c.rounding / ROUNDING_ALLOWANCE:.1e} there in torch, and a wrong position or length gives far more. "
             "--graph standard sums in another order"
         )
-    where = f", first in {_first_layer(c)}" if locate else ""
     return (
-        f"in the check {name!r} {what}{where}. Usual causes: numbers that pass between tokens outside attention, such "
+        f"in the check {name!r} {what}. Usual causes: numbers that pass between tokens outside attention, such "
         "as a mean over the tokens; a position that is not of position_ids; a length that was made a Python number, "
         "which is baked into the graph"
     )
-
-
-def _first_layer(c: _Compared) -> str:
-    """Returns the first attention call whose keys or values, cached by the check, differ from the uncached run's."""
-    cached = cached_layers(c.all_logits)
-    for index, (expected, found) in enumerate(zip(c.reference.cache(c.last.ids), cached, strict=True)):
-        if any(
-            logits_difference(a, b) > LAYER_ALLOWANCE * c.limits.relative for a, b in zip(expected, found, strict=True)
-        ):
-            layer = c.layers[index] if c.layers else None
-            return f"layer {index}" + (f" ({layer.module}, {layer.where})" if layer else "")
-    return "what follows the last layer's keys and values"

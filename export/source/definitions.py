@@ -111,21 +111,6 @@ def relative_levels(file: Path) -> int:
     return max((node.level for node in nodes if isinstance(node, ast.ImportFrom)), default=0)
 
 
-def saved_weights(file: Path) -> tuple[str, str] | None:
-    """The first place of a notebook that saves a state dict, and the name of its file if that is written there.
-
-    It is a call such as torch.save(model.state_dict(), "model.pt") or save_file(model.state_dict(), "model.pt").
-    """
-    for place, text in _cells(file):
-        for node in ast.walk(ast.parse(text)):
-            if not isinstance(node, ast.Call) or not ast.unparse(node.func).rpartition(".")[2].startswith("save"):
-                continue
-            if any(".state_dict()" in ast.unparse(argument) for argument in node.args[:1]):
-                names = [a.value for a in node.args[1:] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-                return place, next(iter(names), "")
-    return None
-
-
 # --- needed statements ----------------------------------------------------------------------------------------------
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

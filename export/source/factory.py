@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pastkey.errors import InputError, MissingFileError, PastkeyError
 
@@ -31,7 +29,6 @@ from .definitions import (
     relative_levels,
     run,
     run_definitions,
-    saved_weights,
 )
 
 
@@ -42,7 +39,7 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
     MissingFileError, or InputError with the line.
     """
     notebook = file.suffix == ".ipynb"
-    made, steps = make(
+    made = make(
         file,
         text,
         definitions_only=notebook or weights_follow,
@@ -50,31 +47,16 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
         expected="a torch.nn.Module",
     )
     assert isinstance(made, nn.Module)
-    if steps:
-        return made, (
-            f"{file} trained while it was imported ({steps} steps of an optimizer): to export weights of an earlier "
-            "training, save its state_dict and give it with --weights FILE, which runs no training",
-        )
     if notebook and not weights_follow:
-        return made, (_untrained(file, text),)
+        return made, (
+            f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
+            "they were initialized; give the trained ones with --weights FILE",
+        )
     return made, ()
 
 
-def _untrained(file: Path, text: str) -> str:
-    """The warning about a notebook's weights."""
-    place, name = saved_weights(file) or ("", "")
-    told = f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
-    told += f"they were initialized; give the trained ones with --weights {shlex.quote(name) if name else 'FILE'}"
-    return f"{told}, which cell {place.removeprefix(str(file))} saves" if place else told
-
-
-def make(
-    file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[object], bool], expected: str
-) -> tuple[Any, int]:
-    """Returns the value of `text`, called if it is a factory, and the number of optimizer steps while the file was run.
-
-    Steps in the factory's own call do not count: it may train on purpose.
-    """
+def make(file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[object], bool], expected: str) -> Any:
+    """Returns the value of `text`, called if it is a factory."""
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}; expected path/to/file.py:factory")
     if not text.strip():
@@ -85,8 +67,7 @@ def make(
     request = parse_request(text, file)
     root, package = _package_of(file)
     with _at_home(file, root, package):
-        with _counted_steps() as steps:
-            module = _read(file, request, definitions_only, package)
+        module = _read(file, request, definitions_only, package)
         value, shown, is_or = _evaluate(file, request, module), request.text, "is"
         if not is_wanted(value) and callable(value):
             _refuse_missing_arguments(file, shown, value)
@@ -97,7 +78,7 @@ def make(
         number = next((number for number, part in enumerate(parts) if is_wanted(part)), None)
         hint = "" if number is None else f": take it out of the tuple, as in  {file}:'{shown}[{number}]'"
         raise InputError(f"{shown} of {file} {is_or} a {type(value).__name__}; {expected} was expected{hint}")
-    return value, len(steps)
+    return value
 
 
 def _read(file: Path, request: FileExpression, definitions_only: bool, package: str) -> ModuleType:
@@ -208,17 +189,6 @@ def _at_home(file: Path, root: Path, package: str) -> Iterator[None]:
         for place in (*before, *after):
             if place in sys.path:
                 sys.path.remove(place)
-
-
-@contextlib.contextmanager
-def _counted_steps() -> Iterator[list[None]]:
-    """Yields a list with one entry for each step of any optimizer."""
-    steps: list[None] = []
-    handle = register_optimizer_step_post_hook(lambda *_: steps.append(None))
-    try:
-        yield steps
-    finally:
-        handle.remove()
 
 
 def _run_user_code(file: Path, what: str, call: Callable[[], Any]) -> Any:

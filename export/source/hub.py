@@ -8,9 +8,7 @@ huggingface_hub itself reads HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE.
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,9 +40,8 @@ _SMALL = {
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
 }  # fmt: skip
 _SMALL_ENDINGS = (".model", ".tiktoken")  # SentencePiece's and tiktoken's vocabularies
+_OTHER_WEIGHTS = (".gguf", ".onnx", ".bin", ".pt", ".pth", ".ckpt")
 _TEMPLATES = "additional_chat_templates/"
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -127,13 +124,6 @@ class HubModel:
         if not self.network:
             raise self._partly(missing[0])
         total = sum(self.files[name] for name in missing)
-        place = _cache()
-        free = shutil.disk_usage(next(part for part in (place, *place.parents) if part.exists())).free
-        if total > free:
-            raise ResourceError(
-                f"{self.name} takes {shown_bytes(total)} more in {place}, and {shown_bytes(free)} are free: make room, "
-                "or name a folder on another disk with HF_HOME"
-            )
         what = what or f"{len(missing)} {'file' if len(missing) == 1 else 'files'}"
         progress.stage(f"fetch {what}, {shown_bytes(total)}")
         done = 0
@@ -152,25 +142,12 @@ class HubModel:
     def _without_weights(self) -> InputError | MissingFileError:
         if not self.network:
             return self._partly(names.WEIGHTS)
-        download = f"hf download {self.name}"
-        gguf = min((name for name in self.files if name.endswith(".gguf")), default=None)
-        if gguf is not None:
+        others = sorted(name for name in self.files if name.endswith(_OTHER_WEIGHTS))
+        if others:
             return InputError(
-                f"{self.name} has no safetensors, but GGUF files: type  {download} {shlex.quote(gguf)} --local-dir . "
-                f" and  pastkey export {shlex.quote(gguf)} --out bundle"
-            )
-        folder = self.folder_name
-        if any(name.endswith(".onnx") for name in self.files):
-            return InputError(
-                f"{self.name} has no safetensors, but an ONNX graph: type  {download} --local-dir {folder}  and  "
-                f"pastkey export {folder} --out bundle"
-            )
-        pickled = min((name for name in self.files if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), default=None)
-        if pickled is not None:
-            return InputError(
-                f"{self.name} has its weights only as {pickled}, a pickle, which can run any code when it is read: if "
-                f"you trust it, type  {download} --local-dir {folder}  and  pastkey export {folder} --out bundle , "
-                "which names the command that converts it"
+                f"{self.name} has no safetensors, but {', '.join(others[:3])}{', ...' if others[3:] else ''}: fetch "
+                f"what you want of it with  hf download {self.name} --local-dir {self.folder_name}  and export the "
+                "folder, or a .gguf file in it; a pickle can run any code when it is read"
             )
         return InputError(
             f"{self.name} has no {names.WEIGHTS}: expected a decoder of transformers, or a bundle of pastkey"
@@ -289,7 +266,7 @@ def _sentences(name: str) -> Iterator[None]:
 def _sentence(name: str, error: Exception) -> PastkeyError:
     from huggingface_hub import errors
 
-    host, endpoint, cache = _host(), _library().constants.ENDPOINT, _cache()
+    host, endpoint = _host(), _library().constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return InputError(
             f"{name} is gated, and {host} does not give it to you: accept its conditions at {endpoint}/{name}, make a "
@@ -302,18 +279,6 @@ def _sentence(name: str, error: Exception) -> PastkeyError:
             "the path; for a private model set HF_TOKEN to a token that may read it"
         )
     causes = [*_causes(error)]
-    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    if numbers & _FULL:
-        return ResourceError(
-            f"the disk of {cache} became full while {name} was fetched: make room, or name a folder on another disk "
-            "with HF_HOME"
-        )
-    refused = next((c for c in causes if isinstance(c, OSError) and c.errno in _FORBIDDEN and c.filename), None)
-    if refused is not None:
-        return ResourceError(
-            f"the cache of huggingface_hub cannot be written ({refused.strerror}: {refused.filename}): name a folder "
-            "of yours with HF_HOME"
-        )
     status = next((r.status_code for c in causes if (r := getattr(c, "response", None)) is not None), None)
     if status in (401, 403):
         return InputError(

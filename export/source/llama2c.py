@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import processors
 from torch import Tensor
 
 from pastkey.contract.config import ModelConfig
@@ -29,7 +29,17 @@ from pastkey.files.tokenizer_file import MOST_BYTES
 from pastkey.train.model import Decoder
 
 from .source import BeforeLoading, Opening, Source, context_of
-from .tokenizers.sentencepiece import SPACE, merges_by_score
+from .tokenizers.sentencepiece import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    Piece,
+    SentencePieceModel,
+    tokenizer_of,
+)
 from .tokenizers.tokenizer import read_tokenizer
 
 BOS, EOS = 1, 2  # by the format; a decoder trained there ends a text with BOS, which begins the next one
@@ -208,7 +218,12 @@ def _read_tokenizer_bin(path: Path, config: ModelConfig) -> dict[str, Any]:
         "unk_token": _SPECIALS[0],
         "clean_up_tokenization_spaces": False,
     }
-    tokenizer = _sentencepiece(dict(zip(texts, (score for _, score in pieces), strict=True)))
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256] + [NORMAL] * (len(pieces) - len(_RESERVED))
+    found = tuple(Piece(text, score, kind) for text, (_, score), kind in zip(texts, pieces, kinds, strict=True))
+    tokenizer = tokenizer_of(SentencePieceModel(found, trainer={3: BPE}, normalizer={4: 0}))  # all spaces stay
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_SPECIALS[BOS]} $A", special_tokens=[(_SPECIALS[BOS], BOS)]
+    )
     return {"tokenizer": tokenizer.to_str().encode(), "tokenizer_config": configuration}
 
 
@@ -231,20 +246,3 @@ def _read_pieces(path: Path) -> list[tuple[str, float]]:
             "be read"
         ) from None
     return pieces
-
-
-def _sentencepiece(scores: dict[str, float]) -> Tokenizer:
-    """SentencePiece's BPE with a leading space. `scores` holds every piece in the order of the ids."""
-    vocabulary = {text: number for number, text in enumerate(scores)}
-    ordinary = dict(list(scores.items())[len(_RESERVED) :])
-    merges = merges_by_score(ordinary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=_SPECIALS[0], fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{_SPECIALS[BOS]} $A", special_tokens=[(_SPECIALS[BOS], BOS)]
-    )
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIALS])
-    return tokenizer

@@ -197,7 +197,6 @@ def _load(
             f"{source} has no weight {missing[0]!r}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
             f"{type(model).__name__} needs: the files are incomplete, or config.json is another model's"
         )
-    _require_tied(model, source)
     known = {_numberless(name) for name in model.state_dict()}
     beyond = [name for name in sorted(info["unexpected_keys"]) if _numberless(name) in known]
     if beyond:
@@ -207,21 +206,6 @@ def _load(
         )
     # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
     return torch.nn.Module.float(model).eval(), stored if next(stored.parameters(model), None) else None
-
-
-def _require_tied(model: Any, source: Path) -> None:
-    """Raises InputError if embedding and output head are tied, and the files hold two that differ."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    try:
-        weights = [getattr(end(), "weight", None) for end in (model.get_input_embeddings, model.get_output_embeddings)]
-    except NotImplementedError:  # a class of the folder's own code
-        return
-    if None not in weights and weights[0] is not weights[1]:  # transformers 5 leaves them apart if they differ
-        raise InputError(
-            f"{source} holds an output head beside the embedding, with other numbers, and its config.json ties the two "
-            "(tie_word_embeddings): one of the two is another model's, or config.json must say false there"
-        )
 
 
 def _numberless(name: str) -> str:

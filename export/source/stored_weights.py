@@ -88,30 +88,9 @@ def _check_safetensors(folder: Path) -> None:
                 f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
                 f"{index.name} names: fetch what is missing"
             )
-    headers = {}
     for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
         with reading(file, "safetensors"):
-            headers[file.name] = read_header(file)
-    for index in folder.glob("*.safetensors.index.json"):
-        _check_shards(index, read_json(index)["weight_map"], headers)
-
-
-def _check_shards(index: Path, listed: Mapping[str, str], headers: Mapping[str, Mapping[str, object]]) -> None:
-    """Raises InputError unless each tensor is in the one file that the index names for it."""
-    for name, shard in listed.items():
-        if name not in headers[shard]:
-            raise InputError(
-                f"{index} says that {shard} holds {name!r:.80}, and it does not: that file is another model's; fetch "
-                "it again"
-            )
-    first: dict[str, str] = {}
-    for shard in sorted(set(listed.values())):
-        for name in headers[shard]:
-            if first.setdefault(name, shard) != shard:
-                raise InputError(
-                    f"{index.parent} has two tensors {name!r:.80}, in {first[name]} and in {shard}: one of the two "
-                    "files is another model's; fetch them again"
-                )
+            read_header(file)
 
 
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> int:

@@ -73,16 +73,15 @@ class Alone:
         return engine, 0
 
     def advance(self, generation: Generation) -> None:
-        """Runs one step. Another thread may take over the engine between two steps, but not during one."""
-        with generation.engine.lock:
-            try:
-                generation.begin()
-                generation.require_ownership()
-                if not generation.ready:
-                    generation.step()
-            except BaseException:
-                generation.restart()
-                raise
+        """Runs one step. Another generation may take over the engine between two steps."""
+        try:
+            generation.begin()
+            generation.require_ownership()
+            if not generation.ready:
+                generation.step()
+        except BaseException:
+            generation.restart()
+            raise
 
     def leave(self, generation: Generation) -> None:
         """Retires the generation at once."""

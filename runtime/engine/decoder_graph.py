@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -49,7 +48,6 @@ class GraphOptions(PlacementOptions, total=False):
     """The options of DecoderGraph."""
 
     graph: Literal["last_logits", "all_logits", "adapters"]
-    profile_prefix: Path | None
 
 
 class Bound(Protocol):
@@ -93,7 +91,6 @@ class DecoderGraph:
         allow_fallback: bool = False,
         session_options: SessionSettings | None = None,
         native: bool | None = None,
-        profile_prefix: Path | None = None,
     ) -> None:
         """Opens the graph and checks it against the manifest.
 
@@ -108,8 +105,6 @@ class DecoderGraph:
                 provider that is known to run whole graphs must run all of this one.
             session_options: See `load`.
             native: See `load`.
-            profile_prefix: If given, onnxruntime records where each operator ran, in one file per graph whose name
-                starts with this prefix.
 
         Raises:
             ProviderError: A provider is missing, fails to start, may not run this graph, or leaves operators to others.
@@ -137,7 +132,6 @@ class DecoderGraph:
             threads=self.threads,
             allow_fallback=allow_fallback,
             session_options=session_options,
-            profile_prefix=profile_prefix,
             library="" if self.native is None else self.native.library,
         )
         if manifest.static is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
@@ -20,7 +19,6 @@ from ..settings import MAX_DRAFT_TOKENS
 from .caches.kv import KVCache
 from .caches.states import States
 from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
-from .one_at_a_time import one_at_a_time
 from .padding import Padding
 from .shift import moved_by, require_shift
 
@@ -30,7 +28,7 @@ MARKED = MAX_DRAFT_TOKENS + 2  # tokens of a run from which the states behind it
 class Engine:
     """A bundle's graph with a KV cache: each call appends its tokens to the cached ones.
 
-    Calls from several threads take turns; hold `lock` to group several calls. Every call with ids may raise InputError
+    One thread at a time uses it: a scheduler's leader, or its owner. Every call with ids may raise InputError
     (ids outside the vocabulary, or more than the context holds) and NumericsError (logits that are not finite). Both
     leave the cache as the previous runs left it. Any other exception in a call that changes the cache empties it: its
     owner appends the tokens again.
@@ -38,7 +36,6 @@ class Engine:
     Attributes:
         graph: The graph, which other engines may share.
         cache: The keys and values.
-        lock: Held during each call.
         resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
         gone: Number of first tokens that were evicted, since all attention is local and no later token sees them. The
             cached tokens behind them have positions from 0 on.
@@ -79,7 +76,6 @@ class Engine:
 
     def _begin(self, graph: DecoderGraph) -> None:
         self.graph = graph
-        self.lock = threading.RLock()
         self.cache = graph.new_cache()
         self._ids: list[int] | None = []  # ids of the cached tokens; None if unknown
         self._padding = Padding()
@@ -119,13 +115,11 @@ class Engine:
         """The ids of the cached tokens; empty if unknown, as for several sequences."""
         return (self._ids or [])[: self.length]
 
-    @one_at_a_time
     def reset(self) -> None:
         """Forgets all tokens."""
         self.empty()
         self.resets += 1
 
-    @one_at_a_time
     def empty(self) -> None:
         """Forgets all tokens without counting as a reset: the same sequence follows again."""
         self.cache.reset()
@@ -151,7 +145,6 @@ class Engine:
                 self.drop_cache()
             raise
 
-    @one_at_a_time
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
         """Trims the cache to the prefix that it shares with `ids` (T,), without the last tokens.
 
@@ -197,7 +190,6 @@ class Engine:
             shared += 1
         return self.cache.nearest(shared) if self.manifest.states else shared
 
-    @one_at_a_time
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """A new engine whose cache holds copies of the first `length` tokens of each sequence, or of all.
 
@@ -229,7 +221,6 @@ class Engine:
             self.exact_length, self.gone = exact_length, gone
             self._ids = list(ids)
 
-    @one_at_a_time
     def trim(self, length: int) -> None:
         """Trims each sequence to its first `length` tokens.
 
@@ -259,7 +250,6 @@ class Engine:
                 ": call reset() and give the tokens again"
             )
 
-    @one_at_a_time
     def shift(self, keep: int, count: int) -> None:
         """Evicts `count` tokens of one sequence behind the first `keep`; later tokens move to their positions.
 
@@ -282,7 +272,6 @@ class Engine:
             self.exact_length = min(self.exact_length, keep)
             self._ids = None
 
-    @one_at_a_time
     def leave_window(self, tokens: int) -> None:
         """Evicts the tokens behind the sliding window if `tokens` more of one sequence would exceed `most_rows`."""
         rows, window, padded = self.cache.length, self._window, self._padding.mask is not None
@@ -294,7 +283,6 @@ class Engine:
                 self.cache.drop(0, gone, moved_by(self.manifest, gone))
                 self.gone += gone
 
-    @one_at_a_time
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens of one sequence in chunks of about `chunk_size`.
 
@@ -324,7 +312,6 @@ class Engine:
             return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
         return [*self.graph.chunk_sizes(tokens - last, self.cache.length, chunk_size), last]
 
-    @one_at_a_time
     def reserve(self, tokens: int) -> None:
         """Allocates room for `tokens` more of one sequence at once."""
         with self._changing():
@@ -334,17 +321,14 @@ class Engine:
         """Number of cached rows for so many tokens, capped by the sliding window."""
         return min(tokens, self.graph.most_rows)
 
-    @one_at_a_time
     def decode(self, token: int) -> Logits:
         """Appends one token to one sequence; returns its logits (V,)."""
         return _last(self.run(self.checked([token], 1)[None]))
 
-    @one_at_a_time
     def append(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one sequence in one run; returns the last one's logits (V,)."""
         return _last(self.run(self.checked(ids, 1)[None]))
 
-    @one_at_a_time
     def all_logits(self, ids: npt.ArrayLike) -> Logits:
         """Appends the tokens `ids` (T,) of one sequence as `prefill` does; returns the logits (T, V) of each."""
         ids = self.checked(ids, 1)
@@ -352,7 +336,6 @@ class Engine:
         chunks = np.split(ids, np.cumsum(sizes)[:-1])
         return np.concatenate([self.run(chunk[None], keep=chunk.size)[0].copy() for chunk in chunks])
 
-    @one_at_a_time
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens of several sequences in one run.
 
@@ -370,7 +353,6 @@ class Engine:
         checked = None if mask is None else self.graph.checked_mask(mask, ids, self.length, every=self.graph.every)
         return self.run(ids, checked).copy()
 
-    @one_at_a_time
     def hidden_states(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> HiddenStates:
         """Appends tokens as `forward` does; returns the input of the output head, after the last norm.
 

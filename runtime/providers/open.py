@@ -36,7 +36,6 @@ def open_session(
     threads: int,
     allow_fallback: bool = False,
     session_options: SessionSettings | None = None,
-    profile_prefix: Path | None = None,
     library: str = "",
 ) -> Any:
     """Opens one graph of a bundle.
@@ -48,7 +47,6 @@ def open_session(
         threads: Threads within an operator; 0 lets onnxruntime choose.
         allow_fallback: See `placement.resolve`.
         session_options: See `session_options`.
-        profile_prefix: If given, onnxruntime records where each operator ran, in a file with this name prefix.
         library: Absolute path of a library with the graph's own operators, pastkey's.
 
     Returns:
@@ -78,11 +76,6 @@ def open_session(
         made = _options(threads, entries, given)
         if library:
             made.register_custom_ops_library(library)
-        if profile_prefix is not None:
-            made.enable_profiling = True
-            made.profile_file_prefix = f"{profile_prefix}_{path.stem}"  # else graphs of one second share a file
-            # Prepacked weights would be reported as 0 bytes.
-            made.add_session_config_entry("session.disable_prepacking", "1")
         return made
 
     try:

@@ -63,12 +63,10 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(tmp_path
     assert with_file.disk - needed.disk == 4 * 10**9
 
 
-def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused_before_the_work(monkeypatch):
-    module = nn.Linear(1000, 2000, bias=False)
-    resources.require_files(module, ExportConfig(shard_size=2_000_001))
-    with pytest.raises(InputError, match=r"a weight takes 2 MB in int8, .* smaller than 2 MB: a weight is never split"):
-        resources.require_files(module, ExportConfig(shard_size=2_000_000))
-    resources.require_files(module, ExportConfig("fp32", format="ort"))
-    monkeypatch.setattr(resources, "MAX_ORT_BYTES", 8_000_000)
-    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these take 8 MB in fp32: leave out"):
-        resources.require_files(module, ExportConfig("fp32", format="ort"))
+def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused():
+    resources.require_below(2_000_001, 2_000_000)
+    with pytest.raises(InputError, match=r"a weight takes 2 MB, .* smaller than 2 MB: a weight is never split"):
+        resources.require_below(2_000_000, 2_000_000)
+    resources.require_ort_size(resources.MAX_ORT_BYTES - 1, "fp32")
+    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these take .* in fp32: leave out"):
+        resources.require_ort_size(resources.MAX_ORT_BYTES, "fp32")

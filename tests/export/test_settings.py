@@ -77,7 +77,7 @@ def test_a_target_of_fixed_sizes_gets_the_static_graph_of_the_common_one():
 
 
 SOURCE = {"a": 1}
-ALL = {"graph", "text", "matrices", "quantized"}
+ALL = {"graph", "text", "matrices"}
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -90,9 +90,7 @@ def same(one: Keys, other: Keys) -> set[str]:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"force": True, "generate": True}, ALL),
-        ({"max_kl": 0.1, "shard_size": "2GB"}, {"graph", "text", "matrices"}),
-        ({"sensitivity": "table.json"}, {"graph", "text", "matrices"}),
+        ({"force": True, "generate": True, "max_kl": 0.1, "shard_size": "2GB", "sensitivity": "table.json"}, ALL),
         ({"precision": "int4"}, {"graph"}),
         ({"precision": "fp32"}, {"graph"}),
         ({"calibration": "other"}, {"graph"}),

@@ -27,7 +27,6 @@ from pastkey.export.source.open import open_source
 from pastkey.export.store import Store, unbound
 
 from ..loopback_hub import read_files
-from ..shared import divided
 from .commands import Heard
 from .decoders import Plain
 
@@ -88,36 +87,26 @@ import os, signal, sys
 from pastkey.export import export
 from pastkey.export.store import Store
 
-keep = getattr(Store, sys.argv[3])
+keep_text = Store.keep_text
 
 def keep_and_die(self, *content):
-    keep(self, *content)
+    keep_text(self, *content)
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(Store, sys.argv[3], keep_and_die)
+Store.keep_text = keep_and_die
 export(sys.argv[1], sys.argv[2])
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL, and no locks of folders")
-@pytest.mark.parametrize("kept", divided(["keep_text", "keep_quantized"], ci=["keep_quantized"]))
-def test_an_export_goes_on_from_the_step_after_which_another_was_killed(
-    kept, checkpoint, trained, tmp_path, monkeypatch
-):
+def test_an_export_goes_on_from_the_text_after_which_another_was_killed(checkpoint, trained, tmp_path, monkeypatch):
     place = tmp_path / "place"
     out, expected = place / "bundle", open_bundle(trained)
-    subprocess.run([sys.executable, "-c", KILLED, checkpoint, out, kept], check=False)
+    subprocess.run([sys.executable, "-c", KILLED, checkpoint, out], check=False)
     assert not out.exists()
     monkeypatch.setattr(pipeline, "calibration_text", again)
-    if kept == "keep_quantized":
-        monkeypatch.setattr(pipeline, "make_int8", again)
-        with monkeypatch.context() as failing:
-            failing.setattr(pipeline, "require_unchanged", again)
-            with pytest.raises(AssertionError, match="made again"):
-                export(checkpoint, out, progress=(heard := Heard()))
-        assert heard.said[-1].startswith(f"kept finished steps in {place / '.bundle.steps'}")
-        with pytest.raises(AssertionError, match="made again"):
-            export(checkpoint, place / "other", cache=False)
+    with pytest.raises(AssertionError, match="made again"):
+        export(checkpoint, place / "other", cache=False)
     report = export(checkpoint, out)
     assert report.manifest.files == expected.manifest.files
     assert report.manifest.quality == expected.manifest.quality
@@ -180,19 +169,15 @@ def test_large_weights_in_memory_are_not_kept(saved_llama, monkeypatch):
 
 
 # --- entries --------------------------------------------------------------------------------------------------
-def test_quantized_weights_are_of_one_key_and_whole(tmp_path):
-    out, work = tmp_path / "out", tmp_path / "work"
-    (work / "onnx").mkdir(parents=True)
-    (work / "onnx" / "graph").write_bytes(b"1234")
-    mine = {"matrices": "m", "quantized": "q"}
-    store_of(out, **mine).keep_quantized(work, {"a": 1})
-    assert store_of(out, **mine).quantized(tmp_path / "again") == {"a": 1}
-    assert (tmp_path / "again" / "onnx" / "graph").read_bytes() == b"1234"
-    (tmp_path / ".out.steps" / "q" / "onnx" / "graph").write_bytes(b"123")
-    assert store_of(out, **mine).quantized(tmp_path / "damaged") is None
-    assert not (tmp_path / "damaged" / "onnx").exists()
-    with store_of(out, matrices="m", quantized="other").opened():
-        assert not (tmp_path / ".out.steps" / "q").exists()  # no export with these options can use it
+def test_matrices_outlive_a_failure_and_no_other_key(tmp_path):
+    steps = tmp_path / ".out.steps"
+    mine = Store(tmp_path / "out", Keys(matrices="m"), heard := Heard())
+    for name in ("m", "of other options"):
+        (steps / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match="failed"), mine.opened():
+        raise ValueError("failed")
+    assert heard.said == [f"kept finished steps in {steps}: the same command goes on from there"]
+    assert [path.name for path in steps.iterdir()] == ["m"]
 
 
 EXPORTING = """
@@ -211,7 +196,7 @@ with Store(Path(sys.argv[1]), Keys(), Progress()).opened():
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of folders")
 def test_a_second_export_to_one_folder_is_refused_until_the_first_has_ended(tmp_path):
     out, steps = tmp_path / "out", tmp_path / ".out.steps"
-    second = store_of(out, matrices="m", quantized="q")
+    second = store_of(out, matrices="m")
     with subprocess.Popen([sys.executable, "-c", EXPORTING, out], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "exporting\n"

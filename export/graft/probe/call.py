@@ -29,7 +29,7 @@ from ..attention import embedding, failing_line, intercept, torch_attention
 from .causes import Cause, Kind, NoCacheError
 from .logits import is_distribution, logits_in, standing, tensors
 from .observe import name_of, natively
-from .watched import draws, half_precision, in_training, kept
+from .watched import draws, in_training, kept
 
 CONTRACT = "model(ids, position_ids=positions)"  # the contract's call: if it fits, PLAIN must give the same logits
 PLAIN = "model(ids)"
@@ -185,10 +185,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
         raise NoCacheError(name_of(module), [Cause(Kind.FIXED, what, where or "")]) from cause
     told = f"{type(cause).__name__}: {first_line(cause)}" if not isinstance(cause, ContractError) else first_line(cause)
-    ids = torch.zeros(_BATCH, _LENGTHS[1], dtype=torch.long)
-    advice = half_precision(cause, lambda: _run(Call(expression), module, ids)) or (
-        'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
-    )
+    advice = 'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
     message = f"{name_of(module)} could not be run as {expression}{f' at {where}' if where else ''}: {told}; {advice}"
     raise (InputError if asked is not None else ContractError)(message) from cause
 

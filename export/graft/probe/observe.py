@@ -49,7 +49,6 @@ class CacheLayer:
 
     geometry: KVGeometry
     heads: int  # H
-    module: str  # path of the submodule that made the call
     where: str  # file:line of the call
     window: int | None = None  # number of tokens that a token attends to, if attention is local
     special: str | None = None  # the feature that GroupQueryAttention cannot compute
@@ -230,11 +229,6 @@ def _attention_layers(module: nn.Module, runs: list[_Observer]) -> tuple[CacheLa
     return tuple(first)
 
 
-def _place(module: nn.Module, stack: list[str]) -> str:
-    """The running submodule, as messages name it."""
-    return f"{stack[-1] if stack else ''} of {name_of(module)}".removeprefix(" of ")
-
-
 def random_ids(count: int, length: int, vocab_size: int, seed: int = _SEED) -> Tensor:
     """(count, length) token ids, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -250,15 +244,9 @@ class _Observer:
         self.rows: list[RowsGeometry] = []
         self.states: list[StateGeometry] = []
         self.masked = False  # whether a call passed an attn_mask
-        self._module = module
         self._batch = batch
-        self._stack: list[str] = []  # the submodules being run
         ids = random_ids(batch, length, vocab_size)
-        with (
-            _tracking(module, self._stack),
-            evaluating(module),
-            intercept(self._record, None, self._keep, self._remember),
-        ):
+        with evaluating(module), intercept(self._record, None, self._keep, self._remember):
             _guarded(module, ids, torch.arange(length).expand_as(ids))
 
     def _keep(self, call: RowsCall) -> Tensor:
@@ -270,20 +258,17 @@ class _Observer:
         return call.over(None)[0]
 
     def _record(self, call: AttentionCall) -> Tensor:
-        number = len(self.layers)
-        told = f"attention call {number} ({call.where}, in {_place(self._module, self._stack)})"
+        told = f"attention call {len(self.layers)} ({call.where})"
         self._check_shapes(call, told)
         self._check_causal(call, told)
         if call.dropout > 0:
             raise UnkeptError(f"{told} drops out attention weights")
         geometry = KVGeometry(call.key.shape[1], call.key.shape[3], call.value.shape[3])
-        module = self._stack[-1] if self._stack else ""
         self.masked |= call.mask is not None
         self.layers.append(
             CacheLayer(
                 geometry,
                 heads=call.query.shape[1],
-                module=module,
                 where=call.where,
                 window=call.window,
                 special=call.special,
@@ -311,29 +296,6 @@ class _Observer:
         seen = mask if mask.dtype == torch.bool else mask > _MASKED
         if not bool((seen == causal).all()) or (mask.dtype != torch.bool and bool((mask[seen] != 0).any())):
             raise UnkeptError(f"{told} passes an attn_mask that is not the causal one")
-
-
-@contextlib.contextmanager
-def _tracking(module: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keeps the paths of the running submodules in `stack`, the innermost last."""
-    handles = []
-    for path, child in module.named_modules():
-        if not path:
-            continue
-
-        def enter(_module: nn.Module, _args: Any, path: str = path_in(module, path)) -> None:
-            stack.append(path)
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            stack.pop()
-
-        handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        stack.clear()
 
 
 # --- the contract -------------------------------------------------------------------------------------------------

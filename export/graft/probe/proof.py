@@ -11,10 +11,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...compare import LOGITS, logits_difference
@@ -27,7 +25,7 @@ from .observe import Observation, StandIn, Uncached, evaluating, random_ids, run
 SHORTEST = 12  # tokens of the longest text where nothing more is asked
 _WORK = 5e11  # multiplications of the runs over one text: about 10 s on two cores
 _SCORES = 1 << 26  # attention scores of one run
-_LOGITS = 1 << 26  # of one run
+_LOGITS = 1 << 26  # of one cached run; a quarter of those of the author's call on the longest text
 _BYTES = 1 << 29  # of the largest tensor of a run
 _SHORT = 512  # tokens of a text that is one of several
 _GROWTH = (1.618, 5)  # from one compared length to the next; the larger one where the runs cost much
@@ -120,7 +118,6 @@ class _Runs:
         self.wide = False  # in float64
         self._module, self._model, self._call = module, model, call
         self._heads = max((layer.heads for layer in observation.layers), default=1)
-        self._rows = False  # whether the author's output head is known to take some rows alone
 
     def in_float64(self) -> _Runs | None:
         """The same runs in float64; None if the module cannot compute in it."""
@@ -128,7 +125,7 @@ class _Runs:
             module = in_float64(self._module)
             model = module.model if isinstance(module, StandIn) and self._model is not self._module else module
             runs = _Runs(module, model, self._call, self.observation)
-            runs.wide, runs._rows = True, self._rows
+            runs.wide = True
             runs.first_difference(torch.zeros(1, 2, dtype=torch.long), [1, 2])
         except Exception:  # a user's module may raise anything in a precision that it was not written for
             return None
@@ -149,21 +146,7 @@ class _Runs:
         longest = min(context_length, max(SHORTEST, _BYTES // hints.bytes_per_token))
         while longest > SHORTEST and self.work(longest, _GROWTH[1]) > _WORK:
             longest = max(SHORTEST, longest * 9 // 10)
-        if longest * self.observation.vocab_size > _LOGITS:
-            self._rows = self._takes_rows()
-            if not self._rows:
-                longest = min(longest, max(SHORTEST, 4 * _LOGITS // self.observation.vocab_size))
-        return longest
-
-    def _takes_rows(self) -> bool:
-        """Whether the author's output head, given the last rows alone, returns their logits."""
-        ids = random_ids(1, SHORTEST, self.observation.vocab_size)
-        try:
-            whole = self._author(ids, None)
-            part = self._author(ids, 3)
-        except Exception:  # a user's module may raise anything
-            return False
-        return part.shape[1] == 3 and logits_difference(whole[:, -3:], part) <= LOGITS
+        return min(longest, max(SHORTEST, 4 * _LOGITS // self.observation.vocab_size))
 
     def hints(self, context_length: int) -> Hints:
         """Runs the author's call; the reductions of a followed module are known from its trace."""
@@ -217,7 +200,7 @@ class _Runs:
     def _apart(self, ids: Tensor, found: Tensor) -> float:
         """How far the last logits (1, n, V) of a cached run are from the author's, or as many as these returns."""
         try:
-            expected = self._author(ids, found.shape[1] if self._rows else None)
+            expected = self._author(ids)
         except Exception:  # a user's module may raise anything
             if ids.shape[1] > 1:
                 raise
@@ -225,30 +208,9 @@ class _Runs:
         count = min(found.shape[1], expected.shape[1])
         return logits_difference(expected[:, -count:], found[:, -count:])
 
-    def _author(self, ids: Tensor, rows: int | None) -> Tensor:
-        """Logits (1, n, V) of the author's call, whose output head gets the last `rows` rows alone, if given."""
+    def _author(self, ids: Tensor) -> Tensor:
+        """Logits (1, n, V) of the author's call."""
         if isinstance(self._model, StandIn) and self._heads * ids.shape[1] ** 2 > _SCORES:
-            logits = run_uncached(self._model, ids).logits  # attention written out takes more memory than torch's
-            return logits[:, -(rows or 0) :]
-        watch = None if rows is None else _of_last_rows(rows, self.observation.vocab_size)
-        with evaluating(self._model), intercept(torch_attention, watch):
+            return run_uncached(self._model, ids).logits  # attention written out takes more memory than torch's
+        with evaluating(self._model), intercept(torch_attention):
             return self._call(self._model, ids)
-
-
-def _of_last_rows(rows: int, vocab_size: int) -> Any:
-    """Gives the output head, a product with V columns, the last rows of its input alone."""
-
-    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        linear = func is F.linear
-        if not (linear or func in _PRODUCTS) or len(args) < 2 or not all(isinstance(t, Tensor) for t in args[:2]):
-            return None
-        hidden, weight = args[:2]
-        if hidden.dim() < 2 or weight.dim() != 2 or weight.shape[0 if linear else 1] != vocab_size:
-            return None
-        product: Tensor = func(hidden[..., -rows:, :], *args[1:], **kwargs)
-        return product
-
-    return watch
-
-
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)

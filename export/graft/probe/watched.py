@@ -1,4 +1,4 @@
-"""Watches a module's real runs, without a trace: random numbers, state kept on itself, half precision."""
+"""Watches a module's real runs, without a trace: random numbers, state kept on itself, autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..attention import calling_line, replaced
 from ..time_axis.operators.rules import DROPOUT, NOISE
@@ -39,32 +38,6 @@ def without_autocast() -> Iterator[list[torch.autocast]]:
 
     with replaced(torch.autocast, "__enter__", enter), replaced(torch.autocast, "__exit__", leave):
         yield entered
-
-
-def half_precision(error: BaseException, run: Callable[[], object]) -> str | None:
-    """What to change in a module that fails, since it makes half precision of float32; None for another error."""
-    found: list[str] = []
-
-    class HalvesWatch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            given, made = (
-                any(isinstance(t, Tensor) and t.dtype in HALF for t in tree_leaves(part))
-                for part in ((args, kwargs), result)
-            )
-            if made and not given:
-                found.append(calling_line())
-            return result
-
-    if any(word in str(error) for word in ("BFloat16", "Half", "dtype")):
-        with contextlib.suppress(Exception), HalvesWatch():  # type: ignore[no-untyped-call]
-            run()
-    return (
-        f"{found[0]} makes half precision, and a module is exported in float32: convert there to the dtype of the "
-        "weights, as in x.to(self.head.weight.dtype), or make the module with a float32 configuration"
-        if found
-        else None
-    )
 
 
 def draws(run: Callable[[], object]) -> list[Cause]:

@@ -24,8 +24,7 @@ from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.engine.engine import Ids
 from pastkey.runtime.providers.ort import quantization_tools
 
-from ..clean import strip_traces
-from ..edit import add_weight, drop_unused_weights, weight
+from ..clean import fold_transposed_weights, strip_traces
 from ..write.weights_file import WeightsFile
 
 # Added to the score of a masked token. It is small, so that the calibrated ranges stay useful.
@@ -113,7 +112,7 @@ def _prepared(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, quiet():  # advice on graphs not prepared its way
         plain = Path(temporary) / "plain.onnx"
         model = ir.load(path)
-        _fold_transposed(model)
+        fold_transposed_weights(model, shared=True)
         ir.save(model, plain, external_data="plain.data")
         yield plain
 
@@ -147,19 +146,6 @@ def _quantized(
             value.const_value = ir.Tensor(value.const_value.numpy().copy(), dtype=value.const_value.dtype)
     strip_traces(quantized)
     return quantized
-
-
-def _fold_transposed(model: ir.Model) -> None:
-    """Folds Transpose(weight) into a weight, so that a head tied to the embedding is quantized as well."""
-    for node in tuple(model.graph):
-        array = weight(node.inputs[0]) if node.op_type == "Transpose" else None
-        if array is None or node.outputs[0].is_graph_output():
-            continue
-        order = node.attributes.get_ints("perm", tuple(range(array.ndim))[::-1])
-        folded = add_weight(model, f"{node.name}_folded", np.ascontiguousarray(array.transpose(order)))
-        ir.convenience.replace_all_uses_with(node.outputs[0], folded)
-        model.graph.remove(node, safe=True)
-    drop_unused_weights(model)
 
 
 def _reader(quantization: Any, feeds: list[Feeds], context_length: int) -> Any:

@@ -125,7 +125,7 @@ def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Prog
     progress.stage(f"measure the error of {form_of(bundle)}")
     reference = text.predicted_by(fp32)
     for ids in text.held_out_set:  # before the other graph is open
-        reference.logits(ids)
+        reference.record(ids)
     found = evaluate(BundlePredictor(bundle), text.held_out_set, reference, progress=progress)
     return {
         "kl_divergence": found.kl_divergence,  # nats

@@ -73,13 +73,13 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
     scale_codes, row_scales = np.empty((rows, blocks), np.uint8), np.empty((rows, 1), np.float32)
 
     def choose(part: slice) -> None:
-        scale_codes[part], row_scales[part] = _scales(_in_blocks(matrix[part], block_size))
+        scale_codes[part], row_scales[part] = _scales(in_blocks(matrix[part], block_size))
 
     def make() -> np.ndarray:
         data = np.empty((rows, blocks, block_size), np.uint8)
 
         def fill(part: slice) -> None:
-            numbers = _integers(_in_blocks(matrix[part], block_size), scale_codes[part], row_scales[part])
+            numbers = _integers(in_blocks(matrix[part], block_size), scale_codes[part], row_scales[part])
             numbers += ZERO
             data[part] = numbers
 
@@ -98,14 +98,14 @@ def some_outputs(matrix: np.ndarray) -> tuple[np.ndarray, float]:
 
 def round_trip(rows: np.ndarray, block_size: int) -> np.ndarray:
     """Returns a few rows (n, K) float32 as they are after `quantize_blocks`."""
-    blocks = _in_blocks(rows, block_size)
+    blocks = in_blocks(rows, block_size)
     scale_codes, row_scales = _scales(blocks)
     numbers = _integers(blocks, scale_codes, row_scales)
     numbers *= (scale_codes.astype(np.float32) * row_scales)[:, :, None]
     return numbers.reshape(len(rows), -1)[:, : rows.shape[1]]
 
 
-def _in_blocks(rows: np.ndarray, block_size: int) -> np.ndarray:
+def in_blocks(rows: np.ndarray, block_size: int) -> np.ndarray:
     """Returns a copy of some rows (n, K), padded with zeros to (n, blocks, block_size)."""
     count, columns = rows.shape
     blocks = -(-columns // block_size)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, encode_scales, some_outputs
+from .blocks import Blocks, encode_scales, in_blocks, some_outputs
 
 BITS = 4
 _TOP = 15
@@ -72,7 +72,7 @@ def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:
     """Rounds a matrix (N, K) float32 without a text. Raises ValueError on NaN or infinity."""
     rows, columns = matrix.shape
     grid = _grid(matrix, np.ones(columns, np.float32), block_size)
-    centred = _centred(_in_blocks(matrix, block_size), torch.from_numpy(grid.scales), torch.from_numpy(grid.zeros))
+    centred = _centred(*map(torch.from_numpy, (in_blocks(matrix, block_size), grid.scales, grid.zeros)))
     numbers = np.repeat(grid.zeros, block_size, 1) + centred.reshape(rows, -1).numpy()
     return grid.blocks(numbers, columns, block_size)
 
@@ -100,18 +100,10 @@ def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
     """Chooses scales and zero points by the error to nearest, weighted by the importance (K,) of each column."""
     if not np.isfinite(matrix).all():
         raise ValueError("NaN or infinity")
-    in_blocks, of_columns = _in_blocks(matrix, block_size), _in_blocks(importance[None], block_size)[0]
-    found = [_scales_and_zeros(part, of_columns) for part in in_blocks.split(_ROWS_AT_ONCE)]
+    blocks, of_columns = (torch.from_numpy(in_blocks(rows, block_size)) for rows in (matrix, importance[None]))
+    found = [_scales_and_zeros(part, of_columns[0]) for part in blocks.split(_ROWS_AT_ONCE)]
     scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
     return _Grid(*encode_scales(scales, np.rint), zeros)
-
-
-def _in_blocks(matrix: np.ndarray, block_size: int) -> Tensor:
-    """Returns (N, blocks, block_size): rows are filled up with zeros."""
-    rows, columns = matrix.shape
-    padded = np.zeros((rows, -(-columns // block_size) * block_size), np.float32)
-    padded[:, :columns] = matrix
-    return torch.from_numpy(padded.reshape(rows, -1, block_size))
 
 
 def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:

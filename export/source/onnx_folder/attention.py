@@ -24,6 +24,7 @@ from pastkey.contract.bundle import KVGeometry
 
 from ...graph.edit import CONTRIB_DOMAIN, NodeBuilder, producer, replace_uses, replace_value, sole_consumer, weight
 from ...graph.part import evaluate
+from ...graph.session import window_feeds
 
 _VIEWS = ("Unsqueeze", "Expand", "Reshape", "Transpose", "Identity")
 _MASKED = -1e4  # a masked score at or below it gets weight 0: its exp is 0 in float32
@@ -58,7 +59,7 @@ def recognise(model: ir.Model, layers: Sequence[KVGeometry], context_length: int
     masks = list({id(mask): mask for call in calls for mask, _ in call.masks}.values())
     # The last rows of the context see all of the longest window, and the first rows whether all is causal.
     new, square = min(_LAST, context_length), min(_SQUARE, context_length)
-    runs = [_feeds(layers, past, tokens) for past, tokens in ((context_length - new, new), (0, square))]
+    runs = [_feeds(model, past, tokens) for past, tokens in ((context_length - new, new), (0, square))]
     last, first = (dict(zip(map(id, masks), evaluate(model, masks, feeds), strict=True)) for feeds in runs)
     windows: dict[tuple[tuple[int, str], ...], int | None] = {}
     for call in calls:
@@ -255,7 +256,7 @@ def fuse_attention(
     for number, (call, geometry) in enumerate(zip(calls, layers, strict=True)):
         _replace(model, call, number, lengths, geometry, call.heads or heads)
     common.RemoveUnusedNodesPass()(model)
-    _take_positions(model, layers)
+    _take_positions(model)
     model.graph.opset_imports[CONTRIB_DOMAIN] = 1
     for value in model.graph.inputs:
         elsewhere = [
@@ -331,7 +332,7 @@ def _describe(value: ir.Value, width: int) -> None:
     value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
-def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
+def _take_positions(model: ir.Model) -> None:
     """Replaces positions (T,) that the graph counts from the length of past by those of each row, position_ids (B, T).
 
     A value is one of these if it equals them on two runs.
@@ -348,7 +349,7 @@ def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
     counted = list({id(node.inputs[0]): node.inputs[0] for node, _ in readers if node.inputs[0] is not None}.values())
     if not counted:
         return
-    runs = [(past, new, evaluate(model, counted, _feeds(layers, past, new))) for past, new in _RUNS]
+    runs = [(past, new, evaluate(model, counted, _feeds(model, past, new))) for past, new in _RUNS]
     for place, value in enumerate(counted):
         if not all(np.array_equal(arrays[place], np.arange(past, past + new)) for past, new, arrays in runs):
             continue
@@ -364,15 +365,6 @@ def _take_positions(model: ir.Model, layers: Sequence[KVGeometry]) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-# --- computing values ---------------------------------------------------------------------------------------------
-def _feeds(layers: Sequence[KVGeometry], past: int, new: int) -> dict[str, np.ndarray]:
-    """Returns inputs of one row, with a past of zeros."""
-    feeds = {
-        names.INPUT_IDS: np.zeros((1, new), np.int64),
-        names.ATTENTION_MASK: np.ones((1, past + new), np.int64),
-        names.POSITION_IDS: np.arange(past, past + new)[None],
-    }
-    for number, g in enumerate(layers):
-        feeds[names.past_key(number)] = np.zeros((1, g.kv_heads, past, g.key_head_size), np.float32)
-        feeds[names.past_value(number)] = np.zeros((1, g.kv_heads, past, g.value_head_size), np.float32)
-    return feeds
+def _feeds(model: ir.Model, past: int, new: int) -> dict[str, np.ndarray]:
+    shapes = {str(value.name): tuple(value.shape or ()) for value in model.graph.inputs}
+    return window_feeds(shapes, np.zeros(new, np.int64), past=past)

@@ -143,14 +143,13 @@ class GivenDecoder(Opaque):
             CacheLayer(
                 geometry,
                 (call.heads if call is not None else None) or self._heads,
-                f"layer {number}",
                 self.given.path.name,
                 window=None if call is None else call.window,
                 special=special,
                 padding=padding,
                 attributes=() if call is None or call.softcap is None else ("softcap",),
             )
-            for number, (geometry, call) in enumerate(zip(self.given.layers, calls, strict=True))
+            for geometry, call in zip(self.given.layers, calls, strict=True)
         )
         return Observation(layers, vocab_size)
 

@@ -19,7 +19,7 @@ from ..source import Opening, Source, context_of, refuse_links, sampling_of, spe
 from ..stored_weights import SIZES
 from ..tokenizers.tokenizer import read_tokenizer
 from .decoder import GivenDecoder
-from .given import EXPORT_COMMAND, read_given
+from .given import read_given
 
 SUFFIX = ".onnx"
 _PLACES = ("model.onnx", "onnx/model.onnx", "decode.onnx")  # optimum's, transformers.js', transformers' exporter's
@@ -29,37 +29,10 @@ _TOKENIZERS = (names.TOKENIZER, "vocab.json", "tokenizer.model")
 
 
 def find_graph(folder: Path) -> Path | None:
-    """Returns the graph of a folder; None if it has safetensors, which are preferred, or no graph.
-
-    Raises InputError if it has only other graphs.
-    """
+    """Returns the float32 graph of a folder; None if it has safetensors, which are preferred, or no such graph."""
     if any(folder.glob("*.safetensors")):
         return None
-    found = next((folder / place for place in _PLACES if (folder / place).is_file()), None)
-    if found is None:
-        _refuse_others(folder)
-    return found
-
-
-def _refuse_others(folder: Path) -> None:
-    """Raises InputError if a folder has only graphs that are no decoder in float32."""
-    graphs = sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f"onnx/*{SUFFIX}")])
-    found = [path.relative_to(folder).as_posix() for path in graphs]
-    if any("encoder" in path.stem for path in graphs):
-        raise InputError(
-            f"{folder} holds an encoder-decoder or another model of several parts ({', '.join(found)}): only decoders "
-            "can be exported"
-        )
-    if any("decoder" in path.stem for path in graphs):
-        raise InputError(
-            f"{folder} holds a decoder in several graphs ({', '.join(found)}): export the model as one with  "
-            f"{EXPORT_COMMAND}"
-        )
-    if found:
-        raise InputError(
-            f"{folder} has {', '.join(found)} and no model.onnx, which is the float32 graph: fetch it, or name the "
-            f"graph itself, {folder / found[0]}"
-        )
+    return next((folder / place for place in _PLACES if (folder / place).is_file()), None)
 
 
 def open_onnx(path: Path, opening: Opening) -> Source:

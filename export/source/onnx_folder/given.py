@@ -24,7 +24,7 @@ from onnxscript import version_converter
 
 from pastkey.contract import names
 from pastkey.contract.bundle import KVGeometry
-from pastkey.errors import InputError, MissingFileError, first_line
+from pastkey.errors import InputError, first_line
 from pastkey.files.external_data import external_data
 from pastkey.files.folder import is_inside
 from pastkey.quiet import quiet
@@ -87,7 +87,6 @@ def read_given(path: Path) -> GivenGraph:
 
     Raises:
         InputError: It is not the graph of a decoder with a cache in float32, or has external data elsewhere.
-        MissingFileError: Its external data is missing.
         IntegrityError: It is not an ONNX file.
     """
     _check_external_data(path)
@@ -110,22 +109,12 @@ def read_given(path: Path) -> GivenGraph:
 
 
 def _check_external_data(path: Path) -> None:
-    """Raises InputError if a weight's data is outside of the graph's folder, MissingFileError if it is missing."""
+    """Raises InputError if a weight's data is outside of the graph's folder. onnxruntime finds what is missing."""
     for data in external_data(path):
         if not is_inside(data.location):
             raise InputError(
                 f"{path} takes weights from {shown(data.location)}, outside of its folder: copy that file beside the "
                 "graph and name it there, or export the model again"
-            )
-        file = path.parent / data.location
-        if not file.is_file():
-            raise MissingFileError(
-                f"{path} takes weights from {data.location}, which is not beside it: fetch that file"
-            )
-        if data.offset + data.length > file.stat().st_size:
-            raise InputError(
-                f"{path} takes the bytes {data.offset:,} to {data.offset + data.length:,} of {data.location}, which "
-                f"has {file.stat().st_size:,}: it was cut short, fetch it again"
             )
 
 

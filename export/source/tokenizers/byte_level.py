@@ -42,32 +42,17 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
         )
     require_dense(vocabulary, file)
     tokenizer = Tokenizer(models.BPE(dict(vocabulary), merges))
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = words
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = vocabulary.get(END_OF_TEXT)
     if end is not None:
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    ranks = {pair: rank for rank, pair in reversed(list(enumerate(merges)))}  # of equal pairs, the first counts
-
-    def encode(text: str) -> list[int]:
-        pieces = (
-            merge(list(word), lambda a, b: ranks.get((a, b), _ENDLESS)) for word, _ in words.pre_tokenize_str(text)
-        )
-        return [vocabulary[piece] for word in pieces for piece in word]
-
-    byte_of = {character: byte for byte, character in enumerate(_characters())}
-    text_of = {number: text for text, number in vocabulary.items()}
-
-    def decode(ids: list[int]) -> str:
-        return bytes(byte_of[c] for token in ids for c in text_of[token]).decode(errors="replace")
-
-    bytes_lacking = [character for character in byte_of if character not in vocabulary]
+    bytes_lacking = [character for character in _characters() if character not in vocabulary]
     if bytes_lacking:
         raise InputError(
             f"{file} has no token for {len(bytes_lacking)} of the 256 bytes: it is not a byte-level vocabulary"
         )
-    return Conversion(tokenizer, encode=encode, decode=decode, bos=end, eos=end)
+    return Conversion(tokenizer, bos=end, eos=end)
 
 
 def merges_beside(file: Path) -> Path | None:

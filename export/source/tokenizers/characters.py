@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -11,7 +11,7 @@ from pastkey.errors import InputError
 from pastkey.files.tokenizer_file import require_dense
 from pastkey.values import is_int
 
-from .conversion import Conversion, sample_texts
+from .conversion import Conversion
 
 _STOI, _ITOS = "stoi", "itos"
 _UNKNOWN = ("<unk>", "<UNK>", "[UNK]", "<|unk|>")  # the token for any other character, if the list has one of them
@@ -41,20 +41,12 @@ def from_list(content: Any, name: object) -> Conversion:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    text_of = {number: text for text, number in ordinary.items()}
-    split: Callable[[str], Sequence[str]] = str.split if words else list
     mark = next((text for text in ordinary if words and len(text) == 1 and not text.isalnum()), None)
     told = (
         f"{name} has {mark!r} among its words, and texts are cut at spaces alone: a text with {mark!r} right behind a "
         "word needs a tokenizers.Tokenizer that cuts there"
     )
-    return Conversion(
-        tokenizer,
-        warnings=() if mark is None else (told,),
-        encode=lambda text: [ordinary[part] for part in split(text)],
-        decode=lambda tokens: (" " if words else "").join(text_of[token] for token in tokens),
-        texts=sample_texts(list(ordinary), [" ", "\n"] if words else [""]),
-    )
+    return Conversion(tokenizer, warnings=() if mark is None else (told,))
 
 
 def _require_words(ids: Mapping[str, int], name: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,6 @@ class Conversion:
     tokenizer: Tokenizer
     encode: Callable[[str], list[int]] | None = None  # the original's; None if it is not available
     decode: Callable[[list[int]], str] | None = None  # the original's, if it has one
-    texts: Sequence[str] | None = None  # texts that the original accepts; None: any
     not_decoded: frozenset[int] = frozenset()  # ids whose text is only for display
     bos: int | None = None
     eos: int | None = None
@@ -56,7 +55,7 @@ class Conversion:
     def _check(self, name: object) -> None:
         if self.encode is None:
             return
-        for text in sample_texts() if self.texts is None else self.texts:
+        for text in sample_texts():
             expected = list(self.encode(text))
             found = self.tokenizer.encode(text).ids
             if found != expected:
@@ -73,13 +72,13 @@ class Conversion:
                 )
 
 
-def sample_texts(parts: Sequence[str] = _PARTS, spaces: Sequence[str] = _SPACES) -> list[str]:
+def sample_texts() -> list[str]:
     """Returns the same CHECKED texts each time: the empty one, each part alone, each space around a part, mixtures."""
     choose = random.Random(0)
-    texts = ["", *parts, *(f"{space}{parts[0]}{space}" for space in spaces)][: CHECKED // 2]
+    texts = ["", *_PARTS, *(f"{space}{_PARTS[0]}{space}" for space in _SPACES)][: CHECKED // 2]
     while len(texts) < CHECKED:
         length = choose.randint(1, 12)
-        texts.append("".join(choose.choice(spaces) + choose.choice(parts) for _ in range(length)))
+        texts.append("".join(choose.choice(_SPACES) + choose.choice(_PARTS) for _ in range(length)))
     return texts
 
 

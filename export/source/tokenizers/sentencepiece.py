@@ -28,8 +28,8 @@ _LONGEST_PIECE = 4000  # bytes: the conversion cuts a piece in all places
 SPACE = "▁"  # SentencePiece's character for a space inside a piece
 
 # Kinds of pieces, and types of models, by their numbers in the format.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_UNIGRAM, _BPE, _WORD, _CHARACTER = range(1, 5)
+NORMAL, UNKNOWN, CONTROL, _USER_DEFINED, _UNUSED, BYTE = range(1, 7)
+_UNIGRAM, BPE, _WORD, _CHARACTER = range(1, 5)
 _STAND_IN = 0xF0000  # the first of the private characters that replace user-defined pieces while a text is normalized
 
 Value = int | bytes  # of a field: a varint's or fixed number's bits, or the bytes
@@ -73,8 +73,8 @@ def from_sentencepiece(file: Path) -> Conversion:
     """Converts a .model. Raises InputError if it is not one, or tokenizer.json cannot express it."""
     model = read_model(file)
     _refuse_unlike(model, file)
-    tokenizer = _tokenizer(model)
-    unknown = next((number for number, piece in enumerate(model.pieces) if piece.kind == _UNKNOWN), None)
+    tokenizer = tokenizer_of(model)
+    unknown = next((number for number, piece in enumerate(model.pieces) if piece.kind == UNKNOWN), None)
     hidden = frozenset() if unknown is None else frozenset({unknown})
     bos, eos = model.special(41, 1), model.special(42, 2)
     if importlib.util.find_spec("sentencepiece") is None:
@@ -107,7 +107,7 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 # --- the tokenizer ------------------------------------------------------------------------------------------------
 def _refuse_unlike(model: SentencePieceModel, file: Path) -> None:
     reason = None
-    if model.type not in (_UNIGRAM, _BPE, _CHARACTER):
+    if model.type not in (_UNIGRAM, BPE, _CHARACTER):
         reason = "a model of whole words"
     elif model.trainer.get(24, 0):
         reason = "spaces as the end of a word (treat_whitespace_as_suffix)"
@@ -119,17 +119,18 @@ def _refuse_unlike(model: SentencePieceModel, file: Path) -> None:
         raise InputError(f"{file} has {reason}, which pastkey cannot convert: give a tokenizer.json of your own making")
 
 
-def _tokenizer(model: SentencePieceModel) -> Tokenizer:
+def tokenizer_of(model: SentencePieceModel) -> Tokenizer:
+    """Returns the tokenizer of a model, without what is put around a text."""
     vocabulary = {piece.text: number for number, piece in enumerate(model.pieces)}
-    (unknown,) = model.of(_UNKNOWN)
-    bytes_too, user_defined = bool(model.of(_BYTE)), sorted(model.of(_USER_DEFINED), key=len, reverse=True)
+    (unknown,) = model.of(UNKNOWN)
+    bytes_too, user_defined = bool(model.of(BYTE)), sorted(model.of(_USER_DEFINED), key=len, reverse=True)
     kind: models.Model
     if model.type == _UNIGRAM:
         scored = [(piece.text, piece.score) for piece in model.pieces]
         kind = models.Unigram(scored, vocabulary[unknown], byte_fallback=bytes_too)
     else:
-        scores = {piece.text: piece.score for piece in model.pieces if piece.kind == _NORMAL}
-        merges = merges_by_score(scores) if model.type == _BPE else []
+        scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
+        merges = merges_by_score(scores) if model.type == BPE else []
         kind = models.BPE(
             vocabulary,
             merges,
@@ -147,7 +148,7 @@ def _tokenizer(model: SentencePieceModel) -> Tokenizer:
     if model.normalizes(3) or model.normalizes(4):
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    specials = [piece.text for piece in model.pieces if piece.kind in (_UNKNOWN, _CONTROL)]
+    specials = [piece.text for piece in model.pieces if piece.kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     return tokenizer
 
@@ -192,7 +193,7 @@ def read_model(file: Path) -> SentencePieceModel:
                 normalizer |= dict(_fields(value))
     except (ValueError, IndexError, struct.error):  # IndexError: past the end
         raise InputError(f"{file} is not a SentencePiece model, or was cut short: copy it again") from None
-    if [piece.kind for piece in pieces].count(_UNKNOWN) != 1 or len({piece.text for piece in pieces}) != len(pieces):
+    if [piece.kind for piece in pieces].count(UNKNOWN) != 1 or len({piece.text for piece in pieces}) != len(pieces):
         raise InputError(
             f"{file} is not a SentencePiece model: its {len(pieces)} pieces are not one unknown and others, each once"
         )
@@ -201,7 +202,7 @@ def read_model(file: Path) -> SentencePieceModel:
 
 def _piece(content: bytes) -> Piece:
     found = dict(_fields(content))
-    text, score, kind = found.get(1, b""), found.get(2, 0), found.get(3, _NORMAL)
+    text, score, kind = found.get(1, b""), found.get(2, 0), found.get(3, NORMAL)
     if not isinstance(text, bytes) or isinstance(score, bytes) or isinstance(kind, bytes):
         raise ValueError("a piece of other types")
     if len(text) > _LONGEST_PIECE:

@@ -109,7 +109,7 @@ def _token_id(tokenizer: Any, token: Any) -> int | None:
 
 def _from_factory(file: Path, text: str) -> Conversion:
     """Converts the result of the user's function or expression: a Tokenizer, a tiktoken Encoding or a list of texts."""
-    made, _ = make(
+    made = make(
         file,
         text,
         definitions_only=file.suffix == ".ipynb",

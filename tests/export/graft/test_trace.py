@@ -18,7 +18,7 @@ from .plain import plain
 
 
 def observed(*sizes, **more):
-    layer = CacheLayer(KVGeometry(2, *sizes), 2, "", "", **more)
+    layer = CacheLayer(KVGeometry(2, *sizes), 2, "", **more)
     return Observation((layer, layer), 37)
 
 

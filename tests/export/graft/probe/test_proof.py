@@ -176,19 +176,9 @@ def test_float64_decides_where_rounding_chooses(monkeypatch):
 
 
 # --- how long a text is compared ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("head", [Plain.logits, lambda m, x: x @ m.token.weight.T], ids=["linear", "a product"])
-def test_a_large_vocabulary_is_compared_on_long_texts_too(head, monkeypatch):
+def test_the_vocabulary_and_work_bound_the_length(monkeypatch):
     monkeypatch.setattr(proof_module, "_LOGITS", 4 * 500)
-    module = scaled(OF_LENGTH["base_by_the_last_position"][0], vocab=500)
-    monkeypatch.setattr(type(module), "logits", head)
-    proof = proved(module)
-    assert (proof.longest, proof.differs) == (40, 31)
-
-
-def test_a_head_whose_rows_cannot_be_chosen_and_work_bound_the_length(monkeypatch):
-    monkeypatch.setattr(proof_module, "_LOGITS", 4 * 500)
-    module = plain({"logits": lambda m, hidden: m.head(hidden) + hidden.sum(-1, keepdim=True)}, vocab=500)
-    assert proved(module).longest == 16
+    assert proved(plain(vocab=500)).longest == 16
     monkeypatch.setattr(proof_module, "_WORK", 4e5)
     assert SHORTEST < proved(plain()).longest < 40
     monkeypatch.setattr(proof_module, "_WORK", 1)

@@ -116,9 +116,7 @@ def lengthen_the_tokenizer(folder: Path) -> None:
 
 
 REFUSED: dict[str, Refused] = {
-    "an encoder": (partial(rename, name="encoder_model.onnx"), InputError, "another model of several parts"),
-    "several graphs": (partial(rename, name="decoder_model_merged.onnx"), InputError, r"several graphs \(decoder_mod"),
-    "no float32": (partial(rename, name="model_fp16.onnx"), InputError, "has model_fp16.onnx and no model.onnx"),
+    "no float32": (partial(rename, name="model_fp16.onnx"), MissingFileError, r"no weights: expected model\.saf"),
     "an encoder-decoder": (partial(configure, is_encoder_decoder=True), InputError, "holds an encoder-decoder: "),
     "no context": (partial(configure, max_position_embeddings=None), InputError, "give it with --context N"),
     "no configuration": (lambda f: (f / "config.json").unlink(), MissingFileError, r"has no config\.json beside it"),

@@ -13,9 +13,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import pytest
 
-from pastkey.errors import InputError, IntegrityError, MissingFileError
+from pastkey.errors import InputError, IntegrityError
 from pastkey.export.graph.edit import OPSET
 from pastkey.export.source.onnx_folder.attention import UnrecognisedError, fuse_attention, recognise
+from pastkey.export.source.onnx_folder.decoder import GivenDecoder
 from pastkey.export.source.onnx_folder.given import EXPORT_COMMAND, GivenGraph, read_given, standard_form
 
 from ...small_graphs import Array, run_model
@@ -133,14 +134,14 @@ def test_what_is_no_graph_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("location", "size", "kind", "sentence"),
+    ("location", "size", "sentence"),
     [
-        ("../weights.bin", 100, InputError, "takes weights from '../weights.bin', outside of its folder"),
-        ("weights.bin", None, MissingFileError, "takes weights from weights.bin, which is not beside it"),
-        ("weights.bin", 50, InputError, "takes the bytes 0 to 100 of weights.bin, which has 50"),
+        ("../weights.bin", 100, "takes weights from '../weights.bin', outside of its folder"),
+        ("weights.bin", None, "cannot open .*weights.bin"),
+        ("weights.bin", 50, "cannot open .*table"),
     ],
 )
-def test_weights_elsewhere_are_refused(location, size, kind, sentence, tmp_path):
+def test_weights_elsewhere_are_refused(location, size, sentence, tmp_path):
     (tmp_path / "folder").mkdir()
     path = write(tmp_path / "folder" / "model.onnx")
     model = onnx.load(path)
@@ -152,8 +153,8 @@ def test_weights_elsewhere_are_refused(location, size, kind, sentence, tmp_path)
     path.write_bytes(model.SerializeToString())
     if size is not None:
         (path.parent / location).write_bytes(bytes(size))
-    with pytest.raises(kind, match=sentence):
-        read_given(path)
+    with pytest.raises(InputError, match=sentence):
+        GivenDecoder(read_given(path), 2, None)
 
 
 # --- the standard form --------------------------------------------------------------------------------------------
