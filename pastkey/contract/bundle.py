@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..errors import InputError, IntegrityError
-from ..files.external_data import check_contexts, check_external_data
+from ..files.external_data import check_contexts, check_external_data, check_heads
 from ..files.folder import FileRecord, check_hashes, check_sizes, parse_records, read_json, read_manifest
 from ..precisions import PRECISIONS
 from ..providers import TARGETS
@@ -219,6 +219,9 @@ def open_bundle(path: str | Path, *, verify: bool | None = None) -> Bundle:
         check_hashes(folder, manifest.files, remembered=not verify)
     check_external_data(folder, manifest.files)
     check_contexts(folder, manifest.files, compiled=manifest.compiled is not None)
+    if manifest.states:
+        heads = [state.shape[0] for state in manifest.states if state.kind == names.RECURRENT_STATE]
+        check_heads(folder, manifest.files, max([*heads, *(layer.kv_heads for layer in manifest.layers)], default=0))
     return bundle
 
 

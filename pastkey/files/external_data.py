@@ -40,6 +40,8 @@ _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of a TensorProto
 _KEYS = frozenset({"location", "offset", "length", "checksum"})  # of external data
 _KEY, _VALUE = 1, 2  # of a StringStringEntryProto
 _ATTRIBUTE_NAME, _ATTRIBUTE_TEXT = 1, 4  # of an AttributeProto
+_ATTRIBUTE_INT = 3
+_HEADS = (b"q_num_heads", b"kv_num_heads")
 _CONTEXT = b"ep_cache_context"  # the attribute of an EPContext node
 _DEEPEST = 100  # nested messages; protobuf's own limit
 _LONGEST = 4096  # bytes of a key or value
@@ -119,6 +121,27 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
                     raise IntegrityError(
                         f"{path} takes what was compiled from {shown(found)}, which is not a file beside it that the "
                         "manifest lists: the bundle was altered, copy it again"
+                    )
+
+
+def check_heads(folder: Path, files: Mapping[str, FileRecord], most: int) -> None:
+    """Raises IntegrityError if a node has fewer than one or more than `most` heads of keys or of queries.
+
+    onnxruntime below 1.31 divides by the width of a head of LinearAttention, and ends the process where that is 0.
+    """
+    for name in files:
+        if not name.endswith(".onnx"):
+            continue
+        with (folder / name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for kind, start, end in messages(content):
+                if kind != "AttributeProto":
+                    continue
+                parts = {number: (a, b) for number, _, a, b in fields(content, start, end)}
+                (a, b), (number, _) = parts.get(_ATTRIBUTE_NAME, (0, 0)), parts.get(_ATTRIBUTE_INT, (0, 0))
+                if content[a:b] in _HEADS and not (number and 1 <= varint(content, number)[0] <= most):
+                    raise IntegrityError(
+                        f"{folder / name} has a node with another number of heads than the {most} of the manifest: the "
+                        "bundle was altered, copy it again"
                     )
 
 

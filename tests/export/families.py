@@ -33,6 +33,16 @@ _SMALL: dict[str, Any] = {"hidden_size_per_layer_input": 16, "vocab_size_per_lay
 _PER_LAYER: dict[str, Any] = _KINDS | {"num_kv_shared_layers": 0, "global_head_dim": 32, **_SMALL}
 _SOFTCAP: dict[str, Any] = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 24, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_conv": 4,
+    "mamba_expand": 2, "mamba_chunk_size": 32,
+}  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
+
 _HALF_TURNED = {"partial_rotary_factor": 0.5}
 _WINDOWED = {"sliding_window": WINDOW}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -96,6 +106,35 @@ FAMILIES: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE f
     "xglm": {"tie_word_embeddings": False, "ffn_dim": 112, "num_layers": 2, "attention_heads": 4, "d_model": 64},
 }  # fmt: skip
 
+# Whose memory is also a state of one size. Behind a "+" stands a variant of a family.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1], "attn_rotary_emb": 8},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
+    "falcon_mamba": {"state_size": 8},
+    "granitemoehybrid+experts": _MAMBA
+    | _EXPERTS
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
+    "granitemoehybrid+mamba": _MAMBA
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48, "num_local_experts": 0}
+    | {"num_experts_per_tok": 0, "position_embedding_type": "nope", "attention_multiplier": 0.1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 8, "expert_layer_offset": 7}
+    | {"num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    "kimi_linear": _ROUTED | _LATENT | {"layer_types": _LINEAR["layer_types"], "head_dim": 16, "q_lora_rank": None}
+    | {"linear_num_heads": 4, "linear_head_dim": 16, "linear_conv_kernel_dim": 4},
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "expand": 2, "chunk_size": 32},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8}
+    | {"mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "conv_kernel": 4, "chunk_size": 32, "expand": 2},
+    "olmo_hybrid": _LINEAR | {"linear_num_key_heads": 4},
+    "qwen3_5_text": _LINEAR | {"rope_parameters": _MROPE},
+    "qwen3_next": _EXPERTS | _LINEAR | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
+    "zamba2": {"num_key_value_heads": 4, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]}
+    | {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 2, "n_mamba_heads": 8}
+    | {"chunk_size": 32, "num_mem_blocks": 1, "use_shared_mlp_adapter": True, "adapter_rank": 8, "use_mem_rope": True}
+    | {"use_shared_attention_adapter": False},
+}  # fmt: skip
+FAMILIES |= HYBRIDS
+
 # One family or two of each kind; the others are combinations of what these have, and `make matrix` runs them.
 QUICK = ("gemma2",)  # in every run: rotary positions with windows and a soft cap
 IN_CI = (
@@ -112,8 +151,9 @@ IN_CI = (
     "qwen3_moe",  # norms of queries and keys
     "deepseek_v3",  # latent, of two head sizes
     "diffllama",  # differential
-    "lfm2",  # short convolutions
-    "lfm3",  # these, a window and a full layer
+    "lfm3",  # short convolutions, a window and a full layer
+    "qwen3_5_text",  # a gated delta rule
+    "falcon_h1",  # attention and Mamba-2 in each layer
     "gemma3n_text",  # several streams, a sparse activation
     "gemma4_text",  # keys and values that layers share, two head sizes, experts
 )  # fmt: skip
@@ -122,7 +162,10 @@ IN_CI = (
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
-    "mamba": ({}, "keep another state than keys and values"),
+    "recurrent_gemma": (
+        {"lru_width": 64, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
+        "recurrence",
+    ),
 }
 _INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 # What the configurations of other types need to be small.
@@ -135,13 +178,12 @@ _ALIKE_OTHERS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     (_EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48}, ("flint", "kolibri1")),
     (_INDEXED, ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4")),
     (_ROUTED | _LATENT, ("axk1", "sarvam_mla")),
-    ({"layers_block_type": ["linear_attention", "hybrid"]}, ("zamba", "zamba2")),
+    ({"layers_block_type": ["linear_attention", "hybrid"]}, ("zamba",)),
 )
 OTHERS: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE_OTHERS for family in families} | {
     "apertus1p5_text": {},
     "aria_text": _EXPERTS | {"moe_num_experts": 4, "moe_topk": 2},
     "beam": _EXPERTS | _KINDS | {"n_group": 1, "topk_group": 1},
-    "mamba2": {"num_heads": 4, "head_dim": 32},
     "blt": {
         "encoder_hash_byte_group_vocab": 50, "patch_in_forward": False, "patcher_config": _HALF,
         "encoder_config": _HALF | {"hidden_size_global": 64}, "decoder_config": _HALF | {"hidden_size_global": 64},
@@ -203,7 +245,8 @@ def configured(family: str) -> Any:
     """The small configuration of a family; an encoder's is that of a decoder where it can be."""
     import transformers
 
-    known = transformers.AutoConfig.for_model(family)
+    kind = family.partition("+")[0]
+    known = transformers.AutoConfig.for_model(kind)
     if known.is_encoder_decoder:
         return known
     own = {**OTHERS, **{name: extras for name, (extras, _) in REFUSED.items()}, **FAMILIES}.get(family, {})
@@ -214,7 +257,7 @@ def configured(family: str) -> Any:
     else:
         sizes = _COMMON | {"is_decoder": True}
         named = {k: v for k, v in sizes.items() if _has(known, k) and not _is_derived(known, k)}
-    return transformers.AutoConfig.for_model(family, **(named | own))
+    return transformers.AutoConfig.for_model(kind, **(named | own))
 
 
 def build(family: str) -> nn.Module:
