@@ -27,7 +27,7 @@ from ...text.messages import (
     text_of,
 )
 from .calls import ChatCalls
-from .chat_stream import ChatStream
+from .chat_stream import ChatStream, Turn
 from .prompt import ChatPrompt, ChatRenderer, beginning
 
 if TYPE_CHECKING:
@@ -124,9 +124,8 @@ class Chat:
     def stream(self, text: Content | None = None, **options: Unpack[ChatOptions]) -> ChatStream:
         """Answers a message token by token.
 
-        This call raises errors of the message and the options. The first `next` starts the model. The conversation has
-        the question and the answer at the end, or the answer so far when the stream is closed early (`with`, or
-        `close()`). After an error, the conversation is unchanged.
+        This call raises errors of the message and the options. The first `next` starts the model. If the stream is
+        closed early, the conversation has the answer so far. After an error, the conversation is unchanged.
 
         Args:
             text: As in `ask`.
@@ -255,17 +254,7 @@ class Chat:
         if shifts and "num_sink_tokens" not in options:
             options = {**options, "num_sink_tokens": min(self._head_tokens(), context // 2)}
         answer = self.model.answer(prompt, options)
-        asked, before = messages if beginning(messages) is None else messages[:-1], self.messages
-
-        def ended(completion: Completion) -> None:
-            if self.messages is not before:  # another call took the turn
-                raise InputError(
-                    "the conversation has changed since this answer began: ask one question at a time, or make a chat "
-                    "for each"
-                )
-            self.taken_in(asked, prompt.cut + completion.text, completion.tool_calls)
-
-        answer.ended = ended
+        answer.turn = _Turn(self, messages if beginning(messages) is None else messages[:-1], prompt.cut)
         return answer
 
     def _head_tokens(self) -> int:
@@ -349,6 +338,35 @@ class Chat:
         for name in self._variables:
             if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)
+
+
+class _Turn(Turn):
+    """The answer that a stream writes into a conversation, which no other call may change meanwhile."""
+
+    def __init__(self, chat: Chat, messages: list[dict[str, Any]], cut: str) -> None:
+        """`messages` are answered; `cut` is the beginning of the answer."""
+        self._chat, self._messages, self._cut, self._said = chat, messages, cut, cut
+        self._before = self._written = chat.messages  # another list means that another call took the turn
+
+    def take(self, text: str) -> None:
+        self._require()
+        self._said += text
+        self._chat.messages = self._written = [*self._messages, message("assistant", self._said)]
+
+    def end(self, completion: Completion) -> None:
+        self._require()
+        self._chat.taken_in(self._messages, self._cut + completion.text, completion.tool_calls)
+
+    def fail(self) -> None:
+        if self._chat.messages is self._written:
+            self._chat.messages = self._before
+
+    def _require(self) -> None:
+        if self._chat.messages is not self._written:
+            raise InputError(
+                "the conversation has changed since this answer began: ask one question at a time, or make a chat for "
+                "each"
+            )
 
 
 def _warn(sentence: str, stacklevel: int) -> None:

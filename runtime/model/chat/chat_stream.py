@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import cast
 
-from pastkey.errors import InputError
-
 from ...decoding.completion import Chunk, Completion, ToolCall
 from ...decoding.stream import ChunkStream
 from ...text.tool_call_stream import ToolCallReader
+
+
+class Turn:
+    """Takes an answer as it is written. This one keeps nothing; a Chat has its own."""
+
+    def take(self, text: str) -> None:
+        """Takes the text of a chunk."""
+
+    def end(self, completion: Completion) -> None:
+        """Takes the whole answer."""
+
+    def fail(self) -> None:
+        """Forgets the answer, which an error ended."""
 
 
 class ChatStream(ChunkStream):
@@ -34,18 +44,21 @@ class ChatStream(ChunkStream):
         self._cut = len(reader.text)  # length of that beginning
         self._texts: list[str] = []
         self._whole: Completion | None = None
-        self.ended: Callable[[Completion], object] | None = None  # told once, of the whole answer or of what there is
+        self.turn = Turn()
 
     def _next(self) -> Chunk:
+        turn = self.turn
         try:
-            return self._read()
+            chunk = self._read()
+            turn.take(chunk.text)
         except StopIteration:
             raise
         except BaseException as error:
-            if isinstance(error, Exception):
-                self.ended = None
             self.close()
+            if isinstance(error, Exception):
+                turn.fail()
             raise
+        return chunk
 
     def _read(self) -> Chunk:
         if self._whole is not None:
@@ -70,9 +83,8 @@ class ChatStream(ChunkStream):
 
     def _ended(self) -> StopIteration:
         assert self.completion is not None
-        ended, self.ended = self.ended, None
-        if ended is not None:
-            ended(self.completion)
+        turn, self.turn = self.turn, Turn()
+        turn.end(self.completion)
         return StopIteration(self.completion)
 
     def cancel(self) -> None:
@@ -81,9 +93,7 @@ class ChatStream(ChunkStream):
 
     def close(self) -> None:
         """Ends it within one step; no more can be read."""
+        self.turn = Turn()
         self._stream.close()
         if self.completion is None and self._stream.completion is not None:
             self.completion = dataclasses.replace(self._stream.completion, text="".join(self._texts))
-        if self.completion is not None and self._texts:
-            with contextlib.suppress(InputError):  # the conversation has changed: it keeps nothing of this
-                self._ended()
