@@ -45,7 +45,10 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
     """
     require_regular(path)
     with reading(path, "a saved session"), path.open("rb") as file:
-        found = {**np.load(file)}
+        try:
+            found = {**np.load(file)}
+        except OSError as error:  # zipfile goes to places that a damaged file tells
+            raise ValueError(f"it is no .npz file ({error})") from None
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
         cached, gone, exact = lengths.tolist()
         if digest != _digest(bundle, engine):

@@ -5,6 +5,7 @@ The reference is the uncached run in torch. A behaviour that does not apply to a
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from pastkey.errors import InputError
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.export.measure.hidden_states import head_input
-from pastkey.runtime import Generation, Request, SamplingConfig
+from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.engine import golden
+from pastkey.runtime.engine.caches.slab import Slab
 
 from ..export.plain_loop import Text, open_graph
 from ..shared import divided
@@ -146,6 +148,33 @@ def test_padded_rows_equal_each_alone(side, this):
 
 
 # --- proofs and storage -------------------------------------------------------------------------------------------
+@rows("slab", lambda row: row.graph == "fused" and row.precision != "fp16")
+def test_rows_that_join_idle_run_alone_and_are_cut_equal_each_alone(this):
+    rng, graph = random.Random(0), this.engine().graph
+    slab, texts = Slab(graph, 4), dict[Engine, list[int]]()
+    for step in range(60):
+        action, row = rng.random(), rng.choice([*texts] or [this.engine()])
+        long = [one for one, text in texts.items() if len(text) > this.row.context - 3]
+        if long or (action < 0.1 and texts):
+            slab.remove(gone := (long or [row])[0])
+            del texts[gone]
+        elif len(texts) < 3 or action < 0.2:
+            one = Engine.over(graph)
+            texts[one] = this.ids(rng.choice([2, 9, 20]), seed=step)
+            this.require_close(one.prefill(texts[one]), this.expected(texts[one])[-1])
+        elif action < 0.5:  # a token of its own, behind a text that may have been cut
+            texts[row] = [*texts[row][: len(texts[row]) - rng.choice([0, 0, 1, 3])], rng.randrange(30)]
+            row.cut(len(texts[row]) - 1)
+            this.require_close(row.append(texts[row][row.length :]), this.expected(texts[row])[-1])
+        else:
+            wanted = [one for one in texts if slab.holds(one) and rng.random() < 0.6]
+            wanted += [one for one in texts if not slab.holds(one) and len(slab.members) < slab.most][:1]
+            tokens = [rng.randrange(30) for _ in wanted]
+            for one, token, found in zip(wanted, tokens, slab.decode(wanted, tokens) if wanted else [], strict=True):
+                texts[one].append(token)
+                this.require_close(found, this.expected(texts[one])[-1])
+
+
 @rows("golden")
 def test_golden_logits_are_the_references(this):
     stored = golden.Golden.of(this.bundle)

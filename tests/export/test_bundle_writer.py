@@ -15,6 +15,7 @@ from pastkey.contract.bundle import CacheShift, Manifest, open_bundle
 from pastkey.export import export
 from pastkey.export.bundle_writer import (
     MIN_ONNXRUNTIME,
+    MIN_ONNXRUNTIME_WITH_STATES,
     MIN_ONNXRUNTIME_WITH_WINDOWS,
     NEWEST_OPSET,
     BundleWriter,
@@ -75,8 +76,9 @@ def test_the_manifest_says_whether_rows_may_be_padded(padding, decoder, tmp_path
 
 
 def test_a_graph_of_a_newer_opset_asks_for_the_onnxruntime_that_verified_it():
-    assert _oldest_onnxruntime(NEWEST_OPSET, windows=False) == MIN_ONNXRUNTIME
-    assert _oldest_onnxruntime(NEWEST_OPSET + 1, windows=True) == onnxruntime.__version__
+    assert _oldest_onnxruntime(NEWEST_OPSET, windows=False, states=False) == MIN_ONNXRUNTIME
+    assert _oldest_onnxruntime(NEWEST_OPSET, windows=True, states=True) == MIN_ONNXRUNTIME_WITH_STATES
+    assert _oldest_onnxruntime(NEWEST_OPSET + 1, windows=True, states=False) == onnxruntime.__version__
 
 
 # --- shards -------------------------------------------------------------------------------------------------------

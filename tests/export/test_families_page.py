@@ -25,7 +25,7 @@ def test_each_type_has_a_result_and_its_cause():
 
 def test_the_tests_run_what_the_table_says():
     results = {row["type"]: row["result"] for row in families.table()}
-    assert {results[family] for family in FAMILIES} == {families.VERIFIED}
+    assert {results[family.partition("+")[0]] for family in FAMILIES} == {families.VERIFIED}
     assert {results[family] for family in REFUSED} == {families.REFUSED}
 
 

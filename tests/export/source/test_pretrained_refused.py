@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from pastkey.__main__ import main
 from pastkey.contract import names
-from pastkey.errors import ContractError, InputError, IntegrityError, MissingFileError, ResourceError
+from pastkey.errors import InputError, IntegrityError, MissingFileError, ResourceError
 from pastkey.export import export, resources
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Opening
@@ -94,10 +94,6 @@ REFUSED: dict[str, Refused] = {
     "quantized": (config(quantization_config={"quant_method": "gptq"}), InputError, "quantized already .* gptq"),
     "an unknown type": (config(model_type="nonesuch"), InputError, "transformers .* cannot load .*nonesuch"),
     "an encoder-decoder": (config(model_type="t5"), InputError, r"holds an encoder-decoder \(t5\)"),
-    "a state-space model": (
-        config(model_type="mamba", architectures=["MambaForCausalLM"]),
-        ContractError, r"some layers of .*\(MambaForCausalLM.* keep another state",
-    ),
     **{
         f"larger than the files: {entries}": (config(**entries), InputError, "asks for more than the")
         for entries in (
@@ -218,23 +214,6 @@ def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder, tmp_path):
     source = open_source(tmp_path / "named")  # which may itself be a link
     assert (source.name, source.tokenizer is None) == ("0123abc", False)
     assert {"default", "tool_use"} <= {entry["name"] for entry in source.tokenizer_config["chat_template"]}
-
-
-def test_a_hybrid_is_refused_by_the_layers_that_it_has_and_not_by_its_class():
-    """Dense Granite 4.0 is of a class that can have Mamba's layers, and has attention in every layer."""
-    small = {
-        "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40,
-        "intermediate_size": 16, "shared_intermediate_size": 16, "num_local_experts": 0, "mamba_n_heads": 4,
-        "mamba_d_head": 8, "mamba_d_state": 4, "max_position_embeddings": 24,
-    }  # fmt: skip
-
-    def opened(*layers: str) -> int:
-        config = transformers.GraniteMoeHybridConfig(layer_types=[*layers], **small)
-        return open_source(transformers.GraniteMoeHybridForCausalLM(config)).context_length
-
-    assert opened("attention", "attention") == 24
-    with pytest.raises(ContractError, match="keep another state than keys and values"):
-        opened("mamba", "attention")
 
 
 @pytest.mark.parametrize("short", ["memory", "disk"])

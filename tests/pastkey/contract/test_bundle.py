@@ -29,7 +29,7 @@ def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
     assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
 
 
-@pytest.mark.parametrize(("version", "told"), [(5, "reads 6: make the bundle again"), (7, "reads 6: upgrade pastkey")])
+@pytest.mark.parametrize(("version", "told"), [(6, "reads 7: make the bundle again"), (8, "reads 7: upgrade pastkey")])
 def test_only_the_newest_format_is_read(version, told, tmp_path):
     write_json(tmp_path / names.MANIFEST, MANIFEST | {"format_version": version})
     with pytest.raises(IntegrityError, match=rf"bundle format version {version}; this pastkey {told}"):
