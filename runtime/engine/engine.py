@@ -238,8 +238,9 @@ class Engine:
                 del self._ids[length:]
 
     def cut(self, length: int) -> None:
-        """Forgets the tokens behind the first `length`, or all where `trim` would refuse."""
+        """Forgets the tokens behind the first `length`, and as many before as `trim` would refuse to keep."""
         if self.length > length:
+            length = max(0, self.gone + self.cache.nearest(length - self.gone))
             self.trim(length) if self.can_trim(length) else self.empty()
 
     def _require_window(self, length: int) -> None:

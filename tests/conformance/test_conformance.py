@@ -75,6 +75,19 @@ def test_decode_after_trim_equals_fresh_prefill(this):
         this.require_close(np.stack([engine.decode(token) for token in second]), expected)
 
 
+@rows("cut")
+def test_a_rejected_draft_costs_the_run_that_it_was_in_at_most(this):
+    """What `cut` keeps goes on as a fresh text; a cache that trims no tokens still has those before the last run."""
+    ids, more = this.ids(20), this.ids(4, seed=1)
+    for engine in this.engines():
+        engine.prefill(ids)
+        engine.append(more)
+        engine.cut(22)
+        assert engine.length in ((0,) if engine.manifest.rows else (20, 22))
+        text = [*ids, *more[:2], 5]
+        this.require_close(engine.prefill(text[engine.length :]), this.expected(text)[-1])
+
+
 @rows("shift")
 def test_a_shifted_cache_holds_the_keys_of_the_new_positions(this):
     """Layer 0 reads embeddings alone: its keys are those of a cache that never held the evicted tokens."""
