@@ -32,7 +32,7 @@ _INT64, _FLOAT, _BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 def why_no_step(manifest: Manifest) -> str | None:
     """Returns why one tensor cannot hold the cache of a decoder, or None if it can."""
     if manifest.rows or manifest.states:
-        return "it keeps rows of short convolutions beside keys and values"
+        return "it keeps rows of short convolutions or states beside keys and values"
     shapes = {
         (layer.kv_heads, size) for layer in manifest.layers for size in (layer.key_head_size, layer.value_head_size)
     }

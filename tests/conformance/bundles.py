@@ -98,7 +98,7 @@ ROWS = {
     "latent-int8": own("latent", graph="standard", precision="int8"),
     "convolution-fp32": own("short_conv", graph="standard", options={"generate": True}, lacks=STATES),
     "convolution-int8": own("short_conv", graph="standard", precision="int8", lacks=STATES),
-    "hybrid-fp32": Row(Hybrid, lacks=HYBRID),
+    "hybrid-fp32": Row(Hybrid, options={"generate": True, "hidden_states": True}, lacks=HYBRID),
     "hybrid-fp32-standard": Row(Hybrid, graph="standard", options={"graph": "standard"}, lacks=HYBRID),
     "hybrid-fp16": Row(Hybrid, precision="fp16", lacks=HYBRID),
     "hybrid-int8": Row(Hybrid, precision="int8", lacks=HYBRID),
