@@ -153,6 +153,8 @@ $(JAVASCRIPT)/installed: tools/javascript/package.json
 
 # pip 25.1 is the first that knows dependency groups.
 $(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "pastkey needs Python 3.11 or newer: name one, such as  make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	PYTHONWARNINGS="ignore:Editable installation" \

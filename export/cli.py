@@ -138,7 +138,7 @@ def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Nam
 def _say_next(bundle: Bundle) -> None:
     command, hint = "run", "--prompt ..."
     if bundle.tokenizer is None:
-        hint = "--prompt-ids ...   (ids only: no --tokenizer was given)"
+        hint = "--prompt-ids 1,2,3   (ids only: no --tokenizer was given)"
     elif read_json(bundle.path / names.TOKENIZER_CONFIG).get("chat_template"):
         command, hint = "chat", ""
     say(f"next:  pastkey {command} {shlex.quote(str(bundle.path))} {hint}".rstrip())

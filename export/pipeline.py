@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -237,6 +238,9 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
         raise InputError(f"--sensitivity {table}: expected a file beside {out}, in a folder that exists")
     providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
+    parent = next(folder for folder in out.resolve().parents if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written, so that {out.name} cannot be made there: choose another --out")
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
 

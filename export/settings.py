@@ -29,7 +29,7 @@ STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = (
     "a checkpoint, Hugging Face or ONNX folder, ORG/NAME on the Hugging Face Hub, a .gguf file, a llama2.c .bin, or "
-    "path/to/file.py:factory"
+    "FILE:factory of a .py or .ipynb file, such as train.py:'GPT(64)'"
 )
 TOKENIZERS = (
     "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters or "

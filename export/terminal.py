@@ -135,7 +135,7 @@ class StageLines(Progress):
             return _duration(spent)
         took = self._advanced - self._opened
         left = took * (1 - self._share) / done - (spent - took)
-        return f"{_duration(spent)}, about {_duration(max(left, 0))} left"
+        return f"{_duration(spent)}, about {_duration(left)} left" if left >= 1 else _duration(spent)
 
     def _start(self) -> str:
         """Clears the line that is being redrawn."""

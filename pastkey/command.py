@@ -211,6 +211,7 @@ def progressed() -> None:
 
 def print_table(headings: Sequence[str], *rows: Sequence[str]) -> None:
     """Prints rows below their headings. Figures are to the right; the last column wraps at the terminal's width."""
+    rows = tuple([without_control(cell) for cell in row] for row in rows)
     table = [headings, *rows] if any(headings) else rows
     widths = [max(len(row[place]) for row in table) for place in range(len(headings) - 1)]
     right = [all(row[place][:1] in ("", *"0123456789") for row in rows) for place in range(len(widths))]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .command import say
+from .contract import names
 from .contract.bundle import open_bundle
 from .contract.source_files import source_files
 from .errors import InputError, IntegrityError, InUseError, MissingFileError, ResourceError
@@ -71,6 +72,19 @@ def exported(source: str, *, untrusted: bool = False) -> str:
             _export(source, target)
             _remove_older(target, family)
     return str(target)
+
+
+def require_chat_template(source: str) -> None:
+    """Raises InputError for a Hugging Face folder that has no chat template, before an export of minutes."""
+    config = Path(source) / names.CONFIG
+    if hub_id(source) or not config.is_file() or any(Path(source).glob("chat_template*")):
+        return
+    tokenizer = Path(source) / names.TOKENIZER_CONFIG
+    if not tokenizer.is_file() or b'"chat_template"' not in tokenizer.read_bytes():
+        raise InputError(
+            f"{source} has no chat template, so that its model continues texts and holds no conversation: use  pastkey "
+            f"run {shlex.quote(source)} --prompt TEXT  or take a template with --template FILE"
+        )
 
 
 def _opens(bundle: Path) -> bool:

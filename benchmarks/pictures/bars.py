@@ -16,12 +16,16 @@ PANELS = {
 }
 NAMES = 262  # width of the column of names, in pixels, as all that follows
 PANEL, BAR, ROW, TOP = 200, 132, 30, 62
+MEASURED = (  # under the bars
+    "SmolLM2-135M-Instruct on two threads of an EPYC with AVX512-VNNI: greedy decoding behind 512 tokens. pastkey int8 "
+    "runs on its native kernels."
+)
 OURS, OTHERS = "#3f51b5", "#9e9e9e"
 
 
 def draw(rows: Sequence[Mapping[str, str]]) -> str:
     """The SVG: a line for each row, a panel of bars for each of PANELS."""
-    width, height = NAMES + PANEL * len(PANELS), TOP + ROW * len(rows) + 6
+    width, height = NAMES + PANEL * len(PANELS), TOP + ROW * len(rows) + 26
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="13">',
@@ -40,6 +44,7 @@ def draw(rows: Sequence[Mapping[str, str]]) -> str:
             y = middle(number)
             parts.append(f'<rect x="{x}" y="{y - 13}" width="{max(length, 1):.1f}" height="18" fill="{color}"/>')
             parts.append(f'<text x="{x + length + 6:.1f}" y="{y}" fill="#212121">{row[column]}</text>')
+    parts.append(f'<text x="14" y="{height - 10}" fill="#757575" font-size="11">{escape(MEASURED)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pastkey.command import Command, print_json, print_table
+from pastkey.command import Command, print_json, print_table, without_control
 from pastkey.contract import names
 from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import ProviderError
 from pastkey.precisions import PRECISIONS
 
+from ..engine.caches.states import state_bytes
 from ..options import PlacementOptions
 from ..sandbox.relay import run_limited
 from .flags import add_bundle, add_device, limits_of, opening_of
@@ -132,7 +133,8 @@ def print_inspection(inspection: BundleReport) -> None:
     """Shows it to a person, on standard output."""
     manifest = inspection.manifest
     per_token = inspection.kv_bytes_per_token
-    print(f"{manifest.source}: {manifest.precision}, {manifest.graph} graph ({manifest.graph_reason})")
+    form = f"{manifest.source}: {manifest.precision}, {manifest.graph} graph ({manifest.graph_reason})"
+    print(without_control(form))
     print(
         f"vocabulary {manifest.vocab_size}, context {manifest.context_length}, "
         f"{len(manifest.layers)} attention calls, opset {manifest.opset}, onnxruntime >= {manifest.min_onnxruntime}"
@@ -148,6 +150,11 @@ def print_inspection(inspection: BundleReport) -> None:
         *((f"{record.size:,}", name) for name, record in files),
         (f"{inspection.total_bytes:,}", f"together; weights {inspection.weight_bytes:,}"),
         (f"{per_token:,}", f"of keys and values per token, {inspection.kv_bytes_at_context:,} at the full context"),
+        *(
+            [(f"{state_bytes(manifest.states):,}", "of states of recurrences, whatever the length")]
+            if manifest.states
+            else []
+        ),
         (f"{manifest.context_length:,}", f"tokens of context: {inspection.overflow}"),
     )
     print()

@@ -5,6 +5,7 @@ Standard library only: the sandbox's child process unpacks a bundle before it im
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -22,6 +23,7 @@ from pastkey.values import as_path, shown
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others make any number of bytes of a piece, in memory
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)  # not the file's fault
 _BLOCK = 4096  # bytes that an empty file or folder takes on a disk
 
 
@@ -119,8 +121,7 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> Path:
         try:
             written = {entry.filename: archive.extract(entry, folder) for entry in entries}  # never outside of it
         except (zipfile.BadZipFile, EOFError, OSError) as error:
-            clash = isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)  # a file as a folder
-            if isinstance(error, OSError) and not clash:
+            if isinstance(error, OSError) and error.errno in _DISK:
                 raise
             raise IntegrityError(
                 f"{name} cannot be unpacked ({first_line(error, 100)}): it was cut or altered"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -55,6 +56,8 @@ def call(
     """
     require(isinstance(name, str) and name in _CALLS, "name", name, ", ".join(map(shown, _CALLS)))
     require(isinstance(arguments, Mapping | None), "arguments", arguments, "a mapping")
+    require(name != "inspect" or not arguments, "arguments", arguments, "None for inspect")
+    require(isinstance(limits, Limits | None), "limits", limits, "a Limits")
     require_valid({"threads": threads})
     wanted = dict(arguments or {})
     tokens = _most_tokens(name, wanted)
@@ -134,20 +137,28 @@ def _completed(stream: Any) -> dict[str, Any]:
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = dict(arguments.arguments)
     if isinstance(options.get("logit_bias"), dict):  # JSON's keys are texts
-        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+        bias = options["logit_bias"].items()
+        options["logit_bias"] = {int(token) if token.isdecimal() else token: number for token, number in bias}
     return options
 
 
+def _called(method: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    needed = [name for name, one in inspect.signature(method).parameters.items() if one.default is one.empty]
+    if missing := [name for name in needed if name not in options]:
+        raise InputError(f"the arguments are {shown(sorted(options))}; {missing[0]!r} was expected among them")
+    return method(**options)
+
+
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
-    return _completed(_loaded(arguments).stream(**_options(arguments)))
+    return _completed(_called(_loaded(arguments).stream, _options(arguments)))
 
 
 def _chat(arguments: argparse.Namespace) -> dict[str, Any]:
-    return _completed(_loaded(arguments).stream_chat(**_options(arguments)))
+    return _completed(_called(_loaded(arguments).stream_chat, _options(arguments)))
 
 
 def _score(arguments: argparse.Namespace) -> dict[str, Any]:
-    return dataclasses.asdict(_loaded(arguments).score(**arguments.arguments))
+    return dataclasses.asdict(_called(_loaded(arguments).score, arguments.arguments))
 
 
 def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def _chosen(folder: Path, found: Any, tools: bool) -> str:
         raise InputError(
             f"{folder} has no chat template (chat_template in {names.TOKENIZER_CONFIG}), so that its model continues "
             "texts and holds no conversation: use  pastkey run BUNDLE --prompt TEXT  (on a server, /v1/completions), "
-            "or take a template with --template FILE (in Python, template=)"
+            "or take a template with --template FILE (in Python, template=; for a server, export with --chat-template)"
         )
     return found
 

@@ -178,7 +178,7 @@ _ALIKE_OTHERS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     (_EXPERTS | _KINDS | {"shared_expert_intermediate_size": 48}, ("flint", "kolibri1")),
     (_INDEXED, ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4")),
     (_ROUTED | _LATENT, ("axk1", "sarvam_mla")),
-    ({"layers_block_type": ["linear_attention", "hybrid"]}, ("zamba",)),
+    ({"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}, ("zamba",)),
 )
 OTHERS: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE_OTHERS for family in families} | {
     "apertus1p5_text": {},
@@ -223,6 +223,7 @@ NO_DECODERS: dict[str, str] = {
 _BY_HAND = "it computes this attention by hand, not through AttentionInterface"
 _UNTRACED = "its experts are picked by values, in a way that no trace can follow"
 _OTHERWISE = "it is refused for another reason"
+_NO_KERNEL = "it does not call its recurrence as a kernel"
 _UNTRIED = "it was not tried there"
 # Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
 FROM_TRANSFORMERS_5: dict[str, str] = {
@@ -231,6 +232,7 @@ FROM_TRANSFORMERS_5: dict[str, str] = {
         (_UNTRIED, (
             "modernbert-decoder", "lfm2_moe", "granitemoehybrid", "gpt_neox_japanese", "gpt-sw3", "gemma3n_text",
         )),
+        (_NO_KERNEL, (*HYBRIDS, "recurrent_gemma")),
         (_BY_HAND, (
             "codegen", "ctrl", "diffllama", "gptj", "jetmoe", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm",
         )),

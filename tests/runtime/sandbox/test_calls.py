@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 import pastkey
 from pastkey.errors import InputError, IntegrityError, MissingFileError, OptionError, UntrustedBundleError
@@ -52,6 +53,10 @@ REFUSED = [
     ("generate", {"prompt": "\ud800"}, InputError, "is not valid UTF-8"),
     ("generate", {"prompt": "a", "temprature": 1}, OptionError, "did you mean 'temperature'"),
     ("generate", {"prompt": {1, 2}}, TypeError, "not JSON serializable"),
+    ("generate", {"promt": "a"}, InputError, "'prompt' was expected among them"),
+    ("score", {"txt": "a"}, InputError, "'text' was expected among them"),
+    ("generate", {"prompt": "a", "logit_bias": {"a": 1}}, InputError, "logit_bias"),
+    ("inspect", {"prompt": "a"}, InputError, "None for inspect"),
     ("fly", {}, InputError, "name is 'fly'; it must be 'generate', 'chat', 'score', 'inspect'"),
 ]
 
@@ -60,6 +65,26 @@ REFUSED = [
 def test_errors_are_those_of_the_model(talking_bundle, name, arguments, kind, words):
     with pytest.raises(kind, match=words):
         asked(name, talking_bundle.path, **arguments)
+
+
+def test_a_call_that_is_asked_for_has_the_same_ids(tiny, make_bundle):
+    """Its beginning is text of the template, and its mark a special token."""
+    pytest.importorskip("llguidance")
+    letters, mark = 'abcdefghilmnorstuwxy <>/_{}":,.1[]\nZ', "[TOOL_CALLS]"
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {mark: 36}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([mark])
+    template = (
+        f"{{# {mark} #}}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}{{{{ tools[0].function.name }}}}"
+    )
+    config = {"chat_template": template}
+    bundle = make_bundle(tiny, "fused", tokenizer=tokenizer, tokenizer_config=config, eos_token_ids=(35,))
+    tool = {"type": "function", "function": {"name": "wet", "parameters": {"type": "object", "properties": {}}}}
+    given = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "tool_choice": "wet"}
+    with pastkey.load(bundle.path, threads=1) as model:
+        here = model.generate_chat(**given, max_new_tokens=60)
+    assert here.ids[0] == 36
+    assert asked("chat", bundle.path, **given, max_new_tokens=60)["ids"] == here.ids
 
 
 def test_zip_files_are_unpacked_there(talking_bundle, trusted, tmp_path):
