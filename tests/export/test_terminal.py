@@ -95,7 +95,7 @@ def test_the_time_left_follows_from_the_parts_and_counts_down_between_them(monke
         " 20%  59 s",  # too early to tell
         " 25%  1:30 min, about 4:30 min left",
         " 25%  1:40 min, about 4:20 min left",
-        " 25%  1:23:20 h, about 0 s left",
+        " 25%  1:23:20 h",
         " 50%  2:00:00 h, about 2:00:00 h left",
     ]
 
