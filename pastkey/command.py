@@ -131,7 +131,7 @@ def key_value(text: str) -> tuple[str, str]:
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose where a bundle runs."""
-    device = parser.add_argument_group("device")
+    device = parser.add_argument_group("device", "PASTKEY_NATIVE=0 in the environment runs onnxruntime's kernels.")
     add = device.add_argument
     add("--threads", metavar="N", type=positive_int, help="threads within an operator (default: physical cores)")
     add(

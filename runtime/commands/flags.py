@@ -38,7 +38,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Where the bundle runs, and the flags of an untrusted one: `untrusted`, and `limits` as pairs, or None."""
     add_placement(parser)
     add = parser.add_argument_group("a bundle that you do not trust").add_argument
-    add("--untrusted", action="store_true", help="open the bundle in a child process with limits")
+    add("--untrusted", action="store_true", help="open it in a child process with limits, on onnxruntime's kernels")
     meaning = "with --untrusted: memory=BYTES, or seconds=S for an answer; repeat for both"
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 

@@ -15,7 +15,6 @@ from pastkey.contract.bundle import Manifest, open_bundle
 from pastkey.errors import ProviderError
 from pastkey.precisions import PRECISIONS
 
-from ..engine.caches.states import state_bytes
 from ..options import PlacementOptions
 from ..sandbox.relay import run_limited
 from .flags import add_bundle, add_device, limits_of, opening_of
@@ -131,6 +130,8 @@ def _overflow(graph: DecoderGraph) -> str:
 # --- for a person -----------------------------------------------------------------------------------------------------
 def print_inspection(inspection: BundleReport) -> None:
     """Shows it to a person, on standard output."""
+    from ..engine.caches.states import state_bytes  # which imports onnxruntime
+
     manifest = inspection.manifest
     per_token = inspection.kv_bytes_per_token
     form = f"{manifest.source}: {manifest.precision}, {manifest.graph} graph ({manifest.graph_reason})"

@@ -164,7 +164,7 @@ def test_padded_rows_equal_each_alone(side, this):
 @rows("slab", lambda row: row.graph == "fused" and row.precision != "fp16")
 def test_rows_that_join_idle_run_alone_and_are_cut_equal_each_alone(this):
     rng, graph = random.Random(0), this.engine().graph
-    slab, texts = Slab(graph, 4), dict[Engine, list[int]]()
+    slab, texts, size = Slab(graph, 4), dict[Engine, list[int]](), this.bundle.manifest.vocab_size
     for step in range(60):
         action, row = rng.random(), rng.choice([*texts] or [this.engine()])
         long = [one for one, text in texts.items() if len(text) > this.row.context - 3]
@@ -176,13 +176,13 @@ def test_rows_that_join_idle_run_alone_and_are_cut_equal_each_alone(this):
             texts[one] = this.ids(rng.choice([2, 9, 20]), seed=step)
             this.require_close(one.prefill(texts[one]), this.expected(texts[one])[-1])
         elif action < 0.5:  # a token of its own, behind a text that may have been cut
-            texts[row] = [*texts[row][: len(texts[row]) - rng.choice([0, 0, 1, 3])], rng.randrange(30)]
+            texts[row] = [*texts[row][: len(texts[row]) - rng.choice([0, 0, 1, 3])], rng.randrange(size)]
             row.cut(len(texts[row]) - 1)
             this.require_close(row.append(texts[row][row.length :]), this.expected(texts[row])[-1])
         else:
             wanted = [one for one in texts if slab.holds(one) and rng.random() < 0.6]
             wanted += [one for one in texts if not slab.holds(one) and len(slab.members) < slab.most][:1]
-            tokens = [rng.randrange(30) for _ in wanted]
+            tokens = [rng.randrange(size) for _ in wanted]
             for one, token, found in zip(wanted, tokens, slab.decode(wanted, tokens) if wanted else [], strict=True):
                 texts[one].append(token)
                 this.require_close(found, this.expected(texts[one])[-1])
