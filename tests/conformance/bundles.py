@@ -113,6 +113,6 @@ ROWS = {
 QUICK = ("llama-fp32", "llama-int8", "llama-int8-native", "gpt2-fp32-standard", "convolution-fp32", "hybrid-fp32")
 CI = (
     "llama-fp32-standard", "llama-fp32-static", "llama-fp16", "llama-int8-generate", "llama-int8-portable",
-    "llama-int4", "llama-int4-native", "gpt2-fp32", "gpt2-int8", "gpt2-int4-native", "own-fp32", "latent-int8",
-    "uneven-fp32", "hybrid-fp32-standard", "hybrid-int8-native",
+    "llama-int4", "llama-int4-native", "gpt2-fp32", "gpt2-int8", "gpt2-int4-native", "own-fp32",
+    "uneven-fp32", "hybrid-int8-native",
 )  # fmt: skip

@@ -155,7 +155,6 @@ IN_CI = (
     "qwen3_5_text",  # a gated delta rule
     "falcon_h1",  # attention and Mamba-2 in each layer
     "gemma3n_text",  # several streams, a sparse activation
-    "gemma4_text",  # keys and values that layers share, two head sizes, experts
 )  # fmt: skip
 
 # family -> what its configuration has beside the common sizes, and words of the reason that it is refused with

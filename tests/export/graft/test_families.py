@@ -112,7 +112,7 @@ def test_falcon_keeps_its_smallest_keys_with_rotary_positions_and_with_alibi(que
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("family", divided(REFUSED, ci=("doge", "llama4_text")))
 def test_what_cannot_be_grafted_is_refused_with_the_reason(family, tmp_path):
     skip_unless_known(family)
     with pytest.raises(ContractError) as caught:

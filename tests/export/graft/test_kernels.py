@@ -114,7 +114,7 @@ WRAPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "name"), divided(WRAPPED, quick=WRAPPED[:1], ci=WRAPPED[:3]))
+@pytest.mark.parametrize(("family", "name"), divided(WRAPPED, quick=WRAPPED[:1], ci=WRAPPED[:1]))
 def test_a_recurrence_that_is_not_found_is_never_exported_without_its_state(family, name, monkeypatch):
     """As in another release of transformers, or where a kernel's package replaces the function."""
     model = build(family)
