@@ -127,7 +127,12 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
         kinds = [str(kind) for kind in config.get("architectures") or ()]
-        if not own and (type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or _is_another(kinds)):
+        # transformers loads the text part alone of a model around it.
+        around = opened.get_text_config() is not opened and all(
+            kind.endswith("ForConditionalGeneration") for kind in kinds
+        )
+        other = type(opened) not in library.MODEL_FOR_CAUSAL_LM_MAPPING or (_is_another(kinds) and not around)
+        if not own and other:
             raise InputError(
                 f"{name} holds a {' and '.join(kinds) or opened.model_type}, which is not a decoder of transformers "
                 "(AutoModelForCausalLM): only decoders can be exported"

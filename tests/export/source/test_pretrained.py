@@ -172,3 +172,24 @@ def test_a_factory_may_return_a_model_of_transformers(tmp_path):
     file = write(tmp_path / "mine.py", "from transformers import LlamaConfig, LlamaForCausalLM\n")
     source = open_source(f"{file}:LlamaForCausalLM(LlamaConfig(**{sizes()}))")
     assert (source.name, source.context_length) == ("LlamaForCausalLM", CONTEXT)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3_5Config"), reason="transformers has no Qwen3.5")
+def test_a_folder_that_sees_and_reads_is_opened_for_its_text_alone(tmp_path):
+    text = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": CONTEXT, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    model = transformers.Qwen3_5ForConditionalGeneration(
+        transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    found = run_uncached(open_source(tmp_path).module, ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
