@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pastkey.contract import names
-from pastkey.errors import InputError
+from pastkey.errors import InputError, IntegrityError
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.export.measure.hidden_states import head_input
@@ -20,6 +20,7 @@ from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.caches.slab import Slab
 
+from ..export.decoders import Hybrid
 from ..export.plain_loop import Text, open_graph
 from ..shared import divided
 from .bundles import CI, QUICK, ROWS
@@ -219,6 +220,21 @@ def test_a_saved_session_goes_on_as_the_open_one(this, tmp_path):
         session = lm.load_session(tmp_path / "session.npz")
         assert session.ids == ids
         assert session.generate(max_new_tokens=6).ids == expected
+
+
+@rows("states", lambda row: row.build is Hybrid)
+def test_a_saved_session_whose_states_are_not_this_bundles_is_refused(this, tmp_path):
+    model, file = this.load(), tmp_path / "session.npz"
+    with model.session() as session:
+        session.append(this.ids(9))
+        session.save(file)
+    with np.load(file) as found:
+        content = {**found}
+    *_, last = (name for name in content if name.startswith("arr_"))
+    for spoilt in (None, content[last][:, 1:], content[last].astype(np.float64), content[last].astype(np.float16)):
+        np.savez(file, **{name: array for name, array in (content | {last: spoilt}).items() if array is not None})
+        with pytest.raises(IntegrityError, match="session"):
+            model.load_session(file)
 
 
 @rows("hidden_states", exported_with("hidden_states"))

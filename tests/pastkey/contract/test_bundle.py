@@ -55,7 +55,9 @@ def test_a_field_that_is_missing_or_of_another_type_or_out_of_range_is_told_with
         ("graph", "static"),  # without its sizes
         ("static", STATIC),
         ("compiled", {"provider": "qnn", "options": {}, "onnxruntime": "1.32.0"}),
-        ("states", [{"rows": 1, "size": 1}]),
+        ("rows", [{"rows": 1, "size": 1}]),
+        ("states", [{"kind": "conv_state", "shape": [1, 2, 3]}]),
+        ("states", [{"kind": "key", "shape": [1, 2, 3]}]),
         ("shift", {"rotations": [{**TURN, "layers": [1]}]}),
         ("shift", {"rotations": [{**TURN, "first": 1}]}),
         ("min_onnxruntime", "1.23; x"),

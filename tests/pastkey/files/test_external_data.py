@@ -17,7 +17,14 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import IntegrityError
 from pastkey.files.durable import write_json
-from pastkey.files.external_data import CHILDREN, ExternalData, check_contexts, check_external_data, external_data
+from pastkey.files.external_data import (
+    CHILDREN,
+    ExternalData,
+    check_contexts,
+    check_external_data,
+    check_heads,
+    external_data,
+)
 from pastkey.files.folder import FileRecord, file_record, file_records, parse_records
 from pastkey.precisions import PRECISIONS
 
@@ -246,3 +253,17 @@ def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path, value, pla
         check_contexts(tmp_path, listed(context(value)), compiled=True)
     with pytest.raises(IntegrityError, match="the manifest says that nothing was compiled"):
         check_contexts(tmp_path, listed(context("own.bin")), compiled=False)
+
+
+# --- heads of a bundle with states --------------------------------------------------------------------------------
+@pytest.mark.parametrize("heads", [4, 1, 5, 0, -1, 2**40, "four"])
+@pytest.mark.parametrize("name", ["kv_num_heads", "q_num_heads"])
+def test_other_numbers_of_heads_than_the_states_have_are_refused(name, heads, tmp_path):
+    node = helper.make_node("LinearAttention", ["q"], ["o"], domain="com.microsoft", **{name: heads})
+    onnx.save(model_of(node), tmp_path / "model.onnx")
+    files = {"model.onnx": file_record(tmp_path / "model.onnx"), "other.json": FileRecord(1, "0" * 64)}
+    refused = (
+        pytest.raises(IntegrityError, match="number of heads") if heads not in (1, 4) else contextlib.nullcontext()
+    )
+    with refused:
+        check_heads(tmp_path, files, 4)
