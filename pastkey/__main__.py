@@ -122,13 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.add_argument_group("example", f"pastkey {example}")
             given = parser.parse_args(rest)
             if name in EXPORTING:
-                from pastkey.exported import exported, require_chat_template
+                from pastkey.exported import exported
 
                 if name == "chat":
                     importlib.import_module("jinja2")  # a user without it is told before an export of minutes
-                    if given.template is None:
-                        require_chat_template(given.bundle)
-                given.bundle = exported(given.bundle, untrusted=getattr(given, "untrusted", False))
+                chats = name == "chat" and given.template is None
+                given.bundle = exported(given.bundle, untrusted=getattr(given, "untrusted", False), chats=chats)
             return command.run(given)
         except ModuleNotFoundError as error:
             source = ["huggingface"] if name == "export" and any(map(needs_huggingface, rest)) else []

@@ -31,12 +31,12 @@ _BOOT = (
 )
 
 
-def exported(source: str, *, untrusted: bool = False) -> str:
+def exported(source: str, *, untrusted: bool = False, chats: bool = False) -> str:
     """Returns the path of a bundle: the cached export of a Hub id, a Hugging Face folder or a GGUF file.
 
     A cached export that is damaged is made again. Any other path is returned as it is. Raises ResourceError if the
-    cache cannot be written, InputError for a source that is `untrusted`, since no limits hold for an export, and
-    SystemExit with the status of an export that failed, which has told why.
+    cache cannot be written, InputError for a source that is `untrusted`, since no limits hold for an export, or that
+    has no chat template where it `chats`, and SystemExit with the status of an export that failed, which has told why.
     """
     if not needs_huggingface(source) or not (hub_id(source) or Path(source).exists()):
         return source
@@ -69,21 +69,21 @@ def exported(source: str, *, untrusted: bool = False) -> str:
             if target.exists():
                 say(f"the export of {source} in {target} is damaged: it is made again")
                 shutil.rmtree(target)
+            if chats:
+                _require_chat_template(Path(source))
             _export(source, target)
             _remove_older(target, family)
     return str(target)
 
 
-def require_chat_template(source: str) -> None:
-    """Raises InputError for a Hugging Face folder that has no chat template, before an export of minutes."""
-    config = Path(source) / names.CONFIG
-    if hub_id(source) or not config.is_file() or any(Path(source).glob("chat_template*")):
-        return
-    tokenizer = Path(source) / names.TOKENIZER_CONFIG
-    if not tokenizer.is_file() or b'"chat_template"' not in tokenizer.read_bytes():
+def _require_chat_template(folder: Path) -> None:
+    """Raises InputError for a folder that has no chat template, before an export of minutes."""
+    tokenizer = folder / names.TOKENIZER_CONFIG
+    told = tokenizer.is_file() and b'"chat_template"' in tokenizer.read_bytes()
+    if folder.is_dir() and not told and not any(folder.glob("chat_template*")):
         raise InputError(
-            f"{source} has no chat template, so that its model continues texts and holds no conversation: use  pastkey "
-            f"run {shlex.quote(source)} --prompt TEXT  or take a template with --template FILE"
+            f"{folder} has no chat template, so that its model continues texts and holds no conversation: use  pastkey "
+            f"run {shlex.quote(str(folder))} --prompt TEXT  or take a template with --template FILE"
         )
 
 

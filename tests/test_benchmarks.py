@@ -25,7 +25,7 @@ from pastkey.errors import InputError
 from pastkey.runtime import Engine as Session
 from pastkey.runtime import load
 
-from .runtime import conftest as decoder
+from .runtime import tiny_decoder as decoder
 from .runtime.constraints import vocabularies
 from .shared import divided
 from .tiny_bundles import byte_bundle

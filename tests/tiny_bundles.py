@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 
 from pastkey.contract.bundle import Bundle
 
-from .runtime import conftest as decoder
+from .runtime import tiny_decoder as decoder
 from .runtime.constraints import vocabularies
 
 

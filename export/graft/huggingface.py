@@ -23,7 +23,7 @@ from pastkey.quiet import quiet
 
 from ..graph.stored import StoredWeights
 from .attention import AttentionCall, MaskSpec, attend, calling_line, described_mask, mask_spec
-from .kernels import handed_over
+from .kernels import handed_over, recurrences_of
 from .probe.observe import StandIn
 
 GRAFT = "pastkey_graft"  # our name among transformers' attention implementations
@@ -47,6 +47,7 @@ class HuggingFaceDecoder(StandIn):
         """`stored`: those of its weights that stay in their file."""
         super().__init__(model)
         self.stored = stored
+        self._recurrences = recurrences_of(model)
         self._native = False
         _register_hooks()
         self._experts: Callable[[], contextlib.AbstractContextManager[Any]] = _EveryExpert
@@ -60,7 +61,7 @@ class HuggingFaceDecoder(StandIn):
             raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        with self._experts(), contextlib.nullcontext() if self._native else handed_over(self.model):
+        with self._experts(), contextlib.nullcontext() if self._native else handed_over(self._recurrences):
             # Without a mask transformers looks for several sequences packed into a row.
             logits: Tensor = self.model(
                 input_ids=input_ids,

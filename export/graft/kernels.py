@@ -14,6 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,24 +33,34 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+Functions = list[tuple[ModuleType, str, Callable[..., Any]]]  # a file of transformers, a name in it, what replaces it
+
+
+def recurrences_of(model: nn.Module) -> Functions:
+    """The convolutions and recurrences in the files of the model's classes."""
+    files = {sys.modules[type(child).__module__] for child in model.modules()}
+    return [
+        (file, name, functools.partial(_remembered, kernel, function))
+        for file in files
+        for name, function in vars(file).items()
+        if (kernel := _kernel_of(function)) in _KERNELS
+    ]
+
+
 @contextlib.contextmanager
-def handed_over(model: nn.Module) -> Iterator[None]:
-    """While open, the model's convolutions and recurrences are passed to `remember`."""
+def handed_over(functions: Functions) -> Iterator[None]:
+    """While open, these functions are passed to `remember`."""
     with contextlib.ExitStack() as stack:
-        for file in {sys.modules[type(child).__module__] for child in model.modules()}:
-            for name, function in list(vars(file).items()):
-                kernel = _kernel_of(function)
-                if kernel is not None and kernel in _KERNELS:
-                    stack.enter_context(replaced(file, name, functools.partial(_remembered, kernel, function)))
+        for file, name, instead in functions:
+            stack.enter_context(replaced(file, name, instead))
         yield
 
 
-def _kernel_of(function: Any) -> str | None:
-    """The name of the kernel that may replace a function of transformers; None for any other object."""
+def _kernel_of(function: Any) -> str:
+    """The name of the kernel that may replace a function of transformers; "" for any other object."""
     if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
-        return None
-    name = inspect.getclosurevars(function).nonlocals.get("func_name")
-    return name if isinstance(name, str) else None
+        return ""
+    return str(inspect.getclosurevars(function).nonlocals.get("func_name", ""))
 
 
 def _remembered(kernel: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +81,7 @@ def _convolution(given: dict[str, Any]) -> Tensor:
     activation = given.pop("activation", None)
     silu = activation in ("silu", "swish")
     rows, weight, bias = given.pop("hidden_states"), given.pop("weight"), given.pop("bias", None)
-    output = remember(ConvolutionCall(rows, weight, bias, silu, calling_line()))
+    output = remember(ConvolutionCall(rows, weight, bias, silu))
     if activation is None or silu:
         return output
     from transformers.activations import ACT2FN
@@ -83,7 +94,7 @@ def _delta_rule(given: dict[str, Any]) -> Tensor:
     query, key, value, decay, beta = (given.pop(name).float() for name in ("query", "key", "value", "g", "beta"))
     if given.pop("use_qk_l2norm_in_kernel", False):
         query, key = _normed(query), _normed(key)
-    return remember(RecurrenceCall(query, key, value, decay, beta, key.shape[-1] ** -0.5, calling_line()))
+    return remember(RecurrenceCall(query, key, value, decay, beta, key.shape[-1] ** -0.5))
 
 
 def _normed(rows: Tensor) -> Tensor:
@@ -105,7 +116,7 @@ def _time_step(given: dict[str, Any], step: Tensor, bias: str, softplus: str) ->
 def _mamba_2(given: dict[str, Any]) -> Tensor:
     value, decay, key, query = (given.pop(name).float() for name in ("hidden_states", "A", "B", "C"))
     step = _time_step(given, given.pop("dt").float(), "dt_bias", "dt_softplus")
-    call = RecurrenceCall(query, key, value * step[..., None], decay * step, None, 1.0, calling_line())
+    call = RecurrenceCall(query, key, value * step[..., None], decay * step, None, 1.0)
     skip = given.pop("D", None)
     output = remember(call)
     return output if skip is None else output + value * (skip if skip.dim() == 2 else skip[:, None])
@@ -116,7 +127,7 @@ def _mamba_1(given: dict[str, Any]) -> Tensor:
     key, query = (given.pop(name).float().transpose(1, 2)[:, :, None] for name in ("B", "C"))  # (B, T, 1, N)
     step = _time_step(given, step, "delta_bias", "delta_softplus")
     decay = step[..., None] * given.pop("A").float()  # (B, T, width, N): each channel is a head
-    output = remember(RecurrenceCall(query, key, (value * step)[..., None], decay, None, 1.0, calling_line()))[..., 0]
+    output = remember(RecurrenceCall(query, key, (value * step)[..., None], decay, None, 1.0))[..., 0]
     if "D" in given:
         output = output + value * given.pop("D")
     if "z" in given:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,17 +30,15 @@ class StateError(ContractError):
 class ConvolutionCall:
     """A causal convolution of each channel along the time axis, behind zeros at the beginning of the text."""
 
-    kind: ClassVar[str] = names.CONV_STATE
     rows: Tensor  # (B, C, T)
     weight: Tensor  # (C, K)
     bias: Tensor | None  # (C,)
     silu: bool  # whether SiLU follows
-    where: str  # file:line, for error messages
 
     @property
     def geometry(self) -> StateGeometry:
         """The last columns that came in, (C, K - 1)."""
-        return StateGeometry(self.kind, (self.weight.shape[0], self.weight.shape[1] - 1))
+        return StateGeometry(names.CONV_STATE, (self.weight.shape[0], self.weight.shape[1] - 1))
 
     def over(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The outputs (B, C, T) and the state (B, C, K - 1) behind them."""
@@ -71,19 +69,18 @@ class RecurrenceCall:
     heads of values.
     """
 
-    kind: ClassVar[str] = names.RECURRENT_STATE
     query: Tensor  # (B, T, Hk, D)
     key: Tensor  # (B, T, Hk, D)
     value: Tensor  # (B, T, H, Dv)
     decay: Tensor  # (B, T, H), or (B, T, H, D) for each channel of the keys; a logarithm
     beta: Tensor | None  # (B, T, H), of the delta rule
     scale: float
-    where: str  # file:line, for error messages
 
     @property
     def geometry(self) -> StateGeometry:
         """S, (H, D, Dv)."""
-        return StateGeometry(self.kind, (self.value.shape[2], self.key.shape[3], self.value.shape[3]))
+        sizes = (self.value.shape[2], self.key.shape[3], self.value.shape[3])
+        return StateGeometry(names.RECURRENT_STATE, sizes)
 
     def over(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The outputs (B, T, H, Dv) and the state (B, H, D, Dv) behind them, token by token."""

@@ -114,7 +114,7 @@ def trace(
         torch.ones(_BATCH, _PAST + new, dtype=torch.long),
         torch.zeros(_BATCH, new, dtype=torch.long),
         [torch.zeros(_BATCH, g.kv_heads, _PAST, size) for g in layers for size in (g.key_head_size, g.value_head_size)],
-        [torch.zeros(_BATCH, _PAST, kept.size) for kept in rows],
+        [torch.zeros(_BATCH, _PAST, one.size) for one in rows],
         [torch.zeros(_BATCH, *state.shape) for state in states],
     )
     dim = torch.export.Dim
@@ -136,7 +136,8 @@ def trace(
         outputs += [names.present_key(i), names.present_value(i)]
     inputs += [names.past_conv(i) for i in range(len(rows))]
     outputs += [names.present_conv(i) for i in range(len(rows))]
-    inputs += (kept := names.past_states([state.kind for state in states]))
+    kept = names.past_states([state.kind for state in states])
+    inputs += kept
     outputs += [names.present_of(past) for past in kept]
     with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects():
         try:

@@ -11,18 +11,8 @@ OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.24 and the execution 
 IR_VERSION = 10  # onnxruntime loads it since 1.18
 CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
 STATEFUL = ("CausalConvWithState", "LinearAttention")  # the operators that keep a state, in float32 alone
-FIRST_STEERING = 4  # LinearAttention's inputs from here on steer it: decay, then beta
-STEERING = (
-    "Add",
-    "Clip",
-    "Exp",
-    "Mul",
-    "Neg",
-    "Reshape",
-    "Sigmoid",
-    "Softplus",
-    "Unsqueeze",
-)  # from a projection to these
+_FIRST_STEERING = 4  # LinearAttention's inputs from here on: decay, then beta
+_STEPS = {"Add", "Clip", "Exp", "Mul", "Neg", "Reshape", "Sigmoid", "Softplus", "Unsqueeze"}
 
 
 def weight(value: ir.Value | None) -> np.ndarray | None:
@@ -37,6 +27,19 @@ def shape_of(value: ir.Value | None) -> tuple[int, ...] | None:
     if value is None or value.const_value is None or value.producer() is not None:
         return None
     return tuple(value.const_value.shape.numpy())
+
+
+def steering(model: ir.Model) -> set[ir.Node]:
+    """The nodes between projections and the decay or the beta of recurrences."""
+    values = [v for node in model.graph if node.op_type == "LinearAttention" for v in node.inputs[_FIRST_STEERING:]]
+    found = set[ir.Node]()
+    while values:
+        value = values.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type in _STEPS and node not in found:
+            found.add(node)
+            values += node.inputs
+    return found
 
 
 def add_weight(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:

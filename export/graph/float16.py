@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from pastkey.contract import names
 
-from .edit import FIRST_STEERING, STATEFUL, STEERING, add_weight, weight
+from .edit import STATEFUL, add_weight, steering, weight
 
 _ANGLES = {"Cos", "Sin"}
 _SUMS = {"ReduceMean", "ReduceSum"}
@@ -131,14 +131,12 @@ class _Halved:
 
 def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
     """Returns the nodes that compute angles, keep states, and stand between a square and the inverse of its root."""
-    kept: set[ir.Node] = set()
+    kept = steering(model)
     for node in model.graph:
         if node.op_type in _ANGLES:
             _keep(node, kept)
         elif node.op_type in STATEFUL:
             kept.add(node)
-            for value in node.inputs[FIRST_STEERING:] if node.op_type == "LinearAttention" else ():
-                _keep_steps(value, kept)
         elif node.op_type == "Sqrt" or _is_inverse_root(node):
             kept.add(node)
             kept.update(user for user, _ in node.outputs[0].uses() if user.op_type == "Reciprocal")
@@ -163,15 +161,6 @@ def _keep(node: ir.Node, kept: set[ir.Node], *, to_squares: bool = False) -> Non
         if producer is None or producer in kept or (to_squares and node.op_type not in {"Add"} | _SUMS):
             continue
         _keep(producer, kept, to_squares=to_squares)
-
-
-def _keep_steps(value: ir.Value | None, kept: set[ir.Node]) -> None:
-    """Adds the steps from a projection to the decay or the beta of a recurrence."""
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type in STEERING:
-        kept.add(producer)
-        for read in producer.inputs:
-            _keep_steps(read, kept)
 
 
 def _halve_attributes(node: ir.Node) -> None:

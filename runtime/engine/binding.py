@@ -11,6 +11,12 @@ from ..providers.ort import onnxruntime
 from ..providers.placement import CPU
 
 
+def new_bindings(onnx: Any, *, two: bool) -> tuple[Binding, Binding]:
+    """Bindings for runs in turn, each of which reads what the one before wrote; the same one twice unless `two`."""
+    first = Binding(onnx)
+    return first, Binding(onnx) if two else first
+
+
 class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
     """An onnxruntime.IOBinding that binds an array once per shape: binding takes 10 us, new arrays cost page faults."""
 

@@ -145,15 +145,13 @@ class Hybrid(Plain):
 
     def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
         hidden = super().apply_block(block, hidden, position_ids)
-        rows = remember(ConvolutionCall(self.mixed(hidden).transpose(1, 2), self.kernel, None, True, "")).transpose(
-            1, 2
-        )
+        rows = remember(ConvolutionCall(self.mixed(hidden).transpose(1, 2), self.kernel, None, True)).transpose(1, 2)
         sizes = [2 * self.size, 2 * self.size, self.heads * self.value_size]
         query, key, value = (
             part.unflatten(2, (heads, -1)) for part, heads in zip(rows.split(sizes, 2), (2, 2, self.heads), strict=True)
         )
         decay, beta = self.steer(hidden).chunk(2, 2)
-        call = RecurrenceCall(query, key, value, -F.softplus(decay), beta.sigmoid(), 0.5, "")
+        call = RecurrenceCall(query, key, value, -F.softplus(decay), beta.sigmoid(), 0.5)
         return hidden + self.out(remember(call).flatten(2))
 
 

@@ -10,7 +10,7 @@ import pytest
 from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 
-from ..runtime.conftest import relisted
+from ..runtime.tiny_decoder import relisted
 from .commands import fails
 from .measure import conftest as measure
 

@@ -33,7 +33,7 @@ from pastkey.train.data.sources import open_corpus, survey
 from pastkey.train.stories.__main__ import read_stories
 from pastkey.train.tokenizer import train_bpe
 
-from ..runtime.conftest import Tiny, write_bundle
+from ..runtime.tiny_decoder import Tiny, write_bundle
 from .mutations import Mutation, mutate_bytes, mutate_json, mutate_text
 from .reader import Target, alone, json_bytes, within, workplace, written
 from .samples import CORPUS, MESSAGES, TEMPLATE, word_tokenizer

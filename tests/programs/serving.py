@@ -16,7 +16,7 @@ from typing import Any
 
 from pastkey.contract.bundle import Bundle
 
-from ..runtime import conftest as decoder
+from ..runtime import tiny_decoder as decoder
 from ..runtime.constraints import vocabularies
 from ..tiny_bundles import byte_bundle
 

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from benchmarks.environments import ROOT
 from pastkey.runtime import load
 
-from ..runtime import conftest as decoder
+from ..runtime import tiny_decoder as decoder
 from ..shared import ran
 from . import environments, phones
 from .environments import had

@@ -11,7 +11,7 @@ import numpy as np
 
 from pastkey.files.durable import write_json
 
-from .conftest import Array, Tiny
+from .tiny_decoder import Array, Tiny
 
 
 def write_adapter(folder: Path, matrices: Mapping[str, tuple[Array, Array]], **config: Any) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pastkey.contract.bundle import Bundle, CacheShift, KeyRotation
 
-from .conftest import Array, H, K, Tiny, attended, projected
+from .tiny_decoder import Array, H, K, Tiny, attended, projected
 
 
 @dataclass(frozen=True)

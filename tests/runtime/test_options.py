@@ -21,7 +21,7 @@ from pastkey.runtime.model.signature import sign_bundle
 from pastkey.runtime.options import CHECKED, DEFAULTS, OPTIONS, PlacementOptions, require_valid
 from pastkey.runtime.settings import CHAT_OPTIONS, GenerateOptions, SamplingConfig, SamplingOptions
 
-from .conftest import E, Tiny
+from .tiny_decoder import E, Tiny
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
 

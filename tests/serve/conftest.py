@@ -23,8 +23,8 @@ from pastkey.serve.command import listen
 from pastkey.serve.server import serve
 from pastkey.serve.settings import ServerSettings
 
-from ..runtime.conftest import E, Tiny, V, write_bundle
 from ..runtime.decoding.batching import waiting
+from ..runtime.tiny_decoder import E, Tiny, V, write_bundle
 
 # 37 letters, for text, JSON and tool calls. In TEMPLATE's letters are the names of roles.
 LETTERS = 'abcdefghilmnorstuwxy <>/_{}":,.1[]\nQZ'

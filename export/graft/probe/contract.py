@@ -119,10 +119,11 @@ def _kept(model: nn.Module, context_length: int, *, brief: bool) -> tuple[Contra
         return None, None
     try:
         proof = prove(model, model, Call(CONTRACT), observation, context_length, brief=brief)
-    except Exception:  # a user's module may raise anything at some length or at these positions
-        if observation.states:
-            raise
-        return None, None
+    except Exception as error:  # a user's module may raise anything at some length or at these positions
+        if not observation.states:
+            return None, None
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ContractError(f"{name_of(model)} cannot be run with its states and compared ({told})") from error
     if not proof.differs:
         return Contracted(model, observation, proved=proof.longest), None
     what = f"gives other logits with a cache, {_told(proof)}"

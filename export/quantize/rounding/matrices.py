@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import FIRST_STEERING, STEERING, add_tensor, shape_of, weight
+from ...graph.edit import add_tensor, shape_of, steering, weight
 
 _MARK = "pastkey.weights"  # key in a node's metadata
 
@@ -56,22 +56,12 @@ def steering_weights(model: ir.Model) -> set[str]:
 
     They are small, and their error adds up over the text, as it is multiplied into the state at each token.
     """
-    found = set[str]()
+    steps, found = steering(model), set[str]()
     for node in model.graph:
-        read = matmul_weight(node)
-        if read is not None and _steers(node.outputs[0]):
+        read, uses = matmul_weight(node), node.outputs[0].uses()
+        if read is not None and uses and all(user in steps for user, _ in uses):
             found.add(str(read.initializer.name))
     return found
-
-
-def _steers(value: ir.Value) -> bool:
-    uses = tuple(value.uses())
-    return bool(uses) and all(
-        place >= FIRST_STEERING
-        if user.op_type == "LinearAttention"
-        else user.op_type in STEERING and _steers(user.outputs[0])
-        for user, place in uses
-    )
 
 
 def mark_weights(node: ir.Node, weights: Sequence[MatMulWeight]) -> None:

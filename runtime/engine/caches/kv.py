@@ -16,7 +16,7 @@ from pastkey.providers import PROVIDERS, Provider
 from pastkey.values import shown
 
 from ...providers.ort import onnxruntime
-from ..binding import Binding
+from ..binding import new_bindings
 from ..shift import Moved
 from .states import Arrays, States
 
@@ -71,12 +71,11 @@ class KVCache:
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession. `provider` determines the device of the tensors."""
         self.onnx = onnx
-        self.binding = Binding(onnx)
         # Tensors that a run allocates live as long as its binding (at least up to onnxruntime 1.23). The concatenating
         # form alternates two bindings, so that the last run's tensors outlive the next binding.
         # So do states, of which a run reads one copy and writes the other.
         self.states = States(states) if states else None
-        self._other_binding = self.binding if shared and not states else Binding(onnx)
+        self.binding, self._other_binding = new_bindings(onnx, two=not shared or bool(states))
         self._shared = shared
         self._context_length = context_length
         self._device, self._device_id = provider.device, device_id
@@ -294,7 +293,7 @@ class KVCache:
             self._bind_shared(tensor, value)
 
     def _bind_shared(self, tensor: _Tensor, value: Any) -> None:
-        for binding in {id(one): one for one in (self.binding, self._other_binding)}.values():
+        for binding in {self.binding, self._other_binding}:
             binding.bind_ortvalue_input(tensor.past, value)
             binding.bind_ortvalue_output(tensor.present, value)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pastkey.contract import names
 
 from ...providers.ort import onnxruntime
-from ..binding import Binding
+from ..binding import new_bindings
 from ..decoder_graph import DecoderGraph, Ids, Logits
 from ..engine import Engine
 from .kv import KVCache, grown
@@ -38,7 +38,7 @@ class Slab:
     def __init__(self, graph: DecoderGraph, most: int) -> None:
         assert graph.batches
         self.onnx = graph.onnx
-        self.binding, self._other_binding = Binding(graph.onnx), Binding(graph.onnx)  # in turn, as the copies of states
+        self.binding, self._other_binding = new_bindings(graph.onnx, two=bool(graph.manifest.states))
         self.members: list[Engine] = []
         self.idle: dict[Engine, int] = {}
         self._graph, self.most = graph, most
@@ -101,8 +101,8 @@ class Slab:
             _cache(engine).advance(1)
             engine.note_batched(token)
         self._states.now = 1 - self._states.now
-        self._align(count)
         self.binding, self._other_binding = self._other_binding, self.binding
+        self._align(count)
         return [logits[row, 0] for row in rows]
 
     def holds(self, engine: Engine) -> bool:
@@ -154,7 +154,7 @@ class Slab:
         self.members, self.idle = [], {}
         self._arrays, self._rows, self._capacity, self._bound = [], 0, 0, 0
         self._states = States(self._graph.manifest.states)
-        self.binding, self._other_binding = Binding(self.onnx), Binding(self.onnx)
+        self.binding, self._other_binding = new_bindings(self.onnx, two=bool(self._graph.manifest.states))
 
     def _is_home(self, engine: Engine) -> bool:
         """Whether a member's buffers are in the slab. A run of its own may have outgrown its row."""
@@ -206,7 +206,7 @@ class Slab:
             return
         for past, present, array in zip(self._past, self._present, self._arrays, strict=True):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array[:count])
-            for binding in (self.binding, self._other_binding):
+            for binding in {self.binding, self._other_binding}:
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_ortvalue_output(present, value)
         for binding, read in ((self.binding, self._states.now), (self._other_binding, 1 - self._states.now)):

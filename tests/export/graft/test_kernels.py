@@ -12,7 +12,7 @@ from pastkey.errors import ContractError
 from pastkey.export.compare import logits_difference
 from pastkey.export.graft.attention import intercept, torch_attention
 from pastkey.export.graft.huggingface import HuggingFaceDecoder
-from pastkey.export.graft.kernels import handed_over
+from pastkey.export.graft.kernels import handed_over, recurrences_of
 from pastkey.export.graft.probe.contract import in_contract
 from pastkey.export.graft.states import StateCall, StateError
 
@@ -82,7 +82,7 @@ def test_a_call_with_a_state_computes_what_the_function_computes_also_in_two_par
     file, function, arguments, further, axis = FUNCTIONS[name]
     given = arguments(length)
     expected = called(file, function, **given, **further)
-    with handed_over(a_layer_of(file)):
+    with handed_over(recurrences_of(a_layer_of(file))):
         assert logits_difference(expected, called(file, function, **given, **further)) < 1e-5
     state, found, cut = None, [], length // 3
 
@@ -92,7 +92,7 @@ def test_a_call_with_a_state_computes_what_the_function_computes_also_in_two_par
         assert state.shape[1:] == call.geometry.shape
         return output
 
-    with handed_over(a_layer_of(file)), intercept(torch_attention, states=go_on):
+    with handed_over(recurrences_of(a_layer_of(file))), intercept(torch_attention, states=go_on):
         for start, end in ((0, cut), (cut, length)) if cut else ((0, length),):
             part = {
                 name: value.narrow(axis, start, end - start) if name in VARIES else value
@@ -103,7 +103,7 @@ def test_a_call_with_a_state_computes_what_the_function_computes_also_in_two_par
 
 
 def test_an_argument_that_is_not_known_is_refused_by_its_name():
-    with handed_over(a_layer_of("mamba2")), pytest.raises(StateError, match="initial_states"):
+    with handed_over(recurrences_of(a_layer_of("mamba2"))), pytest.raises(StateError, match="initial_states"):
         called("mamba2", "mamba2_chunk_scan", **mamba_2(3), chunk_size=8, initial_states=numbers(2, 8, 12, 16))
 
 

@@ -61,7 +61,7 @@ def log_probabilities(engine: Engine, ids: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("precision", "most"), [("int8", 5e-4), ("int4", 5e-3)])
+@pytest.mark.parametrize(("precision", "most"), [("int8", 1e-4), ("int4", 2e-3)])
 def test_the_error_of_a_quantized_hybrid_does_not_grow_along_the_text(trained, precision, most, tmp_path):
     engines = []
     for one in ("fp32", precision):
@@ -73,6 +73,5 @@ def test_the_error_of_a_quantized_hybrid_does_not_grow_along_the_text(trained, p
         expected, found = (log_probabilities(engine, ids) for engine in engines)
         kl.append((np.exp(expected) * (expected - found)).sum(-1))
     along = np.mean(kl, 0).reshape(10, 50).mean(1)
-    print(precision, along)
     assert along.mean() < most
     assert along[5:].mean() < 1.3 * along[:5].mean()

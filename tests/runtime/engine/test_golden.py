@@ -21,7 +21,8 @@ from pastkey.runtime.commands.inspection import inspect, print_inspection
 from pastkey.runtime.engine.golden import TOKENS, Golden, require_golden
 from pastkey.runtime.providers.native import NativeKernels
 
-from ..conftest import relisted, require_close
+from ..conftest import require_close
+from ..tiny_decoder import relisted
 
 LIMIT = 1e-3
 

@@ -16,7 +16,8 @@ from pastkey.runtime.decoding.batching.scheduler import Scheduler
 from pastkey.runtime.engine.caches.slab import Slab
 
 from ..adapters import lora, merged, write_adapter
-from ..conftest import log_softmax, write_bundle
+from ..conftest import log_softmax
+from ..tiny_decoder import write_bundle
 
 PROMPT = [5, 1, 30, 2, 2, 7, 19, 4]
 COUNT: dict[str, Any] = {"max_new_tokens": 12}

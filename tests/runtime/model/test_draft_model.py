@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models
 from pastkey.errors import InputError
 from pastkey.runtime import load
 
-from ..conftest import ALPHABET, runs_of
+from ..conftest import runs_of
+from ..tiny_decoder import ALPHABET
 
 DRAWN: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "seed": 1, "prompt_lookup": False}
 

@@ -12,7 +12,8 @@ from pastkey.errors import InputError, NumericsError, ResourceError
 from pastkey.runtime import Engine, load
 from pastkey.runtime.engine import decoder_graph
 
-from ..conftest import E, ids_of, require_close
+from ..conftest import ids_of, require_close
+from ..tiny_decoder import E
 
 POOLINGS = {"mean": lambda states: states.mean(0), "last": lambda states: states[-1], "none": lambda states: states}
 

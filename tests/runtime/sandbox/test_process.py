@@ -23,9 +23,9 @@ from pastkey.runtime.sandbox.limits import Limits
 from pastkey.runtime.sandbox.parent import LimitedProcess
 
 from ...onnx_text import encode_model
-from ..conftest import tiny_graph
 from ..decoding.batching import waiting
 from ..links import linked_to_blobs
+from ..tiny_decoder import tiny_graph
 from .conftest import EASY, hooked
 
 

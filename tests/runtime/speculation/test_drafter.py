@@ -18,7 +18,7 @@ from pastkey.runtime.engine.engine import Engine
 from pastkey.runtime.settings import SamplingConfig
 from pastkey.runtime.speculation.drafter import REJECTIONS, Drafter
 
-from ..conftest import V
+from ..tiny_decoder import V
 
 PROMPT = [5, 6, 7]
 SETTINGS: list[dict[str, Any]] = [

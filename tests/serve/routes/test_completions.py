@@ -5,8 +5,8 @@ import pytest
 from pastkey.runtime import load
 
 from ...runtime.adapters import lora, write_adapter
-from ...runtime.conftest import Tiny
 from ...runtime.decoding.batching import waiting
+from ...runtime.tiny_decoder import Tiny
 from ..conftest import CHAT, COMPLETIONS, HI, ids_of, running, write_tiny
 
 
