@@ -38,13 +38,13 @@ def test_a_bundle_becomes_a_page(classic, look, page):
 def test_a_source_is_exported_once_as_for_run_and_compared_with_a_bundle(classic, look, page, monkeypatch):
     asked = []
 
-    def exported(source, untrusted):
-        asked.append((source, untrusted))
+    def exported(source, **options):
+        asked.append((source, options))
         return str(classic / "bundle")
 
     monkeypatch.setattr("pastkey.exported.exported", exported)
     _, data = look("org/name", *PROMPT, "--reference", classic / "bundle")
-    assert (asked, data["reference"]["name"]) == ([("org/name", False)], "bundle")
+    assert (asked, data["reference"]["name"]) == ([("org/name", {"untrusted": False, "chats": False})], "bundle")
     assert list(page.parent.iterdir()) == [page]
 
 
