@@ -90,7 +90,7 @@ class BundleWriter:
             layers=observation.geometry,
             rows=observation.rows,
             states=observation.states,
-            window=observation.window,
+            windows=_windows(observation, source.context_length),
             shift=self.decoder.shift,
             opset=model.opset_imports[""],
             ir_version=IR_VERSION,
@@ -107,7 +107,10 @@ class BundleWriter:
         )
         shard_size = self.config.shard_bytes if precision == self.config.precision else None
         adaptable = take_adaptable(model)
-        weight_bytes = write_graphs(model, folder, precision, manifest.hidden_size, shard_size, self.progress.advance)
+        evicting = manifest.context_length if self.config.target == "cpu" else None  # a device keeps all rows
+        weight_bytes = write_graphs(
+            model, folder, precision, manifest.hidden_size, shard_size, evicting, self.progress.advance
+        )
         if self.config.adapters and precision == self.config.precision:
             write_adapter_graph(model, adaptable, folder / names.ADAPTER_GRAPH)
         return Bundle(folder, manifest), weight_bytes
@@ -204,6 +207,13 @@ class BundleWriter:
         manifest = dataclasses.replace(bundle.manifest, native=None, native_left_out=why, files=files)
         write_json(bundle.path / names.MANIFEST, manifest.to_json())
         return dataclasses.replace(bundle, manifest=manifest)
+
+
+def _windows(observation: Observation, context_length: int) -> tuple[int, ...]:
+    """For each attention call the tokens that it sees, 0 for the whole context; none if all see that."""
+    windows = [layer.window or 0 for layer in observation.layers]
+    local = [window if window < context_length else 0 for window in windows]
+    return tuple(local) if any(local) else ()
 
 
 def _oldest_onnxruntime(opset: int, *, windows: bool, states: bool) -> str:

@@ -176,6 +176,7 @@ def _body(model: ir.Model, decoder: _Decoder, given: dict[str, ir.Value], u: ir.
         names.ATTENTION_MASK: n.filled(n.add("Concat", n.number([1]), total, axis=0), 1, np.int64),
         names.SEQLENS_K: n.add("Sub", whole, n.number([1], np.int32)),
         names.TOTAL_SEQUENCE_LENGTH: n.scalar(whole),
+        names.EVICTED: n.number([0], np.int32),
         names.LOGITS_START: n.number([-1]),
     }
     for name, value in decoder.inputs.items():

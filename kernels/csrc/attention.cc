@@ -120,6 +120,7 @@ class DecoderAttention {
       optional(kFloat),    // cos [positions, at most D / 2]
       optional(kFloat),    // sin
       optional(kFloat),    // head_sink [H]
+      optional(kInt32),    // evicted [B]: first tokens of a row that are not in the cache, whose rows begin behind them
   };
   static constexpr Slot kOutputs[] = {required(kFloat), required(kAnyType), required(kAnyType)};
 
@@ -173,7 +174,8 @@ struct DecoderAttention::Call {
   Rotary rotary;
   const float* sinks;
   float* y;
-  std::vector<size_t> past, real;  // of each row of the batch: tokens before, and new ones that are no padding
+  // Of each row of the batch: tokens before, those of them that are not in the cache, and new ones that are no padding.
+  std::vector<size_t> past, evicted, real;
 };
 
 DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
@@ -183,6 +185,7 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
   const Tensor seqlens_k = context.required_input(5, "seqlens_k");
   const Tensor total = context.required_input(6, "total_sequence_length");
   const Tensor cos = context.input(7, "cos"), sin = context.input(8, "sin"), sinks = context.input(9, "head_sink");
+  const Tensor evicted = context.input(10, "evicted");
   Call c{};
 
   switch (past_key.type) {
@@ -237,9 +240,11 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
     refuse("seqlens_k is %s, expected [%lld]", to_string(seqlens_k.shape).c_str(),
            static_cast<long long>(query.shape[0]));
   const int64_t longest = *total.data<int32_t>(), tokens = query.shape[1];
-  if (longest < tokens || longest > cache[2])
+  if (longest < tokens || (longest > cache[2] && !evicted))
     refuse("total_sequence_length is %lld, expected %lld new tokens to %lld, the room of past_key",
            static_cast<long long>(longest), static_cast<long long>(tokens), static_cast<long long>(cache[2]));
+  if (evicted && evicted.shape != seqlens_k.shape)
+    refuse("evicted is %s, expected %s", to_string(evicted.shape).c_str(), to_string(seqlens_k.shape).c_str());
   c.total = static_cast<size_t>(longest);
   const bool first = longest == tokens;  // rows of a first prompt may end in padding
   int64_t most = 0;
@@ -251,6 +256,11 @@ DecoderAttention::Call DecoderAttention::checked(const Context& context) const {
              static_cast<long long>(longest - 1), static_cast<long long>(tokens), static_cast<long long>(longest));
     c.past.push_back(first ? 0 : static_cast<size_t>(length - tokens));
     c.real.push_back(static_cast<size_t>(first ? length : tokens));
+    const int64_t gone = evicted ? evicted.data<int32_t>()[b] : 0, past = static_cast<int64_t>(c.past[b]);
+    if (gone < 0 || gone > past || length - gone > cache[2])
+      refuse("evicted of row %zu is %lld of %lld earlier tokens, expected to leave at most %lld with the new ones", b,
+             static_cast<long long>(gone), static_cast<long long>(past), static_cast<long long>(cache[2]));
+    c.evicted.push_back(static_cast<size_t>(gone));
     most = std::max(most, length);
   }
 
@@ -303,7 +313,7 @@ void DecoderAttention::compute(const Context& context) const {
         continue;
       }
       for (size_t g = 0; g < kv_heads_; g++) {
-        const size_t place = ((b * kv_heads_ + g) * c.room + c.past[b] + i) * bytes;
+        const size_t place = ((b * kv_heads_ + g) * c.room + c.past[b] - c.evicted[b] + i) * bytes;
         const float* key = c.key.data + (b * c.tokens + i) * c.key.width + g * d;
         if (do_rotary_) c.rotary.rotate(key, d, c.past[b] + i, rotated), key = rotated;
         write_row(c.cache, key, d, c.keys + place);
@@ -326,7 +336,7 @@ void DecoderAttention::compute(const Context& context) const {
     tile.count = std::min(kAttentionRows, queries - tile.begin);
     const size_t first = c.past[tile.b] + tile.begin / shared + 1;
     const size_t last = c.past[tile.b] + (tile.begin + tile.count - 1) / shared + 1;
-    tile.part = (window_ && first > window_ ? first - window_ : 0) / kAttentionPart;
+    tile.part = std::max(window_ && first > window_ ? first - window_ : 0, c.evicted[tile.b]) / kAttentionPart;
     tile.parts = (last + kAttentionPart - 1) / kAttentionPart - tile.part;
     return tile;
   };
@@ -357,11 +367,13 @@ void DecoderAttention::compute(const Context& context) const {
       if (do_rotary_) c.rotary.rotate(x, d, c.past[tile.b] + i, q), x = q;
       for (size_t e = 0; e < d; e++) q[e] = x[e] * scale;
       to[r] = c.past[tile.b] + i + 1;
-      from[r] = window_ && to[r] > window_ ? to[r] - window_ : 0;
+      from[r] = std::max(window_ && to[r] > window_ ? to[r] - window_ : 0, c.evicted[tile.b]);
     }
-    const size_t head = (tile.b * kv_heads_ + tile.g) * c.room * bytes;
-    const AttentionRows rows = {tile.count,      d,       query,    from, to,         c.keys + head,
-                                c.values + head, c.cache, softcap_, copy, with_tiles, packed};
+    const size_t head = (tile.b * kv_heads_ + tile.g) * c.room;
+    const ptrdiff_t start = (static_cast<ptrdiff_t>(head) - static_cast<ptrdiff_t>(c.evicted[tile.b])) *
+                            static_cast<ptrdiff_t>(bytes);  // of token 0, which may not be there
+    const AttentionRows rows = {tile.count,       d,       query,    from, to,         c.keys + start,
+                                c.values + start, c.cache, softcap_, copy, with_tiles, packed};
     uint8_t saved[kTileConfig];
     if (with_tiles) with_tiles->begin(saved), with_tiles->pack_query(query, tile.count, d, packed);
     for (size_t part = begin; part < end; part++) kernel.attend(rows, part, sums);

@@ -20,8 +20,8 @@ struct AttentionTiles {
   size_t (*size)(size_t head_size);  // bytes of `packed`
   // query [count, D]; only between begin and end, on one thread, as score and add
   void (*pack_query)(const float* query, size_t count, size_t head_size, uint8_t* packed);
-  // scores [kAttentionRows, kAttentionPart] = query * the keys [begin, end). Of the blocks of 16 that hold these keys;
-  // what stands beside them means nothing.
+  // scores [kAttentionRows, kAttentionPart] = query * the keys [begin, end), and no others are read. Of the blocks of 16
+  // that hold these keys; what stands beside them means nothing.
   void (*score)(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t* packed, float* scores);
   // out [kAttentionRows, D] = weights [count, kAttentionPart] * the values [begin, end), in blocks of 32. False where
   // one of these values is not finite: it would reach the rows that do not see it, whose weight is 0.
@@ -38,7 +38,7 @@ struct AttentionRows {
   const float* query;  // [count, D], rotated and scaled
   const size_t* from;  // [count]: a row sees the keys [from, to)
   const size_t* to;
-  const char* keys;  // the first token's
+  const char* keys;  // the first token's; only those that a row sees are there
   const char* values;
   CacheType cache;
   float softcap;  // 0: none

@@ -75,6 +75,8 @@ void pack_query(const float* query, size_t count, size_t head_size, uint8_t* pac
   pack(query, head_size, count, head_size, packed);
 }
 
+size_t within(size_t i, size_t begin, size_t end) { return i < begin ? begin : i < end ? i : end - 1; }
+
 void score(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t* packed, float* scores) {
   const size_t blocks = blocks_of(head_size), stride = row_bytes(head_size);
   uint8_t* columns = packed + query_size(head_size);
@@ -84,7 +86,7 @@ void score(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t
         __m512i pairs[kTerms][16];
         for (size_t j = 0; j < 16; j++) {
           const size_t key = first + half * 16 + j;
-          const char* row = keys + (key < end ? key : end - 1) * stride + b * 64;
+          const char* row = keys + within(key, begin, end) * stride + b * 64;
           from_float16(numbers_at(row), b * 32 + 16 < head_size ? numbers_at(row + 32) : _mm256_setzero_si256(),
                        pairs[0] + j, pairs[1] + j);
         }
@@ -111,7 +113,7 @@ bool all_finite(const char* values, size_t count) {
 bool add(size_t count, size_t head_size, const char* values, size_t begin, size_t end, const float* weights,
          uint8_t* packed, float* out) {
   const size_t first = begin / 32 * 32, blocks = (end - first + 31) / 32, stride = row_bytes(head_size);
-  if (!all_finite(values + first * stride, (end - first) * head_size)) return false;
+  if (!all_finite(values + begin * stride, (end - begin) * head_size)) return false;
   uint8_t* columns = packed + query_size(head_size);
   uint8_t* rows = columns + columns_size(head_size);
   pack(weights + first, kAttentionPart, count, blocks * 32, rows);
@@ -120,11 +122,11 @@ bool add(size_t count, size_t head_size, const char* values, size_t begin, size_
     for (size_t half = 0; half < (both ? 2 : 1); half++)
       for (size_t b = 0; b < blocks; b++)
         for (size_t j = 0; j < 16; j++) {
-          // values past the end have the weight 0: the last one stands for them
-          const size_t key = first + b * 32 + 2 * j, last = end - 1;
+          // values outside have the weight 0: the first or last one stands for them
+          const size_t key = first + b * 32 + 2 * j;
           const char* at = values + (i + half * 16) * sizeof(uint16_t);
-          const __m256i one = numbers_at(at + (key < last ? key : last) * stride);
-          const __m256i next = numbers_at(at + (key + 1 < last ? key + 1 : last) * stride);
+          const __m256i one = numbers_at(at + within(key, begin, end) * stride);
+          const __m256i next = numbers_at(at + within(key + 1, begin, end) * stride);
           const __m256i low = _mm256_unpacklo_epi16(one, next), high = _mm256_unpackhi_epi16(one, next);
           __m512i terms[kTerms];
           from_float16(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31), terms,

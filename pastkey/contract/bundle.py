@@ -36,7 +36,7 @@ _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows le
 TokenCount = Annotated[int, Between(0)]  # also a number of nodes
 _RELEASE = r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}[A-Za-z0-9.+-]{0,40}"
 # Goes up with every change of a field or of a graph's inputs. No other version is read.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Manifest:
     shift: CacheShift
     rows: tuple[RowsGeometry, ...] = ()  # caches of rows beside keys and values, in order
     states: tuple[StateGeometry, ...] = ()  # in order; in float32
-    window: Size | None = None  # if every attention call has one: tokens that the widest sees, with the new one
+    windows: tuple[TokenCount, ...] = ()  # tokens that each attention call sees, with the new one; 0 for all, as ()
     static: StaticShape | None = None  # sizes of the static graphs
     compiled: Compiled | None = None  # if context binaries replace the static graphs
     provider_options: Mapping[str, str] = field(default_factory=dict)  # options of the target's provider
@@ -141,6 +141,12 @@ class Manifest:
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)  # path relative to the folder -> size, sha256
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that the widest window sees, if every attention call has one and nothing else is kept."""
+        every = all(self.windows) and not self.rows and not self.states
+        return max(self.windows) if self.windows and every else None
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "bundle", "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
@@ -245,6 +251,8 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
             ranks = {names.CONV_STATE: 2, names.RECURRENT_STATE: 3}
             require(ranks.get(state.kind) == len(state.shape), "states", state, "a kind of state with its shape")
         require(not manifest.states or static is None, "states", manifest.states, "those of a graph that is not static")
+        calls = len(manifest.layers)
+        require(len(manifest.windows) in (0, calls), "windows", manifest.windows, f"one for each of {calls} layers")
         hidden = manifest.hidden_size
         require(hidden is None or static is None, "hidden_size", hidden, "that of a graph that is not static")
         for rotation in manifest.shift.rotations:

@@ -25,6 +25,10 @@ LAST_HIDDEN_STATE: Final = "last_hidden_state"
 SEQLENS_K: Final = "seqlens_k"  # (B,) int32, real tokens per row, minus one
 TOTAL_SEQUENCE_LENGTH: Final = "total_sequence_length"  # () int32, S
 
+# An input of pastkey's own fused graphs with sliding windows: (B,) int32, the first tokens of a row that are no longer
+# in the caches of attention calls with a window.
+EVICTED: Final = "evicted"
+
 # An input of some of pastkey's own graphs: (B, T, blocks, block_size) uint8, the quantized embedding's rows of
 # INPUT_IDS. The graph's metadata holds under this name their place in the weights file.
 EMBEDDING_ROWS: Final = "embedding_rows"
@@ -55,6 +59,7 @@ BATCH: Final = "batch_size"
 SEQUENCE: Final = "sequence_length"  # T
 PAST: Final = "past_sequence_length"  # P, or the capacity of a shared buffer
 TOTAL: Final = "total_sequence_length"  # S
+IN_WINDOW: Final = "in_window"  # as PAST, of attention calls whose rows are evicted
 PAST_ROWS: Final = "past_rows"  # rows of a short convolution's cache: as many as it needs, or fewer
 PRESENT_ROWS: Final = "present_rows"
 KEPT: Final = "logits_to_keep"  # N
@@ -154,7 +159,7 @@ LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
-NATIVE_OPERATORS: Final = 2  # their version
+NATIVE_OPERATORS: Final = 3  # their version
 # pastkey's own graph with the matrices of LoRA adapters as inputs. Optional.
 ADAPTER_GRAPH: Final = "onnx/pastkey_adapters.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.

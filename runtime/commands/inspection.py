@@ -117,14 +117,17 @@ def inspect(
 def _overflow(graph: DecoderGraph) -> str:
     """For people: what leaves the cache, and when."""
     manifest = graph.manifest
-    shift, window = manifest.shift, manifest.window
+    shift = manifest.shift
     told = "a full context can be shifted (context_overflow)"
     if shift.refused:
         told = f"a full context cannot be shifted: {shift.refused}"
-    if window is None:
+    if not (local := [window for window in manifest.windows if window]):
         return told
-    kept = "all before them" if graph.droppable_window is None else f"{graph.most_rows} at most"
-    return f"a token sees the last {window}, and the cache keeps {kept}; {told}"
+    kept = "all before them" if graph.windows is None else f"{graph.window_rows} at most"
+    return (
+        f"a token sees the last {max(local)} in {len(local)} of {len(manifest.layers)} attention calls, whose cache "
+        f"keeps {kept}; {told}"
+    )
 
 
 # --- for a person -----------------------------------------------------------------------------------------------------

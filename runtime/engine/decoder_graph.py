@@ -23,8 +23,8 @@ from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from .binding import Binding
 from .caches.fixed import FixedKVCache
-from .caches.kv import KVCache
-from .caches.states import MOST_MARKS, state_bytes
+from .caches.kv import STATE_MARKS, WINDOW_MARKS, KVCache, Windows
+from .caches.states import state_bytes
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
 from .lora import Adapter
@@ -36,8 +36,6 @@ NATIVE_CHUNK = 512  # of the native kernels, which convert all weights in each r
 # shrink by halves, since some devices compile a graph anew for each number of tokens.
 SCORES, LEAST_CHUNK = PREFILL_CHUNK * 1024, 16
 FLASH_ATTENTION_FROM = (1, 28, 0)  # GroupQueryAttention of 1.27 stores scores on the CPU
-# Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
-TRIMMABLE = 16
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -51,10 +49,15 @@ class GraphOptions(PlacementOptions, total=False):
 
 
 class Bound(Protocol):
-    """A cache with bound keys and values, which a run reads and writes."""
+    """A cache with bound keys and values, which a run reads and writes.
+
+    `evicted`: number of first tokens that are no longer in tensors of windowed attention calls, of each sequence or of
+    all.
+    """
 
     onnx: Any
     binding: Binding
+    evicted: Any
 
     def columns(self, mask: Ids) -> Ids:
         """The graph's attention_mask of the `mask` (B, S)."""
@@ -178,6 +181,7 @@ class DecoderGraph:
             dtype=self.cache_dtype,
             rows=manifest.rows,
             states=manifest.states,
+            windows=self.windows,
         )
 
     @property
@@ -225,30 +229,49 @@ class DecoderGraph:
         return self.provider.device == "cpu" and not self.manifest.rows
 
     @property
-    def droppable_window(self) -> int | None:
-        """Tokens that the widest attention call sees, if earlier ones can leave the cache; else None.
+    def marks(self) -> bool:
+        """Whether a cache cannot be trimmed everywhere, and is marked."""
+        return bool(self.manifest.states) or self.windows is not None
 
-        Evicting moves the later rows up, which a static graph's fixed arrays do not need.
+    @functools.cached_property
+    def windows(self) -> Windows | None:
+        """The attention calls whose caches let rows go that no window sees any more.
+
+        In the fused graph on the CPU, those with a window; in the standard graph all, if all have one.
         """
         manifest = self.manifest
-        return manifest.window if not manifest.shift.refused and manifest.static is None else None
+        local = tuple(window > 0 for window in manifest.windows)
+        if self.fused:
+            there = names.EVICTED in self._inputs and self.provider.device == "cpu"
+        else:
+            there = manifest.window is not None and manifest.padding and self._static_decode is None
+            there = there and not self.provider.fixed_shapes
+        return Windows(local, max(manifest.windows)) if there and any(local) else None
 
     @property
     def _chunk(self) -> int:
         return PREFILL_CHUNK if self.native is None else NATIVE_CHUNK
 
     @property
-    def most_rows(self) -> int:
-        """Largest number of cached tokens of one sequence: the context, or the sliding window plus a chunk."""
-        context, window = self.manifest.context_length, self.droppable_window
-        return context if window is None else min(context, window + TRIMMABLE + self._chunk)
+    def window_rows(self) -> int:
+        """Rows of a buffer of an attention call whose rows are evicted."""
+        context = self.manifest.context_length
+        return context if self.windows is None else self.windows.capacity(self._chunk, context)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the cache per token of one sequence."""
-        layers = self.manifest.layers
-        numbers = sum(layer.kv_heads * (layer.key_head_size + layer.value_head_size) for layer in layers)
-        return numbers * np.dtype(self.cache_dtype).itemsize
+        return sum(self._bytes_per_row)
+
+    @property
+    def _bytes_per_row(self) -> tuple[int, int]:
+        """Bytes of a token's keys and values of attention calls that keep all rows, and of those that evict some."""
+        calls = [False] * len(self.manifest.layers) if self.windows is None else self.windows.calls
+        sizes = [0, 0]
+        for layer, local in zip(self.manifest.layers, calls, strict=True):
+            numbers = layer.kv_heads * (layer.key_head_size + layer.value_head_size)
+            sizes[local] += numbers * np.dtype(self.cache_dtype).itemsize
+        return sizes[0], sizes[1]
 
     def cache_bytes(self, tokens: int) -> int:
         """Largest size in bytes of the cache of one sequence of `tokens`.
@@ -259,8 +282,11 @@ class DecoderGraph:
         manifest = self.manifest
         if manifest.static is not None:
             return self.bytes_per_token * manifest.context_length
-        size = self.bytes_per_token * min(tokens, self.most_rows)
-        states = (2 + MOST_MARKS) * state_bytes(manifest.states)
+        plain, local = self._bytes_per_row
+        size = plain * tokens + local * min(tokens, self.window_rows)
+        marks = STATE_MARKS if manifest.states else WINDOW_MARKS
+        kept = 0 if self.windows is None else local * min(tokens, self.windows.widest)
+        states = (2 + marks) * state_bytes(manifest.states) + marks * kept
         return (2 * size if manifest.graph == "standard" else size) + states
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
@@ -310,6 +336,8 @@ class DecoderGraph:
         if names.SEQLENS_K in self._inputs:
             binding.feed(names.SEQLENS_K, real - 1, (len(ids),), np.int32)
             binding.feed(names.TOTAL_SEQUENCE_LENGTH, total, (), np.int32)
+        if names.EVICTED in self._inputs:
+            binding.feed(names.EVICTED, cache.evicted, (len(ids),), np.int32)
         if self.takes_mask:
             assert mask is not None
             binding.feed(names.ATTENTION_MASK, cache.columns(mask))

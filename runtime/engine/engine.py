@@ -17,8 +17,7 @@ from pastkey.errors import FallbackWarning, InputError, IntegrityError, PastkeyE
 from ..options import require_valid
 from ..settings import MAX_DRAFT_TOKENS
 from .caches.kv import KVCache
-from .caches.states import States
-from .decoder_graph import TRIMMABLE, DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
+from .decoder_graph import DecoderGraph, GraphOptions, HiddenStates, Ids, Logits
 from .padding import Padding
 from .shift import moved_by, require_shift
 
@@ -37,12 +36,10 @@ class Engine:
         graph: The graph, which other engines may share.
         cache: The keys and values.
         resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
-        gone: Number of first tokens that were evicted, since all attention is local and no later token sees them. The
-            cached tokens behind them have positions from 0 on.
         exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more
             of one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in
             the last bits.
-        marks: Whether to keep the states where a later prompt may begin: behind each chunk of a prompt.
+        marks: Whether to mark the cache where a later prompt may begin: behind each chunk of a prompt.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
@@ -80,10 +77,8 @@ class Engine:
         self._ids: list[int] | None = []  # ids of the cached tokens; None if unknown
         self._padding = Padding()
         self.resets = 0
-        self.gone = 0
         self.exact_length = 0
         self.marks = False
-        self._window = graph.droppable_window
 
     @property
     def manifest(self) -> Manifest:
@@ -102,8 +97,8 @@ class Engine:
 
     @property
     def length(self) -> int:
-        """Tokens per sequence, including padding and evicted tokens."""
-        return self.gone + self.cache.length
+        """Tokens per sequence, including padding."""
+        return self.cache.length
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +127,7 @@ class Engine:
 
     def _note_empty(self) -> None:
         self._padding.mask = None
-        self.gone = self.exact_length = 0
+        self.exact_length = 0
         self._ids = []
 
     @contextlib.contextmanager
@@ -172,14 +167,12 @@ class Engine:
 
     def can_trim(self, length: int) -> bool:
         """Whether the cache can be trimmed to `length` tokens and still holds all that the next token sees."""
-        if self.cache.nearest(length - self.gone) != length - self.gone:
-            return not length
-        return not self.gone or length == 0 or length - self.gone >= (self._window or 0) - 1
+        return self.cache.nearest(length) == length
 
     def shared_with(self, ids: Sequence[int]) -> int:
-        """Length of the prefix that `ids` (T,) share with the cache, without the last ones, which are a prefill.
+        """The largest part that the cache can be trimmed to of the prefix that it shares with `ids` (T,).
 
-        Of a cache with states, the part of it whose states are held.
+        Without the last ids, which are a prefill.
         """
         require_valid({"ids": ids})
         last = 1 if self.manifest.rows else self.graph.prefill_tokens
@@ -188,7 +181,7 @@ class Engine:
             if mine != theirs:
                 break
             shared += 1
-        return self.cache.nearest(shared) if self.manifest.states else shared
+        return self.cache.nearest(shared)
 
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """A new engine whose cache holds copies of the first `length` tokens of each sequence, or of all.
@@ -196,29 +189,27 @@ class Engine:
         `room`: number of further tokens to allocate for. Raises InputError if the cache has fewer tokens or lacks some
         that the next token sees (see `can_trim`).
         """
+        require_valid({} if length is None else {"length": length})
         made = Engine.over(self.graph)
         made.marks = self.marks
         length = self.length if length is None else length
-        self._require_window(length)
         if length:
-            made.gone = self.gone
+            rows = self.cache.rows(length)
             if room and self.graph.fused:
-                made.cache.reserve(1, self._rows_of(length - self.gone + room))
-            made.cache.fill(self.cache.rows(length - self.gone), length - self.gone)
-            if (states := self._states) is not None and made._states is not None:
-                made._states.share_marks(states, length)
+                made.cache.reserve(1, length + room, ahead=True)
+            made.cache.fill(rows, length)
+            if isinstance(self.cache, KVCache) and isinstance(made.cache, KVCache):
+                made.cache.share_marks(self.cache, length)
             made._padding.mask = self._padding.first(length)
             made.exact_length = min(self.exact_length, length)
             made._ids = None if self._ids is None else self._ids[:length]
         return made
 
-    def restore(
-        self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], *, exact_length: int, gone: int = 0
-    ) -> None:
+    def restore(self, ids: Sequence[int], rows: Sequence[npt.NDArray[Any]], *, exact_length: int) -> None:
         """Fills an empty cache with the keys and values of one sequence `ids` (T,), as `cache.rows` returned them."""
         with self._changing():
-            self.cache.fill(rows, len(ids) - gone)
-            self.exact_length, self.gone = exact_length, gone
+            self.cache.fill(rows, len(ids))
+            self.exact_length = exact_length
             self._ids = list(ids)
 
     def trim(self, length: int) -> None:
@@ -226,12 +217,12 @@ class Engine:
 
         Raises InputError if the cache has fewer tokens or lacks some that the next token sees (see `can_trim`).
         """
-        self._require_window(length)
+        require_valid({"length": length})
         if not length:
             self.empty()
             return
         with self._changing():
-            self.cache.trim(length - self.gone)
+            self.cache.trim(length)
             self._padding.mask = self._padding.first(length)
             self.exact_length = min(self.exact_length, length)
             if self._ids is not None:
@@ -240,16 +231,7 @@ class Engine:
     def cut(self, length: int) -> None:
         """Forgets the tokens behind the first `length`, and as many before as `trim` would refuse to keep."""
         if self.length > length:
-            length = max(0, self.gone + self.cache.nearest(length - self.gone))
-            self.trim(length) if self.can_trim(length) else self.empty()
-
-    def _require_window(self, length: int) -> None:
-        require_valid({"length": length})
-        if self.gone and not self.can_trim(length):
-            raise InputError(
-                f"the cache has the last {self.cache.length} of {self.length} tokens and cannot be trimmed to {length}"
-                ": call reset() and give the tokens again"
-            )
+            self.trim(self.cache.nearest(length))
 
     def shift(self, keep: int, count: int) -> None:
         """Evicts `count` tokens of one sequence behind the first `keep`; later tokens move to their positions.
@@ -260,29 +242,16 @@ class Engine:
             InputError: The bundle's positions do not allow it, or the cache has several sequences or fewer tokens.
         """
         require_shift(self.manifest)
-        fits = 0 <= keep <= keep + count <= self.length and not (keep and self.gone)
+        fits = 0 <= keep <= keep + count <= self.length
         if self.cache.batch > 1 or self._padding.mask is not None or not fits:
             raise InputError(
                 f"{count} tokens behind the first {keep} were to leave a cache of {self.cache.batch} rows of "
                 f"{self.length} tokens: a shift takes one row without padding, and tokens that are there"
             )
         with self._changing():
-            inside = max(keep, keep + count - self.gone)
-            self.gone -= min(count, self.gone)
-            self.cache.drop(keep, inside, moved_by(self.manifest, inside - keep))
+            self.cache.drop(keep, keep + count, moved_by(self.manifest, count))
             self.exact_length = min(self.exact_length, keep)
             self._ids = None
-
-    def leave_window(self, tokens: int) -> None:
-        """Evicts the tokens behind the sliding window if `tokens` more of one sequence would exceed `most_rows`."""
-        rows, window, padded = self.cache.length, self._window, self._padding.mask is not None
-        if window is None or rows + tokens <= self.graph.most_rows or padded or self.cache.batch > 1:
-            return
-        gone = rows - (window - 1) - TRIMMABLE
-        if gone > 0:
-            with self._changing():
-                self.cache.drop(0, gone, moved_by(self.manifest, gone))
-                self.gone += gone
 
     def prefill(self, ids: npt.ArrayLike, chunk_size: int | None = None) -> Logits:
         """Appends the tokens of one sequence in chunks of about `chunk_size`.
@@ -307,20 +276,16 @@ class Engine:
         return _last(logits)
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
-        """The tokens of each run of a prefill. A state is marked before those that a later prompt runs in any case."""
+        """The tokens of each run of a prefill. A mark comes before those that a later prompt runs in any case."""
         last = self.graph.prefill_tokens
-        if not (self.marks and self.manifest.states and tokens - last >= MARKED):
+        if not (self.marks and self.graph.marks and tokens - last >= MARKED):
             return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
         return [*self.graph.chunk_sizes(tokens - last, self.cache.length, chunk_size), last]
 
     def reserve(self, tokens: int) -> None:
         """Allocates room for `tokens` more of one sequence at once."""
         with self._changing():
-            self.cache.reserve(1, max(0, self._rows_of(self.cache.length + tokens) - self.cache.length))
-
-    def _rows_of(self, tokens: int) -> int:
-        """Number of cached rows for so many tokens, capped by the sliding window."""
-        return min(tokens, self.graph.most_rows)
+            self.cache.reserve(1, tokens, ahead=True)
 
     def decode(self, token: int) -> Logits:
         """Appends one token to one sequence; returns its logits (V,)."""
@@ -390,10 +355,10 @@ class Engine:
                 "appends several tokens to one row only; append them one by one, or export with --graph standard"
             )
         padded = self._padding.mask is not None or mask is not None
-        if self._window is not None and batch == 1 and mask is None:
-            self.leave_window(tokens)
         try:  # inlines `_changing`, which would cost 1 % of a fast step
             cache, total = self.cache, self.cache.length + tokens
+            if batch == 1 and not padded and isinstance(cache, KVCache):
+                cache.evict(tokens)
             cache.reserve(batch, tokens)
             positions: Ids | int = cache.length
             full_mask, real = None, total
@@ -422,13 +387,9 @@ class Engine:
         elif self._ids is not None:
             self._ids += ids[0].tolist()
 
-    @property
-    def _states(self) -> States | None:
-        return self.cache.states if isinstance(self.cache, KVCache) else None
-
     def _mark(self) -> None:
-        if self.marks and (states := self._states) is not None:
-            states.mark(self.cache.length)
+        if self.marks and isinstance(self.cache, KVCache):
+            self.cache.mark()
 
     def note_batched(self, token: int) -> None:
         """Records a token that a batched run appended to this engine's cache."""

@@ -2,8 +2,9 @@
 
     bundle      the hash of the bundle's file hashes, a text; with an adapter, "+" and the hash of its files
     ids         token ids (T,), int64
-    lengths     (3,) int64: tokens in the cache; tokens before them that left the attention window; exact tokens
-    arr_0 ...   the cache's arrays, in the order of the graph's inputs
+    lengths     (2,) int64: tokens in the cache; exact tokens
+    arr_0 ...   the cache's arrays, in the order of the graph's inputs; of attention calls whose rows are evicted behind
+                a window, the last rows
 
 No code in it is run.
 """
@@ -28,9 +29,8 @@ from ..engine.engine import Engine
 def write_session(path: Path, bundle: Bundle, ids: Sequence[int], engine: Engine) -> None:
     """Writes a session atomically. Raises OSError."""
     cached = engine.length if engine.cached_ids else 0  # a context shift changes the cache: it is computed again
-    gone = engine.gone if cached else 0
-    rows = engine.cache.rows(cached - gone) if cached else []
-    lengths = np.array([cached, gone, min(engine.exact_length, cached)], np.int64)
+    rows = engine.cache.rows(cached) if cached else []
+    lengths = np.array([cached, min(engine.exact_length, cached)], np.int64)
     with whole_file(path) as out:
         np.savez(out, *rows, bundle=np.array(_digest(bundle, engine)), ids=np.array(ids, np.int64), lengths=lengths)
 
@@ -50,7 +50,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         except OSError as error:  # zipfile goes to places that a damaged file tells
             raise ValueError(f"it is no .npz file ({error})") from None
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
-        cached, gone, exact = lengths.tolist()
+        cached, exact = lengths.tolist()
         if digest != _digest(bundle, engine):
             if digest.partition("+")[0] == bundle_digest(bundle):
                 saved = "with an adapter" if "+" in digest else "without an adapter"
@@ -68,14 +68,17 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             and ids.size <= manifest.context_length + 1
             and ((ids >= 0) & (ids < manifest.vocab_size)).all()
             and 0 <= cached <= ids.size
-            and 0 <= gone <= (max(0, cached - 1) if engine.graph.droppable_window else 0)
             and 0 <= exact <= cached
         ):
             raise ValueError("ids or lengths out of range")
         layers, kept, states = (manifest.layers, manifest.rows, manifest.states) if cached else ((), (), ())
+        windows = manifest.windows or (0,) * len(layers)
+        held = next((row.shape[2] for row, seen in zip(rows[::2], windows, strict=False) if seen and row.ndim == 4), 0)
+        if not min(cached, max(windows, default=0) - 1) <= held <= cached:
+            held = cached
         expected: list[tuple[int, ...]] = [
-            (1, layer.kv_heads, cached - gone, size)
-            for layer in layers
+            (1, layer.kv_heads, held if seen else cached, size)
+            for layer, seen in zip(layers, windows, strict=False)
             for size in (layer.key_head_size, layer.value_head_size)
         ]
         expected += [(1, one.size) for one in kept] + [(1, *state.shape) for state in states]
@@ -87,8 +90,9 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             or any(row.dtype != np.float32 for row in rows[len(rows) - len(states) :])
         ):
             raise ValueError("its arrays do not have the shapes of this bundle's cache")
-    if rows and rows[0].dtype == engine.graph.cache_dtype:  # else its ids are computed again: other kernels wrote it
-        engine.restore(ids[:cached].tolist(), rows, exact_length=exact, gone=gone)
+    ours = held == cached or engine.graph.windows is not None
+    if rows and ours and rows[0].dtype == engine.graph.cache_dtype:  # else the ids are computed again
+        engine.restore(ids[:cached].tolist(), rows, exact_length=exact)
     return ids.tolist()  # type: ignore[no-any-return]
 
 

@@ -193,6 +193,8 @@ def _expected(found: Mapping[str, Sequence[Any]], manifest: Manifest, path: Path
     expected[names.LOGITS] = [names.BATCH, names.SEQUENCE, manifest.vocab_size]
     if names.SEQLENS_K in found:
         expected |= {names.SEQLENS_K: [names.BATCH], names.TOTAL_SEQUENCE_LENGTH: []}
+    if names.EVICTED in found:
+        expected[names.EVICTED] = [names.BATCH]
     if names.SEQLENS_K not in found or names.ATTENTION_MASK in found:
         expected[names.ATTENTION_MASK] = [names.BATCH, names.TOTAL]
     if path.name != Path(PRECISIONS[manifest.precision].graph).name:

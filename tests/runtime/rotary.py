@@ -27,6 +27,7 @@ class RotaryTiny(Tiny):
     interleaved: bool = False
     inside: bool = False  # whether GroupQueryAttention turns them, of whole heads
     window: int = 0  # tokens that a token sees with itself; 0 for all
+    local: tuple[int, ...] = (0, 1)  # the attention calls with that window
 
     @classmethod
     def of(cls, size: int, context_length: int, layers: int = 2, **fields: Any) -> RotaryTiny:
@@ -49,8 +50,13 @@ class RotaryTiny(Tiny):
         return CacheShift(rotations=(KeyRotation(layers, 0, self.interleaved, tuple(self.angles.tolist())),))
 
     def written(self, make_bundle: Callable[..., Bundle], graph: str = "fused", **fields: Any) -> Bundle:
-        """As a bundle that tells of its rotations and its window."""
-        return make_bundle(self, graph, **{"shift": self.shift, "window": self.window or None, **fields})
+        """As a bundle that tells of its rotations and its windows."""
+        windows = [self.window_of(i) for i in range(len(self.layers))]
+        fields = {"shift": self.shift, "windows": tuple(windows) if any(windows) else (), **fields}
+        return make_bundle(self, graph, **fields)
+
+    def window_of(self, call: int) -> int:
+        return self.window if call in self.local else 0
 
     def text(self, graph: str, **options: Any) -> str:
         found = super().text(graph, **options)
@@ -73,9 +79,43 @@ class RotaryTiny(Tiny):
                     rf"(raw{name}\1, places, cos, sin)\n"
                 )
                 found = re.sub(rf"{name}(\d) = MatMul\(x\d, w{name}\d\)\n", turn, found)
-        if self.window and graph != "standard":
-            found = found.replace("kv_num_heads", f"local_window_size = {self.window}, kv_num_heads")
+        if self.window and graph == "standard":  # in all calls
+            found = found.replace(
+                "causal = LessOrEqual(columns, rows_up)\n",
+                f"""before = LessOrEqual(columns, rows_up)
+                width = Constant <value_int = {self.window}> ()
+                within = Add(columns, width)
+                near = Less(rows_up, within)
+                causal = And(before, near)
+                """,
+            )
+        if self.window and graph == "fused":
+            found = self._windowed(found, evicting=options["last_only"])
         return found
+
+    def _windowed(self, text: str, *, evicting: bool) -> str:
+        for i in self.local:
+            call = rf"(a{i}, [^<]*GroupQueryAttention <)([^>]*>\s*\([^)]*)seqlens, total"
+            lengths = "rows, most" if evicting else "seqlens, total"
+            text = re.sub(call, rf"\1local_window_size = {self.window}, \2{lengths}", text)
+        if not evicting:
+            return text
+        text = text.replace("most, cos, sin)", "most, cos, sin, position_ids)")
+        text = text.replace("int32[B] seqlens_k", "int32[B] seqlens_k, int32[B] evicted")
+        return text.replace(
+            "total = Identity(total_sequence_length)\n",
+            """total = Identity(total_sequence_length)
+            rows = Sub(seqlens_k, evicted)
+            last = ReduceMax <keepdims = 0> (rows)
+            one = Constant <value_int = 1> ()
+            one32 = Cast <to = 6> (one)
+            longest = Add(last, one32)
+            new_shape = Shape <start = 1> (position_ids)
+            new64 = Squeeze(new_shape)
+            new = Cast <to = 6> (new64)
+            most = Max(longest, new)
+            """,
+        )
 
     def reference(self) -> Streaming:
         """An empty cache."""
@@ -110,7 +150,7 @@ class Streaming:
             places = np.arange(len(keys))
             new = places[-len(x) :]
             distance = new[:, None] - places
-            seen = (distance >= 0) & (distance < (tiny.window or np.inf))
+            seen = (distance >= 0) & (distance < (tiny.window_of(i) or np.inf))
             x = x + attended(self._turned(q, new), self._turned(keys, places), values, seen) @ w[f"wo{i}"]
         return x @ w["embedding"].T
 

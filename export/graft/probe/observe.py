@@ -71,12 +71,6 @@ class Observation:
         return not self.rows and not self.states and all(layer.padding for layer in self.layers)
 
     @property
-    def window(self) -> int | None:
-        """The widest window in tokens, if every attention call has one and nothing else is kept."""
-        windows = [layer.window for layer in self.layers if layer.window is not None]
-        return max(windows) if len(windows) == len(self.layers) and not self.rows and not self.states else None
-
-    @property
     def geometry(self) -> tuple[KVGeometry, ...]:
         return tuple(layer.geometry for layer in self.layers)
 

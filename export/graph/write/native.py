@@ -34,6 +34,8 @@ from ..edit import (
     sole_consumer,
     weight,
 )
+from .sequence_lengths import SEQLENS_K, TOTAL
+from .windows import POSITION_IDS
 
 _BLOCK = 32
 _ZERO_POINT_INPUT = 3  # of MatMulNBits; group indices and a bias follow
@@ -45,8 +47,8 @@ _NORMS = {  # operator -> whether it adds a residual, and its norm
 }
 _EPSILON = {False: 1e-5, True: 1e-12}  # defaults without and with a residual
 _SUM = 3  # output of a norm with a residual
-# Inputs of GroupQueryAttention: DecoderAttention has those before _POSITIONS, and head_sink.
-_PAST, _POSITIONS, _HEAD_SINK = 3, 9, 11
+# Inputs of GroupQueryAttention: DecoderAttention has those before POSITION_IDS, head_sink and `evicted`.
+_PAST, _HEAD_SINK = 3, 11
 _HEAD_SIZES = range(32, 257, 16)
 _ATTENTION = ("num_heads", "kv_num_heads", "scale", "do_rotary", "rotary_interleaved", "local_window_size", "softcap",
               "smooth_softmax")  # fmt: skip
@@ -312,19 +314,29 @@ def _norm(x: ir.Value | None, reader: ir.Node) -> ir.Node | None:
 
 # --- attention ----------------------------------------------------------------------------------------------------
 def _is_attention(node: ir.Node) -> bool:
-    if node.op_type != "GroupQueryAttention" or len(node.inputs) <= _POSITIONS - 3:
+    if node.op_type != "GroupQueryAttention" or len(node.inputs) <= TOTAL:
         return False
-    further = [value for index, value in enumerate(node.inputs) if index >= _POSITIONS and index != _HEAD_SINK]
+    known = (_HEAD_SINK,) if _evicted(node) is None else (_HEAD_SINK, POSITION_IDS)
+    further = [value for index, value in enumerate(node.inputs) if index >= POSITION_IDS and index not in known]
     past = node.inputs[_PAST]
     size = None if past is None or past.shape is None else past.shape[-1]
     plain = not any(further) and set(node.attributes) <= set(_ATTENTION) and len(node.outputs) == 3
     return plain and isinstance(size, int) and size in _HEAD_SIZES
 
 
+def _evicted(node: ir.Node) -> ir.Value | None:
+    """The graph's input `evicted` if `windows.py` gave the call its lengths."""
+    rows = producer(node.inputs[SEQLENS_K], "Sub")
+    return None if rows is None or rows.inputs[1].name != names.EVICTED else rows.inputs[1]  # type: ignore[union-attr]
+
+
 def _replace_attention(model: ir.Model, node: ir.Node) -> None:
     """Applies rule 5."""
     values = [*node.inputs, *[None] * (_HEAD_SINK + 1)]
-    inputs = _trimmed([*values[:_POSITIONS], values[_HEAD_SINK]])
+    if evicted := _evicted(node):  # then the lengths of all tokens
+        given = {value.name: value for value in model.graph.inputs}
+        values[SEQLENS_K], values[TOTAL] = given[names.SEQLENS_K], given[names.TOTAL_SEQUENCE_LENGTH]
+    inputs = _trimmed([*values[:POSITION_IDS], values[_HEAD_SINK], evicted])
     new = ir.node(
         "DecoderAttention",
         inputs,

@@ -17,6 +17,7 @@ from .last_logits import keep_last_positions
 from .output_head import take_head
 from .sequence_lengths import take_sequence_lengths
 from .weights_file import WeightsFile
+from .windows import evict_behind_windows
 
 
 def write_graphs(
@@ -25,12 +26,14 @@ def write_graphs(
     precision: str,
     hidden_size: int | None = None,
     shard_size: int | None = None,
+    evicting: int | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Writes the all-logits graph, its weights, and the last-logits graph over the same weights. Changes `model`.
 
     With `hidden_size`, which needs an output head, the last-logits graph also outputs the last hidden states. With
-    `shard_size`, each weights file is smaller than so many bytes. `advance` is told the written weights, and all.
+    `shard_size`, each weights file is smaller than so many bytes. With `evicting`, the context length, the last-logits
+    graph lets cached rows behind windows go. `advance` is told the written weights, and all.
 
     Returns the bytes of the weights, in their own file and in the graph.
     """
@@ -44,6 +47,8 @@ def write_graphs(
         yield_hidden_states(model, head, hidden_size, half=PRECISIONS[precision].bits == 16)
     keep_last_positions(model, head)
     take_sequence_lengths(model)
+    if evicting is not None:
+        evict_behind_windows(model, evicting)
     take_embedding_rows(model)
     ir.save(model, folder / names.LAST_LOGITS_GRAPH)
     return file.size + inline

@@ -12,7 +12,7 @@ from pastkey.contract import names
 
 from ..edit import replace_uses
 
-_SEQLENS_K, _TOTAL = 5, 6  # inputs of GroupQueryAttention
+SEQLENS_K, TOTAL = 5, 6  # inputs of GroupQueryAttention
 
 
 def take_sequence_lengths(model: ir.Model) -> None:
@@ -21,8 +21,8 @@ def take_sequence_lengths(model: ir.Model) -> None:
     if not calls:
         return
     for place, name, shape in (
-        (_SEQLENS_K, names.SEQLENS_K, [names.BATCH]),
-        (_TOTAL, names.TOTAL_SEQUENCE_LENGTH, list[str]()),
+        (SEQLENS_K, names.SEQLENS_K, [names.BATCH]),
+        (TOTAL, names.TOTAL_SEQUENCE_LENGTH, list[str]()),
     ):
         length = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
         for counted in {id(call.inputs[place]): call.inputs[place] for call in calls}.values():

@@ -103,8 +103,9 @@ class FixedRows:
         self.write(rows, 0, 0, length)
         self.length = length
 
-    def reserve(self, batch: int, tokens: int) -> None:
+    def reserve(self, batch: int, tokens: int, *, ahead: bool = False) -> None:
         """Allocates room for `tokens` new tokens in each of `batch` sequences."""
+        del ahead
         self.grow(batch, self.length + tokens)
 
 
@@ -114,6 +115,8 @@ class FixedKVCache(FixedRows):
     Only for graphs that treat a hole as padding. It has the methods of a KVCache: a run is `reserve`, onnxruntime's
     run, `advance`; a run that fails in between leaves the cache unchanged.
     """
+
+    evicted = 0
 
     def __init__(
         self,
@@ -130,8 +133,9 @@ class FixedKVCache(FixedRows):
         self._columns = 0  # columns of past in the reserved run
         self._out: list[Rows] = []  # (B, K, columns + T, D): outputs of that run
 
-    def reserve(self, batch: int, tokens: int) -> None:
+    def reserve(self, batch: int, tokens: int, *, ahead: bool = False) -> None:
         """Allocates room for `tokens` new tokens in each of `batch` sequences; binds past and present."""
+        del ahead
         self.grow(batch, self.length + tokens)
         # Before the first token, past is empty: it has no holes.
         past = self.arrays if self.length else self.empty(batch, 0)

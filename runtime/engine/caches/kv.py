@@ -21,6 +21,9 @@ from ..shift import Moved
 from .states import Arrays, States
 
 GROWTH_STEP = 128  # smallest growth of a cache, in rows
+# Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
+TRIMMABLE = 16
+STATE_MARKS, WINDOW_MARKS = 4, 2  # the most marks of a cache with states, and with windows alone
 
 
 def grown(capacity: int, needed: int, context_length: int) -> int:
@@ -33,6 +36,23 @@ def grown(capacity: int, needed: int, context_length: int) -> int:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The attention calls of a graph whose rows can be evicted, once no token sees them."""
+
+    calls: tuple[bool, ...]  # for each call, whether it is one
+    widest: int  # tokens that the widest window of them sees, with the new one
+
+    @property
+    def kept(self) -> int:
+        """The fewest rows that an eviction leaves."""
+        return self.widest - 1 + TRIMMABLE
+
+    def capacity(self, tokens: int, context_length: int) -> int:
+        """Rows of a buffer for runs of up to so many tokens."""
+        return grown(0, self.kept + max(tokens, self.kept // 4 + 1), context_length)
+
+
+@dataclass(frozen=True)
 class _Tensor:
     """A cached tensor of the graph: (B, kv_heads, P, head_size), or (B, rows, head_size) for a short convolution."""
 
@@ -40,6 +60,7 @@ class _Tensor:
     present: str  # output
     kv_heads: int | None  # None for a convolution
     head_size: int
+    windowed: bool = False  # whether its rows can be evicted
 
 
 class KVCache:
@@ -52,6 +73,10 @@ class KVCache:
     holds its real tokens first, without padding.
 
     Concatenating form (the standard graph): a run returns new tensors, which become the next run's past.
+
+    Tensors of attention calls with a window hold the last `length - evicted` tokens only, in order.
+
+    What cannot be trimmed is marked: `mark` keeps copies of the states and of the rows that the next token sees.
 
     A run is `reserve`, onnxruntime's run, `advance`. After an exception in a method the owner drops the cache.
     """
@@ -68,6 +93,7 @@ class KVCache:
         dtype: type[np.generic] = np.float32,
         rows: Sequence[RowsGeometry] = (),
         states: Sequence[StateGeometry] = (),
+        windows: Windows | None = None,
     ) -> None:
         """`onnx` is the onnxruntime.InferenceSession. `provider` determines the device of the tensors."""
         self.onnx = onnx
@@ -83,10 +109,12 @@ class KVCache:
         self._moving = False  # whether the next run moves a shared buffer from CPU memory to the device
         self._dtype = np.dtype(dtype)
         self._tensors: list[_Tensor] = []
+        self.windows = windows
         for i, layer in enumerate(layers):
+            local = windows is not None and windows.calls[i]
             self._tensors += [
-                _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size),
-                _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size),
+                _Tensor(names.past_key(i), names.present_key(i), layer.kv_heads, layer.key_head_size, local),
+                _Tensor(names.past_value(i), names.present_value(i), layer.kv_heads, layer.value_head_size, local),
             ]
         assert not (shared and rows)
         self._trims = not rows  # a convolution state cannot be rolled back to an earlier token
@@ -96,9 +124,12 @@ class KVCache:
         self._values: list[Any] = []  # one OrtValue per tensor
         # Memory of a shared buffer on the CPU, (B, K, capacity, D): keys and values of each attention call in turn.
         self.arrays: list[npt.NDArray[Any]] = []
-        self._capacity = 0
+        self._capacities = [0, 0]  # of the plain tensors, and of the windowed ones
+        self._marks: list[tuple[int, list[npt.NDArray[Any]]]] = []  # (tokens, windowed rows and states), in order
         self.batch = 0  # B
         self.length = 0  # tokens per sequence, padding included
+        self.evicted = 0  # first tokens that are no longer in the windowed tensors
+        self._least = 0  # the fewest tokens for which these hold all that the next one sees
 
     def __del__(self) -> None:
         # The session goes last: the other order segfaults on WebGPU.
@@ -108,22 +139,31 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Number of rows that fit into the tensors."""
-        return self._capacity if self._shared else self.length
+        return self._capacities[0] if self._shared else self.length
 
     @property
     def nbytes(self) -> int:
-        """Current size of the tensors in bytes."""
-        row = sum((tensor.kv_heads or 0) * tensor.head_size for tensor in self._tensors)
-        states = 0 if self.states is None else self.states.nbytes
-        return self.batch * (self.capacity * row + self._rows) * self._dtype.itemsize + states
+        """Current size of the tensors in bytes, with the marks."""
+        rows = self._capacities if self._shared else [self.length, self.length - self.evicted]
+        numbers = sum((t.kv_heads or 0) * t.head_size * rows[t.windowed] for t in self._tensors) + self._rows
+        more = sum(array.nbytes for _, arrays in self._marks for array in arrays)
+        more += 0 if self.states is None else self.states.nbytes
+        return self.batch * numbers * self._dtype.itemsize + more
 
-    def reserve(self, batch: int, tokens: int) -> None:
-        """Allocates room for `tokens` new tokens in each of `batch` sequences and binds the changed tensors."""
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Tokens per sequence in the plain tensors, and in the windowed ones."""
+        return self.length, self.length - self.evicted
+
+    def reserve(self, batch: int, tokens: int, *, ahead: bool = False) -> None:
+        """Allocates room for `tokens` new tokens in each of `batch` sequences and binds the changed tensors.
+
+        `ahead`: whether several runs append them, so that windowed tensors need less.
+        """
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if self._shared:
-            if batch != self.batch or self.length + tokens > self._capacity:
-                self._grow(batch, self.length + tokens)
+            self._grow(batch, (self.length + tokens, max(1, self.length - self.evicted + (0 if ahead else tokens))))
         else:
             if not self.length:
                 self.batch = batch
@@ -138,8 +178,8 @@ class KVCache:
                 self._bind_states()
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The graph's attention_mask for the `mask` (B, S): the same, since each column is a token."""
-        return mask
+        """The graph's attention_mask for the `mask` (B, S): each column is a token that is there."""
+        return mask[:, self.evicted :]
 
     def advance(self, tokens: int) -> None:
         """Appends the tokens of the run that just ended."""
@@ -158,40 +198,131 @@ class KVCache:
         for tensor, value in zip(self._tensors, self._values, strict=True):
             self._bind_shared(tensor, value)
 
+    def evict(self, tokens: int, room: int | None = None) -> None:
+        """Evicts the rows that no token sees any more, if the only sequence needs their room for `tokens` more.
+
+        `room`: rows of a smaller buffer that the tensors shall fit into.
+        """
+        windows, rows = self.windows, self.length - self.evicted
+        if windows is None:
+            return
+        if self._shared and rows + tokens <= min(self._capacities[1], room or self._context_length):
+            return
+        gone = rows - windows.kept
+        if gone > windows.kept // 4:  # else each of a few tokens would move all rows
+            for index in self._windowed():
+                self._put(index, self._array(index)[:, :, gone:rows])
+            self.evicted += gone
+            self._least = self.evicted + windows.widest - 1
+
     def nearest(self, length: int) -> int:
         """The largest number of tokens, at most `length`, to which each sequence can be trimmed."""
-        if self.states is not None:
-            return self.states.nearest(length, self.length)
-        return length if self._trims or length == self.length else 0
+        if self._can_go_back(length):
+            return length
+        points = [tokens for tokens, _ in self._marks if tokens <= length]
+        undo = None if self.states is None else self.states.undo
+        if undo is not None and undo <= length and self._can_go_back(undo):
+            points.append(undo)
+        return max(points, default=0)
+
+    def _can_go_back(self, length: int) -> bool:
+        """Whether each sequence can be trimmed to `length` tokens without a mark."""
+        if length in (0, self.length):
+            return True
+        undone = self.states is None or length == self.states.undo
+        return undone and self._trims and length >= self._least
 
     def trim(self, length: int) -> None:
         """Trims each sequence to its first `length` tokens."""
         self._require_trimmable(length)
-        if self.states is not None and length and self.states.back(length, self.length):
+        if not length:
+            self.reset()
+            return
+        if not self._can_go_back(length):
+            self._restore(length, self._marked(length))
+        elif self.states is not None and self.states.back(length):
             self._swap()
         if not self._shared and length < self.length:
-            if not length:
-                self.reset()
-                return
-            self._values = [self._place(np.ascontiguousarray(value.numpy()[:, :, :length])) for value in self._values]
+            held = length, length - self.evicted
+            for index, tensor in enumerate(self._tensors):
+                self._put(index, self._array(index)[:, :, : held[tensor.windowed]])
+        self._marks = [mark for mark in self._marks if mark[0] <= length]
         self.length = length
+
+    def mark(self) -> None:
+        """Keeps copies of what cannot be trimmed. The oldest mark but one goes if there are too many."""
+        if (self.windows is None and self.states is None) or any(tokens == self.length for tokens, _ in self._marks):
+            return
+        rows = self.length - self.evicted
+        first = 0 if self.windows is None else max(0, rows - self.windows.widest + 1)
+        kept = [self._array(index)[:, :, first:rows] for index in self._windowed()]
+        states = [] if self.states is None else self.states.copies[self.states.now]
+        self._marks.append((self.length, [array.copy() for array in (*kept, *states)]))
+        if len(self._marks) > (WINDOW_MARKS if self.states is None else STATE_MARKS):
+            del self._marks[1]
+
+    def share_marks(self, other: KVCache, length: int) -> None:
+        """Takes the marks of another cache up to `length` tokens."""
+        self._marks = [mark for mark in other._marks if mark[0] <= length]
+
+    def _marked(self, length: int) -> list[npt.NDArray[Any]]:
+        return next(arrays for tokens, arrays in self._marks if tokens == length)
+
+    def _restore(self, length: int, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Replaces the windowed rows and the states by copies of those of a mark."""
+        local = self._windowed()
+        for index, rows in zip(local, arrays, strict=False):
+            self._put(index, rows)
+        if self.windows is not None:
+            self._begin_at(length - arrays[0].shape[2])
+        if self.states is not None:
+            self.states.fill(arrays[len(local) :])
+
+    def _begin_at(self, evicted: int) -> None:
+        """Notes the first token of the windowed tensors."""
+        assert self.windows is not None
+        self.evicted, self._least = evicted, evicted + self.windows.widest - 1 if evicted else 0
+
+    def _windowed(self) -> list[int]:
+        return [index for index, tensor in enumerate(self._tensors) if tensor.windowed]
+
+    def _array(self, index: int) -> npt.NDArray[Any]:
+        """A tensor's memory; a copy if it is not the CPU's."""
+        return self.arrays[index] if self.arrays else self._values[index].numpy()
+
+    def _put(self, index: int, rows: npt.NDArray[Any]) -> None:
+        """Replaces the rows of a tensor from the first on, those behind left as they are in a shared buffer."""
+        if self.arrays:
+            self.arrays[index][:, :, : rows.shape[2]] = rows
+        else:
+            self._values[index] = self._place(np.ascontiguousarray(rows))
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
         """Evicts the tokens from `start` to `end` of each sequence; later ones move up.
 
         `moved` transforms the moved rows of each tensor to their new positions.
         """
-        if self.arrays:
-            move_up(self.arrays, start, end, self.length, moved)
-            self.length -= end - start
-            return
-        rows = self.rows(self.length)
-        left = [np.concatenate([row[:, :, :start], moved(i, row[:, :, end:])], 2) for i, row in enumerate(rows)]
-        self.fill(left, self.length - (end - start))
+        lost = max(0, end - self.evicted) - max(0, start - self.evicted)
+        evicted = self.evicted - (end - start) + lost
+        left = list[npt.NDArray[Any]]()
+        for index, tensor in enumerate(self._tensors):
+            gone = self.evicted if tensor.windowed else 0
+            first, rows = max(0, start - gone), self._array(index)[:, :, : self.length - gone]
+            later = moved(index, rows[:, :, max(0, end - gone) :])
+            if self.arrays:
+                rows[:, :, first : first + later.shape[2]] = later
+            else:
+                left.append(np.concatenate([rows[:, :, :first], later], 2))
+        length = self.length - (end - start)
+        if left:
+            self.fill(left, length)
+        self.length, self._marks = length, []
+        self.evicted = self._least = evicted
 
     def reset(self) -> None:
         """Forgets all tokens. A shared buffer stays for the next prompt."""
-        self.length = 0
+        self.length = self.evicted = self._least = 0
+        self._marks = []
         if not self._shared:
             self._values = []
             self.binding.clear_binding_outputs()
@@ -200,49 +331,61 @@ class KVCache:
     def rows(self, length: int) -> list[npt.NDArray[Any]]:
         """The first `length` tokens of each tensor, (B, K, length, D), then whole rows of convolutions, and states.
 
-        In CPU memory these are views of the cache.
+        Of windowed tensors those that are there. In CPU memory these are views of the cache.
         """
         self._require_trimmable(length)
+        marked = [] if self._can_go_back(length) else self._marked(length)
+        local, held = self._windowed(), (length, length - self.evicted)
         arrays = [value.numpy() for value in self._values]
         rows = [
-            array if tensor.kv_heads is None else array[:, :, :length]
+            array if tensor.kv_heads is None else array[:, :, : held[tensor.windowed]]
             for tensor, array in zip(self._tensors, arrays, strict=True)
         ]
-        return rows if self.states is None else [*rows, *self.states.at(length, self.length)]
+        for index, array in zip(local, marked, strict=False):
+            rows[index] = array
+        if self.states is not None:
+            rows += marked[len(local) :] or self.states.at(length, self.length)
+        return rows
 
     def fill(self, rows: Sequence[npt.NDArray[Any]], length: int) -> None:
         """Replaces the content by copies of `rows`, as `rows(length)` of another cache of this graph returned them."""
         self.reset()
-        batch = rows[0].shape[0]
+        batch, local = rows[0].shape[0], self._windowed()
         if self.states is not None:
             self.states.begin(batch)
             self.states.fill(rows[len(self._tensors) :])
             if self._shared:  # else `reserve` binds them, behind keys and values
                 self._bind_states()
             rows = rows[: len(self._tensors)]
+        same, self.batch, self.length = batch == self.batch, batch, length
+        if local:
+            self._begin_at(length - rows[local[0]].shape[2])
         if not self._shared:
             self._values = [self._place(np.array(array, order="C")) for array in rows]
-        elif self.arrays and batch == self.batch and length <= self._capacity:
-            for array, row in zip(self.arrays, rows, strict=True):
-                array[:, :, :length] = row
+        elif (
+            self.arrays and same and all(held <= room for held, room in zip(self.tokens, self._capacities, strict=True))
+        ):
+            for index, array in enumerate(rows):
+                self._put(index, array)
         else:
             self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(row)) for row in rows]
-            self.batch, self.length, self._capacity = batch, length, 0
-            self._grow(batch, length)
-        self.batch, self.length = batch, length
+            self._capacities = [0, 0]
+            self._grow(batch, self.tokens)
 
     def place(self, index: int, array: npt.NDArray[Any]) -> None:
         """Moves one tensor of one sequence's shared buffer on the CPU to `array` (1, K, capacity, D)."""
         assert self._shared, "a concatenating cache has no memory of its own"
-        assert (1, self.length) <= (self.batch, array.shape[2]), f"{self.length} tokens do not fit {array.shape}"
-        array[:, :, : self.length] = self.arrays[index][:, :, : self.length]
+        windowed = self._tensors[index].windowed
+        rows = self.tokens[windowed]
+        assert (1, rows) <= (self.batch, array.shape[2]), f"{rows} tokens do not fit {array.shape}"
+        array[:, :, :rows] = self.arrays[index][:, :, :rows]
         self._move(index, array)
-        self._capacity = array.shape[2]
+        self._capacities[windowed] = array.shape[2]
 
     def move_out(self) -> None:
         """Moves a shared buffer out of a slab to its own memory."""
-        self._capacity = 0
-        self._grow(1, max(1, self.length))
+        self._capacities = [0, 0]
+        self._grow(1, (max(1, self.length), max(1, self.length - self.evicted)))
 
     def place_states(self, copies: tuple[Arrays, Arrays]) -> None:
         """Moves both copies of the states to other arrays on the CPU, the current one to the first."""
@@ -264,20 +407,32 @@ class KVCache:
             raise InputError(f"the cache holds {self.length} tokens and cannot be trimmed to {shown(length)}")
         if self.nearest(length) != length:
             raise InputError(
-                "this bundle keeps the last rows of convolutions or the states of recurrences, which cannot be trimmed "
-                f"to {length} tokens: call reset() and give the tokens again"
+                f"the cache of {self.length} tokens cannot be trimmed to {length}: it keeps the last rows of "
+                "convolutions, the states of recurrences, or the tokens that a sliding window sees; call reset() and "
+                "give the tokens again"
             )
 
-    def _grow(self, batch: int, needed: int) -> None:
-        """Moves to larger buffers."""
-        capacity = grown(self._capacity if batch == self.batch else 0, needed, self._context_length)
+    def _grow(self, batch: int, needed: tuple[int, int]) -> None:
+        """Moves the plain tensors, or the windowed ones, to larger buffers if they need more rows."""
+        same = batch == self.batch and bool(self._values)
+        before = self._capacities if same else [0, 0]
+        grows = [need > room for need, room in zip(needed, before, strict=True)]
+        if same and not any(grows):
+            return
         if not self.length:
-            self._values, self.arrays = [], []
-        self.batch, self._capacity, self._moving = batch, capacity, self._from_runs
+            self._values, self.arrays, grows = [], [], [True, True]
+        self.batch, self._moving = batch, self._from_runs
+        self._capacities = [
+            grown(before[0], needed[0], self._context_length) if needed[0] > before[0] else before[0],
+            max(before[1], grown(0, needed[1], self._context_length)),
+        ]
         for i, tensor in enumerate(self._tensors):  # holds only one tensor twice at a time
-            array = np.zeros(self._shape(tensor, capacity), self._dtype)
+            if not grows[tensor.windowed]:
+                continue
+            array = np.zeros(self._shape(tensor, self._capacities[tensor.windowed]), self._dtype)
             if self.length:
-                array[:, :, : self.length] = self._values[i].numpy()[:, :, : self.length]
+                rows = self.tokens[tensor.windowed]
+                array[:, :, :rows] = self._values[i].numpy()[:, :, :rows]
             self._move(i, array)
 
     def _move(self, index: int, array: npt.NDArray[Any]) -> None:

@@ -44,10 +44,15 @@ class Slab:
         self._graph, self.most = graph, most
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
+        self.evicted = np.zeros(0, np.int32)  # of each of the rows of a run
         self._bound = 0  # number of bound rows
         layers = graph.manifest.layers
-        sizes = [(layer.kv_heads, size) for layer in layers for size in (layer.key_head_size, layer.value_head_size)]
-        self._sizes = sizes  # K, D
+        local = [False] * len(layers) if graph.windows is None else graph.windows.calls
+        self._sizes = [  # K, D, and whether rows are evicted
+            (layer.kv_heads, size, one)
+            for layer, one in zip(layers, local, strict=True)
+            for size in (layer.key_head_size, layer.value_head_size)
+        ]
         self._past = [name(i) for i in range(len(layers)) for name in (names.past_key, names.past_value)]
         self._present = [name(i) for i in range(len(layers)) for name in (names.present_key, names.present_value)]
         self._states = States(graph.manifest.states)
@@ -69,7 +74,6 @@ class Slab:
         """
         with self._changing(engines):
             for engine in engines:
-                engine.leave_window(1)
                 self.join(engine)
             return self._decode(engines, tokens)
 
@@ -88,6 +92,8 @@ class Slab:
         place = {id(engine): row for row, engine in enumerate(self.members)}
         rows = [place[id(engine)] for engine in engines]
         count = max(rows) + 1
+        for member in self.members[:count]:
+            _cache(member).evict(1, self._graph.window_rows)
         self._make_room(self._rows, max(_cache(member).length for member in self.members[:count]) + 1)
         self._bind(count)
         self._align(count)
@@ -96,6 +102,7 @@ class Slab:
         ids = np.zeros((count, 1), np.int64)
         ids[rows, 0] = tokens
         lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
+        self.evicted = np.array([_cache(member).evicted for member in self.members[:count]], np.int32)
         logits = self._graph.run(self, ids, lengths[:, None], lengths + 1, int(lengths.max()) + 1, 1)
         for engine, token in zip(engines, tokens, strict=True):
             _cache(engine).advance(1)
@@ -117,11 +124,13 @@ class Slab:
         cache = _cache(engine)
         row = self._row_of(engine)
         if row is not None:
-            if not self._is_home(engine):
+            if not all(self._at_home(engine)):
+                cache.evict(1, self._graph.window_rows)
                 self._make_room(self._rows, cache.length + 1)
                 self._settle(row)
             return
         assert len(self.members) < self.most, "the caller looks whether there is room"
+        cache.evict(1, self._graph.window_rows)
         self._make_room(len(self.members) + 1, cache.length + 1)
         self.members.append(engine)
         self._settle(len(self.members) - 1)
@@ -138,12 +147,12 @@ class Slab:
             if not keep:
                 engine.drop_cache()
             else:
-                if self._is_home(engine):
+                if any(self._at_home(engine)):
                     _cache(engine).move_out()
                 _cache(engine).place_states((self._states.zeros(1), self._states.zeros(1)))
             if last is not engine:
                 self.members[row] = last
-                if self._is_home(last):
+                if any(self._at_home(last)):
                     self._settle(row)
                 self._settle_states(row)
         if not self.members:
@@ -156,10 +165,9 @@ class Slab:
         self._states = States(self._graph.manifest.states)
         self.binding, self._other_binding = new_bindings(self.onnx, two=bool(self._graph.manifest.states))
 
-    def _is_home(self, engine: Engine) -> bool:
-        """Whether a member's buffers are in the slab. A run of its own may have outgrown its row."""
-        arrays = _cache(engine).arrays
-        return bool(arrays) and arrays[0].base is self._arrays[0]
+    def _at_home(self, engine: Engine) -> list[bool]:
+        """Whether each of a member's buffers is in the slab. A run of its own may have outgrown its row."""
+        return [mine.base is array for mine, array in zip(_cache(engine).arrays, self._arrays, strict=False)] or [False]
 
     def _settle(self, row: int) -> None:
         """Moves a member's buffers to its row."""
@@ -193,8 +201,9 @@ class Slab:
             self._capacity = grown(self._capacity, needed, self._graph.manifest.context_length)
         before: list[npt.NDArray[Any] | None] = [*self._arrays] or [None] * len(self._sizes)
         self._arrays, self._bound = [], 0
-        for index, (heads, size) in enumerate(self._sizes):
-            larger = np.zeros((self._rows, heads, self._capacity, size), self._graph.cache_dtype)
+        for index, (heads, size, local) in enumerate(self._sizes):
+            room = self._graph.window_rows if local else self._capacity
+            larger = np.zeros((self._rows, heads, room, size), self._graph.cache_dtype)
             for row, member in enumerate(self.members):
                 if _cache(member).arrays[index].base is before[index]:  # else it outgrew its row and returns later
                     _cache(member).place(index, larger[row : row + 1])

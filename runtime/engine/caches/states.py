@@ -1,7 +1,7 @@
 """The states of convolutions and linear recurrences: arrays of one size, which each run replaces.
 
 They are float32, whatever the type of cached keys and values. There are two copies: a run reads one and writes the
-other, so that the state before the last run is still there. Marks are further copies, where a later prompt may begin.
+other, so that the state before the last run is still there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pastkey.contract.bundle import StateGeometry
 
 from ...providers.ort import onnxruntime
 from ..binding import Binding
-
-MOST_MARKS = 4
 
 Arrays = list[npt.NDArray[np.float32]]
 
@@ -43,12 +41,11 @@ class States:
         self.copies: tuple[Arrays, Arrays] = ([], [])
         self.now = 0
         self.undo: int | None = None
-        self._marks: list[tuple[int, Arrays]] = []  # (tokens, states behind them), in order of tokens
 
     @property
     def nbytes(self) -> int:
-        """Current size in bytes, with the marks."""
-        return sum(array.nbytes for copy in (*self.copies, *(arrays for _, arrays in self._marks)) for array in copy)
+        """Current size in bytes."""
+        return sum(array.nbytes for copy in self.copies for array in copy)
 
     def begin(self, batch: int) -> None:
         """Makes states of zeros, those of no token."""
@@ -56,7 +53,7 @@ class States:
             self.copies = self.zeros(batch), self.zeros(batch)
         for array in self.copies[self.now]:
             array[...] = 0
-        self.undo, self._marks = None, []
+        self.undo = None
 
     def zeros(self, batch: int) -> Arrays:
         """One copy of the states of no token."""
@@ -76,28 +73,15 @@ class States:
         """Takes the states that the last run wrote; `length` tokens came before it."""
         self.now, self.undo = 1 - self.now, length
 
-    def nearest(self, length: int, cached: int) -> int:
-        """The largest number of tokens, at most `length`, whose states are held; `cached` tokens are in the cache."""
-        held = [0, cached, *(tokens for tokens, _ in self._marks), *([] if self.undo is None else [self.undo])]
-        return max(tokens for tokens in held if tokens <= length)
-
     def at(self, length: int, cached: int) -> Arrays:
-        """The held states of `length` tokens, from `nearest`; those of the present and of the last run are views."""
-        if length == cached:
-            return self.copies[self.now]
-        if length == self.undo:
-            return self.copies[1 - self.now]
-        return next((arrays for tokens, arrays in self._marks if tokens == length), [])
+        """Views of the states of all `cached` tokens, or of those before the last run."""
+        return self.copies[self.now if length == cached else 1 - self.now]
 
-    def back(self, length: int, cached: int) -> bool:
-        """Goes back to the held states of `length` tokens. Returns whether the copies changed places."""
+    def back(self, length: int) -> bool:
+        """Undoes the last run if `length` tokens came before it. Returns whether the copies changed places."""
         swapped = length == self.undo
-        if swapped:
-            self.now = 1 - self.now
-        elif length < cached:
-            self.fill(self.at(length, cached))
+        self.now = 1 - self.now if swapped else self.now
         self.undo = None
-        self._marks = [mark for mark in self._marks if mark[0] <= length]
         return swapped
 
     def fill(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
@@ -105,18 +89,6 @@ class States:
         for mine, array in zip(self.copies[self.now], arrays, strict=True):
             mine[...] = array
         self.undo = None
-
-    def mark(self, length: int) -> None:
-        """Keeps a copy of the states of all `length` tokens. The oldest mark but one goes if there are too many."""
-        if any(tokens == length for tokens, _ in self._marks):
-            return
-        self._marks.append((length, [array.copy() for array in self.copies[self.now]]))
-        if len(self._marks) > MOST_MARKS:
-            del self._marks[1]
-
-    def share_marks(self, other: States, length: int) -> None:
-        """Takes the marks of another cache up to `length` tokens."""
-        self._marks = [mark for mark in other._marks if mark[0] <= length]
 
     def flip(self) -> None:
         """Copies the states over the other copy, which becomes the current one."""

@@ -51,9 +51,9 @@ class StaticGraphs(FixedRows):
             self._decode if prefill is decode else _Graph(prefill, self, manifest, manifest.static.chunk, folder)
         )
 
-    def reserve(self, batch: int, tokens: int) -> None:
+    def reserve(self, batch: int, tokens: int, *, ahead: bool = False) -> None:
         """Allocates the arrays for the whole context. Raises InputError for more than one sequence."""
-        del tokens
+        del tokens, ahead
         if batch != 1:
             raise InputError(
                 f"this bundle's static graph takes one row at a time and {batch} were given: give each row alone, or "

@@ -186,7 +186,7 @@ def test_what_is_observed_and_the_two_graphs(tmp_path):
     found = in_contract(decoder, CONTEXT, None, print)
     observation = found.observation
     assert found.module is decoder
-    assert (observation.vocab_size, observation.window, observation.padding) == (VOCABULARY, WINDOW, False)
+    assert (observation.vocab_size, observation.layers[0].window, observation.padding) == (VOCABULARY, WINDOW, False)
     assert [layer.heads for layer in observation.layers] == [HEADS] * LAYERS
     fused, seen = decoder.graph("fused", observation)
     assert seen.padding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import weakref
 from typing import Any
@@ -30,7 +31,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], type]] = {
     "standard": ("standard", {}, KVCache),
     "static": ("static", {"chunk": 4}, StaticGraphs),
     "fixed": ("standard", {}, FixedKVCache),
-    "window": ("fused", {"window": 24}, KVCache),
+    "window of 24": ("fused", {"window": 24}, KVCache),
+    "window of 8 in one call": ("fused", {"window": 8, "local": (1,)}, KVCache),
+    "standard, window of 8": ("standard", {"window": 8}, KVCache),
 }
 STEPS = st.one_of(
     st.tuples(st.just("prefill"), st.sampled_from([1, 2, 30, 130])),
@@ -44,12 +47,15 @@ STEPS = st.one_of(
 def form(request, tiny, make_bundle):
     """An engine and the decoder."""
     graph, fields, kind = FORMS[request.param]
-    local = RotaryTiny.of(16, 600, pairs=8, inside=True, window=24)
-    decoder, fields = (local, {**fields, "shift": local.shift}) if "window" in fields else (tiny, fields)
+    decoder, write = tiny, functools.partial(make_bundle, tiny)
+    if "window" in fields:
+        decoder = RotaryTiny.of(16, 600, pairs=8, inside=graph == "fused", **fields)
+        write, fields = functools.partial(decoder.written, make_bundle), {}
     with pytest.MonkeyPatch.context() as patch:
         if kind is FixedKVCache:
             patch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], fixed_shapes=True))
-        engine = Engine(make_bundle(decoder, graph, **fields), threads=1)
+        engine = Engine(write(graph, **fields), threads=1)
+        engine.marks = True
         assert isinstance(engine.cache, kind)
         yield engine, decoder
 
