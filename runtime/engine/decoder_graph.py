@@ -283,6 +283,7 @@ class DecoderGraph:
         if manifest.static is not None:
             return self.bytes_per_token * manifest.context_length
         plain, local = self._bytes_per_row
+        tokens = min(tokens, manifest.context_length)
         size = plain * tokens + local * min(tokens, self.window_rows)
         marks = STATE_MARKS if manifest.states else WINDOW_MARKS
         kept = 0 if self.windows is None else local * min(tokens, self.windows.widest)

@@ -73,7 +73,8 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             raise ValueError("ids or lengths out of range")
         layers, kept, states = (manifest.layers, manifest.rows, manifest.states) if cached else ((), (), ())
         windows = manifest.windows or (0,) * len(layers)
-        held = next((row.shape[2] for row, seen in zip(rows[::2], windows, strict=False) if seen and row.ndim == 4), 0)
+        local = (row.shape[2] for row, seen in zip(rows[::2], windows, strict=False) if seen and row.ndim == 4)
+        held = next(local, cached)  # tokens of the calls with a window, which may have evicted others
         if not min(cached, max(windows, default=0) - 1) <= held <= cached:
             held = cached
         expected: list[tuple[int, ...]] = [

@@ -153,7 +153,7 @@ class KVCache:
     @property
     def tokens(self) -> tuple[int, int]:
         """Tokens per sequence in the plain tensors, and in the windowed ones."""
-        return self.length, self.length - self.evicted
+        return self.length, 0 if self.windows is None else self.length - self.evicted
 
     def reserve(self, batch: int, tokens: int, *, ahead: bool = False) -> None:
         """Allocates room for `tokens` new tokens in each of `batch` sequences and binds the changed tensors.
@@ -163,7 +163,8 @@ class KVCache:
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if self._shared:
-            self._grow(batch, (self.length + tokens, max(1, self.length - self.evicted + (0 if ahead else tokens))))
+            plain, local = self.tokens
+            self._grow(batch, (plain + tokens, local if self.windows is None else local + (1 if ahead else tokens)))
         else:
             if not self.length:
                 self.batch = batch
@@ -385,7 +386,8 @@ class KVCache:
     def move_out(self) -> None:
         """Moves a shared buffer out of a slab to its own memory."""
         self._capacities = [0, 0]
-        self._grow(1, (max(1, self.length), max(1, self.length - self.evicted)))
+        plain, local = self.tokens
+        self._grow(1, (max(1, plain), max(1, local)))
 
     def place_states(self, copies: tuple[Arrays, Arrays]) -> None:
         """Moves both copies of the states to other arrays on the CPU, the current one to the first."""
@@ -417,10 +419,10 @@ class KVCache:
         same = batch == self.batch and bool(self._values)
         before = self._capacities if same else [0, 0]
         grows = [need > room for need, room in zip(needed, before, strict=True)]
-        if same and not any(grows):
+        if not any(grows):
             return
-        if not self.length:
-            self._values, self.arrays, grows = [], [], [True, True]
+        if not self.length and (all(grows) or self.windows is None):
+            self._values, self.arrays = [], []
         self.batch, self._moving = batch, self._from_runs
         self._capacities = [
             grown(before[0], needed[0], self._context_length) if needed[0] > before[0] else before[0],

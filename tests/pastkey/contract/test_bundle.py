@@ -22,14 +22,14 @@ STATIC = {"chunk": 4, "masked": -100.0, "windows": [0]}
 
 
 def test_how_keys_turn_is_read_as_it_was_written(tmp_path):
-    content = MANIFEST | {"window": 5, "shift": {"refused": "", "rotations": [TURN]}}
+    content = MANIFEST | {"windows": [5], "shift": {"refused": "", "rotations": [TURN]}}
     write_json(tmp_path / names.MANIFEST, content)
     manifest = read_bundle(tmp_path).manifest
     assert manifest.shift == CacheShift(rotations=(KeyRotation((0,), 0, False, (1.0, 0.1, 0.01, 0.001)),))
     assert json.loads(json.dumps(manifest.to_json())) == json.loads(json.dumps(content))
 
 
-@pytest.mark.parametrize(("version", "told"), [(6, "reads 7: make the bundle again"), (8, "reads 7: upgrade pastkey")])
+@pytest.mark.parametrize(("version", "told"), [(7, "reads 8: make the bundle again"), (9, "reads 8: upgrade pastkey")])
 def test_only_the_newest_format_is_read(version, told, tmp_path):
     write_json(tmp_path / names.MANIFEST, MANIFEST | {"format_version": version})
     with pytest.raises(IntegrityError, match=rf"bundle format version {version}; this pastkey {told}"):

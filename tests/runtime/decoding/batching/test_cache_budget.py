@@ -57,13 +57,14 @@ LOCAL: dict[str, Any] = {"window": 24}
         ("fused", {}, 100, 100),
         ("fused", {}, 5000, 1000),
         ("standard", {}, 100, 2 * 100),  # a run holds the cache before and after it
-        ("static", {"chunk": 8}, 100, 1000),
-        ("fused", LOCAL, 1000, 24 + 16 + 256),
+        ("static", {}, 100, 1000),
+        ("fused", LOCAL, 1000, 384 + 2 * 24),  # a window, tokens to trim, and a chunk; two marks
+        ("fused", {**LOCAL, "local": (1,)}, 1000, (1000 + 384 + 2 * 24) / 2),
     ],
 )
 def test_what_a_cache_takes(graph, fields, tokens, rows, make_bundle):
-    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=graph == "fused")
-    opened = DecoderGraph(tiny.written(make_bundle, graph, **fields), threads=1)
+    tiny = RotaryTiny.of(16, 1000, pairs=8, inside=graph == "fused", **fields)
+    opened = DecoderGraph(tiny.written(make_bundle, graph, **({"chunk": 8} if graph == "static" else {})), threads=1)
     assert opened.cache_bytes(tokens) == rows * opened.bytes_per_token
 
 

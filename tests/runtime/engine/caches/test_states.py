@@ -41,7 +41,7 @@ def test_the_last_run_is_undone_alone(states):
 
 
 def test_both_copies_move_and_the_current_one_comes_first(states):
-    length = run(states, run(states, 0, 5), 3)
+    run(states, run(states, 0, 5), 3)
     memory = states.zeros(1), states.zeros(1)
     states.place(memory)
     assert [float(copy[0].max()) for copy in memory] == [8, 5]

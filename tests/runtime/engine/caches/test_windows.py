@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 
-from pastkey.errors import InputError, IntegrityError
+from pastkey.errors import InputError
 from pastkey.runtime import Engine
-from pastkey.runtime.engine.caches.kv import TRIMMABLE, WINDOW_MARKS
+from pastkey.runtime.engine.caches.kv import TRIMMABLE
 from pastkey.runtime.engine.caches.slab import Slab
 
 from ...conftest import ids_of, require_close
@@ -70,3 +69,98 @@ def test_a_long_prefill_allocates_the_window_alone(engine, tiny):
     require_close(engine.prefill(ids), tiny(ids)[-1])
     rows = [array.shape[2] for array in engine.cache.arrays]
     assert max(rows[2:]) <= engine.graph.window_rows < min(rows[:2]) <= 1000
+
+
+# --- going back ------------------------------------------------------------------------------------------------------
+def test_a_text_is_cut_as_far_as_its_window_is_there_or_to_a_mark(engine, tiny):
+    ids = ids_of(700)
+    engine.prefill(ids[:300])
+    engine.prefill(ids[300:])
+    least = engine.cache.evicted + WINDOW - 1
+    assert [engine.can_trim(length) for length in (700, least, least - 1, 1, 0)] == [True, True, False, False, True]
+    for call in (engine.trim, engine.copy):
+        with pytest.raises(InputError, match="cannot be trimmed to 100: it keeps"):
+            call(100)
+    assert {engine.cache.nearest(length) for length in range(least)} == {0, 149}  # behind the first chunk
+    for length in (698, least, 149):
+        copy = engine.copy(length, room=5)
+        require_close(copy.decode(7), tiny([*ids[:length], 7])[-1])
+        engine.trim(length)
+        require_close(engine.decode(7), tiny([*ids[:length], 7])[-1])
+        assert engine.keep_prefix([*ids[:length], 8, 9]) == length
+        require_close(engine.prefill([8, 9]), tiny([*ids[:length], 8, 9])[-1])
+        engine.trim(length)
+    assert engine.keep_prefix(ids[:149]) == 0
+
+
+def test_a_mark_is_kept_once_and_the_first_stays(engine):
+    for count in range(5):
+        engine.prefill(ids_of(60, count))
+        engine.cache.mark()
+        engine.cache.mark()
+    engine.marks = False
+    for _ in range(3):
+        engine.append(ids_of(200))
+    assert sorted({engine.cache.nearest(length) for length in range(600)}) == [0, 58, 300]
+
+
+@pytest.mark.parametrize("window", [WINDOW, 150])
+def test_a_shift_moves_the_rows_that_are_there(window, make_bundle):
+    tiny = RotaryTiny.of(SIZE, CONTEXT, window=window, local=(1,), **INSIDE)
+    engine, reference, ids = Engine(tiny.written(make_bundle), threads=1), tiny.reference(), ids_of(900)
+    engine.prefill(ids)
+    reference.feed(ids)
+    for keep, count in ((4, 100), (0, 30), (4, 400), (4, 1)):  # before, and beyond what was evicted
+        engine.shift(keep, count)
+        reference.drop(keep, count)
+        assert engine.can_trim(engine.length)
+        for token in ids_of(90, count):
+            require_close(engine.decode(token), reference.feed([token])[-1])
+
+
+# --- several sequences ------------------------------------------------------------------------------------------------
+def test_rows_of_a_slab_equal_each_text_alone(bundle, tiny):
+    """Texts join, idle, run alone, are cut and leave, in any order."""
+    rng, graph = random.Random(0), Engine(bundle, threads=1).graph
+    slab, engines, texts = Slab(graph, 5), [], list[list[int]]()
+    for place in range(5):
+        engines.append(Engine.over(graph))
+        engines[-1].marks = True
+        texts.append([place])
+        engines[-1].prefill([place])
+    evicted = 0
+    for _ in range(150):
+        chosen = rng.sample(range(5), rng.randint(1, 5))
+        tokens = [rng.randrange(37) for _ in chosen]
+        found = slab.decode([engines[place] for place in chosen], tokens)
+        for place, token, logits in zip(chosen, tokens, found, strict=True):
+            texts[place].append(token)
+            require_close(logits, tiny(texts[place])[-1])
+        place, what = rng.randrange(5), rng.random()
+        engine, text = engines[place], texts[place]
+        if what < 0.15 and len(text) < 400:
+            more = [rng.randrange(37) for _ in range(rng.choice([2, 9, 140, 300]))]
+            require_close(engine.prefill(more), tiny([*text, *more])[-1])
+            text += more
+        elif what < 0.3:
+            engine.cut(rng.randint(max(1, len(text) - 30), len(text)))
+            del text[engine.length :]
+            if not text:
+                text.append(1)
+                engine.prefill(text)
+        elif what < 0.4:
+            slab.remove(engine)
+        evicted += sum(one.cache.evicted > 0 for one in engines)  # type: ignore[union-attr]
+    assert evicted > 50
+
+
+def test_a_batch_in_one_cache_keeps_all_rows(bundle, tiny):
+    engine = Engine(bundle, threads=1)
+    texts = [ids_of(140), ids_of(140, 1)]
+    engine.forward(texts)
+    for token in range(30):
+        logits = engine.forward([[token], [token + 1]])
+        for row, text in enumerate(texts):
+            text.append(token + row)
+            require_close(logits[row, 0], tiny(text)[-1])
+    assert engine.cache.evicted == 0
