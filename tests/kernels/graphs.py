@@ -34,7 +34,7 @@ def graph(nodes, weights, inputs, outputs, types=NOTHING) -> bytes:
 # --- attention --------------------------------------------------------------------------------------------------------
 INPUTS = [
     *("query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin"),
-    "head_sink",
+    *("head_sink", "evicted"),
 ]
 IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
 
@@ -81,6 +81,17 @@ def draw(
     if sink:
         feed["head_sink"] = normal(h)
     return feed
+
+
+def evicted(feed: Mapping[str, Array], *gone: int) -> dict[str, Array]:
+    """The inputs with a cache from which so many first tokens of each row are gone, and with less room."""
+    room = feed["past_key"].shape[2] - min(gone)
+    caches = {name: np.zeros_like(feed[name][:, :, :room]) for name in ("past_key", "past_value")}
+    for name, array in caches.items():
+        for b, count in enumerate(gone):
+            left = feed[name][b, :, count:]
+            array[b, :, : left.shape[1]] = left
+    return {**feed, **caches, "evicted": np.array(gone, np.int32)}
 
 
 def in_numpy(feed, heads, form, softcap=0.0) -> tuple[Array, Array, Array]:

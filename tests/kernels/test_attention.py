@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from .conftest import each_level
-from .graphs import case, draw, in_numpy
+from .graphs import case, draw, evicted, in_numpy
 from .running import Array, Case
 
 FORMS = ("float32", "float16")
@@ -60,6 +60,23 @@ PROMPTS: dict[str, Inputs] = {
         ("window", [300], 45, (6, 2), 64, NONE, {"local_window_size": 20}),
         ("soft cap and sinks", [150], 70, (6, 2), 64, {"sink": True, "size": 4}, {"softcap": 5.0}),
         ("many heads", [70], 12, (71, 1), 64, NONE, NONE),
+    )
+}
+# Windowed cases over caches whose first tokens are gone, as many of each row.
+EVICTED: dict[str, tuple[dict[str, Array], dict[str, Any], tuple[int, ...]]] = {
+    f"{form}, {new} new, window {window}, without {gone}": (
+        draw(lengths, new, form=form, rotary=64),
+        {"local_window_size": window},
+        gone,
+    )
+    for form in FORMS
+    for lengths, new, window, gone in (
+        ([300], 1, 20, (280,)),  # all that the token does not see
+        ([300], 1, 20, (1,)),
+        ([300], 45, 20, (236,)),  # within a block of 16
+        ([300], 45, 130, (126,)),
+        ([260, 130, 9], 1, 100, (150, 30, 0)),
+        ([300], 9, 1, (291,)),
     )
 }
 SAME_BITS = 8  # new tokens; more have rounding of their own at the level amx over a float16 cache
@@ -123,6 +140,9 @@ def cases() -> dict[Any, Case]:
         for window in (-1, 130):
             feed = draw([PROMPT], PROMPT, rotary=64, form=form)
             made["prompt", form, window] = native([feed], local_window_size=window)
+    for name, (feed, attributes, gone) in EVICTED.items():
+        made["whole", name] = native([feed], **attributes)
+        made["left", name] = native([evicted(feed, *gone)], **attributes)
     for cap in CAPS:
         made["cap", cap] = native([draw([150], 7)], softcap=cap)
     for name, feed in special().items():
@@ -231,6 +251,19 @@ def test_a_token_alone_has_the_bits_it_has_in_a_prompt(outcomes, level, form, wi
     whole, keys, values = found["prompt", form, window].outputs[0]
     for i, (y, *cache) in zip(ALONE, found["alone", form, window].outputs, strict=True):
         assert agree(level, PROMPT if form == "float16" else 1, [whole[0, i], keys, values], [y[0, 0], *cache])
+
+
+@each_level
+@pytest.mark.parametrize("name", EVICTED)
+def test_tokens_that_no_window_sees_may_be_gone(outcomes, level, name):
+    feed, _, gone = EVICTED[name]
+    found = outcomes(level)
+    whole, *kept = found["whole", name].outputs[0]
+    left, *cached = found["left", name].outputs[0]
+    assert same(left, whole)
+    for given, now, before in zip(("past_key", "past_value"), cached, kept, strict=True):
+        for b, (count, last) in enumerate(zip(gone, feed["seqlens_k"], strict=True)):
+            assert same(now[b, :, : last + 1 - count], before[b, :, count : last + 1]), given
 
 
 def not_finite(found, name) -> set[tuple[int, int]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from .conftest import each_level
-from .graphs import Weights, case, draw, matmul, norm_matmul
+from .graphs import Weights, case, draw, evicted, matmul, norm_matmul
 from .running import Array, Case
 
 CASES = int(os.environ.get("PASTKEY_FUZZ", 150))  # of each operator and level
@@ -58,6 +58,8 @@ def attention_case(rng: Random) -> Case:
     forms = {"form": str(rng.choice(["float32", "float16"])), "rotary": int(rng.choice([0, 16, d]))}
     forms |= {"packed": bool(rng.random() < 0.7), "sink": bool(rng.random() < 0.2)}
     feed = draw(lengths, new, (h, g), d, **forms, seed=int(rng.integers(1 << 30)))
+    if rng.random() < 0.3:
+        feed = evicted(feed, *(int(rng.integers(0, length - new + 2)) for length in lengths))
     attributes: dict[str, Any] = {"num_heads": h, "kv_num_heads": g, "do_rotary": int("cos" in feed)}
     if rng.random() < 0.3:
         attributes["local_window_size"] = int(rng.choice([-1, 1, 5, 128, *WRONG]))

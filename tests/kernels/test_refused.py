@@ -62,7 +62,7 @@ ATTENTION: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "heads of another type": (PLAIN, {"num_heads": 6.0}, "attribute num_heads"),
     "list of heads": (PLAIN, {"num_heads": [6, 2]}, "attribute num_heads is of another type, expected an integer"),
     "list of scales": (PLAIN, {"scale": [0.5]}, "attribute scale is of another type, expected a float"),
-    "later version": (PLAIN, {"version": 3}, "version is 3, expected 1 to 2"),
+    "later version": (PLAIN, {"version": 4}, "version is 4, expected 1 to 3"),
     "other heads": (PLAIN, {"num_heads": 12}, "query is [1, 3, 640], expected a width of 1024"),
     "other key heads": (PLAIN, {"kv_num_heads": 3}, "past_key is [1, 2, 49, 64], expected [1, 3, room"),
     "window 0": (PLAIN, {"local_window_size": 0}, "local_window_size is 0"),
@@ -112,6 +112,15 @@ ATTENTION: dict[str, tuple[dict[str, Array], dict[str, Any], str]] = {
     "lengths of fewer rows": (ROWS | {"seqlens_k": lengths(39)}, {}, "seqlens_k is [1], expected [2]"),
     "second row's past below 0": (ROWS | {"seqlens_k": lengths(39, 1)}, {}, "seqlens_k of row 1 is 1"),
     "first prompt beyond it": (FIRST | {"seqlens_k": lengths(3)}, {}, "seqlens_k of row 0 is 3, expected 0 to 2"),
+    "evicted below 0": (PLAIN | {"evicted": lengths(-1)}, {}, "evicted of row 0 is -1 of 37 earlier tokens"),
+    "evicted beyond the past": (PLAIN | {"evicted": lengths(38)}, {}, "evicted of row 0 is 38 of 37 earlier tokens"),
+    "evicted of a first prompt": (FIRST | {"evicted": lengths(1)}, {}, "evicted of row 0 is 1 of 0 earlier tokens"),
+    "too few evicted": (
+        PLAIN | {"seqlens_k": lengths(99), "total_sequence_length": lengths(100), "evicted": lengths(50)},
+        {},
+        "evicted of row 0 is 50 of 97 earlier tokens, expected to leave at most 49 with the new ones",
+    ),
+    "evicted of fewer rows": (ROWS | {"evicted": lengths(1)}, {}, "evicted is [1], expected [2]"),
     "sinks of fewer heads": (PLAIN | {"head_sink": zeros(5)}, {}, "head_sink is [5], expected [6]"),
 }
 OTHER = "other buffers than past_key"
@@ -188,7 +197,7 @@ PRODUCTS: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "terms of float": (plain({"terms": 2.0}), {}, "attribute terms is of another type, expected an integer"),
     "list of terms": (plain({"terms": [2, 2]}), {}, "attribute terms is of another type, expected an integer"),
     "terms of a tensor": (plain({"terms": numpy_helper.from_array(X)}), {}, "attribute terms is of another type"),
-    "later version": (plain({"version": 3}), {}, "version is 3, expected 1 to 2: a later one needs a newer"),
+    "later version": (plain({"version": 4}), {}, "version is 4, expected 1 to 3: a later one needs a newer"),
     "version of a text": (plain({"version": "2"}), {}, "attribute version is of another type"),
     "unknown activation": (plain({"activation": "relu"}), {}, 'activation is "relu", expected'),
     "long activation": (plain({"activation": "%s" * 10_000}), {}, "activation is"),

@@ -349,11 +349,11 @@ def _replace_attention(model: ir.Model, node: ir.Node) -> None:
 
 
 def _cache_in_float16(model: ir.Model) -> None:
-    """Changes the type of the cache to float16, if only DecoderAttention reads it."""
+    """Changes the type of the cache to float16, if only DecoderAttention reads its numbers."""
     ends = (names.PAST_PREFIX, names.PRESENT_PREFIX)
     cached = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
     nodes = [node for value in cached for node in (*value.consumers(), value.producer()) if node is not None]
-    if all(node.op_type == "DecoderAttention" for node in nodes):
+    if all(node.op_type in ("DecoderAttention", "Shape") for node in nodes):  # a trace takes the batch from any shape
         for value in cached:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
 
