@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..export.decoders import Hybrid, Plain, gpt2, llama
+from ..export.decoders import Hybrid, Plain, Windowed, gpt2, llama
 from ..export.graft.own.registry import DECODERS
 
 CONTEXT = 40
@@ -68,6 +68,10 @@ def own(name: str, **changes: Any) -> Row:
     return Row(decoder.make, decoder.call, context=decoder.context, **changes)
 
 
+def windowed() -> nn.Module:
+    return Windowed(width=64, kv_heads=2, size=32, layers=2)
+
+
 ROWS = {
     "llama-fp32": Row(llama, options={"generate": True, "hidden_states": True}),
     "llama-fp32-standard": Row(llama, graph="standard", options={"graph": "standard", "format": "ort"}),
@@ -105,14 +109,29 @@ ROWS = {
     "hybrid-int8-native": Row(Hybrid, precision="int8", native=True, lacks=HYBRID | NATIVE),
     "hybrid-int4": Row(Hybrid, precision="int4", lacks=HYBRID),
     "hybrid-int4-native": Row(Hybrid, precision="int4", native=True, lacks=HYBRID | NATIVE),
+    "window-fp32": Row(windowed, options={"generate": True}),
+    "window-fp32-standard": Row(windowed, graph="standard", options={"graph": "standard"}),
+    "window-fp16": Row(windowed, precision="fp16"),
+    "window-int8": Row(windowed, precision="int8"),
+    "window-int8-native": Row(windowed, precision="int8", native=True, lacks=NATIVE),
+    "window-int4": Row(windowed, precision="int4"),
+    "window-int4-native": Row(windowed, precision="int4", native=True, lacks=NATIVE),
     "uneven-fp32": Row(
         lambda: Plain(value_size=16, layers=2), graph="standard", options={"generate": True}, lacks=NO_SHIFT
     ),
 }  # fmt: skip
 # Each export traces a decoder, or shares the trace of one with the same graph.
-QUICK = ("llama-fp32", "llama-int8", "llama-int8-native", "gpt2-fp32-standard", "convolution-fp32", "hybrid-fp32")
+QUICK = (
+    "llama-fp32",
+    "llama-int8",
+    "llama-int8-native",
+    "gpt2-fp32-standard",
+    "convolution-fp32",
+    "hybrid-fp32",
+    "window-fp32",
+)
 CI = (
     "llama-fp32-standard", "llama-fp32-static", "llama-fp16", "llama-int8-generate", "llama-int8-portable",
     "llama-int4", "llama-int4-native", "gpt2-fp32", "gpt2-int8", "gpt2-int4-native", "own-fp32",
-    "uneven-fp32", "hybrid-int8-native",
+    "uneven-fp32", "hybrid-int8-native", "window-int8-native",
 )  # fmt: skip

@@ -115,6 +115,20 @@ class TableRope(Plain):
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
+class Windowed(TableRope):
+    """In every second block a token sees itself and the three before it alone."""
+
+    def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        self.local = block in list(self.blocks)[1::2]
+        return super().apply_block(block, hidden, position_ids)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        places = torch.arange(query.shape[2])
+        distance = places[:, None] - places
+        seen = (distance >= 0) & (distance < 4) if self.local else distance >= 0
+        return F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=self.kv_heads < self.heads)
+
+
 class RepeatedKv(TableRope):
     """Keys and values repeated by hand for the query heads, as llama2.c does."""
 

@@ -32,6 +32,7 @@ def lengths(session: Any, mask: Array, last: int = 1) -> dict[str, Array]:
         "attention_mask": mask,
         "seqlens_k": (mask.sum(1) - 1).astype(np.int32),
         "total_sequence_length": np.array(mask.shape[1], np.int32),
+        "evicted": np.zeros(len(mask), np.int32),
         "logits_start": np.array([-last]),
     }
     return {value.name: known[value.name] for value in session.get_inputs() if value.name in known}

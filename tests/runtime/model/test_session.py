@@ -229,8 +229,8 @@ def test_cut_or_altered_anywhere_it_is_refused(lm, saved, tmp_path):
     "fields",
     [
         {"ids": [99]}, {"ids": [-1]}, {"ids": "abc"}, {"ids": [1.5]}, {"ids": [[1]]}, {"ids": [1] * 700},
-        {"lengths": [22, 0, 0]}, {"lengths": [-1, 0, 0]}, {"lengths": [20, 0, 21]}, {"lengths": [20, 1, 0]},
-        {"lengths": [1, 2]}, {"lengths": [20.0, 0, 0]}, {"arr_0": [1.0]}, {"arr_4": [1.0]},
+        {"lengths": [22, 0]}, {"lengths": [-1, 0]}, {"lengths": [20, 21]}, {"lengths": [19, 0]}, {"lengths": [20, -1]},
+        {"lengths": [20, 0, 0]}, {"lengths": [20.0, 0]}, {"arr_0": [1.0]}, {"arr_4": [1.0]},
         {"arr_0": np.zeros((1, 2, 20, 8))}, {"arr_0": np.zeros((1, 2, 5, 8), np.float32)}, {"bundle": 3},
     ],
 )  # fmt: skip

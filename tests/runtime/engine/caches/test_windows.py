@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pastkey.errors import InputError
-from pastkey.runtime import Engine
+from pastkey.errors import InputError, IntegrityError
+from pastkey.runtime import Engine, load
 from pastkey.runtime.engine.caches.kv import TRIMMABLE
 from pastkey.runtime.engine.caches.slab import Slab
 
@@ -116,6 +117,42 @@ def test_a_shift_moves_the_rows_that_are_there(window, make_bundle):
         assert engine.can_trim(engine.length)
         for token in ids_of(90, count):
             require_close(engine.decode(token), reference.feed([token])[-1])
+
+
+# --- saved sessions ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved(bundle, tmp_path_factory):
+    """A model, and the file of a session of 600 tokens."""
+    lm, path = load(bundle.path, threads=1), tmp_path_factory.mktemp("saved") / "s"
+    session = lm.session()
+    session.append(ids_of(600))
+    session.save(path)
+    return lm, path
+
+
+def test_a_saved_session_holds_the_window_and_goes_on(saved):
+    lm, path = saved
+    assert path.stat().st_size < 0.75 * 600 * lm.require_open().graph.bytes_per_token
+    again = lm.load_session(path)
+    options = {"max_new_tokens": 30, "prompt_lookup": False}
+    found = again.generate(**options)
+    assert (found.ids, found.cached_tokens) == (lm.generate(ids_of(600), **options).ids, 598)
+    again.trim(100)
+    assert again.generate(max_new_tokens=5).cached_tokens == 0  # from the beginning
+
+
+@pytest.mark.parametrize("rows", [0, WINDOW - 2, 601])
+@pytest.mark.parametrize("calls", [(2, 3), (2,), (0, 1)])
+def test_a_window_of_other_rows_is_refused(rows, calls, saved, tmp_path):
+    lm, path = saved
+    with np.load(path) as found:
+        content = dict(found)
+    for call in calls:
+        content[f"arr_{call}"] = np.zeros((1, 2, rows, SIZE), np.float32)
+    with (tmp_path / "altered").open("wb") as out:
+        np.savez(out, **content)
+    with pytest.raises(IntegrityError, match="cannot be read as a saved session"):
+        lm.load_session(tmp_path / "altered")
 
 
 # --- several sequences ------------------------------------------------------------------------------------------------
