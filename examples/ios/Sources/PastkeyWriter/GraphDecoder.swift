@@ -55,6 +55,7 @@ final class GraphDecoder {
             "attention_mask": try value([Int64](repeating: 1, count: end), .int64, shape: [1, NSNumber(value: end)]),
             "seqlens_k": try value([Int32(end - 1)], .int32, shape: [1]),
             "total_sequence_length": try value([Int32(end)], .int32, shape: []),
+            "evicted": try value([Int32(0)], .int32, shape: [1]),
             "logits_start": try value([Int64(-1)], .int64, shape: [1]),
         ]
         return known.filter { names.contains($0.key) }

@@ -65,6 +65,7 @@ class Decoder(
             "attention_mask" to { tensor(LongArray(end) { 1 }, longArrayOf(1, end.toLong())) },
             "seqlens_k" to { tensor(intArrayOf(end - 1), longArrayOf(1)) },
             "total_sequence_length" to { tensor(intArrayOf(end), longArrayOf()) },
+            "evicted" to { tensor(intArrayOf(0), longArrayOf(1)) },
             "logits_start" to { tensor(longArrayOf(-1), longArrayOf(1)) },
         )
         return makers.filterKeys { it in session.inputNames }.mapValues { (_, make) -> make() }
