@@ -22,8 +22,10 @@ from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
 from .binding import Binding
+from .caches.capacity import Windows, bytes_per_token
 from .caches.fixed import FixedKVCache
-from .caches.kv import STATE_MARKS, WINDOW_MARKS, KVCache, Windows
+from .caches.kv import KVCache
+from .caches.marks import STATE_MARKS, WINDOW_MARKS
 from .caches.states import state_bytes
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
@@ -49,15 +51,11 @@ class GraphOptions(PlacementOptions, total=False):
 
 
 class Bound(Protocol):
-    """A cache with bound keys and values, which a run reads and writes.
-
-    `evicted`: number of first tokens that are no longer in tensors of windowed attention calls, of each sequence or of
-    all.
-    """
+    """A cache with bound keys and values, which a run reads and writes."""
 
     onnx: Any
     binding: Binding
-    evicted: Any
+    evicted: Any  # of each sequence, or of all: first tokens that windowed attention calls no longer hold
 
     def columns(self, mask: Ids) -> Ids:
         """The graph's attention_mask of the `mask` (B, S)."""
@@ -228,11 +226,6 @@ class DecoderGraph:
         """Whether a prefix of a cache can be copied: the cache is in CPU memory and has no rows of convolutions."""
         return self.provider.device == "cpu" and not self.manifest.rows
 
-    @property
-    def marks(self) -> bool:
-        """Whether a cache cannot be trimmed everywhere, and is marked."""
-        return bool(self.manifest.states) or self.windows is not None
-
     @functools.cached_property
     def windows(self) -> Windows | None:
         """The attention calls whose caches let rows go that no window sees any more.
@@ -240,13 +233,12 @@ class DecoderGraph:
         In the fused graph on the CPU, those with a window; in the standard graph all, if all have one.
         """
         manifest = self.manifest
-        local = tuple(window > 0 for window in manifest.windows)
         if self.fused:
             there = names.EVICTED in self._inputs and self.provider.device == "cpu"
         else:
-            there = manifest.window is not None and manifest.padding and self._static_decode is None
-            there = there and not self.provider.fixed_shapes
-        return Windows(local, max(manifest.windows)) if there and any(local) else None
+            every = manifest.window is not None and manifest.padding
+            there = every and self._static_decode is None and not self.provider.fixed_shapes
+        return Windows.of(manifest) if there else None
 
     @property
     def _chunk(self) -> int:
@@ -261,17 +253,11 @@ class DecoderGraph:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the cache per token of one sequence."""
-        return sum(self._bytes_per_row)
+        return sum(self._bytes_per_token)
 
     @property
-    def _bytes_per_row(self) -> tuple[int, int]:
-        """Bytes of a token's keys and values of attention calls that keep all rows, and of those that evict some."""
-        calls = [False] * len(self.manifest.layers) if self.windows is None else self.windows.calls
-        sizes = [0, 0]
-        for layer, local in zip(self.manifest.layers, calls, strict=True):
-            numbers = layer.kv_heads * (layer.key_head_size + layer.value_head_size)
-            sizes[local] += numbers * np.dtype(self.cache_dtype).itemsize
-        return sizes[0], sizes[1]
+    def _bytes_per_token(self) -> tuple[int, int]:
+        return bytes_per_token(self.manifest.layers, self.windows, np.dtype(self.cache_dtype).itemsize)
 
     def cache_bytes(self, tokens: int) -> int:
         """Largest size in bytes of the cache of one sequence of `tokens`.
@@ -279,16 +265,13 @@ class DecoderGraph:
         A static graph allocates the whole context at once. A run of the standard graph holds the cache twice, as past
         and as present.
         """
-        manifest = self.manifest
-        if manifest.static is not None:
-            return self.bytes_per_token * manifest.context_length
-        plain, local = self._bytes_per_row
-        tokens = min(tokens, manifest.context_length)
+        manifest, (plain, local) = self.manifest, self._bytes_per_token
+        tokens = manifest.context_length if manifest.static is not None else min(tokens, manifest.context_length)
         size = plain * tokens + local * min(tokens, self.window_rows)
         marks = STATE_MARKS if manifest.states else WINDOW_MARKS
-        kept = 0 if self.windows is None else local * min(tokens, self.windows.widest)
-        states = (2 + marks) * state_bytes(manifest.states) + marks * kept
-        return (2 * size if manifest.graph == "standard" else size) + states
+        marked = 0 if self.windows is None else local * min(tokens, self.windows.widest)
+        kept = (2 + marks) * state_bytes(manifest.states) + marks * marked
+        return (2 * size if manifest.graph == "standard" else size) + kept
 
     def chunk_sizes(self, tokens: int, length: int = 0, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill of `tokens` behind `length` cached ones.

@@ -278,7 +278,8 @@ class Engine:
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill. A mark comes before those that a later prompt runs in any case."""
         last = self.graph.prefill_tokens
-        if not (self.marks and self.graph.marks and tokens - last >= MARKED):
+        marks = self.marks and (self.manifest.states or self.graph.windows)
+        if not (marks and tokens - last >= MARKED):
             return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
         return [*self.graph.chunk_sizes(tokens - last, self.cache.length, chunk_size), last]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pastkey.errors import InputError
 
 from ..decoding.many import several
-from ..engine.caches.kv import GROWTH_STEP, grown
+from ..engine.caches.capacity import GROWTH_STEP, grown
 from ..engine.decoder_graph import PREFILL_CHUNK, HiddenStates, Ids
 from ..engine.engine import Engine
 from ..options import require_valid

@@ -95,5 +95,5 @@ def made(made_once):
 def this(request, made, monkeypatch):
     """The row that the test is of. Caches of a window grow by so few rows that some are evicted."""
     if request.param.startswith("window"):
-        monkeypatch.setattr("pastkey.runtime.engine.caches.kv.GROWTH_STEP", 8)
+        monkeypatch.setattr("pastkey.runtime.engine.caches.capacity.GROWTH_STEP", 8)
     return made(request.param)

@@ -19,7 +19,8 @@ from pastkey.errors import InputError
 from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
-from .kv import grown, move_up
+from .capacity import grown
+from .kv import move_up
 
 Rows = npt.NDArray[Any]
 

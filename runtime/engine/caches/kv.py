@@ -18,38 +18,9 @@ from pastkey.values import shown
 from ...providers.ort import onnxruntime
 from ..binding import new_bindings
 from ..shift import Moved
+from .capacity import Windows, grown
+from .marks import STATE_MARKS, WINDOW_MARKS, Marks
 from .states import Arrays, States
-
-GROWTH_STEP = 128  # smallest growth of a cache, in rows
-# Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
-TRIMMABLE = 16
-STATE_MARKS, WINDOW_MARKS = 4, 2  # the most marks of a cache with states, and with windows alone
-
-
-def grown(capacity: int, needed: int, context_length: int) -> int:
-    """The new capacity, in rows, of a cache that needs more.
-
-    At least a quarter more than `capacity`, a multiple of GROWTH_STEP, and at most the context.
-    """
-    wanted = max(needed, capacity + capacity // 4)
-    return min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, context_length)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The attention calls of a graph whose rows can be evicted, once no token sees them."""
-
-    calls: tuple[bool, ...]  # for each call, whether it is one
-    widest: int  # tokens that the widest window of them sees, with the new one
-
-    @property
-    def kept(self) -> int:
-        """The fewest rows that an eviction leaves."""
-        return self.widest - 1 + TRIMMABLE
-
-    def capacity(self, tokens: int, context_length: int) -> int:
-        """Rows of a buffer for runs of up to so many tokens."""
-        return grown(0, self.kept + max(tokens, self.kept // 4 + 1), context_length)
 
 
 @dataclass(frozen=True)
@@ -125,7 +96,7 @@ class KVCache:
         # Memory of a shared buffer on the CPU, (B, K, capacity, D): keys and values of each attention call in turn.
         self.arrays: list[npt.NDArray[Any]] = []
         self._capacities = [0, 0]  # of the plain tensors, and of the windowed ones
-        self._marks: list[tuple[int, list[npt.NDArray[Any]]]] = []  # (tokens, windowed rows and states), in order
+        self._marks = Marks(STATE_MARKS if states else WINDOW_MARKS)  # windowed rows, then states
         self.batch = 0  # B
         self.length = 0  # tokens per sequence, padding included
         self.evicted = 0  # first tokens that are no longer in the windowed tensors
@@ -146,9 +117,8 @@ class KVCache:
         """Current size of the tensors in bytes, with the marks."""
         rows = self._capacities if self._shared else [self.length, self.length - self.evicted]
         numbers = sum((t.kv_heads or 0) * t.head_size * rows[t.windowed] for t in self._tensors) + self._rows
-        more = sum(array.nbytes for _, arrays in self._marks for array in arrays)
-        more += 0 if self.states is None else self.states.nbytes
-        return self.batch * numbers * self._dtype.itemsize + more
+        states = 0 if self.states is None else self.states.nbytes
+        return self.batch * numbers * self._dtype.itemsize + states + self._marks.nbytes
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -220,11 +190,9 @@ class KVCache:
         """The largest number of tokens, at most `length`, to which each sequence can be trimmed."""
         if self._can_go_back(length):
             return length
-        points = [tokens for tokens, _ in self._marks if tokens <= length]
         undo = None if self.states is None else self.states.undo
-        if undo is not None and undo <= length and self._can_go_back(undo):
-            points.append(undo)
-        return max(points, default=0)
+        undone = undo if undo is not None and undo <= length and self._can_go_back(undo) else 0
+        return max(undone, self._marks.nearest(length))
 
     def _can_go_back(self, length: int) -> bool:
         """Whether each sequence can be trimmed to `length` tokens without a mark."""
@@ -240,34 +208,28 @@ class KVCache:
             self.reset()
             return
         if not self._can_go_back(length):
-            self._restore(length, self._marked(length))
+            self._restore(length, self._marks[length])
         elif self.states is not None and self.states.back(length):
             self._swap()
         if not self._shared and length < self.length:
             held = length, length - self.evicted
             for index, tensor in enumerate(self._tensors):
                 self._put(index, self._array(index)[:, :, : held[tensor.windowed]])
-        self._marks = [mark for mark in self._marks if mark[0] <= length]
+        self._marks = self._marks.up_to(length)
         self.length = length
 
     def mark(self) -> None:
-        """Keeps copies of what cannot be trimmed. The oldest mark but one goes if there are too many."""
-        if (self.windows is None and self.states is None) or any(tokens == self.length for tokens, _ in self._marks):
+        """Keeps copies of what cannot be trimmed."""
+        if (self.windows is None and self.states is None) or self.length in self._marks:
             return
         rows = self.length - self.evicted
         first = 0 if self.windows is None else max(0, rows - self.windows.widest + 1)
         kept = [self._array(index)[:, :, first:rows] for index in self._windowed()]
-        states = [] if self.states is None else self.states.copies[self.states.now]
-        self._marks.append((self.length, [array.copy() for array in (*kept, *states)]))
-        if len(self._marks) > (WINDOW_MARKS if self.states is None else STATE_MARKS):
-            del self._marks[1]
+        self._marks.add(self.length, [*kept, *([] if self.states is None else self.states.copies[self.states.now])])
 
     def share_marks(self, other: KVCache, length: int) -> None:
         """Takes the marks of another cache up to `length` tokens."""
-        self._marks = [mark for mark in other._marks if mark[0] <= length]
-
-    def _marked(self, length: int) -> list[npt.NDArray[Any]]:
-        return next(arrays for tokens, arrays in self._marks if tokens == length)
+        self._marks = other._marks.up_to(length)
 
     def _restore(self, length: int, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """Replaces the windowed rows and the states by copies of those of a mark."""
@@ -317,13 +279,13 @@ class KVCache:
         length = self.length - (end - start)
         if left:
             self.fill(left, length)
-        self.length, self._marks = length, []
+        self.length, self._marks = length, self._marks.up_to(0)
         self.evicted = self._least = evicted
 
     def reset(self) -> None:
         """Forgets all tokens. A shared buffer stays for the next prompt."""
         self.length = self.evicted = self._least = 0
-        self._marks = []
+        self._marks = self._marks.up_to(0)
         if not self._shared:
             self._values = []
             self.binding.clear_binding_outputs()
@@ -335,7 +297,7 @@ class KVCache:
         Of windowed tensors those that are there. In CPU memory these are views of the cache.
         """
         self._require_trimmable(length)
-        marked = [] if self._can_go_back(length) else self._marked(length)
+        marked = [] if self._can_go_back(length) else self._marks[length]
         local, held = self._windowed(), (length, length - self.evicted)
         arrays = [value.numpy() for value in self._values]
         rows = [

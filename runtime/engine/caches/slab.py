@@ -20,7 +20,8 @@ from ...providers.ort import onnxruntime
 from ..binding import new_bindings
 from ..decoder_graph import DecoderGraph, Ids, Logits
 from ..engine import Engine
-from .kv import KVCache, grown
+from .capacity import grown
+from .kv import KVCache
 from .states import States
 
 _FIRST_ROWS = 4  # initial number of rows; it doubles at each growth

@@ -11,7 +11,7 @@ from pastkey.errors import ResourceError
 from pastkey.runtime import Engine
 from pastkey.runtime.decoding.batching.cache_budget import CacheMemory
 from pastkey.runtime.decoding.batching.prefix_cache import PrefixStore
-from pastkey.runtime.engine.caches.kv import GROWTH_STEP
+from pastkey.runtime.engine.caches.capacity import GROWTH_STEP
 from pastkey.runtime.engine.decoder_graph import DecoderGraph
 
 from ...conftest import ids_of, require_close

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pastkey.errors import InputError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine
+from pastkey.runtime.engine.caches.capacity import GROWTH_STEP
 from pastkey.runtime.engine.caches.fixed import FixedKVCache
-from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
+from pastkey.runtime.engine.caches.kv import KVCache
 from pastkey.runtime.engine.caches.static_graphs import StaticGraphs
 from pastkey.runtime.providers.ort import onnxruntime
 

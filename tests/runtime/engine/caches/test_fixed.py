@@ -11,8 +11,9 @@ from pastkey.contract.bundle import KVGeometry, RowsGeometry, StaticShape
 from pastkey.errors import InputError, IntegrityError
 from pastkey.providers import PROVIDERS
 from pastkey.runtime import Engine
+from pastkey.runtime.engine.caches.capacity import GROWTH_STEP
 from pastkey.runtime.engine.caches.fixed import FixedKVCache, FixedRows
-from pastkey.runtime.engine.caches.kv import GROWTH_STEP, KVCache
+from pastkey.runtime.engine.caches.kv import KVCache
 from pastkey.runtime.engine.caches.static_graphs import visible_columns
 
 from ...conftest import ids_of, require_close

@@ -10,7 +10,7 @@ import pytest
 
 from pastkey.errors import InputError, IntegrityError
 from pastkey.runtime import Engine, load
-from pastkey.runtime.engine.caches.kv import TRIMMABLE
+from pastkey.runtime.engine.caches.capacity import TRIMMABLE
 from pastkey.runtime.engine.caches.slab import Slab
 
 from ...conftest import ids_of, require_close

@@ -1,0 +1,52 @@
+"""How many rows a buffer of keys and values has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pastkey.contract.bundle import KVGeometry, Manifest
+
+GROWTH_STEP = 128  # smallest growth of a cache, in rows
+# Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
+TRIMMABLE = 16
+
+
+def grown(capacity: int, needed: int, context_length: int) -> int:
+    """The new capacity, in rows, of a cache that needs more.
+
+    At least a quarter more than `capacity`, a multiple of GROWTH_STEP, and at most the context.
+    """
+    wanted = max(needed, capacity + capacity // 4)
+    return min(-(-wanted // GROWTH_STEP) * GROWTH_STEP, context_length)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The attention calls of a graph whose rows can be evicted, once no token sees them."""
+
+    calls: tuple[bool, ...]  # for each call, whether it is one
+    widest: int  # tokens that the widest window of them sees, with the new one
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Windows | None:
+        """Those of a bundle with windows."""
+        calls = tuple(window > 0 for window in manifest.windows)
+        return cls(calls, max(manifest.windows)) if any(calls) else None
+
+    @property
+    def kept(self) -> int:
+        """The fewest rows that an eviction leaves."""
+        return self.widest - 1 + TRIMMABLE
+
+    def capacity(self, tokens: int, context_length: int) -> int:
+        """Rows of a buffer for runs of up to so many tokens."""
+        return grown(0, self.kept + max(tokens, self.kept // 4 + 1), context_length)
+
+
+def bytes_per_token(layers: Sequence[KVGeometry], windows: Windows | None, itemsize: int) -> tuple[int, int]:
+    """Bytes of a token's keys and values: of attention calls that keep all rows, and of those that evict some."""
+    sizes = [0, 0]
+    for layer, local in zip(layers, [False] * len(layers) if windows is None else windows.calls, strict=True):
+        sizes[local] += layer.kv_heads * (layer.key_head_size + layer.value_head_size) * itemsize
+    return sizes[0], sizes[1]
