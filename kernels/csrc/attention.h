@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "recurrence.h"
+
 namespace pastkey {
 
 // A row's keys are summed in parts that start at multiples of kAttentionPart and are merged in order. What a part holds
@@ -20,8 +22,8 @@ struct AttentionTiles {
   size_t (*size)(size_t head_size);  // bytes of `packed`
   // query [count, D]; only between begin and end, on one thread, as score and add
   void (*pack_query)(const float* query, size_t count, size_t head_size, uint8_t* packed);
-  // scores [kAttentionRows, kAttentionPart] = query * the keys [begin, end), and no others are read. Of the blocks of 16
-  // that hold these keys; what stands beside them means nothing.
+  // scores [kAttentionRows, kAttentionPart] = query * the keys [begin, end), and no others are read. Of the blocks of
+  // 16 that hold these keys; what stands beside them means nothing.
   void (*score)(size_t head_size, const char* keys, size_t begin, size_t end, uint8_t* packed, float* scores);
   // out [kAttentionRows, D] = weights [count, kAttentionPart] * the values [begin, end), in blocks of 32. False where
   // one of these values is not finite: it would reach the rows that do not see it, whose weight is 0.
@@ -61,6 +63,9 @@ struct AttentionKernels {
   void (*merge)(size_t head_size, const AttentionSums& part, const AttentionSums& sums);
   // Writes one row of the output. sink: a score that takes part in softmax's sum only, or null.
   void (*finish)(size_t head_size, const AttentionSums& sums, const float* sink, float* y);
+  // What stands in attention's place in other layers, by the same lanes (recurrence.h).
+  void (*recur)(const Recurrence& recurrence);
+  void (*convolve)(const Convolution& convolution);
 };
 
 extern const AttentionTiles amx_attention_tiles;

@@ -74,9 +74,10 @@ inline float reduce_max(Vec a) {
 }
 
 #include "attention.inl"
+#include "recurrence.inl"
 
 }  // namespace
 
-const AttentionKernels avx2_attention = {attend, merge, finish};
+const AttentionKernels avx2_attention = {attend, merge, finish, recur, convolve};
 
 }  // namespace pastkey

@@ -68,9 +68,10 @@ inline float reduce_add(Vec a) {
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 
 #include "attention.inl"
+#include "recurrence.inl"
 
 }  // namespace
 
-const AttentionKernels avx512_attention = {attend, merge, finish};
+const AttentionKernels avx512_attention = {attend, merge, finish, recur, convolve};
 
 }  // namespace pastkey

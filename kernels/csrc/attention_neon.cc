@@ -79,9 +79,10 @@ inline float reduce_add(Vec a) {
 inline float reduce_max(Vec a) { return vmaxvq_f32(max(max(a.v[0], a.v[1]), max(a.v[2], a.v[3]))); }
 
 #include "attention.inl"
+#include "recurrence.inl"
 
 }  // namespace
 
-const AttentionKernels neon_attention = {attend, merge, finish};
+const AttentionKernels neon_attention = {attend, merge, finish, recur, convolve};
 
 }  // namespace pastkey

@@ -92,9 +92,10 @@ float reduce_max(const Vec& a) {
 }
 
 #include "attention.inl"
+#include "recurrence.inl"
 
 }  // namespace
 
-const AttentionKernels portable_attention = {attend, merge, finish};
+const AttentionKernels portable_attention = {attend, merge, finish, recur, convolve};
 
 }  // namespace pastkey

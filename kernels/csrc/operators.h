@@ -17,7 +17,11 @@ constexpr size_t kDecodeRows = 8;  // up to so many rows, or tokens, give the sa
 const OrtCustomOp* matmul_int8();
 const OrtCustomOp* norm_matmul_int8();
 const OrtCustomOp* decoder_attention();
+const OrtCustomOp* decoder_recurrence();
+const OrtCustomOp* decoder_convolution();
 
-inline std::vector<const OrtCustomOp*> operators() { return {matmul_int8(), norm_matmul_int8(), decoder_attention()}; }
+inline std::vector<const OrtCustomOp*> operators() {
+  return {matmul_int8(), norm_matmul_int8(), decoder_attention(), decoder_recurrence(), decoder_convolution()};
+}
 
 }  // namespace pastkey

@@ -68,6 +68,10 @@ def own(name: str, **changes: Any) -> Row:
     return Row(decoder.make, decoder.call, context=decoder.context, **changes)
 
 
+def hybrid() -> nn.Module:
+    return Hybrid(width=64, kv_heads=2, size=32)
+
+
 def windowed() -> nn.Module:
     return Windowed(width=64, kv_heads=2, size=32, layers=2)
 
@@ -102,13 +106,13 @@ ROWS = {
     "latent-int8": own("latent", graph="standard", precision="int8"),
     "convolution-fp32": own("short_conv", graph="standard", options={"generate": True}, lacks=STATES),
     "convolution-int8": own("short_conv", graph="standard", precision="int8", lacks=STATES),
-    "hybrid-fp32": Row(Hybrid, options={"generate": True, "hidden_states": True}, lacks=HYBRID),
-    "hybrid-fp32-standard": Row(Hybrid, graph="standard", options={"graph": "standard"}, lacks=HYBRID),
-    "hybrid-fp16": Row(Hybrid, precision="fp16", lacks=HYBRID),
-    "hybrid-int8": Row(Hybrid, precision="int8", lacks=HYBRID),
-    "hybrid-int8-native": Row(Hybrid, precision="int8", native=True, lacks=HYBRID | NATIVE),
-    "hybrid-int4": Row(Hybrid, precision="int4", lacks=HYBRID),
-    "hybrid-int4-native": Row(Hybrid, precision="int4", native=True, lacks=HYBRID | NATIVE),
+    "hybrid-fp32": Row(hybrid, options={"generate": True, "hidden_states": True}, lacks=HYBRID),
+    "hybrid-fp32-standard": Row(hybrid, graph="standard", options={"graph": "standard"}, lacks=HYBRID),
+    "hybrid-fp16": Row(hybrid, precision="fp16", lacks=HYBRID),
+    "hybrid-int8": Row(hybrid, precision="int8", lacks=HYBRID),
+    "hybrid-int8-native": Row(hybrid, precision="int8", native=True, lacks=HYBRID | NATIVE),
+    "hybrid-int4": Row(hybrid, precision="int4", lacks=HYBRID),
+    "hybrid-int4-native": Row(hybrid, precision="int4", native=True, lacks=HYBRID | NATIVE),
     "window-fp32": Row(windowed, options={"generate": True}),
     "window-fp32-standard": Row(windowed, graph="standard", options={"graph": "standard"}),
     "window-fp16": Row(windowed, precision="fp16"),

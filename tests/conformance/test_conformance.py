@@ -20,10 +20,9 @@ from pastkey.runtime import Engine, Generation, Request, SamplingConfig
 from pastkey.runtime.engine import golden
 from pastkey.runtime.engine.caches.slab import Slab
 
-from ..export.decoders import Hybrid
 from ..export.plain_loop import Text, open_graph
 from ..shared import divided
-from .bundles import CI, QUICK, ROWS
+from .bundles import CI, QUICK, ROWS, hybrid
 
 
 def rows(behaviour: str, applies: Any = lambda row: True) -> Any:
@@ -222,7 +221,7 @@ def test_a_saved_session_goes_on_as_the_open_one(this, tmp_path):
         assert session.generate(max_new_tokens=6).ids == expected
 
 
-@rows("states", lambda row: row.build is Hybrid)
+@rows("states", lambda row: row.build is hybrid)
 def test_a_saved_session_whose_states_are_not_this_bundles_is_refused(this, tmp_path):
     model, file = this.load(), tmp_path / "session.npz"
     with model.session() as session:

@@ -39,7 +39,7 @@ def sources() -> dict[str, list[str]]:
 
 
 SOURCES = sources()
-OF_NO_LEVEL = [f"csrc/{name}.cc" for name in ("library", "levels", "draw", "matmul", "attention")]
+OF_NO_LEVEL = [f"csrc/{name}.cc" for name in ("library", "levels", "draw", "matmul", "attention", "recurrence")]
 
 
 @pytest.mark.slow

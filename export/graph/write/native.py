@@ -5,6 +5,8 @@
 3. a bias and SiLU or GELU behind, or gating  -> in the same node
 4. a norm in front, with its residual sum     -> NormMatMulInt8
 5. GroupQueryAttention                        -> DecoderAttention, with the cache in float16 if all calls have a kernel
+6. LinearAttention                            -> DecoderRecurrence
+7. CausalConvWithState and what transposes it -> DecoderConvolution
 
 A node without a kernel stays as it is.
 """
@@ -77,7 +79,8 @@ def to_native(model: ir.Model) -> bool:
     attention = [node for node in model.graph if _is_attention(node)]
     for node in attention:
         _replace_attention(model, node)
-    if not matmuls and not attention:
+    states = [_replace_recurrence(model, node) or _replace_convolution(model, node) for node in tuple(model.graph)]
+    if not matmuls and not attention and not any(states):
         return False
     _cache_in_float16(model)
     _compute_scales_apart(model)
@@ -346,6 +349,55 @@ def _replace_attention(model: ir.Model, node: ir.Node) -> None:
         name=node.name,
     )
     replace_node(model, node, new)
+
+
+# --- states -------------------------------------------------------------------------------------------------------
+_LANES, _KEY_SIZES, _TAPS = 16, range(16, 257, 16), range(1, 9)
+
+
+def _state_of(node: ir.Node, operator: str) -> list[int] | None:
+    """The sizes of the state, of one sequence, that an operator of onnxruntime reads."""
+    if node.op_type != operator or node.domain != CONTRIB_DOMAIN or len(node.inputs) < 4 or node.inputs[3] is None:
+        return None
+    shape = node.inputs[3].shape
+    sizes = [] if shape is None else [size for size in shape[1:] if isinstance(size, int)]
+    return sizes if shape is not None and len(sizes) == len(shape) - 1 else None
+
+
+def _replace_recurrence(model: ir.Model, node: ir.Node) -> bool:
+    """Applies rule 6. Returns whether the node has a kernel."""
+    sizes = _state_of(node, "LinearAttention")
+    fits = sizes is not None and sizes[1] in _KEY_SIZES and sizes[2] % _LANES == 0
+    if not fits or _integer(node, "kv_num_heads") % max(1, _integer(node, "q_num_heads")):
+        return False
+    attributes = {name: node.attributes[name] for name in ("q_num_heads", "kv_num_heads", "scale", "update_rule")
+                  if name in node.attributes}  # fmt: skip
+    _put(model, node, node, "DecoderRecurrence", list(node.inputs), attributes)
+    return True
+
+
+def _replace_convolution(model: ir.Model, node: ir.Node) -> bool:
+    """Applies rule 7. Returns whether the node has a kernel."""
+    sizes = _state_of(node, "CausalConvWithState")
+    before, after = producer(node.inputs[0], "Transpose"), sole_consumer(node.outputs[0])
+    ends = [each for each in (before, after) if each is not None and each.op_type == "Transpose"]
+    swapped = [each for each in ends if list(each.attributes.get_ints("perm", [])) == [0, 2, 1]]
+    if sizes is None or sizes[0] % _LANES or sizes[1] + 1 not in _TAPS or len(swapped) < 2:
+        return False
+    activation = node.attributes.get_string("activation", "none")
+    if activation not in ("none", "silu", "swish"):
+        return False
+    inputs = [swapped[0].inputs[0], *node.inputs[1:4]]
+    _put(model, swapped[1], node, "DecoderConvolution", inputs, {"activation": activation.replace("swish", "silu")})
+    return True
+
+
+def _put(model: ir.Model, last: ir.Node, node: ir.Node, operator: str, inputs: list[Any], attributes: Any) -> None:
+    """Puts an operator in the place of `node`, whose state it returns, and of `last`, whose result it returns."""
+    new = ir.node(operator, inputs, attributes, domain=names.NATIVE_DOMAIN, num_outputs=2, name=node.name)
+    model.graph.insert_before(node, new)
+    replace_value(model, last.outputs[0], new.outputs[0])
+    replace_value(model, node.outputs[1], new.outputs[1])
 
 
 def _cache_in_float16(model: ir.Model) -> None:

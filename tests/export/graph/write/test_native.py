@@ -59,7 +59,7 @@ def test_a_node_takes_in_what_stands_around_it(body, bits):
     assert node.domain == names.NATIVE_DOMAIN
     assert not {"MatMulNBits", "Sigmoid", "Gelu"} & {node.op_type for node in model.graph}
     if BUILT:
-        np.testing.assert_allclose(_run_native(model, x=x), expected, rtol=2e-5, atol=2e-4)
+        np.testing.assert_allclose(_run_native(model, x=x)[0], expected, rtol=2e-5, atol=2e-4)
 
 
 def _run_native(model, **inputs):
@@ -68,8 +68,7 @@ def _run_native(model, **inputs):
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(pastkey_kernels.library_path())
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    (found,) = session.run(None, inputs)
-    return np.asarray(found)
+    return session.run(None, inputs)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_both_terms_of_the_head_are_one_node():
     assert operators == ["Neg", "Slice", MATMUL]
     assert model.graph[2].attributes["terms"].value == 2
     if BUILT:
-        np.testing.assert_allclose(_run_native(model, **inputs), expected, rtol=2e-5, atol=2e-4)
+        np.testing.assert_allclose(_run_native(model, **inputs)[0], expected, rtol=2e-5, atol=2e-4)
 
 
 def test_scales_are_read_where_they_lie(tmp_path, monkeypatch):
@@ -119,6 +118,32 @@ def test_scales_are_read_where_they_lie(tmp_path, monkeypatch):
         parts = [node.inputs[place].const_value for node in (first, second)]
         assert all(isinstance(part, ir.ExternalTensor) for part in parts)
         np.testing.assert_array_equal(np.concatenate([part.numpy() for part in parts]), whole)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(16, True), (24, False)])
+def test_states_have_kernels_where_their_sizes_are_multiples_of_16(size, taken):
+    wide = 3 * size
+    model = model_of(
+        f"""g (float[b,t,{wide}] x, float[{wide},1,3] w, float[b,{wide},2] old, float[b,1,{size},{size}] before,
+        float[b,t,1] decay, int64[3] parts)
+        => (float[b,t,{size}] y, float[b,{wide},2] new, float[b,1,{size},{size}] after)
+        {{ a = Transpose <perm = [0, 2, 1]> (x)
+        c, new = com.microsoft.CausalConvWithState <activation = "silu"> (a, w, "", old)
+        d = Transpose <perm = [0, 2, 1]> (c)
+        q, k, v = Split <axis = -1> (d, parts)
+        y, after = com.microsoft.LinearAttention <q_num_heads = 1, kv_num_heads = 1, update_rule = "gated">
+            (q, k, v, before, decay) }}""",
+        w=RNG.normal(size=(wide, 1, 3)).astype(np.float32),
+        parts=np.array([size] * 3),
+    )
+    sizes = {"x": (2, 5, wide), "old": (2, wide, 2), "before": (2, 1, size, size), "decay": (2, 5, 1)}
+    feeds = {name: -np.abs(RNG.normal(size=shape)).astype(np.float32) for name, shape in sizes.items()}
+    expected = run_model(model, **feeds)
+    assert to_native(model) == taken
+    assert ("Transpose" in {node.op_type for node in model.graph}) != taken
+    if BUILT and taken:
+        for found, right in zip(_run_native(model, **feeds), expected, strict=True):
+            np.testing.assert_allclose(found, right, rtol=2e-5, atol=2e-5)
 
 
 def test_a_matrix_in_blocks_of_16_stays():
