@@ -238,7 +238,7 @@ class DecoderGraph:
         else:
             every = manifest.window is not None and manifest.padding
             there = every and self._static_decode is None and not self.provider.fixed_shapes
-        return Windows.of(manifest) if there else None
+        return Windows.of(manifest, self._chunk) if there else None
 
     @property
     def _chunk(self) -> int:
@@ -247,8 +247,7 @@ class DecoderGraph:
     @property
     def window_rows(self) -> int:
         """Rows of a buffer of an attention call whose rows are evicted."""
-        context = self.manifest.context_length
-        return context if self.windows is None else self.windows.capacity(self._chunk, context)
+        return self.manifest.context_length if self.windows is None else self.windows.capacity(self._chunk)
 
     @property
     def bytes_per_token(self) -> int:

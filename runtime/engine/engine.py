@@ -40,6 +40,7 @@ class Engine:
             of one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in
             the last bits.
         marks: Whether to mark the cache where a later prompt may begin: behind each chunk of a prompt.
+        branch: Number of tokens that the next prompt shares with another one. The mark behind them stays.
     """
 
     def __init__(self, bundle: Bundle, **options: Unpack[GraphOptions]) -> None:
@@ -77,7 +78,7 @@ class Engine:
         self._ids: list[int] | None = []  # ids of the cached tokens; None if unknown
         self._padding = Padding()
         self.resets = 0
-        self.exact_length = 0
+        self.exact_length = self.branch = 0
         self.marks = False
 
     @property
@@ -152,11 +153,7 @@ class Engine:
         Returns:
             The number of tokens that stay. The caller appends `ids` from there on.
         """
-        shared = self.shared_with(ids)
-        if exact:
-            shared = min(shared, self.exact_length)
-        if not self.can_trim(shared):
-            shared = 0
+        self.branch, shared = self.common(ids), self.shared_with(ids, exact=exact)
         if not shared:
             self.reset()
         else:
@@ -169,11 +166,16 @@ class Engine:
         """Whether the cache can be trimmed to `length` tokens and still holds all that the next token sees."""
         return self.cache.nearest(length) == length
 
-    def shared_with(self, ids: Sequence[int]) -> int:
-        """The largest part that the cache can be trimmed to of the prefix that it shares with `ids` (T,).
+    def shared_with(self, ids: Sequence[int], *, exact: bool = False) -> int:
+        """The largest length that the cache can be trimmed to, of the prefix that it shares with `ids` (T,).
 
-        Without the last ids, which are a prefill.
+        `exact`: whether only tokens count that a prefill computed.
         """
+        shared = self.common(ids)
+        return self.cache.nearest(min(shared, self.exact_length) if exact else shared)
+
+    def common(self, ids: Sequence[int]) -> int:
+        """Length of the prefix that the cached tokens share with `ids` (T,), without the last ids: a prefill."""
         require_valid({"ids": ids})
         last = 1 if self.manifest.rows else self.graph.prefill_tokens
         shared = 0
@@ -181,7 +183,7 @@ class Engine:
             if mine != theirs:
                 break
             shared += 1
-        return self.cache.nearest(shared)
+        return shared
 
     def copy(self, length: int | None = None, room: int = 0) -> Engine:
         """A new engine whose cache holds copies of the first `length` tokens of each sequence, or of all.
@@ -277,11 +279,15 @@ class Engine:
 
     def chunk_sizes(self, tokens: int, chunk_size: int | None = None) -> list[int]:
         """The tokens of each run of a prefill. A mark comes before those that a later prompt runs in any case."""
-        last = self.graph.prefill_tokens
+        start, last = self.cache.length, self.graph.prefill_tokens
         marks = self.marks and (self.manifest.states or self.graph.windows)
         if not (marks and tokens - last >= MARKED):
-            return self.graph.chunk_sizes(tokens, self.cache.length, chunk_size)
-        return [*self.graph.chunk_sizes(tokens - last, self.cache.length, chunk_size), last]
+            return self.graph.chunk_sizes(tokens, start, chunk_size)
+        before = self.branch - start
+        if not MARKED <= before <= tokens - last - MARKED:
+            return [*self.graph.chunk_sizes(tokens - last, start, chunk_size), last]
+        sizes = self.graph.chunk_sizes(before, start, chunk_size)
+        return [*sizes, *self.graph.chunk_sizes(tokens - last - before, start + before, chunk_size), last]
 
     def reserve(self, tokens: int) -> None:
         """Allocates room for `tokens` more of one sequence at once."""
@@ -358,8 +364,8 @@ class Engine:
         padded = self._padding.mask is not None or mask is not None
         try:  # inlines `_changing`, which would cost 1 % of a fast step
             cache, total = self.cache, self.cache.length + tokens
-            if batch == 1 and not padded and isinstance(cache, KVCache):
-                cache.evict(tokens)
+            if batch == 1 == cache.batch and not padded and isinstance(cache, KVCache):
+                cache.evict(tokens, graph.window_rows)
             cache.reserve(batch, tokens)
             positions: Ids | int = cache.length
             full_mask, real = None, total
@@ -390,7 +396,7 @@ class Engine:
 
     def _mark(self) -> None:
         if self.marks and isinstance(self.cache, KVCache):
-            self.cache.mark()
+            self.cache.mark(stays=self.cache.length == self.branch)
 
     def note_batched(self, token: int) -> None:
         """Records a token that a batched run appended to this engine's cache."""

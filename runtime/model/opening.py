@@ -59,6 +59,8 @@ class Prompted(Scheduled):
         if found is None or (reuse and scheduler.store.nearest(ids, graph, exact=self._exact)[1] > found[1]):
             found = scheduler.store.take(ids, graph, reuse=reuse, exact=self._exact)
         memory.reserve(generation, graph, generation.most_tokens)
+        if self._shared is not None:
+            found[0].branch = max(found[0].branch, self._shared.common)
         found[0].marks = self._reuse or (self._shared is not None and self._shared.left > 0)
         return found
 

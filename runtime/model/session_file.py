@@ -50,7 +50,6 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         except OSError as error:  # zipfile goes to places that a damaged file tells
             raise ValueError(f"it is no .npz file ({error})") from None
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
-        cached, exact = lengths.tolist()
         if digest != _digest(bundle, engine):
             if digest.partition("+")[0] == bundle_digest(bundle):
                 saved = "with an adapter" if "+" in digest else "without an adapter"
@@ -61,6 +60,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
             raise IntegrityError(
                 f"{path} was saved by another bundle than {bundle.path}: load it with that one, or compute it again"
             )
+        cached, exact = lengths.tolist()
         manifest, rows = engine.manifest, list(found.values())
         if not (
             ids.dtype == lengths.dtype == np.int64

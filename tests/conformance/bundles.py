@@ -73,7 +73,7 @@ def hybrid() -> nn.Module:
 
 
 def windowed() -> nn.Module:
-    return Windowed(width=64, kv_heads=2, size=32, layers=2)
+    return Windowed(width=64, kv_heads=2, size=32, layers=2, context=64)
 
 
 ROWS = {
@@ -113,13 +113,13 @@ ROWS = {
     "hybrid-int8-native": Row(hybrid, precision="int8", native=True, lacks=HYBRID | NATIVE),
     "hybrid-int4": Row(hybrid, precision="int4", lacks=HYBRID),
     "hybrid-int4-native": Row(hybrid, precision="int4", native=True, lacks=HYBRID | NATIVE),
-    "window-fp32": Row(windowed, options={"generate": True}),
-    "window-fp32-standard": Row(windowed, graph="standard", options={"graph": "standard"}),
-    "window-fp16": Row(windowed, precision="fp16"),
-    "window-int8": Row(windowed, precision="int8"),
-    "window-int8-native": Row(windowed, precision="int8", native=True, lacks=NATIVE),
-    "window-int4": Row(windowed, precision="int4"),
-    "window-int4-native": Row(windowed, precision="int4", native=True, lacks=NATIVE),
+    "window-fp32": Row(windowed, context=64, options={"generate": True}),
+    "window-fp32-standard": Row(windowed, context=64, graph="standard", options={"graph": "standard"}),
+    "window-fp16": Row(windowed, context=64, precision="fp16"),
+    "window-int8": Row(windowed, context=64, precision="int8"),
+    "window-int8-native": Row(windowed, context=64, precision="int8", native=True, lacks=NATIVE),
+    "window-int4": Row(windowed, context=64, precision="int4"),
+    "window-int4-native": Row(windowed, context=64, precision="int4", native=True, lacks=NATIVE),
     "uneven-fp32": Row(
         lambda: Plain(value_size=16, layers=2), graph="standard", options={"generate": True}, lacks=NO_SHIFT
     ),

@@ -93,7 +93,8 @@ def made(made_once):
 
 @pytest.fixture
 def this(request, made, monkeypatch):
-    """The row that the test is of. Caches of a window grow by so few rows that some are evicted."""
+    """The row that the test is of. Those of a window have so small caches and chunks that rows are evicted."""
     if request.param.startswith("window"):
-        monkeypatch.setattr("pastkey.runtime.engine.caches.capacity.GROWTH_STEP", 8)
+        for constant in ("caches.capacity.GROWTH_STEP", "decoder_graph.PREFILL_CHUNK", "decoder_graph.NATIVE_CHUNK"):
+            monkeypatch.setattr(f"pastkey.runtime.engine.{constant}", 8)
     return made(request.param)

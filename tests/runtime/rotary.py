@@ -95,7 +95,7 @@ class RotaryTiny(Tiny):
 
     def _windowed(self, text: str, *, evicting: bool) -> str:
         for i in self.local:
-            call = rf"(a{i}, [^<]*GroupQueryAttention <)([^>]*>\s*\([^)]*)seqlens, total"
+            call = rf"(\n\s*a{i}, [^<]*GroupQueryAttention <)([^>]*>\s*\([^)]*)seqlens, total"
             lengths = "rows, most" if evicting else "seqlens, total"
             text = re.sub(call, rf"\1local_window_size = {self.window}, \2{lengths}", text)
         if not evicting:

@@ -45,21 +45,28 @@ class PrefixStore:
             exact: Whether to reuse only tokens that a prefill computed.
         """
         graph = graph or self._graph
-        nearest, shared = self.nearest(ids, graph, exact=exact) if reuse else (None, 0)
+        branch = max((engine.common(ids) for engine in self._of(graph)), default=0) if reuse else 0
+        nearest, shared = self.nearest(ids, graph, exact=exact) if branch else (None, 0)
         if nearest is None:
-            if self._spare is None or self._spare.graph is not graph:
-                return Engine.over(graph), 0
-            spare, self._spare = self._spare, None
-            spare.reset()
-            return spare, 0
-        if nearest.length - shared <= TAIL or not graph.copies:
+            engine = self._empty(graph)
+        elif nearest.length - shared <= TAIL or not graph.copies:
             self._drop(nearest)
-            return nearest, nearest.keep_prefix(ids, exact=exact)
-        if nearest is not self._spare:
-            self._entries.remove(nearest)
-            self._entries.append(nearest)
-        engine = nearest.copy(shared, room=len(ids) - shared)
+            engine, shared = nearest, nearest.keep_prefix(ids, exact=exact)
+        else:
+            if nearest is not self._spare:
+                self._entries.remove(nearest)
+                self._entries.append(nearest)
+            engine = nearest.copy(shared, room=len(ids) - shared)
+        engine.branch = branch
         return engine, shared
+
+    def _empty(self, graph: DecoderGraph) -> Engine:
+        """The spare engine, emptied, or a new one."""
+        if self._spare is None or self._spare.graph is not graph:
+            return Engine.over(graph)
+        spare, self._spare = self._spare, None
+        spare.reset()
+        return spare
 
     def nearest(
         self, ids: Sequence[int], graph: DecoderGraph | None = None, *, exact: bool = False
@@ -67,10 +74,7 @@ class PrefixStore:
         """The engine with the longest shared prefix of `ids` (T,) and its length; None and 0 if there is none."""
         nearest, shared = None, 0
         for engine in self._of(graph or self._graph):
-            found = engine.shared_with(ids)
-            found = min(found, engine.exact_length) if exact else found
-            if not engine.can_trim(found):
-                found = 0
+            found = engine.shared_with(ids, exact=exact)
             if found > shared:
                 nearest, shared = engine, found
         return nearest, shared

@@ -32,7 +32,9 @@ class SharedPrefills:
     def join(self, ids: Sequence[int]) -> SharedPrefill:
         """Returns the group with the beginning of `ids` (T,)."""
         self.begun = True
-        return self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill())
+        group = self._of.setdefault(tuple(ids[:SHARED_TOKENS]), SharedPrefill(ids))
+        group.agree(ids)
+        return group
 
     def clear(self) -> None:
         """Leaves the groups to the prompts that have joined, and each cache to the last of them."""
@@ -47,12 +49,22 @@ class SharedPrefill:
 
     Attributes:
         left: Number of prompts that have not begun.
+        common: Number of first tokens that all prompts share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ids: Sequence[int]) -> None:
+        """`ids`: the first prompt, (T,)."""
         self.left = 0
+        self._ids, self.common = ids, len(ids)
         self._first: Generation | None = None  # it runs
         self._kept: Engine | None = None  # holds only a prompt; the memory is reserved for this group
+
+    def agree(self, ids: Sequence[int]) -> None:
+        """Takes in the beginning of one more prompt."""
+        pairs = zip(self._ids[: self.common], ids, strict=False)
+        self.common = next(
+            (place for place, (one, other) in enumerate(pairs) if one != other), min(self.common, len(ids))
+        )
 
     def take(
         self, generation: Generation, move_out: Callable[[Engine], object], memory: CacheMemory
@@ -69,7 +81,7 @@ class SharedPrefill:
             self._kept = self._copied(self._first, move_out, memory)
         kept, ids = self._kept, generation.kept_ids
         shared = 0 if kept is None else kept.shared_with(ids)
-        if kept is None or not shared or not kept.can_trim(shared):
+        if kept is None or not shared:
             if not self.left:
                 self._drop(memory)
             return None
@@ -113,8 +125,7 @@ class SharedPrefill:
 def _prompt_length(generation: Generation) -> int:
     """Number of prompt tokens that the cache can be cut to, 0 if it cannot."""
     engine = generation.engine
-    length = min(engine.shared_with(generation.ids[: generation.prompt_tokens]), engine.exact_length)
-    return length if engine.can_trim(length) else 0
+    return engine.shared_with(generation.ids[: generation.prompt_tokens], exact=True)
 
 
 def _reserved(memory: CacheMemory, holder: object, graph: DecoderGraph, tokens: int) -> bool:

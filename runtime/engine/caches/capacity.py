@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pastkey.contract.bundle import KVGeometry, Manifest
 
+from .marks import WINDOW_MARKS
+
 GROWTH_STEP = 128  # smallest growth of a cache, in rows
 # Tokens kept in addition to a sliding window, so that rejected drafts and the end of a prompt can be trimmed.
 TRIMMABLE = 16
@@ -29,19 +31,25 @@ class Windows:
     widest: int  # tokens that the widest window of them sees, with the new one
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Windows | None:
-        """Those of a bundle with windows."""
-        calls = tuple(window > 0 for window in manifest.windows)
-        return cls(calls, max(manifest.windows)) if any(calls) else None
+    def of(cls, manifest: Manifest, tokens: int) -> Windows | None:
+        """Those of a bundle for runs of so many tokens, if they and their marks take less than the whole context."""
+        found = cls(tuple(window > 0 for window in manifest.windows), max(manifest.windows, default=0))
+        rows = found.capacity(tokens) + WINDOW_MARKS * found.widest
+        return found if any(found.calls) and rows < manifest.context_length else None
 
     @property
     def kept(self) -> int:
         """The fewest rows that an eviction leaves."""
         return self.widest - 1 + TRIMMABLE
 
-    def capacity(self, tokens: int, context_length: int) -> int:
+    @property
+    def slack(self) -> int:
+        """The most rows that are not worth an eviction, which moves all that it leaves."""
+        return self.kept // 8
+
+    def capacity(self, tokens: int) -> int:
         """Rows of a buffer for runs of up to so many tokens."""
-        return grown(0, self.kept + max(tokens, self.kept // 4 + 1), context_length)
+        return -(-(self.kept + self.slack + tokens) // GROWTH_STEP) * GROWTH_STEP
 
 
 def bytes_per_token(layers: Sequence[KVGeometry], windows: Windows | None, itemsize: int) -> tuple[int, int]:

@@ -134,7 +134,7 @@ class KVCache:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if self._shared:
             plain, local = self.tokens
-            self._grow(batch, (plain + tokens, local if self.windows is None else local + (1 if ahead else tokens)))
+            self._grow(batch, (plain + tokens, local if ahead or self.windows is None else local + tokens))
         else:
             if not self.length:
                 self.batch = batch
@@ -180,11 +180,10 @@ class KVCache:
         if self._shared and rows + tokens <= min(self._capacities[1], room or self._context_length):
             return
         gone = rows - windows.kept
-        if gone > windows.kept // 4:  # else each of a few tokens would move all rows
+        if gone > windows.slack:
             for index in self._windowed():
                 self._put(index, self._array(index)[:, :, gone:rows])
-            self.evicted += gone
-            self._least = self.evicted + windows.widest - 1
+            self._begin_at(self.evicted + gone)
 
     def nearest(self, length: int) -> int:
         """The largest number of tokens, at most `length`, to which each sequence can be trimmed."""
@@ -218,14 +217,15 @@ class KVCache:
         self._marks = self._marks.up_to(length)
         self.length = length
 
-    def mark(self) -> None:
-        """Keeps copies of what cannot be trimmed."""
+    def mark(self, *, stays: bool = False) -> None:
+        """Keeps copies of what cannot be trimmed. `stays`: whether later marks do not take their place."""
         if (self.windows is None and self.states is None) or self.length in self._marks:
             return
         rows = self.length - self.evicted
         first = 0 if self.windows is None else max(0, rows - self.windows.widest + 1)
         kept = [self._array(index)[:, :, first:rows] for index in self._windowed()]
-        self._marks.add(self.length, [*kept, *([] if self.states is None else self.states.copies[self.states.now])])
+        states = [] if self.states is None else self.states.copies[self.states.now]
+        self._marks.add(self.length, [*kept, *states], stays=stays)
 
     def share_marks(self, other: KVCache, length: int) -> None:
         """Takes the marks of another cache up to `length` tokens."""
@@ -280,7 +280,9 @@ class KVCache:
         if left:
             self.fill(left, length)
         self.length, self._marks = length, self._marks.up_to(0)
-        self.evicted = self._least = evicted
+        if self.windows is not None:  # where fewer tokens are left than a window sees, all of them
+            self._begin_at(evicted)
+            self._least = min(self._least, length)
 
     def reset(self) -> None:
         """Forgets all tokens. A shared buffer stays for the next prompt."""
@@ -320,20 +322,20 @@ class KVCache:
             if self._shared:  # else `reserve` binds them, behind keys and values
                 self._bind_states()
             rows = rows[: len(self._tensors)]
-        same, self.batch, self.length = batch == self.batch, batch, length
-        if local:
-            self._begin_at(length - rows[local[0]].shape[2])
+        held = length, rows[local[0]].shape[2] if local else 0
         if not self._shared:
             self._values = [self._place(np.array(array, order="C")) for array in rows]
-        elif (
-            self.arrays and same and all(held <= room for held, room in zip(self.tokens, self._capacities, strict=True))
-        ):
+        elif self._device == "cpu" and not self._from_runs:
+            self._grow(batch, held)
             for index, array in enumerate(rows):
                 self._put(index, array)
         else:
             self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(row)) for row in rows]
-            self._capacities = [0, 0]
-            self._grow(batch, self.tokens)
+            self.batch, self.length, self._capacities = batch, length, [0, 0]
+            self._grow(batch, held)
+        self.batch, self.length = batch, length
+        if local:
+            self._begin_at(length - held[1])
 
     def place(self, index: int, array: npt.NDArray[Any]) -> None:
         """Moves one tensor of one sequence's shared buffer on the CPU to `array` (1, K, capacity, D)."""
@@ -348,8 +350,7 @@ class KVCache:
     def move_out(self) -> None:
         """Moves a shared buffer out of a slab to its own memory."""
         self._capacities = [0, 0]
-        plain, local = self.tokens
-        self._grow(1, (max(1, plain), max(1, local)))
+        self._grow(1, (max(1, self.length), self.tokens[1]))
 
     def place_states(self, copies: tuple[Arrays, Arrays]) -> None:
         """Moves both copies of the states to other arrays on the CPU, the current one to the first."""
@@ -380,6 +381,7 @@ class KVCache:
         """Moves the plain tensors, or the windowed ones, to larger buffers if they need more rows."""
         same = batch == self.batch and bool(self._values)
         before = self._capacities if same else [0, 0]
+        needed = needed[0], max(1, needed[1])
         grows = [need > room for need, room in zip(needed, before, strict=True)]
         if not any(grows):
             return

@@ -15,9 +15,9 @@ Arrays = list[npt.NDArray[np.generic]]
 class Marks:
     """Arrays that belong to lengths of one text, in the order of the lengths."""
 
-    def __init__(self, most: int, held: Iterable[tuple[int, Arrays]] = ()) -> None:
-        """`most`: how many there are at most. `held`: lengths in tokens, with their arrays."""
-        self._most = most
+    def __init__(self, most: int, held: Iterable[tuple[int, Arrays]] = (), staying: int = 0) -> None:
+        """`most`: how many there are at most. `held`: lengths in tokens, with their arrays. `staying`: one of them."""
+        self._most, self._staying = most, staying
         self._held = list(held)
 
     @property
@@ -35,12 +35,13 @@ class Marks:
         """The largest marked length that is at most `length`; 0 if there is none."""
         return max((tokens for tokens, _ in self._held if tokens <= length), default=0)
 
-    def add(self, length: int, arrays: Iterable[npt.NDArray[np.generic]]) -> None:
-        """Keeps copies of `arrays`. The oldest mark but one goes if there are too many."""
+    def add(self, length: int, arrays: Iterable[npt.NDArray[np.generic]], *, stays: bool) -> None:
+        """Keeps copies of `arrays`. If there are too many, the oldest but one goes, or the oldest if that one stays."""
         self._held.append((length, [array.copy() for array in arrays]))
+        self._staying = length if stays else self._staying
         if len(self._held) > self._most:
-            del self._held[1]
+            del self._held[self._held[1][0] != self._staying]
 
     def up_to(self, length: int) -> Marks:
         """Those of at most `length` tokens, over the same arrays."""
-        return Marks(self._most, (mark for mark in self._held if mark[0] <= length))
+        return Marks(self._most, (mark for mark in self._held if mark[0] <= length), self._staying)

@@ -119,6 +119,49 @@ def test_a_shift_moves_the_rows_that_are_there(window, make_bundle):
             require_close(engine.decode(token), reference.feed([token])[-1])
 
 
+@pytest.mark.parametrize("window", [1, 150])
+def test_a_copy_of_a_mark_has_the_room_that_it_asked_for(window, make_bundle):
+    tiny = RotaryTiny.of(SIZE, CONTEXT, window=window, local=(0,), **INSIDE)
+    engine, ids = Engine(tiny.written(make_bundle), threads=1), ids_of(700)
+    engine.marks = True
+    engine.prefill(ids[:120])
+    engine.prefill(ids[120:])
+    copy = engine.copy(118, room=400)
+    rows = [array.shape[2] for array in copy.cache.arrays]
+    assert (len(rows), min(rows[2:]) >= 518) == (4, True)
+    for token in range(30):
+        require_close(copy.decode(token), tiny([*ids[:118], *range(token + 1)])[-1])
+
+
+def test_prompts_share_what_they_have_in_common(bundle):
+    """A text that went another way leaves a mark where it did, which stays; of a list, where they all do."""
+    lm, options = load(bundle.path, threads=1), {"max_new_tokens": 20, "prompt_lookup": False}
+    prompts = [[*ids_of(600), *ids_of(250, seed)] for seed in range(1, 5)]
+    alone = [lm.generate(prompt, **options).ids for prompt in prompts]
+    found = [lm.generate(prompt, reuse_prefix=True, **options) for prompt in prompts]
+    assert [one.ids for one in found] == alone
+    assert min(one.cached_tokens for one in found[2:]) >= 600
+    lm.scheduler.store.clear()
+    found = lm.generate(prompts, **options)
+    assert [one.ids for one in found] == alone
+    assert min(one.cached_tokens for one in found[1:]) >= 600
+
+
+def test_a_refused_run_evicts_nothing(engine):
+    engine.forward([ids_of(384), ids_of(384, 1)])
+    with pytest.raises(InputError, match="holds 2 rows and 1 were given"):
+        engine.decode(1)
+    assert engine.cache.evicted == 0
+
+
+@pytest.mark.parametrize(("window", "context"), [(8, 256), (300, CONTEXT), (990, CONTEXT)])
+def test_a_window_that_saves_nothing_is_none(window, context, make_bundle):
+    tiny = RotaryTiny.of(SIZE, context, window=window, local=(1,), **INSIDE)
+    graph = Engine(tiny.written(make_bundle), threads=1).graph
+    assert graph.windows is None
+    assert graph.cache_bytes(context) == context * graph.bytes_per_token
+
+
 # --- saved sessions ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def saved(bundle, tmp_path_factory):
