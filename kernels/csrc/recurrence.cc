@@ -69,7 +69,7 @@ void DecoderRecurrence::compute(const Context& context) const {
   const Tensor decay = context.input(4, "decay"), beta = context.input(5, "beta");
   const Shape& state = past.shape;
   if (state.size() != 4 || state[1] != heads_ || state[2] < 16 || state[2] % 16 || state[3] < 16 || state[3] % 16 ||
-      state[2] > static_cast<int64_t>(kMaxKeySize))
+      state[2] > static_cast<int64_t>(kMaxKeySize) || state[3] > kMostHeads)
     refuse("past_state is %s, expected [B, %lld, D, Dv], multiples of 16, the first up to %zu",
            to_string(state).c_str(), static_cast<long long>(heads_), kMaxKeySize);
   const int64_t d = state[2], width = state[3];
@@ -97,7 +97,8 @@ void DecoderRecurrence::compute(const Context& context) const {
   const Tensor y = context.required_output(0, value.shape, "output");
   const Tensor present = context.required_output(1, state, "present_state");
   require_apart(y, {query, key, value, past, decay, beta, present});
-  if (present.raw != past.raw) require_apart(present, {query, key, value, past, decay, beta});
+  require_apart(present, {query, key, value, decay, beta});
+  if (present.raw != past.raw) require_apart(present, {past});
   const float *q = query.data<float>(), *k = key.data<float>(), *v = value.data<float>(), *before = past.data<float>();
   const float *decays = decay.data<float>(), *betas = beta.data<float>();
   float *out = y.data<float>(), *after = present.data<float>();
@@ -169,7 +170,8 @@ void DecoderConvolution::compute(const Context& context) const {
   const Tensor y = context.required_output(0, x.shape, "output");
   const Tensor present = context.required_output(1, past.shape, "present_state");
   require_apart(y, {x, weight, bias, past, present});
-  if (present.raw != past.raw) require_apart(present, {x, weight, bias, past});
+  require_apart(present, {x, weight, bias});
+  if (present.raw != past.raw) require_apart(present, {past});
   const float *from = x.data<float>(), *weights = weight.data<float>(), *added = bias.data<float>();
   const float* before = past.data<float>();
   float *out = y.data<float>(), *after = present.data<float>();

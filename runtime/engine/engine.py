@@ -159,7 +159,7 @@ class Engine:
         else:
             self.trim(shared)
             self.resets += 1
-            self._mark()
+            self.mark()
         return shared
 
     def can_trim(self, length: int) -> bool:
@@ -378,7 +378,7 @@ class Engine:
             self._padding.mask = full_mask if padded else None
             self._take_in(start, ids, known=batch == 1 and not padded)
             if batch == 1 and tokens >= MARKED:
-                self._mark()
+                self.mark()
         except BaseException as error:
             if not isinstance(error, PastkeyError):
                 self.drop_cache()
@@ -394,7 +394,8 @@ class Engine:
         elif self._ids is not None:
             self._ids += ids[0].tolist()
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """Keeps what a trim to these tokens needs, if the cache is marked."""
         if self.marks and isinstance(self.cache, KVCache):
             self.cache.mark(stays=self.cache.length == self.branch)
 

@@ -49,11 +49,13 @@ class DraftModel:
 
         Returns:
             The prefix stores of the draft model and of the target. They share `prefix_bytes` in proportion to their
-            bytes per token.
+            caches of a full context.
         """
         graphs = [self.model.parts.require_open().graph, graph]
-        together = max(1, sum(graph.bytes_per_token for graph in graphs))
-        self._stores = [PrefixStore(graph, prefix_bytes * graph.bytes_per_token // together) for graph in graphs]
+        sizes = [graph.cache_bytes(graph.manifest.context_length) for graph in graphs]
+        self._stores = [
+            PrefixStore(g, prefix_bytes * size // sum(sizes)) for g, size in zip(graphs, sizes, strict=True)
+        ]
         return self._stores
 
     def require_fit(self, target: ModelParts) -> None:
@@ -69,6 +71,7 @@ class DraftModel:
 
         def take(ids: Sequence[int], most: int) -> Engine:
             engine, _ = store.take(ids)
+            engine.marks = True
             memory.promise(engine, most)
             return engine
 

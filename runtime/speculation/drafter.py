@@ -113,6 +113,8 @@ class Drafter:
         while len(draft) < count:
             token = self._next(engine.append(missing), text, draft)
             self.made = True
+            if not draft and engine.manifest.states:  # or a rejected draft would go back to the prompt
+                engine.mark()
             if token is None:
                 break
             draft.append(token)

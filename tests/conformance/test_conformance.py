@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pastkey.contract import names
-from pastkey.errors import InputError, IntegrityError
+from pastkey.errors import InputError, IntegrityError, NumericsError
 from pastkey.export.generation.loop import why_no_step
 from pastkey.export.generation.write import settings as as_feeds
 from pastkey.export.measure.hidden_states import head_input
@@ -86,6 +86,25 @@ def test_a_rejected_draft_costs_the_run_that_it_was_in_at_most(this):
         assert engine.length in ((0,) if engine.manifest.rows else (20, 22))
         text = [*ids, *more[:2], 5]
         this.require_close(engine.prefill(text[engine.length :]), this.expected(text)[-1])
+
+
+@rows("refused_run", lambda row: row.build is hybrid)
+def test_a_run_whose_logits_are_refused_leaves_the_states(this, monkeypatch):
+    """It has written over the copy before the last run."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NumericsError("not finite")
+
+    ids, engine = this.ids(20), this.engine()
+    engine.prefill(ids)
+    engine.append(ids[:3])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.graph, "check_finite", refuse)
+        with pytest.raises(NumericsError):
+            engine.append(ids[:2])
+    this.require_close(engine.copy().decode(7), this.expected([*ids, *ids[:3], 7])[-1])
+    engine.cut(20)
+    this.require_close(engine.prefill([*ids, 7][engine.length :]), this.expected([*ids, 7])[-1])
 
 
 @rows("shift")

@@ -403,7 +403,8 @@ def _put(model: ir.Model, last: ir.Node, node: ir.Node, operator: str, inputs: l
 def _cache_in_float16(model: ir.Model) -> None:
     """Changes the type of the cache to float16, if only DecoderAttention reads its numbers."""
     ends = (names.PAST_PREFIX, names.PRESENT_PREFIX)
-    cached = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
+    both = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
+    cached = [value for value in both if not names.is_state(str(value.name))]
     nodes = [node for value in cached for node in (*value.consumers(), value.producer()) if node is not None]
     if all(node.op_type in ("DecoderAttention", "Shape") for node in nodes):  # a trace takes the batch from any shape
         for value in cached:

@@ -143,6 +143,7 @@ class KVCache:
                 self.binding.bind_ortvalue_input(tensor.past, value)
                 self.binding.bind_output(tensor.present, self._device, self._device_id)
         if self.states is not None:
+            self.states.undo = None  # the run writes that copy, also if its results are then refused
             if not self.length:
                 self.states.begin(batch)
             if not self.length or not self._shared or self._device != "cpu":  # a device copies what is bound at once

@@ -135,7 +135,8 @@ def test_a_copy_of_a_mark_has_the_room_that_it_asked_for(window, make_bundle):
 
 def test_prompts_share_what_they_have_in_common(bundle):
     """A text that went another way leaves a mark where it did, which stays; of a list, where they all do."""
-    lm, options = load(bundle.path, threads=1), {"max_new_tokens": 20, "prompt_lookup": False}
+    lm = load(bundle.path, threads=1)
+    options: dict[str, Any] = {"max_new_tokens": 20, "prompt_lookup": False}
     prompts = [[*ids_of(600), *ids_of(250, seed)] for seed in range(1, 5)]
     alone = [lm.generate(prompt, **options).ids for prompt in prompts]
     found = [lm.generate(prompt, reuse_prefix=True, **options) for prompt in prompts]
