@@ -74,7 +74,7 @@ def test_a_program_without_an_operator_refuses_the_bundle(bundles, name, program
 @pytest.mark.parametrize(("name", "program"), divided(CASES, ci=CI_CASES))
 def test_the_same_folder_gives_the_same_greedy_tokens(bundles, name, program):
     bundle = bundles(name)
-    lm = pastkey.load(bundle)
+    lm = pastkey.load(bundle, "cpu")
     # An empty prompt is one where the tokenizer adds a BOS token.
     prompts = [prompt for prompt in PROMPTS if prompt or tokenizer_adds_tokens(bundle)]
     answers = PROGRAMS[program](bundle, prompts, NEW_TOKENS)
