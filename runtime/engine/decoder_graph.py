@@ -247,7 +247,7 @@ class DecoderGraph:
     @property
     def window_rows(self) -> int:
         """Rows of a buffer of an attention call whose rows are evicted."""
-        return self.manifest.context_length if self.windows is None else self.windows.capacity(self._chunk)
+        return self.manifest.context_length if self.windows is None else self.windows.room
 
     @property
     def bytes_per_token(self) -> int:

@@ -153,7 +153,8 @@ class Engine:
         Returns:
             The number of tokens that stay. The caller appends `ids` from there on.
         """
-        self.branch, shared = self.common(ids), self.shared_with(ids, exact=exact)
+        self.branch = self.common(ids)
+        shared = self.cache.nearest(min(self.branch, self.exact_length) if exact else self.branch)
         if not shared:
             self.reset()
         else:
@@ -365,7 +366,7 @@ class Engine:
         try:  # inlines `_changing`, which would cost 1 % of a fast step
             cache, total = self.cache, self.cache.length + tokens
             if batch == 1 == cache.batch and not padded and isinstance(cache, KVCache):
-                cache.evict(tokens, graph.window_rows)
+                cache.evict(tokens)
             cache.reserve(batch, tokens)
             positions: Ids | int = cache.length
             full_mask, real = None, total

@@ -36,7 +36,10 @@ def recurrence(rule: str, heads: tuple[int, int, int], d: int, width: int, token
                per_key: bool = False, one_beta: bool = False, seed: int = 0) -> Inputs:  # fmt: skip
     """`heads`: of queries, keys and values."""
     rng = np.random.default_rng([seed, d, width, tokens])
-    draw = lambda *shape: np.asarray(rng.standard_normal((batch, tokens, *shape)), np.float32)  # noqa: E731
+
+    def draw(columns: int) -> Array:
+        return np.asarray(rng.standard_normal((batch, tokens, columns)), np.float32)
+
     of_query, of_key, of_value = heads
     inputs = {
         "query": draw(of_query * d),
@@ -69,7 +72,10 @@ RECURRENCES: dict[str, Inputs] = {
 
 def convolution(channels: int, taps: int, tokens: int, activation: str, *, bias: bool) -> Inputs:
     rng = np.random.default_rng([channels, taps])
-    draw = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)  # noqa: E731
+
+    def draw(*shape: int) -> Array:
+        return np.asarray(rng.standard_normal(shape), np.float32)
+
     inputs = {"x": draw(2, tokens, channels) * 4, "weight": draw(channels, 1, taps)}
     inputs["bias" if bias else ""] = draw(channels)
     return {**inputs, STATE: draw(2, channels, taps - 1)}, {"activation": activation}

@@ -45,8 +45,9 @@ class PrefixStore:
             exact: Whether to reuse only tokens that a prefill computed.
         """
         graph = graph or self._graph
-        branch = max((engine.common(ids) for engine in self._of(graph)), default=0) if reuse else 0
-        nearest, shared = self.nearest(ids, graph, exact=exact) if branch else (None, 0)
+        marks = reuse and (graph.manifest.states or graph.windows)
+        branch = max((engine.common(ids) for engine in self._of(graph)), default=0) if marks else 0
+        nearest, shared = self.nearest(ids, graph, exact=exact) if reuse else (None, 0)
         if nearest is None:
             engine = self._empty(graph)
         elif nearest.length - shared <= TAIL or not graph.copies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pastkey.contract.bundle import KVGeometry, Manifest
 
@@ -29,13 +29,15 @@ class Windows:
 
     calls: tuple[bool, ...]  # for each call, whether it is one
     widest: int  # tokens that the widest window of them sees, with the new one
+    room: int  # rows of a buffer for them
 
     @classmethod
     def of(cls, manifest: Manifest, tokens: int) -> Windows | None:
         """Those of a bundle for runs of so many tokens, if they and their marks take less than the whole context."""
-        found = cls(tuple(window > 0 for window in manifest.windows), max(manifest.windows, default=0))
-        rows = found.capacity(tokens) + WINDOW_MARKS * found.widest
-        return found if any(found.calls) and rows < manifest.context_length else None
+        found = cls(tuple(window > 0 for window in manifest.windows), max(manifest.windows, default=0), 0)
+        room = grown(0, found.kept + found.slack + tokens, manifest.context_length)
+        saves = room + WINDOW_MARKS * found.widest < manifest.context_length
+        return replace(found, room=room) if any(found.calls) and saves else None
 
     @property
     def kept(self) -> int:
@@ -46,10 +48,6 @@ class Windows:
     def slack(self) -> int:
         """The most rows that are not worth an eviction, which moves all that it leaves."""
         return self.kept // 8
-
-    def capacity(self, tokens: int) -> int:
-        """Rows of a buffer for runs of up to so many tokens."""
-        return -(-(self.kept + self.slack + tokens) // GROWTH_STEP) * GROWTH_STEP
 
 
 def bytes_per_token(layers: Sequence[KVGeometry], windows: Windows | None, itemsize: int) -> tuple[int, int]:

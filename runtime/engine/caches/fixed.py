@@ -20,7 +20,6 @@ from ...providers.ort import onnxruntime
 from ..binding import Binding
 from ..shift import Moved
 from .capacity import grown
-from .kv import move_up
 
 Rows = npt.NDArray[Any]
 
@@ -80,7 +79,8 @@ class FixedRows:
 
     def drop(self, start: int, end: int, moved: Moved) -> None:
         """See `KVCache.drop`."""
-        move_up(self.arrays, start, end, self.length, moved)
+        for index, array in enumerate(self.arrays):
+            array[:, :, start : start + self.length - end] = moved(index, array[:, :, end : self.length])
         self.length -= end - start
 
     def reset(self) -> None:

@@ -108,11 +108,6 @@ class KVCache:
             vars(self).pop(name, None)
 
     @property
-    def capacity(self) -> int:
-        """Number of rows that fit into the tensors."""
-        return self._capacities[0] if self._shared else self.length
-
-    @property
     def nbytes(self) -> int:
         """Current size of the tensors in bytes, with the marks."""
         rows = self._capacities if self._shared else [self.length, self.length - self.evicted]
@@ -170,15 +165,12 @@ class KVCache:
         for tensor, value in zip(self._tensors, self._values, strict=True):
             self._bind_shared(tensor, value)
 
-    def evict(self, tokens: int, room: int | None = None) -> None:
-        """Evicts the rows that no token sees any more, if the only sequence needs their room for `tokens` more.
-
-        `room`: rows of a smaller buffer that the tensors shall fit into.
-        """
+    def evict(self, tokens: int) -> None:
+        """Evicts the rows that no token sees any more, if the only sequence needs their room for `tokens` more."""
         windows, rows = self.windows, self.length - self.evicted
         if windows is None:
             return
-        if self._shared and rows + tokens <= min(self._capacities[1], room or self._context_length):
+        if self._shared and rows + tokens <= min(self._capacities[1], windows.room):
             return
         gone = rows - windows.kept
         if gone > windows.slack:
@@ -435,9 +427,3 @@ class KVCache:
         return onnxruntime.OrtValue.ortvalue_from_numpy(
             array, "cpu" if self._from_runs else self._device, 0 if self._from_runs else self._device_id
         )
-
-
-def move_up(arrays: Sequence[npt.NDArray[Any]], start: int, end: int, length: int, moved: Moved) -> None:
-    """Writes the rows from `end` to `length` of each of `arrays` (B, K, >= length, D) from `start` on."""
-    for index, array in enumerate(arrays):
-        array[:, :, start : start + length - end] = moved(index, array[:, :, end:length])

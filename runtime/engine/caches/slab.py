@@ -94,7 +94,7 @@ class Slab:
         rows = [place[id(engine)] for engine in engines]
         count = max(rows) + 1
         for member in self.members[:count]:
-            _cache(member).evict(1, self._graph.window_rows)
+            _cache(member).evict(1)
         self._make_room(self._rows, max(_cache(member).length for member in self.members[:count]) + 1)
         self._bind(count)
         self._align(count)
@@ -126,12 +126,12 @@ class Slab:
         row = self._row_of(engine)
         if row is not None:
             if not all(self._at_home(engine)):
-                cache.evict(1, self._graph.window_rows)
+                cache.evict(1)
                 self._make_room(self._rows, cache.length + 1)
                 self._settle(row)
             return
         assert len(self.members) < self.most, "the caller looks whether there is room"
-        cache.evict(1, self._graph.window_rows)
+        cache.evict(1)
         self._make_room(len(self.members) + 1, cache.length + 1)
         self.members.append(engine)
         self._settle(len(self.members) - 1)
