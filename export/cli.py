@@ -112,6 +112,8 @@ def _export(arguments: argparse.Namespace) -> int:
             f"  {precision} against float32: KL divergence {quality['kl_divergence']:.2g} nats, "
             f"top-1 agreement {quality['top1_agreement']:.1%}"
         )
+        for what, matrices in quality.get("weights", {}).items():
+            say(f"  {len(matrices)} {'matrix' if len(matrices) == 1 else 'matrices'}: {what}")
         _say_sensitivity(report)
     _say_next(Bundle(report.path, report.manifest))
     return 0

@@ -26,7 +26,6 @@ from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder, write_json
 from pastkey.files.folder import hub_id
-from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS
 from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
@@ -49,8 +48,10 @@ from .quantize.calibrate.activations import probing
 from .quantize.calibrate.calibration import CalibrationText, calibration_text, measured, read_calibration
 from .quantize.int4 import make_int4
 from .quantize.int8 import make_int8
+from .quantize.kept import make_kept
 from .quantize.quick import make_quick
 from .quantize.ranking.sensitivity import Sensitivity
+from .quantize.rounding.lattice import is_on_lattice
 from .quantize.search import Quantized
 from .resources import needs, parameters, require_room
 from .settings import STATIC_CHUNK, ExportConfig, ExportOptions
@@ -96,7 +97,7 @@ class Report:
 def export(
     module_or_path: nn.Module | str | Path,
     out: str | Path,
-    precision: str = ExportConfig.precision,
+    precision: str | None = ExportConfig.precision,
     *,
     progress: Progress = SILENT,
     **options: Unpack[ExportOptions],
@@ -111,7 +112,8 @@ def export(
             language modelling; the path of a checkpoint, Hugging Face or ONNX folder, a .gguf file, a llama2.c .bin,
             or "file.py:factory" or "notebook.ipynb:expression"; or "ORG/NAME" on the Hugging Face Hub, as text.
         out: The bundle's folder.
-        precision: "int8", "int4", "fp16" or "fp32", of the weights.
+        precision: "int8", "int4", "fp16", "fp32" or "source", of the weights. "source" keeps the blocks of a quantized
+            source without rounding. None: "source" for such a source, otherwise "int8".
         progress: Receives each stage, its progress, and warnings.
         **options: See ExportOptions.
 
@@ -138,6 +140,7 @@ def export_found(
     if isinstance(module_or_path, str) and hub_id(module_or_path) is not None:
         module_or_path = find(module_or_path, progress, network=config.network)
     source, before = _open(module_or_path, out, config, progress)
+    config = _with_precision(config, source, progress)
     calibration = _read_calibration(source, config)
     source, observation, choice = observed(source, config.common, progress)
     store, proof = Store(out, keys_of(config, before, choice.graph), progress), None
@@ -197,12 +200,16 @@ def _make_artifacts(
     `proof` is that of the float32 graph, if an earlier export made it.
     """
     config, progress = writer.config, writer.progress
-    precision = PRECISIONS[config.precision]
+    precision = config.row
     beside = _beside(folder, config)
     graph = unbound(writer.decoder.model, writer.decoder.source.module) if proof is None else None
     fp32, weight_bytes = writer.write(writer.decoder.model, beside)
-    short = short_texts(Engine(fp32, session_options=IN_PLACE), _SHORT_TEXTS, progress) if config.quick else []
-    if short:
+    short = (
+        short_texts(Engine(fp32, session_options=IN_PLACE), _SHORT_TEXTS, progress)
+        if _is_measured_short(config)
+        else []
+    )
+    if config.quick and short:
         writer = dataclasses.replace(writer, short=short[0])
     made = Artifact(fp32, weight_bytes, proof or writer.verify(fp32))
     verification = made.verification.to_json()
@@ -276,10 +283,26 @@ def _open(
     return source, before
 
 
+def _with_precision(config: ExportConfig, source: Source, progress: Progress) -> ExportConfig:
+    """Returns the settings with a precision. Raises InputError if that of this source excludes other options."""
+    if config.precision not in (None, "source"):
+        return config
+    quantized = bool(source.packed) or is_on_lattice(source.module)
+    if config.precision == "source" and not quantized:
+        raise InputError(
+            f"--precision source keeps the blocks of a quantized source, and {source.name} holds plain floats: leave "
+            "it out, or give --precision int8 or int4"
+        )
+    chosen = config.chosen(quantized=quantized)
+    if config.precision != chosen.precision == "source":
+        progress.say("its weights are quantized already, and stay what they are; --precision int8 rounds them anew")
+    return chosen
+
+
 def _read_calibration(source: Source, config: ExportConfig) -> list[int] | None:
     if config.calibration is None:
         return None
-    return read_calibration(config.calibration, source.tokenizer, PRECISIONS[config.precision].calibration_windows)
+    return read_calibration(config.calibration, source.tokenizer, config.row.calibration_windows)
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------
@@ -351,7 +374,12 @@ def _make_static_int8(
 
 
 # --- quantized -----------------------------------------------------------------------------------------------------
-_SHORT_TEXTS = 2  # windows of a quick export: one to measure on, and one for the ranges of a static graph
+_SHORT_TEXTS = 2  # windows where nothing is calibrated: one to measure on, and one for the ranges of a static graph
+
+
+def _is_measured_short(config: ExportConfig) -> bool:
+    """Whether no text decides anything, so that a short one is enough to measure on."""
+    return config.quick or (config.quantized and not config.row.calibrated)
 
 
 def _calibration_text(
@@ -362,27 +390,28 @@ def _calibration_text(
     config: ExportConfig,
     progress: Progress,
 ) -> CalibrationText:
-    if config.quick:
+    if _is_measured_short(config):
         if calibration is None:
             return CalibrationText("own", tuple(short[1:]), tuple(short[:1]))
         return calibration_text(fp32, calibration, _SHORT_TEXTS, progress)
     if (known := store.text()) is not None:
         return CalibrationText.from_json(known)
     progress.stage(f"calibrate {config.precision} on {config.calibration or 'text of the model itself'}")
-    text = calibration_text(fp32, calibration, PRECISIONS[config.precision].calibration_windows, progress)
+    text = calibration_text(fp32, calibration, config.row.calibration_windows, progress)
     store.keep_text(text.to_json())
     return text
 
 
 def _make_quantized(fp32: Bundle, folder: Path, writer: BundleWriter, text: CalibrationText, store: Store) -> Artifact:
     """A verified quantized bundle in `folder`, made from a verified float32 one."""
-    config, precision = writer.config.common, writer.config.precision
+    config, precision = writer.config.common, writer.config.row.name
     write = functools.partial(writer.write, folder=folder, precision=precision)
     makers: dict[str, Callable[..., Quantized]] = {
         "int8": make_int8,
         "int4": functools.partial(make_int4, finished=store.matrices),
+        "source": functools.partial(make_kept, writer.decoder.source.packed),
     }
-    make = make_quick if config.quick else makers[precision]
+    make = make_quick if config.quick and config.row.calibrated else makers[precision]
     made = make(fp32, text, write, config, writer.progress)
     verification = writer.verify(made.bundle)
     bundle = add_native_graph(made.bundle) if config.target == "cpu" else made.bundle

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pastkey.contract.bundle import Bundle
-from pastkey.precisions import PRECISIONS
 
 from .settings import ExportConfig
 
@@ -24,9 +23,9 @@ def planned(config: ExportConfig, weights: int, *, fetched: bool = False) -> dic
     Measured on two cores of an EPYC with AVX512-VNNI, for a small model and for each further million of weights. On
     other machines their ratios differ little. `fetched`: the weights come from the Hub now.
     """
-    precision, millions = PRECISIONS[config.precision], weights / 1e6
+    precision, millions = config.row, weights / 1e6
     made, quantized, static = precision.name != "fp32", precision.quantized, config.static
-    calibrated = quantized and not config.quick
+    calibrated = precision.calibrated and not config.quick
     first = precision.name == "int4" or config.sensitivity is not None  # otherwise only if the budget is missed
     phases = (
         ("open", 0.8, 0.02, True),
@@ -37,7 +36,7 @@ def planned(config: ExportConfig, weights: int, *, fetched: bool = False) -> dic
         ("write fp32", 0.05, 0.01, True),
         ("verify fp32", 0.2, 0.08, True),
         ("calibrate", 0.3, 0.09, calibrated),
-        ("round", 0.5, 0.3, quantized and (config.quick or precision.name == "int4")),
+        ("round", 0.5, 0.3, quantized and (not calibrated or precision.name == "int4")),
         ("smooth", 0.4, 0.12, calibrated and precision.name == "int8"),
         ("measure what", 2.0, 0.4, config.measures_each_matrix and first),
         (f"write {precision.name}", 0.05, 0.01, made),

@@ -11,7 +11,6 @@ from torch import nn
 from pastkey.errors import InputError, ResourceError
 from pastkey.files.memory import available_memory
 from pastkey.files.memory import shown_bytes as _shown
-from pastkey.precisions import PRECISIONS
 
 from .settings import ExportConfig
 
@@ -38,7 +37,7 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int, temporary_
 
     `resident_bytes` of them are in memory, as those of a module in hand, and `temporary_bytes` go to a temporary file.
     """
-    row = PRECISIONS[config.precision]
+    row = config.row
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
     if config.format == "ort":  # the weights a second time, beside the float32 graph
         disk = max(disk, row.bits // 4 + (0 if row.name == "fp32" else 4))

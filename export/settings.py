@@ -18,13 +18,14 @@ from typing import Any, TypedDict
 from pastkey.command import finite_float, positive_int
 from pastkey.contract import names
 from pastkey.errors import InputError, MissingFileError
-from pastkey.precisions import PRECISIONS
+from pastkey.precisions import PRECISIONS, Precision
 from pastkey.providers import TARGETS
 from pastkey.values import is_int, size_in_bytes
 
 Options = Mapping[str, str] | Sequence[tuple[str, str]]
 
 GRAPH_CHOICES = ("auto", *names.GRAPHS)
+_DEFAULT = "int8"  # precision
 STATIC_CHUNK = 64  # default tokens of a prefill run
 
 SOURCES = (
@@ -138,7 +139,10 @@ class ExportConfig:
     Raises InputError for an unknown choice, or one that another choice rules out.
     """
 
-    precision: str = _flag(_PRECISION, "int8", "of the weights", choices=PRECISIONS)
+    precision: str | None = _flag(
+        _PRECISION, None, "of the weights (default: int8; source, without rounding, if they are quantized already)",
+        choices=PRECISIONS,
+    )  # fmt: skip
     target: str = _flag(_DEVICE, "cpu", "the device, or portable for browsers and other programs", choices=TARGETS)
     quick: bool = _switch(_PRECISION, "round to nearest without calibration, and prove on a short text")
     calibration: str | Path | None = _flag(
@@ -208,7 +212,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         for name, found, known in (
-            ("precision", self.precision, PRECISIONS),
+            ("precision", self.row.name if self.precision is None else self.precision, PRECISIONS),
             ("target", self.target, TARGETS),
             ("graph", self.graph, GRAPH_CHOICES),
             ("format", self.format, names.FORMATS),
@@ -224,13 +228,24 @@ class ExportConfig:
         _ = self.shard_bytes  # raises InputError
         for excluded, option, other, why in _EXCLUDED:
             if excluded(self):
-                both = f"{option} and {other}".format(target=self.target, graph=self.graph, precision=self.precision)
+                both = f"{option} and {other}".format(target=self.target, graph=self.graph, precision=self.row.name)
                 raise InputError(f"{both} exclude each other: {why}; leave out or change one of them")
+
+    @property
+    def row(self) -> Precision:
+        """The precision, or what it is if the source is not quantized."""
+        return PRECISIONS.get(self.precision or _DEFAULT, PRECISIONS[_DEFAULT])
+
+    def chosen(self, *, quantized: bool) -> ExportConfig:
+        """Returns the settings with the precision for a source that is quantized or not, if the user named none."""
+        if self.precision is not None:
+            return self
+        return dataclasses.replace(self, precision="source" if quantized and not self.static else _DEFAULT)
 
     @property
     def quantized(self) -> bool:
         """Whether weights are integers."""
-        return PRECISIONS[self.precision].quantized
+        return self.row.quantized
 
     @property
     def static(self) -> bool:
@@ -273,9 +288,10 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
      "--quick", "--max-kl and --sensitivity", "it measures no single matrix"),
     (lambda c: c.static and c.measures_each_matrix,
      "--max-kl or --sensitivity", _STATIC, "they are of pastkey's own int8, and the static graph has another one"),
-    (lambda c: not c.quantized and (c.calibration is not None or c.measures_each_matrix),
-     "--calibration, --max-kl or --sensitivity", "--precision {precision}", "it rounds no matrix to integers"),
-    (lambda c: c.adapters and (c.target != "cpu" or c.static or c.precision == "fp16"),
+    (lambda c: not c.row.calibrated and (c.calibration is not None or c.measures_each_matrix),
+     "--calibration, --max-kl or --sensitivity", "--precision {precision}",
+     "it rounds no matrix to fewer bits, as int8 and int4 do"),
+    (lambda c: c.adapters and (c.target != "cpu" or c.static or c.row.name == "fp16"),
      "--adapters", "--target {target}, --graph {graph} and --precision {precision}",
      "adapters are for the CPU, graphs whose sizes change, and fp32, int8 or int4"),
     (lambda c: c.generate and not TARGETS[c.target].loop,
@@ -287,7 +303,7 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
      "--target {target}", "--graph {graph}", "it takes graphs of fixed sizes only, --graph static"),
     (lambda c: c.graph == "fused" and not TARGETS[c.target].takes_fused,
      "--graph fused", "--target {target}", "the fused graph is not known to run there, take --graph standard"),
-    (lambda c: c.static and c.precision != "fp32" and not (c.precision == "int8" and TARGETS[c.target].static_int8),
+    (lambda c: c.static and c.row.name != "fp32" and not (c.row.name == "int8" and TARGETS[c.target].static_int8),
      "--precision {precision}", _STATIC, "static graphs are made in float32, for qnn also in int8"),
 )  # fmt: skip
 

@@ -29,6 +29,11 @@ class Precision:
     decode_kl: float = 0.0  # maximum KL of decoding from prefill, as a share of the KL divergence from float32
 
     @property
+    def calibrated(self) -> bool:
+        """Whether text decides how weights are rounded."""
+        return self.calibration_windows > 0
+
+    @property
     def quantized(self) -> bool:
         """Whether weights are integers: MatMuls use int8 kernels, and the bundle is compared with itself."""
         return self.bits <= 8
@@ -58,6 +63,10 @@ _ROWS = (
         "int4", 4, "onnx/model_q4.onnx", "q4",
         golden_limit=5e-2, memory_bytes=5, disk_bytes=10, finer="int8", calibration_windows=32, max_kl=1.0,
         decode_kl=0.2,
+    ),
+    Precision(  # the blocks of a quantized source as they are; only activations are rounded
+        "source", 8, "onnx/model_quantized.onnx", "q8",
+        golden_limit=5e-2, memory_bytes=3, disk_bytes=10, finer="fp32", max_kl=0.5, decode_kl=2,
     ),
     Precision(
         "fp16", 16, "onnx/model_fp16.onnx", "fp16",

@@ -63,6 +63,7 @@ class Provider:
     target: bool = False  # whether --target offers it; its bundles run there by default
     form: Form = Form.MATMUL_NBITS
     why_standard: str = "the fused graph is not known to run there"  # why its bundles have the standard graph
+    block_sums: bool = False  # multiplies by blocks with offsets: `--precision source` of Q4_K, Q5_K, Q4_1, Q5_1
     loop: bool = False  # runs the Loop operator of `--generate`
     ort_format: bool = False  # can load the ORT format, which is optimised for a CPU
     states: bool = False  # the operators that keep states were run on it
@@ -99,7 +100,7 @@ _HTP_ARCHS = ("69", "73", "75", "79", "81")  # 68 lacks float16; QNN treats an u
 _ROWS = (
     Provider(
         "CPUExecutionProvider", "any CPU", "pip install onnxruntime", _RUNS, target=True, loop=True, ort_format=True,
-        states=True,
+        states=True, block_sums=True,
     ),
     Provider(
         "CUDAExecutionProvider", "NVIDIA GPUs", "pip install onnxruntime-gpu, with CUDA and cuDNN", _RUNS,
@@ -213,6 +214,7 @@ TARGETS: Final = {row.short: row for row in _ROWS if row.target} | {
         PROVIDERS["cpu"],
         graphs={"standard": Seen.RUNS},
         states=False,
+        block_sums=False,
         form=Form.DEQUANTIZE_LINEAR,
         why_standard="standard operators only",
     )

@@ -92,7 +92,7 @@ class _Int4Mixtures:
         in_8_bits = self._ranking[:raised]
         model = ir.load(self._graph)
         in_4_bits = {name: matrix for name, matrix in self._rounded.items() if name not in in_8_bits}
-        quantize(model, rounded=in_4_bits, form=self._form)
+        quantize(model, blocks=in_4_bits, form=self._form)
         return model
 
     def quality(self, raised: int) -> dict[str, Any]:

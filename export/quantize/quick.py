@@ -27,6 +27,6 @@ def make_quick(
     progress.stage(f"round to nearest in {config.precision}")
     if config.precision == "int4":
         rounded = rounded_to_nearest(model, progress)
-    quantize(model, rounded=rounded, form=TARGETS[config.target].form)
+    quantize(model, blocks=rounded, form=TARGETS[config.target].form)
     bundle, weight_bytes = write(model)
     return Quantized(bundle, weight_bytes, measured(fp32, bundle, text, progress), None)

@@ -233,7 +233,7 @@ def _merged(base: Source, folder: Path, tokenizer: str | Path | None) -> Source:
             f"peft {peft.__version__} cannot merge {folder} into {base.name}: {first_line(error)}"
         ) from error
     module.requires_grad_(False)
-    changes: dict[str, Any] = {"name": folder.resolve().name}
+    changes: dict[str, Any] = {"name": folder.resolve().name, "packed": ()}
     own = folder / names.TOKENIZER
     if tokenizer or own.is_file():
         changes |= read_tokenizer(tokenizer or own)

@@ -30,6 +30,7 @@ from pastkey.values import is_int
 
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
+from .gguf_codes import gguf_matrices
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
 from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
 from .stored_tensors import kept_in_files
@@ -81,7 +82,7 @@ def open_gguf(file: Path, opening: Opening) -> Source:
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
-    weights = check_gguf(file)
+    weights, packed = check_gguf(file), gguf_matrices(file)
     in_file = 4 * weights if has_room(weights) and not opening.in_memory else 0
     opening.before_loading(weights, 4 * weights - in_file, in_file)
     with transformers_opening(file, *_EXTRAS) as library, read_once():
@@ -89,6 +90,7 @@ def open_gguf(file: Path, opening: Opening) -> Source:
         model, stored = _load(library, file.parent, named=file, in_memory=opening.in_memory, **options)
         found = None if opening.tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
     source = _source(file.stem, model, found, opening, stored)
+    source = dataclasses.replace(source, packed=packed)
     if found is None or source.tokenizer is None:
         return source
     own = _without_tokens_from(model.get_input_embeddings().num_embeddings, source.tokenizer)

@@ -19,6 +19,7 @@ from pastkey.values import is_int
 
 from ..graft.streamed import resident_bytes
 from ..progress import SILENT, Progress
+from .file_matrix import FileMatrix
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Source:
     call: str = ""  # how the author calls the module, if that is not the contract
     proved: int = 0  # tokens of the longest text on which a cached run was compared with the author's call
     warnings: tuple[str, ...] = ()  # sentences for the user
+    packed: tuple[FileMatrix, ...] = ()  # the matrices of its file that are quantized already
 
     @property
     def resident_bytes(self) -> int:

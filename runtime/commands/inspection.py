@@ -190,8 +190,11 @@ def print_inspection(inspection: BundleReport) -> None:
         print_table(("graph of", "check", "", "value", "limit", "measure"), *checks)
     if manifest.quality:
         print("\nwhat quantization costs")
-        quality = ((name.replace("_", " "), _figure(value)) for name, value in manifest.quality.items())
-        print_table(("", ""), *quality)
+        shown = {name: value for name, value in manifest.quality.items() if name != "weights"}
+        print_table(("", ""), *((name.replace("_", " "), _figure(value)) for name, value in shown.items()))
+    if weights := manifest.quality.get("weights"):
+        print("\nthe weights of the source")
+        print_table(("matrices", "", "the first"), *((f"{len(each)}", what, each[0]) for what, each in weights.items()))
 
 
 def _figure(value: Any) -> str:

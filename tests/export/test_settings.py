@@ -33,7 +33,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
         assert told[field.name] == field.default
     assert set(told) == {field.name for field in fields} | {"source", "out", "json"}
     options = get_type_hints(ExportOptions)
-    assert options | {"precision": str} == get_type_hints(ExportConfig)
+    assert options | {"precision": str | None} == get_type_hints(ExportConfig)
     documented = re.findall(r"^ +- `(\w+)`", str(ExportOptions.__doc__), re.MULTILINE)
     assert documented == list(options)
     assert inspect.signature(export).parameters["precision"].default == ExportConfig.precision
@@ -54,7 +54,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
         ({"format": "ort", "target": "cuda"}, "--format ort and --target cuda exclude"),
         ({"max_kl": float("nan")}, "max_kl is nan; it must be"),
         ({"precision": "fp32", "max_kl": 0.1}, "and --precision fp32 exclude"),
-        ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to integers"),
+        ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to fewer bits"),
         ({"precision": "fp32", "sensitivity": "table.json"}, "--calibration, --max-kl or --sensitivity and"),
         ({"graph": "static", "precision": "fp32", "format": "ort"}, "it is of graphs whose sizes change"),
         ({"provider_options": {"a": "b"}}, "--provider-option or --allow-fallback and --target cpu exclude"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pastkey.export.quantize.rounding.blocks import ZERO, Blocks
-from pastkey.export.quantize.rounding.int4_blocks import unpacked
+from pastkey.export.quantize.rounding.blocks import ZERO, Blocks, unpacked
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:
@@ -13,5 +12,5 @@ def dequantize(matrix: Blocks) -> np.ndarray:
     numbers, zeros = matrix.data, np.full((rows, blocks), ZERO, np.float32)
     if matrix.zeros is not None:
         numbers, zeros = unpacked(numbers.reshape(rows, -1)).reshape(rows, blocks, -1), unpacked(matrix.zeros)
-    values: np.ndarray = (numbers.astype(np.float32) - zeros[:, :blocks, None]) * matrix.scales[:, :, None]
+    values: np.ndarray = (numbers.astype(np.float32) - zeros[:, :blocks, None]) * matrix.scales.values[:, :, None]
     return values.reshape(rows, -1)[:, : matrix.columns]

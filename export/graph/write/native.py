@@ -1,6 +1,6 @@
 """The native graph: the last-logits graph by the operators of pastkey's kernel library (`kernels/`), same weights.
 
-1. MatMulNBits with 8 or 4 bits, blocks of 32 -> MatMulInt8, by the scale codes and row scales as they are stored
+1. MatMulNBits with 8 or 4 bits, blocks of 32 -> MatMulInt8, by scales and offsets as they are stored
 2. the two terms of the output head           -> one MatMulInt8
 3. a bias and SiLU or GELU behind, or gating  -> in the same node
 4. a norm in front, with its residual sum     -> NormMatMulInt8
@@ -14,8 +14,6 @@ A node without a kernel stays as it is.
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -27,8 +25,7 @@ from pastkey.precisions import PRECISIONS
 
 from ..edit import (
     CONTRIB_DOMAIN,
-    NodeBuilder,
-    add_tensor,
+    input_of,
     producer,
     replace_node,
     replace_value,
@@ -37,6 +34,7 @@ from ..edit import (
     weight,
 )
 from .sequence_lengths import SEQLENS_K, TOTAL
+from .tables import TableRows, compute_apart, table_rows
 from .windows import POSITION_IDS
 
 _BLOCK = 32
@@ -83,7 +81,7 @@ def to_native(model: ir.Model) -> bool:
     if not matmuls and not attention and not any(states):
         return False
     _cache_in_float16(model)
-    _compute_scales_apart(model)
+    compute_apart(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
     for node in model.graph:  # onnxruntime does not tell an operator what the graph imports
@@ -92,113 +90,43 @@ def to_native(model: ir.Model) -> bool:
     return True
 
 
-# --- scales -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Scales:
-    """Rows of a table of scales: codes times row scales."""
-
-    codes: ir.Value
-    row_scales: ir.Value
-    first: int
-    rows: int
-
-    def take(self, model: ir.Model) -> tuple[ir.Value, ir.Value]:
-        """The initializers of these rows alone, over the same bytes."""
-        return _rows_of(model, self.codes, self.first, self.rows), _rows_of(
-            model, self.row_scales, self.first, self.rows
-        )
-
-
-def _scales_of(value: ir.Value | None) -> _Scales | None:
-    """What a value that `rounding.rewrite` computes is made of, or None for any other."""
-    first, rows = 0, None
-    if value is not None and (split := producer(value, "Split")) is not None:
-        sizes = weight(split.inputs[1]) if len(split.inputs) > 1 else None
-        if sizes is None:
-            return None
-        place = list(split.outputs).index(value)
-        first, rows = int(sizes[:place].sum()), int(sizes[place])
-        value = split.inputs[0]
-    product = producer(value, "Mul")
-    cast = None if product is None else producer(product.inputs[0], "Cast")
-    if product is None or cast is None:
-        return None
-    codes, row_scales = cast.inputs[0], product.inputs[1]
-    shape = shape_of(codes)
-    if codes is None or row_scales is None or shape is None or shape_of(row_scales) is None:
-        return None
-    return _Scales(codes, row_scales, first, shape[0] if rows is None else rows)
-
-
-def _rows_of(model: ir.Model, value: ir.Value, first: int, rows: int) -> ir.Value:
-    """Rows of an initializer as one of its own, over the same bytes of the weights file."""
-    tensor = value.const_value
-    assert tensor is not None
-    shape = tensor.shape.numpy()
-    if rows == shape[0]:
-        return value
-    name = f"{value.name}.{first}"
-    if (known := model.graph.initializers.get(name)) is not None:
-        return known
-    if not isinstance(tensor, ir.ExternalTensor):
-        return add_tensor(model, name, ir.Tensor(tensor.numpy()[first : first + rows].copy()))
-    size = math.prod(shape[1:]) * tensor.dtype.itemsize
-    part = ir.ExternalTensor(
-        tensor.location,
-        (tensor.offset or 0) + first * int(size),
-        rows * int(size),
-        tensor.dtype,
-        shape=ir.Shape((rows, *shape[1:])),
-        name=name,
-        base_dir=tensor.base_dir,
-    )
-    return add_tensor(model, name, part)
-
-
-def _compute_scales_apart(model: ir.Model) -> None:
-    """Lets each remaining node compute the scales that it reads, not those of all matrices of a table."""
-    for node in tuple(model.graph):
-        for index, value in enumerate(node.inputs):
-            found = None if node.op_type in ("Cast", "Mul", "Split") else _scales_of(value)
-            if found is None:
-                continue
-            (codes, row_scales), builder = found.take(model), NodeBuilder(model, f"{node.name}_scales")
-            if node.op_type == "Gather" and index == 0:
-                parts = [builder.add("Gather", part, node.inputs[1], axis=0) for part in (codes, row_scales)]
-                builder.add("Mul", builder.add("Cast", parts[0], to=ir.DataType.FLOAT), parts[1])
-                replace_node(model, node, *builder.nodes)
-            else:
-                whole = builder.add("Mul", builder.add("Cast", codes, to=ir.DataType.FLOAT), row_scales)
-                model.graph.insert_before(node, builder.nodes)
-                node.replace_input_with(index, whole)
-
-
 # --- matrices -----------------------------------------------------------------------------------------------------
 def _has_kernel(node: ir.Node) -> bool:
     if node.op_type != "MatMulNBits" or node.domain != CONTRIB_DOMAIN:
         return False
-    bits, zeros = _integer(node, "bits"), _zero_points(node)
+    bits, size, zeros = _integer(node, "bits"), _integer(node, "block_size"), _zero_points(node)
     plain = not any(node.inputs[_ZERO_POINT_INPUT + 1 :])
-    known = bits in (4, 8) if zeros is None else bits == 4 and zeros.dtype is ir.DataType.UINT8 and shape_of(zeros)
-    whole = _integer(node, "block_size") == _BLOCK and _integer(node, "K") % _BLOCK == 0
-    return plain and bool(known) and whole and _stored_scales(node.inputs[2]) is not None
+    whole = (size == _BLOCK or (size, bits) == (_BLOCK // 2, 8)) and _integer(node, "K") % _BLOCK == 0
+    known = bits in (4, 8) if zeros is None or _offsets(node) else bits == 4 and shape_of(zeros) is not None
+    return plain and whole and known and table_rows(node.inputs[2]) is not None
 
 
 def _zero_points(node: ir.Node) -> ir.Value | None:
     return node.inputs[_ZERO_POINT_INPUT] if len(node.inputs) > _ZERO_POINT_INPUT else None
 
 
-def _stored_scales(value: ir.Value | None) -> _Scales | ir.Value | None:
-    """Scales as stored: in two tables, or one float32 for each block."""
-    return value if shape_of(value) is not None else _scales_of(value)
+def _offsets(node: ir.Node) -> tuple[TableRows, ir.Node] | None:
+    """The offsets of a product's blocks, and the node that subtracts their term, as `rounding.rewrite` writes it."""
+    whole = sole_consumer(node.outputs[0])
+    term = None if whole is None or whole.op_type != "Sub" else producer(whole.inputs[1], "MatMul")
+    centred = None if term is None else producer(input_of(term.inputs[1], "Transpose"), "Sub")
+    found = None if centred is None else table_rows(centred.inputs[0])
+    return None if whole is None or found is None else (found, whole)
 
 
 def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
     """Applies rules 1 to 4."""
-    scales = _stored_scales(node.inputs[2])
-    stored = [scales, None] if isinstance(scales, ir.Value) else list(scales.take(model))  # type: ignore[union-attr]
-    x, last, attributes = node.inputs[0], node, dict[str, Any]()
-    if (terms := _two_terms(node)) is not None:
+    numbers, x, last, attributes = table_rows(node.inputs[2]), node.inputs[0], node, dict[str, Any]()
+    assert numbers is not None
+    codes, factors = numbers.take(model)
+    stored, offsets = [factors, None] if codes is None else [codes, factors], list[ir.Value | None]()
+    readers = [node]
+    if (second := _offsets(node)) is not None:
+        of_offsets, last = second
+        codes, factors = of_offsets.take(model)
+        offsets = [factors] if codes is None else [codes, factors]
+        readers += [reader for reader in (() if x is None else x.consumers()) if _sums_blocks(reader, last)]
+    if (terms := _two_terms(node, last)) is not None:
         x, last = terms
         attributes["terms"] = 2
     bias = None
@@ -208,8 +136,8 @@ def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
         last, attributes = after[0], attributes | after[1]
     if _integer(node, "bits") == 4:
         attributes["bits"] = 4
-    weights = [node.inputs[1], *stored, bias, _zero_points(node)]
-    norm = _norm(x, node)
+    weights = [node.inputs[1], *stored, bias, None if offsets else _zero_points(node), *offsets]
+    norm = _norm(x, readers, _integer(node, "K"))
     if norm is None:
         new = ir.node("MatMulInt8", _trimmed([x, *weights]), attributes, domain=names.NATIVE_DOMAIN, name=node.name)
         replace_node(model, last, new)
@@ -231,6 +159,12 @@ def _replace_matmul(model: ir.Model, node: ir.Node) -> None:
     _insert(model, last, norm, new, summed)
 
 
+def _sums_blocks(node: ir.Node, whole: ir.Node) -> bool:
+    """Whether a node is the first of the term that `whole` subtracts."""
+    term = producer(whole.inputs[1], "MatMul")
+    return term is not None and input_of(term.inputs[0], "ReduceSum") is node.outputs[0]
+
+
 def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: ir.Value | None) -> None:
     """Puts `new` in the place of `norm`, whose sum it computes, and of `last`, whose result it computes."""
     model.graph.insert_before(norm, new)
@@ -239,9 +173,12 @@ def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: 
         replace_value(model, total, new.outputs[1])
 
 
-def _two_terms(node: ir.Node) -> tuple[ir.Value, ir.Node] | None:
-    """Matches rule 2: what `rounding.rewrite` makes of the output head. Returns its input and its last node."""
-    both, parts = producer(node.inputs[0], "Concat"), sole_consumer(node.outputs[0])
+def _two_terms(node: ir.Node, last: ir.Node) -> tuple[ir.Value, ir.Node] | None:
+    """Matches rule 2: what `rounding.rewrite` makes of the output head. Returns its input and its last node.
+
+    `last` outputs the product of `node`.
+    """
+    both, parts = producer(node.inputs[0], "Concat"), sole_consumer(last.outputs[0])
     if both is None or parts is None or parts.op_type != "Split" or len(both.inputs) != 2:
         return None
     rest = producer(both.inputs[1], "Sub")
@@ -300,16 +237,18 @@ def _halves(split: ir.Node) -> bool:
     return split.attributes.get_int("axis", 0) == -1 and len(split.outputs) == 2 and equal
 
 
-def _norm(x: ir.Value | None, reader: ir.Node) -> ir.Node | None:
-    """Matches rule 4: the norm whose result only `reader` reads, by constants of one number for each channel."""
+def _norm(x: ir.Value | None, readers: list[ir.Node], channels: int) -> ir.Node | None:
+    """Matches rule 4: the norm whose result only `readers` read, by constants of one number for each channel."""
     node = None if x is None else x.producer()
-    if node is None or node.op_type not in _NORMS or sole_consumer(node.outputs[0]) is not reader:
+    if x is None or node is None or node.op_type not in _NORMS or x is not node.outputs[0]:
+        return None
+    if x.is_graph_output() or set(x.consumers()) != set(readers):
         return None
     residual, kind = _NORMS[node.op_type]
     vectors = list(node.inputs[2 if residual else 1 :])
     constants = [value for value in vectors if value is not None]
     extra = vectors[2 if kind == "layer" else 1 :]  # a bias that is added to the residual
-    sized = all(shape_of(value) == (_integer(reader, "K"),) for value in constants)
+    sized = all(shape_of(value) == (channels,) for value in constants)
     unread = all(not output.uses() for output in node.outputs[1:_SUM])
     last = node.attributes.get_int("axis", -1) == -1
     return node if sized and unread and last and constants and not any(extra) else None

@@ -9,8 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...graph.edit import add_weight
-from .blocks import ZERO, Blocks
-from .int4_blocks import unpacked
+from .blocks import ZERO, Blocks, unpacked
 from .matrices import add_lazy_weight
 
 OPSET = 21  # the first with block-wise DequantizeLinear
@@ -27,13 +26,14 @@ def dequantize_linear(model: ir.Model, name: str, matrix: Blocks) -> ir.Node:
     columns = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT4
 
     def make() -> np.ndarray:
-        data = matrix.data.reshape(rows, -1)
-        numbers = (data.astype(np.int16) - ZERO).astype(np.int8) if bits == 8 else unpacked(data).astype(_UINT4)
+        data = matrix.numbers.reshape(rows, -1)
+        numbers = (data.astype(np.int16) - ZERO).astype(np.int8) if bits == 8 else data.astype(_UINT4)
         return np.ascontiguousarray(numbers.T)
 
-    arrays = {"column_scales": matrix.scales}
-    if matrix.zeros is not None:
-        arrays["column_zeros"] = unpacked(matrix.zeros)[:, :blocks].astype(_UINT4)
+    arrays = {"column_scales": matrix.scales.values}
+    if bits == 4:
+        zeros = np.full((rows, blocks), matrix.middle) if matrix.zeros is None else unpacked(matrix.zeros)[:, :blocks]
+        arrays["column_zeros"] = zeros.astype(_UINT4)
     values = [
         add_lazy_weight(model, f"{name}.columns", columns, (blocks * matrix.block_size, rows), make),
         *(add_weight(model, f"{name}.{what}", np.ascontiguousarray(array.T)) for what, array in arrays.items()),

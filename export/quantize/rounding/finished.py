@@ -13,7 +13,7 @@ import numpy as np
 from pastkey.errors import InputError
 from pastkey.files.durable import write_whole
 
-from .blocks import Blocks
+from .blocks import Blocks, Numbers
 from .int4_blocks import BITS, Rounded
 
 
@@ -21,11 +21,12 @@ def keep_rounded(folder: Path, name: str, rounded: Rounded) -> None:
     """Writes the matrix of this name, if the disk has room."""
     blocks, content = rounded.blocks, io.BytesIO()
     assert blocks.zeros is not None
+    assert blocks.scales.codes is not None
     np.savez(
         content,
         data=blocks.data,
-        scale_codes=blocks.scale_codes,
-        row_scales=blocks.row_scales,
+        scale_codes=blocks.scales.codes,
+        row_scales=blocks.scales.factors,
         zeros=blocks.zeros,
         sizes=np.array([blocks.columns, blocks.block_size]),
         error=np.array(rounded.error),
@@ -43,7 +44,8 @@ def read_rounded(folder: Path, name: str) -> Rounded | None:
             arrays = dict(content)
         data, (columns, block_size) = arrays["data"], arrays["sizes"].tolist()
         codes, rows, zeros = (arrays[name] for name in ("scale_codes", "row_scales", "zeros"))
-        return Rounded(Blocks(lambda: data, codes, rows, columns, block_size, zeros, BITS), float(arrays["error"]))
+        blocks = Blocks(lambda: data, Numbers(rows, codes), columns, block_size, zeros, BITS)
+        return Rounded(blocks, float(arrays["error"]))
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
         return None
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, encode_scales, in_blocks, some_outputs
+from .blocks import Blocks, Numbers, encode_scales, in_blocks, packed, some_outputs
 
 BITS = 4
 _TOP = 15
@@ -52,7 +52,7 @@ class Gptq:
         importance = np.empty(columns, np.float32)
         importance[self._order] = 1 / np.square(self._factor.diagonal())
         grid = _grid(matrix, importance, block_size)
-        scales, of_column = grid.scales, self._order // block_size
+        scales, of_column = grid.scales.values, self._order // block_size
         numbers = np.repeat(grid.zeros, block_size, 1)
         # Transposed, so that a column is contiguous.
         left, of_scales, of_zeros = (
@@ -72,7 +72,7 @@ def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:
     """Rounds a matrix (N, K) float32 without a text. Raises ValueError on NaN or infinity."""
     rows, columns = matrix.shape
     grid = _grid(matrix, np.ones(columns, np.float32), block_size)
-    centred = _centred(*map(torch.from_numpy, (in_blocks(matrix, block_size), grid.scales, grid.zeros)))
+    centred = _centred(*map(torch.from_numpy, (in_blocks(matrix, block_size), grid.scales.values, grid.zeros)))
     numbers = np.repeat(grid.zeros, block_size, 1) + centred.reshape(rows, -1).numpy()
     return grid.blocks(numbers, columns, block_size)
 
@@ -80,20 +80,13 @@ def round_to_nearest(matrix: np.ndarray, block_size: int) -> Blocks:
 class _Grid(NamedTuple):
     """The values that the weights of each block of a matrix (N, K) are rounded to."""
 
-    scale_codes: np.ndarray  # (N, blocks) uint8
-    row_scales: np.ndarray  # (N, 1) float32
+    scales: Numbers
     zeros: np.ndarray  # (N, blocks) float32, from 0 to 15
-
-    @property
-    def scales(self) -> np.ndarray:
-        """(N, blocks) float32."""
-        scales: np.ndarray = self.scale_codes.astype(np.float32) * self.row_scales
-        return scales
 
     def blocks(self, numbers: np.ndarray, columns: int, block_size: int) -> Blocks:
         """Packs q (N, blocks * block_size)."""
-        data = _packed(numbers).reshape(*self.zeros.shape, -1)
-        return Blocks(lambda: data, self.scale_codes, self.row_scales, columns, block_size, _packed(self.zeros), BITS)
+        data = packed(numbers).reshape(*self.zeros.shape, -1)
+        return Blocks(lambda: data, self.scales, columns, block_size, packed(self.zeros), BITS)
 
 
 def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
@@ -103,7 +96,8 @@ def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
     blocks, of_columns = (torch.from_numpy(in_blocks(rows, block_size)) for rows in (matrix, importance[None]))
     found = [_scales_and_zeros(part, of_columns[0]) for part in blocks.split(_ROWS_AT_ONCE)]
     scales, zeros = (torch.cat(part).numpy() for part in zip(*found, strict=True))
-    return _Grid(*encode_scales(scales, np.rint), zeros)
+    scale_codes, row_scales = encode_scales(scales, np.rint)
+    return _Grid(Numbers(row_scales, scale_codes), zeros)
 
 
 def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -177,15 +171,3 @@ def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> tuple
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         total += float(errors.square_().sum())
     return numbers.numpy(), total
-
-
-def _packed(numbers: np.ndarray) -> np.ndarray:
-    """Packs numbers from 0 to 15, (N, n), to (N, n / 2 rounded up) uint8."""
-    even = np.pad(numbers.astype(np.uint8), ((0, 0), (0, numbers.shape[1] % 2)))
-    packed: np.ndarray = even[:, 0::2] | even[:, 1::2] << 4
-    return packed
-
-
-def unpacked(packed: np.ndarray) -> np.ndarray:
-    """Unpacks (N, n) uint8, two numbers in each, to (N, 2 n) numbers from 0 to 15."""
-    return np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)

@@ -3,8 +3,8 @@
 MatMuls by a weight become com.microsoft.MatMulNBits (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md);
 at accuracy level 4, activations are also quantized to int8 per block, at run time. Embeddings gather blocks and scales,
 and multiply: onnxruntime's operator for that, GatherBlockQuantized, is not in the WebAssembly that transformers.js
-loads in a browser. Scales are Cast(scale codes) * row scales, of many matrices at once, which onnxruntime folds into
-constants when it loads the graph.
+loads in a browser. Scales are computed of many matrices at once, as Cast(scale codes) * row scales, which onnxruntime
+folds into constants when it loads the graph.
 
 Rules over the graph:
 
@@ -17,13 +17,15 @@ Rules over the graph:
                                    The rounding of this one activation is a third of int8's error, and a second row
                                    adds little cost
 
-MatMuls whose weight was rounded to fewer bits beforehand (`rounded`) read that instead, and are merged among
-themselves.
+Weights that are in blocks already (`blocks`), since they were rounded beforehand or their source has them so, are
+read as they are, and merged among those of one form. Blocks with offsets have a second term: the sums of x in each
+block, times the offsets. Their integers are centred first, so that the rounding of x is not amplified. Blocks with
+another order of channels read x in that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -42,9 +44,10 @@ from ...graph.edit import (
     replace_uses,
 )
 from ...graph.write.output_head import mark_head, output_head
+from ..changes import INPUT, changes_of, record_change
 from . import block_dequantize
 from .block_dequantize import dequantize_linear
-from .blocks import ZERO, Blocks, choose_block_size, join, quantize_blocks
+from .blocks import Blocks, Numbers, choose_block_size, join, quantize_blocks, stacked
 from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, mark_weights, matmul_weight, steering_weights
 from .merge import Projections, find_mergeable, insert_merged
 
@@ -52,13 +55,14 @@ ACCURACY_LEVEL = 4  # int8 activations: the only level with a fast kernel for 8-
 GPU_ACCURACY_LEVEL = 0  # activations are not quantized
 _COMPUTED_TOGETHER = 30  # matrices; their sizes must be in the graph itself, below INLINE_BYTES
 NONE_ROUNDED: Mapping[str, Blocks] = MappingProxyType({})
+_MIDDLE_OF_OFFSETS = {4: 8, 8: 16}  # bits -> the zero point of blocks with offsets; those in 8 bits hold 5
 
 
 def quantize(
     model: ir.Model,
     keep: Collection[str] = (),
     head: ir.Node | None = None,
-    rounded: Mapping[str, Blocks] = NONE_ROUNDED,
+    blocks: Mapping[str, Blocks] = NONE_ROUNDED,
     form: Form = Form.MATMUL_NBITS,
 ) -> None:
     """Quantizes every matrix of a float32 graph in place, by the rules above. Marks the output head.
@@ -67,7 +71,7 @@ def quantize(
         model: The graph.
         keep: Names of initializers that stay in float32.
         head: The output head, if the graph does not show it.
-        rounded: Matrices of fewer bits, by initializer name. Only MatMuls read these weights.
+        blocks: Matrices that are in blocks already, by initializer name.
         form: The operators.
 
     Raises:
@@ -75,12 +79,12 @@ def quantize(
     """
     if head is None:
         head = output_head(model)
-    weights = _Weights(model, frozenset(keep) | steering_weights(model), rounded, form)
+    weights = _Weights(model, frozenset(keep) | (steering_weights(model) - blocks.keys()), blocks, form)
     matmuls = [n for n in model.graph if n.op_type == "MatMul" and n is not head and weights.of(n)]
-    by_bits: dict[int, list[ir.Node]] = {}
+    by_form: dict[Hashable, list[ir.Node]] = {}
     for node in matmuls:
-        by_bits.setdefault(weights.bits(node), []).append(node)
-    mergeable = [p for bits in sorted(by_bits, reverse=True) for p in find_mergeable(by_bits[bits])]
+        by_form.setdefault(weights.form_of(node), []).append(node)
+    mergeable = [projections for nodes in by_form.values() for projections in find_mergeable(nodes)]
     merged = {id(node) for projections in mergeable for node in projections.matmuls}
     for node in tuple(model.graph):
         if embedding_weight(node) is not None:
@@ -118,16 +122,18 @@ class _Stored:
     table: ir.Value  # the same, for Gather
     scales: ir.Value  # (N, blocks) float32; `compute_scales` replaces it by nodes that are folded at load
     weights: tuple[MatMulWeight, ...]  # that the matrix was made of
-    zeros: ir.Value | None = None  # zero points, if there are fewer than 8 bits
+    zeros: ir.Value | None = None  # zero points, if not all are the middle
+    offsets: ir.Value | None = None  # as scales
+    order: ir.Value | None = None
 
 
 class _Weights:
     """The quantized matrices of a graph: one that is used twice is stored once."""
 
-    def __init__(self, model: ir.Model, keep: frozenset[str], rounded: Mapping[str, Blocks], form: Form) -> None:
+    def __init__(self, model: ir.Model, keep: frozenset[str], blocks: Mapping[str, Blocks], form: Form) -> None:
         self._model = model
         self._keep = keep  # names of initializers that stay in float32
-        self._rounded = rounded  # by the names of initializers
+        self._blocks = blocks  # by the names of initializers
         self._stored: dict[tuple[int, ...], _Stored] = {}  # by the identity of initializers
         self.form = form
         self._dequantized: dict[str, ir.Value] = {}  # by the names of blocks
@@ -141,37 +147,58 @@ class _Weights:
         """Whether the value stays in float32."""
         return value.name in self._keep
 
-    def bits(self, node: ir.Node) -> int:
-        """Returns the bits of the weight that a MatMul reads."""
+    def form_of(self, node: ir.Node) -> Hashable:
+        """Equal for MatMuls whose weights can be stacked. Matrices that are rounded now all can."""
         found = self.of(node)
-        before = None if found is None else self._rounded.get(str(found.initializer.name))
-        return 8 if before is None else before.bits
+        before = None if found is None else self._blocks.get(str(found.initializer.name))
+        return None if before is None else before.form
 
     def store(self, *weights: MatMulWeight) -> _Stored:
         """Quantizes weights, stacked vertically as one matrix."""
         key = tuple(id(w.initializer) for w in weights)
         if key not in self._stored:
-            matrix = join([self._rounded.get(str(w.initializer.name)) or _quantized(w) for w in weights])
+            matrix = join([self._blocks.get(str(w.initializer.name)) or _quantized(w) for w in weights])
             name = "+".join(str(w.initializer.name) for w in weights)
-            blocks, scales = self._add_data(f"{name}.blocks", matrix), ir.Value(name=f"{name}.scales")
-            if matrix.zeros is None:
-                table = self._add_data(f"{name}.table", matrix)
-                self._stored[key] = _Stored(matrix, blocks, table, scales, weights)
-            else:
-                zeros = add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
-                self._stored[key] = _Stored(matrix, blocks, blocks, scales, weights, zeros)
+            blocks = self._add_data(f"{name}.blocks", matrix)
+            table = blocks if matrix.zeros is not None else self._add_data(f"{name}.table", matrix)
+            self._stored[key] = _Stored(
+                matrix, blocks, table, ir.Value(name=f"{name}.scales"), weights, self._zeros(matrix, name),
+                None if matrix.offsets is None else ir.Value(name=f"{name}.offsets"), self._order(matrix, name, weights)
+            )  # fmt: skip
         return self._stored[key]
+
+    def _zeros(self, matrix: Blocks, name: str) -> ir.Value | None:
+        if matrix.zeros is not None:
+            return add_weight(self._model, f"{name}.zeros", matrix.zeros.reshape(-1))
+        if matrix.offsets is None or matrix.middle == _MIDDLE_OF_OFFSETS[matrix.bits]:
+            return None
+        rows, blocks, _ = matrix.shape
+        builder = NodeBuilder(self._model, f"{name}.zeros")
+        value = ir.AttrTensor("value", ir.Tensor(np.array([_MIDDLE_OF_OFFSETS[matrix.bits]], np.uint8)))
+        zeros = builder.add("ConstantOfShape", builder.constant("shape", np.array([rows * blocks])), value=value)
+        self._model.graph.insert_before(self._model.graph[0], builder.nodes)
+        return zeros
+
+    def _order(self, matrix: Blocks, name: str, weights: Sequence[MatMulWeight]) -> ir.Value | None:
+        if matrix.order is None:
+            return None
+        for weight in map(str, (read.initializer.name for read in weights)):
+            record_change(self._model, weight, changes_of(self._model, weight), (INPUT, "permuted", matrix.order))
+        return add_weight(self._model, f"{name}.order", matrix.order.astype(np.int64))
 
     def _add_data(self, name: str, matrix: Blocks) -> ir.Value:
         return add_lazy_weight(self._model, name, ir.DataType.UINT8, matrix.shape, matrix.make)
 
     def product(self, x: ir.Value | None, stored: _Stored, name: str) -> list[ir.Node]:
         """Returns the nodes that multiply by a quantized matrix; the last one outputs the product."""
+        ordered = NodeBuilder(self._model, f"{name}_ordered")
+        if stored.order is not None:
+            x = ordered.add("Gather", x, stored.order, axis=-1)
         if self.form is not Form.DEQUANTIZE_LINEAR:
             level = ACCURACY_LEVEL if self.form is Form.MATMUL_NBITS else GPU_ACCURACY_LEVEL
             node = _matmul_nbits(x, stored, name, level)
             mark_weights(node, stored.weights)
-            return [node]
+            return [*ordered.nodes, node, *_offset(self._model, node, stored)]
         key = str(stored.blocks.name)
         if key not in self._dequantized:
             node = dequantize_linear(self._model, key.removesuffix(".blocks"), stored.matrix)
@@ -180,34 +207,48 @@ class _Weights:
         builder = NodeBuilder(self._model, f"{name}_padded")
         if padding := _padded(stored.matrix) - stored.matrix.columns:
             x = builder.add("Pad", x, builder.constant("end", np.array([0, 0, 0, 0, 0, padding])))
-        return [*builder.nodes, ir.node("MatMul", [x, self._dequantized[key]], name=name)]
+        return [*ordered.nodes, *builder.nodes, ir.node("MatMul", [x, self._dequantized[key]], name=name)]
 
     def compute_scales(self) -> None:
-        """Adds the nodes for the scales of all matrices. Matrices with equally many blocks per row share nodes.
+        """Adds the nodes for the scales and offsets of all matrices. Those of one form share nodes.
 
         onnxruntime folds them at load, which takes longer for a node than for its numbers.
         """
-        by_width: dict[int, list[_Stored]] = {}
+        by_form: dict[Hashable, list[tuple[ir.Value, Numbers]]] = {}
         for stored in self._stored.values():
-            if not stored.scales.uses():
-                continue
-            by_width.setdefault(stored.matrix.scale_codes.shape[1], []).append(stored)
-        for width, same in by_width.items():
+            for value, numbers in ((stored.scales, stored.matrix.scales), (stored.offsets, stored.matrix.offsets)):
+                if value is not None and numbers is not None and value.uses():
+                    by_form.setdefault(numbers.form, []).append((value, numbers))
+        for number, same in enumerate(by_form.values()):
             for first in range(0, len(same), _COMPUTED_TOGETHER):
-                group = same[first : first + _COMPUTED_TOGETHER]
-                builder = NodeBuilder(self._model, f"scales_of_{width}_{first}")
-                scale_codes, row_scales = (
-                    builder.constant(what, np.concatenate([getattr(stored.matrix, what) for stored in group]))
-                    for what in ("scale_codes", "row_scales")
-                )
-                whole = builder.add("Mul", builder.add("Cast", scale_codes, to=ir.DataType.FLOAT), row_scales)
-                parts: tuple[ir.Value, ...] = (whole,)
-                if len(group) > 1:
-                    rows = builder.constant("rows", np.array([stored.matrix.shape[0] for stored in group]))
-                    parts = builder.add_several("Split", len(group), whole, rows, axis=0)
+                values, parts = zip(*same[first : first + _COMPUTED_TOGETHER], strict=True)
+                builder = NodeBuilder(self._model, f"scales_of_{parts[0].shape[1]}_{number}_{first}")
+                for value, part in zip(values, _computed(builder, parts), strict=True):
+                    replace_uses(value, part)
                 self._model.graph.insert_before(self._model.graph[0], builder.nodes)
-                for stored, part in zip(group, parts, strict=True):
-                    replace_uses(stored.scales, part)
+
+
+def _computed(builder: NodeBuilder, parts: Sequence[Numbers]) -> tuple[ir.Value, ...]:
+    """Builds the nodes for numbers of one form, (N, blocks) float32 each."""
+    whole = stacked(parts)
+    rows, blocks = whole.shape
+    groups = whole.factors.shape[1]
+    if whole.codes is None:
+        value = builder.constant("row_scales", whole.factors)
+        if whole.factors.dtype != np.float32:
+            value = builder.add("Cast", value, to=ir.DataType.FLOAT)
+    else:  # several groups have an axis of their own, which multiplication broadcasts over
+        codes, factors = whole.codes, whole.factors
+        if groups > 1:
+            codes, factors = codes.reshape(rows, groups, -1), factors[:, :, None]
+        scale_codes, row_scales = builder.constant("scale_codes", codes), builder.constant("row_scales", factors)
+        value = builder.add("Mul", builder.add("Cast", scale_codes, to=ir.DataType.FLOAT), row_scales)
+        if groups > 1:
+            value = builder.add("Reshape", value, builder.constant("shape", np.array([rows, blocks])))
+    if len(parts) == 1:
+        return (value,)
+    sizes = builder.constant("rows", np.array([part.shape[0] for part in parts]))
+    return builder.add_several("Split", len(parts), value, sizes, axis=0)
 
 
 def _quantized(read: MatMulWeight) -> Blocks:
@@ -234,6 +275,21 @@ def _matmul_nbits(x: ir.Value | None, stored: _Stored, name: str, accuracy_level
     }
     inputs = [x, stored.blocks, stored.scales, *([] if stored.zeros is None else [stored.zeros])]
     return ir.node("MatMulNBits", inputs, attributes, domain=CONTRIB_DOMAIN, name=name)
+
+
+def _offset(model: ir.Model, product: ir.Node, stored: _Stored) -> list[ir.Node]:
+    """Returns the nodes of the second term of blocks with offsets; the last one outputs the sum of both."""
+    if stored.offsets is None:
+        return []
+    _, blocks, _ = stored.matrix.shape
+    builder = NodeBuilder(model, f"{product.name}_offsets")
+    split = builder.constant("split_shape", np.array([0, 0, blocks, stored.matrix.block_size]))
+    last = builder.constant("last_axis", np.array([-1]))
+    sums = builder.add("ReduceSum", builder.add("Reshape", product.inputs[0], split), last, keepdims=0)
+    middle = builder.constant("middle", np.array(_MIDDLE_OF_OFFSETS[stored.matrix.bits], np.float32))
+    left = builder.add("Sub", stored.offsets, builder.add("Mul", stored.scales, middle))
+    term = builder.add("MatMul", sums, builder.add("Transpose", left))
+    return [*builder.nodes, ir.node("Sub", [product.outputs[0], term], name=f"{product.name}_whole")]
 
 
 def _quantize_matmul(model: ir.Model, node: ir.Node, weights: _Weights) -> list[ir.Node]:
@@ -297,19 +353,37 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
         replace_node(model, node, *_gather_block_quantized(model, indices, found, builder))
         return
     # ... are the axes of the indices: (..., blocks, block_size), (..., blocks, 1), (..., blocks * block_size)
-    integers = builder.add("Cast", builder.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
-    centred = builder.add("Sub", integers, builder.constant("zero_point", np.array(ZERO, np.float32)))
+    numbers = builder.add("Cast", builder.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
     last = builder.constant("last", np.array([-1]))
-    scales = builder.add("Unsqueeze", builder.add("Gather", found.scales, indices, axis=0), last)
+    if found.matrix.bits == 4:
+        numbers = _two_of_each(builder, numbers, last, found.matrix)
+
+    def of_blocks(value: ir.Value) -> ir.Value:
+        return builder.add("Unsqueeze", builder.add("Gather", value, indices, axis=0), last)
+
+    if found.offsets is None:
+        numbers = builder.add("Sub", numbers, builder.constant("zero_point", np.array(found.matrix.middle, np.float32)))
+    rows = builder.add("Mul", numbers, of_blocks(found.scales))
+    if found.offsets is not None:
+        rows = builder.add("Sub", rows, of_blocks(found.offsets))
     flat = builder.add("Concat", builder.add("Shape", indices), builder.constant("rest", np.array([-1])), axis=0)
-    _without_padding(builder, builder.add("Reshape", builder.add("Mul", centred, scales), flat), found.matrix)
+    _without_padding(builder, builder.add("Reshape", rows, flat), found.matrix)
     replace_node(model, node, *builder.nodes)
+
+
+def _two_of_each(builder: NodeBuilder, both: ir.Value, last: ir.Value, matrix: Blocks) -> ir.Value:
+    """Takes two numbers of 4 bits from each byte: (..., blocks, block_size / 2) -> (..., blocks, block_size)."""
+    sixteen = builder.constant("sixteen", np.array(16, np.float32))
+    high = builder.add("Floor", builder.add("Div", both, sixteen))
+    low = builder.add("Sub", both, builder.add("Mul", high, sixteen))
+    pairs = builder.add("Concat", builder.add("Unsqueeze", low, last), builder.add("Unsqueeze", high, last), axis=-1)
+    return builder.add("Reshape", pairs, builder.constant("whole_block", np.array([0, 0, 0, matrix.block_size])))
 
 
 def _gather_block_quantized(
     model: ir.Model, indices: ir.Value, stored: _Stored, builder: NodeBuilder
 ) -> tuple[ir.Node, ...]:
-    """Applies rule 3 with one operator, over the same bytes: its default zero point is 128."""
+    """Applies rule 3 with one operator, over the same bytes: its default zero point is the middle."""
     matrix = stored.matrix
     rows, blocks, size = matrix.shape
     table = add_lazy_weight(

@@ -23,7 +23,7 @@ from pastkey.export.quantize.int4 import by_error, in_int8, rounded, rounded_to_
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
 from pastkey.export.quantize.rounding import int4_blocks
-from pastkey.export.quantize.rounding.blocks import Blocks
+from pastkey.export.quantize.rounding.blocks import Blocks, Numbers
 from pastkey.export.quantize.rounding.int4_blocks import Gptq, Rounded
 from pastkey.export.quantize.rounding.matrices import matmul_weight
 from pastkey.export.quantize.rounding.rewrite import quantize
@@ -66,7 +66,7 @@ def test_it_is_nearer_to_float32_than_the_nearest_numbers_are(exported, computed
 
     def divergence() -> float:
         model = ir.load(graph)
-        quantize(model, rounded=in_4_bits(graph, WINDOWS[1:]))
+        quantize(model, blocks=in_4_bits(graph, WINDOWS[1:]))
         return kl_divergence(computed(ir.load(graph), WINDOWS[0]), computed(model, WINDOWS[0]))
 
     by_hessian = divergence()
@@ -78,7 +78,7 @@ def test_a_switch_opens_the_very_4_bit_matrix(exported, computed):
     graph, weight = exported("llama").bundle.all_logits_graph, "model.layers.1.mlp.down_proj.weight"
     matrices = in_4_bits(graph, WINDOWS[:2])
     exact, alone, switched = (ir.load(graph) for _ in range(3))
-    quantize(alone, set(alone.graph.initializers) - {weight}, rounded=matrices)
+    quantize(alone, set(alone.graph.initializers) - {weight}, blocks=matrices)
     every = add_switches(switched, matrices)
     with probing(switched, graph.parent, [names.LOGITS]) as probe:
         found = probe(WINDOWS[0], {SWITCHES: quantization_mask(every, {weight})})[names.LOGITS]
@@ -127,8 +127,8 @@ def test_what_costs_most_per_weight_is_ranked_first(exported):
 
 def test_without_a_table_what_loses_most_of_its_products_per_weight_is_first_and_one_weight_in_24_at_most():
     def of(error: float, rows: int) -> Rounded:
-        codes, scales = np.ones((rows, 1), np.uint8), np.ones((rows, 1), np.float32)
-        return Rounded(Blocks(lambda: codes, codes, scales, 32, 32), error)
+        scales = Numbers(np.ones((rows, 1), np.float32))
+        return Rounded(Blocks(lambda: np.ones((rows, 1, 32), np.uint8), scales, 32, 32), error)
 
     found = {"large": of(0.3, 100), "small": of(0.1, 10), "exact": of(0.0, 1)}
     assert by_error(found) == ("small", "large", "exact")
@@ -200,7 +200,7 @@ def test_rounding_to_nearest_is_gptq_of_inputs_that_are_all_alike(exported):
         alike = np.eye(matrix.shape[1], dtype=np.float32)
         expected = int4_blocks.Gptq(alike).round(matrix, found.block_size).blocks
         np.testing.assert_array_equal(found.data, expected.data)
-        np.testing.assert_array_equal(found.scale_codes, expected.scale_codes)
+        np.testing.assert_array_equal(found.scales.codes, expected.scales.codes)
 
 
 def test_a_graph_that_decodes_wrongly_fails_the_short_proof(tmp_path, monkeypatch):

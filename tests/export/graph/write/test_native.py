@@ -48,7 +48,7 @@ TAKEN = {  # what a node and those around it compute -> its operator and attribu
 def test_a_node_takes_in_what_stands_around_it(body, bits):
     operator, attributes = TAKEN[body]
     model = model_of(TEXT.format(body), **WEIGHTS)
-    quantize(model, rounded={"w": round_to_nearest(WEIGHTS["w"].T, 32)} if bits == 4 else {})
+    quantize(model, blocks={"w": round_to_nearest(WEIGHTS["w"].T, 32)} if bits == 4 else {})
     x = RNG.normal(size=(2, 3, K)).astype(np.float32)
     (expected,) = run_model(model, x=x)
     assert to_native(model)

@@ -39,11 +39,11 @@ def test_a_round_trip_errs_by_half_a_step_at_most(matrix, block_size):
     rows, columns = matrix.shape
     size = -(-columns // block_size)
     assert quantized.data.shape == (rows, size, block_size)
-    assert quantized.scales.shape == (rows, size)
-    assert (quantized.data.dtype.name, quantized.scales.dtype.name) == ("uint8", "float32")
+    assert quantized.scales.values.shape == (rows, size)
+    assert (quantized.data.dtype.name, quantized.scales.values.dtype.name) == ("uint8", "float32")
     found = dequantize(quantized)
     assert found.shape == matrix.shape
-    step = np.repeat(quantized.scales, block_size, axis=1)[:, :columns].astype(np.float64)
+    step = np.repeat(quantized.scales.values, block_size, axis=1)[:, :columns].astype(np.float64)
     # numbers below the smallest normal one may be stored as zero
     slack = np.maximum(step * 0.5001, np.finfo(np.float32).tiny * 127)
     assert (np.abs(found.astype(np.float64) - matrix) <= slack).all()
@@ -62,7 +62,7 @@ def test_a_matrix_of_equal_numbers_is_exact(rounded, number):
     """But for numbers too small to divide by, which become zero."""
     matrix = np.full((2, 40), number, np.float32)
     found = rounded(matrix, 32)
-    assert np.isfinite(found.scales).all()
+    assert np.isfinite(found.scales.values).all()
     np.testing.assert_allclose(dequantize(found), matrix, rtol=1e-5, atol=1e-37)
 
 
@@ -89,7 +89,7 @@ def test_both_ends_of_the_range_are_used_and_padding_is_zero():
     quantized = quantize_blocks(matrix, 16)
     assert quantized.data[0, 0, :4].tolist() == [1, 255, 192, 128]
     assert (quantized.data[0, 0, 3:] == 128).all()
-    assert quantized.scales[0, 0] == pytest.approx(2 / 127)
+    assert quantized.scales.values[0, 0] == pytest.approx(2 / 127)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_rows_by_rows_every_bit_is_that_of_the_whole_matrix(shape, block_size, t
     matrix[0] *= 1e-40
     matrix = matrix.T if transposed else matrix
     found = quantize_blocks(matrix, block_size)
-    arrays = found.data, found.scale_codes, found.row_scales
+    arrays = found.data, found.scales.codes, found.scales.factors
     for array, expected in zip(arrays, at_once(matrix, block_size), strict=True):
         np.testing.assert_array_equal(array, expected)
     assert found.shape == found.data.shape
@@ -193,7 +193,7 @@ def test_onnxruntime_multiplies_by_what_dequantize_says(rows, columns, block_siz
     model = model_of(
         f"g ({inputs}) => (float[T,{rows}] y) {{ y = com.microsoft.MatMulNBits {sizes} (x, b, s, z) }}",
         b=found.data,
-        s=found.scales,
+        s=found.scales.values,
         z=found.zeros.reshape(-1),
     )
     expected = x @ dequantize(found).T

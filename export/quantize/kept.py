@@ -1,0 +1,101 @@
+"""A quantized source as it is: its blocks move into the bundle without rounding, and what it stores as floats stays so.
+
+Blocks that the target does not multiply by, and numbers in a form that cannot be kept, are rounded to int8. The bundle
+is measured twice: without rounded activations, where its logits are the source's, and as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from pastkey.contract.bundle import Bundle
+from pastkey.errors import ParityError
+from pastkey.providers import TARGETS
+
+from ..measure.metrics import Sums
+from ..progress import Progress
+from ..settings import ExportConfig
+from ..source.file_matrix import FileMatrix
+from .calibrate.calibration import CalibrationText, measured
+from .exact import exact_engine
+from .rounding.blocks import Blocks
+from .rounding.kept import SourceFile
+from .rounding.lattice import lattice_of
+from .rounding.matrices import MatMulWeight, embedding_weight, matmul_weight
+from .rounding.rewrite import quantize
+from .search import Quantized, Write
+
+_LARGEST_KL = 1e-6  # nats: two orders of adding the same products
+
+
+def make_kept(
+    matrices: Sequence[FileMatrix],
+    fp32: Bundle,
+    text: CalibrationText,
+    write: Write,
+    config: ExportConfig,
+    progress: Progress,
+) -> Quantized:
+    """Takes, writes and measures. `matrices` are those of the source's file, none of a float source on a lattice.
+
+    Raises ParityError if kept weights give other logits than the source.
+    """
+    progress.stage("round nothing: find the blocks of the source's file")
+    model, target = ir.load(fp32.all_logits_graph), TARGETS[config.target]
+    file, blocks, told, floats = SourceFile(matrices), dict[str, Blocks](), dict[str, list[str]](), set[str]()
+    read = _matrices(model)
+    for done, (name, (weight, gathered)) in enumerate(read.items()):
+        found = file.find(weight.matrix) if matrices else lattice_of(weight.matrix)
+        if found is None and matrices:
+            floats.add(name)
+            what = "float32: no quantized matrix of the source has these numbers"
+        elif found is None:
+            what = "int8, rounded: its numbers are on no lattice"
+        elif found.blocks is None:
+            what = f"int8, rounded: {found.form} has no integers that are multiplied as they are"
+        elif found.blocks.offsets is not None and not target.block_sums:
+            what = f"int8, rounded: {config.target} does not multiply by {found.form}, whose blocks have offsets"
+        elif gathered and (found.blocks.zeros is not None or found.blocks.order is not None):
+            what = f"int8, rounded: a table of {found.form} with zero points of its own is not gathered"
+        else:
+            blocks[name] = found.blocks
+            what = f"{found.form}, kept"
+        told.setdefault(what, []).append(name)
+        progress.advance(done + 1, len(read))
+    quantize(model, floats, blocks=blocks, form=target.form)
+    bundle, weight_bytes = write(model)
+    quality = measured(fp32, bundle, text, progress)
+    return Quantized(bundle, weight_bytes, quality | _proved(fp32, bundle, text, told), None)
+
+
+def _matrices(model: ir.Model) -> dict[str, tuple[MatMulWeight, bool]]:
+    """Returns the matrices that the graph reads by the names of their initializers, and whether rows are gathered."""
+    found: dict[str, tuple[MatMulWeight, bool]] = {}
+    for node in model.graph:
+        table, weight = embedding_weight(node), matmul_weight(node)
+        if table is not None:
+            found[str(table.name)] = MatMulWeight(table, transposed=False), True
+        elif weight is not None:
+            found.setdefault(str(weight.initializer.name), (weight, False))
+    return found
+
+
+def _proved(fp32: Bundle, bundle: Bundle, text: CalibrationText, told: dict[str, list[str]]) -> dict[str, Any]:
+    """Returns the manifest's entries of the weights. Raises ParityError if they give other logits."""
+    sums, reference = Sums(), text.predicted_by(fp32)
+    with exact_engine(bundle) as engine:
+        for ids in text.held_out_set:
+            engine.reset()
+            sums.add(ids, engine.all_logits(ids), reference.logits(ids))
+    divergence = sums.kl / sums.tokens
+    rounded = any("rounded" in what for what in told)
+    if not rounded and not np.abs(divergence) <= _LARGEST_KL:
+        raise ParityError(
+            f"the weights that were taken from the source's file give other logits than the source: a KL divergence of "
+            f"{divergence:.2g} nats, at most {_LARGEST_KL:g}; please report it, and export with --precision int8"
+        )
+    return {"weights": told, "kl_divergence_of_weights": divergence}

@@ -1,0 +1,88 @@
+"""Finds the matrices of a graph in the file of their source, where they are in blocks already, and takes these blocks.
+
+A matrix is found by its numbers: each of its rows is a row of the file. So it does not matter how a family's weights
+are named, which rows transformers permutes, and which matrices it joins or takes apart. The blocks of each row are then
+compared with the row of the graph. That comes from another reading of the file: in a GGUF file by the gguf library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...source.file_matrix import FileMatrix
+from .blocks import Blocks, Numbers, join, packed
+from .workers import one_thread_each, parts_of
+
+
+class Found(NamedTuple):
+    """A matrix of the graph in the file."""
+
+    form: str
+    blocks: Blocks | None  # None if the file's integers cannot be kept
+
+
+class SourceFile:
+    """The quantized matrices of a source's file."""
+
+    def __init__(self, matrices: Sequence[FileMatrix]) -> None:
+        self._places: dict[int, tuple[FileMatrix, int]] = {}  # the hash of a row -> where it is
+        with one_thread_each() as pool:
+            for matrix in matrices:
+                every = np.arange(matrix.shape[0])
+                keys = pool.map(lambda part, m=matrix, every=every: _keys(m.weights(every[part])), parts_of(len(every)))
+                for row, key in enumerate(itertools.chain.from_iterable(keys)):
+                    self._places[key] = matrix, row
+
+    def find(self, weights: np.ndarray) -> Found | None:
+        """Returns the matrix in the file that has these weights (N, K) float32; None if a row is not in the file."""
+        places = [self._places.get(key) for part in parts_of(len(weights)) for key in _keys(weights[part])]
+        runs = [
+            (matrix, np.array([row for _, row in run]))
+            for matrix, run in itertools.groupby([p for p in places if p is not None], operator.itemgetter(0))
+        ]
+        if None in places:
+            return None
+        form = "+".join(dict.fromkeys(matrix.form for matrix, _ in runs))
+        if not all(matrix.kept for matrix, _ in runs):
+            return Found(form, None)
+        pieces = [(matrix, rows[part]) for matrix, rows in runs for part in parts_of(len(rows))]
+        ends = list(itertools.accumulate(len(rows) for _, rows in pieces))
+        with one_thread_each() as pool:
+            parts = list(pool.map(_same, pieces, np.split(weights, ends[:-1])))
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        return Found(form, join(found) if len({part.form for part in found}) == 1 else None)
+
+
+def _keys(rows: np.ndarray) -> list[int]:
+    return [hash(row.tobytes()) for row in np.ascontiguousarray(rows) + np.float32(0)]  # without negative zeros
+
+
+def _same(piece: tuple[FileMatrix, np.ndarray], weights: np.ndarray) -> Blocks | None:
+    """Returns some rows of the file if they have these weights. Their integers are read again when they are written."""
+    blocks = _read(*piece)
+    own = weights if blocks.order is None else weights[:, blocks.order]
+    return dataclasses.replace(blocks, make=lambda: _read(*piece).data) if np.array_equal(blocks.matrix, own) else None
+
+
+def _read(matrix: FileMatrix, rows: np.ndarray) -> Blocks:
+    numbers, offsets, zeros = matrix.numbers(rows), matrix.offsets(rows), matrix.zeros(rows)
+    count, columns = numbers.shape
+    data = (numbers if matrix.bits == 8 else packed(numbers)).reshape(count, columns // matrix.block_size, -1)
+    return Blocks(
+        lambda: data,
+        Numbers(*matrix.scales(rows)),
+        columns,
+        matrix.block_size,
+        zeros if zeros is None or matrix.bits == 8 else packed(zeros),
+        matrix.bits,
+        None if offsets is None else Numbers(*offsets),
+        matrix.order,
+    )

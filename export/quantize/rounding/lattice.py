@@ -1,0 +1,106 @@
+"""Float matrices whose numbers are whole multiples of a scale in each block of 32: quantization-aware training ends so.
+
+The largest number of a block is n times its scale, for an n of at most 8 (4 bits) or 128 (8 bits). Each n is tried. All
+numbers must be what their multiples are in the type that the matrix was stored in, so that rounding loses nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...graph.stored import Stored, stored_weights
+from .blocks import Blocks, Numbers, in_blocks, packed
+from .kept import Found
+from .workers import one_thread_each, parts_of
+
+_BLOCK = 32
+_ERRORS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the largest of rounding
+_UNUSED = {0xFFFF: torch.bfloat16, 0x1FFF: torch.float16}  # bits of a float32 -> the type that lacks them
+_SAMPLED_ROWS, _SAMPLED_COLUMNS = 8, 256
+
+
+def lattice_of(weights: np.ndarray) -> Found | None:
+    """Returns a matrix (N, K) float32 in blocks of 4 or 8 bits, None if some of its blocks are on no lattice."""
+    for bits in (4, 8):
+        for stored_in in dict.fromkeys((torch.float32, _type(weights))):
+            first = _blocks(weights[:_SAMPLED_ROWS], bits, stored_in)
+            blocks = None if first is None else _blocks(weights, bits, stored_in)
+            if blocks is not None:
+                return Found(f"a lattice of {bits} bits", blocks)
+    return None
+
+
+def is_on_lattice(module: nn.Module) -> bool:
+    """Whether at least half of the matrices of a module are on a lattice, by some blocks of each."""
+    stored, found = stored_weights(module), list[bool]()
+    for parameter in module.parameters():
+        if parameter.ndim == 2 and parameter.shape[1] >= _BLOCK:
+            sample = _sample(parameter, None if stored is None else stored.of(parameter))
+            found.append(np.unique(np.abs(sample)).size > 2 and lattice_of(sample) is not None)
+    return sum(found) * 2 > len(found)
+
+
+def _sample(parameter: nn.Parameter, stored: Stored | None) -> np.ndarray:
+    count, width = parameter.shape
+    rows = torch.linspace(0, count - 1, min(_SAMPLED_ROWS, count)).long()
+    columns = torch.arange(min(width, _SAMPLED_COLUMNS) // _BLOCK * _BLOCK)
+    if stored is None:
+        return parameter.detach()[rows][:, columns].float().numpy()
+    return stored.elements((rows[:, None] * width + columns).flatten()).view(len(rows), -1).numpy()
+
+
+def _type(weights: np.ndarray) -> torch.dtype:
+    """The shortest type that holds the weights."""
+    used = int(np.bitwise_or.reduce(np.ascontiguousarray(weights).view(np.uint32), axis=None))
+    return next((dtype for unused, dtype in _UNUSED.items() if not used & unused), torch.float32)
+
+
+def _blocks(weights: np.ndarray, bits: int, stored_in: torch.dtype) -> Blocks | None:
+    count, columns = weights.shape
+    parts = parts_of(count)
+    with one_thread_each() as pool:
+        found = list(pool.map(lambda part: _scales(in_blocks(weights[part], _BLOCK), bits, stored_in), parts))
+    scales = [part for part in found if part is not None]
+    if len(scales) < len(found):
+        return None
+    factors = np.concatenate(scales)
+    narrow = factors.astype(np.float16)
+
+    def make() -> np.ndarray:
+        made = np.empty((*factors.shape, _BLOCK * bits // 8), np.uint8)
+        for part in parts:
+            numbers = np.rint(in_blocks(weights[part], _BLOCK) / factors[part][..., None]) + (1 << (bits - 1))
+            made[part] = packed(numbers) if bits == 4 else numbers
+        return made
+
+    return Blocks(make, Numbers(narrow if np.array_equal(narrow, factors) else factors), columns, _BLOCK, bits=bits)
+
+
+def _scales(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> np.ndarray | None:
+    """Returns scales (n, blocks) float32, of blocks (n, blocks, 32), None if one has none."""
+    most, shape, error = 1 << (bits - 1), blocks.shape[:2], _ERRORS[stored_in]
+    blocks = blocks.reshape(-1, _BLOCK)
+    scales = np.ones(len(blocks), np.float32)
+    waiting = np.flatnonzero(blocks.any(1))
+    for largest in range(most, 0, -1):
+        some = blocks[waiting]
+        magnitudes = np.abs(some).astype(np.float64)
+        numbers = np.rint(magnitudes * (largest / magnitudes.max(1, keepdims=True)))
+        each = np.divide(magnitudes, numbers, out=np.full_like(numbers, np.nan), where=numbers > 0)
+        low, high = np.nanmax(each, 1) * (1 - error), np.nanmin(each, 1) * (1 + error)
+        scale = (low + high) / 2
+        short = scale.astype(np.float16).astype(np.float64)  # as most schemes store them
+        scale = np.where((low <= short) & (short <= high), short, scale).astype(np.float32)
+        numbers *= np.sign(some)
+        turned = (numbers == most).any(1)  # integers end at most - 1
+        numbers[turned] *= -1
+        scale[turned] *= -1
+        products = torch.from_numpy(numbers.astype(np.float32) * scale[:, None]).to(stored_in).float().numpy()
+        fits = (products == some).all(1) & (numbers < most).all(1)
+        scales[waiting[fits]] = scale[fits]
+        waiting = waiting[~fits]
+        if not len(waiting):
+            return scales.reshape(shape)
+    return None if len(waiting) else scales.reshape(shape)
