@@ -16,7 +16,7 @@ from .kept import Found
 from .workers import one_thread_each, parts_of
 
 _BLOCK = 32
-_ERRORS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the largest of rounding
+_BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a number's significant digits
 _UNUSED = {0xFFFF: torch.bfloat16, 0x1FFF: torch.float16}  # bits of a float32 -> the type that lacks them
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 8, 256
 
@@ -80,7 +80,7 @@ def _blocks(weights: np.ndarray, bits: int, stored_in: torch.dtype) -> Blocks | 
 
 def _scales(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> np.ndarray | None:
     """Returns scales (n, blocks) float32, of blocks (n, blocks, 32), None if one has none."""
-    most, shape, error = 1 << (bits - 1), blocks.shape[:2], _ERRORS[stored_in]
+    most, shape = 1 << (bits - 1), blocks.shape[:2]
     blocks = blocks.reshape(-1, _BLOCK)
     scales = np.ones(len(blocks), np.float32)
     waiting = np.flatnonzero(blocks.any(1))
@@ -88,18 +88,23 @@ def _scales(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> np.ndarray
         some = blocks[waiting]
         magnitudes = np.abs(some).astype(np.float64)
         numbers = np.rint(magnitudes * (largest / magnitudes.max(1, keepdims=True)))
-        each = np.divide(magnitudes, numbers, out=np.full_like(numbers, np.nan), where=numbers > 0)
-        low, high = np.nanmax(each, 1) * (1 - error), np.nanmin(each, 1) * (1 + error)
-        scale = (low + high) / 2
-        short = scale.astype(np.float16).astype(np.float64)  # as most schemes store them
-        scale = np.where((low <= short) & (short <= high), short, scale).astype(np.float32)
-        numbers *= np.sign(some)
-        turned = (numbers == most).any(1)  # integers end at most - 1
-        numbers[turned] *= -1
-        scale[turned] *= -1
-        products = torch.from_numpy(numbers.astype(np.float32) * scale[:, None]).to(stored_in).float().numpy()
-        fits = (products == some).all(1) & (numbers < most).all(1)
-        scales[waiting[fits]] = scale[fits]
+        half = np.ldexp(0.5, np.frexp(magnitudes)[1] - _BITS[stored_in])  # a step between two numbers, halved
+        low, high = (
+            np.divide(magnitudes + end, numbers, out=np.full_like(numbers, np.nan), where=numbers > 0)
+            for end in (-half, half)
+        )
+        low, high = np.nanmax(low, 1), np.nanmin(high, 1)
+        middle = (low + high) / 2
+        fits = np.zeros(len(some), bool)
+        for each in (middle.astype(np.float16), middle, low, high):  # schemes store float16; an end is a tie
+            scale = each.astype(np.float32)
+            turned = (numbers * np.sign(some) == most).any(1)  # integers end at most - 1
+            scale[turned] *= -1
+            signed = numbers * np.sign(some) * np.sign(scale)[:, None]
+            products = torch.from_numpy(signed.astype(np.float32) * scale[:, None]).to(stored_in).float().numpy()
+            found = (products == some).all(1) & (signed < most).all(1) & ~fits
+            scales[waiting[found]] = scale[found]
+            fits |= found
         waiting = waiting[~fits]
         if not len(waiting):
             return scales.reshape(shape)
