@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from .gguf_codes import gguf_matrices
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
+from .packed.folder import find_packed, matrices, reader_of
 from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
-from .stored_tensors import kept_in_files
+from .stored_tensors import Joined, kept_in_files
 from .stored_weights import (
     MOST_POSITIONS,
     SIZES,
@@ -41,11 +42,13 @@ from .stored_weights import (
     check_sizes,
     check_weights,
     has_tokenizer,
+    weights_of,
 )
 from .tokenizers.tokenizer import read_tokenizer
 
 _EXTRAS = ("export", "huggingface")
 _OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]\w*$")  # BertForMaskedLM
+_QUANTIZED = "quantization_config"
 _CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
@@ -61,7 +64,11 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
     code = check_config(folder, name or folder, trust_remote_code=trusted)
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
-    opening.before_loading(check_sizes(folder, content), 0, 0)
+    weights, joined = check_sizes(folder, content), dict[str, Joined]()
+    if isinstance(content.get(_QUANTIZED), dict):
+        joined = find_packed(weights_of(folder, content), reader_of(content[_QUANTIZED], name or folder))
+        weights += sum(part.more for part in joined.values())
+    opening.before_loading(weights, 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
@@ -70,11 +77,15 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
     with transformers_opening(folder, *_EXTRAS) as library:
         options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
-        in_memory = opening.in_memory
-        model, stored = _load(library, folder, in_memory=in_memory, config=config, use_safetensors=True, **options)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, _QUANTIZED):  # transformers would load the quantized matrices by other libraries
+                delattr(part, _QUANTIZED)
+        read: dict[str, Any] = {"config": config, "use_safetensors": True, "joined": joined, **options}
+        model, stored = _load(library, folder, in_memory=opening.in_memory, **read)
         wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
-    return _source(name or folder.resolve().name, model, found, opening, stored)
+    source = _source(name or folder.resolve().name, model, found, opening, stored)
+    return dataclasses.replace(source, packed=tuple(matrices(joined)))
 
 
 def open_gguf(file: Path, opening: Opening) -> Source:
@@ -111,12 +122,8 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
     """
     refuse_links(folder, _read_of(folder))
     config = read_json(folder / names.CONFIG)
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, dict):
-        raise InputError(
-            f"the weights of {name} are quantized already (quantization_config says "
-            f"{quantized.get('quant_method', 'so')}): export the unquantized model, pastkey quantizes it itself"
-        )
+    if isinstance(config.get(_QUANTIZED), dict):
+        reader_of(config[_QUANTIZED], name)
     code = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in code_references(folder)})
     if code and not trust_remote_code:
         raise InputError(
@@ -168,7 +175,13 @@ def code_references(folder: Path) -> list[str]:
 
 # --- loading ------------------------------------------------------------------------------------------------------
 def _load(
-    library: Any, folder: Path, *, named: Path | None = None, in_memory: bool = False, **options: Any
+    library: Any,
+    folder: Path,
+    *,
+    named: Path | None = None,
+    in_memory: bool = False,
+    joined: Mapping[str, Joined] | None = None,
+    **options: Any,
 ) -> tuple[Any, StoredWeights | None]:
     """Loads the model in float32; its large weights stay in their files. All of its weights must come from them."""
     read = functools.partial(
@@ -181,13 +194,15 @@ def _load(
         **options,
     )
     stored = StoredWeights()
-    stay = kept_in_files if named is None else dequantized_to_disk
+    loaded = kept_in_files(None, joined) if joined else contextlib.nullcontext()
+    stay = kept_in_files(stored, joined) if named is None else dequantized_to_disk(stored)
     try:
-        with contextlib.nullcontext() if in_memory else stay(stored):
+        with loaded if in_memory else stay:
             model, info = read()
     except WrittenError:  # some families change a weight after it was read, such as the embedding of padding
         stored = StoredWeights()
-        model, info = read()
+        with loaded:
+            model, info = read()
     source = named or folder
     for mismatch in sorted(info["mismatched_keys"]):
         # transformers 4 returns only the name, 5 also both shapes.

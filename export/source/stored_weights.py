@@ -95,7 +95,7 @@ def _check_safetensors(folder: Path) -> None:
 
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> int:
     """Returns the number of weights. Raises InputError if the configuration asks for far more than the files hold."""
-    headers = [read_header(file) for file in _read_of(folder, config)]
+    headers = [read_header(file) for file in weights_of(folder, config)]
     tensors, elements = sum(map(len, headers)), sum(t.elements for header in headers for t in header.values())
     for own in (config, *(part for part in config.values() if isinstance(part, dict))):
         sizes = {name: _largest_size(own, keys) for name, keys in SIZES.items()}
@@ -110,7 +110,7 @@ def check_sizes(folder: Path, config: Mapping[str, Any]) -> int:
     return elements
 
 
-def _read_of(folder: Path, config: Mapping[str, Any]) -> list[Path]:
+def weights_of(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     """Returns the safetensors files that transformers reads. Beside them, some folders hold all weights once more."""
     named = folder / (config.get("transformers_weights") or names.WEIGHTS)
     index = named if named.name.endswith(_INDEX) else folder / f"model{_INDEX}"

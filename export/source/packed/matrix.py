@@ -1,0 +1,103 @@
+"""A matrix of integer codes, scales and zero points, as its file stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_AT_ONCE = 1 << 20  # elements that are dequantized at a time, so that they stay in the processor's caches
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """weight[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] in float32, where g is the group of channel k.
+
+    It is a `Stored` of `graph/stored.py`: its content is dequantized from the file each time that it is read.
+
+    Attributes:
+        form: For people: "GPTQ, 4 bits, groups of 128".
+        shape: (N, K): rows, and channels that the matrix multiplies.
+        bits: 4 or 8.
+        group_size: Channels with one scale: K for one scale per row.
+        order: (K,) int64, the channels sorted by group; None if groups are consecutive.
+        read_codes: Returns (n, K) uint8 of rows from the first to before the second number. Both are multiples of 8, or
+            the second is N.
+        read_scales: Returns (N, G) float32.
+        read_zeros: Returns (N, G) uint8.
+        read_offsets: Returns (N, G) float32: weight = code * scale - offset.
+    """
+
+    form: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    order: np.ndarray | None
+    read_codes: Callable[[int, int], Tensor]
+    read_scales: Callable[[], Tensor]
+    read_zeros: Callable[[], Tensor] | None = None
+    read_offsets: Callable[[], Tensor] | None = None
+
+    def codes(self, rows: slice) -> np.ndarray:
+        """Returns the unsigned codes (n, K) uint8 of consecutive rows, channels in the file's order."""
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._codes(start, stop).contiguous().numpy()
+
+    def scales(self) -> np.ndarray:
+        """Returns (N, G) float32."""
+        return self.read_scales().numpy()
+
+    def zeros(self) -> np.ndarray | None:
+        """Returns (N, G) uint8; None if all are the middle, 8 or 128, or if there are offsets."""
+        return None if self.read_zeros is None else self.read_zeros().numpy()
+
+    def offsets(self) -> np.ndarray | None:
+        """Returns (N, G) float32 if zero points are no integers: weight = code * scale - offset. Otherwise None."""
+        return None if self.read_offsets is None else self.read_offsets().numpy()
+
+    # --- Stored ---------------------------------------------------------------------------------------------------
+    def read_into(self, out: Tensor) -> None:
+        rows, channels = self.shape
+        step = max(8, _AT_ONCE // channels // 8 * 8)
+        starts = range(0, rows, step)
+        for start, part in zip(starts, self._dequantized([(i, min(i + step, rows)) for i in starts]), strict=True):
+            out[start : start + step] = part
+
+    def mapped(self, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002  # of the protocol
+        return None
+
+    def elements(self, places: Tensor) -> Tensor:
+        rows, index = torch.unique(places // self.shape[1], return_inverse=True)
+        read = torch.cat([*self._dequantized([(row, row + 1) for row in rows.tolist()])])
+        return read[index, places % self.shape[1]]
+
+    def _dequantized(self, parts: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Yields (n, K) float32 of each part: its first row, and the row after its last."""
+        scales = self.read_scales()
+        if self.read_offsets is not None:
+            middle = self.read_offsets()
+        elif self.read_zeros is not None:
+            middle = self.read_zeros().float()
+        else:
+            middle = torch.full_like(scales, 1 << self.bits - 1)
+        place = None if self.order is None else torch.from_numpy(self.order).argsort()  # of each channel in the order
+        for start, stop in parts:
+            values = self._codes(start, stop).float()
+            scale, shift = (t[start:stop].repeat_interleave(self.group_size, 1) for t in (scales, middle))
+            if place is not None:
+                scale, shift = scale[:, place], shift[:, place]
+            yield values.mul_(scale).sub_(shift) if self.read_offsets is not None else values.sub_(shift).mul_(scale)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        first = start // 8 * 8
+        read = self.read_codes(first, min(-(-stop // 8) * 8, self.shape[0]))
+        return read[start - first : stop - first]
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """Returns the codes (..., W * 32 / bits) uint8 of int32 words (..., W), the lowest bits first."""
+    content = words.contiguous().view(torch.uint8)
+    return content if bits == 8 else torch.stack((content & 15, content >> 4), -1).flatten(-2)
