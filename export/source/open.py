@@ -28,6 +28,8 @@ from .factory import call_factory
 from .hub import HubModel, find
 from .llama2c import open_llama2c
 from .onnx_folder.folder import SUFFIX, find_graph, open_onnx
+from .packed.folder import in_file, matrices
+from .packed.matrix import PackedMatrix
 from .pretrained import check_config, open_folder, open_gguf, open_model
 from .source import Opening, Source, checked_context, context_of, read_template, token_id, with_template
 from .stored_weights import stored_bytes_per_weight
@@ -139,8 +141,11 @@ def _require_float_python(module: nn.Module) -> None:
 
 def _from_module(module: nn.Module, opening: Opening, told: tuple[str, ...] = ()) -> Source:
     """`told`: sentences about how the module was made."""
+    packed: tuple[PackedMatrix, ...] = ()
     if opening.weights is not None:
-        told = (*told, *load_weights(module, Path(opening.weights), opening.say))
+        file = Path(opening.weights)
+        told = (*told, *load_weights(module, file, opening.say))
+        packed = matrices([in_file(file)]) if file.suffix == ".safetensors" else ()
     _require_float_python(module)
     if _is_of_transformers(module):
         opened = open_model(module, opening)
@@ -153,7 +158,7 @@ def _from_module(module: nn.Module, opening: Opening, told: tuple[str, ...] = ()
             )
         context = checked_context(opening.context_length)
         opened = Source(module, name, context, **read_tokenizer(opening.tokenizer))
-    return dataclasses.replace(opened, warnings=(*told, *opened.warnings))
+    return dataclasses.replace(opened, warnings=(*told, *opened.warnings), packed=packed)
 
 
 def _from_checkpoint(path: Path, opening: Opening) -> Source:

@@ -85,7 +85,7 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
         wanted = has_tokenizer(folder) and not tokenizer
         found = library.AutoTokenizer.from_pretrained(folder, **options) if wanted else None
     source = _source(name or folder.resolve().name, model, found, opening, stored)
-    return dataclasses.replace(source, packed=tuple(matrices(joined)))
+    return dataclasses.replace(source, packed=matrices(joined.values()))
 
 
 def open_gguf(file: Path, opening: Opening) -> Source:

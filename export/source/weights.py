@@ -1,8 +1,8 @@
 """--weights FILE -> an existing module: finds the state dict, matches its names, loads it.
 
-1. A .safetensors file is a state dict. Any other file is a pickle, read by torch.load(weights_only=True): tensors and
-   plain values. Other classes, such as the dataclass of a configuration, become empty stand-ins, so that no code in the
-   file is run.
+1. A .safetensors file is a state dict, of which quantized matrices are dequantized (`packed/`). Any other file is a
+   pickle, read by torch.load(weights_only=True): tensors and plain values. Other classes, such as the dataclass of a
+   configuration, become empty stand-ins, so that no code in the file is run.
 2. The state dict is the mapping in the file, at any depth, whose names fit the module best.
 3. `_orig_mod.` and `module.`, which torch.compile and DistributedDataParallel put into names, are removed everywhere.
    A prefix of all names is removed or added if more names fit then.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ from pastkey.errors import InputError, MissingFileError, first_line
 from pastkey.files.memory import require_memory_for
 from pastkey.files.reading import reading
 from pastkey.files.safetensors_header import read_header
+
+from ..graph.stored import read
+from .packed.folder import in_file
 
 State = Mapping[str, Tensor]
 
@@ -70,8 +74,13 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
     if file.suffix == ".safetensors":
         with reading(file, "safetensors"):
             read_header(file)
-            require_memory_for(file, 2 * file.stat().st_size)
-            return load_file(file)
+            found = in_file(file)
+            require_memory_for(file, 2 * file.stat().st_size + 4 * found.more)
+            if not found.made:
+                return load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                state = {name: opened.get_tensor(name) for name in opened.keys() if name not in found.parts}  # noqa: SIM118
+            return state | {name: read(stored) for name, stored in found.made.items()}
     say(f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it")
     try:
         with torch.serialization.safe_globals(_stand_ins(file)):

@@ -61,7 +61,7 @@ class QuantizedFile:
         content = self._mapped.tensor(_DTYPES[tensor.dtype], tensor.elements, self._start + tensor.start)
         return content.view(tensor.shape)
 
-    def scales(self, name: str, made: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def scales(self, name: str, made: Callable[[Tensor], Tensor] = Tensor.float) -> Callable[[], Tensor]:
         """Returns what reads scales or offsets (N, G) in float32. Raises InputError if one is no finite number."""
         if not self.read(name).isfinite().all():
             raise self.wrong(name, "has numbers that are not finite (NaN or infinite)")

@@ -2,66 +2,155 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pastkey.contract import names
 from pastkey.errors import InputError
+from pastkey.files.folder import read_json
+from pastkey.values import is_int
 
+from ...graph.stored import Stored
 from ..stored_tensors import Joined
+from .compressed_tensors import compressed
 from .file import FLOATS, QuantizedFile
+from .float8 import float8
 from .gptq_awq import awq, gptq
 from .matrix import PackedMatrix
+from .torchao import torchao
 
-Reader = Callable[[QuantizedFile], Iterable[tuple[str, PackedMatrix]]]
+Reader = Callable[[QuantizedFile], Iterable[tuple[str, Stored]]]
+_Packed = Callable[[QuantizedFile], Iterable[tuple[str, PackedMatrix]]]
+_GPTQ_VERSIONS = ("none", "gptq", "gptq_v2")
+_READ = (
+    "GPTQ and compressed-tensors of 4 or 8 bits, AWQ of version gemm, torchao's int4 and int8 weights, fp8 with scales "
+    "of blocks"
+)
 
 
 def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     """Returns what reads the form that a quantization_config names. Raises InputError if nothing does."""
-    method, bits = settings.get("quant_method"), settings.get("bits", 4)
-    if method == "gptq" and bits in (4, 8) and not settings.get("is_marlin_format"):
-        version = settings.get("checkpoint_format", settings.get("format")) or "gptq"
-        if version in ("gptq", "gptq_v2"):
-            return functools.partial(gptq, stored_less_one=version == "gptq")
-    if method == "awq" and bits == 4 and str(settings.get("version", settings.get("format"))).lower() == "gemm":
-        return awq
-    names = ("quant_method", "bits", "checkpoint_format", "version", "format")
-    told = ", ".join(f"{name} {settings[name]!r:.60}" for name in names if settings.get(name) is not None)
+    method, bits, sizes = settings.get("quant_method"), settings.get("bits", 4), [settings.get("group_size")]
+    version = str(settings.get("checkpoint_format") or settings.get("version") or settings.get("format")).lower()
+    block = settings.get("weight_block_size")
+    if method == "gptq" and bits in (4, 8) and version in _GPTQ_VERSIONS and not settings.get("is_marlin_format"):
+        sizes = [] if settings.get("dynamic") else sizes  # which gives layers sizes of their own
+        return functools.partial(_checked, sizes, functools.partial(gptq, stored_less_one=version != "gptq_v2"))
+    if method == "awq" and bits == 4 and version == "gemm":
+        return functools.partial(_checked, sizes, awq)
+    if method == "torchao":
+        return functools.partial(_checked, [], torchao)
+    if method == "compressed-tensors" and (kinds := _integers(settings)):
+        read = functools.partial(compressed, asymmetric=not any(kind.get("symmetric", True) for kind in kinds))
+        return functools.partial(_checked, [kind.get("group_size") for kind in kinds], read)
+    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(is_int(size, 1) for size in block):
+        return functools.partial(float8, block=(block[0], block[1]))
+    keys = ("quant_method", "bits", "checkpoint_format", "version", "format", "transform_config")
+    told = ", ".join(f"{key} {settings[key]!r:.60}" for key in keys if settings.get(key))
     raise InputError(
         f"the weights of {source} are quantized already, in a form that pastkey does not read "
         f"({told or 'no quant_method'}; it reads {_READ}): export the unquantized model, pastkey quantizes it itself"
     )
 
 
-_READ = "GPTQ and AWQ (version gemm)"
+def _integers(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the settings of each group of weights of compressed-tensors; none, if a group is not of 4 or 8 bits."""
+    groups = settings.get("config_groups")
+    parts = list(groups.values()) if isinstance(groups, dict) else []
+    kinds = [part.get("weights") if isinstance(part, dict) else None for part in parts]
+    known = settings.get("format") in ("pack-quantized", "int-quantized", "mixed-precision")
+    if not known or settings.get("transform_config"):  # the latter rotates activations
+        return []
+    whole = [kind for kind in kinds if isinstance(kind, dict) and kind.get("type") == "int"]
+    return whole if len(whole) == len(kinds) and all(kind.get("num_bits") in (4, 8) for kind in whole) else []
+
+
+def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:
+    """Yields what is read. Raises InputError for a matrix whose groups are of none of these sizes."""
+    for name, matrix in read(file):
+        wanted = [size for size in sizes if is_int(size, 1)]
+        if wanted and matrix.group_size not in (*wanted, matrix.shape[1]):
+            told = f"is of shape {matrix.shape} in groups of {matrix.group_size}, and not of {wanted[0]} as its"
+            raise file.wrong(name, f"{told} quantization_config says")
+        zeros = matrix.zeros()
+        all_middle = zeros is not None and (zeros == 1 << matrix.bits - 1).all()
+        yield name, dataclasses.replace(matrix, read_zeros=None) if all_middle else matrix
 
 
 def find_packed(files: Sequence[Path], reader: Reader) -> dict[str, Joined]:
-    """Returns what is joined in each file, by the file's name. Reads headers, scales and groups.
+    """Returns what is joined in each file, by the file's name. Reads headers, scales, zero points and groups.
 
-    Raises InputError for a matrix that is not complete in its file, or there twice.
+    Raises InputError for a matrix that is not whole in its file, or there twice.
     """
     found, seen = dict[str, Joined](), dict[str, Path]()
     for path in sorted(files):
         file = QuantizedFile(path)
-        made = dict(reader(file))
-        plain = [name for name in file.tensors if name not in file.used]
-        for name in (*plain, *made):
+        found[path.name] = joined(file, reader)
+        for name in found[path.name].names(file.tensors):
             if name in seen:
-                raise InputError(f"{name} is in {seen[name]} twice, or in {path} as well, in another form: {_ONE}")
+                raise InputError(
+                    f"{name} is in {seen[name]} and once more in {path}, where it may be quantized in another form: "
+                    "leave one of the two out"
+                )
             seen[name] = path
-            if name not in made and name.endswith("weight") and file.tensors[name].dtype not in (*FLOATS, "F64"):
-                raise file.wrong(name, f"is of {file.tensors[name].dtype}, and nothing there says its scales")
-        elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in made.values())
-        found[path.name] = Joined(made, file.used, elements - sum(file.tensors[name].elements for name in file.used))
     return found
 
 
-_ONE = "keep one of the two"
+def joined(file: QuantizedFile, reader: Reader) -> Joined:
+    """Returns what the reader makes of a file."""
+    made = dict(reader(file))
+    for name, tensor in file.tensors.items():
+        if name not in file.used and name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64"):
+            raise file.wrong(name, f"is {tensor.dtype}, and no scales of it are there in the form of its configuration")
+    elements = sum(math.prod(matrix.shape) for matrix in made.values())
+    return Joined(made, file.used, elements - sum(file.tensors[name].elements for name in file.used))
 
 
-def matrices(joined: Mapping[str, Joined]) -> Iterator[PackedMatrix]:
-    """Yields the matrices that were found."""
-    for part in joined.values():
-        yield from (stored for stored in part.made.values() if isinstance(stored, PackedMatrix))
+def matrices(found: Iterable[Joined]) -> tuple[PackedMatrix, ...]:
+    """Returns the matrices that were found."""
+    return tuple(stored for part in found for stored in part.made.values() if isinstance(stored, PackedMatrix))
+
+
+# --- a file of weights without its folder -------------------------------------------------------------------------
+def in_file(path: Path) -> Joined:
+    """Returns what is joined in a file of weights: the form is what a configuration beside it says, or its tensors.
+
+    Raises InputError if these do not tell.
+    """
+    file = QuantizedFile(path)
+    if not file.bases("qweight", "weight_packed", "_weight_qdata"):
+        return Joined({}, frozenset())
+    settings = _beside(path)
+    if settings is not None:
+        return joined(file, reader_of(settings, path))
+    if file.bases("_weight_qdata"):
+        return joined(file, functools.partial(_checked, [], torchao))
+    if file.bases("weight_packed"):
+        return joined(file, functools.partial(_checked, [], functools.partial(compressed, asymmetric=False)))
+    pairs = [
+        tuple(file.tensors.get(f"{base}.{part}") for part in ("qweight", "qzeros")) for base in file.bases("qweight")
+    ]
+    if all(codes and zeros and codes.shape[1:] == zeros.shape[1:] for codes, zeros in pairs):
+        return joined(file, functools.partial(_checked, [], awq))
+    zeros = [name for name, tensor in file.tensors.items() if name.endswith(".qzeros") and tensor.dtype == "I32"]
+    found = {int(word) & 0xFFFFFFFF for name in zeros for word in file.read(name).unique()}
+    first, second = found <= {0x77777777, 0x7F7F7F7F}, found <= {0x88888888, 0x80808080}  # all in the middle
+    if first or second:
+        return joined(file, functools.partial(_checked, [], functools.partial(gptq, stored_less_one=first)))
+    raise InputError(
+        f"{path} holds GPTQ's tensors, of format gptq or gptq_v2, which differ by one in their zero points: put the "
+        f'quantize_config.json of these weights beside it, which says it as "checkpoint_format"'
+    )
+
+
+def _beside(path: Path) -> Mapping[str, Any] | None:
+    """Returns the settings of a quantization that a configuration beside the file has."""
+    config, own = path.parent / names.CONFIG, path.parent / "quantize_config.json"
+    settings = read_json(config).get("quantization_config") if config.is_file() else None
+    if settings is None and own.is_file():
+        settings = {"quant_method": "gptq"} | read_json(own)
+    return settings if isinstance(settings, dict) else None

@@ -15,7 +15,8 @@ from .file import FLOATS, QuantizedFile, groups_of
 from .matrix import PackedMatrix, unpacked
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each code in its word
+
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight rows in a word
 
 
 def gptq(file: QuantizedFile, *, stored_less_one: bool) -> Iterator[tuple[str, PackedMatrix]]:
@@ -65,8 +66,8 @@ def _awq(file: QuantizedFile, base: str) -> PackedMatrix:
         raise file.wrong(scales, f"has {groups} groups, which do not divide {channels} channels")
 
     def codes(words: Tensor) -> Tensor:
-        found = unpacked(words, 4)
-        return found.view(len(found), -1, 8)[..., _AWQ_ORDER].flatten(1).t()
+        lines = words.t().contiguous()
+        return torch.stack([(lines >> 4 * place & 15).to(torch.uint8) for place in _AWQ_PLACES], 1).flatten(0, 1)
 
     size = channels // groups
     return PackedMatrix(
@@ -77,13 +78,5 @@ def _awq(file: QuantizedFile, base: str) -> PackedMatrix:
         None,
         lambda start, stop: codes(file.read(qweight)[:, start // 8 : stop // 8]),
         file.scales(scales, Tensor.t),
-        lambda: codes(file.read(qzeros)).contiguous(),
+        lambda: codes(file.read(qzeros)),
     )
-
-
-def zeros_of_symmetric(file: QuantizedFile) -> bool | None:
-    """Whether all zero points are the middle as GPTQ's first version stores it, False for the second, None: neither."""
-    found = {int(word) for base in file.bases("qweight") for word in torch.unique(file.read(f"{base}.qzeros"))}
-    if found <= {0x77777777, 0x7F7F7F7F}:
-        return True
-    return False if found <= {0x88888888 - (1 << 32), 0x80808080 - (1 << 32)} else None

@@ -83,13 +83,18 @@ class PackedMatrix:
             middle = self.read_zeros().float()
         else:
             middle = torch.full_like(scales, 1 << self.bits - 1)
-        place = None if self.order is None else torch.from_numpy(self.order).argsort()  # of each channel in the order
+        group = torch.arange(scales.shape[1]).repeat_interleave(self.group_size)
+        if self.order is not None:
+            group[torch.from_numpy(self.order)] = group.clone()
         for start, stop in parts:
-            values = self._codes(start, stop).float()
-            scale, shift = (t[start:stop].repeat_interleave(self.group_size, 1) for t in (scales, middle))
-            if place is not None:
-                scale, shift = scale[:, place], shift[:, place]
-            yield values.mul_(scale).sub_(shift) if self.read_offsets is not None else values.sub_(shift).mul_(scale)
+            values, (scale, shift) = self._codes(start, stop).float(), (t[start:stop] for t in (scales, middle))
+            if self.order is None:
+                values = values.view(*scale.shape, self.group_size)
+                scale, shift = scale[..., None], shift[..., None]
+            else:
+                scale, shift = (t.gather(1, group.expand(stop - start, -1)) for t in (scale, shift))
+            values = values.mul_(scale).sub_(shift) if self.read_offsets is not None else values.sub_(shift).mul_(scale)
+            yield values.view(stop - start, -1)
 
     def _codes(self, start: int, stop: int) -> Tensor:
         first = start // 8 * 8

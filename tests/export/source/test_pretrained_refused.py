@@ -91,7 +91,7 @@ REFUSED: dict[str, Refused] = {
     # the configuration
     "no JSON": (lambda f: write(f / names.CONFIG, "{"), IntegrityError, names.CONFIG),
     "a list": (lambda f: write(f / names.CONFIG, "[1]"), IntegrityError, names.CONFIG),
-    "quantized": (config(quantization_config={"quant_method": "gptq"}), InputError, "quantized already .* gptq"),
+    "quantized": (config(quantization_config={"quant_method": "hqq"}), InputError, "quantized already.*'hqq'"),
     "an unknown type": (config(model_type="nonesuch"), InputError, "transformers .* cannot load .*nonesuch"),
     "an encoder-decoder": (config(model_type="t5"), InputError, r"holds an encoder-decoder \(t5\)"),
     **{
