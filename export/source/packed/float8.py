@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...graph.stored import read
 from .file import FLOATS, QuantizedFile
 
 
@@ -33,9 +34,7 @@ class Float8Matrix:
         return None
 
     def elements(self, places: Tensor) -> Tensor:
-        row, channel = places // self.shape[1], places % self.shape[1]
-        scale = self.file.read(f"{self.name}_scale_inv")[row // self.block[0], channel // self.block[1]].float()
-        return self.file.read(self.name)[row, channel].float() * scale
+        return read(self).flatten()[places]
 
 
 def float8(file: QuantizedFile, *, block: tuple[int, int]) -> Iterator[tuple[str, Float8Matrix]]:

@@ -61,12 +61,12 @@ def _integers(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the settings of each group of weights of compressed-tensors; none, if a group is not of 4 or 8 bits."""
     groups = settings.get("config_groups")
     parts = list(groups.values()) if isinstance(groups, dict) else []
-    kinds = [part.get("weights") if isinstance(part, dict) else None for part in parts]
+    kinds: list[Any] = [part.get("weights") if isinstance(part, dict) else None for part in parts]
     known = settings.get("format") in ("pack-quantized", "int-quantized", "mixed-precision")
     if not known or settings.get("transform_config"):  # the latter rotates activations
         return []
-    whole = [kind for kind in kinds if isinstance(kind, dict) and kind.get("type") == "int"]
-    return whole if len(whole) == len(kinds) and all(kind.get("num_bits") in (4, 8) for kind in whole) else []
+    whole = (isinstance(kind, dict) and kind.get("type") == "int" and kind.get("num_bits") in (4, 8) for kind in kinds)
+    return kinds if all(whole) else []
 
 
 def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:
