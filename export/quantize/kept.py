@@ -19,7 +19,7 @@ from pastkey.providers import TARGETS
 from ..measure.metrics import Sums
 from ..progress import Progress
 from ..settings import ExportConfig
-from ..source.file_matrix import FileMatrix
+from ..source.packed.file_matrix import FileMatrix
 from .calibrate.calibration import CalibrationText, measured
 from .exact import exact_engine
 from .rounding.blocks import Blocks

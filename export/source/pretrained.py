@@ -30,9 +30,9 @@ from pastkey.values import is_int
 
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
-from .gguf_codes import gguf_matrices
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
 from .packed.folder import find_packed, matrices, reader_of
+from .packed.gguf import gguf_matrices
 from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
 from .stored_tensors import Joined, kept_in_files
 from .stored_weights import (

@@ -19,7 +19,7 @@ from pastkey.values import is_int
 
 from ..graft.streamed import resident_bytes
 from ..progress import SILENT, Progress
-from .file_matrix import FileMatrix
+from .packed.file_matrix import FileMatrix
 
 
 @dataclass(frozen=True)

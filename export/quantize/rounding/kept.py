@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...source.file_matrix import FileMatrix
+from ...source.packed.file_matrix import FileMatrix
 from .blocks import Blocks, Numbers, join, packed
 from .workers import one_thread_each, parts_of
 

@@ -76,8 +76,7 @@ def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) ->
         if wanted and matrix.group_size not in (*wanted, matrix.shape[1]):
             told = f"is of shape {matrix.shape} in groups of {matrix.group_size}, and not of {wanted[0]} as its"
             raise file.wrong(name, f"{told} quantization_config says")
-        zeros = matrix.zeros()
-        all_middle = zeros is not None and (zeros == 1 << matrix.bits - 1).all()
+        all_middle = matrix.read_zeros is not None and bool((matrix.read_zeros() == 1 << matrix.bits - 1).all())
         yield name, dataclasses.replace(matrix, read_zeros=None) if all_middle else matrix
 
 

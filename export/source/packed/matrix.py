@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_BLOCKS = (32, 16)
 _AT_ONCE = 1 << 20  # elements that are dequantized at a time, so that they stay in the processor's caches
 
 
@@ -16,7 +18,7 @@ _AT_ONCE = 1 << 20  # elements that are dequantized at a time, so that they stay
 class PackedMatrix:
     """weight[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] in float32, where g is the group of channel k.
 
-    It is a `Stored` of `graph/stored.py`: its content is dequantized from the file each time that it is read.
+    It is a `FileMatrix`, and a `Stored` of `graph/stored.py`: its content is dequantized each time that it is read.
 
     Attributes:
         form: For people: "GPTQ, 4 bits, groups of 128".
@@ -41,21 +43,58 @@ class PackedMatrix:
     read_zeros: Callable[[], Tensor] | None = None
     read_offsets: Callable[[], Tensor] | None = None
 
-    def codes(self, rows: slice) -> np.ndarray:
-        """Returns the unsigned codes (n, K) uint8 of consecutive rows, channels in the file's order."""
-        start, stop, _ = rows.indices(self.shape[0])
-        return self._codes(start, stop).contiguous().numpy()
+    # --- FileMatrix -----------------------------------------------------------------------------------------------
+    @property
+    def kept(self) -> bool:
+        """Whether groups are whole blocks."""
+        return self.block_size > 0
 
-    def scales(self) -> np.ndarray:
-        """Returns (N, G) float32."""
-        return self.read_scales().numpy()
+    @property
+    def block_size(self) -> int:
+        """Weights of a block that shares a scale: several blocks are a group. 0: groups are no whole blocks."""
+        return next((size for size in _BLOCKS if self.group_size % size == 0), 0)
 
-    def zeros(self) -> np.ndarray | None:
-        """Returns (N, G) uint8; None if all are the middle, 8 or 128, or if there are offsets."""
+    def weights(self, rows: np.ndarray) -> np.ndarray:
+        """Returns weights (n, K) float32, channels in the module's order."""
+        first = int(rows.min())
+        [found] = self._dequantized([(first, int(rows.max()) + 1)])
+        some: np.ndarray = found.numpy()[rows - first]
+        return some
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """Returns codes (n, K) uint8, channels in `order`."""
+        first = int(rows.min())
+        found: np.ndarray = self._codes(first, int(rows.max()) + 1).numpy()[rows - first]
+        return found if self.order is None else found[:, self.order]
+
+    def scales(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
+        """Returns (n, blocks) float16, or float32 if that does not hold them."""
+        return self._of_blocks(self._scales, rows), None
+
+    def zeros(self, rows: np.ndarray) -> np.ndarray | None:
+        """Returns (n, blocks) uint8; None if all are the middle, 8 or 128, or if there are offsets."""
+        return None if self._zeros is None else self._of_blocks(self._zeros, rows)
+
+    def offsets(self, rows: np.ndarray) -> tuple[np.ndarray, None] | None:
+        """Returns (n, blocks) float32 if zero points are no integers: weight = code * scale - offset."""
+        return None if self._offsets is None else (self._of_blocks(self._offsets, rows), None)
+
+    def _of_blocks(self, of_groups: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.repeat(of_groups[rows], self.group_size // self.block_size, 1)
+
+    @functools.cached_property
+    def _scales(self) -> np.ndarray:
+        found = self.read_scales().numpy()
+        with np.errstate(over="ignore"):
+            narrow: np.ndarray = found.astype(np.float16)
+        return narrow if np.array_equal(narrow, found) else found
+
+    @functools.cached_property
+    def _zeros(self) -> np.ndarray | None:
         return None if self.read_zeros is None else self.read_zeros().numpy()
 
-    def offsets(self) -> np.ndarray | None:
-        """Returns (N, G) float32 if zero points are no integers: weight = code * scale - offset. Otherwise None."""
+    @functools.cached_property
+    def _offsets(self) -> np.ndarray | None:
         return None if self.read_offsets is None else self.read_offsets().numpy()
 
     # --- Stored ---------------------------------------------------------------------------------------------------

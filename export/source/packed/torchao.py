@@ -1,13 +1,13 @@
 """torchao's weight-only int4 and int8: x._weight_qdata, x._weight_scale, ..., of a class that the metadata names.
 
-torchao/prototype/safetensors of https://github.com/pytorch/ao says how classes become parts. In Int4Tensor and
-Int4TilePackedTo4dTensor, weight = (code - 8) * scale + zero, where zero is no integer.
+torchao/prototype/safetensors of https://github.com/pytorch/ao says how classes become parts. In Int4Tensor,
+weight = (code - 8) * scale + zero, where zero is no integer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -18,20 +18,17 @@ from .compressed_tensors import shifted
 from .file import FLOATS, QuantizedFile, groups_of
 from .matrix import PackedMatrix, unpacked
 
-_PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_scale_and_zero", "_weight_act_pre_scale")
+_PARTS = ("_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_act_pre_scale")
 
 
 def torchao(file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:
     """Yields the matrices of a file by name."""
-    readers = {
-        "Int8Tensor": _bytes, "IntxUnpackedToInt8Tensor": _bytes, "Int4Tensor": _nibbles,
-        "Int4TilePackedTo4dTensor": _tiles,
-    }  # fmt: skip
+    readers = {"Int8Tensor": _bytes, "IntxUnpackedToInt8Tensor": _bytes, "Int4Tensor": _nibbles}
     for base in file.bases(*_PARTS):
         with reading(file.path, "safetensors of torchao"):  # the metadata is anybody's
             entry = json.loads(file.metadata.get(f"{base}.weight", "{}"))
             kind = entry.get("_type")
-            scaled = f"{base}.{_PARTS[4]}" in file.tensors
+            scaled = f"{base}.{_PARTS[3]}" in file.tensors
             if kind not in readers or scaled:
                 what = f"of torchao's class {kind}" if kind else "without its class in the file's metadata"
                 what += " with scales of activations" if scaled else ""
@@ -86,27 +83,6 @@ def _nibbles(file: QuantizedFile, base: str, _: Any) -> PackedMatrix:
         scales,
         read_offsets=lambda: 8 * scales() - zeros(),
     )
-
-
-def _tiles(file: QuantizedFile, base: str, data: Any) -> PackedMatrix:
-    """Words (N / 8, K / 128, 32, 4) in the order of tensor cores; scales and zero points (G, N, 2). Both are padded."""
-    qdata, both = f"{base}.{_PARTS[0]}", f"{base}.{_PARTS[3]}"
-    (rows, channels), size = data["shape"], data["block_size"][-1]
-    tiles, steps, *_ = file.shape(qdata, ("I32",), -(-rows // 8), -(-channels // 1024) * 8, 32, 4)
-    file.shape(both, FLOATS, steps * 128 // size, tiles * 8, 2)
-    if channels % size:
-        raise file.wrong(both, f"has groups of {size}, which do not divide {channels} channels")
-
-    def codes(start: int, stop: int) -> Tensor:
-        # 32 threads: 8 rows, 4 pairs of channels. A word: first and second channels of four pairs, 8 channels apart.
-        read = unpacked(file.read(qdata)[start // 8 : -(-stop // 8)], 4).view(-1, steps, 8, 4, 4, 2, 4)
-        return read.permute(0, 2, 1, 4, 6, 3, 5).reshape(-1, steps * 128)[: stop - start, :channels]
-
-    def of_rows(column: int) -> Callable[[Tensor], Tensor]:
-        return lambda found: found[: channels // size, :rows, column].t()
-
-    scales, zeros = file.scales(both, of_rows(0)), file.scales(both, of_rows(1))
-    return _matrix((rows, channels), 4, channels // size, codes, scales, read_offsets=lambda: 8 * scales() - zeros())
 
 
 def _matrix(shape: tuple[int, int], bits: int, groups: int, *read: Any, **others: Any) -> PackedMatrix:

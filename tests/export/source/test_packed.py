@@ -68,21 +68,24 @@ def assert_are(source: Source, expected: dict[str, Tensor]) -> None:
 
 def assert_is(matrix: PackedMatrix, weight: Tensor) -> None:
     """The parts of a matrix give its content, by rows and by elements."""
-    groups = matrix.shape[1] // matrix.group_size
-    group = np.repeat(np.arange(groups), matrix.group_size)
-    if matrix.order is not None:
-        group[matrix.order] = group.copy()
-    codes, scales, offsets, zeros = matrix.codes(slice(None)), matrix.scales(), matrix.offsets(), matrix.zeros()
-    assert (codes.dtype, scales.dtype) == (np.dtype("uint8"), np.dtype("float32"))
-    assert scales.shape == (matrix.shape[0], groups)
-    assert codes.max() < 1 << matrix.bits
-    assert np.array_equal(matrix.codes(slice(3, 21)), codes[3:21])
+    rows = np.arange(matrix.shape[0])
+    numbers, scales, offsets, zeros = (
+        matrix.numbers(rows), matrix.scales(rows)[0], matrix.offsets(rows), matrix.zeros(rows)
+    )  # fmt: skip
+    assert (numbers.dtype, scales.shape) == (np.dtype("uint8"), (len(rows), matrix.shape[1] // matrix.block_size))
+    assert numbers.max() < 1 << matrix.bits
+    assert np.array_equal(matrix.numbers(rows[[3, 21, 4]]), numbers[[3, 21, 4]])
+    assert np.array_equal(matrix.weights(rows[[3, 21, 4]]), weight.numpy()[[3, 21, 4]])
+
+    def each(of_blocks: Any) -> Any:
+        return np.repeat(of_blocks.astype(np.float32), matrix.block_size, 1)
+
     if offsets is not None:
-        found = codes * scales[:, group] - offsets[:, group]
+        found = numbers * each(scales) - each(offsets[0])
     else:
-        middle = np.float32(1 << matrix.bits - 1) if zeros is None else zeros.astype(np.float32)[:, group]
-        found = (codes - middle) * scales[:, group]
-    assert np.array_equal(found.astype(np.float32), weight.numpy())
+        found = (numbers - (np.float32(1 << matrix.bits - 1) if zeros is None else each(zeros))) * each(scales)
+    order = slice(None) if matrix.order is None else matrix.order
+    assert np.array_equal(found, weight.numpy()[:, order])
     assert torch.equal(read(matrix, torch.float64), weight.double())
     places = torch.tensor([0, 5, weight.numel() - 1, weight.shape[1], 5])
     assert torch.equal(matrix.elements(places), weight.flatten()[places])
@@ -103,7 +106,7 @@ def test_gptq(bits, size, sym, shuffled, version, llama_folder):
     assert_are(open_source(llama_folder, Opening(in_memory=True)), expected)
     matrix = next(m for m in source.packed if torch.equal(read(m), expected[f"{DOWN}.weight"]))
     assert matrix.form == f"GPTQ, {bits} bits, {'a scale per row' if size < 0 else f'groups of {size}'}"
-    assert (matrix.zeros() is None, matrix.order is not None) == (sym, shuffled)
+    assert (matrix.zeros(np.arange(4)) is None, matrix.order is not None) == (sym, shuffled)
     assert_is(matrix, expected[f"{DOWN}.weight"])
 
 
@@ -222,53 +225,32 @@ def test_torchao(kind, llama_folder, tmp_path):
 
 
 # --- torchao for GPUs: its libraries write these nowhere else -------------------------------------------------------
-def in_tiles(codes: np.ndarray) -> Tensor:
-    """Words of codes (N, K), K padded to 1024, as PyTorch's matrix_to_m16n8k16_Bint4_layout packs bytes of two."""
-    rows, channels = codes.shape
-    padded = np.zeros((-(-rows // 8) * 8, -(-channels // 1024) * 1024), np.int64)
-    padded[:rows, :channels] = codes
-    pairs = padded[:, ::2] << 4 | padded[:, 1::2]
-    words = np.zeros((len(padded) // 8, padded.shape[1] // 128, 32, 4), np.int64)
-    for tile, step, lane, word in np.ndindex(*words.shape):
-        start = (step * 8 + word * 2) * 8 + lane % 4
-        v = [int(pairs[tile * 8 + lane // 4, start + shift]) for shift in (0, 4, 8, 12)]
-        words[tile, step, lane, word] = sum((v[i] >> 4) << 4 * i | (v[i] & 15) << 16 + 4 * i for i in range(4))
-    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
-
-
-def in_torchao(kind: str, matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
+def in_torchao(matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
     """The parts, and weights with zero points that are no integers."""
     codes, scales, _, group = matrix
     scale = torch.from_numpy(scales).bfloat16()
     zero = torch.randn(scale.shape, generator=torch.manual_seed(0)).bfloat16()
     weight = (torch.from_numpy(codes) - 8) * scale.float()[:, group] + zero.float()[:, group]
-    if kind == "Int4Tensor":
-        signed = codes - 8
-        nibbles = torch.from_numpy(((signed[:, ::2] & 15) | (signed[:, 1::2] << 4)).astype(np.int8))
-        parts = {"qdata": nibbles, "scale": scale.t().contiguous(), "zero_point": zero.t().contiguous()}
-    else:
-        both = torch.zeros(1024 // 32 * -(-codes.shape[1] // 1024), -(-codes.shape[0] // 8) * 8, 2).bfloat16()
-        both[: scale.shape[1], : scale.shape[0]] = torch.stack((scale.t(), zero.t()), -1)
-        parts = {"qdata": in_tiles(codes), "scale_and_zero": both}
-    return parts, weight.float()
+    signed = codes - 8
+    nibbles = torch.from_numpy(((signed[:, ::2] & 15) | (signed[:, 1::2] << 4)).astype(np.int8))
+    return {"qdata": nibbles, "scale": scale.t().contiguous(), "zero_point": zero.t().contiguous()}, weight.float()
 
 
-@pytest.mark.parametrize("kind", ["Int4Tensor", "Int4TilePackedTo4dTensor"])
-def test_torchao_with_zero_points_that_are_no_integers(kind, llama_folder):
+def test_torchao_with_zero_points_that_are_no_integers(llama_folder):
     weights, content, metadata = load_file(llama_folder / names.WEIGHTS), dict[str, Tensor](), {"format": "pt"}
     for name, weight in weights.items():
         if not name.endswith("_proj.weight"):
             content[name] = weight
             continue
-        parts, weights[name] = in_torchao(kind, rounded(weight.numpy()))
+        parts, weights[name] = in_torchao(rounded(weight.numpy()))
         content |= {f"{name.removesuffix('weight')}_weight_{part}": tensor for part, tensor in parts.items()}
         data = {"block_size": [1, 32], "shape": list(weight.shape)}
-        metadata[name] = json.dumps({"_type": kind, "_data": data, "_tensor_data_names": list(parts)})
+        metadata[name] = json.dumps({"_type": "Int4Tensor", "_data": data, "_tensor_data_names": list(parts)})
     save_file(content, llama_folder / names.WEIGHTS, metadata=metadata)
     change(llama_folder / names.CONFIG, quantization_config={"quant_method": "torchao"})
     source = open_source(llama_folder)
     assert_are(source, weights)
-    assert source.packed[0].zeros() is None
+    assert source.packed[0].zeros(np.arange(4)) is None
     assert_is(source.packed[0], read(source.packed[0]))
 
 
