@@ -168,3 +168,11 @@ def test_a_source_that_changes_while_its_weights_are_read_is_refused(llama_folde
     _, before = pipeline._open(llama_folder, tmp_path / "bundle", config, Progress())
     with pytest.raises(IntegrityError, match=r"changed while it was exported \(model\.safetensors\)"):
         require_unchanged(llama_folder, config, before)
+
+
+def test_only_where_no_precision_is_named_a_quantized_source_stays_what_it_is():
+    assert [ExportConfig(name).chosen(quantized=True).precision for name in (None, "int8")] == ["source", "int8"]
+    assert ExportConfig().chosen(quantized=False).precision == "int8"
+    assert ExportConfig(target="qnn").chosen(quantized=True).precision == "int8"  # static graphs have their own
+    with pytest.raises(InputError, match="--calibration"):
+        ExportConfig(calibration="text").chosen(quantized=True)

@@ -30,7 +30,8 @@ from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 
-from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY, bpe
+from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY
+from .gguf_blocks import write_tokenizer
 from .opening import Refused, link_out
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
@@ -48,7 +49,7 @@ def write_gguf(file: Path, *, quantized: bool = False, architecture: str = "llam
         "rope_dimension_count": WIDTH // HEADS, "vocab_size": VOCABULARY,
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
-    _write_tokenizer(writer)
+    write_tokenizer(writer)
     rng = np.random.default_rng(0)
     kv = WIDTH // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
@@ -72,20 +73,6 @@ def write_gguf(file: Path, *, quantized: bool = False, architecture: str = "llam
     writer.write_tensors_to_file()
     writer.close()
     return file
-
-
-def _write_tokenizer(writer: Any) -> None:
-    vocabulary = json.loads(bpe(bos=False).backend_tokenizer.to_str())
-    tokens = [token for token, _ in sorted(vocabulary["model"]["vocab"].items(), key=lambda entry: entry[1])]
-    tokens += [f"[unused{i}]" for i in range(VOCABULARY - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(VOCABULARY)])
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
 
 
 def reference(file: Path) -> Any:

@@ -1,0 +1,129 @@
+"""Matrices of a quantized file are found by their numbers, and their blocks have these numbers bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gguf", reason="gguf is not installed")
+
+from pastkey.export.quantize.rounding.blocks import Blocks
+from pastkey.export.quantize.rounding.kept import SourceFile
+from pastkey.export.source.packed.gguf import GgufMatrix
+
+from ...source.gguf_blocks import PLACES, random_rows, weights_of
+
+ROWS, COLUMNS = 130, 512
+KEPT = sorted(set(PLACES) - {"Q2_K"})
+
+
+def found(raw: np.ndarray, kind: str, weights: np.ndarray) -> Blocks | None:
+    answer = SourceFile([GgufMatrix(kind, raw)]).find(weights)
+    return None if answer is None else answer.blocks
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_blocks_of_each_type_are_the_numbers_of_the_gguf_library_in_any_order_of_rows(kind):
+    raw = random_rows(kind, ROWS, COLUMNS)
+    weights = weights_of(raw, kind)[np.random.default_rng(1).permutation(ROWS)]
+    blocks = found(raw, kind, weights)
+    assert blocks is not None
+    np.testing.assert_array_equal(blocks.matrix, weights)
+    stored = blocks.data.nbytes + blocks.scales.factors.nbytes
+    stored += 0 if blocks.scales.codes is None else blocks.scales.codes.nbytes
+    if blocks.offsets is not None:
+        stored += blocks.offsets.factors.nbytes + (0 if blocks.offsets.codes is None else blocks.offsets.codes.nbytes)
+    in_file = 8 * raw.nbytes / weights.size
+    # Bits of a weight: as in the file, but that 5 and 6 bits take 8, 3 take 4, and factors of codes are float32.
+    assert 8 * stored / weights.size <= in_file + {"Q3_K": 1.3, "Q5_0": 3, "Q5_1": 3, "Q5_K": 3.3, "Q6_K": 2.1}.get(
+        kind, 0.3
+    )
+
+
+def test_a_table_with_equal_rows_and_matrices_that_were_joined_are_found():
+    one, two = random_rows("Q6_K", 40, COLUMNS, 1), random_rows("Q6_K", 24, COLUMNS, 2)
+    one[7] = one[3]
+    file = SourceFile([GgufMatrix("Q6_K", one), GgufMatrix("Q6_K", two)])
+    joined = np.concatenate([weights_of(two, "Q6_K"), weights_of(one, "Q6_K")])
+    answer = file.find(joined)
+    assert answer is not None
+    assert answer.blocks is not None
+    assert answer.form == "Q6_K"
+    np.testing.assert_array_equal(answer.blocks.matrix, joined)
+
+
+def test_what_is_not_in_the_file_or_cannot_be_kept_is_not():
+    raw, other = random_rows("Q4_K", 8, COLUMNS), random_rows("Q6_K", 8, COLUMNS)
+    weights, rest = weights_of(raw, "Q4_K"), weights_of(other, "Q6_K")
+    file = SourceFile([GgufMatrix("Q4_K", raw), GgufMatrix("Q6_K", other)])
+    changed = weights.copy()
+    changed[5, 100] = np.nextafter(changed[5, 100], np.float32(1))
+    assert file.find(changed) is None
+    both = file.find(np.concatenate([weights, rest]))  # of two forms
+    assert both is not None
+    assert (both.form, both.blocks) == ("Q4_K+Q6_K", None)
+    few = random_rows("Q2_K", 8, COLUMNS)
+    answer = SourceFile([GgufMatrix("Q2_K", few)]).find(weights_of(few, "Q2_K"))
+    assert answer is not None
+    assert (answer.form, answer.blocks) == ("Q2_K", None)
+
+
+def swapped(numbers: np.ndarray) -> np.ndarray:
+    return np.concatenate([numbers[:, 1::-1], numbers[:, 2:]], 1)
+
+
+FAULTS = {
+    "a swapped nibble": ("numbers", swapped),
+    "a shifted group": ("scales", lambda parts: (parts[0], np.roll(parts[1], 1, 1))),
+    "a scale": ("scales", lambda parts: (parts[0] * np.float32(1.0000001), parts[1])),
+    "an offset that is off by one": ("offsets", lambda parts: (parts[0], parts[1] + 1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_reading_of_codes_is_found(fault, monkeypatch):
+    raw = random_rows("Q4_K", 8, COLUMNS)
+    assert found(raw, "Q4_K", weights_of(raw, "Q4_K")) is not None
+    what, change = FAULTS[fault]
+    right = getattr(GgufMatrix, what)
+    monkeypatch.setattr(GgufMatrix, what, lambda self, rows: change(right(self, rows)))
+    assert found(raw, "Q4_K", weights_of(raw, "Q4_K")) is None
+
+
+def test_blocks_with_zero_points_and_another_order_of_channels():
+    rng = np.random.default_rng(0)
+    order = rng.permutation(64)
+    codes, zeros = rng.integers(0, 16, (8, 64), np.uint8), rng.integers(0, 16, (8, 2), np.uint8)
+    scales = rng.uniform(0.5, 1, (8, 2)).astype(np.float16)
+    in_order = (codes - np.repeat(zeros, 32, 1).astype(np.float32)) * np.repeat(scales, 32, 1)
+    weights = np.empty_like(in_order)
+    weights[:, order] = in_order
+
+    class Packed:
+        form, kept, shape, bits, block_size = "GPTQ", True, (8, 64), 4, 32
+
+        def __init__(self) -> None:
+            self.order = order
+
+        def weights(self, rows):
+            return weights[rows]
+
+        def numbers(self, rows):
+            return codes[rows]
+
+        def scales(self, rows):
+            return scales[rows], None
+
+        def zeros(self, rows):
+            return zeros[rows]
+
+        def offsets(self, rows):
+            return None
+
+    answer = SourceFile([Packed()]).find(weights[::-1])
+    assert answer is not None
+    assert answer.blocks is not None
+    np.testing.assert_array_equal(answer.blocks.matrix, in_order[::-1])
+    assert dataclasses.replace(answer.blocks, order=None).form != answer.blocks.form  # never merged with another order
