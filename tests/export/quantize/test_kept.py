@@ -54,7 +54,7 @@ def test_a_mixed_file_stays_mixed_and_its_logits_are_the_source_s(mixed, tmp_pat
     with exact_engine(bundle) as exact:  # without rounded activations
         expected = exact.prefill(prompt)
     for native in (None, False):
-        np.testing.assert_allclose(Engine(bundle, native=native).prefill(prompt), expected, atol=0.05)
+        np.testing.assert_allclose(Engine(bundle, native=native).prefill(prompt), expected, atol=0.2)
 
 
 def test_a_target_that_does_not_take_a_form_gets_int8(mixed, tmp_path):
