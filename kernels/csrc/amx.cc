@@ -3,6 +3,7 @@
 // its scale; in bf16 (code * integer is exact to 2^-9) they need not, and X is more exact than in int8.
 // With two terms, W and X are sums of two bf16 numbers each, and the product of the two small ones is left out.
 #include <immintrin.h>
+#include <math.h>
 
 #include <cstring>
 
@@ -11,6 +12,7 @@
 namespace pastkey {
 namespace {
 
+#include "numbers.inl"
 #include "tiles.inl"
 
 // packed [terms][blocks][16 pairs of K][16 rows][2]
@@ -51,7 +53,10 @@ void pack(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* p
       const size_t at = (first + r) * w.blocks + b;
       const uint8_t* p = w.codes + at * kBytes;
       _mm_prefetch(reinterpret_cast<const char*>(p + kTileRows * k), _MM_HINT_T1);
-      const __m512 scale = _mm512_set1_ps(w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at]);
+      const bool halves = w.form == Form::halves, offsets = w.form == Form::offsets;
+      const float scale = load_number(w.scales, first + r, halves ? 2 * b : b);
+      const float second = halves ? load_number(w.scales, first + r, 2 * b + 1) : scale;
+      const __m512 offset = _mm512_set1_ps(offsets ? load_number(w.offsets, first + r, b) : 0.f);
       __m128i codes[2] = {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
       int zero = 128;
       if (bits == 8)
@@ -63,11 +68,11 @@ void pack(const Weights& w, size_t first, size_t count, size_t terms, uint8_t* p
         codes[1] = _mm_unpackhi_epi8(even, odd);
         zero = w.zeros ? w.zeros[(first + r) * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
       }
-      const __m512i zeros = _mm512_set1_epi32(zero);
+      const __m512i zeros = _mm512_set1_epi32(offsets ? 0 : zero);
       __m512 low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes[0]), zeros));
       __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes[1]), zeros));
-      low = _mm512_mul_ps(low, scale);
-      high = _mm512_mul_ps(high, scale);
+      low = _mm512_fmsub_ps(low, _mm512_set1_ps(scale), offset);
+      high = _mm512_fmsub_ps(high, _mm512_set1_ps(second), offset);
       for (size_t t = 0; t < terms; t++) {
         const __m512i rounded = to_bf16(low, high);
         _mm512_store_si512(to + t * term, rounded);

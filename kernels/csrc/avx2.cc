@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const MatMulKernels avx2_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels avx2_matmul = kKernels;
 
 }  // namespace pastkey

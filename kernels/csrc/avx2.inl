@@ -58,8 +58,12 @@ inline __m256i start_int4(__m256i zeros, __m256i start) {
 
 #include "ahead.inl"
 
-inline float load_scale(const Weights& w, size_t at) {
-  return w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
+// What a sum of products starts from, or is added to. `start`: that of Rounded.
+template <int bits, Form form>
+inline __m256i begin(__m256i zeros, __m256i start) {
+  if (bits == 4) return form == Form::offsets ? _mm256_setzero_si256() : start_int4(zeros, start);
+  if (form == Form::offsets) return kStarts ? _mm256_setzero_si256() : _mm256_sub_epi32(_mm256_setzero_si256(), start);
+  return kStarts ? start : _mm256_setzero_si256();
 }
 
 // In each half, the sums of the four rows' halves.
@@ -85,51 +89,109 @@ inline __m128i load_bytes(const uint8_t* bytes, size_t at, size_t n) {
   return load_half(copy);
 }
 
-// Scales and zero points of at most 16 blocks from b of four rows of W, turned: byte 4 * block + row.
-struct Scales {
-  uint8_t codes[64], zeros[64];
+// 16 bytes of each of four rows, turned: byte 4 * i + row.
+inline void turn(const __m128i* of_row, uint8_t* to) {
+  const __m128i a[2] = {_mm_unpacklo_epi8(of_row[0], of_row[1]), _mm_unpackhi_epi8(of_row[0], of_row[1])};
+  const __m128i b[2] = {_mm_unpacklo_epi8(of_row[2], of_row[3]), _mm_unpackhi_epi8(of_row[2], of_row[3])};
+  auto* quarters = reinterpret_cast<__m128i*>(to);
+  for (int i = 0; i < 2; i++) {
+    _mm_storeu_si128(quarters + 2 * i, _mm_unpacklo_epi16(a[i], b[i]));
+    _mm_storeu_si128(quarters + 2 * i + 1, _mm_unpackhi_epi16(a[i], b[i]));
+  }
+}
 
-  template <int bits>
-  void load(const Weights& w, const size_t* rows, size_t b) {
-    const size_t n = w.blocks - b < 16 ? w.blocks - b : 16, bytes = (w.blocks + 1) / 2;
-    const __m128i low = _mm_set1_epi8(15);
+// Zero points of at most 16 blocks from b of four rows, turned.
+inline void load_zeros(const Weights& w, const size_t* rows, size_t b, uint8_t* to) {
+  const size_t n = w.blocks - b < 16 ? w.blocks - b : 16, bytes = (w.blocks + 1) / 2;
+  const __m128i low = _mm_set1_epi8(15);
+  __m128i of_row[4];
+  for (int r = 0; r < 4; r++) {
+    of_row[r] = _mm_set1_epi8(8);
+    if (!w.zeros) continue;
+    const __m128i pairs = load_bytes(w.zeros, rows[r] * bytes + b / 2, (n + 1) / 2);
+    of_row[r] = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+  }
+  turn(of_row, to);
+}
+
+// Lanes 4 * i + row of two of 16 turned bytes.
+inline __m256i two_of(const uint8_t* bytes, size_t i) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i * 4)));
+}
+
+// Scales or offsets of 16 blocks of four rows of W. Those of two blocks are in lanes 4 * block + row; of halves, those
+// of the first halves and those of the second.
+template <int kParts>
+class Fours {
+ public:
+  Fours(const Numbers& of, const size_t* rows) : of_(of) {
+    for (int r = 0; r < 4; r++) rows_[r] = rows[r];
+  }
+
+  void load(size_t b) {
+    const size_t first = b * kParts, n = of_.count - first < 16 * kParts ? of_.count - first : 16 * kParts;
+    if (of_.codes)
+      for (size_t i = 0; i < n; i += 16) load_codes(first + i, n - i < 16 ? n - i : 16, floats_ + 4 * i);
+    else
+      for (size_t i = 0; i < n; i += 8) load_floats(first + i, n - i < 8 ? n - i : 8, floats_ + 4 * i);
+  }
+
+  // Of blocks b and b + 1.
+  __m256 get(size_t b, size_t part) const { return _mm256_load_ps(floats_ + 4 * (b % 16 * kParts + 2 * part)); }
+
+ private:
+  void load_codes(size_t first, size_t n, float* to) const {
+    // Of halves, the first ones of two blocks before the second.
+    const __m128i halves = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     __m128i of_row[4];
-    if (w.scale_codes) {
-      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(w.scale_codes, rows[r] * w.blocks + b, n);
-      turn(of_row, codes);
-    }
-    if (bits == 8) return;
     for (int r = 0; r < 4; r++) {
-      of_row[r] = _mm_set1_epi8(8);
-      if (!w.zeros) continue;
-      const __m128i pairs = load_bytes(w.zeros, rows[r] * bytes + b / 2, (n + 1) / 2);
-      of_row[r] = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+      of_row[r] = load_bytes(of_.codes, rows_[r] * of_.count + first, n);
+      if (kParts == 2) of_row[r] = _mm_shuffle_epi8(of_row[r], halves);
     }
-    turn(of_row, zeros);
+    uint8_t codes[64];
+    turn(of_row, codes);
+    for (size_t i = 0; i < n; i += 8 * kParts) {
+      __m128 group = _mm_set1_ps(1.f);
+      if (of_.groups) {
+        const float* groups = of_.groups + (first + i) / (8 * kParts);
+        const size_t all = of_.count / (8 * kParts);
+        group =
+            _mm_setr_ps(groups[rows_[0] * all], groups[rows_[1] * all], groups[rows_[2] * all], groups[rows_[3] * all]);
+      }
+      for (size_t j = i; j < i + 8 * kParts; j += 2)
+        _mm256_store_ps(to + 4 * j, _mm256_mul_ps(_mm256_cvtepi32_ps(two_of(codes, j)), pair(group, group)));
+    }
   }
-  static void turn(const __m128i* of_row, uint8_t* to) {
-    const __m128i a[2] = {_mm_unpacklo_epi8(of_row[0], of_row[1]), _mm_unpackhi_epi8(of_row[0], of_row[1])};
-    const __m128i b[2] = {_mm_unpacklo_epi8(of_row[2], of_row[3]), _mm_unpackhi_epi8(of_row[2], of_row[3])};
-    auto* quarters = reinterpret_cast<__m128i*>(to);
+  void load_floats(size_t first, size_t n, float* to) const {
+    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), numbers);
+    __m256 v[4];
+    for (int r = 0; r < 4; r++) {
+      const size_t at = rows_[r] * of_.count + first;
+      v[r] = of_.float16 ? _mm256_cvtph_ps(load_bytes(reinterpret_cast<const uint8_t*>(of_.float16), 2 * at, 2 * n))
+                         : _mm256_maskload_ps(of_.floats + at, mask);
+    }
+    __m256 turned[4];  // the numbers i and 4 + i
     for (int i = 0; i < 2; i++) {
-      _mm_storeu_si128(quarters + 2 * i, _mm_unpacklo_epi16(a[i], b[i]));
-      _mm_storeu_si128(quarters + 2 * i + 1, _mm_unpackhi_epi16(a[i], b[i]));
+      const __m256 a = i ? _mm256_unpackhi_ps(v[0], v[1]) : _mm256_unpacklo_ps(v[0], v[1]);
+      const __m256 b = i ? _mm256_unpackhi_ps(v[2], v[3]) : _mm256_unpacklo_ps(v[2], v[3]);
+      turned[2 * i] = _mm256_shuffle_ps(a, b, 0x44);
+      turned[2 * i + 1] = _mm256_shuffle_ps(a, b, 0xee);
+    }
+    for (int i = 0; i < 2; i++) {
+      const __m256 a = turned[kParts == 1 ? 2 * i : i], b = turned[kParts == 1 ? 2 * i + 1 : i + 2];
+      _mm256_store_ps(to + 8 * i, _mm256_permute2f128_ps(a, b, 0x20));
+      _mm256_store_ps(to + 16 + 8 * i, _mm256_permute2f128_ps(a, b, 0x31));
     }
   }
+
+  const Numbers& of_;
+  size_t rows_[4];
+  alignas(32) float floats_[64 * kParts];
 };
 
-// Lanes 4 * block + row of two of the blocks.
-inline __m256i two_of(const uint8_t* bytes, size_t b) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + b % 16 * 4)));
-}
-
-inline __m128 load_floats(const Weights& w, const size_t* rows, size_t b) {
-  float of_row[4];
-  for (int r = 0; r < 4; r++) of_row[r] = w.scales[rows[r] * w.blocks + b];
-  return _mm_loadu_ps(of_row);
-}
-
-// Blocks b and next of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+// Blocks b and next of four rows of W, and their sums of products with a row of x: lane 4 * block + row. Of 8 bits
+// those of the first and of the second halves of the blocks.
 template <int bits>
 struct Four;
 
@@ -137,72 +199,91 @@ template <>
 struct Four<8> {
   __m256i weights[2][4];
 
-  Four(const uint8_t* const* rows, size_t b, size_t next, const Scales&) {
+  Four(const uint8_t* const* rows, size_t b, size_t next) {
     for (int r = 0; r < 4; r++) {
       weights[0][r] = prepare(load(rows[r] + b * kBlock));
       weights[1][r] = prepare(load(rows[r] + next * kBlock));
     }
   }
-  __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
+  void dots(__m256i q0, __m256i q1, __m256i* d) const {
     __m256i d0[4], d1[4];
     for (int r = 0; r < 4; r++) {
       d0[r] = dot(_mm256_setzero_si256(), weights[0][r], q0);
       d1[r] = dot(_mm256_setzero_si256(), weights[1][r], q1);
     }
     const __m256i s0 = add_lanes(d0), s1 = add_lanes(d1);
-    const __m256i d =
-        _mm256_add_epi32(_mm256_permute2x128_si256(s0, s1, 0x20), _mm256_permute2x128_si256(s0, s1, 0x31));
-    return kStarts ? _mm256_add_epi32(d, start) : d;
+    d[0] = _mm256_permute2x128_si256(s0, s1, 0x20);
+    d[1] = _mm256_permute2x128_si256(s0, s1, 0x31);
   }
 };
 
 template <>
 struct Four<4> {
-  __m256i pairs[4], zeros;  // the weights as they are stored: taken apart, they would not fit into the registers
+  __m256i pairs[4];  // the weights as they are stored: taken apart, they would not fit into the registers
 
-  Four(const uint8_t* const* rows, size_t b, size_t next, const Scales& scales) {
+  Four(const uint8_t* const* rows, size_t b, size_t next) {
     for (int r = 0; r < 4; r++)
       pairs[r] = _mm256_setr_m128i(load_half(rows[r] + b * 16), load_half(rows[r] + next * 16));
-    zeros = two_of(scales.zeros, b);
   }
-  __m256i dots(__m256i q0, __m256i q1, __m256i start) const {
+  void dots(__m256i q0, __m256i q1, __m256i* d) const {
     const __m256i even = _mm256_permute2x128_si256(q0, q1, 0x20), odd = _mm256_permute2x128_si256(q0, q1, 0x31);
-    __m256i d[4];
+    __m256i sums[4];
     for (int r = 0; r < 4; r++)
-      d[r] = dot_int4(_mm256_setzero_si256(), low_halves(pairs[r]), high_halves(pairs[r]), even, odd);
-    return _mm256_add_epi32(start_int4(zeros, start), add_lanes(d));
+      sums[r] = dot_int4(_mm256_setzero_si256(), low_halves(pairs[r]), high_halves(pairs[r]), even, odd);
+    d[0] = add_lanes(sums);
   }
 };
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
-template <int bits, int M>
+template <int bits, Form form, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, float (*out)[4]) {
+  constexpr int kParts = form == Form::halves ? 2 : 1;
+  const size_t blocks = w.blocks;
   size_t rows[4];
   const uint8_t* codes[4];
   for (size_t r = 0; r < 4; r++) {
     rows[r] = row + (r < there ? r : there - 1);
-    codes[r] = w.codes + rows[r] * w.blocks * 4 * bits;
+    codes[r] = w.codes + rows[r] * blocks * 4 * bits;
   }
-  Scales scales;
+  Fours<kParts> scales(w.scales, rows);
+  Fours<1> offsets(w.offsets, rows);
+  uint8_t zeros[64];
   __m256 acc[2][M];  // chains 0 | 1 and 2 | 3
   for (int m = 0; m < M; m++) acc[0][m] = acc[1][m] = _mm256_setzero_ps();
-  for (size_t b = 0; b < w.blocks; b += 2) {
-    const bool both = b + 1 < w.blocks;
+  const auto step = [&](size_t b, __m256* acc) {
+    const bool both = b + 1 < blocks;
     const size_t next = both ? b + 1 : b;
-    if (b % 16 == 0) scales.load<bits>(w, rows, b);
     fetch_ahead(w, row, 4, b, 2, 4 * bits);
-    const Four<bits> four(codes, b, next, scales);
-    const __m256 of_w = w.scale_codes ? _mm256_cvtepi32_ps(two_of(scales.codes, b))
-                                      : pair(load_floats(w, rows, b), load_floats(w, rows, next));
+    const Four<bits> four(codes, b, next);
+    const __m256i of_zeros = form == Form::plain && bits == 4 ? two_of(zeros, b % 16) : _mm256_setzero_si256();
     for (int m = 0; m < M; m++) {
-      const size_t first = (from + m) * w.blocks + b, second = (from + m) * w.blocks + next;
-      const __m256i start = _mm256_setr_m128i(_mm_set1_epi32(x.start[first]), _mm_set1_epi32(x.start[second]));
-      const __m256i d = four.dots(load(x.q + first * kBlock), load(x.q + second * kBlock), start);
+      const size_t first = (from + m) * blocks + b, second = (from + m) * blocks + next;
+      __m256i d[2];
+      four.dots(load(x.q + first * kBlock), load(x.q + second * kBlock), d);
+      if (form != Form::halves && bits == 8) d[0] = _mm256_add_epi32(d[0], d[1]);
       const __m256 of_x = pair(_mm_set1_ps(x.scale[first]), _mm_set1_ps(x.scale[second]));
-      __m256& sum = acc[b / 2 % 2][m];
-      const __m256 more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(d), of_x), of_w, sum);
+      __m256& sum = acc[m];
+      __m256 more = sum;
+      for (size_t part = 0; part < kParts; part++) {
+        const __m256i start = _mm256_setr_m128i(_mm_set1_epi32(x.start[first * kParts + part]),
+                                                _mm_set1_epi32(x.start[second * kParts + part]));
+        const __m256i all = _mm256_add_epi32(d[part], begin<bits, form>(of_zeros, start));
+        more = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(all), of_x), scales.get(b, part), more);
+      }
+      if (form == Form::offsets)
+        more = _mm256_fnmadd_ps(pair(_mm_set1_ps(x.sums[first]), _mm_set1_ps(x.sums[second])), offsets.get(b, 0), more);
       sum = both ? more : _mm256_blend_ps(sum, more, 0x0f);
     }
+  };
+  constexpr bool kTwice = bits == 8 || M == 1;  // sums stay in registers; else they are for the weights
+  for (size_t b = 0; b < blocks; b += 2) {
+    if (b % 16 == 0) {
+      scales.load(b);
+      if (form == Form::offsets) offsets.load(b);
+      if (form == Form::plain && bits == 4) load_zeros(w, rows, b, zeros);
+    }
+    step(b, acc[kTwice ? 0 : b / 2 % 2]);
+    if (kTwice && b + 2 < blocks) step(b += 2, acc[1]);
   }
   for (int m = 0; m < M; m++) {
     const __m256 sum = _mm256_add_ps(acc[0][m], acc[1][m]);
@@ -210,14 +291,14 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
 }
 
-template <int bits, int M>
+template <int bits, Form form, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
       float sums[M][4];
-      multiply_rows<bits, M>(w, x, i, first + j, there, sums);
+      multiply_rows<bits, form, M>(w, x, i, first + j, there, sums);
       for (size_t m = 0; m < M; m += terms)
         finish(w, first + j, there, sums[m], terms == 2 ? sums[M - 1] : nullptr, y + (i + m) / terms * stride + j);
     }
@@ -226,7 +307,8 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 
 struct Panel {
   __m256i weights[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
-  __m256 scales[kChunk];
+  __m256 scales[kChunk][2];    // of halves, of each
+  __m256 offsets[kChunk];
   __m256i zeros[kChunk];  // of 4 bits
 };
 
@@ -255,14 +337,20 @@ inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel&
         if (bits == 4) panel.weights[b][4 + i] = high_halves(turned[i]);
       }
     }
-    float scales[kRows];
-    int32_t zeros[kRows] = {};
-    for (size_t r = 0; r < kRows; r++) {
-      scales[r] = load_scale(w, (row + r) * w.blocks + b0 + b);
-      if (bits == 4) zeros[r] = load_zero(w, row + r, b0 + b);
-    }
-    panel.scales[b] = _mm256_loadu_ps(scales);
+    if (bits == 8) continue;
+    int32_t zeros[kRows];
+    for (size_t r = 0; r < kRows; r++) zeros[r] = load_zero(w, row + r, b0 + b);
     panel.zeros[b] = load(zeros);
+  }
+}
+
+// Numbers of blocks b and b + 1 of 8 rows: to[part] and next[part].
+template <int kParts>
+inline void get_eight(const Fours<kParts>* fours, size_t b, __m256* to, __m256* next) {
+  for (int part = 0; part < kParts; part++) {
+    const __m256 low = fours[0].get(b, part), high = fours[1].get(b, part);
+    to[part] = _mm256_permute2f128_ps(low, high, 0x20);
+    next[part] = _mm256_permute2f128_ps(low, high, 0x31);
   }
 }
 
@@ -273,35 +361,44 @@ inline __m256i broadcast(const int8_t* four) {
 }
 
 // acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int bits, int M>
+template <int bits, Form form, int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
                            __m256 (*acc)[kMaxRows]) {
+  constexpr size_t kParts = form == Form::halves ? 2 : 1, kSteps = bits / kParts;
   for (size_t b = 0; b < n; b++) {
     const size_t in = from * blocks + b0 + b;
-    __m256i d[M];
-    for (int m = 0; m < M; m++) {
-      const __m256i start = _mm256_set1_epi32(x.start[in + m * blocks]);
-      d[m] = bits == 4 ? start_int4(panel.zeros[b], start) : kStarts ? start : _mm256_setzero_si256();
-    }
-    const __m256i* weights = panel.weights[b];
-    for (int j = 0; j < bits; j++)
+    for (size_t part = 0; part < kParts; part++) {
+      __m256i d[M];
+      for (int m = 0; m < M; m++)
+        d[m] = begin<bits, form>(panel.zeros[b], _mm256_set1_epi32(x.start[(in + m * blocks) * kParts + part]));
+      const __m256i* weights = panel.weights[b];
+      for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++)
+        for (int m = 0; m < M; m++) {
+          const int8_t* q = x.q + (in + m * blocks) * kBlock + 4 * j;
+          if (bits == 4)
+            d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
+          else
+            d[m] = dot(d[m], weights[j], broadcast(q));
+        }
       for (int m = 0; m < M; m++) {
-        const int8_t* q = x.q + (in + m * blocks) * kBlock + 4 * j;
-        if (bits == 4)
-          d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
-        else
-          d[m] = dot(d[m], weights[j], broadcast(q));
+        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
+        acc[b][from + m] = _mm256_fmadd_ps(product, panel.scales[b][part], acc[b][from + m]);
       }
-    for (int m = 0; m < M; m++) {
-      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
-      acc[b][from + m] = _mm256_fmadd_ps(product, panel.scales[b], acc[b][from + m]);
     }
+    if (form == Form::offsets)
+      for (int m = 0; m < M; m++)
+        acc[b][from + m] =
+            _mm256_fnmadd_ps(_mm256_set1_ps(x.sums[in + m * blocks]), panel.offsets[b], acc[b][from + m]);
   }
 }
 
 // 8 rows of W
-template <int bits>
+template <int bits, Form form>
 void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+  constexpr int kParts = form == Form::halves ? 2 : 1;
+  const size_t eight[kRows] = {row, row + 1, row + 2, row + 3, row + 4, row + 5, row + 6, row + 7};
+  Fours<kParts> scales[2] = {{w.scales, eight}, {w.scales, eight + 4}};
+  Fours<1> offsets[2] = {{w.offsets, eight}, {w.offsets, eight + 4}};
   Panel panel;
   __m256 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
@@ -309,11 +406,19 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm256_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
+    for (int i = 0; b0 % 16 == 0 && i < 2; i++) {
+      scales[i].load(b0);
+      if (form == Form::offsets) offsets[i].load(b0);
+    }
+    for (size_t b = 0; b < n; b += 2) {
+      get_eight(scales, b0 + b, panel.scales[b], panel.scales[b + 1]);
+      if (form == Form::offsets) get_eight(offsets, b0 + b, panel.offsets + b, panel.offsets + b + 1);
+    }
     fill_panel<bits>(w, row, b0, n, panel);
     size_t i = 0;
-    for (; i + 4 <= all; i += 4) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 4 <= all; i += 4) multiply_panel<bits, form, 4>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 2 <= all) multiply_panel<bits, form, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<bits, form, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
   for (size_t i = 0; i < rows; i++) {
     float sums[2][kRows];
@@ -326,18 +431,26 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   }
 }
 
-template <int bits>
+template <int bits, Form form>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
   if (rows * terms > kByRows)
-    for (; j + kRows <= count; j += kRows) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
+    for (; j + kRows <= count; j += kRows) by_panel<bits, form>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   if (rows * terms % 2)
-    by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+    by_rows<bits, form, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else
-    by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+    by_rows<bits, form, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
+
+constexpr MatMulKernels kKernels = {
+    round_row,
+    activate,
+    normalize,
+    {multiply<8, Form::plain>, multiply<8, Form::halves>, multiply<8, Form::offsets>},
+    {multiply<4, Form::plain>, nullptr, multiply<4, Form::offsets>},
+};
 
 }  // namespace
 }  // namespace pastkey

@@ -30,49 +30,111 @@ inline __m128i load_zeros(const Weights& w, size_t row, size_t b, size_t n) {
   return _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
 }
 
-// Scales and zero points of at most 16 blocks from b of four rows of W, turned: byte 4 * block + row.
-struct Scales {
-  alignas(64) uint8_t codes[64];
-  alignas(64) uint8_t zeros[64];
-
-  template <int bits>
-  void load(const Weights& w, const size_t* rows, size_t b) {
-    const size_t n = w.blocks - b < 16 ? w.blocks - b : 16;
-    __m128i of_row[4];
-    if (w.scale_codes) {
-      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(w.scale_codes + rows[r] * w.blocks + b, n);
-      _mm512_store_si512(codes, turned(of_row));
-    }
-    if (bits == 8) return;
-    for (int r = 0; r < 4; r++) of_row[r] = load_zeros(w, rows[r], b, n);
-    _mm512_store_si512(zeros, turned(of_row));
-  }
-  static __m512i turned(const __m128i* of_row) {
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m512i v = _mm512_castsi128_si512(of_row[0]);
-    v = _mm512_inserti32x4(v, of_row[1], 1);
-    v = _mm512_inserti32x4(v, of_row[2], 2);
-    v = _mm512_inserti32x4(v, of_row[3], 3);
-    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(turn, v), bytes);
-  }
-};
-
-// Lanes 4 * block + row of four of the blocks.
+// Lanes 4 * block + row of four of 16 blocks, from the b-th.
 inline __m512i four_of(const uint8_t* bytes, size_t b) {
-  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + b % 16 * 4)));
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + b * 4)));
 }
 
-// Scales of `n` (at most 4) blocks of four rows, where they are floats.
-inline __m512 load_floats(const Weights& w, const size_t* rows, size_t b, size_t n) {
-  const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
-  __m128 four[4];
-  for (int r = 0; r < 4; r++) four[r] = _mm_maskz_loadu_ps(mask, w.scales + rows[r] * w.blocks + b);
-  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four[0]), four[1], 1);
-  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(four[2]), four[3], 1);
-  return _mm512_permutexvar_ps(turn, _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+// 16 bytes of each of four rows, turned: byte 4 * i + row. Of halves, the first ones of four blocks before the second.
+template <int kParts>
+inline __m512i turn(const __m128i* of_row) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  __m512i v = _mm512_castsi128_si512(of_row[0]);
+  v = _mm512_inserti32x4(v, of_row[1], 1);
+  v = _mm512_inserti32x4(v, of_row[2], 2);
+  v = _mm512_inserti32x4(v, of_row[3], 3);
+  if (kParts == 2) v = _mm512_shuffle_epi8(v, halves);
+  return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(order, v), bytes);
 }
+
+// Zero points of 16 blocks of four rows, turned.
+inline void load_zeros(const Weights& w, const size_t* rows, size_t b, uint8_t* zeros) {
+  const size_t n = w.blocks - b < 16 ? w.blocks - b : 16;
+  __m128i of_row[4];
+  for (int r = 0; r < 4; r++) of_row[r] = load_zeros(w, rows[r], b, n);
+  _mm512_store_si512(zeros, turn<1>(of_row));
+}
+
+// `n` (at most 16) numbers of a row, then zeros.
+inline __m512 load_numbers(const Numbers& of, size_t row, size_t first, size_t n) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  const size_t at = row * of.count + first;
+  if (of.floats) return _mm512_maskz_loadu_ps(mask, of.floats + at);
+  if (of.float16) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, of.float16 + at));
+  const __m512 codes = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bytes(of.codes + at, n)));
+  if (!of.groups) return codes;
+  const float* groups = of.groups + (at >> of.group_shift);
+  const __m512 first_group = _mm512_set1_ps(groups[0]);
+  if (n <= size_t{1} << of.group_shift) return _mm512_mul_ps(codes, first_group);
+  return _mm512_mul_ps(codes, _mm512_mask_blend_ps(0xff00, first_group, _mm512_set1_ps(groups[1])));
+}
+
+// Scales or offsets of four rows of W. Those of four blocks are in lanes 4 * block + row; of halves, those of the first
+// halves and those of the second.
+template <int kParts>
+class Fours {
+ public:
+  Fours(const Numbers& of, const size_t* rows) : of_(of) {
+    for (int r = 0; r < 4; r++) rows_[r] = rows[r] * of.count;
+  }
+
+  // Before those of 16 blocks from b.
+  PASTKEY_APART void load(size_t b) {
+    if (!of_.codes) return;
+    const size_t first = b * kParts, n = of_.count - first < 16 * kParts ? of_.count - first : 16 * kParts;
+    __m128i of_row[4];
+    for (size_t i = 0; i < n; i += 16) {
+      for (int r = 0; r < 4; r++) of_row[r] = load_bytes(of_.codes + rows_[r] + first + i, n - i < 16 ? n - i : 16);
+      _mm512_store_si512(codes_ + 4 * i, turn<kParts>(of_row));
+    }
+    if (!of_.groups) return;
+    const __mmask8 mask = n > 8 * kParts ? 3 : 1;
+    __m128 pairs[4];
+    for (int r = 0; r < 4; r++)
+      pairs[r] = _mm_maskz_loadu_ps(mask, of_.groups + ((rows_[r] + first) >> of_.group_shift));
+    const __m128 low = _mm_unpacklo_ps(pairs[0], pairs[1]), high = _mm_unpacklo_ps(pairs[2], pairs[3]);
+    groups_[0] = _mm_movelh_ps(low, high);
+    groups_[1] = _mm_movehl_ps(high, low);
+  }
+
+  // `n` (at most 4) blocks from b.
+  void get(size_t b, size_t n, __m512* out) const {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    if (of_.codes) {
+      const __m512 group = _mm512_broadcast_f32x4(groups_[b / 8 % 2]);
+      for (size_t part = 0; part < kParts; part++)
+        out[part] = _mm512_mul_ps(_mm512_cvtepi32_ps(four_of(codes_, b % 16 * kParts + 4 * part)), group);
+    } else if (kParts == 1) {
+      out[0] = _mm512_permutexvar_ps(order, load_floats(b, n));
+    } else {
+      const __m512 first = load_floats(2 * b, n < 2 ? 2 : 4), second = load_floats(2 * b + 4, n < 3 ? 0 : 2 * n - 4);
+      const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 16, 20, 24, 28, 18, 22, 26, 30);
+      out[0] = _mm512_permutex2var_ps(first, firsts, second);
+      out[1] = _mm512_permutex2var_ps(first, _mm512_add_epi32(firsts, _mm512_set1_epi32(1)), second);
+    }
+  }
+
+ private:
+  // `n` (at most 4) of each row: lane 4 * row + i.
+  __m512 load_floats(size_t first, size_t n) const {
+    const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
+    if (of_.float16) {
+      __m128i v[4];
+      for (int r = 0; r < 4; r++) v[r] = _mm_maskz_loadu_epi16(mask, of_.float16 + rows_[r] + first);
+      return _mm512_cvtph_ps(_mm256_setr_m128i(_mm_unpacklo_epi64(v[0], v[1]), _mm_unpacklo_epi64(v[2], v[3])));
+    }
+    __m128 v[4];
+    for (int r = 0; r < 4; r++) v[r] = _mm_maskz_loadu_ps(mask, of_.floats + rows_[r] + first);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_setr_m128(v[0], v[1])), _mm256_setr_m128(v[2], v[3]), 1);
+  }
+
+  const Numbers& of_;
+  size_t rows_[4];
+  alignas(64) uint8_t codes_[64 * kParts];
+  __m128 groups_[2] = {_mm_set1_ps(1.f), _mm_set1_ps(1.f)};
+};
 
 // The four low bits of each byte.
 inline __m512i low_halves(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
@@ -104,7 +166,8 @@ struct Masks {
   }
 };
 
-// Four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row.
+// Four blocks of four rows of W, and their sums of products with a row of x: lane 4 * block + row. Of 8 bits those of
+// the first and of the second halves of the blocks.
 template <int bits>
 struct Four;
 
@@ -112,77 +175,107 @@ template <>
 struct Four<8> {
   __m512i codes[2][4];
 
-  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Scales&) {
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks) {
     const size_t at = b * kBlock;
     for (int r = 0; r < 4; r++) {
       codes[0][r] = _mm512_maskz_loadu_epi8(masks.first, rows[r] + at);
       codes[1][r] = _mm512_maskz_loadu_epi8(masks.second, rows[r] + at + 64);
     }
   }
-  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+  void dots(__m512i q0, __m512i q1, __m512i start0, __m512i start1, __m512i* d) const {
     __m512i d0[4], d1[4];
     for (int r = 0; r < 4; r++) {
-      d0[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[0][r], q0);
-      d1[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[1][r], q1);
+      d0[r] = _mm512_dpbusd_epi32(start0, codes[0][r], q0);
+      d1[r] = _mm512_dpbusd_epi32(start1, codes[1][r], q1);
     }
     const __m512i s0 = add_lanes(d0), s1 = add_lanes(d1);
-    return _mm512_add_epi32(start,
-                            _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x88), _mm512_shuffle_i32x4(s0, s1, 0xdd)));
+    d[0] = _mm512_shuffle_i32x4(s0, s1, 0x88);
+    d[1] = _mm512_shuffle_i32x4(s0, s1, 0xdd);
   }
 };
 
 template <>
 struct Four<4> {
-  __m512i low[4], high[4], zeros;  // the even and the odd weights, and the zero points
+  __m512i low[4], high[4];  // the even and the odd weights
 
-  Four(const uint8_t* const* rows, size_t b, const Masks& masks, const Scales& scales) {
+  Four(const uint8_t* const* rows, size_t b, const Masks& masks) {
     for (int r = 0; r < 4; r++) {
       const __m512i pairs = _mm512_maskz_loadu_epi8(masks.pairs, rows[r] + b * 16);
       low[r] = low_halves(pairs);
       high[r] = low_halves(_mm512_srli_epi16(pairs, 4));
     }
-    zeros = four_of(scales.zeros, b);
   }
-  __m512i dots(__m512i q0, __m512i q1, __m512i start) const {
+  void dots(__m512i q0, __m512i q1, __m512i start0, __m512i start1, __m512i* d) const {
     const __m512i even = _mm512_shuffle_i32x4(q0, q1, 0x88), odd = _mm512_shuffle_i32x4(q0, q1, 0xdd);
-    __m512i d[4];
-    for (int r = 0; r < 4; r++)
-      d[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low[r], even), high[r], odd);
-    return _mm512_add_epi32(start_int4(zeros, start), add_lanes(d));
+    __m512i sums[4];
+    for (int r = 0; r < 4; r++) sums[r] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start0, low[r], even), high[r], odd);
+    d[0] = add_lanes(sums);
   }
 };
 
 // out[m]: four rows of W from `row`, `there` of them in W, times rows of x from `from`.
-template <int bits, int M>
+template <int bits, Form form, int M>
 inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_t row, size_t there, float (*out)[4]) {
+  constexpr int kParts = form == Form::halves ? 2 : 1;
   const __m512i expand = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const size_t blocks = w.blocks;
   size_t rows[4];
   const uint8_t* codes[4];
   for (size_t r = 0; r < 4; r++) {
     rows[r] = row + (r < there ? r : there - 1);
-    codes[r] = w.codes + rows[r] * w.blocks * 4 * bits;
+    codes[r] = w.codes + rows[r] * blocks * 4 * bits;
   }
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
-  Scales scales;
+  Fours<kParts> scales(w.scales, rows);
+  Fours<1> offsets(w.offsets, rows);
+  alignas(64) uint8_t zeros[64];
   Masks masks;
-  for (size_t b = 0; b < w.blocks; b += 4) {
-    const size_t n = w.blocks - b < 4 ? w.blocks - b : 4;
+  for (size_t b = 0; b < blocks; b += 4) {
+    const size_t n = blocks - b < 4 ? blocks - b : 4;
     if (n < 4) masks.limit(n);
-    if (b % 16 == 0) scales.load<bits>(w, rows, b);
+    if (b % 16 == 0) {
+      scales.load(b);
+      if (form == Form::offsets) offsets.load(b);
+      if (bits == 4 && form == Form::plain) load_zeros(w, rows, b, zeros);
+    }
     fetch_ahead(w, row, 4, b, 4, 4 * bits);
-    const Four<bits> four(codes, b, masks, scales);
-    const __m512 of_w = w.scale_codes ? _mm512_cvtepi32_ps(four_of(scales.codes, b)) : load_floats(w, rows, b, n);
+    const Four<bits> four(codes, b, masks);
+    __m512 of_w[kParts], offset[1];
+    scales.get(b, n, of_w);
+    if (form == Form::offsets) offsets.get(b, n, offset);
     for (int m = 0; m < M; m++) {
-      const size_t in = (from + m) * w.blocks + b;
+      const size_t in = (from + m) * blocks + b;
       const __m512i q0 = _mm512_maskz_loadu_epi8(masks.first, x.q + in * kBlock);
       const __m512i q1 = _mm512_maskz_loadu_epi8(masks.second, x.q + in * kBlock + 64);
-      const __m512i start =
-          _mm512_permutexvar_epi32(expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
       const __m512 of_x =
           _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(masks.blocks, x.scale + in)));
-      const __m512i d = four.dots(q0, q1, start);
-      acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), of_w, acc[m], masks.lanes);
+      __m512i d[2], start0 = _mm512_setzero_si512(), start1 = start0;
+      if (form == Form::halves) {
+        start0 = _mm512_sub_epi32(start0, _mm512_dpbusd_epi32(start0, _mm512_set1_epi8(-128), q0));
+        start1 = _mm512_sub_epi32(start1, _mm512_dpbusd_epi32(start1, _mm512_set1_epi8(-128), q1));
+      }
+      four.dots(q0, q1, start0, start1, d);
+      auto add = [&](__m512i products, __m512 scale) {
+        acc[m] = _mm512_mask3_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(products), of_x), scale, acc[m], masks.lanes);
+      };
+      if (form == Form::halves) {
+        add(d[0], of_w[0]);
+        add(d[1], of_w[1]);
+        continue;
+      }
+      if (bits == 8) d[0] = _mm512_add_epi32(d[0], d[1]);
+      if (form == Form::plain) {
+        const __m512i start =
+            _mm512_permutexvar_epi32(expand, _mm512_castsi128_si512(_mm_maskz_loadu_epi32(masks.blocks, x.start + in)));
+        d[0] = _mm512_add_epi32(bits == 4 ? start_int4(four_of(zeros, b % 16), start) : start, d[0]);
+      }
+      add(d[0], of_w[0]);
+      if (form == Form::offsets) {
+        const __m512 sums =
+            _mm512_permutexvar_ps(expand, _mm512_castps128_ps512(_mm_maskz_loadu_ps(masks.blocks, x.sums + in)));
+        acc[m] = _mm512_mask3_fnmadd_ps(sums, offset[0], acc[m], masks.lanes);
+      }
     }
   }
   for (int m = 0; m < M; m++) {
@@ -191,14 +284,14 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
 }
 
-template <int bits, int M>
+template <int bits, Form form, int M>
 void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
              size_t stride) {
   for (size_t j = 0; j < count; j += 4) {
     const size_t there = count - j < 4 ? count - j : 4;
     for (size_t i = 0; i < rows * terms; i += M) {
       float sums[M][4];
-      multiply_rows<bits, M>(w, x, i, first + j, there, sums);
+      multiply_rows<bits, form, M>(w, x, i, first + j, there, sums);
       for (size_t m = 0; m < M; m += terms)
         finish(w, first + j, there, sums[m], terms == 2 ? sums[M - 1] : nullptr, y + (i + m) / terms * stride + j);
     }
@@ -207,8 +300,9 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
 
 struct Panel {
   __m512i codes[kChunk][8];  // [block][j]: weights 4 j to 4 j + 3 of each row
-  __m512 scales[16];         // of the block and those that follow up to a multiple of 16
-  __m512i zeros[16];         // the same, of 4 bits
+  __m512 scales[16];         // of the block and those that follow up to a multiple of 16; of halves, of 8
+  __m512 offsets[16];
+  __m512i zeros[16];  // of 4 bits
 };
 
 template <int bits>
@@ -261,19 +355,13 @@ inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, Pan
     }
 }
 
-// Of at most 16 blocks from b0 of 16 rows of W.
-inline void fill_scales(const Weights& w, size_t row, size_t b0, Panel& panel) {
-  const size_t some = w.blocks - b0 < 16 ? w.blocks - b0 : 16;
-  const __mmask16 mask = static_cast<__mmask16>((1u << some) - 1);
+// At most 16 numbers of 16 rows of W.
+inline void fill_numbers(const Numbers& of, size_t row, size_t first, __m512* to) {
+  const size_t n = of.count - first < 16 ? of.count - first : 16;
   __m512i v[16];
-  for (size_t r = 0; r < 16; r++) {
-    const size_t at = (row + r) * w.blocks + b0;
-    v[r] = _mm512_castps_si512(
-        w.scale_codes ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.scale_codes + at)))
-                      : _mm512_maskz_loadu_ps(mask, w.scales + at));
-  }
+  for (size_t r = 0; r < 16; r++) v[r] = _mm512_castps_si512(load_numbers(of, row + r, first, n));
   transpose(v);
-  for (size_t i = 0; i < 16; i++) panel.scales[i] = _mm512_castsi512_ps(v[i]);
+  for (size_t i = 0; i < 16; i++) to[i] = _mm512_castsi512_ps(v[i]);
 }
 
 inline void fill_zeros(const Weights& w, size_t row, size_t b0, Panel& panel) {
@@ -291,25 +379,33 @@ inline __m512i broadcast(const int8_t* four) {
 }
 
 // acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int bits, int M>
+template <int bits, Form form, int M>
 inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
                            __m512 (*acc)[kMaxRows]) {
+  constexpr size_t kParts = form == Form::halves ? 2 : 1, kSteps = 8 / kParts;
   for (size_t b = 0; b < n; b++) {
-    const __m512 scales = panel.scales[(b0 + b) % 16];
+    const __m512* scales = panel.scales + (b0 + b) * kParts % 16;
     for (int m = 0; m < M; m++) {
       const size_t in = (from + m) * blocks + b0 + b;
-      __m512i d = _mm512_set1_epi32(x.start[in]);
-      if (bits == 4) d = start_int4(panel.zeros[(b0 + b) % 16], d);
-      for (int j = 0; j < 8; j++) d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(d), _mm512_set1_ps(x.scale[in]));
-      acc[b][from + m] = _mm512_fmadd_ps(product, scales, acc[b][from + m]);
+      const __m512 of_x = _mm512_set1_ps(x.scale[in]);
+      __m512& sum = acc[b][from + m];
+      for (size_t part = 0; part < kParts; part++) {
+        __m512i d = _mm512_setzero_si512();
+        if (form != Form::offsets) d = _mm512_set1_epi32(x.start[in * kParts + part]);
+        if (form == Form::plain && bits == 4) d = start_int4(panel.zeros[(b0 + b) % 16], d);
+        for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++)
+          d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
+        sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), scales[part], sum);
+      }
+      if (form == Form::offsets) sum = _mm512_fnmadd_ps(_mm512_set1_ps(x.sums[in]), panel.offsets[(b0 + b) % 16], sum);
     }
   }
 }
 
 // 16 rows of W
-template <int bits>
+template <int bits, Form form>
 void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+  constexpr int kParts = form == Form::halves ? 2 : 1;
   Panel panel;
   __m512 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
@@ -317,14 +413,17 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
     for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    if (b0 % 16 == 0) fill_scales(w, row, b0, panel);
-    if (bits == 4 && b0 % 16 == 0) fill_zeros(w, row, b0, panel);
+    if (b0 * kParts % 16 == 0) {
+      fill_numbers(w.scales, row, b0 * kParts, panel.scales);
+      if (form == Form::offsets) fill_numbers(w.offsets, row, b0, panel.offsets);
+      if (form == Form::plain && bits == 4) fill_zeros(w, row, b0, panel);
+    }
     fill_panel<bits>(w, row, b0, n, panel);
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<bits, 8>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 4 <= all) multiply_panel<bits, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<bits, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<bits, 1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + 8 <= all; i += 8) multiply_panel<bits, form, 8>(panel, x, i, w.blocks, b0, n, acc);
+    if (i + 4 <= all) multiply_panel<bits, form, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
+    if (i + 2 <= all) multiply_panel<bits, form, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
+    if (i < all) multiply_panel<bits, form, 1>(panel, x, i, w.blocks, b0, n, acc);
   }
   for (size_t i = 0; i < rows; i++) {
     float sums[2][16];
@@ -337,21 +436,27 @@ void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   }
 }
 
-template <int bits>
+template <int bits, Form form>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
   if (rows * terms > kByRows)
-    for (; j + 16 <= count; j += 16) by_panel<bits>(w, x, rows, terms, first + j, y + j, stride);
+    for (; j + 16 <= count; j += 16) by_panel<bits, form>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   if (rows * terms % 2)
-    by_rows<bits, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
+    by_rows<bits, form, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
   else
-    by_rows<bits, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+    by_rows<bits, form, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace
 
-const MatMulKernels avx512_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels avx512_matmul = {
+    round_row,
+    activate,
+    normalize,
+    {multiply<8, Form::plain>, multiply<8, Form::halves>, multiply<8, Form::offsets>},
+    {multiply<4, Form::plain>, nullptr, multiply<4, Form::offsets>},
+};
 
 }  // namespace pastkey

@@ -3,6 +3,6 @@
 
 namespace pastkey {
 
-const MatMulKernels avx_vnni_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels avx_vnni_matmul = kKernels;
 
 }  // namespace pastkey

@@ -3,6 +3,6 @@
 
 namespace pastkey {
 
-const MatMulKernels dotprod_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels dotprod_matmul = kKernels;
 
 }  // namespace pastkey

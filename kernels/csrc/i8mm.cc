@@ -3,6 +3,6 @@
 
 namespace pastkey {
 
-const MatMulKernels i8mm_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels i8mm_matmul = kKernels;
 
 }  // namespace pastkey

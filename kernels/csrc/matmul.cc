@@ -40,16 +40,24 @@ void split_pairs(int8_t* q, size_t blocks) {
   }
 }
 
+// What sums of 16 products start from, in place of those of 32.
+void start_halves(const int8_t* q, size_t blocks, int32_t* start) {
+  for (size_t h = 0; h < 2 * blocks; h++, q += kBlock / 2) {
+    int32_t sum = 0;
+    for (size_t i = 0; i < kBlock / 2; i++) sum += q[i];
+    start[h] = -128 * sum;
+  }
+}
+
 // What both operators share: W and its attributes.
 class Product {
  public:
-  // `input` is the place of W; scales, row_scales, bias and zero_points follow.
+  // `input` is the place of W; scales, row_scales, bias, zero_points, offsets and offset_scales follow.
   Product(const KernelInfo& info, size_t input)
       : kernels_(level().matmul), tiles_(level().tiles), allocator_(info.api(), info.raw()) {
     const int64_t bits = info.attribute("bits", int64_t{8});
     if (bits != 8 && bits != 4) refuse("bits is %lld, expected 8 or 4", static_cast<long long>(bits));
     int4_ = bits == 4;
-    multiply_ = int4_ ? kernels_.multiply_int4 : kernels_.multiply;
     const Tensor codes = info.required_constant(input, "W");
     w_.codes = codes.data<uint8_t>();
     if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < 1 || codes.shape[2] != 4 * bits)
@@ -57,20 +65,13 @@ class Product {
     w_.n = static_cast<size_t>(codes.shape[0]);
     w_.blocks = static_cast<size_t>(codes.shape[1]);
 
-    const Tensor scales = info.required_constant(input + 1, "scales");
-    if (scales.size != w_.n * w_.blocks)
-      refuse("scales has shape %s, expected [%zu, %zu]", to_string(scales.shape).c_str(), w_.n, w_.blocks);
-    if (scales.type == kUint8)
-      w_.scale_codes = scales.data<uint8_t>();
-    else
-      w_.scales = scales.data<float>();
-
-    w_.row_scales = vector(info.constant(input + 2, "row_scales"), w_.n);
-    if (w_.scale_codes && !w_.row_scales) refuse("row_scales is missing, expected with scales of uint8");
-    if (w_.scales && w_.row_scales) refuse("row_scales is given, expected only with scales of uint8");
+    const Tensor offsets = info.constant(input + 5, "offsets");
+    read_scales(info.required_constant(input + 1, "scales"), info.constant(input + 2, "row_scales"), bool(offsets));
+    read_offsets(offsets, info.constant(input + 6, "offset_scales"));
+    multiply_ = (int4_ ? kernels_.multiply_int4 : kernels_.multiply)[static_cast<size_t>(w_.form)];
     w_.bias = vector(info.constant(input + 3, "bias"), w_.n);
     const Tensor zeros = info.constant(input + 4, "zero_points");
-    if (zeros && !int4_) refuse("zero_points is given, expected only with 4 bits");
+    if (zeros && (!int4_ || offsets)) refuse("zero_points is given, expected only with 4 bits and without offsets");
     if (zeros && zeros.size != w_.n * ((w_.blocks + 1) / 2))
       refuse("zero_points has shape %s, expected [%zu, %zu]", to_string(zeros.shape).c_str(), w_.n,
              (w_.blocks + 1) / 2);
@@ -103,20 +104,27 @@ class Product {
   void run(const Context& context, const float* x, size_t m, float* y) const {
     if (m == 0) return;
     if (tiles_ && m > kDecodeRows) return run_tiles(context, x, m, y);
-    const size_t rows = m * terms_, blocks = rows * w_.blocks;
-    const Scratch scratch(allocator_, blocks * (kBlock + 8) + (terms_ > 1 ? m * k() * sizeof(float) : 0));
+    const size_t rows = m * terms_, blocks = rows * w_.blocks, parts = w_.form == Form::halves ? 2 : 1;
+    const Scratch scratch(allocator_, blocks * (kBlock + 4 * parts + 8) + (terms_ > 1 ? m * k() * sizeof(float) : 0));
     Rounded rounded;
     rounded.q = reinterpret_cast<int8_t*>(scratch.get());
     rounded.start = reinterpret_cast<int32_t*>(rounded.q + blocks * kBlock);
-    rounded.scale = reinterpret_cast<float*>(rounded.start + blocks);
-    float* rest = terms_ > 1 ? rounded.scale + blocks : nullptr;
+    rounded.scale = reinterpret_cast<float*>(rounded.start + blocks * parts);
+    rounded.sums = w_.form == Form::offsets ? rounded.scale + blocks : nullptr;
+    float* rest = terms_ > 1 ? rounded.scale + 2 * blocks : nullptr;
     for_rows(context, m, [&](size_t i) {
       const float* from = x + i * k();
       for (size_t t = 0; t < terms_; t++) {
         const size_t at = (i * terms_ + t) * w_.blocks;
         float* left = t + 1 < terms_ ? rest + i * k() : nullptr;
-        kernels_.round(from, w_.blocks, rounded.q + at * kBlock, rounded.start + at, rounded.scale + at, left);
-        if (int4_) split_pairs(rounded.q + at * kBlock, w_.blocks);
+        int8_t* q = rounded.q + at * kBlock;
+        int32_t* start = rounded.start + at * parts;
+        kernels_.round(from, w_.blocks, q, start, rounded.scale + at, left);
+        if (w_.form == Form::halves) start_halves(q, w_.blocks, start);
+        if (w_.form == Form::offsets)
+          for (size_t b = 0; b < w_.blocks; b++)
+            rounded.sums[at + b] = static_cast<float>(start[b] / -128) * rounded.scale[at + b];
+        if (int4_) split_pairs(q, w_.blocks);
         from = left;
       }
     });
@@ -126,7 +134,8 @@ class Product {
       const size_t first = task * step, count = std::min(step, columns() - first);
       for (size_t i = 0; i < m; i += kMaxRows / terms_) {
         const size_t at = i * terms_ * w_.blocks, n = std::min(kMaxRows / terms_, m - i);
-        const Rounded part{rounded.q + at * kBlock, rounded.start + at, rounded.scale + at};
+        const Rounded part{rounded.q + at * kBlock, rounded.start + at * parts, rounded.scale + at,
+                           rounded.sums ? rounded.sums + at : nullptr};
         multiply(part, n, first, count, y + i * columns() + first);
       }
     });
@@ -147,6 +156,61 @@ class Product {
     if (value < low || value > high)
       refuse("%s is %lld, expected %d to %d", name, static_cast<long long>(value), int(low), int(high));
     return value;
+  }
+
+  static void read(const Tensor& tensor, Numbers& numbers) {
+    if (tensor.type == kUint8)
+      numbers.codes = tensor.data<uint8_t>();
+    else if (tensor.type == kFloat16)
+      numbers.float16 = tensor.data<uint16_t>();
+    else
+      numbers.floats = tensor.data<float>();
+  }
+
+  // A float for each 256 weights.
+  const float* groups(const Tensor& tensor) const {
+    const size_t groups = w_.blocks / 8;
+    if (w_.blocks % 8) refuse("K is %zu, expected a multiple of 256 with %s of 256 weights", k(), tensor.label);
+    if (tensor.size != w_.n * groups)
+      refuse("%s has shape %s, expected [%zu, %zu]", tensor.label, to_string(tensor.shape).c_str(), w_.n, groups);
+    return tensor.data<float>();
+  }
+
+  void read_scales(const Tensor& scales, const Tensor& row_scales, bool offsets) {
+    const size_t blocks = w_.n * w_.blocks;
+    const bool halves = scales.size == 2 * blocks;
+    if (scales.size != blocks && !halves)
+      refuse("scales has shape %s, expected [%zu, %zu]", to_string(scales.shape).c_str(), w_.n, w_.blocks);
+    if (halves && (int4_ || offsets))
+      refuse("scales has shape %s, expected [%zu, %zu]: a scale for each 16 weights needs 8 bits and no offsets",
+             to_string(scales.shape).c_str(), w_.n, w_.blocks);
+    w_.form = offsets ? Form::offsets : halves ? Form::halves : Form::plain;
+    w_.scales.count = scales.size / w_.n;
+    w_.scales.group_shift = halves ? 4 : 3;
+    read(scales, w_.scales);
+    if (!w_.scales.codes) {
+      if (row_scales) refuse("row_scales is given, expected only with scales of uint8");
+      return;
+    }
+    if (!row_scales) refuse("row_scales is missing, expected with scales of uint8");
+    if (offsets || (row_scales.size != w_.n && w_.blocks % 8 == 0))
+      w_.scales.groups = groups(row_scales);
+    else
+      w_.row_scales = vector(row_scales, w_.n);
+  }
+
+  void read_offsets(const Tensor& offsets, const Tensor& offset_scales) {
+    if (!offsets && !offset_scales) return;
+    if (!offsets) refuse("offset_scales is given, expected only with offsets");
+    if (offsets.size != w_.n * w_.blocks)
+      refuse("offsets has shape %s, expected [%zu, %zu]", to_string(offsets.shape).c_str(), w_.n, w_.blocks);
+    w_.offsets.count = w_.blocks;
+    w_.offsets.group_shift = 3;
+    read(offsets, w_.offsets);
+    if (w_.offsets.codes)
+      w_.offsets.groups = groups(required(offset_scales));
+    else if (offset_scales)
+      refuse("offset_scales is given, expected only with offsets of uint8");
   }
 
   // At most kMaxRows / terms_ rows, and columns of Y from `first`.
@@ -219,7 +283,7 @@ class Product {
   const MatMulKernels& kernels_;
   const TileKernels* tiles_;
   Allocator allocator_;
-  decltype(MatMulKernels::multiply) multiply_ = nullptr;
+  Multiply* multiply_ = nullptr;
   Weights w_{};
   bool int4_ = false;
   size_t terms_ = 1;
@@ -230,8 +294,8 @@ class Product {
 class MatMulInt8 {
  public:
   static constexpr const char* kName = "MatMulInt8";
-  static constexpr Slot kInputs[] = {required(kFloat), required(kUint8), required(kAnyType),
-                                     optional(kFloat), optional(kFloat), optional(kUint8)};
+  static constexpr Slot kInputs[] = {required(kFloat), required(kUint8), required(kAnyType), optional(kFloat),
+                                     optional(kFloat), optional(kUint8), optional(kAnyType), optional(kFloat)};
   static constexpr Slot kOutputs[] = {required(kFloat)};
 
   explicit MatMulInt8(const KernelInfo& info) : product_(info, 1) {}
@@ -250,9 +314,9 @@ class MatMulInt8 {
 class NormMatMulInt8 {
  public:
   static constexpr const char* kName = "NormMatMulInt8";
-  static constexpr Slot kInputs[] = {required(kFloat), optional(kFloat), required(kFloat),
-                                     optional(kFloat), required(kUint8), required(kAnyType),
-                                     optional(kFloat), optional(kFloat), optional(kUint8)};
+  static constexpr Slot kInputs[] = {required(kFloat), optional(kFloat),   required(kFloat), optional(kFloat),
+                                     required(kUint8), required(kAnyType), optional(kFloat), optional(kFloat),
+                                     optional(kUint8), optional(kAnyType), optional(kFloat)};
   static constexpr Slot kOutputs[] = {required(kFloat), optional(kFloat)};
 
   explicit NormMatMulInt8(const KernelInfo& info) : product_(info, 4) {

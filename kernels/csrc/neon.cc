@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const MatMulKernels neon_matmul = {round_row, multiply<8>, activate, normalize, multiply<4>};
+const MatMulKernels neon_matmul = kKernels;
 
 }  // namespace pastkey

@@ -10,7 +10,7 @@ namespace pastkey {
 // A node names the version that it was written for in its attribute `version`, and earlier ones run. An attribute or an
 // input that is new, or means something else, takes a higher version: onnxruntime passes attributes that no kernel asks
 // for, and does not tell a kernel what the graph imports.
-constexpr int kOperatorVersion = 3;
+constexpr int kOperatorVersion = 4;
 
 constexpr size_t kDecodeRows = 8;  // up to so many rows, or tokens, give the same bits as one, whatever the level
 

@@ -9,54 +9,60 @@ namespace pastkey {
 namespace {
 
 #include "elementwise.inl"
+#include "numbers.inl"
 
-// The sum of 32 products: of block b of a row of W, and q.
-int32_t dot_int8(const Weights& w, size_t row, size_t b, const int8_t* q) {
-  const uint8_t* codes = w.codes + (row * w.blocks + b) * kBlock;
-  int32_t dot = 0;
-  for (size_t i = 0; i < kBlock; i++) dot += (codes[i] - 128) * q[i];
-  return dot;
-}
-
-int32_t dot_int4(const Weights& w, size_t row, size_t b, const int8_t* q) {
+// The sum of products of block b of a row of W with q; of halves, of 16 from `from`.
+template <int bits, Form form>
+int32_t dot(const Weights& w, size_t row, size_t b, size_t from, const int8_t* q) {
   constexpr size_t kHalf = kBlock / 2;
-  const uint8_t* codes = w.codes + (row * w.blocks + b) * kHalf;
-  const int zero = w.zeros ? w.zeros[row * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
-  int32_t dot = 0;
-  for (size_t i = 0; i < kHalf; i++) dot += ((codes[i] & 15) - zero) * q[i] + ((codes[i] >> 4) - zero) * q[kHalf + i];
-  return dot;
+  const uint8_t* codes = w.codes + (row * w.blocks + b) * 4 * bits;
+  const int zero = form == Form::offsets ? 0
+                   : bits == 8           ? 128
+                   : w.zeros             ? w.zeros[row * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15
+                                         : 8;
+  int32_t sum = 0;
+  if (bits == 8)
+    for (size_t i = from; i < from + (form == Form::halves ? kHalf : kBlock); i++) sum += (codes[i] - zero) * q[i];
+  else
+    for (size_t i = 0; i < kHalf; i++) sum += ((codes[i] & 15) - zero) * q[i] + ((codes[i] >> 4) - zero) * q[kHalf + i];
+  return sum;
 }
 
-using Dot = int32_t(const Weights&, size_t, size_t, const int8_t*);
-
-template <Dot* dot>
-float row_sum(const Weights& w, size_t row, const int8_t* q, const float* scale) {
+template <int bits, Form form>
+float row_sum(const Weights& w, size_t row, const Rounded& x, size_t x_row) {
+  constexpr size_t kParts = form == Form::halves ? 2 : 1;
   float acc[4] = {};
   for (size_t b = 0; b < w.blocks; b++) {
-    const size_t at = row * w.blocks + b;
-    const auto product = static_cast<float>(dot(w, row, b, q + b * kBlock));
-    const float weight_scale = w.scale_codes ? static_cast<float>(w.scale_codes[at]) : w.scales[at];
-    acc[b % 4] = fmaf(product * scale[b], weight_scale, acc[b % 4]);
+    const size_t at = x_row * w.blocks + b;
+    float& sum = acc[b % 4];
+    for (size_t part = 0; part < kParts; part++) {
+      const auto product = static_cast<float>(dot<bits, form>(w, row, b, part * kBlock / 2, x.q + at * kBlock));
+      sum = fmaf(product * x.scale[at], load_number(w.scales, row, b * kParts + part), sum);
+    }
+    if (form == Form::offsets) sum = fmaf(x.sums[at], -load_number(w.offsets, row, b), sum);
   }
   return (acc[0] + acc[2]) + (acc[1] + acc[3]);
 }
 
-template <Dot* dot>
+template <int bits, Form form>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   for (size_t i = 0; i < rows; i++)
     for (size_t j = 0; j < count; j++) {
       float sums[2];
-      for (size_t t = 0; t < terms; t++) {
-        const size_t at = (i * terms + t) * w.blocks;
-        sums[t] = row_sum<dot>(w, first + j, x.q + at * kBlock, x.scale + at);
-      }
+      for (size_t t = 0; t < terms; t++) sums[t] = row_sum<bits, form>(w, first + j, x, i * terms + t);
       finish(w, first + j, 1, sums, terms == 2 ? sums + 1 : nullptr, y + i * stride + j);
     }
 }
 
 }  // namespace
 
-const MatMulKernels portable_matmul = {round_row, multiply<dot_int8>, activate, normalize, multiply<dot_int4>};
+const MatMulKernels portable_matmul = {
+    round_row,
+    activate,
+    normalize,
+    {multiply<8, Form::plain>, multiply<8, Form::halves>, multiply<8, Form::offsets>},
+    {multiply<4, Form::plain>, nullptr, multiply<4, Form::offsets>},
+};
 
 }  // namespace pastkey

@@ -159,7 +159,7 @@ LAST_LOGITS_GRAPH: Final = "onnx/pastkey.onnx"
 NATIVE_GRAPH: Final = "onnx/pastkey_native.onnx"
 PORTABLE_LEVEL = "portable"  # of the native kernels: the reference, and slow
 NATIVE_DOMAIN: Final = "pastkey"  # of these operators
-NATIVE_OPERATORS: Final = 3  # their version
+NATIVE_OPERATORS: Final = 4  # their version
 # pastkey's own graph with the matrices of LoRA adapters as inputs. Optional.
 ADAPTER_GRAPH: Final = "onnx/pastkey_adapters.onnx"
 # pastkey's own graph with its weights in the ORT format, and the list of its operators. Optional.

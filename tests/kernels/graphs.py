@@ -118,11 +118,14 @@ def in_numpy(feed, heads, form, softcap=0.0) -> tuple[Array, Array, Array]:
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
+FORMS = ("int8", "int4", "int4 without zero points", "int8 in halves", "int8 with offsets", "int4 with offsets")
+
+
 @dataclass(frozen=True)
 class Weights:
-    """What the operators take as W [N, K / 32, 4 bits], scales [N, K / 32], row scales [N, 1] and bias [N].
+    """What the operators take as W [N, K / 32, 4 bits] and bias [N], and the other inputs in several ways.
 
-    4 bits may have zero points [N, K / 64 rounded up].
+    4 bits may have zero points [N, K / 64 rounded up]. Scales are of 32 weights, or of 16; offsets of 32.
     """
 
     codes: Array
@@ -131,37 +134,67 @@ class Weights:
     bias: Array
     bits: int = 8
     zeros: Array | None = None
+    offset_codes: Array | None = None
 
     @staticmethod
-    def draw(n: int, k: int, bits: int = 8, zeros: bool = True) -> Weights:
+    def draw(n: int, k: int, form: str = "int8") -> Weights:
         rng = np.random.default_rng(n * 10007 + k)
+        bits, blocks = 4 if "int4" in form else 8, k // 32
         return Weights(
-            rng.integers(0, 256, (n, k // 32, 4 * bits), dtype=np.uint8),
-            rng.integers(1, 256, (n, k // 32), dtype=np.uint8),
+            rng.integers(0, 256, (n, blocks, 4 * bits), dtype=np.uint8),
+            rng.integers(1, 256, (n, 2 * blocks if "halves" in form else blocks), dtype=np.uint8),
             (rng.random((n, 1)) * 1e-4 + 1e-5).astype(np.float32),
             rng.standard_normal(n).astype(np.float32),
             bits,
-            rng.integers(0, 256, (n, (k // 32 + 1) // 2), dtype=np.uint8) if bits == 4 and zeros else None,
+            rng.integers(0, 256, (n, (blocks + 1) // 2), dtype=np.uint8) if form == "int4" else None,
+            rng.integers(0, 256, (n, blocks), dtype=np.uint8) if "offsets" in form else None,
         )
 
     @property
-    def matrix(self) -> Array:
-        """float64 [N, K]"""
-        scales = self.scale_codes * self.row_scales.astype(np.float64)
-        codes, zeros = self.codes, np.full(scales.shape, 128 if self.bits == 8 else 8)
-        if self.bits == 4:
-            codes = _nibbles(codes)
-            if self.zeros is not None:
-                zeros = _nibbles(self.zeros)[:, : scales.shape[1]]
-        return ((codes.astype(np.float64) - zeros[..., None]) * scales[..., None]).reshape(len(codes), -1)
+    def stored(self) -> list[str]:
+        """The ways in which scales and offsets can be stored."""
+        blocks = self.codes.shape[1]
+        if self.offset_codes is not None:
+            return ["groups", "mixed"] * (blocks % 8 == 0) + ["float32", "float16"]
+        return ["rows"] + ["groups"] * (blocks % 8 == 0 and blocks > 8) + ["float32", "float16"]
 
-    def named(self, float_scales: bool = False, bias: bool = False) -> dict[str, Array]:
+    def named(self, stored: str = "rows", bias: bool = False) -> dict[str, Array]:
         """The initializers of a node, by the names that `arguments` uses."""
-        scales = {"codes": self.scale_codes, "row_scales": self.row_scales}
-        if float_scales:
-            scales = {"scales": (self.scale_codes * self.row_scales).astype(np.float32)}
-        zeros = {} if self.zeros is None else {"zeros": self.zeros}
-        return {"w": self.codes, **scales, **({"bias": self.bias} if bias else {}), **zeros}
+        found = {"w": self.codes, "codes": self.scale_codes, "row_scales": self.row_scales}
+        if bias:
+            found["bias"] = self.bias
+        if self.zeros is not None:
+            found["zeros"] = self.zeros
+        if stored in ("groups", "mixed"):
+            found["row_scales"] = self.row_scales * np.linspace(1, 2, self.codes.shape[1] // 8, dtype=np.float32)
+        if self.offset_codes is not None:
+            found |= {"offsets": self.offset_codes, "offset_scales": found["row_scales"] * 2 ** (self.bits - 1)}
+            if stored != "groups":
+                floats = "float16" if stored == "mixed" else stored
+                found["offsets"] = _numbers(found["offsets"], found.pop("offset_scales")).astype(floats)
+        if "float" in stored:
+            found["scales"] = _numbers(found.pop("codes"), found.pop("row_scales")).astype(stored)
+        return found
+
+
+def matrix(arrays: Mapping[str, Array]) -> Array:
+    """float64 [N, K] of what `Weights.named` returns."""
+    n, blocks, size = arrays["w"].shape
+    codes = (arrays["w"] if size == 32 else _nibbles(arrays["w"])).reshape(n, -1).astype(np.float64)
+    scales = arrays["scales"] if "scales" in arrays else _numbers(arrays["codes"], arrays["row_scales"])
+    zeros = _nibbles(arrays["zeros"])[:, :blocks] if "zeros" in arrays else np.full((n, 1), 128 if size == 32 else 8)
+    if "offsets" in arrays:
+        offsets = _numbers(arrays["offsets"], arrays.get("offset_scales", np.ones((n, 1))))
+        return codes * _each(scales, codes) - _each(offsets, codes)
+    return (codes - _each(zeros, codes)) * _each(scales, codes)
+
+
+def _numbers(codes: Array, groups: Array) -> Array:
+    return codes * _each(groups.astype(np.float64), codes)
+
+
+def _each(some: Array, codes: Array) -> Array:
+    return np.repeat(some.astype(np.float64), codes.shape[1] // some.shape[1], axis=1)
 
 
 def _nibbles(packed: Array) -> Array:
@@ -171,9 +204,12 @@ def _nibbles(packed: Array) -> Array:
 
 def arguments(weights: Mapping[str, Array]) -> list[str]:
     """The inputs of a node from W on."""
-    scales = ["scales", ""] if "scales" in weights else ["codes", "row_scales"]
-    bias, zeros = (["bias"] if "bias" in weights else []), (["zeros"] if "zeros" in weights else [])
-    return ["w", *scales, *(bias or [""] * len(zeros)), *zeros]
+    scales = "scales" if "scales" in weights else "codes"
+    names = ["w", scales, "row_scales", "bias", "zeros", "offsets", "offset_scales"]
+    names = [name if name in weights else "" for name in names]
+    while not names[-1]:
+        names.pop()
+    return names
 
 
 def matmul(weights: Mapping[str, Array], **attributes: Any) -> bytes:
@@ -181,19 +217,25 @@ def matmul(weights: Mapping[str, Array], **attributes: Any) -> bytes:
     return graph([node], weights, ["x"], ["y"])
 
 
-def compared(weights: Weights, bias: bool) -> bytes:
-    """MatMulNBits without the bias, then MatMulInt8 by codes and by float scales, with one term and with two."""
+def nbits(weights: Weights) -> bytes:
+    """MatMulNBits, which has neither scales of 16 weights nor offsets here."""
     n, blocks, _ = weights.codes.shape
     sizes: dict[str, Any] = {"K": blocks * 32, "N": n, "bits": weights.bits, "block_size": 32, "accuracy_level": 4}
     inputs = ["x", "w", "scales", *([] if weights.zeros is None else ["zeros"])]
-    nodes = [helper.make_node("MatMulNBits", inputs, ["nbits"], domain="com.microsoft", **sizes)]
-    bits: dict[str, Any] = {} if weights.bits == 8 else {"bits": weights.bits}
-    for float_scales in (False, True):
-        inputs = ["x", *arguments(weights.named(float_scales, bias))]
+    node = helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", **sizes)
+    return graph([node], weights.named("float32"), ["x"], ["y"])
+
+
+def compared(weights: Weights, bias: bool) -> bytes:
+    """MatMulInt8 in each way in which the weights can be stored, with one term and with two."""
+    nodes, initializers = [], dict[str, Array]()
+    for stored in weights.stored:
+        arrays = {f"{stored} {name}": array for name, array in weights.named(stored, bias).items()}
+        initializers |= arrays
+        inputs = ["x", *(name and f"{stored} {name}" for name in arguments(weights.named(stored, bias)))]
         for terms in (1, 2):
-            output = f"y{terms}{float_scales}"
-            nodes.append(helper.make_node("MatMulInt8", inputs, [output], domain="pastkey", terms=terms, **bits))
-    initializers = weights.named(bias=bias) | weights.named(float_scales=True)
+            attributes = {"terms": terms, "bits": weights.bits}
+            nodes.append(helper.make_node("MatMulInt8", inputs, [f"{stored} {terms}"], domain="pastkey", **attributes))
     return graph(nodes, initializers, ["x"], [node.output[0] for node in nodes])
 
 

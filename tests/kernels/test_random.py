@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from .conftest import each_level
-from .graphs import Weights, case, draw, evicted, matmul, norm_matmul
+from .graphs import FORMS, Weights, case, draw, evicted, matmul, norm_matmul
 from .running import Array, Case
 
 CASES = int(os.environ.get("PASTKEY_FUZZ", 150))  # of each operator and level
@@ -74,11 +74,10 @@ def attention_case(rng: Random) -> Case:
 
 
 def matmul_case(rng: Random) -> Case:
-    n, k = int(rng.integers(1, 70)), 32 * int(rng.integers(1, 6))
-    bits = int(rng.choice([4, 8]))
-    drawn = Weights.draw(n, k, bits, zeros=bool(rng.random() < 0.7))
-    weights = drawn.named(bool(rng.random() < 0.3), bool(rng.random() < 0.5))
-    attributes: dict[str, Any] = {"bits": bits}
+    n, k = int(rng.integers(1, 70)), 32 * int(rng.choice([1, 2, 3, 4, 5, 8, 16, 24]))
+    drawn = Weights.draw(n, k, str(rng.choice(FORMS)))
+    weights = drawn.named(str(rng.choice(drawn.stored)), bool(rng.random() < 0.5))
+    attributes: dict[str, Any] = {"bits": drawn.bits}
     if rng.random() < 0.5:
         attributes["activation"] = str(rng.choice(["none", "silu", "gelu", "gelu_tanh", "relu"]))
     for name in ("terms", "gate"):

@@ -137,8 +137,12 @@ ELSEWHERE: dict[str, tuple[dict[str, Array], dict[str, str], str]] = {
 # --- products ---------------------------------------------------------------------------------------------------------
 N, K = 34, 96
 W = Weights.draw(N, K)
-BIASED, W4, X = W.named(bias=True), Weights.draw(N, K, bits=4).named(), ones(2, K)
+BIASED, W4, X = W.named(bias=True), Weights.draw(N, K, "int4").named(), ones(2, K)
 GAMMA = {"gamma": ones(K)}
+HALVES = Weights.draw(N, K, "int8 in halves").named()
+GROUPED, OFFSETS = (Weights.draw(N, 512, form).named("groups") for form in ("int8", "int4 with offsets"))
+FLOAT_OFFSETS = Weights.draw(N, 512, "int4 with offsets").named("float16")
+ODD_OFFSETS = Weights.draw(N, K, "int8 with offsets").named("groups")  # 3 blocks
 
 
 def plain(attributes: Mapping[str, Any] = NOTHING, **arrays: Array) -> bytes:
@@ -185,10 +189,50 @@ PRODUCTS: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "scales computed": (*computed(BIASED, "codes"), "scales is computed"),
     "no row scales": (of_inputs(["w", "codes"], without(W.named(), "row_scales")), {}, "row_scales is missing"),
     "row scales beside float scales": (
-        of_inputs(["w", "scales", "row_scales"], W.named() | W.named(float_scales=True)), {}, "row_scales is given"
+        of_inputs(["w", "scales", "row_scales"], W.named() | W.named("float32")), {}, "row_scales is given"
     ),
     "too few row scales": (plain(row_scales=W.row_scales[1:]), {}, "row_scales has shape [33, 1]"),
     "row scales of float64": (plain(row_scales=W.row_scales.astype(float)), {}, "tensor(double)"),
+    "halves of 4 bits": (
+        matmul(W4 | {"codes": HALVES["codes"]}, bits=4), {},
+        "scales has shape [34, 6], expected [34, 3]: a scale for each 16 weights needs 8 bits",
+    ),
+    "halves with offsets": (
+        matmul(HALVES | {"offsets": zeros(N, 3)}), {}, "a scale for each 16 weights needs 8 bits and no off"
+    ),
+    "scales of float64": (plain(codes=W.scale_codes.astype(float)), {}, "scales is of another type, expected float32"),
+    "too few groups": (
+        matmul(GROUPED | {"row_scales": ones(N, 1, 1)[1:]}), {},
+        "row_scales has shape [33, 1, 1], expected [34, 2]",
+    ),
+    "groups of 3 blocks": (plain(row_scales=ones(N, 3)), {}, "row_scales has shape [34, 3], expected 34 elements"),
+    "groups of 3 blocks with offsets": (
+        matmul(ODD_OFFSETS), {}, "K is 96, expected a multiple of 256 with row_scales of 256 weights"
+    ),
+    "row scales with offsets": (
+        matmul(OFFSETS | {"row_scales": W.row_scales}, bits=4), {}, "row_scales has shape [34, 1], expected [34, 2]"
+    ),
+    "groups beside float16 scales": (
+        matmul(FLOAT_OFFSETS | {"row_scales": W.row_scales}, bits=4), {}, "row_scales is given, expected only with"
+    ),
+    "too few offsets": (
+        matmul(OFFSETS | {"offsets": OFFSETS["offsets"][1:]}, bits=4), {}, "offsets has shape [33, 16], expected [34"
+    ),
+    "offsets of int8": (
+        matmul(OFFSETS | {"offsets": zeros(N, 16, dtype=np.int8)}, bits=4), {}, "offsets is of int8, expected float32"
+    ),
+    "offsets computed": (*computed(OFFSETS, "offsets", bits=4), "offsets is computed"),
+    "no offset scales": (matmul(without(OFFSETS, "offset_scales"), bits=4), {}, "offset_scales is missing"),
+    "too few offset scales": (
+        matmul(OFFSETS | {"offset_scales": ones(N)}, bits=4), {}, "offset_scales has shape [34], expected [34, 2]"
+    ),
+    "offset scales beside float16": (
+        matmul(FLOAT_OFFSETS | {"offset_scales": ones(N, 2)}, bits=4), {}, "offset_scales is given, expected only with"
+    ),
+    "offset scales alone": (plain(offset_scales=ones(N)), {}, "offset_scales is given, expected only with offsets"),
+    "zero points with offsets": (
+        matmul(OFFSETS | {"zeros": zeros(N, 8, dtype=np.uint8)}, bits=4), {}, "zero_points is given, expected only with"
+    ),
     "bias too long": (plain(bias=ones(N + 1)), {}, "bias has shape [35], expected 34"),
     "bias computed": (*computed(BIASED, "bias"), "bias is computed"),
     "no scales": (of_inputs(["w", ""], {"w": W.codes}), {}, ""),
@@ -197,7 +241,7 @@ PRODUCTS: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "terms of float": (plain({"terms": 2.0}), {}, "attribute terms is of another type, expected an integer"),
     "list of terms": (plain({"terms": [2, 2]}), {}, "attribute terms is of another type, expected an integer"),
     "terms of a tensor": (plain({"terms": numpy_helper.from_array(X)}), {}, "attribute terms is of another type"),
-    "later version": (plain({"version": 4}), {}, "version is 4, expected 1 to 3: a later one needs a newer"),
+    "later version": (plain({"version": 5}), {}, "version is 5, expected 1 to 4: a later one needs a newer"),
     "version of a text": (plain({"version": "2"}), {}, "attribute version is of another type"),
     "unknown activation": (plain({"activation": "relu"}), {}, 'activation is "relu", expected'),
     "long activation": (plain({"activation": "%s" * 10_000}), {}, "activation is"),
