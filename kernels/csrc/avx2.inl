@@ -163,13 +163,18 @@ class Fours {
     }
   }
   void load_floats(size_t first, size_t n, float* to) const {
-    const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), numbers);
     __m256 v[4];
     for (int r = 0; r < 4; r++) {
       const size_t at = rows_[r] * of_.count + first;
-      v[r] = of_.float16 ? _mm256_cvtph_ps(load_bytes(reinterpret_cast<const uint8_t*>(of_.float16), 2 * at, 2 * n))
-                         : _mm256_maskload_ps(of_.floats + at, mask);
+      if (of_.float16) {
+        v[r] = _mm256_cvtph_ps(load_bytes(reinterpret_cast<const uint8_t*>(of_.float16), 2 * at, 2 * n));
+      } else if (n == 8) {
+        v[r] = _mm256_loadu_ps(of_.floats + at);
+      } else {
+        float copy[8] = {};
+        std::memcpy(copy, of_.floats + at, n * sizeof(float));
+        v[r] = _mm256_loadu_ps(copy);
+      }
     }
     __m256 turned[4];  // the numbers i and 4 + i
     for (int i = 0; i < 2; i++) {

@@ -60,10 +60,12 @@ class Product {
     int4_ = bits == 4;
     const Tensor codes = info.required_constant(input, "W");
     w_.codes = codes.data<uint8_t>();
-    if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < 1 || codes.shape[2] != 4 * bits)
+    const int64_t parts = codes.shape.size() == 3 && codes.shape[2] == 2 * bits && !int4_ ? 2 : 1;  // of 16 weights
+    if (codes.shape.size() != 3 || codes.shape[0] < 1 || codes.shape[1] < parts || codes.shape[1] % parts ||
+        codes.shape[2] != 4 * bits / parts)
       refuse("W has shape %s, expected [N, K / 32, %d]", to_string(codes.shape).c_str(), int(4 * bits));
     w_.n = static_cast<size_t>(codes.shape[0]);
-    w_.blocks = static_cast<size_t>(codes.shape[1]);
+    w_.blocks = static_cast<size_t>(codes.shape[1] / parts);
 
     const Tensor offsets = info.constant(input + 5, "offsets");
     read_scales(info.required_constant(input + 1, "scales"), info.constant(input + 2, "row_scales"), bool(offsets));
