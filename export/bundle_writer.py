@@ -38,6 +38,7 @@ from .measure.verify import Verification, verify
 from .progress import Progress, form_of
 from .quantize.adapters import take_adaptable, write_adapter_graph
 from .quantize.exact import exact_engine
+from .resources import give_back_memory
 from .settings import ExportConfig
 from .source.source import Source
 
@@ -118,6 +119,7 @@ class BundleWriter:
     def verify(self, bundle: Bundle) -> Verification:
         """Raises ParityError if the bundle's results differ from its source's."""
         precision, source = bundle.manifest.precision, self.decoder.source
+        give_back_memory()
         self.progress.stage(f"verify {form_of(bundle)}: prefill, decode, chunks, batch, greedy")
         try:
             layers = self.decoder.observation.layers

@@ -209,8 +209,9 @@ def _make_artifacts(
         if _is_measured_short(config)
         else []
     )
-    if config.quick and short:
-        writer = dataclasses.replace(writer, short=short[0])
+    short_proof = dataclasses.replace(writer, short=short[0]) if short else writer
+    if config.quick:
+        writer = short_proof
     made = Artifact(fp32, weight_bytes, proof or writer.verify(fp32))
     verification = made.verification.to_json()
     record = {
@@ -224,7 +225,7 @@ def _make_artifacts(
         artifacts.append(_make_fp16(fp32, folder, writer))
     if precision.quantized:
         text = _calibration_text(fp32, calibration, short, store, config, progress)
-        artifacts.append(_make_quantized(fp32, folder, writer, text, store))
+        artifacts.append(_make_quantized(fp32, folder, short_proof, text, store))
     if config.static:
         artifacts.append(_make_static(artifacts[0], writer))
         if precision.quantized:
@@ -378,7 +379,7 @@ _SHORT_TEXTS = 2  # windows where nothing is calibrated: one to measure on, and 
 
 
 def _is_measured_short(config: ExportConfig) -> bool:
-    """Whether no text decides anything, so that a short one is enough to measure on."""
+    """Whether no text decides anything: a short one is enough to measure on, and to prove what float32 has proved."""
     return config.quick or (config.quantized and not config.row.calibrated)
 
 

@@ -20,6 +20,7 @@ from pastkey.runtime.options import PlacementOptions
 
 from ..compare import logits_difference
 from ..progress import SILENT, Progress
+from ..resources import give_back_memory
 from .metrics import Ids, Logits, cosine_distance, kl_divergence, top1_agreement
 from .paths import (
     BATCH_LENGTH,
@@ -128,6 +129,7 @@ def verify(
     parts = VerificationProgress(progress, plan)
     # One graph is open at a time, since each session may hold all weights.
     last = run_last_logits(bundle, plan, short, source, parts, placement)
+    give_back_memory()
     own = BundlePredictor(bundle, **placement)
 
     # int8 and int4 are compared with themselves: their distance from float32 is quality, not parity.

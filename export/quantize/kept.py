@@ -18,6 +18,7 @@ from pastkey.providers import TARGETS
 
 from ..measure.metrics import Sums
 from ..progress import Progress
+from ..resources import give_back_memory
 from ..settings import ExportConfig
 from ..source.packed.file_matrix import FileMatrix
 from .calibrate.calibration import CalibrationText, measured
@@ -87,6 +88,7 @@ def _matrices(model: ir.Model) -> dict[str, tuple[MatMulWeight, bool]]:
 def _proved(fp32: Bundle, bundle: Bundle, text: CalibrationText, told: dict[str, list[str]]) -> dict[str, Any]:
     """Returns the manifest's entries of the weights. Raises ParityError if they give other logits."""
     sums, reference = Sums(), text.predicted_by(fp32)
+    give_back_memory()
     with exact_engine(bundle) as engine:
         for ids in text.held_out_set:
             engine.reset()

@@ -41,7 +41,10 @@ class SourceFile:
 
     def find(self, weights: np.ndarray) -> Found | None:
         """Returns the matrix in the file that has these weights (N, K) float32; None if a row is not in the file."""
-        places = [self._places.get(key) for part in parts_of(len(weights)) for key in _keys(weights[part])]
+        with one_thread_each() as pool:
+            rows = list(pool.map(lambda part: np.ascontiguousarray(weights[part]), parts_of(len(weights))))
+            places = [self._places.get(key) for keys in pool.map(_keys, rows) for key in keys]
+        weights = np.concatenate(rows)
         runs = [
             (matrix, np.array([row for _, row in run]))
             for matrix, run in itertools.groupby([p for p in places if p is not None], operator.itemgetter(0))
@@ -62,7 +65,7 @@ class SourceFile:
 
 
 def _keys(rows: np.ndarray) -> list[int]:
-    return [hash(row.tobytes()) for row in np.ascontiguousarray(rows) + np.float32(0)]  # without negative zeros
+    return [hash(row.tobytes()) for row in rows + np.float32(0)]  # without negative zeros
 
 
 def _same(piece: tuple[FileMatrix, np.ndarray], weights: np.ndarray) -> Blocks | None:

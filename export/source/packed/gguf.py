@@ -1,12 +1,12 @@
 """The integers of a GGUF file's matrices as they are stored, without rounding: codes, scales and offsets of blocks.
 
-A weight is d * scale * q, or d * scale * q - dmin * min. The gguf library knows where the bits of each type lie, and
-returns weights alone. So it is asked for the weights of blocks in which the other factors are 1: these are then what is
-looked for.
+A weight is d * scale * q, or d * scale * q - dmin * min. The gguf library knows where the bits of q lie, and returns
+weights alone. So it is asked for the weights of blocks in which d and all scales are 1 and all offsets 0: these are q.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,57 +15,54 @@ import numpy as np
 
 from pastkey.errors import InputError
 
-_Bytes = tuple[tuple[slice, bytes], ...]  # places in a block, and what stands there; a single byte is repeated
 _ONE = np.float16(1).tobytes()
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_Codes = tuple[np.ndarray, np.ndarray | None]  # of scales (blocks in the file, of each) integers, and of offsets
+
+
+def _six_bits(blocks: np.ndarray) -> _Codes:
+    import gguf
+
+    scales, mins = gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16])
+    return scales, mins
+
+
+def _of_q3_k(blocks: np.ndarray) -> _Codes:
+    low, high = blocks[:, 96:104], blocks[:, 104:108]
+    codes = np.concatenate([low & 15, low >> 4], 1) | np.concatenate([high >> i & 3 for i in (0, 2, 4, 6)], 1) << 4
+    return codes.astype(np.int16) - 32, None
+
+
+def _of_q6_k(blocks: np.ndarray) -> _Codes:
+    return np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.int16), None
 
 
 @dataclass(frozen=True)
 class _Type:
-    """A type of GGUF, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h."""
+    """A type of GGUF, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Slices are of a block's bytes."""
 
     bits: int  # that its integers are kept in
     size: int  # weights that share a scale
-    d: slice  # float16, of a block in the file
-    ones: _Bytes  # the integers, all 1
+    d: slice  # float16
     dmin: slice | None = None  # float16, of the offsets
-    zeros: _Bytes = ()  # the integers, all 0
-    scales: _Bytes = ()  # the scales in units of d, all 1, and the offsets in units of dmin, all 0
-
-    @property
-    def known(self) -> _Bytes:
-        """d is 1, and dmin is 0."""
-        return ((self.d, _ONE), *(() if self.dmin is None else ((self.dmin, bytes(2)),)))
+    scales: slice | None = None  # in units of d, and the offsets in units of dmin
+    ones: bytes = b""  # what stands there if all scales are 1, and all offsets 0
+    codes: Callable[[np.ndarray], _Codes] | None = None  # reads them
 
 
-_SIX_BITS = b"\1\1\1\1\0\0\0\0\1\1\1\1"
-
-
-def _at(start: int, end: int, content: bytes) -> tuple[slice, bytes]:
-    return slice(start, end), content
-
-
+_FIRST, _SECOND = slice(0, 2), slice(2, 4)
+_SIX_BITS = slice(4, 16), b"\1\1\1\1\0\0\0\0\1\1\1\1", _six_bits
 _TYPES: Final = {
-    "Q8_0": _Type(8, 32, slice(0, 2), (_at(2, 34, b"\1"),)),
-    "Q4_0": _Type(4, 32, slice(0, 2), (_at(2, 18, b"\x99"),)),
-    "Q4_1": _Type(4, 32, slice(0, 2), (_at(4, 20, b"\x11"),), slice(2, 4), (_at(4, 20, b"\0"),)),
-    "Q5_0": _Type(8, 32, slice(0, 2), (_at(2, 6, b"\xff"), _at(6, 22, b"\x11"))),
-    "Q5_1": _Type(8, 32, slice(0, 2), (_at(4, 8, b"\0"), _at(8, 24, b"\x11")), slice(2, 4), (_at(4, 24, b"\0"),)),
-    "Q3_K": _Type(
-        4, 16, slice(108, 110), (_at(0, 32, b"\xff"), _at(32, 96, b"\x55")),
-        scales=(_at(96, 104, b"\x11"), _at(104, 108, b"\xaa")),
-    ),
-    "Q4_K": _Type(
-        4, 32, slice(0, 2), (_at(16, 144, b"\x11"),), slice(2, 4), (_at(16, 144, b"\0"),), (_at(4, 16, _SIX_BITS),)
-    ),
-    "Q5_K": _Type(
-        8, 32, slice(0, 2), (_at(16, 48, b"\0"), _at(48, 176, b"\x11")), slice(2, 4), (_at(16, 176, b"\0"),),
-        (_at(4, 16, _SIX_BITS),),
-    ),
-    "Q6_K": _Type(
-        8, 16, slice(208, 210), (_at(0, 128, b"\x11"), _at(128, 192, b"\xaa")), scales=(_at(192, 208, b"\1"),)
-    ),
-}  # fmt: skip
+    "Q8_0": _Type(8, 32, _FIRST),
+    "Q4_0": _Type(4, 32, _FIRST),
+    "Q4_1": _Type(4, 32, _FIRST, _SECOND),
+    "Q5_0": _Type(8, 32, _FIRST),
+    "Q5_1": _Type(8, 32, _FIRST, _SECOND),
+    "Q3_K": _Type(4, 16, slice(108, 110), None, slice(96, 108), b"\x11" * 8 + b"\xaa" * 4, _of_q3_k),
+    "Q4_K": _Type(4, 32, _FIRST, _SECOND, *_SIX_BITS),
+    "Q5_K": _Type(8, 32, _FIRST, _SECOND, *_SIX_BITS),
+    "Q6_K": _Type(8, 16, slice(208, 210), None, slice(192, 208), b"\1" * 16, _of_q6_k),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,58 +103,51 @@ class GgufMatrix:
 
     def numbers(self, rows: np.ndarray) -> np.ndarray:
         """Returns integers (n, K) uint8. Those without offsets have their zero point in the middle."""
-        kind = _TYPES[self.form]
-        numbers = self._with(rows, (*kind.known, *kind.scales)).astype(np.int16)
-        if kind.dmin is not None:
-            return numbers.astype(np.uint8)
-        if kind.scales:  # negative scales: their integers are turned instead
-            numbers *= np.repeat(np.where(self._scales(rows) < 0, -1, 1).astype(np.int16), kind.size, axis=1)
-        return (numbers + (1 << (kind.bits - 1))).astype(np.uint8)
+        kind, blocks = _TYPES[self.form], self._blocks(rows)
+        turned = None  # blocks with a negative scale: their integers are turned instead
+        if kind.codes is not None and kind.dmin is None:
+            turned = np.repeat((kind.codes(blocks)[0] < 0).reshape(len(rows), -1), kind.size, axis=1)
+        for place, content in ((kind.d, _ONE), (kind.dmin, bytes(2)), (kind.scales, kind.ones)):
+            if place is not None:
+                blocks[:, place] = np.frombuffer(content, np.uint8)
+        numbers = _dequantized(blocks.reshape(len(rows), -1), self.form)
+        if turned is not None:
+            np.negative(numbers, out=numbers, where=turned)
+        if kind.dmin is None:
+            numbers += np.float32(1 << (kind.bits - 1))
+        return numbers.astype(np.uint8)
 
     def scales(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns factors and codes of the scales, as Numbers has them."""
-        kind = _TYPES[self.form]
-        codes = np.abs(self._scales(rows)).astype(np.uint8) if kind.scales else None
-        return self._float16(self.raw[rows], kind.d, wide=codes is not None), codes
+        kind, blocks = _TYPES[self.form], self._blocks(rows)
+        codes = None if kind.codes is None else np.abs(kind.codes(blocks)[0]).astype(np.uint8).reshape(len(rows), -1)
+        return _factors(blocks, kind.d, len(rows), wide=codes is not None), codes
 
     def zeros(self, rows: np.ndarray) -> None:
         """Returns None: all zero points are the middle."""
 
     def offsets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | None:
         """Returns factors and codes of the offsets, or None if the type has none."""
-        kind = _TYPES[self.form]
+        kind, blocks = _TYPES[self.form], self._blocks(rows)
         if kind.dmin is None:
             return None
-        factors = self._float16(self.raw[rows], kind.dmin, wide=bool(kind.scales))
-        if not kind.scales:
+        factors = _factors(blocks, kind.dmin, len(rows), wide=kind.codes is not None)
+        if kind.codes is None:
             return -factors, None  # the file adds them
-        mins = -self._with(rows, ((kind.d, _ONE), (kind.dmin, _ONE), *kind.zeros))[:, :: kind.size]
-        return factors, mins.astype(np.uint8)
+        codes = kind.codes(blocks)[1]
+        return factors, codes if codes is None else codes.reshape(len(rows), -1)
 
     def finite(self) -> bool:
         """Whether all scales and offsets are finite numbers, as far as they are known."""
         kind = _TYPES.get(self.form)
         places = [] if kind is None else [place for place in (kind.d, kind.dmin) if place is not None]
-        return all(np.isfinite(self._float16(self.raw, place, wide=False)).all() for place in places)
+        blocks = self.raw.reshape(-1, _sizes(self.form)[1])
+        return all(np.isfinite(_factors(blocks, place, 1, wide=False)).all() for place in places)
 
-    def _scales(self, rows: np.ndarray) -> np.ndarray:
-        """(n, blocks) float32, in units of d."""
-        kind = _TYPES[self.form]
-        return self._with(rows, (*kind.known, *kind.ones))[:, :: kind.size]
-
-    def _with(self, rows: np.ndarray, known: _Bytes) -> np.ndarray:
-        """Returns the weights (n, K) float32 that some rows would have with other bytes in each block."""
-        _, size = _sizes(self.form)
-        blocks = self.raw[rows].reshape(-1, size)  # a copy
-        for place, content in known:
-            blocks[:, place] = np.frombuffer(content, np.uint8)
-        return _dequantized(blocks.reshape(len(rows), -1), self.form)
-
-    def _float16(self, raw: np.ndarray, place: slice, *, wide: bool) -> np.ndarray:
-        """(n, blocks in the file) float16, or float32 if they have codes."""
-        _, size = _sizes(self.form)
-        found = np.ascontiguousarray(raw.reshape(-1, size)[:, place]).view("<f2").reshape(len(raw), -1)
-        return found.astype(np.float32 if wide else np.float16)
+    def _blocks(self, rows: np.ndarray) -> np.ndarray:
+        """Returns a copy of some rows, (blocks of the file, bytes) uint8."""
+        found: np.ndarray = self.raw[rows].reshape(-1, _sizes(self.form)[1])
+        return found
 
 
 def gguf_matrices(file: Path) -> tuple[GgufMatrix, ...]:
@@ -194,3 +184,9 @@ def _dequantized(raw: np.ndarray, form: str) -> np.ndarray:
 
     found: np.ndarray = gguf.dequantize(raw, gguf.GGMLQuantizationType[form])
     return found
+
+
+def _factors(blocks: np.ndarray, place: slice, rows: int, *, wide: bool) -> np.ndarray:
+    """The float16 numbers at a place of each block, (rows, blocks in the file); in float32 if `wide`."""
+    found = np.ascontiguousarray(blocks[:, place]).view("<f2").reshape(rows, -1)
+    return found.astype(np.float32 if wide else np.float16)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..tiny_llama import TEMPLATE, VOCABULARY, bpe
 
-Type = gguf.GGMLQuantizationType
+TYPES: Any = gguf.GGMLQuantizationType
 # Where a block has its float16 d and dmin, and what d times the integers and scales reaches at most.
 PLACES: dict[str, tuple[int, int | None, int]] = {
     "Q8_0": (0, None, 127), "Q4_0": (0, None, 8), "Q5_0": (0, None, 16), "Q4_1": (0, 2, 15), "Q5_1": (0, 2, 31),
@@ -25,7 +25,7 @@ CENTRE = {"Q4_1": -7.5, "Q5_1": -15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}  
 def random_rows(kind: str, rows: int, columns: int, seed: int = 0, reach: float = 0.4) -> np.ndarray:
     """(rows, bytes) uint8: all bits of a block are random but for d and dmin."""
     rng = np.random.default_rng(seed)
-    weights, size = gguf.GGML_QUANT_SIZES[Type[kind]]
+    weights, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     blocks = rng.integers(0, 256, (rows, columns // weights, size), np.uint8)
     d, dmin, most = PLACES[kind]
     factors = (reach / most * rng.uniform(0.5, 1.5, (*blocks.shape[:2], 1))).astype(np.float16)
@@ -37,7 +37,7 @@ def random_rows(kind: str, rows: int, columns: int, seed: int = 0, reach: float 
 
 def weights_of(raw: np.ndarray, kind: str) -> np.ndarray:
     """(rows, columns) float32, by the gguf library."""
-    return np.asarray(gguf.dequantize(raw, Type[kind]))
+    return np.asarray(gguf.dequantize(raw, TYPES[kind]))
 
 
 def write_tokenizer(writer: Any) -> None:
@@ -77,7 +77,7 @@ def write_llama(file: Path, kinds: Sequence[str], *, width: int = 256, **others:
             content = np.random.default_rng(number).normal(0, 0.2, (rows, width)).astype(np.float32)
             writer.add_tensor(f"{name}.weight", content)
         else:
-            writer.add_tensor(f"{name}.weight", random_rows(kind, rows, width, number), raw_dtype=Type[kind])
+            writer.add_tensor(f"{name}.weight", random_rows(kind, rows, width, number), raw_dtype=TYPES[kind])
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
     writer.write_header_to_file()
