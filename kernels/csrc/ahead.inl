@@ -17,3 +17,17 @@ inline void fetch_ahead(const Weights& w, size_t row, size_t rows, size_t b, siz
   const uint8_t* p = w.codes + ((row + rows) * w.blocks + rows * b) * bytes + kAhead;
   for (size_t i = 0; i < rows * n * bytes; i += 64) prefetch(p + i);
 }
+
+// Fetches the scales or offsets of four rows of W that come a little after `row`: a processor's own prefetcher has lost
+// their sequence by then.
+inline void fetch_numbers(const Numbers& of, size_t row) {
+  constexpr size_t kRowsAhead = 24;
+  const auto fetch = [&](const void* numbers, size_t bytes) {  // of a row
+    const uint8_t* p = static_cast<const uint8_t*>(numbers) + (row + kRowsAhead) * bytes;
+    for (size_t i = 0; i < 4 * bytes; i += 64) prefetch(p + i);
+  };
+  if (of.codes) fetch(of.codes, of.count);
+  if (of.groups) fetch(of.groups, (of.count >> of.group_shift) * sizeof(float));
+  if (of.float16) fetch(of.float16, of.count * sizeof(uint16_t));
+  if (of.floats) fetch(of.floats, of.count * sizeof(float));
+}

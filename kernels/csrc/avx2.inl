@@ -250,6 +250,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
     rows[r] = row + (r < there ? r : there - 1);
     codes[r] = w.codes + rows[r] * blocks * 4 * bits;
   }
+  fetch_numbers(w.scales, row);
+  if (form == Form::offsets) fetch_numbers(w.offsets, row);
   Fours<kParts> scales(w.scales, rows);
   Fours<1> offsets(w.offsets, rows);
   uint8_t zeros[64];

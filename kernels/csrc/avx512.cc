@@ -227,6 +227,8 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   }
   __m512 acc[M];
   for (int m = 0; m < M; m++) acc[m] = _mm512_setzero_ps();
+  fetch_numbers(w.scales, row);
+  if (form == Form::offsets) fetch_numbers(w.offsets, row);
   Fours<kParts> scales(w.scales, rows);
   Fours<1> offsets(w.offsets, rows);
   alignas(64) uint8_t zeros[64];

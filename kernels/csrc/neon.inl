@@ -263,6 +263,8 @@ PASTKEY_FLATTEN void multiply_rows(const Weights& w, const size_t* four, const R
   constexpr int N = Product::kSums;
   constexpr size_t kBytes = kBlock * Bits / 8;
   constexpr int kParts = Block<Bits, form>::kParts;
+  fetch_numbers(w.scales, four[0]);
+  if (form == Form::offsets) fetch_numbers(w.offsets, four[0]);
   float32x4_t acc[4][N];
   each<4>([&](auto chain) { each<N>([&](auto i) { acc[chain.value][i.value] = vdupq_n_f32(0); }); });
   for (size_t b0 = 0; b0 < w.blocks; b0 += 4) {
