@@ -22,8 +22,8 @@ from pastkey.export.quantize.exact import exact_engine
 from pastkey.export.quantize.rounding.kept import SourceFile
 from pastkey.runtime import Engine
 
-from ..source.gguf_blocks import write_llama
-from ..source.quantizing import gptq, quantize_folder, quantized
+from ..source.packed.gguf_blocks import write_llama
+from ..source.packed.quantizing import gptq, quantize_folder, quantized
 from ..tiny_llama import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others

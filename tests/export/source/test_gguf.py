@@ -31,8 +31,8 @@ from pastkey.export.source.source import Opening
 from pastkey.runtime import load
 
 from ..tiny_llama import CONTEXT, PROMPT, TEMPLATE, VOCABULARY
-from .gguf_blocks import write_tokenizer
 from .opening import Refused, link_out
+from .packed.gguf_blocks import write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, of each version others
 

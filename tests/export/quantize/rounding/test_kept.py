@@ -13,7 +13,7 @@ from pastkey.export.quantize.rounding.blocks import Blocks
 from pastkey.export.quantize.rounding.kept import SourceFile
 from pastkey.export.source.packed.gguf import GgufMatrix
 
-from ...source.gguf_blocks import PLACES, random_rows, weights_of
+from ...source.packed.gguf_blocks import PLACES, random_rows, weights_of
 
 ROWS, COLUMNS = 130, 512
 KEPT = sorted(set(PLACES) - {"Q2_K"})

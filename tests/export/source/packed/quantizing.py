@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pastkey.contract import names
 
-from .opening import change
+from ..opening import change
 
 Matrix = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # codes (N, K), scales (N, G), zeros (N, G), group (K,)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ..tiny_llama import TEMPLATE, VOCABULARY, bpe
+from ...tiny_llama import TEMPLATE, VOCABULARY, bpe
 
 TYPES: Any = gguf.GGMLQuantizationType
 # Where a block has its float16 d and dmin, and what d times the integers and scales reaches at most.

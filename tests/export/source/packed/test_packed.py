@@ -27,10 +27,10 @@ from pastkey.export.source.open import open_source
 from pastkey.export.source.packed.matrix import PackedMatrix
 from pastkey.export.source.source import Opening, Source
 
-from ..tiny_llama import llama
-from .opening import change, write
+from ...tiny_llama import llama
+from ..opening import change, write
+from ..test_pretrained_refused import FIRST, SECOND, in_shards, tensors
 from .quantizing import Matrix, awq, dequantized, gptq, quantize_folder, quantized
-from .test_pretrained_refused import FIRST, SECOND, in_shards, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own and the libraries', of each version others
 
