@@ -143,8 +143,11 @@ class BundleWriter:
         verification.require_ok(f"the {precision} export of {source.name}")
         return verification
 
-    def configure(self, bundle: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Bundle:
-        """Writes golden logits, configurations and the tokenizer. Returns the bundle for its target."""
+    def configure(self, bundle: Bundle, fp32: Bundle, parity: dict[str, Any], quality: dict[str, Any]) -> Bundle:
+        """Writes golden logits, configurations and the tokenizer. Returns the bundle for its target.
+
+        `fp32` is the float32 bundle that it was made from.
+        """
         folder = bundle.path
         manifest = dataclasses.replace(
             bundle.manifest,
@@ -153,7 +156,7 @@ class BundleWriter:
             parity=parity,
             quality=quality,
         )
-        _golden(bundle, manifest).save(folder / names.GOLDEN)
+        _golden(bundle, manifest, fp32).save(folder / names.GOLDEN)
         heads = [layer.heads for layer in self.decoder.observation.layers]
         write_configurations(folder, self.decoder.source, manifest, heads)
         return dataclasses.replace(bundle, manifest=manifest)
@@ -227,7 +230,7 @@ def _oldest_onnxruntime(opset: int, *, windows: bool, states: bool) -> str:
     return MIN_ONNXRUNTIME_WITH_WINDOWS if windows else MIN_ONNXRUNTIME
 
 
-def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
+def _golden(bundle: Bundle, manifest: Manifest, fp32: Bundle) -> Golden:
     """Computes the golden logits, for as many positions as fit into 1 % of the weights' bytes."""
     files = bundle.all_logits_graph.parent.iterdir()
     weights = sum(path.stat().st_size for path in files if names.is_weights_file(path.name))
@@ -239,7 +242,9 @@ def _golden(bundle: Bundle, manifest: Manifest) -> Golden:
         like = "fp16"
     engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
     rounds = PRECISIONS[like].quantized and manifest.static is None
-    with exact_engine(bundle) if rounds else contextlib.nullcontext() as reference:
+    kept = rounds and manifest.precision == "source"  # float32 has the same weights, and is not read into memory
+    same = Engine(fp32, providers="cpu", native=False, session_options=IN_PLACE) if kept else None
+    with exact_engine(bundle) if rounds and not kept else contextlib.nullcontext(same) as reference:
         return Golden.computed(engine, rows, PRECISIONS[like].golden_limit, reference)
 
 

@@ -160,7 +160,7 @@ def export_found(
         if config.format == "ort":
             write_ort_format(last.bundle, progress)
         parity = {made.bundle.manifest.precision: made.verification.to_json() for made in artifacts}
-        bundle = writer.configure(last.bundle, parity, last.quality)
+        bundle = writer.configure(last.bundle, artifacts[0].bundle, parity, last.quality)
         if config.generate:
             write_generation(bundle, progress)
         require_unchanged(module_or_path, config, before)

@@ -31,6 +31,8 @@ def dequantize_linear(model: ir.Model, name: str, matrix: Blocks) -> ir.Node:
         return np.ascontiguousarray(numbers.T)
 
     arrays = {"column_scales": matrix.scales.values}
+    if bits == 8 and matrix.zeros is not None:
+        arrays["column_zeros"] = (matrix.zeros.astype(np.int16) - ZERO).astype(np.int8)
     if bits == 4:
         zeros = np.full((rows, blocks), matrix.middle) if matrix.zeros is None else unpacked(matrix.zeros)[:, :blocks]
         arrays["column_zeros"] = zeros.astype(_UINT4)

@@ -18,7 +18,7 @@ from .workers import one_thread_each, parts_of
 _BLOCK = 32
 _BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # of a number's significant digits
 _UNUSED = {0xFFFF: torch.bfloat16, 0x1FFF: torch.float16}  # bits of a float32 -> the type that lacks them
-_SAMPLED_ROWS, _SAMPLED_COLUMNS = 8, 256
+_SAMPLED, _SAMPLED_ROWS, _SAMPLED_COLUMNS = 24, 8, 256
 
 
 def lattice_of(weights: np.ndarray) -> Found | None:
@@ -33,12 +33,12 @@ def lattice_of(weights: np.ndarray) -> Found | None:
 
 
 def is_on_lattice(module: nn.Module) -> bool:
-    """Whether at least half of the matrices of a module are on a lattice, by some blocks of each."""
+    """Whether at least half of the matrices of a module are on a lattice, by some blocks of some of them."""
     stored, found = stored_weights(module), list[bool]()
-    for parameter in module.parameters():
-        if parameter.ndim == 2 and parameter.shape[1] >= _BLOCK:
-            sample = _sample(parameter, None if stored is None else stored.of(parameter))
-            found.append(np.unique(np.abs(sample)).size > 2 and lattice_of(sample) is not None)
+    matrices = [each for each in module.parameters() if each.ndim == 2 and each.shape[1] >= _BLOCK]
+    for parameter in matrices[:: -(-len(matrices) // _SAMPLED) or 1]:
+        sample = _sample(parameter, None if stored is None else stored.of(parameter))
+        found.append(np.unique(np.abs(sample)).size > 2 and lattice_of(sample) is not None)
     return sum(found) * 2 > len(found)
 
 

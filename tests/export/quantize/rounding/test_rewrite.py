@@ -10,9 +10,10 @@ import pytest
 
 from pastkey.errors import InputError
 from pastkey.export.quantize.rounding import matrices
-from pastkey.export.quantize.rounding.blocks import quantize_blocks
+from pastkey.export.quantize.rounding.blocks import Blocks, Numbers, packed, quantize_blocks
 from pastkey.export.quantize.rounding.merge import find_mergeable
 from pastkey.export.quantize.rounding.rewrite import quantize
+from pastkey.providers import Form
 
 from ....oracles.dequantized import dequantize
 from ...blocks import scales_of
@@ -246,3 +247,38 @@ def test_a_lazy_weight_is_made_each_time_that_it_is_read():
     for times in (1, 2):
         np.testing.assert_array_equal(value.const_value.numpy(), [[0, 1, 2], [3, 4, 5]])
         assert len(made) == times
+
+
+# --- blocks of a source --------------------------------------------------------------------------------------------
+def some_blocks(bits: int, size: int, what: str) -> Blocks:
+    """24 rows of 64 columns, as a source may have them."""
+    rng, count = np.random.default_rng(2), 64 // size
+    numbers = rng.integers(0, 32 if "offsets" in what else 1 << bits, (24, count, size), np.uint8) & ((1 << bits) - 1)
+    data = packed(numbers) if bits == 4 else numbers
+    scales = Numbers(rng.uniform(0.5, 1, (24, count)).astype(np.float16 if "half" in what else np.float32) / 64)
+    if "codes" in what:
+        scales = Numbers(
+            rng.uniform(0.5, 1, (24, 1)).astype(np.float32) / 64, rng.integers(1, 64, (24, count), np.uint8)
+        )
+    zeros = rng.integers(0, 1 << bits, (24, count), np.uint8) if "zeros" in what else None
+    offsets = Numbers(rng.uniform(0, 1, (24, count)).astype(np.float16)) if "offsets" in what else None
+    order = rng.permutation(64) if "order" in what else None
+    zeros = packed(zeros) if zeros is not None and bits == 4 else zeros
+    return Blocks(lambda: data, scales, 64, size, zeros, bits, offsets, order)
+
+
+@pytest.mark.parametrize("form", [Form.MATMUL_NBITS, Form.DEQUANTIZE_LINEAR])
+@pytest.mark.parametrize(
+    ("bits", "size", "what"),
+    [(8, 32, "zeros"), (8, 16, "codes"), (4, 32, "half"), (4, 16, ""), (4, 32, "zeros, order"), (4, 32, "offsets"),
+     (8, 32, "codes, offsets")],
+)  # fmt: skip
+def test_blocks_of_a_source_are_multiplied_as_they_are(bits, size, what, form):
+    if "offsets" in what and form is Form.DEQUANTIZE_LINEAR:
+        pytest.skip("their targets round them to int8")
+    blocks, x = some_blocks(bits, size, what), RNG.normal(size=(1, 2, 64)).astype(np.float32)
+    matrix = blocks.matrix if blocks.order is None else blocks.matrix[:, np.argsort(blocks.order)]
+    model = graph_of("y = MatMul(x, w)", "y", "1,2", w=np.ascontiguousarray(matrix.T))
+    quantize(model, blocks={"w": blocks}, form=form)
+    expected = x @ matrix.T
+    np.testing.assert_allclose(run(model, x), expected, atol=0.02 * np.abs(expected).max())  # of int8 activations
