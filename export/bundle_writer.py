@@ -242,7 +242,9 @@ def _golden(bundle: Bundle, manifest: Manifest, fp32: Bundle) -> Golden:
         like = "fp16"
     engine = Engine(bundle, providers="cpu", native=False, session_options=_session_options(manifest.precision))
     rounds = PRECISIONS[like].quantized and manifest.static is None
-    kept = rounds and manifest.precision == "source"  # float32 has the same weights, and is not read into memory
+    # Where nothing was rounded, float32 has the same weights, and is not read into memory.
+    whole = not any("rounded" in what for what in manifest.quality.get("weights", ()))
+    kept = rounds and whole and manifest.precision == "source"
     same = Engine(fp32, providers="cpu", native=False, session_options=IN_PLACE) if kept else None
     with exact_engine(bundle) if rounds and not kept else contextlib.nullcontext(same) as reference:
         return Golden.computed(engine, rows, PRECISIONS[like].golden_limit, reference)

@@ -1,21 +1,24 @@
 """A quantized source as it is: its blocks move into the bundle without rounding, and what it stores as floats stays so.
 
 Blocks that the target does not multiply by, and numbers in a form that cannot be kept, are rounded to int8. The bundle
-is measured twice: without rounded activations, where its logits are the source's, and as it runs.
+is measured twice: its kept blocks without rounded activations, which must give the source's logits, and as it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ParityError
-from pastkey.providers import TARGETS
+from pastkey.providers import TARGETS, Form
 
+from ..graph.write.save import write_graphs
 from ..measure.metrics import Sums
 from ..progress import Progress
 from ..resources import give_back_memory
@@ -70,7 +73,14 @@ def make_kept(
     quantize(model, floats, blocks=blocks, form=target.form)
     bundle, weight_bytes = write(model)
     quality = measured(fp32, bundle, text, progress)
-    return Quantized(bundle, weight_bytes, quality | _proved(fp32, bundle, text, told), None)
+    with _without_rounded(fp32, bundle, blocks, read.keys() - blocks.keys(), target.form) as proved:
+        divergence = _divergence(fp32, proved, text)
+    if matrices and not divergence <= _LARGEST_KL:
+        raise ParityError(
+            f"the weights that were taken from the source's file give other logits than the source: a KL divergence of "
+            f"{divergence:.2g} nats, at most {_LARGEST_KL:g}; please report it, and export with --precision int8"
+        )
+    return Quantized(bundle, weight_bytes, quality | {"weights": told, "kl_divergence_of_weights": divergence}, None)
 
 
 def _matrices(model: ir.Model) -> dict[str, tuple[MatMulWeight, bool]]:
@@ -85,19 +95,27 @@ def _matrices(model: ir.Model) -> dict[str, tuple[MatMulWeight, bool]]:
     return found
 
 
-def _proved(fp32: Bundle, bundle: Bundle, text: CalibrationText, told: dict[str, list[str]]) -> dict[str, Any]:
-    """Returns the manifest's entries of the weights. Raises ParityError if they give other logits."""
+@contextlib.contextmanager
+def _without_rounded(
+    fp32: Bundle, bundle: Bundle, blocks: Mapping[str, Blocks], others: Set[str], form: Form
+) -> Iterator[Bundle]:
+    """Yields a bundle of the kept blocks alone, with all other matrices in float32."""
+    if not others:
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory(prefix="kept-", dir=fp32.path) as folder:
+        model = ir.load(fp32.all_logits_graph)
+        quantize(model, others, blocks=blocks, form=form)
+        write_graphs(model, Path(folder), bundle.manifest.precision)
+        yield Bundle(Path(folder), dataclasses.replace(bundle.manifest, hidden_size=None))
+
+
+def _divergence(fp32: Bundle, bundle: Bundle, text: CalibrationText) -> float:
+    """KL divergence in nats of a bundle whose activations are not rounded from float32, on the held-out windows."""
     sums, reference = Sums(), text.predicted_by(fp32)
     give_back_memory()
     with exact_engine(bundle) as engine:
         for ids in text.held_out_set:
             engine.reset()
             sums.add(ids, engine.all_logits(ids), reference.logits(ids))
-    divergence = sums.kl / sums.tokens
-    rounded = any("rounded" in what for what in told)
-    if not rounded and not np.abs(divergence) <= _LARGEST_KL:
-        raise ParityError(
-            f"the weights that were taken from the source's file give other logits than the source: a KL divergence of "
-            f"{divergence:.2g} nats, at most {_LARGEST_KL:g}; please report it, and export with --precision int8"
-        )
-    return {"weights": told, "kl_divergence_of_weights": divergence}
+    return sums.kl / sums.tokens

@@ -54,7 +54,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
         ({"format": "ort", "target": "cuda"}, "--format ort and --target cuda exclude"),
         ({"max_kl": float("nan")}, "max_kl is nan; it must be"),
         ({"precision": "fp32", "max_kl": 0.1}, "and --precision fp32 exclude"),
-        ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to fewer bits"),
+        ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to integers"),
         ({"precision": "fp32", "sensitivity": "table.json"}, "--calibration, --max-kl or --sensitivity and"),
         ({"graph": "static", "precision": "fp32", "format": "ort"}, "it is of graphs whose sizes change"),
         ({"provider_options": {"a": "b"}}, "--provider-option or --allow-fallback and --target cpu exclude"),

@@ -37,8 +37,10 @@ class TableRows:
             whole = builder.add("Mul", builder.add("Cast", codes, to=ir.DataType.FLOAT), factors)
             if len(shape) == 2:
                 return whole
-            rows = [0] if indices is None else [0, 0]
-            return builder.add("Reshape", whole, builder.constant("shape", np.array([*rows, math.prod(shape[1:])])))
+            sizes = builder.constant("sizes", np.array([*([0] if indices is None else []), math.prod(shape[1:])]))
+            if indices is not None:
+                sizes = builder.add("Concat", builder.add("Shape", indices), sizes, axis=0)
+            return builder.add("Reshape", whole, sizes)
         return (
             factors if self.factors.dtype is ir.DataType.FLOAT else builder.add("Cast", factors, to=ir.DataType.FLOAT)
         )

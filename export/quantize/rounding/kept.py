@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,26 +32,30 @@ class SourceFile:
     """The quantized matrices of a source's file."""
 
     def __init__(self, matrices: Sequence[FileMatrix]) -> None:
-        self._places: dict[int, tuple[FileMatrix, int]] = {}  # the hash of a row -> where it is
+        self._places: dict[int, dict[FileMatrix, int]] = {}  # the hash of a row -> the matrices and rows that it is in
         with one_thread_each() as pool:
             for matrix in matrices:
                 every = np.arange(matrix.shape[0])
                 keys = pool.map(lambda part, m=matrix, every=every: _keys(m.weights(every[part])), parts_of(len(every)))
                 for row, key in enumerate(itertools.chain.from_iterable(keys)):
-                    self._places[key] = matrix, row
+                    self._places.setdefault(key, {})[matrix] = row
 
     def find(self, weights: np.ndarray) -> Found | None:
         """Returns the matrix in the file that has these weights (N, K) float32; None if a row is not in the file."""
         with one_thread_each() as pool:
             rows = list(pool.map(lambda part: np.ascontiguousarray(weights[part]), parts_of(len(weights))))
-            places = [self._places.get(key) for keys in pool.map(_keys, rows) for key in keys]
-        weights = np.concatenate(rows)
-        runs = [
-            (matrix, np.array([row for _, row in run]))
-            for matrix, run in itertools.groupby([p for p in places if p is not None], operator.itemgetter(0))
-        ]
-        if None in places:
+            places = [self._places.get(key, {}) for keys in pool.map(_keys, rows) for key in keys]
+        if not all(places):
             return None
+        weights = np.concatenate(rows)
+        del rows
+        counts = Counter(matrix for place in places for matrix in place)  # rows of zeros are in several
+        chosen = [max(place, key=counts.__getitem__) for place in places]
+        pairs = zip(chosen, places, strict=True)
+        runs = [
+            (matrix, np.array([place[matrix] for _, place in run]))
+            for matrix, run in itertools.groupby(pairs, operator.itemgetter(0))
+        ]
         form = "+".join(dict.fromkeys(matrix.form for matrix, _ in runs))
         if not all(matrix.kept for matrix, _ in runs):
             return Found(form, None)

@@ -23,8 +23,13 @@ _SAMPLED, _SAMPLED_ROWS, _SAMPLED_COLUMNS = 24, 8, 256
 
 def lattice_of(weights: np.ndarray) -> Found | None:
     """Returns a matrix (N, K) float32 in blocks of 4 or 8 bits, None if some of its blocks are on no lattice."""
+    if not np.isfinite(weights).all():
+        return None
+    found = _type(weights)
     for bits in (4, 8):
-        for stored_in in dict.fromkeys((torch.float32, _type(weights))):
+        for stored_in in dict.fromkeys((torch.float32, found)):
+            if (bits, stored_in) == (8, torch.bfloat16):  # whose 8 bits do not tell integers up to 128 apart
+                continue
             first = _blocks(weights[:_SAMPLED_ROWS], bits, stored_in)
             blocks = None if first is None else _blocks(weights, bits, stored_in)
             if blocks is not None:
@@ -33,9 +38,10 @@ def lattice_of(weights: np.ndarray) -> Found | None:
 
 
 def is_on_lattice(module: nn.Module) -> bool:
-    """Whether at least half of the matrices of a module are on a lattice, by some blocks of some of them."""
+    """Whether most matrices of a module are on a lattice, by some blocks of some of them."""
     stored, found = stored_weights(module), list[bool]()
-    matrices = [each for each in module.parameters() if each.ndim == 2 and each.shape[1] >= _BLOCK]
+    every = [each for each in module.parameters() if not each.is_meta]
+    matrices = [each for each in every if each.ndim == 2 and each.shape[1] >= _BLOCK]
     for parameter in matrices[:: -(-len(matrices) // _SAMPLED) or 1]:
         sample = _sample(parameter, None if stored is None else stored.of(parameter))
         found.append(np.unique(np.abs(sample)).size > 2 and lattice_of(sample) is not None)
@@ -47,7 +53,7 @@ def _sample(parameter: nn.Parameter, stored: Stored | None) -> np.ndarray:
     rows = torch.linspace(0, count - 1, min(_SAMPLED_ROWS, count)).long()
     columns = torch.arange(min(width, _SAMPLED_COLUMNS) // _BLOCK * _BLOCK)
     if stored is None:
-        return parameter.detach()[rows][:, columns].float().numpy()
+        return parameter.detach().cpu()[rows][:, columns].float().numpy()
     return stored.elements((rows[:, None] * width + columns).flatten()).view(len(rows), -1).numpy()
 
 
@@ -66,7 +72,8 @@ def _blocks(weights: np.ndarray, bits: int, stored_in: torch.dtype) -> Blocks | 
     if len(scales) < len(found):
         return None
     factors = np.concatenate(scales)
-    narrow = factors.astype(np.float16)
+    with np.errstate(over="ignore"):
+        narrow = factors.astype(np.float16)
 
     def make() -> np.ndarray:
         made = np.empty((*factors.shape, _BLOCK * bits // 8), np.uint8)
@@ -78,6 +85,7 @@ def _blocks(weights: np.ndarray, bits: int, stored_in: torch.dtype) -> Blocks | 
     return Blocks(make, Numbers(narrow if np.array_equal(narrow, factors) else factors), columns, _BLOCK, bits=bits)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of scales that float16 does not hold
 def _scales(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> np.ndarray | None:
     """Returns scales (n, blocks) float32, of blocks (n, blocks, 32), None if one has none."""
     most, shape = 1 << (bits - 1), blocks.shape[:2]

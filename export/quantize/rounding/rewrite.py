@@ -356,7 +356,7 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
     numbers = builder.add("Cast", builder.add("Gather", found.table, indices, axis=0), to=ir.DataType.FLOAT)
     last = builder.constant("last", np.array([-1]))
     if found.matrix.bits == 4:
-        numbers = _two_of_each(builder, numbers, last, found.matrix)
+        numbers = _two_of_each(builder, numbers, indices, found.matrix)
 
     def of_blocks(value: ir.Value) -> ir.Value:
         return builder.add("Unsqueeze", builder.add("Gather", value, indices, axis=0), last)
@@ -371,13 +371,14 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
     replace_node(model, node, *builder.nodes)
 
 
-def _two_of_each(builder: NodeBuilder, both: ir.Value, last: ir.Value, matrix: Blocks) -> ir.Value:
+def _two_of_each(builder: NodeBuilder, both: ir.Value, indices: ir.Value, matrix: Blocks) -> ir.Value:
     """Takes two numbers of 4 bits from each byte: (..., blocks, block_size / 2) -> (..., blocks, block_size)."""
-    sixteen = builder.constant("sixteen", np.array(16, np.float32))
+    last, sixteen = builder.constant("pair", np.array([-1])), builder.constant("sixteen", np.array(16, np.float32))
     high = builder.add("Floor", builder.add("Div", both, sixteen))
     low = builder.add("Sub", both, builder.add("Mul", high, sixteen))
     pairs = builder.add("Concat", builder.add("Unsqueeze", low, last), builder.add("Unsqueeze", high, last), axis=-1)
-    return builder.add("Reshape", pairs, builder.constant("whole_block", np.array([0, 0, 0, matrix.block_size])))
+    sizes = builder.constant("whole_block", np.array([matrix.shape[1], matrix.block_size]))
+    return builder.add("Reshape", pairs, builder.add("Concat", builder.add("Shape", indices), sizes, axis=0))
 
 
 def _gather_block_quantized(

@@ -25,6 +25,7 @@ from .torchao import torchao
 
 Reader = Callable[[QuantizedFile], Iterable[tuple[str, Stored]]]
 _Packed = Callable[[QuantizedFile], Iterable[tuple[str, PackedMatrix]]]
+_CODES = ("qweight", "weight_packed", "_weight_qdata")
 _GPTQ_VERSIONS = ("none", "gptq", "gptq_v2")
 _READ = (
     "GPTQ and compressed-tensors of 4 or 8 bits, AWQ of version gemm, torchao's int4 and int8 weights, fp8 with scales "
@@ -65,6 +66,8 @@ def _integers(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     known = settings.get("format") in ("pack-quantized", "int-quantized", "mixed-precision")
     if not known or settings.get("transform_config"):  # the latter rotates activations
         return []
+    if len({isinstance(kind, dict) and kind.get("symmetric", True) for kind in kinds}) > 1:
+        return []  # which of them has zero points is not said per matrix
     whole = (isinstance(kind, dict) and kind.get("type") == "int" and kind.get("num_bits") in (4, 8) for kind in kinds)
     return kinds if all(whole) else []
 
@@ -103,6 +106,9 @@ def joined(file: QuantizedFile, reader: Reader) -> Joined:
     """Returns what the reader makes of a file."""
     made = dict(reader(file))
     for name, tensor in file.tensors.items():
+        base, _, ending = name.rpartition(".")
+        if name not in file.used and ending in _CODES and f"{base}.weight" in made:
+            raise file.wrong(name, "stands beside the same matrix in another form")
         if name not in file.used and name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64"):
             raise file.wrong(name, f"is {tensor.dtype}, and no scales of it are there in the form of its configuration")
     elements = sum(math.prod(matrix.shape) for matrix in made.values())
@@ -116,34 +122,21 @@ def matrices(found: Iterable[Joined]) -> tuple[PackedMatrix, ...]:
 
 # --- a file of weights without its folder -------------------------------------------------------------------------
 def in_file(path: Path) -> Joined:
-    """Returns what is joined in a file of weights: the form is what a configuration beside it says, or its tensors.
+    """Returns what is joined in a file of weights, in the form that a configuration beside it says.
 
-    Raises InputError if these do not tell.
+    torchao's matrices need none. Raises InputError for others without one.
     """
     file = QuantizedFile(path)
-    if not file.bases("qweight", "weight_packed", "_weight_qdata"):
-        return Joined({}, frozenset())
-    settings = _beside(path)
-    if settings is not None:
+    if (settings := _beside(path)) is not None:
         return joined(file, reader_of(settings, path))
     if file.bases("_weight_qdata"):
         return joined(file, functools.partial(_checked, [], torchao))
-    if file.bases("weight_packed"):
-        return joined(file, functools.partial(_checked, [], functools.partial(compressed, asymmetric=False)))
-    pairs = [
-        tuple(file.tensors.get(f"{base}.{part}") for part in ("qweight", "qzeros")) for base in file.bases("qweight")
-    ]
-    if all(codes and zeros and codes.shape[1:] == zeros.shape[1:] for codes, zeros in pairs):
-        return joined(file, functools.partial(_checked, [], awq))
-    zeros = [name for name, tensor in file.tensors.items() if name.endswith(".qzeros") and tensor.dtype == "I32"]
-    found = {int(word) & 0xFFFFFFFF for name in zeros for word in file.read(name).unique()}
-    first, second = found <= {0x77777777, 0x7F7F7F7F}, found <= {0x88888888, 0x80808080}  # all in the middle
-    if first or second:
-        return joined(file, functools.partial(_checked, [], functools.partial(gptq, stored_less_one=first)))
-    raise InputError(
-        f"{path} holds GPTQ's tensors, of format gptq or gptq_v2, which differ by one in their zero points: put the "
-        f'quantize_config.json of these weights beside it, which says it as "checkpoint_format"'
-    )
+    for base in file.bases("qweight", "weight_packed", "weight_scale_inv"):
+        raise InputError(
+            f"{path} has quantized weights, such as those of {base}, and nothing beside it says how: put the "
+            "config.json or quantize_config.json that came with them into its folder"
+        )
+    return Joined({}, frozenset())
 
 
 def _beside(path: Path) -> Mapping[str, Any] | None:

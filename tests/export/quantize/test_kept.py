@@ -95,7 +95,7 @@ def test_a_checkpoint_on_a_lattice_is_kept_there_by_default_and_calibration_is_r
     assert weights_of(report) == {"a lattice of 4 bits, kept": 14, "int8, rounded: its numbers are on no lattice": 2}
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time. " * 20)
-    with pytest.raises(InputError, match=r"--calibration.* and --precision source exclude each other"):
+    with pytest.raises(InputError, match=r"--calibration.* and --precision source, the default of a quantized source"):
         export(model, tmp_path / "other", calibration=text)
     with pytest.raises(InputError, match="and LlamaForCausalLM holds plain floats"):
         export(llama(), tmp_path / "other", "source")

@@ -54,6 +54,19 @@ def test_a_table_with_equal_rows_and_matrices_that_were_joined_are_found():
     np.testing.assert_array_equal(answer.blocks.matrix, joined)
 
 
+def test_rows_that_several_matrices_have_belong_to_the_one_that_has_all_rows():
+    one, two = random_rows("Q8_0", 40, COLUMNS, 1), random_rows("Q4_0", 40, COLUMNS, 2)
+    one[30:] = 0  # unused tokens: zeros in both
+    two[30:] = 0
+    two.reshape(40, -1, 18)[30:, :, 2:] = 0x88
+    file = SourceFile([GgufMatrix("Q8_0", one), GgufMatrix("Q4_0", two)])
+    for raw, kind in ((one, "Q8_0"), (two, "Q4_0")):
+        answer = file.find(weights_of(raw, kind))
+        assert answer is not None
+        assert answer.blocks is not None
+        assert answer.form == kind
+
+
 def test_what_is_not_in_the_file_or_cannot_be_kept_is_not():
     raw, other = random_rows("Q4_K", 8, COLUMNS), random_rows("Q6_K", 8, COLUMNS)
     weights, rest = weights_of(raw, "Q4_K"), weights_of(other, "Q6_K")

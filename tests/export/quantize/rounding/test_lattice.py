@@ -35,6 +35,14 @@ def test_four_bits_are_found_in_every_type(group, top, scales, stored_in):
     np.testing.assert_array_equal(found.blocks.matrix if exact else rounded, weights)
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_lattice_holds_what_is_not_finite_or_far_too_large():
+    for wrong in (np.nan, np.inf, 1e38):
+        weights = PLAIN.copy()
+        weights[0, 3] = wrong
+        assert lattice_of(weights) is None
+
+
 @pytest.mark.parametrize(("group", "top"), [(32, 127), (256, 127.5)])
 def test_eight_bits_are_found(group, top):
     weights = on_lattice(8, group, torch.float16, torch.float32, top)
@@ -60,5 +68,7 @@ def test_a_module_counts_if_most_of_its_matrices_do():
         for linear in (module[1], module[2]):
             linear.weight.copy_(torch.from_numpy(on_lattice(4, 32, torch.float16, torch.bfloat16, 7)))
         assert is_on_lattice(module)
+        assert is_on_lattice(module.to(torch.bfloat16))
+        assert not is_on_lattice(nn.Linear(256, 96, device="meta"))
         module[1].weight.fill_(1)  # as a module that was never trained
         assert not is_on_lattice(module)

@@ -267,6 +267,14 @@ def some_blocks(bits: int, size: int, what: str) -> Blocks:
     return Blocks(lambda: data, scales, 64, size, zeros, bits, offsets, order)
 
 
+@pytest.mark.parametrize("what", ["half", "codes, offsets"])
+def test_rows_of_four_bits_are_gathered(what):
+    blocks = some_blocks(4, 32, what)
+    model = graph_of("y = Gather(w, i)", w=blocks.matrix)
+    quantize(model, blocks={"w": blocks})
+    np.testing.assert_array_equal(run(model, np.zeros((2, 24), np.float32)), blocks.matrix[[3, 0]])
+
+
 @pytest.mark.parametrize("form", [Form.MATMUL_NBITS, Form.DEQUANTIZE_LINEAR])
 @pytest.mark.parametrize(
     ("bits", "size", "what"),

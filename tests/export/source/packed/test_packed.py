@@ -282,18 +282,18 @@ class Net(nn.Module):
         self.up, self.norm = nn.Linear(64, 48, bias=False), nn.LayerNorm(48)
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq", "gptq_v2", "gptq beside"])
+@pytest.mark.parametrize("kind", ["awq", "gptq", "gptq_v2"])
 def test_weights_of_a_module(kind, tmp_path):
     net = Net()
-    matrix = rounded(net.up.weight.detach().numpy(), sym=kind in ("gptq", "gptq_v2"))
+    matrix = rounded(net.up.weight.detach().numpy(), sym=kind == "gptq_v2")
     parts = awq(matrix) if kind == "awq" else gptq(matrix, 4, version=2 if kind == "gptq_v2" else 1)
     state = {f"up.{part}": tensor for part, tensor in parts.items()}
     save_file(state | {f"norm.{name}": t for name, t in net.norm.state_dict().items()}, tmp_path / "w.safetensors")
     opening = Opening(weights=tmp_path / "w.safetensors", context_length=8)
-    if kind == "gptq beside":
-        with pytest.raises(InputError, match=r"put the quantize_config\.json of these weights beside it"):
-            open_source(net, opening)
-        write(tmp_path / "quantize_config.json", {"bits": 4, "group_size": 32, "checkpoint_format": "gptq"})
+    with pytest.raises(InputError, match=r"nothing beside it says how: put the config\.json or quantize_config\.json"):
+        open_source(net, opening)
+    settings = AWQ if kind == "awq" else {"bits": 4, "group_size": 32, "checkpoint_format": kind}
+    write(tmp_path / "quantize_config.json", settings)
     source = open_source(net, opening)
     assert torch.equal(source.module.up.weight, torch.from_numpy(dequantized(matrix)))
     assert_is(source.packed[0], torch.from_numpy(dequantized(matrix)))
