@@ -17,6 +17,7 @@ from pastkey.contract.provider_options import in_manifest, not_kept
 from pastkey.errors import ParityError, PastkeyError, StartError, first_line
 from pastkey.files.durable import write_json
 from pastkey.files.folder import file_records, parse_records
+from pastkey.files.memory import give_back_memory
 from pastkey.precisions import PRECISIONS
 from pastkey.providers import TARGETS, Form
 from pastkey.runtime import Engine
@@ -38,7 +39,6 @@ from .measure.verify import Verification, verify
 from .progress import Progress, form_of
 from .quantize.adapters import take_adaptable, write_adapter_graph
 from .quantize.exact import exact_engine
-from .resources import give_back_memory
 from .settings import ExportConfig
 from .source.source import Source
 

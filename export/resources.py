@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +46,6 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int, temporary_
         memory += _BYTES_WHOLE
     # Resident matrices are transposed in memory; those of a file when they are written.
     return Needs(weights, disk * weights + temporary_bytes, _BASE_BYTES + 2 * resident_bytes + memory * weights)
-
-
-def give_back_memory() -> None:
-    """Returns freed memory to the system: glibc keeps a third of what an open graph took."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def parameters(module: nn.Module) -> int:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from pastkey.contract.bundle import Bundle, Manifest
+from pastkey.files.memory import give_back_memory
 from pastkey.precisions import PRECISIONS
 from pastkey.runtime import Engine
 from pastkey.runtime.options import PlacementOptions
 
 from ..compare import logits_difference
 from ..progress import SILENT, Progress
-from ..resources import give_back_memory
 from .metrics import Ids, Logits, cosine_distance, kl_divergence, top1_agreement
 from .paths import (
     BATCH_LENGTH,

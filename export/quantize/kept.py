@@ -16,12 +16,12 @@ import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import ParityError
+from pastkey.files.memory import give_back_memory
 from pastkey.providers import TARGETS, Form
 
 from ..graph.write.save import write_graphs
 from ..measure.metrics import Sums
 from ..progress import Progress
-from ..resources import give_back_memory
 from ..settings import ExportConfig
 from ..source.packed.file_matrix import FileMatrix
 from .calibrate.calibration import CalibrationText, measured

@@ -172,7 +172,7 @@ PRODUCTS: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "x too short": (plain(), {"x": X[:, :64]}, "X has shape [2, 64], expected [..., 96]"),
     "x empty along K": (plain(), {"x": X[:, :0]}, "X has shape [2, 0]"),
     "w of rank 2": (plain(w=W.codes.reshape(N, K)), {}, "W has shape [34, 96], expected [N, K / 32, 32]"),
-    "w in blocks of 16": (plain(w=W.codes.reshape(N, 6, 16)), {}, "W has shape [34, 6, 16]"),
+    "w in blocks of 8": (plain(w=W.codes.reshape(N, 12, 8)), {}, "W has shape [34, 12, 8]"),
     "w of 4 bits": (matmul(W4, bits=8), {}, "W has shape [34, 3, 16], expected [N, K / 32, 32]"),
     "w of 8 bits as 4": (plain({"bits": 4}), {}, "W has shape [34, 3, 32], expected [N, K / 32, 16]"),
     "five bits": (plain({"bits": 5}), {}, "bits is 5, expected 8 or 4"),
