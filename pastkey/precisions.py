@@ -66,7 +66,7 @@ _ROWS = (
     ),
     Precision(  # the blocks of a quantized source as they are; only activations are rounded
         "source", 8, "onnx/model_quantized.onnx", "q8",
-        golden_limit=5e-2, memory_bytes=3, disk_bytes=10, finer="fp32", max_kl=0.5, decode_kl=2,
+        golden_limit=5e-2, memory_bytes=3, disk_bytes=10, max_kl=0.5, decode_kl=2,
     ),
     Precision(
         "fp16", 16, "onnx/model_fp16.onnx", "fp16",

@@ -2,6 +2,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <cstring>
+
 #include "attention.h"
 
 namespace pastkey {
@@ -40,12 +42,7 @@ float from_bits(uint32_t bits) {
   return x;
 }
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000u | (rest & 0x3ff) << 13 | (rest > 0x7c00 ? 0x400000u : 0));
-  if (rest < 0x400) return copysignf(static_cast<float>(rest) * 0x1p-24f, from_bits(sign | 0x3f800000u));
-  return from_bits(sign | ((rest << 13) + (112u << 23)));
-}
+#include "float16.inl"
 
 Vec zero() { return {}; }
 // clang-format off: a line each

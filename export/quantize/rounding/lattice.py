@@ -30,9 +30,8 @@ def lattice_of(weights: np.ndarray) -> Found | None:
         for stored_in in dict.fromkeys((torch.float32, found)):
             if (bits, stored_in) == (8, torch.bfloat16):  # whose 8 bits do not tell integers up to 128 apart
                 continue
-            first = _blocks(weights[:_SAMPLED_ROWS], bits, stored_in)
-            blocks = None if first is None else _blocks(weights, bits, stored_in)
-            if blocks is not None:
+            few = in_blocks(weights[:_SAMPLED_ROWS, :_SAMPLED_COLUMNS], _BLOCK)
+            if _is_possible(few, bits, stored_in) and (blocks := _blocks(weights, bits, stored_in)) is not None:
                 return Found(f"a lattice of {bits} bits", blocks)
     return None
 
@@ -61,6 +60,15 @@ def _type(weights: np.ndarray) -> torch.dtype:
     """The shortest type that holds the weights."""
     used = int(np.bitwise_or.reduce(np.ascontiguousarray(weights).view(np.uint32), axis=None))
     return next((dtype for unused, dtype in _UNUSED.items() if not used & unused), torch.float32)
+
+
+def _is_possible(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> bool:
+    """Whether each block (..., 32) has an n that makes its numbers nearly whole: most matrices have not."""
+    magnitudes = np.abs(blocks.reshape(-1, 1, _BLOCK)).astype(np.float64)
+    each = np.arange(1, (1 << (bits - 1)) + 1)[:, None]  # n, beside the numbers of a block
+    multiples = magnitudes / np.maximum(magnitudes.max(2, keepdims=True), np.finfo(np.float64).tiny) * each
+    near = np.abs(multiples - np.rint(multiples)) <= each * 2.0 ** (2 - _BITS[stored_in])
+    return bool(near.all(2).any(1).all())
 
 
 def _blocks(weights: np.ndarray, bits: int, stored_in: torch.dtype) -> Blocks | None:

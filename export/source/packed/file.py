@@ -83,9 +83,9 @@ class QuantizedFile:
         order = np.argsort(group, kind="stable")
         return None if (np.diff(group) >= 0).all() else order
 
-    def wrong(self, name: str, what: str) -> InputError:
+    def wrong(self, name: str, what: str, advice: str = _AGAIN) -> InputError:
         """Returns the error that says what is wrong with a tensor."""
-        return InputError(f"{name} of {self.path} {what}: {_AGAIN}")
+        return InputError(f"{name} of {self.path} {what}: {advice}")
 
 
 def groups_of(size: int, channels: int) -> str:

@@ -108,7 +108,7 @@ def joined(file: QuantizedFile, reader: Reader) -> Joined:
     for name, tensor in file.tensors.items():
         base, _, ending = name.rpartition(".")
         if name not in file.used and ending in _CODES and f"{base}.weight" in made:
-            raise file.wrong(name, "stands beside the same matrix in another form")
+            raise file.wrong(name, "stands beside the same matrix in another form", "leave one of the two out")
         if name not in file.used and name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64"):
             raise file.wrong(name, f"is {tensor.dtype}, and no scales of it are there in the form of its configuration")
     elements = sum(math.prod(matrix.shape) for matrix in made.values())

@@ -32,7 +32,9 @@ def torchao(file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:
             if kind not in readers or scaled:
                 what = f"of torchao's class {kind}" if kind else "without its class in the file's metadata"
                 what += " with scales of activations" if scaled else ""
-                raise file.wrong(f"{base}.{_PARTS[0]}", f"is {what}, which pastkey does not read")
+                raise file.wrong(
+                    f"{base}.{_PARTS[0]}", f"is {what}, which pastkey does not read", "export the unquantized model"
+                )
             matrix = readers[kind](file, base, entry["_data"])
         yield f"{base}.weight", matrix
 
