@@ -23,6 +23,7 @@ import onnx_ir as ir
 from pastkey.contract.bundle import Bundle
 from pastkey.providers import TARGETS
 
+from ..graph.blocks import Blocks
 from ..graph.write.output_head import output_head
 from ..measure.metrics import Ids
 from ..progress import SILENT, Progress
@@ -30,7 +31,7 @@ from ..settings import ExportConfig
 from .calibrate.calibration import CalibrationText
 from .calibrate.segments import captured
 from .ranking.sensitivity import Sensitivity, sensitivity
-from .rounding.blocks import Blocks, choose_block_size
+from .rounding.blocks import choose_block_size
 from .rounding.finished import keep_rounded, read_rounded
 from .rounding.int4_blocks import Gptq, Rounded, round_to_nearest
 from .rounding.matrices import MatMulWeight, embedding_weight, matmul_weight

@@ -19,6 +19,7 @@ from pastkey.errors import ParityError
 from pastkey.files.memory import give_back_memory
 from pastkey.providers import TARGETS, Form
 
+from ..graph.blocks import Blocks
 from ..graph.write.save import write_graphs
 from ..measure.metrics import kl_divergence
 from ..progress import Progress
@@ -26,7 +27,6 @@ from ..settings import ExportConfig
 from ..source.packed.file_matrix import FileMatrix
 from .calibrate.calibration import CalibrationText, measured
 from .exact import exact_engine
-from .rounding.blocks import Blocks
 from .rounding.kept import SourceFile
 from .rounding.lattice import lattice_of
 from .rounding.matrices import MatMulWeight, embedding_weight, matmul_weight

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pastkey.export.quantize.rounding.blocks import ZERO, Blocks, unpacked
+from pastkey.export.graph.blocks import Blocks, unpacked
+from pastkey.export.quantize.rounding.blocks import ZERO
 
 
 def dequantize(matrix: Blocks) -> np.ndarray:

@@ -21,10 +21,10 @@ from pastkey.contract import names
 from pastkey.errors import QualityError
 from pastkey.precisions import PRECISIONS
 
+from ...graph.blocks import Blocks
 from ...measure.metrics import Ids, Logits, kl_by_position, softmax, top1_agreement
 from ...progress import SILENT, Progress
 from ..calibrate.activations import probing
-from ..rounding.blocks import Blocks
 from ..rounding.rewrite import NONE_ROUNDED
 from .switches import SWITCHES, Matrix, add_switches, quantization_mask
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ...graph.blocks import Blocks
 from ...graph.edit import NodeBuilder, add_weight, replace_node, shape_of
 from ...graph.write.output_head import output_head
-from ..rounding.blocks import Blocks
 from ..rounding.matrices import embedding_weight, matmul_weight
 from ..rounding.rewrite import NONE_ROUNDED, quantize
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from ...graph.blocks import Blocks, unpacked
 from ...graph.edit import add_weight
-from .blocks import ZERO, Blocks, unpacked
+from .blocks import ZERO
 from .matrices import add_lazy_weight
 
 OPSET = 21  # the first with block-wise DequantizeLinear

@@ -13,7 +13,7 @@ import numpy as np
 from pastkey.errors import InputError
 from pastkey.files.durable import write_whole
 
-from .blocks import Blocks, Numbers
+from ...graph.blocks import Blocks, Numbers
 from .int4_blocks import BITS, Rounded
 
 

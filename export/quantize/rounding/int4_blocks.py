@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import Blocks, Numbers, encode_scales, in_blocks, packed, some_outputs
+from ...graph.blocks import Blocks, Numbers, packed
+from .blocks import encode_scales, in_blocks, some_outputs
 
 BITS = 4
 _TOP = 15

@@ -7,7 +7,6 @@ compared with the row of the graph. That comes from another reading of the file:
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 from collections import Counter
@@ -16,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...graph.blocks import Blocks
 from ...source.packed.file_matrix import FileMatrix
-from .blocks import Blocks, Numbers, join, packed
+from .blocks import join
 from .workers import one_thread_each, parts_of
 
 
@@ -57,7 +57,7 @@ class SourceFile:
             for matrix, run in itertools.groupby(pairs, operator.itemgetter(0))
         ]
         form = "+".join(dict.fromkeys(matrix.form for matrix, _ in runs))
-        if not all(matrix.kept for matrix, _ in runs):
+        if any(matrix.blocks(rows[:1]) is None for matrix, rows in runs):
             return Found(form, None)
         pieces = [(matrix, rows[part]) for matrix, rows in runs for part in parts_of(len(rows))]
         ends = list(itertools.accumulate(len(rows) for _, rows in pieces))
@@ -74,23 +74,8 @@ def _keys(rows: np.ndarray) -> list[int]:
 
 
 def _same(piece: tuple[FileMatrix, np.ndarray], weights: np.ndarray) -> Blocks | None:
-    """Returns some rows of the file if they have these weights. Their integers are read again when they are written."""
-    blocks = _read(*piece)
-    own = weights if blocks.order is None else weights[:, blocks.order]
-    return dataclasses.replace(blocks, make=lambda: _read(*piece).data) if np.array_equal(blocks.matrix, own) else None
-
-
-def _read(matrix: FileMatrix, rows: np.ndarray) -> Blocks:
-    numbers, offsets, zeros = matrix.numbers(rows), matrix.offsets(rows), matrix.zeros(rows)
-    count, columns = numbers.shape
-    data = (numbers if matrix.bits == 8 else packed(numbers)).reshape(count, columns // matrix.block_size, -1)
-    return Blocks(
-        lambda: data,
-        Numbers(*matrix.scales(rows)),
-        columns,
-        matrix.block_size,
-        zeros if zeros is None or matrix.bits == 8 else packed(zeros),
-        matrix.bits,
-        None if offsets is None else Numbers(*offsets),
-        matrix.order,
-    )
+    """Returns some rows of the file if they have these weights."""
+    matrix, rows = piece
+    blocks = matrix.blocks(rows)
+    own = weights if blocks is None or blocks.order is None else weights[:, blocks.order]
+    return blocks if blocks is not None and np.array_equal(blocks.matrix, own) else None

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...graph.blocks import Blocks, Numbers, packed
 from ...graph.stored import Stored, stored_weights
-from .blocks import Blocks, Numbers, in_blocks, packed
+from .blocks import in_blocks
 from .kept import Found
 from .workers import one_thread_each, parts_of
 

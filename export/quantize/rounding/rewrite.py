@@ -35,6 +35,7 @@ import onnx_ir as ir
 from pastkey.errors import InputError
 from pastkey.providers import Form
 
+from ...graph.blocks import Blocks, Numbers
 from ...graph.edit import (
     CONTRIB_DOMAIN,
     NodeBuilder,
@@ -47,7 +48,7 @@ from ...graph.write.output_head import mark_head, output_head
 from ..changes import INPUT, changes_of, record_change
 from . import block_dequantize
 from .block_dequantize import dequantize_linear
-from .blocks import Blocks, Numbers, choose_block_size, join, quantize_blocks, stacked
+from .blocks import choose_block_size, join, quantize_blocks, stacked
 from .matrices import MatMulWeight, add_lazy_weight, embedding_weight, mark_weights, matmul_weight, steering_weights
 from .merge import Projections, find_mergeable, insert_merged
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from pastkey.errors import InputError
 
+from ...graph.blocks import Blocks, Numbers, packed
+
 _ONE = np.float16(1).tobytes()
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _Codes = tuple[np.ndarray, np.ndarray | None]  # of scales (blocks in the file, of each) integers, and of offsets
@@ -73,37 +75,37 @@ class GgufMatrix:
     raw: np.ndarray  # (N, bytes) uint8: its rows, mapped
 
     @property
-    def bits(self) -> int:
-        """Of the integers as they are kept, 4 or 8."""
-        return _TYPES[self.form].bits
-
-    @property
-    def block_size(self) -> int:
-        """The weights that share a scale."""
-        return _TYPES[self.form].size
-
-    @property
-    def kept(self) -> bool:
-        """Whether its integers can be kept. Other types have a table of numbers, or few bits and large offsets."""
-        return self.form in _TYPES
-
-    @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         weights, size = _sizes(self.form)
         return len(self.raw), self.raw.shape[1] // size * weights
 
-    @property
-    def order(self) -> None:
-        """The channels are in the matrix's own order."""
-
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """Returns weights (n, K) float32 as the gguf library reads them."""
         return _dequantized(self.raw[rows], self.form)
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
-        """Returns integers (n, K) uint8. Those without offsets have their zero point in the middle."""
-        kind, blocks = _TYPES[self.form], self._blocks(rows)
+    def blocks(self, rows: np.ndarray) -> Blocks | None:
+        """Returns some rows; None for types that have a table of numbers, or few bits and large offsets."""
+        kind = _TYPES.get(self.form)
+        if kind is None:
+            return None
+        found = self._of_file(rows)
+        codes, mins = (None, None) if kind.codes is None else kind.codes(found)
+        scales = _numbers(found, kind.d, len(rows), codes)
+        offsets = None if kind.dmin is None else _numbers(found, kind.dmin, len(rows), mins)
+        if offsets is not None and mins is None:
+            offsets = Numbers(-offsets.factors)  # the file adds them
+
+        def make() -> np.ndarray:
+            numbers = self._integers(kind, rows)
+            data = numbers if kind.bits == 8 else packed(numbers)
+            return data.reshape(len(rows), self.shape[1] // kind.size, -1)
+
+        return Blocks(make, scales, self.shape[1], kind.size, bits=kind.bits, offsets=offsets)
+
+    def _integers(self, kind: _Type, rows: np.ndarray) -> np.ndarray:
+        """(n, K) uint8. Those without offsets have their zero point in the middle."""
+        blocks = self._of_file(rows)
         turned = None  # blocks with a negative scale: their integers are turned instead
         if kind.codes is not None and kind.dmin is None:
             turned = np.repeat((kind.codes(blocks)[0] < 0).reshape(len(rows), -1), kind.size, axis=1)
@@ -117,34 +119,7 @@ class GgufMatrix:
             numbers += np.float32(1 << (kind.bits - 1))
         return numbers.astype(np.uint8)
 
-    def scales(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns factors and codes of the scales, as Numbers has them."""
-        kind, blocks = _TYPES[self.form], self._blocks(rows)
-        codes = None if kind.codes is None else np.abs(kind.codes(blocks)[0]).astype(np.uint8).reshape(len(rows), -1)
-        return _factors(blocks, kind.d, len(rows), wide=codes is not None), codes
-
-    def zeros(self, rows: np.ndarray) -> None:
-        """Returns None: all zero points are the middle."""
-
-    def offsets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Returns factors and codes of the offsets, or None if the type has none."""
-        kind, blocks = _TYPES[self.form], self._blocks(rows)
-        if kind.dmin is None:
-            return None
-        factors = _factors(blocks, kind.dmin, len(rows), wide=kind.codes is not None)
-        if kind.codes is None:
-            return -factors, None  # the file adds them
-        codes = kind.codes(blocks)[1]
-        return factors, codes if codes is None else codes.reshape(len(rows), -1)
-
-    def finite(self) -> bool:
-        """Whether all scales and offsets are finite numbers, as far as they are known."""
-        kind = _TYPES.get(self.form)
-        places = [] if kind is None else [place for place in (kind.d, kind.dmin) if place is not None]
-        blocks = self.raw.reshape(-1, _sizes(self.form)[1])
-        return all(np.isfinite(_factors(blocks, place, 1, wide=False)).all() for place in places)
-
-    def _blocks(self, rows: np.ndarray) -> np.ndarray:
+    def _of_file(self, rows: np.ndarray) -> np.ndarray:
         """Returns a copy of some rows, (blocks of the file, bytes) uint8."""
         found: np.ndarray = self.raw[rows].reshape(-1, _sizes(self.form)[1])
         return found
@@ -163,7 +138,9 @@ def gguf_matrices(file: Path) -> tuple[GgufMatrix, ...]:
         if form in _FLOATS or tensor.data.ndim < 2:
             continue
         matrix = GgufMatrix(form, tensor.data.reshape(-1, tensor.data.shape[-1]))
-        if not matrix.finite():
+        kind, raw = _TYPES.get(form), matrix.raw.reshape(-1, _sizes(form)[1])
+        places = [] if kind is None else [place for place in (kind.d, kind.dmin) if place is not None]
+        if not all(np.isfinite(_numbers(raw, place, 1).factors).all() for place in places):
             raise InputError(
                 f"the tensor {tensor.name} of {file} has a scale that is NaN or infinite: the file is damaged, or its "
                 "quantization went wrong; fetch or make it again"
@@ -186,7 +163,9 @@ def _dequantized(raw: np.ndarray, form: str) -> np.ndarray:
     return found
 
 
-def _factors(blocks: np.ndarray, place: slice, rows: int, *, wide: bool) -> np.ndarray:
-    """The float16 numbers at a place of each block, (rows, blocks in the file); in float32 if `wide`."""
-    found = np.ascontiguousarray(blocks[:, place]).view("<f2").reshape(rows, -1)
-    return found.astype(np.float32 if wide else np.float16)
+def _numbers(blocks: np.ndarray, place: slice, rows: int, codes: np.ndarray | None = None) -> Numbers:
+    """The float16 numbers at a place of each block, or their multiples."""
+    factors = np.ascontiguousarray(blocks[:, place]).view("<f2").reshape(rows, -1)
+    if codes is None:
+        return Numbers(factors)
+    return Numbers(factors.astype(np.float32), np.abs(codes).astype(np.uint8).reshape(rows, -1))

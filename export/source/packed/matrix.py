@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...graph.blocks import Blocks, Numbers, packed
+
 _BLOCKS = (32, 16)
 _AT_ONCE = 1 << 20  # elements that are dequantized at a time, so that they stay in the processor's caches
 
@@ -44,16 +46,6 @@ class PackedMatrix:
     read_offsets: Callable[[], Tensor] | None = None
 
     # --- FileMatrix -----------------------------------------------------------------------------------------------
-    @property
-    def kept(self) -> bool:
-        """Whether groups are whole blocks."""
-        return self.block_size > 0
-
-    @property
-    def block_size(self) -> int:
-        """Weights of a block that shares a scale: several blocks are a group. 0: groups are no whole blocks."""
-        return next((size for size in _BLOCKS if self.group_size % size == 0), 0)
-
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """Returns weights (n, K) float32, channels in the module's order."""
         first = int(rows.min())
@@ -61,41 +53,37 @@ class PackedMatrix:
         some: np.ndarray = found.numpy()[rows - first]
         return some
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
-        """Returns codes (n, K) uint8, channels in `order`."""
-        first = int(rows.min())
-        found: np.ndarray = self._codes(first, int(rows.max()) + 1).numpy()[rows - first]
-        return found if self.order is None else found[:, self.order]
+    def blocks(self, rows: np.ndarray) -> Blocks | None:
+        """Returns some rows; None if groups are not whole blocks. A group may be several blocks."""
+        size = next((size for size in _BLOCKS if self.group_size % size == 0), None)
+        if size is None:
+            return None
 
-    def scales(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
-        """Returns (n, blocks) float16, or float32 if that does not hold them."""
-        return self._of_blocks(self._scales, rows), None
+        def of_blocks(of_groups: np.ndarray) -> np.ndarray:
+            return np.repeat(of_groups[rows], self.group_size // size, 1)
 
-    def zeros(self, rows: np.ndarray) -> np.ndarray | None:
-        """Returns (n, blocks) uint8; None if all are the middle, 8 or 128, or if there are offsets."""
-        return None if self._zeros is None else self._of_blocks(self._zeros, rows)
+        def make() -> np.ndarray:
+            first = int(rows.min())
+            codes: np.ndarray = self._codes(first, int(rows.max()) + 1).numpy()[rows - first]
+            codes = codes if self.order is None else codes[:, self.order]
+            return (codes if self.bits == 8 else packed(codes)).reshape(len(rows), self.shape[1] // size, -1)
 
-    def offsets(self, rows: np.ndarray) -> tuple[np.ndarray, None] | None:
-        """Returns (n, blocks) float32 if zero points are no integers: weight = code * scale - offset."""
-        return None if self._offsets is None else (self._of_blocks(self._offsets, rows), None)
-
-    def _of_blocks(self, of_groups: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        return np.repeat(of_groups[rows], self.group_size // self.block_size, 1)
+        scales, zeros, offsets = self._numbers
+        if zeros is not None:
+            zeros = of_blocks(zeros) if self.bits == 8 else packed(of_blocks(zeros))
+        return Blocks(
+            make, Numbers(of_blocks(scales)), self.shape[1], size, zeros, self.bits,
+            None if offsets is None else Numbers(of_blocks(offsets)), self.order,
+        )  # fmt: skip
 
     @functools.cached_property
-    def _scales(self) -> np.ndarray:
-        found = self.read_scales().numpy()
+    def _numbers(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Scales, float16 if that holds them, zero points and offsets, (N, G) each."""
+        scales = self.read_scales().numpy()
         with np.errstate(over="ignore"):
-            narrow: np.ndarray = found.astype(np.float16)
-        return narrow if np.array_equal(narrow, found) else found
-
-    @functools.cached_property
-    def _zeros(self) -> np.ndarray | None:
-        return None if self.read_zeros is None else self.read_zeros().numpy()
-
-    @functools.cached_property
-    def _offsets(self) -> np.ndarray | None:
-        return None if self.read_offsets is None else self.read_offsets().numpy()
+            narrow = scales.astype(np.float16)
+        zeros, offsets = (None if read is None else read().numpy() for read in (self.read_zeros, self.read_offsets))
+        return narrow if np.array_equal(narrow, scales) else scales, zeros, offsets
 
     # --- Stored ---------------------------------------------------------------------------------------------------
     def read_into(self, out: Tensor) -> None:

@@ -14,6 +14,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ParityError
 from pastkey.export import bundle_writer, export
+from pastkey.export.graph.blocks import Blocks, Numbers
 from pastkey.export.measure.metrics import Ids, kl_divergence
 from pastkey.export.measure.paths import SHORT_DECODE, SHORT_PREFILL
 from pastkey.export.measure.verify import KL_FLOOR, verify
@@ -23,7 +24,6 @@ from pastkey.export.quantize.int4 import by_error, in_int8, rounded, rounded_to_
 from pastkey.export.quantize.ranking.sensitivity import sensitivity
 from pastkey.export.quantize.ranking.switches import SWITCHES, add_switches, quantization_mask
 from pastkey.export.quantize.rounding import int4_blocks
-from pastkey.export.quantize.rounding.blocks import Blocks, Numbers
 from pastkey.export.quantize.rounding.int4_blocks import Gptq, Rounded
 from pastkey.export.quantize.rounding.matrices import matmul_weight
 from pastkey.export.quantize.rounding.rewrite import quantize

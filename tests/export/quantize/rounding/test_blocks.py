@@ -15,10 +15,11 @@ from onnx.reference import ReferenceEvaluator
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle, open_bundle
 from pastkey.export import export
+from pastkey.export.graph.blocks import Blocks
 from pastkey.export.quantize.calibrate.activations import window_feeds
 from pastkey.export.quantize.rounding import blocks
 from pastkey.export.quantize.rounding.block_dequantize import dequantize_linear
-from pastkey.export.quantize.rounding.blocks import Blocks, encode_scales, quantize_blocks
+from pastkey.export.quantize.rounding.blocks import encode_scales, quantize_blocks
 from pastkey.export.quantize.rounding.int4_blocks import Gptq, round_to_nearest
 from pastkey.export.quantize.rounding.workers import for_each_part, one_thread_each
 from pastkey.runtime.engine.engine import Engine

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 
-from pastkey.export.quantize.rounding.blocks import Blocks
+from pastkey.export.graph.blocks import Blocks, Numbers, packed
 from pastkey.export.quantize.rounding.kept import SourceFile
 from pastkey.export.source.packed.gguf import GgufMatrix
 
@@ -83,15 +85,23 @@ def test_what_is_not_in_the_file_or_cannot_be_kept_is_not():
     assert (answer.form, answer.blocks) == ("Q2_K", None)
 
 
-def swapped(numbers: np.ndarray) -> np.ndarray:
-    return np.concatenate([numbers[:, 1::-1], numbers[:, 2:]], 1)
+def swapped(blocks: Blocks) -> Blocks:
+    return replace(blocks, make=lambda data=blocks.data: data >> 4 | data << 4)
+
+
+def of_numbers(what: str, change: Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]) -> Callable[[Blocks], Blocks]:
+    def faulty(blocks: Blocks) -> Blocks:
+        numbers = getattr(blocks, what)
+        return replace(blocks, **{what: Numbers(*change(numbers.factors, numbers.codes))})
+
+    return faulty
 
 
 FAULTS = {
-    "a swapped nibble": ("numbers", swapped),
-    "a shifted group": ("scales", lambda parts: (parts[0], np.roll(parts[1], 1, 1))),
-    "a scale": ("scales", lambda parts: (parts[0] * np.float32(1.0000001), parts[1])),
-    "an offset that is off by one": ("offsets", lambda parts: (parts[0], parts[1] + 1)),
+    "swapped nibbles": swapped,
+    "a shifted group": of_numbers("scales", lambda factors, codes: (factors, np.roll(codes, 1, 1))),
+    "a scale": of_numbers("scales", lambda factors, codes: (factors * np.float32(1.0000001), codes)),
+    "an offset that is off by one": of_numbers("offsets", lambda factors, codes: (factors, codes + 1)),
 }
 
 
@@ -99,9 +109,13 @@ FAULTS = {
 def test_a_fault_in_the_reading_of_codes_is_found(fault, monkeypatch):
     raw = random_rows("Q4_K", 8, COLUMNS)
     assert found(raw, "Q4_K", weights_of(raw, "Q4_K")) is not None
-    what, change = FAULTS[fault]
-    right = getattr(GgufMatrix, what)
-    monkeypatch.setattr(GgufMatrix, what, lambda self, rows: change(right(self, rows)))
+    right = GgufMatrix.blocks
+
+    def faulty(self, rows):
+        blocks = right(self, rows)
+        return blocks and FAULTS[fault](blocks)
+
+    monkeypatch.setattr(GgufMatrix, "blocks", faulty)
     assert found(raw, "Q4_K", weights_of(raw, "Q4_K")) is None
 
 
@@ -114,29 +128,18 @@ def test_blocks_with_zero_points_and_another_order_of_channels():
     weights = np.empty_like(in_order)
     weights[:, order] = in_order
 
-    class Packed:
-        form, kept, shape, bits, block_size = "GPTQ", True, (8, 64), 4, 32
-
-        def __init__(self) -> None:
-            self.order = order
+    class Shuffled:
+        form, shape = "GPTQ", (8, 64)
 
         def weights(self, rows):
             return weights[rows]
 
-        def numbers(self, rows):
-            return codes[rows]
+        def blocks(self, rows):
+            data = packed(codes[rows]).reshape(len(rows), 2, 16)
+            return Blocks(lambda: data, Numbers(scales[rows]), 64, 32, packed(zeros[rows]), 4, order=order)
 
-        def scales(self, rows):
-            return scales[rows], None
-
-        def zeros(self, rows):
-            return zeros[rows]
-
-        def offsets(self, rows):
-            return None
-
-    answer = SourceFile([Packed()]).find(weights[::-1])
+    answer = SourceFile([Shuffled()]).find(weights[::-1])
     assert answer is not None
     assert answer.blocks is not None
     np.testing.assert_array_equal(answer.blocks.matrix, in_order[::-1])
-    assert dataclasses.replace(answer.blocks, order=None).form != answer.blocks.form  # never merged with another order
+    assert replace(answer.blocks, order=None).form != answer.blocks.form  # never merged with another order

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from pastkey.errors import InputError
+from pastkey.export.graph.blocks import Blocks, Numbers, packed
 from pastkey.export.quantize.rounding import matrices
-from pastkey.export.quantize.rounding.blocks import Blocks, Numbers, packed, quantize_blocks
+from pastkey.export.quantize.rounding.blocks import quantize_blocks
 from pastkey.export.quantize.rounding.merge import find_mergeable
 from pastkey.export.quantize.rounding.rewrite import quantize
 from pastkey.providers import Form

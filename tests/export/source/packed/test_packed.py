@@ -69,21 +69,25 @@ def assert_are(source: Source, expected: dict[str, Tensor]) -> None:
 def assert_is(matrix: PackedMatrix, weight: Tensor) -> None:
     """The parts of a matrix give its content, by rows and by elements."""
     rows = np.arange(matrix.shape[0])
-    numbers, scales, offsets, zeros = (
-        matrix.numbers(rows), matrix.scales(rows)[0], matrix.offsets(rows), matrix.zeros(rows)
-    )  # fmt: skip
-    assert (numbers.dtype, scales.shape) == (np.dtype("uint8"), (len(rows), matrix.shape[1] // matrix.block_size))
-    assert numbers.max() < 1 << matrix.bits
-    assert np.array_equal(matrix.numbers(rows[[3, 21, 4]]), numbers[[3, 21, 4]])
+    blocks, some = matrix.blocks(rows), matrix.blocks(rows[[3, 21, 4]])
+    assert blocks is not None
+    assert some is not None
+    assert blocks.shape[:2] == (len(rows), matrix.shape[1] // blocks.block_size)
+    assert np.array_equal(some.data, blocks.data[[3, 21, 4]])
     assert np.array_equal(matrix.weights(rows[[3, 21, 4]]), weight.numpy()[[3, 21, 4]])
 
-    def each(of_blocks: Any) -> Any:
-        return np.repeat(of_blocks.astype(np.float32), matrix.block_size, 1)
+    def halves(both: np.ndarray) -> np.ndarray:
+        return both if matrix.bits == 8 else np.stack([both & 15, both >> 4], -1).reshape(len(rows), -1)
 
-    if offsets is not None:
-        found = numbers * each(scales) - each(offsets[0])
+    def each(of_blocks: Any) -> Any:
+        return np.repeat(of_blocks.astype(np.float32), blocks.block_size, 1)
+
+    numbers, scales = halves(blocks.data.reshape(len(rows), -1)), blocks.scales.factors
+    if blocks.offsets is not None:
+        found = numbers * each(scales) - each(blocks.offsets.factors)
     else:
-        found = (numbers - (np.float32(1 << matrix.bits - 1) if zeros is None else each(zeros))) * each(scales)
+        middle = np.full(scales.shape, 1 << matrix.bits - 1) if blocks.zeros is None else halves(blocks.zeros)
+        found = (numbers - each(middle[:, : scales.shape[1]])) * each(scales)
     order = slice(None) if matrix.order is None else matrix.order
     assert np.array_equal(found, weight.numpy()[:, order])
     assert torch.equal(read(matrix, torch.float64), weight.double())
@@ -106,7 +110,9 @@ def test_gptq(bits, size, sym, shuffled, version, llama_folder):
     assert_are(open_source(llama_folder, Opening(in_memory=True)), expected)
     matrix = next(m for m in source.packed if torch.equal(read(m), expected[f"{DOWN}.weight"]))
     assert matrix.form == f"GPTQ, {bits} bits, {'a scale per row' if size < 0 else f'groups of {size}'}"
-    assert (matrix.zeros(np.arange(4)) is None, matrix.order is not None) == (sym, shuffled)
+    blocks = matrix.blocks(np.arange(4))
+    assert blocks is not None
+    assert (blocks.zeros is None, blocks.order is not None) == (sym, shuffled)
     assert_is(matrix, expected[f"{DOWN}.weight"])
 
 
@@ -250,7 +256,9 @@ def test_torchao_with_zero_points_that_are_no_integers(llama_folder):
     change(llama_folder / names.CONFIG, quantization_config={"quant_method": "torchao"})
     source = open_source(llama_folder)
     assert_are(source, weights)
-    assert source.packed[0].zeros(np.arange(4)) is None
+    blocks = source.packed[0].blocks(np.arange(4))
+    assert blocks is not None
+    assert blocks.zeros is None
     assert_is(source.packed[0], read(source.packed[0]))
 
 
