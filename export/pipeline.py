@@ -291,7 +291,7 @@ def _with_precision(config: ExportConfig, source: Source, progress: Progress) ->
     quantized = bool(source.packed) or is_on_lattice(source.module)
     if config.precision == "source" and not quantized:
         raise InputError(
-            f"--precision source keeps the blocks of a quantized source, and {source.name} holds plain floats: leave "
+            f"--precision source keeps the blocks of integers of a quantized source, and {source.name} has none: leave "
             "it out, or give --precision int8 or int4"
         )
     chosen = config.chosen(quantized=quantized)

@@ -31,6 +31,7 @@ from pastkey.values import is_int
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
+from .packed.dequantized import Dequantized
 from .packed.folder import find_packed, matrices, reader_of
 from .packed.gguf import gguf_matrices
 from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
@@ -68,6 +69,9 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
     if isinstance(content.get(_QUANTIZED), dict):
         joined = find_packed(weights_of(folder, content), reader_of(content[_QUANTIZED], name or folder))
         weights += sum(part.more for part in joined.values())
+        made = (stored for part in joined.values() for stored in part.made.values())
+        for form in dict.fromkeys(stored.form for stored in made if isinstance(stored, Dequantized)):
+            opening.say(f"weights of {name or folder.name} are {form}, in no blocks of integers: they are rounded anew")
     opening.before_loading(weights, 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)

@@ -85,8 +85,11 @@ def checkpoint(tmp_path_factory, word_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def exported(made_once):
-    """exported(NAME, precision, graph): a case of the table, exported once for all processes that run the tests."""
+def exported(made_once, tmp_path_factory):
+    """exported(NAME, precision, graph): a case of the table, exported once for all processes that run the tests.
+
+    Each has a copy: some write a graph beside the bundle's for a moment.
+    """
 
     @functools.cache
     def make(name: str, precision: str = "fp32", graph: str = "auto") -> Exported:
@@ -100,7 +103,8 @@ def exported(made_once):
 
         folder = made_once(f"{name}-{precision}-{graph}", fill)
         report = pickle.loads((folder.parent / f"{folder.name}.report").read_bytes())
-        return Exported(module, report, open_bundle(folder / "bundle", verify=False))
+        bundle = shutil.copytree(folder / "bundle", tmp_path_factory.mktemp(name) / "bundle")
+        return Exported(module, report, open_bundle(bundle, verify=False))
 
     return make
 

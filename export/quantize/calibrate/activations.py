@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +41,7 @@ def probing(model: ir.Model, folder: Path, wanted: Sequence[str]) -> Iterator[Pr
     for value in extra:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     model.graph.outputs.extend(extra)
-    probe, session = folder / f"probe-{os.getpid()}.onnx", None  # other processes may read this bundle
+    probe, session = folder / "probe.onnx", None
     try:
         changed = any(_is_large_and_in_memory(value) for value in model.graph.initializers.values())
         if changed:

@@ -17,8 +17,8 @@ from pastkey.values import is_int
 from ...graph.stored import Stored
 from ..stored_tensors import Joined
 from .compressed_tensors import compressed
+from .dequantized import bitsandbytes, float8, mxfp4
 from .file import FLOATS, QuantizedFile
-from .float8 import float8
 from .gptq_awq import awq, gptq
 from .matrix import PackedMatrix
 from .torchao import torchao
@@ -28,8 +28,8 @@ _Packed = Callable[[QuantizedFile], Iterable[tuple[str, PackedMatrix]]]
 _CODES = ("qweight", "weight_packed", "_weight_qdata")
 _GPTQ_VERSIONS = ("none", "gptq", "gptq_v2")
 _READ = (
-    "GPTQ and compressed-tensors of 4 or 8 bits, AWQ of version gemm, torchao's int4 and int8 weights, fp8 with scales "
-    "of blocks"
+    "GPTQ and compressed-tensors of 4 or 8 bits, AWQ of version gemm, torchao's int4 and int8 weights, bitsandbytes of "
+    "4 bits, MXFP4, fp8"
 )
 
 
@@ -48,6 +48,12 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     if method == "compressed-tensors" and (kinds := _integers(settings)):
         read = functools.partial(compressed, asymmetric=not any(kind.get("symmetric", True) for kind in kinds))
         return functools.partial(_checked, [kind.get("group_size") for kind in kinds], read)
+    if method == "mxfp4":
+        return mxfp4
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return bitsandbytes
+    if _is_float8(settings) and block is None:
+        return functools.partial(float8, block=None)
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(is_int(size, 1) for size in block):
         return functools.partial(float8, block=(block[0], block[1]))
     keys = ("quant_method", "bits", "checkpoint_format", "version", "format", "transform_config")
@@ -58,18 +64,30 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     )
 
 
+def _is_float8(settings: Mapping[str, Any]) -> bool:
+    """Whether all weights are float8 with a scale for each matrix or row."""
+    method, kinds = settings.get("quant_method"), _kinds(settings)
+    if method == "compressed-tensors" and settings.get("format") == "float-quantized":
+        return all((kind.get("num_bits"), kind.get("strategy")) in ((8, "tensor"), (8, "channel")) for kind in kinds)
+    return method in ("fp8", "fbgemm_fp8") or (method, settings.get("quant_algo")) == ("modelopt", "FP8")
+
+
 def _integers(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the settings of each group of weights of compressed-tensors; none, if a group is not of 4 or 8 bits."""
-    groups = settings.get("config_groups")
-    parts = list(groups.values()) if isinstance(groups, dict) else []
-    kinds: list[Any] = [part.get("weights") if isinstance(part, dict) else None for part in parts]
+    kinds = _kinds(settings)
     known = settings.get("format") in ("pack-quantized", "int-quantized", "mixed-precision")
     if not known or settings.get("transform_config"):  # the latter rotates activations
         return []
-    if len({isinstance(kind, dict) and kind.get("symmetric", True) for kind in kinds}) > 1:
+    if len({kind.get("symmetric", True) for kind in kinds}) > 1:
         return []  # which of them has zero points is not said per matrix
-    whole = (isinstance(kind, dict) and kind.get("type") == "int" and kind.get("num_bits") in (4, 8) for kind in kinds)
-    return kinds if all(whole) else []
+    return kinds if all(kind.get("type") == "int" and kind.get("num_bits") in (4, 8) for kind in kinds) else []
+
+
+def _kinds(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the settings of each group of weights of compressed-tensors; an empty one, if a group has none."""
+    groups = settings.get("config_groups")
+    found = [part.get("weights") if isinstance(part, dict) else None for part in dict(groups or {}).values()]
+    return [kind if isinstance(kind, dict) else {} for kind in found]
 
 
 def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:

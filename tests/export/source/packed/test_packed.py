@@ -22,7 +22,6 @@ from pastkey.contract import names
 from pastkey.errors import InputError, PastkeyError
 from pastkey.export.graft.probe.observe import natively, run_uncached
 from pastkey.export.graph.stored import read, stored_weights
-from pastkey.export.source import stored_tensors
 from pastkey.export.source.open import open_source
 from pastkey.export.source.packed.matrix import PackedMatrix
 from pastkey.export.source.source import Opening, Source
@@ -38,11 +37,6 @@ MATRICES = 14  # projections of the tiny Llama
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-
-
-@pytest.fixture(autouse=True)
-def every_matrix_is_large(monkeypatch):
-    monkeypatch.setattr(stored_tensors, "LARGE", 1000)
 
 
 def rounded(weight: np.ndarray, bits: int = 4, size: int = 32, *, sym: bool = False, shuffled: bool = False) -> Matrix:
@@ -260,27 +254,6 @@ def test_torchao_with_zero_points_that_are_no_integers(llama_folder):
     assert blocks is not None
     assert blocks.zeros is None
     assert_is(source.packed[0], read(source.packed[0]))
-
-
-def test_float8_is_read_as_float32(llama_folder):
-    weights, content = load_file(llama_folder / names.WEIGHTS), dict[str, Tensor]()
-    for name, weight in weights.items():
-        content[name] = weight
-        if name.endswith("_proj.weight"):
-            content[name] = (weight * 100).to(torch.float8_e4m3fn)
-            scale = torch.rand(-(-weight.shape[0] // 48), -(-weight.shape[1] // 40))
-            content[f"{name}_scale_inv"] = scale
-            wide = scale.repeat_interleave(48, 0)[: len(weight)].repeat_interleave(40, 1)[:, : weight.shape[1]]
-            weights[name] = content[name].float() * wide
-    save_file(content, llama_folder / names.WEIGHTS, metadata={"format": "pt"})
-    change(llama_folder / names.CONFIG, quantization_config={"quant_method": "fp8", "weight_block_size": [48, 40]})
-    source = open_source(llama_folder)
-    assert source.packed == ()
-    for name, parameter in source.module.model.named_parameters():
-        stored = stored_weights(source.module).of(parameter)
-        assert torch.equal(parameter if stored is None else read(stored), weights[name])
-        if stored is not None:
-            assert torch.equal(stored.elements(torch.tensor([7, 2047])), weights[name].flatten()[[7, 2047]])
 
 
 # --- weights of one's own module ----------------------------------------------------------------------------------
