@@ -31,8 +31,7 @@ from pastkey.values import is_int
 from ..graft.streamed import WrittenError
 from ..graph.stored import StoredWeights
 from .gguf_tensors import dequantized_to_disk, has_room, read_once
-from .packed.dequantized import Dequantized
-from .packed.folder import find_packed, matrices, reader_of
+from .packed.folder import Reader, dequantized_forms, find_packed, matrices, reader_of
 from .packed.gguf import gguf_matrices
 from .source import Opening, Source, context_of, refuse_links, sampling_of, special_ids
 from .stored_tensors import Joined, kept_in_files
@@ -65,13 +64,10 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
     code = check_config(folder, name or folder, trust_remote_code=trusted)
     content = read_json(folder / names.CONFIG)
     check_weights(folder, content)
-    weights, joined = check_sizes(folder, content), dict[str, Joined]()
-    if isinstance(content.get(_QUANTIZED), dict):
-        joined = find_packed(weights_of(folder, content), reader_of(content[_QUANTIZED], name or folder))
-        weights += sum(part.more for part in joined.values())
-        made = (stored for part in joined.values() for stored in part.made.values())
-        for form in dict.fromkeys(stored.form for stored in made if isinstance(stored, Dequantized)):
-            opening.say(f"weights of {name or folder.name} are {form}, in no blocks of integers: they are rounded anew")
+    joined = find_packed(weights_of(folder, content), _packed_reader(content, name or folder))
+    weights = check_sizes(folder, content) + sum(part.more for part in joined.values())
+    if told := dequantized_forms(joined.values()):
+        opening.say(f"weights of {name or folder.name} are {told}: they are read as float32, and not kept as they are")
     opening.before_loading(weights, 0, 0)
     if (folder / names.TOKENIZER).is_file() and not tokenizer:  # transformers also writes it
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
@@ -126,8 +122,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
     """
     refuse_links(folder, _read_of(folder))
     config = read_json(folder / names.CONFIG)
-    if isinstance(config.get(_QUANTIZED), dict):
-        reader_of(config[_QUANTIZED], name)
+    _packed_reader(config, name)
     code = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in code_references(folder)})
     if code and not trust_remote_code:
         raise InputError(
@@ -151,6 +146,13 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
                 "(AutoModelForCausalLM): only decoders can be exported"
             )
     return code
+
+
+def _packed_reader(config: Mapping[str, Any], source: object) -> Reader:
+    """Returns what reads the quantized weights of a folder. Raises InputError for a form that nothing reads."""
+    parts = (part for part in (config, config.get("text_config")) if isinstance(part, dict))
+    settings = next((part[_QUANTIZED] for part in parts if isinstance(part.get(_QUANTIZED), dict)), None)
+    return (lambda _: ()) if settings is None else reader_of(settings, source)
 
 
 def _is_another(kinds: Sequence[str]) -> bool:

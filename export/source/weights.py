@@ -31,7 +31,7 @@ from pastkey.files.reading import reading
 from pastkey.files.safetensors_header import read_header
 
 from ..graph.stored import read
-from .packed.folder import in_file
+from .packed.folder import dequantized_forms, in_file
 
 State = Mapping[str, Tensor]
 
@@ -80,6 +80,8 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
                 return load_file(file)
             with safe_open(file, framework="pt") as opened:
                 state = {name: opened.get_tensor(name) for name in opened.keys() if name not in found.parts}  # noqa: SIM118
+            if told := dequantized_forms([found]):
+                say(f"weights of {file} are {told}: they are read as float32, and not kept as they are")
             return state | {name: read(stored) for name, stored in found.made.items()}
     say(f"{file} is a pickle, read by torch.load(weights_only=True), which runs no code of it")
     try:

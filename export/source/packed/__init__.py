@@ -1,1 +1,1 @@
-"""Weights that are quantized already: GPTQ, AWQ, compressed-tensors, torchao. Their codes stay as they are."""
+"""Weights that are quantized already. Those in blocks of integers stay as they are; others are read as float32."""

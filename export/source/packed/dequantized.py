@@ -9,7 +9,6 @@ Sources: transformers' integrations for fp8 and mxfp4; functional.py of https://
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pastkey.files.reading import reading
+from pastkey.files.reading import parse_json
+from pastkey.values import is_int, is_number
 
-from ...graph.stored import read
 from .file import FLOATS, QuantizedFile
 
 _AT_ONCE = 256  # rows
+_LONGEST_STATE, _MOST = 10_000, 1 << 48  # bytes; numbers in it
 _STATE = "quant_state.bitsandbytes__"
-_Read = Callable[[], Tensor]
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _MXFP4 = torch.cat([_FP4, -_FP4])
 
@@ -47,47 +46,56 @@ class Dequantized:
         return None
 
     def elements(self, places: Tensor) -> Tensor:
-        return read(self).flatten()[places]
+        width = math.prod(self.shape[1:])
+        some, index = torch.unique(places // width, return_inverse=True)
+        read = torch.cat([self.part(i, i + 1).reshape(1, -1) for i in some.tolist()])
+        return read[index, places % width]
 
 
-def float8(file: QuantizedFile, *, block: tuple[int, int] | None) -> Iterator[tuple[str, Dequantized]]:
-    """Yields the matrices of a file by name. `block`: rows and channels of a scale; None: of all, or of one row."""
+def float8(file: QuantizedFile, *, block: tuple[int, ...]) -> Iterator[tuple[str, Dequantized]]:
+    """Yields the matrices of a file by name. `block`: rows and channels of a scale; (): all channels."""
     for base in file.bases("weight_scale_inv", "weight_scale"):
-        name = f"{base}.weight"
-        scale = next(each for each in (f"{name}_scale_inv", f"{name}_scale") if each in file.tensors)
-        rows, channels = file.shape(name, ("F8_E4M3",), None, None)
-        stored, span = file.tensors[scale].shape, block
-        if span is None:
-            file.shape(scale, FLOATS, *((rows, 1) if math.prod(stored) > 1 else (1, 1))[: len(stored)])
-            span = rows // math.prod(stored), channels
-        else:
-            file.shape(scale, FLOATS, -(-rows // span[0]), -(-channels // span[1]))
-        scales = file.scales(scale)
+        yield f"{base}.weight", _float8(file, f"{base}.weight", block)
 
-        def part(
-            start: int, stop: int, name: str = name, span: tuple[int, int] = span, scales: _Read = scales
-        ) -> Tensor:
-            codes = file.read(name)[start:stop].float()
-            of_rows = scales().view(-(-file.tensors[name].shape[0] // span[0]), -1)[
-                torch.arange(start, stop) // span[0]
-            ]
-            return codes * of_rows.repeat_interleave(span[1], 1)[:, : codes.shape[1]]
 
-        yield name, Dequantized("float8", (rows, channels), part)
+def _float8(file: QuantizedFile, name: str, block: tuple[int, ...]) -> Dequantized:
+    scale = next(each for each in (f"{name}_scale_inv", f"{name}_scale") if each in file.tensors)
+    rows, channels = file.shape(name, ("F8_E4M3",), None, None)
+    stored = file.tensors[scale].shape
+    if block:
+        height, width = min(block[0], rows), min(block[1], channels)
+        file.shape(scale, FLOATS, -(-rows // height), -(-channels // width))
+    else:
+        height, width = (1 if math.prod(stored) > 1 else rows), channels
+        file.shape(scale, FLOATS, *(rows // height, 1)[: len(stored)])
+    scales = file.scales(scale)
+
+    def part(start: int, stop: int) -> Tensor:
+        codes = file.read(name)[start:stop].float()
+        of_rows = scales().view(-(-rows // height), -1)[torch.arange(start, stop) // height]
+        return codes * of_rows.repeat_interleave(width, 1)[:, :channels]
+
+    return Dequantized("float8", (rows, channels), part)
 
 
 def mxfp4(file: QuantizedFile) -> Iterator[tuple[str, Dequantized]]:
     """Yields the matrices of all experts (E, K, N) of a file by name."""
-    for name in (name.removesuffix("_blocks") for name in file.tensors if name.endswith("_blocks")):
-        experts, rows, groups, _ = file.shape(f"{name}_blocks", ("U8",), None, None, None, 16)
-        file.shape(f"{name}_scales", ("U8",), experts, rows, groups)
+    for name in [name.removesuffix("_blocks") for name in file.tensors if name.endswith("_blocks")]:
+        yield name, _mxfp4(file, name)
 
-        def part(start: int, stop: int, name: str = name) -> Tensor:
-            codes, powers = (file.read(f"{name}_{what}")[start:stop] for what in ("blocks", "scales"))
-            numbers = torch.ldexp(_of(_MXFP4, codes & 15, codes >> 4), powers[..., None].int() - 127)
-            return numbers.flatten(2).transpose(1, 2)
 
-        yield name, Dequantized("MXFP4", (experts, groups * 32, rows), part, at_once=1)
+def _mxfp4(file: QuantizedFile, name: str) -> Dequantized:
+    blocks, scales = f"{name}_blocks", f"{name}_scales"
+    experts, rows, groups, _ = file.shape(blocks, ("U8",), None, None, None, 16)
+    file.shape(scales, ("U8",), experts, rows, groups)
+    if file.read(scales).max() == 255:
+        raise file.wrong(scales, "has numbers that are not finite (NaN)")
+
+    def part(start: int, stop: int) -> Tensor:
+        codes, powers = file.read(blocks)[start:stop], file.read(scales)[start:stop, ..., None].int() - 127
+        return torch.ldexp(_of(_MXFP4, codes & 15, codes >> 4), powers).flatten(2).transpose(1, 2)
+
+    return Dequantized("MXFP4", (experts, groups * 32, rows), part, at_once=1)
 
 
 def bitsandbytes(file: QuantizedFile) -> Iterator[tuple[str, Dequantized]]:
@@ -99,32 +107,46 @@ def bitsandbytes(file: QuantizedFile) -> Iterator[tuple[str, Dequantized]]:
 def _bitsandbytes(file: QuantizedFile, name: str) -> Dequantized:
     absmax, table = f"{name}.absmax", f"{name}.quant_map"
     kind = next((kind for kind in ("nf4", "fp4") if f"{name}.{_STATE}{kind}" in file.tensors), "nf4")
-    file.shape(f"{name}.{_STATE}{kind}", ("U8",), None)
-    with reading(file.path, "safetensors of bitsandbytes"):  # the state is anybody's
-        state = json.loads(bytes(file.read(f"{name}.{_STATE}{kind}").tolist()))
-        (rows, channels), size = (int(number) for number in state["shape"]), int(state["blocksize"])
-        nested, shift = int(state.get("nested_blocksize", 0)), float(state.get("nested_offset", 0))
-    if size < 1 or channels % size:
+    stated = f"{name}.{_STATE}{kind}"
+    [length] = file.shape(stated, ("U8",), None)
+    state = parse_json(file.read(stated)[:_LONGEST_STATE].numpy().tobytes(), f"{stated} of {file.path}")
+    state = state if isinstance(state, dict) and length <= _LONGEST_STATE else {}
+    shape, size, nested, shift = (
+        state.get(key, default)
+        for key, default in (("shape", None), ("blocksize", None), ("nested_blocksize", 0), ("nested_offset", 0))
+    )
+    rows, channels = shape if isinstance(shape, list) and len(shape) == 2 else (None, None)
+    if not (
+        is_int(rows, 1, _MOST)
+        and is_int(channels, 1, _MOST)
+        and is_int(size, 1, _MOST)
+        and is_int(nested, 0, _MOST)
+        and is_number(shift)
+    ):
+        raise file.wrong(stated, "has other entries than the shape of a matrix, blocksize, and those of nested scales")
+    if channels % size:
         raise file.wrong(name, f"has blocks of {size} weights, which do not divide {channels} channels")
     blocks = rows * channels // size
     file.shape(name, ("U8",), rows * channels // 2, 1)
     file.shape(table, ("F32",), 16)
     file.shape(absmax, ("U8",) if nested else ("F32",), blocks)
+    floats = [table] if nested else [table, absmax]
     if nested:
-        file.shape(f"{name}.nested_absmax", ("F32",), -(-blocks // nested))
-        file.shape(f"{name}.nested_quant_map", ("F32",), 256)
-    for each in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
-        file.scales(f"{name}.{each}")
+        factors, nested_table = f"{name}.nested_absmax", f"{name}.nested_quant_map"
+        file.shape(factors, ("F32",), -(-blocks // nested))
+        file.shape(nested_table, ("F32",), 256)
+        floats += [factors, nested_table]
+    for each in floats:
+        file.require_finite(each)
 
     def part(start: int, stop: int) -> Tensor:
         first, last = start * channels // size, stop * channels // size
         scales = file.read(absmax)[first:last]
         if nested:
-            of_blocks = file.read(f"{name}.nested_absmax")[torch.arange(first, last) // nested]
-            scales = file.read(f"{name}.nested_quant_map")[scales.int()] * of_blocks + shift
+            of_blocks = file.read(factors)[torch.arange(first, last) // nested]
+            scales = file.read(nested_table)[scales.int()] * of_blocks + shift
         codes = file.read(name)[start * channels // 2 : stop * channels // 2, 0]
-        numbers = _of(file.read(table), codes >> 4, codes & 15)
-        return (numbers.view(-1, size) * scales[:, None]).view(-1, channels)
+        return (_of(file.read(table), codes >> 4, codes & 15).view(-1, size) * scales[:, None]).view(-1, channels)
 
     return Dequantized(kind.upper(), (rows, channels), part)
 

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file that belong to quantized matrices, checked before they are used."""
+"""The tensors of safetensors files that belong to quantized matrices, checked before they are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pastkey.errors import InputError
 from pastkey.files.reading import reading
-from pastkey.files.safetensors_header import read_header
+from pastkey.files.safetensors_header import StoredTensor, read_header
 
 from ..stored_tensors import MappedFile
 
@@ -21,20 +21,27 @@ _DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8,
     "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
-_AGAIN = "fetch that file again, or export the unquantized model"
+_OTHERWISE = "export the unquantized model, or fetch the file again if it may be damaged"
 
 
 class QuantizedFile:
-    """A safetensors file that is mapped for reading."""
+    """A safetensors file, or all of a folder, mapped for reading: the parts of a matrix may lie in different ones."""
 
-    def __init__(self, path: Path) -> None:
-        with reading(path, "safetensors"):
-            self.path, self.tensors = path, read_header(path)
-            with safe_open(path, framework="pt") as opened:
-                self.metadata: dict[str, str] = opened.metadata() or {}
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.path = paths[0] if len(paths) == 1 else paths[0].parent
+        self.tensors, self.metadata = dict[str, StoredTensor](), dict[str, str]()
         self.used = set[str]()  # the tensors that were asked for: those of quantized matrices
-        self._mapped = MappedFile(path)
-        self._start = path.stat().st_size - max((tensor.end for tensor in self.tensors.values()), default=0)
+        self.twice = set[str]()  # those in several files
+        self._places = dict[str, tuple[MappedFile, int]]()  # of each tensor: its file, and where its data begin
+        for path in paths:
+            with reading(path, "safetensors"):
+                tensors, mapped = read_header(path), MappedFile(path)
+                with safe_open(path, framework="pt") as opened:
+                    self.metadata |= opened.metadata() or {}
+            start = path.stat().st_size - max((tensor.end for tensor in tensors.values()), default=0)
+            self.twice |= self.tensors.keys() & tensors
+            self.tensors |= tensors
+            self._places |= dict.fromkeys(tensors, (mapped, start))
 
     def bases(self, *endings: str) -> list[str]:
         """Returns what stands before these endings in the names of tensors, each once."""
@@ -46,7 +53,7 @@ class QuantizedFile:
         self.used.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise InputError(f"{self.path} has no {name}, which its quantized matrix needs: {_AGAIN}")
+            raise InputError(f"{self.path} has no {name}, which its quantized matrix needs: {_OTHERWISE}")
         sizes = len(tensor.shape) == len(expected) and all(
             size > 0 if wanted is None else size == wanted for size, wanted in zip(tensor.shape, expected, strict=True)
         )
@@ -57,15 +64,19 @@ class QuantizedFile:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor where the file is mapped. It must not be written."""
-        tensor = self.tensors[name]
-        content = self._mapped.tensor(_DTYPES[tensor.dtype], tensor.elements, self._start + tensor.start)
+        tensor, (mapped, start) = self.tensors[name], self._places[name]
+        content = mapped.tensor(_DTYPES[tensor.dtype], tensor.elements, start + tensor.start)
         return content.view(tensor.shape)
 
     def scales(self, name: str, made: Callable[[Tensor], Tensor] = Tensor.float) -> Callable[[], Tensor]:
         """Returns what reads scales or offsets (N, G) in float32. Raises InputError if one is no finite number."""
+        self.require_finite(name)
+        return lambda: made(self.read(name).float()).contiguous()
+
+    def require_finite(self, name: str) -> None:
+        """Raises InputError if a number is NaN or infinite."""
         if not self.read(name).isfinite().all():
             raise self.wrong(name, "has numbers that are not finite (NaN or infinite)")
-        return lambda: made(self.read(name).float()).contiguous()
 
     def order(self, name: str, groups: int, size: int) -> np.ndarray | None:
         """Returns the channels (K,) sorted by their groups, None if groups are consecutive.
@@ -83,7 +94,7 @@ class QuantizedFile:
         order = np.argsort(group, kind="stable")
         return None if (np.diff(group) >= 0).all() else order
 
-    def wrong(self, name: str, what: str, advice: str = _AGAIN) -> InputError:
+    def wrong(self, name: str, what: str, advice: str = _OTHERWISE) -> InputError:
         """Returns the error that says what is wrong with a tensor."""
         return InputError(f"{name} of {self.path} {what}: {advice}")
 

@@ -17,7 +17,7 @@ from pastkey.values import is_int
 from ...graph.stored import Stored
 from ..stored_tensors import Joined
 from .compressed_tensors import compressed
-from .dequantized import bitsandbytes, float8, mxfp4
+from .dequantized import Dequantized, bitsandbytes, float8, mxfp4
 from .file import FLOATS, QuantizedFile
 from .gptq_awq import awq, gptq
 from .matrix import PackedMatrix
@@ -37,7 +37,6 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     """Returns what reads the form that a quantization_config names. Raises InputError if nothing does."""
     method, bits, sizes = settings.get("quant_method"), settings.get("bits", 4), [settings.get("group_size")]
     version = str(settings.get("checkpoint_format") or settings.get("version") or settings.get("format")).lower()
-    block = settings.get("weight_block_size")
     if method == "gptq" and bits in (4, 8) and version in _GPTQ_VERSIONS and not settings.get("is_marlin_format"):
         sizes = [] if settings.get("dynamic") else sizes  # which gives layers sizes of their own
         return functools.partial(_checked, sizes, functools.partial(gptq, stored_less_one=version != "gptq_v2"))
@@ -52,10 +51,8 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
         return mxfp4
     if method == "bitsandbytes" and settings.get("load_in_4bit"):
         return bitsandbytes
-    if _is_float8(settings) and block is None:
-        return functools.partial(float8, block=None)
-    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(is_int(size, 1) for size in block):
-        return functools.partial(float8, block=(block[0], block[1]))
+    if (block := _float8_blocks(settings)) is not None:
+        return functools.partial(float8, block=block)
     keys = ("quant_method", "bits", "checkpoint_format", "version", "format", "transform_config")
     told = ", ".join(f"{key} {settings[key]!r:.60}" for key in keys if settings.get(key))
     raise InputError(
@@ -64,12 +61,20 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     )
 
 
-def _is_float8(settings: Mapping[str, Any]) -> bool:
-    """Whether all weights are float8 with a scale for each matrix or row."""
-    method, kinds = settings.get("quant_method"), _kinds(settings)
-    if method == "compressed-tensors" and settings.get("format") == "float-quantized":
-        return all((kind.get("num_bits"), kind.get("strategy")) in ((8, "tensor"), (8, "channel")) for kind in kinds)
-    return method in ("fp8", "fbgemm_fp8") or (method, settings.get("quant_algo")) == ("modelopt", "FP8")
+def _float8_blocks(settings: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Returns rows and channels of a scale; () if it is for a matrix or a row, None if weights are not all float8."""
+    method, block = settings.get("quant_method"), settings.get("weight_block_size")
+    known = method in ("fp8", "fbgemm_fp8") or (method, settings.get("quant_algo")) == ("modelopt", "FP8")
+    if method == "compressed-tensors" and settings.get("format") in ("float-quantized", "naive-quantized"):
+        kinds = _kinds(settings)
+        blocks = [kind.get("block_structure") for kind in kinds]
+        known = all((kind.get("type"), kind.get("num_bits")) == ("float", 8) for kind in kinds)
+        known &= not settings.get("transform_config") and all(each == blocks[0] for each in blocks)
+        block = blocks[0] if blocks else None
+    if not known or block is None:
+        return () if known else None
+    pair = isinstance(block, list) and len(block) == 2 and all(is_int(size, 1) for size in block)
+    return tuple(block) if pair else None
 
 
 def _integers(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -102,33 +107,28 @@ def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) ->
 
 
 def find_packed(files: Sequence[Path], reader: Reader) -> dict[str, Joined]:
-    """Returns what is joined in each file, by the file's name. Reads headers, scales, zero points and groups.
-
-    Raises InputError for a matrix that is not whole in its file, or there twice.
-    """
-    found, seen = dict[str, Joined](), dict[str, Path]()
-    for path in sorted(files):
-        file = QuantizedFile(path)
-        found[path.name] = joined(file, reader)
-        for name in found[path.name].names(file.tensors):
-            if name in seen:
-                raise InputError(
-                    f"{name} is in {seen[name]} and once more in {path}, where it may be quantized in another form: "
-                    "leave one of the two out"
-                )
-            seen[name] = path
-    return found
+    """Returns what is joined in each file, by the file's name. Reads headers, scales, zero points and groups."""
+    whole = joined(QuantizedFile(sorted(files)), reader)
+    if not whole.made:
+        return {}
+    # The parts of a matrix may lie in several files, so that all matrices are those of the first.
+    first, *others = sorted(path.name for path in files)
+    return {first: whole, **dict.fromkeys(others, Joined({}, whole.parts))}
 
 
 def joined(file: QuantizedFile, reader: Reader) -> Joined:
-    """Returns what the reader makes of a file."""
+    """Returns what the reader makes of a file. Raises InputError if it leaves a quantized tensor."""
     made = dict(reader(file))
     for name, tensor in file.tensors.items():
         base, _, ending = name.rpartition(".")
-        if name not in file.used and ending in _CODES and f"{base}.weight" in made:
+        if made and name in file.twice:
+            raise file.wrong(name, "is in several of its files", "leave one of them out")
+        if name in file.used:
+            continue
+        if name in made or (ending in _CODES and f"{base}.weight" in made):
             raise file.wrong(name, "stands beside the same matrix in another form", "leave one of the two out")
-        if name not in file.used and name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64"):
-            raise file.wrong(name, f"is {tensor.dtype}, and no scales of it are there in the form of its configuration")
+        if tensor.dtype.startswith("F8_") or (name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64")):
+            raise file.wrong(name, f"is {tensor.dtype}, and config.json has no form in which it is read")
     elements = sum(math.prod(matrix.shape) for matrix in made.values())
     return Joined(made, file.used, elements - sum(file.tensors[name].elements for name in file.used))
 
@@ -138,20 +138,27 @@ def matrices(found: Iterable[Joined]) -> tuple[PackedMatrix, ...]:
     return tuple(stored for part in found for stored in part.made.values() if isinstance(stored, PackedMatrix))
 
 
+def dequantized_forms(found: Iterable[Joined]) -> str:
+    """Returns the forms of those that are no blocks of integers, for a sentence."""
+    made = (stored for part in found for stored in part.made.values())
+    return " and ".join(dict.fromkeys(stored.form for stored in made if isinstance(stored, Dequantized)))
+
+
 # --- a file of weights without its folder -------------------------------------------------------------------------
 def in_file(path: Path) -> Joined:
     """Returns what is joined in a file of weights, in the form that a configuration beside it says.
 
     torchao's matrices need none. Raises InputError for others without one.
     """
-    file = QuantizedFile(path)
+    file = QuantizedFile([path])
     if (settings := _beside(path)) is not None:
         return joined(file, reader_of(settings, path))
     if file.bases("_weight_qdata"):
         return joined(file, functools.partial(_checked, [], torchao))
-    for base in file.bases("qweight", "weight_packed", "weight_scale_inv"):
+    float8 = [name for name, tensor in file.tensors.items() if tensor.dtype.startswith("F8_")]
+    for name in (*file.bases("qweight", "weight_packed", "absmax"), *float8):
         raise InputError(
-            f"{path} has quantized weights, such as those of {base}, and nothing beside it says how: put the "
+            f"{path} has quantized weights, such as those of {name}, and nothing beside it says how: put the "
             "config.json or quantize_config.json that came with them into its folder"
         )
     return Joined({}, frozenset())

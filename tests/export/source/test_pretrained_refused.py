@@ -114,7 +114,7 @@ REFUSED: dict[str, Refused] = {
     "no weights": (lambda f: (f / names.WEIGHTS).unlink(), MissingFileError, "no weights: expected model.safetensors"),
     "cut in its header": (lambda f: os.truncate(f / names.WEIGHTS, 10), IntegrityError, "cannot be read as safetensor"),
     "cut": (lambda f: os.truncate(f / names.WEIGHTS, 100_000), IntegrityError, "cannot be read .*copy it again"),
-    "an unknown number": (name_another_type, InputError, "cannot load .*X32"),
+    "an unknown number": (name_another_type, IntegrityError, "cannot be read .*X32"),
     "a missing shard": (lambda f: (in_shards(f) / SECOND).unlink(), MissingFileError, f"lacks {SECOND}, which {INDEX}"),
     "a shard of another model": (
         lambda f: shutil.copy(in_shards(f) / FIRST, f / SECOND),

@@ -66,8 +66,8 @@ def table_of_four_bits(*, nested: bool) -> Any:
     return made
 
 
-def compressed(strategy: str) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
+def compressed(strategy: str, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, **more}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
 
@@ -78,6 +78,7 @@ FORMS = {
     "a matrix": (float8(None, None), {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "compressed, a matrix": (float8(None, None), compressed("tensor")),
     "compressed, rows": (float8(1, None), compressed("channel")),
+    "compressed, blocks": (float8(48, 40), compressed("block", block_structure=[48, 40])),
     "rows": (float8(1, None), {"quant_method": "fbgemm_fp8"}),
     "NF4": (table_of_four_bits(nested=False), BITSANDBYTES),
     "NF4 of nested scales": (table_of_four_bits(nested=True), BITSANDBYTES),
@@ -103,7 +104,7 @@ def test_each_form_is_read_as_float32(form, llama_folder):
     weights, said = replace_matrices(llama_folder, *FORMS[form]), list[str]()
     source = open_source(llama_folder, Opening(say=said.append))
     assert source.packed == ()
-    assert f"are {'NF4' if 'NF4' in form else 'float8'}, in no blocks of integers: they are rounded anew" in said[0]
+    assert f"are {'NF4' if 'NF4' in form else 'float8'}: they are read as float32" in said[0]
     assert_are(source, weights)
 
 
@@ -152,13 +153,21 @@ def spoilt(part: str, change_: Any) -> Any:
     return spoil
 
 
+def state(**entries: Any) -> Any:
+    def changed(old: Tensor) -> Tensor:
+        text = json.dumps(json.loads(old.numpy().tobytes()) | entries)
+        return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).copy())
+
+    return spoilt("__nf4", changed)
+
+
 REFUSED = {
     "no table": ("NF4", lambda content: content.pop(next(n for n in content if n.endswith("quant_map"))), "has no "),
     "no state": ("NF4", lambda content: content.pop(next(n for n in content if "quant_state" in n)), "has no .*nf4"),
     "a state that is none": (
         "NF4",
         spoilt("__nf4", lambda old: old[:20]),
-        "read as safetensors of bitsandbytes",
+        "is not valid JSON",
     ),
     "blocks cut short": ("NF4", spoilt("proj.weight", lambda old: old[1:]), r"is U8 of shape .*, not U8 of \("),
     "an infinite scale": ("NF4", spoilt("absmax", lambda old: old / 0), "absmax of .* not finite"),
@@ -173,6 +182,8 @@ def test_what_is_refused(case, llama_folder):
     content = load_file(llama_folder / names.WEIGHTS)
     spoil(content)
     save_file(content, llama_folder / names.WEIGHTS, metadata={"format": "pt"})
+    if case == "no settings":
+        change(llama_folder / names.CONFIG, quantization_config=None)
     with pytest.raises(PastkeyError, match=word) as caught:
         open_source(llama_folder)
     assert "\n" not in str(caught.value)
