@@ -1,4 +1,7 @@
-"""Calls that keep a state of one size, whatever the length of the text: convolutions and linear recurrences.
+"""Calls that keep a state of one size, whatever the length of the text.
+
+Here are those of transformers' models, convolutions and linear recurrences. `recurrences.py` has those of followed
+modules.
 
 A state is an input and an output of the graph, as keys and values are. Each call says its shape, what it computes in
 torch (`over`, the reference), and the node that computes it in the graph.
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,23 @@ _FLOAT = 1  # ONNX's element type
 
 class StateError(ContractError):
     """A recurrence that the graft knows, with something that it does not know. Following would unroll it."""
+
+
+class StateCall(Protocol):
+    """A call that reads the state behind the earlier tokens, and returns the one behind the new tokens."""
+
+    @property
+    def geometry(self) -> StateGeometry:
+        """The state's kind and its shape for one sequence."""
+
+    def over(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs and the next state in torch; `state` is None at the beginning of the text."""
+
+    def node(self, past: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in a graph, where `past` is zeros at the beginning."""
+
+
+StateHandler = Callable[[StateCall], Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,3 @@ class RecurrenceCall:
             version=1,
         )
         return output.unflatten(2, tuple(self.value.shape[2:])), present
-
-
-StateCall = ConvolutionCall | RecurrenceCall
-StateHandler = Callable[[StateCall], Tensor]

@@ -60,7 +60,7 @@ class RowsGeometry:
 class StateGeometry:
     """A state of one size, whatever the number of tokens."""
 
-    kind: str  # names.CONV_STATE or names.RECURRENT_STATE
+    kind: str  # names.CONV_STATE, names.RECURRENT_STATE or names.FLAT_STATE
     shape: tuple[Size, ...]  # of one sequence
 
 
@@ -248,7 +248,7 @@ def parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
         require(manifest.compiled is None or static is not None, "compiled", manifest.compiled, "of static graphs")
         require(not manifest.rows or graph == "standard", "rows", manifest.rows, "those of a standard graph")
         for state in manifest.states:
-            ranks = {names.CONV_STATE: 2, names.RECURRENT_STATE: 3}
+            ranks = {names.CONV_STATE: 2, names.RECURRENT_STATE: 3, names.FLAT_STATE: 1}
             require(ranks.get(state.kind) == len(state.shape), "states", state, "a kind of state with its shape")
         require(not manifest.states or static is None, "states", manifest.states, "those of a graph that is not static")
         calls = len(manifest.layers)

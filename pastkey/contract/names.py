@@ -102,11 +102,12 @@ def present_conv(rows: int | str) -> str:
 # The kinds of states, by onnxruntime-genai's names.
 CONV_STATE: Final = "conv_state"  # (B, C, K - 1): the last columns of a convolution's input
 RECURRENT_STATE: Final = "recurrent_state"  # (B, H, D, Dv): of a linear recurrence
+FLAT_STATE: Final = "flat_state"  # (B, N): of any other recurrence
 
 
 def is_state(tensor: str) -> bool:
     """Whether an input or output is a state."""
-    return tensor.endswith((f".{CONV_STATE}", f".{RECURRENT_STATE}"))
+    return tensor.endswith((f".{CONV_STATE}", f".{RECURRENT_STATE}", f".{FLAT_STATE}"))
 
 
 def past_states(kinds: Sequence[str]) -> list[str]:

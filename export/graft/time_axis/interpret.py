@@ -165,7 +165,7 @@ class Whole(Interpreter):
         self._doubtful: set[Op] = {op for op in program.ops if op.target in program.mutated}
         self._layouts: dict[Op, Layout] = {}
         self._same: dict[Op, bool] = {}
-        self._ids = ids
+        self.ids = ids
         self.shifts = True
         self.local: set[Op] = set()  # operators whose rows are being shifted
         self.shifted_back: list[Op] = []  # operators that return shifted rows to their positions
@@ -174,7 +174,7 @@ class Whole(Interpreter):
         """Raises Swapped. After a refused operator it goes on as if the result were rows of the new tokens."""
         for op in self.program.ops:
             if op.target == "ids":
-                self.known[op] = Value(self._ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
+                self.known[op] = Value(self.ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
             elif op.depends:
                 self.known[op] = self._one(op)
 
@@ -244,7 +244,7 @@ class Whole(Interpreter):
         axes = [Axis(1, NEW if i == moving[0] else KEY) if i in moving else Axis(s.at(0)) for i, s in enumerate(shape)]
         sizes = [self.lengths.new if axis.time else axis.size for i, axis in enumerate(axes) if i != batch]
         scores = [v.scores for v in sources if len(moving) == 2]
-        zeros = torch.zeros(len(self._ids), *sizes, dtype=op.dtype)
+        zeros = torch.zeros(len(self.ids), *sizes, dtype=op.dtype)
         return Value(zeros, tuple(axes), batch_axis=batch, products=frozenset().union(*scores))
 
     def _changing(self, op: Op) -> Op | None:

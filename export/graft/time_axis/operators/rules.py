@@ -18,7 +18,7 @@ from ..program.program import Op, map_args
 from ..values import Axis, Value
 from .along import REDUCED, SAME_SHAPE
 from .base import Refused, Unknown
-from .products import Products
+from .recurrent import Recurrent
 
 # Pointwise operators without torch's tag, and operators that change nothing.
 _POINTWISE = {
@@ -38,7 +38,7 @@ _TAKES_TABLES = {"cat", "concat", "concatenate", "stack", "embedding", "index", 
                  "dot", "outer", "einsum"}  # fmt: skip
 
 
-class Rules(Products):
+class Rules(Recurrent):
     """The rule of each operator, as a method with torch's name of it: `_softmax` for softmax."""
 
     def apply(self, op: Op, known: Callable[[Op], Any]) -> Any:

@@ -25,6 +25,7 @@ class Traced:
     kwargs: Any = field(default_factory=dict)
     constant: Tensor | None = None
     name: str = ""  # the same in a trace at another length
+    back: fx.Node | None = None  # of `loops.token_before`: the value of the token before
 
     @property
     def value(self) -> Any:

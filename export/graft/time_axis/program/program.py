@@ -8,8 +8,8 @@ Python code loops over positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,101 +22,19 @@ from pastkey.quiet import quiet
 from ...attention import intercept
 from ...probe.causes import Cause, Kind, NoCacheError, ObstacleError
 from ...probe.observe import name_of
+from .cells import CELLS
+from .distribution import Recurrence, distributed
+from .loops import find_loops, token_before, token_row
 from .nodes import Traced, flat, folded, forms
+from .op import LengthNumber as LengthNumber
+from .op import Op as Op
+from .op import Size as Size
+from .op import map_args as map_args
 from .python_branches import Heard, Replay, heard
+from .rolling import Roller
 from .traced import LogitsOf, different, patched, untraced, written_out
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Size:
-    """a·T + b, for a sequence of T tokens."""
-
-    a: int
-    b: int
-
-    def at(self, length: Any) -> Any:
-        return self.a * length + self.b if self.a else self.b
-
-    @property
-    def moves(self) -> bool:
-        """Whether it depends on the length."""
-        return self.a != 0
-
-
-@dataclass(frozen=True)
-class LengthNumber:
-    """A number that depends on the length in another way than as an integer a·T + b."""
-
-    first: Any
-    second: Any
-    moves = True
-
-    def at(self, length: Any) -> Any:
-        raise ObstacleError(Cause(Kind.LENGTH, f"computes with a number made from the length ({self.first}, say)"))
-
-
-@dataclass
-class Op:
-    """One operator. An argument is an Op for the result of another operator, a Size if it depends on the length."""
-
-    target: Any  # an OpOverload, operator.getitem, or the kind of an input: "ids", "weight", "constant"
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shapes: tuple[tuple[Size, ...] | None, ...]  # of each output
-    dtype: torch.dtype | None
-    where: str  # file:line in user code
-    constant: Tensor | None = None
-    at_length: Callable[[int], Tensor] | None = None  # computes a constant that differs by length
-    depends: bool = False  # on the ids
-    number: int = 0
-    users: list[Op] = field(default_factory=list, repr=False)
-    owner: str = ""  # class of the submodule
-    helper: Op | None = None  # a table that a rule derives from it
-
-    __hash__ = object.__hash__
-
-    @property
-    def name(self) -> str:
-        """torch's name of the operator."""
-        target = self.target
-        return (
-            target.overloadpacket.__name__
-            if hasattr(target, "overloadpacket")
-            else getattr(target, "__name__", str(target))
-        )
-
-    @property
-    def shape(self) -> tuple[Size, ...]:
-        shape = self.shapes[0]
-        assert shape is not None
-        return shape
-
-    @property
-    def inputs(self) -> list[Op]:
-        found: list[Op] = []
-        map_args((self.args, self.kwargs), lambda op: found.append(op))
-        return found
-
-    @property
-    def timed(self) -> bool:
-        """Whether an output has an axis of the length."""
-        return any(size.moves for shape in self.shapes if shape is not None for size in shape)
-
-
-def map_args(args: Any, of_op: Callable[[Op], Any], of_size: Callable[[Size], Any] = lambda size: size) -> Any:
-    """The arguments of an operator with each Op and Size in them replaced."""
-    if isinstance(args, Op):
-        return of_op(args)
-    if isinstance(args, Size):
-        return of_size(args)
-    if isinstance(args, list | tuple):
-        kind = list if isinstance(args, list) else tuple  # a torch.Size cannot hold a Size
-        return kind(map_args(a, of_op, of_size) for a in args)
-    if isinstance(args, dict):
-        return {k: map_args(v, of_op, of_size) for k, v in args.items()}
-    return args
 
 
 def _has_length_number(args: Any) -> bool:
@@ -184,17 +102,21 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     """Traces `call(module, ids)` at both lengths. Raises NoCacheError if torch cannot, or if the traces differ."""
     traced = [_export(module, call, length, vocab_size) for length in lengths]
     first, second = ([*flat(program)] for program in traced)
-    loops = forms(first) != forms(second)
-    if loops:
+    tables = forms(first) != forms(second)
+    stands: dict[fx.Node, fx.Node] = {}
+    if tables:
         parts = folded(first), folded(second)
-        if forms(parts[0]) != forms(parts[1]):
-            raise NoCacheError(name_of(module), different(lengths, first, second))
-        first, second = parts
+        tables = forms(parts[0]) == forms(parts[1])
+        if tables:
+            first, second = parts
+        else:
+            ends = [program.graph_module.graph.output_node().all_input_nodes for program in traced]
+            first, second, stands = _rolled(module, (first, second), lengths, ends)
 
     @functools.cache
     def constants(length: int) -> dict[str, Tensor | None]:
         nodes = [*flat(_export(module, call, length, vocab_size))]
-        return {node.name: node.constant for node in (folded(nodes) if loops else nodes) if node.kind != "call"}
+        return {node.name: node.constant for node in (folded(nodes) if tables else nodes) if node.kind != "call"}
 
     def again(name: str, shape: Any, length: int) -> Tensor:
         """A constant of the trace at another length."""
@@ -208,16 +130,46 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     ops: dict[Any, Op] = {}
     for one, other in zip(first, second, strict=True):
         ops[one.node] = _pair(one, other, ops, lengths, functools.partial(again, one.name))
+    for one in first:
+        ops[one.node].back = None if one.back is None else ops[one.back]
     mutated = tuple(traced[0].graph_signature.buffers_to_mutate.values())
     outputs = traced[0].graph_module.graph.output_node().args[0]
+    ops |= {last: ops[node] for last, node in stands.items() if node in ops}
     logits = ops[outputs[len(mutated)]]
     ids = next(op for op in ops.values() if op.target == "ids")
-    live = _live(logits, ops.values())
+    try:
+        live = _live(logits, distributed(logits, ids) if stands else ops.values())
+    except ObstacleError as obstacle:
+        raise NoCacheError(name_of(module), [obstacle.cause]) from obstacle
     # A buffer that no logits read, such as a count of calls, is no state.
     read = {op.target for op in live if isinstance(op.target, str)}
     written = [(name, ops[node]) for name, node in zip(mutated, outputs, strict=False) if name in read]
     names, writes = tuple(name for name, _ in written), tuple(op for _, op in written)
     return Program(live, ids, logits, lengths, names, writes)
+
+
+def _rolled(
+    module: nn.Module,
+    traces: tuple[list[Traced], list[Traced]],
+    lengths: tuple[int, int],
+    ends: Sequence[list[fx.Node]],
+) -> tuple[list[Traced], list[Traced], dict[fx.Node, fx.Node]]:
+    """Both traces with their loops over tokens rolled up, and what stands for values of the first one's last bodies.
+
+    Raises NoCacheError if they differ in another way.
+    """
+    calls = [[traced for traced in nodes if traced.kind == "call"] for nodes in traces]
+    loops = find_loops(calls[0], calls[1], lengths)
+    if loops is None:
+        raise NoCacheError(name_of(module), different(lengths, *traces))
+    try:
+        rollers = [Roller(*each) for each in zip(traces, loops, lengths, ends, strict=True)]
+        rolled = [roller.run() for roller in rollers]
+    except ObstacleError as obstacle:
+        raise NoCacheError(name_of(module), [obstacle.cause]) from obstacle
+    if forms(rolled[0]) != forms(rolled[1]):
+        raise NoCacheError(name_of(module), different(lengths, *traces))
+    return rolled[0], rolled[1], rollers[0].stands
 
 
 _OF_A_SHAPE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
@@ -240,7 +192,11 @@ def _live(logits: Op, ops: Any) -> tuple[Op, ...]:
     live = [made for op in ops if op in needed for made in (*(i for i in op.inputs if i.target is torch.zeros), op)]
     for number, op in enumerate(live):
         op.number = number
-        op.depends = op.target == "ids" or any(i.depends for i in op.inputs)
+        op.depends = op.target in ("ids", token_row, token_before) or any(i.depends for i in op.inputs)
+        for part in op.target.body if isinstance(op.target, Recurrence) else ():
+            part.depends = True
+            for i in part.inputs:
+                i.users.append(part)
         for i in op.inputs:
             i.users.append(op)
     return tuple(live)
@@ -269,7 +225,7 @@ def _export(module: nn.Module, call: LogitsOf, length: int, vocab_size: int) -> 
     try:
         with torch.no_grad(), quiet(), patched():
             exported = torch.export.export(_Called(module, call, told).eval(), (ids,), strict=False)
-            decompositions = get_decompositions([aten.addmm, aten.baddbmm, aten.addbmm])
+            decompositions = get_decompositions([aten.addmm, aten.baddbmm, aten.addbmm]) | CELLS
             program: torch.export.ExportedProgram = exported.run_decompositions(decompositions)
             return program
     except ContractError:

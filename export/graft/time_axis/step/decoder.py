@@ -65,7 +65,7 @@ class TimeAxisDecoder(StandIn):
             found.states,
         )
         logits = step.run()
-        return logits if found.plan else logits + _attention_of_zeros(logits)
+        return logits if found.plan or step.kept else logits + _attention_of_zeros(logits)
 
     @contextlib.contextmanager
     def native(self) -> Iterator[None]:

@@ -71,7 +71,8 @@ class Step(Interpreter):
     ) -> None:
         super().__init__(program, Lengths(ids.shape[1], None), weight)
         self._plan, self._templates, self._full, self._constant = plan, templates, full, constant
-        self._ids, self._positions = ids, positions
+        self.ids, self._positions = ids, positions
+        self.begins = positions[:, :1] == 0
         self.swapped = swapped
         self._operands: dict[Op, tuple[Value, Value, Contraction]] = {}
         self._rows: dict[tuple[Op, int], Value] = {}
@@ -84,7 +85,7 @@ class Step(Interpreter):
         """The logits (B, T, V)."""
         for op in self.program.ops:
             if op.target == "ids":
-                self.known[op] = Value(self._ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
+                self.known[op] = Value(self.ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
             elif op in self._skipped:
                 self.known[op] = self._templates[op]
             elif op in self._states:

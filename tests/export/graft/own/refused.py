@@ -53,7 +53,7 @@ class Noisy(Gpt):
 class Gru(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.gru = nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
 
     def forward(self, x):
         return self.gru(x)[0]
@@ -184,7 +184,7 @@ REFUSED = {
     "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
     "little_noise": Refused(lambda: Noisy(Causal), Noisy, "draws random numbers outside training"),
-    "gru": Refused(lambda: Mixing(Gru()), Gru, "computes gru over earlier positions"),
+    "gru": Refused(lambda: Mixing(Gru()), Gru, "runs a GRU in both directions"),
     "memory": Refused(lambda: NoPositions(Memory), Memory, r"keeps blocks\.0\.attn\.kept from one call to the next"),
     "cache_in_place": Refused(
         lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2

@@ -1,7 +1,7 @@
 """Decoders as people write them, and modules that are none: what the tests of unedited modules run through."""
 
-from . import biases, blocks, by_hand, latents, outputs, positions
+from . import biases, blocks, by_hand, latents, loops, outputs, positions
 from .refused import REFUSED as REFUSED
 
-ROOMS = (by_hand, positions, biases, outputs, blocks, latents)
+ROOMS = (by_hand, positions, biases, outputs, blocks, latents, loops)
 DECODERS = {name: own for room in ROOMS for name, own in room.DECODERS.items()}

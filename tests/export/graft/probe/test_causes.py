@@ -58,7 +58,7 @@ class SeveralAttentions(Gpt):
         x = x + F.dropout(x, 0.1)
         x = x + self.ahead(x)
         x = x - x.mean(1, keepdim=True)
-        x = self.blocks[0](x + x.cumsum(1) / 10)
+        x = self.blocks[0](x + x.cumprod(1) / 10)
         return self.lm_head(x + self.open(x))
 
 
