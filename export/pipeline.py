@@ -41,6 +41,7 @@ from .keys import Identity, identity, keys_of, require_unchanged
 from .measure.metrics import Ids
 from .measure.paths import short_texts
 from .measure.predictors import IN_PLACE
+from .measure.scans import scan_cost
 from .measure.verify import Verification
 from .ort_format import write_ort_format
 from .progress import SILENT, UNKNOWN, Progress, Recorder, planned
@@ -167,6 +168,8 @@ def export_found(
         shutil.rmtree(folder / _FP32_FOLDER, ignore_errors=True)
         bundle = writer.finish(bundle)
         bundle = writer.proved_on_target(bundle)
+        if (cost := scan_cost(bundle)) is not None:
+            progress.warn(cost)
         if config.sensitivity is not None and last.sensitivity is not None:
             write_json(Path(config.sensitivity), last.sensitivity.to_json())
     return Report(

@@ -20,12 +20,16 @@ def cpu_session(
     threads: int = 0,
     library: str = "",
     by_priority: bool = False,
+    profile: Path | None = None,
 ) -> Any:
     """Opens a graph's file or content, with entries of its configuration and a library of operators.
 
-    `by_priority`: each node runs as soon as it can, not as late as a later one needs it.
+    `by_priority`: each node runs as soon as it can, not as late as a later one needs it. `profile`: where the times of
+    all nodes are written, by end_profiling().
     """
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised
     if by_priority:

@@ -38,8 +38,8 @@ _ADVICE = {
     Kind.LOOK_AHEAD: "a decoder generates token by token, and later ones are not there yet; trained so, the model "
     "cannot be decoded with a cache, and one that does not look ahead is another model",
     Kind.FIXED: "take the length from the ids, ids.size(1), and as many rows of a table",
-    Kind.RECURRENCE: "a cache holds keys and values of attention, and such a model cannot be decoded with it (but "
-    "write an operation on whole tensors where a loop does the same)",
+    Kind.RECURRENCE: "a state is kept from token to token where each token computes it from the one before, all in the "
+    "same way: by a loop over all tokens in their order, cumsum, nn.GRU, nn.LSTM or nn.RNN",
     Kind.LENGTH: "each token that is added changes numbers of all before it, of which nothing can be kept then, and "
     "the model cannot be decoded with a cache",
     Kind.DATA: "no graph can follow Python that looks at values (where a loop leaves out experts without tokens, "

@@ -27,7 +27,7 @@ _POINTWISE = {
     "lerp", "nan_to_num", "isclose", "clamp", "_cast_Float", "float_power", "square", "silu", "gelu",
     "relu", "relu6", "leaky_relu", "elu", "selu", "mish", "hardswish", "hardsigmoid", "hardtanh", "logit", "prelu",
     "special_expit", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "__and__", "__or__", "__xor__",
-    "logical_and", "logical_or", "logical_not",
+    "logical_and", "logical_or", "logical_not", "log_sigmoid",
     "result_type",
 }  # fmt: skip
 NOISE = {"rand_like", "randn_like", "rand", "randn", "bernoulli", "normal", "randint_like", "multinomial",

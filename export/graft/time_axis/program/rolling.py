@@ -231,8 +231,8 @@ class Roller:
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 self._compare_nodes(one, a, b, token, at, number, beginnings)
             elif not timed and (type(a) is not type(b) or (a != b and a == a)):
-                _refuse(one, f"computes with a number that changes with the position ({a}, then {b}): take it from a "
-                             "tensor of positions, torch.arange(T)[t]", Kind.LENGTH)  # fmt: skip
+                numbers = f"a number that changes with the position ({a}, then {b})"
+                _refuse(one, f"computes with {numbers}: take it from a tensor of positions, torch.arange(T)[t]")
 
     def _compare_nodes(
         self, one: Traced, a: fx.Node, b: fx.Node, token: int, at: int, number: int, beginnings: dict[int, fx.Node]
