@@ -73,7 +73,7 @@ class Products(Along):
 
     def _matmul(self, op: Op, a: Value | Op, b: Value | Op) -> Value:
         first, second = op.args[0].shape, op.args[1].shape
-        return self.contract(op, a, b, _matmul_letters(first, second, op.shape))
+        return self.contract(op, a, b, matmul_letters(first, second, op.shape))
 
     _bmm = _mm = _mv = _dot = _matmul
 
@@ -81,7 +81,7 @@ class Products(Along):
         return self.contract(op, a, b, ("a", "b", "ab"))
 
     def _einsum(self, op: Op, equation: str, operands: Sequence[Any], **_: Any) -> Value:
-        letters = _einsum_letters(equation, [len(o.shape) for o in op.args[1]])
+        letters = einsum_letters(equation, [len(o.shape) for o in op.args[1]])
         if len(operands) == 1:
             return self._einsum_one(op, self._value(op, operands[0]), letters)
         (value, *others), (known, *rest), out = operands, letters[:-1], letters[-1]
@@ -198,7 +198,8 @@ def _broadcast(tensor: Tensor, names: str, out: str) -> Tensor:
     return tensor
 
 
-def _matmul_letters(a: Sequence[Size], b: Sequence[Size], out: Sequence[Size]) -> Contraction:
+def matmul_letters(a: Sequence[Size], b: Sequence[Size], out: Sequence[Size]) -> Contraction:
+    """The letters of both operands of a matmul and of its result, by their shapes."""
     names = "abcdefghijkl"
     if len(a) == 1 or len(b) == 1:
         batch = names[: max(len(a), len(b)) - 2] if len(a) > 1 or len(b) > 1 else ""
@@ -221,7 +222,8 @@ def _matmul_letters(a: Sequence[Size], b: Sequence[Size], out: Sequence[Size]) -
     return named(la, a), named(lb, b), batch + "yx"
 
 
-def _einsum_letters(equation: str, ranks: Sequence[int]) -> list[str]:
+def einsum_letters(equation: str, ranks: Sequence[int]) -> list[str]:
+    """The letters of each operand and of the result, with one for each axis of an ellipsis."""
     sides, _, out = equation.replace(" ", "").partition("->")
     parts = sides.split(",")
     dots = max(

@@ -12,12 +12,13 @@ from torch import Tensor
 from ...attention import remember
 from ...probe.causes import Kind
 from ...recurrences import Gated, GatedCall, LoopCall, ShiftCall, SumCall, Tensors
-from ...states import StateCall
+from ...states import RecurrenceCall, StateCall
 from ..program.distribution import Recurrence
 from ..program.loops import is_zero
 from ..program.program import Op
 from ..values import KEY, NEW, Axis, Value
 from .base import Refused, over_time
+from .linear import Factors, LinearRule, linear_rule, product
 from .products import Products
 
 
@@ -30,6 +31,10 @@ class Recurrent(Products):
 
     def apply(self, op: Op, known: Callable[[Op], Any]) -> Any:
         """Applies the rule of an operator."""
+        raise NotImplementedError
+
+    def value_of(self, op: Op) -> Any:
+        """The operand that the rules get for an operator."""
         raise NotImplementedError
 
     def keep(self, call: StateCall) -> Tensor:
@@ -143,6 +148,9 @@ class Recurrent(Products):
         ):
             raise Refused(op, "is a loop over tokens that reads values of the whole text", Kind.RECURRENCE)
         batch, new = self.ids.shape
+        rule = linear_rule(loop)
+        if rule is not None:
+            return [self._linear_attention(loop, rule)]
         rows = {i: v for i, v in values.items() if v.lifted} or {op.inputs[0]: self._every_token(values[op.inputs[0]])}
         fixed = {i: v for i, v in values.items() if not v.lifted and i is not op.inputs[0]}
         layouts = [_layout(before) for before, _ in loop.states]
@@ -170,6 +178,43 @@ class Recurrent(Products):
         return [
             v.with_(tensor=t.to(v.tensor.dtype).reshape(batch, new, *v.tensor.shape[1:]), lifted=True) for v, t in pairs
         ]
+
+    def _linear_attention(self, loop: Recurrence, rule: LinearRule) -> Value:
+        state = [size.at(0) for size in loop.states[0][0].shape]
+        sizes = {label: size for label, size in zip(rule.state, state, strict=True) if label is not None}
+        h, d, v = rule.axes
+        batch, new = self.ids.shape
+        heads = sizes.get(h, 1) if h is not None else 1
+
+        def rows(factors: Factors, *last: int) -> Tensor:
+            labels = [*([] if h is None else [h]), *last]
+            shape = [batch, new, *([1] if h is None else []), *(sizes[label] for label in labels)]
+            found = product(factors, labels, sizes, self.value_of)
+            return (found.unsqueeze(2) if h is None and found.dim() else found).expand(shape)
+
+        wide = d in {label for _, own in rule.decay for label in own}  # a decay for each channel of the keys
+        call = RecurrenceCall(
+            rows(rule.query, d),
+            rows(rule.key, d),
+            rows(rule.value, v),
+            rows(rule.decay, *([d] if wide else [])).log(),
+            None if rule.beta is None else rows(rule.beta),
+            1.0,
+        )
+        assert call.value.shape[2] == heads
+        output = self.keep(call)
+        tensor = output if h is not None else output.squeeze(2)
+        places = [label for label in rule.output if label is not None]
+        if places == [v, h]:
+            tensor = tensor.transpose(2, 3)
+        axes = tuple(Axis(1 if label is None else sizes[label]) for label in rule.output)
+        found = Value(tensor, axes, lifted=True, batch_axis=None)
+        for i, label in enumerate(rule.output):
+            if label is None and found.batch_axis is None:
+                found = found.with_(batch_axis=i)
+            elif label is None:
+                found = found.with_(tensor=found.tensor.unsqueeze(found.dim(i)))
+        return found
 
 
 def _layout(op: Op) -> Value:

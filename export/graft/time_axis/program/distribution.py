@@ -34,7 +34,7 @@ class Recurrence:
 
 def distributed(logits: Op, ids: Op) -> list[Op]:
     """The operators that the logits need, in order, with each recurrence as one operator."""
-    order = _sorted(logits)
+    order = _merged(_sorted(logits))
     place = {op: i for i, op in enumerate(order)}
     group: dict[Op, set[Op]] = {}
     for found in _cycles(order):
@@ -76,6 +76,19 @@ def _sorted(logits: Op) -> list[Op]:
     return [*done]
 
 
+def _merged(order: Sequence[Op]) -> list[Op]:
+    """The operators without those that compute what another one does, such as a second x[:, t]."""
+    known: dict[str, Op] = {}
+    instead: dict[Op, Op] = {}
+    for op in order:
+        op.args, op.kwargs = map_args((op.args, op.kwargs), lambda i: instead.get(i, i))
+        told = repr((op.target, map_args((op.args, op.kwargs), id)))
+        instead[op] = op if isinstance(op.target, str) or op.back is not None else known.setdefault(told, op)
+    for op in order:
+        op.back = None if op.back is None else instead[op.back]
+    return [op for op in order if instead[op] is op]
+
+
 def _cycles(order: Sequence[Op]) -> Iterable[set[Op]]:
     """The strongly connected components of more than one operator (Tarjan), without recursion."""
     number: dict[Op, int] = {}
@@ -113,7 +126,8 @@ def _reads(op: Op) -> list[Op]:
     return op.inputs if op.back is None else [op.back]
 
 
-def _size(op: Op) -> int:
+def numbers_of(op: Op) -> int:
+    """How many numbers its largest value has, of one token."""
     sizes: list[int] = [math.prod(size.at(0) for size in shape) for shape in op.shapes if shape is not None]
     return max(sizes)
 
@@ -135,7 +149,7 @@ def _add_readouts(order: Sequence[Op], group: dict[Op, set[Op]]) -> None:
             if user in group:
                 continue
             while _is_local(path[-1], {*group[op], *path}):
-                if _size(path[-1]) < _size(op):
+                if numbers_of(path[-1]) < numbers_of(op):
                     reached += path
                     break
                 following = users.get(path[-1], [])

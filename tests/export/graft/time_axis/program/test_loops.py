@@ -5,6 +5,8 @@ import inspect
 import pytest
 import torch
 
+from pastkey.contract import names
+from pastkey.export.graft.attention import intercept, torch_attention
 from pastkey.export.graft.probe.causes import Kind, NoCacheError
 
 from ..small import VOCAB, WIDTH, Of, followed, program_of, result
@@ -137,6 +139,45 @@ def test_a_loop_with_another_order_is_another_program():
 
     one, other = result(decayed).tensor, result(later).tensor
     assert not torch.allclose(one, other, atol=1e-2)
+
+
+def delta_rule(x, decayed_first=True):
+    """A matrix of 2 heads as the state; keys are read from the decayed matrix, or from the one before."""
+    k, v, beta = (x @ W).sigmoid().view(*x.shape[:2], 2, 4), x.view(*x.shape[:2], 2, 4), (x @ W[:, :2]).sigmoid()
+    state, out = torch.zeros(1, 2, 4, 4), []
+    for t in range(x.shape[1]):
+        decayed = state * beta[:, t, :, None, None]
+        read = torch.einsum("bhk,bhkv->bhv", k[:, t], decayed if decayed_first else state)
+        state = decayed + k[:, t, ..., None] @ (beta[:, t, :, None] * (v[:, t] - read))[:, :, None]
+        out.append((v[:, t, ..., None] * state).sum(2).flatten(1))
+    return torch.stack(out, 1)
+
+
+def retention(x):
+    """One head, written with its values first, and a decay that is a constant."""
+    state, out = torch.zeros(1, WIDTH, WIDTH), []
+    for t in range(x.shape[1]):
+        state = A[0] * state + torch.bmm(x[:, t, :, None], (x[:, t] @ W)[:, None])
+        out.append(torch.einsum("bvk,bk->bv", state, x[:, t]))
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize(("function", "kinds"), [
+    (delta_rule, [names.RECURRENT_STATE]),
+    (lambda x: delta_rule(x, decayed_first=False), [names.FLAT_STATE]),  # no rule of LinearAttention
+    (decayed, [names.FLAT_STATE]),
+    (retention, [names.RECURRENT_STATE]),
+])  # fmt: skip
+def test_a_linear_recurrence_of_a_matrix_is_known_by_its_algebra(function, kinds):
+    kept = []
+
+    def keep(call):
+        kept.append(call.geometry.kind)
+        return call.over(None)[0]
+
+    with intercept(torch_attention, states=keep):
+        result(function)
+    assert kept == kinds
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
