@@ -66,6 +66,18 @@ def test_the_lesson_trains_exports_itself_and_answers(folder):
     assert (manifest["graph"], manifest["precision"]) == ("fused", "int8")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "node"), [("gru", "GRU"), ("linear_attention", "LinearAttention")])
+def test_a_recurrent_example_learns_the_lessons_and_keeps_them_exported(name, node, folder, capsys):
+    tokenizer = ("--tokenizer", "examples/lesson.py:tokenizer")
+    command = ("export", f"examples/{name}.py:trained", *tokenizer, "--context", "64", "--eos", "0", "--out", name)
+    assert main([*command]) == 0
+    assert json.loads((folder / name / "pastkey.json").read_text(encoding="utf-8"))["operators"][node] == 2
+    capsys.readouterr()
+    assert main(["run", name, "--prompt", "who sleeps all day ?"]) == 0
+    assert capsys.readouterr().out.strip() == "the cat does"
+
+
 # --- programs that use a bundle -----------------------------------------------------------------------------------
 @pytest.fixture
 def bundle(tmp_path):
