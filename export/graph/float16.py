@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract import names
+from pastkey.errors import ContractError
 
 from .edit import STATEFUL, add_weight, steering, weight
 
@@ -18,6 +19,7 @@ _ANGLES = {"Cos", "Sin"}
 _SUMS = {"ReduceMean", "ReduceSum"}
 _BOOL = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"}
 _INT64 = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
+_NOT_BESIDE = {"GRU", "LSTM", "RNN"}  # onnxruntime 1.32 optimizes such a graph and crashes
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
@@ -27,8 +29,15 @@ LARGEST = float(np.finfo(np.float16).max)
 def to_float16(model: ir.Model) -> list[str]:
     """Rewrites a graph in place. Reads weights from external data.
 
-    Returns the names of the values that operators now output in float16.
+    Returns the names of the values that operators now output in float16. Raises ContractError for a graph that
+    onnxruntime cannot load then.
     """
+    if found := {node.op_type for node in model.graph} & _NOT_BESIDE:
+        told = ", ".join(sorted(found))
+        raise ContractError(
+            f"a graph with {told} ends onnxruntime's process if its other weights are float16: export with --precision "
+            "int8, or fp32"
+        )
     return _Halved(model).rewrite()
 
 
@@ -55,6 +64,9 @@ class _Halved:
             for place, read in enumerate(node.inputs):
                 if read is not None and self._types[id(read)] in (_FLOAT, _HALF):
                     node.replace_input_with(place, self._as(read, wanted, node))
+            for inner, place, read in _captured(node):
+                if self._types.get(id(read)) == _HALF:
+                    inner.replace_input_with(place, self._as(read, _FLOAT, node))
             if wanted == _HALF:
                 _halve_attributes(node)
             given = self._given(node)
@@ -145,6 +157,13 @@ def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
                 if producer is not None and producer.op_type in {"Add"} | _SUMS:
                     _keep(producer, kept, to_squares=True)
     return kept
+
+
+def _captured(node: ir.Node) -> list[tuple[ir.Node, int, ir.Value]]:
+    """What the body of a Scan, which stays in float32, reads of the graph around it: (its node, which input, value)."""
+    bodies = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    nodes = [inner for body in bodies for inner in body]
+    return [(inner, i, value) for inner in nodes for i, value in enumerate(inner.inputs) if value is not None]
 
 
 def _is_inverse_root(node: ir.Node) -> bool:
