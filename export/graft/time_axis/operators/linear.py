@@ -122,9 +122,12 @@ class _Algebra:
             raise _OtherError
         if state is None or sign < 0:
             raise _OtherError
-        labels = dict(zip(state, axes, strict=True))  # of the readout, among those of the step
-        query = tuple((op, tuple(labels.get(label) for label in own)) for op, own in query)
-        output = tuple(labels.get(label) for label in self._roots(read.labels))
+        labels: dict[int | None, int | None] = dict(zip(state, axes, strict=True))  # of the readout, in the step
+        labels[None] = None
+        if not {*self._roots(read.labels), *_labels_of(query)} <= {*labels}:
+            raise _OtherError  # of other axes than the state's, such as several queries for a head
+        query = tuple((op, tuple(labels[label] for label in own)) for op, own in query)
+        output = tuple(labels[label] for label in self._roots(read.labels))
         (decay,), (update,) = decays, updates
         steering = _labels_of((*decay, *query))
         summed = [label for label in axes if label is not None and label not in output]

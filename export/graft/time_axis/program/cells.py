@@ -31,19 +31,17 @@ def _lstm_cell(
     return torch.sigmoid(out) * torch.tanh(kept), kept
 
 
-def _rnn_tanh_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
-    b_ih, b_hh = biases or (None, None)
-    return torch.tanh(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
+def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
+        b_ih, b_hh = biases or (None, None)
+        return activation(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
 
-
-def _rnn_relu_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
-    b_ih, b_hh = biases or (None, None)
-    return torch.relu(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
+    return cell
 
 
 CELLS: Final[dict[Any, Callable[..., Any]]] = {
     aten.gru_cell.default: _gru_cell,
     aten.lstm_cell.default: _lstm_cell,
-    aten.rnn_tanh_cell.default: _rnn_tanh_cell,
-    aten.rnn_relu_cell.default: _rnn_relu_cell,
+    aten.rnn_tanh_cell.default: _rnn_cell(torch.tanh),
+    aten.rnn_relu_cell.default: _rnn_cell(torch.relu),
 }

@@ -124,7 +124,7 @@ class Roller:
         elif places[loop.skipped :] == whole[loop.skipped :]:
             row = self._since_first(traced, parts[0], template)
         elif places[0] is None and places[1:] == whole[:-1]:
-            row = self._from_first(traced, parts[0], self._before(traced, template, value))
+            row = self._from_first(traced, parts[0], self._before(traced, template))
         else:
             _refuse(traced, "puts the tokens into another order than the text's", Kind.LOOK_AHEAD)
         return row, dim % traced.value.dim(), kept
@@ -140,10 +140,7 @@ class Roller:
                     self._compare(one, other, token, i + loop.skipped, number, beginnings)
         crossing = {}
         for call, beginning in beginnings.items():
-            value = template[call].value
-            node = self._make(
-                template[call], token_before, (), torch.empty_like(value, device="meta"), template[call].node
-            )
+            node = self._before(template[call], template[call].node)
             crossing[call] = node if loop.skipped else self._from_first(template[call], beginning, node)
         known: dict[fx.Node, fx.Node] = {}
 
@@ -156,9 +153,7 @@ class Roller:
             return known[node] if place.token == token else crossing[place.call]
 
         for call, traced in enumerate(template):
-            known[traced.node] = self._body(
-                traced, read, beginnings[call] if loop.skipped and call in beginnings else None
-            )
+            known[traced.node] = self._body(traced, read, beginnings.get(call) if loop.skipped else None)
         ends = {call: known[traced.node] for call, traced in enumerate(template)}
         for call, beginning in beginnings.items() if loop.skipped else ():
             if template[call].node not in self._timed:
@@ -193,9 +188,6 @@ class Roller:
                 row = self._since_first(traced, first, row)
             return self._make(traced, text_rows, (row, dim, kept), traced.value)
         if traced.target is aten.copy.default and self._value(traced.args[1]).dtype == traced.value.dtype:
-            if self._value(traced.args[1]).shape == traced.value.shape:
-                copied: fx.Node = args[1]
-                return copied
             return self._make(traced, aten.expand.default, (args[1], list(traced.value.shape)), traced.value)
         self._made.append(dataclasses.replace(traced, args=args, kwargs=kwargs))
         return traced.node
@@ -215,9 +207,7 @@ class Roller:
         """Raises ObstacleError if the bodies of tokens `token` and `at` differ in an operator."""
         shapes = [[getattr(v, "shape", None) for v in _several(traced.value)] for traced in (one, other)]
         if shapes[0] != shapes[1]:
-            _refuse(
-                one, "computes a value that grows with each token: collect it in a list, and stack it after the loop"
-            )
+            _refuse(one, "computes a value that grows with each token: collect it in a list, and stack it behind it")
         rows = row_of(one), row_of(other)
         timed = rows[0] is not None and rows[1] is not None and rows[0][2] != rows[1][2]
         if timed and (rows[0][2], rows[1][2]) != (token, at):  # type: ignore[index]
@@ -249,9 +239,8 @@ class Roller:
             same = (place.loop, place.call, place.token - token) == (other.loop, other.call, other.token - at)
         if not same and place is not None and place.token < token and at == self._loops[number].skipped:
             same = beginnings.setdefault(place.call, b) is b
-        if same:
-            return
-        _refuse(one, "reads other values for some tokens than for others")
+        if not same:
+            _refuse(one, "reads other values for some tokens than for others")
 
     # --- what a loop begins with
     def _from_first(self, traced: Traced, beginning: fx.Node, other: fx.Node) -> fx.Node:
@@ -268,8 +257,8 @@ class Roller:
             positions = self._make(traced, aten.arange.default, (self._length,), count)
             zero = self._make(traced, aten.eq.Scalar, (positions, 0), answers)
             self._first = self._make(traced, token_row, (zero, 0, False), answers[0])
-        value = torch.empty_like(self._value(other), device="meta")
-        return self._make(traced, aten.where.self, (self._first, self._begun(beginning), other), value)
+        args = (self._first, self._begun(beginning), other)
+        return self._make(traced, aten.where.self, args, self._value(other))
 
     def _begun(self, node: fx.Node) -> fx.Node:
         """What a node computes of the first token, as if each token were the first."""
@@ -291,8 +280,8 @@ class Roller:
         self._beginnings[node] = made
         return made
 
-    def _before(self, traced: Traced, template: fx.Node, value: Tensor) -> fx.Node:
-        return self._make(traced, token_before, (), torch.empty_like(value, device="meta"), template)
+    def _before(self, traced: Traced, back: fx.Node) -> fx.Node:
+        return self._make(traced, token_before, (), self._value(back), back)
 
     def _value(self, node: fx.Node) -> Tensor:
         value: Tensor = node.meta["val"]

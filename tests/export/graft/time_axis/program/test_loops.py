@@ -162,11 +162,22 @@ def retention(x):
     return torch.stack(out, 1)
 
 
+def grouped(x):
+    """Two queries for each head."""
+    state, out = torch.zeros(1, 2, 2, 4), []
+    for t in range(x.shape[1]):
+        k, v = (x[:, t] @ W)[:, :4].view(1, 2, 2), x[:, t].view(1, 2, 4)
+        state = A[0] * state + torch.einsum("bhk,bhv->bhkv", k, v)
+        out.append(torch.einsum("bhgk,bhkv->bhgv", x[:, t].view(1, 2, 2, 2), state).flatten(1))
+    return torch.stack(out, 1)
+
+
 @pytest.mark.parametrize(("function", "kinds"), [
     (delta_rule, [names.RECURRENT_STATE]),
     (lambda x: delta_rule(x, decayed_first=False), [names.FLAT_STATE]),  # no rule of LinearAttention
     (decayed, [names.FLAT_STATE]),
     (retention, [names.RECURRENT_STATE]),
+    (grouped, [names.FLAT_STATE]),
 ])  # fmt: skip
 def test_a_linear_recurrence_of_a_matrix_is_known_by_its_algebra(function, kinds):
     kept = []
