@@ -1,4 +1,4 @@
-"""torch's cells, nn.GRUCell and the like, as the operators that they are made of."""
+"""torch's cells, nn.GRUCell and the like, and F.cosine_similarity, as the operators that they are made of."""
 
 from __future__ import annotations
 
@@ -39,9 +39,49 @@ def _rnn_cell(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return cell
 
 
+def _of_one_token(cell: Callable[..., Any]) -> Callable[..., Any]:
+    """nn.GRU and its like on a single token, in a loop over tokens: a cell for each layer."""
+
+    def layers(
+        x: Tensor,
+        hidden: Any,
+        weights: Sequence[Tensor],
+        biased: bool,
+        count: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        time, each = int(batch_first), 4 if biased else 2
+        if x.shape[time] != 1 or bidirectional or (train and dropout) or len(weights) != count * each:
+            return NotImplemented
+        parts = hidden if isinstance(hidden, list | tuple) else [hidden]
+        y, ends = x.squeeze(time), []
+        for layer in range(count):
+            states = [part[layer] for part in parts]
+            own = weights[layer * each : (layer + 1) * each]
+            made = cell(y, states if len(parts) > 1 else states[0], *own)
+            ends.append(made if isinstance(made, tuple) else (made,))
+            y = ends[-1][0]
+        return y.unsqueeze(time), *(torch.stack(part) for part in zip(*ends, strict=True))
+
+    return layers
+
+
+def _cosine_similarity(a: Tensor, b: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    one, other = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (a, b))
+    return (one * other).sum(dim)
+
+
 CELLS: Final[dict[Any, Callable[..., Any]]] = {
+    aten.cosine_similarity.default: _cosine_similarity,
     aten.gru_cell.default: _gru_cell,
     aten.lstm_cell.default: _lstm_cell,
     aten.rnn_tanh_cell.default: _rnn_cell(torch.tanh),
     aten.rnn_relu_cell.default: _rnn_cell(torch.relu),
+    aten.gru.input: _of_one_token(_gru_cell),
+    aten.lstm.input: _of_one_token(_lstm_cell),
+    aten.rnn_tanh.input: _of_one_token(_rnn_cell(torch.tanh)),
+    aten.rnn_relu.input: _of_one_token(_rnn_cell(torch.relu)),
 }
