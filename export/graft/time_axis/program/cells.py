@@ -71,7 +71,8 @@ def _of_one_token(cell: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cosine_similarity(a: Tensor, b: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     one, other = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (a, b))
-    return (one * other).sum(dim)
+    product: Tensor = one * other
+    return product.sum(dim)
 
 
 CELLS: Final[dict[Any, Callable[..., Any]]] = {

@@ -90,7 +90,8 @@ def find_loops(
         while start > at and one[start - 1] == one[start - 1 + period]:
             start -= 1
         turned = (_turned(first, one, at, end, period, lengths[1], tokens, other[place:]) for at in range(start, end))
-        loop = next((loop for loop in turned if loop is not None), None)
+        fitting = [loop for loop in turned if loop is not None]
+        loop = max(fitting, key=lambda loop: (loop.end, -loop.start), default=None)  # the most of the last body
         if loop is None:
             return None
         found[1].append(dataclasses.replace(loop, start=loop.start - shift))

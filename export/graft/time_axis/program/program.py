@@ -104,9 +104,11 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     first, second = ([*flat(program)] for program in traced)
     tables = forms(first) != forms(second)
     stands: dict[fx.Node, fx.Node] = {}
+    unrolled = False  # whether a loop over tokens is in the traces
     if tables:
         parts = folded(first), folded(second)
         tables = forms(parts[0]) == forms(parts[1])
+        unrolled = not tables
         if tables:
             first, second = parts
         else:
@@ -138,7 +140,7 @@ def trace_program(module: nn.Module, call: LogitsOf, lengths: tuple[int, int], v
     logits = ops[outputs[len(mutated)]]
     ids = next(op for op in ops.values() if op.target == "ids")
     try:
-        live = _live(logits, distributed(logits, ids) if stands else ops.values())
+        live = _live(logits, distributed(logits, ids) if unrolled else ops.values())
     except ObstacleError as obstacle:
         raise NoCacheError(name_of(module), [obstacle.cause]) from obstacle
     # A buffer that no logits read, such as a count of calls, is no state.

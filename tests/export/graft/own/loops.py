@@ -73,6 +73,21 @@ class Cells(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
+class TokenByToken(nn.Module):
+    """A layer of torch's that is called for each token, from None."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(WIDTH, WIDTH, num_layers=2)
+
+    def forward(self, x):
+        hidden, outputs = None, []
+        for t in range(x.size(1)):
+            y, hidden = self.gru(x[:, t].unsqueeze(0), hidden)
+            outputs.append(y[0])
+        return torch.stack(outputs, 1)
+
+
 # --- loops ------------------------------------------------------------------------------------------------------------
 class Ema(nn.Module):
     """An average that begins with the first token."""
@@ -230,6 +245,7 @@ DECODERS = {
     "rnn_without_bias": lm(lambda: Layer(nn.RNN, nonlinearity="relu", bias=False, batch_first=True)),
     "gru_last_state": Own(LastState, graph="either", layers=0),
     "cells_in_the_loop": lm(Cells),
+    "token_by_token": lm(TokenByToken),
     "moving_average": lm(Ema, Ema),
     "min_gru": lm(MinGru),
     "delta_rule": lm(Delta, Delta),
