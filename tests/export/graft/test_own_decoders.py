@@ -20,7 +20,7 @@ from .plain import steps
 IN_CI = ("filled_in_place", "short_conv", "relative_buckets", "latent_filled", "experts_hit", "transformer_encoder")
 QUICK = (
     "tril_buffer", "context_300", "positions_of_the_batch", "alibi_to_sdpa", "log_probabilities", "sdpa_grouped",
-    "shifted_keys", "latent_absorbed",
+    "shifted_keys", "latent_absorbed", "gru_layers", "moving_average", "summed_attention",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     assert taken.call
     assert (len(observation.layers), {kept.rows for kept in observation.rows}) == (own.layers, {own.rows} - {0})
     assert own.graph in (choose_graph("auto", "cpu", observation).graph, "either")
-    assert own.geometry in (observation.geometry[0], None)
+    assert own.geometry in (*observation.geometry[:1], None)
 
     module = own.make().float()  # which no export has seen
     ids = torch.randint(own.vocab, (2, min(own.context, 23)), generator=torch.Generator().manual_seed(1))
@@ -63,7 +63,7 @@ def test_the_exported_graph_computes_what_the_author_computes(name, precision, t
     assert manifest.parity["fp32"]["reference"] == "source"
     assert own.graph in (manifest.graph, "either")
     if manifest.graph == "fused":
-        assert manifest.operators["GroupQueryAttention"] == own.layers
+        assert manifest.operators.get("GroupQueryAttention", 0) == own.layers
         assert "Softmax" not in manifest.operators or "expert" in name
 
     module = own.make().float()

@@ -82,14 +82,15 @@ def find_loops(
         if place < len(other) and place + shift < len(one) and other[place] == one[place + shift]:
             place += 1
             continue
-        end = place + shift
-        period = next((p for p in range(1, (len(one) - end) // more + 1) if _ends(one, end, p, more, other[place:])), 0)
+        end, after = place + shift, other[place:]
+        period = next((p for p in range(1, (len(one) - end) // more + 1) if _ends(one, end, p, more, after)), 0)
         if not period:
             return None
         start = end
         while start > at and one[start - 1] == one[start - 1 + period]:
             start -= 1
-        turned = (_turned(first, one, at, end, period, lengths[1], tokens, other[place:]) for at in range(start, end))
+        starts = range(start, start + period)
+        turned = (_turned(first, one, begin, end, period, lengths[1], tokens, after) for begin in starts)
         fitting = [loop for loop in turned if loop is not None]
         loop = max(fitting, key=lambda loop: (loop.end, -loop.start), default=None)  # the most of the last body
         if loop is None:
@@ -106,9 +107,12 @@ def find_loops(
 
 def _ends(keys: Sequence[Any], end: int, period: int, more: int, after: Sequence[Any]) -> bool:
     """Whether `more` bodies of this period follow, and then what follows the loop in the shorter trace."""
-    body, behind = keys[end : end + period], end + more * period
+    behind = end + more * period
+    if period > end or keys[end - period] != keys[end] or keys[behind : behind + 1] != [*after[:1]]:
+        return False
+    body = keys[end : end + period]
     bodies = [keys[end + i * period : end + (i + 1) * period] for i in range(-1, more)]
-    return all(other == body for other in bodies) and keys[behind : behind + 1] == [*after[:1]]
+    return all(other == body for other in bodies)
 
 
 def _turned(
