@@ -140,6 +140,8 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
             break
         if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
             continue  # targets add the logits of every position, but repair no breach
+        if "ids[0]" in expression and any(_looks_ahead_alone(probed) for probed in breached):
+            continue  # it takes rows, and what it computes along other axes of one row is another model
         try:
             found = _probe(module, expression, context_length)
         except Exception as error:  # a user's module may raise anything
@@ -209,6 +211,11 @@ def _mended(module: nn.Module, expressions: Sequence[str], context_length: int) 
 
 def _kinds(probed: Probed) -> set[Kind]:
     return {cause.kind for cause in probed.breaches}
+
+
+def _looks_ahead_alone(probed: Probed) -> bool:
+    """Whether it takes several rows, and each of them right but for later tokens."""
+    return probed.call.order == "btv" and _kinds(probed) == {Kind.LOOK_AHEAD}
 
 
 def _runs(module: nn.Module, expression: str, length: int) -> bool:

@@ -120,7 +120,7 @@ class _Algebra:
         state, query = self._split(read_factors, after)
         if (len(decays), len(updates)) != (1, 1) or len(terms) != 2 + len(deltas) or len(deltas) > 1:
             raise _OtherError
-        if state is None or sign < 0:
+        if state is None or sign < 0 or len({*state}) < len(state) - max(state.count(None) - 1, 0):  # S[d, d]
             raise _OtherError
         labels: dict[int | None, int | None] = dict(zip(state, axes, strict=True))  # of the readout, in the step
         labels[None] = None

@@ -149,7 +149,8 @@ def row_of(traced: Traced) -> tuple[fx.Node, int, int, bool, bool] | None:
     """(source, dim, index, whether the axis is kept, whether it is written) of an operator on one row of an axis."""
     args = traced.args
     if traced.target is aten.select.int:
-        return args[0], _axis(args[0], args[1]), args[2], False, False
+        dim = _axis(args[0], args[1])
+        return args[0], dim, args[2] % args[0].meta["val"].shape[dim], False, False
     if traced.target is aten.slice.Tensor and len(args) == 4 and args[3] == (args[2] or 0) + 1:
         return args[0], _axis(args[0], args[1]), args[2] or 0, True, False
     if traced.target is aten.select_scatter.default:

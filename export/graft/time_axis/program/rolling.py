@@ -17,6 +17,7 @@ from .nodes import Traced
 
 aten = torch.ops.aten
 
+_ADVICE = ": where a value is carried on for two tokens, carry a copy of it, value.clone()"
 _JOINS = (aten.stack.default, aten.cat.default, aten.concat.default, aten.concatenate.default)
 
 
@@ -89,13 +90,19 @@ class Roller:
 
     # --- behind a loop
     def _outside(self, traced: Traced) -> None:
-        if traced.target in _JOINS and any(part in self._places for part in traced.args[0]):
+        found = self._parts(traced)
+        if any(place.token < self._length - 1 for place in found):
             made = dataclasses.replace(traced, target=text_rows, args=self._collected(traced), kwargs={})
         else:
             given = (traced.args, traced.kwargs)
             args, kwargs = fx.node.map_arg(given, lambda node: self._last(traced, node))
             made = dataclasses.replace(traced, args=args, kwargs=kwargs)
         self._made.append(made)
+
+    def _parts(self, traced: Traced) -> list[_Place]:
+        """Where a join has its parts from, as far as they are of loops."""
+        parts = traced.args[0] if traced.target in _JOINS else ()
+        return [self._places[part] for part in parts if part in self._places]
 
     def _last(self, traced: Traced, node: fx.Node) -> fx.Node:
         place = self._places.get(node)
@@ -232,7 +239,7 @@ class Roller:
             if found is None or found.token == its or (found.loop == number and found.token == its - 1):
                 continue
             if found.loop == number or at > self._loops[number].skipped:
-                _refuse(one, "reads what a loop computed for another token than this one and the one before")
+                _refuse(one, f"reads what a loop computed for another token than this one and the one before{_ADVICE}")
         if place is None or other is None:
             same = place is other and (a is b or _equal(self._given.get(a), self._given.get(b)))
         else:

@@ -124,6 +124,11 @@ def probed(module, asked=None):
     return find_call(module, CONTEXT, asked)
 
 
+def test_a_look_ahead_over_rows_is_not_taken_for_one_row_over_other_axes():
+    found = probed(of(lambda m, ids: m.logits(ids) + m.logits(ids).mean(1, keepdim=True)))
+    assert (found.call.expression, {cause.kind for cause in found.breaches}) == ("model(ids)", {Kind.LOOK_AHEAD})
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_the_call_is_found_and_how_the_logits_lie(name):
     called, forward = FOUND[name]
