@@ -61,6 +61,7 @@ from .source.open import open_source
 from .source.source import Opening, Source
 from .store import Store, unbound
 
+_RECURRENT = ("GRU", "LSTM", "RNN", "Scan")  # ONNX's operators, which read float32
 _FP32_FOLDER = ".fp32"  # in a bundle's folder until it is whole: the float32 bundle that others are made from
 
 
@@ -170,6 +171,8 @@ def export_found(
         bundle = writer.proved_on_target(bundle)
         if (cost := scan_cost(bundle)) is not None:
             progress.warn(cost)
+        if config.quantized and (left := [kind for kind in _RECURRENT if bundle.manifest.operators.get(kind)]):
+            progress.say(f"the weights of {' and '.join(left)} stay in float32")
         if config.sensitivity is not None and last.sensitivity is not None:
             write_json(Path(config.sensitivity), last.sensitivity.to_json())
     return Report(

@@ -184,7 +184,6 @@ class Recurrent(Products):
         sizes = {label: size for label, size in zip(rule.state, state, strict=True) if label is not None}
         h, d, v = rule.axes
         batch, new = self.ids.shape
-        heads = sizes.get(h, 1) if h is not None else 1
 
         def rows(factors: Factors, *last: int) -> Tensor:
             labels = [*([] if h is None else [h]), *last]
@@ -201,7 +200,6 @@ class Recurrent(Products):
             None if rule.beta is None else rows(rule.beta),
             1.0,
         )
-        assert call.value.shape[2] == heads
         output = self.keep(call)
         tensor = output if h is not None else output.squeeze(2)
         places = [label for label in rule.output if label is not None]
