@@ -128,6 +128,8 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "olmo_hybrid": _LINEAR | {"linear_num_key_heads": 4},
     "qwen3_5_text": _LINEAR | {"rope_parameters": _MROPE},
     "qwen3_next": _EXPERTS | _LINEAR | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
+    "rwkv": {},
+    "xlstm": {},
     "zamba2": {"num_key_value_heads": 4, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]}
     | {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 2, "n_mamba_heads": 8}
     | {"chunk_size": 32, "num_mem_blocks": 1, "use_shared_mlp_adapter": True, "adapter_rank": 8, "use_mem_rope": True}
@@ -161,10 +163,6 @@ IN_CI = (
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
-    "recurrent_gemma": (
-        {"lru_width": 64, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
-        "recurrence",
-    ),
 }
 _INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 # What the configurations of other types need to be small.
@@ -181,6 +179,7 @@ _ALIKE_OTHERS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
 )
 OTHERS: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE_OTHERS for family in families} | {
     "apertus1p5_text": {},
+    "recurrent_gemma": {"lru_width": 64, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
     "aria_text": _EXPERTS | {"moe_num_experts": 4, "moe_topk": 2},
     "beam": _EXPERTS | _KINDS | {"n_group": 1, "topk_group": 1},
     "blt": {
@@ -231,7 +230,7 @@ FROM_TRANSFORMERS_5: dict[str, str] = {
         (_UNTRIED, (
             "modernbert-decoder", "lfm2_moe", "granitemoehybrid", "gpt_neox_japanese", "gpt-sw3", "gemma3n_text",
         )),
-        (_NO_KERNEL, (*HYBRIDS, "recurrent_gemma")),
+        (_NO_KERNEL, tuple(HYBRIDS)),
         (_BY_HAND, (
             "codegen", "ctrl", "diffllama", "gptj", "jetmoe", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm",
         )),
