@@ -129,7 +129,6 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _LINEAR | {"rope_parameters": _MROPE},
     "qwen3_next": _EXPERTS | _LINEAR | {"shared_expert_intermediate_size": 48, "decoder_sparse_step": 1},
     "rwkv": {},
-    "xlstm": {},
     "zamba2": {"num_key_value_heads": 4, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]}
     | {"mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_ngroups": 2, "n_mamba_heads": 8}
     | {"chunk_size": 32, "num_mem_blocks": 1, "use_shared_mlp_adapter": True, "adapter_rank": 8, "use_mem_rope": True}
