@@ -52,9 +52,6 @@ def distributed(logits: Op, ids: Op) -> list[Op]:
         op.args, op.kwargs = map_args((op.args, op.kwargs), read)
         if op.back is not None and not within:
             op.args, op.back = (replaced.get(op.back, op.back),), None
-        if op.back is None and op.name == "token_before" and not op.args:
-            what = "is a loop over tokens whose first tokens are computed in another way than the others"
-            raise ObstacleError(Cause(Kind.RECURRENCE, what, op.where, op.owner))
     for run, body in zip(runs, bodies, strict=True):
         within = group[body[0]]
         run.args = ([ids, *dict.fromkeys(i for op in body for i in op.inputs if i not in within)],)
