@@ -19,9 +19,9 @@ from torch import Tensor
 from pastkey.files.reading import parse_json
 from pastkey.values import is_int, is_number
 
+from .computed import Computed
 from .file import FLOATS, QuantizedFile
 
-_AT_ONCE = 256  # rows
 _LONGEST_STATE, _MOST = 10_000, 1 << 48  # bytes; numbers in it
 _STATE = "quant_state.bitsandbytes__"
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -29,27 +29,15 @@ _MXFP4 = torch.cat([_FP4, -_FP4])
 
 
 @dataclass(frozen=True, eq=False)
-class Dequantized:
-    """A `Stored` of `graph/stored.py`: its content is computed each time that it is read."""
+class Dequantized(Computed):
+    """A tensor of numbers that are no blocks of integers."""
 
     form: str  # as people call it
     shape: tuple[int, ...]
-    part: Callable[[int, int], Tensor]  # float32, from an index of the first axis to before the second
-    at_once: int = _AT_ONCE  # of the first axis
+    read_part: Callable[[int, int], Tensor]
 
-    def read_into(self, out: Tensor) -> None:
-        for start in range(0, self.shape[0], self.at_once):
-            stop = min(start + self.at_once, self.shape[0])
-            out[start:stop] = self.part(start, stop)
-
-    def mapped(self, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002  # of the protocol
-        return None
-
-    def elements(self, places: Tensor) -> Tensor:
-        width = math.prod(self.shape[1:])
-        some, index = torch.unique(places // width, return_inverse=True)
-        read = torch.cat([self.part(i, i + 1).reshape(1, -1) for i in some.tolist()])
-        return read[index, places % width]
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.read_part(start, stop)
 
 
 def float8(file: QuantizedFile, *, block: tuple[int, ...]) -> Iterator[tuple[str, Dequantized]]:
@@ -95,7 +83,7 @@ def _mxfp4(file: QuantizedFile, name: str) -> Dequantized:
         codes, powers = file.read(blocks)[start:stop], file.read(scales)[start:stop, ..., None].int() - 127
         return torch.ldexp(_of(_MXFP4, codes & 15, codes >> 4), powers).flatten(2).transpose(1, 2)
 
-    return Dequantized("MXFP4", (experts, groups * 32, rows), part, at_once=1)
+    return Dequantized("MXFP4", (experts, groups * 32, rows), part)
 
 
 def bitsandbytes(file: QuantizedFile) -> Iterator[tuple[str, Dequantized]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ...graph.blocks import Blocks, Numbers, packed
+from .computed import Computed
 
 _BLOCKS = (32, 16)
-_AT_ONCE = 1 << 20  # elements that are dequantized at a time, so that they stay in the processor's caches
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix:
+class PackedMatrix(Computed):
     """weight[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] in float32, where g is the group of channel k.
 
-    It is a `FileMatrix`, and a `Stored` of `graph/stored.py`: its content is dequantized each time that it is read.
+    It is a `FileMatrix`.
 
     Attributes:
         form: For people: "GPTQ, 4 bits, groups of 128".
@@ -49,8 +49,7 @@ class PackedMatrix:
     def weights(self, rows: np.ndarray) -> np.ndarray:
         """Returns weights (n, K) float32, channels in the module's order."""
         first = int(rows.min())
-        [found] = self._dequantized([(first, int(rows.max()) + 1)])
-        some: np.ndarray = found.numpy()[rows - first]
+        some: np.ndarray = self.part(first, int(rows.max()) + 1).numpy()[rows - first]
         return some
 
     def blocks(self, rows: np.ndarray) -> Blocks | None:
@@ -85,43 +84,22 @@ class PackedMatrix:
         zeros, offsets = (None if read is None else read().numpy() for read in (self.read_zeros, self.read_offsets))
         return narrow if np.array_equal(narrow, scales) else scales, zeros, offsets
 
-    # --- Stored ---------------------------------------------------------------------------------------------------
-    def read_into(self, out: Tensor) -> None:
-        rows, channels = self.shape
-        step = max(8, _AT_ONCE // channels // 8 * 8)
-        starts = range(0, rows, step)
-        for start, part in zip(starts, self._dequantized([(i, min(i + step, rows)) for i in starts]), strict=True):
-            out[start : start + step] = part
-
-    def mapped(self, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002  # of the protocol
-        return None
-
-    def elements(self, places: Tensor) -> Tensor:
-        rows, index = torch.unique(places // self.shape[1], return_inverse=True)
-        read = torch.cat([*self._dequantized([(row, row + 1) for row in rows.tolist()])])
-        return read[index, places % self.shape[1]]
-
-    def _dequantized(self, parts: list[tuple[int, int]]) -> Iterator[Tensor]:
-        """Yields (n, K) float32 of each part: its first row, and the row after its last."""
-        scales = self.read_scales()
-        if self.read_offsets is not None:
-            middle = self.read_offsets()
-        elif self.read_zeros is not None:
-            middle = self.read_zeros().float()
+    # --- Computed -------------------------------------------------------------------------------------------------
+    def part(self, start: int, stop: int) -> Tensor:
+        scales, zeros, offsets = (None if t is None else torch.from_numpy(t[start:stop]).float() for t in self._numbers)
+        assert scales is not None
+        shift = offsets if offsets is not None else zeros
+        shift = torch.full_like(scales, 1 << self.bits - 1) if shift is None else shift
+        values = self._codes(start, stop).float()
+        if self.order is None:
+            values = values.view(*scales.shape, self.group_size)
+            scales, shift = scales[..., None], shift[..., None]
         else:
-            middle = torch.full_like(scales, 1 << self.bits - 1)
-        group = torch.arange(scales.shape[1]).repeat_interleave(self.group_size)
-        if self.order is not None:
-            group[torch.from_numpy(self.order)] = group.clone()
-        for start, stop in parts:
-            values, (scale, shift) = self._codes(start, stop).float(), (t[start:stop] for t in (scales, middle))
-            if self.order is None:
-                values = values.view(*scale.shape, self.group_size)
-                scale, shift = scale[..., None], shift[..., None]
-            else:
-                scale, shift = (t.gather(1, group.expand(stop - start, -1)) for t in (scale, shift))
-            values = values.mul_(scale).sub_(shift) if self.read_offsets is not None else values.sub_(shift).mul_(scale)
-            yield values.view(stop - start, -1)
+            group = torch.empty(self.shape[1], dtype=torch.long)
+            group[torch.from_numpy(self.order)] = torch.arange(self.shape[1]) // self.group_size
+            scales, shift = (t.gather(1, group.expand(stop - start, -1)) for t in (scales, shift))
+        values = values.mul_(scales).sub_(shift) if offsets is not None else values.sub_(shift).mul_(scales)
+        return values.view(stop - start, -1)
 
     def _codes(self, start: int, stop: int) -> Tensor:
         first = start // 8 * 8
