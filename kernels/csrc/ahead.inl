@@ -1,13 +1,15 @@
 // Included by the files of AVX2, AVX512 and NEON in an unnamed namespace.
 
-constexpr size_t kAhead = 8192;  // bytes between the rows that are read and the weights that are fetched
-
-// Into the L2 cache: a core can have only a few lines on their way to the L1.
+// kAhead: bytes between the rows that are read and the weights that are fetched. On x86 a short way and into the L1
+// cache reads up to 1.6 times as fast as far and into the L2, which ARM has, where nothing was timed.
 #if defined(__x86_64__) || defined(_M_X64)
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+constexpr size_t kAhead = 2048;
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 #elif defined(_MSC_VER) && !defined(__clang__)
+constexpr size_t kAhead = 8192;
 inline void prefetch(const uint8_t* p) { __prefetch(p); }
 #else
+constexpr size_t kAhead = 8192;
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 

@@ -1,4 +1,4 @@
-// AVX512 with VNNI. One or two rows of X take W by four rows at a time, each register with two blocks of a row, or four
+// AVX512 with VNNI. Up to four rows of X take W by four rows at a time, each register with two blocks of a row, or four
 // of 4 bits. More rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
 // weights of each row.
 #include <immintrin.h>
@@ -15,7 +15,7 @@ namespace {
 #include "transpose16.inl"
 
 constexpr size_t kChunk = 4;   // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kByRows = 2;  // rows of X that are multiplied without a panel
+constexpr size_t kByRows = 4;  // rows of X that are multiplied without a panel: its 16 rows are slow to read
 
 #include "ahead.inl"
 
@@ -295,7 +295,8 @@ void by_rows(const Weights& w, const Rounded& x, size_t rows, size_t terms, size
       float sums[M][4];
       multiply_rows<bits, form, M>(w, x, i, first + j, there, sums);
       for (size_t m = 0; m < M; m += terms)
-        finish(w, first + j, there, sums[m], terms == 2 ? sums[M - 1] : nullptr, y + (i + m) / terms * stride + j);
+        finish(w, first + j, there, sums[m], terms == 2 ? sums[(m + 1) % M] : nullptr,
+               y + (i + m) / terms * stride + j);
     }
   }
 }
@@ -445,10 +446,12 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
   if (rows * terms > kByRows)
     for (; j + 16 <= count; j += 16) by_panel<bits, form>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
-  if (rows * terms % 2)
-    by_rows<bits, form, 1>(w, x, rows, terms, first + j, count - j, y + j, stride);
-  else
-    by_rows<bits, form, 2>(w, x, rows, terms, first + j, count - j, y + j, stride);
+  const size_t all = rows * terms;
+  const auto by = all % 4 == 0 ? by_rows<bits, form, 4>
+                  : all == 3   ? by_rows<bits, form, 3>
+                  : all % 2    ? by_rows<bits, form, 1>
+                               : by_rows<bits, form, 2>;
+  by(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
 
 }  // namespace
