@@ -20,7 +20,7 @@ namespace {
 constexpr size_t kFewTasks = 64;                   // fewer are divided into parts
 constexpr size_t kMostScratch = size_t{32} << 20;  // bytes of divided tasks' sums
 constexpr size_t kWriteTokens = 16;                // new tokens a task writes
-constexpr size_t kFewRows = 8;                     // more read a copy of a part
+constexpr size_t kFewRows = 16;                    // more read a copy of a part
 constexpr int64_t kMostHeads = 1 << 16;
 
 size_t row_bytes(CacheType type, size_t head_size) {
