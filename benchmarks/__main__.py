@@ -99,6 +99,7 @@ KINDS: dict[str, dict[str, Any]] = {
 MEANINGS = {
     "charts": "folder for the charts",
     "clients": "clients at the same time",
+    "contexts": "tokens in the cache",
     "count": "texts to generate",
     "draft": "bundle of the draft model",
     "full": "more engines, and 24 windows of the text",

@@ -33,6 +33,7 @@ from .peers.workers.protocol import peak_rss_bytes
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "benchmarks" / ".work"
 MIB = 2**20
+NOT_TOLD = "not told"  # the figure of an engine that does not tell what it is of
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 
 TextFile = Path  # of a flag: UTF-8, and there

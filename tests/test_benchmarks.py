@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from benchmarks.__main__ import QUESTIONS, main, quoted, write_page
-from benchmarks.measure import ROOT, BenchmarkError, Spread, interleaved, paired
+from benchmarks.measure import NOT_TOLD, ROOT, BenchmarkError, Spread, interleaved, paired
 from benchmarks.peers import side_by_side
-from benchmarks.peers.convert import of_bundle
-from benchmarks.peers.engines import ENGINES, STREAM_ENGINES, Prepared, Worker
+from benchmarks.peers.convert import Source, of_bundle, with_context
+from benchmarks.peers.engines import ENGINES, STREAM_ENGINES, Engine, Prepared, Worker
 from benchmarks.serve import Reply, Served, percentile
 from benchmarks.store import Store, digest_of_files
 from benchmarks.texts import open_text
@@ -147,6 +147,22 @@ def test_an_answer_counts_up_to_its_end_token():
     answers, expected = [[5, 2, 8, 8], [5, 6, 7, 8]], [[5, 2, 9, 9], [5, 6, 1, 1]]
     cells = side_by_side.summary([window, window | {"kl_divergence": 0.1}], answers, expected, ends=[2])
     assert cells == ["0.3000", "90.0%", "7.00", "50% (67%)"]
+    assert side_by_side.summary([], answers, expected, ends=[2]) == [*[NOT_TOLD] * 3, "50% (67%)"]
+
+
+def test_an_engine_without_drafts_is_not_compared_with_one_that_has_them():
+    engines = [
+        Engine("ours", "ours", "pastkey-int8", drafts=True),
+        Engine("steps", "steps", "pastkey-int8"),
+        Engine("peer", "peer", "genai-int8", rival=True),
+        Engine("lookup", "lookup", "openvino-int8", rival=True, drafts=True),
+    ]
+    prepared = [Prepared(one, Path(), Path(), 1, {}, "") for one in engines]
+    speed = {"ours": 6.0, "steps": 3.0, "peer": 2.0, "lookup": 4.0}
+    rounds = [{name: {"prefill": 1.0, "decode": decode} for name, decode in speed.items()}]
+    (table,) = side_by_side.ratios(prepared, {side_by_side.Shape(5, 1): rounds})
+    assert [row[2].split()[0] for row in table.rows] == ["1.50", "1.50", "1.00", "1.00"]
+    assert not [*side_by_side.ratios(prepared[:2], {})]
 
 
 def test_a_request_is_whole_rejected_or_lost():
@@ -177,6 +193,27 @@ def test_a_step_is_done_again_for_another_key_and_for_a_lost_product(tmp_path):
     product.touch()
     assert store.once("b", step, key=1, product=product) == 3
     assert digest_of_files(product) != digest_of_files(tmp_path / "work")
+
+
+def test_a_gguf_is_said_to_have_a_longer_context_and_its_source_stays(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(1000)
+    writer.add_tensor("x", np.ones((2, 2), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    source, store = Source(file, digest_of_files(file), "a"), Store(tmp_path / "work")
+    assert with_context(source, 1000, store) is source
+    longer = with_context(source, 1001, store)
+    read = {one: gguf.GGUFReader(one.path).fields["llama.context_length"].contents() for one in (source, longer)}
+    assert list(read.values()) == [1000, 1024]
+    assert (longer.name, longer.content != source.content) == ("a with a context of 1024", True)
 
 
 @pytest.mark.parametrize("engine", [*ENGINES[:2], *STREAM_ENGINES[:2]], ids=lambda engine: engine.name)

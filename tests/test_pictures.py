@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks.__main__ import main
-from benchmarks.measure import ROOT
+from benchmarks.measure import NOT_TOLD, ROOT
 from benchmarks.pictures import bars, charts, scores, terminal
 from benchmarks.pictures.render import of_readme
 from pastkey.export.quantize.ranking.sensitivity import MatrixCost, Sensitivity
@@ -26,11 +26,15 @@ def test_the_picture_of_the_readme_shows_the_figures_of_the_results():
 
 def test_a_bar_is_as_long_as_its_figure_says():
     head = ["engine", *bars.PANELS]
-    figures = [["pastkey int8", "200.0", "0.002", "100"], ["other & more", "50.0", "0.004", "400"]]
+    figures = [
+        ["pastkey int8", "200.0", "0.002", "100"],
+        ["other & more", "50.0", "0.004", "400"],
+        ["quiet", "25.0", NOT_TOLD, "400"],
+    ]
     drawn = bars.draw([dict(zip(head, row, strict=True)) for row in figures])
     rectangles = ElementTree.fromstring(drawn).iter(f"{SVG}rect")
     lengths = [float(one.get("width", "")) for one in rectangles if one.get("height") == "18"]
-    assert lengths == [bars.BAR, bars.BAR / 4, bars.BAR / 2, bars.BAR, bars.BAR / 4, bars.BAR]
+    assert [length / bars.BAR for length in lengths] == [1, 0.25, 0.125, 0.5, 1, 1 / bars.BAR, 0.25, 1, 1]
 
 
 def test_the_picture_of_the_time_axis_is_the_one_that_is_drawn():

@@ -55,6 +55,13 @@ ENVIRONMENTS = {
         ("optimum-onnx", "optimum", "transformers", "onnxruntime", "torch"),
     ),
     "transformers": Environment(("transformers", "torch"), ("transformers", "torch")),
+    # optimum-intel, which exports, wants an older transformers than the checkout's.
+    "openvino": Environment(
+        ("openvino-genai", "optimum-intel[openvino]"),
+        ("openvino-genai", "openvino", "optimum-intel", "nncf", "transformers", "torch"),
+    ),
+    # It reads what llama.cpp quantized.
+    "mistralrs": Environment(("mistralrs",), ("mistralrs",)),
 }
 
 
@@ -110,16 +117,35 @@ def open_source(model: Path | None) -> Source:
     return Source(model.resolve(), digest_of_files(model), model.resolve().name)
 
 
+def with_context(source: Source, length: int, store: Store) -> Source:
+    """The same weights, in whose GGUF the context is said to have `length` tokens unless it has as many."""
+    if source.path.is_dir():
+        return source
+    from gguf import GGUFReader
+
+    out = store.models / "source.gguf"
+    shutil.copy(source.path, out)
+    reader = GGUFReader(out, "r+")
+    architecture = reader.fields["general.architecture"].contents()
+    field = reader.fields[f"{architecture}.context_length"]
+    known = field.parts[field.data[0]]
+    if known[0] >= length:
+        return source
+    known[0] = 1 << (length - 1).bit_length()
+    return Source(out, digest_of_files(out), f"{source.name} with a context of {known[0]}")
+
+
 def prepare(engine: Engine, source: Source, store: Store) -> Prepared:
     """Installs the engine and converts the weights for it, each unless done. Raises BenchmarkError with the reason."""
     files = FILES[engine.files]
     if files.runtime == "pastkey" and files.precision not in PRECISIONS:
         raise BenchmarkError(f"this pastkey does not export {files.precision}")
-    if files.runtime == "llama" and source.path.is_dir():
+    gguf = files.runtime in ("llama", "mistralrs")
+    if gguf and source.path.is_dir():
         raise BenchmarkError("llama-cpp-python brings no converter from a Hugging Face folder: give the model as GGUF")
     python = python_of(files.runtime)
     versions = versions_of(files.runtime, python)
-    out = store.models / (engine.files + (".gguf" if files.runtime == "llama" else ""))
+    out = store.models / (engine.files + (".gguf" if gguf else ""))
 
     def make() -> int:
         say(f"convert the weights to {engine.files}")
@@ -181,8 +207,8 @@ def _convert(files: Files, source: Source, python: Path, out: Path, store: Store
     match files.runtime:
         case "pastkey":
             run([python, "-m", "pastkey", "export", source.path, "--out", out, "--precision", files.precision], log)
-        case "llama":
-            run([python, WORKERS / "llama_convert.py", source.path, out, files.precision], log)
+        case "llama" | "mistralrs":
+            run([python_of("llama"), WORKERS / "llama_convert.py", source.path, out, files.precision], log)
         case "genai":
             folder, cache = _huggingface(source, store), store.models / "genai-cache"
             builder: list[str | Path] = [
@@ -202,6 +228,10 @@ def _convert(files: Files, source: Source, python: Path, out: Path, store: Store
             folder = _huggingface(source, store)
             kernels = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text() else "avx2"
             run([python, WORKERS / "optimum_convert.py", folder, out, files.precision, kernels], log)
+        case "openvino":
+            folder, export = _huggingface(source, store), [python.with_name("optimum-cli"), "export", "openvino"]
+            task = ["--task", "text-generation-with-past", "--weight-format", files.precision]
+            run([*export, "--model", folder, *task, out], log)
         case "transformers":
             shutil.copytree(_huggingface(source, store), out)
 

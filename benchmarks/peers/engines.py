@@ -35,6 +35,8 @@ FILES = {
     "llama-q4_k_m": Files("llama", "Q4_K_M", "llama_model_quantize to Q4_K_M"),
     "optimum-fp32": Files("optimum", "fp32", "ORTModelForCausalLM with export=True"),
     "optimum-int8": Files("optimum", "int8", "ORTQuantizer, dynamic, per channel, avx512_vnni or else avx2"),
+    "openvino-int8": Files("openvino", "int8", "optimum-cli export openvino --weight-format int8"),
+    "mistralrs-q8_0": Files("mistralrs", "Q8_0", "llama_model_quantize to Q8_0"),
     "transformers-fp32": Files("transformers", "fp32", "torch, attn_implementation='eager'"),
 }
 
@@ -48,7 +50,9 @@ class Engine(NamedTuple):
     way: str = "tokens"  # of its worker: a key of what the worker serves
     how: str = ""  # how it serves, for a reader
     full: bool = False  # measured with --full only
-    rival: bool = False  # an int8 peer that answers as the model does: every engine is compared with the fastest
+    rival: bool = False  # an int8 peer that answers as the model does: engines are compared with the fastest
+    drafts: bool = False  # looks ahead by prompt lookup: engines that do not are not compared with it
+    tells_logits: bool = True  # of each position of a prompt: its error can be measured
 
     @property
     def runtime(self) -> str:
@@ -60,14 +64,33 @@ REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
 WITHOUT = "generate(prompt_lookup=False)"
 ORT = f"load(native=False), {WITHOUT}"
+OPENVINO = "INFERENCE_NUM_THREADS=--threads"
 ENGINES = (
-    Engine("pastkey-int8", "pastkey int8", "pastkey-int8"),
+    Engine("pastkey-int8", "pastkey int8", "pastkey-int8", drafts=True),
     Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", WITHOUT),
     Engine("pastkey-int8-ort", "pastkey int8, onnxruntime's kernels", "pastkey-int8", "ort", ORT),
     REFERENCE,
     Engine("genai-int8", "onnxruntime-genai int8", "genai-int8", rival=True),
     Engine("llama-q8_0", "llama.cpp Q8_0", "llama-q8_0", rival=True),
-    Engine("pastkey-int4", "pastkey int4", "pastkey-int4", full=True),
+    Engine("openvino-int8", "openvino-genai int8", "openvino-int8", how=OPENVINO, rival=True),
+    Engine(
+        "openvino-int8-lookup",
+        "openvino-genai int8, prompt lookup",
+        "openvino-int8",
+        "lookup",
+        f"{OPENVINO}, prompt_lookup=True",
+        rival=True,
+        drafts=True,
+    ),
+    Engine(
+        "mistralrs-q8_0",
+        "mistral.rs Q8_0",
+        "mistralrs-q8_0",
+        how="RAYON_NUM_THREADS and CANDLE_NUM_THREADS=--threads",
+        rival=True,
+        tells_logits=False,
+    ),
+    Engine("pastkey-int4", "pastkey int4", "pastkey-int4", full=True, drafts=True),
     Engine("pastkey-int4-steps", "pastkey int4, without prompt lookup", "pastkey-int4", "steps", WITHOUT, full=True),
     Engine("pastkey-int4-ort", "pastkey int4, onnxruntime's kernels", "pastkey-int4", "ort", ORT, full=True),
     Engine("genai-int4", "onnxruntime-genai int4", "genai-int4", full=True),

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
+from benchmarks.measure import NOT_TOLD
+
 # Column of the table -> heading of its bars, and which way is better.
 PANELS = {
     "decode 512 (tok/s)": ("decode, tokens per second", "longer is better"),
@@ -35,11 +37,12 @@ def draw(rows: Sequence[Mapping[str, str]]) -> str:
         weight = ' font-weight="bold"' if number == 0 else ""
         parts.append(f'<text x="14" y="{middle(number)}" fill="#212121"{weight}>{escape(row["engine"])}</text>')
     for panel, (column, (title, better)) in enumerate(PANELS.items()):
-        x, largest = NAMES + PANEL * panel, max(float(row[column]) for row in rows)
+        figures = [0.0 if row[column] == NOT_TOLD else float(row[column]) for row in rows]
+        x, largest = NAMES + PANEL * panel, max(figures)
         parts.append(f'<text x="{x}" y="24" fill="#212121" font-size="12" font-weight="bold">{escape(title)}</text>')
         parts.append(f'<text x="{x}" y="42" fill="#757575" font-size="11">{better}</text>')
         for number, row in enumerate(rows):
-            length = BAR * float(row[column]) / largest
+            length = BAR * figures[number] / largest
             color = OURS if row["engine"].startswith("pastkey") else OTHERS
             y = middle(number)
             parts.append(f'<rect x="{x}" y="{y - 13}" width="{max(length, 1):.1f}" height="18" fill="{color}"/>')

@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.measure import Spread, rows_of
+from benchmarks.measure import NOT_TOLD, Spread, rows_of
 
 COLORS = {
     "pastkey": "#08519c",
     "onnxruntime-genai": "#d95f0e",
     "llama": "#31a354",
+    "openvino": "#c51b8a",
+    "mistral": "#8c6d31",
     "optimum": "#756bb1",
     "transformers": "#636363",
 }
@@ -26,8 +28,9 @@ MARKERS, LINES = "osD^v", ("-", "--", ":")  # the engines of one program, in tur
 
 def draw_results(page: str, file: Path) -> None:
     """Decode speed over the fastest int8 peer's, against KL divergence on a logarithmic axis; an area is a size."""
-    rows, ratios = rows_of(page, "engine"), {row["engine"]: row for row in rows_of(page, "engine", 1)}
-    found = {row["engine"]: float(row["KL divergence (nats)"]) for row in rows}
+    error, ratios = "KL divergence (nats)", {row["engine"]: row for row in rows_of(page, "engine", 1)}
+    rows = [row for row in rows_of(page, "engine") if row[error] != NOT_TOLD]
+    found = {row["engine"]: float(row[error]) for row in rows}
     exact = min((kl for kl in found.values() if kl), default=1e-2) / 10  # a logarithm has no place for 0
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
