@@ -64,7 +64,7 @@ REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
 WITHOUT = "generate(prompt_lookup=False)"
 ORT = f"load(native=False), {WITHOUT}"
-OPENVINO = "INFERENCE_NUM_THREADS=--threads"
+OPENVINO = "INFERENCE_NUM_THREADS=--threads, KV_CACHE_PRECISION=f16, max_num_batched_tokens=4096"
 ENGINES = (
     Engine("pastkey-int8", "pastkey int8", "pastkey-int8", drafts=True),
     Engine("pastkey-int8-steps", STEPS, "pastkey-int8", "steps", WITHOUT),
