@@ -214,7 +214,7 @@ def test_every_package_is_listed_and_typed():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_280, "train": 3_440, "export": 19_110, "runtime": 10_290, "serve": 1_670, "see": 620,
-    "web": 130, "tests": 33_960, "tools": 1_580,
+    "web": 130, "tests": 33_990, "tools": 1_580,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

@@ -209,11 +209,11 @@ def test_a_gguf_is_said_to_have_a_longer_context_and_its_source_stays(tmp_path):
     ):
         write()
     source, store = Source(file, digest_of_files(file), "a"), Store(tmp_path / "work")
-    assert with_context(source, 1000, store) is source
-    longer = with_context(source, 1001, store)
+    assert with_context(source, 1000, store) == (source, store)
+    longer, _ = with_context(source, 1001, store)
     read = {one: gguf.GGUFReader(one.path).fields["llama.context_length"].contents() for one in (source, longer)}
     assert list(read.values()) == [1000, 1024]
-    assert (longer.name, longer.content != source.content) == ("a with a context of 1024", True)
+    assert (longer.name, longer.content != source.content) == ("a, said to have a context of 1024", True)
 
 
 @pytest.mark.parametrize("engine", [*ENGINES[:2], *STREAM_ENGINES[:2]], ids=lambda engine: engine.name)

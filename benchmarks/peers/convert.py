@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.environments import ROOT, environment, smollm2
 from benchmarks.measure import BenchmarkError, facts_of, own_version
@@ -117,22 +117,27 @@ def open_source(model: Path | None) -> Source:
     return Source(model.resolve(), digest_of_files(model), model.resolve().name)
 
 
-def with_context(source: Source, length: int, store: Store) -> Source:
-    """The same weights, in whose GGUF the context is said to have `length` tokens unless it has as many."""
+def with_context(source: Source, length: int, store: Store) -> tuple[Source, Store]:
+    """The source if it is a folder or has a context of `length` tokens, or a copy said to have it; and its store."""
     if source.path.is_dir():
-        return source
+        return source, store
     from gguf import GGUFReader
 
-    out = store.models / "source.gguf"
+    def context(file: Path, mode: Literal["r", "r+"]) -> Any:
+        """Its place in the mapped file."""
+        fields = GGUFReader(file, mode).fields
+        field = fields[f"{fields['general.architecture'].contents()}.context_length"]
+        return field.parts[field.data[0]]
+
+    if context(source.path, "r")[0] >= length:
+        return source, store
+    longer, said = Store(store.folder / "contexts"), 1 << (length - 1).bit_length()
+    out = longer.models / "source.gguf"
     shutil.copy(source.path, out)
-    reader = GGUFReader(out, "r+")
-    architecture = reader.fields["general.architecture"].contents()
-    field = reader.fields[f"{architecture}.context_length"]
-    known = field.parts[field.data[0]]
-    if known[0] >= length:
-        return source
-    known[0] = 1 << (length - 1).bit_length()
-    return Source(out, digest_of_files(out), f"{source.name} with a context of {known[0]}")
+    place = context(out, "r+")
+    place[0] = said
+    place.flush()
+    return Source(out, digest_of_files(out), f"{source.name}, said to have a context of {said}"), longer
 
 
 def prepare(engine: Engine, source: Source, store: Store) -> Prepared:

@@ -65,9 +65,10 @@ def peers(
     """
     wanted = [Shape(length, AFTER) for length in sorted(set(contexts))] if contexts else SHAPES
     engines, windows = chosen(ENGINES, only, full, ENGINES[0] if contexts else REFERENCE), 24 if full else 6
-    source, store = open_source(model), Store(work / "contexts" if contexts else work)
+    source, store = open_source(model), Store(work)
     if contexts:
-        engines, source = [one for one in engines if one != REFERENCE], with_context(source, sum(wanted[-1]), store)
+        engines = [one for one in engines if one != REFERENCE]
+        source, store = with_context(source, sum(wanted[-1]), store)
     prepared, skipped = prepare_all(engines, lambda engine: prepare(engine, source, store))
     bundle = open_bundle(prepared[0].model)
     passages = open_text(
@@ -267,7 +268,7 @@ def ratios(ordered: Sequence[Prepared], raced: Mapping[Shape, list[Speeds]]) -> 
         others = [one.name for one in rivals if engine.drafts or not one.drafts]
         if others:
             found = [over_fastest(rounds, engine.name, others, phase) for phase in PHASES for rounds in raced.values()]
-            rows.append([engine.title, *map(str, found)])
+            rows.append([engine.title, *(f"{one}" for one in found)])
     if rows:
         fair = " (an engine without prompt lookup: of those without it)" * any(one.drafts for one in rivals)
         names = ", ".join(one.title for one in rivals)
