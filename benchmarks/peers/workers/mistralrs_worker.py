@@ -45,9 +45,12 @@ class MistralRs:
         return self._next()
 
     def _next(self) -> int:
-        """-1 behind the end: a token that ends inside a character has no chunk."""
-        chunk = next(self._chunks, None)
-        return -1 if chunk is None else int(chunk.choices[0].logprobs.top_logprobs[0].token)
+        """-1 behind the end: a token that ends inside a character has no chunk, and some chunks have no token."""
+        for chunk in self._chunks:
+            told = chunk.choices[0].logprobs
+            if told is not None:
+                return int(told.top_logprobs[0].token)
+        return -1
 
     def logits(self, ids: list[int]) -> Any:
         raise NotImplementedError
