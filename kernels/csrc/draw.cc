@@ -49,7 +49,9 @@ bool before(const Scored& a, const Scored& b) { return a.id < b.id; }
 
 class Choice {
  public:
-  explicit Choice(const PastkeyDraw& draw) : d_(draw), size_(static_cast<size_t>(draw.size)), others_(draw.logits) {}
+  explicit Choice(const PastkeyDraw& draw) : d_(draw), size_(static_cast<size_t>(draw.size)), others_(draw.logits) {
+    touched_.clear();
+  }
 
   int64_t token() {
     if (!touch()) return kUndecided;
@@ -91,11 +93,12 @@ class Choice {
     if (d_.text_size + d_.bias_count == 0) return true;
     copy_.assign(d_.logits, d_.logits + size_);
     others_ = copy_.data();
-    std::vector<int32_t> place(size_, -1);
-    std::vector<double> counts;
+    place_.assign(size_, -1);
+    std::vector<double>& counts = values_;
+    counts.clear();
     auto add = [&](int64_t id) -> int32_t {
       if (id < 0 || id >= d_.size) return -1;
-      int32_t& found = place[static_cast<size_t>(id)];
+      int32_t& found = place_[static_cast<size_t>(id)];
       if (found < 0) {
         found = static_cast<int32_t>(touched_.size());
         touched_.push_back({id, static_cast<double>(d_.logits[id])});
@@ -162,16 +165,19 @@ class Choice {
   // The k largest, and those equal to the k-th. At least k are as large as the k-th largest of the parts' maxima.
   bool keep_top_k() {
     const uint64_t k = static_cast<uint64_t>(d_.top_k);
-    if (k > tops_.size()) return false;
-    std::vector<float> tops(tops_);
-    std::nth_element(tops.begin(), tops.begin() + static_cast<std::ptrdiff_t>(k - 1), tops.end(), std::greater<>());
-    if (!std::isfinite(tops[k - 1])) return false;
-    collect(static_cast<double>(tops[k - 1]));
-    std::vector<double> values;
-    for (const Scored& s : kept_) values.push_back(s.value);
-    if (values.size() < k) return false;
-    const auto kth = values.begin() + static_cast<std::ptrdiff_t>(k - 1);
-    std::nth_element(values.begin(), kth, values.end(), std::greater<>());
+    auto kth = values_.begin();
+    auto find = [&] {
+      if (values_.size() < k) return false;
+      kth = values_.begin() + static_cast<std::ptrdiff_t>(k - 1);
+      std::nth_element(values_.begin(), kth, values_.end(), std::greater<>());
+      return std::isfinite(*kth);
+    };
+    values_.assign(tops_.begin(), tops_.end());
+    if (!find()) return false;
+    collect(*kth);
+    values_.clear();
+    for (const Scored& s : kept_) values_.push_back(s.value);
+    if (!find()) return false;
     keep([&](const Scored& s) { return s.value >= *kth; });
     return true;
   }
@@ -184,17 +190,17 @@ class Choice {
 
   // The fewest largest that together reach p of the total; the first of equal ones first.
   bool keep_top_p(double total) {
-    std::vector<Scored> order(kept_);
-    std::stable_sort(order.begin(), order.end(), [](const Scored& a, const Scored& b) { return a.value > b.value; });
+    std::sort(kept_.begin(), kept_.end(), [](const Scored& a, const Scored& b) {
+      return a.value > b.value || (a.value == b.value && a.id < b.id);
+    });
     const double wanted = d_.top_p * total;
     double reached = 0;
-    for (size_t i = 0; i < order.size(); i++) {
-      reached += std::exp(order[i].value);
+    for (size_t i = 0; i < kept_.size(); i++) {
+      reached += std::exp(kept_[i].value);
       if (std::fabs(reached - wanted) <= kDoubt * total) return false;
       if (reached < wanted) continue;
-      order.resize(i + 1);
-      std::sort(order.begin(), order.end(), before);
-      kept_.swap(order);
+      kept_.resize(i + 1);
+      std::sort(kept_.begin(), kept_.end(), before);
       return true;
     }
     return false;
@@ -247,11 +253,18 @@ class Choice {
   const LogitKernels& kernels_ = level().logits;
   size_t size_;
   const float* others_;  // logits, minus infinity at touched_
-  std::vector<float> copy_, tops_;
-  std::vector<Scored> touched_, kept_;
-  std::vector<double> sums_;
   double largest_ = -kInfinity;
+  // Memory of the next call: behind a run of onnxruntime, malloc takes longer than a greedy choice.
+  static thread_local std::vector<float> copy_, tops_;
+  static thread_local std::vector<int32_t> place_;
+  static thread_local std::vector<Scored> touched_, kept_;
+  static thread_local std::vector<double> sums_, values_;
 };
+
+thread_local std::vector<float> Choice::copy_, Choice::tops_;
+thread_local std::vector<int32_t> Choice::place_;
+thread_local std::vector<Scored> Choice::touched_, Choice::kept_;
+thread_local std::vector<double> Choice::sums_, Choice::values_;
 
 }  // namespace
 }  // namespace pastkey
@@ -264,4 +277,9 @@ PASTKEY_EXPORT int64_t pastkey_kernels_draw(const PastkeyDraw* draw) {
   } catch (...) {  // no memory
     return pastkey::kUndecided;
   }
+}
+
+// Whether none of x [n] is NaN or infinite.
+PASTKEY_EXPORT int pastkey_kernels_finite(const float* x, int64_t n) {
+  return pastkey::level().logits.finite(x, static_cast<size_t>(n));
 }

@@ -12,6 +12,7 @@ struct LogitKernels {
   void (*largest)(const float* x, size_t n, float* largest);
   // For each part, the sum of exp((x - base) * inverse) with a relative error of 1e-12; of arguments up to 1.
   void (*sum)(const float* x, size_t n, double base, double inverse, double* sums);
+  bool (*finite)(const float* x, size_t n);  // whether all are
 };
 
 extern const LogitKernels portable_logits, avx2_logits, avx512_logits;

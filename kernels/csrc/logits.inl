@@ -87,5 +87,14 @@ void sum(const float* x, size_t n, double base, double inverse, double* sums) {
   for (size_t i = 0; i < n; i++) *sums += terms[i];
 }
 
+bool finite(const float* x, size_t n) {
+  int32_t top = 0;
+  for (size_t i = 0; i < n; i++) {
+    const int32_t size = bits_of(x[i]) & 0x7fffffff;
+    top = size > top ? size : top;
+  }
+  return top < 0x7f800000;
+}
+
 }  // namespace
 }  // namespace pastkey

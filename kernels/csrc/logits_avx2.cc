@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const LogitKernels avx2_logits = {largest, sum};
+const LogitKernels avx2_logits = {largest, sum, finite};
 
 }  // namespace pastkey

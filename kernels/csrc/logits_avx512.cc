@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const LogitKernels avx512_logits = {largest, sum};
+const LogitKernels avx512_logits = {largest, sum, finite};
 
 }  // namespace pastkey

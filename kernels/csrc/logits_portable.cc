@@ -2,6 +2,6 @@
 
 namespace pastkey {
 
-const LogitKernels portable_logits = {largest, sum};
+const LogitKernels portable_logits = {largest, sum, finite};
 
 }  // namespace pastkey

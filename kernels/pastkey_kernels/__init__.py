@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-__version__ = version("pastkey-kernels")
+__version__ = "0.1.0"  # pastkey's own; pyproject.toml reads it here, since to ask Python for it takes 20 ms
 
 _NAMES = {"win32": "pastkey_kernels.dll", "darwin": "libpastkey_kernels.dylib"}
 

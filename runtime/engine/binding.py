@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,22 +34,27 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
     def feed(
         self,
         name: str,
-        value: npt.ArrayLike,
+        value: npt.ArrayLike | Callable[[npt.NDArray[Any]], object],
         shape: tuple[int, ...] | None = None,
         dtype: type[np.generic] = np.int64,
     ) -> None:
-        """Copies `value` into an input of the next run.
+        """Copies `value` into an input of the next run, or lets it fill the input's array.
 
         `shape`: shape of the input, if `value` is a scalar for all of it or has another shape of the same size.
         """
-        shape = np.shape(value) if shape is None else shape
+        if shape is None:
+            shape = np.shape(value)  # type: ignore[arg-type]
         bound = self._fed.get(name)
-        if not self._keeps or bound is None or bound.shape != shape:
-            self._fed[name] = bound = np.empty(shape, dtype)
-            bound[...] = value
-            self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
+        new = not self._keeps or bound is None or bound.shape != shape
+        if bound is None or new:
+            bound = np.empty(shape, dtype)
+        if callable(value):
+            value(bound)
         else:
             bound[...] = value
+        if new:
+            self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
+            self._fed[name] = bound
 
     def result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """The array for an output of the next run. Reuses the previous run's array if the shape is the same."""

@@ -21,6 +21,7 @@ from ..providers import placement as ep
 from ..providers.native import kernels_for
 from ..providers.open import checked_threads, open_session
 from ..providers.ort import onnxruntime
+from ..sampling.native import AllFinite
 from .binding import Binding
 from .caches.capacity import Windows, bytes_per_token
 from .caches.fixed import FixedKVCache
@@ -76,6 +77,7 @@ class DecoderGraph:
         asked: The given providers and session options.
         native: The kernel library that runs the graph, or None if onnxruntime's own kernels do.
         cache_dtype: The type of cached keys and values: float16 in the native graph, and with weights in float16.
+        all_finite: Says whether the results of a run are finite.
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
         takes_mask: Whether the graph takes an attention mask rather than lengths.
@@ -153,6 +155,7 @@ class DecoderGraph:
                 self._static_decode = self.sessions[bundle.static_graphs[0]] = open_graph(bundle.static_graphs[0])
         place = self.onnx.get_modelmeta().custom_metadata_map.get(names.EMBEDDING_ROWS)
         self._embedding = None if place is None else EmbeddingRows(path.parent, place)
+        self.all_finite = AllFinite("" if self.native is None else self.native.library)
         self.one_by_one = False
         # Whether a run stores the scores of all its tokens and columns.
         old = self.native is None and parse_version(onnxruntime.__version__) < FLASH_ATTENTION_FROM
@@ -192,7 +195,7 @@ class DecoderGraph:
         """The row of the first execution provider in use."""
         return ep.row_of(self.providers[0])
 
-    @property
+    @functools.cached_property
     def prefill_tokens(self) -> int:
         """The fewest tokens of one sequence whose run takes the kernels of a prefill. Fewer differ in the last bits."""
         return 9 if self.native is not None and self.native.level == "amx" else 2
@@ -327,8 +330,8 @@ class DecoderGraph:
         if names.LOGITS_START in self._inputs:
             binding.feed(names.LOGITS_START, -keep, (1,))
         if self._embedding is not None:
-            rows = self._embedding[ids]
-            binding.feed(names.EMBEDDING_ROWS, rows, rows.shape, rows.dtype.type)
+            table, fill = self._embedding, functools.partial(self._embedding.fill, ids)
+            binding.feed(names.EMBEDDING_ROWS, fill, (*ids.shape, *table.row_shape), table.dtype)
         found = binding.result(names.LOGITS, (len(ids), keep, self.manifest.vocab_size))
         if self.manifest.hidden_size is not None and names.LAST_HIDDEN_STATE in self._outputs:
             states = binding.result(names.LAST_HIDDEN_STATE, (*ids.shape, self.manifest.hidden_size))  # always bound
@@ -412,8 +415,7 @@ class DecoderGraph:
 
         `found` are logits (B, keep, V) of the last of `tokens` after `start`, or hidden states (B, T, H).
         """
-        # argmax and argmin find the extremes, or NaN, in a third of the time of max.
-        if math.isfinite(found.item(found.argmax())) and math.isfinite(found.item(found.argmin())):
+        if self.all_finite(found):
             return
         finite = np.isfinite(found).all(axis=-1)  # (B, T), or (B, keep)
         if mask is not None and (self.every or hidden):

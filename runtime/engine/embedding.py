@@ -27,6 +27,10 @@ class EmbeddingRows:
     """A table (V, ...) in a file, such as the quantized embedding's (V, blocks, block_size) uint8.
 
     The file stays open, as onnxruntime's mapping of it does.
+
+    Attributes:
+        row_shape: The shape of a row.
+        dtype: Its type.
     """
 
     def __init__(self, folder: Path, place: str, dtype: type[np.generic] = np.uint8) -> None:
@@ -38,9 +42,9 @@ class EmbeddingRows:
             found = json.loads(place)
             path = folder / Path(found["file"]).name
             self._offset, shape = int(found["offset"]), tuple(map(int, found["shape"]))
-            self._vocab_size, self._row_shape = shape[0], shape[1:]
-            self._dtype = np.dtype(dtype)
-            self._row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
+            self._vocab_size, self.row_shape = shape[0], shape[1:]
+            self.dtype = dtype
+            self._row_bytes = math.prod(self.row_shape) * np.dtype(dtype).itemsize
             end = self._offset + self._vocab_size * self._row_bytes
             if self._offset < 0 or min(shape) < 1 or end > require_regular(path).st_size:
                 raise ValueError(f"{shown(path.name)} has no bytes {shown(self._offset)} to {shown(end)}")
@@ -53,24 +57,30 @@ class EmbeddingRows:
 
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """The rows (B, T, ...) of `ids` (B, T), each from 0 to V - 1."""
-        rows = []
-        for token in ids.ravel().tolist():
+        rows = np.empty((*ids.shape, *self.row_shape), self.dtype)
+        self.fill(ids, rows)
+        return rows
+
+    def fill(self, ids: npt.NDArray[np.int64], rows: npt.NDArray[Any]) -> None:
+        """Reads the rows of `ids` (B, T) into `rows` (B, T, ...), which are in order."""
+        size, content = self._row_bytes, rows.data.cast("B")
+        for place, token in enumerate(ids.ravel().tolist()):
             if not 0 <= token < self._vocab_size:
                 raise IntegrityError(
                     f"the embedding has {self._vocab_size} rows, and none for the token id {token}: the graph was "
                     "altered, copy the bundle again"
                 )
-            rows.append(_read_at(self._file, self._row_bytes, self._offset + token * self._row_bytes))
-        content = b"".join(rows)
-        if len(content) != ids.size * self._row_bytes:
-            raise IntegrityError("the weights file was cut short while it was in use: copy it again")
-        return np.frombuffer(content, self._dtype).reshape(*ids.shape, *self._row_shape)
+            row = content[place * size : (place + 1) * size]
+            if _read_into(self._file, [row], self._offset + token * size) != size:
+                raise IntegrityError("the weights file was cut short while it was in use: copy it again")
 
 
-def _seek_and_read(file: int, size: int, offset: int) -> bytes:
+def _seek_and_read(file: int, rows: list[memoryview], offset: int) -> int:
     os.lseek(file, offset, os.SEEK_SET)
-    return os.read(file, size)
+    content = os.read(file, len(rows[0]))
+    rows[0][: len(content)] = content
+    return len(content)
 
 
-# pread leaves alone the file position, which a forked process shares with its parent. Windows has no pread, no fork.
-_read_at = getattr(os, "pread", _seek_and_read)
+# preadv leaves alone the file position, which a forked process shares with its parent. Windows has neither.
+_read_into = getattr(os, "preadv", _seek_and_read)

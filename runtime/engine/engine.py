@@ -365,7 +365,7 @@ class Engine:
         padded = self._padding.mask is not None or mask is not None
         try:  # inlines `_changing`, which would cost 1 % of a fast step
             cache, total = self.cache, self.cache.length + tokens
-            if batch == 1 == cache.batch and not padded and isinstance(cache, KVCache):
+            if graph.windows is not None and batch == 1 == cache.batch and not padded and isinstance(cache, KVCache):
                 cache.evict(tokens)
             cache.reserve(batch, tokens)
             positions: Ids | int = cache.length
@@ -393,7 +393,7 @@ class Engine:
         if not known:
             self._ids = None
         elif self._ids is not None:
-            self._ids += ids[0].tolist()
+            self._ids += ids.tolist()[0]
 
     def mark(self) -> None:
         """Keeps what a trim to these tokens needs, if the cache is marked."""

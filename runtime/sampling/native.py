@@ -1,12 +1,16 @@
-"""The choice of a token by pastkey's kernel library, while the logits are in cache: the token of the stages.
+"""What pastkey's kernel library does with logits, while they are in cache: the finite check, and the choice of a token.
 
-The library computes sums in another order. Where that could decide, it leaves the token to the stages.
+The token is that of the stages. The library computes sums in another order. Where that could decide, it leaves the
+token to the stages.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -42,18 +46,20 @@ class _Draw(ctypes.Structure):
 
 
 @functools.cache
-def _loaded(library: str) -> Any:
-    """The library with its `draw`, or None where it has none: it is older."""
+def _functions_of(library: str) -> Any:
+    """The library with what is called for each token, or None where it lacks one: it is older."""
     found = ctypes.PyDLL(library)  # keeps Python's lock: a call takes less time than giving it away
     try:
         found.pastkey_kernels_draw.restype = ctypes.c_int64
         found.pastkey_kernels_draw.argtypes = [ctypes.c_void_p]
+        found.pastkey_kernels_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     except AttributeError:
         return None
     return found
 
 
 def _address(array: npt.NDArray[Any]) -> int:
+    """The address of an array's first number."""
     address: int = array.__array_interface__["data"][0]
     return address
 
@@ -62,17 +68,41 @@ class _Place:
     """The addresses of arrays that are mostly the whole of one memory. To ask numpy behind a run costs 40 us."""
 
     def __init__(self) -> None:
-        self._memory: Any = None
-        self._begin = 0
+        self._known: tuple[Any, int] = (lambda: None, 0)  # replaced as a whole: threads may share a place
 
     def of(self, array: npt.NDArray[Any], *, begins: bool = False) -> int:
         """The address of an array in order. `begins`: it begins where the memory does that it is a view of."""
-        memory = array.base
-        if memory is None or not (begins or getattr(memory, "size", None) == array.size):
+        memory = array if array.base is None else array.base
+        if not isinstance(memory, np.ndarray) or not (begins or memory.size == array.size):
             return _address(array)
-        if memory is not self._memory:
-            self._memory, self._begin = memory, _address(array)
-        return self._begin
+        known, address = self._known
+        if known() is not memory:
+            address = _address(array)
+            self._known = weakref.ref(memory), address
+        return address
+
+
+class AllFinite:
+    """Whether none of the results of a run is NaN or infinite. Threads may share it."""
+
+    def __init__(self, library: str) -> None:
+        """`library`: the path of pastkey's kernel library, or "" without one."""
+        self._library = _functions_of(library) if library else None
+        # The newest results, and how the library is asked about them. Replaced as a whole.
+        self._known: tuple[Any, Callable[[], int]] = (lambda: None, lambda: 0)
+
+    def __call__(self, found: npt.NDArray[np.float32]) -> bool:
+        """Of logits or hidden states (B, T, ...)."""
+        known, ask = self._known
+        if known() is found:
+            return bool(ask())
+        if self._library is None or not found.flags.c_contiguous:
+            # argmax and argmin find the extremes, or NaN, in a third of the time of max.
+            return math.isfinite(found.item(found.argmax())) and math.isfinite(found.item(found.argmin()))
+        place = ctypes.c_void_p(_address(found)), ctypes.c_int64(found.size)
+        ask = functools.partial(self._library.pastkey_kernels_finite, *place)
+        self._known = weakref.ref(found), ask
+        return bool(ask())
 
 
 class NativeDraw:
@@ -106,7 +136,7 @@ class NativeDraw:
         """None where the library is older, or there is none (""), and for a temperature that is near 0."""
         if 0 < config.temperature < _LEAST_TEMPERATURE:
             return None
-        found = _loaded(library) if library else None
+        found = _functions_of(library) if library else None
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
     def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int | None:

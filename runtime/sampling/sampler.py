@@ -25,10 +25,11 @@ from .history import History
 from .native import NativeDraw
 from .penalties import IdArray, Scores
 from .processors import apply_processor
-from .random_stream import EXCLUDE, fresh_seed, uniform
+from .random_stream import EXCLUDE, Uniforms, fresh_seed, uniform
 
 _REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
 
+_FLOAT32 = np.dtype(np.float32)  # to compare types takes longer behind a run
 Change = Callable[[Scores, IdArray], Scores]
 
 
@@ -64,7 +65,7 @@ class Sampler:
         nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
         seed = fresh_seed() if config.seed is None else config.seed
         self.config = dataclasses.replace(config, **nearest, seed=seed)
-        self._seed = seed
+        self._seed, self._uniforms = seed, Uniforms(seed)
         if vocab_size is not None:
             _require_known_ids(config, vocab_size)
         self._text = _Text(prompt_tokens, max_new_tokens, frozenset(end_ids), breakers or {})
@@ -85,8 +86,8 @@ class Sampler:
             InputError: The settings ban every token, or a `logits_processor` fails.
         """
         text = self._history.of(ids) if self._changes else None
-        if self._native is not None and logits.dtype == np.float32 and logits.flags.c_contiguous:
-            token = self._native(logits, text, uniform(self._seed, len(ids)) if self.config.temperature else 0.0)
+        if self._native is not None and logits.dtype is _FLOAT32 and logits.flags.c_contiguous:
+            token = self._native(logits, text, self._uniforms.at(len(ids)) if self.config.temperature else 0.0)
             if token is not None:
                 return token
         if text is not None:
@@ -102,7 +103,7 @@ class Sampler:
             return largest
         for _, stage in self._stages(len(ids)):
             logits = stage(logits)
-        return truncation.draw(logits, uniform(self._seed, len(ids)))
+        return truncation.draw(logits, self._uniforms.at(len(ids)))
 
     def stages(self, logits: Scores, ids: Sequence[int]) -> Iterator[tuple[str, Scores]]:
         """Yields the logits (V,) after each stage of a call, with the stage's name. For a temperature above 0.
@@ -139,7 +140,7 @@ class Sampler:
         changes = bool(c.logit_bias) + (c.repetition_penalty != 1) + bool(c.presence_penalty or c.frequency_penalty)
         others = {name for name, _ in self._truncations} - {"top_k", "top_p", "min_p"}
         alone = len(self._changes) == changes and not others and not c.xtc_probability
-        return NativeDraw.of(self._library, c) if alone and (changes or c.temperature) else None
+        return NativeDraw.of(self._library, c) if alone else None
 
     def _excludes(self, place: int) -> bool:
         """Whether XTC applies to this token, by a random number of its own."""

@@ -30,7 +30,7 @@ def test_the_tokens_of_a_level_are_those_of_the_stages(level):
 
 def check_level() -> None:
     from pastkey.runtime.providers.native import native_kernels
-    from pastkey.runtime.sampling.native import NativeDraw
+    from pastkey.runtime.sampling.native import AllFinite, NativeDraw
     from pastkey.runtime.sampling.sampler import Sampler
     from pastkey.runtime.settings import SamplingConfig
 
@@ -41,9 +41,7 @@ def check_level() -> None:
         config = SamplingConfig(**vector.options)
         sampler, stages = Sampler(config, library=library), Sampler(config)
         logits, text = vector.logits, np.array(vector.ids, np.int64)
-        if sampler._native is None:
-            assert not vector.settings, vector.name
-        elif vector.settings.get("top_k", 0) <= logits.size // 64:
+        if vector.settings.get("top_k", 0) <= logits.size // 64:
             assert sampler._native(logits, text, vector.u) == vector.expected, vector.name
         for more in range(8):  # other numbers
             ids = [*vector.ids, *[0] * more]
@@ -74,9 +72,20 @@ def check_level() -> None:
     assert draw(np.array([3e38, -3e38]), 0.5, temperature=1.0) is None  # beyond what the error bound covers
     assert draw(even, 0.5, repetition_penalty=2.0, text=(1024,)) is None
     assert draw(even, 0.5, presence_penalty=1.0, text=(-1,)) is None
-    for other in ({}, {"temperature": 1e-4}, {"temperature": 1.0, "typical_p": 0.9}, {"no_repeat_ngram_size": 3}):
+    assert draw(even, 0.5) == 0
+    for other in ({"temperature": 1e-4}, {"temperature": 1.0, "typical_p": 0.9}, {"no_repeat_ngram_size": 3}):
         assert Sampler(SamplingConfig(**other), library=library)._native is None
     assert draw(even[:40], 0.3, temperature=1.0, top_k=2) is None  # more candidates than parts
+
+    finite, results = AllFinite(library), np.full((1, 1, SIZE), -3e38, np.float32)
+    for place in (0, SIZE - 1):
+        for wrong in (np.nan, -np.nan, np.inf, -np.inf):
+            assert finite(results)
+            results[0, 0, place] = wrong
+            assert not finite(results)
+            assert not finite(np.stack([results[0]] * 2, 1))
+            assert finite(results[:, :, 1:-1])
+            results[0, 0, place] = 3e38
 
 
 if __name__ == "__main__":

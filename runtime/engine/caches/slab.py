@@ -34,6 +34,7 @@ class Slab:
         members: The engines, by row.
         idle: Engine -> steps since its last token.
         most: Largest number of engines.
+        finite: Whether all logits of the last run were.
     """
 
     def __init__(self, graph: DecoderGraph, most: int) -> None:
@@ -43,6 +44,7 @@ class Slab:
         self.members: list[Engine] = []
         self.idle: dict[Engine, int] = {}
         self._graph, self.most = graph, most
+        self.finite = True
         self._arrays: list[npt.NDArray[Any]] = []  # (rows, K, capacity, D), keys and values of each call in turn
         self._rows = self._capacity = 0
         self.evicted = np.zeros(0, np.int32)  # of each of the rows of a run
@@ -111,6 +113,7 @@ class Slab:
         self._states.now = 1 - self._states.now
         self.binding, self._other_binding = self._other_binding, self.binding
         self._align(count)
+        self.finite = self._graph.all_finite(logits)
         return [logits[row, 0] for row in rows]
 
     def holds(self, engine: Engine) -> bool:

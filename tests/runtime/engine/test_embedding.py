@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pastkey.errors import IntegrityError
+from pastkey.runtime.engine import embedding
 from pastkey.runtime.engine.embedding import EmbeddingRows
 
 TABLE = np.random.default_rng(0).integers(0, 256, (11, 3, 16), np.uint8)
@@ -24,7 +25,9 @@ def folder(tmp_path):
     return tmp_path / "inside"
 
 
-def test_rows_are_the_tables(folder):
+@pytest.mark.parametrize("read", [embedding._read_into, embedding._seek_and_read])
+def test_rows_are_the_tables(folder, monkeypatch, read):
+    monkeypatch.setattr(embedding, "_read_into", read)
     ids = np.array([[10, 0, 3], [3, 3, 9]])
     found = EmbeddingRows(folder, json.dumps(PLACE))[ids]
     assert found.shape == (2, 3, 3, 16)

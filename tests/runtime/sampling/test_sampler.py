@@ -16,7 +16,7 @@ from pastkey.runtime.sampling import random_stream
 from pastkey.runtime.sampling.history import History
 from pastkey.runtime.sampling.log_probs import likeliest, token_logprob
 from pastkey.runtime.sampling.processors import apply_processor
-from pastkey.runtime.sampling.random_stream import EXCLUDE, MAX_SEED, uniform
+from pastkey.runtime.sampling.random_stream import EXCLUDE, MAX_SEED, Uniforms, uniform
 from pastkey.runtime.sampling.sampler import Sampler
 from pastkey.runtime.settings import SamplingConfig
 
@@ -224,6 +224,13 @@ def test_the_numbers_and_seeds_of_the_documentation():
     assert uniform(MAX_SEED, 1000) == 0.0955491390217722
     assert random_stream.continuation_seed(1, 1) == 3683160032914396005
     assert random_stream.continuation_seed(MAX_SEED, 7) == 6868561896620353006
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 5, MAX_SEED])
+def test_numbers_of_a_block_are_those_of_their_places(seed):
+    numbers = Uniforms(seed)
+    for place in (*range(130), 3, 2**31 - 1, 2**31, 2**32 - 1, 64):
+        assert numbers.at(place) == uniform(seed, place), place
 
 
 def test_lanes_continuations_and_fresh_seeds_differ():
