@@ -131,14 +131,16 @@ class Scheduler:
                     self._leader = me
                 self._step()
                 self._leader = None
-                self._tidy()
+                if len(self._live) > 1 or self._asking or self._clears:
+                    self._tidy()
         finally:
             if self._leader == me:
                 self._leader = None  # first, before a call that an interrupt could abort
             with self._mutex:
                 if generation in self._waiting:
                     self._waiting.remove(generation)
-                self._changed.notify_all()  # another thread leads now
+                if self._waiting or self._asking:  # each thread that waits is in one of them
+                    self._changed.notify_all()  # another thread leads now
             self._retire()
 
     def _lead_alone(self) -> None:
@@ -295,12 +297,12 @@ class Scheduler:
             batches = self._batches(waiting) if len(self._live) > 1 else []
             together = batches[0] if batches else []
             # Of the generations outside the batches, one runs a step of its own each time, in turn.
-            batched = {id(g) for batch in batches for g in batch}
+            batched = {id(g) for batch in batches for g in batch} if batches else ()
             alone = next((g for g in waiting if id(g) not in batched and not g.ready), None)
             bound += together
             if alone is not None:
                 bound.append(alone)
-                small = alone.pending > 1 and self._decodes_beside(alone)
+                small = len(self._live) > 1 and alone.pending > 1 and self._decodes_beside(alone)
                 try:
                     alone.step(PREFILL_BESIDE if small else None)
                 except Exception as error:
@@ -311,7 +313,7 @@ class Scheduler:
                 self._decode(together)
             for generation in together if len(batches) > 1 else ():
                 self._to_the_end(generation)
-            for graph, slab in list(self._slabs.items()):
+            for graph, slab in list(self._slabs.items()) if self._slabs else ():
                 self._park(slab, {g.engine for g in together})
                 if not slab.members:
                     self._slabs.pop(graph, None)
@@ -362,7 +364,7 @@ class Scheduler:
             return
         self.batched += len(rows)
         for generation, row in zip(rows, logits, strict=True):
-            self._guarded(generation, lambda g=generation, row=row: _take(g, row))  # type: ignore[misc]
+            self._guarded(generation, lambda g=generation, row=row: _take(g, row, slab.finite))  # type: ignore[misc]
 
     def _park(self, slab: Slab, wanted: set[Engine]) -> None:
         """Moves out sequences that had no token for STALLED steps, so that batches do not compute their rows."""
@@ -389,10 +391,14 @@ class Scheduler:
         generation.fail(error)
 
 
-def _take(generation: Generation, logits: Logits) -> None:
-    """Checks the logits (V,) of a batched run and samples a token. The engine's cache has advanced already."""
+def _take(generation: Generation, logits: Logits, finite: bool) -> None:
+    """Samples a token from the logits (V,) of a batched run. The engine's cache has advanced already.
+
+    `finite`: whether those of all rows are. Else these are checked.
+    """
     engine = generation.engine
-    engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
+    if not finite:
+        engine.graph.check_finite(logits[None, None], engine.length - 1, 1)
     generation.take_together(logits[None])
 
 
