@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -19,6 +19,7 @@ from .errors import body_of
 Item = TypeVar("Item")
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n\n"
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Writer(ABC):
@@ -48,7 +49,7 @@ class Writer(ABC):
 def event(content: Any, name: str | None = None) -> str:
     """An event with a JSON value."""
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{head}data: {_json(content)}\n\n"
 
 
 class EventStream(StreamingResponse):
@@ -79,27 +80,28 @@ class EventStream(StreamingResponse):
                 await super().stream_response(patiently)
 
 
-async def ahead(source: AsyncIterator[Item], ping_seconds: float) -> AsyncGenerator[Item | None, None]:
-    """Reads a source as fast as it goes, so that a slow client keeps no place of another. None is time for a ping.
+async def ahead(
+    read: Callable[[Callable[[Item], object]], Awaitable[object]], ping_seconds: float
+) -> AsyncGenerator[Item | None, None]:
+    """Yields what `read` hands over, which goes on meanwhile, so that a slow client keeps no place of another.
 
-    What is read ahead is bounded by the length of the text.
+    None is time for a ping. What is read ahead is bounded by the length of the text.
     """
-    read: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+    found: asyncio.Queue[Item | BaseException] = asyncio.Queue()
 
     async def pump() -> None:
         try:
-            async for item in source:
-                read.put_nowait(item)
-            read.put_nowait(StopAsyncIteration())
+            await read(found.put_nowait)
+            found.put_nowait(StopAsyncIteration())
         except (Exception, asyncio.CancelledError) as error:  # otherwise a reader waits forever
-            read.put_nowait(error)
+            found.put_nowait(error)
 
     task = asyncio.create_task(pump())
     try:
         while True:
             try:
                 async with asyncio.timeout(ping_seconds):
-                    item = await read.get()
+                    item = await found.get()
             except TimeoutError:
                 yield None
                 continue

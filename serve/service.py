@@ -47,15 +47,19 @@ class Running:
         self.name, self.job, self.created = name, job, int(time.time())
         self._service, self._stream = service, stream
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """Pairs of a place and a chunk, once it is this job's turn. Closing it ends the job within one step."""
+    async def read(self, take: Callable[[tuple[int, Chunk]], object]) -> None:
+        """Gives `take` pairs of a place and a chunk, once it is this job's turn. A cancellation ends it in one step."""
         began, first = time.perf_counter(), True
+
+        def timed(pair: tuple[int, Chunk]) -> None:
+            nonlocal first
+            if first:
+                self._service.metrics.first_token.observe(time.perf_counter() - began)
+                first = False
+            take(pair)
+
         async with self._stream, self._service.places:
-            async for pair in self._stream:
-                if first:
-                    self._service.metrics.first_token.observe(time.perf_counter() - began)
-                    first = False
-                yield pair
+            await self._stream.read(timed)
         self._service.metrics.seconds.observe(time.perf_counter() - began)
 
     @property
@@ -67,14 +71,8 @@ class Running:
         """The response: events, or one reply at the end. A client that goes away ends the job."""
         if stream:
             return EventStream(self._events(writer), self._service.settings.timeout, self._stream.close)
-
-        async def read() -> None:
-            async with contextlib.aclosing(self.chunks()) as chunks:
-                async for _ in chunks:
-                    pass
-
         try:
-            await while_connected(request, read())
+            await while_connected(request, self.read(lambda pair: None))
         finally:
             self._stream.close()
         return JSONResponse(writer.whole(self.completions))
@@ -83,7 +81,7 @@ class Running:
         try:
             for text in writer.begin():
                 yield text
-            async with contextlib.aclosing(ahead(self.chunks(), self._service.settings.ping_seconds)) as chunks:
+            async with contextlib.aclosing(ahead(self.read, self._service.settings.ping_seconds)) as chunks:
                 async for found in chunks:
                     for text in [PING] if found is None else writer.add(*found):
                         yield text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .completion import Chunk, Completion
@@ -24,18 +24,34 @@ class AsyncReadable(AsyncIterator[Piece], Generic[Piece, Whole]):
         self._stream, self._executor = stream, executor
 
     async def __anext__(self) -> Piece:
+        piece = await self._in_thread(next, self._stream, None)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece  # type: ignore[no-any-return]
+
+    async def read(self, take: Callable[[Piece], object]) -> None:
+        """Reads to the end in one thread, as fast as it goes. `take` gets each piece, in the event loop."""
         import asyncio  # 15 ms that only applications with an event loop spend
 
-        step = asyncio.get_running_loop().run_in_executor(self._executor, next, self._stream, None)
+        loop = asyncio.get_running_loop()
+
+        def read() -> None:
+            for piece in self._stream:
+                loop.call_soon_threadsafe(take, piece)
+
+        await self._in_thread(read)
+
+    async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls what reads the stream. A cancellation ends the stream within one step."""
+        import asyncio
+
+        step = asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
         try:
-            piece = await asyncio.shield(step)
+            return await asyncio.shield(step)
         except asyncio.CancelledError:
             self.cancel()
             step.add_done_callback(self._end)
             raise
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
 
     def close(self) -> None:
         """Ends the stream within one step."""

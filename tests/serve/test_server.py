@@ -226,14 +226,14 @@ def test_one_request_with_many_prompts_is_never_cut_by_the_queue(bundle):
         assert served.opened == 0
 
 
-async def cancelled():
-    yield 1
+async def cancelled(take):
+    take(1)
     raise asyncio.CancelledError
 
 
 def test_an_answer_whose_source_is_cancelled_ends():
     async def read():
-        return [item async for item in ahead(cancelled(), 0.1)]
+        return [item async for item in ahead(cancelled, 0.1)]
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(asyncio.wait_for(read(), 5))
