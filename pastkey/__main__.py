@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     importlib.import_module("jinja2")  # a user without it is told before an export of minutes
                 chats = name == "chat" and given.template is None
                 given.bundle = exported(given.bundle, untrusted=getattr(given, "untrusted", False), chats=chats)
+            if not module.startswith(("train", "export", "see")):  # numpy's BLAS would start a thread for each core
+                os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             return command.run(given)
         except ModuleNotFoundError as error:
             source = ["huggingface"] if name == "export" and any(map(needs_huggingface, rest)) else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import os
 import sys
 import threading
@@ -75,9 +74,11 @@ def standard_output_to_error() -> Iterator[None]:
 
 def wheels() -> list[str]:
     """The installed packages with the module onnxruntime, the one that is imported first."""
-    found = dict.fromkeys(importlib.metadata.packages_distributions().get("onnxruntime", []))
+    from importlib import metadata  # 20 ms that only an error needs
+
+    found = dict.fromkeys(metadata.packages_distributions().get("onnxruntime", []))
     version = getattr(onnxruntime, "__version__", "")
-    return sorted(found, key=lambda wheel: importlib.metadata.version(wheel) != version) or ["onnxruntime"]
+    return sorted(found, key=lambda wheel: metadata.version(wheel) != version) or ["onnxruntime"]
 
 
 def openvino_devices() -> tuple[str, ...]:

@@ -8,8 +8,10 @@ import itertools
 import json
 import re
 import string
+import time
 import unicodedata
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pastkey.values import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of invalid UTF-8
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_LATER = 0.006  # seconds
 _HEX = string.hexdigits
 # Single-byte tokens of vocabularies with byte fallback.
 _BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
@@ -47,6 +50,7 @@ class TextCodec:
         self._pieces: list[str] | None = None
         self._byte_level: bool | None = None
         self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its text alone
+        self._named: set[int] = set()  # tokens that are known to have a text
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
         self._bytes = {token: byte for token, byte in named if token is not None}
@@ -65,6 +69,22 @@ class TextCodec:
     def from_file(cls, path: Path) -> TextCodec:
         """Reads tokenizer.json. Raises IntegrityError for an invalid file."""
         return cls(open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path))
+
+    @classmethod
+    def opening(cls, path: Path | None) -> Future[TextCodec | None]:
+        """Opens tokenizer.json, if there is one, in a thread, beside the session that the caller opens now.
+
+        The tokenizer holds Python's lock, and onnxruntime does not, once it has the file. So it begins a little later.
+        """
+
+        def opened() -> TextCodec | None:
+            time.sleep(_LATER)
+            return None if path is None else cls.from_file(path)
+
+        thread = ThreadPoolExecutor(1)
+        found = thread.submit(opened)
+        thread.shutdown(wait=False)
+        return found
 
     @functools.cached_property
     def _without_prefix(self) -> TextCodec:
@@ -153,8 +173,11 @@ class TextCodec:
 
     def has_text(self, token: int, *, keep_special_tokens: bool = False) -> bool:
         """Whether `decode` shows a token."""
-        shown = keep_special_tokens or token not in self._special
-        return shown and self._tokenizer.id_to_token(token) is not None
+        if token not in self._named:
+            if self._tokenizer.id_to_token(token) is None:
+                return False
+            self._named.add(token)  # asked behind a run, the library takes 9 us
+        return keep_special_tokens or token not in self._special
 
     def is_byte(self, token: int) -> bool:
         """Whether a token is a single byte, whose character depends on its neighbours."""

@@ -1,5 +1,6 @@
 """What stands between a bundle's files and a session that runs: versions, providers, links, and the manifest's word."""
 
+import importlib.metadata
 import os
 import pickle
 import shutil
@@ -200,8 +201,8 @@ def install(monkeypatch):
     """install(WHEELS): as if these packages and versions were installed."""
 
     def here(wheels):
-        monkeypatch.setattr(ort.importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
-        monkeypatch.setattr(ort.importlib.metadata, "version", wheels.__getitem__)
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"onnxruntime": list(wheels)})
+        monkeypatch.setattr(importlib.metadata, "version", wheels.__getitem__)
 
     return here
 
