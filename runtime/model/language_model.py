@@ -91,15 +91,12 @@ class LanguageModel(ChatCalls, AdapterCalls):
         # An absolute path stays valid if the working directory changes.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
+        self.tokenizer = None if bundle.tokenizer is None else TextCodec.from_file(bundle.tokenizer)
+        self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
         limits = {"max_memory": max_memory, "prefix_bytes": prefix_bytes, "max_batch": max_batch}
         self._settings = {**limits, "max_queue": max_queue, "draft": draft, **placement}
         self._temporary = temporary
-        codec = TextCodec.opening(bundle.tokenizer)
-        try:
-            engine = Engine(bundle, **placement)
-        finally:  # a fault of the tokenizer is told first
-            self.tokenizer = codec.result()
-        self.vocabulary = LazyVocabulary(self.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
+        engine = Engine(bundle, **placement)
         require_golden(engine, bundle)
         graph, most = engine.graph, prefix_bytes if max_memory is None else min(prefix_bytes, max_memory)
         stores = [PrefixStore(graph, most)] if draft is None else draft.attach(graph, most)

@@ -8,10 +8,8 @@ import itertools
 import json
 import re
 import string
-import time
 import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from pastkey.values import shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes of invalid UTF-8
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-_LATER = 0.006  # seconds
 _HEX = string.hexdigits
 # Single-byte tokens of vocabularies with byte fallback.
 _BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
@@ -69,22 +66,6 @@ class TextCodec:
     def from_file(cls, path: Path) -> TextCodec:
         """Reads tokenizer.json. Raises IntegrityError for an invalid file."""
         return cls(open_tokenizer(Tokenizer, read_bytes(path, MOST_BYTES), path))
-
-    @classmethod
-    def opening(cls, path: Path | None) -> Future[TextCodec | None]:
-        """Opens tokenizer.json, if there is one, in a thread, beside the session that the caller opens now.
-
-        The tokenizer holds Python's lock, and onnxruntime does not, once it has the file. So it begins a little later.
-        """
-
-        def opened() -> TextCodec | None:
-            time.sleep(_LATER)
-            return None if path is None else cls.from_file(path)
-
-        thread = ThreadPoolExecutor(1)
-        found = thread.submit(opened)
-        thread.shutdown(wait=False)
-        return found
 
     @functools.cached_property
     def _without_prefix(self) -> TextCodec:
