@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pastkey.contract.bundle import Bundle
+from pastkey.files.memory import keeping_memory
 from pastkey.providers import TARGETS
 
 from ..graph.blocks import Blocks
@@ -40,6 +41,7 @@ from .rounding.workers import one_thread_each
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
+_TOGETHER = 8  # windows whose X^T X is one product: a matrix (K, K) takes long to make and to add
 _INT8_SHARE = 1 / 24  # of the weights that may be 4-bit
 
 
@@ -117,6 +119,7 @@ def by_error(found: Mapping[str, Rounded]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda name: -found[name].error / found[name].blocks.weights))
 
 
+@keeping_memory()
 def rounded(
     model: ir.Model,
     folder: Path,
@@ -147,12 +150,15 @@ def rounded(
     hessians = dict[str, np.ndarray]()
     for segment in segments:
         wanted = {name for names in waiting for name in names}
-        for values in segment:
-            for name, rows in values.items():
-                if name in hessians:
-                    hessians[name] += rows.T @ rows
-                elif name in wanted:
-                    hessians[name] = rows.T @ rows
+        held: dict[str, list[np.ndarray]] = {name: [] for name in segment.wanted if name in wanted}
+        for number, values in enumerate(segment, 1):
+            for name, several in held.items():
+                several.append(values[name])
+                if number % _TOGETHER == 0 or number == len(windows):
+                    rows = np.concatenate(several)
+                    several.clear()
+                    product = rows.T @ rows
+                    hessians[name] = np.add(hessians[name], product, product) if name in hessians else product
             progress.advance(steps := steps + 1, total)
         ready = [names for names in waiting if all(name in hessians for name in names)]
         of_ready = ([hessians[name] for name in names] for names in ready)

@@ -4,8 +4,8 @@ A weight is (q - zero) * scale, q from 0 to 15, with a scale and an integer zero
 are double quantized as in `blocks`: scale codes of a byte, times one float32 row scale.
 
 GPTQ, https://arxiv.org/abs/2210.17323: the columns of a matrix are rounded to nearest one after another, the most
-important first, and the remaining columns compensate the error of each. Scales and zero points are chosen before, by
-the error that cannot be compensated. The Hessian of the output's error is X^T X over the activations X on text.
+important first, and each compensates the errors of those before it. Scales and zero points are chosen before, by the
+error that cannot be compensated. The Hessian of the output's error is X^T X over the activations X on text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHRINKS = [1 - _STEP * n for n in range(16)]  # of a block's range: clipping ma
 # Added to the Hessian's diagonal, relative to its mean. It is large, since texts differ from the calibration text.
 _DAMPING = 0.2
 _ROWS_AT_ONCE = 128  # rows whose scales are searched together: they fit into a core's cache
-_LAZY_COLUMNS = 64  # columns whose compensation by all later columns is one MatMul (GPTQ's lazy batch updates)
+_LAZY_COLUMNS = 64  # columns that compensate all earlier ones by one MatMul (GPTQ's lazy batch updates)
 
 
 class Rounded(NamedTuple):
@@ -45,13 +45,13 @@ class Gptq:
             hessian = np.eye(len(hessian), dtype=np.float32)
         self._hessian = torch.from_numpy(hessian)
         self._order = np.argsort(-hessian.diagonal(), kind="stable")
-        self._factor = _compensation(hessian, self._order)  # (K, K)
+        self._costs, self._shares = _compensation(hessian, self._order)
 
     def round(self, matrix: np.ndarray, block_size: int) -> Rounded:
         """Rounds a matrix (N, K) float32 with `block_size` weights per scale. Raises ValueError on NaN or infinity."""
         columns = matrix.shape[1]
         importance = np.empty(columns, np.float32)
-        importance[self._order] = 1 / np.square(self._factor.diagonal())
+        importance[self._order] = self._costs
         grid = _grid(matrix, importance, block_size)
         scales, of_column = grid.scales.values, self._order // block_size
         numbers = np.repeat(grid.zeros, block_size, 1)
@@ -60,7 +60,7 @@ class Gptq:
             torch.from_numpy(np.ascontiguousarray(array.T))
             for array in (matrix[:, self._order], scales[:, of_column], grid.zeros[:, of_column])
         )
-        rounded, error = _round(left, of_scales, of_zeros, torch.from_numpy(self._factor))
+        rounded, error = _round(left, of_scales, of_zeros, self._costs, self._shares)
         numbers[:, self._order] = rounded.T
         some, each = some_outputs(matrix)
         weights = torch.from_numpy(np.ascontiguousarray(some))
@@ -101,21 +101,19 @@ def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
     return _Grid(Numbers(row_scales, scale_codes), zeros)
 
 
-def _compensation(hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns the upper Cholesky factor of the damped Hessian's inverse, rows and columns in this order.
+def _compensation(hessian: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Returns what the square of each column's error costs (K,), and the shares (K, K) of it that later columns take.
 
-    Row k is how later columns compensate column k's error. 1 / its diagonal, squared, is the cost of each column's
-    error after this compensation.
+    Rows and columns are in this order. The damped Hessian is V V^T with an upper V, so that E H E^T is the sum of
+    squares of E V: its column k is V[k, k] times the sum of E[k] and of the shares V[j, k] / V[k, k] of earlier E[j].
     """
-    # With J the reversal, H^-1 = U^T U for U = J L^-1 J, L the lower factor of J H J: half the work of an inverse.
     backwards = np.ascontiguousarray(order[::-1])
     damped = torch.from_numpy(hessian[np.ix_(backwards, backwards)])
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)  # 1: no activation was ever nonzero
-    lower = torch.linalg.cholesky(damped)
-    del damped  # 0.5 GB for 11,000 columns
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order)), upper=False)
-    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1])
+    factor = torch.linalg.cholesky(damped).flip(0, 1)
+    costs = factor.diagonal().clone()
+    return costs.square(), factor.div_(costs)
 
 
 def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,21 +152,23 @@ def _centred(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (values / scale[..., None]).round_().clamp_(-zero, _TOP - zero)
 
 
-def _round(left: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor) -> tuple[np.ndarray, float]:
-    """Rounds each column of the matrix to nearest, and later columns compensate the error.
+def _round(left: Tensor, scales: Tensor, zeros: Tensor, costs: Tensor, shares: Tensor) -> tuple[np.ndarray, float]:
+    """Rounds each column to nearest after it took its shares of the errors of those before it.
 
-    Returns q (K, N), and tr(E H E^T): E is the errors times the factor, so that it is the sum of their squares.
+    Returns q (K, N), and tr(E H E^T). `left` (K, N) becomes the errors E.
 
     All arguments are in the order in which columns are rounded.
     """
     numbers, total = torch.empty_like(left), 0.0
     for start in range(0, len(left), _LAZY_COLUMNS):
         end = min(start + _LAZY_COLUMNS, len(left))
-        errors = torch.empty_like(left[start:end])
+        wanted = torch.addmm(left[start:end], shares[:start, start:end].T, left[:start])
         for k in range(start, end):
-            numbers[k] = ((left[k] / scales[k]).round_() + zeros[k]).clamp_(0, _TOP)
-            errors[k - start] = (left[k] - (numbers[k] - zeros[k]) * scales[k]) / factor[k, k]
-            left[k + 1 : end].addr_(factor[k, k + 1 : end], errors[k - start], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        total += float(errors.square_().sum())
+            column = wanted[k - start]
+            numbers[k] = ((column / scales[k]).round_() + zeros[k]).clamp_(0, _TOP)
+            found = (numbers[k] - zeros[k]) * scales[k]
+            column -= found
+            left[k] -= found
+            wanted[k - start + 1 :].addr_(shares[k, k + 1 : end], left[k])
+        total += float((wanted.square_() * costs[start:end, None]).sum())
     return numbers.numpy(), total
