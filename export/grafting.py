@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from pastkey.contract.bundle import CacheShift
 from pastkey.errors import ContractError
+from pastkey.files.memory import keeping_memory
 
 from .bundle_writer import ExportedDecoder
 from .graft.probe.call import CONTRACT
@@ -23,11 +24,14 @@ from .settings import ExportConfig
 from .source.source import Source, check_tokenizer
 
 
+@keeping_memory()
 def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[Source, Observation, GraphChoice]:
     """Returns the source with a module of the contract, what its runs showed, and the graph to make."""
     progress.stage(f"observe the attention calls of {source.name}")
     latents = config.graph != "fused"
-    contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
+    contracted = in_contract(
+        source.module, source.context_length, config.call, progress.warn, latents=latents, brief=config.quick
+    )
     source = dataclasses.replace(source, module=contracted.module, call=contracted.call, proved=contracted.proved)
     if source.proved:
         compared = f"{source.proved} of {source.context_length} tokens"

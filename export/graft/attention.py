@@ -209,6 +209,10 @@ def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         weights = call.weights(raw_scores(call, key), total)
         return weights @ repeated(value, weights.shape[1])
     heads = call.query.shape[1]
+    if call.softcap is None and call.sinks is None and call.special is None:  # torch's takes no memory for the scores
+        key, value = repeated(key, heads), repeated(value, heads)
+        mask = None if new == 1 and call.window is None else visible(new, total, call.window)
+        return _ATTENTION(call.query, key, value, attn_mask=mask, scale=call.scale)
     products = [(q * call.scale) @ repeated(k, heads).transpose(2, 3) for q, k in call.keys(key, value)]
     scores = functools.reduce(torch.add, products)  # (B, H, T, S)
     if call.softcap is not None:

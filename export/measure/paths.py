@@ -23,7 +23,7 @@ from .texts import self_generated_texts
 TOKENS = 150  # length of the compared text, if the context has room for it
 MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if the window is at most MAX_WINDOW
 RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest, in pieces side by side
-PIECE_TOKENS = 32
+PIECE_TOKENS, SHORT_PIECE = 32, 16
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
 # tokens between them in one run. `docs/verification.md` has the faults that are found so.
 DECODED, DECODED_BY_ALL_LOGITS = 24, 8  # single tokens at each end, by the last- and the all-logits graph
@@ -131,22 +131,24 @@ def compared_text(engine: Engine, length: int, progress: Progress = SILENT) -> I
 
     A model may repeat one token for ever. Attention over equal tokens has the same result whatever its weights.
     """
-    beginning = min(RANDOM_TOKENS, -(-length // 2))
-    pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // PIECE_TOKENS) or 1
-    rows = _continued(engine, beginning, beginning + -(-(length - beginning) // pieces), pieces, progress)
-    return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])[:length]
+    return _texts(engine, 1, length, PIECE_TOKENS, progress)[0]
 
 
 def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list[Ids]:
     """Returns `count` texts for the proof of a quick export."""
     length = min(SHORT_PREFILL + SHORT_DECODE, engine.manifest.context_length)
-    return _continued(engine, min(RANDOM_TOKENS, -(-length // 2)), length, count, progress)
+    return _texts(engine, count, length, SHORT_PIECE, progress)
 
 
-def _continued(engine: Engine, beginning: int, length: int, count: int, progress: Progress) -> list[Ids]:
-    """Returns `count` continuations, each (length,) with the same `beginning` of so many random ids."""
+def _texts(engine: Engine, count: int, length: int, piece: int, progress: Progress) -> list[Ids]:
+    """Returns texts (length,) of pieces of about so many tokens, which are written side by side."""
+    beginning = min(RANDOM_TOKENS, -(-length // 2))
     ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
-    return self_generated_texts(engine, ids, count, length, progress)
+    pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // piece) or 1
+    end = beginning + -(-(length - beginning) // pieces)
+    rows = self_generated_texts(engine, ids, pieces * count, end, progress)
+    parts = [[ids, *(row[beginning:] for row in rows[start::count])] for start in range(count)]
+    return [np.concatenate(part)[:length] for part in parts]
 
 
 def run_parts(run: Callable[[Ids], Logits], engine: Engine, ids: Ids, sizes: list[int], progress: Progress) -> Logits:

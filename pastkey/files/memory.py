@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ResourceError
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt
+_LARGE = 32 << 20  # bytes of an array from which on glibc always maps it, unless mappings are off
 
 
 def available_memory() -> int | None:
@@ -41,6 +45,27 @@ def require_memory_for(what: object, needed: int) -> None:
 def shown_bytes(size: int) -> str:
     """Formats a size for a sentence."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@contextlib.contextmanager
+def keeping_memory() -> Iterator[None]:
+    """While open, freed memory stays with this process until `give_back_memory`, so that large arrays reuse pages.
+
+    glibc gets large arrays from the system each time, which may take as long as computing them.
+    """
+    _set_glibc(mapped=0, kept=2**31 - 1)
+    try:
+        yield
+    finally:
+        _set_glibc(mapped=65536, kept=2 * _LARGE)  # as glibc sets itself for arrays of that size
+        give_back_memory()
+
+
+def _set_glibc(mapped: int, kept: int) -> None:
+    """Sets how many allocations are mappings of their own, and the free bytes at the heap's end that are kept."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        for parameter, value in ((_MMAP_MAX, mapped), (_TRIM_THRESHOLD, kept), (_MMAP_THRESHOLD, _LARGE)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def give_back_memory() -> None:

@@ -66,7 +66,7 @@ def in_contract(
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
 
     `latents`: whether a followed module may cache a latent row in place of keys and values. `brief`: compare it with
-    the author's call on a short text alone, since its export did so on long ones.
+    the author's call on a short text alone, as for a quick export, or since its export did so on long ones.
     """
     if isinstance(module, Opaque):
         if asked is not None:
@@ -95,10 +95,11 @@ def in_contract(
         if kept.observation.states:  # following would unroll the recurrences
             return dataclasses.replace(kept, call=asked or "")
         # Following caches each key/value head once, and traces experts that compute only their own tokens.
-        if _repeats_heads(kept, context_length) or _chooses_rows(kept, context_length):
+        repeats_heads, shares_channels = _heads_alike(kept, context_length)
+        if repeats_heads or _chooses_rows(kept, context_length):
             with contextlib.suppress(ContractError, InputError):
                 return _followed(model, context_length, CONTRACT, latents, brief=brief)
-        elif latents and context_length <= _MOST_FOLLOWED and _shares_channels(kept, context_length):
+        elif latents and context_length <= _MOST_FOLLOWED and shares_channels:
             with contextlib.suppress(ContractError, InputError):
                 followed = _followed(model, context_length, CONTRACT, latents, brief=brief)
                 if _numbers(followed.observation) < _numbers(kept.observation):
@@ -140,19 +141,12 @@ def _told(proof: Proof) -> str:
     )
 
 
-def _repeats_heads(kept: Contracted, context_length: int) -> bool:
-    """Whether attention receives keys and values that are repeated for the query heads."""
+def _heads_alike(kept: Contracted, context_length: int) -> tuple[bool, bool]:
+    """Whether keys and values are repeated for the query heads; whether heads share channels of keys, as MLA's do."""
     run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
-    return any(
-        keys.shape[1] > 1 and torch.equal(keys[:, 0], keys[:, 1]) and torch.equal(values[:, 0], values[:, 1])
-        for keys, values in zip(run.keys, run.values, strict=True)
-    )
-
-
-def _shares_channels(kept: Contracted, context_length: int) -> bool:
-    """Whether some channels of the keys are equal in all heads, as those of MLA that are rotated."""
-    run = run_uncached(kept.module, random_ids(1, min(4, context_length), kept.observation.vocab_size))
-    return any(keys.shape[1] > 1 and bool((keys == keys[:, :1]).all(2).all(1).any()) for keys in run.keys)
+    several = [(k, v) for k, v in zip(run.keys, run.values, strict=True) if k.shape[1] > 1]
+    repeated = any(torch.equal(k[:, 0], k[:, 1]) and torch.equal(v[:, 0], v[:, 1]) for k, v in several)
+    return repeated, any(bool((k == k[:, :1]).all(2).all(1).any()) for k, _ in several)
 
 
 def _numbers(observation: Observation) -> int:

@@ -114,7 +114,8 @@ class _Watch(TorchDispatchMode):
         made = result if isinstance(result, Tensor) else None
         if made is not None and made.shape[-1:] != (self.vocab_size,):
             self.largest = max(self.largest, made.nbytes)
-        if torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ == "isin":
+        name = func.overloadpacket.__name__
+        if name == "isin" or (torch.Tag.pointwise in func.tags and name != "pow"):  # squares compare nothing
             self._note_numbers(args, given)
         elif given is not None and (axis := self._reduced(func, given, args, kwargs or {}, made)) is not None:
             operand = given.detach().movedim(axis, 0).reshape(self.length, -1).double()

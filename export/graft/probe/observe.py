@@ -203,8 +203,7 @@ def observe(module: nn.Module, context_length: int) -> Observation:
     Raises UnkeptError if it does not.
     """
     longest = min(7, context_length)
-    vocab_size = _probe_vocabulary(module, longest)
-    _check_last_position(module, longest, context_length)
+    vocab_size = _probe_vocabulary(module, longest, context_length)
     runs = [_Observer(module, batch, length, vocab_size) for batch, length in ((2, longest), (3, max(2, longest - 2)))]
     if runs[0].masked:  # a window shows only if the sequence is longer
         runs.append(_Observer(module, 1, context_length, vocab_size))
@@ -304,18 +303,15 @@ def require_finite(module: nn.Module) -> None:
             )
 
 
-def _check_last_position(module: nn.Module, length: int, context_length: int) -> None:
-    """Runs the module at the end of the context, where a table of positions may be too short."""
-    ids = torch.zeros(1, length, dtype=torch.long)
-    with evaluating(module), intercept(torch_attention):
-        _guarded(module, ids, torch.arange(context_length - length, context_length)[None])
+def _probe_vocabulary(module: nn.Module, length: int, context_length: int) -> int:
+    """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows.
 
-
-def _probe_vocabulary(module: nn.Module, length: int) -> int:
-    """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows."""
+    The second row stands at the end of the context, where a table of positions may be too short.
+    """
     ids = torch.zeros(2, length, dtype=torch.long)
+    positions = torch.tensor([[0], [context_length - length]]) + torch.arange(length)
     with evaluating(module), embedding(ids) as rows:
-        logits = _guarded(module, ids, torch.arange(length).expand_as(ids))
+        logits = _guarded(module, ids, positions)
     vocab_size = logits.shape[-1]
     if rows and min(rows) < vocab_size:
         raise ContractError(

@@ -28,6 +28,7 @@ _SCORES = 1 << 26  # attention scores of one run
 _LOGITS = 1 << 26  # of one cached run; a quarter of those of the author's call on the longest text
 _BYTES = 1 << 29  # of the largest tensor of a run
 _SHORT = 512  # tokens of a text that is one of several
+_NEAR = 1.3  # the least factor between the last two lengths: each comparison has all rows since the one before
 _GROWTH = (1.618, 5)  # from one compared length to the next; the larger one where the runs cost much
 
 
@@ -103,11 +104,11 @@ def _split(length: int) -> list[int]:
 
 
 def _lengths(longest: int, growth: float) -> list[int]:
-    """1, 2, then each `growth` times the one before, rounded up, and the longest."""
+    """1, 2, then each `growth` times the one before, rounded up, and the longest; none near it where runs cost much."""
     found = [1, 2]
     while found[-1] < longest:
         found.append(math.ceil(found[-1] * growth))
-    return [n for n in found if n < longest] + [longest]
+    return [n for n in found if n * (_NEAR if growth == _GROWTH[1] else 1) < longest] + [longest]
 
 
 class _Runs:
