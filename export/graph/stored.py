@@ -118,7 +118,7 @@ class StoredWeight(ir.LazyTensor):
         super().__init__(self._read, ir.DataType.FLOAT, ir.Shape(shape))
 
     def _read(self) -> ir.TensorProtocol:
-        return ir.Tensor(torch.as_strided(read(self.stored), *self.view).numpy())
+        return ir.Tensor(torch.as_strided(read(self.stored), *self.view).contiguous().numpy())
 
     def transposed(self) -> StoredWeight:
         """Returns the transpose of this matrix, which is as little read."""

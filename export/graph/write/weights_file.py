@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,21 +83,28 @@ class WeightsFile:
 
         Returns the bytes of the weights that stay in the graph.
         """
-        inline, initializers = 0, model.graph.initializers.values()
-        for number, value in enumerate(initializers, 1):
-            inline += self.take_weight(value)
-            advance(number, len(initializers))
+        inline, initializers = 0, [*model.graph.initializers.values()]
+        with ThreadPoolExecutor(1) as pool:  # makes the next weight while one is hashed and written
+            coming = [pool.submit(_large, value) for value in initializers[:1]]
+            for number, value in enumerate(initializers, 1):
+                content = coming.pop().result()
+                coming += [pool.submit(_large, following) for following in initializers[number : number + 1]]
+                inline += self.take_weight(value, content)
+                advance(number, len(initializers))
         return inline
 
-    def take_weight(self, value: ir.Value) -> int:
-        """Moves an initializer here, unless it is small. Returns the bytes of a weight that stays in the graph."""
+    def take_weight(self, value: ir.Value, content: bytes | memoryview | None = None) -> int:
+        """Moves an initializer here, unless it is small. Returns the bytes of a weight that stays in the graph.
+
+        `content`: its bytes, if they are made already.
+        """
         tensor = value.const_value
         assert tensor is not None
         if tensor.nbytes < INLINE_BYTES:
             if isinstance(tensor, ir.ExternalTensor):  # of a source's file, which the bundle does not have
                 value.const_value = ir.Tensor(np.array(tensor.numpy()), tensor.dtype, name=tensor.name)
             return int(tensor.nbytes) if tensor.dtype in _WEIGHTS else 0
-        name, offset = self.place(_content(tensor))
+        name, offset = self.place(_content(tensor) if content is None else content)
         value.const_value = ir.ExternalTensor(
             name,
             offset,
@@ -111,6 +117,12 @@ class WeightsFile:
         return 0
 
 
+def _large(value: ir.Value) -> bytes | memoryview | None:
+    """Returns the bytes of an initializer, None of a small one."""
+    tensor = value.const_value
+    return None if tensor is None or tensor.nbytes < INLINE_BYTES else _content(tensor)
+
+
 def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
     """Returns little-endian bytes, without a copy if the array is little-endian."""
     if tensor.dtype in _PACKED:
@@ -121,12 +133,13 @@ def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
 
 def save_with_weights(model: ir.Model, path: Path) -> None:
     """Saves a graph with a weights file of its own, without changing the model. Raises OSError."""
+    before = {value: value.const_value for value in model.graph.initializers.values()}
     try:
-        ir.save(model, path, external_data=names.weights_file(path.name), size_threshold_bytes=INLINE_BYTES)
-    except OSError as error:
-        if error.errno is None:  # numpy's, of which a full disk is only "8192 requested and 2304 written"
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+        WeightsFile.of(path).take_weights(model)
+        ir.save(model, path)
+    finally:
+        for value, tensor in before.items():
+            value.const_value = tensor
 
 
 def remove_with_weights(path: Path) -> None:
