@@ -61,9 +61,11 @@ def read_once() -> Iterator[None]:
     """
     import gguf
 
-    with contextlib.ExitStack() as held:
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            held.enter_context(replaced(gguf, name, functools.cache(getattr(gguf, name))))
+    parsed = functools.cache(gguf.GGUFReader)
+    with (
+        replaced(gguf, "GGUFReader", lambda file, *mode: parsed(str(file), *mode)),
+        replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
         yield
 
 

@@ -93,13 +93,15 @@ def open_gguf(file: Path, opening: Opening) -> Source:
     if not file.is_file():
         raise MissingFileError(f"no such file: {file}")
     refuse_links(file.parent, [file.parent / name for name in _BESIDE_GGUF])
-    weights, packed = check_gguf(file), gguf_matrices(file)
-    in_file = 4 * weights if has_room(weights) and not opening.in_memory else 0
-    opening.before_loading(weights, 4 * weights - in_file, in_file)
-    with transformers_opening(file, *_EXTRAS) as library, read_once():
-        options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        model, stored = _load(library, file.parent, named=file, in_memory=opening.in_memory, **options)
-        found = None if opening.tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
+    weights = check_gguf(file)
+    with read_once():
+        packed = gguf_matrices(file)
+        in_file = 4 * weights if has_room(weights) and not opening.in_memory else 0
+        opening.before_loading(weights, 4 * weights - in_file, in_file)
+        with transformers_opening(file, *_EXTRAS) as library:
+            options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+            model, stored = _load(library, file.parent, named=file, in_memory=opening.in_memory, **options)
+            found = None if opening.tokenizer else library.AutoTokenizer.from_pretrained(file.parent, **options)
     source = _source(file.stem, model, found, opening, stored)
     source = dataclasses.replace(source, packed=packed)
     if found is None or source.tokenizer is None:
