@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from pastkey.contract import names
 from pastkey.contract.bundle import Bundle
 from pastkey.errors import InputError
+from pastkey.files.memory import give_back_memory, keeping_memory
 from pastkey.files.tokenizer_file import open_tokenizer
 from pastkey.runtime import Engine
 from pastkey.runtime.text.codec import TextCodec
@@ -43,7 +44,8 @@ _MONOTONOUS = 0.9  # maximum share of one token: more is a repeated word, or a s
 _MEASURED = 2  # held-out windows
 # Relative to the largest logit. Smoothing rounds every weight again, by 6e-8; a wrong division changes everything.
 _SETS = ("calibration_set", "held_out_set")
-_SAMPLES = 512  # positions whose activations are used, spread over the text
+_SAMPLES = 512  # positions whose activations are used, spread over the beginnings of the windows
+_BEGINNING = 128  # tokens of each window that smoothing runs
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Prog
     reference = text.predicted_by(fp32)
     for ids in text.held_out_set:  # before the other graph is open
         reference.record(ids)
+    give_back_memory()
     found = evaluate(BundlePredictor(bundle), text.held_out_set, reference, progress=progress)
     return {
         "kl_divergence": found.kl_divergence,  # nats
@@ -136,6 +139,7 @@ def measured(fp32: Bundle, bundle: Bundle, text: CalibrationText, progress: Prog
     }
 
 
+@keeping_memory()
 def calibrated(bundle: Bundle, windows: Sequence[Ids], out: Path, progress: Progress = SILENT) -> Path:
     """Writes the float32 graph of `bundle`, smoothed by the activations on `windows` (T,) of token ids, to `out`.
 
@@ -155,6 +159,7 @@ def calibrated(bundle: Bundle, windows: Sequence[Ids], out: Path, progress: Prog
     if not groups:
         return source
     progress.stage("smooth the activations")
+    windows = [ids[:_BEGINNING] for ids in windows]
     count = -(-_SAMPLES // len(windows))
     sizes = {name: 4 * _SAMPLES * group.readers[0].channels for name, group in groups.items()}
     segments = captured(ir.load(source), folder, windows, {**sizes, names.LOGITS: 0})

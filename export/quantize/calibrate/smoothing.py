@@ -108,8 +108,8 @@ def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
     """Returns the exponent and its scales (K,)."""
     matrices, columns = [_matrix(found) for found in group.readers], rows.shape[1]
     block, candidates = choose_block_size(columns), list[_Candidate]()
-    for strength in _STRENGTHS if group.divided else (0.0,):
-        scales = _scales(group, rows, matrices, strength)
+    strengths = _STRENGTHS if group.divided else (0.0,)
+    for strength, scales in zip(strengths, _scales(group, rows, matrices, strengths), strict=True):
         divided = rows / scales
         if np.isfinite(divided).all():
             order = _by_magnitude(divided) if group.permuted else slice(None)
@@ -148,20 +148,24 @@ def _matrix(reader: ChannelWeight) -> np.ndarray:
     return reader.array.T if reader.axis == 0 else reader.array
 
 
-def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength: float) -> np.ndarray:
-    """Returns s (K,), around 1."""
-    if strength == 0:
-        return np.ones(rows.shape[1], np.float32)
+def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strengths: Sequence[float]) -> list[np.ndarray]:
+    """Returns s (K,), around 1, for each exponent."""
+    none = np.ones(rows.shape[1], np.float32)
+    if len(strengths) == 1:
+        return [none]
     x = np.sqrt(np.square(rows).mean(0))
-    w = np.max([np.abs(matrix).max(0) for matrix in matrices], axis=0)
+    w = np.max([np.maximum(matrix.max(0), -matrix.min(0)) for matrix in matrices], axis=0)
     if group.shared_by > 1:
         x, w = (_largest_of_shared(array, group) for array in (x, w))
     if min(x.max(), w.max()) < np.finfo(np.float32).tiny:  # a layer that was switched off
-        return np.ones(rows.shape[1], np.float32)
+        return [none for _ in strengths]
     x, w = np.maximum(x, _FLOOR * x.max()), np.maximum(w, _FLOOR * w.max())
-    scales = x**strength / w ** (1 - strength)
-    scales /= np.exp(np.log(scales).mean())
-    return np.asarray(np.clip(scales, 1 / _MAX_SCALE, _MAX_SCALE), np.float32)
+    found = []
+    for strength in strengths:
+        scales = x**strength / w ** (1 - strength) if strength else none
+        scales /= np.exp(np.log(scales).mean())
+        found.append(np.asarray(np.clip(scales, 1 / _MAX_SCALE, _MAX_SCALE), np.float32))
+    return found
 
 
 def _largest_of_shared(channels: np.ndarray, group: Group) -> np.ndarray:
