@@ -29,9 +29,7 @@ def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[
     """Returns the source with a module of the contract, what its runs showed, and the graph to make."""
     progress.stage(f"observe the attention calls of {source.name}")
     latents = config.graph != "fused"
-    contracted = in_contract(
-        source.module, source.context_length, config.call, progress.warn, latents=latents, brief=config.quick
-    )
+    contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
     source = dataclasses.replace(source, module=contracted.module, call=contracted.call, proved=contracted.proved)
     if source.proved:
         compared = f"{source.proved} of {source.context_length} tokens"
