@@ -234,7 +234,8 @@ def _convert(files: Files, source: Source, python: Path, out: Path, store: Store
             kernels = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text() else "avx2"
             run([python, WORKERS / "optimum_convert.py", folder, out, files.precision, kernels], log)
         case "openvino":
-            folder, export = _huggingface(source, store), [python.with_name("optimum-cli"), "export", "openvino"]
+            folder = _huggingface(source, store)
+            export: list[str | Path] = [python.with_name("optimum-cli"), "export", "openvino"]
             task = ["--task", "text-generation-with-past", "--weight-format", files.precision]
             run([*export, "--model", folder, *task, out], log)
         case "transformers":

@@ -143,10 +143,10 @@ def short_texts(engine: Engine, count: int, progress: Progress = SILENT) -> list
 def _texts(engine: Engine, count: int, length: int, piece: int, progress: Progress) -> list[Ids]:
     """Returns texts (length,) of pieces of about so many tokens, which are written side by side."""
     beginning = min(RANDOM_TOKENS, -(-length // 2))
-    ids: list[int] = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning).tolist()
+    ids = np.random.default_rng(0).integers(0, engine.manifest.vocab_size, beginning)
     pieces = 1 if engine.manifest.static is not None else -(-(length - beginning) // piece) or 1
     end = beginning + -(-(length - beginning) // pieces)
-    rows = self_generated_texts(engine, ids, pieces * count, end, progress)
+    rows = self_generated_texts(engine, ids.tolist(), pieces * count, end, progress)
     parts = [[ids, *(row[beginning:] for row in rows[start::count])] for start in range(count)]
     return [np.concatenate(part)[:length] for part in parts]
 
