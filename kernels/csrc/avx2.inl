@@ -386,6 +386,9 @@ inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, si
             d[m] = dot_int4(d[m], weights[j], weights[4 + j], broadcast(q), broadcast(q + kBlock / 2));
           else
             d[m] = dot(d[m], weights[j], broadcast(q));
+#if defined(__GNUC__)  // otherwise GCC makes more sums than there are registers
+          __asm__("" : "+x"(d[m]));
+#endif
         }
       for (int m = 0; m < M; m++) {
         const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(d[m]), _mm256_set1_ps(x.scale[in + m * blocks]));
