@@ -14,8 +14,9 @@ namespace {
 #include "elementwise.inl"
 #include "transpose16.inl"
 
-constexpr size_t kChunk = 4;   // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kByRows = 4;  // rows of X that are multiplied without a panel: its 16 rows are slow to read
+constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
+constexpr size_t kByRows = 4;      // rows of X that are multiplied without a panel: its 16 rows are slow to read
+constexpr size_t kTwoPanels = 16;  // more rows of X take two panels: a register of theirs serves both
 
 #include "ahead.inl"
 
@@ -381,70 +382,102 @@ inline __m512i broadcast(const int8_t* four) {
   return _mm512_set1_epi32(value);
 }
 
-// acc[chain][m] of M rows of x from `from`, over the blocks of the panel.
-template <int bits, Form form, int M>
-inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
-                           __m512 (*acc)[kMaxRows]) {
+// In assembly, since GCC 12 copies each sum before the instruction.
+inline __m512i dot(__m512i acc, __m512i codes, __m512i q) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+  return acc;
+#else
+  return _mm512_dpbusd_epi32(acc, codes, q);
+#endif
+}
+
+// acc[p][chain][m] of M rows of x from `from`, over the blocks of P panels.
+template <int bits, Form form, int P, int M>
+inline void multiply_panels(const Panel* panels, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
+                            __m512 (*acc)[kChunk][kMaxRows]) {
   constexpr size_t kParts = form == Form::halves ? 2 : 1, kSteps = 8 / kParts;
   for (size_t b = 0; b < n; b++) {
-    const __m512* scales = panel.scales + (b0 + b) * kParts % 16;
-    for (int m = 0; m < M; m++) {
-      const size_t in = (from + m) * blocks + b0 + b;
-      const __m512 of_x = _mm512_set1_ps(x.scale[in]);
-      __m512& sum = acc[b][from + m];
-      for (size_t part = 0; part < kParts; part++) {
-        __m512i d = _mm512_setzero_si512();
-        if (form != Form::offsets) d = _mm512_set1_epi32(x.start[in * kParts + part]);
-        if (form == Form::plain && bits == 4) d = start_int4(panel.zeros[(b0 + b) % 16], d);
-        for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++)
-          d = _mm512_dpbusd_epi32(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
-        sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), scales[part], sum);
+    const size_t in = from * blocks + b0 + b, scale = (b0 + b) * kParts % 16, at = (b0 + b) % 16;
+    for (size_t part = 0; part < kParts; part++) {
+      __m512i d[P][M];
+      for (int m = 0; m < M; m++) {
+        __m512i start = _mm512_setzero_si512();
+        if (form != Form::offsets) start = _mm512_set1_epi32(x.start[(in + m * blocks) * kParts + part]);
+        for (int p = 0; p < P; p++)
+          d[p][m] = form == Form::plain && bits == 4 ? start_int4(panels[p].zeros[at], start) : start;
       }
-      if (form == Form::offsets) sum = _mm512_fnmadd_ps(_mm512_set1_ps(x.sums[in]), panel.offsets[(b0 + b) % 16], sum);
+      for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++) {
+        __m512i codes[P];
+        for (int p = 0; p < P; p++) codes[p] = panels[p].codes[b][j];
+        for (int m = 0; m < M; m++) {
+          const __m512i q = broadcast(x.q + (in + m * blocks) * kBlock + 4 * j);
+          for (int p = 0; p < P; p++) d[p][m] = dot(d[p][m], codes[p], q);
+        }
+      }
+      for (int m = 0; m < M; m++) {
+        const __m512 of_x = _mm512_set1_ps(x.scale[in + m * blocks]);
+        for (int p = 0; p < P; p++) {
+          __m512& sum = acc[p][b][from + m];
+          sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d[p][m]), of_x), panels[p].scales[scale + part], sum);
+        }
+      }
+    }
+    if (form != Form::offsets) continue;
+    for (int m = 0; m < M; m++) {
+      const __m512 sums = _mm512_set1_ps(x.sums[in + m * blocks]);
+      for (int p = 0; p < P; p++)
+        acc[p][b][from + m] = _mm512_fnmadd_ps(sums, panels[p].offsets[at], acc[p][b][from + m]);
     }
   }
 }
 
-// 16 rows of W
-template <int bits, Form form>
-void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
-  constexpr int kParts = form == Form::halves ? 2 : 1;
-  Panel panel;
-  __m512 acc[kChunk][kMaxRows];
+// 16 * P rows of W
+template <int bits, Form form, int P>
+void by_panels(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+  constexpr int kParts = form == Form::halves ? 2 : 1, M = P == 2 ? 8 : 1;
+  Panel panels[P];
+  __m512 acc[P][kChunk][kMaxRows];
   const size_t all = rows * terms;
-  for (size_t chain = 0; chain < 4; chain++)
-    for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
+  for (int p = 0; p < P; p++)
+    for (size_t chain = 0; chain < 4; chain++)
+      for (size_t i = 0; i < all; i++) acc[p][chain][i] = _mm512_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    if (b0 * kParts % 16 == 0) {
-      fill_numbers(w.scales, row, b0 * kParts, panel.scales);
-      if (form == Form::offsets) fill_numbers(w.offsets, row, b0, panel.offsets);
-      if (form == Form::plain && bits == 4) fill_zeros(w, row, b0, panel);
+    for (int p = 0; p < P; p++) {
+      const size_t first = row + 16 * p;
+      if (b0 * kParts % 16 == 0) {
+        fill_numbers(w.scales, first, b0 * kParts, panels[p].scales);
+        if (form == Form::offsets) fill_numbers(w.offsets, first, b0, panels[p].offsets);
+        if (form == Form::plain && bits == 4) fill_zeros(w, first, b0, panels[p]);
+      }
+      fill_panel<bits>(w, first, b0, n, panels[p]);
     }
-    fill_panel<bits>(w, row, b0, n, panel);
     size_t i = 0;
-    for (; i + 8 <= all; i += 8) multiply_panel<bits, form, 8>(panel, x, i, w.blocks, b0, n, acc);
-    if (i + 4 <= all) multiply_panel<bits, form, 4>(panel, x, i, w.blocks, b0, n, acc), i += 4;
-    if (i + 2 <= all) multiply_panel<bits, form, 2>(panel, x, i, w.blocks, b0, n, acc), i += 2;
-    if (i < all) multiply_panel<bits, form, 1>(panel, x, i, w.blocks, b0, n, acc);
+    for (; i + M <= all; i += M) multiply_panels<bits, form, P, M>(panels, x, i, w.blocks, b0, n, acc);
+    for (; i < all; i++) multiply_panels<bits, form, P, 1>(panels, x, i, w.blocks, b0, n, acc);
   }
-  for (size_t i = 0; i < rows; i++) {
-    float sums[2][16];
-    for (size_t t = 0; t < terms; t++) {
-      const size_t at = i * terms + t;
-      const __m512 even = _mm512_add_ps(acc[0][at], acc[2][at]), odd = _mm512_add_ps(acc[1][at], acc[3][at]);
-      _mm512_storeu_ps(sums[t], _mm512_add_ps(even, odd));
+  for (int p = 0; p < P; p++)
+    for (size_t i = 0; i < rows; i++) {
+      float sums[2][16];
+      for (size_t t = 0; t < terms; t++) {
+        const size_t at = i * terms + t;
+        const __m512 even = _mm512_add_ps(acc[p][0][at], acc[p][2][at]);
+        const __m512 odd = _mm512_add_ps(acc[p][1][at], acc[p][3][at]);
+        _mm512_storeu_ps(sums[t], _mm512_add_ps(even, odd));
+      }
+      finish(w, row + 16 * p, 16, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride + 16 * p);
     }
-    finish(w, row, 16, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride);
-  }
 }
 
 template <int bits, Form form>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
+  if (rows * terms > kTwoPanels)
+    for (; j + 32 <= count; j += 32) by_panels<bits, form, 2>(w, x, rows, terms, first + j, y + j, stride);
   if (rows * terms > kByRows)
-    for (; j + 16 <= count; j += 16) by_panel<bits, form>(w, x, rows, terms, first + j, y + j, stride);
+    for (; j + 16 <= count; j += 16) by_panels<bits, form, 1>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   const size_t all = rows * terms;
   const auto by = all % 4 == 0 ? by_rows<bits, form, 4>
