@@ -29,6 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to look at; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="IDS", type=id_list, help="the prompt as token ids, such as 1,2,3")
     add("--out", metavar="FILE", type=Path, required=True, help="the page")
+    add("--title", metavar="TEXT", help="title of the page (default: the model's name)")
     add("--position", metavar="N", type=positive_int, help="look at the model after N tokens (default: the prompt's)")
     add("--max-new-tokens", metavar="N", type=positive_int, default=32, help="largest number of new tokens")
     add("--reference", metavar="BUNDLE_OR_SOURCE", help="compare each prediction with this model's")
@@ -74,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--position {arguments.position} is none of the tokens that are shown, {shown}")
     from .inline import page
 
-    content = page(panels).encode()
+    content = page(panels, arguments.title).encode()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, content)
     say(f"{arguments.out}: {len(content) / 1000:.0f} kB")

@@ -17,8 +17,11 @@ _PANELS = ("tokens", "embedding", "attention", "layers", "next", "sampler", "cac
 _SCRIPTS = ("data", "matrix", "bars", *_PANELS, "position")  # each uses names of those before it
 
 
-def page(panels: dict[str, Any]) -> str:
-    """Returns the page. Its policy lets the browser load nothing, and run only the script in it."""
+def page(panels: dict[str, Any], title: str | None = None) -> str:
+    """Returns the page, with this title or the model's name.
+
+    Its policy lets the browser load nothing, and run only the script in it.
+    """
     style, template = _read("page.css"), _read("page.html")
     script = "".join(_read(f"{name}.js") for name in _SCRIPTS)
     policy = (
@@ -30,7 +33,7 @@ def page(panels: dict[str, Any]) -> str:
     data = json.dumps(packed, default=_packed, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     filled = {
         "policy": policy,
-        "title": html.escape(f"Inside {panels['model']['source']}"),
+        "title": html.escape(title or f"Inside {panels['model']['source']}"),
         "style": style,
         "script": script,
         "data": data.replace("<", "\\u003c"),

@@ -5,9 +5,9 @@ function attention() {
   const size = codes.shape[2]; // of a head's triangle, row after row
   const more = columns - W; // 1 with a column of earlier tokens
   const [call, head] = ["call", "head"].map(selectOf);
-  const root = (row, column) => {
+  const root = (row, column, of = head.selectedIndex) => {
     if (column > row + more) return null;
-    const triangle = (call.selectedIndex * heads.length + head.selectedIndex) * size;
+    const triangle = (call.selectedIndex * heads.length + of) * size;
     const before = (row * (row + 1)) / 2 + row * more;
     return low + ((high - low) * codes[triangle + before + column]) / 255;
   };
@@ -44,6 +44,34 @@ function attention() {
     }));
     bars(byId("reads"), row.sort((a, b) => b.share - a.share).slice(0, 6));
   };
+  // An overview: every head of the layer, as small as its weights are pixels.
+  const small = heads.length > 1 ? heads.map((place) => ({ place, button: make("button", "", "head") })) : [];
+  for (const [index, { place, button }] of small.entries()) {
+    const picture = Object.assign(make("canvas"), { width: columns, height: W });
+    button.type = "button";
+    button.setAttribute("aria-label", `Head ${place + 1}`);
+    button.append(picture, make("small", `${place + 1}`));
+    button.addEventListener("click", () => {
+      head.selectedIndex = index;
+      redraw();
+      update();
+    });
+    let drawn = "";
+    redraws.push(() => {
+      button.classList.toggle("now", index === head.selectedIndex);
+      const wanted = `${call.selectedIndex} ${theme.heat}`;
+      if (wanted === drawn) return;
+      drawn = wanted;
+      const pen = picture.getContext("2d");
+      pen.clearRect(0, 0, columns, W);
+      for (let row = 0; row < W; row++)
+        for (let column = 0; column <= row + more; column++) {
+          pen.fillStyle = shade(theme.heat, 0.06 + 0.94 * Math.abs(root(row, column, index)));
+          pen.fillRect(column, row, 1, 1);
+        }
+    });
+  }
+  byId("heads").append(...small.map(({ button }) => button));
   for (const choice of [call, head])
     choice.addEventListener("change", () => {
       redraw();

@@ -5,8 +5,8 @@ function embedding() {
     return () => {};
   }
   const names = {
-    word: "Word embedding: the same for a token wherever it stands",
-    position: "Position encoding: the same for a place, whatever stands there",
+    word: "Word embedding: the same for a token at every place",
+    position: "Position encoding: the same for a place, whatever token is there",
     sum: found.parts.word
       ? "Their sum, which the first layer reads"
       : "The word embedding, which the first layer reads",

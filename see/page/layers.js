@@ -10,6 +10,9 @@ function layers() {
       "A guess is the model's own final norm and output head, run on the vector at that place (the logit lens). " +
       "After the last layer it equals the model's answer.";
   if (!kept.length) return () => {};
+  // The first place whose best guess is the final one.
+  const best = ({ ids: likeliest }) => likeliest[at * likeliest.shape[1]];
+  const lead = () => kept.findIndex((one) => best(one) === best(kept[kept.length - 1]));
   matrix(canvasOf("lens"), byId("lens-out"), {
     rows: kept.length,
     columns: W,
@@ -18,7 +21,7 @@ function layers() {
     columnNames: (column) => token(column + 1),
     value: (row, column) => kept[row].next[column],
     label: "Probability of the token that came next, a row for each layer and a column for each position",
-    marked: { column: () => at, choose: (_, column) => column },
+    marked: { row: lead, column: () => at, choose: (_, column) => column },
     tell: (row, column) => `${stage(kept[row].place)}, “${token(column + 1)}” has ${percent(kept[row].next[column])}`,
   });
   const [body] = /** @type {HTMLTableElement} */ (byId("guesses")).tBodies;
@@ -29,5 +32,34 @@ function layers() {
       row.append(make("td", `${shown(likeliest[i])}  ${percent(p[i])}`));
     return row;
   };
-  return () => body.replaceChildren(...kept.map(guesses));
+  let folded = kept.length > 12; // the middle of a deep model
+  const fold = (many) => {
+    const [row, cell, button] = [make("tr"), make("td"), make("button", `${many} more layers`)];
+    button.type = "button";
+    button.addEventListener("click", () => {
+      folded = false;
+      update();
+    });
+    cell.colSpan = 4;
+    cell.append(button);
+    row.append(cell);
+    return row;
+  };
+  const update = () => {
+    const rows = [];
+    let hidden = 0;
+    kept.forEach((one, place) => {
+      const near = Math.min(place, kept.length - 1 - place) < 3 || Math.abs(place - lead()) < 2;
+      if (folded && !near) {
+        hidden++;
+        return;
+      }
+      if (hidden) rows.push(fold(hidden));
+      hidden = 0;
+      rows.push(guesses(one));
+      if (place === lead()) rows[rows.length - 1].className = "first";
+    });
+    body.replaceChildren(...rows);
+  };
+  return update;
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from pastkey.__main__ import main
 
+from ..see.conftest import data_of
 from .environments import had, install_chromium, node_environment
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -92,3 +95,22 @@ def test_the_slider_leads_from_the_prompt_to_the_end(page_of, browser):
     assert "%" in page.text_content("#weights-out")
     press("Home")  # the first token can read nothing but itself
     assert page.text_content("#reads").endswith("(itself)100 %")
+
+
+def test_the_middle_of_a_deep_model_is_folded_and_each_head_has_a_picture(page_of, browser, tmp_path):
+    content, file = page_of("llama").read_text(encoding="utf-8"), tmp_path / "deep.html"
+    data = data_of(content)
+    data["layers"]["at"] = [layer for layer in data["layers"]["at"] for _ in range(8)]
+    deep = re.sub(r'(id="data">).*?(</script>)', lambda m: m[1] + json.dumps(data) + m[2], content, flags=re.DOTALL)
+    file.write_text(deep, encoding="utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    rows = page.locator("#guesses tbody tr")
+    folded = rows.count()
+    assert page.locator("#guesses tr.first").count() == 1  # where the final answer first leads
+    page.locator("#guesses button").first.click()
+    assert folded < rows.count() == len(data["layers"]["at"])
+    assert page.locator("#guesses button").count() == 0
+    assert page.locator("#heads button").count() == data["model"]["heads"]
+    page.locator("#heads button").nth(1).click()
+    assert page.locator("#head").evaluate("choice => choice.selectedIndex") == 1

@@ -27,7 +27,8 @@ def look(command, page):
 @pytest.mark.oldest
 @pytest.mark.slow
 def test_a_bundle_becomes_a_page(classic, look, page):
-    said, data = look(classic / "bundle", *PROMPT)
+    said, data = look(classic / "bundle", *PROMPT, "--title", "My page")
+    assert "<h1>My page</h1>" in page.read_text(encoding="utf-8")
     assert said == f"{page}: {page.stat().st_size / 1000:.0f} kB\n"
     assert data["text"]["ended"]
     assert set(data["vocabulary"]) >= {"what", "is", "statquest", "awesome"}

@@ -118,6 +118,7 @@ def test_no_token_ends_the_data_or_stands_for_a_part_of_the_page():
     assert data_of(content)["vocabulary"] == [word]
     assert content.count("<script>") == 1
     assert "<h1>Inside &lt;&lt;/script" in content
+    assert "<title>My &lt;page&gt;</title>" in page(example(word), "My <page>")
 
 
 @pytest.mark.parametrize(("least", "low"), [(0, 0), (-0.25, -0.5)])
