@@ -6,7 +6,7 @@ import kotlin.math.ln
 import kotlin.random.Random
 
 /**
- * From logits to a token, as docs/sampling.md of pastkey defines it. The defaults take the likeliest token.
+ * From logits to a token, as docs/output.md of pastkey defines it. The defaults take the likeliest token.
  *
  * A draw depends on the logits, the seed and the place in the text alone: in float32 a seed draws Python's text.
  */
