@@ -65,7 +65,7 @@ def _convert(source: Path, folder: Path) -> None:
     done = subprocess.run([*program, *settings], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit status {done.returncode}")
-        raise ParityError(f"onnxruntime cannot write the graph in its ORT format ({reason}): take --format onnx")
+        raise ParityError(f"onnxruntime cannot write the graph in its ORT format ({reason}): use --format onnx")
 
 
 class OrtBundle(Bundle):
@@ -84,7 +84,7 @@ def _require_equal(bundle: Bundle) -> None:
         raise ParityError(
             f"in the ORT format of {bundle.last_logits_graph.name} logits differ by {apart:.1e} of the largest logit "
             f"(limit {NUMBERS:.0e}): onnxruntime {onnxruntime.__version__} optimises it wrongly; install another "
-            "release of it, or take --format onnx"
+            "release of it, or use --format onnx"
         )
 
 

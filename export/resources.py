@@ -62,13 +62,13 @@ def require_room(out: Path, needed: Needs, *, allocated: int = 0) -> None:
     free = shutil.disk_usage(there).free
     if needed.disk > free:
         raise ResourceError(
-            f"exporting {needed.weights:,} weights to {out} takes about {_shown(needed.disk)} of disk and "
+            f"exporting {needed.weights:,} weights to {out} needs about {_shown(needed.disk)} of disk and "
             f"{_shown(free)} are free: make room, or choose another place with --out"
         )
     memory, available = needed.memory - allocated, available_memory()
     if available is not None and memory > available:
         raise ResourceError(
-            f"exporting {needed.weights:,} weights takes about {_shown(memory)} of memory and {_shown(available)} are "
+            f"exporting {needed.weights:,} weights needs about {_shown(memory)} of memory and {_shown(available)} are "
             "available: end other programs, or export on a larger machine"
         )
 

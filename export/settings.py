@@ -33,7 +33,7 @@ SOURCES = (
     "FILE:factory of a .py or .ipynb file, such as train.py:'GPT(64)'"
 )
 TOKENIZERS = (
-    "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a .json list of characters or "
+    "a tokenizer.json, a SentencePiece .model, GPT-2's encoder.json next to vocab.bpe, a .json list of characters or "
     "words, or path/to/file.py:factory"
 )
 
@@ -53,7 +53,7 @@ class ExportOptions(TypedDict, total=False):
     - `generate` (False): Also writes a whole generation as one graph, for programs in any language.
     - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
     - `adapters` (False): Also writes a graph that takes LoRA adapters, for `LanguageModel.load_adapter`.
-    - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json beside vocab.bpe, a
+    - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json next to vocab.bpe, a
       list of characters or words as .json, a "file.py:factory" of one of these, of a tokenizers.Tokenizer or a
       tiktoken Encoding, or for a llama2.c model the tokenizer of its own format.
     - `context_length` (the source's): In tokens. Required for a module; may shorten the context of other sources.
@@ -171,7 +171,7 @@ class ExportConfig:
     )  # fmt: skip
     tokenizer: str | Path | None = _flag(
         _MODULE, None, f"{TOKENIZERS} of a tokenizers.Tokenizer or tiktoken Encoding; or llama2.c's tokenizer .bin; "
-        "without one, the bundle takes ids only",
+        "without one, the bundle accepts ids only",
         metavar="FILE",
     )  # fmt: skip
     eos: int | str | Sequence[int | str] | None = _flag(
@@ -186,7 +186,7 @@ class ExportConfig:
     chat_template: str | Path | None = _flag(
         _MODULE, None, "a .jinja file (default: the source's chat template)", metavar="FILE"
     )
-    adapters: bool = _switch(_GRAPHS, "also write a graph that takes LoRA adapters: --adapter of run")
+    adapters: bool = _switch(_GRAPHS, "also write a graph for LoRA adapters: --adapter of run")
     hidden_states: bool = _switch(
         _GRAPHS, "also output the last hidden states, for text embeddings: lm.embed in Python"
     )
@@ -199,11 +199,11 @@ class ExportConfig:
     force: bool = _switch("", "replace an existing bundle")
     trust_remote_code: bool = _switch(_RARE, "run the Python code in a Hugging Face folder")
     network: bool = _flag(
-        _RARE, True, "fetch nothing: take ORG/NAME from the cache of huggingface_hub",
+        _RARE, True, "fetch nothing: use the cache of huggingface_hub for ORG/NAME",
         flag="--no-network", action="store_false",
     )  # fmt: skip
     cache: bool = _flag(
-        _RARE, True, "take no finished steps from an earlier export of the same source, and keep none for a next one",
+        _RARE, True, "use no finished steps of an earlier export of the same source, and keep none for the next one",
         flag="--no-cache", action="store_false",
     )  # fmt: skip
     shard_size: int | str | None = _flag(
@@ -302,9 +302,9 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
     (lambda c: c.hidden_states and c.static, "--hidden-states", _STATIC, "static graphs give the logits alone"),
     (lambda c: c.chunk is not None and not c.static, "--chunk", "--graph {graph}", "it is of the static graph"),
     (lambda c: TARGETS[c.target].npu and not c.static,
-     "--target {target}", "--graph {graph}", "it takes graphs of fixed sizes only, --graph static"),
+     "--target {target}", "--graph {graph}", "it runs graphs of fixed sizes only, --graph static"),
     (lambda c: c.graph == "fused" and not TARGETS[c.target].takes_fused,
-     "--graph fused", "--target {target}", "the fused graph is not known to run there, take --graph standard"),
+     "--graph fused", "--target {target}", "the fused graph is not known to run there, use --graph standard"),
     (lambda c: c.static and c.row.name != "fp32" and not (c.row.name == "int8" and TARGETS[c.target].static_int8),
      "--precision {precision}", _STATIC, "static graphs are made in float32, for qnn also in int8"),
 )  # fmt: skip

@@ -133,7 +133,7 @@ class Store:
                 with contextlib.suppress(OSError):  # it is not empty
                     self._beside.rmdir()
                 if self._beside.is_dir():
-                    self._progress.say(f"kept finished steps in {self._beside}: the same command goes on from there")
+                    self._progress.say(f"kept finished steps in {self._beside}: the same command continues from there")
                 raise
             shutil.rmtree(self._beside, ignore_errors=True)
 

@@ -154,7 +154,7 @@ def guarded(work: Callable[[], int], prog: str) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", prog, status=130)
     except MemoryError:
-        return _fail("not enough memory: close other programs, or take a smaller model or context", prog)
+        return _fail("not enough memory: close other programs, or use a smaller model or context", prog)
     except OSError as error:
         return _fail(_os_sentence(error), prog)
     except BaseException as error:

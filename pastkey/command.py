@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
                 break
         plain = len(self._get_positional_actions())
         if len(self.given) > plain and not any(word.startswith("-") for word in self.given):
-            message = f"{shown(self.given[plain])} stands without a flag; {message}"
+            message = f"{shown(self.given[plain])} is given without a flag; {message}"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

@@ -144,7 +144,7 @@ def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFound
 
     wheel = f"pastkey-{version('pastkey')}-py3-none-any.whl"
     return MissingExtraError(
-        f"the package {package!r} is not installed, which pastkey's extras [{extras}] bring: type  pip install "
+        f"the package {package!r} is not installed, which pastkey's extras [{extras}] install: type  pip install "
         f"'.[{extras}]'  in pastkey's checkout, or  pip install '{wheel}[{extras}]'  with its wheel, and try again"
     )
 

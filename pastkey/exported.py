@@ -83,7 +83,7 @@ def _require_chat_template(folder: Path) -> None:
     if folder.is_dir() and not told and not any(folder.glob("chat_template*")):
         raise InputError(
             f"{folder} has no chat template, so that its model continues texts and holds no conversation: use  pastkey "
-            f"run {shlex.quote(str(folder))} --prompt TEXT  or take a template with --template FILE"
+            f"run {shlex.quote(str(folder))} --prompt TEXT  or give a template with --template FILE"
         )
 
 

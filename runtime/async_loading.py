@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 async def aload(path: str | Path | bytes, **settings: Unpack[LoadSettings]) -> LanguageModel:
     """As `load`, for `await`. A thread imports the runtime and loads the bundle while the event loop runs.
 
-    Reading tokenizer.json and each library's start hold the GIL; docs/embedding.md says how long. Cancelling the task
+    Reading tokenizer.json and each library's start hold the GIL; docs/python.md says how long. Cancelling the task
     does not stop the load; its model is discarded.
     """
     import asyncio  # see decoding/asynchronous.py

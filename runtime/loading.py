@@ -73,7 +73,7 @@ def load(
         session_options: Settings of onnxruntime.SessionOptions: attributes by their names, {"enable_cpu_mem_arena":
             False, "graph_optimization_level": "ORT_ENABLE_BASIC"}, and entries by their names with a dot,
             {"session.use_env_allocators": "1"}. Settings that pastkey controls, such as threads, are an error.
-        native: Whether pastkey's kernel library runs the bundle: docs/native.md. None uses it where it is installed
+        native: Whether pastkey's kernel library runs the bundle: docs/devices.md. None uses it where it is installed
             and the bundle has a graph for it, unless the environment variable PASTKEY_NATIVE is 0. True raises a
             ProviderError where it cannot be used. False uses onnxruntime's.
         max_memory: Limit in bytes for all caches of the model. A call that might need more raises ResourceError before
@@ -85,7 +85,7 @@ def load(
             at once. A request is a call, or a stream until its end. Of a batch call each prompt counts, and only its
             first one may be refused. None for no limit.
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
-            this model accepts or rejects, where that is faster: docs/speculation.md. A path is loaded with the same
+            this model accepts or rejects, where that is faster: docs/python.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.
         adapters: LoRA adapters to load: name -> folder, as for `LanguageModel.load_adapter`.
 

@@ -118,13 +118,13 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
         Option("min_new_tokens", Count, 0, "no EOS token before this many new tokens", "N"),
         Option("stop", Texts, (), "end before this text", "TEXT"),
         Option("eos_token_id", Annotated[TokenId | Ids, "a token id, or a list of token ids"], None,
-               "the EOS tokens, in place of the bundle's", "IDS"),
-        Option("stop_token_ids", Ids, (), "token ids that end the text, beside the EOS tokens", "IDS"),
+               "the EOS tokens, instead of the bundle's", "IDS"),
+        Option("stop_token_ids", Ids, (), "token ids that end the text, in addition to the EOS tokens", "IDS"),
         Option("timeout", Annotated[float, Between(_LEAST, math.inf), "a number of seconds above 0"], None,
                "seconds from the first step after which the text ends as it is", "SECONDS"),
     ),
     "choice of tokens": (
-        Option("temperature", Scale, 0.0, "0 takes the likeliest token; above 0, tokens are drawn", "X"),
+        Option("temperature", Scale, 0.0, "0 chooses the likeliest token; above 0, tokens are drawn", "X"),
         Option("top_k", Count, 0, "draw from the N likeliest tokens; 0 for all", "N"),
         Option("top_p", Part, 1.0, "draw from the fewest likeliest tokens that together have probability P", "P"),
         Option("min_p", Share, 0.0, "drop tokens below P times the likeliest one's probability", "P"),
@@ -247,7 +247,7 @@ def require_known(call: str, options: Collection[str], known: Collection[str]) -
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]!r}?" if near else "docs/sampling.md lists the options"
+            meant = f"did you mean {near[0]!r}?" if near else "docs/output.md lists the options"
             raise OptionError(f"{call}() has no option {shown(name)}; {meant}")
 
 

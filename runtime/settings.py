@@ -76,7 +76,7 @@ class ChatOptions(TextOptions, total=False):
 class GenerateOptions(ChatOptions, total=False):
     """The options of `LanguageModel.generate` and `LanguageModel.stream`.
 
-    docs/sampling.md lists them, with the stages of the sampler in order. None is "not set": the default.
+    docs/output.md lists them, with the stages of the sampler in order. None is "not set": the default.
     """
 
     reuse_prefix: bool | None
@@ -97,7 +97,7 @@ SESSION_OPTIONS: frozenset[str] = SessionOptions.__optional_keys__
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a token is sampled. docs/sampling.md has the fields and the order of the stages. The default is greedy.
+    """How a token is sampled. docs/output.md has the fields and the order of the stages. The default is greedy.
 
     It checks nothing: `require_valid` does, once, in the call of a user.
     """

@@ -45,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         add(flag, dest=setting, metavar=metavar, type=kind, default=getattr(_DEFAULT, setting), help=what)
     add("--max-memory", metavar="BYTES", type=byte_count, help="limit of all KV caches (default: none)")
-    meaning = "option of requests that do not set it, in place of the model's own: temperature=0.7, max_new_tokens=512"
+    meaning = "option of requests that do not set it, instead of the model's own: temperature=0.7, max_new_tokens=512"
     add("--default", metavar="NAME=JSON", dest="defaults", type=key_value, action="append", default=[], help=meaning)
 
     models = parser.add_argument_group("models")
@@ -87,7 +87,7 @@ def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, text in pairs:
         if name not in ChatOptions.__optional_keys__:
-            raise InputError(f"--default {name}={text} was given; docs/sampling.md lists the names of options")
+            raise InputError(f"--default {name}={text} was given; docs/output.md lists the names of options")
         try:
             found[name] = json.loads(text)
         except ValueError:
@@ -106,7 +106,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = "another program listens there" if error.errno == errno.EADDRINUSE else error
         raise InputError(
-            f"cannot listen on {host} port {port} ({why}): take another one with --port or --host"
+            f"cannot listen on {host} port {port} ({why}): choose another one with --port or --host"
         ) from None
 
 

@@ -64,7 +64,7 @@ class ServerSettings:
         if not self.keys and not self.insecure and not is_loopback(self.host):
             raise InputError(
                 f"--host {self.host} lets other machines ask, and no key is set: add --api-key-file FILE, set the "
-                "environment variable PASTKEY_API_KEY, or take --insecure"
+                "environment variable PASTKEY_API_KEY, or use --insecure"
             )
 
 

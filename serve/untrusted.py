@@ -59,7 +59,7 @@ def supervise(
     as the limit of time says, or whose step takes longer.
     """
     if os.name != "posix":
-        raise InputError("--untrusted serves on Linux and macOS alone: another system hands no socket over")
+        raise InputError("--untrusted serves on Linux and macOS only: another system hands no socket over")
     salt = secrets.token_hex(16)
     given, _ = limited_arguments(arguments)
     given |= {

@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
             figures = loop.train(config, arguments.out, data=arguments.data, force=arguments.force)
     except KeyboardInterrupt:
         if arguments.out.exists():
-            say(f"{arguments.out} keeps the last checkpoint: --resume goes on from it")
+            say(f"{arguments.out} keeps the last checkpoint: --resume continues from it")
         raise
     if not figures:  # another process than the first
         return 0

@@ -134,7 +134,7 @@ def _resumed(
     config = dataclasses.replace(saved, **changes)
     if resumed.step >= config.steps:
         raise InputError(
-            f"{out} is trained already, to step {resumed.step} of {config.steps}: give a larger --steps to go on"
+            f"{out} is trained already, to step {resumed.step} of {config.steps}: give a larger --steps to continue"
         )
     return config, resumed, checkpoint
 
@@ -360,7 +360,7 @@ class Run:
         rate = f" with a smaller --learning-rate than {self.config.learning_rate}" if slower else ""
         if self.saved is None:
             return f"nothing was saved yet, start again{rate}"
-        return f"{self.place.target} keeps step {self.saved}, --resume goes on from it{rate}"
+        return f"{self.place.target} keeps step {self.saved}, --resume continues from it{rate}"
 
     @torch.no_grad()
     def _validate(self, train_loss: float, tokens_per_second: int) -> None:

@@ -129,7 +129,7 @@ def open_start(config: TrainConfig, out: Path) -> Start:
     if not path.exists():
         fetch = f"; fetch it first:  hf download {path} --local-dir {path.name}" if hub_id(str(path)) else ""
         raise MissingFileError(
-            f"no model {str(path)!r}: --init takes a checkpoint, a Hugging Face folder or a GGUF file{fetch}"
+            f"no model {str(path)!r}: --init accepts a checkpoint, a Hugging Face folder or a GGUF file{fetch}"
         )
     if out.resolve() == path.resolve():
         raise InputError(f"--out {out} is the model of --init, which training would replace: choose another --out")
@@ -154,7 +154,7 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
     """Returns a model and its tokenizer."""
     layout = layout_of(path)
     if layout == PEFT or (path / names.ADAPTER_CONFIG).is_file():
-        raise InputError(f"{path} is an adapter and no model: go on with it by --resume, or merge it by pastkey export")
+        raise InputError(f"{path} is an adapter and no model: continue it with --resume, or merge it by pastkey export")
     if layout is None and (path / names.MANIFEST).is_file():
         checkpoint = load_checkpoint(path)
         tokenizer = read_tokenizer(checkpoint.tokenizer_path)
@@ -164,7 +164,7 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
         check_settled(path)
     if path.is_dir() and not (path / names.CONFIG).is_file():
         raise InputError(
-            f"{path} has no {names.CONFIG}: --init takes a checkpoint, a Hugging Face folder or a GGUF file"
+            f"{path} has no {names.CONFIG}: --init accepts a checkpoint, a Hugging Face folder or a GGUF file"
         )
     with transformers_opening(path, "train") as library, TemporaryDirectory() as folder:
         model = _load(library, path)

@@ -147,7 +147,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Trains byte-level BPE: any UTF-8 text decodes unchanged. The same documents give the same tokenizer."""
     if vocab_size <= _BYTES:
         raise InputError(
-            f"--vocab-size is {vocab_size}; byte-level BPE needs at least {_BYTES + 1}, or take --tokenizer char"
+            f"--vocab-size is {vocab_size}; byte-level BPE needs at least {_BYTES + 1}, or use --tokenizer char"
         )
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -54,7 +54,7 @@ def _own_files() -> dict[str, Path | bytes]:
     if not LIBRARIES.is_dir():
         raise MissingFileError(
             f"{LIBRARIES} is missing, which has onnxruntime-web and the tokenizer: type  make web-assets  in the "
-            "checkout (it needs npm), or install pastkey's wheel, which brings them"
+            "checkout (it needs npm), or install pastkey's wheel, which contains them"
         )
     files: dict[str, Path | bytes] = {file.name: file for file in PAGE.iterdir()}
     return files | {f"lib/{file.name}": file for file in LIBRARIES.iterdir()}

@@ -25,7 +25,7 @@ MAX_WINDOW, BEYOND_WINDOW = 1024, 16  # or this many tokens beyond a window, if 
 RANDOM_TOKENS = 16  # at the beginning of the text; the model generates the rest, in pieces side by side
 PIECE_TOKENS, SHORT_PIECE = 32, 16
 # Each run reads all weights, so a text is run in parts of these sizes only at its beginning and at its end, and the
-# tokens between them in one run. `docs/verification.md` has the faults that are found so.
+# tokens between them in one run. `docs/dev/verification.md` has the faults that are found so.
 DECODED, DECODED_BY_ALL_LOGITS = 24, 8  # single tokens at each end, by the last- and the all-logits graph
 CHUNKS = {7: 8, 64: 1}  # size of a chunk -> chunks at each end
 GREEDY_TOKENS = 32

@@ -1,6 +1,6 @@
 """int8 and int4 of `--quick`: every weight is rounded to nearest, as it is. No text decides anything.
 
-Nothing is calibrated, so the KL divergence is larger: see docs/sources-and-targets.md.
+Nothing is calibrated, so the KL divergence is larger: see docs/export.md.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def hub_hint(source: str) -> str:
     """Returns the end of an error about the address of a model on the Hub, or an id with a revision; "" for others."""
     found = _OTHER_HUB_FORM.match(source)
     known = found and (found[1] or found[2])
-    return f"; for a model on the Hugging Face Hub write {known}, which takes its newest commit" if known else ""
+    return f"; for a model on the Hugging Face Hub write {known}, which fetches its newest commit" if known else ""
 
 
 def needs_huggingface(source: str) -> bool:

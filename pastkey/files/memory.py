@@ -37,7 +37,7 @@ def require_memory_for(what: object, needed: int) -> None:
     free = available_memory()
     if free is not None and needed > free:
         raise ResourceError(
-            f"reading {what} takes about {shown_bytes(needed)} of memory and {shown_bytes(free)} are available: end "
+            f"reading {what} needs about {shown_bytes(needed)} of memory and {shown_bytes(free)} are available: end "
             "other programs, or use a larger machine"
         )
 

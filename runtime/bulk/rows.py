@@ -150,7 +150,7 @@ def parse_request(row: Mapping[str, Any]) -> RowRequest:
         raise InputError(f'the row has {"neither" if prompt is None else "both"} of "prompt" and "messages": give one')
     if messages is None:
         if tools:
-            raise InputError("tools are for a conversation: give messages in place of the prompt")
+            raise InputError("tools are for a conversation: give messages instead of the prompt")
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(map(is_int, prompt))):
             raise InputError(f"the prompt is {shown(prompt)}; a text or a list of token ids was expected")
         return RowRequest(prompt, options=cast(ChatOptions, options))

@@ -30,8 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("input", metavar="IN", help="rows: JSON lines with a prompt or messages")
     add("--out", required=True, metavar="OUT", help="file of JSON lines to append the answers to")
-    add("--exact", action="store_true", help="decode one row at a time, so that an int8 text depends on its row alone")
-    add("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
+    add("--exact", action="store_true", help="decode one row at a time, so that an int8 text depends on its row only")
+    add("--template", metavar="FILE", help="chat template (Jinja) instead of the bundle's")
     add("--shard", metavar="I/N", default="", help="answer every N-th row, from the I-th on (default: all)")
     add("--force", action="store_true", help="start again: empty OUT first")
     add("--json", action="store_true", help="print the report as one JSON object")
@@ -39,7 +39,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser.add_argument_group("further models"))
     add_device(parser)
     parser.epilog = (
-        "The same command goes on with a job that was stopped. A field of a row that bears the name of a setting "
+        "The same command continues a job that was stopped. A field of a row with the name of a setting "
         "(max_new_tokens, temperature, ...) wins. Each row draws by a seed made of --seed (0) and its id."
     )
 
@@ -100,7 +100,7 @@ def answer_all(job: Job, answers: Callable[[Iterator[Row]], Iterator[tuple[Row, 
                 told = time.monotonic()
                 say(f"{job.done} of {job.total} rows, {job.errors} with an error, {_told(speeds())}")
     except (KeyboardInterrupt, SystemExit, OSError):
-        say(f"{job.done} of {job.total} rows are answered: the same command goes on")
+        say(f"{job.done} of {job.total} rows are answered: the same command continues")
         raise
     return {"rows": job.total, "errors": job.errors, "resumed": before, **tokens, **speeds()}
 

@@ -29,11 +29,11 @@ from .flags import (
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser, SOURCE)
-    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object in place of the text")
+    parser.add_argument("--json", action="store_true", help="with --prompt, print one JSON object instead of the text")
     add = parser.add_argument_group("prompt").add_argument
     add("--prompt", metavar="TEXT", help="ask one question, print the answer and end; - reads it from standard input")
     add("--system", metavar="TEXT", help="system text of the conversation")
-    add("--template", metavar="FILE", help="chat template (Jinja) in place of the bundle's")
+    add("--template", metavar="FILE", help="chat template (Jinja) instead of the bundle's")
     own = {name: f"the model's, or {DEFAULTS[name]}" for name in NAMES if DEFAULTS[name] != ()}
     add_generation(parser, **own, max_new_tokens=CHAT_NEW_TOKENS)
     models = parser.add_argument_group("further models")
@@ -97,7 +97,7 @@ def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
     used = {name: value for name, value in defaults.items() if name not in options}
     if used:
         shown = ", ".join(f"{name} {value}" for name, value in used.items())
-        say(f"as the model's generation_config.json has it: {shown} (--temperature 0 takes the likeliest token)")
+        say(f"as the model's generation_config.json has it: {shown} (--temperature 0 chooses the likeliest token)")
     return cast(ChatOptions, {**used, **options})
 
 

@@ -68,7 +68,7 @@ def compile_bundle(
     provider = provider or ep.provider_of(bundle.manifest.target)
     _require_static(bundle, provider)
     if "ep.context_embed_mode" in (session_options or {}):
-        raise InputError("a bundle keeps its context binaries beside the graphs: leave out ep.context_embed_mode")
+        raise InputError("a bundle keeps its context binaries next to the graphs: leave out ep.context_embed_mode")
     if out.resolve() == bundle.path.resolve():
         raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
     placement = ep.for_bundle(bundle.manifest, (provider, dict(provider_options or {})))

@@ -55,7 +55,7 @@ def limits_of(arguments: argparse.Namespace) -> Limits | None:
             raise InputError(f"{flag} is for a bundle that is trusted: leave it out, or --untrusted")
     if arguments.provider not in (None, "cpu") or arguments.provider_options:
         raise InputError(
-            f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU alone: leave it out"
+            f"--provider {arguments.provider} was given; an untrusted bundle runs on the CPU only: leave it out"
         )
     found: dict[str, Any] = {}
     for name, text in arguments.limits or ():

@@ -26,7 +26,7 @@ from .flags import (
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser, SOURCE)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, in place of the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, instead of the text")
     prompt = parser.add_argument_group("prompt (one of these)").add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-ids", metavar="IDS", type=id_list, help="the prompt as token ids, such as 1,2,3")

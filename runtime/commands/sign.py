@@ -14,7 +14,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help=BUNDLE)
     keys = parser.add_mutually_exclusive_group(required=True)
     keys.add_argument("--key", metavar="PRIVATE.pem", help="the private ed25519 key to sign with")
-    keys.add_argument("--new-key", metavar="PRIVATE.pem", help="make a key: private in this file, public beside it")
+    keys.add_argument("--new-key", metavar="PRIVATE.pem", help="make a key: private in this file, public next to it")
 
 
 def _run(arguments: argparse.Namespace) -> int:

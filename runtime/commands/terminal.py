@@ -21,10 +21,10 @@ from ..settings import ChatOptions
 
 HELP = '''/help          shows this
 /save FILE     writes the conversation to a file, as JSON
-/load FILE     takes up a conversation that was saved
-/undo          takes back the last question and its answer
-/drop          lets the oldest question and its answer go
-/system TEXT   changes what the model is told before the conversation
+/load FILE     continues a saved conversation
+/undo          removes the last question and its answer
+/drop          removes the oldest question and its answer
+/system TEXT   changes the system text
 /reset         begins a new conversation
 /exit          ends; so does Ctrl-D
 """            begins and ends a question of several lines
@@ -103,7 +103,7 @@ def _tell_a_full_context(chat: Chat, answer: Completion | None) -> None:
     if answer is None or answer.finish_reason != "length":
         return
     if answer.prompt_tokens + answer.new_tokens >= context:
-        say(f"the answer ends here, since the context of {context} tokens is full: /drop lets the oldest question go")
+        say(f"the answer ends here, since the context of {context} tokens is full: /drop removes the oldest question")
 
 
 # --- questions and commands ---------------------------------------------------------------------------------------

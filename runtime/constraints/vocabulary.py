@@ -109,7 +109,7 @@ class Vocabulary:
         if wrong:
             raise InputError(
                 f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; correct that, or leave it out and "
-                "check the text (docs/constrained.md says what is supported)"
+                "check the text (docs/output.md says what is supported)"
             )
         if not Matcher(compiled, self.size, self.eos_ids).can_begin:
             raise InputError(

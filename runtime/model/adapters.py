@@ -48,10 +48,10 @@ class Adapters:
         with self._lock:
             self._parts.require_open()
             if name in self._parts.adapters:
-                raise InputError(f"an adapter {shown(name)} is loaded already: unload it first, or take another name")
+                raise InputError(f"an adapter {shown(name)} is loaded already: unload it first, or choose another name")
             if bundle.adapter_graph is None:
                 raise InputError(
-                    f"{bundle.path} has no graph that takes adapters: export it again with  pastkey export SOURCE "
+                    f"{bundle.path} has no graph for adapters: export it again with  pastkey export SOURCE "
                     "--out BUNDLE --adapters"
                 )
             graph = self._graph or Engine(bundle, graph="adapters", **self._placement).graph
@@ -102,7 +102,7 @@ class AdapterCalls:
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Loads a LoRA adapter, which calls then name: `generate(prompt, adapter=name)`. Others may run meanwhile.
 
-        The first adapter opens a further graph over the bundle's weights: docs/adapters.md has its memory.
+        The first adapter opens a further graph over the bundle's weights: docs/train.md has its memory.
 
         Args:
             name: The name for it. Requests of one name are decoded in one batch.

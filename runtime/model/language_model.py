@@ -226,7 +226,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             progress: For a batch, called after each completion with the number of finished completions and their total.
             n: The number of continuations of each prompt, up to 10,000. They share its prefill. Each has its own seed;
                 the first has `seed`. The result is a list, also for one prompt.
-            **options: docs/sampling.md explains them.
+            **options: docs/output.md explains them.
 
         Returns:
             The completion; for a batch, a list of completions in the same order, each equal to that of a separate call.

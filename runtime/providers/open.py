@@ -61,7 +61,7 @@ def open_session(
         MemoryError: There is too little memory for the weights.
     """
     if not is_unicode(str(path)):
-        raise InputError(f"{path} is not UTF-8, and onnxruntime takes no other path: rename the folder")
+        raise InputError(f"{path} is not UTF-8, and onnxruntime supports no other path: rename the folder")
     if parse_version(onnxruntime.__version__) < parse_version(manifest.min_onnxruntime):
         raise MissingExtraError(
             f"this bundle needs onnxruntime {manifest.min_onnxruntime} and {onnxruntime.__version__} is installed: "
@@ -88,7 +88,7 @@ def open_session(
         name = ep.short_name(wanted.providers[0][0])
         if name != "cpu":
             remedy = ep.remedy(name, manifest.target)
-            again = f"{f'{remedy}, or ' if remedy else ''}take the provider 'cpu'"
+            again = f"{f'{remedy}, or ' if remedy else ''}use the provider 'cpu'"
             if wanted.whole:
                 again += "; allow_fallback=True, or --allow-fallback, lets the CPU run what it leaves"
             if manifest.compiled is not None:

@@ -97,7 +97,7 @@ def require_supported(version: str) -> None:
     if parse_version(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise MissingExtraError(
-            f"onnxruntime {version} is older than {oldest}, the oldest release that pastkey takes: "
+            f"onnxruntime {version} is older than {oldest}, the oldest release that pastkey supports: "
             f"type  {upgrade_command()}  and try again"
         )
 

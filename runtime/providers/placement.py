@@ -81,7 +81,7 @@ def resolve(
             remedy = f", or {row.remedy}" if row.remedy else ""
             raise ProviderError(
                 f"{reason}this bundle has the fused graph, which the execution provider {asked!r} was never seen "
-                f"to run: take the provider 'cpu'{remedy}"
+                f"to run: use the provider 'cpu'{remedy}"
             )
         own = options_of_target or {} if row.short == provider_of(target) else {}
         chosen[name] = {**row.options, **own, **options}

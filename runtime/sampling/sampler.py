@@ -1,7 +1,7 @@
 """Sampling: from logits to a token, stage by stage. `_changes` and `_truncations` define the order.
 
 The order is that of transformers; stages that transformers lacks stand as in llama.cpp. Each stage is a pure function
-of an array (V,). docs/sampling.md defines them. Temperature 0 takes the largest logit after the first half.
+of an array (V,). docs/output.md defines them. Temperature 0 takes the largest logit after the first half.
 `export/generation/sampler.py` implements five of the settings as a graph.
 """
 

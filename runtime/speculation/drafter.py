@@ -62,7 +62,7 @@ class Drafter:
             except ResourceError:  # without memory for the draft's cache the request goes on without drafts
                 self.stop()
             except Exception as error:
-                _log.warning("the draft model failed, and this text goes on without: %s", error)
+                _log.warning("the draft model failed, and this text continues without: %s", error)
                 self.stop()
         return []
 

@@ -112,7 +112,7 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and may raise anything
-            raise InputError(f"the chat template does not take this conversation: {_reason(error)}") from None
+            raise InputError(f"the chat template does not accept this conversation: {_reason(error)}") from None
         return _up_to_mark(text, content) if continue_final_message else text
 
 
@@ -148,7 +148,7 @@ def _up_to_mark(text: str, content: str) -> str:
     place = text.rfind(_TAG.strip())
     if place < 0 or content.strip() not in text:
         raise InputError(
-            "the chat template does not take this conversation: it does not write the last message as it stands, so "
+            "the chat template does not accept this conversation: it does not write the last message as it stands, so "
             "that it cannot be continued"
         )
     # A template that trims contents would also have trimmed the spaces before the mark.
@@ -182,13 +182,13 @@ def _chosen(folder: Path, found: Any, tools: bool) -> str:
         if named and found is None:
             raise InputError(
                 f"{folder} has chat templates named {', '.join(map(str, named))}, and none named default, which is the "
-                "one for conversations: write one to a file, and take it with --template FILE (in Python, template=)"
+                "one for conversations: write one to a file, and name it with --template FILE (in Python, template=)"
             )
     if not isinstance(found, str):
         raise InputError(
             f"{folder} has no chat template (chat_template in {names.TOKENIZER_CONFIG}), so that its model continues "
             "texts and holds no conversation: use  pastkey run BUNDLE --prompt TEXT  (on a server, /v1/completions), "
-            "or take a template with --template FILE (in Python, template=; for a server, export with --chat-template)"
+            "or give a template with --template FILE (in Python, template=; for a server, export with --chat-template)"
         )
     return found
 

@@ -176,7 +176,7 @@ def test_matrices_outlive_a_failure_and_no_other_key(tmp_path):
         (steps / name).mkdir(parents=True)
     with pytest.raises(ValueError, match="failed"), mine.opened():
         raise ValueError("failed")
-    assert heard.said == [f"kept finished steps in {steps}: the same command goes on from there"]
+    assert heard.said == [f"kept finished steps in {steps}: the same command continues from there"]
     assert [path.name for path in steps.iterdir()] == ["m"]
 
 

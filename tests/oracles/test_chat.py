@@ -70,7 +70,7 @@ def test_a_rendering_is_that_of_transformers(name):
         try:
             rendered = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
         except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
-            with pytest.raises(InputError, match="the chat template does not take this conversation"):
+            with pytest.raises(InputError, match="the chat template does not accept this conversation"):
                 template.render(messages, **more)
             return
         assert template.render(messages, **more) == rendered[0][0]

@@ -46,7 +46,7 @@ def test_an_argument_is_read_or_one_of_another_kind_named(read, text, found):
         (["--promt", "hi"], "no flag --promt; did you mean --prompt?"),
         (["--prompt", "hi", "--zzz"], "no flag --zzz"),
         (["--top", "1"], "the following arguments are required: --prompt"),  # a beginning is enough
-        (["hi"], "'hi' stands without a flag; the following arguments are required: --prompt"),
+        (["hi"], "'hi' is given without a flag; the following arguments are required: --prompt"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line_and_status_2(capsys, given, sentence):

@@ -70,7 +70,7 @@ def test_openvino_runs_the_standard_graph_whole(bundles, name):
 def test_openvino_leaves_the_attention_of_the_fused_graph(bundles):
     bundle = bundles("llama-fp32")
     refused = run(OPENVINO, bundle, "--provider openvino", status=2)
-    assert "--target openvino, or take the provider 'cpu'; allow_fallback=True" in refused.stderr
+    assert "--target openvino, or use the provider 'cpu'; allow_fallback=True" in refused.stderr
     allowed = run(OPENVINO, bundle, "--provider openvino --allow-fallback")
     assert answered(allowed) == expected(bundle)
     assert "'openvino' leaves 2 operators (GroupQueryAttention 2) to the CPU" in allowed.stderr
@@ -140,7 +140,7 @@ def test_qnn_takes_no_sizes_that_change(bundles):
     done = run(QNN, bundles("llama-standard-fp32"), f"--provider qnn {options}", status=2)
     assert "the execution provider 'qnn' cannot load" in done.stderr
     assert "Dynamic shape is not supported" in done.stderr
-    assert "export the model again with --target qnn, or take the provider 'cpu'" in done.stderr
+    assert "export the model again with --target qnn, or use the provider 'cpu'" in done.stderr
 
 
 # Of the first two a trained decoder knows how they go on; a module without a tokenizer takes ids.

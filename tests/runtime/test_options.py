@@ -45,7 +45,7 @@ def described(kind: Any) -> str:
 
 
 def table() -> str:
-    """The options of a text as a table in Markdown, which docs/sampling.md has."""
+    """The options of a text as a table in Markdown, which docs/output.md has."""
     lines = ["| option | type | default | what it does |", "|---|---|---|---|"]
     group = ""
     for option in OPTIONS.values():

@@ -55,7 +55,7 @@ def test_an_address_that_is_not_loopback_needs_a_key(host, monkeypatch):
 
 NO_BYTES = {f"--max-memory={given}": "argument --max-memory: " for given in ("inf", "-inf", "nan", "1e999", "4GB", "")}
 REFUSED = NO_BYTES | {
-    "--default=temprature=1": "--default temprature=1 was given; docs/sampling.md lists the names",
+    "--default=temprature=1": "--default temprature=1 was given; docs/output.md lists the names",
     "--default=temperature=x": "--default temperature=x was given; a JSON value was expected",
     "--default=temperature=-1": "temperature is -1",
     "--port=99999": "cannot listen on 127.0.0.1",

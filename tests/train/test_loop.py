@@ -152,7 +152,7 @@ def test_a_full_disk_keeps_what_was_saved_and_says_which_step(text, tmp_path, mo
     monkeypatch.setattr(loop, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         loop.train(tiny(steps=8), tmp_path / "c", data=[text])
-    assert f"{tmp_path / 'c'} keeps step 4, --resume goes on from it\n" in capsys.readouterr().err
+    assert f"{tmp_path / 'c'} keeps step 4, --resume continues from it\n" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "c").training["step"] == 4
 
 

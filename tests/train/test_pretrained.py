@@ -186,7 +186,7 @@ def added_tokens(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no folder": (shutil.rmtree, MissingFileError, "--init takes a checkpoint, a Hugging Face folder or a GGUF file"),
+    "no folder": (shutil.rmtree, MissingFileError, "--init accepts a checkpoint, a Hugging Face folder or a GGUF file"),
     "no configuration": (lambda folder: (folder / names.CONFIG).unlink(), InputError, "has no config.json"),
     "cut weights": (lambda folder: os.truncate(folder / names.WEIGHTS, 1000), InputError, "cannot load"),
     "more layers": (lambda f: configured(f, num_hidden_layers=3), InputError, "has no weight 'model.layers.2"),

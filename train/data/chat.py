@@ -77,5 +77,5 @@ def _render(
     except ImportError as error:  # of jinja2, which transformers asks for here
         raise InputError(f"the chat template cannot be rendered: {error}") from None
     except Exception as error:  # a template is a program and may raise anything
-        raise InputError(f"the chat template does not take this conversation: {str(error)[:1000]}") from None
+        raise InputError(f"the chat template does not accept this conversation: {str(error)[:1000]}") from None
     return texts[0], spans[0] if marked else ()

@@ -85,7 +85,7 @@ class PackedExamples(TokenWriter):
     def finish(self) -> DataInfo:
         name, longer = self.corpus.name, ""
         if self.cut:
-            longer = f" ({self.cut} examples are longer than the context of {self.context} tokens: take a longer one)"
+            longer = f" ({self.cut} examples are longer than the context of {self.context} tokens: give a longer one)"
         if not self.trained:
             raise InputError(
                 f"no token of {name} would be trained: no conversation has an assistant's turn, or the chat template "

@@ -128,7 +128,7 @@ def choose_device(config: TrainConfig, local_rank: int) -> Device:
     if kind == "cuda":
         cards = torch.cuda.device_count()
         if cards == 0:
-            raise InputError("--device is cuda, and torch sees no CUDA device: take --device cpu, or mend the driver")
+            raise InputError("--device is cuda, and torch sees no CUDA device: use --device cpu, or mend the driver")
         if local_rank >= cards:
             raise InputError(
                 f"process {local_rank} of this machine has no card of its own, there are {cards}: "
@@ -136,7 +136,7 @@ def choose_device(config: TrainConfig, local_rank: int) -> Device:
             )
         torch.cuda.set_device(local_rank)
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device is mps, and torch sees no Apple GPU: take --device cpu")
+        raise InputError("--device is mps, and torch sees no Apple GPU: use --device cpu")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     # On a CPU, float32 gives the same bits with and without a matrix unit.
     able = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -317,7 +317,7 @@ export class Model {
     try {
       text = this.#template.render(values);
     } catch (error) {
-      throw new BundleError(`the chat template does not take this conversation: ${error.message}`);
+      throw new BundleError(`the chat template does not accept this conversation: ${error.message}`);
     }
     return this.encode(text, { addSpecialTokens: false });
   }
@@ -561,7 +561,7 @@ class TextStream {
 
 /**
  * Samples tokens as pastkey's runtime does: the same logits, seed and place give the same token. docs/bundle-format.md
- * specifies the stages and the random stream, docs/sampling.md the settings.
+ * specifies the stages and the random stream, docs/output.md the settings.
  *
  * Options, with the defaults of greedy decoding: `temperature` (0), `topK` (0, all), `topP` (1), `minP` (0),
  * `repetitionPenalty` (1), `seed` (a new one): a whole number or a BigInt, 0 to 2**63 - 1.

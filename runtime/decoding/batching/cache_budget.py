@@ -48,7 +48,7 @@ class CacheMemory:
             left -= store.nbytes
         if others + needed > self._most:
             raise ResourceError(
-                f"the cache of {tokens} tokens takes {needed / 2**20:.1f} MiB and others take {others / 2**20:.1f}; "
+                f"the cache of {tokens} tokens needs {needed / 2**20:.1f} MiB and others use {others / 2**20:.1f}; "
                 f"max_memory is {self._most / 2**20:.1f}: wait until others have ended, close sessions, ask for fewer "
                 "tokens, or load the model with more"
             )

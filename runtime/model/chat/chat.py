@@ -182,7 +182,7 @@ class Chat:
         """Removes the last question and everything after it. Raises InputError if there is none."""
         places = [place for place, said in enumerate(self._said()) if said["role"] == "user"]
         if not places:
-            raise InputError("there is no question to take back")
+            raise InputError("there is no question to undo")
         self.messages = self.messages[: places[-1]]
 
     def drop(self) -> None:
@@ -247,8 +247,8 @@ class Chat:
         shifts = options.get("context_overflow") == "shift"
         if len(prompt.ids) > context and not shifts:
             raise InputError(
-                f"with this message the conversation has {len(prompt.ids)} tokens; the context is {context}: let the "
-                "oldest question go with /drop, take back the last with /undo, or begin anew with /reset (in Python, "
+                f"with this message the conversation has {len(prompt.ids)} tokens; the context is {context}: remove "
+                "the oldest question with /drop, the last one with /undo, or all with /reset (in Python, "
                 "chat.drop(), undo(), reset()); nothing was lost"
             )
         if shifts and "num_sink_tokens" not in options:
@@ -327,7 +327,7 @@ class Chat:
         if self.system is not None:
             if isinstance(whole, InputError) and isinstance(rendered(None), str):
                 raise InputError(
-                    f"{whole}; it takes no system text: begin the first question with it, or take another template "
+                    f"{whole}; it takes no system text: begin the first question with it, or give another template "
                     "with --template FILE (in Python, template=)"
                 )
             if whole == rendered(self.system + " and more"):

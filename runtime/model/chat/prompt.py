@@ -169,7 +169,7 @@ def _prepared(
         renderer = parts.renderers[source, tools, as_text] = ChatRenderer(form)
     for name in [name for name in ("tools", "documents", *variables) if given[name] is not None]:
         if name not in renderer.format.variables:
-            raise InputError(f"the chat template does not read {shown(name)}: leave it out, or take another template")
+            raise InputError(f"the chat template does not read {shown(name)}: leave it out, or give another template")
     return renderer, list(map(read_message, messages)), given
 
 

@@ -84,7 +84,7 @@ def test_a_job_that_is_terminated_goes_on(talking, batch, tmp_path, out):
         command = [sys.executable, "-c", SIGNALLED, str(int(number)), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
-        assert "of 30 rows are answered: the same command goes on" in done.stderr
+        assert "of 30 rows are answered: the same command continues" in done.stderr
         assert out.read_bytes().startswith(before)
         assert len(out.read_bytes()) > len(before)
         before = out.read_bytes()
@@ -122,5 +122,5 @@ def test_a_full_disk_is_told_with_what_was_answered(batch, monkeypatch):
         patch.setattr(Job, "add", fill)
         status, _, err = batch(plain_rows(2))
     assert (status, "the disk is full" in err) == (2, True)
-    assert "0 of 2 rows are answered: the same command goes on\n" in err
+    assert "0 of 2 rows are answered: the same command continues\n" in err
     assert batch(plain_rows(2))[0] == 0

@@ -69,7 +69,7 @@ REFUSED = {
     b"what?\nabc\n": "no token covers",
     b"a\xff\n": "standard input is not UTF-8 text",
     b"a" * 700: "the conversation has 718 tokens; the context is 600",
-    b"/undo": "there is no question to take back",
+    b"/undo": "there is no question to undo",
     b"/save": "/save needs the name of a file: /save FILE",
     b"/load none.json": "none.json is missing",
     b"/save none/talk.json": "/save none/talk.json cannot be done: No such file or directory",
@@ -110,7 +110,7 @@ def test_a_question_of_several_lines(talking, piped, monkeypatch):
 
 
 def test_an_answer_that_fills_the_context_says_so(model, capsys):
-    full = "the context of 600 tokens is full: /drop lets the oldest"
+    full = "the context of 600 tokens is full: /drop removes the oldest"
     for text, tokens, said in (("a", 4, ""), ("a" * 540, 100, full)):
         chat = model.chat()
         terminal._tell_a_full_context(chat, chat.ask(text, max_new_tokens=tokens))

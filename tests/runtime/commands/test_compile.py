@@ -106,7 +106,7 @@ def test_what_cannot_be_compiled_is_refused(static, fused_bundle, opened, tmp_pa
         ((fused_bundle.path, out, "qnn"), "has a fused graph, whose sizes change: export the model with --target qnn"),
         ((bundle, out), "the CPU compiles nothing"),
         ((bundle, bundle, "qnn"), "is what is to be compiled, and would be replaced: choose another --out"),
-        ((bundle, out, "qnn", None, {"ep.context_embed_mode": "1"}), "keeps its context binaries beside the graphs"),
+        ((bundle, out, "qnn", None, {"ep.context_embed_mode": "1"}), "keeps its context binaries next to the graphs"),
         ((compiled, out, "qnn"), r"is compiled already, for qnn \(.*htp_arch=75.*\)"),
     ):
         with pytest.raises(InputError, match=words):

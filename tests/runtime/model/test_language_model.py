@@ -50,7 +50,7 @@ def test_ids_of_any_kind_are_taken(lm, ids):
 
 MISSPELT = {
     "temprature": r"did you mean 'temperature'\?$",
-    "x": r"docs/sampling\.md",
+    "x": r"docs/output\.md",
     "stop_token_id": r"did you mean 'stop_token_ids'\?",
 }
 
@@ -61,7 +61,7 @@ def test_a_misspelt_option_is_named_with_its_call(byte_model, option):
     for name, call in (("generate", byte_model.generate), ("chat.ask", chat.ask), ("chat.stream", chat.stream)):
         with pytest.raises(OptionError, match=rf"^{name}\(\) has no option '{option}'; {MISSPELT[option]}"):
             call("?", **{option: 1})
-    with pytest.raises(OptionError, match=r"has no option 'n'; docs/sampling\.md"):
+    with pytest.raises(OptionError, match=r"has no option 'n'; docs/output\.md"):
         byte_model.stream("?", n=2)
 
 

@@ -230,5 +230,5 @@ def test_a_score_keeps_the_memory_limit(speaking_bundle, lm):
                 call([5] * 11)
         holds = limited.session()
         holds.append([5] * 6)
-        with pytest.raises(ResourceError, match="and others take"):
+        with pytest.raises(ResourceError, match="and others use"):
             limited.score([5] * 5)

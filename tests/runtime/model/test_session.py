@@ -143,7 +143,7 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle, lm):
     assert per_token == 4 * 2 * (8 + 8 + 16 + 16)
     model = load(speaking_bundle.path, threads=1, max_memory=100 * per_token)
     assert model.generate("abc", max_new_tokens=90).new_tokens == 90
-    with pytest.raises(ResourceError, match=r"the cache of 103 tokens takes .* MiB.*; max_memory is"):
+    with pytest.raises(ResourceError, match=r"the cache of 103 tokens needs .* MiB.*; max_memory is"):
         model.generate("abc", max_new_tokens=100)
     with model.session() as session:
         session.append("a" * 60)

@@ -70,16 +70,16 @@ def test_another_graph_file_is_refused(bundle, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux")
 def test_a_path_that_is_no_text_is_told(fused_bundle, tmp_path):
     copy = shutil.copytree(fused_bundle.path, tmp_path / os.fsdecode(b"b\xff"))
-    with pytest.raises(InputError, match="is not UTF-8, and onnxruntime takes no other path: rename the folder"):
+    with pytest.raises(InputError, match="is not UTF-8, and onnxruntime supports no other path: rename the folder"):
         Engine(open_bundle(copy))
 
 
 WEBGPU_FAILS = ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
 FAILED_STARTS = [  # the bundle's target, the provider, what onnxruntime raises, the error and its words
     ("webgpu", "webgpu", WEBGPU_FAILS, ProviderError,
-     r"Code: 1002; export the model again if an older pastkey wrote this bundle, or take the provider 'cpu'"),
+     r"Code: 1002; export the model again if an older pastkey wrote this bundle, or use the provider 'cpu'"),
     ("cpu", "webgpu", WEBGPU_FAILS, ProviderError,
-     "Code: 1002; export the model again with --target webgpu, or take the provider 'cpu'; allow_fallback=True, or"),
+     "Code: 1002; export the model again with --target webgpu, or use the provider 'cpu'; allow_fallback=True, or"),
     ("cpu", "webgpu", RuntimeError("No supported adapters"), StartError,
      "could not start the execution provider 'webgpu'.*; ask for one .*: cpu"),
     ("cpu", "cpu", ort.OrtError[0]("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : initialization: std::bad_alloc"),

@@ -146,7 +146,7 @@ def test_the_fused_graph_is_refused_where_it_was_not(full, here):
     here(full)
     sentence = "this bundle has the fused graph, which the execution provider '.*' was never seen to run"
     for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
-        with pytest.raises(ProviderError, match=f"{sentence}: take the provider 'cpu'"):
+        with pytest.raises(ProviderError, match=f"{sentence}: use the provider 'cpu'"):
             providers.resolve(choice, graph="fused")
         assert providers.resolve(choice, graph="standard").providers[0][0] == full
 

@@ -33,7 +33,7 @@ def test_a_seed_repeats_and_another_does_not():
     assert others[-1] != others[-2]
 
 
-# --- the definition of docs/sampling.md, bit for bit ----------------------------------------------------------------
+# --- the definition of docs/output.md, bit for bit ----------------------------------------------------------------
 @pytest.mark.parametrize("vector", sampling_vectors(), ids=lambda vector: vector.name)
 def test_a_vectors_token_is_drawn(vector):
     token, distance = defined_token(vector.logits, vector.ids, vector.u, **vector.settings)

@@ -1,7 +1,7 @@
 """Sampling vectors: logits, settings, the text so far and a random number, with the token that they give.
 
 `vectors.json` is read by the tests of each sampler: numpy, the kernel library, the generation graph, the page and the
-examples for phones. Its tokens are those of `defined_token`: the text of docs/sampling.md over the whole vocabulary, in
+examples for phones. Its tokens are those of `defined_token`: the text of docs/output.md over the whole vocabulary, in
 float64, which shares no code with any sampler. `test_sampler.py` holds each row, and one that is written anew, to it.
 """
 

@@ -158,7 +158,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them(
     ("template", "sentence"),
     [
         (None, "messages need a tokenizer with a chat template"),
-        ("{% if %}", "the chat template does not take this conversation"),
+        ("{% if %}", "the chat template does not accept this conversation"),
         ("{{ raise_exception('roles must alternate') }}", "does not take this conversation: roles must alternate"),
     ],
 )

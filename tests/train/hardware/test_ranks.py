@@ -99,7 +99,7 @@ def test_a_run_that_a_death_ends_is_resumed_with_another_number_of_processes(
         (sentence,) = [line for _, said in answers for line in said.splitlines() if line.startswith("pastkey")]
         step = load_checkpoint(out).training["step"]
         assert sentence.startswith("pastkey train: a process of this run ended or was stopped: ")
-        assert f"{out} keeps step {step}, --resume goes on from it" in sentence
+        assert f"{out} keeps step {step}, --resume continues from it" in sentence
         assert {status for status, _ in answers} == {2}
     answers = start(worlds[1], "--out", out, "--resume", goes_on)
     assert [status for status, _ in answers] == [0] * worlds[1], answers
