@@ -50,10 +50,10 @@ slowest: $(VENV)/installed  ## The fifty slowest tests of the last runs, and the
 check: $(VENV)/installed  ## ruff, mypy, and the format of the C++
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --style file:kernels/.clang-format --dry-run --Werror kernels/csrc/*.cc kernels/csrc/*.h kernels/csrc/*.inl tests/kernels/*.cc
+	$(BIN)/clang-format --style file:kernels/.clang-format --dry-run --Werror kernels/csrc/*.cc kernels/csrc/*.h kernels/csrc/*.inl tests/kernels/*.cc examples/genai/*.cc
 	$(BIN)/python -m tools.typecheck
 
-kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for the tests and your bundles: docs/native.md
+kernels: $(VENV)/kernels  ## Build the native kernels with a C++ compiler, for the tests and your bundles: docs/devices.md
 
 $(VENV)/kernels: $(VENV)/installed $(shell git ls-files kernels 2>/dev/null)
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps ./kernels
@@ -81,7 +81,7 @@ ci:  ## What CI runs: the slow tests, then parts in further environments, kernel
 	$(MAKE) docs
 	$(MAKE) slowest
 
-release: $(VENV)/installed  ## Both sdists and wheels in dist/, tried on two Pythons: docs/releasing.md
+release: $(VENV)/installed  ## Both sdists and wheels in dist/, tried on two Pythons: docs/dev/releasing.md
 	$(BIN)/python -m pip install --quiet --group release
 	$(BIN)/python -m tools.release dist --python $(PYTHON) --python $(NEWEST_PYTHON)
 

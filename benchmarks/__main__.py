@@ -72,7 +72,7 @@ DRAWN = ("pictures", "terminal-picture", "sensitivity-chart", "decoder-pictures"
 
 def quoted(question: Question) -> list[str]:
     """The pages that name the question's command."""
-    pages = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    pages = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
     command = f"python -m benchmarks {question.name}"
     found = [page for page in pages if command in " ".join(page.read_text(encoding="utf-8").split())]
     return [page.relative_to(ROOT).as_posix() for page in found]

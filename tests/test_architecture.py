@@ -1,4 +1,4 @@
-"""The layout and the import table of docs/design.md, read off every file."""
+"""The layout and the import table of docs/dev/design.md, read off every file."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_every_package_is_listed_and_typed():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_300, "train": 3_440, "export": 19_150, "runtime": 10_360, "serve": 1_670, "see": 620,
-    "web": 130, "tests": 34_010, "tools": 1_580,
+    "web": 130, "tests": 34_220, "tools": 1_650,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

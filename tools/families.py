@@ -2,7 +2,7 @@
 
     python -m tools.families                   # goes on with the table: the types that it lacks
     python -m tools.families bert gemma3n_text # these, again
-    python -m tools.families --docs            # writes docs/families.md of the table
+    python -m tools.families --docs            # writes them into docs/export.md
 
 Each type has a process of its own with a time limit, and one line of JSON in tests/export/families.jsonl.
 """
@@ -23,9 +23,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .commands import put
+
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "export" / "families.jsonl"
-DOCS = ROOT / "docs" / "families.md"
+DOCS = ROOT / "docs" / "export.md"
 VERIFIED, REFUSED, NO_DECODER, FAILED = "verified", "refused", "no decoder", "failed"
 _CALL = "model(ids)"
 _LIMIT_S = 900  # of one type
@@ -61,33 +63,41 @@ def table() -> list[dict[str, Any]]:
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
-def page() -> str:
-    """Returns docs/families.md."""
+def section() -> str:
+    """Returns the families of docs/export.md."""
     found = table()
     by = {result: [row for row in found if row["result"] == result] for result in (VERIFIED, REFUSED, NO_DECODER)}
     version = max(row["transformers"] for row in found if "transformers" in row)
     of_text = [row["type"] for row in by[VERIFIED] if "text alone" in row["detail"]]
-    plain = [row["type"] for row in by[VERIFIED] if row["type"] not in of_text]
+    graphs: dict[str, list[list[str]]] = {}
+    for row in by[VERIFIED]:
+        graph, *measured = row["detail"].split("; ")
+        graphs.setdefault(graph, []).append([row["type"], *measured])
+    lines = []
+    for graph, found_rows in sorted(graphs.items()):
+        worst = max(float(one[1]) if one[1:] else 1e-5 for one in found_rows)
+        lines.append(f"| {graph} | {worst:.0e} | {', '.join(one[0] for one in found_rows)} |")
+    tested = "\n".join(lines)
     return f"""\
-# Hugging Face families
+transformers {version} has {len(found)} types of causal language models (`model_type` in config.json). For each one,
+`python -m tools.families` exports a small random model in float32, and compares it with transformers' own uncached run:
+prefill, decode, chunks, a batch and a greedy text. It runs no published weights. Encoders such as BERT are decoders if
+`config.json` has `is_decoder`.
 
-transformers {version} has {len(found)} types of causal language models (`model_type` in config.json).
-For each one, `python -m tools.families` exports a small random model in float32, and compares it with
-transformers' own uncached run: prefill, decode, chunks, a batch and a greedy continuation. No published
-weights are run. Encoders such as BERT are decoders where `config.json` has `is_decoder`.
+**Verified: {len(by[VERIFIED])}**, each in the graph that the export chose. The figure is the largest difference, as a
+share of the largest logit; the limit is 1e-05. The tests export those `by the tests` in each run:
 
-## Verified: {len(by[VERIFIED])}
+| graph | difference | types |
+|---|---|---|
+{tested}
 
-{_wrapped(plain)}
+With their text only, without images and sounds: {_wrapped(of_text)}
 
-With their text alone; images and sounds are not read:
-{_wrapped(of_text)}
-
-## Refused: {len(by[REFUSED])}
+**Not supported: {len(by[REFUSED])}.**
 
 {_by_cause(by[REFUSED])}
 
-## No decoder: {len(by[NO_DECODER])}
+**No decoder: {len(by[NO_DECODER])}.**
 
 {_by_cause(by[NO_DECODER])}
 """
@@ -192,7 +202,7 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true")
     asked = parser.parse_args()
     if asked.docs:
-        DOCS.write_text(page(), encoding="utf-8")
+        DOCS.write_text(put(DOCS, "families", section()), encoding="utf-8")
         return 0
     import torch
     import transformers

@@ -31,7 +31,7 @@ def pictures(*, charts: Path | None = None) -> Answer:
     draw_results(results, place("benchmarks", "results.png"))
     draw_results(vnni, place("benchmarks", "results-without-vnni.png"))
     draw_streams(page, place("docs", "performance-streams.png"))
-    draw_training((ROOT / "docs" / "training.md").read_text(encoding="utf-8"), place("docs", "training.png"))
+    draw_training((ROOT / "docs" / "dev" / "training.md").read_text(encoding="utf-8"), place("docs", "training.png"))
     place("docs", "speed-and-error.svg").write_text(bars.draw(of_readme()), encoding="utf-8")
     place("docs", "time-axis.svg").write_text(scores.draw(), encoding="utf-8")
     png = "results.png, results-without-vnni.png, performance-streams.png, training.png"

@@ -1,4 +1,4 @@
-"""The picture of docs/time-axis.md: the scores of a text of five tokens, and what a step computes of them."""
+"""The picture of docs/how-it-works.md: the scores of a text of five tokens, and what a step computes of them."""
 
 from __future__ import annotations
 

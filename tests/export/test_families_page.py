@@ -1,4 +1,4 @@
-"""The table of transformers' causal language models has no empty row, and docs/families.md is made of it."""
+"""The table of transformers' causal language models has no empty row, and docs/export.md has it."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_the_tests_run_what_the_table_says():
     assert {results[family] for family in REFUSED} == {families.REFUSED}
 
 
-def test_the_page_is_made_of_the_table():
-    assert families.DOCS.read_text(encoding="utf-8") == families.page()
+def test_the_page_has_the_table():
+    assert families.section() in families.DOCS.read_text(encoding="utf-8")

@@ -45,9 +45,9 @@ def test_the_columns_of_a_row_agree(name):
 
 def test_every_row_is_on_the_pages():
     for name in PROVIDERS.keys() - {"cpu"}:
-        assert any(f"`{name}`" in line for line in page("gpu.md").splitlines() if line.startswith("| `")), name
+        assert any(f"`{name}`" in line for line in page("devices.md").splitlines() if line.startswith("| `")), name
     for name in TARGETS.keys() - {"cpu"}:
-        assert f"`export --target {name}" in page("sources-and-targets.md")
+        assert f"`export --target {name}" in page("devices.md")
     *first, last = TARGETS
     assert f"`target` is `{'`, `'.join(first)}` or `{last}`" in page("bundle-format.md")
     assert f'''"{'", "'.join(first)}" or "{last}".''' in str(ExportOptions.__doc__)

@@ -1,6 +1,6 @@
 """One bundle folder, and the other programs that load it as it is: each gives pastkey's greedy tokens.
 
-These are the cells of the table in docs/programs.md.
+These are the cells of the table in docs/bundle-format.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEW_TOKENS = 24
 CLOSE = 0.1
 
 
-# The table of docs/programs.md: (precision, graph, target) -> the bundle that its row is tested with.
+# The table of docs/bundle-format.md: (precision, graph, target) -> the bundle that its row is tested with.
 ROWS = {
     ("int8", "fused", "cpu"): "llama",
     ("int4", "fused", "cpu"): "llama-int4",
@@ -49,7 +49,7 @@ CI_CASES = [("llama", "onnxruntime"), ("llama", "genai"), ("llama", "node")]
 
 
 def test_the_page_says_what_is_tested():
-    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     table = page.split("| precision | graph | target |")[1].split("\n\n")[0].splitlines()[2:]
     rows = {tuple(cells[:3]): cells[3:] for line in table if (cells := re.findall(r"[^|\s]+", line))}
     assert list(rows) == list(ROWS)

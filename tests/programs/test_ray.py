@@ -63,8 +63,8 @@ def test_ray_answers_each_row_once_by_actors_and_without(which, bundle, rows, tm
 
 @pytest.mark.parametrize("which", ENVIRONMENTS)
 def test_the_program_of_the_page_runs(which, bundle, rows, tmp_path):
-    page = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```py\n(import ray\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "page.py").write_text(program.replace("/models/bundle", str(bundle)), encoding="utf-8")
     write_rows(tmp_path / "rows.jsonl", rows)
     run(which, str(tmp_path / "page.py"), bundle, tmp_path)

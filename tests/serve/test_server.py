@@ -131,7 +131,7 @@ def test_a_bundle_that_cannot_be_loaded_is_a_sentence(tmp_path, command):
 # --- docs/serve.md --------------------------------------------------------------------------------------------------
 def test_the_command_and_the_program_of_the_page_run(tmp_path):
     pytest.importorskip("openai")
-    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (program,) = re.findall(r"^```py\n(import os\n.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"^    (curl (?:.*\\\n)?.*)$", PAGE, re.MULTILINE)
     patient = write_tiny(tmp_path / "bundle", stand_in="Q")  # reads every letter
     with running(patient, names=("bundle",), defaults={"max_new_tokens": 8}) as served:

@@ -47,7 +47,7 @@ WHOLE = 1 << 40
 
 def families_of(start: str) -> set[str]:
     """Those that the documentation lists."""
-    page = (ROOT / "docs" / "sources-and-targets.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     return {name.strip() for name in page.split(start)[1].split(";")[0].split(",")}
 
 
