@@ -276,7 +276,7 @@ def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     short = {"pastkey train --out": "--steps 2 --batch-size 1 --layers 1", "pastkey train --init": "--steps 2"}
     lines = [" ".join([line, *(short[start] for start in short if line.startswith(start))]) for line in commands(page)]
-    assert len(lines) + len(programs(page)) > 1
+    assert lines
     for number, program in enumerate(programs(page)):
         (tmp_path / f"program{number}.py").write_text(program, encoding="utf-8")
     run = [f'"$PYTHON" program{number}.py' for number in range(len(programs(page)))]

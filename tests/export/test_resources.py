@@ -57,7 +57,7 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(tmp_path
         monkeypatch.setattr(resources, "available_memory", lambda free=free: free)
         resources.require_room(tmp_path, needed)
     monkeypatch.setattr(resources, "available_memory", lambda: needed.memory - 1)
-    with pytest.raises(ResourceError, match=r"1,000,000,000 weights takes about [\d.]+ GB of memory"):
+    with pytest.raises(ResourceError, match=r"1,000,000,000 weights needs about [\d.]+ GB of memory"):
         resources.require_room(tmp_path, needed)
     with_file = resources.needs(10**9, ExportConfig("int8"), resident_bytes=0, temporary_bytes=4 * 10**9)
     assert with_file.disk - needed.disk == 4 * 10**9

@@ -223,5 +223,5 @@ def test_the_float32_graph_is_that_of_loaded_weights(family, kind, tmp_path, mon
 def test_weights_that_do_not_fit_are_not_loaded(saved_llama, monkeypatch):
     module = open_source(saved_llama).module
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match="reading all weights takes about"):
+    with pytest.raises(ResourceError, match="reading all weights needs about"):
         load(module)

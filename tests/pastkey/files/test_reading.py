@@ -97,7 +97,7 @@ def test_a_panic_is_caught_where_an_exception_is():
 def test_more_than_is_available_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     memory.require_memory_for("a.bin", 1000)
-    with pytest.raises(ResourceError, match=r"reading a\.bin takes about 2\.0 GB of memory and 0 MB are available"):
+    with pytest.raises(ResourceError, match=r"reading a\.bin needs about 2\.0 GB of memory and 0 MB are available"):
         memory.require_memory_for("a.bin", 2 * 10**9)
     monkeypatch.setattr(memory, "available_memory", lambda: None)  # a system that does not say
     memory.require_memory_for("a.bin", 1 << 60)

@@ -43,8 +43,8 @@ MISTAKES = {  # B is a bundle
     "run B --untrusted --limit memory=much --prompt a": "--limit memory=much was given",
     "run B --untrusted --limit memory=inf --prompt a": "memory=inf",
     "run B --untrusted --limit seconds=-1 --prompt a": "seconds is -1.0",
-    "run B --untrusted --provider-option a=b --prompt a": "an untrusted bundle runs on the CPU alone",
-    "run B --untrusted --provider cuda --prompt a": "an untrusted bundle runs on the CPU alone",
+    "run B --untrusted --provider-option a=b --prompt a": "an untrusted bundle runs on the CPU only",
+    "run B --untrusted --provider cuda --prompt a": "an untrusted bundle runs on the CPU only",
 }
 
 

@@ -162,7 +162,7 @@ def test_a_template_sees_plain_values_only():
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
-TOO_MUCH = "does not take this conversation"
+TOO_MUCH = "does not accept this conversation"
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them(
     [
         (None, "messages need a tokenizer with a chat template"),
         ("{% if %}", "the chat template does not accept this conversation"),
-        ("{{ raise_exception('roles must alternate') }}", "does not take this conversation: roles must alternate"),
+        ("{{ raise_exception('roles must alternate') }}", "does not accept this conversation: roles must alternate"),
     ],
 )
 def test_a_template_that_cannot_render_is_refused(template, sentence):
