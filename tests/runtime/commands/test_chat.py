@@ -14,7 +14,7 @@ from pastkey.runtime.commands.terminal import interruptions, print_answer
 from ..conftest import TEMPLATE
 from .conftest import FLAGS, SETTINGS, Terminal, fails
 
-AUTHORS = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 takes the likeli"
+AUTHORS = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 chooses the likeli"
 DRAWN = [
     ((), {"temperature": 1.3, "top_k": 9}, AUTHORS),
     (("--temperature", "0.5", "--top-k", "0"), {"temperature": 0.5}, ""),

@@ -226,7 +226,7 @@ def test_a_score_keeps_the_memory_limit(speaking_bundle, lm):
         for _ in range(2):  # nothing stays promised
             assert len(limited.score([5] * 10).logprobs) == len(limited.logits([5] * 10)) == 10
         for call in (limited.score, limited.logits):
-            with pytest.raises(ResourceError, match="the cache of 11 tokens takes"):
+            with pytest.raises(ResourceError, match="the cache of 11 tokens needs"):
                 call([5] * 11)
         holds = limited.session()
         holds.append([5] * 6)

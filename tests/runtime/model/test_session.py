@@ -147,7 +147,7 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle, lm):
         model.generate("abc", max_new_tokens=100)
     with model.session() as session:
         session.append("a" * 60)
-        with pytest.raises(ResourceError, match=r"the cache of 110 tokens takes"):
+        with pytest.raises(ResourceError, match=r"the cache of 110 tokens needs"):
             session.append("a" * 50)
         assert len(session) == 60
         with pytest.raises(ResourceError, match="others take"):

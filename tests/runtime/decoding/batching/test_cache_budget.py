@@ -37,7 +37,7 @@ def test_stored_prefixes_make_room_and_caches_in_use_do_not(fused_bundle):
     memory.promise(engine, 100)
     assert len(store) == 1
     other = Engine.over(engine.graph)
-    with pytest.raises(ResourceError, match="the cache of 201 tokens takes"):
+    with pytest.raises(ResourceError, match="the cache of 201 tokens needs"):
         memory.promise(other, 201)
     memory.promise(other, 200)
     assert len(store) == 0
