@@ -150,7 +150,7 @@ def test_memory_has_a_limit_that_is_looked_at_before(speaking_bundle, lm):
         with pytest.raises(ResourceError, match=r"the cache of 110 tokens needs"):
             session.append("a" * 50)
         assert len(session) == 60
-        with pytest.raises(ResourceError, match="others take"):
+        with pytest.raises(ResourceError, match="others use"):
             model.generate("abc", max_new_tokens=50)
     assert model.generate("abc", max_new_tokens=50).new_tokens == 50
 
