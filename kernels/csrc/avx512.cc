@@ -310,15 +310,15 @@ struct Panel {
 };
 
 template <int bits>
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel);
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel);
 
-// `n` blocks from b0 of 16 rows of W.
+// `n` blocks from b0 of 16 rows of W; the next panel of this kind begins `next` rows later.
 template <>
-inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
-    fetch_ahead(w, row, 16, b0 + b, 1, kBlock);
+    fetch_ahead(w, row + next - 16, 16, b0 + b, 1, kBlock);
     __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
     for (size_t h = 0; h < 2; h++) {
       __m512i v[4], t[4];
@@ -344,11 +344,11 @@ inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, Pan
 }
 
 template <>
-inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
+inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel) {
   static_assert(kChunk == 4, "a register of 64 bytes has four blocks of a row");
   const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
   const size_t k = w.blocks * 16;
-  fetch_ahead(w, row, 16, b0, n, 16);
+  fetch_ahead(w, row + next - 16, 16, b0, n, 16);
   __m512i v[16];
   for (size_t r = 0; r < 16; r++) v[r] = _mm512_maskz_loadu_epi8(mask, w.codes + (row + r) * k + b0 * 16);
   transpose(v);
@@ -451,7 +451,7 @@ void by_panels(const Weights& w, const Rounded& x, size_t rows, size_t terms, si
         if (form == Form::offsets) fill_numbers(w.offsets, first, b0, panels[p].offsets);
         if (form == Form::plain && bits == 4) fill_zeros(w, first, b0, panels[p]);
       }
-      fill_panel<bits>(w, first, b0, n, panels[p]);
+      fill_panel<bits>(w, first, b0, n, 16 * P, panels[p]);
     }
     size_t i = 0;
     for (; i + M <= all; i += M) multiply_panels<bits, form, P, M>(panels, x, i, w.blocks, b0, n, acc);

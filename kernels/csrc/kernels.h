@@ -15,7 +15,7 @@
 namespace pastkey {
 
 constexpr size_t kBlock = 32;     // weights along K with one scale
-constexpr size_t kMaxRows = 64;   // rows times terms that a call of multiply takes
+constexpr size_t kMaxRows = 32;   // rows times terms that a call of multiply takes
 constexpr size_t kTileRows = 32;  // rows of X and of W that a call of multiply_tile takes
 
 // What the weights of a block are:
