@@ -306,10 +306,11 @@ def require_finite(module: nn.Module) -> None:
 def _probe_vocabulary(module: nn.Module, length: int, context_length: int) -> int:
     """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows.
 
-    The second row stands at the end of the context, where a table of positions may be too short.
+    The first row, which some modules read for all, stands at the end of the context, where a table of positions may be
+    too short.
     """
     ids = torch.zeros(2, length, dtype=torch.long)
-    positions = torch.tensor([[0], [context_length - length]]) + torch.arange(length)
+    positions = torch.tensor([[context_length - length], [0]]) + torch.arange(length)
     with evaluating(module), embedding(ids) as rows:
         logits = _guarded(module, ids, positions)
     vocab_size = logits.shape[-1]

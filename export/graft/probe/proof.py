@@ -28,7 +28,9 @@ _SCORES = 1 << 26  # attention scores of one run
 _LOGITS = 1 << 26  # of one cached run; a quarter of those of the author's call on the longest text
 _BYTES = 1 << 29  # of the largest tensor of a run
 _SHORT = 512  # tokens of a text that is one of several
-_NEAR = 1.3  # the least factor between the last two lengths: each comparison has all rows since the one before
+_NEAR = (
+    1.3  # the least factor between the last two lengths: a comparison has the rows since the one before, if they fit
+)
 _GROWTH = (1.618, 5)  # from one compared length to the next; the larger one where the runs cost much
 
 
