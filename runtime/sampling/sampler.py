@@ -63,7 +63,7 @@ class Sampler:
             library: The path of pastkey's kernel library, where it may be used.
         """
         nearest: dict[str, Any] = {name: float(np.float32(getattr(config, name))) for name in _REAL}
-        seed = fresh_seed() if config.seed is None else config.seed
+        seed = fresh_seed() if config.seed is None else int(config.seed)  # numpy's as well
         self.config = dataclasses.replace(config, **nearest, seed=seed)
         self._seed, self._uniforms = seed, Uniforms(seed)
         if vocab_size is not None:

@@ -162,7 +162,7 @@ def test_a_key_is_asked_for_and_a_question_that_fails_is_not_lost(page, bundle):
         page.keyboard.press("Enter")
         page.locator("#error", has_text="€").wait_for()
         assert (page.locator("#text").input_value(), page.locator("article").count()) == ("€", 0)
-        page.route("**/v1/chat/completions", lambda route: route.abort())
+        page.context.set_offline(True)
         page.keyboard.press("Enter")
         page.locator("#error", has_text="The server does not answer").wait_for()
         assert page.locator("#text").input_value() == "€"

@@ -27,7 +27,8 @@ LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
 def test_a_seed_repeats_and_another_does_not():
-    samplers = [Sampler(SamplingConfig(temperature=1.0, seed=seed)) for seed in (7, 7, 8, None, None)]
+    seeds: list[Any] = [7, np.int64(7), 8, None, None]
+    samplers = [Sampler(SamplingConfig(temperature=1.0, seed=seed)) for seed in seeds]
     first, *others = ([sampler(LOGITS, [0] * place) for place in range(50)] for sampler in samplers)
     assert [first == other for other in others] == [True, False, False, False]
     assert others[-1] != others[-2]
