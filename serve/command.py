@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     models = parser.add_argument_group("models")
     add = models.add_argument
-    add("--alias", metavar="NAME", action="append", help="name of the model (default: the folder's); may be repeated")
+    add("--alias", metavar="NAME", action="append", help="name of the model; may be repeated (default: the folder's)")
     add_draft(models)
     meaning = "LoRA adapter, for requests with this model name; may be repeated"
     repeated: dict[str, Any] = {"type": key_value, "action": "append", "default": []}

@@ -163,7 +163,8 @@ PARSERS = {name: reference.parser_of(name, row[0]) for name, row in COMMANDS.ite
 THEIRS = {
     "--no-deps", "--wheel-dir", "--local-dir", "--revision", "--model", "--task", "--nproc-per-node", "--nnodes",
     "--rdzv-backend", "--rdzv-endpoint", "--ignore-scripts", "--minimal_build", "--include_ops_by_config", "--tag",
-    "--file", "--name", "--rounds", "--page", "--charts", "--reference", "--new-tokens", "--help", "--full",
+    "--file", "--find-links", "--name", "--rounds", "--page", "--charts", "--reference", "--new-tokens", "--help",
+    "--full", "--publish", "--volume",
 }  # fmt: skip
 
 

@@ -58,6 +58,7 @@ def _row(action: argparse.Action) -> str:
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     value = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else "")
     value = value[0] if isinstance(value, tuple) else value
+    value = value and value.replace("|", " or ")  # which would end the cell
     shown = names if action.nargs == 0 else f"{names} `{value}`".strip()
     return f"| {shown} | {_cell(told)} | {_cell(default)} |"
 
