@@ -162,7 +162,10 @@ def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength
     x, w = np.maximum(x, _FLOOR * x.max()), np.maximum(w, _FLOOR * w.max())
     found = []
     for strength in strengths:
-        scales = x**strength / w ** (1 - strength) if strength else none
+        if strength == 0:
+            found.append(none)
+            continue
+        scales = x**strength / w ** (1 - strength)
         scales /= np.exp(np.log(scales).mean())
         found.append(np.asarray(np.clip(scales, 1 / _MAX_SCALE, _MAX_SCALE), np.float32))
     return found

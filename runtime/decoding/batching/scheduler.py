@@ -297,12 +297,12 @@ class Scheduler:
             batches = self._batches(waiting) if len(self._live) > 1 else []
             together = batches[0] if batches else []
             # Of the generations outside the batches, one runs a step of its own each time, in turn.
-            batched = {id(g) for batch in batches for g in batch} if batches else ()
+            batched = {id(g) for batch in batches for g in batch}
             alone = next((g for g in waiting if id(g) not in batched and not g.ready), None)
             bound += together
             if alone is not None:
                 bound.append(alone)
-                small = len(self._live) > 1 and alone.pending > 1 and self._decodes_beside(alone)
+                small = alone.pending > 1 and self._decodes_beside(alone)
                 try:
                     alone.step(PREFILL_BESIDE if small else None)
                 except Exception as error:
@@ -313,7 +313,7 @@ class Scheduler:
                 self._decode(together)
             for generation in together if len(batches) > 1 else ():
                 self._to_the_end(generation)
-            for graph, slab in list(self._slabs.items()) if self._slabs else ():
+            for graph, slab in list(self._slabs.items()):
                 self._park(slab, {g.engine for g in together})
                 if not slab.members:
                     self._slabs.pop(graph, None)

@@ -128,9 +128,8 @@ class KVCache:
         if self.length and batch != self.batch:
             raise InputError(f"the cache holds {self.batch} rows and {batch} were given: call reset() first")
         if self._shared:
-            if self.windows is not None or batch != self.batch or self.length + tokens > self._capacities[0]:
-                plain, local = self.tokens
-                self._grow(batch, (plain + tokens, local if ahead or self.windows is None else local + tokens))
+            plain, local = self.tokens
+            self._grow(batch, (plain + tokens, local if ahead or self.windows is None else local + tokens))
         else:
             if not self.length:
                 self.batch = batch
