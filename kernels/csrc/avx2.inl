@@ -260,7 +260,7 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
   const auto step = [&](size_t b, __m256* acc) {
     const bool both = b + 1 < blocks;
     const size_t next = both ? b + 1 : b;
-    fetch_ahead(w, row, 4, b, 2, 4 * bits);
+    fetch_ahead(w, row, 4, b, 2, 4 * bits, true);
     const Four<bits> four(codes, b, next);
     const __m256i of_zeros = form == Form::plain && bits == 4 ? two_of(zeros, b % 16) : _mm256_setzero_si256();
     for (int m = 0; m < M; m++) {

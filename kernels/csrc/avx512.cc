@@ -242,7 +242,7 @@ inline void multiply_rows(const Weights& w, const Rounded& x, size_t from, size_
       if (form == Form::offsets) offsets.load(b);
       if (bits == 4 && form == Form::plain) load_zeros(w, rows, b, zeros);
     }
-    fetch_ahead(w, row, 4, b, 4, 4 * bits);
+    fetch_ahead(w, row, 4, b, 4, 4 * bits, true);
     const Four<bits> four(codes, b, masks);
     __m512 of_w[kParts], offset[1];
     scales.get(b, n, of_w);
