@@ -1,6 +1,6 @@
-// AVX512 with VNNI. Up to four rows of X take W by four rows at a time, each register with two blocks of a row, or four
-// of 4 bits. More rows take it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
-// weights of each row.
+// AVX512 with VNNI. Up to four rows of X read W by four rows at a time, each register with two blocks of a row, or four
+// of 4 bits. More rows read it by 16 rows: a panel of them is turned in the L1 cache, so that a register has four
+// weights of each row. Many rows read two panels, which are turned once for all of them.
 #include <immintrin.h>
 #include <math.h>
 
@@ -14,9 +14,8 @@ namespace {
 #include "elementwise.inl"
 #include "transpose16.inl"
 
-constexpr size_t kChunk = 4;       // blocks of a panel: few, so that multiplying goes on while memory is read
-constexpr size_t kByRows = 4;      // rows of X that are multiplied without a panel: its 16 rows are slow to read
-constexpr size_t kTwoPanels = 16;  // more rows of X take two panels: a register of theirs serves both
+constexpr size_t kChunk = 4;   // blocks of a panel: few, so that multiplying goes on while memory is read
+constexpr size_t kByRows = 4;  // rows of X that are multiplied without a panel: its 16 rows are slow to read
 
 #include "ahead.inl"
 
@@ -309,46 +308,52 @@ struct Panel {
   __m512i zeros[16];  // of 4 bits
 };
 
-template <int bits>
-inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel);
+// A block of 8 bits of 16 rows: those of row(i) and of row(i + 4) into a register's halves, and then turned.
+template <class Row>
+inline void turn_block(const Row& row, __m512i* codes) {
+  __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
+  for (size_t h = 0; h < 2; h++) {
+    __m512i v[4], t[4];
+    for (size_t i = 0; i < 4; i++) {
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row(8 * h + i)));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row(8 * h + i + 4)));
+      v[i] = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(low), 0xf0, high);
+    }
+    for (int i = 0; i < 2; i++) {
+      t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+      turned[h][2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      turned[h][2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    codes[i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0x88);
+    codes[4 + i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0xdd);
+  }
+}
 
-// `n` blocks from b0 of 16 rows of W; the next panel of this kind begins `next` rows later.
+template <int bits>
+inline void fill_panel(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel);
+
+// `n` blocks from b0 of 16 rows of W.
 template <>
-inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel) {
+inline void fill_panel<8>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
   const size_t k = w.blocks * kBlock;
   for (size_t b = 0; b < n; b++) {
     const uint8_t* p = w.codes + row * k + (b0 + b) * kBlock;
-    fetch_ahead(w, row + next - 16, 16, b0 + b, 1, kBlock);
-    __m512i turned[2][4];  // rows 0 to 7, 8 to 15: in each lane of 128 bits, four weights of four rows
-    for (size_t h = 0; h < 2; h++) {
-      __m512i v[4], t[4];
-      for (size_t i = 0; i < 4; i++) {
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + (8 * h + i) * k));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + (8 * h + i + 4) * k));
-        v[i] = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(low), 0xf0, high);
-      }
-      for (int i = 0; i < 2; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-      }
-      for (int i = 0; i < 2; i++) {
-        turned[h][2 * i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        turned[h][2 * i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-      }
-    }
-    for (int i = 0; i < 4; i++) {
-      panel.codes[b][i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0x88);
-      panel.codes[b][4 + i] = _mm512_shuffle_i32x4(turned[0][i], turned[1][i], 0xdd);
-    }
+    fetch_ahead(w, row, 16, b0 + b, 1, kBlock);
+    turn_block([&](size_t r) { return p + r * k; }, panel.codes[b]);
   }
 }
 
 template <>
-inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, size_t next, Panel& panel) {
+inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, Panel& panel) {
   static_assert(kChunk == 4, "a register of 64 bytes has four blocks of a row");
   const __mmask64 mask = n > 3 ? ~0ull : (1ull << (16 * n)) - 1;
   const size_t k = w.blocks * 16;
-  fetch_ahead(w, row + next - 16, 16, b0, n, 16);
+  fetch_ahead(w, row, 16, b0, n, 16);
   __m512i v[16];
   for (size_t r = 0; r < 16; r++) v[r] = _mm512_maskz_loadu_epi8(mask, w.codes + (row + r) * k + b0 * 16);
   transpose(v);
@@ -359,11 +364,12 @@ inline void fill_panel<4>(const Weights& w, size_t row, size_t b0, size_t n, siz
     }
 }
 
-// At most 16 numbers of 16 rows of W.
-inline void fill_numbers(const Numbers& of, size_t row, size_t first, __m512* to) {
+// At most 16 numbers of 16 rows of W; those behind `last` have its numbers.
+inline void fill_numbers(const Numbers& of, size_t row, size_t last, size_t first, __m512* to) {
   const size_t n = of.count - first < 16 ? of.count - first : 16;
   __m512i v[16];
-  for (size_t r = 0; r < 16; r++) v[r] = _mm512_castps_si512(load_numbers(of, row + r, first, n));
+  for (size_t r = 0; r < 16; r++)
+    v[r] = _mm512_castps_si512(load_numbers(of, row + r < last ? row + r : last, first, n));
   transpose(v);
   for (size_t i = 0; i < 16; i++) to[i] = _mm512_castsi512_ps(v[i]);
 }
@@ -392,92 +398,64 @@ inline __m512i dot(__m512i acc, __m512i codes, __m512i q) {
 #endif
 }
 
-// acc[p][chain][m] of M rows of x from `from`, over the blocks of P panels.
-template <int bits, Form form, int P, int M>
-inline void multiply_panels(const Panel* panels, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
-                            __m512 (*acc)[kChunk][kMaxRows]) {
+// acc[chain] of a row of x, over the blocks of a panel.
+template <int bits, Form form>
+inline void multiply_panel(const Panel& panel, const Rounded& x, size_t from, size_t blocks, size_t b0, size_t n,
+                           __m512 (*acc)[kMaxRows]) {
   constexpr size_t kParts = form == Form::halves ? 2 : 1, kSteps = 8 / kParts;
   for (size_t b = 0; b < n; b++) {
     const size_t in = from * blocks + b0 + b, scale = (b0 + b) * kParts % 16, at = (b0 + b) % 16;
+    __m512& sum = acc[b][from];
+    const __m512 of_x = _mm512_set1_ps(x.scale[in]);
     for (size_t part = 0; part < kParts; part++) {
-      __m512i d[P][M];
-      for (int m = 0; m < M; m++) {
-        __m512i start = _mm512_setzero_si512();
-        if (form != Form::offsets) start = _mm512_set1_epi32(x.start[(in + m * blocks) * kParts + part]);
-        for (int p = 0; p < P; p++)
-          d[p][m] = form == Form::plain && bits == 4 ? start_int4(panels[p].zeros[at], start) : start;
-      }
-      for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++) {
-        __m512i codes[P];
-        for (int p = 0; p < P; p++) codes[p] = panels[p].codes[b][j];
-        for (int m = 0; m < M; m++) {
-          const __m512i q = broadcast(x.q + (in + m * blocks) * kBlock + 4 * j);
-          for (int p = 0; p < P; p++) d[p][m] = dot(d[p][m], codes[p], q);
-        }
-      }
-      for (int m = 0; m < M; m++) {
-        const __m512 of_x = _mm512_set1_ps(x.scale[in + m * blocks]);
-        for (int p = 0; p < P; p++) {
-          __m512& sum = acc[p][b][from + m];
-          sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d[p][m]), of_x), panels[p].scales[scale + part], sum);
-        }
-      }
+      __m512i d = _mm512_setzero_si512();
+      if (form != Form::offsets) d = _mm512_set1_epi32(x.start[in * kParts + part]);
+      if (form == Form::plain && bits == 4) d = start_int4(panel.zeros[at], d);
+      for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++)
+        d = dot(d, panel.codes[b][j], broadcast(x.q + in * kBlock + 4 * j));
+      sum = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d), of_x), panel.scales[scale + part], sum);
     }
-    if (form != Form::offsets) continue;
-    for (int m = 0; m < M; m++) {
-      const __m512 sums = _mm512_set1_ps(x.sums[in + m * blocks]);
-      for (int p = 0; p < P; p++)
-        acc[p][b][from + m] = _mm512_fnmadd_ps(sums, panels[p].offsets[at], acc[p][b][from + m]);
-    }
+    if (form == Form::offsets) sum = _mm512_fnmadd_ps(_mm512_set1_ps(x.sums[in]), panel.offsets[at], sum);
   }
 }
 
-// 16 * P rows of W
-template <int bits, Form form, int P>
-void by_panels(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
-  constexpr int kParts = form == Form::halves ? 2 : 1, M = P == 2 ? 8 : 1;
-  Panel panels[P];
-  __m512 acc[P][kChunk][kMaxRows];
+inline void store_sums(const __m512* chains, size_t stride, float* sums) {
+  const __m512 even = _mm512_add_ps(chains[0], chains[2 * stride]);
+  _mm512_storeu_ps(sums, _mm512_add_ps(even, _mm512_add_ps(chains[stride], chains[3 * stride])));
+}
+
+// 16 rows of W
+template <int bits, Form form>
+void by_panel(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t row, float* y, size_t stride) {
+  constexpr int kParts = form == Form::halves ? 2 : 1;
+  Panel panel;
+  __m512 acc[kChunk][kMaxRows];
   const size_t all = rows * terms;
-  for (int p = 0; p < P; p++)
-    for (size_t chain = 0; chain < 4; chain++)
-      for (size_t i = 0; i < all; i++) acc[p][chain][i] = _mm512_setzero_ps();
+  for (size_t chain = 0; chain < 4; chain++)
+    for (size_t i = 0; i < all; i++) acc[chain][i] = _mm512_setzero_ps();
   for (size_t b0 = 0; b0 < w.blocks; b0 += kChunk) {
     const size_t n = w.blocks - b0 < kChunk ? w.blocks - b0 : kChunk;
-    for (int p = 0; p < P; p++) {
-      const size_t first = row + 16 * p;
-      if (b0 * kParts % 16 == 0) {
-        fill_numbers(w.scales, first, b0 * kParts, panels[p].scales);
-        if (form == Form::offsets) fill_numbers(w.offsets, first, b0, panels[p].offsets);
-        if (form == Form::plain && bits == 4) fill_zeros(w, first, b0, panels[p]);
-      }
-      fill_panel<bits>(w, first, b0, n, 16 * P, panels[p]);
+    if (b0 * kParts % 16 == 0) {
+      fill_numbers(w.scales, row, row + 15, b0 * kParts, panel.scales);
+      if (form == Form::offsets) fill_numbers(w.offsets, row, row + 15, b0, panel.offsets);
+      if (form == Form::plain && bits == 4) fill_zeros(w, row, b0, panel);
     }
-    size_t i = 0;
-    for (; i + M <= all; i += M) multiply_panels<bits, form, P, M>(panels, x, i, w.blocks, b0, n, acc);
-    for (; i < all; i++) multiply_panels<bits, form, P, 1>(panels, x, i, w.blocks, b0, n, acc);
+    fill_panel<bits>(w, row, b0, n, panel);
+    for (size_t i = 0; i < all; i++) multiply_panel<bits, form>(panel, x, i, w.blocks, b0, n, acc);
   }
-  for (int p = 0; p < P; p++)
-    for (size_t i = 0; i < rows; i++) {
-      float sums[2][16];
-      for (size_t t = 0; t < terms; t++) {
-        const size_t at = i * terms + t;
-        const __m512 even = _mm512_add_ps(acc[p][0][at], acc[p][2][at]);
-        const __m512 odd = _mm512_add_ps(acc[p][1][at], acc[p][3][at]);
-        _mm512_storeu_ps(sums[t], _mm512_add_ps(even, odd));
-      }
-      finish(w, row + 16 * p, 16, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride + 16 * p);
-    }
+  for (size_t i = 0; i < rows; i++) {
+    float sums[2][16];
+    for (size_t t = 0; t < terms; t++) store_sums(&acc[0][i * terms + t], kMaxRows, sums[t]);
+    finish(w, row, 16, sums[0], terms == 2 ? sums[1] : nullptr, y + i * stride);
+  }
 }
 
 template <int bits, Form form>
 void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, size_t first, size_t count, float* y,
               size_t stride) {
   size_t j = 0;
-  if (rows * terms > kTwoPanels)
-    for (; j + 32 <= count; j += 32) by_panels<bits, form, 2>(w, x, rows, terms, first + j, y + j, stride);
   if (rows * terms > kByRows)
-    for (; j + 16 <= count; j += 16) by_panels<bits, form, 1>(w, x, rows, terms, first + j, y + j, stride);
+    for (; j + 16 <= count; j += 16) by_panel<bits, form>(w, x, rows, terms, first + j, y + j, stride);
   if (j == count) return;
   const size_t all = rows * terms;
   const auto by = all % 4 == 0 ? by_rows<bits, form, 4>
@@ -486,6 +464,138 @@ void multiply(const Weights& w, const Rounded& x, size_t rows, size_t terms, siz
                                : by_rows<bits, form, 2>;
   by(w, x, rows, terms, first + j, count - j, y + j, stride);
 }
+
+// Many rows: a block of 16 rows of W, whose weights are code - 128, or with offsets the code.
+struct PackedWeights {
+  __m512i codes[8];
+  __m512 scales[2], offset;
+};
+
+// A block of 16 rows of X.
+struct PackedRows {
+  int8_t q[16][kBlock];
+  int32_t start[3][16];  // of the block, and of its halves
+  float scale[16], sums[16];
+};
+
+static_assert(sizeof(PackedRows) <= packed_rows_size(1, 1) && 2 * sizeof(PackedWeights) <= packed_weights_size(1, 1),
+              "the memory of TileKernels");
+
+// packed [terms][blocks]
+void pack_rows(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed) {
+  std::memset(packed, 0, blocks * terms * sizeof(PackedRows));
+  auto* to = reinterpret_cast<PackedRows*>(packed);
+  for (size_t r = 0; r < rows; r++)
+    for (size_t b = 0; b < blocks; b++) {
+      float rest[kBlock];
+      const float* from = x + (r * blocks + b) * kBlock;
+      for (size_t t = 0; t < terms; t++, from = rest) {
+        PackedRows& block = to[t * blocks + b];
+        round_row(from, 1, block.q[r], &block.start[0][r], &block.scale[r], t + 1 < terms ? rest : nullptr);
+        block.sums[r] = static_cast<float>(block.start[0][r] / -128) * block.scale[r];
+        int32_t sum = 0;
+        for (size_t i = 0; i < kBlock / 2; i++) sum += block.q[r][i];
+        block.start[1][r] = -128 * sum;
+        block.start[2][r] = block.start[0][r] - block.start[1][r];
+      }
+    }
+}
+
+// packed [two panels][blocks]
+template <int bits>
+void pack_weights(const Weights& w, size_t first, size_t count, size_t, uint8_t* packed) {
+  constexpr size_t kBytes = 4 * bits;  // of a block
+  const size_t last = first + count - 1, parts = w.form == Form::halves ? 2 : 1;
+  for (size_t row = first; row < first + kTileRows; row += 16) {
+    auto* to = reinterpret_cast<PackedWeights*>(packed) + (row - first) / 16 * w.blocks;
+    __m512 scales[16], offsets[16];
+    for (size_t b = 0; b < w.blocks; b++) {
+      if (b * parts % 16 == 0) fill_numbers(w.scales, row, last, b * parts, scales);
+      if (b % 16 == 0 && w.form == Form::offsets) fill_numbers(w.offsets, row, last, b, offsets);
+      for (size_t part = 0; part < parts; part++) to[b].scales[part] = scales[(b * parts + part) % 16];
+      to[b].offset = offsets[b % 16];
+      fetch_ahead(w, row, 16, b, 1, kBytes);
+      uint8_t bytes[16][kBlock];
+      turn_block(
+          [&](size_t r) {
+            const size_t from = row + r < last ? row + r : last;
+            const uint8_t* p = w.codes + (from * w.blocks + b) * kBytes;
+            if (bits == 8) return p;
+            const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+            const __m128i even = _mm_and_si128(pairs, low), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
+            const int zero = w.zeros ? w.zeros[from * ((w.blocks + 1) / 2) + b / 2] >> (b % 2 * 4) & 15 : 8;
+            const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+            const __m256i shift = _mm256_set1_epi8(static_cast<char>(w.form == Form::offsets ? 0 : 128 - zero));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes[r]), _mm256_add_epi8(codes, shift));
+            return static_cast<const uint8_t*>(bytes[r]);
+          },
+          to[b].codes);
+    }
+  }
+}
+
+// acc[m][panel] of 8 rows of x, from the m-th of a block, and two panels.
+template <Form form>
+inline void multiply_block(const PackedWeights* const* w, const PackedRows& x, size_t from, __m512 (*acc)[2]) {
+  constexpr size_t M = 8, kParts = form == Form::halves ? 2 : 1, kSteps = 8 / kParts;
+  for (size_t part = 0; part < kParts; part++) {
+    __m512i d[M][2];
+    for (size_t m = 0; m < M; m++)
+      d[m][0] = d[m][1] =
+          form == Form::offsets ? _mm512_setzero_si512() : _mm512_set1_epi32(x.start[kParts - 1 + part][from + m]);
+    for (size_t j = part * kSteps; j < (part + 1) * kSteps; j++) {
+      const __m512i codes[2] = {w[0]->codes[j], w[1]->codes[j]};
+      for (size_t m = 0; m < M; m++) {
+        const __m512i q = broadcast(x.q[from + m] + 4 * j);
+        for (int p = 0; p < 2; p++) d[m][p] = dot(d[m][p], codes[p], q);
+      }
+    }
+    for (size_t m = 0; m < M; m++) {
+      const __m512 of_x = _mm512_set1_ps(x.scale[from + m]);
+      for (int p = 0; p < 2; p++)
+        acc[m][p] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(d[m][p]), of_x), w[p]->scales[part], acc[m][p]);
+    }
+  }
+  if (form != Form::offsets) return;
+  for (size_t m = 0; m < M; m++)
+    for (int p = 0; p < 2; p++) acc[m][p] = _mm512_fnmadd_ps(_mm512_set1_ps(x.sums[from + m]), w[p]->offset, acc[m][p]);
+}
+
+template <Form form>
+void multiply_packed(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms,
+                     size_t first, size_t count, float* y, size_t stride) {
+  const auto* of_w = reinterpret_cast<const PackedWeights*>(weights);
+  for (size_t i = 0; i < rows; i += 16, x += packed_rows_size(w.blocks, terms)) {
+    const auto* of_x = reinterpret_cast<const PackedRows*>(x);
+    const size_t n = rows - i < 16 ? rows - i : 16;
+    __m512 acc[2][4][16][2];  // [term][chain][row][panel]
+    for (size_t t = 0; t < terms; t++) {
+      for (auto& chain : acc[t])
+        for (auto& row : chain) row[0] = row[1] = _mm512_setzero_ps();
+      for (size_t b = 0; b < w.blocks; b++) {
+        const PackedWeights* const panels[2] = {of_w + b, of_w + w.blocks + b};
+        for (size_t m = 0; m < n; m += 8) multiply_block<form>(panels, of_x[t * w.blocks + b], m, acc[t][b % 4] + m);
+      }
+    }
+    for (size_t m = 0; m < n; m++) {
+      float sums[2][kTileRows];
+      for (size_t t = 0; t < terms; t++)
+        for (int p = 0; p < 2; p++) store_sums(&acc[t][0][m][p], 32, sums[t] + 16 * p);
+      finish(w, first, count, sums[0], terms == 2 ? sums[1] : nullptr, y + (i + m) * stride);
+    }
+  }
+}
+
+void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, size_t rows, size_t terms, size_t first,
+                   size_t count, float* y, size_t stride) {
+  const auto multiply = w.form == Form::plain    ? multiply_packed<Form::plain>
+                        : w.form == Form::halves ? multiply_packed<Form::halves>
+                                                 : multiply_packed<Form::offsets>;
+  multiply(w, weights, x, rows, terms, first, count, y, stride);
+}
+
+void begin(uint8_t*) {}
+void end(const uint8_t*) {}
 
 }  // namespace
 
@@ -496,5 +606,7 @@ const MatMulKernels avx512_matmul = {
     {multiply<8, Form::plain>, multiply<8, Form::halves>, multiply<8, Form::offsets>},
     {multiply<4, Form::plain>, nullptr, multiply<4, Form::offsets>},
 };
+
+const TileKernels avx512_tiles = {pack_rows, pack_weights<8>, pack_weights<4>, multiply_tile, begin, end};
 
 }  // namespace pastkey

@@ -87,7 +87,7 @@ struct MatMulKernels {
 
 constexpr size_t kTileConfig = 64;  // bytes
 
-// Many rows, in bf16 by tiles of 32 x 32 results.
+// Many rows, by tiles of 32 x 32 results. AMX computes them in bf16; AVX512 has the sums of MatMulKernels.
 struct TileKernels {
   // 16 rows of x [rows, blocks * 32] -> `packed` of packed_rows_size(blocks, terms) bytes; rows past `rows` are zero.
   void (*pack_rows)(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed);
@@ -109,6 +109,6 @@ static constexpr size_t packed_weights_size(size_t blocks, size_t terms) {
 
 extern const MatMulKernels portable_matmul, avx2_matmul, avx_vnni_matmul, avx512_matmul;
 extern const MatMulKernels neon_matmul, dotprod_matmul, i8mm_matmul;
-extern const TileKernels amx_tiles;
+extern const TileKernels avx512_tiles, amx_tiles;
 
 }  // namespace pastkey

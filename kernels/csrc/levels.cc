@@ -147,7 +147,7 @@ const LevelKernels kLevels[] = {
     {"avx_vnni", has_avx_vnni, avx_vnni_matmul, avx2_attention, avx2_logits},
 #endif
 #if defined(PASTKEY_AVX512)
-    {"avx512", has_avx512, avx512_matmul, avx512_attention, avx512_logits},
+    {"avx512", has_avx512, avx512_matmul, avx512_attention, avx512_logits, &avx512_tiles},
 #endif
 #if defined(PASTKEY_AMX)
     {"amx", has_amx, avx512_matmul, avx512_attention, avx512_logits, &amx_tiles, &amx_attention_tiles},
