@@ -121,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(parser)
             parser.add_argument_group("example", f"pastkey {example}")
             given = parser.parse_args(rest)
-            if name in EXPORTING:
+            if name == "chat":
+                importlib.import_module("jinja2")  # a user without it is told before an export of minutes
+            if name in EXPORTING and needs_huggingface(given.bundle):
                 from pastkey.exported import exported
 
-                if name == "chat":
-                    importlib.import_module("jinja2")  # a user without it is told before an export of minutes
                 chats = name == "chat" and given.template is None
                 given.bundle = exported(given.bundle, untrusted=getattr(given, "untrusted", False), chats=chats)
             if not module.startswith(("train", "export", "see")):  # numpy's BLAS would start a thread for each core

@@ -34,8 +34,19 @@ def write_configurations(folder: Path, source: Source, manifest: Manifest, heads
     if manifest.layers:
         write_json(folder / names.GENAI_CONFIG, _genai_config(special, manifest, heads))
     if source.tokenizer is not None:
-        (folder / names.TOKENIZER).write_bytes(source.tokenizer)
+        (folder / names.TOKENIZER).write_bytes(_with_short_merges(source.tokenizer))
         write_json(folder / names.TOKENIZER_CONFIG, _tokenizer_config(source, source.tokenizer))
+
+
+def _with_short_merges(tokenizer: bytes) -> bytes:
+    """Returns tokenizer.json with its pairs of merges as texts, "a b", which tokenizers opens in 3/4 of the time."""
+    content = json.loads(tokenizer)
+    pairs = content["model"].get("merges") or ()
+    # Such a text with a second space is invalid, and one that begins with #version is skipped.
+    if any(isinstance(pair, str) or " " in "".join(pair) or pair[0].startswith("#version") for pair in pairs):
+        return tokenizer
+    content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() if pairs else tokenizer
 
 
 def _tokenizer_config(source: Source, tokenizer: bytes) -> dict[str, Any]:

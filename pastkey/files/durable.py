@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -146,7 +145,7 @@ def refuse_special(path: Path) -> None:
 def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """Yields what `make` made beside `target`, locked. Removes at the end what is left of it."""
     while True:
-        work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        work = target.with_name(f".{target.name}.{os.urandom(4).hex()}{_PARTIAL}")
         try:
             make(work)
             with locked(work, wait=True):

@@ -7,12 +7,11 @@ that cannot hold a tensor is skipped, including the bytes of inline weights.
 
 from __future__ import annotations
 
+import functools
 import mmap
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..errors import IntegrityError
 from ..values import shown
@@ -44,11 +43,10 @@ _ATTRIBUTE_INT = 3
 _HEADS = (b"q_num_heads", b"kv_num_heads")
 _CONTEXT = b"ep_cache_context"  # the attribute of an EPContext node
 _DEEPEST = 100  # nested messages; protobuf's own limit
-_LONGEST = 4096  # bytes of a key or value
+_LONGEST = 4096  # bytes of a path, or of a key with its value
 
 
-@dataclass(frozen=True)
-class ExternalData:
+class ExternalData(NamedTuple):
     """The data of one tensor outside the graph's file."""
 
     location: str  # the file, as the graph names it: relative to the graph's folder
@@ -64,9 +62,12 @@ def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
     for name in files:
         if not name.endswith(".onnx"):
             continue
+        listed: dict[str, FileRecord | None] = {}  # by location
         for data in external_data(folder / name):
-            inside = is_inside(data.location)
-            file = files.get((PurePosixPath(name).parent / data.location).as_posix()) if inside else None
+            if data.location not in listed:
+                place = (PurePosixPath(name).parent / data.location).as_posix()
+                listed[data.location] = files.get(place) if is_inside(data.location) else None
+            file = listed[data.location]
             if file is None:
                 raise IntegrityError(
                     f"{folder / name} takes weights from {shown(data.location)}, which is not a file beside it that "
@@ -181,25 +182,27 @@ def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | N
         if number == _DATA_LOCATION and wire == VARINT:
             external |= varint(content, start)[0] != 0
         elif number == _EXTERNAL_DATA and wire == BYTES:
-            entry = {number: (a, b) for number, wire, a, b in fields(content, start, after) if wire == BYTES}
-            key, value = (_text(content, *entry.get(number, (0, 0))) for number in (_KEY, _VALUE))
+            if after - start > _LONGEST:
+                raise DamagedError(f"a tensor's place is told in {after - start} bytes")
+            key, value = _pair(content[start:after])
             if key not in _KEYS or key in said:
                 raise DamagedError(f"a tensor says {shown(key)} of its data, or says it twice")
             said[key] = value
     if not external and not said:
         return None
     location, offset, length = (said.get(key, "") for key in ("location", "offset", "length"))
-    if not location or not all(re.fullmatch("[0-9]{1,18}", number) for number in (offset, length)):
+    if not location or not all(n.isdecimal() and n.isascii() and len(n) < 19 for n in (offset, length)):
         raise DamagedError(
             f"a tensor takes {shown(length)} bytes from {shown(offset)} on of the file {shown(location)}"
         )
     return ExternalData(location, int(offset), int(length))
 
 
-def _text(content: mmap.mmap, start: int, end: int) -> str:
-    if end - start > _LONGEST:
-        raise DamagedError(f"a tensor's place is told in {end - start} bytes")
+@functools.lru_cache  # most tensors of a graph name the same file
+def _pair(entry: bytes) -> tuple[str, str]:
+    """Returns the key and value of a StringStringEntryProto."""
+    parts = {number: entry[a:b] for number, wire, a, b in fields(entry, 0, len(entry)) if wire == BYTES}
     try:
-        return content[start:end].decode("utf-8")
+        return parts.get(_KEY, b"").decode(), parts.get(_VALUE, b"").decode()
     except UnicodeDecodeError:
         raise DamagedError("a tensor's location is not valid text") from None

@@ -15,8 +15,8 @@ from pastkey.command import add_placement, byte_count, decode_input, finite_floa
 from pastkey.errors import InputError
 from pastkey.files.folder import read_text
 
+from .. import sandbox
 from ..options import FORMS, OPTIONS, Option
-from ..sandbox.limits import Limits
 from ..settings import CHAT_OPTIONS, ChatOptions
 
 BUNDLE: Final = "a folder that pastkey export wrote"
@@ -43,7 +43,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add("--limit", dest="limits", metavar="NAME=VALUE", type=key_value, action="append", help=meaning)
 
 
-def limits_of(arguments: argparse.Namespace) -> Limits | None:
+def limits_of(arguments: argparse.Namespace) -> sandbox.Limits | None:
     """The limits of an untrusted bundle, None for a trusted one. Raises InputError for flags that do not fit."""
     if not arguments.untrusted:
         if arguments.limits:
@@ -65,7 +65,7 @@ def limits_of(arguments: argparse.Namespace) -> Limits | None:
             raise InputError(
                 f"--limit {name}={text} was given; memory=BYTES or seconds=S was expected, as in --limit memory=4e9"
             ) from None
-    return Limits(**found)
+    return sandbox.Limits(**found)
 
 
 def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:

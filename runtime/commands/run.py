@@ -9,7 +9,6 @@ from pastkey.command import Command, id_list, print_json, print_text, progressed
 from pastkey.contract import names
 
 from ..options import MAX_NEW_TOKENS
-from ..sandbox.relay import run_limited
 from .flags import (
     SOURCE,
     add_adapter,
@@ -42,6 +41,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if (limits := limits_of(arguments)) is not None:
+        from ..sandbox.relay import run_limited
+
         tokens = (arguments.max_new_tokens or MAX_NEW_TOKENS) + 1
         return run_limited("run", _run, arguments, limits, tokens=tokens, lines=arguments.prompt == "-")
     from ..loading import load

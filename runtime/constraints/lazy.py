@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pastkey.errors import InputError
 
 from ..text.codec import TextCodec
 from .constraint import Constraint
 from .matcher import Matcher
-from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from .vocabulary import Vocabulary
 
 
 class LazyVocabulary:
@@ -34,6 +36,8 @@ class LazyVocabulary:
         codec, size, eos_ids = self._given
         if codec is None:
             raise InputError(f"this bundle has no tokenizer, so that no text can be held to {constraint.kind}")
+        from .vocabulary import Vocabulary
+
         try:
             if self._read is None:
                 self._read = Vocabulary.of(codec, size, eos_ids)

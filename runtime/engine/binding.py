@@ -11,6 +11,8 @@ import numpy.typing as npt
 from ..providers.ort import onnxruntime
 from ..providers.placement import CPU
 
+_NOTHING = None, np.empty(0), memoryview(b"")
+
 
 def new_bindings(onnx: Any, *, two: bool) -> tuple[Binding, Binding]:
     """Bindings for runs in turn, each of which reads what the one before wrote; the same one twice unless `two`."""
@@ -26,7 +28,9 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
         super().__init__(onnx)
         # On the CPU a bound value shares the array's memory; a provider with its own memory copies it.
         self._keeps = onnx.get_providers()[0] == CPU
-        self._fed: dict[str, npt.NDArray[Any]] = {}
+        self._fed: dict[
+            str, tuple[tuple[int, ...], npt.NDArray[Any], memoryview]
+        ] = {}  # a shape, the array, its memory
         self._results: dict[str, npt.NDArray[np.float32]] = {}
         for name, value in getattr(onnx, "constants", {}).items():
             self.bind_ortvalue_input(name, value)
@@ -34,27 +38,30 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
     def feed(
         self,
         name: str,
-        value: npt.ArrayLike | Callable[[npt.NDArray[Any]], object],
+        value: npt.ArrayLike | Callable[[memoryview], object],
         shape: tuple[int, ...] | None = None,
         dtype: type[np.generic] = np.int64,
     ) -> None:
-        """Copies `value` into an input of the next run, or lets it fill the input's array.
+        """Copies `value` into an input of the next run, or lets it fill the input's memory.
 
         `shape`: shape of the input, if `value` is a scalar for all of it or has another shape of the same size.
         """
         if shape is None:
             shape = np.shape(value)  # type: ignore[arg-type]
-        bound = self._fed.get(name)
-        new = not self._keeps or bound is None or bound.shape != shape
-        if bound is None or new:
-            bound = np.empty(shape, dtype)
-        if callable(value):
-            value(bound)
-        else:
-            bound[...] = value
+        known, array, memory = self._fed.get(name, _NOTHING)
+        new = not self._keeps or known != shape
         if new:
-            self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(bound))
-            self._fed[name] = bound
+            array = np.empty(shape, dtype)
+            memory = array.reshape(-1).data
+        if callable(value):
+            value(memory)
+        elif isinstance(value, int) and len(memory) == 1:
+            memory[0] = value  # behind a run, numpy takes ten times as long
+        else:
+            array[...] = value
+        if new:
+            self.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+            self._fed[name] = shape, array, memory
 
     def result(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """The array for an output of the next run. Reuses the previous run's array if the shape is the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,9 @@ from .caches.marks import STATE_MARKS, WINDOW_MARKS
 from .caches.states import state_bytes
 from .caches.static_graphs import StaticGraphs
 from .embedding import EmbeddingRows
-from .lora import Adapter
+
+if TYPE_CHECKING:
+    from .lora import Adapter
 
 # Tokens per run of a prefill. Attention scores and activations grow with it; smaller and larger chunks are slower.
 PREFILL_CHUNK = 256
@@ -297,13 +299,13 @@ class DecoderGraph:
         return sizes
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def run(self, cache: Bound | StaticGraphs, ids: Ids, positions: Ids | int, real: npt.NDArray[Any] | int, total: int,
-            keep: int, mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
+    def run(self, cache: Bound | StaticGraphs, ids: Ids | int, positions: Ids | int, real: npt.NDArray[Any] | int,
+            total: int, keep: int, mask: Ids | None = None, hidden: bool = False) -> HiddenStates | Logits:  # fmt: skip
         """Runs the new tokens `ids` (B, T) at `positions` (B, T) over a cache. All inference goes through here.
 
         Args:
             cache: Holds the keys and values of the tokens before.
-            ids: Checked token ids.
+            ids: Checked token ids; an int is one of one sequence, and spares numpy's time.
             positions: Number of real tokens before each new one; one int for all.
             real: Real tokens of each sequence including the new ones, (B,); one int for all.
             total: Length of the longest sequence including the new tokens and padding.
@@ -315,15 +317,15 @@ class DecoderGraph:
             Logits (B, keep, V), or last hidden states (B, T, H), in an array that the next run may overwrite.
         """
         if isinstance(cache, StaticGraphs):
-            return cache.run(ids[0], keep)
-        binding = cache.binding
-        binding.feed(names.INPUT_IDS, ids, ids.shape)
-        binding.feed(names.POSITION_IDS, positions, ids.shape)
+            return cache.run(np.atleast_2d(ids)[0], keep)
+        binding, shape = cache.binding, (1, 1) if isinstance(ids, int) else ids.shape
+        binding.feed(names.INPUT_IDS, ids, shape)
+        binding.feed(names.POSITION_IDS, positions, shape)
         if names.SEQLENS_K in self._inputs:
-            binding.feed(names.SEQLENS_K, real - 1, (len(ids),), np.int32)
+            binding.feed(names.SEQLENS_K, real - 1, shape[:1], np.int32)
             binding.feed(names.TOTAL_SEQUENCE_LENGTH, total, (), np.int32)
         if names.EVICTED in self._inputs:
-            binding.feed(names.EVICTED, cache.evicted, (len(ids),), np.int32)
+            binding.feed(names.EVICTED, cache.evicted, shape[:1], np.int32)
         if self.takes_mask:
             assert mask is not None
             binding.feed(names.ATTENTION_MASK, cache.columns(mask))
@@ -331,10 +333,10 @@ class DecoderGraph:
             binding.feed(names.LOGITS_START, -keep, (1,))
         if self._embedding is not None:
             table, fill = self._embedding, functools.partial(self._embedding.fill, ids)
-            binding.feed(names.EMBEDDING_ROWS, fill, (*ids.shape, *table.row_shape), table.dtype)
-        found = binding.result(names.LOGITS, (len(ids), keep, self.manifest.vocab_size))
+            binding.feed(names.EMBEDDING_ROWS, fill, (*shape, *table.row_shape), table.dtype)
+        found = binding.result(names.LOGITS, (shape[0], keep, self.manifest.vocab_size))
         if self.manifest.hidden_size is not None and names.LAST_HIDDEN_STATE in self._outputs:
-            states = binding.result(names.LAST_HIDDEN_STATE, (*ids.shape, self.manifest.hidden_size))  # always bound
+            states = binding.result(names.LAST_HIDDEN_STATE, (*shape, self.manifest.hidden_size))  # always bound
             found = states if hidden else found
         cache.onnx.run_with_iobinding(binding)
         return found

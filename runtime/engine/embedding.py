@@ -58,13 +58,13 @@ class EmbeddingRows:
     def __getitem__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """The rows (B, T, ...) of `ids` (B, T), each from 0 to V - 1."""
         rows = np.empty((*ids.shape, *self.row_shape), self.dtype)
-        self.fill(ids, rows)
+        self.fill(ids, rows.reshape(-1).data)
         return rows
 
-    def fill(self, ids: npt.NDArray[np.int64], rows: npt.NDArray[Any]) -> None:
-        """Reads the rows of `ids` (B, T) into `rows` (B, T, ...), which are in order."""
-        size, content = self._row_bytes, rows.data.cast("B")
-        for place, token in enumerate(ids.ravel().tolist()):
+    def fill(self, ids: npt.NDArray[np.int64] | int, rows: memoryview) -> None:
+        """Reads the rows of `ids` (B, T), or of one, into `rows` (B * T * ...)."""
+        size, content = self._row_bytes, rows.cast("B")
+        for place, token in enumerate([ids] if isinstance(ids, int) else ids.ravel().tolist()):
             if not 0 <= token < self._vocab_size:
                 raise IntegrityError(
                     f"the embedding has {self._vocab_size} rows, and none for the token id {token}: the graph was "

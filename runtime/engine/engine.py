@@ -344,15 +344,17 @@ class Engine:
         return self.run(ids, checked, hidden=True).copy()
 
     # --- one run --------------------------------------------------------------------------------------------------
-    def run(self, ids: Ids, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False) -> HiddenStates | Logits:
-        """Appends checked ids (B, T) with their mask. Every method above ends here.
+    def run(
+        self, ids: Ids | int, mask: Ids | None = None, *, keep: int = 1, hidden: bool = False
+    ) -> HiddenStates | Logits:
+        """Appends checked ids (B, T), or one to one sequence, with their mask. Every method above ends here.
 
         `keep`: number of last positions with logits. `hidden`: whether to return hidden states instead. The next run
         may overwrite the returned array.
         """
-        batch, tokens = ids.shape
+        batch, tokens = (1, 1) if isinstance(ids, int) else ids.shape
         graph = self.graph
-        if graph.one_by_one and tokens > 1:
+        if graph.one_by_one and tokens > 1 and not isinstance(ids, int):
             singly = [self.run(ids[:, i : i + 1], hidden=hidden).copy() for i in range(tokens)]
             return np.concatenate(singly if graph.every or hidden else singly[-keep:], 1)
         start = self.length
@@ -377,7 +379,10 @@ class Engine:
             graph.check_finite(found, start, tokens, mask, hidden=hidden)
             cache.advance(tokens)
             self._padding.mask = full_mask if padded else None
-            self._take_in(start, ids, known=batch == 1 and not padded)
+            if batch > 1 or padded:
+                self._ids = None
+            else:
+                self._take_in(start, [ids] if isinstance(ids, int) else ids[0].tolist())
             if batch == 1 and tokens >= MARKED:
                 self.mark()
         except BaseException as error:
@@ -386,14 +391,12 @@ class Engine:
             raise
         return found
 
-    def _take_in(self, start: int, ids: Ids, *, known: bool = True) -> None:
-        """Records the tokens (B, T) of a run behind `start` others."""
-        if len(ids) == 1 and ids.size >= self.graph.prefill_tokens and self.exact_length == start:
-            self.exact_length += ids.size
-        if not known:
-            self._ids = None
-        elif self._ids is not None:
-            self._ids += ids.tolist()[0]
+    def _take_in(self, start: int, ids: list[int]) -> None:
+        """Records the tokens (T,) of a run behind `start` others of one sequence."""
+        if len(ids) >= self.graph.prefill_tokens and self.exact_length == start:
+            self.exact_length += len(ids)
+        if self._ids is not None:
+            self._ids += ids
 
     def mark(self) -> None:
         """Keeps what a trim to these tokens needs, if the cache is marked."""

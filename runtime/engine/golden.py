@@ -262,6 +262,6 @@ def _surroundings(engine: Engine) -> list[Any]:
     cards = [path.read_text(errors="replace") for path in sorted(Path(os.sep).glob(_CARDS.lstrip("/")))]
     chosen = {name: value for name, value in os.environ.items() if name.startswith(("VK_", "CUDA_", "MESA_"))}
     options = [engine.onnx.get_provider_options(), *engine.graph.asked]
-    system = [platform.platform(), hardware, cards, drivers, chosen]
-    kernels = engine.graph.kernels
+    kernels, uname = engine.graph.kernels, platform.uname()  # whose processor is another program's answer
+    system = [uname.system, uname.release, uname.machine, hardware, cards, drivers, chosen]
     return [onnxruntime.__version__, onnxruntime.get_available_providers(), engine.providers, options, system, kernels]

@@ -15,7 +15,6 @@ from pastkey.values import as_path, shown
 
 from ..engine.decoder_graph import DecoderGraph
 from ..engine.engine import Engine
-from ..engine.lora import read_adapter
 from ..options import PlacementOptions, require_valid
 from ..text.chat_template import special_tokens
 from .parts import ModelParts
@@ -43,6 +42,8 @@ class Adapters:
             self._load(name, as_path(folder, "folder", "the path of a folder that peft saved"))
 
     def _load(self, name: str, folder: Path) -> None:
+        from ..engine.lora import read_adapter  # imported here: a model without adapters does not need it
+
         require_valid({"adapter": name})
         bundle = self._parts.bundle
         with self._lock:

@@ -9,9 +9,7 @@ import errno
 import os
 import shutil
 import struct
-import tempfile
 import weakref
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +20,7 @@ from pastkey.files.reading import reading
 from pastkey.values import as_path, shown
 
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others make any number of bytes of a piece, in memory
+_METHODS = (0, 8)  # stored and deflated; the others make any number of bytes of a piece, in memory
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)  # not the file's fault
 _BLOCK = 4096  # bytes that an empty file or folder takes on a disk
 
@@ -38,6 +36,8 @@ class TemporaryFolder:
     """
 
     def __init__(self) -> None:
+        import tempfile  # 3 ms with zipfile, which a load of a folder does not spend
+
         self.path = Path(tempfile.mkdtemp(prefix="pastkey-"))
         self.remove = weakref.finalize(self, _remove, self.path, os.getpid())
 
@@ -69,7 +69,11 @@ def given_as(path: Any) -> BundleArgument:
 
 def unpacked(given: BundleArgument) -> tuple[Path, TemporaryFolder | None]:
     """The bundle's folder, and the temporary folder that it is in, if any. Raises as `unpack`."""
-    if not given.path.is_file() or (given.temporary is None and not zipfile.is_zipfile(given.path)):
+    if not given.path.is_file():
+        return given.path, given.temporary
+    import zipfile
+
+    if given.temporary is None and not zipfile.is_zipfile(given.path):
         return given.path, given.temporary
     temporary = given.temporary or TemporaryFolder()
     folder = temporary.path / "unpacked"
@@ -94,6 +98,8 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> Path:
         MissingFileError: It has no bundle.
         IntegrityError: It was truncated or altered, or unpacks to too many bytes.
     """
+    import zipfile
+
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):

@@ -36,9 +36,9 @@ class OrtSession(onnxruntime.InferenceSession):  # type: ignore[misc]
         except RunError as error:
             raise self._failed(error) from error
 
-    def run_with_iobinding(self, *arguments: Any, **options: Any) -> None:
+    def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:
         try:
-            super().run_with_iobinding(*arguments, **options)
+            super().run_with_iobinding(iobinding, run_options)
         except RunError as error:
             raise self._failed(error) from error
 

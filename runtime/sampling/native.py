@@ -115,7 +115,8 @@ class NativeDraw:
         self._biases = np.array(list(bias.values()), np.float64)
         self._last = c.penalty_last_n
         self._penalizes = c.repetition_penalty != 1 or bool(c.presence_penalty or c.frequency_penalty)
-        self._logits, self._text = _Place(), _Place()
+        self._text = _Place()
+        self._logits: npt.NDArray[np.float32] | None = None  # the newest
         self._given = _Draw(
             bytes=ctypes.sizeof(_Draw),
             biased=_address(self._biased),
@@ -140,11 +141,18 @@ class NativeDraw:
         return None if found is None else cls(config, found.pastkey_kernels_draw)
 
     def __call__(self, logits: npt.NDArray[np.float32], text: IdArray | None, u: float) -> int | None:
-        """The id that `u` draws from logits (V,) in order, after the text (T,) of a History. None: it is in doubt."""
+        """The id that `u` draws from logits (V,), after the text (T,) of a History.
+
+        None: it is in doubt, or the logits are not float32 in order.
+        """
         given = self._given
+        if logits is not self._logits:  # mostly those of the run before, overwritten
+            if logits.dtype != np.float32 or not logits.flags.c_contiguous:
+                return None
+            self._logits, given.logits, given.size = logits, _address(logits), logits.size
         if self._penalizes and text is not None:
             given.text_size = text.size if self._last < 0 else min(self._last, text.size)
             given.text = self._text.of(text, begins=True) + (text.size - given.text_size) * text.itemsize
-        given.logits, given.size, given.u = self._logits.of(logits), logits.size, u
+        given.u = u
         token: int = self._call(self._address)
         return token if token >= 0 else None

@@ -8,7 +8,7 @@ Threefry2x32 with 20 rounds: Salmon et al., "Parallel random numbers: as easy as
 
 from __future__ import annotations
 
-import secrets
+import os
 from typing import Any
 
 import numpy as np
@@ -71,4 +71,4 @@ def continuation_seed(seed: int, number: int) -> int:
 
 def fresh_seed() -> int:
     """An unpredictable seed."""
-    return secrets.randbelow(MAX_SEED + 1)
+    return int.from_bytes(os.urandom(8)) & MAX_SEED

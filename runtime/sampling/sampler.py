@@ -29,7 +29,6 @@ from .random_stream import EXCLUDE, Uniforms, fresh_seed, uniform
 
 _REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
 
-_FLOAT32 = np.dtype(np.float32)  # to compare types takes longer behind a run
 Change = Callable[[Scores, IdArray], Scores]
 
 
@@ -86,7 +85,7 @@ class Sampler:
             InputError: The settings ban every token, or a `logits_processor` fails.
         """
         text = self._history.of(ids) if self._changes else None
-        if self._native is not None and logits.dtype is _FLOAT32 and logits.flags.c_contiguous:
+        if self._native is not None:
             token = self._native(logits, text, self._uniforms.at(len(ids)) if self.config.temperature else 0.0)
             if token is not None:
                 return token

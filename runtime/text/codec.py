@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from pastkey.contract import names
 from pastkey.errors import InputError, IntegrityError, first_line
@@ -46,6 +46,8 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._pieces: list[str] | None = None
         self._byte_level: bool | None = None
+        # Whether the text of ids is that of each, joined, where each has whole characters.
+        self.joins = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its text alone
         self._named: set[int] = set()  # tokens that are known to have a text
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -248,7 +250,8 @@ class TextStream:
         new = text[self._emitted : whole]
         self._emitted = max(self._emitted, whole)
         if text and whole == len(text):
-            self._context, self._window, self._emitted, self._before = self._window, [], 0, None
+            self._context, self._before = ([], "") if self._codec.joins else (self._window, None)
+            self._window, self._emitted = [], 0
         return new
 
     def flush(self) -> str:
@@ -267,7 +270,7 @@ class TextStream:
         if self._before is None:
             self._before = self._codec.decode_known(self._context, keep_special_tokens=self._keep)
         before = self._before
-        return self._codec.decode(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
+        return self._codec.decode_known(self._context + self._window, keep_special_tokens=self._keep)[len(before) :]
 
 
 def _without_spaces(part: Any) -> Any:

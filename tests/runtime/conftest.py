@@ -128,10 +128,11 @@ def runs_of(
     run, shapes = graph.run, list[tuple[int, int]]()
 
     def counted(cache: Any, ids: Any, *arguments: Any) -> Any:
-        shapes.append(ids.shape)
+        array = np.atleast_2d(ids)
+        shapes.append(array.shape)
         time.sleep(seconds)
         if before is not None:
-            before(ids)
+            before(array)
         return run(cache, ids, *arguments)
 
     monkeypatch.setattr(graph, "run", counted)

@@ -26,6 +26,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 
 from pastkey.errors import InputError, QueueFullError
 
@@ -68,6 +69,7 @@ class Scheduler:
         self._leader: int | None = None  # the thread that runs a step or changes the caches
         self._asking: list[object] = []  # tickets of threads in `_lead_alone`, in order of arrival
         self._live: dict[Generation, None] = {}
+        self._left = False  # whether one of them may be closed
         self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
         self._max_rows = max_rows
         self._slabs: dict[DecoderGraph, Slab] = {}  # those with members
@@ -171,12 +173,13 @@ class Scheduler:
         Never waits: the garbage collector may call it at any moment, in a thread that leads or holds the lock.
         """
         self._live[generation] = None
+        self._left = True
         self._open.pop(generation, None)
         self._retire()
 
     def _retire(self) -> None:
         """Retires closed generations, unless a thread leads or holds the lock, which then does it after that."""
-        while self._leader is None and any(generation.closed for generation in list(self._live)):
+        while self._leader is None and self._left:
             if not self._mutex.acquire(blocking=False):
                 return
             try:
@@ -248,6 +251,7 @@ class Scheduler:
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
         """Retires closed generations, which passes their caches on. The caller holds the lock; no thread leads."""
+        self._left = False
         closed = [generation for generation in list(self._live) if generation.closed]
         if not closed and not self._clears:
             return
@@ -267,6 +271,8 @@ class Scheduler:
                 self.store.clear()
         finally:
             self._leader = None
+            if any(generation.closed for generation in list(self._live)):  # after an interrupt
+                self._left = True
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out of the slab, with its cache or without. Only between two runs."""
@@ -297,10 +303,11 @@ class Scheduler:
             batches = self._batches(waiting) if len(self._live) > 1 else []
             together = batches[0] if batches else []
             # Of the generations outside the batches, one runs a step of its own each time, in turn.
-            batched = {id(g) for batch in batches for g in batch}
-            alone = next((g for g in waiting if id(g) not in batched and not g.ready), None)
+            batched = set(chain(*batches))
             bound += together
-            if alone is not None:
+            for alone in waiting:
+                if alone in batched or alone.ready:
+                    continue
                 bound.append(alone)
                 small = alone.pending > 1 and self._decodes_beside(alone)
                 try:
@@ -309,6 +316,7 @@ class Scheduler:
                     self._fail(alone, error)
                 if len(waiting) > 1:
                     self._to_the_end(alone)
+                break
             if together:
                 self._decode(together)
             for generation in together if len(batches) > 1 else ():

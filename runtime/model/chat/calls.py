@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from ...decoding.asynchronous import AsyncStream
 from ...decoding.completion import Completion, completed
@@ -24,6 +23,9 @@ from .prompt import (
     chat_prompt,
     chat_text,
 )
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -109,3 +109,18 @@ def test_tokenizer_config_says_what_other_programs_would_guess(adds, tmp_path):
         "model_input_names": ["input_ids", "attention_mask"],
         "add_bos_token": adds,
     }
+
+
+PAIRS = {("a", "b"): "a b", ("a", " b"): ["a", " b"], ("#version", "b"): ["#version", "b"]}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pair_of_merges_is_one_text_where_it_can_be(pair, tmp_path):
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate([*pair, "".join(pair)])}, [pair]))
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8, "vocab_size": 8}
+    config, content = {"model_type": "llama", **sizes}, tokenizer.to_str().encode()
+    (tmp_path / "onnx").mkdir()
+    write_configurations(tmp_path, Source(nn.Identity(), "m", 8, config=config, tokenizer=content), MANIFEST, [1])
+    written = (tmp_path / names.TOKENIZER).read_bytes()
+    assert json.loads(written)["model"]["merges"] == [PAIRS[pair]]
+    assert Tokenizer.from_buffer(written).to_str() == tokenizer.to_str()
