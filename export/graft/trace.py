@@ -15,8 +15,9 @@ import contextlib
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -45,6 +46,7 @@ _BATCH, _PAST, _NEW = 2, 5, 3
 
 _LOWEST = -1e30  # lower bound of a bias: -inf would turn a fully masked row into NaN
 _FLOAT, _INT32 = 1, 6  # ONNX element types
+_VIEWS = (torch.ops.aten.reshape.default, torch.ops.aten.chunk.default)  # composed ones that give the same graph
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def trace(
     kept = names.past_states([state.kind for state in states])
     inputs += kept
     outputs += [names.present_of(past) for past in kept]
-    with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects(), _without_collecting():
+    with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects(), without_collecting():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -150,6 +152,7 @@ def trace(
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+            _undecomposed(program)
             to_onnx = functools.partial(
                 torch.onnx.export,
                 program,
@@ -187,9 +190,37 @@ def trace(
     return exported.model
 
 
+def _undecomposed(program: torch.export.ExportedProgram) -> None:
+    """Keeps torch.onnx from decomposing operators where it knows them all: that traces the program twice more."""
+    for node in tuple(program.graph.nodes):
+        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:  # it knows no `to`
+            given, dtype = node.args[0], node.meta["val"].dtype
+            if given.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(given)
+                program.graph.erase_node(node)
+            else:
+                node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, (given,), {"dtype": dtype}
+    program.graph_module.recompile()
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: Mapping[Any, Any]) -> torch.export.ExportedProgram:
+        asked = {node.target for node in program.graph.nodes if node.op == "call_function"}
+        return decompose(table) if any(op in table or _is_composed(op) for op in asked) else program
+
+    vars(program)["run_decompositions"] = run_decompositions
+
+
+def _is_composed(target: Any) -> bool:
+    """Whether a called function writes into a tensor, runs a graph, or is a view that would become several nodes."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return isinstance(target, torch._ops.HigherOrderOperator)
+    view = target.is_view and target._can_decompose() and target not in _VIEWS
+    return view or target._schema.is_mutable
+
+
 @contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """While open, the garbage collector stands still: it takes an eighth of a trace, for torch makes many objects."""
+def without_collecting() -> Iterator[None]:
+    """While open, the garbage collector stands still: where torch makes many objects it takes an eighth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -312,7 +343,7 @@ class _FusedAttention:
         output, key, value = ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (
-                *(t.transpose(1, 2).flatten(2) for t in (call.query, call.key, call.value)),  # (B, T, heads * D)
+                *(t.transpose(1, 2).reshape(batch, new, -1) for t in (call.query, call.key, call.value)),
                 past_key,
                 past_value,
                 self._last,
@@ -324,7 +355,7 @@ class _FusedAttention:
             shapes=((batch, new, heads * size), present, present),
             version=1,
         )
-        return output.unflatten(2, (heads, size)).transpose(1, 2), key, value
+        return output.view(batch, new, heads, size).transpose(1, 2), key, value
 
 
 class _StandardAttention:
