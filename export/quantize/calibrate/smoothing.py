@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pastkey.runtime.engine.channels import Kind, changed
 
+from ...graft.streamed import product
 from ..changes import INPUT, OUTPUT, SCALED, changes_of, record_change
 from ..rounding.blocks import choose_block_size, round_trip, some_outputs
 from ..rounding.matrices import add_lazy_weight, lazy
@@ -118,7 +119,7 @@ def _choose_scales(group: Group, rows: np.ndarray) -> tuple[float, np.ndarray]:
 
     def errors_of(matrix: np.ndarray, each: float, part: slice) -> list[float]:
         weights = np.ascontiguousarray(matrix[part].copy("K"))
-        exact = torch.from_numpy(rows) @ torch.from_numpy(weights).T
+        exact = product(torch.from_numpy(rows), torch.from_numpy(weights))
         return [each * _error(candidate, weights, exact, block) for candidate in candidates]
 
     # Work is divided into rows of the matrices, so that few are in memory as they become.
@@ -140,7 +141,7 @@ def _error(candidate: _Candidate, weights: np.ndarray, exact: Tensor, block_size
         rounded = round_trip(multiplied[:, candidate.order], block_size)
     except ValueError:
         return np.inf
-    return float((candidate.rounded @ torch.from_numpy(rounded).T - exact).double().square_().sum())
+    return float((product(candidate.rounded, torch.from_numpy(rounded)) - exact).double().square_().sum())
 
 
 def _matrix(reader: ChannelWeight) -> np.ndarray:

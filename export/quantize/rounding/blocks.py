@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from ...graph.blocks import Blocks, Numbers
 from .workers import for_each_part, one_thread_each
@@ -77,7 +78,7 @@ def in_blocks(rows: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def _scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    largest = np.abs(blocks).max(2)
+    largest = torch.from_numpy(blocks).abs().amax(2).numpy()  # numpy takes 7 times as long
     if not np.isfinite(largest).all():
         raise ValueError("NaN or infinity")
     return encode_scales(largest / np.float32(127))
