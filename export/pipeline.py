@@ -26,12 +26,14 @@ from pastkey.contract.bundle import Bundle, Manifest, parse_manifest
 from pastkey.errors import InputError, NumericsError
 from pastkey.files.durable import refuse_existing, remove_leftovers, whole_folder, write_json
 from pastkey.files.folder import hub_id
+from pastkey.files.memory import keeping_memory
 from pastkey.providers import TARGETS
 from pastkey.runtime import Engine
 from pastkey.runtime.providers import placement as providers
 
 from .bundle_writer import BundleWriter
 from .generation.write import write_generation
+from .graft.trace import without_collecting
 from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
@@ -259,6 +261,8 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
         raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
 
 
+@keeping_memory()
+@without_collecting()
 def _open(
     module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
 ) -> tuple[Source, Identity | None]:
