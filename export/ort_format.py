@@ -1,7 +1,7 @@
 """Writes pastkey's own graph in onnxruntime's ORT format: one file with its weights, for phones and small builds.
 
 A file of this format always embeds its weights, even if onnxruntime is told to write external data. So one graph has to
-serve all uses: with `logits_start` = -(number of new tokens) it returns what the all-logits graph returns.
+serve all uses: with `logits_start` = -(number of new tokens) it returns the result of the all-logits graph.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def export(
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
     A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder beside `out`.
-    The same call goes on from them, and removes them when the bundle is whole.
+    The same call continues from them, and removes them when the bundle is whole.
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
@@ -256,7 +256,7 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written, so that {out.name} cannot be made there: choose another --out")
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
-        raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
+        raise InputError(f"{out} is the source of this export, and would be replaced: choose another --out")
 
 
 def _open(
@@ -302,7 +302,7 @@ def _with_precision(config: ExportConfig, source: Source, progress: Progress) ->
         )
     chosen = config.chosen(quantized=quantized)
     if config.precision != chosen.precision == "source":
-        progress.say("its weights are quantized already, and stay what they are; --precision int8 rounds them anew")
+        progress.say("its weights are quantized already and stay unchanged; --precision int8 rounds them again")
     return chosen
 
 
@@ -385,7 +385,7 @@ _SHORT_TEXTS = 2  # windows where nothing is calibrated: one to measure on, and 
 
 
 def _is_measured_short(config: ExportConfig) -> bool:
-    """Whether no text decides anything: a short one is enough to measure on, and to prove what float32 has proved."""
+    """Whether no text decides anything: a short one is enough to measure on, and to prove float32's proof again."""
     return config.quick or (config.quantized and not config.row.calibrated)
 
 

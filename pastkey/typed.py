@@ -54,12 +54,12 @@ class Between:
 
 @dataclass(frozen=True)
 class Where:
-    """A check of its own, in place of the annotated type's. For `check_of` alone."""
+    """A check instead of the annotated type's. Only for `check_of`."""
 
     holds: Callable[[Any], bool]
 
 
-# The plain types: their checks, and what an error expects.
+# The plain types: their checks, and their words in an error.
 _PLAIN: Final[Mapping[Any, tuple[Callable[[Any], bool], str]]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (is_int, "a whole number"),

@@ -1,6 +1,6 @@
 """Computes the parts of an exported program that depend on constants alone.
 
-torch.onnx does not know every operator that may stand there: erfinv of a number, say.
+torch.onnx does not know every operator that may be there, such as erfinv of a number.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def in_float64(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def computing_in_float64() -> Iterator[None]:
-    """While open, what a module makes or casts to float32 is float64, as in norms and rotary positions."""
+    """While open, tensors that a module makes in or casts to float32 are float64, as in norms and rotary positions."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -17,7 +17,7 @@ Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]
 
 _ROWS = 64  # positions whose probabilities are in float64 at once: a vocabulary may be large
-_FAR = 60.0  # nats: e to it weighs what float32 probabilities have lost by underflow, 1e-38, less than 1e-12
+_FAR = 60.0  # nats: e to it weighs the float32 probabilities lost by underflow, 1e-38, less than 1e-12
 
 
 # --- logits -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Opens what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
+"""Opens a source that transformers reads: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
 
-transformers knows the architecture: the configuration, the weights' names, the tokenizer. This module only checks what
-must hold before its model may be exported, and collects what a bundle stores of it.
+transformers knows the architecture: the configuration, the weights' names, the tokenizer. This module only checks
+the conditions of an export, and collects the facts that a bundle stores.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
-        opening.say(f"run the Python code that {folder} brings: {', '.join(code)}")
+        opening.say(f"run the Python code of {folder}: {', '.join(code)}")
     with transformers_opening(folder, *_EXTRAS) as library:
         options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
@@ -128,7 +128,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
     code = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in code_references(folder)})
     if code and not trust_remote_code:
         raise InputError(
-            f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            f"{name} has its own Python code ({', '.join(code)}), which loading it would run: read that code, "
             "and if you trust it add --trust-remote-code"
         )
     with transformers_opening(name, *_EXTRAS) as library:
@@ -151,7 +151,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
 
 
 def _packed_reader(config: Mapping[str, Any], source: object) -> Reader:
-    """Returns what reads the quantized weights of a folder. Raises InputError for a form that nothing reads."""
+    """Returns the reader of a folder's quantized weights. Raises InputError for a form that nothing reads."""
     parts = (part for part in (config, config.get("text_config")) if isinstance(part, dict))
     settings = next((part[_QUANTIZED] for part in parts if isinstance(part.get(_QUANTIZED), dict)), None)
     return (lambda _: ()) if settings is None else reader_of(settings, source)

@@ -84,7 +84,7 @@ class CacheShift:
 
 @dataclass(frozen=True)
 class StaticShape:
-    """The sizes of the static graphs, beside the context, which is their past."""
+    """The sizes of the static graphs, in addition to the context, which is their past."""
 
     chunk: Size  # tokens of a prefill run
     masked: Annotated[float, Between(-1e38, -1.0)]  # added to the score of an unseen token
@@ -121,7 +121,7 @@ class Manifest:
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     shift: CacheShift
-    rows: tuple[RowsGeometry, ...] = ()  # caches of rows beside keys and values, in order
+    rows: tuple[RowsGeometry, ...] = ()  # caches of rows in addition to keys and values, in order
     states: tuple[StateGeometry, ...] = ()  # in order; in float32
     windows: tuple[TokenCount, ...] = ()  # tokens that each attention call sees, with the new one; 0 for all, as ()
     static: StaticShape | None = None  # sizes of the static graphs
@@ -181,7 +181,7 @@ class Bundle:
 
     @property
     def adapter_graph(self) -> Path | None:
-        """The graph that takes LoRA adapters, or None for a bundle without one."""
+        """The graph for LoRA adapters, or None for a bundle without one."""
         return self.path / names.ADAPTER_GRAPH if names.ADAPTER_GRAPH in self.manifest.files else None
 
     @property

@@ -58,7 +58,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
     Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
-    take turns, step by step. The output of a call does not depend on other calls. (In int8 the last bits of the logits
+    run in turn, step by step. The output of a call does not depend on other calls. (In int8 the last bits of the logits
     do, so a near tie may resolve differently.) An unread stream does not delay other calls.
 
     Attributes:
@@ -87,7 +87,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
-        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model alone."""
+        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model only."""
         # An absolute path stays valid if the working directory changes.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
@@ -160,12 +160,12 @@ class LanguageModel(ChatCalls, AdapterCalls):
 
     @property
     def activity(self) -> Activity:
-        """How busy the model is: what runs and waits, the caches, and totals since it was loaded."""
+        """How busy the model is: running and waiting requests, caches, and totals since it was loaded."""
         return self.scheduler.activity()
 
     @property
     def kernels(self) -> str:
-        """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
+        """The kernels that run the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
     def session(self, adapter: str | None = None) -> Session:
@@ -346,7 +346,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             system: The system text.
             messages: The conversation so far, in OpenAI's form, the system text first. `ask()` without a text answers a
                 question at its end.
-            template: The path of a chat template (Jinja, UTF-8) in place of the bundle's.
+            template: The path of a chat template (Jinja, UTF-8) instead of the bundle's.
             tools: The functions that the model may call: JSON schemas {"type": "function", "function": {"name",
                 "description", "parameters"}}, or Python functions with type hints and a docstring in Google's style.
             documents: Documents for the answers, in the template's form: mostly {"title", "text"}.

@@ -229,7 +229,7 @@ class Session:
         if self._generation is not None:
             raise InputError(
                 "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
-                "first, or go on in a fork"
+                "first, or continue in a fork"
             )
         return self._engine
 
@@ -247,7 +247,7 @@ class _Going(Scheduled):
         session = self._session
         session._idle()
         if session._ids != self._before:
-            raise InputError("the session went on since this stream was made: make another one")
+            raise InputError("the session continued since this stream was made: make another one")
         session._generation = generation
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:

@@ -1,4 +1,4 @@
-"""Finds the logits in what a call returns."""
+"""Finds the logits in the result of a call."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: b
 
 
 def standing(logits: Tensor, order: str) -> Tensor:
-    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that takes one row."""
+    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that accepts one row only."""
     logits = logits.float()
     if order == "tbv":
         return logits.transpose(0, 1)

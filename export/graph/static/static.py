@@ -153,7 +153,7 @@ def take_masks(model: ir.Model, tokens: int, past: int) -> tuple[int, ...]:
 def _refused() -> ContractError:
     return ContractError(
         "the attention of this model needs more than masks of the tokens that it sees (a bias by distance, say), which "
-        "the static graph cannot take: export with --graph standard, and for a target that takes it, such as cpu"
+        "the static graph does not support: export with --graph standard, and for a target that does, such as cpu"
     )
 
 

@@ -1,7 +1,7 @@
 """Float matrices whose numbers are whole multiples of a scale in each block of 32: quantization-aware training ends so.
 
 The largest number of a block is n times its scale, for an n of at most 8 (4 bits) or 128 (8 bits). Each n is tried. All
-numbers must be what their multiples are in the type that the matrix was stored in, so that rounding loses nothing.
+numbers must equal their multiples in the type that the matrix was stored in, so that rounding loses nothing.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 
 
 def test_too_little_text_for_the_context_is_refused(tmp_path):
-    with pytest.raises(InputError, match="one window of the context takes 129"):
+    with pytest.raises(InputError, match="one window of the context has 129"):
         written(tmp_path, corpus_of("a line\nand another line\n"), context=128)
 
 

@@ -171,7 +171,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     end = whole.known[program.logits]
     if isinstance(end, Value) and end.local:
         first = min(whole.local, key=lambda op: op.number)
-        causes.append(Refused(first, "takes a part of the positions, and the rest nowhere").cause)
+        causes.append(Refused(first, "reads a part of the positions, and the rest nowhere").cause)
     softmaxes: list[Softmax | None] = []
     seen: dict[Any, Softmax | None] = {}
     for attention in whole.found:
@@ -332,7 +332,7 @@ def _digest(table: object) -> object:
 
 
 def _written(program: Program) -> list[Cause]:
-    """Causes for the buffers that each call writes: with what the tokens are, as a cache, or with other numbers."""
+    """Causes for the buffers that each call writes: with values of the tokens, as a cache, or with other numbers."""
     places: dict[str, list[str]] = {}
     for name, op in zip(program.mutated, program.writes, strict=True):
         places.setdefault(op.where, []).append(name.removeprefix("model."))
