@@ -83,7 +83,7 @@ def load(
         max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
         max_queue: The largest number of requests that wait for a place in `max_batch`. One more raises QueueFullError
             at once. A request is a call, or a stream until its end. Of a batch call each prompt counts, and only its
-            first one may be refused. None for no limit.
+            first one may be rejected. None for no limit.
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
             this model accepts or rejects, where that is faster: docs/python.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.

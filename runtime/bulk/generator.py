@@ -97,7 +97,7 @@ class Generator:
         Args:
             bundle: The folder that `pastkey export` wrote, or a zip file of it, as a path of the process that loads it.
             exact: Decodes one row at a time. An int8 text then depends on its row only, as a float32 text always does.
-                Otherwise a near tie may fall differently by the other rows of the step.
+                Otherwise the other rows of the step may decide between two tokens of almost the same score.
             template: The path of a chat template instead of the bundle's.
             max_batch: The largest number of rows that are decoded in one step.
             providers: As in `load`.

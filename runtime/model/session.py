@@ -79,7 +79,7 @@ class Session:
         Raises:
             InputError: The sequence is empty or too long for the context, or the session is closed or generating.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
 
         After an error the session is unchanged.
         """
@@ -121,7 +121,7 @@ class Session:
                 generating.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
         """
         return completed(self._stream(text, options_of("session.generate", options, SESSION_OPTIONS)))
 
