@@ -1,15 +1,4 @@
-"""The bundle's manifest, which `export` writes and `run` reads. Only this module knows its fields.
-
-bundle/  pastkey.json                       this manifest
-         config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
-         onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
-         onnx/pastkey.onnx                                logits of the last positions, for `generate`
-         onnx/pastkey_native.onnx                         the same for pastkey's kernel library
-         onnx/pastkey_adapters.onnx                       the same with LoRA adapters as inputs
-         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
-         onnx/*.onnx_data                                 the weights, once
-         onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
-"""
+"""The bundle's manifest, which `export` writes and `run` reads. Only this module knows its fields."""
 
 from __future__ import annotations
 
@@ -30,6 +19,16 @@ from ..typed import Between, Size, TokenId, parse
 from ..values import as_path, require
 from . import names
 from .provider_options import require_in_manifest
+
+# bundle/  pastkey.json                       this manifest
+#          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
+#          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
+#          onnx/pastkey.onnx                                logits of the last positions, for `generate`
+#          onnx/pastkey_native.onnx                         the same for pastkey's kernel library
+#          onnx/pastkey_adapters.onnx                       the same with LoRA adapters as inputs
+#          onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
+#          onnx/*.onnx_data                                 the weights, once
+#          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
 
 _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows leave them in folders
 
