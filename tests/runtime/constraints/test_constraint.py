@@ -63,7 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": SELF}, "holds a value that JSON cannot write"),
     ({"json_schema": {"const": "\ud800"}}, "half of a surrogate pair"),
     ({"json_schema": '{"title": "' + "x" * 600_000 + '"}'}, "json_schema has .* characters; at most 500000"),
-    ({"json_schema": {"properties": {str(i): {} for i in range(3000)}}}, "holds 3002 objects; at most 2000"),
+    ({"json_schema": {"properties": {str(i): {} for i in range(3000)}}}, "has 3002 objects; at most 2000"),
     ({"grammar": 'start: "' + "a" * 60_000 + '"'}, "grammar has 60009 characters; at most 50000"),
     ({"regex": "a" * 60_000}, "regex has 60000 characters; at most 50000"),
     ({"choices": ["a"] * (MAX_CHOICES + 1)}, "choices holds 10001 texts of 10001 characters; at most 10000"),
