@@ -367,7 +367,7 @@ def _make_static(made: Artifact, writer: BundleWriter) -> Artifact:
 def _make_static_int8(
     fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText
 ) -> Artifact:
-    """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
+    """Quantizes the static float32 graphs to int8, in addition to the int8 graph for other programs in `made`."""
     writer.progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set, writer.config.shard_bytes)
     made.bundle.last_logits_graph.unlink()

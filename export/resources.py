@@ -39,7 +39,7 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int, temporary_
     """
     row = config.row
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
-    if config.format == "ort":  # the weights a second time, beside the float32 graph
+    if config.format == "ort":  # the weights a second time, in addition to the float32 graph
         disk = max(disk, row.bits // 4 + (0 if row.name == "fp32" else 4))
     memory = row.memory_bytes
     if config.static or config.format == "ort" or config.measures_each_matrix:

@@ -98,7 +98,7 @@ class UntrustedBundleError(PastkeyError, RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """Operators run elsewhere than was chosen: on the CPU, or by onnxruntime in place of the native kernels."""
+    """Operators run elsewhere than was chosen: on the CPU, or by onnxruntime instead of the native kernels."""
 
 
 class TemplateWarning(UserWarning):

@@ -10,7 +10,7 @@
     parse(Layer, {"heads": 4}) == Layer(4)
 
 Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
-list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is refused. A bool is not a number,
+list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is an error. A bool is not a number,
 numbers are finite, and texts are valid Unicode.
 
 `check_of` makes the check of an argument from Python of such a type, which also may be a union, a Sequence or a
@@ -76,7 +76,7 @@ Positive = Annotated[float, Between(0, math.inf, above=True)]
 def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool = False) -> T:
     """Parses `value`, JSON, as `kind`. Raises InputError naming the field of another type or out of range.
 
-    A key without a field is also refused, or skipped with `further`.
+    A key without a field is also an error, or skipped with `further`.
     """
     found: T = _parse(kind, value, name, further)
     return found

@@ -205,7 +205,7 @@ def _weights(model: Decoder, weights: Mapping[str, Tensor]) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same tensor as the embedding, stored once
-    # transformers refuses a file that does not name the framework of its tensors' layout.
+    # transformers rejects a file that does not name the framework of its tensors' layout.
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 

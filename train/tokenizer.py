@@ -123,7 +123,7 @@ class TextTokenizer:
             else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
-            # Otherwise transformers adds token_type_ids, which generate() refuses.
+            # Otherwise transformers adds token_type_ids, which generate() rejects.
             "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],
         }
         if self.chat_template is not None:
@@ -188,7 +188,7 @@ def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
 
 
 def train_char(documents: Iterable[str]) -> TextTokenizer:
-    """One token per character that occurs. A text with any other character is refused."""
+    """One token per character that occurs. A text with any other character is an error."""
     characters = sorted({character for text in documents for character in text})
     vocabulary = {token: number for number, token in enumerate([END_OF_TEXT, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -210,7 +210,7 @@ def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def lesson_tokenizer() -> TextTokenizer:
-    """The classic lesson's: five words, and <EOS> after every prompt. `encode` refuses any other word."""
+    """The classic lesson's: five words, and <EOS> after every prompt. `encode` rejects any other word."""
     tokenizer = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(LESSON_WORDS)}, unk_token=UNKNOWN)
     )

@@ -64,7 +64,7 @@ def _kernel_of(function: Any) -> str:
 
 
 def _remembered(kernel: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Calls `remember` in place of the function. Raises StateError for an argument that is not known."""
+    """Calls `remember` instead of the function. Raises StateError for an argument that is not known."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments.pop("kwargs", {}) | bound.arguments

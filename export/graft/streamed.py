@@ -51,7 +51,7 @@ class WrittenError(RuntimeError):
 
 
 class Streaming(TorchDispatchMode):
-    """While open, operators compute with the stored weights in place of hollow memory.
+    """While open, operators compute with the stored weights instead of hollow memory.
 
     Raises WrittenError for an operator that writes into a stored weight.
     """

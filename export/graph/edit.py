@@ -10,7 +10,7 @@ import onnx_ir as ir
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.24 and the execution providers support it
 IR_VERSION = 10  # onnxruntime loads it since 1.18
 CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
-# The operators that keep a state, in float32 alone.
+# The operators that keep a state, in float32 only.
 STATEFUL = ("CausalConvWithState", "LinearAttention", "GRU", "LSTM", "RNN", "Scan", "CumSum")
 _FIRST_STEERING = 4  # LinearAttention's inputs from here on: decay, then beta
 _STEPS = {"Add", "Clip", "Exp", "Mul", "Neg", "Reshape", "Sigmoid", "Softplus", "Unsqueeze"}

@@ -220,7 +220,7 @@ def _width(value: ir.Value) -> int:
 
 # --- angles -------------------------------------------------------------------------------------------------------
 def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> np.ndarray | None:
-    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position alone."""
+    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position only."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
     if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):

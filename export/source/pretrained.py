@@ -52,7 +52,7 @@ _QUANTIZED = "quantization_config"
 _CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
-_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
+_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and next to a GGUF file
 
 
 def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> Source:
@@ -137,7 +137,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
         kinds = [str(kind) for kind in config.get("architectures") or ()]
-        # transformers loads the text part alone of a model around it.
+        # transformers loads only the text part of a model around it.
         around = opened.get_text_config() is not opened and all(
             kind.endswith("ForConditionalGeneration") for kind in kinds
         )
@@ -234,7 +234,7 @@ def _load(
             f"{source} has the weight {beyond[0]!r}, for which {type(model).__name__} of its config.json has no layer: "
             "one of the two is another model's"
         )
-    # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
+    # transformers rejects its own float() on dequantized weights, although they are float32 or float16 now.
     return torch.nn.Module.float(model).eval(), stored if next(stored.parameters(model), None) else None
 
 

@@ -181,7 +181,7 @@ def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
 def is_inside(name: str) -> bool:
     """Whether this is a plain relative path that stays below its folder, on every system.
 
-    A * is refused: onnxruntime reads a path with one as a memory address.
+    A * is an error: onnxruntime reads a path with one as a memory address.
     """
     path = PurePosixPath(name)
     within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts

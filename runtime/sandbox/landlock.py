@@ -65,7 +65,7 @@ def restrict(rights: Iterable[tuple[Path, int]]) -> int:
         The ABI, or 0 where nothing was denied since there is no landlock.
 
     Raises:
-        OSError: The kernel has landlock and refuses a rule.
+        OSError: The kernel has landlock and rejects a rule.
     """
     version = abi()
     if not version:

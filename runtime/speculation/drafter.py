@@ -123,7 +123,7 @@ class Drafter:
         return draft
 
     def _next(self, logits: Logits, text: Sequence[int], draft: Sequence[int]) -> int | None:
-        """The next draft token, or None at the end of the draft: an EOS token, or one that the constraint refuses."""
+        """The next draft token, or None at the end of the draft: an EOS token, or one that the constraint rejects."""
         size, constraint = self._vocab_size, self._constraint
         if logits.size != size:  # the same vocabulary, padded to another size
             logits = np.concatenate([logits[:size], np.full(max(0, size - logits.size), -np.inf, logits.dtype)])

@@ -94,7 +94,7 @@ class ChatTemplate:
             **variables: Further variables of the template. `add_generation_prompt=False` ends behind the last message.
 
         Raises:
-            InputError: The template refuses these messages, in its own words, or writes more than MAX_OUTPUT
+            InputError: The template rejects these messages, in its own words, or writes more than MAX_OUTPUT
                 characters.
         """
         try:

@@ -80,7 +80,7 @@ def _tokenized(
 ) -> tuple[DataInfo, TextTokenizer]:
     found = survey(corpus)
     if tokenizer is None:
-        # Characters come from the whole corpus: any other one would be refused.
+        # Characters come from the whole corpus: any other one would be an error.
         every = 1 if config.tokenizer == "char" else -(-found.size // _TOKENIZER_BYTES)
         documents = itertools.islice(corpus.documents(), None, None, every)
         texts = (text for document in documents for text in document.texts())

@@ -65,7 +65,7 @@ def in_contract(
 ) -> Contracted:
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
 
-    `latents`: whether a followed module may cache a latent row in place of keys and values. `brief`: compare it with
+    `latents`: whether a followed module may cache a latent row instead of keys and values. `brief`: compare it with
     the author's call on a short text alone, since its export did so on long ones.
     """
     if isinstance(module, Opaque):

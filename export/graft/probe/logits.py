@@ -24,7 +24,7 @@ def logits_in(
         outputs: The tensors of the result at both lengths, with their paths.
         lengths: Tokens of both runs.
         batch: B of both runs.
-        one_row: Whether the call passes one row alone.
+        one_row: Whether the call passes only one row.
         vocab: How many tokens the module embeds.
     """
     found: list[tuple[tuple[bool, ...], str, str]] = []

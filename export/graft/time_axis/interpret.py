@@ -180,7 +180,7 @@ class Whole(Interpreter):
 
     def _one(self, op: Op) -> Any:
         if any(self.known.get(i, 0) is None for i in op.inputs if i.depends):
-            return None  # depends on a refused operator
+            return None  # depends on an unsupported operator
         if any(i in self._doubtful for i in op.inputs):
             return self._assumed(op)
         try:

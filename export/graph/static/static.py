@@ -11,7 +11,7 @@ It is made from the standard graph, for one row, T new tokens and P rows of past
     6. yield_new           present holds only the T new rows, which the runtime writes into its arrays
 
 A mask is (1, 1, T, P + T). Running the nodes that compute it shows whether it covers all earlier tokens or a window.
-Attention that needs more than a mask is refused.
+Attention that needs more than a mask is not supported.
 """
 
 from __future__ import annotations

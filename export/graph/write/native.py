@@ -166,7 +166,7 @@ def _sums_blocks(node: ir.Node, whole: ir.Node) -> bool:
 
 
 def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: ir.Value | None) -> None:
-    """Puts `new` in the place of `norm`, whose sum it computes, and of `last`, whose result it computes."""
+    """Replaces `norm`, whose sum `new` computes, and `last`, whose result `new` computes."""
     model.graph.insert_before(norm, new)
     replace_value(model, last.outputs[0], new.outputs[0])
     if total is not None:
@@ -332,7 +332,7 @@ def _replace_convolution(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _put(model: ir.Model, last: ir.Node, node: ir.Node, operator: str, inputs: list[Any], attributes: Any) -> None:
-    """Puts an operator in the place of `node`, whose state it returns, and of `last`, whose result it returns."""
+    """Replaces `node`, whose state an operator returns, and `last`, whose result it returns."""
     new = ir.node(operator, inputs, attributes, domain=names.NATIVE_DOMAIN, num_outputs=2, name=node.name)
     model.graph.insert_before(node, new)
     replace_value(model, last.outputs[0], new.outputs[0])

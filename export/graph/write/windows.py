@@ -1,7 +1,7 @@
 """Lets the runtime evict cached rows behind sliding windows from pastkey's own fused graph.
 
 GroupQueryAttention assumes the newest tokens in its buffer. So a call with a window gets the number of rows
-that are left in its own buffer in place of the number of tokens, and turns keys by position_ids.
+that are left in its own buffer instead of the number of tokens, and turns keys by position_ids.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Segment:
             yield {name: found[name].reshape(-1, found[name].shape[-1]) for name in self.wanted}
 
     def _session(self) -> Any:
-        """Opens the segment as a graph of its own, beside its weights."""
+        """Opens the segment as a graph of its own, next to its weights."""
         graph = self._model.graph
         by_name = {str(value.name): value for value in graph.inputs}
         by_name |= {str(value.name): value for node in graph for value in node.outputs}
@@ -104,7 +104,7 @@ def _cut(nodes: list[ir.Node], wanted: Mapping[str, int], kept_bytes: int) -> li
 
 
 def _leading_to(model: ir.Model, wanted: Mapping[str, int]) -> list[ir.Node]:
-    """Returns the nodes that the wanted values need, in the graph's order, but not those of constants alone.
+    """Returns the nodes that the wanted values need, in the graph's order, but not those of constants only.
 
     Each segment computes its constants itself: they may be as large as a weight, and would be held for each window.
     """

@@ -36,7 +36,7 @@ def find_graph(folder: Path) -> Path | None:
 
 
 def open_onnx(path: Path, opening: Opening) -> Source:
-    """Opens a graph, with the configuration and tokenizer beside it or above it.
+    """Opens a graph, with the configuration and tokenizer next to it or above it.
 
     Raises InputError, MissingFileError, IntegrityError or ResourceError.
     """

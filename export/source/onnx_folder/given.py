@@ -7,7 +7,7 @@ it as pastkey's standard graph. Each change is exact:
     2. rename past and present; order the inputs
     3. add attention_mask and position_ids if the graph has none, unread
     4. replace the number of logits to keep by 0, for all of them, and cast int64 inputs where the graph reads int32
-    5. simplify, with numbers in place of known sizes, and name weights
+    5. simplify, with numbers instead of known sizes, and name weights
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pastkey.values import shown
 from ...graph.edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
 from ...graph.simplify import simplify
 
-_ROUNDS = 2  # numbers in place of sizes make shapes known, and known shapes make numbers
+_ROUNDS = 2  # numbers instead of sizes make shapes known, and known shapes make numbers
 OLDEST_OPSET = 11  # the first with Range; exporters of decoders write 13 and newer
 EXPORT_COMMAND = "optimum-cli export onnx --model MODEL --task text-generation-with-past FOLDER"
 # How exporters name the cache: keys and values of layer N in inputs, and in outputs.

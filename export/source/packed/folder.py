@@ -165,7 +165,7 @@ def in_file(path: Path) -> Joined:
 
 
 def _beside(path: Path) -> Mapping[str, Any] | None:
-    """Returns the settings of a quantization that a configuration beside the file has."""
+    """Returns the settings of a quantization that a configuration next to the file has."""
     config, own = path.parent / names.CONFIG, path.parent / "quantize_config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
     if settings is None and own.is_file():

@@ -114,7 +114,7 @@ class Chat:
             Llama 3, Mistral) and the whole text follows it.
 
         Raises:
-            InputError: The conversation is longer than the context, or the template refuses it; an option is out of
+            InputError: The conversation is longer than the context, or the template rejects it; an option is out of
                 range; or another call changed the conversation meanwhile. This call leaves it unchanged.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity. The conversation is unchanged.
@@ -198,7 +198,7 @@ class Chat:
     def set_system(self, system: str | None) -> None:
         """Changes the system text, in this conversation and after `reset`.
 
-        Raises InputError if the template refuses a system text. Then the old one stays.
+        Raises InputError if the template rejects a system text. Then the old one stays.
         """
         require_valid({"system": system})
         said = self._said()
@@ -221,7 +221,7 @@ class Chat:
     def load(self, path: str | Path) -> None:
         """Replaces this conversation by one that `save` wrote.
 
-        Raises MissingFileError, IntegrityError or InputError if the file is not a conversation or the template refuses
+        Raises MissingFileError, IntegrityError or InputError if the file is not a conversation or the template rejects
         it. Then this one stays.
         """
         found = read_messages(path)
@@ -230,7 +230,7 @@ class Chat:
         self.system = text_of(first["content"]) if first.get("role") == "system" else None
 
     def _take_up(self, found: list[dict[str, Any]]) -> None:
-        """Replaces the messages. Raises InputError if the template refuses them."""
+        """Replaces the messages. Raises InputError if the template rejects them."""
         asked = not found or found[-1]["role"] in ("assistant", "system")
         self._rendered([*found, message("user", "Hi")] if asked else found)
         self.messages = found
@@ -311,7 +311,7 @@ class Chat:
         return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
 
     def _notice_what_is_left_out(self, stacklevel: int) -> None:
-        """Warns of arguments that the template ignores. Raises InputError if it refuses the system text.
+        """Warns of arguments that the template ignores. Raises InputError if it rejects the system text.
 
         `stacklevel`: of the user's own line, for `_warn`.
         """

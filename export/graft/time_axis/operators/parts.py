@@ -126,7 +126,7 @@ class Parts(Shapes):
         times = self._times([p for p in some if isinstance(p, Value)], rank, op)
         values = [self.lay(op, p, times) if isinstance(p, Op) else p for p in some]
         moving = [i for i, v in enumerate(values) if v.axes[dim].time]
-        if len(moving) == 1 and values[moving[0]].axes[dim].time == KEY:  # a sink beside the scores
+        if len(moving) == 1 and values[moving[0]].axes[dim].time == KEY:  # a sink next to the scores
             return self._beside_keys(op, values, dim, moving[0])
         if moving and self.shifts:
             joined = self._joined(op, values, dim)

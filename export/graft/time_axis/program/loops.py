@@ -3,7 +3,7 @@
 A trace of a loop is periodic, and a longer text adds whole periods. So the first operator that differs between two
 traces ends a loop. Its bodies are compared operator by operator. Then one body replaces all:
 
-    token_row(x, dim)      in place of x[:, t]: the row of each token
+    token_row(x, dim)      instead of x[:, t]: the row of each token
     token_before()         instead of the value from the body of the token before, `Op.back`: a value that crosses
     text_rows(y, dim)      instead of a stack of the values of all bodies
 
@@ -52,7 +52,7 @@ class Loop:
     start: int  # the first call of the first body
     period: int  # calls of one body
     count: int  # whole bodies
-    part: tuple[int, ...]  # the calls of one more body, the last: the others would be read by later tokens alone
+    part: tuple[int, ...]  # the calls of one more body, the last: the others would be read only by later tokens
     skipped: int  # tokens before the first body: 0 or 1
 
     @property

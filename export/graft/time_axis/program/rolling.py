@@ -115,7 +115,7 @@ class Roller:
         return self.stands[node]
 
     def _collected(self, traced: Traced) -> tuple[Any, ...]:
-        """The arguments of text_rows in place of a join of the rows of all tokens."""
+        """The arguments of text_rows instead of a join of the rows of all tokens."""
         parts, kept = traced.args[0], traced.target is not aten.stack.default
         dim = traced.args[1] if len(traced.args) > 1 else traced.kwargs.get("dim", 0)
         places = [self._places.get(part) for part in parts]

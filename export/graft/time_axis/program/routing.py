@@ -60,7 +60,7 @@ class _Index:
 
 
 class _Taken(NamedTuple):
-    """All rows of a tensor, in place of the selected ones."""
+    """All rows of a tensor, instead of the selected ones."""
 
     view: Tensor
     rows: _Rows

@@ -156,7 +156,7 @@ class Found:
 def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int, *, latents: bool = True) -> Found:
     """Traces the author's call and finds its attention and states. Raises NoCacheError with all causes.
 
-    `latents`: whether a smaller row may be cached in place of keys and values.
+    `latents`: whether a smaller row may be cached instead of keys and values.
     """
     lengths = tuple(max(2 - i, min(n, context_length - 1 - i)) for i, n in enumerate(_LENGTHS))
     program = trace_program(model, call, (lengths[0], lengths[1]), vocab_size)
