@@ -144,7 +144,7 @@ def serve_bundle(arguments: argparse.Namespace, settings: ServerSettings, listen
         if own:
             say(f"pastkey serve: defaults of the model's generation_config.json: {own}")
         if fault:
-            say(f"pastkey serve: conversations will be refused: {fault}")
+            say(f"pastkey serve: conversations will be rejected: {fault}")
         return model
 
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host

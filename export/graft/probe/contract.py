@@ -201,7 +201,7 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
         if proof.differs:
             raise ContractError(
                 f"{name_of(model)} was followed, and is {_told(proof)}: it computes otherwise for another length or "
-                "another text, or keeps what it computed in an earlier call"
+                "another text, or keeps values of an earlier call"
             )
         return Contracted(decoder, observation, probed.call.expression, proof.longest)
 

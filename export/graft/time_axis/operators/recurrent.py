@@ -83,7 +83,7 @@ class Recurrent(Products):
             axes = "(B, T, F) with batch_first=True, (T, B, F) without"
             raise Refused(op, f"runs a {kind} along another axis than the text's, or over several rows of it: {axes}")
         if any(user.name == "getitem" and user.args[1] == 2 for user in op.users):
-            raise Refused(op, "reads the last cell state of an LSTM: read its output in place of it")
+            raise Refused(op, "reads the last cell state of an LSTM: read its output instead")
         rows = x.tensor.movedim(x.dim(time), 1)[..., None].flatten(2)
         ends = []
         for layer, own in enumerate(_divided([weight.tensor for weight in weights], layers)):

@@ -106,7 +106,7 @@ class _Listener(Chosen):
             rows = axes[0] if len(axes) == 1 else None
         if rows is not None:
             if mask.dim() > 1 and int((mask != 0).movedim(rows, 0).flatten(1).sum(1).max()) > 1:
-                what = "chooses rows by what the tokens are, and one row more than once"
+                what = "chooses rows by the tokens, and one row more than once"
                 raise ObstacleError(Cause(Kind.DATA, what, calling_line()))
             return Decision(rows=rows)
         supposed = self._supposed.get(id(mask))
@@ -216,7 +216,7 @@ def _require_same(
             listener, taken = _listen(run, ids, supposed, known=decisions)
             overruled |= listener.overruled
             if not relative_difference(plain, taken) <= LOGITS:
-                what = "chooses rows by what the tokens are in a way that cannot be followed"
+                what = "chooses rows by the tokens in a way that cannot be followed"
                 raise _branching(min(supposed)) if supposed else ObstacleError(Cause(Kind.DATA, what))
     if untried := supposed - overruled:
         raise _branching(min(untried))
