@@ -94,7 +94,7 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     tokens, cut = ids(tmp_path, TOKENS_TRAIN, info), info.sources[0].tokens
     assert (set(tokenizer.decode(tokens[:cut])), set(tokenizer.decode(tokens[cut:]))) == ({"a"}, {"b"})
     assert info.val_tokens == 4 * 11 + 1
-    with pytest.raises(InputError, match=r"a\.jsonl has only 418 tokens to train on, and one window .* takes 421"):
+    with pytest.raises(InputError, match=r"a\.jsonl has only 418 tokens to train on, and one window .* has 421"):
         written(tmp_path, corpus, 420, tokenizer)
 
 
