@@ -263,7 +263,7 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(tmp_path):
     notebook = write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING)
     source = opened(f"{notebook}:model")
     assert values(source) == [0, 0, 0]
-    assert source.warnings[0].endswith("they are as they were initialized; give the trained ones with --weights FILE")
+    assert source.warnings[0].endswith("these are as they were initialized; give the trained ones with --weights FILE")
     torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
     source = opened(f"{notebook}:Model(3)", weights=tmp_path / "state.pt")
     assert values(source) == [1, 1, 1]

@@ -98,13 +98,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
         {"inputs": INPUTS.replace("input_ids", "tokens"), "body": BODY.replace("input_ids", "tokens")},
         "has no input_ids", False,
     ),
-    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "takes 'inputs_embeds', and a decoder", True),
+    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "has inputs 'inputs_embeds', and a decoder", True),
     "a float mask": (
-        {"inputs": INPUTS.replace("int64[B, S]", "float[B, S]")}, "takes attention_mask as float ('B', 'S')", False,
+        {"inputs": INPUTS.replace("int64[B, S]", "float[B, S]")}, "has attention_mask as float ('B', 'S')", False,
     ),
     "one token": ({"inputs": INPUTS.replace("B, T", "B, 1")}, "has input_ids as int64 ('B', '1')", True),
     "symbolic heads": (
-        {"inputs": INPUTS.replace("B, 2, P, 8", "B, K, P, D")}, f"takes {KEY} as float ('B', 'K', 'P', 'D')", False,
+        {"inputs": INPUTS.replace("B, 2, P, 8", "B, K, P, D")}, f"has {KEY} as float ('B', 'K', 'P', 'D')", False,
     ),
     "rank": ({"inputs": INPUTS.replace("B, 2, P, 8", "B, P, 8")}, f"has {KEY} as float ('B', 'P', '8')", False),
     "float16": (
