@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
         {"inputs": INPUTS.replace("input_ids", "tokens"), "body": BODY.replace("input_ids", "tokens")},
         "has no input_ids", False,
     ),
-    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "has inputs 'inputs_embeds', and a decoder", True),
+    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "has inputs 'inputs_embeds', and", True),
     "a float mask": (
         {"inputs": INPUTS.replace("int64[B, S]", "float[B, S]")}, "has attention_mask as float ('B', 'S')", False,
     ),
