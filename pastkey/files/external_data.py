@@ -192,9 +192,7 @@ def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | N
         return None
     location, offset, length = (said.get(key, "") for key in ("location", "offset", "length"))
     if not location or not all(n.isdecimal() and n.isascii() and len(n) < 19 for n in (offset, length)):
-        raise DamagedError(
-            f"a tensor has {shown(length)} bytes from {shown(offset)} on in the file {shown(location)}"
-        )
+        raise DamagedError(f"a tensor has {shown(length)} bytes from {shown(offset)} on in the file {shown(location)}")
     return ExternalData(location, int(offset), int(length))
 
 

@@ -302,7 +302,7 @@ class Scheduler:
                     self._guarded(generation, generation.begin)
             batches = self._batches(waiting) if len(self._live) > 1 else []
             together = batches[0] if batches else []
-            # Of the generations outside the batches, one runs a step of its own each time, in turn.
+            # Of the generations outside the batches, one runs a separate step each time, in turn.
             batched = set(chain(*batches))
             bound += together
             for alone in waiting:
