@@ -1,8 +1,8 @@
 """Moves the rotation of queries and keys by their positions into GroupQueryAttention, where it is exact.
 
 Rotary positions: RoFormer, https://arxiv.org/abs/2104.09864. The operator reads cos and sin of every position as two
-tables. They are stored: as nodes over all positions, which onnxruntime folds into constants, they had most of the time
-of a session's start, 19 of 28 ms for SmolLM2 in int8.
+tables. They are stored: as nodes over all positions, which onnxruntime folds into constants, they were most of a
+session's start, 19 of 28 ms for SmolLM2 in int8.
 """
 
 from __future__ import annotations
