@@ -1,4 +1,4 @@
-"""Shows mkdocstrings the comments beside a dataclass's fields, `name: type = default  # what it means`, as a table."""
+"""Shows mkdocstrings the comments behind a dataclass's fields, `name: type = default  # what it means`, as a table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Comments(griffe.Extension):
         fields = [field for field in cls.attributes.values() if "instance-attribute" in field.labels]
         if fields and "Attributes:" not in text:
             rows = [f"    {field.name}: {comment(field) or field.name.replace('_', ' ')}" for field in fields]
-            cls.docstring = griffe.Docstring("\n".join([text, "", "Attributes:", *rows]), parent=cls)
+            docstring = "\n".join([text, "", "Attributes:", *rows])
+            cls.docstring = griffe.Docstring(docstring, parent=cls, parser="google")  # else it is not parsed
 
 
 def comment(field: griffe.Attribute) -> str:
-    """What stands behind the field in its line."""
+    """The comment in the field's line."""
     return field.lines[-1].partition("  # ")[2].strip() if field.lines else ""

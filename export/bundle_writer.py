@@ -43,7 +43,7 @@ from .settings import ExportConfig
 from .source.source import Source
 
 _GOLDEN_SHARE = 0.01  # maximum size of golden logits, relative to the weights
-MIN_ONNXRUNTIME = "1.24.1"  # the oldest that the runtime takes
+MIN_ONNXRUNTIME = "1.24.1"  # the oldest that the runtime accepts
 NEWEST_OPSET = 23  # that MIN_ONNXRUNTIME supports; a given graph may be newer
 # GroupQueryAttention of 1.23 applies another window. 1.24.4 returned the right logits.
 MIN_ONNXRUNTIME_WITH_WINDOWS = "1.24.2"

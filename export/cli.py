@@ -125,7 +125,7 @@ def _take_bundle(source: HubModel, config: ExportConfig, arguments: argparse.Nam
     changed = next((f.name for f in dataclasses.fields(config) if getattr(ours, f.name) != f.default), None)
     if changed is not None:
         raise InputError(
-            f"{source} is a bundle already, and taken as it is: leave out the option {changed.replace('_', ' ')}, or "
+            f"{source} is a bundle already, and is run unchanged: leave out the option {changed.replace('_', ' ')}, or "
             "export the model that it was made from"
         )
     bundle = source.write_bundle(Path(arguments.out), progress, force=config.force)

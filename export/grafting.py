@@ -26,7 +26,7 @@ from .source.source import Source, check_tokenizer
 
 @keeping_memory()
 def observed(source: Source, config: ExportConfig, progress: Progress) -> tuple[Source, Observation, GraphChoice]:
-    """Returns the source with a module of the contract, what its runs showed, and the graph to make."""
+    """Returns the source with a module of the contract, the facts that its runs showed, and the graph to make."""
     progress.stage(f"observe the attention calls of {source.name}")
     latents = config.graph != "fused"
     contracted = in_contract(source.module, source.context_length, config.call, progress.warn, latents=latents)
@@ -97,5 +97,5 @@ def require_masks(decoder: ExportedDecoder, config: ExportConfig) -> None:
             what = "it keeps more than the keys and values of attention"
         raise ContractError(
             f"{decoder.source.name} cannot have the static graph, whose past has holes, since {what}: export with "
-            "--graph standard, and for a target that takes it, such as cpu"
+            "--graph standard, and for a target that supports it, such as cpu"
         )

@@ -1,6 +1,6 @@
 """The keys of an export's finished steps: each is the sha256 of all that the step depends on.
 
-That is the source's identity, the program with its libraries, and options. `store.py` keeps what lies under a key.
+That is the source's identity, the program with its libraries, and options. `store.py` keeps the entry of a key.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Identity = dict[str, Any]
 
 
 def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) -> Identity | None:
-    """Returns what tells a source from a changed one, with the files that options name.
+    """Returns the facts that tell a source from a changed one, with the files that options name.
 
     None for a module and for a model on the Hub whose commit is not known yet.
 
@@ -74,7 +74,7 @@ def identity(source: nn.Module | str | Path | HubModel, config: ExportConfig) ->
 
 
 def _reads_elsewhere(folder: Path, *, code: bool) -> bool:
-    """Whether a source takes its base, or with `code` its Python code, from another repository on the Hub."""
+    """Whether a source reads its base, or with `code` its Python code, from another repository on the Hub."""
     base = Path(adapter_base(folder) or folder)
     return not base.exists() or (code and any("--" in name for name in code_references(base)))
 
@@ -92,7 +92,7 @@ def _state(file: Path) -> list[Any]:
 def require_unchanged(source: nn.Module | str | Path | HubModel, config: ExportConfig, before: Identity | None) -> None:
     """Raises IntegrityError if the source's files changed since `before`.
 
-    A checkpoint of pastkey may change: training goes on, and all of it is read at once.
+    A checkpoint of pastkey may change: training may continue, and all of it is read at once.
     """
     if before is None or isinstance(source, (nn.Module, HubModel)) or (Path(source) / names.MANIFEST).exists():
         return
@@ -131,7 +131,7 @@ def keys_of(config: ExportConfig, source: Identity | None, graph: str) -> Keys:
 
 
 def _program() -> list[str]:
-    """Returns what makes and proves the steps: pastkey, its code while a version is developed, libraries and the CPU.
+    """Returns the makers of steps and proofs: pastkey, its code while a version is developed, libraries and the CPU.
 
     Two CPUs round the sums of a kernel differently, so the same step has other last bits, and another KL divergence.
     """

@@ -1,7 +1,7 @@
 """Writes pastkey's own graph in onnxruntime's ORT format: one file with its weights, for phones and small builds.
 
 A file of this format always embeds its weights, even if onnxruntime is told to write external data. So one graph has to
-serve all uses: with `logits_start` = -(number of new tokens) it returns what the all-logits graph returns.
+serve all uses: with `logits_start` = -(number of new tokens) it returns the result of the all-logits graph.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_ort_format(bundle: Bundle, progress: Progress) -> None:
     weights = sum(path.stat().st_size for path in graph.parent.iterdir() if names.is_weights_file(path.name))
     require_ort_size(weights, bundle.manifest.precision)
     give_embedding_back(model, graph.parent)
-    source = graph.with_name("ort_source.onnx")  # beside the weights file that it names
+    source = graph.with_name("ort_source.onnx")  # next to the weights file that it names
     with tempfile.TemporaryDirectory(dir=bundle.path, prefix=".ort-") as made:
         ir.save(model, source)
         _convert(source, Path(made))

@@ -109,7 +109,7 @@ def export(
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
     A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder beside `out`.
-    The same call goes on from them, and removes them when the bundle is whole.
+    The same call continues from them, and removes them when the bundle is whole.
 
     Args:
         module_or_path: A decoder as a torch.nn.Module, whatever its call looks like; a transformers model for causal
@@ -258,7 +258,7 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
     if not os.access(parent, os.W_OK):
         raise InputError(f"{parent} cannot be written, so that {out.name} cannot be made there: choose another --out")
     if isinstance(module_or_path, (str, Path)) and out.resolve() == Path(module_or_path).resolve():
-        raise InputError(f"{out} is what is to be exported, and would be replaced: choose another --out")
+        raise InputError(f"{out} is the source of this export, and would be replaced: choose another --out")
 
 
 @keeping_memory()
@@ -306,7 +306,7 @@ def _with_precision(config: ExportConfig, source: Source, progress: Progress) ->
         )
     chosen = config.chosen(quantized=quantized)
     if config.precision != chosen.precision == "source":
-        progress.say("its weights are quantized already, and stay what they are; --precision int8 rounds them anew")
+        progress.say("its weights are quantized already and stay unchanged; --precision int8 rounds them again")
     return chosen
 
 
@@ -371,7 +371,7 @@ def _make_static(made: Artifact, writer: BundleWriter) -> Artifact:
 def _make_static_int8(
     fp32: Bundle, folder: Path, made: Artifact, writer: BundleWriter, text: CalibrationText
 ) -> Artifact:
-    """Quantizes the static float32 graphs to int8, beside the int8 graph for other programs in `made`."""
+    """Quantizes the static float32 graphs to int8, in addition to the int8 graph for other programs in `made`."""
     writer.progress.stage("quantize the static graphs to int8")
     quantize_static(fp32, folder, text.calibration_set, writer.config.shard_bytes)
     made.bundle.last_logits_graph.unlink()
@@ -389,7 +389,7 @@ _SHORT_TEXTS = 2  # windows where nothing is calibrated: one to measure on, and 
 
 
 def _is_measured_short(config: ExportConfig) -> bool:
-    """Whether no text decides anything: a short one is enough to measure on, and to prove what float32 has proved."""
+    """Whether no text decides anything: a short one is enough to measure on, and to prove float32's proof again."""
     return config.quick or (config.quantized and not config.row.calibrated)
 
 

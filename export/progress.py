@@ -12,7 +12,7 @@ UNKNOWN = 10**8  # weights of a source that is not open yet
 
 
 def form_of(bundle: Bundle) -> str:
-    """What a stage works on: int8, or static int8."""
+    """The precision that a stage works on: int8, or static int8."""
     static = "static " if bundle.manifest.static is not None else ""
     return f"{static}{bundle.manifest.precision}"
 

@@ -17,7 +17,7 @@ from .settings import ExportConfig
 MAX_ORT_BYTES = 2**31  # a FlatBuffer's offsets have 32 bits and a sign
 _BASE_BYTES = 900 << 20  # Python, torch and onnxruntime themselves
 _BYTES_BY_MATRIX = 15  # disk bytes per weight if matrices are measured one by one, which writes two further graphs
-_BYTES_WHOLE = 12  # further memory per weight of what holds whole graphs: static ones, ORT's, matrices one by one
+_BYTES_WHOLE = 12  # further memory per weight of whole graphs: static ones, ORT's, matrices one by one
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def needs(weights: int, config: ExportConfig, *, resident_bytes: int, temporary_
     """
     row = config.row
     disk = _BYTES_BY_MATRIX if config.measures_each_matrix else row.disk_bytes
-    if config.format == "ort":  # the weights a second time, beside the float32 graph
+    if config.format == "ort":  # the weights a second time, in addition to the float32 graph
         disk = max(disk, row.bits // 4 + (0 if row.name == "fp32" else 4))
     memory = row.memory_bytes
     if config.static or config.format == "ort" or config.measures_each_matrix:
@@ -77,7 +77,7 @@ def require_below(shard_size: int, weight_bytes: int) -> None:
     """Raises InputError if one weight does not fit into a file smaller than `shard_size`."""
     if weight_bytes >= shard_size:
         raise InputError(
-            f"a weight takes {_shown(weight_bytes)}, and each weights file is to be smaller than "
+            f"a weight has {_shown(weight_bytes)}, and each weights file is to be smaller than "
             f"{_shown(shard_size)}: a weight is never split, give a larger --shard-size"
         )
 
@@ -86,6 +86,6 @@ def require_ort_size(weight_bytes: int, precision: str) -> None:
     """Raises InputError if weights of so many bytes do not fit into a file in the ORT format."""
     if weight_bytes >= MAX_ORT_BYTES:
         raise InputError(
-            f"a file in the ORT format holds its weights and ends at 2 GB, and these take {_shown(weight_bytes)} in "
+            f"a file in the ORT format holds its weights and ends at 2 GB, and these have {_shown(weight_bytes)} in "
             f"{precision}: leave out --format ort"
         )

@@ -52,7 +52,7 @@ class ExportOptions(TypedDict, total=False):
     - `format` ("onnx"): "ort" also writes pastkey's own graph in onnxruntime's ORT format.
     - `generate` (False): Also writes a whole generation as one graph, for programs in any language.
     - `hidden_states` (False): pastkey's own graph also returns the last hidden states, for `LanguageModel.embed`.
-    - `adapters` (False): Also writes a graph that takes LoRA adapters, for `LanguageModel.load_adapter`.
+    - `adapters` (False): Also writes a graph for LoRA adapters, for `LanguageModel.load_adapter`.
     - `tokenizer` (the source's): tokenizer.json, a SentencePiece .model, GPT-2's encoder.json next to vocab.bpe, a
       list of characters or words as .json, a "file.py:factory" of one of these, of a tokenizers.Tokenizer or a
       tiktoken Encoding, or for a llama2.c model the tokenizer of its own format.
@@ -76,8 +76,8 @@ class ExportOptions(TypedDict, total=False):
     - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
     - `chunk` (64): Tokens of a prefill run of the static graph.
     - `cache` (True): Takes finished steps from an earlier export of the same source, and keeps them for the next one.
-      The float32 graph with its proof and the model's own text lie in the user's cache folder, at most 200 MB. Rounded
-      weights lie in a hidden folder beside `out` until the bundle is whole, so that an export that was killed goes on.
+      The float32 graph with its proof and the model's own text are in the user's cache folder, at most 200 MB. Rounded
+      weights are in a hidden folder next to `out` until the bundle is whole, so that a killed export can continue.
     - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
     - `shard_size` (None): Splits the weights of a graph into files smaller than this, in bytes or as "2GB": browsers
       and 32-bit devices read no larger ones.
@@ -124,7 +124,7 @@ _GRAPHS, _RARE = "further graphs", "rare"
 
 
 def _flag(group: str, default: Any, what: str, **further: Any) -> Any:
-    """A field with its flag: what it does, and further arguments of argparse, or "flag" for another name."""
+    """A field with its flag: its help, and further arguments of argparse, or "flag" for another name."""
     return dataclasses.field(default=default, metadata={"group": group, "help": what} | further)
 
 
@@ -233,7 +233,7 @@ class ExportConfig:
 
     @property
     def row(self) -> Precision:
-        """The precision, or what it is if the source is not quantized."""
+        """The precision, or that of a source that is not quantized."""
         return PRECISIONS.get(self.precision or _DEFAULT, PRECISIONS[_DEFAULT])
 
     def chosen(self, *, quantized: bool) -> ExportConfig:
@@ -290,7 +290,7 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
      "--max-kl or --sensitivity", _STATIC, "they are of pastkey's own int8, and the static graph has another one"),
     (lambda c: c.row.name == "source" and (c.calibration is not None or c.measures_each_matrix),
      "--calibration, --max-kl or --sensitivity", "--precision source, the default of a quantized source,",
-     "its weights stay what they are, and --precision int8 rounds them anew"),
+     "its weights stay unchanged, and --precision int8 rounds them again"),
     (lambda c: not c.quantized and (c.calibration is not None or c.measures_each_matrix),
      "--calibration, --max-kl or --sensitivity", "--precision {precision}", "it rounds no matrix to integers"),
     (lambda c: c.adapters and (c.target != "cpu" or c.static or c.row.name == "fp16"),

@@ -1,8 +1,8 @@
-"""One store of an export's finished steps, from which the next export of the same source goes on.
+"""One store of an export's finished steps, from which the next export of the same source continues.
 
-An entry lies under its key (`keys.py`). Small ones lie in the user's cache folder: the float32 graph with its proof,
+An entry has its key (`keys.py`). Small ones are in the user's cache folder: the float32 graph with its proof,
 and the text that the model wrote. Weights that stay in the source's files are not in them: the graph names the
-parameter of each. The matrices that GPTQ rounded lie in a hidden folder beside OUT until the bundle there is whole, so
+parameter of each. The matrices that GPTQ rounded are in a hidden folder next to OUT until the bundle there is whole, so
 that they outlive a kill.
 """
 
@@ -30,7 +30,7 @@ from .keys import Keys
 from .progress import Progress
 
 MOST_BYTES = 200_000_000  # of all entries
-_MOST_IN_MEMORY = 50_000_000  # bytes of weights in memory, as small matrices are; merged experts take more
+_MOST_IN_MEMORY = 50_000_000  # bytes of weights in memory, as small matrices are; merged experts need more
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _GRAPH, _TEXT = "the float32 graph with its proof", "the calibration text"
 
@@ -63,7 +63,7 @@ class Store:
         return model, json.loads(record)
 
     def keep_graph(self, graph: bytes | None, record: dict[str, Any]) -> None:
-        """Keeps what `unbound` returned."""
+        """Keeps the result of `unbound`."""
         if graph is not None:
             self._write(_GRAPH, self._keys.graph, json.dumps(record).encode() + b"\0" + graph)
 
@@ -93,7 +93,7 @@ class Store:
         return entry if hashlib.sha256(entry).digest() == digest else None
 
     def _write(self, what: str, key: str | None, entry: bytes) -> None:
-        """Writes an entry. Removes the least recently used ones, and what killed exports left, beyond MOST_BYTES."""
+        """Writes an entry. Removes the least recently used ones, and files of killed exports, beyond MOST_BYTES."""
         size = _DIGEST_BYTES + len(entry)
         if self._folder is None or key is None or size > MOST_BYTES:
             return
@@ -112,7 +112,7 @@ class Store:
         self._progress.say(f"kept {what} for the next export of this source: {shown}; --no-cache keeps nothing")
 
     def _say_taken(self, what: str) -> None:
-        self._progress.say(f"took {what} from an earlier export, in {self._folder}; --no-cache makes it again")
+        self._progress.say(f"read {what} of an earlier export from {self._folder}; --no-cache makes it again")
 
     # --- matrices -----------------------------------------------------------------------------------------------
     @contextlib.contextmanager

@@ -35,7 +35,7 @@ class StageLines(Progress):
         self._opened = self._began = self._told = time.monotonic()
         self._phases: Mapping[str, float] = {}
         self._before = self._weight = 0.0  # the planned shares of the phases before the current one, and of this one
-        self._skipped = 0.0  # those of phases before it that never began, as what the cache had
+        self._skipped = 0.0  # those of phases before it that never began, as with a cached step
         self._share: float | None = None  # completed, of the whole
         self._advanced = self._began  # when it was told
         self._ended = threading.Event()
@@ -128,7 +128,7 @@ class StageLines(Progress):
         return "" if self._share is None else f" {self._share:.0%}"
 
     def _shown_time(self) -> str:
-        """The time so far, and what is left if the remaining parts are as fast as those that were done."""
+        """The time so far, and the time left if the remaining parts are as fast as those that were done."""
         spent = time.monotonic() - self._opened
         done = (self._share or 0.0) - self._skipped
         if done <= 0 or self._share is None or spent < _FORESEEN:

@@ -2,7 +2,7 @@
 
     text --train--> checkpoint/ --export--> bundle/ --run--> text
 
-This package holds what the stages share and imports only the standard library. The stages load on first use.
+This package has the code that the stages share, and imports only the standard library. The stages load on first use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ else:
         },
     )
 
-# In a checkout that is not installed, the stages are beside this folder; in an installed package, inside it.
+# In a checkout that is not installed, the stages are next to this folder; in an installed package, inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "runtime").is_dir() and (_here.parent / "runtime" / "__init__.py").is_file():
     __path__.append(str(_here.parent))

@@ -32,7 +32,7 @@ from pastkey.files.folder import needs_huggingface
 from pastkey.files.reading import is_panic, last_read
 
 TRACEBACK = "PASTKEY_TRACEBACK"  # an environment variable: print the traceback of an unexpected error
-# command -> (module, one line of help, an example), by what it is for. The module has a Command of the same name.
+# command -> (module, one line of help, an example), by purpose. The module has a Command of the same name.
 GROUPS = {
     "make": {
         "train": ("train.cli", "train a decoder on text", "train --data book.txt --out checkpoint"),
@@ -88,7 +88,7 @@ GROUPS = {
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _FLAGS = ("--help", "--version")
-EXPORTING = ("run", "chat", "see")  # they take a source as well, and export it once
+EXPORTING = ("run", "chat", "see")  # they also accept a source, and export it once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,7 +164,7 @@ def guarded(work: Callable[[], int], prog: str) -> int:
 
 
 def _open_what_is_closed() -> None:
-    """Opens the null device for a standard stream that a shell closed (1>&-): the next file would take its number."""
+    """Opens the null device for a standard stream that a shell closed (1>&-): the next file would get its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             file = os.open(os.devnull, os.O_RDWR)
@@ -247,7 +247,7 @@ def _last_resort(error: BaseException) -> str:
     damaged = "" if read is None else f" after reading {read}, which may be damaged: copy it again"
     return (
         f"stopped by a fault ({first_line(error)}; {place}){damaged}; if it happens again, set {TRACEBACK}=1 and "
-        "report what is printed then"
+        "report its output"
     )
 
 

@@ -145,7 +145,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
 def add_provider_settings(group: argparse._ActionsContainer) -> None:
     """Adds the flags of a provider: `provider_options` and `session_options` are pairs, or None."""
     add = group.add_argument
-    add("--allow-fallback", action="store_true", help="let the CPU run what the provider leaves")
+    add("--allow-fallback", action="store_true", help="let the CPU run operators that the provider does not support")
     for flag, name, what in (
         ("--provider-option", "provider_options", "an option of the provider"),
         ("--session-option", "session_options", "an option of the session"),
@@ -189,7 +189,7 @@ def say(text: str) -> None:
 
 
 def without_control(text: str) -> str:
-    """Returns the text without characters that a terminal would take for commands."""
+    """Returns the text without characters that a terminal would read as commands."""
     return text.translate(_CONTROL)
 
 

@@ -1,4 +1,4 @@
-"""The errors of users. Each is one sentence: found, expected, what to do.
+"""The errors of users. Each is one sentence: found, expected, and the remedy.
 
 Every class is also the builtin a caller would catch. The command line prints the sentence and exits with status 2.
 """
@@ -70,7 +70,7 @@ class NumericsError(PastkeyError, ArithmeticError):
 
 
 class LostProcessError(PastkeyError, ConnectionError):
-    """A process of a training in several processes ended, and the others cannot go on."""
+    """A process of a training in several processes ended, and the others cannot continue."""
 
 
 class ResourceError(PastkeyError, OSError):
@@ -98,7 +98,7 @@ class UntrustedBundleError(PastkeyError, RuntimeError):
 
 
 class FallbackWarning(RuntimeWarning):
-    """Operators run elsewhere than was chosen: on the CPU, or by onnxruntime in place of the native kernels."""
+    """Operators run elsewhere than was chosen: on the CPU, or by onnxruntime instead of the native kernels."""
 
 
 class TemplateWarning(UserWarning):
@@ -115,7 +115,7 @@ def first_line(error: BaseException, longest: int = 300) -> str:
     return (lines or [type(error).__name__])[0][:longest]
 
 
-# The extras of pyproject.toml and the modules that they bring. If one is missing, others may be missing as well.
+# The extras of pyproject.toml and the modules that they install. If one is missing, others may be missing as well.
 EXTRAS = {
     "cpu": ("onnxruntime",),
     "chat": ("jinja2",),
@@ -132,7 +132,7 @@ EXTRAS = {
 def missing_extra(error: ModuleNotFoundError, *needed_by: str) -> ModuleNotFoundError | MissingExtraError:
     """Returns the error for a missing optional package, or `error` itself if the package is none of ours.
 
-    `needed_by` are extras: the sentence names those that lack something, otherwise the one that brings the package.
+    `needed_by` are extras: the sentence names those that lack something, otherwise the one that installs the package.
     """
     package = (error.name or "").partition(".")[0]
     bringing = [extra for extra, modules in EXTRAS.items() if package in modules]

@@ -1,6 +1,6 @@
 """The bundles that `chat`, `run` and `see` export themselves, once for each source, in the user's cache folder.
 
-A process of its own exports: the one that runs the bundle never imports torch.
+A separate process exports: the one that runs the bundle never imports torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .errors import InputError, IntegrityError, InUseError, MissingFileError, Re
 from .files.durable import locked
 from .files.folder import hub_id, needs_huggingface, user_cache_file
 
-# As `python -m pastkey`, which would also import what lies in the current folder: a model's folder may hold anything.
+# As `python -m pastkey`, which would also import modules of the current folder: a model's folder may hold anything.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from pastkey.__main__ import main; sys.exit(main())"
 )
@@ -130,12 +130,12 @@ def _one_at_a_time(lock: Path, source: str) -> Iterator[None]:
 def _export(source: str, target: Path) -> None:
     """Runs `pastkey export`. Raises SystemExit if it fails."""
     command = [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path), "export", source, "--out", str(target)]
-    # In a session of its own, Ctrl-C reaches this process alone, which ends the other once.
+    # In a separate session, Ctrl-C reaches only this process, which ends the other once.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         status = child.wait()
     except BaseException:
-        child.terminate()  # it removes what it has written
+        child.terminate()  # it removes its unfinished files
         child.wait()
         raise
     if status < 0:

@@ -18,7 +18,7 @@ class Precision:
     graph: str  # the all-logits graph, by the name that loaders expect
     transformers_js: str  # its dtype in transformers.js
     golden_limit: float  # maximum distance of another device's logits from the CPU's
-    memory_bytes: int  # peak of an export, per weight, beside weights of the module that are in memory
+    memory_bytes: int  # peak of an export, per weight, in addition to weights of the module in memory
     disk_bytes: int  # peak of an export, per weight
     cache_bytes: int = 4  # per number of the KV cache
     max_difference: float = 1e-5  # of logits from the source's; for a quantized bundle, between its own runs
@@ -45,7 +45,7 @@ class Precision:
 #
 # Differences: torch and onnxruntime in float32 differ by 9e-5 at logits of 44; float16's noise is 2e-3.
 #
-# Decoding token by token takes a different path through attention than prefill. int8 activations amplify the last bits.
+# Decoding token by token runs through another path of attention than prefill. int8 activations amplify the last bits.
 # The limit is twice int8's own error: two roundings of one size are that far apart. Most of int4's error comes from its
 # weights, which are the same on every path, so its limit is a tenth of that.
 #

@@ -10,7 +10,7 @@
     parse(Layer, {"heads": 4}) == Layer(4)
 
 Supported are bool, int, float, str, None, Any, Literal, Annotated, unions with None, tuple[X, ...], tuple[X, Y],
-list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is refused. A bool is not a number,
+list[X], Mapping[str, X], dict[str, X] and dataclasses; a field of another type is an error. A bool is not a number,
 numbers are finite, and texts are valid Unicode.
 
 `check_of` makes the check of an argument from Python of such a type, which also may be a union, a Sequence or a
@@ -54,12 +54,12 @@ class Between:
 
 @dataclass(frozen=True)
 class Where:
-    """A check of its own, in place of the annotated type's. For `check_of` alone."""
+    """A check instead of the annotated type's. Only for `check_of`."""
 
     holds: Callable[[Any], bool]
 
 
-# The plain types: their checks, and what an error expects.
+# The plain types: their checks, and their words in an error.
 _PLAIN: Final[Mapping[Any, tuple[Callable[[Any], bool], str]]] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (is_int, "a whole number"),
@@ -76,7 +76,7 @@ Positive = Annotated[float, Between(0, math.inf, above=True)]
 def parse(kind: type[T], value: Any, name: str = "the content", *, further: bool = False) -> T:
     """Parses `value`, JSON, as `kind`. Raises InputError naming the field of another type or out of range.
 
-    A key without a field is also refused, or skipped with `further`.
+    A key without a field is also an error, or skipped with `further`.
     """
     found: T = _parse(kind, value, name, further)
     return found

@@ -79,7 +79,7 @@ def is_collection(value: object) -> TypeGuard[Collection[Any]]:
 
 
 def as_path(value: str | os.PathLike[str], name: str = "path", expected: str = "the path of a file") -> Path:
-    """Returns the path, which need not exist. Raises TypeError for what is no path."""
+    """Returns the path, which need not exist. Raises TypeError for other values."""
     require_type(isinstance(value, str | os.PathLike), name, value, expected)
     return Path(value)
 

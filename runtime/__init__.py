@@ -4,7 +4,7 @@
     lm = pastkey.load("bundle/")
     print(lm.generate("Once upon a time").text)
 
-The rooms, each standing on those above it:
+The rooms; each imports only those above it:
 
 - `options`: the table of all options, with their checks. `settings`: their types, for mypy and editors.
 - `text/`: tokens <-> text, and a conversation as one text. `sampling/`: from logits to a token. `providers/`: which

@@ -16,7 +16,7 @@ async def aload(path: str | Path | bytes, **settings: Unpack[LoadSettings]) -> L
     """As `load`, for `await`. A thread imports the runtime and loads the bundle while the event loop runs.
 
     Reading tokenizer.json and each library's start hold the GIL; docs/python.md says how long. Cancelling the task
-    does not stop the load; its model is discarded.
+    does not stop the load; its model is discarded. Raises the errors of `load`.
     """
     import asyncio  # see decoding/asynchronous.py
 

@@ -81,9 +81,9 @@ def load(
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
             prefix is evicted first.
         max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
-        max_queue: The largest number of requests that wait beside `max_batch` others. One more raises QueueFullError
+        max_queue: The largest number of requests that wait for a place in `max_batch`. One more raises QueueFullError
             at once. A request is a call, or a stream until its end. Of a batch call each prompt counts, and only its
-            first one may be refused. None for no limit.
+            first one may be rejected. None for no limit.
         draft: A smaller bundle with the same vocabulary, given like `path`, or a loaded model. It drafts tokens that
             this model accepts or rejects, where that is faster: docs/python.md. A path is loaded with the same
             providers, threads, session options and key, and closed with this model.
@@ -110,7 +110,7 @@ def load(
     require_valid({**placement, **sizes, "verify": verify, "adapters": adapters})
     prefix_bytes, max_batch = or_default(prefix_bytes, PREFIX_BYTES), or_default(max_batch, MAX_ROWS)
     if key is not None and verify is False:
-        raise InputError("verify=False leaves hashes alone, and without them a signature (key=...) says nothing")
+        raise InputError("verify=False checks no hashes, and without them a signature (key=...) proves nothing")
     given = given_as(path)
     folder, temporary = unpacked(given)
     drafts = None

@@ -29,7 +29,7 @@ LogitsProcessor = Callable[[Any, Any], Any]  # numpy arrays: ids (T,) int64, log
 MAX_NEW_TOKENS = 64  # of generate, stream and `pastkey run`
 NUM_SINK_TOKENS = 4  # first tokens that always stay in the context, including the BOS token
 FORMS: Final = "constraints (one of these)"
-MAX_CONTINUATIONS = 10_000  # of a prompt; each takes some kilobytes
+MAX_CONTINUATIONS = 10_000  # of a prompt; each needs some kilobytes
 _LEAST, _MOST = 2.0**-149, 2.0**127  # settings become float32, where others would be 0 or infinity
 
 
@@ -50,7 +50,7 @@ class SchemaModel(Protocol):
     def model_json_schema(cls) -> dict[str, Any]: ...
 
 
-# Types with their ranges, and what an error expects. None is "not set" for every option.
+# Types with their ranges, and their words in an error. None is "not set" for every option.
 Switch = Annotated[bool, "True or False"]
 Count = Annotated[int, Between(0, math.inf), "a whole number from 0"]
 Size = Annotated[int, Between(1, math.inf), "a whole number from 1"]
@@ -86,7 +86,7 @@ class Option:
         kind: Its type, with its range and the end of the sentence that refuses another value: "top_k is -1; it must
             be ...".
         default: The value of an option that is not set.
-        help: What it does.
+        help: One line about its effect.
         metavar: The value of its flag, "" for a switch; None for an option without a flag.
         flag: The name of its flag, if it is not the option's own.
         group: Its heading.
@@ -102,7 +102,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What an error expects."""
+        """The expected values, in the words of an error."""
         return str(get_args(self.kind)[-1])
 
     @functools.cached_property
@@ -157,11 +157,11 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
         Option("num_sink_tokens", Count, NUM_SINK_TOKENS,
                "with shift, keep this many first tokens; in a conversation all before the first question", "N"),
         Option("reuse_prefix", Switch, False,
-               "reuse the KV cache of a text with the same beginning; in int8 a near tie may resolve differently"),
+               "reuse the KV cache of a text with the same beginning; in int8 a token of almost equal score may win"),
         Option("exact", Switch, False,
                "with reuse_prefix, compute generated tokens again: then int8 output does not depend on the cache"),
         Option("prompt_lookup", Switch, True,
-               "draft tokens from earlier text that repeats; in int8 a near tie may resolve differently", ""),
+               "draft tokens from earlier text that repeats; in int8 a token of almost equal score may win", ""),
         Option("draft", Switch, None, "use the draft model, an option of load"),
         Option("adapter", Text, None, "name of the LoRA adapter to compute with"),
     ),

@@ -1,4 +1,4 @@
-"""Shows what happens inside a decoder, on one page that needs no network.
+"""Shows the values inside a decoder, on one page that needs no network.
 
     bundle or source --open--> graph --inspectable.py--> graph with inner outputs --inspection.py--> numbers
     numbers --panels.py--> the page's data --inline.py--> page.html

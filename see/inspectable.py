@@ -1,11 +1,11 @@
 """Finds the inner values of a decoder's graph: attention weights, and the residual stream after each layer.
 
 No architecture is named. Attention calls are found by the cache's outputs. onnxruntime's GroupQueryAttention returns
-its own weights; in a graph that spells attention out, they are what the values are multiplied by.
+its own weights; in a graph that spells attention out, they are the factors of the values.
 
 The residual stream after attention call i is the last value that everything from call i to the logits passes through
 before call i + 1 joins (a post-dominator). So norms before or after a block, parallel blocks and scaled residuals need
-no rule of their own. What follows the last layer, the final norm and the output head, is a graph of its own: the logit
+no separate rule. The rest after the last layer, the final norm and the output head, is a separate graph: the logit
 lens runs it on every layer's stream (nostalgebraist 2020, "interpreting GPT: the logit lens").
 """
 
@@ -43,9 +43,9 @@ class Inspectable:
     model: ir.Model
     calls: tuple[AttentionNames, ...]  # in order, one per entry of the manifest's layers
     embedding: str | None  # (1, T, E): the tokens' embedding, where positions are added to it
-    positions: str | None  # (1, T, E) or fewer axes: what is added
-    entering: str | None  # (1, T, E): what the first layer reads
-    streams: tuple[str | None, ...]  # (1, T, E) after each attention call and what follows it
+    positions: str | None  # (1, T, E) or fewer axes: the summand
+    entering: str | None  # (1, T, E): the input of the first layer
+    streams: tuple[str | None, ...]  # (1, T, E) after each attention call and the rest of its layer
     head: ir.Model | None  # from the last stream to the logits (1, T, V)
 
 
@@ -56,7 +56,7 @@ def inspectable(model: ir.Model, calls: int, shown: int) -> Inspectable:
         model: The graph.
         calls: Number of attention calls.
         shown: W, the last tokens whose weights are outputs; all where a text has fewer. All weights of all layers
-            would take gigabytes.
+            would need gigabytes.
 
     Raises:
         ContractError: The weights of an attention call are not found.
@@ -90,7 +90,7 @@ def _name(value: ir.Value | None) -> str | None:
 
 
 def _unfuse_skips(model: ir.Model) -> None:
-    """Makes of each SkipSimplifiedLayerNormalization the sum and the norm that it stands for."""
+    """Makes of each SkipSimplifiedLayerNormalization the sum and the norm that it replaces."""
     for node in tuple(model.graph):
         if node.op_type != "SkipSimplifiedLayerNormalization":
             continue
@@ -157,7 +157,7 @@ def _swaps_last_axes(node: ir.Node) -> bool:
 
 # --- the residual stream ------------------------------------------------------------------------------------------
 class _Flow:
-    """The post-dominators of a graph's nodes: what everything from a node to the logits passes through.
+    """The post-dominators of a graph's nodes: the nodes on every path from a node to the logits.
 
     Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm", 2001; a graph without loops needs one pass.
     """
@@ -187,7 +187,7 @@ class _Flow:
         return one
 
     def reaches(self, node: ir.Node) -> bool:
-        """Whether the logits depend on what this node computes, beside its shape."""
+        """Whether the logits depend on more of this node's result than its shape."""
         return id(node) in self._next
 
     def chain(self, node: ir.Node) -> list[ir.Node]:
@@ -220,7 +220,7 @@ def _streams(chains: list[list[ir.Node]], attention: ir.Node) -> list[ir.Value |
 
 
 def _is_residual(node: ir.Node, chain: list[ir.Node], attention: ir.Node) -> bool:
-    """Whether a node adds to what passes by: an earlier value of the chain, or one that attention did not make."""
+    """Whether a node adds to a passing value: an earlier value of the chain, or one that attention did not make."""
     if node.op_type != "Add" or not all(map(_computed, node.inputs)):
         return False
     one, other = (value.producer() for value in node.inputs if value is not None)
@@ -245,7 +245,7 @@ def _follows(node: ir.Node, earlier: ir.Node) -> bool:
 
 
 def _computed(value: ir.Value | None) -> bool:
-    """Whether a value is neither a weight nor made of weights alone."""
+    """Whether a value is neither a weight nor made only of weights."""
     if value is None or shape_of(value) is not None:
         return False
     node = value.producer()
@@ -268,9 +268,9 @@ def _head(model: ir.Model, stream: ir.Value) -> ir.Model | None:
 def _embedded(
     model: ir.Model, flow: _Flow, first: list[ir.Node]
 ) -> tuple[ir.Value | None, ir.Value | None, ir.Value | None]:
-    """Returns the embedding of the tokens, the positions that are added to it, and what enters the first layer.
+    """Returns the embedding of the tokens, the positions that are added to it, and the input of the first layer.
 
-    Without positions the first is None: what enters is the embedding.
+    Without positions the first is None: the input is the embedding.
     """
     ids = next(value for value in model.graph.inputs if value.name == names.INPUT_IDS)
     words = next((node for node, _ in ids.uses() if flow.reaches(node)), None)

@@ -1,4 +1,4 @@
-"""Runs a decoder over a text, its prompt and its output, and keeps what happens inside.
+"""Runs a decoder over a text, its prompt and its output, and keeps the values inside.
 
 Causal attention makes one run over the whole text equal to generating it token by token, up to rounding.
 """
@@ -39,7 +39,7 @@ class Likeliest:
 
 @dataclass(frozen=True)
 class InnerValues:
-    """What happened inside a decoder. S tokens were run, the last W of them are shown, from `first` on."""
+    """The values inside a decoder. S tokens were run, the last W of them are shown, from `first` on."""
 
     ids: list[int]  # (S,)
     first: int  # S - W
@@ -51,7 +51,7 @@ class InnerValues:
     heads: int  # H, the fewest of a call
     embedding: Floats | None  # (W, E)
     positions: Floats | None  # (W, E), added to the embedding
-    entering: Floats | None  # (W, E), what the first layer reads
+    entering: Floats | None  # (W, E), the input of the first layer
     lens: list[Likeliest | None]  # (W, K) before the first layer and after each, None without a single stream there
     lens_next: list[Floats | None]  # (W,): the probability there of the token that came next
     lens_error: float | None  # max |logits of the last stream - logits| / max |logits|, None without a lens
@@ -92,7 +92,7 @@ def inspect(
         NumericsError: The logits are not finite.
     """
     if bundle.manifest.states:
-        raise InputError(f"{bundle.path} keeps the states of recurrences, and the page shows attention alone")
+        raise InputError(f"{bundle.path} keeps the states of recurrences, and the page shows attention only")
     graph = inspectable(ir.load(bundle.all_logits_graph), len(bundle.manifest.layers), shown)
     folder, first = bundle.all_logits_graph.parent, max(0, len(ids) - shown)
     session = _open(graph.model, folder)

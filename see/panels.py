@@ -1,4 +1,4 @@
-"""The numbers of each panel, by name: what the page shows."""
+"""The numbers of each panel, by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenTexts:
 
 
 def visible(text: str) -> str:
-    """A token's text with signs for what does not show: control characters, and spaces at its ends."""
+    """A token's text with signs for invisible characters: control characters, and spaces at its ends."""
     text = text.replace("\n", "⏎").replace("\t", "⇥")
     text = "".join(f"U+{ord(one):04X}" if unicodedata.category(one)[0] == "C" else one for one in text)
     return text if text == text.strip() else text.replace(" ", "␣")
@@ -70,9 +70,9 @@ def panels(
         bundle: The bundle.
         codec: Its tokenizer.
         text: Prompt and output, S tokens.
-        seen: What happened in the bundle.
+        seen: The values inside the bundle.
         settings: The sampler's, which are EXAMPLE for a greedy text.
-        stages: What the sampler does with them at each shown position.
+        stages: The sampler's stages at each shown position.
         reference: Another model's name and its logits (W, V).
     """
     words, ids = TokenTexts(codec), [*text.ids, text.following]
@@ -116,7 +116,7 @@ def panels(
 
 
 def _embedding(seen: InnerValues) -> dict[str, Any] | None:
-    """The vectors (W, C), the first channels alone where there are many."""
+    """The vectors (W, C), only the first channels of many."""
     if seen.entering is None:
         return None
     parts = {"word": seen.embedding, "position": seen.positions, "sum": seen.entering}

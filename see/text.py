@@ -1,4 +1,4 @@
-"""The text that is looked at: the prompt, continued by the runtime, and what its sampler does at every position."""
+"""The text of the page: the prompt, continued by the runtime, and the sampler's stages at every position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Text:
 
 @dataclass(frozen=True)
 class SamplerStages:
-    """What is left of a distribution after each stage of the sampler."""
+    """The rest of a distribution after each stage of the sampler."""
 
     names: list[str]  # in order, from "all tokens" on
     kept: list[int]  # tokens with a probability, after each
@@ -57,7 +57,7 @@ def continued(lm: LanguageModel, prompt: str | Sequence[int], max_new_tokens: in
 def stages(
     text: Text, first: int, logits: npt.NDArray[np.float32], sampling: SamplingOptions, count: int
 ) -> Iterator[SamplerStages]:
-    """Yields what the runtime's sampler does with each of the logits (W, V) after the tokens from `first` on."""
+    """Yields the stages of the runtime's sampler for each of the logits (W, V) after the tokens from `first` on."""
     sampler = Sampler(SamplingConfig.of(sampling), prompt_tokens=text.prompt_tokens, vocab_size=logits.shape[-1])
     for place, row in enumerate(logits):
         left = [("all tokens", row), *sampler.stages(row, text.ids[: first + place + 1])]

@@ -98,7 +98,7 @@ def _defaults(pairs: list[tuple[str, str]]) -> dict[str, Any]:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises InputError for a port in use, or an address that is not this machine's."""
-    if port > 65535:  # getaddrinfo would take the rest of a division
+    if port > 65535:  # getaddrinfo would use the rest of a division
         raise InputError(f"cannot listen on {host} port {port}: a port is at most 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -111,7 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _template_fault(model: LanguageModel) -> str:
-    """Compiles the bundle's chat templates. Returns what is wrong with them: "" also for a bundle without one."""
+    """Compiles the bundle's chat templates. Returns their error: "" also for a bundle without one."""
     try:
         for tools in (False, True):
             model.chat_format(tools=tools)
@@ -144,7 +144,7 @@ def serve_bundle(arguments: argparse.Namespace, settings: ServerSettings, listen
         if own:
             say(f"pastkey serve: defaults of the model's generation_config.json: {own}")
         if fault:
-            say(f"pastkey serve: conversations will be refused: {fault}")
+            say(f"pastkey serve: conversations will be rejected: {fault}")
         return model
 
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -34,7 +34,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 class RequestError(Exception):
-    """A request that is refused.
+    """A request that is rejected.
 
     Attributes:
         status: The HTTP status.

@@ -38,7 +38,7 @@ class Writer(ABC):
         """The last events."""
 
     def fail(self, error: Exception) -> Iterable[str]:
-        """The last events, in place of the others, of an answer that failed."""
+        """The last events of an answer that failed, instead of the others."""
         return [event(body_of(error)[1])]
 
     @abstractmethod
@@ -53,7 +53,7 @@ def event(content: Any, name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends events until their end, or the client goes away, or takes nothing for `patience` seconds."""
+    """Sends events until their end, or the client goes away, or reads nothing for `patience` seconds."""
 
     media_type = "text/event-stream"
 
@@ -83,9 +83,9 @@ class EventStream(StreamingResponse):
 async def ahead(
     read: Callable[[Callable[[Item], object]], Awaitable[object]], ping_seconds: float
 ) -> AsyncGenerator[Item | None, None]:
-    """Yields what `read` hands over, which goes on meanwhile, so that a slow client keeps no place of another.
+    """Yields the values from `read`, which continues meanwhile, so that a slow client keeps no place of another.
 
-    None is time for a ping. What is read ahead is bounded by the length of the text.
+    None is time for a ping. The length of the text bounds the read-ahead.
     """
     found: asyncio.Queue[Item | BaseException] = asyncio.Queue()
 

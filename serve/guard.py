@@ -73,5 +73,5 @@ async def body_of(request: Request, settings: ServerSettings) -> bytes:
                 if len(body) > settings.body_bytes:
                     raise too_large
     except TimeoutError:
-        raise RequestError(f"the body took more than {settings.receive_seconds:g} seconds", status=408) from None
+        raise RequestError(f"the body needed more than {settings.receive_seconds:g} seconds", status=408) from None
     return bytes(body)

@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
 
 
 def run(settings: ServerSettings, listening: socket.socket, load: Callable[[], LanguageModel]) -> None:
-    """Answers until SIGTERM or Ctrl-C. Raises what `load` raises."""
+    """Answers until SIGTERM or Ctrl-C. Raises the errors of `load`."""
     asyncio.run(serve(settings, listening, load))
 
 

@@ -27,7 +27,7 @@ _MOST_TEXTS = 1024  # of one request, which holds one place
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What the model is asked for: `n` continuations of each prompt, with the runtime's options."""
+    """The request to the model: `n` continuations of each prompt, with the runtime's options."""
 
     prompts: Sequence[ChatPrompt] | Sequence[TextPrompt]
     n: int
@@ -125,7 +125,7 @@ class Service:
 
     def loaded(self, model: LanguageModel) -> None:
         """Takes the model. Raises IntegrityError for a generation_config.json that is not valid."""
-        # The file says what is drawn, and no `do_sample` is greedy. Without it, OpenAI's temperature.
+        # The file sets the sampling, and without `do_sample` it is greedy. Without it, OpenAI's temperature.
         temperature = 0.0 if GENERATION_CONFIG in model.manifest.files else 1.0
         self.defaults = {"temperature": temperature, **model.sampling_defaults, **self.settings.defaults}
         self._model = model
@@ -153,7 +153,7 @@ class Service:
     async def open(self, name: str, make: Callable[[LanguageModel], GenerationJob]) -> Running:
         """Makes a job in a thread, and opens it. `name`: of the model or an adapter.
 
-        Raises what is wrong with the job, and QueueFullError.
+        Raises the error of the job, and QueueFullError.
         """
         model = self.model
 

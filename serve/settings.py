@@ -17,7 +17,7 @@ class ServerSettings:
 
     Attributes:
         host: The address that it listens on: a loopback one, unless there is a key.
-        port: 0 takes a free one.
+        port: 0 chooses a free one.
         keys: A request has one of these; empty for no key.
         key_salt: If it is not empty, `keys` are `salted` hashes with it.
         insecure: Allows another address than a loopback one without a key.
@@ -34,7 +34,7 @@ class ServerSettings:
         allow_hosts: Further names in the Host header.
         allow_origins: Origins of web pages that may ask.
         access_log: Prints a line for each request.
-        defaults: The options of a request that does not set them, in place of the bundle's own.
+        defaults: The options of a request that does not set them, instead of the bundle's own.
         untrusted: Whether the bundle is not trusted: there is no page then, and /health tells more.
     """
 

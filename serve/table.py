@@ -21,7 +21,7 @@ class Entry:
 
     Attributes:
         path: Without /v1.
-        handler: What answers. Its docstring describes the route.
+        handler: The function that answers. Its docstring describes the route.
         body: The model of its JSON body, or None for GET.
         reply: The shape of its JSON reply; str for text.
         open: Whether it needs no key.

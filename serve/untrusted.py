@@ -1,4 +1,4 @@
-"""`pastkey serve --untrusted`: a process with limits serves the bundle, and its parent ends it where it stands still.
+"""`pastkey serve --untrusted`: a process with limits serves the bundle, and its parent ends it if it hangs.
 
 The parent listens and hands the socket over, since the process may bind and connect nothing.
 """
@@ -34,12 +34,12 @@ _HEALTH: Final = b"h"  # a reply of /health, as a frame
 _EVERY: Final = 1.0  # seconds between two questions
 _LONGEST: Final = 10_000  # bytes of a reply
 _PRINTED: Final = 1_000_000  # bytes between two replies
-_ENDING: Final = 10.0  # seconds to end beside those for running requests
+_ENDING: Final = 10.0  # seconds to end in addition to those for running requests
 
 
 @dataclasses.dataclass(frozen=True)
 class _Health:
-    """What the process says of itself: it can shorten its life, and not lengthen it."""
+    """The messages of the process about itself: they can shorten its life, not lengthen it."""
 
     status: str
     busy: bool
@@ -56,7 +56,7 @@ def supervise(
     """Has a process `run` the server until SIGTERM or Ctrl-C. Returns the exit status.
 
     Raises UntrustedBundleError for a process that breaks a limit or crashes, that does not answer /health for as long
-    as the limit of time says, or whose step takes longer.
+    as the limit of time says, or whose step is longer.
     """
     if os.name != "posix":
         raise InputError("--untrusted serves on Linux and macOS only: another system hands no socket over")

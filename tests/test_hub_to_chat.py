@@ -110,7 +110,7 @@ def test_a_bundle_on_the_hub_is_taken_as_it_is_unless_it_was_altered(first, hub,
     taken = bundle_of(home).with_name("org--bundle")
     assert (taken / names.MANIFEST).read_bytes() == (bundle_of(home) / names.MANIFEST).read_bytes()
     refused = typed("export", "org/bundle", "--out", home / "other", "--precision", "int4", status=2)
-    assert "org/bundle is a bundle already, and taken as it is: leave out the option precision" in refused.stderr
+    assert "org/bundle is a bundle already, and is run unchanged: leave out the option precision" in refused.stderr
     altered = hub.add("org/altered", bundle_of(home)).commits[0]
     altered[names.TOKENIZER] = altered[names.TOKENIZER].replace(b"a", b"b", 1)
     assert "was altered" in typed("export", "org/altered", "--out", home / "altered", status=2).stderr

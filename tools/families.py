@@ -1,6 +1,6 @@
 """The table of transformers' causal language models: exports a small random model of each type, and notes the result.
 
-    python -m tools.families                   # goes on with the table: the types that it lacks
+    python -m tools.families                   # adds the types that the table lacks
     python -m tools.families bert gemma3n_text # these, again
     python -m tools.families --docs            # writes them into docs/export.md
 

@@ -1,12 +1,13 @@
 """text -> checkpoint/: a decoder-only transformer, its tokenizer, its data and its training loop.
 
 To change the model: write it in `model.py`, under Hugging Face's names where transformers shall load it. A size or a
-choice of it is a field of `ModelConfig` (`pastkey/contract/config.py`), which is checked there and stands in
-config.json; `TrainConfig.model_config` sets it, by a preset or an option. Checkpoint and export take whatever
+choice of it is a field of `ModelConfig` (`pastkey/contract/config.py`), which is checked there and written in
+config.json; `TrainConfig.model_config` sets it, by a preset or an option. Checkpoint and export support whatever
 parameters the module has: the checkpoint compares names and shapes with the module, and the export traces it.
 
 To change the optimizer: `make_optimizers` in `optimizer.py` makes one or several, by `TrainConfig.optimizer`, and
-`moment_names` says what each keeps of a parameter, which a checkpoint stores. The rate of each step is `schedule`'s.
+`moment_names` names the tensors that each keeps of a parameter; a checkpoint stores them. The rate of each step is
+`schedule`'s.
 
 Names load on first use, so that importing this package (and `pastkey train --help`) does not import torch.
 """

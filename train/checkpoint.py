@@ -5,7 +5,7 @@
                  training/state.safetensors          the optimizer's moments
                  training/tokens-train.bin, tokens-val.bin
 
-A fine-tuned model of transformers has the files of its own folder in the place of those of the second line, and a LoRA
+A fine-tuned model of transformers has the files of its own folder instead of those of the second line, and a LoRA
 adapter those of peft (adapter_config.json, adapter_model.safetensors): "layout" in the manifest says which.
 
 A save writes each changed file as NAME.new, then replaces pastkey.json, which commits the save, then renames every
@@ -88,7 +88,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What training needs besides the weights to continue as if it had never stopped."""
+    """The state that training needs besides the weights to continue as if it had never stopped."""
 
     step: int  # optimizer steps done
     optimizer: Mapping[str, Tensor]  # the moments, by parameter name
@@ -155,9 +155,9 @@ def _save(
 
 
 def finish_or_discard(folder: Path) -> None:
-    """Finishes a killed run's committed save, and removes what is left of an uncommitted one.
+    """Finishes a killed run's committed save, and removes the files of an uncommitted one.
 
-    Only the process that holds the folder's lock may call it: it would take another's work for a dead one's.
+    Only the process that holds the folder's lock may call it: it would remove another's work as a dead one's.
     """
     records = _all_records(folder, read_manifest(folder, "checkpoint", FORMAT_VERSION))
     for name, actual in _where(folder, records).items():
@@ -205,7 +205,7 @@ def _weights(model: Decoder, weights: Mapping[str, Tensor]) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the same tensor as the embedding, stored once
-    # transformers refuses a file that does not name the framework of its tensors' layout.
+    # transformers rejects a file that does not name the framework of its tensors' layout.
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
@@ -250,7 +250,7 @@ def check_files(folder: Path) -> Mapping[str, Any]:
 
 
 def check_settled(folder: Path) -> Mapping[str, Any]:
-    """As `check_files`, after finishing what a killed run left. Raises InUseError while a run is saving."""
+    """As `check_files`, after finishing the save of a killed run. Raises InUseError while a run is saving."""
     if any(folder.rglob(f"*{_PENDING}")):  # otherwise the folder may be read-only
         with locked(folder):
             finish_or_discard(folder)
@@ -287,7 +287,7 @@ def _model_of(folder: Path, manifest: Mapping[str, Any]) -> Loaded:
 
 
 def _of_one_save(folder: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
-    """Returns what `read` makes of a manifest and the files that it names. Reads again if a save came in between.
+    """Returns the result of `read` for a manifest and the files that it names. Reads again if a save came in between.
 
     A manifest that is the same afterwards names the files that were read: a save replaces it before any of them.
     """

@@ -1,4 +1,4 @@
-"""Training: draws a batch, predicts every next token, takes a step, and periodically saves, validates and samples.
+"""Training: draws a batch, predicts every next token, makes a step, and periodically saves, validates and samples.
 
 The same settings give the same losses, bit by bit, whether or not the run was interrupted: every step's batch depends
 only on (seed, step), and a checkpoint holds all state. So on the CPU with as many processes; another device or number
@@ -171,7 +171,7 @@ def _opened(ranks: Ranks, out: Path) -> Iterator[None]:
 
 def _check_processes(config: TrainConfig, ranks: Ranks, *, lesson: bool) -> None:
     if config.shard and config.init is not None:
-        raise InputError("--shard divides a new model among processes, and --init brings one: leave one of the two out")
+        raise InputError("--shard divides a new model among processes, and --init has one: leave one of the two out")
     if config.shard and ranks.world == 1:
         raise InputError("--shard divides a model among processes, and this is one: start several with --processes")
     ranks.require_divides(len(LESSON) if lesson else config.batch_size)
@@ -356,7 +356,7 @@ class Run:
             self.lowest = min(self.lowest, mean)
 
     def _kept(self, *, slower: bool = False) -> str:
-        """Returns what a run that stops here leaves, and how to go on."""
+        """Returns the message of a run that stops here: its files, and how to continue."""
         rate = f" with a smaller --learning-rate than {self.config.learning_rate}" if slower else ""
         if self.saved is None:
             return f"nothing was saved yet, start again{rate}"

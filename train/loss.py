@@ -1,4 +1,4 @@
-"""What training lowers: the cross-entropy of the next token, over the targets that are trained."""
+"""The loss of training: the cross-entropy of the next token, over the targets that are trained."""
 
 from __future__ import annotations
 

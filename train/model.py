@@ -203,7 +203,7 @@ class Rotary(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Returns the angle of each pair per position, (D/2,), and what cos and sin are multiplied by.
+    """Returns the angle of each pair per position, (D/2,), and the factor of cos and sin.
 
     Scaled for a longer context as in transformers: linear (position interpolation, https://arxiv.org/abs/2306.15595),
     YaRN (https://arxiv.org/abs/2309.00071) or Llama 3.1's. They do not depend on the length of a text, since cached
@@ -273,7 +273,7 @@ def generate(
     """The naive reference, which reads the whole text at every step. The fast path is `pastkey.runtime`.
 
     Returns the new ids of each row of `prompt` (B, P) int64, until (and without) the EOS token, `max_new_tokens` or the
-    context length. `temperature` 0 takes the most likely token; above 0, it samples with `seed`.
+    context length. `temperature` 0 chooses the most likely token; above 0, it samples with `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = prompt  # (B, P), then one more column per step

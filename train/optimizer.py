@@ -25,7 +25,7 @@ _ITERATIONS: Final = 5
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal, Jordan 2024, https://kellerjordan.github.io/posts/muon.
 
-    torch's own computes in bfloat16, which takes seconds a step on a processor without it; this one computes in the
+    torch's own computes in bfloat16, which needs seconds a step on a processor without it; this one computes in the
     type of the gradients, all matrices of a shape at once.
     """
 
@@ -71,7 +71,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 def schedule(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then half a cosine down, Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983.
 
-    Returns the share of the peak at which the optimizers take this step, counted from 0.
+    Returns the share of the peak at which the optimizers make this step, counted from 0.
     """
     warmup = min(config.warmup_steps, config.steps // 4)
     if step < warmup:
@@ -103,7 +103,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def moments_of(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the optimizers' moments, each as `parameter.moment`: what a resumed run needs."""
+    """Returns the optimizers' moments, each as `parameter.moment`, for a resumed run."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{moment}": tensor
@@ -145,5 +145,5 @@ def restore_moments(
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Returns what the optimizer keeps of each parameter."""
+    """Returns the tensors that the optimizer keeps of each parameter."""
     return ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")

@@ -1,6 +1,6 @@
 """A model that exists, opened to be trained further: pastkey's own, or transformers' from a folder or a GGUF file.
 
-What is saved of a model of transformers is an ordinary Hugging Face folder. With LoRA it is an adapter folder of peft,
+A model of transformers is saved as an ordinary Hugging Face folder. With LoRA it is an adapter folder of peft,
 which names its base.
 """
 
@@ -34,7 +34,7 @@ from .tokenizer import TextTokenizer, read_tokenizer
 
 @dataclass(frozen=True)
 class Sizes:
-    """What training asks of a model's configuration."""
+    """The facts that training needs of a model's configuration."""
 
     vocab_size: int  # V, the rows of its embedding
     max_position_embeddings: int  # the context length, in tokens
@@ -113,7 +113,7 @@ def checkpoint_activations(model: Decoder | Pretrained) -> None:
 # --- opening ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Start:
-    """What a run with `--init` begins with."""
+    """The beginning of a run with `--init`."""
 
     config: TrainConfig  # with the context length
     model: Decoder | Pretrained
@@ -174,13 +174,13 @@ def _open(path: Path) -> tuple[Decoder | Pretrained, TextTokenizer]:
 
 def _load(library: Any, path: Path) -> Pretrained:
     """Loads a model of transformers from a folder or a GGUF file. All of its weights must come from there."""
-    # Only safetensors: a pickle can run any code when it is read, and so can the code that a folder brings.
+    # Only safetensors: a pickle can run any code when it is read, and so can the code of a folder.
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     folder, kind = (path, {"use_safetensors": True}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     model, info = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options, **kind)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{path} has no weight {missing[0]!r}, which its {type(model).__name__} needs: copy it again")
-    if not path.is_dir():  # transformers refuses to save what it takes for quantized
+    if not path.is_dir():  # transformers does not save a model that it considers quantized
         model.hf_quantizer = None
         with contextlib.suppress(AttributeError):
             del model.config.quantization_config
@@ -272,10 +272,10 @@ def _peft() -> Any:
     return peft
 
 
-# --- going on -----------------------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FineTuned:
-    """What a run with `--init` saved, opened to go on."""
+    """The save of a run with `--init`, opened to continue."""
 
     path: Path
     config: Sizes

@@ -60,7 +60,7 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl, without a last line that a kill cut short, and lines that are no rows."""
+    """Returns the rows of metrics.jsonl, without a last line that a kill cut short, and lines that are not rows."""
     if not (folder / METRICS).exists():
         return []
     with (folder / METRICS).open("rb") as file:
@@ -145,7 +145,7 @@ class TrainingProgress:
         say(f"step {step} of {steps}: {shown}, {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        """Prints a line beside the bar."""
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

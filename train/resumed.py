@@ -1,4 +1,4 @@
-"""Checks the training state of a checkpoint before a step is taken: the file may be damaged or altered."""
+"""Checks the training state of a checkpoint before the next step: the file may be damaged or altered."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_training(checkpoint: Checkpoint | FineTuned) -> Resumed:
     """Reads the training state. Raises InputError if there is none, IntegrityError if it is inconsistent."""
     folder, training = checkpoint.path, checkpoint.training
     if not {"step", "settings", "data", "files"} <= set(training):
-        raise InputError(f"{folder} has no training state to resume from: it holds the model alone")
+        raise InputError(f"{folder} has no training state to resume from: it has only the model")
     try:
         config = parse(TrainConfig, training["settings"], "settings")
         info = parse(DataInfo, training["data"], "data")

@@ -82,7 +82,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
 
 
 def _setting(default: Any, group: str, what: str, metavar: str = "N") -> Any:
-    """A field with its flag: the heading, what it does, and the word for its value."""
+    """A field with its flag: the heading, its help, and the word for its value."""
     return dataclasses.field(default=default, metadata={"group": group, "help": what, "metavar": metavar})
 
 
@@ -125,7 +125,7 @@ class TrainConfig:
     optimizer: Literal["muon", "adamw"] = _setting(
         "muon", _TRAINING, "muon for the matrices of projections and adamw for all else, or adamw for all", "NAME"
     )
-    # Of AdamW; Muon takes steps in proportion.
+    # Of AdamW; Muon makes steps in proportion.
     learning_rate: Positive = _setting(3.5e-3, _TRAINING, "peak learning rate, after the warm-up", "X")
     warmup_steps: Natural = _setting(40, _TRAINING, "steps until the peak learning rate, at most a quarter of all")
     weight_decay: Annotated[float, Between(0, math.inf)] = _setting(
@@ -173,11 +173,11 @@ class TrainConfig:
             if self.lora:
                 raise InputError("--lora is for a model that exists: name it with --init")
             return
-        require(self.optimizer == "adamw", "--optimizer", self.optimizer, "adamw, which trained what exists")
+        require(self.optimizer == "adamw", "--optimizer", self.optimizer, "adamw, which trained the existing model")
         for field in dataclasses.fields(self):
             if field.name in OF_A_NEW_MODEL and getattr(self, field.name) != field.default:
                 option = "--" + field.name.replace("_", "-")
-                raise InputError(f"{option} is for a new model, and --init {self.init} brings its own: leave it out")
+                raise InputError(f"{option} is for a new model, and --init {self.init} has its own: leave it out")
 
     @classmethod
     def from_given(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -224,7 +224,7 @@ class TrainConfig:
         )
 
 
-# With `init`, in the place of a preset's. LoRA learns best at about ten times the rate of full fine-tuning.
+# With `init`, instead of a preset's. LoRA learns best at about ten times the rate of full fine-tuning.
 FINE_TUNING: Final[Mapping[str, Any]] = {
     "optimizer": "adamw",
     "steps": 300,

@@ -45,7 +45,7 @@ class TextTokenizer:
     end: int  # generation ends at this id
     begin: int | None  # the post-processor puts it in front of every prompt; None if there is none
     chat_template: str | None = None  # Jinja, renders conversations
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # what the template calls them: "bos_token", ...
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # by the template's names: "bos_token", ...
 
     @property
     def vocab_size(self) -> int:
@@ -78,7 +78,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def _bare(self) -> Tokenizer:
-        """The tokenizer without its post-processor, which may take the spaces of tokens out of their offsets."""
+        """The tokenizer without its post-processor, which may cut the spaces of tokens from their offsets."""
         return Tokenizer.from_str(json.dumps(json.loads(self.tokenizer.to_str()) | {"post_processor": None}))
 
     @functools.cached_property
@@ -123,7 +123,7 @@ class TextTokenizer:
             else self.tokenizer.id_to_token(self.begin),
             "eos_token": self.tokenizer.id_to_token(self.end),
             "clean_up_tokenization_spaces": False,
-            # Otherwise transformers adds token_type_ids, which generate() refuses.
+            # Otherwise transformers adds token_type_ids, which generate() rejects.
             "model_input_names": [names.INPUT_IDS, names.ATTENTION_MASK],
         }
         if self.chat_template is not None:
@@ -151,7 +151,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
         )
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # Training takes quadratic time in the longest run: 80,000 letters without a space took 47 s, and with this split 1
+    # Training needs quadratic time in the longest run: 80,000 letters without a space needed 47 s, with this split 1
     # s.
     runs = pre_tokenizers.Split(Regex(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([runs, words])
@@ -163,12 +163,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
         show_progress=False,
     )
     _train(tokenizer, trainer, (piece for text in documents for piece in _pieces(text)))
-    tokenizer.pre_tokenizer = words  # encoding takes linear time, and every program supports this one
+    tokenizer.pre_tokenizer = words  # encoding needs linear time, and every program supports this one
     return _beginning_with_end(tokenizer)
 
 
 def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
-    """Trains the tokenizer, and prints its progress if that takes long."""
+    """Trains the tokenizer, and prints its progress if that is slow."""
     started = said = time.monotonic()
 
     def counted() -> Iterator[str]:
@@ -188,7 +188,7 @@ def _train(tokenizer: Tokenizer, trainer: Any, texts: Iterable[str]) -> None:
 
 
 def train_char(documents: Iterable[str]) -> TextTokenizer:
-    """One token per character that occurs. A text with any other character is refused."""
+    """One token per character that occurs. A text with any other character is an error."""
     characters = sorted({character for text in documents for character in text})
     vocabulary = {token: number for number, token in enumerate([END_OF_TEXT, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -210,7 +210,7 @@ def train_word(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def lesson_tokenizer() -> TextTokenizer:
-    """The classic lesson's: five words, and <EOS> after every prompt. `encode` refuses any other word."""
+    """The classic lesson's: five words, and <EOS> after every prompt. `encode` rejects any other word."""
     tokenizer = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(LESSON_WORDS)}, unk_token=UNKNOWN)
     )
@@ -224,7 +224,7 @@ def lesson_tokenizer() -> TextTokenizer:
 
 
 def read_tokenizer(path: Path) -> TextTokenizer:
-    """Reads a tokenizer.json, and the tokenizer_config.json and chat_template.jinja beside it if there are any.
+    """Reads a tokenizer.json, and the tokenizer_config.json and chat_template.jinja next to it if there are any.
 
     The EOS token is the configuration's, or one with a common name.
     """
@@ -249,7 +249,7 @@ def read_tokenizer(path: Path) -> TextTokenizer:
 
 
 def _beside(path: Path) -> tuple[dict[str, str], str | None]:
-    """Returns the special tokens by their names, and the chat template, from the files beside a tokenizer.json."""
+    """Returns the special tokens by their names, and the chat template, from the files next to a tokenizer.json."""
     file = path.with_name(names.TOKENIZER_CONFIG)
     config = read_json(file) if path.name == names.TOKENIZER and file.exists() else {}
     tokens = {}
@@ -262,7 +262,7 @@ def _beside(path: Path) -> tuple[dict[str, str], str | None]:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     file = path.with_name(names.CHAT_TEMPLATE)
-    if path.name == names.TOKENIZER and file.exists():  # takes precedence, as in transformers
+    if path.name == names.TOKENIZER and file.exists():  # has precedence, as in transformers
         template = read_text(file)
     return tokens, template if isinstance(template, str) else None
 
@@ -279,7 +279,7 @@ def _beginning_with_end(tokenizer: Tokenizer) -> TextTokenizer:
 
 
 def _pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Cuts a long text into pieces of about `size` characters, before spaces: encoding all at once takes gigabytes."""
+    """Cuts a long text into pieces of about `size` characters, before spaces: encoding all at once needs gigabytes."""
     start = 0
     while len(text) - start > 2 * size:
         cut = text.find(" ", start + size, start + 2 * size)

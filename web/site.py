@@ -1,4 +1,4 @@
-"""The files of the page for one bundle, and the index of what a browser downloads."""
+"""The files of the page for one bundle, and the index of a browser's downloads."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _wanted(bundle: Bundle) -> Iterator[str]:
     if bundle.manifest.states:
         raise InputError(
             f"{bundle.path} keeps the states of recurrences, whose operators were not run in a browser: give a decoder "
-            "that has attention alone"
+            "that has only attention"
         )
     graph, files = bundle.all_logits_graph.relative_to(bundle.path).as_posix(), bundle.manifest.files
     weights = (name for name in files if names.is_weights_file(name, graph))
@@ -103,7 +103,7 @@ def _chat_template(bundle: Bundle) -> tuple[str | None, dict[str, str]]:
 
 
 def _index(bundle: Bundle, golden: Mapping[str, Any], logits: bytes) -> dict[str, Any]:
-    """What pastkey.js reads of the manifest and of the small files, and the files that it downloads."""
+    """The facts that pastkey.js reads of the manifest and of the small files, and the files that it downloads."""
     from pastkey.runtime.model.generation_config import sampling_defaults
 
     manifest = bundle.manifest

@@ -19,8 +19,8 @@ PANELS = {
 NAMES = 262  # width of the column of names, in pixels, as all that follows
 PANEL, BAR, ROW, TOP = 200, 132, 30, 62
 MEASURED = (  # under the bars
-    "SmolLM2-135M-Instruct on two threads of an EPYC with AVX512-VNNI: greedy decoding after a prompt of 512 tokens. "
-    "pastkey int8 runs on its native kernels."
+    "SmolLM2-135M-Instruct, two threads of an EPYC with AVX512-VNNI, greedy decoding after 512 tokens; "
+    "pastkey int8 on its native kernels"
 )
 OURS, OTHERS = "#3f51b5", "#9e9e9e"
 

@@ -92,9 +92,9 @@ def _config(source: Source, manifest: Manifest, heads: Sequence[int]) -> dict[st
 
 
 def _loading(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Returns the part of config.json that describes the files beside it.
+    """Returns the part of config.json that describes the files next to it.
 
-    transformers.js takes its default precision from it. Without it, the default is fp32 in Node and q8 in a browser.
+    transformers.js reads its default precision there. Without it, the default is fp32 in Node and q8 in a browser.
     """
     precision = PRECISIONS[manifest.precision]
     javascript: dict[str, Any] = {"dtype": precision.transformers_js}

@@ -1,4 +1,4 @@
-"""Builds a generation graph from a last-logits graph: one run takes a prompt and settings and returns the new ids.
+"""Builds a generation graph from a last-logits graph: one run reads a prompt and settings and returns the new ids.
 
 The decoder's nodes become the body of one Loop. Its first iteration processes the prompt, each further one the previous
 token. Nodes that depend only on weights stay outside the Loop, as do the weights, which are stored and prepacked once:

@@ -74,7 +74,7 @@ class Nodes(NodeBuilder):
     def require(self, condition: ir.Value, sentence: str) -> ir.Value:
         """Returns (1,) int64 zero, or fails the run with an error that names the node: the sentence.
 
-        The condition is (1,). Every execution provider refuses a Reshape to an impossible size.
+        The condition is (1,). Every execution provider rejects a Reshape to an impossible size.
         """
         wrong = self.cast(self.add("Not", condition), ir.DataType.INT64)
         checked = self.add("Reshape", self.number([0]), self.add("Add", wrong, self.number([1])))

@@ -210,7 +210,7 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _alone(given: ir.DataType, made: ir.DataType, build: Callable[[Nodes, ir.Value], ir.Value]) -> Any:
-    """Returns a function of one array (N,) that runs a graph of these nodes alone."""
+    """Returns a function of one array (N,) that runs a graph of these nodes only."""
     value = typed("given", given, ["n"])
     graph = ir.Graph([value], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="alone")
     model = ir.Model(graph, ir_version=IR_VERSION)

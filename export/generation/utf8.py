@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from .nodes import Nodes
 
-REPLACED, DROPPED = 256, 257  # codes in place of a byte: U+FFFD, and nothing
+REPLACED, DROPPED = 256, 257  # codes instead of a byte: U+FFFD, and nothing
 _LONGEST = 4
 
 

@@ -56,7 +56,7 @@ def write_generation(bundle: Bundle, progress: Progress) -> None:
     try:
         operators = text_operators(bundle)
     except (MissingExtraError, ReadsOtherwiseError) as error:
-        progress.warn(f"{names.TEXT_GRAPH}, which takes a text and gives one, is not made: {error}")
+        progress.warn(f"{names.TEXT_GRAPH}, which continues a text, is not made: {error}")
         return
     progress.stage("write the whole generation with the tokenizer, and verify it")
     model = ir.load(whole)
@@ -133,7 +133,7 @@ def _require_equal_text(bundle: Bundle) -> None:
         # Decoders differ in how many U+FFFD replace invalid bytes.
         if found != said and REPLACEMENT not in said:
             raise ParityError(
-                f"{names.TEXT_GRAPH} goes on with {found!r:.80} where pastkey's runtime says {said!r:.80}: "
+                f"{names.TEXT_GRAPH} continues with {found!r:.80} and pastkey's runtime with {said!r:.80}: "
                 "export without --generate"
             )
 

@@ -41,7 +41,7 @@ class AttentionCall:
     query: Tensor  # (B, H, T, D)
     key: Tensor  # (B, K, T, D)
     value: Tensor  # (B, K, T, Dv)
-    mask: Tensor | None  # what the module passed as attn_mask
+    mask: Tensor | None  # attn_mask, as the module passed it
     dropout: float
     is_causal: bool
     scale: float  # factor on the scores
@@ -209,7 +209,7 @@ def attention_over(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
         weights = call.weights(raw_scores(call, key), total)
         return weights @ repeated(value, weights.shape[1])
     heads = call.query.shape[1]
-    if call.softcap is None and call.sinks is None and call.special is None:  # torch's takes no memory for the scores
+    if call.softcap is None and call.sinks is None and call.special is None:  # torch's own stores no scores
         key, value = repeated(key, heads), repeated(value, heads)
         mask = None if new == 1 and call.window is None else visible(new, total, call.window)
         return _ATTENTION(call.query, key, value, attn_mask=mask, scale=call.scale)

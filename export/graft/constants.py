@@ -1,6 +1,6 @@
-"""Computes the parts of an exported program that depend on constants alone.
+"""Computes the parts of an exported program that depend only on constants.
 
-torch.onnx does not know every operator that may stand there: erfinv of a number, say.
+torch.onnx does not know every operator that may be there, such as erfinv of a number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HARMLESS: Final = "aten::detach_"  # the only operator in place that changes no
 
 
 def fold_constants(program: ExportedProgram) -> bool:
-    """Replaces, in place, each value that depends on constants and buffers alone. Returns whether there were some."""
+    """Replaces, in place, each value that depends only on constants and buffers. Returns whether there were some."""
     known = _constants(program)
     given = {*known}
     for node in program.graph.nodes:

@@ -58,7 +58,7 @@ class HuggingFaceDecoder(StandIn):
         try:
             self._set_attention(GRAFT)
         except ValueError as error:
-            raise ContractError(f"{type(model).__name__} cannot take another attention: {error}") from None
+            raise ContractError(f"{type(model).__name__} does not support another attention: {error}") from None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with self._experts(), contextlib.nullcontext() if self._native else handed_over(self._recurrences):
@@ -176,7 +176,7 @@ def _attention(
 
 
 def _mask(*_: Any, mask_function: Callable[..., Any], **__: Any) -> Tensor:
-    """transformers' mask function: describes what `mask_function(batch, head, query, key)` allows.
+    """transformers' mask function: describes the pairs that `mask_function(batch, head, query, key)` allows.
 
     Some masks are built but never used, so an unsupported mask is refused only by an attention call that uses it.
     """

@@ -26,14 +26,14 @@ from .states import ConvolutionCall, RecurrenceCall, StateError
 
 _EPSILON = 1e-6  # of the norm of queries and keys, inside transformers' delta rules
 _UNLIMITED = (0.0, float("inf"))  # time steps without limits
-# Arguments that change no number: the form of the computation, and what the module passes on to everything.
+# Arguments that change no number: the form of the computation, and values that the module passes on to everything.
 _HARMLESS = {
     "chunk_size", "output_attentions", "output_hidden_states", "output_router_logits", "position_embeddings",
     "position_ids", "return_dict", "state_dtype", "use_associative_scan", "use_cache", "use_mambapy",
 }  # fmt: skip
 
 
-Functions = list[tuple[ModuleType, str, Callable[..., Any]]]  # a file of transformers, a name in it, what replaces it
+Functions = list[tuple[ModuleType, str, Callable[..., Any]]]  # a file of transformers, a name in it, its replacement
 
 
 def recurrences_of(model: nn.Module) -> Functions:
@@ -64,7 +64,7 @@ def _kernel_of(function: Any) -> str:
 
 
 def _remembered(kernel: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Calls `remember` in place of the function. Raises StateError for an argument that is not known."""
+    """Calls `remember` instead of the function. Raises StateError for an argument that is not known."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments.pop("kwargs", {}) | bound.arguments

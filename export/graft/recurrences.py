@@ -1,7 +1,7 @@
 """The recurrences of followed modules: torch's own layers, sums along the text, and loops over tokens.
 
 Each is a `states.StateCall`. The runtime begins every text with a state of zeros. A recurrence that begins with other
-numbers takes them in a run whose first token is at position 0.
+numbers uses them in a run whose first token is at position 0.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Here are those of transformers' models, convolutions and linear recurrences. `recurrences.py` has those of followed
 modules.
 
-A state is an input and an output of the graph, as keys and values are. Each call says its shape, what it computes in
+A state is an input and an output of the graph, as keys and values are. Each call gives its shape, its computation in
 torch (`over`, the reference), and the node that computes it in the graph.
 """
 

@@ -54,7 +54,7 @@ class WrittenError(RuntimeError):
 
 
 class Streaming(TorchDispatchMode):
-    """While open, operators compute with the stored weights in place of hollow memory.
+    """While open, operators compute with the stored weights instead of hollow memory.
 
     Raises WrittenError for an operator that writes into a stored weight.
     """
@@ -162,7 +162,7 @@ def in_float64(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def computing_in_float64() -> Iterator[None]:
-    """While open, what a module makes or casts to float32 is float64, as in norms and rotary positions."""
+    """While open, tensors that a module makes in or casts to float32 are float64, as in norms and rotary positions."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,6 +1,6 @@
 """Grafts a KV cache onto the attention calls while torch traces the module.
 
-Call number i takes past_key_values.i.key/.value, emits the attention node, and yields present.i.key/.value. The
+Call number i reads past_key_values.i.key/.value, emits the attention node, and yields present.i.key/.value. The
 module's own code needs no cache, and no graph is searched for attention patterns.
 
 Two graphs, one mechanism:
@@ -71,14 +71,14 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
         else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer, target))), None)
     )
     if asked == "fused" and unsupported:
-        raise ContractError(f"the fused graph cannot take {unsupported}: use --graph standard, or auto")
+        raise ContractError(f"the fused graph does not support {unsupported}: use --graph standard, or auto")
     if asked != "auto":
         return GraphChoice(asked, "asked for")
     row = TARGETS[target]
     if not row.takes_fused:
         return GraphChoice("standard", f"target {target}: {row.why_standard}")
     if unsupported:
-        return GraphChoice("standard", f"GroupQueryAttention cannot take {unsupported}")
+        return GraphChoice("standard", f"GroupQueryAttention does not support {unsupported}")
     return GraphChoice("fused", f"target {target}: one shared cache buffer, written in place")
 
 
@@ -184,7 +184,7 @@ def trace(
     simplify(exported.model, functools.partial(_reads_stored, weights))
     _require_float32(module, exported.model)
     if not weights.empty and not _bound(exported.model, weights):
-        say(f"the trace of {name_of(module)} reads a large weight, so that all are loaded: it takes more memory")
+        say(f"the trace of {name_of(module)} reads a large weight, so that all are loaded: it needs more memory")
         load(module)
         return trace(module, observation, graph, context_length)
     return exported.model
@@ -220,7 +220,7 @@ def _is_composed(target: Any) -> bool:
 
 @contextlib.contextmanager
 def without_collecting() -> Iterator[None]:
-    """While open, the garbage collector stands still: where torch makes many objects it takes an eighth of the time."""
+    """While open, the garbage collector is off: where torch makes many objects it needs an eighth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -425,15 +425,15 @@ def _trace_sentence(module: nn.Module, error: BaseException) -> str:
         allowed = " and ".join(ends) or guarded[2]
         return (
             f"torch's trace of {name_of(module)} holds only where {guarded[1]} is {allowed}: forward must not "
-            "branch on a length (if T > 1), make it a Python number, or take a fixed number of rows (x[:, 2:]): take "
+            "branch on a length (if T > 1), make it a Python number, or read a fixed number of rows (x[:, 2:]): read "
             "lengths from tensor.shape and positions from position_ids"
         )
     if "data-dependent" in line:  # a dump of torch's symbols
-        line = "what runs there depends on the values of a tensor (a loop over what is hit, a branch or a size)"
+        line = "the code there depends on the values of a tensor (a loop over chosen experts, a branch or a size)"
     if "complex" in line:
         line += " (keep rotary tables as real cos and sin, not as complex numbers)"
     return (
         f"torch could not trace {name_of(module)} with a symbolic length{f' at {where}' if where else ''}: "
-        f"{line[:400]}; forward must not branch on values or lengths: take lengths from tensor.shape and positions "
+        f"{line[:400]}; forward must not branch on values or lengths: read lengths from tensor.shape and positions "
         "from position_ids"
     )

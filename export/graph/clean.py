@@ -5,7 +5,7 @@
     1. merge_equal_weights      one initializer per content: a block applied several times is stored once
     2. share_transposed_weights a weight that is the transpose of another becomes Transpose(other): tied heads
     3. fold_transposed_weights  Transpose(weight) without other readers becomes a weight in MatMul's layout
-    4. restore_weight_names     the module's own names in place of torch's val_131
+    4. restore_weight_names     the module's own names instead of torch's val_131
     5. name_axes                the axes of inputs and outputs get the names in `pastkey.contract.names`
     6. strip_traces             removes paths, source lines and doc strings of the exporting machine
 """
@@ -86,7 +86,7 @@ def share_transposed_weights(model: ir.Model) -> None:
 
 
 def fold_transposed_weights(model: ir.Model, *, shared: bool = False) -> None:
-    """Stores a transposed matrix in MatMul's layout if nothing else reads it, or, with `shared`, also beside it."""
+    """Stores a transposed matrix in MatMul's layout if nothing else reads it, or, with `shared`, also next to it."""
     for node in tuple(model.graph):
         if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
             continue

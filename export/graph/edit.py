@@ -10,7 +10,7 @@ import onnx_ir as ir
 OPSET = 20  # Gelu is one operator since 20; onnxruntime 1.24 and the execution providers support it
 IR_VERSION = 10  # onnxruntime loads it since 1.18
 CONTRIB_DOMAIN = "com.microsoft"  # domain of onnxruntime's own operators
-# The operators that keep a state, in float32 alone.
+# The operators that keep a state, in float32 only.
 STATEFUL = ("CausalConvWithState", "LinearAttention", "GRU", "LSTM", "RNN", "Scan", "CumSum")
 _FIRST_STEERING = 4  # LinearAttention's inputs from here on: decay, then beta
 _STEPS = {"Add", "Clip", "Exp", "Mul", "Neg", "Reshape", "Sigmoid", "Softplus", "Unsqueeze"}
@@ -64,7 +64,7 @@ def replace_uses(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
-    """Makes `new` take over the name, type, shape, readers and output position of `old`."""
+    """Gives `new` the name, type, shape, readers and output position of `old`."""
     name, old.name = old.name, None
     new.name, new.type, new.shape = name, old.type, old.shape
     replace_uses(old, new)
@@ -74,7 +74,7 @@ def replace_value(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_node(model: ir.Model, old: ir.Node, *nodes: ir.Node) -> None:
-    """Replaces `old` by `nodes`. The last node's outputs take over those of `old`, one by one."""
+    """Replaces `old` by `nodes`. The last node's outputs replace those of `old`, one by one."""
     model.graph.insert_before(old, nodes)
     for number, node in enumerate(nodes[:-1]):
         for place, output in enumerate(node.outputs):

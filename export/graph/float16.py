@@ -142,7 +142,7 @@ class _Halved:
 
 
 def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
-    """Returns the nodes that compute angles, keep states, and stand between a square and the inverse of its root."""
+    """Returns the nodes that compute angles, keep states, and are between a square and the inverse of its root."""
     kept = steering(model)
     for node in model.graph:
         if node.op_type in _ANGLES:
@@ -160,7 +160,7 @@ def _kept_in_float32(model: ir.Model) -> set[ir.Node]:
 
 
 def _captured(node: ir.Node) -> list[tuple[ir.Node, int, ir.Value]]:
-    """What the body of a Scan, which stays in float32, reads of the graph around it: (its node, which input, value)."""
+    """The values that a Scan's body, which stays in float32, reads of the graph: (its node, which input, value)."""
     bodies = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
     nodes = [inner for body in bodies for inner in body]
     return [(inner, i, value) for inner in nodes for i, value in enumerate(inner.inputs) if value is not None]

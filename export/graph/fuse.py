@@ -148,7 +148,7 @@ def fuse_skips(model: ir.Model) -> None:
         assert one is not None
         assert other is not None
         if one.shape is None or one.shape != other.shape or len(one.shape) != 3 or total.outputs[0].is_graph_output():
-            continue  # the operator takes (B, T, E) and, unlike Add, does not broadcast
+            continue  # the operator needs (B, T, E) and, unlike Add, does not broadcast
         new = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*total.inputs, node.inputs[1]],

@@ -31,7 +31,7 @@ def constant(value: ir.Value) -> bool:
 
 
 class Subgraph:
-    """The part of a graph that computes `value` from `source` alone. Ignores inferred shapes."""
+    """The part of a graph that computes `value` from only `source`. Ignores inferred shapes."""
 
     def __init__(self, model: ir.Model, value: ir.Value, source: ir.Value) -> None:
         self._name, self._session = str(source.name), _opened(model, [value], [source])

@@ -1,8 +1,8 @@
 """Moves the rotation of queries and keys by their positions into GroupQueryAttention, where it is exact.
 
-Rotary positions: RoFormer, https://arxiv.org/abs/2104.09864. The operator takes cos and sin of every position as two
-tables. They are stored: as nodes over all positions, which onnxruntime folds into constants, they took most of the time
-of a session's start, 19 of 28 ms for SmolLM2 in int8.
+Rotary positions: RoFormer, https://arxiv.org/abs/2104.09864. The operator reads cos and sin of every position as two
+tables. They are stored: as nodes over all positions, which onnxruntime folds into constants, they were most of a
+session's start, 19 of 28 ms for SmolLM2 in int8.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _joined(value: ir.Value) -> tuple[ir.Value, ir.Value, bool] | None:
 
 
 def _scaled(value: ir.Value | None) -> tuple[_Part, ir.Value] | None:
-    """Returns a part that is multiplied, and by what."""
+    """Returns a part that is multiplied, and its factor."""
     product = producer(value, "Mul")
     operands = () if product is None else (tuple(product.inputs), tuple(reversed(product.inputs)))
     return next(((part, by) for x, by in operands if by is not None and (part := _part(x)) is not None), None)
@@ -220,7 +220,7 @@ def _width(value: ir.Value) -> int:
 
 # --- angles -------------------------------------------------------------------------------------------------------
 def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int, allowed: float) -> np.ndarray | None:
-    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position alone."""
+    """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position only."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
     if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):

@@ -76,7 +76,7 @@ def simplify(model: ir.Model, kept: Callable[[ir.Node], bool] = lambda node: Fal
 def _split_stacked_weights(model: ir.Model) -> None:
     """Makes a weight of each matrix of a stack, such as experts, that is only read one by one at constant places.
 
-    Constants are folded up to a size only, and a product of a matrix that a node takes out is not quantized.
+    Constants are folded up to a size only, and a product of a matrix that a node gathers is not quantized.
     """
     for stack in tuple(model.graph.initializers.values()):
         nodes = [node for node, _ in stack.uses()]
@@ -91,7 +91,7 @@ def _split_stacked_weights(model: ir.Model) -> None:
 
 
 def _place(node: ir.Node) -> int | None:
-    """The constant place at which a node takes a part of its first input's first axis, None for other nodes."""
+    """The constant place at which a node reads a part of its first input's first axis, None for other nodes."""
     index = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "Gather" and node.inputs[1] else None
     if index is None or index.shape.rank() or node.attributes.get_int("axis", 0) or node.outputs[0].is_graph_output():
         return None

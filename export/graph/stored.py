@@ -1,7 +1,7 @@
 """Weights that stay in the file of their source. A module and a graph hold stand-ins for them.
 
-In a module, the stand-in is hollow memory: pages that are not read, so that they take no room. A view of it tells by
-its address which stored tensor it stands for, whatever torch and its exporter did with it. In a graph, the stand-in is
+In a module, the stand-in is hollow memory: pages that are not read and need no memory. A view of it tells by
+its address which stored tensor it replaces, whatever torch and its exporter did with it. In a graph, the stand-in is
 a tensor that reads the stored one each time that its content is asked for.
 """
 
@@ -28,11 +28,11 @@ class Stored(Protocol):
     def read_into(self, out: Tensor) -> None:
         """Writes the content into a contiguous float32 or float64 tensor of its shape, exactly.
 
-        Raises IntegrityError if the file is not what it was.
+        Raises IntegrityError if the file has changed.
         """
 
     def mapped(self, dtype: torch.dtype) -> Tensor | None:
-        """Returns the content where the file is mapped, if it lies there in this type. It must not be written."""
+        """Returns the content in the mapped file, if it is there in this type. It must not be written."""
 
     def elements(self, places: Tensor) -> Tensor:
         """Returns float32 elements (N,) at places (N,) of the flattened tensor."""
@@ -50,7 +50,7 @@ class _Region:
 
 
 class StoredWeights:
-    """The stored tensors of a module, by the address of the hollow memory that stands for each."""
+    """The stored tensors of a module, by the address of the hollow memory that replaces each."""
 
     def __init__(self) -> None:
         self._regions: dict[int, _Region] = {}
@@ -95,7 +95,7 @@ class StoredWeights:
                 yield parameter, stored
 
     def weight(self, raw: object) -> StoredWeight | None:
-        """Returns what stands in a graph for a view of hollow memory, None for anything else."""
+        """Returns the stand-in in a graph for a view of hollow memory, None for anything else."""
         if isinstance(raw, Tensor):
             address, strides = raw.data_ptr(), raw.stride()
         elif isinstance(raw, np.ndarray):

@@ -17,7 +17,7 @@ Probabilities = npt.NDArray[np.float32]
 LogProbabilities = npt.NDArray[np.float64]
 
 _ROWS = 8  # positions at once: more of a large vocabulary leave the core's cache
-_FAR = 60.0  # nats: e to it weighs what float32 probabilities have lost by underflow, 1e-38, less than 1e-12
+_FAR = 60.0  # nats: e to it weighs the float32 probabilities lost by underflow, 1e-38, less than 1e-12
 
 
 # --- logits -------------------------------------------------------------------------------------------------------

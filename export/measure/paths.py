@@ -86,7 +86,7 @@ def at_ends(sizes: list[int]) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class LastLogits:
-    """What the last-logits graph computed. It is closed since."""
+    """The results of the last-logits graph, which is closed since."""
 
     ids: Ids  # (T,), the text
     paths: dict[str, Logits]  # check -> (N, V), after each run

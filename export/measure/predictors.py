@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..graft.probe.observe import Uncached
 
 # Session options of float32 graphs at an export: onnxruntime reads the weights where they are mapped. A packed copy
-# takes their size in memory again. Without it, runs take 10 to 50 % longer, and logits differ by 1.4e-6 of the largest.
+# needs their size in memory again. Without it, runs last 10 to 50 % longer, and logits differ by 1.4e-6 of the largest.
 IN_PLACE = {"session.disable_prepacking": "1"}
 
 
@@ -113,8 +113,8 @@ class ModulePredictor:
             where = failing_line(error)
             raise InputError(
                 f"{self.name} failed on a window of {ids.size} tokens{f' at {where}' if where else ''} with "
-                f"{type(error).__name__}: {first_line(error)}; a module must take every length up to its context (eval "
-                "takes a smaller --length)"
+                f"{type(error).__name__}: {first_line(error)}; a module must accept every length up to its context "
+                "(eval accepts a smaller --length)"
             ) from error
         if not np.isfinite(logits).all():
             raise NumericsError(f"the logits of {self.name} are not finite (NaN or infinity): its weights are damaged")

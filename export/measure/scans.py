@@ -1,4 +1,4 @@
-"""What a prefill costs in ONNX's Scan, which runs recurrences of any form token by token."""
+"""The cost of a prefill in ONNX's Scan, which runs recurrences of any form token by token."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def scan_cost(bundle: Bundle) -> str | None:
     kept = [state.shape[0] for state in bundle.manifest.states if state.kind == names.FLAT_STATE]
     whole, scans = _timed(bundle.all_logits_graph, tokens)
     other = sum(_linear_attention(size, tokens) for size in kept)
-    taken = f"a prefill of {tokens} tokens takes {1000 * whole:.1f} ms, {1000 * scans:.1f} ms of it there"
+    taken = f"a prefill of {tokens} tokens needs {1000 * whole:.1f} ms, {1000 * scans:.1f} ms of it there"
     times = f"{scans / other:.1f} times as long as LinearAttention with states of that size"
     return f"recurrences that run token by token, in Scan: {count}; {taken}, {times}"
 
 
 def _timed(path: Path, tokens: int) -> tuple[float, float]:
-    """The seconds of a prefill, and those in Scan: what the operators beside it do not take.
+    """The seconds of a prefill, and those in Scan: the difference to the other operators.
 
     A profile names the time of each operator. It slows a Scan down, whose operators are many and small.
     """

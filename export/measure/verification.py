@@ -1,4 +1,4 @@
-"""What `verify` returns: a figure and a limit for each check."""
+"""The result of `verify`: a figure and a limit for each check."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
         by_all_logits = c.plan.decoded_by_all_logits if name == "decode" else sizes
         found = run_parts(c.all_logits.all_logits, c.all_logits, c.last.ids, by_all_logits, progress)
         pairs = [(c.expected, found), (c.expected[np.cumsum(sizes) - 1], c.last.paths[name])]
-        # The run between the ends is as exact as a prefill, and would hide in a mean what the others are off.
+        # The run between the ends is as exact as a prefill, and would hide the error of the others in a mean.
         rows = (np.repeat(at_ends(by_all_logits), by_all_logits), at_ends(sizes))
         ends = [(expected[kept], logits[kept]) for (expected, logits), kept in zip(pairs, rows, strict=True)]
         if name == "decode":

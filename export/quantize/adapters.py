@@ -31,7 +31,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Adaptable:
-    """What a graph shows of its matrices before it is written."""
+    """The facts that a graph shows of its matrices before it is written."""
 
     products: list[Product]
     changes: dict[str, str]

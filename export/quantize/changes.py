@@ -1,6 +1,6 @@
 """How calibration changed the channels of a float32 graph's matrices, in the metadata of the graph.
 
-Adapters follow these changes. Graphs of a bundle have the metadata only if they take adapters.
+Adapters follow these changes. Graphs of a bundle have the metadata only if they support adapters.
 """
 
 from __future__ import annotations

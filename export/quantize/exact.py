@@ -14,7 +14,7 @@ from pastkey.runtime import Engine
 
 from ..measure.predictors import IN_PLACE
 
-_GRAPH = Path(names.LAST_LOGITS_GRAPH).with_name("exact.onnx")  # beside the weights, for as long as it is open
+_GRAPH = Path(names.LAST_LOGITS_GRAPH).with_name("exact.onnx")  # next to the weights, for as long as it is open
 _EXACT = 1  # of MatMulNBits: activations stay float32
 
 

@@ -41,7 +41,7 @@ from .rounding.workers import one_thread_each
 from .search import Quantized, Write, search
 
 _PROBED = 1  # windows that sensitivity is measured on
-_TOGETHER = 8  # windows whose X^T X is one product: a matrix (K, K) takes long to make and to add
+_TOGETHER = 8  # windows whose X^T X is one product: a matrix (K, K) is slow to make and to add
 _INT8_SHARE = 1 / 24  # of the weights that may be 4-bit
 
 
@@ -130,7 +130,7 @@ def rounded(
     """Returns the 4-bit matrices of a float32 graph by initializer name, calibrated on windows (T,) of token ids.
 
     `folder` holds the weights file that the graph names. Hessians of one segment of the graph at a time are in memory.
-    Matrices in the folder `finished` are taken from there, and others put there.
+    Matrices in the folder `finished` are read there, and others are written there.
     """
     waiting: dict[tuple[str, ...], list[MatMulWeight]] = {}  # by the activations that the matrices are multiplied with
     sizes, done, matmuls = dict[str, int](), dict[str, Rounded](), _matmuls(model)
@@ -144,7 +144,7 @@ def rounded(
         else:
             waiting.setdefault(activations, []).append(read)
     if done:
-        progress.say(f"took {len(done)} of {len(matmuls)} matrices that an earlier export rounded from {finished}")
+        progress.say(f"read {len(done)} of {len(matmuls)} matrices that an earlier export rounded, from {finished}")
     segments = captured(model, folder, windows, sizes) if waiting else []
     steps, total = 0, len(segments) * len(windows) + sum(map(len, waiting.values()))
     hessians = dict[str, np.ndarray]()

@@ -20,7 +20,7 @@ from .search import Quantized, Write, search
 def make_int8(fp32: Bundle, text: CalibrationText, write: Write, config: ExportConfig, progress: Progress) -> Quantized:
     """Calibrates, quantizes, writes and measures; with `max_kl`, until the budget is met.
 
-    Writes temporary files beside the graph of `fp32`. Raises InputError on NaN or infinity, and QualityError if the
+    Writes temporary files next to the graph of `fp32`. Raises InputError on NaN or infinity, and QualityError if the
     budget is missed with all matrices but one in float32.
     """
     return search(_Int8Mixtures(fp32, text, config, progress), fp32, text, write, config.max_kl, progress)

@@ -77,7 +77,7 @@ def make_kept(
         divergence = _divergence(fp32, proved, text)
     if matrices and not divergence <= _LARGEST_KL:
         raise ParityError(
-            f"the weights that were taken from the source's file give other logits than the source: a KL divergence of "
+            f"the weights kept from the source's file give other logits than the source: a KL divergence of "
             f"{divergence:.2g} nats, at most {_LARGEST_KL:g}; please report it, and export with --precision int8"
         )
     return Quantized(bundle, weight_bytes, quality | {"weights": told, "kl_divergence_of_weights": divergence}, None)

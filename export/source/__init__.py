@@ -1,1 +1,1 @@
-"""Opens what the user has as a Source: a module with its context, tokenizer and configuration."""
+"""Opens the user's model as a Source: a module with its context, tokenizer and configuration."""

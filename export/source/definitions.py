@@ -67,19 +67,19 @@ def parse_request(text: str, file: Path) -> FileExpression:
         *given, last = ast.parse(text.strip()).body
     except (SyntaxError, ValueError) as error:  # ValueError: null characters
         raise InputError(
-            f"{text!r}, what is wanted of {file}, is not valid Python ({first_line(error)}): write a name or an "
+            f"{text!r}, the name or expression for {file}, is not valid Python ({first_line(error)}): write a name or "
             "expression, such as Model(n_layer=2)"
         ) from None
     if not isinstance(last, ast.Expr) or not all(isinstance(node, ast.Assign | ast.AnnAssign) for node in given):
         raise InputError(
-            f"{text!r}, what is wanted of {file}, does not end in an expression that gives it, or has more than "
+            f"{text!r}, the name or expression for {file}, does not end in an expression, or has more than "
             "assignments before it: write NAME, or such as  n_layer = 2; Model(n_layer)"
         )
     return FileExpression(text.strip(), tuple(given), ast.Expression(last.value))
 
 
 def run_definitions(file: Path, request: FileExpression, module: ModuleType) -> None:
-    """Runs in `module` what the request needs of the file. Raises InputError if that fails."""
+    """Runs in `module` the parts of the file that the request needs. Raises InputError if that fails."""
     statements = list(_statements(file))
     early = [node for node in request.given if not _names(node)[1]]  # literals, which the file's statements may read
     for node in early:
@@ -229,7 +229,7 @@ def _cells(file: Path) -> Iterable[tuple[str, str]]:
 
 
 def _without_magics(source: str) -> str:
-    """Replaces lines that only IPython reads by `pass`. %%magic may stand above Python or other code."""
+    """Replaces lines that only IPython reads by `pass`. %%magic may be above Python or other code."""
     if _is_python(source):
         return source
     return "\n".join(_MAGIC.sub(r"\1pass", line) for line in source.splitlines())

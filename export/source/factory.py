@@ -35,7 +35,7 @@ from .definitions import (
 def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
     """Returns the module that `text` evaluates to in the file, and sentences about it.
 
-    A script is imported. If its weights come from elsewhere, or for a notebook, only what `text` needs is run. Raises
+    A script is imported. If its weights come from elsewhere, or for a notebook, only code for `text` is run. Raises
     MissingFileError, or InputError with the line.
     """
     notebook = file.suffix == ".ipynb"
@@ -49,8 +49,8 @@ def call_factory(file: Path, text: str, *, weights_follow: bool = False) -> tupl
     assert isinstance(made, nn.Module)
     if notebook and not weights_follow:
         return made, (
-            f"of {file} only what {text} needs was run, and no training: unless that loads weights itself, they are as "
-            "they were initialized; give the trained ones with --weights FILE",
+            f"of {file} only the parts that {text} needs were run, and no training: unless they load weights, these "
+            "are as they were initialized; give the trained ones with --weights FILE",
         )
     return made, ()
 
@@ -76,7 +76,7 @@ def make(file: Path, text: str, *, definitions_only: bool, is_wanted: Callable[[
     if not is_wanted(value):
         parts = list(value) if isinstance(value, tuple) else []
         number = next((number for number, part in enumerate(parts) if is_wanted(part)), None)
-        hint = "" if number is None else f": take it out of the tuple, as in  {file}:'{shown}[{number}]'"
+        hint = "" if number is None else f": choose it from the tuple, as in  {file}:'{shown}[{number}]'"
         raise InputError(f"{shown} of {file} {is_or} a {type(value).__name__}; {expected} was expected{hint}")
     return value
 
@@ -172,7 +172,7 @@ def _refuse_missing_arguments(file: Path, name: str, factory: Callable[..., Any]
 def _at_home(file: Path, root: Path, package: str) -> Iterator[None]:
     """Runs as if the file were the main program, in the working folder: sys.argv holds only its path.
 
-    It can import its neighbours, its package, and what is in the working folder. Neither that folder nor torch's
+    It can import its neighbours, its package, and modules in the working folder. Neither that folder nor torch's
     default dtype stays changed.
     """
     arguments, dtype, own = sys.argv, torch.get_default_dtype(), [str(file.resolve().parent)]
@@ -200,7 +200,7 @@ def _run_user_code(file: Path, what: str, call: Callable[[], Any]) -> Any:
     except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may exit
         told = f"{what} failed at {_place(file, error)} with {type(error).__name__}: {error}"
         if isinstance(error, SystemExit) and what.startswith("importing"):
-            told += ', which ends Python: put what a program does under  if __name__ == "__main__":'
+            told += ', which ends Python: put the code of a program under  if __name__ == "__main__":'
         raise InputError(told) from error
 
 

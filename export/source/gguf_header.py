@@ -55,7 +55,7 @@ class _Walk:
         return value
 
     def count(self, least: int, what: str) -> int:
-        """Reads a number of items that take at least `least` bytes each."""
+        """Reads a number of items of at least `least` bytes each."""
         found: int = self.number("Q")
         if found * least > self.left:
             raise ValueError(f"it speaks of {found:,} {what}, and {self.left:,} bytes are left")
@@ -112,7 +112,7 @@ def _header(walk: _Walk) -> list[GgufTensor]:
     for _ in range(pairs):
         key = walk.text()
         if key in values:
-            raise ValueError(f"the key {key!r:.60} stands there twice")
+            raise ValueError(f"the key {key!r:.60} is there twice")
         values[key] = walk.value(walk.number("I"))
     entries = [_tensor(walk) for _ in range(tensors)]
     alignment = values.get("general.alignment", 32)

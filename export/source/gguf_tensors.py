@@ -1,8 +1,8 @@
 """Keeps the large weights of a GGUF file in a temporary file while transformers dequantizes them.
 
-transformers dequantizes one tensor after the other, brings each to its parameter's layout and collects them all. Here
-each large one goes to the file as float32 instead, and hollow memory (`graph/stored.py`) stands for it: dequantizing
-takes too long to be repeated in each run.
+transformers dequantizes one tensor after the other, changes each to its parameter's layout and collects them all. Here
+each large one goes to the file as float32 instead, and hollow memory (`graph/stored.py`) replaces it: dequantizing
+is too slow to be repeated in each run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_once() -> Iterator[None]:
     """While open, a GGUF file's header is parsed once, and gguf's table of names made once.
 
     transformers parses it for the configuration, the weights and the tokenizer, and asks for the table in each
-    submodule: half of the time that it takes to open SmolLM2.
+    submodule: half of the time of opening SmolLM2.
     """
     import gguf
 
@@ -91,7 +91,7 @@ class _Processor:
         return getattr(self.own, name)
 
     def process(self, **given: Any) -> Any:
-        """Does what transformers' processor does; a large tensor becomes hollow, and transformers skips it then."""
+        """Does the work of transformers' processor; a large tensor becomes hollow, and transformers skips it then."""
         made = self.own.process(**given)
         name = given["tensor_key_mapping"].get(made.name)
         if name is None or made.weights.dtype != np.float32 or made.weights.nbytes < stored_tensors.LARGE:

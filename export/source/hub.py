@@ -1,4 +1,4 @@
-"""Fetches a model from the Hugging Face Hub into the cache of huggingface_hub, and only what an export reads of it.
+"""Fetches a model from the Hugging Face Hub into the cache of huggingface_hub, and only the files that an export reads.
 
 All files of a fetch are of one commit, that of the first file: a repository may change meanwhile. The small files come
 first, so that a model that cannot be exported is refused before its weights, and a cache with weights has all the rest.
@@ -34,7 +34,7 @@ from pastkey.files.memory import shown_bytes
 from ..progress import SILENT, Progress
 
 _INDEX = "model.safetensors.index.json"
-# What transformers reads of a model beside its weights, at the top of the repository.
+# The files that transformers reads next to the weights, at the top of the repository.
 _SMALL = {
     names.CONFIG, names.GENERATION_CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE, _INDEX,
     "chat_template.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -51,7 +51,7 @@ class HubModel:
     name: str  # ORG/NAME
     revision: str  # the commit
     folder: Path  # of the commit in the cache
-    files: Mapping[str, int]  # path in the repository -> bytes; without network, what the cache has
+    files: Mapping[str, int]  # path in the repository -> bytes; without network, those of the cache
     network: bool  # whether more may be fetched
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class HubModel:
         return names.MANIFEST in self.files
 
     def fetch_small(self, progress: Progress, *, code: bool) -> None:
-        """Fetches what transformers reads beside the weights, with `code` the Python files as well."""
+        """Fetches the files that transformers reads next to the weights, with `code` also the Python files."""
         wanted = (*_SMALL_ENDINGS, ".py") if code else _SMALL_ENDINGS
         self._fetch(
             [n for n in self.files if n in _SMALL or n.startswith(_TEMPLATES) or ("/" not in n and n.endswith(wanted))],
@@ -89,7 +89,7 @@ class HubModel:
         missing = next((name for name in shards if name not in self.files), None)
         if missing is not None and not self.network:
             raise self._partly(missing)
-        return {name: self.files[name] for name in shards if name in self.files}  # `open_folder` names what is missing
+        return {name: self.files[name] for name in shards if name in self.files}  # `open_folder` names missing ones
 
     @property
     def has_weights(self) -> bool:
@@ -146,7 +146,7 @@ class HubModel:
         if others:
             return InputError(
                 f"{self.name} has no safetensors, but {', '.join(others[:3])}{', ...' if others[3:] else ''}: fetch "
-                f"what you want of it with  hf download {self.name} --local-dir {self.folder_name}  and export the "
+                f"the files that you want with  hf download {self.name} --local-dir {self.folder_name}  and export the "
                 "folder, or a .gguf file in it; a pickle can run any code when it is read"
             )
         return InputError(
@@ -213,7 +213,7 @@ def _library() -> Any:
         raise missing_extra(error, "export", "huggingface") from None
     library: Any = huggingface_hub
     library.constants.HF_HUB_DISABLE_TELEMETRY = True
-    library.utils.logging.set_verbosity_error()  # it warns of what becomes a sentence, or is fetched again
+    library.utils.logging.set_verbosity_error()  # its warnings become error messages, or the file is fetched again
     return library
 
 

@@ -1,4 +1,4 @@
-"""A llama2.c checkpoint (one .bin of float32 weights) and the tokenizer .bin beside it.
+"""A llama2.c checkpoint (one .bin of float32 weights) and the tokenizer .bin next to it.
 
 Both are read as https://github.com/karpathy/llama2.c writes them, little-endian, without padding between tensors:
 

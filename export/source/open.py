@@ -44,7 +44,7 @@ def open_source(source: nn.Module | str | Path | HubModel, opening: Opening = PL
 
     Raises MissingFileError, InputError or IntegrityError.
     """
-    template = None if opening.chat_template is None else read_template(opening.chat_template)  # loading takes long
+    template = None if opening.chat_template is None else read_template(opening.chat_template)  # loading is slow
     if template is not None and importlib.util.find_spec("jinja2") is not None:
         ChatTemplate(template)  # refuses an invalid template; without Jinja, `chat` does
     opened = _opened(source, opening)
@@ -65,7 +65,7 @@ def _opened(source: nn.Module | str | Path | HubModel, opening: Opening) -> Sour
     if opening.weights is not None:
         raise InputError(
             f"--weights {opening.weights} is for a module (file.py:factory or notebook.ipynb:Model), and {source} "
-            "brings its own weights: leave it out"
+            "has its own weights: leave it out"
         )
     if isinstance(source, HubModel):
         return _open_hub(source, opening)
@@ -192,7 +192,7 @@ def _unfinished(path: Path, training: Mapping[str, Any]) -> tuple[str, ...]:
     if not (is_int(step) and is_int(steps) and step < steps):
         return ()
     return (
-        f"the training of {path} stopped at step {step} of {steps}: go on with  "
+        f"the training of {path} stopped at step {step} of {steps}: continue with  "
         f"{shlex.join(['pastkey', 'train', '--out', str(path), '--resume'])}  and export again",
     )
 
@@ -211,7 +211,7 @@ def _base_of(folder: Path) -> str | None:
 
 
 def _adapter_of(folder: Path, base: str) -> str:
-    """What a folder is that holds no whole model, and the command that needs its base alone."""
+    """The kind of a folder without a whole model, and the command that needs only its base."""
     run = shlex.join(["pastkey", "run", "base", "--adapter", str(folder)])
     return (
         f"{folder} is a peft adapter of {base}, into which an export merges it (a base that you have elsewhere can be "

@@ -1,7 +1,7 @@
-"""Opens what transformers can read: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
+"""Opens a source that transformers reads: a Hugging Face folder, or a GGUF file, whose weights it dequantizes.
 
-transformers knows the architecture: the configuration, the weights' names, the tokenizer. This module only checks what
-must hold before its model may be exported, and collects what a bundle stores of it.
+transformers knows the architecture: the configuration, the weights' names, the tokenizer. This module only checks
+the conditions of an export, and collects the facts that a bundle stores.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _QUANTIZED = "quantization_config"
 _CONTEXT = SIZES["positions"]  # the first of these that a configuration has
 _UNNAMED_CONTEXT = 2048  # tokens, if a configuration names none (ALiBi needs none)
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # transformers reads them in a folder
-_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and beside a GGUF file
+_BESIDE_GGUF = (names.CONFIG, names.TOKENIZER, names.TOKENIZER_CONFIG, names.CHAT_TEMPLATE)  # and next to a GGUF file
 
 
 def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> Source:
@@ -73,7 +73,7 @@ def open_folder(folder: Path, opening: Opening, *, name: str | None = None) -> S
         opened = open_tokenizer(Tokenizer, read_bytes(folder / names.TOKENIZER, MOST_BYTES), folder / names.TOKENIZER)
         require_dense(opened.get_vocab(), folder / names.TOKENIZER)
     if code:
-        opening.say(f"run the Python code that {folder} brings: {', '.join(code)}")
+        opening.say(f"run the Python code of {folder}: {', '.join(code)}")
     with transformers_opening(folder, *_EXTRAS) as library:
         options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": True}
         config = library.AutoConfig.from_pretrained(folder, **options)
@@ -128,7 +128,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
     code = sorted({name.split("--")[-1].split(".")[0] + ".py" for name in code_references(folder)})
     if code and not trust_remote_code:
         raise InputError(
-            f"{name} brings Python code of its own ({', '.join(code)}), which loading it would run: read that code, "
+            f"{name} has its own Python code ({', '.join(code)}), which loading it would run: read that code, "
             "and if you trust it add --trust-remote-code"
         )
     with transformers_opening(name, *_EXTRAS) as library:
@@ -137,7 +137,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
             raise InputError(f"{name} holds an encoder-decoder ({opened.model_type}): only decoders can be exported")
         own = "AutoModelForCausalLM" in (config.get("auto_map") or {})
         kinds = [str(kind) for kind in config.get("architectures") or ()]
-        # transformers loads the text part alone of a model around it.
+        # transformers loads only the text part of a model around it.
         around = opened.get_text_config() is not opened and all(
             kind.endswith("ForConditionalGeneration") for kind in kinds
         )
@@ -151,7 +151,7 @@ def check_config(folder: Path, name: object, *, trust_remote_code: bool) -> list
 
 
 def _packed_reader(config: Mapping[str, Any], source: object) -> Reader:
-    """Returns what reads the quantized weights of a folder. Raises InputError for a form that nothing reads."""
+    """Returns the reader of a folder's quantized weights. Raises InputError for a form that nothing reads."""
     parts = (part for part in (config, config.get("text_config")) if isinstance(part, dict))
     settings = next((part[_QUANTIZED] for part in parts if isinstance(part.get(_QUANTIZED), dict)), None)
     return (lambda _: ()) if settings is None else reader_of(settings, source)
@@ -234,7 +234,7 @@ def _load(
             f"{source} has the weight {beyond[0]!r}, for which {type(model).__name__} of its config.json has no layer: "
             "one of the two is another model's"
         )
-    # transformers refuses its own float() on dequantized weights, although they are float32 or float16 now.
+    # transformers rejects its own float() on dequantized weights, although they are float32 or float16 now.
     return torch.nn.Module.float(model).eval(), stored if next(stored.parameters(model), None) else None
 
 

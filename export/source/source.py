@@ -24,7 +24,7 @@ from .packed.file_matrix import FileMatrix
 
 @dataclass(frozen=True)
 class Source:
-    """A module and what a bundle stores about it."""
+    """A module and the facts that a bundle stores about it."""
 
     module: nn.Module
     name: str  # its name in the manifest
@@ -54,7 +54,7 @@ BeforeLoading = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Opening:
-    """How a source is opened: what the user says of it, and who is told.
+    """How a source is opened: the user's options, and who is told.
 
     Attributes:
         tokenizer: Replaces the source's own.
@@ -63,7 +63,7 @@ class Opening:
         weights: A file with a module's state dict.
         eos: Ids or names that replace the source's own ids.
         trust_remote_code: Runs the Python code in a Hugging Face folder; `say` is called first.
-        network: Whether ORG/NAME on the Hub may be fetched; otherwise it is taken from the cache.
+        network: Whether ORG/NAME on the Hub may be fetched; otherwise it is read from the cache.
         revision: The commit there, or "" for the newest.
         say: Receives sentences.
         progress: Receives the stages of a fetch.
@@ -105,7 +105,7 @@ SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")  # which have
 
 
 def special_ids(*configurations: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a Source's fields for BOS and EOS: of each, what the first of the configurations says that has it."""
+    """Returns a Source's fields for BOS and EOS: of each, that of the first configuration that has it."""
     fields: dict[str, Any] = {}
     for key, field_name in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_ids")):
         found = next((v for content in configurations if (v := content.get(key)) is not None), None)

@@ -28,7 +28,7 @@ from ..graft.attention import replaced
 from ..graft.streamed import Streaming
 from ..graph.stored import Stored, StoredWeights, read
 
-LARGE = 1 << 20  # bytes in float32: smaller weights are loaded, so that what a trace computes of them is right
+LARGE = 1 << 20  # bytes in float32: smaller weights are loaded, so that a trace computes with right values
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -93,7 +93,7 @@ class Joined:
 
     made: Mapping[str, Stored]
     parts: Set[str]
-    more: int = 0  # elements of what is made, less those of the parts
+    more: int = 0  # elements of the tensor that is made, less those of the parts
 
     def names(self, found: Iterable[str]) -> list[str]:
         """Returns the names that transformers sees of those in a file, or in several."""
@@ -125,7 +125,7 @@ def kept_in_files(weights: StoredWeights | None, joined: Mapping[str, Joined] | 
 
     def shards(*args: Any, **options: Any) -> Any:
         found, index = original_shards(*args, **options)
-        if threading.get_ident() == ours:  # transformers 4 takes the names from the index
+        if threading.get_ident() == ours:  # transformers 4 reads the names from the index
             for part in files.values():
                 index["all_checkpoint_keys"] = part.names(index["all_checkpoint_keys"])
         return found, index
@@ -186,7 +186,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a slice tells of a joined tensor."""
+    """A slice of a joined tensor."""
 
     shape: tuple[int, ...]
 

@@ -20,7 +20,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "model*.bin")
 _SAFETENSORS, _INDEX = ".safetensors", ".safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-# Architectures' names for their sizes. Each is limited to what the files hold, times some slack for smaller dtypes.
+# Architectures' names for their sizes. Each is limited to the size of the files, times some slack for smaller dtypes.
 SIZES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "width": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -51,8 +51,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
         shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
         if named is None and shard is not None and not whole.is_file() and not index.is_file():
             raise MissingFileError(
-                f"{folder} has the shard {shard.name} and no {index.name}, which says what lies in which shard: fetch "
-                "that file too"
+                f"{folder} has the shard {shard.name} and no {index.name}, which lists its weights: fetch that file too"
             )
         return
     pickled = sorted({found.name for pattern in _PICKLED for found in folder.glob(pattern)})
@@ -74,7 +73,7 @@ def _check_safetensors(folder: Path) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict):
-            raise InputError(f"{index} has no weight_map, which says what lies in which file: fetch it again")
+            raise InputError(f"{index} has no weight_map, which lists the weights of each file: fetch it again")
         shards = {str(file) for file in listed.values()}
         other = next((name for name in sorted(shards) if not _is_plain(name, _SAFETENSORS)), None)
         if other is not None:
@@ -86,7 +85,7 @@ def _check_safetensors(folder: Path) -> None:
         if missing:
             raise MissingFileError(
                 f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
-                f"{index.name} names: fetch what is missing"
+                f"{index.name} names: fetch the missing files"
             )
     for file in sorted(folder.glob(f"*{_SAFETENSORS}")):
         with reading(file, "safetensors"):

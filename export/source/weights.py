@@ -50,7 +50,7 @@ def load_weights(module: nn.Module, file: Path, say: Callable[[str], None]) -> t
     try:
         module.load_state_dict(fit.state, strict=False)
     except Exception as error:  # from a hook of the module: names and shapes fit
-        raise InputError(f"the module does not take the weights of {file}: {first_line(error)}") from error
+        raise InputError(f"the weights of {file} do not fit the module: {first_line(error)}") from error
     told = f"{_count(len(fit.state), 'weight')} of {file} were loaded{fit.told}"
     if fit.extra:
         told += f"; {len(fit.extra)} the module has no place for, and they were left out ({next(iter(fit.extra))})"
@@ -103,7 +103,7 @@ def _reason(error: Exception) -> str:
 
 
 def _stand_ins(file: Path) -> list[Any]:
-    """Returns an empty stand-in, under its name, for each class in the file that is neither a tensor's nor plain."""
+    """Returns an empty stand-in, under its name, for each class in the file that is not of a tensor and not plain."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # a file of the old format, or not torch's: torch.load reports it better

@@ -1,15 +1,4 @@
-"""The bundle's manifest, which `export` writes and `run` reads. Only this module knows its fields.
-
-bundle/  pastkey.json                       this manifest
-         config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
-         onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
-         onnx/pastkey.onnx                                logits of the last positions, for `generate`
-         onnx/pastkey_native.onnx                         the same for pastkey's kernel library
-         onnx/pastkey_adapters.onnx                       the same with LoRA adapters as inputs
-         onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
-         onnx/*.onnx_data                                 the weights, once
-         onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
-"""
+"""The bundle's manifest, which `export` writes and `run` reads. Only this module knows its fields."""
 
 from __future__ import annotations
 
@@ -30,6 +19,16 @@ from ..typed import Between, Size, TokenId, parse
 from ..values import as_path, require
 from . import names
 from .provider_options import require_in_manifest
+
+# bundle/  pastkey.json                       this manifest
+#          config.json  generation_config.json  tokenizer.json  tokenizer_config.json  genai_config.json
+#          onnx/model.onnx | onnx/model_quantized.onnx      logits of every position, for every loader
+#          onnx/pastkey.onnx                                logits of the last positions, for `generate`
+#          onnx/pastkey_native.onnx                         the same for pastkey's kernel library
+#          onnx/pastkey_adapters.onnx                       the same with LoRA adapters as inputs
+#          onnx/pastkey_decode.onnx  onnx/pastkey_prefill.onnx   instead, if the graph is static
+#          onnx/*.onnx_data                                 the weights, once
+#          onnx/pastkey.ort                                 the graph for `generate` with its weights, by --format ort
 
 _LEFT_BEHIND = (".DS_Store", "Thumbs.db", "desktop.ini")  # macOS and Windows leave them in folders
 
@@ -84,7 +83,7 @@ class CacheShift:
 
 @dataclass(frozen=True)
 class StaticShape:
-    """The sizes of the static graphs, beside the context, which is their past."""
+    """The sizes of the static graphs, in addition to the context, which is their past."""
 
     chunk: Size  # tokens of a prefill run
     masked: Annotated[float, Between(-1e38, -1.0)]  # added to the score of an unseen token
@@ -121,7 +120,7 @@ class Manifest:
     ir_version: Size
     min_onnxruntime: str  # the oldest onnxruntime that loads the graphs
     shift: CacheShift
-    rows: tuple[RowsGeometry, ...] = ()  # caches of rows beside keys and values, in order
+    rows: tuple[RowsGeometry, ...] = ()  # caches of rows in addition to keys and values, in order
     states: tuple[StateGeometry, ...] = ()  # in order; in float32
     windows: tuple[TokenCount, ...] = ()  # tokens that each attention call sees, with the new one; 0 for all, as ()
     static: StaticShape | None = None  # sizes of the static graphs
@@ -181,7 +180,7 @@ class Bundle:
 
     @property
     def adapter_graph(self) -> Path | None:
-        """The graph that takes LoRA adapters, or None for a bundle without one."""
+        """The graph for LoRA adapters, or None for a bundle without one."""
         return self.path / names.ADAPTER_GRAPH if names.ADAPTER_GRAPH in self.manifest.files else None
 
     @property

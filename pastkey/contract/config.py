@@ -138,7 +138,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ModelConfig:
-        """Reads what `to_json` wrote. Raises InputError on unknown, missing or invalid keys."""
+        """Reads the object of `to_json`. Raises InputError on unknown, missing or invalid keys."""
         derived = _derived(cls(vocab_size=1))  # of Llama, which has all of these keys
         return parse(cls, {key: value for key, value in content.items() if key not in derived}, "config.json")
 

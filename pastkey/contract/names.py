@@ -33,7 +33,7 @@ EVICTED: Final = "evicted"
 # INPUT_IDS. The graph's metadata holds under this name their place in the weights file.
 EMBEDDING_ROWS: Final = "embedding_rows"
 
-# Metadata of the graph that takes LoRA adapters: the projections of each pair of A and B, as JSON (module, weight, N);
+# Metadata of the graph for LoRA adapters: the projections of each pair of A and B, as JSON (module, weight, N);
 # under CHANGES_PREFIX and a weight the changes of its channels, and under CHANNELS_PREFIX their numbers.
 ADAPTED: Final = "adapted"
 CHANGES_PREFIX: Final = "changes."
@@ -115,7 +115,7 @@ def past_states(kinds: Sequence[str]) -> list[str]:
     return [f"{PAST_PREFIX}{kinds[:place].count(kind)}.{kind}" for place, kind in enumerate(kinds)]
 
 
-# Inputs and outputs of the generation graphs, beside INPUT_IDS, (1, T) int64. Each setting is (1,).
+# Inputs and outputs of the generation graphs, in addition to INPUT_IDS, (1, T) int64. Each setting is (1,).
 GENERATED_IDS: Final = "ids"  # output (n,) int64
 GENERATE_INTEGERS: Final = ("max_new_tokens", "top_k", "seed", "end_ids")  # int64; end_ids is (E,)
 GENERATE_NUMBERS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")  # float32
@@ -174,7 +174,7 @@ TEXT_GRAPH: Final = "onnx/text.onnx"
 # The static graphs, of one new token and of a chunk, which replace LAST_LOGITS_GRAPH.
 STATIC_DECODE_GRAPH: Final = "onnx/pastkey_decode.onnx"
 STATIC_PREFILL_GRAPH: Final = "onnx/pastkey_prefill.onnx"
-STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # their data beside the weights of the all-logits graph
+STATIC_DATA: Final = "onnx/pastkey_static.onnx_data"  # their data; the weights are those of the all-logits graph
 
 
 MAX_SHARDS: Final = 100  # weights files of a graph that transformers.js reads
@@ -186,7 +186,7 @@ def weights_file(graph: str, shard: int = 0) -> str:
 
 
 def shard_of(first: str, shard: int) -> str:
-    """Returns the name of a further weights file (1, 2, ...) beside the first one."""
+    """Returns the name of a further weights file (1, 2, ...) next to the first one."""
     return f"{first}_{shard}" if shard else first
 
 

@@ -1,6 +1,6 @@
 """Writes files and folders atomically, whatever ends the process that writes them.
 
-An unfinished one is .NAME.xxxxxxxx.partial beside NAME, with a lock (flock) that the system releases when its process
+An unfinished one is .NAME.xxxxxxxx.partial next to NAME, with a lock (flock) that the system releases when its process
 dies. The next process that writes NAME removes those that no living process holds. Two renames replace a folder: a kill
 in between leaves the old one as .NAME.xxxxxxxx.old, and the next process that writes NAME restores it.
 """
@@ -30,7 +30,7 @@ _PARTIAL, _OLD = ".partial", ".old"
 
 # --- writing folders ----------------------------------------------------------------------------------------------
 class NewFolder:
-    """A folder that is filled beside its target and then moved there. Created by `new_folder`.
+    """A folder that is filled next to its target and then moved there. Created by `new_folder`.
 
     Attributes:
         target: Its final path.
@@ -41,7 +41,7 @@ class NewFolder:
         self.target, self.path, self._force = target, path, force
 
     def put(self) -> None:
-        """Moves the folder to its target, and removes what was there. Raises as `refuse_existing`, and OSError."""
+        """Moves the folder to its target, and removes the old one there. Raises as `refuse_existing`, and OSError."""
         sync_tree(self.path)
         refuse_existing(self.target, force=self._force)
         old = self.path
@@ -68,7 +68,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[NewFolder]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yields a folder beside `target`; moves it there on success, removes it on any failure. As `new_folder`."""
+    """Yields a folder next to `target`; moves it there on success, removes it on any failure. As `new_folder`."""
     with new_folder(target, force=force) as folder:
         yield folder.path
         folder.put()
@@ -98,7 +98,7 @@ def refuse_below_a_file(target: Path) -> None:
     """Raises InputError if a part of the path is a file."""
     file = next((parent for parent in target.absolute().parents if parent.exists() and not parent.is_dir()), None)
     if file is not None:
-        raise InputError(f"{target} lies under {file}, which is a file: choose another --out")
+        raise InputError(f"{target} is under {file}, which is a file: choose another --out")
 
 
 def is_empty(folder: Path) -> bool:
@@ -143,13 +143,13 @@ def refuse_special(path: Path) -> None:
 # --- shared -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Yields what `make` made beside `target`, locked. Removes at the end what is left of it."""
+    """Yields the path that `make` made next to `target`, locked. Removes its rest at the end."""
     while True:
         work = target.with_name(f".{target.name}.{os.urandom(4).hex()}{_PARTIAL}")
         try:
             make(work)
             with locked(work, wait=True):
-                if os.path.lexists(work):  # otherwise another process took it, not yet locked, for a dead one's
+                if os.path.lexists(work):  # otherwise another process believed it, not yet locked, to be a dead one's
                     yield work
                     return
         finally:
@@ -157,14 +157,14 @@ def _beside(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def _leftovers(target: Path) -> list[Path]:
-    """Returns what processes have left beside `target`, or work on."""
+    """Returns the unfinished files of processes next to `target`, and those in work."""
     name = re.compile(re.escape(f".{target.name}.") + rf"[0-9a-f]{{8}}({_PARTIAL}|{_OLD})")
     folder = target.absolute().parent
     return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def remove_leftovers(target: Path) -> None:
-    """Removes what dead processes left beside `target`. Restores the old folder if one died while replacing it.
+    """Removes files that dead processes left next to `target`. Restores the old folder if one died while replacing it.
 
     Removes nothing if the system or the file system has no locks.
     """
@@ -192,7 +192,7 @@ def _remove(path: Path) -> None:
 
 
 def _put_in_place(work: Path, target: Path) -> None:
-    """Renames `work` to `target`; what was there is then called `work`. Raises OSError, and nothing has changed."""
+    """Renames `work` to `target`; the old one is then called `work`. Raises OSError without any change."""
     if not os.path.lexists(target):
         work.rename(target)
     else:

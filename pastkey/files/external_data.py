@@ -70,12 +70,12 @@ def check_external_data(folder: Path, files: Mapping[str, FileRecord]) -> None:
             file = listed[data.location]
             if file is None:
                 raise IntegrityError(
-                    f"{folder / name} takes weights from {shown(data.location)}, which is not a file beside it that "
+                    f"{folder / name} reads weights from {shown(data.location)}, which is not a file next to it that "
                     "the manifest lists: the bundle was altered, copy it again"
                 )
             if data.offset + data.length > file.size:
                 raise IntegrityError(
-                    f"{folder / name} takes the bytes {data.offset} to {data.offset + data.length} of "
+                    f"{folder / name} reads the bytes {data.offset} to {data.offset + data.length} of "
                     f"{shown(data.location)}, which has {file.size}: the bundle was altered, copy it again"
                 )
 
@@ -97,7 +97,7 @@ def external_data(graph: Path) -> Iterator[ExternalData]:
 
 
 def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: bool) -> None:
-    """Raises IntegrityError if a graph reads a context binary from anywhere but a listed file beside it.
+    """Raises IntegrityError if a graph reads a context binary from anywhere but a listed file next to it.
 
     An EPContext node names an execution provider's compiled binary, and OpenVINO reads it wherever its path leads. Only
     a compiled bundle has such nodes.
@@ -120,7 +120,7 @@ def check_contexts(folder: Path, files: Mapping[str, FileRecord], *, compiled: b
                     continue
                 if not is_inside(found) or (PurePosixPath(name).parent / found).as_posix() not in files:
                     raise IntegrityError(
-                        f"{path} takes what was compiled from {shown(found)}, which is not a file beside it that the "
+                        f"{path} reads a compiled graph from {shown(found)}, which is not a file next to it that the "
                         "manifest lists: the bundle was altered, copy it again"
                     )
 
@@ -192,9 +192,7 @@ def tensor_data(content: mmap.mmap, position: int, end: int) -> ExternalData | N
         return None
     location, offset, length = (said.get(key, "") for key in ("location", "offset", "length"))
     if not location or not all(n.isdecimal() and n.isascii() and len(n) < 19 for n in (offset, length)):
-        raise DamagedError(
-            f"a tensor takes {shown(length)} bytes from {shown(offset)} on of the file {shown(location)}"
-        )
+        raise DamagedError(f"a tensor has {shown(length)} bytes from {shown(offset)} on in the file {shown(location)}")
     return ExternalData(location, int(offset), int(length))
 
 

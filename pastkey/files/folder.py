@@ -87,7 +87,7 @@ def decode_text(content: bytes, source: object, offset: int = 0) -> str:
 
 
 def require_manifest(folder: Path, kind: str) -> None:
-    """Raises MissingFileError or InputError if this is not a folder with a manifest; `kind` is what it should be."""
+    """Raises MissingFileError or InputError if this is not a folder with a manifest; `kind` is the expected one."""
     if not folder.exists():
         raise MissingFileError(f"no such {kind}: {folder} does not exist{_to_export(folder, kind)}")
     if not folder.is_dir():
@@ -181,7 +181,7 @@ def parse_records(folder: Path, content: Any) -> dict[str, FileRecord]:
 def is_inside(name: str) -> bool:
     """Whether this is a plain relative path that stays below its folder, on every system.
 
-    A * is refused: onnxruntime reads a path with one as a memory address.
+    A * is an error: onnxruntime reads a path with one as a memory address.
     """
     path = PurePosixPath(name)
     within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
@@ -207,7 +207,7 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
     """Raises IntegrityError naming the first file whose content was altered.
 
     A matching hash is remembered by size, modification time and inode in the user's cache folder, since hashing 154 MB
-    takes half of a model's load. `remembered=False` hashes all files again.
+    is half of a model's load. `remembered=False` hashes all files again.
     """
     memory = Remembered(f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.json")
     known = dict(memory.content)
@@ -226,7 +226,7 @@ def check_hashes(folder: Path, records: Mapping[str, FileRecord], *, remembered:
 
 
 def _state(path: Path, record: FileRecord) -> list[Any]:
-    """What tells whether a file with this record was changed since it was hashed."""
+    """The facts by which a changed file of this record is known since it was hashed."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, record.sha256]
 
@@ -258,7 +258,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def _is_in_hub_store(blob: Path, target: Path) -> bool:
-    """Whether `target` is this blob, or what it links to in the store that all repositories of the cache share."""
+    """Whether `target` is this blob, or its link's target in the store that all repositories of the cache share."""
     if not blob.is_symlink():
         return target == blob
     shared = Path("blobs", target.name[:2], target.name)

@@ -51,7 +51,7 @@ def shown_bytes(size: int) -> str:
 def keeping_memory() -> Iterator[None]:
     """While open, freed memory stays with this process until `give_back_memory`, so that large arrays reuse pages.
 
-    glibc gets large arrays from the system each time, which may take as long as computing them.
+    glibc gets large arrays from the system each time, which may be as slow as computing them.
     """
     _set_glibc(mapped=0, kept=2**31 - 1)
     try:
@@ -62,13 +62,13 @@ def keeping_memory() -> Iterator[None]:
 
 
 def _set_glibc(mapped: int, kept: int) -> None:
-    """Sets how many allocations are mappings of their own, and the free bytes at the heap's end that are kept."""
+    """Sets how many allocations are separate mappings, and the free bytes at the heap's end that are kept."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         for parameter, value in ((_MMAP_MAX, mapped), (_TRIM_THRESHOLD, kept), (_MMAP_THRESHOLD, _LARGE)):
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the system: glibc keeps a third of what an open graph took."""
+    """Returns freed memory to the system: glibc keeps a third of an open graph's memory."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -16,7 +16,7 @@ _SIZES = {1: 8, 5: 4}  # bytes of the fixed-size types
 
 
 class DamagedError(ValueError):
-    """Bytes that are not protobuf, or not what was expected. A truncated message may also raise IndexError."""
+    """Bytes that are not protobuf, or not the expected message. A truncated message may also raise IndexError."""
 
 
 def fields(content: Bytes, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:

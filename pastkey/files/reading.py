@@ -57,7 +57,7 @@ def panics_as_errors() -> Iterator[None]:
 def reading(path: str | Path, expected: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Raises IntegrityError with the file's name for any error of a parser, including a panic.
 
-    `expected` is what the file should be. pastkey's own errors, errors of the system, and `but` pass through.
+    `expected` is the kind of file. pastkey's own errors, errors of the system, and `but` pass through.
     """
     note_reading(path)
     try:
@@ -86,7 +86,7 @@ def require_regular(path: Path) -> os.stat_result:
         raise InputError(f"{path} is a folder; a file was expected")
     if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
         raise InputError(
-            f"{path} is a pipe, which can be read once and may never end: write what comes out of it to a file first"
+            f"{path} is a pipe, which can be read once and may never end: write its output to a file first"
         )
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path} is a device, which need not end: give a regular file")

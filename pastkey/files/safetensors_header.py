@@ -35,7 +35,7 @@ class StoredTensor:
 
 
 class HeaderError(ValueError):
-    """What is wrong with a header, for a sentence that names the file."""
+    """An error in a header, for a sentence that names the file."""
 
 
 def read_header(file: Path) -> Mapping[str, StoredTensor]:
@@ -45,7 +45,7 @@ def read_header(file: Path) -> Mapping[str, StoredTensor]:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise HeaderError(f"it has {size:,} bytes, its header says that it alone has {length:,}")
+            raise HeaderError(f"it has {size:,} bytes, its header alone would have {length:,}")
         if length > MOST_JSON:
             raise HeaderError(f"its header has {length:,} bytes, and {MOST_JSON:,} are the most")
         content = opened.read(length)

@@ -1,1 +1,1 @@
-"""Many rows in one job: what a row asks for, who answers it, and a file that a kill in the middle does not harm."""
+"""Many rows in one job: the request of a row, its answer, and a file that a kill in the middle does not harm."""

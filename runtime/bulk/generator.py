@@ -45,7 +45,7 @@ from .rows import (
 WINDOW = 1024  # rows that are sorted at once
 _HELD = ("json_schema", "regex", "choices", "grammar")  # of which a text follows one
 
-_models: dict[str, LanguageModel] = {}  # those of this process, by what they were loaded with
+_models: dict[str, LanguageModel] = {}  # those of this process, by their settings
 _loading = threading.Lock()
 
 
@@ -97,8 +97,8 @@ class Generator:
         Args:
             bundle: The folder that `pastkey export` wrote, or a zip file of it, as a path of the process that loads it.
             exact: Decodes one row at a time. An int8 text then depends on its row only, as a float32 text always does.
-                Otherwise a near tie may fall differently by the other rows of the step.
-            template: The path of a chat template in place of the bundle's.
+                Otherwise the other rows of the step may decide between two tokens of almost the same score.
+            template: The path of a chat template instead of the bundle's.
             max_batch: The largest number of rows that are decoded in one step.
             providers: As in `load`.
             threads: As in `load`.
@@ -187,7 +187,7 @@ class Generator:
 
     # --- from rows to streams -----------------------------------------------------------------------------------------
     def _begun(self, model: LanguageModel, rows: Iterable[Row]) -> Iterator[tuple[_Task, ChunkStream | Exception]]:
-        """Window by window: what is wrong first, then the streams by the beginnings of their prompts."""
+        """Window by window: errors first, then the streams by the beginnings of their prompts."""
         waiting = iter(rows)
         while window := [self._task(model, row) for row in itertools.islice(waiting, WINDOW)]:
             good = sorted((task for task in window if task.error is None), key=lambda task: (task.adapter, task.ids))
@@ -229,7 +229,7 @@ class Generator:
         text = task.request.prompt
         prompt = task.chat or TextPrompt(task.ids, text if isinstance(text, str) else None)
         try:
-            # Of what others generated nothing is taken, so that no text depends on the order.
+            # No generated token of others is reused, so that no text depends on the order.
             options = options_of("generate", {**(task.options or {}), "reuse_prefix": False}, GENERATE_OPTIONS)
             return open_prompt(model.parts, prompt, options, shared)
         except Exception as error:
@@ -264,7 +264,7 @@ def _length(columns: Mapping[str, Any]) -> int:
 
 
 def as_python(value: Any) -> Any:
-    """A cell of a table as JSON has it: lists in place of arrays, None in place of NaN."""
+    """A cell of a table as JSON has it: lists instead of arrays, None instead of NaN."""
     if isinstance(value, np.ndarray | np.generic):
         return as_python(value.tolist())
     if isinstance(value, Mapping):
@@ -275,12 +275,12 @@ def as_python(value: Any) -> Any:
 
 
 def as_text(value: Any) -> str | None:
-    """What has no type in a table, as JSON."""
+    """Values without a type in a table, as JSON."""
     return None if value is None else json_text(value)
 
 
 def as_cell(name: str, value: Any) -> str | int:
-    """A field of an answer as what is never None: libraries take a column's type from its first batch."""
+    """A field of an answer, never None: libraries choose a column's type by its first batch."""
     if name in FURTHER:
         value = as_text(value)
     found: str | int = (0 if name.endswith("_tokens") else "") if value is None else value

@@ -1,7 +1,7 @@
-"""A job: a file of rows whose answers are appended to another, which goes on after a kill.
+"""A job: a file of rows whose answers are appended to another, and which continues after a kill.
 
     OUT        a line for each answered row, in the order in which they ended
-    OUT.job    what the job was begun with
+    OUT.job    the settings that the job was begun with
 
 The ids in OUT are the state of the job. A process writes OUT while it holds the lock of it.
 """
@@ -29,7 +29,7 @@ _ANEW = "begin anew with --force"
 
 
 def job_file(out: Path) -> Path:
-    """The file that says what the output was begun with."""
+    """The file with the settings that the output was begun with."""
     return out.with_name(f"{out.name}.job")
 
 
@@ -136,19 +136,19 @@ class Job:
 def open_job(
     source: Path, out: Path, ids: set[RowId], wanted: Mapping[str, Any], *, force: bool = False
 ) -> Iterator[Job]:
-    """Begins a job, or goes on with one.
+    """Begins a job, or continues one.
 
     Args:
         source: The file of rows.
         out: The output.
         ids: Those of the rows to answer.
-        wanted: What the answers depend on, beside the rows' own settings: names and values of JSON's types.
+        wanted: The settings of the answers, in addition to the rows' own: names and values of JSON's types.
         force: Whether to begin anew.
 
     Raises:
         InputError: The job was begun with something else, or the input has changed at the end of the block.
         InUseError: Another process writes there.
-        IntegrityError: What was written of the job was altered.
+        IntegrityError: The written part of the job was altered.
         ExistingFolderError: The output holds something that no job wrote.
         OSError: It cannot be written.
     """

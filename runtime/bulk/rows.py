@@ -29,8 +29,8 @@ Answer = dict[str, Any]  # of JSON's types
 
 FIELDS = ("text", "finish_reason", "prompt_tokens", "new_tokens", "error")  # of an answer, in order
 FURTHER = ("logprobs", "tool_calls")  # where they were asked for
-OPTIONS = sorted(CHAT_OPTIONS - {"logits_processor", *FURTHER})  # what a row may set
-_NEAR = 0.8  # difflib's ratio from which on a field is taken for a misspelt setting
+OPTIONS = sorted(CHAT_OPTIONS - {"logits_processor", *FURTHER})  # options that a row may set
+_NEAR = 0.8  # difflib's ratio from which on a field counts as a misspelt setting
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Row:
 
     Attributes:
         number: Its line, from 1; of a batch its place.
-        id: What its seed is made of, and in a file what it is known by.
-        content: The row, or the sentence of what is wrong with it.
+        id: The source of its seed, and its name in a file.
+        content: The row, or the sentence about its error.
     """
 
     number: int
@@ -50,13 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class RowRequest:
-    """What one row asks for.
+    """The request of one row.
 
     Attributes:
         prompt: A text or token ids; None where `messages` are given.
         messages: A conversation whose next answer is wanted.
-        tools: JSON schemas of what the model may call in that answer.
-        options: What the row sets.
+        tools: JSON schemas of the functions that the model may call in that answer.
+        options: The options that the row sets.
     """
 
     prompt: str | list[int] | None = None
@@ -92,7 +92,7 @@ def _parsed(line: bytes, where: str) -> dict[str, Any] | str:
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines without a byte order mark. None takes much more memory than the longest that is read."""
+    """The lines without a byte order mark. None needs much more memory than the longest line."""
     start = b"\xef\xbb\xbf"
     while line := file.readline(MOST_JSON + 2):
         rest = line
@@ -109,7 +109,7 @@ def answered_line(row: Row, answer: Answer) -> bytes:
 
 
 def json_text(value: Any) -> str:
-    """JSON that every reader takes: null for NaN and the infinities, which Python has and JSON has not."""
+    """JSON that every reader accepts: null for NaN and the infinities, which JSON lacks."""
     write = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
     try:
         return write(value, allow_nan=False)
@@ -117,7 +117,7 @@ def json_text(value: Any) -> str:
         return write(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
-# --- what a row asks for ------------------------------------------------------------------------------------------
+# --- the request of a row ------------------------------------------------------------------------------------------
 def is_id(value: object) -> TypeGuard[RowId]:
     """Whether a row can be known by it."""
     return isinstance(value, str) or (is_int(value) and isinstance(value, int))
@@ -126,7 +126,7 @@ def is_id(value: object) -> TypeGuard[RowId]:
 def seed_of(seed: int, identity: object) -> int:
     """The seed of a row, 0 to 2**63 - 1: of the job's seed and the row's id, so that no other row changes it.
 
-    `identity` is what JSON has. The seed is the first eight bytes, the highest bit left out, of the SHA-256 of
+    `identity` is a value of JSON. The seed is the first eight bytes, the highest bit left out, of the SHA-256 of
     [seed, id] as JSON without spaces, in UTF-8.
     """
     text = json.dumps([seed, identity], ensure_ascii=False, separators=(",", ":"))
@@ -134,7 +134,7 @@ def seed_of(seed: int, identity: object) -> int:
 
 
 def parse_request(row: Mapping[str, Any]) -> RowRequest:
-    """What a row asks for. Raises InputError with what is wrong with it; ranges are checked where it is begun."""
+    """The request of a row. Raises InputError for an error in it; ranges are checked where it is begun."""
     if row.get("id") is not None and not is_id(row["id"]):
         raise InputError(f"id is {shown(row['id'])}; a text or a whole number was expected")
     for name in row:

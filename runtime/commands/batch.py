@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def answer_all(job: Job, answers: Callable[[Iterator[Row]], Iterator[tuple[Row, Answer]]]) -> dict[str, Any]:
-    """Answers what is left. Returns the report: its rows and errors are the job's, the rest is of this run."""
+    """Answers the remaining rows. Returns the report: its rows and errors are the job's, the rest is of this run."""
     before, started = job.done, time.monotonic()
     told, tokens = started, {"prompt_tokens": 0, "new_tokens": 0}
     if before:

@@ -1,4 +1,4 @@
-"""`pastkey bench`: how fast a bundle prefills and decodes here, how long it loads, how much memory it takes."""
+"""`pastkey bench`: how fast a bundle prefills and decodes here, how long it loads, how much memory it needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BenchReport:
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float | None  # None when the context has no room for a new token
-    load_seconds: float  # from the folder to an engine that can run, hashes left alone
+    load_seconds: float  # from the folder to an engine that can run, without hashing
     peak_rss_bytes: int | None  # of the whole process so far; None where the system does not say
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ def bench(
         **placement: Where it runs, as for `load`.
 
     Returns:
-        Medians over ROUNDS prefills and decodes, and what was measured.
+        Medians over ROUNDS prefills and decodes, and the settings.
 
     Raises:
         MissingFileError: No bundle is there.
@@ -123,7 +123,7 @@ def bench(
 
 
 def clamp(prompt_tokens: int, new_tokens: int, context: int) -> tuple[int, int]:
-    """Prompt and new tokens that fit the context together: new ones take half of it at most."""
+    """Prompt and new tokens that fit the context together: new ones are half of it at most."""
     if prompt_tokens + new_tokens <= context:
         return prompt_tokens, new_tokens
     new = min(new_tokens, context // 2)
@@ -133,7 +133,7 @@ def clamp(prompt_tokens: int, new_tokens: int, context: int) -> tuple[int, int]:
 def peak_rss_bytes() -> int | None:
     """The most memory this process has held at once, or None where that cannot be known."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux; its getrusage would count what the parent process held, too
+    if status.is_file():  # Linux; its getrusage would also count memory of the parent process
         lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         if lines:
             return int(lines[0].split()[1]) * 1024

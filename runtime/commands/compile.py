@@ -1,7 +1,7 @@
 """`pastkey compile`: a static bundle whose graphs an execution provider has compiled already.
 
-Compiling for an NPU takes most of a load. onnxruntime writes its result, a context binary, beside a graph of one
-EPContext node, which loads in place of the graph that it came of.
+Compiling for an NPU is most of a load. onnxruntime writes its result, a context binary, next to a graph of one
+EPContext node, which loads instead of the original graph.
 https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html
 """
 
@@ -46,7 +46,7 @@ def compile_bundle(
         provider_options: Of the provider: the chip, say.
         session_options: Further options of onnxruntime's session, as {"ep.share_ep_contexts": "1"}.
         threads: Threads within an operator; 0 leaves their number to onnxruntime.
-        allow_fallback: Whether the CPU may run what the provider leaves.
+        allow_fallback: Whether the CPU may run operators that the provider does not support.
         force: Replaces an existing bundle.
 
     Returns:
@@ -55,7 +55,7 @@ def compile_bundle(
     Raises:
         MissingFileError, ExistingFolderError, IntegrityError: A folder that is not as it should be.
         InputError: The bundle has no static graphs, or was compiled already.
-        ProviderError: The provider is not here, takes not all of a graph, writes no context binary, or computes
+        ProviderError: The provider is not here, does not run all of a graph, writes no context binary, or computes
             something else by it.
     """
     from ..engine.engine import Engine
@@ -70,7 +70,7 @@ def compile_bundle(
     if "ep.context_embed_mode" in (session_options or {}):
         raise InputError("a bundle keeps its context binaries next to the graphs: leave out ep.context_embed_mode")
     if out.resolve() == bundle.path.resolve():
-        raise InputError(f"{out} is what is to be compiled, and would be replaced: choose another --out")
+        raise InputError(f"{out} is the bundle to compile, and would be replaced: choose another --out")
     placement = ep.for_bundle(bundle.manifest, (provider, dict(provider_options or {})))
     name, given = placement.providers[0]
     provider = ep.short_name(name)
@@ -112,7 +112,7 @@ def compile_bundle(
             engine = Engine(loaded, allow_fallback=allow_fallback, session_options=session_options)
         except ProviderError as error:  # onnxruntime-openvino on a CPU
             raise ProviderError(
-                f"the execution provider {provider!r} cannot load what it compiled "
+                f"the execution provider {provider!r} cannot load its compiled graph "
                 f"({first_line(error.__cause__ or error)}): use the bundle as it is"
             ) from None
         require_golden(engine, made)

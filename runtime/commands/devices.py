@@ -20,8 +20,8 @@ class DeviceLine:
     name: str  # onnxruntime's name
     hardware: str
     available: bool
-    note: str  # what brings it when it is absent, or why it cannot be used, else ""
-    package: str = ""  # the wheel that brought it and its version, whether or not it can be used
+    note: str  # how to install it if absent, or why it cannot be used, else ""
+    package: str = ""  # the installed wheel and its version, whether or not it can be used
     devices: tuple[str, ...] = ()  # those that it found, where it tells
 
 
@@ -58,7 +58,7 @@ def devices() -> list[DeviceLine]:
 
 
 def _devices(name: str) -> tuple[str, ...]:
-    """As in ("CPU of Intel",): what onnxruntime says of its devices; nothing of most built-in ones."""
+    """As in ("CPU of Intel",): onnxruntime's words for its devices; "" for most built-in ones."""
     from ..providers import ort
     from ..providers import placement as ep
 

@@ -21,7 +21,7 @@ from ..settings import CHAT_OPTIONS, ChatOptions
 
 BUNDLE: Final = "a folder that pastkey export wrote"
 SOURCE: Final = (
-    "a bundle; or what is exported once and kept: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
+    "a bundle; or a source to export once: ORG/NAME on the Hugging Face Hub, a Hugging Face folder, a .gguf file"
 )
 ADAPTER: Final = "adapter"  # the name of --adapter's
 _TRUSTED: Final = ("adapter_folder", "adapters", "draft_bundle", "draft")  # arguments that no untrusted bundle has
@@ -30,7 +30,7 @@ _LIMITS: Final[dict[str, Callable[[str], Any]]] = {"memory": byte_count, "second
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 def add_bundle(parser: argparse.ArgumentParser, what: str = BUNDLE) -> None:
-    """The bundle: `what` it is."""
+    """The bundle; `what` is its help."""
     parser.add_argument("bundle", metavar="BUNDLE", help=what)
 
 
@@ -69,14 +69,14 @@ def limits_of(arguments: argparse.Namespace) -> sandbox.Limits | None:
 
 
 def opening_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the bundle runs, and its adapter, as `load` takes it. Raises InputError."""
+    """Where the bundle runs, and its adapter, as arguments of `load`. Raises InputError."""
     placement, adapter = placement_of(arguments), getattr(arguments, "adapter_folder", None)
     return placement if adapter is None else {**placement, "adapters": {ADAPTER: adapter}}
 
 
 # --- a generation -------------------------------------------------------------------------------------------------
 def add_generation(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The flags of a generation, a group each. `defaults`: of the command, told in place of the options' own."""
+    """The flags of a generation, a group each. `defaults`: of the command, shown instead of the options' own."""
     for group, options in itertools.groupby(OPTIONS.values(), lambda option: option.group):
         flags = parser.add_argument_group(group)
         flags = flags.add_mutually_exclusive_group() if group == FORMS else flags
@@ -98,7 +98,7 @@ def add_option(flags: Any, option: Option, default: Any = None) -> None:
 
 
 def _value_of(option: Option, text: str) -> Any:
-    """The value that a flag's text is: a number, ids, a text in a list, or a text, whichever the option takes."""
+    """The value that a flag's text is: a number, ids, a text in a list, or a text, by the type of the option."""
     for read in (str,) if option.metavar == "FILE" else (int, float, id_list, lambda one: [one], str):
         with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
             if option.valid(value := read(text)):
@@ -119,7 +119,7 @@ def add_adapter(group: argparse._ActionsContainer) -> None:
 
 
 def generation_of(arguments: argparse.Namespace) -> ChatOptions:
-    """What add_generation's flags were set to. Raises InputError for a file that cannot be read."""
+    """The values of add_generation's flags. Raises InputError for a file that cannot be read."""
     given = {name: value for name in CHAT_OPTIONS if (value := getattr(arguments, name, None)) is not None}
     for name in ("json_schema", "grammar"):
         if name in given:

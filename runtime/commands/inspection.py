@@ -1,4 +1,4 @@
-"""`pastkey inspect`: what a bundle is made of and where its operators run."""
+"""`pastkey inspect`: the parts of a bundle, and where its operators run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Share:
-    """What one execution provider runs of a graph."""
+    """The part of a graph that one execution provider runs."""
 
     graph: str  # its file in the bundle
     provider: str  # short name
@@ -42,9 +42,9 @@ class BundleReport:
     total_bytes: int  # of all files
     kv_bytes_per_token: int
     kv_bytes_at_context: int  # of one text's cache at its largest
-    overflow: str  # what becomes of a text that is longer than the context, and of what no window sees
+    overflow: str  # how a text beyond the context, and tokens that no window sees, are dropped
     shares: tuple[Share, ...]  # of each graph that `generate` runs, first that of the prompt; most nodes first
-    kernels: str  # what runs the graph: the native kernels or onnxruntime
+    kernels: str  # that run the graph: the native ones or onnxruntime's
     native_left_out: str = ""  # why the native kernels do not run it, if their golden logits are wrong
     # On a device other than the CPU, or of native kernels: right, prefill wrong, or wrong.
     golden_logits: str | None = None
@@ -115,7 +115,7 @@ def inspect(
 
 
 def _overflow(graph: DecoderGraph) -> str:
-    """For people: what leaves the cache, and when."""
+    """For people: which tokens leave the cache, and when."""
     manifest = graph.manifest
     shift = manifest.shift
     told = "a full context can be shifted (context_overflow)"

@@ -148,6 +148,6 @@ def answer_rows(arguments: argparse.Namespace) -> int:
 
 
 def generator_of(arguments: argparse.Namespace) -> Generator:
-    """What answers the rows of the command."""
+    """The generator that answers the rows of the command."""
     settings: dict[str, Any] = {**opening_of(arguments), **generation_of(arguments)}
     return Generator(arguments.bundle, exact=arguments.exact, template=arguments.template, **settings)

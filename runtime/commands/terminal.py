@@ -67,7 +67,7 @@ def converse(chat: Chat, **options: Unpack[ChatOptions]) -> None:
 def print_answer(
     chat: Chat, text: str, interrupted: threading.Event | None = None, **options: Unpack[ChatOptions]
 ) -> Completion | None:
-    """Prints the answer to `text` as it comes, until it ends or `interrupted` is set. Returns what was printed."""
+    """Prints the answer to `text` as it comes, until it ends or `interrupted` is set. Returns the printed text."""
     with chat.stream(text, **options) as answer:
         for chunk in answer:
             progressed()
@@ -108,7 +108,7 @@ def _tell_a_full_context(chat: Chat, answer: Completion | None) -> None:
 
 # --- questions and commands ---------------------------------------------------------------------------------------
 def _questions(lines: Iterator[str], chat: Chat) -> Iterator[str]:
-    """What is meant for the model: lines, and several between quotes. Commands are acted on here."""
+    """The questions to the model: lines, and several between quotes. Commands are executed here."""
     for line in lines:
         if line.lstrip().startswith(_QUOTES):
             yield _quoted(line, lines)
@@ -134,7 +134,7 @@ def _quoted(line: str, lines: Iterable[str]) -> str:
 
 
 def _act(name: str, argument: str, chat: Chat) -> None:
-    """What a command does. Raises InputError for one that does not exist, or that lacks what it needs."""
+    """The action of a command. Raises InputError for one that does not exist, or that lacks its argument."""
     alone: dict[str, Callable[[], None]] = {"/reset": chat.reset, "/undo": chat.undo, "/drop": chat.drop}
     named: dict[str, Callable[[Path], None]] = {"/save": chat.save, "/load": chat.load}
     if name == "/help":
@@ -157,7 +157,7 @@ def _act(name: str, argument: str, chat: Chat) -> None:
         else:
             say("there is no system text: /system TEXT gives one" if chat.system is None else chat.system)
     elif name in alone:
-        raise InputError(f"{name} stands alone: leave {argument!r:.60} out, or ask the model with /{name} ...")
+        raise InputError(f"{name} has no argument: leave {argument!r:.60} out, or ask the model with /{name} ...")
     else:
         raise InputError(
             f"there is no command {name}: /help lists them, and //... asks the model a text that begins so"
@@ -170,12 +170,12 @@ def _piped_lines() -> Iterator[str]:
 
 
 def _typed_lines(pressed: threading.Event) -> Iterator[str]:
-    """What is typed. Each line clears the event."""
+    """The typed lines. Each clears the event."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives `input` editing and a history
     while True:
         try:
-            # Without a terminal to write on, a prompt would stand between the answers.
+            # Without a terminal to write on, a prompt would be printed between the answers.
             line = input("> " if sys.stdout.isatty() else "")
         except UnicodeDecodeError:
             say("this line is not valid in the terminal's encoding: type it again")

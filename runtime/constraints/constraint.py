@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pastkey.errors import InputError
 from pastkey.values import shown
 
-# Beyond these, compiling takes seconds, or more stack than `Vocabulary` gives it.
+# Beyond these, compiling needs seconds, or more stack than `Vocabulary` gives it.
 MAX_SCHEMA_CHARACTERS = 500_000
 MAX_SUBSCHEMAS = 2_000
 MAX_CHARACTERS = 50_000  # of a regular expression or a grammar
@@ -62,7 +62,7 @@ def _text_of(kind: Kind, value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{kind} holds half of a surrogate pair, which is not a character: take it out") from None
+        raise InputError(f"{kind} holds half of a surrogate pair, which is not a character: remove it") from None
     return text
 
 
@@ -82,13 +82,13 @@ def _schema_text(value: object) -> str:
     try:
         text = json.dumps(dict(schema), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"json_schema holds what JSON cannot write ({error}); {expected}") from None
+        raise InputError(f"json_schema holds a value that JSON cannot write ({error}); {expected}") from None
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise InputError(_too_long("json_schema", len(text), MAX_SCHEMA_CHARACTERS))
     schema = json.loads(text)
     found = sum(1 for _ in _subschemas(schema))
     if found > MAX_SUBSCHEMAS:
-        raise InputError(f"json_schema holds {found} objects; at most {MAX_SUBSCHEMAS} are taken: ask for less at once")
+        raise InputError(f"json_schema has {found} objects; at most {MAX_SUBSCHEMAS} are allowed: ask for less at once")
     return text
 
 
@@ -97,7 +97,7 @@ def _choices_text(texts: list[str]) -> str:
     if len(texts) > MAX_CHOICES or length > MAX_SCHEMA_CHARACTERS:
         raise InputError(
             f"choices holds {len(texts)} texts of {length} characters; at most {MAX_CHOICES} texts of "
-            f"{MAX_SCHEMA_CHARACTERS} characters together are taken: choose in two steps"
+            f"{MAX_SCHEMA_CHARACTERS} characters together are allowed: choose in two steps"
         )
     return json.dumps(texts, ensure_ascii=False)
 
@@ -109,7 +109,7 @@ def _bounded(kind: Kind, value: str) -> str:
 
 
 def _too_long(kind: str, found: int, most: int) -> str:
-    return f"{kind} has {found} characters; at most {most} are taken: ask for less at once"
+    return f"{kind} has {found} characters; at most {most} are allowed: ask for less at once"
 
 
 def _subschemas(value: Any) -> Iterator[dict[str, Any]]:

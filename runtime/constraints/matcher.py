@@ -100,7 +100,7 @@ class Matcher:
         require_uninterrupted(self._matcher)
         if not followed or (self._matcher.is_error() and not self._matcher.is_accepting()):
             raise InputError(
-                "the grammar leads to a place from which this model's vocabulary cannot go on, or which is too complex "
+                "the grammar leads to a place where this model's vocabulary cannot continue, or which is too complex "
                 f"({first_sentence(self._matcher.get_error()) or 'no token may follow'}): ask for less, or for other "
                 "characters"
             )

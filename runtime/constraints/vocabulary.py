@@ -18,18 +18,18 @@ from .matcher import Matcher, first_sentence, require_uninterrupted
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_STACK_BYTES = 128 << 20  # a chain of 2,000 $refs, the longest that `Constraint` takes, needs less than 64 KB each
+_STACK_BYTES = 128 << 20  # a chain of 2,000 $refs, the longest that `Constraint` accepts, needs less than 64 KB each
 _starting = threading.Lock()  # the size of the stack is one for all threads that start
 _KEPT = 16  # number of cached compiled constraints
 # As json.dumps and most training data write it. With free whitespace a model may write it endlessly, and no token
-# between two values would be forced. A schema's own "x-guidance" takes precedence.
+# between two values would be forced. A schema's own "x-guidance" has precedence.
 _JSON = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 class Vocabulary:
     """The bytes of each token and the EOS tokens. Compiles a constraint to a Matcher.
 
-    The end is an extra token with id V that stands for all EOS tokens. So a model may have one, several or none, and an
+    The end is an extra token with id V for all EOS tokens. So a model may have one, several or none, and an
     EOS token that also occurs in text, such as a line break, still ends the output.
     """
 
@@ -109,7 +109,7 @@ class Vocabulary:
         if wrong:
             raise InputError(
                 f"{constraint.kind} cannot be followed: {first_sentence(wrong)}; correct that, or leave it out and "
-                "check the text (docs/output.md says what is supported)"
+                "check the text (docs/output.md lists the supported keywords)"
             )
         if not Matcher(compiled, self.size, self.eos_ids).can_begin:
             raise InputError(

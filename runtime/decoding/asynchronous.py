@@ -18,7 +18,7 @@ Whole = TypeVar("Whole")
 
 
 class AsyncReadable(AsyncIterator[Piece], Generic[Piece, Whole]):
-    """What asynchronous streams have in common. Only one task may read one."""
+    """The base of asynchronous streams. Only one task may read one."""
 
     def __init__(self, stream: Readable[Piece, Whole], executor: Executor) -> None:
         self._stream, self._executor = stream, executor
@@ -42,7 +42,7 @@ class AsyncReadable(AsyncIterator[Piece], Generic[Piece, Whole]):
         await self._in_thread(read)
 
     async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls what reads the stream. A cancellation ends the stream within one step."""
+        """Calls the reader of the stream. A cancellation ends the stream within one step."""
         import asyncio
 
         step = asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)

@@ -54,8 +54,8 @@ class Completion:
             `max_new_tokens` or the end of the context, "deadline" for `timeout`, "cancelled" if the caller ended it.
         prompt_tokens: Number of tokens of the prompt.
         new_tokens: Number of `ids`.
-        prefill_seconds: Time to the first token.
-        decode_seconds: Time for the other tokens. With concurrent requests, both include waiting.
+        prefill_seconds: Seconds to the first token.
+        decode_seconds: Seconds for the other tokens. With concurrent requests, both include waiting.
         cached_tokens: Number of prompt tokens that were in the KV cache already.
         stop_string: The one of `stop` that ended the text, or None. Of two with the same beginning, the shorter one.
         tool_calls: The function calls of an answer with tools, in order.
@@ -86,7 +86,7 @@ class Completion:
 
     @property
     def seconds_per_token(self) -> float:
-        """Mean time of the tokens after the first; 0 if there are none."""
+        """Mean seconds of the tokens after the first; 0 if there are none."""
         return self.decode_seconds / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
 
 

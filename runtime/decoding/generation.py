@@ -73,7 +73,7 @@ class Alone:
         return engine, 0
 
     def advance(self, generation: Generation) -> None:
-        """Runs one step. Another generation may take over the engine between two steps."""
+        """Runs one step. Another generation may use the engine between two steps."""
         try:
             generation.begin()
             generation.require_ownership()
@@ -123,7 +123,7 @@ class Generation:
             lifecycle: Runs the steps; None for `Alone`.
 
         Raises:
-            InputError: The model cannot take the prompt, or an option is out of range.
+            InputError: The prompt does not fit the model, or an option is out of range.
         """
         self.request, self.engine = request, engine
         self.kept = KeptTokens(engine, request.context_overflow, request.num_sink_tokens)
@@ -344,7 +344,7 @@ class Generation:
 
     def retire(self) -> None:
         """Drops unread tokens from `ids` and from the cache, and passes the engine on. No step may run or follow."""
-        if self.begun and self.engine.resets != self._resets:  # another generation took over the engine
+        if self.begun and self.engine.resets != self._resets:  # another generation has used the engine
             return
         del self.ids[self._yielded :]
         if self.begun:
@@ -387,7 +387,7 @@ class Generation:
         if self._jumped:
             return
         self._see_whether_it_ends()
-        # With logprobs every token is sampled: each needs logits of its own.
+        # With logprobs every token is sampled: each needs its own logits.
         if self._constraint is not None and self._ending is None and self._top is None:
             forced = self._constraint.forced(self.most_tokens - len(self.ids))
             count = next((place for place, token in enumerate(forced) if token in self._end_ids), len(forced))
@@ -411,7 +411,7 @@ class Generation:
         self._seen = len(self.ids)
 
     def take_together(self, logits: Logits) -> None:
-        """As `take` for the logits (1, V) of a batched run, without a draft. Counts what a draft would have brought."""
+        """As `take` for the logits (1, V) of a batched run, without a draft. Counts the tokens of a supposed draft."""
         self._speculator.guess(self.ids, self._room)
         token, chosen = self.ids[-1] if self.take(logits, []) else None, len(self.ids)
         self.jump()
@@ -428,9 +428,9 @@ class Generation:
         return min(room, self.most_tokens - len(self.ids) - 1)
 
     def require_ownership(self) -> None:
-        """Raises InputError if another generation took over the engine."""
+        """Raises InputError if another generation has used the engine."""
         if self.begun and self.engine.resets != self._resets:
             raise InputError(
                 "another generation began on this engine before this one ended: finish one before the next, or give "
-                "each an engine of its own"
+                "each a separate engine"
             )

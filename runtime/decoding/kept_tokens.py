@@ -59,7 +59,7 @@ class KeptTokens:
 
     def most(self, wanted: int, prompt_tokens: int) -> int:
         """The number of new tokens that fit behind the prompt, at most `wanted`."""
-        # The last token is never run, so it may stand one position behind the context.
+        # The last token is never run, so it may be one position behind the context.
         return wanted if self.block else min(wanted, self._context - prompt_tokens + 1)
 
     def of(self, ids: list[int]) -> list[int]:

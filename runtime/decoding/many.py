@@ -1,4 +1,4 @@
-"""Decode several prompts concurrently. Each result equals that of a call of its own; results keep their order."""
+"""Decode several prompts concurrently. Each result equals that of a separate call; results keep their order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def several(prompt: Any) -> bool:
 def token_ids(prompt: Iterable[Any], vocab_size: int, name: str = "prompt") -> list[int]:
     """A prompt as a list of ints. `name`: the argument's.
 
-    Raises InputError for bytes, a mapping, a set, or several prompts, and for other items; TypeError for what has none.
+    Raises InputError for bytes, a mapping, a set, or several prompts, and for other items; TypeError for no iterable.
     """
     if several(prompt):
         raise InputError(
@@ -60,7 +60,7 @@ def interleaved(
     """Reads up to `most` streams in turn. When one ends, the next one joins.
 
     Args:
-        streams: Pairs of a key and a stream, read lazily. An exception in place of a stream is passed on.
+        streams: Pairs of a key and a stream, read lazily. An exception instead of a stream is passed on.
         most: The number of concurrent streams.
 
     Yields:

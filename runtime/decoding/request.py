@@ -29,7 +29,7 @@ class Request:
         exact: Whether to reuse only cache entries that a prefill computed.
         timeout: Seconds from the first step to the end of the request.
         breakers: DRY's sequence breakers as ids.
-        logprobs: Number of most likely tokens to log beside the sampled one; None for no log-probabilities.
+        logprobs: Number of most likely tokens to log in addition to the sampled one; None for no log-probabilities.
         prompt_logprobs: Whether to log the prompt's tokens, those beyond the cached prefix.
         context_overflow: "error" for a sequence longer than the context, or "shift" to evict old tokens.
         num_sink_tokens: Number of first tokens that are never evicted.

@@ -20,7 +20,7 @@ Whole = TypeVar("Whole")
 
 
 class Readable(Generator[Piece, None, Whole]):
-    """What all streams have in common: one reader at a time, which may be any thread or task.
+    """The base of all streams: one reader at a time, which may be any thread or task.
 
     A subclass has `_next`, which returns a piece or raises StopIteration of the whole, `cancel` and `close`.
     """
@@ -31,8 +31,8 @@ class Readable(Generator[Piece, None, Whole]):
     def __next__(self) -> Piece:
         if not self._reading.acquire(blocking=False):
             raise InputError(
-                "this stream is being read by another thread or task, or by a callback of its own: let one read it at "
-                "a time, or give each a stream of its own"
+                "this stream is being read by another thread or task, or by its own callback: let one read it at "
+                "a time, or give each a separate stream"
             )
         try:
             return self._next()
@@ -45,7 +45,7 @@ class Readable(Generator[Piece, None, Whole]):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Ends it within one step, from any thread. The reader gets the end, with what was generated so far."""
+        """Ends it within one step, from any thread. The reader gets the end, with the text so far."""
 
     def send(self, value: None) -> Piece:
         """As `next`."""
@@ -89,7 +89,7 @@ class ChunkStream(Readable[Chunk, Completion]):
 class Stream(ChunkStream):
     """Yields a Chunk for each new token; their texts together are the completion's.
 
-    It takes nothing until its first `next`. It belongs to no thread: each `next` may come from another one, and
+    It uses no resources until its first `next`. It belongs to no thread: each `next` may come from another one, and
     `cancel` and `close` from any, also while another is inside `next`. Several streams of one model are advanced in any
     order. One that is closed, cancelled or collected leaves the model within one step.
     """
@@ -105,7 +105,7 @@ class Stream(ChunkStream):
         super().__init__()
         self._generation, self._wake = generation, wake
         self._text, self._stops = text, stops
-        self._texts: list[str] = []  # what was told so far
+        self._texts: list[str] = []  # the text so far
         self._flushed = self._over = False
 
     @property
@@ -162,7 +162,7 @@ class Stream(ChunkStream):
         return self.completion
 
     def cancel(self) -> None:
-        """Ends it within one step, from any thread: whoever reads it gets the end, with what was generated so far."""
+        """Ends it within one step, from any thread. The reader gets the end, with the text so far."""
         self._generation.cancel()
         self._wake()
 

@@ -15,13 +15,13 @@ _NOTHING = None, np.empty(0), memoryview(b"")
 
 
 def new_bindings(onnx: Any, *, two: bool) -> tuple[Binding, Binding]:
-    """Bindings for runs in turn, each of which reads what the one before wrote; the same one twice unless `two`."""
+    """Bindings for runs in turn, each of which reads the outputs of the one before; the same one twice unless `two`."""
     first = Binding(onnx)
     return first, Binding(onnx) if two else first
 
 
 class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
-    """An onnxruntime.IOBinding that binds an array once per shape: binding takes 10 us, new arrays cost page faults."""
+    """An onnxruntime.IOBinding that binds an array once per shape: binding costs 10 us, new arrays cost page faults."""
 
     def __init__(self, onnx: Any) -> None:
         """`onnx` is the onnxruntime.InferenceSession."""

@@ -82,7 +82,7 @@ class DecoderGraph:
         all_finite: Says whether the results of a run are finite.
         every: Whether the graph returns the logits of every position.
         fused: Whether the KV cache is a shared buffer.
-        takes_mask: Whether the graph takes an attention mask rather than lengths.
+        takes_mask: Whether the graph reads an attention mask rather than lengths.
         adapter: The LoRA adapter, or None. Once it is `unloaded`, no cache over this graph is stored.
     """
 
@@ -106,7 +106,7 @@ class DecoderGraph:
             providers: Execution providers in order of preference, by short names ("cuda") or onnxruntime's, each alone
                 or in a pair with its options; None for the provider that the bundle was exported for.
             threads: Threads within an operator; None for the physical cores that this process may use.
-            allow_fallback: Whether the CPU may run operators that a requested provider does not take. Without it, a
+            allow_fallback: Whether the CPU may run operators that a requested provider does not support. Without it, a
                 provider that is known to run whole graphs must run all of this one.
             session_options: See `load`.
             native: See `load`.
@@ -189,7 +189,7 @@ class DecoderGraph:
 
     @property
     def kernels(self) -> str:
-        """What runs the graph: pastkey's kernel library with its level, or onnxruntime."""
+        """The kernels that run the graph: pastkey's library with its level, or onnxruntime."""
         return f"onnxruntime {onnxruntime.__version__}" if self.native is None else str(self.native)
 
     @property
@@ -199,7 +199,7 @@ class DecoderGraph:
 
     @functools.cached_property
     def prefill_tokens(self) -> int:
-        """The fewest tokens of one sequence whose run takes the kernels of a prefill. Fewer differ in the last bits."""
+        """The fewest tokens of one sequence that run on the kernels of a prefill. Fewer differ in the last bits."""
         return 9 if self.native is not None and self.native.level == "amx" else 2
 
     @property
@@ -293,7 +293,7 @@ class DecoderGraph:
             while length >= columns:
                 columns, chunk = 2 * columns, max(LEAST_CHUNK, chunk // 2)
             part = min(tokens, max(2, columns - length))
-            part += tokens - part == 1  # a run of one token takes another path
+            part += tokens - part == 1  # a run of one token has another path
             sizes += _evenly(part, chunk)
             length, tokens = length + part, tokens - part
         return sizes
@@ -310,7 +310,7 @@ class DecoderGraph:
             real: Real tokens of each sequence including the new ones, (B,); one int for all.
             total: Length of the longest sequence including the new tokens and padding.
             keep: Number of last positions with logits.
-            mask: (B, total), 1 for a real token; None if the graph takes no mask.
+            mask: (B, total), 1 for a real token; None if the graph reads no mask.
             hidden: Whether to return the last hidden states of all new tokens.
 
         Returns:
@@ -376,7 +376,7 @@ class DecoderGraph:
             raise InputError(f"this bundle's graph gives logits and no hidden states: {again}")
 
     def checked_mask(self, mask: npt.ArrayLike, ids: Ids, start: int, *, every: bool) -> Ids | None:
-        """`mask` as int64, or None without padding. Raises InputError if the graph cannot take it.
+        """`mask` as int64, or None without padding. Raises InputError if the graph does not support it.
 
         `every`: whether the run returns values for every position.
         """
@@ -385,11 +385,11 @@ class DecoderGraph:
             raise InputError(f"the mask has shape {array.shape}; ones and zeros of shape {ids.shape} were expected")
         array = array.astype(np.int64)
         if self._static_decode is not None and not array.all():
-            raise InputError("this bundle's static graph takes no padding: give each row alone, without it")
+            raise InputError("this bundle's static graph does not support padding: give each row separately")
         if not self.manifest.padding and not array.all():
             raise InputError(
-                "this bundle takes no padding, since its positions count every column of the cache: give rows of equal "
-                "length, or each row alone"
+                "this bundle does not support padding: positions count every column of the cache; give rows of equal "
+                "length, or each row separately"
             )
         if array.all():
             return None
@@ -401,11 +401,11 @@ class DecoderGraph:
             name = ep.short_name(self.providers[0])
             raise InputError(
                 f"on the execution provider {name!r} rows of different lengths cannot be run together, since it leaves "
-                "out keys there: give each row alone"
+                "out keys there: give each row separately"
             )
         if self.fused and (start or (np.diff(array, axis=1) > 0).any() or not array[:, 0].all()):
             raise InputError(
-                "this bundle's graph takes padding only in the first run and only at the right end of a row: "
+                "this bundle's graph supports padding only in the first run and only at the right end of a row: "
                 "pad there, or export with --graph standard"
             )
         return array

@@ -3,7 +3,7 @@
 A memory-mapped table would load the neighbours of every row, most of the table after a page of text. The peak of
 SmolLM2-135M in int8 over 512 + 128 tokens is 302 MiB, 322 with a mapped table, and 328 with one initializer shared with
 the output head (onnxruntime 1.32, two threads, with or without the file in the page cache). These figures are from a
-run of their own: only their differences count. benchmarks/results.md has the peak beside other engines.
+separate run: only their differences count. benchmarks/results.md compares the peak with other engines.
 """
 
 from __future__ import annotations
@@ -82,5 +82,5 @@ def _seek_and_read(file: int, rows: list[memoryview], offset: int) -> int:
     return len(content)
 
 
-# preadv leaves alone the file position, which a forked process shares with its parent. Windows has neither.
+# preadv does not change the file position, which a forked process shares with its parent. Windows has neither.
 _read_into = getattr(os, "preadv", _seek_and_read)

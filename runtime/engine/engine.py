@@ -35,9 +35,9 @@ class Engine:
     Attributes:
         graph: The graph, which other engines may share.
         cache: The keys and values.
-        resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another took it.
+        resets: How often the cache was emptied or cut to a prefix. A user of the cache sees by it that another used it.
         exact_length: Number of first tokens that a prefill computed, in runs of `DecoderGraph.prefill_tokens` or more
-            of one sequence. A token that is decoded alone or in a batch takes another kernel path, which differs in
+            of one sequence. A token that is decoded alone or in a batch has another kernel path, which differs in
             the last bits.
         marks: Whether to mark the cache where a later prompt may begin: behind each chunk of a prompt.
         branch: Number of tokens that the next prompt shares with another one. The mark behind them stays.
@@ -62,7 +62,7 @@ class Engine:
         return engine
 
     def leave_native(self, why: str) -> None:
-        """Opens the graph of onnxruntime's kernels in place of the native one, with a FallbackWarning.
+        """Opens the graph of onnxruntime's kernels instead of the native one, with a FallbackWarning.
 
         Raises ProviderError if the native kernels were asked for.
         """
@@ -144,7 +144,7 @@ class Engine:
     def keep_prefix(self, ids: Sequence[int], *, exact: bool = False) -> int:
         """Trims the cache to the prefix that it shares with `ids` (T,), without the last tokens.
 
-        Running these takes the kernel path of a prefill, so the logits equal those of a full prefill.
+        These run on the kernel path of a prefill, so the logits equal those of a full prefill.
 
         Args:
             ids: (T,).
@@ -249,7 +249,7 @@ class Engine:
         if self.cache.batch > 1 or self._padding.mask is not None or not fits:
             raise InputError(
                 f"{count} tokens behind the first {keep} were to leave a cache of {self.cache.batch} rows of "
-                f"{self.length} tokens: a shift takes one row without padding, and tokens that are there"
+                f"{self.length} tokens: a shift needs one row without padding, and tokens that are there"
             )
         with self._changing():
             self.cache.drop(keep, keep + count, moved_by(self.manifest, count))
@@ -260,7 +260,7 @@ class Engine:
         """Appends the tokens of one sequence in chunks of about `chunk_size`.
 
         Chunks bound the memory of activations and attention scores, which grow with the tokens of a run. They have even
-        sizes, at least two tokens each if the chunk size allows: a run of one token takes another kernel path through
+        sizes, at least two tokens each if the chunk size allows: a run of one token has another kernel path through
         attention, which differs in the last bits.
 
         Args:
@@ -313,8 +313,8 @@ class Engine:
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Logits:
         """Appends the tokens of several sequences in one run.
 
-        Shorter sequences are padded on the right. Tokens appended later stand after the padding, which no token sees.
-        The standard graph takes padding anywhere.
+        Shorter sequences are padded on the right. Tokens appended later are after the padding, which no token sees.
+        The standard graph supports padding anywhere.
 
         Args:
             ids: (B, T), at least one.
@@ -399,7 +399,7 @@ class Engine:
             self._ids += ids
 
     def mark(self) -> None:
-        """Keeps what a trim to these tokens needs, if the cache is marked."""
+        """Keeps the parts that a trim to these tokens needs, if the cache is marked."""
         if self.marks and isinstance(self.cache, KVCache):
             self.cache.mark(stays=self.cache.length == self.branch)
 
@@ -412,7 +412,7 @@ class Engine:
     def checked(self, ids: npt.ArrayLike, ndim: int, *, start: int | None = None) -> Ids:
         """`ids`, of shape (T,) or (B, T), as int64. Raises InputError unless they can be appended now.
 
-        `start`: number of tokens to append to, in place of the cached ones.
+        `start`: number of tokens to append to, instead of the cached ones.
         """
         return self.graph.checked(ids, ndim, self.length if start is None else start)
 

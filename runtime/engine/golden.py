@@ -88,7 +88,7 @@ class Golden:
         Products of activations that are rounded to int8 amplify the last bits of the layers before. So two right
         kernels are about as far apart as either is from exact products: .01 to .04, more in a wide model. The limit
         is ROUNDINGS of that distance, if this is more than `limit`. At a few places of a text rounding decides the
-        logits, up to their largest. So of a few sequences it takes the first that is no such place, or the best.
+        logits, up to their largest. So of a few sequences it uses the first that is no such place, or the best.
 
         Args:
             engine: Computes the logits.
@@ -177,7 +177,7 @@ def _takes_one_by_one(engine: Engine, golden: Golden) -> bool:
         )
     raise ProviderError(
         f"the execution provider {name!r} computes other logits on this device than the CPU: off by {off:.1e} of "
-        f"the largest (limit {limit:.0e}): take the provider 'cpu', or {ep.other_graph(name, engine.manifest)}"
+        f"the largest (limit {limit:.0e}): use the provider 'cpu', or {ep.other_graph(name, engine.manifest)}"
     )
 
 

@@ -33,7 +33,7 @@ Matrix = npt.NDArray[np.float32]
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-# Settings without an effect on what a trained adapter computes, or whose effect its tensors show.
+# Settings without an effect on a trained adapter's results, or whose effect its tensors show.
 _HARMLESS = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
@@ -170,7 +170,7 @@ def _array(tensor: StoredTensor, content: bytes, start: int, file: Path) -> Matr
 
 
 def _alphas(given: Mapping[str, Any], modules: int, folder: Path) -> dict[re.Pattern[str], Any]:
-    """Returns the alphas of `alpha_pattern`. Raises InputError for a pattern that is no name."""
+    """Returns the alphas of `alpha_pattern`. Raises InputError for a pattern that is not a name."""
     for pattern in given:
         if not _PLAIN.fullmatch(pattern) or len(given) * modules > _MOST_MATCHES:
             raise InputError(
@@ -208,7 +208,7 @@ def _placed(
             known = ", ".join(sorted({m.rpartition(".")[2] for m in modules}))
             raise InputError(
                 f"{folder} adapts {module!r}, and {bundle} has {len(fitting) or 'no'} projections of that name "
-                f"(its projections are {known}): take an adapter of the model that the bundle was made from"
+                f"(its projections are {known}): use an adapter of the model that the bundle was made from"
             )
         placed[fitting.pop()] = pair
     return placed
@@ -233,7 +233,7 @@ def _joined(
             found = (pair[0].shape[1], pair[1].shape[0])
             if found != (columns, rows):
                 raise InputError(
-                    f"{folder} adapts {weight} as a matrix of {found[1]} x {found[0]}; it has {rows} x {columns}: take "
+                    f"{folder} adapts {weight} as a matrix of {found[1]} x {found[0]}; it has {rows} x {columns}: use "
                     "an adapter of the model that the bundle was made from"
                 )
             sides = _follow(pair, weight, metadata)

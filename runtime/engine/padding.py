@@ -9,7 +9,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class Padding:
-    """The mask (B, length) of a KV cache; None without padding, which stands for all ones."""
+    """The mask (B, length) of a KV cache; None without padding, which means all ones."""
 
     def __init__(self) -> None:
         self.mask: Ids | None = None

@@ -57,7 +57,7 @@ class Adapters:
                 )
             graph = self._graph or Engine(bundle, graph="adapters", **self._placement).graph
             adapter = read_adapter(folder, graph.onnx, bundle.path)
-            adapted = copy.copy(graph)  # the same session, whose caches are of this adapter alone
+            adapted = copy.copy(graph)  # the same session, whose caches are of this adapter only
             adapted.onnx, adapted.adapter = graph.onnx.with_constants(adapter.inputs), adapter
             self._graph = graph
             self._parts.adapters[name] = dataclasses.replace(
@@ -65,7 +65,7 @@ class Adapters:
             )
 
     def _ends(self, folder: Path) -> tuple[int, ...]:
-        """The EOS token of the tokenizer beside an adapter: of a base model that it taught to answer, a new one."""
+        """The EOS token of the tokenizer next to an adapter: of a base model that it taught to answer, a new one."""
         file, codec = folder / names.TOKENIZER_CONFIG, self._parts.tokenizer
         if codec is None or not file.is_file():
             return ()
@@ -110,7 +110,7 @@ class AdapterCalls:
             folder: A folder that peft saved: adapter_config.json and adapter_model.safetensors.
 
         Raises:
-            InputError: The name is taken; the bundle was exported without `--adapters`; the adapter is of another
+            InputError: The name is in use; the bundle was exported without `--adapters`; the adapter is of another
                 model or does more than LoRA on projections; or the model is closed.
             MissingFileError: There is no such folder, or a file is missing.
             IntegrityError: A file is damaged.

@@ -33,7 +33,7 @@ class DraftModel:
 
     Attributes:
         model: The loaded draft model.
-        opened: Whether it was loaded for this target alone and is closed with it.
+        opened: Whether it was loaded only for this target and is closed with it.
     """
 
     def __init__(self, model: DraftingModel, opened: bool) -> None:
@@ -99,7 +99,7 @@ def _require_forgetting(target: ModelParts, draft: ModelParts) -> None:
     if draft.manifest.rows:
         raise InputError(
             f"{draft.bundle.path} cannot draft: it keeps the last rows of short convolutions, which cannot forget "
-            "rejected tokens; take another draft model"
+            "rejected tokens; use another draft model"
         )
 
 

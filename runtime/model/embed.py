@@ -25,7 +25,7 @@ def embed(parts: ModelParts, text: Any, pooling: str, *, normalize: bool) -> npt
     require_valid({"pooling": pooling, "normalize": normalize})
     many = several(text)
     if many and pooling == "none":
-        raise InputError('with the pooling "none" each token has a vector of its own: give one text at a time')
+        raise InputError('with the pooling "none" each token has its own vector: give one text at a time')
     engine = parts.new_engine()
     engine.graph.require_hidden_states()
     given = enumerate(text) if many else [(None, text)]

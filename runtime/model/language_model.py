@@ -58,8 +58,9 @@ class LanguageModel(ChatCalls, AdapterCalls):
     """A loaded bundle. Any number of threads, streams and sessions may use it at the same time.
 
     Each call has its own KV cache. Concurrent calls are decoded in one batch where the graph allows it; elsewhere they
-    take turns, step by step. The output of a call does not depend on other calls. (In int8 the last bits of the logits
-    do, so a near tie may resolve differently.) An unread stream does not delay other calls.
+    run in turn, step by step. The output of a call does not depend on other calls. (In int8 the last bits of the logits
+    do, so of two tokens with almost the same score the other one may be chosen.) An unread stream does not delay other
+    calls.
 
     Attributes:
         bundle: The bundle, with its absolute path.
@@ -87,7 +88,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
         temporary: TemporaryFolder | None = None,
         **placement: Unpack[PlacementOptions],
     ) -> None:
-        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model alone."""
+        """See `load`. `temporary`: the folder that the bundle was unpacked to for this model only."""
         # An absolute path stays valid if the working directory changes.
         self.bundle = dataclasses.replace(bundle, path=bundle.path.absolute())
         self.manifest = bundle.manifest
@@ -160,12 +161,12 @@ class LanguageModel(ChatCalls, AdapterCalls):
 
     @property
     def activity(self) -> Activity:
-        """How busy the model is: what runs and waits, the caches, and totals since it was loaded."""
+        """How busy the model is: running and waiting requests, caches, and totals since it was loaded."""
         return self.scheduler.activity()
 
     @property
     def kernels(self) -> str:
-        """What runs the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
+        """The kernels that run the model: "native 0.1.0, avx512" with the level in use, or "onnxruntime 1.32.0"."""
         return self.parts.engine.graph.kernels
 
     def session(self, adapter: str | None = None) -> Session:
@@ -236,7 +237,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             InputError: The prompt is empty, too long, or has no tokens; an option is out of range; the model is closed.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
         """
         given = options_of("generate", options, GENERATE_OPTIONS)
         if several(prompt) or n is not None:
@@ -346,7 +347,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             system: The system text.
             messages: The conversation so far, in OpenAI's form, the system text first. `ask()` without a text answers a
                 question at its end.
-            template: The path of a chat template (Jinja, UTF-8) in place of the bundle's.
+            template: The path of a chat template (Jinja, UTF-8) instead of the bundle's.
             tools: The functions that the model may call: JSON schemas {"type": "function", "function": {"name",
                 "description", "parameters"}}, or Python functions with type hints and a docstring in Google's style.
             documents: Documents for the answers, in the template's form: mostly {"title", "text"}.
@@ -355,7 +356,7 @@ class LanguageModel(ChatCalls, AdapterCalls):
             **template_variables: Further variables of the template, such as `enable_thinking=False`.
 
         Raises:
-            InputError: The bundle has no tokenizer or chat template; the template is invalid or refuses a system text.
+            InputError: The bundle has no tokenizer or chat template; the template is invalid or rejects a system text.
             OptionError: The conversation sets this variable itself.
             MissingFileError: There is no file at `template`.
             MissingExtraError: jinja2 is not installed.
@@ -383,12 +384,12 @@ class LanguageModel(ChatCalls, AdapterCalls):
             adapter: The name of a loaded LoRA adapter.
 
         Returns:
-            Logits (T, V). Row t predicts the token after `ids[t]`.
+            Logits (T, V) float32. Row t predicts the token after `ids[t]`.
 
         Raises:
             InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
         """
         return np.concatenate(list(logits_by_chunk(self.parts.adapted(adapter), ids)))
 
@@ -421,12 +422,12 @@ class LanguageModel(ChatCalls, AdapterCalls):
             normalize: Scales each vector to length 1.
 
         Returns:
-            (H,); (N, H) for several texts, in their order; (T, H) with "none".
+            Float32 (H,); (N, H) for several texts, in their order; (T, H) with "none".
 
         Raises:
             InputError: The bundle was exported without `--hidden-states`; or as in `score`.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
         """
         return embed(self.parts, text, or_default(pooling, "mean"), normalize=or_default(normalize, True))
 

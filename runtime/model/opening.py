@@ -89,7 +89,7 @@ class Prompted(Scheduled):
 def read_prompt(
     parts: ModelParts, options: Mapping[str, Any], prompt: str | Sequence[int] | TextPrompt | ChatPrompt
 ) -> TextPrompt | ChatPrompt:
-    """Returns a prompt with its ids, for `open_prompt`. Raises InputError for one that the model cannot take."""
+    """Returns a prompt with its ids, for `open_prompt`. Raises InputError for one that does not fit the model."""
     if not isinstance(prompt, TextPrompt | ChatPrompt):
         prompt = TextPrompt(parts.prompt_ids(prompt), prompt if isinstance(prompt, str) else None)
     options = {**DEFAULTS, **options}
@@ -146,7 +146,7 @@ def open_stream(
 
     Args:
         parts: The model.
-        lifecycle: Provides the cache and takes it back.
+        lifecycle: Provides the cache and gets it back.
         ids: The whole sequence so far, (T,).
         options: As returned by `options_of`.
         after_text: Whether the new text continues a text.
@@ -159,7 +159,7 @@ def open_stream(
     codec, options = parts.tokenizer, {**DEFAULTS, **options}
     stops = _texts(options["stop"])
     if stops and codec is None:
-        raise InputError("this bundle has no tokenizer, so that no stop string can be found in what it generates")
+        raise InputError("this bundle has no tokenizer, so that no stop string can be found in its output")
     sampling = SamplingConfig.of({**options, "bad_words_ids": _bad_words(codec, options)})
     end_ids = _end_ids(options, parts)
     constraint = parts.vocabulary.matcher(options, end_ids)

@@ -28,7 +28,7 @@ class Drafts(Protocol):
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A prompt that was encoded once, for the calls of a LanguageModel that take several.
+    """A prompt that was encoded once, for the calls of a LanguageModel with several.
 
     Attributes:
         ids: The token ids.
@@ -51,9 +51,9 @@ class ModelParts:
         scheduler: Runs the steps.
         memory: The memory limit of the caches.
         draft: The draft model, or None.
-        adapters: Name -> the parts with a loaded LoRA adapter, whose graph and caches are of this adapter alone.
+        adapters: Name -> the parts with a loaded LoRA adapter, whose graph and caches are of this adapter only.
         renderers: The compiled chat templates of the stateless calls.
-        adapter_ends: The EOS tokens that an adapter brings; they end its texts as the bundle's do.
+        adapter_ends: The EOS tokens of an adapter; they end its texts as the bundle's do.
     """
 
     bundle: Bundle

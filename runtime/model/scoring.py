@@ -20,7 +20,7 @@ class Score:
         ids: Its tokens.
         logprobs: The natural log-probability of each token, given those before it; None for the first. These are
             numbers; `generate(logprobs=)` returns TokenLogprobs, which include the likeliest tokens.
-        total: Their sum.
+        total: Their sum, in nats.
 
     All tokens are computed together, like a prompt. `generate(logprobs=)` computes tokens one by one. In int8 and int4
     its log-probabilities differ by the rounding of activations: 0.014 nats per token for SmolLM2-135M in int8.
@@ -51,7 +51,7 @@ def logits_by_chunk(parts: ModelParts, ids: npt.ArrayLike) -> Iterator[npt.NDArr
     Raises:
         InputError: `ids` are empty, out of range or longer than the context; or the model is closed.
         NumericsError: The model yields NaN or infinity.
-        ResourceError: The cache would take more than `max_memory`.
+        ResourceError: The cache would need more than `max_memory` bytes.
     """
     engine = parts.new_engine()
     tokens = engine.checked(ids, 1)

@@ -79,7 +79,7 @@ class Session:
         Raises:
             InputError: The sequence is empty or too long for the context, or the session is closed or generating.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
 
         After an error the session is unchanged.
         """
@@ -121,7 +121,7 @@ class Session:
                 generating.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity.
-            ResourceError: The cache would take more than `max_memory`.
+            ResourceError: The cache would need more than `max_memory` bytes.
         """
         return completed(self._stream(text, options_of("session.generate", options, SESSION_OPTIONS)))
 
@@ -229,7 +229,7 @@ class Session:
         if self._generation is not None:
             raise InputError(
                 "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
-                "first, or go on in a fork"
+                "first, or continue in a fork"
             )
         return self._engine
 
@@ -247,7 +247,7 @@ class _Going(Scheduled):
         session = self._session
         session._idle()
         if session._ids != self._before:
-            raise InputError("the session went on since this stream was made: make another one")
+            raise InputError("the session continued since this stream was made: make another one")
         session._generation = generation
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:

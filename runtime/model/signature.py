@@ -29,7 +29,7 @@ _BYTES = 64  # of a signature
 
 
 def sign_bundle(bundle: str | Path, key: str | Path) -> Path:
-    """Checks every hash of a bundle, then writes its signature beside the manifest.
+    """Checks every hash of a bundle, then writes its signature next to the manifest.
 
     Args:
         bundle: The bundle's folder.
@@ -72,7 +72,7 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
         signature = read_bytes(folder / SIGNATURE, _MOST_KEY)
     except MissingFileError:
         raise MissingFileError(
-            f"{folder} is not signed: it has no {SIGNATURE}; ask whoever made it for a signed one, or open it without "
+            f"{folder} is not signed: it has no {SIGNATURE}; ask its author for a signed one, or open it without "
             "a key if you know where it comes from"
         ) from None
     from cryptography.exceptions import InvalidSignature
@@ -88,10 +88,10 @@ def require_signature(bundle: str | Path, key: str | Path) -> None:
 
 
 def new_key(path: str | Path) -> Path:
-    """Writes a new private key to `path`, readable by its owner only, and its public half beside it.
+    """Writes a new private key to `path`, readable by its owner only, and its public half next to it.
 
     Returns:
-        The public key's file: key.pub.pem beside key.pem.
+        The public key's file: key.pub.pem next to key.pem.
 
     Raises:
         InputError: One of the two exists, or the path has no file name.
@@ -136,7 +136,7 @@ def _loaded(path: Path, kind: Any, parse: Callable[[bytes], Any]) -> Any:
     try:
         found = parse(content)
         reason = f"it holds a {type(found).__name__.strip('_')}"
-    except Exception as error:  # cryptography raises ValueError, TypeError and errors of its own
+    except Exception as error:  # cryptography raises ValueError, TypeError and its own errors
         found, reason = None, first_line(error)
     if not isinstance(found, kind):
         raise InputError(

@@ -22,7 +22,7 @@ from pastkey.values import as_path, shown
 _MOST_TIMES, _ALWAYS = 20, 10_000_000  # an unpacked bundle has at most 20 times the bytes of its zip file plus 10 MB
 _METHODS = (0, 8)  # stored and deflated; the others make any number of bytes of a piece, in memory
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)  # not the file's fault
-_BLOCK = 4096  # bytes that an empty file or folder takes on a disk
+_BLOCK = 4096  # bytes of an empty file or folder on a disk
 
 
 class TemporaryFolder:
@@ -52,7 +52,7 @@ class BundleArgument:
     """The argument of `load`, on disk."""
 
     path: Path  # a bundle folder, or a zip file of one
-    name: str  # what messages call it
+    name: str  # in messages
     temporary: TemporaryFolder | None = None  # that the path is in
 
 
@@ -122,7 +122,7 @@ def unpack(file: IO[bytes], name: str, folder: Path) -> Path:
         if taken > _MOST_TIMES * size + _ALWAYS:
             raise IntegrityError(
                 f"{name} would be unpacked to more than {_MOST_TIMES} times its {size:,} bytes: no bundle is, and it "
-                "is left alone"
+                "is not unpacked"
             )
         try:
             written = {entry.filename: archive.extract(entry, folder) for entry in entries}  # never outside of it

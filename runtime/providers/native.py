@@ -17,7 +17,7 @@ from pastkey.precisions import PRECISIONS
 from . import placement as ep
 
 _PACKAGE = "pastkey_kernels"
-_SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 leaves the library alone
+_SWITCH = "PASTKEY_NATIVE"  # in the environment: 0 does not use the library
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .inference import OrtSession
 from .ort import OrtError, RunError, onnxruntime, standard_output_to_error, upgrade_command
 from .session_options import RECORD, WHOLE, require_free, set_options
 
-# Threads that keep spinning after a run take CPU time from other sessions and from the application.
+# Threads that keep spinning after a run steal CPU time from other sessions and from the application.
 _STOP_SPINNING = "session.force_spinning_stop"
 
 
@@ -90,7 +90,7 @@ def open_session(
             remedy = ep.remedy(name, manifest.target)
             again = f"{f'{remedy}, or ' if remedy else ''}use the provider 'cpu'"
             if wanted.whole:
-                again += "; allow_fallback=True, or --allow-fallback, lets the CPU run what it leaves"
+                again += "; allow_fallback=True, or --allow-fallback, lets the CPU run the other operators"
             if manifest.compiled is not None:
                 again = f"it was compiled for {manifest.compiled}: compile it again"
             raise ProviderError(f"the execution provider {name!r} cannot load {path}: {reason}; {again}") from error

@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error) from None
 
-# The oldest release that an extra of pyproject.toml takes: onnxruntime-openvino's newest.
+# The oldest release that an extra of pyproject.toml allows: onnxruntime-openvino's newest.
 OLDEST = (1, 24, 1)
 
 # onnxruntime's exceptions have no common base class. UnicodeDecodeError: a message has names of a damaged graph.
@@ -93,7 +93,7 @@ def upgrade_command() -> str:
 
 
 def require_supported(version: str) -> None:
-    """Raises MissingExtraError for a release that cannot run what pastkey exports."""
+    """Raises MissingExtraError for a release that cannot run pastkey's graphs."""
     if parse_version(version) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise MissingExtraError(

@@ -99,7 +99,7 @@ def resolve(
 def for_bundle(
     manifest: Manifest, choice: Choice | Sequence[Choice] | None, *, allow_fallback: bool = False
 ) -> Placement:
-    """As `resolve`, for a bundle: None is what it was compiled for, or its target. Raises as both do."""
+    """As `resolve`, for a bundle: None means the provider that it is compiled for, or its target. Raises as both."""
     if manifest.compiled is not None:
         choice = for_compiled(choice, manifest.compiled)
     options, target, graph = manifest.provider_options, manifest.target, manifest.graph
@@ -139,7 +139,7 @@ def overlapping() -> str:
     if len(found) == 1:
         return ""
     return (
-        f"the packages {', '.join(found)} lie over one another, and the first one answers: type  "
+        f"the packages {', '.join(found)} overwrite one another, and the first one is imported: type  "
         f"pip uninstall {' '.join(found)}  and then  pip install  with the one that you want"
     )
 
@@ -158,7 +158,7 @@ def provider_of(target: str) -> str:
 
 
 def other_graph(name: str, manifest: Manifest) -> str:
-    """What to export instead for a provider that computes a bundle's graph wrong, in the same precision."""
+    """The export to make instead for a provider that computes a bundle's graph wrong, in the same precision."""
     if manifest.graph != "fused":
         return "report the device to https://github.com/microsoft/onnxruntime/issues"
     other = "static" if "static" in row_of(name).whole and manifest.precision == "fp32" else "standard"
@@ -182,7 +182,7 @@ def not_started(name: str, active: Sequence[str]) -> StartError:
 
 
 def remedy(name: str, target: str) -> str:
-    """What to do if a provider (short name) does not run a bundle made for `target`; "" if unknown."""
+    """The advice if a provider (short name) does not run a bundle made for `target`; "" if unknown."""
     again = "export the model again if an older pastkey wrote this bundle"
     return again if provider_of(target) == name else row_of(name).remedy
 

@@ -19,10 +19,10 @@ WHOLE = "session.disable_cpu_ep_fallback"
 RECORD = "session.record_ep_graph_assignment_info"
 # Options that pastkey sets, and the alternative.
 _OURS = {
-    WHOLE: "let the CPU run what a provider leaves with allow_fallback=True, or --allow-fallback",
-    RECORD: "what a provider leaves is told by it",
+    WHOLE: "let the CPU run the other operators with allow_fallback=True, or --allow-fallback",
+    RECORD: "pastkey reads there which operators run on the CPU",
     "intra_op_num_threads": "give threads=N, or --threads N",
-    "session.model_external_initializers_file_folder_path": "weights stand beside their graph",
+    "session.model_external_initializers_file_folder_path": "weights are next to their graph",
 }
 _TEXTS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -45,7 +45,7 @@ def set_options(options: Any, given: Mapping[str, Any]) -> None:
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             default = f"; the default is {getattr(options, name)}" if hasattr(options, name) else ""
             raise InputError(
-                f"onnxruntime {onnxruntime.__version__} does not take the session option {name:.60} with the value "
+                f"onnxruntime {onnxruntime.__version__} does not accept the session option {name:.60} with the value "
                 f"{shown(value)} ({first_line(error)}){default}"
             ) from None
 

@@ -1,4 +1,4 @@
-"""Bias, ban or force single tokens. Each function takes logits (V,) and returns new ones."""
+"""Bias, ban or force single tokens. Each function reads logits (V,) and returns new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pastkey's kernel library does with logits, while they are in cache: the finite check, and the choice of a token.
+"""pastkey's kernel library on logits, while they are in cache: the finite check, and the choice of a token.
 
 The token is that of the stages. The library computes sums in another order. Where that could decide, it leaves the
 token to the stages.
@@ -47,8 +47,8 @@ class _Draw(ctypes.Structure):
 
 @functools.cache
 def _functions_of(library: str) -> Any:
-    """The library with what is called for each token, or None where it lacks one: it is older."""
-    found = ctypes.PyDLL(library)  # keeps Python's lock: a call takes less time than giving it away
+    """The library with the functions for each token, or None if an older one lacks any."""
+    found = ctypes.PyDLL(library)  # keeps Python's lock: a call is shorter than giving it away
     try:
         found.pastkey_kernels_draw.restype = ctypes.c_int64
         found.pastkey_kernels_draw.argtypes = [ctypes.c_void_p]
@@ -134,7 +134,7 @@ class NativeDraw:
 
     @classmethod
     def of(cls, library: str, config: SamplingConfig) -> NativeDraw | None:
-        """None where the library is older, or there is none (""), and for a temperature that is near 0."""
+        """None if the library is older or absent (""), and for a temperature near 0."""
         if 0 < config.temperature < _LEAST_TEMPERATURE:
             return None
         found = _functions_of(library) if library else None

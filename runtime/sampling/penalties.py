@@ -1,6 +1,6 @@
 """Repetition, presence and frequency penalties.
 
-Each function takes logits (V,) and ids, and returns logits (V,) in float64. Minus infinity stays.
+Each function reads logits (V,) and ids, and returns logits (V,) in float64. Minus infinity stays.
 """
 
 from __future__ import annotations

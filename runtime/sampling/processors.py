@@ -34,6 +34,6 @@ def apply_processor(logits: Scores, ids: IdArray, processor: LogitsProcessor) ->
         raise InputError(f"logits_processor {name} returned {found.dtype} of shape {found.shape}; {wanted}")
     if not (found < np.inf).all():
         raise InputError(
-            f"logits_processor {name} returned NaN or infinity; finite logits were expected, or -inf for what it bans"
+            f"logits_processor {name} returned NaN or infinity; expected finite logits, or -inf for tokens that it bans"
         )
     return np.asarray(found)

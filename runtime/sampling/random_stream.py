@@ -47,7 +47,7 @@ def _numbers(seed: int, places: Any, lane: int) -> Any:
 
 
 class Uniforms:
-    """`uniform` of one seed at places that mostly follow one another. Behind a run, to compute one takes 20 us."""
+    """`uniform` of one seed at places that mostly follow one another. Behind a run, computing one costs 20 us."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self._first = seed, 0

@@ -1,7 +1,7 @@
 """Sampling: from logits to a token, stage by stage. `_changes` and `_truncations` define the order.
 
-The order is that of transformers; stages that transformers lacks stand as in llama.cpp. Each stage is a pure function
-of an array (V,). docs/output.md defines them. Temperature 0 takes the largest logit after the first half.
+The order is that of transformers; stages that transformers lacks are as in llama.cpp. Each stage is a pure function
+of an array (V,). docs/output.md defines them. Temperature 0 chooses the largest logit after the first half.
 `export/generation/sampler.py` implements five of the settings as a graph.
 """
 
@@ -27,7 +27,7 @@ from .penalties import IdArray, Scores
 from .processors import apply_processor
 from .random_stream import EXCLUDE, Uniforms, fresh_seed, uniform
 
-_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, which the graph takes
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")  # rounded to float32, the type of the graph's inputs
 
 Change = Callable[[Scores, IdArray], Scores]
 
@@ -142,7 +142,7 @@ class Sampler:
         return NativeDraw.of(self._library, c) if alone else None
 
     def _excludes(self, place: int) -> bool:
-        """Whether XTC applies to this token, by a random number of its own."""
+        """Whether XTC applies to this token, by a separate random number."""
         config = self.config
         applies = config.xtc_probability > 0 and config.xtc_threshold <= 0.5  # no two tokens reach a larger one
         return applies and uniform(self._seed, place, EXCLUDE) < config.xtc_probability

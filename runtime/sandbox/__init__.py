@@ -3,9 +3,9 @@
     import pastkey
     pastkey.sandbox.call("generate", "bundle", {"prompt": "Once upon a time", "max_new_tokens": 8})["text"]
 
-- `limits`: what is asked for and what is in force; `landlock`, `rlimits`: how the child puts limits on itself.
+- `limits`: the limits asked for and those in force; `landlock`, `rlimits`: how the child puts limits on itself.
 - `child`: the process, which runs one function; `process`, `parent`: how it is started, read and ended.
-- `frames`: what it writes. Its parent makes text of it (`relay`), or JSON (`calls`), and believes none of it.
+- `frames`: its output. The parent makes text of it (`relay`), or JSON (`calls`), and believes none of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`pastkey.sandbox.call`: one call of an untrusted bundle, in a process of its own. JSON goes in and comes out."""
+"""`pastkey.sandbox.call`: one call of an untrusted bundle, in a separate process. Arguments and result are JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def call(
 
     Args:
         name: "generate", "chat", "score" or "inspect".
-        bundle: As `load` takes it.
+        bundle: As for `load`.
         arguments: Those of `LanguageModel.generate` for one prompt, `generate_chat` or `score`, of JSON's types:
             {"prompt": "Once", "max_new_tokens": 8}, {"messages": [...]}, {"text": "Once"}. None for inspect.
         limits: The limits of memory and time: for the load and for each new token; for a score or an inspection as a
@@ -47,7 +47,7 @@ def call(
         threads: As in `load`.
 
     Returns:
-        The fields of the Completion, the Score, or what `pastkey inspect --json` prints, of JSON's types. A number that
+        The fields of the Completion, the Score, or of `pastkey inspect --json`, of JSON's types. A number that
         is infinite is None. The process made it: it may be wrong in any way but its size, which is at most 16 MB.
 
     Raises:
@@ -99,7 +99,7 @@ def _told(text: str) -> str:
 
 
 def _error_of(name: str) -> Callable[[str], PastkeyError]:
-    """The class of errors of this name, of those that are made of a sentence alone."""
+    """The class of errors of this name, of those whose only argument is a sentence."""
     kind = vars(errors).get(name)
     if not isinstance(kind, type) or not issubclass(kind, PastkeyError) or kind is errors.ContextLengthError:
         return UntrustedBundleError

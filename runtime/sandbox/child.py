@@ -1,7 +1,7 @@
 """The process of an untrusted bundle: it puts limits on itself, and runs one function, which opens the bundle.
 
 Landlock binds the thread that asks for it and those that it starts later, so that all of this comes before numpy or
-onnxruntime is imported: what stands at the top of this file imports neither.
+onnxruntime is imported: the top of this file imports neither.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from . import landlock, rlimits
 from .frames import ERROR, LIMITS, LINE, LONGEST, OUT, PROGRESS, FrameWriter
 from .limits import Limits, LimitsInForce, default_memory
 
-# In what an error says where memory has run out.
+# Words of an error after memory has run out.
 _NO_MEMORY: Final = ("bad_alloc", "bad allocation", "allocate memory", "out of memory", "can't start new thread")
-_BESIDE: Final = 1_000_000_000  # bytes that imports may take
-# What libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
+_BESIDE: Final = 1_000_000_000  # bytes that imports may use
+# Files that libraries read: themselves, the kind of CPU, the memory that is left, the time zone.
 _SYSTEM: Final = (
     "/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime", "/proc/self", "/proc/cpuinfo",
     "/proc/meminfo", "/sys/devices/system", "/sys/fs/cgroup", "/dev/urandom", "/dev/random", "/dev/null",
@@ -89,7 +89,7 @@ def main(lifeline: int) -> None:
 
 
 def _input(prompt: object = "", /) -> str:
-    """As `input`, which would lose a Ctrl-C that comes while it shows the prompt: it ignores what its flush raises."""
+    """As `input`, which would lose a Ctrl-C that comes while it shows the prompt: it ignores errors of its flush."""
     print(prompt, end="", flush=True)
     line = sys.stdin.readline()
     if not line:
@@ -123,7 +123,7 @@ class _Input(io.RawIOBase):
 
 
 class _Output(io.RawIOBase):
-    """What is printed, as frames."""
+    """The printed text, as frames."""
 
     def __init__(self, kind: bytes, frames: FrameWriter, terminal: bool) -> None:
         self._kind, self._frames, self._terminal = kind, frames, terminal
@@ -144,7 +144,7 @@ class _Output(io.RawIOBase):
 
 
 def function_of(name: str) -> Any:
-    """The function of "module:name". What the bundle needs is imported with it, since the bound of memory follows."""
+    """The function of "module:name". The bundle's imports happen with it, since the bound of memory follows."""
     module, _, inner = name.partition(":")
     for needed in ("pastkey.runtime.loading", "pastkey.runtime.text.chat_format"):
         importlib.import_module(needed)
@@ -153,7 +153,7 @@ def function_of(name: str) -> Any:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory has run out."""
-    # Other sentences of pastkey quote what a user wrote.
+    # Other sentences of pastkey quote the user's text.
     quotes = isinstance(error, PastkeyError) and not isinstance(error, IntegrityError)
     return isinstance(error, MemoryError) or (not quotes and any(sign in str(error) for sign in _NO_MEMORY))
 
@@ -168,7 +168,7 @@ def _end_with_parent(lifeline: int) -> None:
         return
     import fcntl
 
-    with contextlib.suppress(OSError):  # a system that has it for terminals alone
+    with contextlib.suppress(OSError):  # a system that has it for terminals only
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
 
@@ -176,7 +176,7 @@ def _end_with_parent(lifeline: int) -> None:
 def limited(given: Mapping[str, Any]) -> tuple[LimitsInForce, Path]:
     """Puts the limits on this process, all but the final one of memory, and unpacks a zip file under them.
 
-    Returns what is in force, and where the bundle is. `given`: what the parent asks for.
+    Returns the limits in force, and where the bundle is. `given`: the request of the parent.
     """
     limits = Limits(given["memory"], given["seconds"])
     path = Path(given["path"])
@@ -211,7 +211,7 @@ _RIGHTS: Final = {"read": landlock.READ, "list": landlock.READ_DIR}
 
 
 def _of_python() -> list[str]:
-    """Where the interpreter's own library lies."""
+    """The folder of the interpreter's own library."""
     return [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(Path(sys.base_prefix) / "lib")]
 
 

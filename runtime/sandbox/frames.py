@@ -1,4 +1,4 @@
-"""What the child writes to its parent: frames of a kind (1 byte), a length (4 bytes, little-endian) and a content.
+"""The child's output to its parent: frames of a kind (1 byte), a length (4 bytes, little-endian) and a content.
 
 Standard library only: the child writes before it has put limits on itself.
 """
@@ -14,7 +14,7 @@ HEADER: Final = struct.Struct("<cI")
 LONGEST: Final = 1 << 20  # bytes of a content
 LIMITS, OUT, ERROR, PROGRESS, LINE = b"l", b"o", b"e", b"p", b"?"
 KINDS: Final = (LIMITS, OUT, ERROR, PROGRESS, LINE)  # OUT and ERROR are printed text, LINE asks for a line of input
-END, INVALID = b"", b"!"  # what `read_frames` yields last
+END, INVALID = b"", b"!"  # the last kinds of `read_frames`
 
 
 class FrameWriter:
@@ -31,7 +31,7 @@ class FrameWriter:
 
 
 def read_frames(source: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The frames until the end, of a cut one what came. The last has the kind END, or INVALID for any other bytes."""
+    """The frames until the end; of a cut one, its part. The last has the kind END, or INVALID for any other bytes."""
     while len(header := source.read(HEADER.size)) == HEADER.size:
         kind, length = HEADER.unpack(header)
         if kind not in KINDS or length > LONGEST:

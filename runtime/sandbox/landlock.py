@@ -1,6 +1,6 @@
-"""Landlock: a Linux process takes rights to files and networks from itself, by three system calls, for good.
+"""Landlock: a Linux process gives up rights to files and networks, by three system calls, for good.
 
-Everything is denied that no rule allows. What a file is was decided when it was opened: descriptors stay as they are.
+Everything is denied that no rule allows. Rights to a file are decided when it is opened: descriptors stay as they are.
 See the manual page landlock(7), and Documentation/userspace-api/landlock.rst of the kernel.
 """
 
@@ -27,7 +27,7 @@ EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 14
 READ: Final = READ_FILE | READ_DIR
 WRITE: Final = READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | TRUNCATE
-_OF_A_FILE: Final = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # what a rule of a file may hold
+_OF_A_FILE: Final = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE  # the rights in a rule of a file
 _TCP: Final = 0b11  # to bind, to connect
 _SCOPES: Final = 0b11  # no abstract socket, and no signal, to a process outside
 _NO_TCP_BEFORE, _NO_SCOPE_BEFORE = 4, 6  # ABI
@@ -41,7 +41,7 @@ def abi() -> int:
 
 
 def handled(version: int) -> tuple[int, int, int]:
-    """What a ruleset of this ABI can deny: rights to files, rights to networks, scopes."""
+    """The rights that a ruleset of this ABI can deny: rights to files, rights to networks, scopes."""
     files = 13 + (version >= 2) + (version >= 3) + (version >= 5)  # REFER, TRUNCATE, IOCTL_DEV came one by one
     return (
         (1 << files) - 1,
@@ -59,19 +59,19 @@ def restrict(rights: Iterable[tuple[Path, int]]) -> int:
     """Denies this thread, and those that it starts from now on, all files but these.
 
     Args:
-        rights: Paths, and what is allowed at each and below it. One that is not there is passed over.
+        rights: Paths, and the rights at each and below it. A path that does not exist is skipped.
 
     Returns:
         The ABI, or 0 where nothing was denied since there is no landlock.
 
     Raises:
-        OSError: The kernel has landlock and refuses a rule.
+        OSError: The kernel has landlock and rejects a rule.
     """
     version = abi()
     if not version:
         return 0
     files, network, scopes = handled(version)
-    # struct landlock_ruleset_attr; an older kernel takes a shorter one, or zeros behind it.
+    # struct landlock_ruleset_attr; an older kernel reads a shorter one, or zeros behind it.
     attributes = struct.pack("=QQQ", files, network, scopes)
     ruleset = _checked(CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
     try:

@@ -11,7 +11,7 @@ from pastkey.typed import Between
 from pastkey.values import is_int, is_number, shown
 
 SECONDS = 120.0
-MEMORY, MEMORY_PER_BYTE = 2_000_000_000, 3  # bytes beside the libraries, and for each byte of the bundle
+MEMORY, MEMORY_PER_BYTE = 2_000_000_000, 3  # bytes in addition to the libraries, and for each byte of the bundle
 LEAST_MEMORY = 16_000_000
 
 
@@ -20,9 +20,9 @@ class Limits:
     """The limits of an untrusted bundle.
 
     Attributes:
-        memory: Bytes beside those of Python and its libraries, without weights that are mapped from their file. None
-            means 2 GB and three times the size of the bundle's files, within the available memory.
-        seconds: Time to load, and for each answer: the next token, of which the first takes the whole prompt; the
+        memory: Bytes in addition to those of Python and its libraries, without weights that are mapped from their
+            file. None means 2 GB and three times the size of the bundle's files, within the available memory.
+        seconds: Time to load, and for each answer: the next token, of which the first includes the whole prompt; the
             score of a text; a rendering of a conversation.
     """
 
@@ -42,7 +42,7 @@ class LimitsInForce:
 
     Attributes:
         seconds: Time to load, and for each answer.
-        memory: Bytes beside those of Python and its libraries, or None if the system cannot limit it.
+        memory: Bytes in addition to those of Python and its libraries, or None if the system cannot limit it.
         landlock: The ABI of landlock, which allows reading only the bundle and the libraries, and denies writing files
             and starting programs; from 4 on also TCP. 0 without landlock: then files are accessible.
         missing: The limits that this system lacks, in words.

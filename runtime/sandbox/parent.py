@@ -1,6 +1,6 @@
 """The process of an untrusted bundle, as its parent has it: started, read, given lines, and ended.
 
-A thread writes and a thread reads, so that a process that stands still holds nobody up for longer than the limit says.
+A thread writes and a thread reads, so that a process that hangs delays nobody for longer than the limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .limits import Limits, LimitsInForce
 from .process import libraries, started
 
 _START: Final = 60.0  # seconds for Python and its libraries, at least: nothing of the bundle is open then
-_ENDING: Final = 3.0  # seconds that a process which was killed may take to be gone
+_ENDING: Final = 3.0  # seconds until a killed process has to be gone
 _GLANCE: Final = 1.0  # seconds after which this thread looks up: a signal may have come to another one
 _STATUSES: Final = (0, 1, 2, 130)  # of a command
 _TOLD: Final = (2, 130)  # of one that has printed why it ends
@@ -62,11 +62,11 @@ class LimitedProcess:
 
         Args:
             run: The function, which the process finds by its name and calls with a namespace of `given` and the bundle.
-            given: What the function takes, of JSON's types.
-            bundle: As `load` takes it.
-            limits: What it may take.
-            prog: What its errors begin with.
-            terminals: Whether what it reads, and what it prints, are a terminal's.
+            given: The arguments of the function, of JSON's types.
+            bundle: As for `load`.
+            limits: Its limits.
+            prog: The beginning of its errors.
+            terminals: Whether its input, and its output, are a terminal.
             readable: Further files that it may read.
             descriptors: Sockets that it inherits.
 
@@ -98,7 +98,7 @@ class LimitedProcess:
         }
         sent = json.dumps(job).encode() + b"\n"
         self._name, self.seconds = found.name, limits.seconds
-        self.in_force = LimitsInForce(limits.seconds, None, 0, ("what its process was to put on itself",))
+        self.in_force = LimitsInForce(limits.seconds, None, 0, ("those that its process sets itself",))
         self._process, self._lifeline = started(found.name, descriptors)
         self._frames: queue.Queue[tuple[bytes, bytes]] = queue.Queue(_AHEAD)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -119,7 +119,7 @@ class LimitedProcess:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # --- what it says -------------------------------------------------------------------------------------------------
+    # --- its messages -------------------------------------------------------------------------------------------------
     def allow(self, seconds: float | None) -> None:
         """Gives it so many seconds from now on; None for no limit."""
         self._allowed = seconds
@@ -127,7 +127,7 @@ class LimitedProcess:
         self._late = 0  # frames that came after that
 
     def next(self) -> tuple[bytes, bytes]:
-        """The kind and the content of what it says next; at the end END. A LimitWarning says which limits it lacks.
+        """The kind and the content of its next message; at the end END. A LimitWarning says which limits it lacks.
 
         Raises UntrustedBundleError where it says nothing in the time, or nothing that has sense.
         """
@@ -149,7 +149,7 @@ class LimitedProcess:
             self._begin(content)
 
     def _begin(self, content: bytes) -> None:
-        """Reads which limits it has put on itself. What it says from now on may be the bundle's."""
+        """Reads which limits it has put on itself. Its messages from now on may be the bundle's."""
         try:
             self.in_force = parse(LimitsInForce, parse_json(content, "its limits"), "its limits")
         except (InputError, IntegrityError) as error:
@@ -188,13 +188,13 @@ class LimitedProcess:
             f"the process of the untrusted bundle {self._name} {reason}; {self.in_force}: do not use it{higher}"
         )
 
-    # --- what it is told ----------------------------------------------------------------------------------------------
+    # --- messages to it ----------------------------------------------------------------------------------------------
     def send(self, line: bytes) -> None:
         """Sends a line; b"" says that there are no more. Never waits."""
         self._lines.put(line)
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
-        """Sends a signal to it and to what it may have started."""
+        """Sends a signal to it and to processes that it may have started."""
         with contextlib.suppress(OSError):
             if os.name == "posix":
                 os.killpg(self._process.pid, number)
@@ -202,11 +202,11 @@ class LimitedProcess:
                 self._process.send_signal(number)
 
     def close(self) -> None:
-        """Ends it, and removes what belongs to it."""
+        """Ends it, and removes its files."""
         if self._closed:
             return
         self._closed = True
-        # Of one that has ended, what it has started: no other group has its number as long as one of these lives.
+        # Of one that has ended, processes that it started: no other group has its number as long as one of these lives.
         self.interrupt(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
         self._process.wait()
         self.send(b"")

@@ -17,17 +17,17 @@ from pastkey.errors import UntrustedBundleError
 if sys.platform != "win32":
     import fcntl
 
-# -I and -S leave out the current folder, and what a user or a site adds: imports come from where `libraries` says.
+# -I and -S leave out the current folder, and those of a user or a site: imports come from where `libraries` says.
 BOOT: Final = (
     "import json, sys; sys.path += json.loads(sys.argv[1]); "
     "from pastkey.runtime.sandbox.child import main; main(int(sys.argv[2]))"
 )
-# What the process imports, and where that lies is what it may read beside Python itself and the bundle.
+# The process imports these. It may read their folders in addition to Python itself and the bundle.
 _PACKAGES: Final = (
     "numpy", "onnxruntime", "tokenizers", "jinja2", "markupsafe", "llguidance", "cryptography", "cffi",
     "starlette", "uvicorn", "h11", "pydantic", "pydantic_core", "prometheus_client", "anyio", "click",
 )  # fmt: skip
-# Of the environment it gets these alone: no key, no address, no home.
+# Of the environment it gets only these: no key, no address, no home.
 _KEPT: Final = ("LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT", "PASTKEY_TRACEBACK")
 _KEPT_PREFIXES: Final = ("OMP_", "OPENBLAS_", "MKL_", "TOKENIZERS_", "RAYON_")
 
@@ -39,7 +39,7 @@ def started(name: str, descriptors: Sequence[int] = ()) -> tuple[subprocess.Pope
     """
     if not sys.executable or getattr(sys, "frozen", False):
         raise UntrustedBundleError(
-            f"the untrusted bundle {name} needs a process of its own, and this program has no Python to start one "
+            f"the untrusted bundle {name} needs a separate process, and this program has no Python to start one "
             "with: load it from a program that Python runs"
         )
     own, lifeline = (None, None) if sys.platform == "win32" else _lifeline()
@@ -80,7 +80,7 @@ def _is_kept(name: str) -> bool:
 
 
 def libraries() -> tuple[list[str], list[list[str]]]:
-    """Where to import from, and what of it may be read.
+    """The folders to import from, and the parts that may be read.
 
     Returns:
         Folders for `sys.path`, first that of this pastkey; and pairs of a path and "read" or "list".
@@ -95,7 +95,7 @@ def libraries() -> tuple[list[str], list[list[str]]]:
             root = Path(place).parent
             if str(root) not in roots:
                 roots.append(str(root))
-            # Beside a package lie its libraries (numpy.libs). A folder of one's own may hold anything else.
+            # Next to a package are its libraries (numpy.libs). A user's own folder may have anything else.
             site = root.name in ("site-packages", "dist-packages")
             rights += (
                 [[str(root), "read"]] if site else [[str(root), "list"], [place, "read"], [f"{place}.libs", "read"]]

@@ -1,4 +1,4 @@
-"""A whole command in the process of an untrusted bundle: its parent passes on what it prints, and lines of input."""
+"""A whole command in the process of an untrusted bundle: its parent passes on its output, and lines of input."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def run_limited(
 
     Args:
         name: The command's.
-        run: What it runs.
+        run: The command that it runs.
         arguments: Its arguments.
-        limits: What it may take.
+        limits: Its limits.
         tokens: How many tokens it may make for each line of input, each in the time of the limits; without them this
             is the time of the whole command.
         lines: Whether it reads standard input.
@@ -63,7 +63,7 @@ def run_limited(
 
 
 def limited_arguments(arguments: argparse.Namespace) -> tuple[dict[str, object], list[str]]:
-    """The arguments as the process takes them, and the files that it has to read for them."""
+    """The arguments for the process, and the files that it has to read for them."""
     given = {**vars(arguments), "untrusted": False, "limits": None, "provider": "cpu"}
     readable = []
     for name in _FILES:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 DESCRIPTORS: Final = 1024
-_ADDRESSES: Final = 2_000_000_000  # bytes of address space beside the memory: stacks, reserved by malloc and not used
+_ADDRESSES: Final = 2_000_000_000  # bytes of further address space: stacks, reserved by malloc and not used
 
 
 def limit_memory(most: int, mapped: int, *, final: bool) -> bool:
-    """Bounds what is allocated from now on to `most` bytes. Returns whether the system keeps such a bound.
+    """Bounds allocations from now on to `most` bytes. Returns whether the system keeps such a bound.
 
-    Linux counts what is private and written to as data. What else takes memory, such as memory that is shared, is
+    Linux counts pages that are private and written to as data. Other memory, such as memory that is shared, is
     bounded by the address space, in which files of `mapped` bytes have room.
 
     Args:

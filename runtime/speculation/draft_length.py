@@ -1,4 +1,4 @@
-"""How many tokens to draft, by what became of the request's earlier drafts of one kind.
+"""How many tokens to draft, by the acceptance of the request's earlier drafts of one kind.
 
 The lengths are constants: running four tokens at once costs 1.4 steps, and eight 1.8 (SmolLM2-135M int8, with the
 native kernels and with onnxruntime's).

@@ -1,6 +1,6 @@
 """Drafts by a draft model for one request. It samples with the settings and random numbers of the request's sampler.
 
-A token is a function of logits, settings, seed and position. The same function takes the draft model's logits, so both
+A token is a function of logits, settings, seed and position. The same function reads the draft model's logits, so both
 models choose the same token wherever both distributions map the position's random number to it (coupling by common
 random numbers). A draft token is accepted if the model's own logits give the same token. So the output equals that
 without drafts, sampled or greedy; it does not merely have the same distribution.
@@ -22,7 +22,7 @@ from .draft_length import DraftLength
 
 _log = logging.getLogger("pastkey")
 
-REJECTIONS = 4  # drafts in a row without an accepted token after which the request goes on without
+REJECTIONS = 4  # drafts in a row without an accepted token after which the request continues without
 
 Choose = Callable[[Logits, Sequence[int]], int]  # (logits (V,), ids before) -> token
 
@@ -59,7 +59,7 @@ class Drafter:
         if self._on and most > 0:
             try:
                 return self._draft(ids, most)
-            except ResourceError:  # without memory for the draft's cache the request goes on without drafts
+            except ResourceError:  # without memory for the draft's cache the request continues without drafts
                 self.stop()
             except Exception as error:
                 _log.warning("the draft model failed, and this text continues without: %s", error)
@@ -123,7 +123,7 @@ class Drafter:
         return draft
 
     def _next(self, logits: Logits, text: Sequence[int], draft: Sequence[int]) -> int | None:
-        """The next draft token, or None at the end of the draft: an EOS token, or one that the constraint refuses."""
+        """The next draft token, or None at the end of the draft: an EOS token, or one that the constraint rejects."""
         size, constraint = self._vocab_size, self._constraint
         if logits.size != size:  # the same vocabulary, padded to another size
             logits = np.concatenate([logits[:size], np.full(max(0, size - logits.size), -np.inf, logits.dtype)])

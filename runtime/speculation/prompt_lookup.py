@@ -1,6 +1,6 @@
 """Prompt-lookup decoding: drafts the tokens that followed the last occurrence of the newest tokens.
 
-A draft token is accepted only if the sampler chooses it. Several tokens take another attention kernel path than one,
+A draft token is accepted only if the sampler chooses it. Several tokens have another attention kernel path than one,
 which differs in the last bits. In float32 the output is the same. int8 amplifies the difference, so outputs may diverge
 where two tokens are nearly equally likely, and sampled ones sooner or later do. Names, phrases and code repeat often
 enough; if they do not, drafts are short and become rare as they are rejected.

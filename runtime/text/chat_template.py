@@ -67,7 +67,7 @@ class ChatTemplate:
     def from_bundle(cls, bundle: Bundle, source: str | None = None, *, tools: bool = False) -> ChatTemplate:
         """The template with the text `source`, or the bundle's own one, with the bundle's special tokens.
 
-        Of several named templates it takes the default one, or with `tools` the one named tool_use. It reads only
+        Of several named templates it chooses the default one, or with `tools` the one named tool_use. It reads only
         bundle files that the manifest lists. Raises InputError if there is no usable template.
         """
         found, tokens = (
@@ -94,7 +94,7 @@ class ChatTemplate:
             **variables: Further variables of the template. `add_generation_prompt=False` ends behind the last message.
 
         Raises:
-            InputError: The template refuses these messages, in its own words, or writes more than MAX_OUTPUT
+            InputError: The template rejects these messages, in its own words, or writes more than MAX_OUTPUT
                 characters.
         """
         try:
@@ -148,7 +148,7 @@ def _up_to_mark(text: str, content: str) -> str:
     place = text.rfind(_TAG.strip())
     if place < 0 or content.strip() not in text:
         raise InputError(
-            "the chat template does not accept this conversation: it does not write the last message as it stands, so "
+            "the chat template does not accept this conversation: it does not write the last message unchanged, so "
             "that it cannot be continued"
         )
     # A template that trims contents would also have trimmed the spaces before the mark.
@@ -158,7 +158,7 @@ def _up_to_mark(text: str, content: str) -> str:
 def template_of(bundle: Bundle, *, tools: bool = False) -> tuple[str, dict[str, str]]:
     """The text of a bundle's template, and its special tokens. See `ChatTemplate.from_bundle`."""
     config = _config(bundle)
-    if names.CHAT_TEMPLATE in bundle.manifest.files:  # takes precedence, as in transformers
+    if names.CHAT_TEMPLATE in bundle.manifest.files:  # has precedence, as in transformers
         return read_template(bundle.path / names.CHAT_TEMPLATE), special_tokens(config)
     return _chosen(bundle.path, config.get("chat_template"), tools), special_tokens(config)
 

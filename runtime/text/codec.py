@@ -159,7 +159,7 @@ class TextCodec:
         if token not in self._named:
             if self._tokenizer.id_to_token(token) is None:
                 return False
-            self._named.add(token)  # asked behind a run, the library takes 9 us
+            self._named.add(token)  # asked behind a run, the library needs 9 us
         return keep_special_tokens or token not in self._special
 
     def is_byte(self, token: int) -> bool:

@@ -106,10 +106,10 @@ def _is_tool_call(call: Any) -> bool:
 
 
 def read_message(said: Mapping[str, Any]) -> dict[str, Any]:
-    """A message of another program in the form that templates take. Raises InputError for arguments of invalid JSON.
+    """A message of another program in the form that templates read. Raises InputError for arguments of invalid JSON.
 
     Drops nulls, which tables have for the keys of other messages. Parses arguments of tool calls: OpenAI's are JSON
-    texts, templates take objects.
+    texts, templates read objects.
     """
     found = {name: part for name, part in said.items() if part is not None or name == "content"}
     if not found.get("tool_calls"):

@@ -36,7 +36,7 @@ def token_bytes(codec: TextCodec, size: int) -> list[bytes]:
     apart = byte_level or all(_stands_alone(codec, token, found[token].decode(errors="replace")) for token in plain)
     if told.lstrip(" ") != together.lstrip(" ") or not apart:
         raise InputError(
-            "this bundle's tokenizer decodes a token differently by the tokens beside it, as one of whole words does, "
+            "this bundle's tokenizer decodes a token differently by its neighbours, as one of whole words does, "
             "so that no schema or grammar can say which token may follow: check the text after it is generated"
         )
     return found

@@ -27,7 +27,7 @@ class ToolCallDelta:
 class ToolCallReader:
     """Tells the content of an answer piece by piece up to its first call, and the calls at the end.
 
-    It holds back what may be the beginning of a call's mark. `end` decides as `parse_tool_calls` does: if a call is
+    It holds back a possible beginning of a call's mark. `end` decides as `parse_tool_calls` does: if a call is
     malformed, the answer is text.
 
     Attributes:

@@ -21,7 +21,7 @@ Call = dict[str, Any]  # "name" and "arguments"
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
 _CALLS, _ARGS = "[TOOL_CALLS]", "[ARGS]"
-MARKS = {"hermes": (_OPEN,), "mistral": (_CALLS,), "llama3": (_PYTHON,)}  # what the first call begins with
+MARKS = {"hermes": (_OPEN,), "mistral": (_CALLS,), "llama3": (_PYTHON,)}  # the beginnings of a first call
 _BETWEEN = frozenset("; \n\t\r")
 _JSON = json.JSONDecoder()
 
@@ -47,7 +47,7 @@ def parse_tool_calls(text: str, form: Form | None, known: Collection[str] = ()) 
     """
     try:
         said, calls = _read(text, form, known)
-        # Refuses what later code cannot take: NaN, half surrogate pairs, unbounded depth.
+        # Rejects values that later code does not support: NaN, half surrogate pairs, unbounded depth.
         parse_json(json.dumps(calls, allow_nan=False), "the calls")
     except (ValueError, RecursionError):
         return text, []

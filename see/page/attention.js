@@ -26,7 +26,7 @@ function attention() {
     tell: (row, column) =>
       root(row, column) === null
         ? `“${token(row)}” cannot see “${seen(column)}”, which comes later`
-        : `“${token(row)}” takes ${percent(weight(row, column))} of what it fetches from “${seen(column)}”`,
+        : `“${token(row)}” reads ${percent(weight(row, column))} from “${seen(column)}”`,
   });
   const left = [];
   if (calls.length < data.model.calls) left.push(`layers ${calls.map((n) => n + 1).join(", ")} of ${data.model.calls}`);

@@ -4,7 +4,7 @@ function sampler() {
     .map(([name, value]) => `${spaced(name)} ${value}`)
     .join(", ");
   byId("sampler-note").textContent = example
-    ? "This text takes the likeliest token each time (temperature 0), and needs no other step. " +
+    ? "This text has the likeliest token each time (temperature 0), and needs no other step. " +
       `As an example, the table shows what sampling with ${words} would keep.`
     : `The settings: ${words}.`;
   return () => {

@@ -58,7 +58,7 @@ class ModelBody(_Unread):  # type: ignore[misc]
 
 
 class StreamOptions(RequestPart):
-    """What a stream has beside the text."""
+    """The fields of a stream in addition to the text."""
 
     include_usage: bool = False
     include_obfuscation: Any = None
@@ -81,7 +81,7 @@ class ResponseFormat(Body):
     schema_: Schema | None = Field(None, alias="schema")
 
 
-# The fields that are options of the runtime as they stand: name, type and help are its table's.
+# The fields that are options of the runtime unchanged: name, type and help are its table's.
 SAME = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "typical_p", "top_n_sigma",
     "xtc_probability", "xtc_threshold", "repetition_penalty", "penalty_last_n", "no_repeat_ngram_size",

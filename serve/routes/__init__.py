@@ -1,1 +1,1 @@
-"""What each route answers."""
+"""The answers of each route."""

@@ -41,7 +41,7 @@ def conversation_of(body: ConversationBody) -> dict[str, Any]:
 
 
 def job_of(service: Service, body: ChatBody, model: LanguageModel) -> GenerationJob:
-    """What the model is asked for."""
+    """The request to the model."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     prompt = model.chat_prompt(**conversation_of(body))

@@ -26,7 +26,7 @@ def prompts_of(given: str | list[Any]) -> list[Any]:
 
 
 def job_of(service: Service, body: CompletionBody, model: LanguageModel) -> GenerationJob:
-    """What the model is asked for."""
+    """The request to the model."""
     options = options_of(body, service, MAX_TOKENS)
     if body.logprobs is not None:
         options |= {"logprobs": body.logprobs, "prompt_logprobs": body.echo}

@@ -1,4 +1,4 @@
-"""What the server tells of itself: models, health, metrics, props."""
+"""The state of the server: models, health, metrics, props."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, words, factory,
 def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint, tmp_path, command):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    fails(command("export", copy, "--out", f"{copy}/", "--force"), "is what is to be exported, and would be replaced")
+    fails(command("export", copy, "--out", f"{copy}/", "--force"), "is the source of this export, and would be")
     for table in (copy, copy / "nowhere" / "table.json", copy / "table.json"):
         words = f"--sensitivity {table}: expected a file beside {copy}, in a folder that exists"
         fails(command("export", copy, "--out", copy, "--force", "--sensitivity", table), words)

@@ -88,7 +88,7 @@ def test_the_manifest_says_what_the_graph_is(exported):
     made = exported("head_size_10_context_11")
     manifest, graph = made.bundle.manifest, made.graph()
     assert manifest.source == "Plain"
-    assert manifest.graph_reason == "GroupQueryAttention cannot take a head size of 10, not a multiple of 8"
+    assert manifest.graph_reason == "GroupQueryAttention does not support a head size of 10, not a multiple of 8"
     assert manifest.proved == manifest.context_length
     assert (manifest.vocab_size, manifest.context_length) == (37, 11)
     assert manifest.opset == next(o.version for o in graph.opset_import if o.domain == "")

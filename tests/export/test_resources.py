@@ -65,8 +65,8 @@ def test_memory_that_is_too_little_is_refused_and_unknown_memory_is_not(tmp_path
 
 def test_a_weight_that_no_shard_takes_and_an_ort_file_above_2_gb_are_refused():
     resources.require_below(2_000_001, 2_000_000)
-    with pytest.raises(InputError, match=r"a weight takes 2 MB, .* smaller than 2 MB: a weight is never split"):
+    with pytest.raises(InputError, match=r"a weight has 2 MB, .* smaller than 2 MB: a weight is never split"):
         resources.require_below(2_000_000, 2_000_000)
     resources.require_ort_size(resources.MAX_ORT_BYTES - 1, "fp32")
-    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these take .* in fp32: leave out"):
+    with pytest.raises(InputError, match=r"holds its weights and ends at 2 GB, and these have .* in fp32: leave out"):
         resources.require_ort_size(resources.MAX_ORT_BYTES, "fp32")

@@ -68,7 +68,7 @@ def test_a_second_export_starts_at_quantization_and_writes_the_same_bundle(saved
     export(saved_llama, tmp_path / "int8", target="webgpu", progress=(heard := Heard()))
     heard.require_planned()
     assert read_files(tmp_path / "int8") == read_files(tmp_path / "expected")
-    assert f"took the float32 graph with its proof from an earlier export, in {folder}" in " ".join(heard.said)
+    assert f"read the float32 graph with its proof of an earlier export from {folder}" in " ".join(heard.said)
     assert [stage for stage in heard.stages if "fp32" in stage] == ["write fp32 weights"]
     assert len(read_files(folder)) == 2
     # The text of the same precision, whatever follows.

@@ -82,9 +82,9 @@ def test_a_soft_capped_decoder_for_webgpu_has_its_cap_in_operators_that_are_righ
     capped = BIASES["soft_cap"].make()
     report = export(capped, tmp_path / "bundle", precision=precision, target="webgpu", context_length=8)
     assert report.manifest.graph == "standard"
-    assert report.manifest.graph_reason == "GroupQueryAttention cannot take softcap, which webgpu ignores"
+    assert report.manifest.graph_reason == "GroupQueryAttention does not support softcap, which webgpu ignores"
     assert "GroupQueryAttention" not in report.manifest.operators
-    with pytest.raises(ContractError, match="the fused graph cannot take softcap, which webgpu ignores"):
+    with pytest.raises(ContractError, match="the fused graph does not support softcap, which webgpu ignores"):
         export(capped, tmp_path / "other", target="webgpu", graph="fused", context_length=8)
 
 

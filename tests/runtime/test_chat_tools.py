@@ -179,7 +179,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda m: m.chat().add_tool_result(float("nan"), name="weather"), InputError, "as JSON"),
     (lambda m: m.chat().ask([{"type": "image", "url": "x"}]), InputError, "this model reads text"),
     (lambda m: m.chat().ask(LETTER), InputError, "a list of parts"),
-    (lambda m: m.chat("be brief").ask(), InputError, "there is nothing to go on"),
+    (lambda m: m.chat("be brief").ask(), InputError, "there is nothing to continue"),
     (lambda m: m.chat("be brief").undo(), InputError, "there is no question to"),
     (lambda m: m.chat("be brief").drop(), InputError, "there is no question to"),
     (lambda m: m.chat(continue_final_message=1), OptionError, "has no option 'continue_final_message'"),
@@ -237,12 +237,12 @@ def test_a_template_without_system_texts_or_tools_refuses_them(make_model, tmp_p
         "{% for m in messages %}{% if m.role in ('system', 'tool') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="no system; it takes no system text: begin the first question with it"):
+    with pytest.raises(InputError, match="no system; it supports no system text: begin the first question with it"):
         model.chat("be brief")
     chat = model.chat()
     chat.ask("a", max_new_tokens=1)
     before = chat.messages
-    with pytest.raises(InputError, match="it takes no system text"):
+    with pytest.raises(InputError, match="it supports no system text"):
         chat.set_system("be brief")
     file = tmp_path / "talk.json"
     with pytest.raises(MissingFileError, match="is missing"):

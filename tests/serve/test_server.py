@@ -90,7 +90,7 @@ def test_sigterm_ends_the_command_with_success(tmp_path):
         assert process.stderr.read() == ""
     assert told[0].startswith("pastkey serve: a at http://127.0.0.1:")
     assert told[1] == "pastkey serve: defaults of the model's generation_config.json: temperature 1.0, top_k 5\n"
-    assert "conversations will be refused: the chat template is not valid Jinja" in told[2]
+    assert "conversations will be rejected: the chat template is not valid Jinja" in told[2]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -70,7 +70,7 @@ def test_a_training_that_does_not_agree_with_its_files_is_refused(spoilt, read, 
 
 
 def test_a_model_alone_and_ids_of_no_token_are_refused(read, copy):
-    with pytest.raises(InputError, match="holds the model alone"):
+    with pytest.raises(InputError, match="has only the model"):
         read_training(dataclasses.replace(load_checkpoint(copy), training={}))
     tokens = copy / TOKENS_TRAIN
     tokens.write_bytes(np.full(tokens.stat().st_size // 2, 65535, "<u2").tobytes())

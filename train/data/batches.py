@@ -1,4 +1,4 @@
-"""Draws batches from a token file, which is memory-mapped: only the places of its documents take memory."""
+"""Draws batches from a token file, which is memory-mapped: only the places of its documents need memory."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Tokens:
     def _window(self, first: int, end: int, rng: np.random.Generator) -> NDArray[Any]:
         """Returns up to T + 1 tokens of a document: from its beginning, or, of a long one, from anywhere.
 
-        So a story is read whole, as it will be generated. A window never goes on into the next document: a model that
+        So a story is read whole, as it will be generated. A window never continues into the next document: a model that
         sees two stories at a time learns much later to which of them a name belongs.
         """
         place, most = int(rng.integers(first, end - 1)), self._context + 1
@@ -137,7 +137,7 @@ class Tokens:
         return self._tokens[start : min(end, start + most)]
 
     def _padded(self, windows: Sequence[NDArray[Any]]) -> Batch:
-        """Returns windows as a batch as wide as the longest. What fills up the others is not trained."""
+        """Returns windows as a batch as wide as the longest. The padding of the others is not trained."""
         rows = np.full((len(windows), max(map(len, windows))), ~self._info.end, np.int64)
         for row, window in zip(rows, windows, strict=True):
             row[: len(window)] = window
@@ -147,7 +147,7 @@ class Tokens:
 def in_parts(batch: Batch, rows: int) -> list[Batch]:
     """Returns a batch in parts of at most `rows` rows of about one length, each as wide as its longest.
 
-    What follows a row's last trained target is left out, since a decoder sees only what comes before.
+    Tokens after a row's last trained target are left out, since a decoder sees only earlier tokens.
     """
     inputs, targets = batch
     lengths = ((targets != NOT_TRAINED) * torch.arange(1, targets.shape[1] + 1)).amax(1)

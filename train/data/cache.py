@@ -1,4 +1,4 @@
-"""What training keeps in the user's cache folder, so that a second run on the same data does not tokenize again.
+"""The tokens that training keeps in the user's cache folder, so that a second run on the same data need not.
 
 An entry is a folder named by its key: the content of the files, the tokenizer, and the length of a window. It holds the
 tokenizer and the token files. The token files are linked into the checkpoint and not copied, where the file system
@@ -36,7 +36,7 @@ from .sources import Corpus
 from .token_files import DataInfo
 
 MOST_BYTES: Final = 20_000_000_000  # of all entries but the newest
-_VERSION: Final = 2  # of what these modules make of the same data
+_VERSION: Final = 2  # of these modules' results for the same data
 _COPIED = (names.TOKENIZER, names.TOKENIZER_CONFIG)  # people edit them
 _LINKED = (TOKENS_TRAIN, TOKENS_VAL)
 _FILES = _COPIED + _LINKED

@@ -1,7 +1,7 @@
-"""Conversations as the chat template writes them, cut into what the model reads and what it learns to write.
+"""Conversations as the chat template writes them, cut into the text that the model reads and the text that it learns.
 
 transformers renders. A template with {% generation %} marks the assistant's text itself. Otherwise the conversation is
-rendered up to each assistant's turn and behind it, and what lies between is the turn.
+rendered up to each assistant's turn and behind it, and the text between is the turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def conversation_parts(conversation: Conversation, tokenizer: TextTokenizer) -> 
     """Returns the rendered conversation in parts. Raises InputError if the turns of the assistant cannot be found."""
     if tokenizer.chat_template is None:
         raise InputError(
-            "messages need a tokenizer with a chat template, and this one has none: put a chat_template.jinja beside "
+            "messages need a tokenizer with a chat template, and this one has none: put a chat_template.jinja next to "
             "the tokenizer.json of --init, or of --tokenizer for a new model"
         )
     if _GENERATION.search(tokenizer.chat_template):

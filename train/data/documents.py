@@ -16,7 +16,7 @@ from pastkey.files.reading import parse_json
 from pastkey.values import is_unicode, shown
 
 FIELDS: Final = ("text", "prompt", "completion", "messages", "tools")
-Message = Mapping[str, Any]  # "role" and "content", and what else the chat template reads
+Message = Mapping[str, Any]  # "role" and "content", and other fields that the chat template reads
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def _example(
     end = None if turns else tokenizer.end
     for piece, (_, is_trained) in zip(pieces, parts, strict=True):
         wanted = len(piece)
-        if turns and is_trained:  # what a template writes behind the end-of-turn token is never generated
+        if turns and is_trained:  # text of a template behind the end-of-turn token is never generated
             wanted = _behind_turn(piece, tokenizer)
             end = piece[wanted - 1] if wanted else end
             wanted = wanted or len(piece)

@@ -47,7 +47,7 @@ class PackedExamples(TokenWriter):
                 self.used += 1
 
     def _files_of(self, *, masked: bool) -> list[str]:
-        """Returns the files of a document: of a few, the first with a prompt is held out, and one alone is in both."""
+        """Returns the files of a document: of a few, the first with a prompt is held out; a single one is in both."""
         if self.found.documents >= HELD_OUT_EVERY:
             return [TOKENS_VAL if self.is_held_out(self.used + HELD_OUT_EVERY - 1) else TOKENS_TRAIN]
         if self.found.documents == 1:

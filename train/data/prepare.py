@@ -63,7 +63,7 @@ def prepare(
     entry = cache.cache_entry(corpus, config, tokenizer, context)
     info = cache.take(entry, folder)
     if info is not None:
-        say(f"took the tokens of {corpus.name} from {entry}")
+        say(f"read the tokens of {corpus.name} from {entry}")
         info = dataclasses.replace(info, corpus=corpus.name)
         tokenizer = read_tokenizer(folder / names.TOKENIZER)
     else:
@@ -80,7 +80,7 @@ def _tokenized(
 ) -> tuple[DataInfo, TextTokenizer]:
     found = survey(corpus)
     if tokenizer is None:
-        # Characters come from the whole corpus: any other one would be refused.
+        # Characters come from the whole corpus: any other one would be an error.
         every = 1 if config.tokenizer == "char" else -(-found.size // _TOKENIZER_BYTES)
         documents = itertools.islice(corpus.documents(), None, None, every)
         texts = (text for document in documents for text in document.texts())
@@ -110,7 +110,7 @@ def _check_lesson(config: TrainConfig) -> None:
         )
     needed = max(len(row.split()) for row in LESSON)
     if config.context is not None and config.context < needed:
-        raise InputError(f"--context {config.context} is too short for the classic lesson, which takes {needed} tokens")
+        raise InputError(f"--context {config.context} is too short for the classic lesson, which needs {needed} tokens")
 
 
 def write_lesson(folder: Path, tokenizer: TextTokenizer) -> DataInfo:

@@ -1,4 +1,4 @@
-"""Shows an example with its loss mask, so that a person sees what will be trained before hours are spent on it."""
+"""Shows an example with its loss mask, so that a person sees it before hours are spent on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show_example(folder: Path, info: DataInfo, tokenizer: TextTokenizer) -> None
     share = f"{trained:,} of {info.train_tokens:,} tokens ({trained / info.train_tokens:.0%})"
     cut = f"; {info.cut:,} examples are longer than a window, and their ends are left out" if info.cut else ""
     say(f"trained: {share} of the windows, padding included; answers end with {end}{cut}")
-    say(f"an example, of which {'the green text' if coloured else 'what stands in [[ ]]'} is trained:")
+    say(f"an example, of which {'the green text' if coloured else 'the text in [[ ]]'} is trained:")
     print(text, file=sys.stderr, flush=True)
 
 

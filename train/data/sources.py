@@ -22,7 +22,7 @@ from ..stories import stories
 from ..tokenizer import END_OF_TEXT
 from .documents import FIELDS, Document, document_of, parse_line
 
-# Fewer that are read again teach sooner what stories repeat than 20,000 read once.
+# Fewer that are read again teach the repeated parts of stories sooner than 20,000 read once.
 STORY_COUNT: Final = 7_000
 _TEXT = (".txt", ".md")
 _LINES = (".jsonl", ".ndjson", ".json")
@@ -107,7 +107,7 @@ def _source(text: str) -> TextSource:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         below = sorted(file for file in path.rglob("*") if file.is_file())
-        data = [file for file in below if _kind(file) in (*_LINES, *_PARQUET)]  # a README beside it is no data
+        data = [file for file in below if _kind(file) in (*_LINES, *_PARQUET)]  # a README next to it is not data
         found = data or [file for file in below if _kind(file) in _TEXT]
         if not found:
             raise InputError(
@@ -229,7 +229,7 @@ def _opened(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
 # --- survey -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a corpus found."""
+    """The facts of one pass over a corpus."""
 
     documents: int
     fingerprint: str

@@ -1,7 +1,7 @@
-"""The two token files of a checkpoint, for training and held-out text, and what is written into both of their forms.
+"""The two token files of a checkpoint, for training and held-out text, and the writers of both of their forms.
 
 Running text holds documents one after another, with the EOS token between them. If some tokens are not trained, the
-files hold windows of whole examples, and the number ~id stands for a token that is not trained.
+files hold windows of whole examples, and the number ~id is a token that is not trained.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class TokenWriter:
         raise NotImplementedError
 
     def end_source(self) -> None:
-        """Writes what is left of the source."""
+        """Writes the rest of the source."""
 
     def finish(self) -> DataInfo:
-        """Writes what is left, and returns the facts."""
+        """Writes the rest, and returns the facts."""
         raise NotImplementedError
 
     def is_held_out(self, number: int) -> bool:
@@ -98,7 +98,7 @@ class TokenWriter:
         train_tokens, val_tokens = self.counts[TOKENS_TRAIN], self.counts[TOKENS_VAL]
         if train_tokens < self.context + 1 or val_tokens < 2:
             raise InputError(
-                f"{self.corpus.name} has only {train_tokens} tokens to train on, and one window of the context takes "
+                f"{self.corpus.name} has only {train_tokens} tokens to train on, and one window of the context has "
                 f"{self.context + 1}: give more text, or a smaller --context"
             )
         ends = [start[TOKENS_TRAIN] for start in self.starts[1:]] + [train_tokens]
@@ -110,7 +110,7 @@ class TokenWriter:
             if source.tokens < self.context + 1:
                 raise InputError(
                     f"--data {source.name} has only {source.tokens} tokens to train on, and one window of the context "
-                    f"takes {self.context + 1}: leave it out, or join it to another file"
+                    f"has {self.context + 1}: leave it out, or join it to another file"
                 )
         facts: dict[str, Any] = {
             "corpus": self.corpus.name,

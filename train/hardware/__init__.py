@@ -1,1 +1,1 @@
-"""What training runs on: the device of a process, and the processes of a run."""
+"""The hardware of a training: the device of a process, and the processes of a run."""

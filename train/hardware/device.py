@@ -51,7 +51,7 @@ class Device:
     def rows(self) -> int | None:
         """The most rows of a forward pass; None: all of a batch.
 
-        On a CPU, parts of rows of about one length need less padding: a step of 24 stories took 0.8 of the time.
+        On a CPU, parts of rows of about one length need less padding: a step of 24 stories lasted 0.8 of the time.
         """
         return 8 if self.torch_device.type == "cpu" else None
 
@@ -66,7 +66,7 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def put(self, tensor: Tensor) -> Tensor:
-        """Returns a tensor of the CPU on this device. A copy to a GPU overlaps with what it computes."""
+        """Returns a tensor of the CPU on this device. A copy to a GPU overlaps with its computations."""
         if self.is_cuda:
             return tensor.pin_memory().to(self.torch_device, non_blocking=True)
         return tensor.to(self.torch_device)
@@ -79,7 +79,7 @@ class Device:
 
     def eager(self) -> contextlib.AbstractContextManager[object]:
         """Returns the context of forward passes of other shapes than training's: they would be compiled once more."""
-        # Importing this part of torch takes a second.
+        # Importing this part of torch needs a second.
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ class Device:
         before, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         products, filled = torch.get_float32_matmul_precision(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(self.torch_device.type == "cpu")
-        # Nothing that a decoder computes reads it, and it takes 5 % of a step.
+        # No computation of a decoder reads it, and it needs 5 % of a step.
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.is_cuda:
             torch.set_float32_matmul_precision("high")
@@ -107,13 +107,13 @@ class Device:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that a step frees, for the next. To get it anew took 7 % of a step.
+    """Lets this process keep the memory that a step frees, for the next. Getting it again needs 7 % of a step.
 
     Each 4 KB of new memory costs a page fault. Other C libraries than glibc are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         glibc = ctypes.CDLL("libc.so.6")
-        glibc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        glibc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it accepts
         glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -131,7 +131,7 @@ def choose_device(config: TrainConfig, local_rank: int) -> Device:
             raise InputError("--device is cuda, and torch sees no CUDA device: use --device cpu, or mend the driver")
         if local_rank >= cards:
             raise InputError(
-                f"process {local_rank} of this machine has no card of its own, there are {cards}: "
+                f"process {local_rank} of this machine has no own card, there are {cards}: "
                 f"start at most {cards} processes per machine"
             )
         torch.cuda.set_device(local_rank)

@@ -20,7 +20,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     The one that fails says why. Of one that is killed, which cannot, the signal is said here.
     """
-    logging.disable(logging.ERROR)  # the launcher's, which repeat what is said here
+    logging.disable(logging.ERROR)  # the launcher's, which repeat these messages
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,

@@ -1,6 +1,6 @@
 """The processes ("ranks") of a run: one, or those that torchrun or `--processes` started.
 
-Each computes its rows of every batch. The first alone writes, prints and holds the folder's lock. Between them is
+Each computes its rows of every batch. Only the first writes, prints and holds the folder's lock. Between them is
 torch's own engine: DistributedDataParallel, or with `--shard` FSDP2.
 """
 
@@ -63,12 +63,12 @@ class Ranks:
 
     # --- before the processes compute -----------------------------------------------------------------------------
     def tell(self, content: Mapping[str, Any]) -> None:
-        """Tells the other processes what the first has prepared."""
+        """Sends the preparations of the first process to the others."""
         if self.store is not None:
             self.store.set(_READY, json.dumps(content))
 
     def told(self) -> dict[str, Any]:
-        """Waits for the first process, as long as it takes, and returns what it told."""
+        """Waits for the first process without a limit, and returns its message."""
         assert self.store is not None
         while not self.store.check([_READY]):
             if self.store.check([_ENDED]):
@@ -109,7 +109,7 @@ class Ranks:
     def lost(self, error: BaseException) -> bool:
         """Whether this process failed because another is gone, or torchrun stopped it for that reason.
 
-        gloo's errors have no class of their own.
+        gloo's errors have no separate class.
         """
         gone = isinstance(error, SystemExit | dist.DistError)
         lost = self.world > 1 and (gone or (isinstance(error, RuntimeError) and "by peer" in str(error)))
@@ -126,7 +126,7 @@ class Ranks:
 
     # --- computing ------------------------------------------------------------------------------------------------
     def spread(self, model: nn.Module, device: Device, *, shard: bool) -> nn.Module:
-        """Puts the model on the device and returns what takes the training's forward passes.
+        """Puts the model on the device and returns the module for the training's forward passes.
 
         That is the model itself, or DistributedDataParallel around it. With `shard`, each weight is divided among the
         processes in place, and gathered layer by layer (FSDP2).
@@ -167,7 +167,7 @@ class Ranks:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Returns the whole of a tensor that may be divided among the processes. All must call it."""
-        if self.world > 1:  # the import takes a second
+        if self.world > 1:  # the import needs a second
             from torch.distributed.tensor import DTensor
 
             if isinstance(tensor, DTensor):
@@ -176,7 +176,7 @@ class Ranks:
         return tensor
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns whole tensors on the CPU, to the first process alone, though all must call it.
+        """Returns whole tensors on the CPU, to the first process only, though all must call it.
 
         One tensor is gathered at a time, so that only the first process's memory must hold all.
         """

@@ -71,7 +71,7 @@ def _tell(node: Node, told: Slots, rng: random.Random) -> tuple[str, Slots]:
 
 # --- checking -----------------------------------------------------------------------------------------------------
 def check_story(text: str) -> Verdict:
-    """Parses a whole story. Rejects what the grammar cannot generate: a wrong name, pronoun, thing, cause or ending."""
+    """Parses a whole story. Rejects other texts: a wrong name, pronoun, thing, cause or ending."""
     text = text.strip()
     if not text:
         return Verdict(False, "the text is empty")
@@ -79,7 +79,7 @@ def check_story(text: str) -> Verdict:
     if any(end == len(text) for end, _ in parser.parse(STORY, 0, {})):
         return Verdict(True, "")
     before, after = text[: parser.furthest][-40:], text[parser.furthest :][:40]
-    return Verdict(False, f"after {before!r} the grammar does not go on with {after!r}")
+    return Verdict(False, f"after {before!r} the grammar does not continue with {after!r}")
 
 
 def acceptance(texts: Iterable[str]) -> float:

@@ -1,6 +1,6 @@
 """The grammar of `stories`: words with their features, and plots over them.
 
-A string is text; `{hero}` stands for the slot's name, `{hero.they}` for another of its features, `{Hero.they}` for the
+A string is text; `{hero}` is the slot's name, `{hero.they}` another of its features, `{Hero.they}` for the
 same with a capital. A tuple is a sequence; a list is a choice. A slot keeps its entry, which makes words agree: a
 character called Mia is a girl or a fox throughout, and the thing that was lost is the thing that is found.
 """

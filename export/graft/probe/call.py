@@ -36,7 +36,7 @@ PLAIN = "model(ids)"
 # Candidates for arguments besides the ids, most likely first.
 _ARGUMENTS = ("None", "ids", "positions", "0", "future", "past", "future_scores")
 _BATCH, _LENGTHS = 2, (7, 5)
-_ONE_ROW = "[:1]"  # of the ids, in a call that takes a batch of one row
+_ONE_ROW = "[:1]"  # of the ids, in a call that accepts a batch of one row only
 _SEEDS = 64  # tried on a module that draws random numbers
 
 
@@ -117,7 +117,7 @@ def _calls_module(function: ast.expr) -> bool:
 
 @dataclass(frozen=True)
 class Probed:
-    """A call that returns logits, and what its runs showed."""
+    """A call that returns logits, and the facts that its runs showed."""
 
     call: Call
     vocab_size: int
@@ -141,7 +141,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         if expression in targets and any(probed.call.expression.startswith(PLAIN) for probed in breached):
             continue  # targets add the logits of every position, but repair no breach
         if "ids[0]" in expression and any(_looks_ahead_alone(probed) for probed in breached):
-            continue  # it takes rows, and what it computes along other axes of one row is another model
+            continue  # it accepts rows; along other axes of one row it computes another model
         try:
             found = _probe(module, expression, context_length)
         except Exception as error:  # a user's module may raise anything
@@ -167,7 +167,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     if not fitting and looks_ahead and asked is None:  # the caller may have to pass a mask
         others = _masked(module, "ids.T" if "(ids.T" in breached[0].call.expression else "ids")
     elif not fitting and asked is None and all("(ids.T" in probed.call.expression for probed in breached):
-        # It may take one row at a time.
+        # It may accept only one row at a time.
         others = [_of_one_row(expression) for expression in expressions if "ids[" not in expression]
     for expression in others:
         with contextlib.suppress(Exception):  # a user's module may raise anything
@@ -184,7 +184,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
         )
     where = failing_line(cause)
     if not isinstance(cause, ContractError) and _runs(module, expression, context_length):
-        what = f"takes {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
+        what = f"accepts only {context_length} tokens, the whole context, and no fewer ({first_line(cause)})"
         raise NoCacheError(name_of(module), [Cause(Kind.FIXED, what, where or "")]) from cause
     told = f"{type(cause).__name__}: {first_line(cause)}" if not isinstance(cause, ContractError) else first_line(cause)
     advice = 'give its call as an expression over model and ids (B, T), e.g. --call "model(ids, None)[0]"'
@@ -192,7 +192,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     raise (InputError if asked is not None else ContractError)(message) from cause
 
 
-# What makes (B, T, V) of (B, V, T), (V, T), and of the logits of several next tokens: (B, T, n, V), (B, n, T, V), ...
+# These make (B, T, V) of (B, V, T), (V, T), and of the logits of several next tokens: (B, T, n, V), (B, n, T, V), ...
 _LAID = (".transpose(1, 2)", ".T", "[:, :, 0]", "[:, 0]", "[0]")
 
 
@@ -214,7 +214,7 @@ def _kinds(probed: Probed) -> set[Kind]:
 
 
 def _looks_ahead_alone(probed: Probed) -> bool:
-    """Whether it takes several rows, and each of them right but for later tokens."""
+    """Whether it accepts several rows, and computes each right except for later tokens."""
     return probed.call.order == "btv" and _kinds(probed) == {Kind.LOOK_AHEAD}
 
 

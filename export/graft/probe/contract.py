@@ -52,7 +52,7 @@ _PLAIN = 128  # tokens of the longest sequence on which the plain call is compar
 
 @dataclass(frozen=True)
 class Contracted:
-    """A module of the contract, and what its runs showed."""
+    """A module of the contract, and the facts that its runs showed."""
 
     module: nn.Module
     observation: Observation
@@ -65,7 +65,7 @@ def in_contract(
 ) -> Contracted:
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
 
-    `latents`: whether a followed module may cache a latent row in place of keys and values. `brief`: compare it with
+    `latents`: whether a followed module may cache a latent row instead of keys and values. `brief`: compare it with
     the author's call on a short text alone, since its export did so on long ones.
     """
     if isinstance(module, Opaque):
@@ -201,7 +201,7 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
         if proof.differs:
             raise ContractError(
                 f"{name_of(model)} was followed, and is {_told(proof)}: it computes otherwise for another length or "
-                "another text, or keeps what it computed in an earlier call"
+                "another text, or keeps values of an earlier call"
             )
         return Contracted(decoder, observation, probed.call.expression, proof.longest)
 
@@ -283,7 +283,7 @@ def _run_whole(model: nn.Module, call: Call, context_length: int, vocab_size: in
 
 
 def _few_logits(model: nn.Module, call: Call, vocab_size: int) -> Tensor:
-    """The logits of a short text, empty for a call that does not take one."""
+    """The logits of a short text, empty for a call that does not accept one."""
     with contextlib.suppress(Exception), torch.no_grad():  # a user's module may raise anything
         return call(model, random_ids(1, 2, vocab_size))
     return torch.empty(0)
@@ -292,7 +292,7 @@ def _few_logits(model: nn.Module, call: Call, vocab_size: int) -> Tensor:
 def _require_plain(model: nn.Module, taken: Call, context_length: int, vocab_size: int) -> None:
     """Raises InputError if the plain call fits and returns other logits than the call that was found by trying.
 
-    Compares them on sequences of one, two and many tokens. The longest begins with ids that often stand for padding.
+    Compares them on sequences of one, two and many tokens. The longest begins with ids that often mean padding.
     """
     with evaluating(model):
         # A wrapper of ours returns logits, so that its plain call need not be looked for.

@@ -27,7 +27,7 @@ Run = Callable[[Tensor, Handler], object]  # runs the module on ids (1, T), its 
 
 @dataclass(frozen=True)
 class Hints:
-    """What a watched run suggests."""
+    """The suggestions of a watched run."""
 
     tokens: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -126,7 +126,7 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _note_entries(self, name: str, given: Tensor, args: Any) -> None:
-        """Notes the token whose entry is taken of a tensor with one for each, and those that a table sets apart."""
+        """Notes the token whose entry is read from a tensor with one for each, and those that a table sets apart."""
         if name == "select" and given.shape[args[1]] == self.vocab_size:
             self.ids.setdefault(int(args[2]) % self.vocab_size)
         elif name == "index" and given.dim() == 1:

@@ -1,4 +1,4 @@
-"""Finds the logits in what a call returns."""
+"""Finds the logits in the result of a call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def logits_in(
         outputs: The tensors of the result at both lengths, with their paths.
         lengths: Tokens of both runs.
         batch: B of both runs.
-        one_row: Whether the call passes one row alone.
+        one_row: Whether the call passes only one row.
         vocab: How many tokens the module embeds.
     """
     found: list[tuple[tuple[bool, ...], str, str]] = []
@@ -86,7 +86,7 @@ def _order(shapes: Sequence[tuple[int, ...]], lengths: Sequence[int], one_row: b
 
 
 def standing(logits: Tensor, order: str) -> Tensor:
-    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that takes one row."""
+    """The logits as (B, T, V) or (B, 1, V); B is 1 for a call that accepts one row only."""
     logits = logits.float()
     if order == "tbv":
         return logits.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Runs a module to learn what its cache must hold, and whether it keeps the contract.
+"""Runs a module to learn the contents of its cache, and whether it keeps the contract.
 
 The KV geometry comes from the tensors that the attention calls receive, not from names in a configuration. A module
 that breaks the contract is followed along its time axis instead. Users see only an UnkeptError of the followed module.
@@ -58,7 +58,7 @@ class CacheLayer:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the runs of the module showed."""
+    """The facts that runs of the module showed."""
 
     layers: tuple[CacheLayer, ...]
     vocab_size: int  # V, the width of the logits
@@ -105,7 +105,7 @@ def evaluating(module: nn.Module, *, traced: bool = False) -> Iterator[None]:
 
 
 class Opaque(nn.Module):
-    """A module of the contract that computes outside of torch, and says itself what its attention calls receive."""
+    """A module of the contract that computes outside of torch, and reports the inputs of its attention calls itself."""
 
     takes_positions: bool  # whether it computes with the position_ids that it is given
 
@@ -118,7 +118,7 @@ class Opaque(nn.Module):
         raise NotImplementedError
 
     def graph(self, form: str, observation: Observation) -> tuple[ir.Model, Observation]:
-        """Returns the "fused" or "standard" graph, and what is observed of it."""
+        """Returns the "fused" or "standard" graph, and its observation."""
         raise NotImplementedError
 
     def rounding(self, ids: npt.NDArray[np.int64]) -> float:
@@ -127,7 +127,7 @@ class Opaque(nn.Module):
 
 
 def run_uncached(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Uncached:
-    """Runs the module as it is on ids (B, T), and records what its attention calls receive."""
+    """Runs the module as it is on ids (B, T), and records the inputs of its attention calls."""
     if isinstance(module, Opaque):
         return module.uncached(input_ids, position_ids)
     result = Uncached(torch.empty(0))
@@ -306,7 +306,7 @@ def require_finite(module: nn.Module) -> None:
 def _probe_vocabulary(module: nn.Module, length: int, context_length: int) -> int:
     """V, the width of the logits. Raises ContractError if input_ids index an embedding with fewer rows.
 
-    The first row, which some modules read for all, stands at the end of the context, where a table of positions may be
+    The first row, which some modules read for all, is at the end of the context, where a table of positions may be
     too short.
     """
     ids = torch.zeros(2, length, dtype=torch.long)
@@ -324,7 +324,7 @@ def _probe_vocabulary(module: nn.Module, length: int, context_length: int) -> in
 
 
 def _guarded(module: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Calls the module and checks what it returns."""
+    """Calls the module and checks its result."""
     batch, length = input_ids.shape
     try:
         output = module(input_ids, position_ids=position_ids)

@@ -36,7 +36,7 @@ _GROWTH = (1.618, 5)  # from one compared length to the next; the larger one whe
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared."""
+    """The scope of a comparison."""
 
     longest: int  # tokens of the longest text
     differs: int = 0  # tokens of the shortest text found to differ; 0: none differs
@@ -46,7 +46,7 @@ class Proof:
 def prove(
     module: nn.Module, model: nn.Module, call: Call, observation: Observation, context_length: int, *, brief: bool
 ) -> Proof:
-    """Compares `module`, which is `model` or follows it, with `call(model, ids)`. May raise what a user's module does.
+    """Compares `module`, which is `model` or follows it, with `call(model, ids)`. May raise the module's errors.
 
     Where float32 differs, float64 decides: rounding may choose another expert.
     """
@@ -134,7 +134,7 @@ class _Runs:
             return None
         return runs
 
-    # --- what they cost ---
+    # --- their costs ---
     def work(self, length: int, growth: float) -> float:
         """Multiplications of a cached run over a text and of the author's calls at its lengths."""
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -214,6 +214,6 @@ class _Runs:
     def _author(self, ids: Tensor) -> Tensor:
         """Logits (1, n, V) of the author's call."""
         if isinstance(self._model, StandIn) and self._heads * ids.shape[1] ** 2 > _SCORES:
-            return run_uncached(self._model, ids).logits  # attention written out takes more memory than torch's
+            return run_uncached(self._model, ids).logits  # attention written out needs more memory than torch's
         with evaluating(self._model), intercept(torch_attention):
             return self._call(self._model, ids)

@@ -1,7 +1,7 @@
 """Runs a program in three ways: a whole sequence to find attention, one step, the weights of one attention.
 
-All three apply the same rules. They differ in what a table is (all of it, the rows at given positions, the last rows
-and all columns) and in what a product of queries and keys becomes (numbers, stored operands, given scores).
+All three apply the same rules, but on other forms of a table (all of it, the rows at given positions, the last rows
+and all columns) and of a product of queries and keys (numbers, stored operands, given scores).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class FollowedAttention:
     products: tuple[Op, ...]
     region: tuple[Op, ...]  # the operators from the products to the weights, without the products
     letters: Contraction  # of the sum
-    weights: Op  # what the sum reads
+    weights: Op  # which the sum reads
     layouts: tuple[Layout, ...] = ()  # of the products
 
 
@@ -171,7 +171,7 @@ class Whole(Interpreter):
         self.shifted_back: list[Op] = []  # operators that return shifted rows to their positions
 
     def run(self) -> None:
-        """Raises Swapped. After a refused operator it goes on as if the result were rows of the new tokens."""
+        """Raises Swapped. After an unsupported operator it continues as if the result were rows of the new tokens."""
         for op in self.program.ops:
             if op.target == "ids":
                 self.known[op] = Value(self.ids, (Axis(1), Axis(1, NEW)), batch_axis=0)
@@ -180,7 +180,7 @@ class Whole(Interpreter):
 
     def _one(self, op: Op) -> Any:
         if any(self.known.get(i, 0) is None for i in op.inputs if i.depends):
-            return None  # depends on a refused operator
+            return None  # depends on an unsupported operator
         if any(i in self._doubtful for i in op.inputs):
             return self._assumed(op)
         try:
@@ -221,7 +221,7 @@ class Whole(Interpreter):
         return self._assumed(op)
 
     def _assumed(self, op: Op) -> Any:
-        """A stand-in for the result of a refused operator: zeros of the shapes in the trace."""
+        """A stand-in for the result of an unsupported operator: zeros of the shapes in the trace."""
         found = [self.known.get(i) for i in op.inputs]
         sources = [v for part in found for v in (part if isinstance(part, list) else [part]) if isinstance(v, Value)]
         if op.name in DROPOUT:

@@ -1,7 +1,7 @@
 """Tensors with labelled axes: the values that the operator rules read and write.
 
 The module is traced on one row. The batch is a leading axis that the module does not see. A value only records where
-the author's batch axis of size 1 stands in a shape, so merged axes (B·T, B·H) need no special rule.
+the author's batch axis of size 1 is in a shape, so merged axes (B·T, B·H) need no special rule.
 """
 
 from __future__ import annotations

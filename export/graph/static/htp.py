@@ -6,7 +6,7 @@
                           any other form x² ends at the largest float16, so an x above 255 is lost
     2. gather_rows        GatherND of whole rows, as experts' weights are picked, becomes Gather: the HTP's GatherND
                           returns wrong rows when it picks more than some rows of several axes
-    3. at_most_four_axes  operators that the HTP takes of up to four axes only, such as Tanh, get their input reshaped
+    3. at_most_four_axes  operators that the HTP has for up to four axes only, such as Tanh, get their input reshaped
 
 Found with graphs of one to seven operators on the emulated HTP of onnxruntime-qnn 2.7.0.
 """

@@ -108,7 +108,7 @@ def _ranges(path: Path, feeds: list[Feeds], context_length: int) -> dict[str, tu
 
 @contextlib.contextmanager
 def _prepared(path: Path) -> Iterator[Path]:
-    """Yields a graph as onnxruntime's quantization tools take it, in a temporary folder."""
+    """Yields a graph as onnxruntime's quantization tools read it, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="pastkey-") as temporary, quiet():  # advice on graphs not prepared its way
         plain = Path(temporary) / "plain.onnx"
         model = ir.load(path)

@@ -11,7 +11,7 @@ It is made from the standard graph, for one row, T new tokens and P rows of past
     6. yield_new           present holds only the T new rows, which the runtime writes into its arrays
 
 A mask is (1, 1, T, P + T). Running the nodes that compute it shows whether it covers all earlier tokens or a window.
-Attention that needs more than a mask is refused.
+Attention that needs more than a mask is not supported.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def take_masks(model: ir.Model, tokens: int, past: int) -> tuple[int, ...]:
 def _refused() -> ContractError:
     return ContractError(
         "the attention of this model needs more than masks of the tokens that it sees (a bias by distance, say), which "
-        "the static graph cannot take: export with --graph standard, and for a target that takes it, such as cpu"
+        "the static graph does not support: export with --graph standard, and for a target that does, such as cpu"
     )
 
 

@@ -47,7 +47,7 @@ def _input(model: ir.Model, name: str) -> ir.Value | None:
 
 # --- positions ----------------------------------------------------------------------------------------------------
 def tabulate_positions(model: ir.Model, tokens: int, context_length: int, file: WeightsFile) -> None:
-    """Replaces each float32 value that depends on positions alone by rows of a table, in a graph of T = `tokens`."""
+    """Replaces each float32 value that depends only on positions by rows of a table, in a graph of T = `tokens`."""
     source = _input(model, names.POSITION_IDS)
     if source is None:
         return

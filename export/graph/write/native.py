@@ -6,7 +6,7 @@
 4. a norm in front, with its residual sum     -> NormMatMulInt8
 5. GroupQueryAttention                        -> DecoderAttention, with the cache in float16 if all calls have a kernel
 6. LinearAttention                            -> DecoderRecurrence
-7. CausalConvWithState and what transposes it -> DecoderConvolution
+7. CausalConvWithState and its transposes -> DecoderConvolution
 
 A node without a kernel stays as it is.
 """
@@ -84,7 +84,7 @@ def to_native(model: ir.Model) -> bool:
     compute_apart(model)
     common.RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[names.NATIVE_DOMAIN] = names.NATIVE_OPERATORS
-    for node in model.graph:  # onnxruntime does not tell an operator what the graph imports
+    for node in model.graph:  # onnxruntime does not tell an operator the graph's imports
         if node.domain == names.NATIVE_DOMAIN:
             node.attributes["version"] = ir.AttrInt64("version", names.NATIVE_OPERATORS)
     return True
@@ -166,7 +166,7 @@ def _sums_blocks(node: ir.Node, whole: ir.Node) -> bool:
 
 
 def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: ir.Value | None) -> None:
-    """Puts `new` in the place of `norm`, whose sum it computes, and of `last`, whose result it computes."""
+    """Replaces `norm`, whose sum `new` computes, and `last`, whose result `new` computes."""
     model.graph.insert_before(norm, new)
     replace_value(model, last.outputs[0], new.outputs[0])
     if total is not None:
@@ -174,7 +174,7 @@ def _insert(model: ir.Model, last: ir.Node, norm: ir.Node, new: ir.Node, total: 
 
 
 def _two_terms(node: ir.Node, last: ir.Node) -> tuple[ir.Value, ir.Node] | None:
-    """Matches rule 2: what `rounding.rewrite` makes of the output head. Returns its input and its last node.
+    """Matches rule 2: the nodes that `rounding.rewrite` makes of the output head. Returns its input and its last node.
 
     `last` outputs the product of `node`.
     """
@@ -332,7 +332,7 @@ def _replace_convolution(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _put(model: ir.Model, last: ir.Node, node: ir.Node, operator: str, inputs: list[Any], attributes: Any) -> None:
-    """Puts an operator in the place of `node`, whose state it returns, and of `last`, whose result it returns."""
+    """Replaces `node`, whose state an operator returns, and `last`, whose result it returns."""
     new = ir.node(operator, inputs, attributes, domain=names.NATIVE_DOMAIN, num_outputs=2, name=node.name)
     model.graph.insert_before(node, new)
     replace_value(model, last.outputs[0], new.outputs[0])
@@ -345,7 +345,7 @@ def _cache_in_float16(model: ir.Model) -> None:
     both = [value for value in (*model.graph.inputs, *model.graph.outputs) if str(value.name).startswith(ends)]
     cached = [value for value in both if not names.is_state(str(value.name))]
     nodes = [node for value in cached for node in (*value.consumers(), value.producer()) if node is not None]
-    if all(node.op_type in ("DecoderAttention", "Shape") for node in nodes):  # a trace takes the batch from any shape
+    if all(node.op_type in ("DecoderAttention", "Shape") for node in nodes):  # a trace reads the batch from any shape
         for value in cached:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
 

@@ -56,7 +56,7 @@ def mark_head(nodes: Iterable[ir.Node]) -> None:
 
 
 def take_head(model: ir.Model) -> list[ir.Node]:
-    """Returns the nodes of the output head in the graph's order: the marked ones, or what `output_head` finds.
+    """Returns the nodes of the output head in the graph's order: the marked ones, or those that `output_head` finds.
 
     Removes the marks. Empty if the logits are computed in another way.
     """

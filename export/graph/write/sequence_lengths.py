@@ -1,6 +1,6 @@
 """Feeds sequence lengths instead of a mask to pastkey's own fused graph: the runtime knows them.
 
-Counting the mask takes operators that a GPU's provider leaves to the CPU, so both wait for each other at every token.
+Counting the mask needs operators that a GPU's provider leaves to the CPU, so both wait for each other at every token.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class TableRows:
 
 
 def table_rows(value: ir.Value | None) -> TableRows | None:
-    """What a value that `rounding.rewrite` computes is made of, or None for any other."""
+    """The parts of a value that `rounding.rewrite` computes, or None for any other."""
     first, rows = 0, None
     if value is not None and (split := producer(value, "Split")) is not None:
         sizes = weight(split.inputs[1]) if len(split.inputs) > 1 else None

@@ -1,7 +1,7 @@
 """Lets the runtime evict cached rows behind sliding windows from pastkey's own fused graph.
 
-GroupQueryAttention takes the rows of its buffer for the newest tokens. So a call with a window gets the number of rows
-that are left in its own buffer in place of the number of tokens, and turns keys by position_ids.
+GroupQueryAttention assumes the newest tokens in its buffer. So a call with a window gets the number of rows
+that are left in its own buffer instead of the number of tokens, and turns keys by position_ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POSITION_IDS = 9  # an input of GroupQueryAttention
 
 
 def evict_behind_windows(model: ir.Model, context_length: int) -> None:
-    """Gives a graph whose attention calls take lengths the input `evicted`, if some see less than the context."""
+    """Gives a graph whose attention calls read lengths the input `evicted`, if some see less than the context."""
     calls = [
         node
         for node in model.graph

@@ -1,4 +1,4 @@
-"""Captures values inside a graph segment by segment, so that what is kept of one segment alone is in memory.
+"""Captures values inside a graph segment by segment, so that only the values of one segment are in memory.
 
 The nodes of a graph are cut, in their order, into segments. Each segment runs once for each window, from the values
 that earlier segments made for it, so that all segments together cost one run of the graph. Weights stay in their mapped
@@ -19,7 +19,7 @@ from ...graph.session import cpu_session, window_feeds
 from ...measure.metrics import Ids
 from ...measure.predictors import IN_PLACE
 
-KEPT_BYTES = 1 << 29  # what a segment's values may amount to in memory, unless one alone is larger
+KEPT_BYTES = 1 << 29  # of a segment's values in memory, unless a single one is larger
 _Values = dict[str, np.ndarray]
 
 
@@ -33,7 +33,7 @@ def captured(
         folder: Holds the weights file that the graph names.
         windows: Token ids (T,), without a past.
         wanted: Names of float32 values, and the bytes that the caller keeps of each.
-        kept_bytes: What the caller may keep of one segment.
+        kept_bytes: The most that the caller may keep of one segment.
     """
     shapes = {str(value.name): tuple(value.shape or ()) for value in model.graph.inputs}
     live = [window_feeds(shapes, ids) for ids in windows]
@@ -57,10 +57,10 @@ class Segment:
     wanted: tuple[str, ...]
     _model: ir.Model
     _folder: Path
-    _live: list[_Values]  # of each window: what earlier segments made, and this or later ones read
+    _live: list[_Values]  # of each window: values of earlier segments that this or later ones read
     _inputs: list[str]
     _outputs: list[str]
-    _after: frozenset[str]  # names of what later segments read
+    _after: frozenset[str]  # names of the values that later segments read
 
     def __iter__(self) -> Iterator[_Values]:
         session = self._session()
@@ -71,7 +71,7 @@ class Segment:
             yield {name: found[name].reshape(-1, found[name].shape[-1]) for name in self.wanted}
 
     def _session(self) -> Any:
-        """Opens the segment as a graph of its own, beside its weights."""
+        """Opens the segment as a graph of its own, next to its weights."""
         graph = self._model.graph
         by_name = {str(value.name): value for value in graph.inputs}
         by_name |= {str(value.name): value for node in graph for value in node.outputs}
@@ -104,7 +104,7 @@ def _cut(nodes: list[ir.Node], wanted: Mapping[str, int], kept_bytes: int) -> li
 
 
 def _leading_to(model: ir.Model, wanted: Mapping[str, int]) -> list[ir.Node]:
-    """Returns the nodes that the wanted values need, in the graph's order, but not those of constants alone.
+    """Returns the nodes that the wanted values need, in the graph's order, but not those of constants only.
 
     Each segment computes its constants itself: they may be as large as a weight, and would be held for each window.
     """

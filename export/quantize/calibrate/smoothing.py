@@ -1,6 +1,6 @@
 """Smoothing: makes activations easier to quantize, exactly, by changing the weights around them.
 
-Most of int8's error comes from activations: in a block of 32, one channel that is far larger than the others takes all
+Most of int8's error comes from activations: in a block of 32, one channel that is far larger than the others uses all
 of the block's precision. Three transformations preserve every MatMul's result and cost nothing at run time:
 
     1. rotation of value heads   spreads outlier channels over the whole head (QuaRot)

@@ -6,7 +6,7 @@ row scale. They are rounded up, so that no weight is clipped.
 
     int8   round(w / scale) + 128 in a uint8; the scale is max |w| / 127
 
-`int4_blocks` rounds to 4 bits, with a zero point for each block. `kept` takes blocks from a source's file as they are.
+`int4_blocks` rounds to 4 bits, with a zero point for each block. `kept` reads blocks from a source's file unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def quantize_blocks(matrix: np.ndarray, block_size: int) -> Blocks:
 
 
 def some_outputs(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns some rows of a matrix (N, K), spread over all, and how many of all each of them stands for."""
+    """Returns some rows of a matrix (N, K), spread over all, and the number of rows that each represents."""
     some = matrix[:: max(1, len(matrix) // _SOME_OUTPUTS)]
     return some, len(matrix) / len(some)
 

@@ -1,4 +1,4 @@
-"""The matrices that GPTQ has rounded, a file of each, from which an export that was killed goes on."""
+"""The matrices that GPTQ has rounded, a file of each, from which an export that was killed continues."""
 
 from __future__ import annotations
 

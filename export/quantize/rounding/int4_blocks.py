@@ -102,7 +102,7 @@ def _grid(matrix: np.ndarray, importance: np.ndarray, block_size: int) -> _Grid:
 
 
 def _compensation(hessian: np.ndarray, order: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Returns what the square of each column's error costs (K,), and the shares (K, K) of it that later columns take.
+    """Returns the cost of each column's squared error (K,), and the shares (K, K) of it that later columns compensate.
 
     Rows and columns are in this order. The damped Hessian is V V^T with an upper V, so that E H E^T is the sum of
     squares of E V: its column k is V[k, k] times the sum of E[k] and of the shares V[j, k] / V[k, k] of earlier E[j].
@@ -130,7 +130,7 @@ def _scales_and_zeros(padded: Tensor, importance: Tensor) -> tuple[Tensor, Tenso
 
     def attempt(shrink: Tensor, zero: Tensor) -> None:
         numbers = _centred(padded, widest * shrink, zero)
-        # The best scale of these integers q is sum(w q) / sum(q q), and takes this much of the error of q = 0.
+        # The best scale of these integers q is sum(w q) / sum(q q), and removes this much of the error of q = 0.
         above, below = (important * numbers).sum(2), (numbers.square_() * importance).sum(2).clamp(min=tiny)
         scale = torch.where(above > 0, above / below, widest * shrink)
         gain = above * scale
@@ -153,7 +153,7 @@ def _centred(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _round(left: Tensor, scales: Tensor, zeros: Tensor, costs: Tensor, shares: Tensor) -> tuple[np.ndarray, float]:
-    """Rounds each column to nearest after it took its shares of the errors of those before it.
+    """Rounds each column to nearest after its shares of the errors of those before it are added.
 
     Returns q (K, N), and tr(E H E^T). `left` (K, N) becomes the errors E.
 

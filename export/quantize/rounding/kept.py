@@ -1,7 +1,7 @@
-"""Finds the matrices of a graph in the file of their source, where they are in blocks already, and takes these blocks.
+"""Finds the matrices of a graph in the file of their source, where they are in blocks already, and uses these blocks.
 
 A matrix is found by its numbers: each of its rows is a row of the file. So it does not matter how a family's weights
-are named, which rows transformers permutes, and which matrices it joins or takes apart. The blocks of each row are then
+are named, which rows transformers permutes, and which matrices it joins or splits. The blocks of each row are then
 compared with the row of the graph. That comes from another reading of the file: in a GGUF file by the gguf library.
 """
 

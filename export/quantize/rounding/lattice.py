@@ -1,7 +1,7 @@
 """Float matrices whose numbers are whole multiples of a scale in each block of 32: quantization-aware training ends so.
 
 The largest number of a block is n times its scale, for an n of at most 8 (4 bits) or 128 (8 bits). Each n is tried. All
-numbers must be what their multiples are in the type that the matrix was stored in, so that rounding loses nothing.
+numbers must equal their multiples in the type that the matrix was stored in, so that rounding loses nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _type(weights: np.ndarray) -> torch.dtype:
 def _is_possible(blocks: np.ndarray, bits: int, stored_in: torch.dtype) -> bool:
     """Whether each block (..., 32) has an n that makes its numbers nearly whole: most matrices have not."""
     magnitudes = np.abs(blocks.reshape(-1, 1, _BLOCK)).astype(np.float64)
-    each = np.arange(1, (1 << (bits - 1)) + 1)[:, None]  # n, beside the numbers of a block
+    each = np.arange(1, (1 << (bits - 1)) + 1)[:, None]  # n, against the numbers of a block
     multiples = magnitudes / np.maximum(magnitudes.max(2, keepdims=True), np.finfo(np.float64).tiny) * each
     near = np.abs(multiples - np.rint(multiples)) <= each * 2.0 ** (2 - _BITS[stored_in])
     return bool(near.all(2).any(1).all())

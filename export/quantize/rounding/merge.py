@@ -19,7 +19,7 @@ class Projections:
     """MatMuls that read one activation, in the order in which their outputs are concatenated."""
 
     matmuls: tuple[ir.Node, ...]
-    attention: ir.Node | None = None  # the operator that takes the concatenated output
+    attention: ir.Node | None = None  # the operator that reads the concatenated output
 
 
 def find_mergeable(matmuls: list[ir.Node]) -> list[Projections]:
@@ -88,7 +88,7 @@ def insert_merged(model: ir.Model, projections: Projections, merged: ir.Node, wi
 
 
 def _feed_merged(model: ir.Model, projections: Projections, attention: ir.Node, merged: ir.Node) -> None:
-    """Applies rule 1: the operator takes queries, keys and values as its first input and leaves the next two empty."""
+    """Applies rule 1: the operator reads queries, keys and values as its first input and leaves the next two empty."""
     qkv = merged.outputs[0]
     biases = [bias for _, bias in map(_with_bias, attention.inputs[:3]) if bias is not None]
     if biases:

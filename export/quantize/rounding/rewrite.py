@@ -213,7 +213,7 @@ class _Weights:
     def compute_scales(self) -> None:
         """Adds the nodes for the scales and offsets of all matrices. Those of one form share nodes.
 
-        onnxruntime folds them at load, which takes longer for a node than for its numbers.
+        onnxruntime folds them at load, which is slower for a node than for its numbers.
         """
         by_form: dict[Hashable, list[tuple[ir.Value, Numbers]]] = {}
         for stored in self._stored.values():

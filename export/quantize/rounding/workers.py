@@ -28,7 +28,7 @@ def one_thread_each() -> Iterator[ThreadPoolExecutor]:
 
 
 def for_each_part(work: Callable[[slice], None], rows: int) -> None:
-    """Calls `work` on slices of all rows, on all cores. Raises what it raises."""
+    """Calls `work` on slices of all rows, on all cores. Raises its errors."""
     parts = parts_of(rows)
     if len(parts) <= 1:  # a pool costs more
         for part in parts:

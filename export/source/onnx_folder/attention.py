@@ -75,7 +75,7 @@ def recognise(model: ir.Model, layers: Sequence[KVGeometry], context_length: int
 
 @dataclass
 class _Scores:
-    """What was found on the way from q kᵀ to the softmax."""
+    """The parts found on the way from q kᵀ to the softmax."""
 
     factor: float = 1.0
     capped: float | None = None  # the factor before Tanh
@@ -274,7 +274,7 @@ def _reads_batch(node: ir.Node) -> bool:
 
 
 def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
-    """Adds the number of real tokens of each row, minus one, and the length of the mask, as the operator takes them."""
+    """Adds the number of real tokens of each row, minus one, and the length of the mask, as the operator reads them."""
     mask = next(value for value in model.graph.inputs if value.name == names.ATTENTION_MASK)
     builder = NodeBuilder(model, "lengths")
     one = builder.constant("axis", np.array([1]))
@@ -327,7 +327,7 @@ def _replace(
 
 
 def _describe(value: ir.Value, width: int) -> None:
-    """Notes what shape inference does not find: float32 (B, T, width)."""
+    """Notes a type and shape that shape inference does not find: float32 (B, T, width)."""
     value.shape = ir.Shape([names.BATCH, names.SEQUENCE, width])
     value.type = ir.TensorType(ir.DataType.FLOAT)
 

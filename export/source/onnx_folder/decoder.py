@@ -112,7 +112,7 @@ class GivenDecoder(Opaque):
             ) from error
         return logits, present
 
-    # --- what it computes -----------------------------------------------------------------------------------------
+    # --- its computation -----------------------------------------------------------------------------------------
     def observed(self, context_length: int) -> Observation:
         """Runs the graph.
 
@@ -126,7 +126,7 @@ class GivenDecoder(Opaque):
                 f"float32 (batch, tokens, vocabulary), export the model again with  {EXPORT_COMMAND}"
             )
         self._require_positions(ids[:1, :1], context_length)
-        # One row: GroupQueryAttention takes no more than that with a past.
+        # One row: GroupQueryAttention supports no more than that with a past.
         lengths = {array.shape[2] for array in self.run(ids[:1, 1:], past=[p[:1, :, :1] for p in present])[1]}
         if lengths != {ids.shape[1]}:
             raise InputError(
@@ -234,7 +234,7 @@ class GivenDecoder(Opaque):
 
     # --- the graph ------------------------------------------------------------------------------------------------
     def graph(self, form: str, observation: Observation) -> tuple[ir.Model, Observation]:
-        """Returns the "fused" or "standard" graph, and what is observed of it.
+        """Returns the "fused" or "standard" graph, and its observation.
 
         Raises ContractError for a standard graph of a file whose attention is GroupQueryAttention.
         """
@@ -242,7 +242,7 @@ class GivenDecoder(Opaque):
             if self.given.fused:
                 raise ContractError(
                     f"the attention of {self.given.path} is GroupQueryAttention, which a {form} graph does not have: "
-                    "export with --graph fused, and for a target that takes it, such as cpu"
+                    "export with --graph fused, and for a target that supports it, such as cpu"
                 )
             return self._standard, observation
         assert self._fused is not None

@@ -36,7 +36,7 @@ def find_graph(folder: Path) -> Path | None:
 
 
 def open_onnx(path: Path, opening: Opening) -> Source:
-    """Opens a graph, with the configuration and tokenizer beside it or above it.
+    """Opens a graph, with the configuration and tokenizer next to it or above it.
 
     Raises InputError, MissingFileError, IntegrityError or ResourceError.
     """
@@ -73,7 +73,7 @@ def open_onnx(path: Path, opening: Opening) -> Source:
 
 
 def _read_of(folder: Path, graph: Path) -> Iterator[Path]:
-    """Yields the files that may be read: the graph with its data, and what is beside the configuration."""
+    """Yields the files that may be read: the graph with its data, and the files next to the configuration."""
     yield graph
     yield from (graph.parent / data.location for data in external_data(graph) if is_inside(data.location))
     yield from (file for file in folder.iterdir() if file.is_file() or file.is_symlink())

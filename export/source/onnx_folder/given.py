@@ -7,7 +7,7 @@ it as pastkey's standard graph. Each change is exact:
     2. rename past and present; order the inputs
     3. add attention_mask and position_ids if the graph has none, unread
     4. replace the number of logits to keep by 0, for all of them, and cast int64 inputs where the graph reads int32
-    5. simplify, with numbers in place of known sizes, and name weights
+    5. simplify, with numbers instead of known sizes, and name weights
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pastkey.values import shown
 from ...graph.edit import OPSET, NodeBuilder, add_weight, producer, replace_node, replace_uses, sole_consumer, weight
 from ...graph.simplify import simplify
 
-_ROUNDS = 2  # numbers in place of sizes make shapes known, and known shapes make numbers
+_ROUNDS = 2  # numbers instead of sizes make shapes known, and known shapes make numbers
 OLDEST_OPSET = 11  # the first with Range; exporters of decoders write 13 and newer
 EXPORT_COMMAND = "optimum-cli export onnx --model MODEL --task text-generation-with-past FOLDER"
 # How exporters name the cache: keys and values of layer N in inputs, and in outputs.
@@ -47,7 +47,7 @@ _FORMS = (
     ),
 )
 _IDS = (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
-_KEPT = ("num_logits_to_keep", "logits_to_keep")  # 0 stands for all
+_KEPT = ("num_logits_to_keep", "logits_to_keep")  # 0 means all
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _QUANTIZED = frozenset(
     {
@@ -59,7 +59,7 @@ _QUANTIZED = frozenset(
 
 @dataclass(frozen=True)
 class GivenGraph:
-    """The graph in a file: what it takes and returns."""
+    """The graph in a file: its inputs and outputs."""
 
     path: Path
     inputs: Mapping[str, ir.DataType]  # in the file's order
@@ -109,11 +109,11 @@ def read_given(path: Path) -> GivenGraph:
 
 
 def _check_external_data(path: Path) -> None:
-    """Raises InputError if a weight's data is outside of the graph's folder. onnxruntime finds what is missing."""
+    """Raises InputError if a weight's data is outside of the graph's folder. onnxruntime finds missing files."""
     for data in external_data(path):
         if not is_inside(data.location):
             raise InputError(
-                f"{path} takes weights from {shown(data.location)}, outside of its folder: copy that file beside the "
+                f"{path} reads weights from {shown(data.location)}, outside of its folder: copy that file next to the "
                 "graph and name it there, or export the model again"
             )
 
@@ -122,7 +122,7 @@ def _check_opset(path: Path, model: ir.Model) -> None:
     opset = model.graph.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
         raise InputError(
-            f"{path} is of opset {opset}, and pastkey takes {OLDEST_OPSET} and newer: export the model again, with  "
+            f"{path} is of opset {opset}, and pastkey reads {OLDEST_OPSET} and newer: export the model again, with  "
             f"{EXPORT_COMMAND}"
         )
 
@@ -156,7 +156,7 @@ def _cache_names(path: Path, inputs: Mapping[str, object], outputs: Mapping[str,
             for name in (form[place],)
         }
     raise InputError(
-        f"{path} takes no past keys and values, so that every token would cost the whole text: export the model "
+        f"{path} has no past keys and values, so that every token would cost the whole text: export the model "
         f"with them,  {EXPORT_COMMAND}"
     )
 
@@ -176,17 +176,17 @@ def _check_ends(
     other = next((name for name in inputs if name not in (*_IDS, *_KEPT, *renamed)), None)
     if other is not None:
         raise InputError(
-            f"{path} takes {shown(other)}, and a decoder's graph takes {', '.join(_IDS)} and past keys and values: "
+            f"{path} has inputs {shown(other)}, and a decoder's graph has {', '.join(_IDS)} and past keys and values: "
             f"export the model alone, with  {EXPORT_COMMAND}"
         )
     for name in (*_IDS, *_KEPT):
         value = inputs.get(name)
         if value is not None and (value.dtype not in _INTEGERS or (name in _IDS and _rank(value) != 2)):
-            raise InputError(f"{path} takes {name} as {_told(value)}: expected whole numbers (batch, tokens)")
+            raise InputError(f"{path} has {name} as {_told(value)}: expected whole numbers (batch, tokens)")
     ids = inputs[names.INPUT_IDS]
     if ids.shape is not None and any(isinstance(size, int) for size in ids.shape):
         raise InputError(
-            f"{path} takes input_ids as {_told(ids)}, of a fixed size: export the model with dynamic axes (with "
+            f"{path} has input_ids as {_told(ids)}, of a fixed size: export the model with dynamic axes (with "
             f"transformers' exporter dynamic=True and multi_token_decode=True), or with  {EXPORT_COMMAND}"
         )
     for name in renamed:
@@ -238,7 +238,7 @@ def _layers(path: Path, inputs: Mapping[str, ir.Value], renamed: Mapping[str, st
         heads, size = (None, None) if value.shape is None else (_number(value.shape[1]), _number(value.shape[3]))
         if value.dtype is not ir.DataType.FLOAT or heads is None or size is None:
             raise InputError(
-                f"{path} takes {name} as {_told(value)}: expected float (batch, heads, tokens, head size) with numbers "
+                f"{path} has {name} as {_told(value)}: expected float (batch, heads, tokens, head size) with numbers "
                 "for heads and head size, by which an empty cache is made; export the model again"
             )
         sizes[new] = heads, size
@@ -312,7 +312,7 @@ def _axes(name: str, layers: tuple[KVGeometry, ...]) -> tuple[str | int, ...]:
 
 
 def _fold_sizes(model: ir.Model) -> None:
-    """Rewrites what only older exporters write, by the shapes that are known.
+    """Rewrites forms that only older exporters write, by the shapes that are known.
 
     1. Gather or Slice of a shape        -> the numbers, where the shape has them
     2. Reshape to sizes that are computed -> to 0 for an axis that stays, and -1 for one that is not known
@@ -368,7 +368,7 @@ def _spread_gemm(model: ir.Model, node: ir.Node, gemm: ir.Node) -> None:
 
 
 def _read_sizes(node: ir.Node) -> np.ndarray | None:
-    """Returns the numbers that a Gather or Slice takes of a value's shape, None if they are not known."""
+    """Returns the numbers that a Gather or Slice reads of a value's shape, None if they are not known."""
     read = producer(node.inputs[0], "Shape")
     value = None if read is None or read.attributes else read.inputs[0]
     constants = [weight(v) for v in node.inputs[1:]]

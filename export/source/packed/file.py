@@ -25,7 +25,7 @@ _OTHERWISE = "export the unquantized model, or fetch the file again if it may be
 
 
 class QuantizedFile:
-    """A safetensors file, or all of a folder, mapped for reading: the parts of a matrix may lie in different ones."""
+    """A safetensors file, or all of a folder, mapped for reading: the parts of a matrix may be in different ones."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.path = paths[0] if len(paths) == 1 else paths[0].parent
@@ -44,7 +44,7 @@ class QuantizedFile:
             self._places |= dict.fromkeys(tensors, (mapped, start))
 
     def bases(self, *endings: str) -> list[str]:
-        """Returns what stands before these endings in the names of tensors, each once."""
+        """Returns the beginnings of tensor names that have these endings, each once."""
         found = (name.rpartition(".") for name in self.tensors)
         return list(dict.fromkeys(base for base, dot, ending in found if dot and ending in endings))
 
@@ -69,7 +69,7 @@ class QuantizedFile:
         return content.view(tensor.shape)
 
     def scales(self, name: str, made: Callable[[Tensor], Tensor] = Tensor.float) -> Callable[[], Tensor]:
-        """Returns what reads scales or offsets (N, G) in float32. Raises InputError if one is no finite number."""
+        """Returns the reader of scales or offsets (N, G) in float32. Raises InputError if one is not finite."""
         self.require_finite(name)
         return lambda: made(self.read(name).float()).contiguous()
 
@@ -95,7 +95,7 @@ class QuantizedFile:
         return None if (np.diff(group) >= 0).all() else order
 
     def wrong(self, name: str, what: str, advice: str = _OTHERWISE) -> InputError:
-        """Returns the error that says what is wrong with a tensor."""
+        """Returns the error about a tensor."""
         return InputError(f"{name} of {self.path} {what}: {advice}")
 
 

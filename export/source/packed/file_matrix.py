@@ -1,4 +1,4 @@
-"""What a source's file shows of a matrix that it holds quantized."""
+"""A quantized matrix of a source's file."""
 
 from __future__ import annotations
 

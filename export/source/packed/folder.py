@@ -34,7 +34,7 @@ _READ = (
 
 
 def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
-    """Returns what reads the form that a quantization_config names. Raises InputError if nothing does."""
+    """Returns the reader of the form that a quantization_config names. Raises InputError if there is none."""
     method, bits, sizes = settings.get("quant_method"), settings.get("bits", 4), [settings.get("group_size")]
     version = str(settings.get("checkpoint_format") or settings.get("version") or settings.get("format")).lower()
     if method == "gptq" and bits in (4, 8) and version in _GPTQ_VERSIONS and not settings.get("is_marlin_format"):
@@ -96,7 +96,7 @@ def _kinds(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) -> Iterator[tuple[str, PackedMatrix]]:
-    """Yields what is read. Raises InputError for a matrix whose groups are of none of these sizes."""
+    """Yields the matrices. Raises InputError for one whose groups are of none of these sizes."""
     for name, matrix in read(file):
         wanted = [size for size in sizes if is_int(size, 1)]
         if wanted and matrix.group_size not in (*wanted, matrix.shape[1]):
@@ -107,17 +107,17 @@ def _checked(sizes: Sequence[int | None], read: _Packed, file: QuantizedFile) ->
 
 
 def find_packed(files: Sequence[Path], reader: Reader) -> dict[str, Joined]:
-    """Returns what is joined in each file, by the file's name. Reads headers, scales, zero points and groups."""
+    """Returns the joined matrices of each file, by the file's name. Reads headers, scales, zero points and groups."""
     whole = joined(QuantizedFile(sorted(files)), reader)
     if not whole.made:
         return {}
-    # The parts of a matrix may lie in several files, so that all matrices are those of the first.
+    # The parts of a matrix may be in several files, so that all matrices are those of the first.
     first, *others = sorted(path.name for path in files)
     return {first: whole, **dict.fromkeys(others, Joined({}, whole.parts))}
 
 
 def joined(file: QuantizedFile, reader: Reader) -> Joined:
-    """Returns what the reader makes of a file. Raises InputError if it leaves a quantized tensor."""
+    """Returns the reader's result for a file. Raises InputError if it leaves a quantized tensor."""
     made = dict(reader(file))
     for name, tensor in file.tensors.items():
         base, _, ending = name.rpartition(".")
@@ -126,7 +126,7 @@ def joined(file: QuantizedFile, reader: Reader) -> Joined:
         if name in file.used:
             continue
         if name in made or (ending in _CODES and f"{base}.weight" in made):
-            raise file.wrong(name, "stands beside the same matrix in another form", "leave one of the two out")
+            raise file.wrong(name, "is there with the same matrix in another form", "leave one of the two out")
         if tensor.dtype.startswith("F8_") or (name.endswith("weight") and tensor.dtype not in (*FLOATS, "F64")):
             raise file.wrong(name, f"is {tensor.dtype}, and config.json has no form in which it is read")
     elements = sum(math.prod(matrix.shape) for matrix in made.values())
@@ -146,7 +146,7 @@ def dequantized_forms(found: Iterable[Joined]) -> str:
 
 # --- a file of weights without its folder -------------------------------------------------------------------------
 def in_file(path: Path) -> Joined:
-    """Returns what is joined in a file of weights, in the form that a configuration beside it says.
+    """Returns the joined matrices of a file of weights, in the form that a configuration next to it gives.
 
     torchao's matrices need none. Raises InputError for others without one.
     """
@@ -165,7 +165,7 @@ def in_file(path: Path) -> Joined:
 
 
 def _beside(path: Path) -> Mapping[str, Any] | None:
-    """Returns the settings of a quantization that a configuration beside the file has."""
+    """Returns the settings of a quantization that a configuration next to the file has."""
     config, own = path.parent / names.CONFIG, path.parent / "quantize_config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
     if settings is None and own.is_file():

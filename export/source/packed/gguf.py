@@ -1,6 +1,6 @@
 """The integers of a GGUF file's matrices as they are stored, without rounding: codes, scales and offsets of blocks.
 
-A weight is d * scale * q, or d * scale * q - dmin * min. The gguf library knows where the bits of q lie, and returns
+A weight is d * scale * q, or d * scale * q - dmin * min. The gguf library knows where the bits of q are, and returns
 weights alone. So it is asked for the weights of blocks in which d and all scales are 1 and all offsets 0: these are q.
 """
 
@@ -48,7 +48,7 @@ class _Type:
     d: slice  # float16
     dmin: slice | None = None  # float16, of the offsets
     scales: slice | None = None  # in units of d, and the offsets in units of dmin
-    ones: bytes = b""  # what stands there if all scales are 1, and all offsets 0
+    ones: bytes = b""  # the bytes there if all scales are 1, and all offsets 0
     codes: Callable[[np.ndarray], _Codes] | None = None  # reads them
 
 

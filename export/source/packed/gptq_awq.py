@@ -1,7 +1,7 @@
 """GPTQ and AWQ: x.qweight, x.qzeros and x.scales, and x.g_idx of GPTQ.
 
-Eight codes of 4 bits, or four of 8, lie in a word of int32. In GPTQ's words they are neighbours along K, in AWQ's along
-N, where those of one word are in the order 0 2 4 6 1 3 5 7. Zero points lie along N in both.
+Eight codes of 4 bits, or four of 8, are in a word of int32. In GPTQ's words they are neighbours along K, in AWQ's along
+N, where those of one word are in the order 0 2 4 6 1 3 5 7. Zero points are along N in both.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from pastkey.files.tokenizer_file import require_dense
 from .conversion import Conversion
 
 END_OF_TEXT = "<|endoftext|>"
-MERGES = ("vocab.bpe", "merges.txt")  # beside encoder.json, or vocab.json as transformers calls it
+MERGES = ("vocab.bpe", "merges.txt")  # next to encoder.json, or vocab.json as transformers calls it
 _ENDLESS = 1 << 62  # the rank of a pair that makes no token
 
 
 # --- GPT-2's two files ----------------------------------------------------------------------------------------------
 def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
-    """Converts `file` with the content `vocabulary` and the merges beside it. Raises MissingFileError or InputError."""
+    """Converts `file`, its content `vocabulary`, and the merges next to it. Raises MissingFileError or InputError."""
     merges_file = merges_beside(file)
     if merges_file is None:
         raise MissingFileError(
@@ -56,7 +56,7 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
 
 
 def merges_beside(file: Path) -> Path | None:
-    """Returns the file of GPT-2's merges beside its vocabulary."""
+    """Returns the file of GPT-2's merges next to its vocabulary."""
     return next((path for name in MERGES if (path := file.with_name(name)).is_file()), None)
 
 

@@ -93,7 +93,7 @@ def from_sentencepiece(file: Path) -> Conversion:
 def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Returns every pair of pieces that makes a piece, the highest score first.
 
-    SentencePiece's BPE always makes the piece of the highest score. The tokenizers library takes a list of merges in
+    SentencePiece's BPE always makes the piece of the highest score. The tokenizers library needs a list of merges in
     order of preference.
     """
     return [
@@ -120,7 +120,7 @@ def _refuse_unlike(model: SentencePieceModel, file: Path) -> None:
 
 
 def tokenizer_of(model: SentencePieceModel) -> Tokenizer:
-    """Returns the tokenizer of a model, without what is put around a text."""
+    """Returns the tokenizer of a model, without the tokens around a text."""
     vocabulary = {piece.text: number for number, piece in enumerate(model.pieces)}
     (unknown,) = model.of(UNKNOWN)
     bytes_too, user_defined = bool(model.of(BYTE)), sorted(model.of(_USER_DEFINED), key=len, reverse=True)

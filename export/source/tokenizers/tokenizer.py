@@ -121,7 +121,7 @@ def _from_factory(file: Path, text: str) -> Conversion:
     try:
         if _is_encoding(made):
             return from_tiktoken(made)
-        copy = open_tokenizer(Tokenizer, made.to_str().encode(), f"what {text} of {file} gives")
+        copy = open_tokenizer(Tokenizer, made.to_str().encode(), f"the result of {text} of {file}")
     except Exception as error:  # a part written in Python, or a pattern that tokenizers cannot read
         kind = type(made).__name__
         raise InputError(f"{text} of {file} gives a {kind} that tokenizer.json cannot hold: {error}") from None

@@ -1,4 +1,4 @@
-"""Prefix cache: stores the KV caches of ended requests. A new prompt takes the one with the longest shared prefix.
+"""Prefix cache: stores the KV caches of ended requests. A new prompt reuses the one with the longest shared prefix.
 
 The cache of the last request is always stored, at least to reuse its memory. Caches of requests that reuse prefixes are
 stored up to a limit and evicted least recently used first. A cache serves requests of its own graph, so never those of
@@ -13,7 +13,7 @@ from ...engine.decoder_graph import DecoderGraph
 from ...engine.engine import Engine
 
 PREFIX_BYTES = 256 * 2**20  # default limit
-TAIL = 8  # an entry that would lose at most so many tokens is taken instead of copied
+TAIL = 8  # an entry that would lose at most so many tokens is moved instead of copied
 
 
 class PrefixStore:
@@ -99,7 +99,7 @@ class PrefixStore:
         self.shrink(self.most_bytes)
 
     def shrink(self, most_bytes: int) -> None:
-        """Evicts the least recently used caches until the rest takes at most `most_bytes`."""
+        """Evicts the least recently used caches until the rest has at most `most_bytes`."""
         while self._all() and self.nbytes > most_bytes:
             self._drop(self._all()[0])
 

@@ -7,7 +7,7 @@
 4. Decode: each step also runs one batch with a token of each request that can share it. Their caches move into a Slab.
    A batch decodes up to AHEAD tokens more than were read, so that threads which return one after another, or one
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
-   Each adapter has a graph, and so batches, of its own. The batch of the request that has waited longest is next.
+   Each adapter has a separate graph, and so separate batches. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if it is one of two whose drafts pay (TURNS), or if
    it cannot share a run: standard or static graph, another device than the CPU. Such requests take turns, one step
    each.
@@ -37,7 +37,7 @@ from ..generation import Generation
 from .activity import TOTALS, Activity
 from .prefix_cache import PrefixStore
 
-MAX_ROWS = 16  # largest batch; more requests take turns beside it
+MAX_ROWS = 16  # largest batch; further requests take turns
 AHEAD = 4  # tokens that a batch may decode before they are read
 TURNS = 3.0  # tokens per step with drafts from which two rows take turns: a batch of two decodes 1.8 times one's tokens
 STALLED = 16  # steps without a token after which a sequence leaves the slab
@@ -302,7 +302,7 @@ class Scheduler:
                     self._guarded(generation, generation.begin)
             batches = self._batches(waiting) if len(self._live) > 1 else []
             together = batches[0] if batches else []
-            # Of the generations outside the batches, one runs a step of its own each time, in turn.
+            # Of the generations outside the batches, one runs a separate step each time, in turn.
             batched = set(chain(*batches))
             bound += together
             for alone in waiting:

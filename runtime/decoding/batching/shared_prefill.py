@@ -100,7 +100,7 @@ class SharedPrefill:
             self._drop(memory)
 
     def inherits(self, generation: Generation) -> bool:
-        """Whether the group takes the cache of a generation that has ended: others wait for a copy of it."""
+        """Whether the group gets the cache of a generation that has ended: others wait for a copy of it."""
         first, self._first = self._first, None if self._first is generation else self._first
         return first is generation and self._kept is None and self.left > 0 and _prompt_length(generation) > 0
 

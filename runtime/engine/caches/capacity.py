@@ -33,7 +33,7 @@ class Windows:
 
     @classmethod
     def of(cls, manifest: Manifest, tokens: int) -> Windows | None:
-        """Those of a bundle for runs of so many tokens, if they and their marks take less than the whole context."""
+        """Those of a bundle for runs of so many tokens, if they and their marks need less than the whole context."""
         found = cls(tuple(window > 0 for window in manifest.windows), max(manifest.windows, default=0), 0)
         room = grown(0, found.kept + found.slack + tokens, manifest.context_length)
         saves = room + WINDOW_MARKS * found.widest < manifest.context_length

@@ -47,7 +47,7 @@ class KVCache:
 
     Tensors of attention calls with a window hold the last `length - evicted` tokens only, in order.
 
-    What cannot be trimmed is marked: `mark` keeps copies of the states and of the rows that the next token sees.
+    Parts that cannot be trimmed are marked: `mark` keeps copies of the states and of the rows that the next token sees.
 
     A run is `reserve`, onnxruntime's run, `advance`. After an exception in a method the owner drops the cache.
     """
@@ -141,7 +141,7 @@ class KVCache:
             self.states.undo = None  # the run writes that copy, also if its results are then refused
             if not self.length:
                 self.states.begin(batch)
-            if not self.length or not self._shared or self._device != "cpu":  # a device copies what is bound at once
+            if not self.length or not self._shared or self._device != "cpu":  # a device copies bound arrays at once
                 self._bind_states()
 
     def columns(self, mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -211,7 +211,7 @@ class KVCache:
         self.length = length
 
     def mark(self, *, stays: bool = False) -> None:
-        """Keeps copies of what cannot be trimmed. `stays`: whether later marks do not take their place."""
+        """Keeps copies of the parts that cannot be trimmed. `stays`: whether later marks do not replace them."""
         if (self.windows is None and self.states is None) or self.length in self._marks:
             return
         rows = self.length - self.evicted
@@ -332,7 +332,7 @@ class KVCache:
 
     def place(self, index: int, array: npt.NDArray[Any]) -> None:
         """Moves one tensor of one sequence's shared buffer on the CPU to `array` (1, K, capacity, D)."""
-        assert self._shared, "a concatenating cache has no memory of its own"
+        assert self._shared, "a concatenating cache has no own memory"
         windowed = self._tensors[index].windowed
         rows = self.tokens[windowed]
         assert (1, rows) <= (self.batch, array.shape[2]), f"{rows} tokens do not fit {array.shape}"

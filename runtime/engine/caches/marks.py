@@ -1,4 +1,4 @@
-"""Marks: copies of what a cache cannot be trimmed to, at lengths where a later prompt may begin."""
+"""Marks: copies of the parts of a cache that cannot be trimmed, at lengths where a later prompt may begin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-STATE_MARKS, WINDOW_MARKS = 4, 2  # the most of a cache with states, and with windows alone
+STATE_MARKS, WINDOW_MARKS = 4, 2  # the most of a cache with states, and with windows only
 
 Arrays = list[npt.NDArray[np.generic]]
 

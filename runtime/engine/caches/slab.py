@@ -1,6 +1,6 @@
 """A slab holds the KV caches of several engines in one buffer, so that one batched run decodes a token of each.
 
-GroupQueryAttention takes a shared buffer (B, K, capacity, D) with a length per row. Each engine in a slab owns one row:
+GroupQueryAttention reads a shared buffer (B, K, capacity, D) with a length per row. Each engine in a slab owns one row:
 its own runs use the contiguous part [i : i + 1], and batched runs use the first n rows together. So it is with states,
 of which there are two copies: a run reads one and writes the other.
 """
@@ -101,7 +101,7 @@ class Slab:
         self._bind(count)
         self._align(count)
         # An idle row computes token 0 behind its last token; its own next token overwrites that position, and its state
-        # is taken from the other copy.
+        # is read from the other copy.
         ids = np.zeros((count, 1), np.int64)
         ids[rows, 0] = tokens
         lengths = np.array([_cache(member).length for member in self.members[:count]], np.int64)
@@ -170,7 +170,7 @@ class Slab:
         self.binding, self._other_binding = new_bindings(self.onnx, two=bool(self._graph.manifest.states))
 
     def _at_home(self, engine: Engine) -> list[bool]:
-        """Whether each of a member's buffers is in the slab. A run of its own may have outgrown its row."""
+        """Whether each of a member's buffers is in the slab. A separate run may have outgrown its row."""
         return [mine.base is array for mine, array in zip(_cache(engine).arrays, self._arrays, strict=False)] or [False]
 
     def _settle(self, row: int) -> None:

@@ -56,7 +56,7 @@ class StaticGraphs(FixedRows):
         del tokens, ahead
         if batch != 1:
             raise InputError(
-                f"this bundle's static graph takes one row at a time and {batch} were given: give each row alone, or "
+                f"this bundle's static graph reads one row at a time, not {batch}: give each row separately, or "
                 "export with --graph standard"
             )
         if not self.capacity:

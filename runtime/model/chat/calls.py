@@ -53,7 +53,7 @@ class ChatCalls:
             The answer, with its `tool_calls`.
 
         Raises:
-            InputError: The bundle has no tokenizer or chat template; the template refuses the conversation, or it is
+            InputError: The bundle has no tokenizer or chat template; the template rejects the conversation, or it is
                 longer than the context; an option is out of range.
             OptionError: There is no option of that name.
             QueueFullError: `max_queue` requests wait already.

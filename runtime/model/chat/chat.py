@@ -78,7 +78,7 @@ class Chat:
         self.system = system
         self.tools: list[dict[str, Any]] | None = None
         if tools is not None:
-            from ...text.tools import tool_schemas  # only tools need what it imports
+            from ...text.tools import tool_schemas  # only tools need its imports
 
             self.tools = tool_schemas(tools)
         self.documents = None if documents is None else [dict(document) for document in documents]
@@ -114,7 +114,7 @@ class Chat:
             Llama 3, Mistral) and the whole text follows it.
 
         Raises:
-            InputError: The conversation is longer than the context, or the template refuses it; an option is out of
+            InputError: The conversation is longer than the context, or the template rejects it; an option is out of
                 range; or another call changed the conversation meanwhile. This call leaves it unchanged.
             OptionError: There is no option of that name.
             NumericsError: The model yields NaN or infinity. The conversation is unchanged.
@@ -198,7 +198,7 @@ class Chat:
     def set_system(self, system: str | None) -> None:
         """Changes the system text, in this conversation and after `reset`.
 
-        Raises InputError if the template refuses a system text. Then the old one stays.
+        Raises InputError if the template rejects a system text. Then the old one stays.
         """
         require_valid({"system": system})
         said = self._said()
@@ -221,7 +221,7 @@ class Chat:
     def load(self, path: str | Path) -> None:
         """Replaces this conversation by one that `save` wrote.
 
-        Raises MissingFileError, IntegrityError or InputError if the file is not a conversation or the template refuses
+        Raises MissingFileError, IntegrityError or InputError if the file is not a conversation or the template rejects
         it. Then this one stays.
         """
         found = read_messages(path)
@@ -230,7 +230,7 @@ class Chat:
         self.system = text_of(first["content"]) if first.get("role") == "system" else None
 
     def _take_up(self, found: list[dict[str, Any]]) -> None:
-        """Replaces the messages. Raises InputError if the template refuses them."""
+        """Replaces the messages. Raises InputError if the template rejects them."""
         asked = not found or found[-1]["role"] in ("assistant", "system")
         self._rendered([*found, message("user", "Hi")] if asked else found)
         self.messages = found
@@ -258,7 +258,7 @@ class Chat:
         return answer
 
     def _head_tokens(self) -> int:
-        """The number of tokens before the first question: the system text and what the template adds."""
+        """The number of tokens before the first question: the system text and the template's additions."""
         first = self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
         one, other = (self._prompt([*first, message("user", text)]).ids for text in "ab")
         return next((place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), len(one))  # noqa: B905
@@ -272,7 +272,7 @@ class Chat:
         """The messages, which end with a question, a result or an answer to continue."""
         messages = self._said()
         if beginning(messages) is None and (not messages or messages[-1]["role"] not in ("tool", "user")):
-            raise InputError("the message is None; a text was expected, since there is nothing to go on from")
+            raise InputError("the message is None; a text was expected, since there is nothing to continue")
         return messages
 
     def taken_in(self, messages: list[dict[str, Any]], text: str, calls: Sequence[ToolCall]) -> None:
@@ -311,7 +311,7 @@ class Chat:
         return {"tools": self.tools, "documents": self.documents, **self._variables, **changes}
 
     def _notice_what_is_left_out(self, stacklevel: int) -> None:
-        """Warns of arguments that the template ignores. Raises InputError if it refuses the system text.
+        """Warns of arguments that the template ignores. Raises InputError if it rejects the system text.
 
         `stacklevel`: of the user's own line, for `_warn`.
         """
@@ -327,7 +327,7 @@ class Chat:
         if self.system is not None:
             if isinstance(whole, InputError) and isinstance(rendered(None), str):
                 raise InputError(
-                    f"{whole}; it takes no system text: begin the first question with it, or give another template "
+                    f"{whole}; it supports no system text: begin the first question with it, or give another template "
                     "with --template FILE (in Python, template=)"
                 )
             if whole == rendered(self.system + " and more"):
@@ -346,7 +346,7 @@ class _Turn(Turn):
     def __init__(self, chat: Chat, messages: list[dict[str, Any]], cut: str) -> None:
         """`messages` are answered; `cut` is the beginning of the answer."""
         self._chat, self._messages, self._cut, self._said = chat, messages, cut, cut
-        self._before = self._written = chat.messages  # another list means that another call took the turn
+        self._before = self._written = chat.messages  # another list means that another call has had the turn
 
     def take(self, text: str) -> None:
         self._require()

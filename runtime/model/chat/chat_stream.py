@@ -77,7 +77,7 @@ class ChatStream(ChunkStream):
             raise self._ended() from None
         text = chunk.text
         if self._cut and len(self._reader.text) == self._cut and chunk.ids and self._loses_space(chunk.ids[0]):
-            text = " " + text  # a decoder drops it where a text begins, and this one goes on
+            text = " " + text  # a decoder drops it where a text begins, and this one continues
         self._texts.append(content := self._reader.push(text))
         return dataclasses.replace(chunk, text=content)
 
@@ -88,7 +88,7 @@ class ChatStream(ChunkStream):
         return StopIteration(self.completion)
 
     def cancel(self) -> None:
-        """Ends it within one step, from any thread. The reader gets the end, with what was generated so far."""
+        """Ends it within one step, from any thread. The reader gets the end, with the text so far."""
         self._stream.cancel()
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation as token ids, for every call of a LanguageModel that takes a prompt.
+    """A conversation as token ids, for every call of a LanguageModel with a prompt.
 
     Attributes:
         ids: The token ids, which end where the answer begins.
@@ -35,7 +35,7 @@ class ChatPrompt:
         form: The form of tool calls, or None if the template's is unknown.
         grammar: That the answer must follow, or None.
         cut: The beginning of the answer, where the last message is one to continue; else "".
-        format: What encoded it.
+        format: The format that encoded it.
     """
 
     ids: list[int]
@@ -63,7 +63,7 @@ class ChatPrompt:
 
 
 class ChatRenderer:
-    """Renders messages in the form that a template takes.
+    """Renders messages in the form that a template expects.
 
     Attributes:
         format: Converts the conversation to token ids.
@@ -71,7 +71,7 @@ class ChatRenderer:
     """
 
     def __init__(self, form: ChatFormat) -> None:
-        """Finds by two renderings whether the template takes contents as texts, as parts, or both."""
+        """Finds by two renderings whether the template reads contents as texts, as parts, or both."""
         self.format, self.form = form, tool_call_form(form.source)
         parts = self._writes([{"type": "text", "text": "pastkey"}])
         self._takes_text, self._takes_parts = self._writes("pastkey") or not parts, parts
@@ -95,7 +95,7 @@ class ChatRenderer:
     def _shaped(self, said: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message with its content in the form that the template supports: parts or text."""
         content = said.get("content")
-        if content is None:  # beside tool calls; templates concatenate texts
+        if content is None:  # with tool calls; templates concatenate texts
             said, content = {**said, "content": ""}, ""
         if isinstance(content, str) and not self._takes_text:
             return {**said, "content": [{"type": "text", "text": content}]}
@@ -112,7 +112,7 @@ class ChatRenderer:
 
 
 class ConversationOptions(TypedDict, total=False):
-    """What the template is given beside the messages.
+    """The variables of the template in addition to the messages.
 
     - `tools`, `template`, `documents`, `special_tokens_as_text`: As in `LanguageModel.chat`.
     - `tool_choice` ("auto", "required" or a tool's name, "auto"): The last two make the answer one call, of any tool or
@@ -137,7 +137,7 @@ ANSWER_OPTIONS: frozenset[str] = AnswerOptions.__optional_keys__
 
 
 def chat_prompt(parts: ModelParts, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> ChatPrompt:
-    """The prompt of a conversation. Raises InputError if the bundle or its template does not take it."""
+    """The prompt of a conversation. Raises InputError if the bundle or its template does not support it."""
     renderer, said, given = _prepared(parts, messages, options)
     grammar = _grammar(parts, renderer, given["tools"] or [], options.get("tool_choice", "auto"))
     return dataclasses.replace(renderer.prompt(said, **given), grammar=grammar)
@@ -152,14 +152,14 @@ def chat_text(parts: ModelParts, messages: Sequence[Mapping[str, Any]], options:
 def _prepared(
     parts: ModelParts, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> tuple[ChatRenderer, list[dict[str, Any]], dict[str, Any]]:
-    """The renderer, the messages as templates take them, and the variables."""
+    """The renderer, the messages as templates read them, and the variables."""
     check_messages(messages)
     if not messages:
         raise InputError("messages is an empty list: give at least one message to answer")
     template, variables = options.get("template"), options.get("template_variables", {})
     given: dict[str, Any] = {**variables, "tools": None, "documents": options.get("documents")}
     if options.get("tools"):
-        from ...text.tools import tool_schemas  # only tools need what it imports
+        from ...text.tools import tool_schemas  # only tools need its imports
 
         given["tools"] = tool_schemas(options["tools"])
     tools, as_text = given["tools"] is not None, options.get("special_tokens_as_text", False)

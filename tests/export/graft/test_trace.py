@@ -30,7 +30,7 @@ CHOSEN = {
     "portable": ("auto", "portable", FITTING, "standard", "target portable"),
     "an odd size": ("auto", "cpu", observed(12, 12), "standard", "a head size of 12, not a multiple of 8"),
     "two sizes": ("auto", "cpu", observed(8, 16), "standard", "keys of size 8 and values of size 16"),
-    "a soft cap": ("auto", "webgpu", CAPPED, "standard", "cannot take softcap, which webgpu ignores"),
+    "a soft cap": ("auto", "webgpu", CAPPED, "standard", "does not support softcap, which webgpu ignores"),
     "a soft cap on the CPU": ("auto", "cpu", CAPPED, "fused", "target cpu"),
     "a standard graph": ("standard", "webgpu", CAPPED, "standard", ""),
     "a soft cap, fused": ("fused", "webgpu", CAPPED, "", "which webgpu ignores: use --graph standard, or auto"),
@@ -121,7 +121,7 @@ REFUSED = {
     ),
     "a length as a number": (
         {"embed": lambda m, ids, at: Plain.embed(m, ids, at[:, :1] + torch.arange(int(ids.shape[1])))},
-        "take lengths from tensor.shape and positions from position_ids",
+        "read lengths from tensor.shape and positions from position_ids",
     ),
     "complex numbers": (
         {"more": complex_tables, "turn": complex_numbers},

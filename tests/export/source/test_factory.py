@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "exit(3)": (MODEL, "failed at {file} with SystemExit: 3"),
     "needs": (MODEL, "give them as in  {file}:'needs(config=..., depth=...)'"),
     "Model(depth=3)": (MODEL, "failed at {file} with TypeError: "),
-    "(3, Model())": (MODEL, "take it out of the tuple, as in  {file}:'(3, Model())[1]'"),
+    "(3, Model())": (MODEL, "choose it from the tuple, as in  {file}:'(3, Model())[1]'"),
     "in_a_lack": ("import torch\nimport no_such_package\n", "importing failed at {file}:2 with ModuleNotFoundError"),
     "in_no_python": ("def make(:\n", "{file}:1 is not valid Python"),
     "in_a_program": ("raise SystemExit('usage: FILE')\n", "importing failed at {file}:1 with SystemExit: usage"),
@@ -263,7 +263,7 @@ def test_a_notebook_is_not_run_and_says_so_where_no_weights_follow(tmp_path):
     notebook = write_notebook(tmp_path / "lesson.ipynb", "%matplotlib inline\n" + TRAINING)
     source = opened(f"{notebook}:model")
     assert values(source) == [0, 0, 0]
-    assert source.warnings[0].endswith("they are as they were initialized; give the trained ones with --weights FILE")
+    assert source.warnings[0].endswith("these are as they were initialized; give the trained ones with --weights FILE")
     torch.save({"weight": torch.ones(3)}, tmp_path / "state.pt")
     source = opened(f"{notebook}:Model(3)", weights=tmp_path / "state.pt")
     assert values(source) == [1, 1, 1]
@@ -315,7 +315,7 @@ def test_a_module_is_found_in_the_working_folder_and_may_import_from_there(packa
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("import sys; sys.exit(3)", "with SystemExit: 3, which ends Python: put what a program does under"),
+        ("import sys; sys.exit(3)", "with SystemExit: 3, which ends Python: put the code of a program under"),
         ("raise KeyError('no data')", "with KeyError: 'no data'"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_fetched_is_refused(hub, spoilt, monkeypatch):
     [
         (
             {"model-Q4_K_M.gguf": b"GGUF"},
-            "has no safetensors, but model-Q4_K_M.gguf: fetch what you want of it with  hf",
+            "has no safetensors, but model-Q4_K_M.gguf: fetch the files that you want with  hf",
         ),
         (
             {"config.json": b"{}", "pytorch_model.bin": b""},

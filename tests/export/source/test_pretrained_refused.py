@@ -257,7 +257,7 @@ def test_code_of_a_folder_runs_only_where_it_is_trusted(custom):
     told: list[str] = []
     source = open_source(custom, Opening(trust_remote_code=True, say=told.append))
     assert (type(source.module.model).__name__, "auto_map" in source.config) == ("TinyModel", False)
-    assert f"run the Python code that {custom} brings: configuration_tiny.py, modeling_tiny.py" in told
+    assert f"run the Python code of {custom}: configuration_tiny.py, modeling_tiny.py" in told
     write(custom / "modeling_tiny.py", "raise SystemExit('it ran')")
     with pytest.raises(InputError, match=r"\(configuration_tiny.py, modeling_tiny.py\).* add --trust-remote-code"):
         open_source(custom)

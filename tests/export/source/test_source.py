@@ -106,8 +106,8 @@ def test_a_training_that_has_not_ended_is_told_with_the_command_that_goes_on(tmp
     settings = json.loads((folder / names.MANIFEST).read_text())["training"]["settings"]
     assert open_source(folder).warnings == ()
     (sentence,) = open_source(stopped(folder, settings=settings | {"steps": 6})).warnings
-    assert sentence.startswith(f"the training of {folder} stopped at step 4 of 6: go on with  pastkey train ")
-    _, *command = shlex.split(sentence.split("go on with  ")[1].split("  and export again")[0])
+    assert sentence.startswith(f"the training of {folder} stopped at step 4 of 6: continue with  pastkey train ")
+    _, *command = shlex.split(sentence.split("continue with  ")[1].split("  and export again")[0])
     assert main(command) == 0
     assert open_source(folder).warnings == ()
 

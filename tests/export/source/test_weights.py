@@ -233,5 +233,5 @@ def test_a_module_in_hand_is_left_as_it_is(tmp_path):
 
 
 def test_a_source_with_weights_of_its_own_takes_no_others(checkpoint, tmp_path):
-    with pytest.raises(InputError, match=r"is for a module .* brings its own weights: leave it out"):
+    with pytest.raises(InputError, match=r"is for a module .* has its own weights: leave it out"):
         open_source(checkpoint, Opening(weights=tmp_path / "state.pt"))

@@ -90,7 +90,7 @@ def test_external_data_is_found_wherever_a_tensor_may_stand(place, tmp_path):
     assert list(external_data(good / GRAPH)) == [ExternalData(DATA, 16, 48)]
     check(good)
     check(write(tmp_path / "dotted", hidden(place, tensor(f"./{DATA}"))))
-    with pytest.raises(IntegrityError, match=r"takes weights from '\.\./\.\./secret', which is not a file"):
+    with pytest.raises(IntegrityError, match=r"reads weights from '\.\./\.\./secret', which is not a file"):
         check(write(tmp_path / "bad", hidden(place, tensor("../../secret"))))
 
 
@@ -101,7 +101,7 @@ def test_a_bundle_is_opened_only_where_its_graphs_read_listed_files(verify, tmp_
         (folder / names.LAST_LOGITS_GRAPH).write_bytes((folder / GRAPH).read_bytes())
         listed = file_records(folder, [GRAPH, names.LAST_LOGITS_GRAPH, f"onnx/{DATA}"])
         write_json(folder / names.MANIFEST, MANIFEST | {"files": listed})
-        with contextlib.nullcontext() if opens else pytest.raises(IntegrityError, match="takes weights from"):
+        with contextlib.nullcontext() if opens else pytest.raises(IntegrityError, match="reads weights from"):
             open_bundle(folder, verify=verify)
 
 
@@ -154,7 +154,7 @@ NO_TEXT = model_of(initializer=[tensor("???")]).SerializeToString().replace(b"??
 ELSEWHERE = (MEMORY, "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
 # what is spoilt: (a tensor or a whole file, a key word)
 REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
-    **{f"at {location!r}": (tensor(location), "takes weights from") for location in ELSEWHERE},
+    **{f"at {location!r}": (tensor(location), "reads weights from") for location in ELSEWHERE},
     "not UTF-8": (NO_TEXT, "not valid text"),
     "one byte too many": (tensor(offset=0, length=65), "bytes 0 to 65 of 'model.onnx_data', which has 64"),
     "behind the end": (tensor(offset=64, length=1), "bytes 64 to 65"),
@@ -164,9 +164,9 @@ REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
     "a key twice": (changed(location_="../../secret"), "or says it twice"),
     "a key of one reader": (changed(prepacked_0="x|0;99;y"), "prepacked_0"),
     "no place": (changed("external_data"), "not an ONNX graph"),
-    "undeclared": (changed("data_location", "../../secret"), "takes weights from"),
+    "undeclared": (changed("data_location", "../../secret"), "reads weights from"),
     "long": (tensor("./" * 2100 + DATA), "is told in"),
-    "merged of two": (merged_of_two(), "a tensor takes '4000' bytes"),
+    "merged of two": (merged_of_two(), "a tensor has '4000' bytes"),
     "a number beyond 32 bits": (cut_field_number(), "impossible number"),
     "empty": (b"", "ends too early"),
     "a graph without its length": (b"\x3a", "not an ONNX graph"),
@@ -249,7 +249,7 @@ def test_a_context_binary_is_a_listed_file_beside_the_graph(tmp_path, value, pla
 
     (tmp_path / "own.bin").write_bytes(b"compiled")
     check_contexts(tmp_path, listed(context("own.bin")), compiled=True)
-    with pytest.raises(IntegrityError, match="takes what was compiled from"):
+    with pytest.raises(IntegrityError, match="reads a compiled graph from"):
         check_contexts(tmp_path, listed(context(value)), compiled=True)
     with pytest.raises(IntegrityError, match="the manifest says that nothing was compiled"):
         check_contexts(tmp_path, listed(context("own.bin")), compiled=False)

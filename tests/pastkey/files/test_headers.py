@@ -99,7 +99,7 @@ def test_a_header_that_cannot_be_true_is_refused(header, words, tmp_path):
 
 
 def test_lengths_are_at_most_what_the_file_has(tmp_path):
-    with pytest.raises(HeaderError, match="its header says that it alone has"):
+    with pytest.raises(HeaderError, match="its header alone would have"):
         read_header(written(tmp_path / "x", HEADER, length=2**63))
     with (tmp_path / "x").open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little"))

@@ -132,7 +132,7 @@ def test_an_output_of_no_job_is_never_replaced(source, out):
 
 def test_places_that_cannot_be_are_told(source, tmp_path):
     for out, words in (
-        (source / "out.jsonl", r"lies under .*, which is a file"),
+        (source / "out.jsonl", r"is under .*, which is a file"),
         (tmp_path, "is a folder; a file was expected"),
         (source, "is the input"),
         (Path(os.devnull), "is a pipe or a device"),

@@ -74,7 +74,7 @@ REFUSED = {
     b"/load none.json": "none.json is missing",
     b"/save none/talk.json": "/save none/talk.json cannot be done: No such file or directory",
     b"/helo": "there is no command /helo",
-    b"/reset now": "/reset stands alone: leave 'now' out, or ask the model with //reset",
+    b"/reset now": "/reset has no argument: leave 'now' out, or ask the model with //reset",
     b'"""abc': "has no end",
 }
 

@@ -91,7 +91,7 @@ def test_what_fails_is_told_and_leaves_nothing(static, opened, tmp_path, monkeyp
         raise ProviderError("cannot load; compile it again") from RuntimeError("EP_FAIL")
 
     monkeypatch.setattr("pastkey.runtime.engine.engine.Engine", fails)
-    with pytest.raises(ProviderError, match=r"'qnn' cannot load what it compiled \(EP_FAIL\): use the bundle as it is"):
+    with pytest.raises(ProviderError, match=r"'qnn' cannot load its compiled graph \(EP_FAIL\): use the bundle"):
         compile_bundle(static().path, tmp_path / "out", "qnn")
     monkeypatch.setattr("pastkey.runtime.providers.open.open_session", lambda path, manifest, **given: None)
     with pytest.raises(ProviderError, match="'qnn' writes no context binary"):
@@ -105,7 +105,7 @@ def test_what_cannot_be_compiled_is_refused(static, fused_bundle, opened, tmp_pa
     for arguments, words in (
         ((fused_bundle.path, out, "qnn"), "has a fused graph, whose sizes change: export the model with --target qnn"),
         ((bundle, out), "the CPU compiles nothing"),
-        ((bundle, bundle, "qnn"), "is what is to be compiled, and would be replaced: choose another --out"),
+        ((bundle, bundle, "qnn"), "is the bundle to compile, and would be replaced: choose another --out"),
         ((bundle, out, "qnn", None, {"ep.context_embed_mode": "1"}), "keeps its context binaries next to the graphs"),
         ((compiled, out, "qnn"), r"is compiled already, for qnn \(.*htp_arch=75.*\)"),
     ):

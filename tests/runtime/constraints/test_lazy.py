@@ -143,7 +143,7 @@ def test_wrong_ones_are_told_by_the_call(lm):
 
 
 def test_a_dead_end_of_a_grammar_is_an_error(lm):
-    with pytest.raises(InputError, match="from which this model's vocabulary cannot go on"):
+    with pytest.raises(InputError, match="where this model's vocabulary cannot continue"):
         lm.generate("ta", grammar='start: /[a]/ b\nb: "Z"')
     assert lm.generate("ta", regex="[a]").text == "a"
 

@@ -219,9 +219,9 @@ def test_a_token_that_may_not_follow_and_a_place_from_which_none_leads_on_are_er
     following = CHARACTERS.matcher(grammar='start: "a" b\nb: "Ω"')
     following.follow(CHARACTERS.codec.encode("a"), 0)
     assert following.forced(9) == []
-    with pytest.raises(InputError, match="vocabulary cannot go on"):
+    with pytest.raises(InputError, match="vocabulary cannot continue"):
         _ = following.complete
-    with pytest.raises(InputError, match="vocabulary cannot go on"):
+    with pytest.raises(InputError, match="vocabulary cannot continue"):
         following.masked(np.zeros(CHARACTERS.vocabulary.size))
 
 

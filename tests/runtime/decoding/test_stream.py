@@ -167,7 +167,7 @@ def test_a_second_task_that_reads_a_stream_is_refused(lm):
 
 def test_a_stream_is_not_read_from_within(lm):
     def within(ids: object, logits: Any) -> Any:
-        with pytest.raises(InputError, match="by a callback of its own"):
+        with pytest.raises(InputError, match="by its own callback"):
             next(stream)
         return logits
 

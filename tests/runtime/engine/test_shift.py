@@ -104,7 +104,7 @@ def test_an_error_within_a_shift_empties_the_cache(bundle, monkeypatch):
 def test_tokens_that_are_not_there(bundle, keep, count):
     engine = Engine(bundle, threads=1)
     engine.prefill(ids_of(10))
-    with pytest.raises(InputError, match="takes one row without padding, and tokens that are there"):
+    with pytest.raises(InputError, match="a shift needs one row without padding, and tokens that are there"):
         engine.shift(keep, count)
     engine.reset()
     engine.forward([ids_of(10), ids_of(10, 1)])

@@ -55,7 +55,7 @@ def test_a_stream_of_an_earlier_state_is_refused(lm):
     session = lm.session()
     made = session.stream("abc", **DRAWN)
     session.append("x")
-    with pytest.raises(InputError, match="the session went on since this stream was made"):
+    with pytest.raises(InputError, match="the session continued since this stream was made"):
         next(made)
     assert session.text == "x"
 

@@ -171,15 +171,15 @@ def test_a_pickled_model_keeps_its_session_options(speaking_bundle, lm):
 SETTINGS = [
     (WHOLE, "0", "is set by pastkey: leave it out; .* --allow-fallback"),
     ("intra_op_num_threads", 2, "is set by pastkey: leave it out; give threads=N"),
-    ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* beside their graph"),
-    ("zzz", True, r"does not take the session option zzz with the value True \(.* has no attribute 'zzz'\)$"),
+    ("session.model_external_initializers_file_folder_path", "x", "is set by pastkey: .* next to their graph"),
+    ("zzz", True, r"does not accept the session option zzz with the value True \(.* has no attribute 'zzz'\)$"),
     ("add_initializer", None, "session option add_initializer .* read-only"),
     ("enable_mem_pattern", "yes", "enable_mem_pattern with the value 'yes' .*; the default is True"),
     ("inter_op_num_threads", "many", "inter_op_num_threads with the value 'many' .*; the default is 1"),
     ("inter_op_num_threads", 2**40, "incompatible function arguments"),
     ("graph_optimization_level", "all", "with the value 'all' .*; the default is .*ORT_ENABLE_ALL"),
     ("session.use_env_allocators", True, "session.use_env_allocators with the value True"),
-    ("session." + "x" * 2000, "1", "onnxruntime .* does not take the session option session.xxx"),
+    ("session." + "x" * 2000, "1", "onnxruntime .* does not accept the session option session.xxx"),
 ]
 
 

@@ -89,7 +89,7 @@ def test_operators_left_to_the_cpu_are_counted():
 def test_wheels_over_one_another_are_named(here, wheels):
     assert providers.overlapping() == ""
     wheels("onnxruntime", "onnxruntime-webgpu")
-    assert "the packages onnxruntime, onnxruntime-webgpu lie over one another" in providers.overlapping()
+    assert "the packages onnxruntime, onnxruntime-webgpu overwrite one another" in providers.overlapping()
     here()
     for name, words in (
         ("webgpu", "'webgpu' is not on this machine; here: cpu; it comes with pip uninstall"),

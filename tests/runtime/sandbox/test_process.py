@@ -73,7 +73,7 @@ def test_a_package_beside_other_things_is_read_alone(tmp_path, monkeypatch):
 
 def test_without_a_python_to_start(monkeypatch):
     monkeypatch.setattr(process.sys, "executable", "")
-    with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a process of its own"):
+    with pytest.raises(UntrustedBundleError, match="the untrusted bundle b needs a separate process"):
         process.started("b")
     monkeypatch.setattr(process.sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match="/nowhere/python"):

@@ -112,7 +112,7 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": 
         ("{{ messages }}", [], "the last message has no text to continue"),
         ("{{ messages }}", [{"role": "assistant", "content": None}], "the last message has no text to continue"),
         ("{{ messages }}", [{"role": "assistant", "content": []}], "the last message has no text to continue"),
-        ("{{ messages[-1].content[:3] }}", [{"content": "long"}], "does not write the last message as it stands"),
+        ("{{ messages[-1].content[:3] }}", [{"content": "long"}], "does not write the last message unchanged"),
     ],
 )
 def test_a_message_that_cannot_be_continued_is_told(template, messages, words):

@@ -346,5 +346,5 @@ def test_special_tokens_and_ids_without_a_token_say_nothing(make, silent):
 
 
 def test_a_tokenizer_whose_words_depend_on_one_another_is_refused():
-    with pytest.raises(InputError, match="decodes a token differently by the tokens beside it"):
+    with pytest.raises(InputError, match="decodes a token differently by its neighbours"):
         encoder(word_piece)

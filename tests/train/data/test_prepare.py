@@ -122,7 +122,7 @@ def test_a_second_run_does_not_tokenize_again(links, text, tmp_path, tokenized, 
     first = run(tmp_path / "1", [text])
     assert run(tmp_path / "2", [text]) == first
     assert len(tokenized) == 1
-    assert "took the tokens of text.txt from" in capsys.readouterr().err
+    assert "read the tokens of text.txt from" in capsys.readouterr().err
     moved = text.rename(tmp_path / "other.txt")
     info, files = run(tmp_path / "3", [moved])
     assert (len(tokenized), info.corpus, files) == (1, "other.txt", first[1])

@@ -62,7 +62,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 
 
 def test_too_little_text_for_the_context_is_refused(tmp_path):
-    with pytest.raises(InputError, match="one window of the context takes 129"):
+    with pytest.raises(InputError, match="one window of the context has 129"):
         written(tmp_path, corpus_of("a line\nand another line\n"), context=128)
 
 
@@ -94,7 +94,7 @@ def test_weighted_sources_lie_one_after_another_and_each_has_held_out_text(tmp_p
     tokens, cut = ids(tmp_path, TOKENS_TRAIN, info), info.sources[0].tokens
     assert (set(tokenizer.decode(tokens[:cut])), set(tokenizer.decode(tokens[cut:]))) == ({"a"}, {"b"})
     assert info.val_tokens == 4 * 11 + 1
-    with pytest.raises(InputError, match=r"a\.jsonl has only 418 tokens to train on, and one window .* takes 421"):
+    with pytest.raises(InputError, match=r"a\.jsonl has only 418 tokens to train on, and one window .* has 421"):
         written(tmp_path, corpus, 420, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Runs a refused operator by itself: do later positions affect earlier ones, or earlier ones later ones?"""
+"""Runs an unsupported operator by itself: do later positions affect earlier ones, or earlier ones later ones?"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Operators:
         self.swapped: set[Op] = set()
         self.shifts = False  # whether rows may be shifted: on a whole sequence, or on its last rows
 
-    # --- what differs between the runs
+    # --- the differences between the runs
     def table(self, op: Op, times: Sequence[str | None]) -> Value:
         """A table as a value; each time axis is NEW (rows) or KEY (columns)."""
         raise NotImplementedError
@@ -62,7 +62,7 @@ class Operators:
         """A value with the rows of x moved along the axis `dim`."""
         size = op.shape[dim]
         if isinstance(size, LengthNumber) or size.a not in (0, 1):
-            raise Refused(op, "takes a part of the positions")
+            raise Refused(op, "reads a part of the positions")
         axes = list(x.axes)
         axes[dim] = Axis(1, NEW, shift=size.b) if size.a else Axis(size.b)
         return x.with_(tensor=tensor, axes=tuple(axes), products=x.products | {LOCAL})
@@ -209,7 +209,7 @@ def _shown(size: Size | LengthNumber) -> str:
 
 
 def in_front(count: int) -> str:
-    """What a module does whose attention has more rows than the text has tokens."""
+    """The cause for a module whose attention has more rows than the text has tokens."""
     rows = "a row" if count == 1 else f"{count} rows"
     return f"has {rows} beside those of the text (a learned token, or learned keys and values), which the cache lacks"
 

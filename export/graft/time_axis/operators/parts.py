@@ -27,7 +27,7 @@ class Parts(Shapes):
             if x.axes[dim].size == 1 and op.shape[dim] == Size(0, 1):
                 return x
             if dim == x.batch_axis:
-                raise Refused(op, "takes a part of the batch")
+                raise Refused(op, "reads a part of the batch")
             x = x.real([dim])
             sizes = [s.at(0) if isinstance(s, Size) else s for s in (start, end)]
             tensor = aten.slice.Tensor(x.tensor, x.dim(dim), sizes[0], sizes[1], step)
@@ -53,7 +53,7 @@ class Parts(Shapes):
             length = self.lengths.new
             bounds = [bound.at(length) if isinstance(bound, Size) else bound for bound in (start, end)]
             return self.shifted(op, x, dim, aten.slice.Tensor(x.tensor, x.dim(dim), *bounds))
-        raise Refused(op, "takes a part of the positions")
+        raise Refused(op, "reads a part of the positions")
 
     def _without_sinks(self, op: Op, x: Value, dim: int, start: Any, end: Any) -> Value:
         axis = x.axes[dim]
@@ -63,7 +63,7 @@ class Parts(Shapes):
         else:
             last = -end if isinstance(end, int) and end < 0 else 0
         if not isinstance(first, int) or first < 0 or not 0 <= last <= axis.after or first > axis.before:
-            raise Refused(op, "takes a part of the positions")
+            raise Refused(op, "reads a part of the positions")
         at = x.dim(dim)
         length = self.lengths.total + axis.before + axis.after - first - last
         new = dataclasses.replace(axis, before=axis.before - first, after=axis.after - last)
@@ -78,7 +78,7 @@ class Parts(Shapes):
         if x.axes[dim].time is not None:
             if _last(index) and x.axes[dim].time == NEW and x.axes[dim].plain_time:
                 return self._lift(op, x, dim)
-            raise Refused(op, "takes one position out of all")
+            raise Refused(op, "reads one position out of all")
         if dim == x.batch_axis:
             return x.with_(axes=(*x.axes[:dim], *x.axes[dim + 1 :]), batch_axis=None)
         x = x.real()
@@ -91,7 +91,7 @@ class Parts(Shapes):
     def _lift(self, op: Op, x: Value, dim: int) -> Value:
         """Handles a selection of the last position: computes every position as if it were the last."""
         if x.scores or x.lifted:
-            raise Refused(op, "takes one position out of all")
+            raise Refused(op, "reads one position out of all")
         batch = None if x.batch_axis is None else x.batch_axis - int(dim < x.batch_axis)
         tensor = x.tensor.movedim(x.dim(dim), 1)
         return x.with_(tensor=tensor, axes=(*x.axes[:dim], *x.axes[dim + 1 :]), batch_axis=batch, lifted=True)
@@ -126,7 +126,7 @@ class Parts(Shapes):
         times = self._times([p for p in some if isinstance(p, Value)], rank, op)
         values = [self.lay(op, p, times) if isinstance(p, Op) else p for p in some]
         moving = [i for i, v in enumerate(values) if v.axes[dim].time]
-        if len(moving) == 1 and values[moving[0]].axes[dim].time == KEY:  # a sink beside the scores
+        if len(moving) == 1 and values[moving[0]].axes[dim].time == KEY:  # a sink next to the scores
             return self._beside_keys(op, values, dim, moving[0])
         if moving and self.shifts:
             joined = self._joined(op, values, dim)

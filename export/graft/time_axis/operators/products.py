@@ -95,7 +95,7 @@ class Products(Along):
     def _einsum_one(self, op: Op, x: Value, letters: list[str]) -> Value:
         source, out = letters[0], letters[-1]
         if len(set(source)) != len(source):
-            raise Refused(op, "takes a diagonal")
+            raise Refused(op, "reads a diagonal")
         gone = [i for i, letter in enumerate(source) if letter not in out]
         if any(x.axes[i].time for i in gone):
             raise over_time(op, "einsum")

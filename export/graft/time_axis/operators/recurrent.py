@@ -1,4 +1,4 @@
-"""Recurrences: torch's own layers, and sums along the text. What earlier tokens left behind is a state."""
+"""Recurrences: torch's own layers, and sums along the text. The memory of earlier tokens is a state."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Recurrent(Products):
             axes = "(B, T, F) with batch_first=True, (T, B, F) without"
             raise Refused(op, f"runs a {kind} along another axis than the text's, or over several rows of it: {axes}")
         if any(user.name == "getitem" and user.args[1] == 2 for user in op.users):
-            raise Refused(op, "reads the last cell state of an LSTM: read its output in place of it")
+            raise Refused(op, "reads the last cell state of an LSTM: read its output instead")
         rows = x.tensor.movedim(x.dim(time), 1)[..., None].flatten(2)
         ends = []
         for layer, own in enumerate(_divided([weight.tensor for weight in weights], layers)):
@@ -110,7 +110,7 @@ class Recurrent(Products):
     def _token_row(self, op: Op, x: Value, dim: int, kept: bool) -> Value:
         x = x.real()
         if x.axes[dim].time != NEW or not x.axes[dim].plain_time or x.time_axes(KEY) or x.lifted or x.products:
-            raise Refused(op, "takes one position out of all")
+            raise Refused(op, "reads one position out of all")
         if not x.batched:
             x = x.with_(tensor=x.tensor[None], batched=True)
         row = self._lift(op, x, dim)
@@ -169,7 +169,7 @@ class Recurrent(Products):
 
         wide = tuple(v.tensor.expand(batch, *v.tensor.shape[1:]) for v in rows.values())
         constant = tuple(v.tensor for v in fixed.values())
-        for _ in range(2):  # the first run shows where the batch axis of each state stands
+        for _ in range(2):  # the first run shows where the batch axis of each state is
             parts = tuple(value.tensor.new_zeros(batch, *value.tensor.shape[1:]) for value in layouts)
             body(parts, [row[:, 0] for row in wide], constant)
         found = self.keep(LoopCall(body, parts, wide, constant))

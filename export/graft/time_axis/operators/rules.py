@@ -3,7 +3,7 @@
 An operator passes if a row of its result needs only that row of its operands. Two operators differ, and form
 attention: the product q kᵀ of rows with rows, whose columns are all tokens, and the sum of weights times values over
 those columns. The rules find both and hand over the operators between them. Any other operator that mixes positions
-is refused with its name and line.
+is an error with its name and line.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Shapes(Operators):
     _reshape = _unsafe_view = _flatten = _unflatten = _view_copy = _view
 
     def _batch_after(self, x: Value, shape: Sequence[Size]) -> int | None:
-        """The axis of size 1 that becomes the batch axis; any of them may stand for it."""
+        """The axis of size 1 that becomes the batch axis; any of them may be it."""
         if not x.batched:
             return None
         ones = [i for i, size in enumerate(shape) if size == Size(0, 1)]

@@ -18,7 +18,7 @@ _OF_THE_SHAPE = ("_like", "new_zeros", "new_ones", "new_full", "new_empty")  # d
 
 
 class Dependence(TorchDispatchMode):
-    """While open, tracks what depends on `ids`. A view depends on them if its memory does.
+    """While open, tracks the tensors that depend on `ids`. A view depends on them if its memory does.
 
     Raises ObstacleError for a function of torch's that has other functions as arguments.
     """

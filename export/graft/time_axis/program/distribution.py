@@ -1,8 +1,8 @@
-"""Distributes loops over tokens: what depends on itself through the token before is a recurrence, nothing else is.
+"""Distributes loops over tokens: only a value that depends on itself through the token before is a recurrence.
 
 The operators of a rolled-up loop and their values form a graph, with an edge from each value to the `token_before`
 that reads it. Its cycles (strongly connected components) are the recurrences. Everything else is computed for all
-tokens at once: the projections of a cell's inputs, say, and what is made of its outputs. Layers inside a loop over
+tokens at once: for example, the projections of a cell's inputs and of its outputs. Layers inside a loop over
 tokens come apart into one recurrence for each layer.
 
 Allen and Kennedy, Automatic translation of Fortran programs to vector form, 1987.
@@ -24,7 +24,7 @@ _MATRICES = {"linear", "matmul", "bmm", "mm", "mv", "einsum", "addmm", "outer"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Recurrence:
-    """The target of an operator that runs a body for each token. Its argument is a list of what the body reads."""
+    """The target of an operator that runs a body for each token. Its argument is the list of the body's inputs."""
 
     states: tuple[tuple[Op, Op], ...]  # token_before, and the value that it reads of the token before
     body: tuple[Op, ...]  # in order
@@ -59,7 +59,7 @@ def distributed(logits: Op, ids: Op) -> list[Op]:
 
 
 def _sorted(logits: Op) -> list[Op]:
-    """What the logits need, each behind what it reads; values of a token before are not followed, but come along."""
+    """The operators that the logits need, each behind its inputs; values of a token before are not followed."""
     done: dict[Op, None] = {}
     ends = [logits]
     while ends:
@@ -77,7 +77,7 @@ def _sorted(logits: Op) -> list[Op]:
 
 
 def _merged(order: Sequence[Op]) -> list[Op]:
-    """The operators without those that compute what another one does, such as a second x[:, t]."""
+    """The operators without those that compute the same as another one, such as a second x[:, t]."""
     known: dict[str, Op] = {}
     instead: dict[Op, Op] = {}
     for op in order:
@@ -133,7 +133,7 @@ def numbers_of(op: Op) -> int:
 
 
 def _add_readouts(order: Sequence[Op], group: dict[Op, set[Op]]) -> None:
-    """Adds to each recurrence what reads fewer numbers out of its values, such as a query times a matrix.
+    """Adds to each recurrence the operators that make fewer numbers of its values, such as a query times a matrix.
 
     Otherwise the matrices of all tokens would be in memory at once. A product with weights is no readout: behind the
     recurrence it is one product for all tokens.
@@ -170,7 +170,7 @@ def _is_local(op: Op, within: set[Op]) -> bool:
 
 
 def _needed(op: Op) -> set[Op]:
-    """What an operator needs, of tokens before as well."""
+    """The values that an operator needs, those of tokens before included."""
     found, stack = {op}, [op]
     while stack:
         new = {i for i in _reads(stack.pop()) if i not in found}

@@ -1,13 +1,13 @@
 """Rolls up the loops over tokens that a trace has unrolled.
 
 A trace of a loop is periodic, and a longer text adds whole periods. So the first operator that differs between two
-traces ends a loop. Its bodies are compared operator by operator. Then one body stands for all:
+traces ends a loop. Its bodies are compared operator by operator. Then one body replaces all:
 
-    token_row(x, dim)      in place of x[:, t]: the row of each token
-    token_before()         in place of what the body of the token before computed, `Op.back`: a value that crosses
-    text_rows(y, dim)      in place of a stack of what all bodies computed
+    token_row(x, dim)      instead of x[:, t]: the row of each token
+    token_before()         instead of the value from the body of the token before, `Op.back`: a value that crosses
+    text_rows(y, dim)      instead of a stack of the values of all bodies
 
-What a loop begins with is chosen by the position: where(position == 0, beginning, value that crosses).
+The position chooses the beginning of a loop: where(position == 0, beginning, value that crosses).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .op import Op
 
 aten = torch.ops.aten
 
-_FEWEST = 3  # bodies that show what a loop does
+_FEWEST = 3  # bodies that determine a loop
 
 
 def token_row(x: Tensor, dim: int, kept: bool) -> Tensor:
@@ -52,7 +52,7 @@ class Loop:
     start: int  # the first call of the first body
     period: int  # calls of one body
     count: int  # whole bodies
-    part: tuple[int, ...]  # the calls of one more body, the last: the others would be read by later tokens alone
+    part: tuple[int, ...]  # the calls of one more body, the last: the others would be read only by later tokens
     skipped: int  # tokens before the first body: 0 or 1
 
     @property
@@ -77,7 +77,7 @@ def find_loops(
     more = lengths[0] - lengths[1]
     found: tuple[list[Loop], list[Loop]] = [], []
     tokens: dict[fx.Node, int] = {}
-    at = shift = place = 0  # behind the last loop in the first trace; what that trace has more; in the second trace
+    at = shift = place = 0  # behind the last loop in the first trace; that trace's further nodes; in the second trace
     while place < len(other) or place + shift < len(one):
         if place < len(other) and place + shift < len(one) and other[place] == one[place + shift]:
             place += 1
@@ -106,7 +106,7 @@ def find_loops(
 
 
 def _ends(keys: Sequence[Any], end: int, period: int, more: int, after: Sequence[Any]) -> bool:
-    """Whether `more` bodies of this period follow, and then what follows the loop in the shorter trace."""
+    """Whether `more` bodies of this period follow, and then the rest of the shorter trace."""
     behind = end + more * period
     if period > end or keys[end - period] != keys[end] or keys[behind : behind + 1] != [*after[:1]]:
         return False

@@ -97,7 +97,7 @@ def forms(nodes: Sequence[Traced]) -> list[tuple[Any, str]]:
 
 
 def folded(nodes: Sequence[Traced]) -> list[Traced]:
-    """Folds what depends on neither tokens nor parameters into constants, e.g. a mask from a loop over positions."""
+    """Folds values that depend on no tokens or parameters into constants, e.g. a mask from a loop over positions."""
     known: dict[fx.Node, Any] = {}
     read: set[fx.Node] = set()
     for traced in nodes:

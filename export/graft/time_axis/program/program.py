@@ -93,7 +93,7 @@ class Tables:
         return made.zero_() if op.name in _UNFILLED else made
 
 
-# Tensors of whatever lay in memory, which differs between runs: the author writes into them before they are read.
+# Tensors of whatever was in memory, which differs between runs: the author writes into them before they are read.
 _UNFILLED = ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided")
 
 
@@ -156,7 +156,7 @@ def _rolled(
     lengths: tuple[int, int],
     ends: Sequence[list[fx.Node]],
 ) -> tuple[list[Traced], list[Traced], dict[fx.Node, fx.Node]]:
-    """Both traces with their loops over tokens rolled up, and what stands for values of the first one's last bodies.
+    """Both traces with their loops over tokens rolled up, and the stand-ins for values of the first one's last bodies.
 
     Raises NoCacheError if they differ in another way.
     """

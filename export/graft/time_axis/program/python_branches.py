@@ -1,4 +1,4 @@
-"""Records what a module's Python code asks of tensors, e.g. `if mask.any()`: torch cannot answer while it traces.
+"""Records questions of a module's Python code to tensors, e.g. `if mask.any()`: torch cannot answer while it traces.
 
 A branch on a table or on positions has the same answer for every sequence. Real runs record it, and the trace reuses
 it. A branch on values computed from the tokens is refused, unless the other answer only raises an error, as an
@@ -39,7 +39,7 @@ _STATEMENT = 8  # most lines of a statement that raises an error
 
 @dataclass(frozen=True)
 class Heard:
-    """What is the same for every sequence of one length, in the order of the questions."""
+    """The answers that are the same for every sequence of one length, in the order of the questions."""
 
     answers: Sequence[Any]
     decisions: Sequence[Decision]
@@ -106,7 +106,7 @@ class _Listener(Chosen):
             rows = axes[0] if len(axes) == 1 else None
         if rows is not None:
             if mask.dim() > 1 and int((mask != 0).movedim(rows, 0).flatten(1).sum(1).max()) > 1:
-                what = "chooses rows by what the tokens are, and one row more than once"
+                what = "chooses rows by the tokens, and one row more than once"
                 raise ObstacleError(Cause(Kind.DATA, what, calling_line()))
             return Decision(rows=rows)
         supposed = self._supposed.get(id(mask))
@@ -138,7 +138,7 @@ class _Listener(Chosen):
         return result
 
     def _suppose(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Records what the result would be if all masks were true."""
+        """Records the result for masks that are all true."""
         name = getattr(func, "__name__", "")
         if name.endswith("_") and (not name.endswith("__") or name.startswith("__i")):  # in place
             return
@@ -158,7 +158,7 @@ class _Listener(Chosen):
 def heard(run: Run, length: int, vocab_size: int) -> Heard:
     """Records the answers for one length. Raises ObstacleError for a branch on values computed from the tokens.
 
-    A module whose first sequence asks nothing takes no branch, and other sequences ask nothing either.
+    A module whose first sequence asks nothing has no branch, and other sequences ask nothing either.
     """
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, vocab_size, (1, length), generator=generator) for _ in range(_TEXTS)]
@@ -216,7 +216,7 @@ def _require_same(
             listener, taken = _listen(run, ids, supposed, known=decisions)
             overruled |= listener.overruled
             if not relative_difference(plain, taken) <= LOGITS:
-                what = "chooses rows by what the tokens are in a way that cannot be followed"
+                what = "chooses rows by the tokens in a way that cannot be followed"
                 raise _branching(min(supposed)) if supposed else ObstacleError(Cause(Kind.DATA, what))
     if untried := supposed - overruled:
         raise _branching(min(untried))

@@ -1,4 +1,4 @@
-"""Rolls up the loops of one trace: one body stands for all."""
+"""Rolls up the loops of one trace: one body replaces all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Roller:
     """Rolls up the loops of one trace.
 
     Attributes:
-        stands: Value of the last body -> value that stands for it behind the loop.
+        stands: Value of the last body -> its stand-in behind the loop.
     """
 
     def __init__(self, nodes: Sequence[Traced], loops: Sequence[Loop], length: int, outputs: Sequence[fx.Node]) -> None:
@@ -109,13 +109,13 @@ class Roller:
         if place is None:
             return node
         if place.token != self._length - 1:
-            _refuse(traced, f"reads what the loop computed for token {place.token} of {self._length} alone")
+            _refuse(traced, f"reads the value of the loop at token {place.token} of {self._length} only")
         if node not in self.stands:
-            _refuse(traced, "reads what the loop over tokens computed last, which is not known for one token alone")
+            _refuse(traced, "reads the last value of the loop over tokens, which is not known for a single token")
         return self.stands[node]
 
     def _collected(self, traced: Traced) -> tuple[Any, ...]:
-        """The arguments of text_rows in place of a join of the rows of all tokens."""
+        """The arguments of text_rows instead of a join of the rows of all tokens."""
         parts, kept = traced.args[0], traced.target is not aten.stack.default
         dim = traced.args[1] if len(traced.args) > 1 else traced.kwargs.get("dim", 0)
         places = [self._places.get(part) for part in parts]
@@ -173,9 +173,9 @@ class Roller:
                 self.stands[last.node] = ends[call]
 
     def _body(self, traced: Traced, read: Callable[[fx.Node], fx.Node], beginning: fx.Node | None) -> fx.Node:
-        """Adds an operator of the body that stands for all. Returns its value.
+        """Adds an operator of the body that replaces all. Returns its value.
 
-        `beginning`: of a loop that begins with the second token, what it writes its rows into.
+        `beginning`: of a loop that begins with the second token, the tensor into which it writes its rows.
         """
         args, kwargs = fx.node.map_arg((traced.args, traced.kwargs), read)
         found = row_of(traced) if traced.node in self._timed else None
@@ -229,7 +229,7 @@ class Roller:
                 self._compare_nodes(one, a, b, token, at, number, beginnings)
             elif not timed and (type(a) is not type(b) or (a != b and a == a)):
                 numbers = f"a number that changes with the position ({a}, then {b})"
-                _refuse(one, f"computes with {numbers}: take it from a tensor of positions, torch.arange(T)[t]")
+                _refuse(one, f"computes with {numbers}: read it from a tensor of positions, torch.arange(T)[t]")
 
     def _compare_nodes(
         self, one: Traced, a: fx.Node, b: fx.Node, token: int, at: int, number: int, beginnings: dict[int, fx.Node]
@@ -239,7 +239,7 @@ class Roller:
             if found is None or found.token == its or (found.loop == number and found.token == its - 1):
                 continue
             if found.loop == number or at > self._loops[number].skipped:
-                _refuse(one, f"reads what a loop computed for another token than this one and the one before{_ADVICE}")
+                _refuse(one, f"reads a value of a loop for another token than this one and the one before{_ADVICE}")
         if place is None or other is None:
             same = place is other and (a is b or _equal(self._given.get(a), self._given.get(b)))
         else:
@@ -249,7 +249,7 @@ class Roller:
         if not same:
             _refuse(one, "reads other values for some tokens than for others")
 
-    # --- what a loop begins with
+    # --- the beginning of a loop
     def _from_first(self, traced: Traced, beginning: fx.Node, other: fx.Node) -> fx.Node:
         """The beginning for the first token, and `other` for the others."""
         if is_zero(beginning):  # as the runtime's states are
@@ -268,7 +268,7 @@ class Roller:
         return self._make(traced, aten.where.self, args, self._value(other))
 
     def _begun(self, node: fx.Node) -> fx.Node:
-        """What a node computes of the first token, as if each token were the first."""
+        """The value of a node for the first token, as if each token were the first."""
         place = self._places.get(node)
         if place is not None:
             return self._templates[place.loop, place.call]

@@ -53,14 +53,14 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Index:
-    """What an index tensor stands for: one axis of a mask, or all axes as columns."""
+    """The meaning of an index tensor: one axis of a mask, or all axes as columns."""
 
     rows: _Rows
     axis: int | None
 
 
 class _Taken(NamedTuple):
-    """All rows of a tensor, in place of the selected ones."""
+    """All rows of a tensor, instead of the selected ones."""
 
     view: Tensor
     rows: _Rows
@@ -138,7 +138,7 @@ class Chosen(TorchFunctionMode):
         return self._indices[id(tensor)][1] if id(tensor) in self._indices else None
 
     def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Records what the result of a function stands for."""
+        """Records the meaning of a function's result."""
         name = getattr(func, "__name__", "")
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         first: Any = args[0] if args else None
@@ -151,7 +151,7 @@ class Chosen(TorchFunctionMode):
             if name != "unbind":
                 self._indices[id(result)] = result, index
         elif isinstance(result, Tensor) and any(self._index(tensor) for tensor in given):
-            raise _obstacle("computes with the numbers of rows that were chosen by what the tokens are")
+            raise _obstacle("computes with the numbers of rows that the tokens choose")
         if func in _PLACES:
             at = _PLACES[func]
             dim = kwargs.get("dim", args[at] if len(args) > at else -1)
@@ -172,7 +172,7 @@ class Chosen(TorchFunctionMode):
             index = self._index(part)
             if index is not None:
                 if index.axis is None:
-                    raise _obstacle("indexes by all axes of rows that were chosen by what the tokens are")
+                    raise _obstacle("indexes by all axes of rows that the tokens choose")
                 parts.append((part, index.rows, index.axis))
             elif isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim():
                 rows = self._of_mask(part)
@@ -188,7 +188,7 @@ class Chosen(TorchFunctionMode):
         if len({id(rows) for _, rows, _ in parts if rows is not None}) > 1 or any(
             isinstance(part, Tensor | list) for part, rows, _ in parts if rows is None
         ):
-            raise _obstacle("indexes by rows that were chosen by what the tokens are, and by others")
+            raise _obstacle("indexes by rows that the tokens choose, and by others")
         return parts
 
     def _of_mask(self, mask: Tensor) -> _Rows | None:
@@ -206,13 +206,13 @@ class Chosen(TorchFunctionMode):
             return None
         rows = next(rows for _, rows, _ in parts if rows is not None)
         if self._index(x) is not None:
-            raise _obstacle("chooses among rows that were chosen by what the tokens are")
+            raise _obstacle("chooses among rows that the tokens choose")
         viewed = x[tuple(part if rows is None else slice(None) for part, rows, _ in parts)]
         kept = [entry for entry in parts if entry[1] is not None or not isinstance(entry[0], int)]
         places = [i for i, entry in enumerate(kept) if entry[1] is not None]
         axes = [kept[i][2] for i in places]
         if rows.axis not in axes:
-            raise _obstacle("indexes by a part of what was chosen by what the tokens are")
+            raise _obstacle("indexes by a part of the rows that the tokens choose")
         at = places[0] if places == [*range(places[0], places[0] + len(places))] else 0
         if len(places) == 1:
             return _Taken(viewed, rows, places[0], True, True)
@@ -248,7 +248,7 @@ class Chosen(TorchFunctionMode):
         if found is None:
             return NotImplemented
         if not found.writable:
-            raise _obstacle("writes places of rows that were chosen by what the tokens are")
+            raise _obstacle("writes places of rows that the tokens choose")
         view = found.view
         new = torch.where(_standing(found.rows.chosen, view, found.at), value, view)
         if found.in_order and view.numel() == x.numel():  # all of x, except for a batch axis
@@ -270,7 +270,7 @@ class Chosen(TorchFunctionMode):
         if marked is None:
             return NotImplemented
         if marked.axis != marked.rows.axis:
-            raise _obstacle("writes rows that were chosen by what the tokens are")
+            raise _obstacle("writes rows that the tokens choose")
         chosen = _standing(marked.rows.chosen, x, dim % x.dim())
         if "add" in name:
             new = x + torch.where(chosen, source * alpha if alpha != 1 else source, torch.zeros((), dtype=x.dtype))
@@ -286,7 +286,7 @@ class Chosen(TorchFunctionMode):
             return NotImplemented
         at = rows.axis + x.dim() - mask.dim()
         if source.numel() != x.numel() or any(n != 1 for n in x.shape[:at]):
-            raise _obstacle("writes a part of rows that were chosen by what the tokens are")
+            raise _obstacle("writes a part of rows that the tokens choose")
         new = torch.where(_standing(rows.chosen, x, at), source.reshape(x.shape), x)
         return x.copy_(new) if name.endswith("_") else new
 

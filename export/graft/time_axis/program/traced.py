@@ -24,7 +24,7 @@ LogitsOf = Callable[[nn.Module, Tensor], Tensor]  # the author's call on (1, T) 
 
 
 def written_out(call: AttentionCall) -> Tensor:
-    """scaled_dot_product_attention as documented, so that it is followed like attention written by hand."""
+    """scaled_dot_product_attention as documented, so that it is followed like attention that a module writes out."""
     key, value = repeated(call.key, call.query.shape[1]), repeated(call.value, call.query.shape[1])
     scores = call.query @ key.transpose(-2, -1) * call.scale
     if call.is_causal:
@@ -69,7 +69,7 @@ def mask_detection(*, causal: bool) -> contextlib.AbstractContextManager[None]:
 
 
 def whole_objects() -> contextlib.AbstractContextManager[None]:
-    """Stops torch from copying objects on a module's self by taking them apart, which breaks some of them."""
+    """Stops torch from copying objects on a module's self part by part, which breaks some of them."""
     return replaced(frontend_utils, "_pytree_subclasses_that_lose_info", _ButContainers())
 
 

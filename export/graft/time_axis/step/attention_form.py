@@ -1,6 +1,6 @@
 """Identifies each attention's form by probing it with known scores.
 
-The operators' names do not matter. Zero scores show what is added to them, a mask or a bias; other scores show their
+The operators' names do not matter. Zero scores show the mask or bias that is added to them; other scores show their
 scale, and whether they are capped. Weights of the form softmax(cap(scale · q kᵀ) + bias) are described by these
 numbers, so that the fused graph and other programs can compute them. Any other form keeps its author's operators.
 """
@@ -19,7 +19,7 @@ GivenWeights = Callable[[list[Tensor], int], Tensor]  # scores (B, H, T, S) of e
 
 _NOTHING = 1e-38  # a weight below this fraction of a row's largest counts as 0 in float32
 _TOLD = 1e-30  # the smallest weight that float32 measures precisely
-_MARGIN = 1e6  # times _TOLD, a weight that is measured whatever share sinks take
+_MARGIN = 1e6  # times _TOLD, a weight that is measured for any share of sinks
 _ROUNDING = 1e-5  # of float32 in a module's own softmax
 _CHUNK = 1 << 22  # scores at once
 _SHORT = 12
@@ -234,9 +234,9 @@ def _require_no_future(weights: Tensor, start: int) -> None:
 
 
 def moved_by_later(weights: GivenWeights, heads: tuple[int, ...], length: int) -> bool:
-    """Whether weights depend on the scores of later tokens, as behind a maximum that is taken before the mask.
+    """Whether weights depend on the scores of later tokens, as behind a maximum that is computed before the mask.
 
-    Two rows (2, H, T, T), as `weights` expects. Where a softmax divides by what it took before, nothing moves.
+    Two rows (2, H, T, T), as `weights` expects. If a softmax divides by a number of its own, nothing moves.
     """
     generator = torch.Generator().manual_seed(3)
     size = 1 / _slope(weights, heads, length)

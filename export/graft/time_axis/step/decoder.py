@@ -156,7 +156,7 @@ class Found:
 def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int, *, latents: bool = True) -> Found:
     """Traces the author's call and finds its attention and states. Raises NoCacheError with all causes.
 
-    `latents`: whether a smaller row may be cached in place of keys and values.
+    `latents`: whether a smaller row may be cached instead of keys and values.
     """
     lengths = tuple(max(2 - i, min(n, context_length - 1 - i)) for i, n in enumerate(_LENGTHS))
     program = trace_program(model, call, (lengths[0], lengths[1]), vocab_size)
@@ -171,7 +171,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     end = whole.known[program.logits]
     if isinstance(end, Value) and end.local:
         first = min(whole.local, key=lambda op: op.number)
-        causes.append(Refused(first, "takes a part of the positions, and the rest nowhere").cause)
+        causes.append(Refused(first, "reads a part of the positions, and the rest nowhere").cause)
     softmaxes: list[Softmax | None] = []
     seen: dict[Any, Softmax | None] = {}
     for attention in whole.found:
@@ -332,7 +332,7 @@ def _digest(table: object) -> object:
 
 
 def _written(program: Program) -> list[Cause]:
-    """Causes for the buffers that each call writes: with what the tokens are, as a cache, or with other numbers."""
+    """Causes for the buffers that each call writes: with values of the tokens, as a cache, or with other numbers."""
     places: dict[str, list[str]] = {}
     for name, op in zip(program.mutated, program.writes, strict=True):
         places.setdefault(op.where, []).append(name.removeprefix("model."))

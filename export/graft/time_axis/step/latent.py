@@ -1,7 +1,7 @@
 """Finds a smaller row that keys and values are linear functions of, such as the latent of MLA, to cache it instead.
 
 DeepSeek-V2, https://arxiv.org/abs/2405.04434. Keys and values are made by operators whose results nothing else reads.
-Each cut through these operators is a set of values that determines keys and values. `find_latent` takes the smallest
+Each cut through these operators is a set of values that determines keys and values. `find_latent` chooses the smallest
 one, in numbers per token, and runs the operators behind it on known rows. If they are linear, and the same at every
 position, the results show their matrices.
 """

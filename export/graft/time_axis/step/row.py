@@ -1,4 +1,4 @@
-"""Attention over a latent row, which is cached in place of the keys and values that are linear functions of it."""
+"""Attention over a latent row, which is cached instead of the keys and values that are linear functions of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..values import NEW, Value
 
 @dataclass(frozen=True)
 class Latent:
-    """A row of each token that is cached in place of keys and values, which are linear functions of it.
+    """A row of each token that is cached instead of keys and values, which are linear functions of it.
 
     q · (W row) = (Wᵀ q) · row, and Σ p (W row) = W Σ p row. So the queries are multiplied by Wᵀ, the result by W, and
     no key or value is computed. The matrices are constants of the decoder: "key" and "value" (K, 1, D, channels),

@@ -85,7 +85,7 @@ def _kept(
         for source in inputs:
             value = known[source]
             if len(value.time_axes(NEW)) != 1 or value.scores or value.lifted:
-                raise Refused(op, "shifts what is no row of the tokens", Kind.RECURRENCE)
+                raise Refused(op, "shifts a value that has no row of the tokens", Kind.RECURRENCE)
             sizes = [
                 length if a.time else a.size // a.repeat for i, a in enumerate(value.axes) if i != value.batch_axis
             ]

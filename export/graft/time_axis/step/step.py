@@ -378,7 +378,7 @@ def _flat(tensor: Tensor, sizes: Sequence[int], kept: Sequence[int]) -> tuple[Te
 
 
 def _from_first(op: Op) -> bool:
-    """Whether a slice takes the first rows along axis 0, or everything along another axis."""
+    """Whether a slice reads the first rows along axis 0, or everything along another axis."""
     defaults: tuple[Any, ...] = (0, None, None, 1)
     dim, start, _, step = (*op.args[1:], *defaults[len(op.args) - 1 :])
     return (

@@ -175,7 +175,7 @@ def test_what_a_decoder_does_not_do_is_seen(name):
 def test_a_module_without_logits_or_of_one_length_alone_is_refused_by_that():
     with pytest.raises(ContractError, match=r"it gives no logits .* --call"):
         probed(of(lambda m, ids: m.logits(ids).mean()))
-    with pytest.raises(NoCacheError, match=f"takes {CONTEXT} tokens, the whole context, and no fewer") as caught:
+    with pytest.raises(NoCacheError, match=f"accepts only {CONTEXT} tokens, the whole context, and no fewer") as caught:
         probed(of(lambda m, ids: m.logits(ids + torch.zeros(CONTEXT, dtype=torch.long))))
     assert [cause.kind for cause in caught.value.causes] == [Kind.FIXED]
 

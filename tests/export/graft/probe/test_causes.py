@@ -70,7 +70,7 @@ def test_one_run_tells_everything_that_stands_in_the_way():
     sentence = str(error)
     assert "cannot be given a cache, for 6 reasons:  (1) " in sentence
     assert ";  (6) test_causes.py:" in sentence
-    assert sentence.count("what is random belongs to training alone") == 1
+    assert sentence.count("random numbers belong in training only") == 1
 
 
 def dropping(self, q, k, v):

@@ -80,7 +80,7 @@ def renamed(text: str, *pairs: tuple[str, str]) -> str:
 REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
     "no past": (
         {"inputs": IDS, "outputs": LOGITS, "body": "logits = Gather (table, input_ids)"},
-        "takes no past keys and values, so that every token would cost the whole text", True,
+        "has no past keys and values, so that every token would cost the whole text", True,
     ),
     "merged": ({"inputs": f"{INPUTS}, bool[1] use_cache_branch"}, "is a merged decoder", True),
     "no present": (
@@ -98,13 +98,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
         {"inputs": INPUTS.replace("input_ids", "tokens"), "body": BODY.replace("input_ids", "tokens")},
         "has no input_ids", False,
     ),
-    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "takes 'inputs_embeds', and a decoder", True),
+    "embeddings": ({"inputs": f"{INPUTS}, float[B, T, 8] inputs_embeds"}, "has inputs 'inputs_embeds', and", True),
     "a float mask": (
-        {"inputs": INPUTS.replace("int64[B, S]", "float[B, S]")}, "takes attention_mask as float ('B', 'S')", False,
+        {"inputs": INPUTS.replace("int64[B, S]", "float[B, S]")}, "has attention_mask as float ('B', 'S')", False,
     ),
-    "one token": ({"inputs": INPUTS.replace("B, T", "B, 1")}, "takes input_ids as int64 ('B', '1')", True),
+    "one token": ({"inputs": INPUTS.replace("B, T", "B, 1")}, "has input_ids as int64 ('B', '1')", True),
     "symbolic heads": (
-        {"inputs": INPUTS.replace("B, 2, P, 8", "B, K, P, D")}, f"takes {KEY} as float ('B', 'K', 'P', 'D')", False,
+        {"inputs": INPUTS.replace("B, 2, P, 8", "B, K, P, D")}, f"has {KEY} as float ('B', 'K', 'P', 'D')", False,
     ),
     "rank": ({"inputs": INPUTS.replace("B, 2, P, 8", "B, P, 8")}, f"has {KEY} as float ('B', 'P', '8')", False),
     "float16": (
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
     "quantized": (
         {"body": f"{BODY} q, s, z = DynamicQuantizeLinear (keys)"}, "is quantized already (it has DynamicQ", False,
     ),
-    "old": ({"opset": 10}, "is of opset 10, and pastkey takes 11 and newer", True),
+    "old": ({"opset": 10}, "is of opset 10, and pastkey reads 11 and newer", True),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_what_is_no_graph_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("location", "size", "sentence"),
     [
-        ("../weights.bin", 100, "takes weights from '../weights.bin', outside of its folder"),
+        ("../weights.bin", 100, "reads weights from '../weights.bin', outside of its folder"),
         ("weights.bin", None, "cannot open .*weights.bin"),
         ("weights.bin", 50, "cannot open .*table"),
     ],

@@ -306,7 +306,7 @@ REFUSED = {
     "no scales": (spoilt("scales", None), f"has no {Q}.scales, which its quantized matrix needs"),
     "no zero points": (spoilt("qzeros", None), f"has no {Q}.qzeros"),
     "no codes": (spoilt("qweight", None), f"has no {Q}.qweight"),
-    "two forms": (spoilt("weight", torch.zeros(64, 64)), f"{Q}.weight of .* stands beside the same matrix"),
+    "two forms": (spoilt("weight", torch.zeros(64, 64)), f"{Q}.weight of .* is there with the same matrix"),
     "NaN": (spoilt("scales", lambda old: old * torch.nan), "scales of .* has numbers that are not finite"),
     "integer scales": (spoilt("scales", lambda old: old.int()), "is I32 of shape"),
     "odd groups": (spoilt("scales", lambda old: old[[0, 1, 1]]), r"qzeros of .* not I32 of \(3, any\)"),

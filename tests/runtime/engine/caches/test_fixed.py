@@ -89,9 +89,9 @@ def test_all_logits_are_those_of_every_token(bundle, tiny):
 
 def test_it_takes_one_row_without_padding(bundle):
     engine = Engine(bundle, threads=1)
-    with pytest.raises(InputError, match="one row at a time and 2 were given: give each row alone"):
+    with pytest.raises(InputError, match="reads one row at a time, not 2: give each row separately"):
         engine.forward([IDS[:3], IDS[3:6]])
-    with pytest.raises(InputError, match="takes no padding: give each row alone"):
+    with pytest.raises(InputError, match="does not support padding: give each row separately"):
         engine.forward([IDS[:3]], [[0, 1, 1]])
     assert engine.length == 0
 

@@ -125,7 +125,7 @@ REFUSED = [
     (lambda x: x - x.mean(0), Kind.ROWS, "computes mean over the rows of the batch"),
     (lambda x: x.transpose(1, 2).reshape(1, -1, WIDTH), None, OVER_ALL),
     (lambda x: x.repeat(1, 2, 1), None, "repeats positions"),
-    (lambda x: x.repeat_interleave(2, 1)[:, : x.shape[1]], None, "takes a part of the positions"),
+    (lambda x: x.repeat_interleave(2, 1)[:, : x.shape[1]], None, "reads a part of the positions"),
     (lambda x: x.mT @ x, AHEAD, "sums " + OVER_ALL),
     (lambda x: x @ x.mT @ (x @ x.mT) @ x, Kind.UNKNOWN, "multiplies scores with scores"),
     (lambda x: x * x.shape[1], Kind.LENGTH, "computes with a number made from the length of the text"),

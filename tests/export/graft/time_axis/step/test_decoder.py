@@ -128,7 +128,7 @@ SCORES = "over the scores of later tokens too, before the mask"
 EARLIER = "moves rows of later tokens to earlier ones"
 REFUSED = {  # by the words of the cause, and of its line
     "a mask that is off by one": (ahead, "see that at", "softmax"),
-    "rows that come back nowhere": (lambda x: x[:, 1:], "takes a part of the positions", "nowhere"),
+    "rows that come back nowhere": (lambda x: x[:, 1:], "reads a part of the positions", "nowhere"),
     "below the largest": (
         lambda x: attending(x, lambda s: s.masked_fill(s < s.amax(-1, keepdim=True) - 40, -1e9)),
         f"computes amax {SCORES}",
