@@ -33,7 +33,6 @@ from pastkey.runtime.providers import placement as providers
 
 from .bundle_writer import BundleWriter
 from .generation.write import write_generation
-from .graft.trace import without_collecting
 from .grafting import decoder_of, grafted, observed, require_head, require_masks
 from .graph.float16 import LARGEST, to_float16
 from .graph.static.qdq import in_int8, quantize_static
@@ -262,7 +261,6 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
 
 
 @keeping_memory()
-@without_collecting()
 def _open(
     module_or_path: nn.Module | str | Path | HubModel, out: Path, config: ExportConfig, progress: Progress
 ) -> tuple[Source, Identity | None]:

@@ -91,7 +91,11 @@ class Streaming(TorchDispatchMode):
             raise WrittenError(f"{func} writes into a weight, which stays in its file")
         if func in _PRODUCTS and not kwargs:
             *bias, x, matrix = args
-            if matrix.dtype == torch.float32 and matrix.t().is_contiguous() and all(b.dim() == 1 for b in bias):
+            if (
+                matrix.dtype == torch.float32
+                and matrix.t().is_contiguous()
+                and all(b.shape == matrix.shape[1:] for b in bias)
+            ):
                 return product(x, matrix.t(), *bias)
         result = func(*args, **kwargs)
         if _is_in(tree_leaves(result), used):  # it must keep its memory

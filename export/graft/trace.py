@@ -143,7 +143,7 @@ def trace(
     kept = names.past_states([state.kind for state in states])
     inputs += kept
     outputs += [names.present_of(past) for past in kept]
-    with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects(), without_collecting():
+    with evaluating(module, traced=True), quiet(), mask_detection(causal=True), whole_objects(), _without_collecting():
         try:
             program = torch.export.export(
                 grafted.eval(),
@@ -192,20 +192,21 @@ def trace(
 
 def _undecomposed(program: torch.export.ExportedProgram) -> None:
     """Keeps torch.onnx from decomposing operators where it knows them all: that traces the program twice more."""
-    for node in tuple(program.graph.nodes):
-        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:  # it knows no `to`
-            given, dtype = node.args[0], node.meta["val"].dtype
-            if given.meta["val"].dtype == dtype:
-                node.replace_all_uses_with(given)
-                program.graph.erase_node(node)
-            else:
-                node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, (given,), {"dtype": dtype}
-    program.graph_module.recompile()
     decompose = program.run_decompositions
 
-    def run_decompositions(table: Mapping[Any, Any]) -> torch.export.ExportedProgram:
-        asked = {node.target for node in program.graph.nodes if node.op == "call_function"}
-        return decompose(table) if any(op in table or _is_composed(op) for op in asked) else program
+    def run_decompositions(decomp_table: Mapping[Any, Any], **options: Any) -> torch.export.ExportedProgram:
+        nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+        conversions = [node for node in nodes if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to]
+        asked = {node.target for node in nodes} - {node.target for node in conversions}
+        if any(op in decomp_table or _is_composed(op) for op in asked):
+            return decompose(decomp_table, **options)
+        for node in conversions:  # torch.onnx knows no `to`; nothing writes here, so that copies and views are alike
+            given, dtype = node.args[0], node.meta["val"].dtype
+            same = given.meta["val"].dtype == dtype
+            node.target = torch.ops.aten.alias.default if same else torch.ops.aten._to_copy.default
+            node.args, node.kwargs = (given,), {} if same else {"dtype": dtype}
+        program.graph_module.recompile()
+        return program
 
     vars(program)["run_decompositions"] = run_decompositions
 
@@ -219,8 +220,8 @@ def _is_composed(target: Any) -> bool:
 
 
 @contextlib.contextmanager
-def without_collecting() -> Iterator[None]:
-    """While open, the garbage collector is off: where torch makes many objects it needs an eighth of the time."""
+def _without_collecting() -> Iterator[None]:
+    """While open, the garbage collector is off: it needs an eighth of a trace, because torch makes many objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -513,7 +513,7 @@ void pack_weights(const Weights& w, size_t first, size_t count, size_t, uint8_t*
       if (b * parts % 16 == 0) fill_numbers(w.scales, row, last, b * parts, scales);
       if (b % 16 == 0 && w.form == Form::offsets) fill_numbers(w.offsets, row, last, b, offsets);
       for (size_t part = 0; part < parts; part++) to[b].scales[part] = scales[(b * parts + part) % 16];
-      to[b].offset = offsets[b % 16];
+      if (w.form == Form::offsets) to[b].offset = offsets[b % 16];
       fetch_ahead(w, row, 16, b, 1, kBytes);
       uint8_t bytes[16][kBlock];
       turn_block(

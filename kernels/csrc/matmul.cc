@@ -131,7 +131,7 @@ class Product {
       }
     });
     const size_t bytes = k() * (gate_ >= 0 ? 2 : 1) / (int4_ ? 2 : 1);
-    const size_t step = std::max<size_t>(32, kTaskBytes / bytes / 32 * 32);
+    const size_t step = std::max<size_t>(16, kTaskBytes / bytes / 16 * 16);
     context.parallel_for((columns() + step - 1) / step, [&](size_t task) {
       const size_t first = task * step, count = std::min(step, columns() - first);
       for (size_t i = 0; i < m; i += kMaxRows / terms_) {

@@ -350,6 +350,7 @@ class Generation:
         if self.begun:
             self._settle()
         self._speculator.stop()
+        self._logits, self._rows = None, []  # the newest step's are large
         self._lifecycle.retired(self)
 
     def take(self, logits: Iterable[Logits], draft: Sequence[int]) -> int:

@@ -69,7 +69,6 @@ class Scheduler:
         self._leader: int | None = None  # the thread that runs a step or changes the caches
         self._asking: list[object] = []  # tickets of threads in `_lead_alone`, in order of arrival
         self._live: dict[Generation, None] = {}
-        self._left = False  # whether one of them may be closed
         self._waiting: list[Generation] = []  # generations with a waiting thread, in order of their last step
         self._max_rows = max_rows
         self._slabs: dict[DecoderGraph, Slab] = {}  # those with members
@@ -173,13 +172,12 @@ class Scheduler:
         Never waits: the garbage collector may call it at any moment, in a thread that leads or holds the lock.
         """
         self._live[generation] = None
-        self._left = True
         self._open.pop(generation, None)
         self._retire()
 
     def _retire(self) -> None:
         """Retires closed generations, unless a thread leads or holds the lock, which then does it after that."""
-        while self._leader is None and self._left:
+        while self._leader is None and any(generation.closed for generation in list(self._live)):
             if not self._mutex.acquire(blocking=False):
                 return
             try:
@@ -251,7 +249,6 @@ class Scheduler:
     # --- the leader ---------------------------------------------------------------------------------------------------
     def _sweep(self) -> None:
         """Retires closed generations, which passes their caches on. The caller holds the lock; no thread leads."""
-        self._left = False
         closed = [generation for generation in list(self._live) if generation.closed]
         if not closed and not self._clears:
             return
@@ -271,8 +268,6 @@ class Scheduler:
                 self.store.clear()
         finally:
             self._leader = None
-            if any(generation.closed for generation in list(self._live)):  # after an interrupt
-                self._left = True
 
     def move_out(self, engine: Engine, *, keep: bool = True) -> None:
         """Moves an engine out of the slab, with its cache or without. Only between two runs."""
