@@ -215,7 +215,7 @@ def test_a_decoder_of_zeros_is_exported(tmp_path):
 
 # --- what is quantized, what the blocks hold, and what it costs in bytes ----------------------------------------------
 def float_matrices(graph):
-    """Initializers in float32 with two axes and more than a handful of elements, but for factors of scales and angles."""
+    """Initializers in float32 with two axes and more than a handful of elements, but for scales' factors and angles."""
     return [
         name
         for name, value in ir.load(graph).graph.initializers.items()
