@@ -199,7 +199,8 @@ def _undecomposed(program: torch.export.ExportedProgram) -> None:
         conversions = [node for node in nodes if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to]
         asked = {node.target for node in nodes} - {node.target for node in conversions}
         if any(op in decomp_table or _is_composed(op) for op in asked):
-            return decompose(decomp_table, **options)
+            decomposed: torch.export.ExportedProgram = decompose(decomp_table, **options)
+            return decomposed
         for node in conversions:  # torch.onnx knows no `to`; nothing writes here, so that copies and views are alike
             given, dtype = node.args[0], node.meta["val"].dtype
             same = given.meta["val"].dtype == dtype

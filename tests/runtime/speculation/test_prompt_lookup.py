@@ -88,7 +88,7 @@ def steps_of(session: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     run = session.run
 
     def counted(ids: Any, *arguments: Any, **named: Any) -> Any:
-        runs.append(ids.shape[1])
+        runs.append(np.atleast_2d(ids).shape[1])
         return run(ids, *arguments, **named)
 
     monkeypatch.setattr(session, "run", counted)
