@@ -114,6 +114,6 @@ void multiply_tile(const Weights& w, const uint8_t* weights, const uint8_t* x, s
 
 }  // namespace
 
-const TileKernels amx_tiles = {pack_rows, pack<8>, pack<4>, multiply_tile, begin, end};
+const TileKernels amx_tiles = {kDecodeRows, pack_rows, pack<8>, pack<4>, multiply_tile, begin, end};
 
 }  // namespace pastkey

@@ -607,6 +607,6 @@ const MatMulKernels avx512_matmul = {
     {multiply<4, Form::plain>, nullptr, multiply<4, Form::offsets>},
 };
 
-const TileKernels avx512_tiles = {pack_rows, pack_weights<8>, pack_weights<4>, multiply_tile, begin, end};
+const TileKernels avx512_tiles = {16, pack_rows, pack_weights<8>, pack_weights<4>, multiply_tile, begin, end};
 
 }  // namespace pastkey

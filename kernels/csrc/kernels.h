@@ -14,9 +14,10 @@
 
 namespace pastkey {
 
-constexpr size_t kBlock = 32;     // weights along K with one scale
-constexpr size_t kMaxRows = 32;   // rows times terms that a call of multiply takes
-constexpr size_t kTileRows = 32;  // rows of X and of W that a call of multiply_tile takes
+constexpr size_t kBlock = 32;      // weights along K with one scale
+constexpr size_t kMaxRows = 32;    // rows times terms that a call of multiply takes
+constexpr size_t kDecodeRows = 8;  // up to so many rows, or tokens, give the same bits as one, whatever the level
+constexpr size_t kTileRows = 32;   // rows of X and of W that a call of multiply_tile takes
 
 // What the weights of a block are:
 //   plain    (code - zero point) * scale
@@ -89,6 +90,7 @@ constexpr size_t kTileConfig = 64;  // bytes
 
 // Many rows, by tiles of 32 x 32 results. AMX computes them in bf16; AVX512 has the sums of MatMulKernels.
 struct TileKernels {
+  size_t few_rows;  // of X, which are faster without tiles; at least kDecodeRows
   // 16 rows of x [rows, blocks * 32] -> `packed` of packed_rows_size(blocks, terms) bytes; rows past `rows` are zero.
   void (*pack_rows)(const float* x, size_t rows, size_t blocks, size_t terms, uint8_t* packed);
   // 32 rows of W from `first`, `count` of them there -> `packed` of packed_weights_size(blocks, terms) bytes.

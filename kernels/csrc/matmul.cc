@@ -105,7 +105,7 @@ class Product {
   // x [m, k] -> y [m, columns]
   void run(const Context& context, const float* x, size_t m, float* y) const {
     if (m == 0) return;
-    if (tiles_ && m > kDecodeRows) return run_tiles(context, x, m, y);
+    if (tiles_ && m > tiles_->few_rows) return run_tiles(context, x, m, y);
     const size_t rows = m * terms_, blocks = rows * w_.blocks, parts = w_.form == Form::halves ? 2 : 1;
     const Scratch scratch(allocator_, blocks * (kBlock + 4 * parts + 8) + (terms_ > 1 ? m * k() * sizeof(float) : 0));
     Rounded rounded;

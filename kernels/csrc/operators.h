@@ -12,8 +12,6 @@ namespace pastkey {
 // for, and does not tell a kernel what the graph imports.
 constexpr int kOperatorVersion = 4;
 
-constexpr size_t kDecodeRows = 8;  // up to so many rows, or tokens, give the same bits as one, whatever the level
-
 const OrtCustomOp* matmul_int8();
 const OrtCustomOp* norm_matmul_int8();
 const OrtCustomOp* decoder_attention();
