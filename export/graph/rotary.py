@@ -223,7 +223,7 @@ def _at_all_positions(model: ir.Model, rotation: _Rotation, context_length: int,
     """Returns cos and sin, (2, context, D / 2), or None if they are too large or not of each position only."""
     if context_length * 2 * rotation.half * 4 > allowed or 2 * rotation.half % HEAD_MULTIPLE:
         return None
-    if any(_made_of_positions(model, value) is None for value in (rotation.cos, rotation.sin)):
+    if not all(_is_made_of_positions(value) for value in (rotation.cos, rotation.sin)):
         return None
     whole, half = (_at_positions(model, rotation, length) for length in (context_length, -(-context_length // 2)))
     if whole is None or half is None or relative_difference(whole[:, : half.shape[1]], half) > UNCHANGED:
@@ -252,8 +252,8 @@ def _at_positions(model: ir.Model, rotation: _Rotation, context_length: int) -> 
     return np.stack(found)
 
 
-def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None:
-    """Returns the nodes that compute the value from position_ids and constants, in order; None if it needs more."""
+def _is_made_of_positions(value: ir.Value) -> bool:
+    """Whether ONNX's operators compute the value from position_ids and constants alone."""
     inside: set[int] = set()
     waiting = [value]
     while waiting:
@@ -262,11 +262,11 @@ def _made_of_positions(model: ir.Model, value: ir.Value) -> list[ir.Node] | None
         if shape_of(current) is not None or (node is None and current.name == names.POSITION_IDS):
             continue
         if node is None or node.domain:  # not an operator of ONNX
-            return None
+            return False
         if id(node) not in inside:
             inside.add(id(node))
             waiting += [v for v in node.inputs if v is not None and not _counts(node)]
-    return [node for node in model.graph if id(node) in inside]
+    return True
 
 
 def _counts(node: ir.Node) -> bool:
