@@ -174,11 +174,16 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
+class _TerminatedError(SystemExit):
+    """A signal asked the command to end."""
+
+
 @contextlib.contextmanager
 def _cleaning_up_when_terminated() -> Iterator[None]:
     """Ends the command by an exception on SIGTERM, and on SIGHUP when its terminal is closed, as Ctrl-C does.
 
-    So partial files are removed. An ignored SIGHUP, as under nohup, stays ignored.
+    So partial files are removed. An ignored SIGHUP, as under nohup, stays ignored. Python drops an exception that is
+    raised inside a finalizer or a weak reference's callback: then the signal is sent again.
     """
     numbers = [signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -187,15 +192,26 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)  # another signal would interrupt the removal
-        raise SystemExit(128 + number)
+        raise _TerminatedError(128 + number)
+
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, _TerminatedError):
+            number = unraisable.exc_value.args[0] - 128
+            signal.signal(number, end)
+            again = threading.Timer(0.01, signal.pthread_kill, [threading.get_ident(), number])
+            again.start()  # and it is sent when the finalizer has ended
+        else:
+            hook(unraisable)
 
     if threading.current_thread() is not threading.main_thread():  # Python handles signals only in that thread
         yield
         return
     before = {number: signal.signal(number, end) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             if signal.getsignal(number) is end:  # otherwise the command ends now, and says why
                 signal.signal(number, handler)

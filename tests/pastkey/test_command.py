@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -163,6 +166,26 @@ def test_a_closed_terminal_ends_a_command_unless_it_is_ignored_as_under_nohup(co
     finally:
         for number, each in zip((signal.SIGHUP, signal.SIGTERM), before, strict=True):
             signal.signal(number, each)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nobody sends SIGTERM on Windows")
+def test_a_signal_whose_exception_python_drops_ends_the_command(command, monkeypatch):
+    def run(arguments: object) -> int:
+        node = argparse.Namespace()
+        reference = weakref.ref(node, lambda _: signal.raise_signal(signal.SIGTERM))
+        del node
+        gc.collect()
+        assert reference() is None
+        time.sleep(10)
+        return 0
+
+    instead(monkeypatch, run)
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    try:
+        assert command("inspect", "bundle") == (143, "", "")
+        assert sys.unraisablehook is before[1]
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
 
 
 def test_a_misspelt_command_is_named_with_the_nearest(command):
