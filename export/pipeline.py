@@ -107,7 +107,7 @@ def export(
 ) -> Report:
     """Exports a decoder to a bundle folder, and verifies that its results equal the source's.
 
-    A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder beside `out`.
+    A failed export leaves nothing at `out`. Matrices that GPTQ rounded for int4 stay in a hidden folder next to `out`.
     The same call continues from them, and removes them when the bundle is whole.
 
     Args:
@@ -250,7 +250,7 @@ def _refuse_early(module_or_path: nn.Module | str | Path | HubModel, out: Path, 
     """Raises the errors that can be found before any work."""
     table = None if config.sensitivity is None else Path(config.sensitivity).resolve()
     if table is not None and (table.is_dir() or not table.parent.is_dir() or out.resolve() in table.parents):
-        raise InputError(f"--sensitivity {table}: expected a file beside {out}, in a folder that exists")
+        raise InputError(f"--sensitivity {table}: expected a file outside {out}, in an existing folder")
     providers.require_values(TARGETS[config.target], dict(config.provider_options or ()))
     refuse_existing(out, force=config.force)
     parent = next(folder for folder in out.resolve().parents if folder.exists())

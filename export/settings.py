@@ -75,7 +75,7 @@ class ExportOptions(TypedDict, total=False):
     - `session_options` (None): Options of onnxruntime's session there, as for `pastkey.load`.
     - `allow_fallback` (False): Whether the CPU may run operators there that the provider does not support.
     - `chunk` (64): Tokens of a prefill run of the static graph.
-    - `cache` (True): Takes finished steps from an earlier export of the same source, and keeps them for the next one.
+    - `cache` (True): Reads finished steps of an earlier export of the same source, and keeps them for the next one.
       The float32 graph with its proof and the model's own text are in the user's cache folder, at most 200 MB. Rounded
       weights are in a hidden folder next to `out` until the bundle is whole, so that a killed export can continue.
     - `quick` (False): Rounds weights to nearest, without calibration, and proves the bundle on a short text.
@@ -281,13 +281,13 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
     (lambda c: c.format == "ort" and not TARGETS[c.target].ort_format,
      "--format ort", "--target {target}", "the ORT format is optimised for a CPU"),
     (lambda c: c.format == "ort" and c.static,
-     "--format ort", _STATIC, "it is of graphs whose sizes change"),
+     "--format ort", _STATIC, "it is for graphs whose sizes change"),
     (lambda c: TARGETS[c.target].short == "cpu" and bool(c.provider_options or c.allow_fallback),
      "--provider-option or --allow-fallback", "--target {target}", "the CPU proves the bundle"),
     (lambda c: c.quick and c.measures_each_matrix,
      "--quick", "--max-kl and --sensitivity", "it measures no single matrix"),
     (lambda c: c.static and c.measures_each_matrix,
-     "--max-kl or --sensitivity", _STATIC, "they are of pastkey's own int8, and the static graph has another one"),
+     "--max-kl or --sensitivity", _STATIC, "they are for pastkey's own int8, and the static graph has another"),
     (lambda c: c.row.name == "source" and (c.calibration is not None or c.measures_each_matrix),
      "--calibration, --max-kl or --sensitivity", "--precision source, the default of a quantized source,",
      "its weights stay unchanged, and --precision int8 rounds them again"),
@@ -299,8 +299,8 @@ _EXCLUDED: Sequence[tuple[Callable[[ExportConfig], bool], str, str, str]] = (
     (lambda c: c.generate and not TARGETS[c.target].loop,
      "--generate", "--target {target}", "it writes a Loop, which the target is not known to run"),
     (lambda c: c.generate and c.static, "--generate", _STATIC, "it writes a graph whose sizes change"),
-    (lambda c: c.hidden_states and c.static, "--hidden-states", _STATIC, "static graphs give the logits alone"),
-    (lambda c: c.chunk is not None and not c.static, "--chunk", "--graph {graph}", "it is of the static graph"),
+    (lambda c: c.hidden_states and c.static, "--hidden-states", _STATIC, "static graphs return only logits"),
+    (lambda c: c.chunk is not None and not c.static, "--chunk", "--graph {graph}", "it is for the static graph"),
     (lambda c: TARGETS[c.target].npu and not c.static,
      "--target {target}", "--graph {graph}", "it runs graphs of fixed sizes only, --graph static"),
     (lambda c: c.graph == "fused" and not TARGETS[c.target].takes_fused,

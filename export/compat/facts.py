@@ -1,4 +1,4 @@
-"""What other programs read of a bundle: their names of the graph's tensors, and the cache that config.json declares."""
+"""The facts that other programs read of a bundle: their names of its tensors, and the cache of config.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def declare_cache(config: Config, sizes: Config, layers: Sequence[KVGeometry]) -
 
     `config` is the source's own and may be empty. `sizes` holds the observed sizes under Hugging Face's names, with
     `hidden_size` = heads * head size, since optimum divides it by the heads. A llama's own configuration keeps its
-    other keys. What is replaced is saved under a key of its own. Where layers differ, or keys and values, the source's
+    other keys. Replaced keys are saved under a separate key. Where layers differ, or keys and values, the source's
     own configuration stays, or declares nobody's type.
     """
     own = dict(config) if config.get("model_type") not in (None, UNKNOWN_TYPE) else {}

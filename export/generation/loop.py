@@ -32,7 +32,7 @@ _INT64, _FLOAT, _BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 def why_no_step(manifest: Manifest) -> str | None:
     """Returns why one tensor cannot hold the cache of a decoder, or None if it can."""
     if manifest.rows or manifest.states:
-        return "it keeps rows of short convolutions or states beside keys and values"
+        return "it keeps rows of short convolutions or states as well as keys and values"
     shapes = {
         (layer.kv_heads, size) for layer in manifest.layers for size in (layer.key_head_size, layer.value_head_size)
     }
@@ -151,7 +151,7 @@ def _sizes(value: ir.Value) -> list[int | None]:
 
 
 def _dependent(graph: ir.Graph, inputs: Iterable[ir.Value]) -> Iterable[ir.Node]:
-    """Yields the nodes that depend on an input, in the graph's order, and those that must stay beside them."""
+    """Yields the nodes that depend on an input, in the graph's order, and those that must stay with them."""
     known = set(inputs)
     for node in graph:
         if any(value in known for value in node.inputs) or node.op_type in _BESIDE:

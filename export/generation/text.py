@@ -105,7 +105,7 @@ def text_operators(bundle: Bundle) -> TextOperators:
 def with_text(model: ir.Model, operators: TextOperators) -> None:
     """Adds text input and output to a generation graph (`loop.generate_whole`), in place.
 
-    `text` (1,) string replaces `input_ids`. The new output `completion` (1,) string, beside `ids`, is the text of the
+    `text` (1,) string replaces `input_ids`. The new output `completion` (1,) string, next to `ids`, is the text of the
     new ids without the end token and without an unfinished last character.
     """
     graph = model.graph
@@ -191,11 +191,11 @@ def _difference(file: Path, operators: TextOperators) -> str | None:
                 continue
             ids = encode(np.array([text], object))[0].tolist()
             if ids != expected:
-                return f"{text!r} has the ids {expected[:8]}, and there {ids[:8]}"
+                return f"{text!r} has the ids {expected[:8]}, and they are {ids[:8]} there"
             stream = TextStream(codec, after_text=True)
             spoken = "".join([*map(stream.push, expected), stream.flush()])
             if (written := str(decode(np.array(expected, np.int64))[0])) != spoken:
-                return f"the ids {expected[:8]} say {spoken!r}, and there {written!r}"
+                return f"the ids {expected[:8]} decode to {spoken!r}, and to {written!r} there"
     except OrtError as error:
         return first_line(error)
     return None

@@ -90,7 +90,7 @@ class AttentionCall:
     def special(self) -> str | None:
         """The feature of this call that GroupQueryAttention cannot compute, if any."""
         if self.weights is not None:
-            return "attention weights that are no softmax of scores and a mask"
+            return "attention weights that are not a softmax of scores and a mask"
         if self.shared != "none":
             return "a latent row that is key and value of all heads"
         return None if self.bias is None else "a bias on its scores (ALiBi or relative positions, say)"

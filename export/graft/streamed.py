@@ -3,7 +3,7 @@
 A weight in the module's own type is used where the file is mapped, and another one is read into a buffer.
 
 Every operator passes here, wherever the module uses a weight: in its own submodule or another, whole or as a view.
-Operators that only make views are left alone. The results are those of the module with its weights in memory: the
+Operators that only make views are unchanged. The results are those of the module with its weights in memory: the
 operators are the same, on tensors of the same layout, but float32 products are oneDNN's.
 """
 
@@ -115,7 +115,7 @@ class Streaming(TorchDispatchMode):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns x (N, K) times the transpose of a weight (M, K), in float32: oneDNN takes half of MKL's time on AMD."""
+    """Returns x (N, K) times the transpose of a weight (M, K), in float32: oneDNN needs half of MKL's time on AMD."""
     if not _ONEDNN:
         return nn.functional.linear(x, weight, bias)
     with torch.no_grad():

@@ -64,9 +64,9 @@ def choose_graph(asked: str, target: str, observation: Observation) -> GraphChoi
             f"the operators that keep the states of recurrences were not run on {target}: export with --target cpu"
         )
     if observation.rows and asked != "fused":
-        return GraphChoice("standard", "rows are kept beside the keys and values of attention")
+        return GraphChoice("standard", "rows are kept in addition to the keys and values of attention")
     unsupported = (
-        "rows that are kept beside keys and values"
+        "rows that are kept in addition to keys and values"
         if observation.rows
         else next((found for layer in observation.layers if (found := _unsupported_by_fused(layer, target))), None)
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Numbers:
-    """A number for each block of a matrix, (N, blocks): codes times factors, or factors alone."""
+    """A number for each block of a matrix, (N, blocks): codes times factors, or only factors."""
 
     factors: np.ndarray  # (N, groups) float32, each of blocks / groups codes; without codes (N, blocks), or in float16
     codes: np.ndarray | None = None  # (N, blocks) uint8

@@ -253,7 +253,7 @@ def _at_positions(model: ir.Model, rotation: _Rotation, context_length: int) -> 
 
 
 def _is_made_of_positions(value: ir.Value) -> bool:
-    """Whether ONNX's operators compute the value from position_ids and constants alone."""
+    """Whether ONNX's operators compute the value only from position_ids and constants."""
     inside: set[int] = set()
     waiting = [value]
     while waiting:

@@ -21,7 +21,7 @@ from .edit import add_weight, replace_uses, shape_of, weight
 
 
 def _only_at(op_type: str, rule: Any) -> Any:
-    """Returns the rule, tried at these nodes alone: one with two outputs walks the whole graph for each node."""
+    """Returns the rule, tried only at these nodes: one with two outputs walks the whole graph for each node."""
     tried = copy.copy(rule)
     tried.try_rewrite = lambda model, graph, node, **options: (
         rule.try_rewrite(model, graph, node, **options) if node.op_type == op_type else None

@@ -80,12 +80,12 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         raise NumericsError(
-            f"the model loses {loss:.3g} nats per token, a perplexity beyond any number: its weights are damaged"
+            f"the model loses {loss:.3g} nats per token, so its perplexity overflows: its weights are damaged"
         ) from None
 
 
 def agreeing_tokens(own: Iterable[int], tokens: Iterable[int]) -> int:
-    """Returns how many tokens precede the first that differs. Takes no token of `own` after that one."""
+    """Returns how many tokens precede the first that differs. Reads no token of `own` after that one."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(own, tokens, strict=False)))
 
 

@@ -25,7 +25,7 @@ _ROUNDS: Final = 5  # the fastest one counts
 
 
 def scan_cost(bundle: Bundle) -> str | None:
-    """A sentence on the cost of a prefill in Scan beside LinearAttention of that size; None without a Scan."""
+    """A sentence on the cost of a prefill in Scan compared with LinearAttention of that size; None without a Scan."""
     count = bundle.manifest.operators.get("Scan", 0)
     if not count:
         return None

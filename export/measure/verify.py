@@ -199,7 +199,7 @@ def _checks(c: _Compared, progress: Progress) -> Iterator[Check]:
 
 
 def _batch(c: _Compared) -> Check:
-    """Compares rows of different lengths, prefilled and decoded together, with each row alone."""
+    """Compares rows of different lengths, prefilled and decoded together, with each row by itself."""
     context = c.manifest.context_length
     steps = min(BATCH_STEPS, context - 1)
     longest = min(BATCH_LENGTH, context - steps)
@@ -331,6 +331,6 @@ def _explained(c: _Compared, name: str, value: float, measure: str, limit: float
         )
     return (
         f"in the check {name!r} {what}. Usual causes: numbers that pass between tokens outside attention, such "
-        "as a mean over the tokens; a position that is not of position_ids; a length that was made a Python number, "
-        "which is baked into the graph"
+        "as a mean over the tokens; a position that does not come from position_ids; a length that was made a Python "
+        "number, which is baked into the graph"
     )

@@ -38,7 +38,7 @@ class Adaptable:
 
 
 def take_adaptable(model: ir.Model) -> Adaptable:
-    """Takes the marks and the changes of matrices out of a graph, which must not be saved with it."""
+    """Removes the marks and the changes of matrices from a graph, which must not be saved with it."""
     products = [Product(node, *found) for node in model.graph if (found := take_weights(node)) is not None]
     return Adaptable(products, take_changes(model))
 

@@ -1,4 +1,4 @@
-"""A quantized bundle without rounded activations: what its own rounding does to its logits."""
+"""A quantized bundle without rounded activations: the effect of rounding on its logits."""
 
 from __future__ import annotations
 

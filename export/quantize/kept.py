@@ -1,4 +1,4 @@
-"""A quantized source as it is: its blocks move into the bundle without rounding, and what it stores as floats stays so.
+"""A quantized source as it is: its blocks move into the bundle without rounding, and its floats stay floats.
 
 Blocks that the target does not multiply by, and numbers in a form that cannot be kept, are rounded to int8. The bundle
 is measured twice: its kept blocks without rounded activations, which must give the source's logits, and as it runs.
@@ -44,7 +44,7 @@ def make_kept(
     config: ExportConfig,
     progress: Progress,
 ) -> Quantized:
-    """Takes, writes and measures. `matrices` are those of the source's file, none of a float source on a lattice.
+    """Keeps, writes and measures. `matrices` are those of the source's file, none of a float source on a lattice.
 
     Raises ParityError if kept weights give other logits than the source.
     """
@@ -58,13 +58,13 @@ def make_kept(
             floats.add(name)
             what = "float32: no quantized matrix of the source has these numbers"
         elif found is None:
-            what = "int8, rounded: its numbers are on no lattice"
+            what = "int8, rounded: its numbers are not on a lattice"
         elif found.blocks is None:
             what = f"int8, rounded: {found.form} has no integers that are multiplied as they are"
         elif found.blocks.offsets is not None and not target.block_sums:
             what = f"int8, rounded: {config.target} does not multiply by {found.form}, whose blocks have offsets"
         elif gathered and (found.blocks.zeros is not None or found.blocks.order is not None):
-            what = f"int8, rounded: a table of {found.form} with zero points of its own is not gathered"
+            what = f"int8, rounded: a table of {found.form} with its own zero points cannot be gathered"
         else:
             blocks[name] = found.blocks
             what = f"{found.form}, kept"
@@ -99,7 +99,7 @@ def _matrices(model: ir.Model) -> dict[str, tuple[MatMulWeight, bool]]:
 def _without_rounded(
     fp32: Bundle, bundle: Bundle, blocks: Mapping[str, Blocks], others: Set[str], form: Form
 ) -> Iterator[Bundle]:
-    """Yields a bundle of the kept blocks alone, with all other matrices in float32."""
+    """Yields a bundle of only the kept blocks, with all other matrices in float32."""
     if not others:
         yield bundle
         return

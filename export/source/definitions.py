@@ -151,7 +151,7 @@ def _run(statement: Statement, request: FileExpression, needed: _Needed, module:
     if not _is_simple(node):
         kind = type(node).__name__.lower()
         raise InputError(
-            f"{why}, which the {kind} block at {where} makes, and without training no such block is run: {advice}"
+            f"{why}, which the {kind} block at {where} makes, and only training runs such a block: {advice}"
         )
     try:
         run([_WithoutCalls().visit(node) if isinstance(node, _BLOCKS) else node], statement.place, module, future)

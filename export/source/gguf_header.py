@@ -58,7 +58,7 @@ class _Walk:
         """Reads a number of items of at least `least` bytes each."""
         found: int = self.number("Q")
         if found * least > self.left:
-            raise ValueError(f"it speaks of {found:,} {what}, and {self.left:,} bytes are left")
+            raise ValueError(f"it announces {found:,} {what}, and {self.left:,} bytes are left")
         return found
 
     def text(self) -> str:
@@ -112,7 +112,7 @@ def _header(walk: _Walk) -> list[GgufTensor]:
     for _ in range(pairs):
         key = walk.text()
         if key in values:
-            raise ValueError(f"the key {key!r:.60} is there twice")
+            raise ValueError(f"the key {key!r:.60} occurs twice")
         values[key] = walk.value(walk.number("I"))
     entries = [_tensor(walk) for _ in range(tensors)]
     alignment = values.get("general.alignment", 32)

@@ -164,8 +164,8 @@ def find(name: str, progress: Progress, *, network: bool, revision: str = "") ->
         library = _library()
     except MissingExtraError as error:
         raise MissingExtraError(
-            f"no path {name} exists, and to fetch a model of this id more is needed (for a bundle huggingface-hub "
-            f"alone): {error}"
+            f"no path {name} exists, and fetching a model by its id needs more packages (a bundle only "
+            f"huggingface-hub): {error}"
         ) from None
     if not network or library.constants.HF_HUB_OFFLINE:
         return _in_cache(name, revision)
@@ -269,8 +269,8 @@ def _sentence(name: str, error: Exception) -> PastkeyError:
     host, endpoint = _host(), _library().constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return InputError(
-            f"{name} is gated, and {host} does not give it to you: accept its conditions at {endpoint}/{name}, make a "
-            f"token at {endpoint}/settings/tokens, and set it as HF_TOKEN or type  hf auth login"
+            f"{name} is gated, and your account at {host} has no access: accept its conditions at {endpoint}/{name}, "
+            f"make a token at {endpoint}/settings/tokens, and set it as HF_TOKEN or type  hf auth login"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         folder = name.partition("/")[0]

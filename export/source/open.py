@@ -153,8 +153,7 @@ def _from_module(module: nn.Module, opening: Opening, told: tuple[str, ...] = ()
         name = type(module).__name__
         if opening.context_length is None:
             raise InputError(
-                f"{name} has no context length of its own: give it with context_length=N (on the command line, "
-                "--context N)"
+                f"{name} has no context length: give it with context_length=N (on the command line, --context N)"
             )
         context = checked_context(opening.context_length)
         opened = Source(module, name, context, **read_tokenizer(opening.tokenizer))
@@ -214,8 +213,8 @@ def _adapter_of(folder: Path, base: str) -> str:
     """The kind of a folder without a whole model, and the command that needs only its base."""
     run = shlex.join(["pastkey", "run", "base", "--adapter", str(folder)])
     return (
-        f"{folder} is a peft adapter of {base}, into which an export merges it (a base that you have elsewhere can be "
-        f"exported alone:  pastkey export FOLDER --adapters --out base  and  {run})"
+        f"{folder} is a peft adapter of {base}, into which an export merges it (to export only the base, from another "
+        f"folder:  pastkey export FOLDER --adapters --out base  and  {run})"
     )
 
 

@@ -59,7 +59,7 @@ class Opening:
     Attributes:
         tokenizer: Replaces the source's own.
         chat_template: A file whose template replaces the tokenizer's own.
-        context_length: In tokens. Required for a module, which has none of its own; may shorten that of others.
+        context_length: In tokens. Required for a module, which has none; may shorten that of others.
         weights: A file with a module's state dict.
         eos: Ids or names that replace the source's own ids.
         trust_remote_code: Runs the Python code in a Hugging Face folder; `say` is called first.
@@ -153,7 +153,7 @@ def token_id(source: Source, name: str) -> int:
         raise InputError(f"--eos {name!r} is the name of a token, and there is no tokenizer: give its id, as --eos 0")
     found = Tokenizer.from_buffer(source.tokenizer).token_to_id(name)
     if found is None:
-        raise InputError(f"--eos {name!r} is no token of the tokenizer: give its name there, or its id, as --eos 0")
+        raise InputError(f"--eos {name!r} is not a token of the tokenizer: give its name there, or its id, as --eos 0")
     return found
 
 
@@ -161,7 +161,7 @@ def check_tokenizer(source: Source, vocab_size: int, eos: Sequence[int] = ()) ->
     """Raises InputError if an id of the tokenizer, or of the user's `eos`, is not one that the model embeds."""
     if eos and max(eos) >= vocab_size:
         raise InputError(
-            f"--eos {max(eos)} is no token of {source.name}, which has {vocab_size} embeddings (ids 0 to "
+            f"--eos {max(eos)} is not a token of {source.name}, which has {vocab_size} embeddings (ids 0 to "
             f"{vocab_size - 1}): give the id that ends its texts"
         )
     if source.tokenizer is None:

@@ -117,7 +117,7 @@ def kept_in_files(weights: StoredWeights | None, joined: Mapping[str, Joined] | 
     ours = threading.get_ident()
 
     def opened(file: Any, *args: Any, **options: Any) -> Any:
-        if threading.get_ident() != ours:  # another thread loads a model of its own
+        if threading.get_ident() != ours:  # another thread loads another model
             return original(file, *args, **options)
         if "backend" in options:  # the mapping would count as the program's own memory
             options["backend"] = "pread"

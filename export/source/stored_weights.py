@@ -43,7 +43,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("transformers_weights")
     if named is not None and not _is_plain(named, _SAFETENSORS, _INDEX):
         raise InputError(
-            f"{folder / names.CONFIG} names the weights {named!r:.80}: expected a {_SAFETENSORS} file beside it"
+            f"{folder / names.CONFIG} names the weights {named!r:.80}: expected a {_SAFETENSORS} file next to it"
         )
     if any(found for pattern in _WEIGHTS for found in folder.glob(pattern)):
         _check_safetensors(folder)
@@ -65,7 +65,7 @@ def check_weights(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} has its weights only as {pickled[0]}, a pickle, which can run any code when it is read: if you "
             f"trust it, convert it with  {shlex.join(['python', '-c', program])}  and export that folder"
         )
-    raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors beside it")
+    raise MissingFileError(f"{folder} has a config.json and no weights: expected model.safetensors next to it")
 
 
 def _check_safetensors(folder: Path) -> None:
@@ -78,7 +78,7 @@ def _check_safetensors(folder: Path) -> None:
         other = next((name for name in sorted(shards) if not _is_plain(name, _SAFETENSORS)), None)
         if other is not None:
             raise InputError(
-                f"{index} names the weights {other!r:.80}: expected {_SAFETENSORS} files beside it, since only these "
+                f"{index} names the weights {other!r:.80}: expected {_SAFETENSORS} files next to it, since only these "
                 "hold no code"
             )
         missing = sorted(name for name in shards if not (folder / name).is_file())
@@ -103,14 +103,14 @@ def check_sizes(folder: Path, config: Mapping[str, Any]) -> int:
         if sizes["layers"] > max(64, tensors) or sizes["positions"] > MOST_POSITIONS or beyond:
             told = ", ".join(f"{keys[0]} {shown(sizes[name])}" for name, keys in SIZES.items())
             raise InputError(
-                f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights beside"
-                f" it hold ({told}): one of the two is another model's"
+                f"{folder / names.CONFIG} asks for more than the {tensors:,} tensors with {elements:,} weights next "
+                f"to it hold ({told}): one of the two is another model's"
             )
     return elements
 
 
 def weights_of(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """Returns the safetensors files that transformers reads. Beside them, some folders hold all weights once more."""
+    """Returns the safetensors files that transformers reads. Some folders also hold all weights once more."""
     named = folder / (config.get("transformers_weights") or names.WEIGHTS)
     index = named if named.name.endswith(_INDEX) else folder / f"model{_INDEX}"
     if named != index and named.is_file():

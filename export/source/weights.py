@@ -53,7 +53,7 @@ def load_weights(module: nn.Module, file: Path, say: Callable[[str], None]) -> t
         raise InputError(f"the weights of {file} do not fit the module: {first_line(error)}") from error
     told = f"{_count(len(fit.state), 'weight')} of {file} were loaded{fit.told}"
     if fit.extra:
-        told += f"; {len(fit.extra)} the module has no place for, and they were left out ({next(iter(fit.extra))})"
+        told += f"; {len(fit.extra)} that the module has no place for were left out ({next(iter(fit.extra))})"
     if fit.buffers:
         told += f"; {_count(len(fit.buffers), 'buffer')} stayed as the module makes them ({fit.buffers[0]})"
     return (told,)
@@ -90,7 +90,7 @@ def _read(file: Path, say: Callable[[str], None]) -> Any:
     except _UNREADABLE as error:
         raise InputError(
             f"torch.load(weights_only=True) cannot read {file} ({_reason(error)}): where it was trained, save "
-            "model.state_dict() alone, by safetensors.torch.save_file or torch.save"
+            "only model.state_dict(), by safetensors.torch.save_file or torch.save"
         ) from None
 
 
@@ -99,7 +99,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError):
         return first_line(error)
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line.startswith(("Trying", "Unsupported"))), "it is damaged, or not torch's")
+    return next(
+        (line for line in lines if line.startswith(("Trying", "Unsupported"))), "it is damaged, or not a file of torch"
+    )
 
 
 def _stand_ins(file: Path) -> list[Any]:
@@ -162,7 +164,7 @@ def _best_fit(module: nn.Module, file: Path, content: Any) -> _Fit:
             f"{next((name for name, _ in module.named_parameters()), 'none')}, so that they belong to another module"
         )
     others = [".".join(path) for fit, path in fits if len(fit.state) == len(best.state) and path != where]
-    told = f" ({others[0]!r} would fit as well)" if others else ""
+    told = f" ({others[0]!r} would also fit)" if others else ""
     return _Fit(best.state, best.missing, best.buffers, best.extra, best.prefix, best.told + told)
 
 

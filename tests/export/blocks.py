@@ -1,4 +1,4 @@
-"""What the blocks of a quantized graph are worth, read off the graph itself."""
+"""The numbers of the blocks of a quantized graph, read from the graph itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scales_of(model: ir.Model) -> dict[str, Array]:
         elif node.op_type == "Gather" and node.inputs[0].const_value is not None:
             gathered = str(node.inputs[0].name).removesuffix(".table")
         elif node.op_type == "Gather" and node.inputs[0].producer().op_type in ("Mul", "Split"):
-            found[gathered] = computed(node.inputs[0])  # stands behind the gathered blocks
+            found[gathered] = computed(node.inputs[0])  # is after the gathered blocks
     return found
 
 

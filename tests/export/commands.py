@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a file with modules, how a command is run, and what a mistake looks like."""
+"""Shared by the tests of the commands: a file with modules, how a command is run, and the form of a mistake."""
 
 from __future__ import annotations
 

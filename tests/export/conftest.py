@@ -1,4 +1,4 @@
-"""Exported bundles that tests share: one export takes seconds, so each is made once."""
+"""Exported bundles that tests share: one export needs seconds, so each is made once."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def checkpoint(tmp_path_factory, word_tokenizer):
 def exported(made_once, tmp_path_factory):
     """exported(NAME, precision, graph): a case of the table, exported once for all processes that run the tests.
 
-    Each has a copy: some write a graph beside the bundle's for a moment.
+    Each has a copy: some write a graph next to the bundle's for a moment.
     """
 
     @functools.cache

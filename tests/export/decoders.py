@@ -1,6 +1,6 @@
-"""Decoders as people write them, small: what export is tested on.
+"""Decoders as people write them, small: the inputs of export's tests.
 
-Every module keeps the contract forward(input_ids, position_ids) -> logits; those that break it stand in the tests
+Every module keeps the contract forward(input_ids, position_ids) -> logits; those that break it are in the tests
 that show how. All weights come from seed 0.
 """
 
@@ -116,7 +116,7 @@ class TableRope(Plain):
 
 
 class Windowed(TableRope):
-    """In every second block a token sees itself and the three before it alone."""
+    """In every second block a token sees only itself and the three before it."""
 
     def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
         self.local = block in list(self.blocks)[1::2]
@@ -130,7 +130,7 @@ class Windowed(TableRope):
 
 
 class RepeatedKv(TableRope):
-    """Keys and values repeated by hand for the query heads, as llama2.c does."""
+    """Keys and values repeated in the module's code for the query heads, as llama2.c does."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         groups = self.heads // self.kv_heads
@@ -170,7 +170,7 @@ class Hybrid(Plain):
 
 
 class OneHead(Plain):
-    """A single head without an axis of its own: q, k and v are (B, T, D)."""
+    """A single head without an axis: q, k and v are (B, T, D)."""
 
     def apply_block(self, block: nn.ModuleDict, hidden: Tensor, position_ids: Tensor) -> Tensor:
         query, key, value = (block[name](hidden) for name in "qkv")
@@ -281,7 +281,7 @@ class HintedEncoder(Encoder):
     hint = True
 
 
-# --- of which an export takes its time, so that only some are exported in a quick run -------------------------------
+# --- slow to export, so that only some are exported in a quick run --------------------------------------------------
 class GptJ(Plain):
     """Attention and MLP side by side, rotary over half of each head, interleaved."""
 
@@ -340,7 +340,7 @@ def llama(**changes: object) -> Decoder:
 
 
 def gpt2(**changes: object) -> Decoder:
-    """Learned positions, LayerNorm, GELU, biases, a head of its own."""
+    """Learned positions, LayerNorm, GELU, biases, a separate head."""
     changes = {
         "position_encoding": "learned", "norm": "layernorm", "mlp": "gelu", "qkv_bias": True, "bias": True,
         "num_key_value_heads": 4, "tie_word_embeddings": False,

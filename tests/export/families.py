@@ -1,6 +1,6 @@
-"""Tiny decoders of Hugging Face families, randomly initialised: what the graft takes, and what it refuses and why.
+"""Tiny decoders of Hugging Face families, randomly initialised: supported ones, and refused ones with their cause.
 
-Sizes are stated under the names that most configurations share; a family states what it has beside or instead. The
+Sizes are stated under the names that most configurations share; a family states its additional or other ones. The
 windows are smaller than the text that `verify` compares, so that it sees tokens leave them. Needs transformers.
 """
 
@@ -46,7 +46,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor"
 _HALF_TURNED = {"partial_rotary_factor": 0.5}
 _WINDOWED = {"sliding_window": WINDOW}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# What the configurations of several families have beside the common sizes.
+# The fields of several families' configurations in addition to the common sizes.
 _ALIKE: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({}, (
         "arcee", "biogpt", "bitnet", "cohere", "diffllama", "ernie4_5", "exaone", "gemma", "gpt-sw3", "gpt2",
@@ -66,7 +66,7 @@ _ALIKE: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     (_ROUTED, ("glm4_moe", "solar_open")),
     (_ROUTED | _LATENT, ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")),
 )  # fmt: skip
-# family -> what its configuration has beside the common sizes
+# family -> the further fields of its configuration
 FAMILIES: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE for family in families} | {
     "apertus": {"rope_parameters": _ROPE},
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
@@ -106,7 +106,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: own for own, families in _ALIKE f
     "xglm": {"tie_word_embeddings": False, "ffn_dim": 112, "num_layers": 2, "attention_heads": 4, "d_model": 64},
 }  # fmt: skip
 
-# Whose memory is also a state of one size. Behind a "+" stands a variant of a family.
+# Whose memory is also a state of one size. After a "+" is a variant of a family.
 HYBRIDS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1], "attn_rotary_emb": 8},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
@@ -136,7 +136,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FAMILIES |= HYBRIDS
 
-# One family or two of each kind; the others are combinations of what these have, and `make matrix` runs them.
+# One family or two of each kind; the others are combinations of their parts, and `make matrix` runs them.
 QUICK = ("gemma2",)  # in every run: rotary positions with windows and a soft cap
 IN_CI = (
     "gpt2",  # learned positions
@@ -158,13 +158,13 @@ IN_CI = (
     "gemma3n_text",  # several streams, a sparse activation
 )  # fmt: skip
 
-# family -> what its configuration has beside the common sizes, and words of the reason that it is refused with
+# family -> the further fields of its configuration, and words of the reason that it is refused with
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "doge": ({}, "puts numbers of earlier tokens beside the scores of attention"),
+    "doge": ({}, "joins numbers of earlier tokens with the scores of attention"),
     "llama4_text": (_EXPERTS | {"interleave_moe_layer_step": 1, "attention_chunk_size": 16}, "repeats positions"),
 }
 _INDEXED = _ROUTED | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
-# What the configurations of other types need to be small.
+# The fields that make the configurations of other types small.
 _HALF: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
 }  # fmt: skip
@@ -222,7 +222,7 @@ _UNTRACED = "its experts are picked by values, in a way that no trace can follow
 _OTHERWISE = "it is refused for another reason"
 _NO_KERNEL = "it does not call its recurrence as a kernel"
 _UNTRIED = "it was not tried there"
-# Families that transformers 4.57 has, too, and what keeps them from being exported (or refused as above) there.
+# Families that transformers 4.57 also has, and the reason that they are not exported (or refused as above) there.
 FROM_TRANSFORMERS_5: dict[str, str] = {
     family: reason
     for reason, families in (

@@ -1,4 +1,4 @@
-"""Plain onnxruntime in a loop of its own: what another program does with the exported file. Nothing of the runtime."""
+"""Plain onnxruntime in a separate loop, as another program uses the exported file. Nothing of the runtime."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def open_graph(path: Path) -> Any:
 
 
 def lengths(session: Any, mask: Array, last: int = 1) -> dict[str, Array]:
-    """What a graph takes beside ids, positions and cache, for a mask (B, S).
+    """The inputs of a graph in addition to ids, positions and cache, for a mask (B, S).
 
-    Other programs' graph reads the mask; pastkey's own takes lengths, and gives the logits of as many last positions as
+    Other programs' graph reads the mask; pastkey's own reads lengths, and gives the logits of as many last positions as
     it is told, here one.
     """
     known = {
@@ -73,6 +73,6 @@ class Text:
 
 
 def run_chunks(path: Path, chunks: Sequence[Sequence[int]]) -> Array:
-    """Logits (T, V) of one text that is given to the graph in chunks; each takes the cache that the last one left."""
+    """Logits (T, V) of one text that is given to the graph in chunks; each uses the cache that the last one left."""
     text = Text(open_graph(path))
     return np.concatenate([text.read(chunk) for chunk in chunks])

@@ -1,4 +1,4 @@
-"""Writing and proving a bundle: what the manifest says of the graph, and a bundle that computes something else."""
+"""Writing and proving a bundle: the manifest's fields of the graph, and a bundle that computes something else."""
 
 from __future__ import annotations
 

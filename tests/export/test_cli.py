@@ -69,13 +69,13 @@ def test_without_json_nothing_is_on_standard_output(factory, tmp_path, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("{file}:Small",), ("Small has no context length of its own", "--context N")),
+        (("{file}:Small",), ("Small has no context length", "--context N")),
         (("{file}:Small", "--context", "0"), ("--context", "0 is not a whole number from 1")),
         (("{file}:Small", "--context", "13"), ("fails on 13 tokens, the context that was asked for", "mine.py:")),
         (("{file}:Small", "--context", "12", "--tokenizer", "{folder}/no.json"), ("no such tokenizer", "no.json")),
         (("{folder}/none",), ("no such source", "none does not exist")),
         (("{file}:NotCausal", "--context", "12"), ("cannot be given a cache: mine.py:", "a later one")),
-        (("{file}:Small", "--context", "12", "--eos", "36,37"), ("--eos 37 is no token of Small",)),
+        (("{file}:Small", "--context", "12", "--eos", "36,37"), ("--eos 37 is not a token of Small",)),
         (("{file}:Small", "--context", "12", "--eos=-1"), ("eos is [-1]; it must be a token id",)),
         (("{file}:Small", "--context", "12", "--eos", "end"), ("--eos 'end' is the name of a token",)),
     ],
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_not_replaced_by_its_own_bundle(checkpoint, tmp_path, co
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     fails(command("export", copy, "--out", f"{copy}/", "--force"), "is the source of this export, and would be")
     for table in (copy, copy / "nowhere" / "table.json", copy / "table.json"):
-        words = f"--sensitivity {table}: expected a file beside {copy}, in a folder that exists"
+        words = f"--sensitivity {table}: expected a file outside {copy}, in an existing folder"
         fails(command("export", copy, "--out", copy, "--force", "--sensitivity", table), words)
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 

@@ -157,7 +157,7 @@ class Repeating(TableRope):
 
 
 class FirstRow(Plain):
-    """Its rows take the positions of the first."""
+    """Its rows have the positions of the first."""
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         return super().embed(input_ids, position_ids[:1])

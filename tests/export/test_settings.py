@@ -46,7 +46,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
         ({"graph": "static"}, "--precision int8 and a static graph exclude"),
         ({"target": "coreml", "precision": "int8"}, "static graphs are made in float32, for qnn also in int8"),
         ({"target": "qnn", "graph": "standard"}, "--target qnn and --graph standard exclude"),
-        ({"target": "qnn", "max_kl": 0.1}, "they are of pastkey's own int8"),
+        ({"target": "qnn", "max_kl": 0.1}, "they are for pastkey's own int8"),
         ({"chunk": 64}, "--chunk and --graph auto exclude"),
         ({"target": "qnn", "precision": "fp32", "chunk": 0}, "chunk is 0; it must be"),
         ({"target": "portable", "precision": "fp32", "graph": "fused"}, "--graph fused and --target portable exclude"),
@@ -56,7 +56,7 @@ def test_python_and_the_command_line_have_the_same_settings_and_defaults():
         ({"precision": "fp32", "max_kl": 0.1}, "and --precision fp32 exclude"),
         ({"precision": "fp32", "calibration": "text"}, "it rounds no matrix to integers"),
         ({"precision": "fp32", "sensitivity": "table.json"}, "--calibration, --max-kl or --sensitivity and"),
-        ({"graph": "static", "precision": "fp32", "format": "ort"}, "it is of graphs whose sizes change"),
+        ({"graph": "static", "precision": "fp32", "format": "ort"}, "it is for graphs whose sizes change"),
         ({"provider_options": {"a": "b"}}, "--provider-option or --allow-fallback and --target cpu exclude"),
         ({"quick": True, "max_kl": 0.1}, "it measures no single matrix"),
         ({"shard_size": "2 apples"}, "shard_size is '2 apples'; it must be"),
@@ -150,7 +150,7 @@ def test_a_source_that_changes_under_an_export_is_refused(tmp_path):
         file.write(b"x")
     with pytest.raises(IntegrityError, match=r"model changed while it was exported \(model\.safetensors\): export it"):
         require_unchanged(source, config, before)
-    # A checkpoint was read as a whole, and training goes on.
+    # A checkpoint was read as a whole, and training continues.
     (source / names.MANIFEST).write_text(json.dumps({}))
     require_unchanged(source, config, before)
 

@@ -1,4 +1,4 @@
-"""An export goes on from the steps that an earlier one of the same source finished, whole or killed.
+"""An export continues from the steps that an earlier one of the same source finished, whole or killed.
 
 Tiny models, of which every matrix counts as large here.
 """

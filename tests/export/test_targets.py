@@ -1,4 +1,4 @@
-"""What an export makes for each target and format, in float16 and beyond 2 GiB, and where it is proved."""
+"""The results of an export for each target and format, in float16 and beyond 2 GiB, and where it is proved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny Llama of transformers with a tokenizer, and what transformers writes with it. Needs transformers."""
+"""A tiny Llama of transformers with a tokenizer, and the text that transformers writes with it. Needs transformers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bpe(*, bos: bool) -> Any:
 
 
 def greedy(model: Any, count: int) -> list[int]:
-    """What transformers itself writes, with its own cache."""
+    """The text that transformers itself writes, with its own cache."""
     settings = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
     ids = torch.tensor([PROMPT])
     found = model.float().generate(ids, attention_mask=torch.ones_like(ids), **settings)

@@ -179,7 +179,7 @@ def find_call(module: nn.Module, context_length: int, asked: str | None) -> Prob
     expression, cause = failed[0]
     if (mended := _mended(module, expressions, context_length)) is not None:
         raise InputError(
-            f"{name_of(module)} gives logits, and not as (B, T, V) or (B, V), a row for each text: say how they lie "
+            f"{name_of(module)} returns logits, but not as (B, T, V) or (B, V), one row per text: give their call "
             f"with  --call {shlex.quote(mended)}"
         )
     where = failing_line(cause)
@@ -250,7 +250,7 @@ def refuse_ambiguous(module: nn.Module, *calls: Call) -> NoReturn:
     expressions = [call.expression for call in calls]
     cause = ContractError(f"{' and '.join(expressions)} give different logits")  # verify shows this
     raise InputError(
-        f"{name_of(module)} runs as {' and as '.join(expressions)}, and gives other logits: say which with  "
+        f"{name_of(module)} runs as {' and as '.join(expressions)}, which return different logits: choose one with  "
         + "  or  ".join(f"--call {shlex.quote(expression)}" for expression in reversed(expressions))
     ) from cause
 
@@ -259,8 +259,8 @@ def _refuse_probabilities(module: nn.Module, probed: Probed, last: Tensor) -> No
     expression = probed.call.expression
     mended = f"{expression}.log()" if bool(last.all()) else f"{expression}.clamp_min(1e-30).log()"
     raise InputError(
-        f"{name_of(module)} gives probabilities as {expression}, rows of which each sums to 1, where a sampler expects "
-        f"logits: take their logarithm with  --call {shlex.quote(mended)}"
+        f"{name_of(module)} returns probabilities as {expression} (each row sums to 1), and a sampler expects "
+        f"logits: compute their logarithm with  --call {shlex.quote(mended)}"
     )
 
 

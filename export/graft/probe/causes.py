@@ -27,21 +27,21 @@ class Kind(enum.IntEnum):
 
 # The advice of a message, once per kind: the code to write instead.
 _ADVICE = {
-    Kind.TRAINING: "eval() calls train(False), so end a train(mode) of your own with  return super().train(mode)",
+    Kind.TRAINING: "eval() calls train(False), so end your train(mode) with  return super().train(mode)",
     Kind.CHANCE: "random numbers belong in training only (give F.dropout training=self.training, and "
     "scaled_dot_product_attention dropout_p=self.dropout if self.training else 0.0; noise goes under if self.training)",
-    Kind.STATE: "logits must depend on the text alone, so keep nothing on self from one call to the next",
+    Kind.STATE: "logits must depend only on the text, so keep nothing on self from one call to the next",
     Kind.WRITES: "the exported graph has its own cache, so compute attention from the keys and values of this "
     "call, as for a whole text from position 0, without the buffers",
-    Kind.ROWS: "texts of a batch are independent of one another in a decoder; trained so, the model cannot be decoded "
-    "with a cache",
-    Kind.LOOK_AHEAD: "a decoder generates token by token, and later ones are not there yet; trained so, the model "
-    "cannot be decoded with a cache, and one that does not look ahead is another model",
+    Kind.ROWS: "texts of a batch are independent of one another in a decoder; trained this way, the model cannot be "
+    "decoded with a cache",
+    Kind.LOOK_AHEAD: "a decoder generates token by token, and later ones do not exist yet; trained this way, the "
+    "model cannot be decoded with a cache: train it without looking ahead",
     Kind.FIXED: "read the length from the ids, ids.size(1), and use as many rows of a table",
     Kind.RECURRENCE: "a state is kept from token to token where each token computes it from the one before, all in the "
     "same way: by a loop over all tokens in their order, cumsum, nn.GRU, nn.LSTM or nn.RNN",
-    Kind.LENGTH: "each token that is added changes numbers of all before it, of which nothing can be kept then, and "
-    "the model cannot be decoded with a cache",
+    Kind.LENGTH: "each added token changes numbers of all earlier tokens, so that none can be kept, and the model "
+    "cannot be decoded with a cache",
     Kind.DATA: "no graph can follow Python that looks at values (where a loop leaves out experts without tokens, "
     "compute every expert for every token and multiply by the router's weights, 0 for those that are not chosen)",
 }

@@ -66,7 +66,7 @@ def in_contract(
     """Raises ContractError for a module that cannot have a cache, InputError for a call that does not fit.
 
     `latents`: whether a followed module may cache a latent row instead of keys and values. `brief`: compare it with
-    the author's call on a short text alone, since its export did so on long ones.
+    the author's call on a short text only, since its export did so on long ones.
     """
     if isinstance(module, Opaque):
         if asked is not None:
@@ -200,8 +200,8 @@ def _followed(model: nn.Module, context_length: int, asked: str | None, latents:
             raise NoCacheError(name_of(model), causes) from error
         if proof.differs:
             raise ContractError(
-                f"{name_of(model)} was followed, and is {_told(proof)}: it computes otherwise for another length or "
-                "another text, or keeps values of an earlier call"
+                f"{name_of(model)} was followed, and is {_told(proof)}: it computes differently for another "
+                "length or text, or keeps values of an earlier call"
             )
         return Contracted(decoder, observation, probed.call.expression, proof.longest)
 
@@ -252,8 +252,8 @@ def _prepared(module: nn.Module, say: Say) -> nn.Module:
         model = copy.deepcopy(module, memo)
     except Exception as error:
         raise ContractError(
-            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}): leave out what "
-            "cannot, such as a lock, an open file or a generator"
+            f"{type(module).__name__} cannot be copied ({type(error).__name__}: {first_line(error)}): leave out "
+            "the part that cannot, such as a lock, an open file or a generator"
         ) from error
     if any(parameter.dtype in HALF for parameter in module.parameters()):
         _widen(value for value in memo.values() if not isinstance(value, Tensor))

@@ -48,7 +48,7 @@ def find_shift(module: nn.Module, observation: Observation, context_length: int)
         pairs = zip([first.logits, *first.values], [run.logits, *run.values], strict=True)
         if any(_differs(_array(before), _array(after), by) for before, after in pairs):
             return CacheShift(
-                "its positions enter otherwise than as a rotation of keys or by distance, as learned ones do"
+                "its positions are neither a rotation of keys nor distances (learned positions, for example)"
             )
     return _rotations(runs, len(first.keys))
 
@@ -72,7 +72,7 @@ def _rotations(runs: dict[int, Uncached], layers: int) -> CacheShift:
             continue
         rotation = _rotation(keys)
         if rotation is None:
-            return CacheShift("its keys change with their position otherwise than by one angle per token")
+            return CacheShift("its keys change with their position, and not by one angle per token")
         same = next((place for place, other in enumerate(found) if _alike(other, rotation)), None)
         if same is None:
             found.append(dataclasses.replace(rotation, layers=(layer,)))

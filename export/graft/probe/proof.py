@@ -1,6 +1,6 @@
 """Compares a module that decodes with a cache with its author's call, which has none, in torch and before any trace.
 
-A cached run goes through a text in growing pieces, as prefill and decode do, and ends each with one token alone. After
+A cached run goes through a text in growing pieces, as prefill and decode do, and ends each with a single token. After
 each piece the author's call computes the text so far. A module of the contract and a followed one are proved alike.
 """
 
@@ -192,7 +192,7 @@ class _Runs:
         return differs, off
 
     def _ends(self, start: int, length: int) -> Iterator[int]:
-        """The ends of the pieces from `start` to `length`: the last token alone, the others as memory allows."""
+        """The ends of the pieces from `start` to `length`: a single last token, the others as memory allows."""
         largest = max(1, min(_LOGITS // self.observation.vocab_size, _SCORES // (self._heads * length)))
         yield from range(start + largest, length - 1, largest)
         yield from sorted({max(length - 1, start + 1), length})

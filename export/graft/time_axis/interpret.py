@@ -192,7 +192,7 @@ class Whole(Interpreter):
                     "scores, say): multiply each query by the row of its distance to each key instead",
                 )
             if changing is not None:
-                raise Refused(changing, "computes a table that is another one for a longer text", Kind.LENGTH)
+                raise Refused(changing, "computes a different table for a longer text", Kind.LENGTH)
             value = self.apply(op, self.value_of)
             if any(isinstance(v, Value) and v.local for v in (value if isinstance(value, list) else [value])):
                 self.local.add(op)
@@ -206,7 +206,7 @@ class Whole(Interpreter):
                 raise
             refused: ObstacleError = Refused(
                 found.op,
-                f"computes {found.op.name.strip('_')} over the queries, those of later tokens too",
+                f"computes {found.op.name.strip('_')} over the queries, including those of later tokens",
                 Kind.LOOK_AHEAD,
             )
         except Refused as rule:

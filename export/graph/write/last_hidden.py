@@ -1,6 +1,6 @@
 """Adds the last hidden states, the input of the output head, as an output of the last-logits graph.
 
-A separate graph would need a session of its own, and so a second copy of the weights.
+A separate graph would need a separate session, and so a second copy of the weights.
 """
 
 from __future__ import annotations

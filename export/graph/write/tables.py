@@ -13,7 +13,7 @@ from ..edit import NodeBuilder, add_tensor, input_of, producer, replace_node, sh
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a table that `rounding.rewrite` computes of scales or offsets: codes times factors, or factors alone."""
+    """Rows of a table that `rounding.rewrite` computes of scales or offsets: codes times factors, or only factors."""
 
     codes: ir.Value | None
     factors: ir.Value
@@ -21,7 +21,7 @@ class TableRows:
     rows: int
 
     def take(self, model: ir.Model) -> tuple[ir.Value | None, ir.Value]:
-        """The initializers of these rows alone, over the same bytes."""
+        """The initializers of only these rows, over the same bytes."""
         codes = None if self.codes is None else _rows_of(model, self.codes, self.first, self.rows)
         return codes, _rows_of(model, self.factors, self.first, self.rows)
 
@@ -67,7 +67,7 @@ def table_rows(value: ir.Value | None) -> TableRows | None:
 
 
 def _rows_of(model: ir.Model, value: ir.Value, first: int, rows: int) -> ir.Value:
-    """Rows of an initializer as one of its own, over the same bytes of the weights file."""
+    """Rows of an initializer as a separate one, over the same bytes of the weights file."""
     tensor = value.const_value
     assert tensor is not None
     shape = tensor.shape.numpy()

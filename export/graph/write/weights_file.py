@@ -132,7 +132,7 @@ def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
 
 
 def save_with_weights(model: ir.Model, path: Path) -> None:
-    """Saves a graph with a weights file of its own, without changing the model. Raises OSError."""
+    """Saves a graph with a separate weights file, without changing the model. Raises OSError."""
     before = {value: value.const_value for value in model.graph.initializers.values()}
     try:
         WeightsFile.of(path).take_weights(model)

@@ -71,7 +71,7 @@ class Segment:
             yield {name: found[name].reshape(-1, found[name].shape[-1]) for name in self.wanted}
 
     def _session(self) -> Any:
-        """Opens the segment as a graph of its own, next to its weights."""
+        """Opens the segment as a separate graph, next to its weights."""
         graph = self._model.graph
         by_name = {str(value.name): value for value in graph.inputs}
         by_name |= {str(value.name): value for node in graph for value in node.outputs}

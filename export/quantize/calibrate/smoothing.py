@@ -97,7 +97,7 @@ def migrate_scales(model: ir.Model, group: Group, rows: np.ndarray) -> tuple[flo
 
 
 class _Candidate(NamedTuple):
-    """One exponent of scale migration, and what the activation becomes with it."""
+    """One exponent of scale migration, and the activation with it."""
 
     strength: float
     scales: np.ndarray  # (K,) float32
@@ -173,7 +173,7 @@ def _scales(group: Group, rows: np.ndarray, matrices: list[np.ndarray], strength
 
 
 def _largest_of_shared(channels: np.ndarray, group: Group) -> np.ndarray:
-    """Takes the maximum over the query heads that share a value head, for each of them. (H * D,) in and out."""
+    """Returns the maximum over the query heads that share a value head, for each of them. (H * D,) in and out."""
     heads = channels.reshape(group.heads // group.shared_by, group.shared_by, -1)  # (K, G, D)
     return np.broadcast_to(heads.max(1, keepdims=True), heads.shape).reshape(-1)
 

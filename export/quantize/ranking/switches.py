@@ -72,7 +72,7 @@ def _copy(name: str) -> str:
 
 
 class _Switched:
-    """The graph, and what its nodes share: the switches, and quantized copies of initializers."""
+    """The graph, and the parts that its nodes share: the switches, and quantized copies of initializers."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model

@@ -78,7 +78,7 @@ def in_blocks(rows: np.ndarray, block_size: int) -> np.ndarray:
 
 
 def _scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    largest = torch.from_numpy(blocks).abs().amax(2).numpy()  # numpy takes 7 times as long
+    largest = torch.from_numpy(blocks).abs().amax(2).numpy()  # numpy is 7 times as slow
     if not np.isfinite(largest).all():
         raise ValueError("NaN or infinity")
     return encode_scales(largest / np.float32(127))

@@ -238,7 +238,7 @@ def _computed(builder: NodeBuilder, parts: Sequence[Numbers]) -> tuple[ir.Value,
         value = builder.constant("row_scales", whole.factors)
         if whole.factors.dtype != np.float32:
             value = builder.add("Cast", value, to=ir.DataType.FLOAT)
-    else:  # several groups have an axis of their own, which multiplication broadcasts over
+    else:  # several groups have a separate axis, which multiplication broadcasts over
         codes, factors = whole.codes, whole.factors
         if groups > 1:
             codes, factors = codes.reshape(rows, groups, -1), factors[:, :, None]
@@ -373,7 +373,7 @@ def _quantize_embedding(model: ir.Model, node: ir.Node, weights: _Weights) -> No
 
 
 def _two_of_each(builder: NodeBuilder, both: ir.Value, indices: ir.Value, matrix: Blocks) -> ir.Value:
-    """Takes two numbers of 4 bits from each byte: (..., blocks, block_size / 2) -> (..., blocks, block_size)."""
+    """Splits each byte into two numbers of 4 bits: (..., blocks, block_size / 2) -> (..., blocks, block_size)."""
     last, sixteen = builder.constant("pair", np.array([-1])), builder.constant("sixteen", np.array(16, np.float32))
     high = builder.add("Floor", builder.add("Div", both, sixteen))
     low = builder.add("Sub", both, builder.add("Mul", high, sixteen))

@@ -228,7 +228,7 @@ def _seen(masks: Sequence[tuple[np.ndarray, str]], tokens: int, total: int) -> n
             raise UnrecognisedError("scores have a bias (ALiBi or relative positions, say)")
         plain = (~plain if kind == "hidden" else plain).reshape(-1, tokens, total)
         if not (plain == plain[:1]).all():
-            raise UnrecognisedError("heads have masks of their own")
+            raise UnrecognisedError("heads have different masks")
         seen &= plain[0]
     return seen
 
@@ -263,7 +263,7 @@ def fuse_attention(
             node.op_type for node, _ in value.uses() if node.op_type != "GroupQueryAttention" and not _reads_batch(node)
         ]
         if str(value.name).startswith(names.PAST_PREFIX) and elsewhere:
-            raise UnrecognisedError(f"{elsewhere[0]} reads past beside attention")
+            raise UnrecognisedError(f"{elsewhere[0]} reads past outside attention")
 
 
 def _reads_batch(node: ir.Node) -> bool:

@@ -43,7 +43,7 @@ def open_onnx(path: Path, opening: Opening) -> Source:
     folder = next((f for f in (path.parent, path.parent.parent) if (f / names.CONFIG).is_file()), None)
     if folder is None:
         raise MissingFileError(
-            f"{path} has no {names.CONFIG} beside it, which names the context length: fetch the whole folder"
+            f"{path} has no {names.CONFIG} next to it, which names the context length: fetch the whole folder"
         )
     refuse_links(folder, _read_of(folder, path))
     given = read_given(path)

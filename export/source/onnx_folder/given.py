@@ -92,7 +92,7 @@ def read_given(path: Path) -> GivenGraph:
     _check_external_data(path)
     try:
         model = ir.load(path)
-    except Exception as error:  # protobuf and onnx_ir have errors of their own
+    except Exception as error:  # protobuf and onnx_ir have their own errors
         raise InputError(f"{path} is not an ONNX graph ({first_line(error)}): fetch or export it again") from error
     common.RemoveInitializersFromInputsPass()(model)
     inputs = {str(value.name): value for value in model.graph.inputs}
@@ -177,7 +177,7 @@ def _check_ends(
     if other is not None:
         raise InputError(
             f"{path} has inputs {shown(other)}, and a decoder's graph has {', '.join(_IDS)} and past keys and values: "
-            f"export the model alone, with  {EXPORT_COMMAND}"
+            f"export only the model, with  {EXPORT_COMMAND}"
         )
     for name in (*_IDS, *_KEPT):
         value = inputs.get(name)

@@ -38,7 +38,7 @@ def reader_of(settings: Mapping[str, Any], source: object) -> Reader:
     method, bits, sizes = settings.get("quant_method"), settings.get("bits", 4), [settings.get("group_size")]
     version = str(settings.get("checkpoint_format") or settings.get("version") or settings.get("format")).lower()
     if method == "gptq" and bits in (4, 8) and version in _GPTQ_VERSIONS and not settings.get("is_marlin_format"):
-        sizes = [] if settings.get("dynamic") else sizes  # which gives layers sizes of their own
+        sizes = [] if settings.get("dynamic") else sizes  # which gives layers different sizes
         return functools.partial(_checked, sizes, functools.partial(gptq, stored_less_one=version != "gptq_v2"))
     if method == "awq" and bits == 4 and version == "gemm":
         return functools.partial(_checked, sizes, awq)
@@ -158,7 +158,7 @@ def in_file(path: Path) -> Joined:
     float8 = [name for name, tensor in file.tensors.items() if tensor.dtype.startswith("F8_")]
     for name in (*file.bases("qweight", "weight_packed", "absmax"), *float8):
         raise InputError(
-            f"{path} has quantized weights, such as those of {name}, and nothing beside it says how: put the "
+            f"{path} has quantized weights, such as those of {name}, and no file next to it describes them: put the "
             "config.json or quantize_config.json that came with them into its folder"
         )
     return Joined({}, frozenset())

@@ -1,7 +1,7 @@
 """The integers of a GGUF file's matrices as they are stored, without rounding: codes, scales and offsets of blocks.
 
 A weight is d * scale * q, or d * scale * q - dmin * min. The gguf library knows where the bits of q are, and returns
-weights alone. So it is asked for the weights of blocks in which d and all scales are 1 and all offsets 0: these are q.
+weights only. So it is asked for the weights of blocks in which d and all scales are 1 and all offsets 0: these are q.
 """
 
 from __future__ import annotations

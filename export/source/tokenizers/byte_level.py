@@ -31,7 +31,7 @@ def from_gpt2(vocabulary: Mapping[str, int], file: Path) -> Conversion:
     merges_file = merges_beside(file)
     if merges_file is None:
         raise MissingFileError(
-            f"{file} is a vocabulary without its merges: put GPT-2's {' or '.join(MERGES)} beside it"
+            f"{file} is a vocabulary without its merges: put GPT-2's {' or '.join(MERGES)} next to it"
         )
     lines = [line for line in read_text(merges_file).splitlines() if line and not line.startswith("#version")]
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]

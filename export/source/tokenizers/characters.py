@@ -43,7 +43,7 @@ def from_list(content: Any, name: object) -> Conversion:
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     mark = next((text for text in ordinary if words and len(text) == 1 and not text.isalnum()), None)
     told = (
-        f"{name} has {mark!r} among its words, and texts are cut at spaces alone: a text with {mark!r} right behind a "
+        f"{name} has {mark!r} among its words, and texts are cut only at spaces: a text with {mark!r} right after a "
         "word needs a tokenizers.Tokenizer that cuts there"
     )
     return Conversion(tokenizer, warnings=() if mark is None else (told,))
@@ -53,8 +53,8 @@ def _require_words(ids: Mapping[str, int], name: object) -> None:
     spaced = next((text for text in ids if text.split() != [text]), None)
     if spaced is not None:
         raise InputError(
-            f"{name} is a list of words, which are read between spaces, and {spaced!r} has a space: give a "
-            "tokenizers.Tokenizer of your own making"
+            f"{name} is a list of words, which are read between spaces, and {spaced!r} has a space: give your "
+            "own tokenizers.Tokenizer"
         )
     piece = next((text for text in ids if text.startswith(("##", "▁")) or text.endswith("</w>")), None)
     if piece is not None:
@@ -82,7 +82,7 @@ def _ids(content: Any, name: object) -> dict[str, int]:
     if isinstance(content, Mapping) and (_STOI in content or _ITOS in content):
         found = [_one(content[key], name) for key in (_STOI, _ITOS) if key in content]
         if found[0] != found[-1]:
-            raise InputError(f"{_STOI} and {_ITOS} of {name} do not say the same: leave out the one that is wrong")
+            raise InputError(f"{_STOI} and {_ITOS} of {name} differ: leave out the wrong one")
         return found[0]
     return _one(content, name)
 
@@ -106,7 +106,7 @@ def _one(content: Any, name: object) -> dict[str, int]:
     for text, number in pairs:
         if of_id.setdefault(number, text) != text or ids[text] != number:
             raise InputError(
-                f"{name} gives {text!r} twice, or one id to {of_id[number]!r} and {text!r}: each has an id of its own"
+                f"{name} gives {text!r} twice, or one id to {of_id[number]!r} and {text!r}: each needs a separate id"
             )
     if not ids:
         raise InputError(f"{name} is empty: a list of characters or words was expected")

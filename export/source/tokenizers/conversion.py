@@ -61,19 +61,19 @@ class Conversion:
             if found != expected:
                 raise InputError(
                     f"the tokenizer.json made of {name} gives the ids {_short(found)} for {text!r}, and {name} itself "
-                    f"{_short(expected)}: pastkey cannot convert it, give a tokenizer.json of your own making"
+                    f"{_short(expected)}: pastkey cannot convert it, give a tokenizer.json that you made"
                 )
             if self.decode is None or not self.not_decoded.isdisjoint(expected):
                 continue
             if (back := self.tokenizer.decode(expected)) != (original := self.decode(expected)):
                 raise InputError(
                     f"the tokenizer.json made of {name} decodes the ids {_short(expected)} to {back!r}, and {name} "
-                    f"itself to {original!r}: pastkey cannot convert it, give a tokenizer.json of your own making"
+                    f"itself to {original!r}: pastkey cannot convert it, give a tokenizer.json that you made"
                 )
 
 
 def sample_texts() -> list[str]:
-    """Returns the same CHECKED texts each time: the empty one, each part alone, each space around a part, mixtures."""
+    """Returns the same CHECKED texts each time: the empty one, each part, each space around a part, mixtures."""
     choose = random.Random(0)
     texts = ["", *_PARTS, *(f"{space}{_PARTS[0]}{space}" for space in _SPACES)][: CHECKED // 2]
     while len(texts) < CHECKED:

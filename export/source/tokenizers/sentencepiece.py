@@ -116,7 +116,7 @@ def _refuse_unlike(model: SentencePieceModel, file: Path) -> None:
     elif model.of(_UNUSED):
         reason = f"pieces that are not used ({model.of(_UNUSED)[0]!r})"
     if reason is not None:
-        raise InputError(f"{file} has {reason}, which pastkey cannot convert: give a tokenizer.json of your own making")
+        raise InputError(f"{file} has {reason}, which pastkey cannot convert: give your own tokenizer.json")
 
 
 def tokenizer_of(model: SentencePieceModel) -> Tokenizer:

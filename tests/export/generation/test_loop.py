@@ -128,7 +128,7 @@ def test_weights_that_are_no_numbers_end_the_run_with_a_sentence(fused, tmp_path
 
 # --- in steps -----------------------------------------------------------------------------------------------------
 class Host:
-    """What a program in another language does: four lines for each call."""
+    """The steps of a program in another language: four lines for each call."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.session = open_graph(bundle.path / names.GENERATE_STEP_GRAPH)

@@ -72,7 +72,7 @@ def test_one_call_takes_a_text_and_gives_the_runtimes(kind, tmp_path):
             ids, completion = session.run([names.GENERATED_IDS, names.COMPLETION], given)
             ended = expected.finish_reason == "stop"
             assert ids.tolist()[: len(ids) - ended] == expected.ids
-            # How many U+FFFD stand for a run of SentencePiece's bytes that is no text is a matter of each decoder.
+            # The number of U+FFFD for a run of SentencePiece's bytes that is not text depends on the decoder.
             if kind is byte_level or "\N{REPLACEMENT CHARACTER}" not in expected.text + completion[0]:
                 assert completion[0] == expected.text
 

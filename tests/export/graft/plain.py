@@ -1,4 +1,4 @@
-"""The plain decoder of the contract, with what a test changes of it; and steps of a module of the contract."""
+"""The plain decoder of the contract, with the changes of a test; and steps of a module of the contract."""
 
 import itertools
 

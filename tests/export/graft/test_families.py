@@ -1,4 +1,4 @@
-"""Hugging Face decoders, family by family: what the graft gives equals transformers' own uncached eager run.
+"""Hugging Face decoders, family by family: the graft equals transformers' own uncached eager run.
 
 Steps with a cache are compared in torch; an export's `verify` compares prefill, decode token by token, chunks, a batch
 of rows of different lengths and a greedy continuation. Windows are smaller than the prompt. The exports' figures are
@@ -37,7 +37,7 @@ from ..families import (
 from .plain import steps
 
 BY_HAND = ("bloom", "falcon", "gpt_neo", "mpt", "openai-gpt", "xglm")  # followed along the time axis
-# Whose graph CI compares as well: ALiBi by hand, sinks and experts, a recurrence.
+# Whose graph CI also compares: ALiBi in its own code, sinks and experts, a recurrence.
 EXPORTED = ("bloom", "gpt_oss", "qwen3_5_text")
 # How a token's rows are cached where that is not as keys and values: the rotated key and the latent.
 LATENT = dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), KVGeometry(1, 8, 16))

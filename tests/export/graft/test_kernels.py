@@ -66,7 +66,7 @@ VARIES = ("query", "key", "value", "g", "beta", "hidden_states", "dt", "B", "C")
 
 
 def called(file: str, function: str, **given: object) -> Tensor:
-    """What the function of that file returns, as the file's own code would call it."""
+    """The return value of that file's function, as the file's own code would call it."""
     module = importlib.import_module(f"transformers.models.{file}.modeling_{file}")
     found = getattr(module, function)(**given)
     return found[0] if isinstance(found, tuple) else found

@@ -15,7 +15,7 @@ from ..plain_loop import run_chunks
 from .own.registry import DECODERS
 from .plain import steps
 
-# One of each kind that a graph must have an operator for: a mask, rows of earlier tokens beside keys and values, a
+# One of each kind that a graph must have an operator for: a mask, rows of earlier tokens next to keys and values, a
 # bias, a latent, experts, torch's own layers.
 IN_CI = ("filled_in_place", "short_conv", "relative_buckets", "latent_filled", "experts_hit", "transformer_encoder")
 QUICK = (
@@ -56,7 +56,7 @@ def test_steps_with_a_cache_give_the_authors_logits(name):
     *(pytest.param(name, "int8", marks=pytest.mark.matrix) for name in [*DECODERS][::3]),
 ])  # fmt: skip
 def test_the_exported_graph_computes_what_the_author_computes(name, precision, tmp_path):
-    """Plain onnxruntime over the file; nothing of the runtime takes part. `verify` has compared a greedy text."""
+    """Plain onnxruntime over the file; nothing of the runtime is used. `verify` has compared a greedy text."""
     own = DECODERS[name]
     manifest = export(own.make(), tmp_path / "bundle", precision=precision, context_length=own.context).manifest
     assert manifest.parity[precision]["ok"]

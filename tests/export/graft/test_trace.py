@@ -1,4 +1,4 @@
-"""The choice of a graph, and what tracing refuses. That a traced graph is right is tested where it is run."""
+"""The choice of a graph, and refusals of tracing. That a traced graph is right is tested where it is run."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ def observed(*sizes, **more):
 
 # --- choosing -----------------------------------------------------------------------------------------------------
 FITTING, CAPPED = observed(64, 64), observed(64, 64, attributes=("scale", "softcap"))
-# asked, target, what was observed -> the graph and the reason; or the reason of a refusal
+# asked, target, the observation -> the graph and the reason; or the reason of a refusal
 CHOSEN = {
     "fused": ("auto", "cpu", FITTING, "fused", "target cpu"),
     "portable": ("auto", "portable", FITTING, "standard", "target portable"),

@@ -52,7 +52,7 @@ def test_several_nodes_stand_in_for_one_and_every_reader_follows(model):
     assert len(set(names)) == len(names)
 
 
-# --- what depends on one input alone is found, cut out and run --------------------------------------------------------
+# --- nodes of one input only are found, cut out and run ---------------------------------------------------------------
 TEXT = (
     "g (int64[1,3] position_ids, float[1,3] x, float[1,3] w) => (float[1,3] logits) { "
     "p = Cast <to = 1> (position_ids) v = Neg(w) q = Mul(p, v) s = Sin(q) y = Mul(s, x) logits = Neg(y) }"

@@ -1,4 +1,4 @@
-"""Weights, activations and cache in float16; what would not fit into it stays in float32."""
+"""Weights, activations and cache in float16; values that do not fit into it stay in float32."""
 
 import numpy as np
 import onnx_ir as ir

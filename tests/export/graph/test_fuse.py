@@ -1,4 +1,4 @@
-"""Fused operators compute what torch wrote, and stand only where they do."""
+"""Fused operators compute the same as torch's, and are only where they do."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ CONTEXT = 40
 
 
 def fused(module, folder, allowed=3e-6, by_tokens=True):
-    """What its attention calls rotate, and its operators, after passes that change no number: at once and by tokens."""
+    """Rotations of attention calls, and operators, after passes that change no number: at once and by tokens."""
     observation = observe(module, CONTEXT)
     for name in ("before", "after"):
         model = trace(module, observation, "fused", CONTEXT)
@@ -60,7 +60,7 @@ def test_norms_skips_and_rotation_are_fused_exactly(changes, tmp_path):
     assert rotated == [True, True]
     assert not {"Pow", "ReduceMean", "Reciprocal", "Sqrt", "Split"} & set(operators)
     assert not {"Cos", "Sin"} & set(operators)  # the tables are stored
-    # Norms of single heads take q and k apart and together, by two shapes that are computed.
+    # Norms of single heads split q and k and join them, by two shapes that are computed.
     assert operators["Reshape"] == (10 if "qk_norm" in changes else 0)
     assert operators["SkipSimplifiedLayerNormalization"] == 4  # all but the first one, which follows the embedding
     assert operators["SimplifiedLayerNormalization"] == 1 + 4 * ("qk_norm" in changes)

@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies are scaled: fixed ones go along, moving ones as far as they stand still."""
+"""Rotary positions whose frequencies are scaled: fixed ones are fused, moving ones as far as they stay the same."""
 
 import json
 from typing import Any

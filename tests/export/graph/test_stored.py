@@ -1,4 +1,4 @@
-"""Views of hollow memory tell which part of which stored tensor they stand for."""
+"""Views of hollow memory identify their part of their stored tensor."""
 
 import numpy as np
 import pytest
@@ -41,4 +41,4 @@ def test_numbers_in_memory_are_not_stored():
     assert weights.of(hollow.T) is weights.of(hollow)
     assert hollow.view(-1)[[0, -1]].isnan().all()  # so that reading them shows
     other = weights.hollow(InMemory(CONTENT))
-    assert hollow.numpy().tobytes() != other.numpy().tobytes()  # so that no pass takes one for the other
+    assert hollow.numpy().tobytes() != other.numpy().tobytes()  # so that no pass mistakes one for the other

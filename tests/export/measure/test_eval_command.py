@@ -45,7 +45,7 @@ class Fails(nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoint, word_tokenizer):
-    """The checkpoint's bundles int8 and fp32, one without a tokenizer, texts, and what is no reference of them."""
+    """The checkpoint's bundles int8 and fp32, one without a tokenizer, texts, and sources that are no reference."""
     path = tmp_path_factory.mktemp("evaluated")
     (path / "mine.py").write_text(MINE.format(path=str(checkpoint)))
     for out, source, *more in (

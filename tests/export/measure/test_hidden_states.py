@@ -1,4 +1,4 @@
-"""What an output head multiplies is seen in torch, and what a bundle gives is compared with it."""
+"""The input of an output head is seen in torch, and the output of a bundle is compared with it."""
 
 from __future__ import annotations
 

@@ -119,12 +119,12 @@ def test_the_first_check_that_failed_is_told():
         verification.require_ok("the bundle")
 
 
-# --- texts to measure on: windows of a file, and what a model itself writes -------------------------------------------
+# --- texts to measure on: windows of a file, and those that a model writes --------------------------------------------
 @pytest.mark.parametrize(
     ("count", "length", "most", "expected"),
     [
         (10, 4, 9, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]),
-        (9, 4, 9, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # one token alone has nothing to be predicted from
+        (9, 4, 9, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # a single token has nothing to be predicted from
         (10, 4, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ],
 )
@@ -192,13 +192,13 @@ def test_figures_of_known_odds_over_windows_of_different_lengths():
     assert found.perplexity == pytest.approx((0.75 * 0.75 * 0.25 * 0.25) ** (-1 / 4))
     assert found.reference_perplexity == pytest.approx(2)
     assert found.kl_divergence == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-6)
-    assert found.top1_agreement == pytest.approx(4 / 6)  # an undecided one takes the first token
+    assert found.top1_agreement == pytest.approx(4 / 6)  # an undecided one chooses the first token
     assert (found.tokens, found.windows, found.length) == (6, 2, 4)
     assert (found.bundle, found.reference) == ("a", "b")
 
 
 def test_greedy_agreement_counts_nothing_after_the_first_difference_nor_behind_the_longest_window():
-    bundle = Fake("a", undecided, [*[0] * 8, 1, *[0] * 23])  # an undecided one takes the first token
+    bundle = Fake("a", undecided, [*[0] * 8, 1, *[0] * 23])  # an undecided one chooses the first token
     reference = Fake("b", undecided, [])
     found = evaluate(bundle, [np.zeros(80, np.int64)] * 20, reference)
     assert found.greedy_agreement == 8 / 32

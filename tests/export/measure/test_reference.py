@@ -1,4 +1,4 @@
-"""What a bundle may be compared with. What users mistype is in test_eval_command.py."""
+"""The references of a bundle. The mistakes of users are in test_eval_command.py."""
 
 from __future__ import annotations
 

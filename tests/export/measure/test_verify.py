@@ -78,7 +78,7 @@ def test_int8_decode_may_cost_no_more_than_twice_int8_itself(exported, monkeypat
         ("fp32", None, None, None, None),
         ("int8", None, None, 2 * KL_FLOOR, 0.5),  # nothing is known of it
         ("int8", None, 1e-3, 2e-3, 0.5),  # at export
-        ("int8", 1e-3, None, 2e-3, 2e-3),  # later, alone
+        ("int8", 1e-3, None, 2e-3, 2e-3),  # later, separately
         ("int8", 1e-3, 7.0, 2e-3, 2e-3),  # later, against another source
         ("int8", 0.0, None, 2 * KL_FLOOR, 2 * KL_FLOOR),
         ("int4", 0.1, None, 0.02, 0.2),
@@ -112,7 +112,7 @@ def test_an_altered_weight_is_found(weight, exported, altered):
 @pytest.mark.parametrize(
     ("change", "near", "told", "untold"),
     [
-        (3e-4, False, "a position that is not of position_ids", "float32 itself is off by"),
+        (3e-4, False, "a position that does not come from position_ids", "float32 itself is off by"),
         (6e-5, True, "float32 itself is off by", "position_ids"),
     ],
 )

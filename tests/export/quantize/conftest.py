@@ -10,7 +10,7 @@ from ..plain_loop import run_chunks
 
 @pytest.fixture
 def computed(tmp_path_factory):
-    """computed(MODEL, IDS): the logits (T, V) of a graph, whose weights are written beside it."""
+    """computed(MODEL, IDS): the logits (T, V) of a graph, whose weights are written next to it."""
 
     def run(model, ids):
         path = tmp_path_factory.mktemp("graph") / "model.onnx"

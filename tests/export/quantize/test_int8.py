@@ -46,14 +46,14 @@ def sensitive() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What int8 costs it in nats, without a budget."""
+    """The cost of int8 in nats, without a budget."""
     report = export(sensitive(), tmp_path_factory.mktemp("whole") / "bundle", context_length=40)
     assert "float32_weights" not in report.manifest.quality
     return float(report.manifest.quality["kl_divergence"])
 
 
 def weights_of(bundle: Path) -> dict[str, str]:
-    """The all-logits graph's initializers, and what each is of."""
+    """The all-logits graph's initializers, and the origin of each."""
     stored = ir.load(bundle / PRECISIONS["int8"].graph).graph.initializers
     return {name: value.dtype.name for name, value in stored.items()}
 
@@ -81,8 +81,8 @@ def test_the_sensitive_matrix_stays_in_float32_and_the_budget_is_met(whole, tmp_
 @pytest.mark.parametrize(
     ("kept", "operators"),
     [
-        ("self_attn.q_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 2}),  # q alone, k and v joined
-        ("mlp.up_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 0}),  # gate alone
+        ("self_attn.q_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 2}),  # q separate, k and v joined
+        ("mlp.up_proj", {"MatMul": 1, "MatMulNBits": 4, "Split": 0}),  # gate separate
         ("mlp.down_proj", {"MatMul": 1, "MatMulNBits": 3, "Split": 1}),
     ],
 )
@@ -117,7 +117,7 @@ def test_the_command_says_how_many_weights_stay_and_where_int8_costs_most(checkp
     assert f"  {', '.join(kept)}\n" in command("inspect", out)[1]
 
 
-# --- an engine with exact products is as far from the bundle as rounding its activations takes it ---------------------
+# --- an engine with exact products is as far from the bundle as rounding its activations moves it --------------------
 IDS = np.random.default_rng(0).integers(0, 61, 12)
 
 
@@ -249,7 +249,7 @@ def test_the_int8_graph_is_the_dequantized_model_but_for_its_activations(name, e
     quantize(exact)
     for node in exact.graph:
         if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)  # leaves activations alone
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)  # does not change activations
     rounded = dict[ir.Value, np.ndarray]()
     for node in twin.graph:
         read = matmul_weight(node)

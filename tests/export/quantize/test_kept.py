@@ -92,7 +92,7 @@ def test_a_checkpoint_on_a_lattice_is_kept_there_by_default_and_calibration_is_r
                 scale = (parts.abs().amax(-1, keepdim=True) / 8).half().float()
                 parameter.copy_(((parts / scale).round().clamp(-8, 7) * scale).view_as(parameter))
     report = export(model, tmp_path / "bundle", quick=True)
-    assert weights_of(report) == {"a lattice of 4 bits, kept": 14, "int8, rounded: its numbers are on no lattice": 2}
+    assert weights_of(report) == {"a lattice of 4 bits, kept": 14, "int8, rounded: its numbers are not on a lattice": 2}
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time. " * 20)
     with pytest.raises(InputError, match=r"--calibration.* and --precision source, the default of a quantized source"):

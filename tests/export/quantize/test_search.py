@@ -41,7 +41,7 @@ class Mixtures:
 @pytest.mark.parametrize(
     ("asked", "enough", "start", "max_kl", "tried"),
     [
-        (5, 9, 0, None, [0]),  # without a budget, the first is taken
+        (5, 9, 0, None, [0]),  # without a budget, the first is chosen
         (5, 0, 0, 0.5, [0]),  # the first keeps within
         (5, 5, 0, 0.5, [0, 5]),  # then what the table asks for
         (2, 6, 0, 0.5, [0, 2, 3, 5, 9]),  # then one more, two more, four more, and never more than there may be

@@ -1,4 +1,4 @@
-"""What the tests of sources share."""
+"""Shared by the tests of sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pastkey.errors import PastkeyError
 from pastkey.export.source.open import open_source
 from pastkey.export.source.source import Opening, Source
 
-Refused = tuple[Callable[[Path], Any], type[PastkeyError], str]  # what is spoilt, the class, key words
+Refused = tuple[Callable[[Path], Any], type[PastkeyError], str]  # the damage, the class, key words
 
 
 def opened(source: Any, **settings: Any) -> Source:
@@ -37,13 +37,13 @@ def write(path: Path, content: str | bytes | object) -> Path:
 
 
 def change(file: Path, **entries: Any) -> Path:
-    """Writes entries of a JSON file over; None takes one out."""
+    """Overwrites entries of a JSON file; None removes one."""
     content = json.loads(file.read_text()) | entries
     return write(file, {key: value for key, value in content.items() if value is not None})
 
 
 def link_out(folder: Path, name: str) -> Path:
-    """Puts a link in the place of a file, to its content or a secret outside of the folder. Returns its target."""
+    """Replaces a file by a link, to its content or a secret outside of the folder. Returns its target."""
     file, target = folder / name, folder.parent / "secret"
     file.parent.mkdir(exist_ok=True)
     if file.exists():

@@ -31,7 +31,7 @@ IDS = torch.tensor([[5, 17, 20, 9, 3, 11]])  # a checkpoint of characters has fe
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Bases and what was trained of them: "full" and "lora" of a Llama, "own-lora" of a checkpoint."""
+    """Bases and the parts that were trained: "full" and "lora" of a Llama, "own-lora" of a checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     llama(eos_token_id=1, bos_token_id=0).save_pretrained(folder / "llama")
     tokenizer: Any = bpe(bos=True)

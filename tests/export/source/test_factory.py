@@ -70,7 +70,7 @@ def script(tmp_path):
 
 
 def evaluate(file: Path, text: str) -> Any:
-    """What the text is, of any kind, where definitions alone are run."""
+    """The value of the text, of any kind, where only definitions are run."""
     return factory.make(file, text, definitions_only=True, is_wanted=lambda value: True, expected="anything")
 
 
@@ -79,7 +79,7 @@ def evaluate(file: Path, text: str) -> Any:
     [
         ("(lambda made: (made[0].width, made[1], made[2]))(Small().made)", (3, 6, None)), ("Config().width", 6),
         ("device", "cpu"),
-        # a value that is given takes the place of the file's own
+        # a given value replaces the file's own
         ("vocab_size = 65; vocabulary()", 65), ("width = 8; Config().width", 8),
         ("size = Config(7).width; helper(size)[1]", 10),
     ],
@@ -135,7 +135,7 @@ def test_a_star_import_may_make_any_name(tmp_path):
     assert evaluate(file, "make()") == 2
 
 
-# --- file.py:factory, notebook.ipynb:expression: what is run, what is taken, and what is told ----------------------
+# --- file.py:factory, notebook.ipynb:expression: what is run, what is used, and what is told -----------------------
 MODEL = """
 import torch
 from torch import nn

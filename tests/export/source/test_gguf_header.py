@@ -47,7 +47,7 @@ def test_a_header_is_read(tmp_path):
         (header([text("a") + struct.pack("<IQ", 8, 2**62)], []), "bytes of a text"),
         (header([text("a") + struct.pack("<IIQIQ", 9, 9, 1, 9, 1)], []), "unknown type 9"),
         (header([text("a") + struct.pack("<I", 77)], []), "unknown type 77"),
-        (header([LAYERS, LAYERS], [TENSOR]), "is there twice"),
+        (header([LAYERS, LAYERS], [TENSOR]), "occurs twice"),
         (header([text("x.block_count") + struct.pack("<II", 4, 10**9)], [TENSOR]), "block_count is 1000000000"),
         (header([text("general.alignment") + struct.pack("<II", 4, 0)], []), "its alignment is 0"),
         (header([], [text("w") + struct.pack("<I", 2**31) + bytes(16)]), "2147483648 axes"),

@@ -41,7 +41,7 @@ constants: Any = library_constants
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub in the place of huggingface.co with a whole model, and a cache in a folder of the test."""
+    """A Hub instead of huggingface.co with a whole model, and a cache in a folder of the test."""
     with serving() as served:
         monkeypatch.chdir(tmp_path)
         for name in ("NO_PROXY", "no_proxy"):
@@ -87,7 +87,7 @@ def test_only_what_an_export_reads_is_fetched_without_telemetry(hub, monkeypatch
     assert heard.said == [f"fetching {NAME} from {hub.address.removeprefix('http://')}"]
     assert heard.stages[-1] == "fetch the weights, 3 MB"
     assert heard.shares[-1] == (len(WEIGHTS), len(WEIGHTS))
-    if not BEFORE_1:  # which counts files alone
+    if not BEFORE_1:  # which counts only files
         assert [done for done, total in heard.shares if total == len(WEIGHTS)][:2] == [1_000_000, 2_000_000]
     found.fetch_small(SILENT, code=True)
     assert read_files(found.folder).keys() == {*WHOLE, "modeling_own.py"}
@@ -166,7 +166,7 @@ def full(path: Any, *arguments: Any, **options: Any) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-# What is put into which place.
+# The content of each place.
 REFUSED: dict[str, tuple[str, object, str]] = {
     "no hub": (
         "huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9",

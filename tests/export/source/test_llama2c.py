@@ -194,7 +194,7 @@ def tokenizer(files):
 @given(st.text(st.sampled_from("aabbcc   é日<s>/xß\n🙂"), max_size=24))
 def test_text_becomes_llama2cs_ids_and_comes_back(tokenizer, text):
     if any(special in text for special in ("<s>", "</s>")):
-        return  # special tokens in a prompt are taken for what they are called
+        return  # special tokens in a prompt are read as their names
     ids = tokenizer.encode(text).ids
     assert ids == encoded(text, PIECES)
     assert tokenizer.decode(ids) == text

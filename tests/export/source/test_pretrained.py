@@ -1,4 +1,4 @@
-"""Hugging Face folders and models as users bring them: the bundle writes what transformers writes."""
+"""Hugging Face folders and models as users have them: the bundle writes the same as transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders that cannot be exported, and those with code of their own."""
+"""Hugging Face folders that cannot be exported, and those with their own code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config(**entries: Any) -> Any:
 
 
 def tensors(folder: Path, changed: dict[str, torch.Tensor | None], name: str = names.WEIGHTS) -> None:
-    """Writes tensors of a file over; None takes one out."""
+    """Overwrites tensors of a file; None removes one."""
     found = load_file(folder / name) | changed
     save_file({name: t for name, t in found.items() if t is not None}, folder / name, metadata={"format": "pt"})
 
@@ -131,7 +131,7 @@ REFUSED: dict[str, Refused] = {
        for name in (*LINKED, "additional_chat_templates/tool_use.jinja")},
     "a link to nothing": (link_to_nothing, MissingFileError, "tokenizer.json is a link to a file that is not there"),
 }  # fmt: skip
-if not TRANSFORMERS_4:  # which guesses by the folder's name, and takes the embedding
+if not TRANSFORMERS_4:  # which guesses by the folder's name, and uses the embedding
     REFUSED["no type"] = (config(model_type=None, architectures=None), InputError, "cannot load .*model_type")
 
 
@@ -181,7 +181,7 @@ def test_weights_that_are_only_pickled_come_with_a_command_that_converts_them(sa
     assert converted.tokenizer == open_source(saved_llama).tokenizer
 
 
-# --- what is taken ------------------------------------------------------------------------------------------------
+# --- what is accepted ---------------------------------------------------------------------------------------------
 def test_the_weights_are_those_of_the_files_that_transformers_reads(llama_folder):
     told: list[int] = []
     shutil.copy(llama_folder / names.WEIGHTS, llama_folder / "consolidated.safetensors")
@@ -197,7 +197,7 @@ def test_the_weights_are_those_of_the_files_that_transformers_reads(llama_folder
 
 
 def test_a_snapshot_of_the_hub_cache_is_a_source(llama_folder, tmp_path):
-    """Each file a link to a blob beside the snapshots, as a download makes it; one is a file of its own."""
+    """Each file a link to a blob next to the snapshots, as a download makes it; one is a regular file."""
     repository = tmp_path / "hub" / "models--org--tiny"
     snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
     blobs.mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_what_the_machine_has_not_is_said_before_loading(saved_llama, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-# --- a folder with code of its own --------------------------------------------------------------------------------
+# --- a folder with its own code -----------------------------------------------------------------------------------
 CODE = {
     "configuration_tiny.py": "from transformers import LlamaConfig\n\n"
     "class TinyConfig(LlamaConfig):\n    model_type = 'tiny'\n",

@@ -1,4 +1,4 @@
-"""What can be exported, how it is opened, and the sentence where it cannot be."""
+"""The sources that can be exported, how they are opened, and the sentences for the others."""
 
 from __future__ import annotations
 

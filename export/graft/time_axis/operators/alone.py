@@ -18,7 +18,7 @@ def alone(refused: Refused, tables: Tables) -> Refused:
     ahead, back = _changed(op, tables, -1), _changed(op, tables, 0)
     name = op.name.strip("_")
     if ahead is not None and bool(ahead[:-1].any()):
-        return Refused(op, f"computes {name} over all positions, later ones too", Kind.LOOK_AHEAD)
+        return Refused(op, f"computes {name} over all positions, including later ones", Kind.LOOK_AHEAD)
     if back is not None and bool(back[1:].any()):
         what = f"computes {name} over earlier positions" if isinstance(refused, Unknown) else refused.cause.what
         return Refused(op, what, Kind.RECURRENCE)

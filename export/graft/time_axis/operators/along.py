@@ -74,7 +74,7 @@ class Along(Parts):
         return values if isinstance(result, list | tuple) else values[0]
 
     def _topk(self, op: Op, x: Value, k: int, dim: int = -1, *args: Any) -> list[Value | None]:
-        """Over whole columns, the values alone; of fewer than k columns the missing ones are -inf."""
+        """Over whole columns, only the values; of fewer than k columns the missing ones are -inf."""
         dim %= len(x.axes)
         time = x.axes[dim].time
         if time == NEW or not isinstance(k, int):
@@ -109,7 +109,7 @@ class Along(Parts):
         """With the figures of the training: a scale and a shift of each channel."""
         x = x.real()
         if x.axes[1].time is not None or x.batch_axis == 1:
-            raise Refused(op, "normalizes the positions by numbers of the training, one for each", Kind.FIXED)
+            raise Refused(op, "normalizes each position by its own numbers of the training", Kind.FIXED)
         scale = torch.rsqrt(var.tensor + eps) * (1 if weight is None else weight.tensor)
         shift = (0 if bias is None else bias.tensor) - mean.tensor * scale
         wide = [-1, *[1] * (x.tensor.dim() - x.dim(1) - 1)]

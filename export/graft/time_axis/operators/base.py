@@ -1,4 +1,4 @@
-"""Shared parts of all operator rules: tables beside values, pointwise operators, refusals."""
+"""Shared parts of all operator rules: tables with values, pointwise operators, refusals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Operators:
         return x.with_(tensor=tensor, axes=tuple(axes), products=x.products | {LOCAL})
 
     def lay(self, op: Op, table: Op, out: Sequence[str | None]) -> Value:
-        """Lays a table beside a value whose axes have the times `out`, aligned from the right."""
+        """Aligns a table with a value whose axes have the times `out`, from the right."""
         times: list[str | None] = []
         shift = len(out) - len(table.shape)
         for i, size in enumerate(table.shape):
@@ -133,7 +133,7 @@ class Operators:
                     continue
                 if times[at] not in (None, axis.time):
                     raise Refused(
-                        op, "puts numbers of earlier tokens beside the scores of attention, which no cache holds"
+                        op, "joins numbers of earlier tokens with the scores of attention, which no cache holds"
                     )
                 times[at] = axis.time
         if times.count(NEW) > 1:
@@ -211,7 +211,7 @@ def _shown(size: Size | LengthNumber) -> str:
 def in_front(count: int) -> str:
     """The cause for a module whose attention has more rows than the text has tokens."""
     rows = "a row" if count == 1 else f"{count} rows"
-    return f"has {rows} beside those of the text (a learned token, or learned keys and values), which the cache lacks"
+    return f"has {rows} more than the text has tokens (a learned token, or learned keys and values), not in the cache"
 
 
 _RUNNING = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
@@ -223,12 +223,12 @@ def over_time(op: Op, name: str) -> Refused:
         return Refused(op, f"computes {name} over earlier positions (a running sum or the like)", Kind.RECURRENCE)
     known = {
         "flip": "turns the positions around, so that a token sees later ones",
-        "mean": "averages over all positions, later ones too",
-        "normalizes": "normalizes over all positions, later ones too",
-        "sum": "sums over all positions, later ones too",
+        "mean": "averages over all positions, including later ones",
+        "normalizes": "normalizes over all positions, including later ones",
+        "sum": "sums over all positions, including later ones",
     }
     return Refused(
-        op, known.get(name, f"computes {name.strip('_')} over all positions, later ones too"), Kind.LOOK_AHEAD
+        op, known.get(name, f"computes {name.strip('_')} over all positions, including later ones"), Kind.LOOK_AHEAD
     )
 
 

@@ -184,7 +184,7 @@ class _Algebra:
         return _Sum(((1, ((op, labels),)),), labels)
 
     def _value(self, op: Op) -> _Sum:
-        """A value with labels of its own for this use."""
+        """A value with separate labels for this use."""
         if op not in self._known:
             known = op.depends and not op.timed and (_is_view(op) or _is_outer(op))
             if not known:

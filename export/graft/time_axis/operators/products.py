@@ -25,7 +25,7 @@ class Products(Along):
         if isinstance(x, Value) and isinstance(weight, Value) and not weight.batched:
             x = x.real()
             if x.axes[-1].time is not None:
-                raise Refused(op, "multiplies the positions by weights, of which there are so many only", Kind.FIXED)
+                raise Refused(op, "multiplies the positions by a fixed number of weights", Kind.FIXED)
             if x.batch_axis == len(x.axes) - 1:
                 x = x.explicit()
             axes = (*x.axes[:-1], Axis(weight.axes[0].size))
@@ -125,7 +125,7 @@ class Products(Along):
             products = a.scores | b.scores
             if kinds == (NEW, NEW) and products and not (a.scores and b.scores):
                 raise Swapped(op, products)
-            raise Refused(op, "sums over all positions, later ones too", Kind.LOOK_AHEAD)
+            raise Refused(op, "sums over all positions, including later ones", Kind.LOOK_AHEAD)
         own = [{letter for letter, time in t.items() if time == NEW} for t in times]
         if own[0] - own[1] and own[1] - own[0]:
             if a.scores or b.scores:
@@ -209,7 +209,7 @@ def matmul_letters(a: Sequence[Size], b: Sequence[Size], out: Sequence[Size]) ->
     rank = len(out)
     batch = names[: rank - 2]
     la, lb = batch[rank - len(a) :] + "yz", batch[rank - len(b) :] + "zx"
-    # An axis of size 1 that broadcasts gets a letter of its own, which the product drops.
+    # An axis of size 1 that broadcasts gets a separate letter, which the product drops.
     unique = iter("ABCDEFGHIJKLMNOPQR")
 
     def named(letters: str, shape: Sequence[Size]) -> str:

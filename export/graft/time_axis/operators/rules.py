@@ -33,7 +33,7 @@ _POINTWISE = {
 NOISE = {"rand_like", "randn_like", "rand", "randn", "bernoulli", "normal", "randint_like", "multinomial",
          "normal_functional", "uniform", "exponential", "randint", "randperm"}  # fmt: skip
 DROPOUT = {"dropout", "feature_dropout", "alpha_dropout", "native_dropout"}
-# Operators that may read a table beside a value. For other operators, a table as first operand becomes a value.
+# Operators that may read a table and a value. For other operators, a table as first operand becomes a value.
 _TAKES_TABLES = {"cat", "concat", "concatenate", "stack", "embedding", "index", "linear", "matmul", "bmm", "mm", "mv",
                  "dot", "outer", "einsum"}  # fmt: skip
 

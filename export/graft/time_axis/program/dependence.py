@@ -49,7 +49,7 @@ class Dependence(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    while is_batchedtensor(tensor):  # a tensor of torch.vmap has no memory of its own
+    while is_batchedtensor(tensor):  # a tensor of torch.vmap has no own memory
         tensor = get_unwrapped(tensor)
     with torch._C._DisableTorchDispatch():
         return tensor.untyped_storage().data_ptr()

@@ -236,7 +236,7 @@ def _require_no_future(weights: Tensor, start: int) -> None:
 def moved_by_later(weights: GivenWeights, heads: tuple[int, ...], length: int) -> bool:
     """Whether weights depend on the scores of later tokens, as behind a maximum that is computed before the mask.
 
-    Two rows (2, H, T, T), as `weights` expects. If a softmax divides by a number of its own, nothing moves.
+    Two rows (2, H, T, T), as `weights` expects. If a softmax divides by another number, nothing moves.
     """
     generator = torch.Generator().manual_seed(3)
     size = 1 / _slope(weights, heads, length)

@@ -91,7 +91,7 @@ class TimeAxisDecoder(StandIn):
 def _attention_of_zeros(logits: Tensor) -> Tensor:
     """Zeros (B, T, 1), for a module whose tokens read no earlier ones, such as a bigram.
 
-    With one attention its bundle has a cache, which every program expects, and needs no case of its own.
+    With one attention its bundle has a cache, which every program expects, and needs no separate case.
     """
     zeros = torch.zeros(logits.shape[0], 1, logits.shape[1], _ZEROS)
     call = AttentionCall(zeros, zeros, zeros, None, 0.0, True, scale=1.0, where="no attention")
@@ -171,7 +171,7 @@ def find(model: nn.Module, call: LogitsOf, context_length: int, vocab_size: int,
     end = whole.known[program.logits]
     if isinstance(end, Value) and end.local:
         first = min(whole.local, key=lambda op: op.number)
-        causes.append(Refused(first, "reads a part of the positions, and the rest nowhere").cause)
+        causes.append(Refused(first, "reads a part of the positions, and never the rest").cause)
     softmaxes: list[Softmax | None] = []
     seen: dict[Any, Softmax | None] = {}
     for attention in whole.found:
@@ -374,5 +374,5 @@ def _reduces_later(attention: FollowedAttention, known: Mapping[Op, Any]) -> Cau
 
     reduces = [op for op in attention.region if not over_keys(op) and any(over_keys(i) for i in op.inputs)]
     op = next(iter(reduces), attention.op)
-    what = f"computes {op.name.strip('_')} over the scores of later tokens too, before the mask hides them"
+    what = f"computes {op.name.strip('_')} over all scores before the mask hides those of later tokens"
     return Cause(Kind.LOOK_AHEAD, what, op.where, op.owner)

@@ -125,7 +125,7 @@ class Step(Interpreter):
     def table(self, op: Op, times: Sequence[str | None]) -> Value:
         at = [i for i, time in enumerate(times) if time is not None]
         if len(at) != 1 or times[at[0]] != NEW:
-            raise Refused(op, "needs a table of positions beside positions outside attention")
+            raise Refused(op, "needs a table by two positions outside attention")
         key = (op, at[0])
         if key not in self._rows:
             self._rows[key] = self._gathered(op, at[0])

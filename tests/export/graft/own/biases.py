@@ -106,7 +106,7 @@ class Differential(nn.Module):
 
 
 def largest_scores(self, q, k, v):
-    """The five largest scores of each row alone."""
+    """Only the five largest scores of each row."""
     scores = causal(self.scores(q, k))
     largest, _ = scores.topk(min(5, scores.size(-1)), dim=-1)
     return scores.masked_fill(scores < largest[..., -1:], float("-inf")).softmax(-1) @ v

@@ -1,4 +1,4 @@
-"""What stands around attention: norms, MLPs, experts, shared and tied weights; and rows of earlier tokens beside it."""
+"""The parts around attention: norms, MLPs, experts, shared and tied weights; and rows of earlier tokens outside it."""
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ EXPERTS, ACTIVE = 4, 2
 
 
 class Experts(nn.Module):
-    """A router's two best experts of four for each token; a variant says how their rows are taken and given back."""
+    """A router's two best experts of four for each token; a variant says how their rows are read and written back."""
 
     def __init__(self, width=WIDTH):
         super().__init__()
@@ -87,7 +87,7 @@ class Experts(nn.Module):
 
 
 class Where(Experts):
-    """torch.where gives the rows, and where in them the expert stands."""
+    """torch.where gives the rows, and the place of the expert in them."""
 
     def routed(self, x, weights, which):
         results = torch.zeros_like(x)
@@ -157,7 +157,7 @@ class Scattered(Experts):
 
 # --- rows of earlier tokens -------------------------------------------------------------------------------------------
 class SmearedEmbedding(Gpt):
-    """Part of the token before is mixed into each embedding, by a gate; without a cache it takes no text of one."""
+    """Part of the token before is mixed into each embedding, by a gate; without a cache it fails on a text of one."""
 
     def __init__(self):
         super().__init__(Causal)
@@ -171,7 +171,7 @@ class SmearedEmbedding(Gpt):
 
 
 class Bigrams(Gpt):
-    """The token before is embedded, too; in front of the first one stands token 0."""
+    """The token before is also embedded; token 0 is in front of the first one."""
 
     def __init__(self):
         super().__init__(Causal)
@@ -245,7 +245,7 @@ class Mixing(Gpt):
 
 
 DECODERS = {
-    "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm by hand, grouped queries, tied
+    "swiglu": Own(lambda: Stack(Modern(SwiGLU), Modern(SwiGLU))),  # RMSNorm in its own code, grouped queries, tied
     "one_layer_three_times": Own(lambda: Stack(Modern(SwiGLU), times=3), layers=3),  # shared weights
     "batch_norm": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH), flat=False))),  # in eval mode
     "batch_norm_of_rows": Own(lambda: mixed(mlp=Normed(nn.BatchNorm1d(WIDTH)))),  # in eval mode

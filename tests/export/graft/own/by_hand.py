@@ -36,7 +36,7 @@ def multiplied_and_renormalised(self, q, k, v):
 
 
 def keys_times_queries(self, q, k, v):
-    """Scores that stand transposed: softmax over dim -2."""
+    """Scores that are transposed: softmax over dim -2."""
     scores = k @ q.transpose(-1, -2) / math.sqrt(self.size)  # (B, H, keys, queries)
     scores = scores.masked_fill(torch.ones(q.size(-2), q.size(-2)).tril(-1).bool(), float("-inf"))
     return torch.softmax(scores, dim=-2).transpose(-1, -2) @ v
@@ -99,7 +99,7 @@ class MergedBatch(nn.Module):
 
 
 class Head(nn.Module):
-    """One head, with a mask of its own."""
+    """One head, with its own mask."""
 
     def __init__(self):
         super().__init__()

@@ -41,7 +41,7 @@ class Layer(nn.Module):
 
 
 class LastState(nn.Module):
-    """The logits of the last position alone, of the last state."""
+    """The logits of only the last position, of the last state."""
 
     def __init__(self):
         super().__init__()

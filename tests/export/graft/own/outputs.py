@@ -1,4 +1,4 @@
-"""How a decoder is called and what it gives: losses, dicts, the last position, other layouts, caches of its own."""
+"""How a decoder is called and what it gives: losses, dicts, the last position, other layouts, its own caches."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from .parts import WIDTH, Causal, Gpt, Own
 
 
 class FlatWithTargets(Gpt):
-    """Logits flattened to (B*T, V) beside a loss, and not without."""
+    """Logits flattened to (B*T, V) with a loss, and another shape without."""
 
     def forward(self, idx, targets=None):
         logits = super().forward(idx)
@@ -29,7 +29,7 @@ class LossInside(Gpt):
 
 
 class Probabilities(Gpt):
-    """Logarithms of probabilities, which are logits, too."""
+    """Logarithms of probabilities, which are also logits."""
 
     def forward(self, idx):
         return F.log_softmax(super().forward(idx), dim=-1)
@@ -75,6 +75,6 @@ DECODERS = {
     "loss_inside": Own(lambda: LossInside(Causal), lambda m, ids: m(ids)["logits"]),  # cross_entropy over T - 1
     "log_probabilities": Own(lambda: Probabilities(Causal)),
     "unbatched": Own(lambda: Unbatched(OneText), lambda m, ids: torch.stack([m(row) for row in ids])),  # (T) -> (T, V)
-    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids])),  # B = 1 alone
+    "one_row": Own(lambda: OneRow(Causal), lambda m, ids: torch.cat([m(row[None]) for row in ids])),  # only B = 1
     "start_pos": Own(lambda: StartPos(Causal), lambda m, ids: m(ids, 0)),
 }

@@ -1,4 +1,4 @@
-"""What the tables of this folder are made of: an entry, how its module is drawn and called, and a frame for attention.
+"""The parts of this folder's tables: an entry, how its module is drawn and called, and a frame for attention.
 
 The decoders are written as people write them who never heard of a cache: no position_ids, attention as they like it.
 """
@@ -32,7 +32,7 @@ class Own:
     vocab: int = VOCAB
     graph: Literal["fused", "standard", "either"] = "fused"  # the one that it must get
     layers: int = 2  # pairs of key and value caches
-    rows: int = 0  # of earlier tokens that are kept beside keys and values
+    rows: int = 0  # of earlier tokens that are kept in addition to keys and values
     geometry: KVGeometry | None = None  # of each layer's cache, where a smaller row than keys and values is looked for
 
     def make(self):

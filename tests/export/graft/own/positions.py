@@ -140,7 +140,7 @@ DECODERS = {
     "positions_of_the_batch": Own(lambda: PositionsOfTheBatch(Causal)),
     "positions_by_cumsum": Own(lambda: PositionsByCumsum(Causal)),  # of ones_like(ids): a contraction over time
     "no_positions": Own(lambda: NoPositions(Causal)),
-    "rotary_in_bfloat16": Own(lambda: NoPositions(BfloatTables)),  # tables of bfloat16 beside float32
+    "rotary_in_bfloat16": Own(lambda: NoPositions(BfloatTables)),  # tables of bfloat16 with others of float32
     "rotary_kept": Own(lambda: NoPositions(RotaryKept)),  # an attribute that grows
     "rotary_by_length": Own(lambda: NoPositions(RotaryByLength)),  # a dictionary of lengths
     "rotary_complex": Own(lambda: NoPositions(RotaryComplex)),  # polar, view_as_complex

@@ -24,12 +24,12 @@ def one_head_ahead(self, q, k, v):
 
 
 def softmax_over_queries(self, q, k, v):
-    """Over the wrong axis: later queries stand in the sum."""
+    """Over the wrong axis: later queries are in the sum."""
     return causal(self.scores(q, k)).softmax(dim=-2) @ v
 
 
 class Centred(nn.Module):
-    """The mean over the whole text is taken off."""
+    """The mean over the whole text is subtracted."""
 
     def forward(self, x):
         return x - x.mean(dim=1, keepdim=True)
@@ -37,7 +37,7 @@ class Centred(nn.Module):
 
 # --- other rows, and chance -------------------------------------------------------------------------------------------
 class OverTheBatch(nn.Module):
-    """Normalised over the rows, by their own figures in eval mode, too."""
+    """Normalised over the rows, also in eval mode by their own figures."""
 
     def forward(self, x):
         return (x - x.mean(0, keepdim=True)) / (x.std(0, keepdim=True, unbiased=False) + 0.5)
@@ -181,7 +181,7 @@ REFUSED = {
     "softmax_over_queries": Refused(
         lambda: Gpt(attending(softmax_over_queries)), softmax_over_queries, "softmax over the queries"
     ),
-    "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, later ones too"),
+    "mean_over_time": Refused(lambda: Mixing(Centred()), Centred, "averages over all positions, including later ones"),
     "over_the_batch": Refused(lambda: Mixing(OverTheBatch()), OverTheBatch, "mean over the rows of the batch", 2),
     "little_noise": Refused(lambda: Noisy(Causal), Noisy, "draws random numbers outside training"),
     "gru": Refused(lambda: Mixing(Gru()), Gru, "runs a GRU in both directions"),
@@ -190,7 +190,9 @@ REFUSED = {
         lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2
     ),
     "scaled_by_length": Refused(lambda: Gpt(attending(scores=scaled_by_length)), scaled_by_length, OF_LENGTH),
-    "learned_keys": Refused(lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows beside those of the text"),
+    "learned_keys": Refused(
+        lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows more than the text has tokens of the text"
+    ),
     "skewed": Refused(lambda: NoPositions(Skewed), Skewed, "multiplies by rows that are counted from the end"),
     "places_of_the_largest": Refused(
         lambda: Gpt(attending(places_of_the_largest)),

@@ -1,4 +1,4 @@
-"""Decoders as people write them, and modules that are none: what the tests of unedited modules run through."""
+"""Decoders as people write them, and modules that are none: the cases for the tests of unedited modules."""
 
 from . import biases, blocks, by_hand, latents, loops, outputs, positions
 from .refused import REFUSED as REFUSED

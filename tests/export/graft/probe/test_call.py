@@ -97,7 +97,7 @@ FOUND = {
     "the first row": ("model(ids[:1]) tv", lambda m, ids: m.logits(ids[:1])[0]),
     "the last of the first row": ("model(ids[:1]) v", lambda m, ids: batch_of_one(m, ids)[0, -1]),
     "squeezed": ("model(ids) btv", lambda m, ids: m.logits(ids).squeeze()),
-    # One of several results alone can be the logits, by its name, its axes or its numbers.
+    # Only one of several results can be the logits, by its name, its axes or its numbers.
     "named": ("model(ids)['logits'] btv", lambda m, ids: {"draft_logits": m.token(ids), "logits": m.logits(ids)}),
     "named so": ("model(ids)['lm_logits'] btv", lambda m, ids: {"h": m.token(ids), "lm_logits": m.logits(ids)}),
     "wider": ("model(ids)['o'] btv", lambda m, ids: {"router_logits": m.token(ids)[..., :4], "o": m.logits(ids)}),
@@ -153,7 +153,7 @@ def noisy_unless_quiet(m, ids, quiet=None):
     return m.logits(ids) + (torch.rand(VOCAB) if quiet is None else 0)
 
 
-# A forward of the logits, and what it does that no decoder does.
+# A forward of the logits, and its act that no decoder does.
 BREACHES = {
     "later tokens": (lambda m, ids: m.logits(ids).flip(1), Kind.LOOK_AHEAD),
     "other rows": (lambda m, ids: m.logits(ids) - m.logits(ids).mean(0), Kind.ROWS),
@@ -212,7 +212,7 @@ def asked_calls(module):
     return calls
 
 
-# What the calls are that a refusal proposes.
+# The calls that a refusal proposes.
 ASKED = {
     "a flag that gives logits in place of hidden states": (
         ["model(ids, return_logits=True)", "model(ids)"],
@@ -259,7 +259,7 @@ class SoftOwn(Gpt):
 @pytest.mark.parametrize("build", [SoftContract, lambda: SoftOwn(Causal)], ids=["of_the_contract", "own"])
 def test_a_call_that_is_proposed_for_probabilities_gives_logits(build):
     module = drawn(build)
-    with pytest.raises(InputError, match="gives probabilities") as caught:
+    with pytest.raises(InputError, match="returns probabilities") as caught:
         in_contract(module, CONTEXT, None, print)
     made = in_contract(module, CONTEXT, shlex.split(str(caught.value))[-1], print).module
     ids = torch.arange(9)[None]

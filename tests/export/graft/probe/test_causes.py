@@ -1,4 +1,4 @@
-"""What must be refused is refused by its true cause: all that stands in the way at once, each with its line."""
+"""Each refusal has its true causes: all obstacles at once, each with its line."""
 
 import inspect
 import re
@@ -90,7 +90,7 @@ def test_the_mask_behind_active_dropout_is_looked_at(attention):
 
 
 class Between(nn.Module):
-    """A function in the place of an MLP."""
+    """A function instead of an MLP."""
 
     def __init__(self, function):
         super().__init__()
@@ -103,7 +103,7 @@ def loop_and_noise(x):
     return x + torch.rand_like(x)
 
 
-RARE = {  # what a text hardly ever shows, and the kinds of its causes
+RARE = {  # faults that a text hardly ever shows, and the kinds of its causes
     "noise where no trace is made": (loop_and_noise, {Kind.CHANCE, Kind.DATA}),
     "once in fifty runs it is not there": (
         lambda x: x * 0 if np.random.rand() < 0.02 else torch.tanh(x), {Kind.CHANCE}

@@ -46,7 +46,7 @@ def refusal(kind, module, context=SHORT, call=None):
 
 
 def apart(found, reference):
-    """Of the module that was taken and the author's, as a part of the largest logit."""
+    """Of the chosen module and the author's, as a part of the largest logit."""
     ids = torch.arange(SHORT)[None] % VOCAB
     with torch.no_grad():
         return logits_difference(reference(ids), found.module(ids, position_ids=torch.arange(SHORT)[None]))
@@ -59,7 +59,7 @@ def test_a_module_that_keeps_the_contract_is_not_followed():
     assert isinstance(found.module, NanoGpt)
 
 
-# The contract is kept by the signature alone. No trace can go through the experts of the last one.
+# The contract is kept only by the signature. No trace can go through the experts of the last one.
 BY_SIGNATURE = {
     "positions are ignored": {
         "embed": lambda m, input_ids, position_ids: m.token(input_ids) + m.position(torch.arange(input_ids.shape[1]))
@@ -105,7 +105,7 @@ OTHERWISE = {  # forward with other positions than 0, 1, 2 and so on
 def test_positions_that_change_the_plain_logits_are_asked_about(name):
     """Each of the two calls that the sentence offers is then taken, and rows of different lengths may share a batch."""
     module, ids = plain({"forward": OTHERWISE[name]}), torch.arange(SHORT)[None]
-    words = shlex.split(refusal(InputError, module).partition("say which with")[2])
+    words = shlex.split(refusal(InputError, module).partition("choose one with")[2])
     calls = [call for flag, call in itertools.pairwise(words) if flag == "--call"]
     assert sorted(call.startswith("model(ids, position_ids=positions)") for call in calls) == [False, True]
     for call in calls:
@@ -178,7 +178,7 @@ class AnyDtype(Gpt):
 
 
 def placed(own):
-    """A module that has positions of its own where none are given."""
+    """A module that has its own positions where none are given."""
     return plain({"forward": lambda m, input_ids, position_ids=None: run(m, input_ids, position_ids, own(input_ids))})
 
 

@@ -1,4 +1,4 @@
-"""What is learned from running a module, and which modules do not keep the contract."""
+"""The facts learned from running a module, and which modules do not keep the contract."""
 
 from functools import partial
 

@@ -73,7 +73,7 @@ class ByLayer(Turning):
         return super().apply_block(block, hidden, position_ids)
 
 
-FOUND: dict[str, Any] = {  # the decoder and what it changes; first channel, pairs, interleaved
+FOUND: dict[str, Any] = {  # the decoder and its change; first channel, pairs, interleaved
     "halves": (Turning, {}, (0, 4, False)),
     "scaled": (Turning, {"factor": 1.3}, (0, 4, False)),
     "the last channels": (Turning, {"first": 4, "pairs": 2}, (4, 2, False)),
@@ -112,10 +112,10 @@ def test_without_positions_only_rows_go_and_layers_may_turn_by_other_angles():
 @pytest.mark.parametrize(
     ("kind", "context", "reason"),
     [
-        (Plain, CONTEXT, "as learned ones do"),
-        (BothPositions, CONTEXT, "as learned ones do"),
-        (FasterLater, CONTEXT, "as learned ones do"),
-        (Growing, CONTEXT, "otherwise than by one angle per token"),
+        (Plain, CONTEXT, "neither a rotation of keys nor distances"),
+        (BothPositions, CONTEXT, "neither a rotation of keys nor distances"),
+        (FasterLater, CONTEXT, "neither a rotation of keys nor distances"),
+        (Growing, CONTEXT, "not by one angle per token"),
         (Turning, 1, "its context is one token"),
     ],
 )

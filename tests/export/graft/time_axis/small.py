@@ -54,7 +54,7 @@ def followed(function):
 
 
 def result(function):
-    """What the function gives, which equals what torch computes row by row."""
+    """The result of the function, which equals torch's row by row."""
     run = followed(function)
     assert not run.refused
     value = run.known[run.program.logits]
@@ -71,7 +71,7 @@ def causes(function):
 
 
 def cause(function):
-    """The one thing that stands in the way."""
+    """The one obstacle."""
     (found,) = causes(function)
     return found
 
@@ -88,6 +88,6 @@ def future(x):
 
 
 def causal(x):
-    """Attention by hand, of one head."""
+    """Attention in its own code, of one head."""
     scores = (x @ x.transpose(1, 2) * 0.5).masked_fill(future(x), float("-inf"))
     return scores.softmax(-1) @ x

@@ -1,4 +1,4 @@
-"""Forms for Qualcomm's NPU: the same numbers, in operators that its compiler takes."""
+"""Forms for Qualcomm's NPU: the same numbers, in operators that its compiler accepts."""
 
 import numpy as np
 import pytest

@@ -64,7 +64,12 @@ def test_both_graphs_share_cosines_and_sines_of_half_a_heads_numbers_for_each_po
     assert (bundle.path / names.STATIC_DATA).stat().st_size == bundle.manifest.context_length * size * 4
 
 
-FAMILIES = {"gemma2": (0, 12), "mistral": (12,), "bloom": "needs more than masks", "lfm2": "it keeps rows beside"}
+FAMILIES = {
+    "gemma2": (0, 12),
+    "mistral": (12,),
+    "bloom": "needs more than masks",
+    "lfm2": "it keeps rows of short convolutions",
+}
 
 
 @pytest.mark.filterwarnings("ignore")

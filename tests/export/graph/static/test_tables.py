@@ -1,4 +1,4 @@
-"""Tables that the host reads: Core ML's graph gathers nothing and takes no angles, and computes the same."""
+"""Tables that the host reads: Core ML's graph gathers nothing and computes no angles, and computes the same."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_core_ml_takes_every_node_in_one_part(name, made_once):
 
 
 def usability(path):
-    """What onnxruntime's checker says of Core ML's newer format."""
+    """The judgement of onnxruntime's checker for Core ML's newer format."""
     checker = "onnxruntime.tools.check_onnx_model_mobile_usability"
     command = [sys.executable, "-m", checker, "--log_level", "info", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The native graph has the kernel library's operators in the place of onnxruntime's, and computes the same."""
+"""The native graph has the kernel library's operators instead of onnxruntime's, and computes the same."""
 
 import importlib.util
 
@@ -29,7 +29,7 @@ MATMUL, NORM = "MatMulInt8", "NormMatMulInt8"
 HALVES = "p = MatMul(x, w) i, j = Split <axis = -1> (p, halves)"
 
 
-TAKEN = {  # what a node and those around it compute -> its operator and attributes
+TAKEN = {  # the computation of a node and those around it -> its operator and attributes
     "y = MatMul(x, w)": (MATMUL, {}),
     "p = MatMul(x, w) y = Add(p, b)": (MATMUL, {}),
     "p = MatMul(x, w) s = Sigmoid(p) y = Mul(p, s)": (MATMUL, {"activation": "silu"}),

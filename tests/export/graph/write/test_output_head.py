@@ -58,7 +58,7 @@ def test_the_last_logits_are_those_of_the_whole(body, source, int8):
     assert [str(d) for d in logits.shape] == [names.BATCH, names.KEPT, "40"]
 
 
-# --- the output head is found in the float32 graph, and marked where int8 nodes take its place ------------------------
+# --- the output head is found in the float32 graph, and marked where int8 nodes replace it ---------------------------
 @pytest.mark.parametrize(
     ("body", "found"),
     [
@@ -94,7 +94,7 @@ def test_an_int8_head_is_marked_with_all_that_reads_its_input(columns):
     assert all(node in head for node, _ in x.uses())
     assert head[0].inputs[0] is x
     take_adaptable(model)
-    assert not any(node.metadata_props for node in model.graph)  # taken once
+    assert not any(node.metadata_props for node in model.graph)  # used once
 
 
 def test_a_head_that_stays_in_float32_is_found():
@@ -182,7 +182,7 @@ def test_the_manifest_speaks_of_them_only_where_the_graph_gives_them(exported, t
     assert (bundle.manifest.hidden_size, "hidden_states" in bundle.manifest.parity["fp32"]["checks"]) == (None, False)
     shutil.copytree(bundle.path, tmp_path / "plain")
     write_json(tmp_path / "plain" / names.MANIFEST, bundle.manifest.to_json() | {"hidden_size": 6})
-    with pytest.raises(IntegrityError, match="no tensor 'last_hidden_state', which the manifest speaks of"):
+    with pytest.raises(IntegrityError, match="no tensor 'last_hidden_state', which the manifest names"):
         load(tmp_path / "plain", verify=False)
 
 

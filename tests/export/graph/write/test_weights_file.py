@@ -167,7 +167,7 @@ def inputs(file):
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_rows_are_read_from_the_file(name, tmp_path, monkeypatch):
-    """llama's table is its head too; gpt2 gathers positions by another input, which stays in the graph."""
+    """llama's table is also its head; gpt2 gathers positions by another input, which stays in the graph."""
     case = CASES[name]
     found = []
     for large in (1 << 20, 1):

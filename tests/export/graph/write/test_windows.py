@@ -1,4 +1,4 @@
-"""The graph that lets rows behind windows go: which calls take other lengths, and what they compute."""
+"""The graph that lets rows behind windows go: which calls have other lengths, and their results."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def exported_graph(module, folder):
     [
         ("llama", 8),  # per layer: q k v, o (two query heads to a value head), gate and up, down; the head is tied
         ("gpt2", 9),  # per layer: q k v, o, the MLP's two (GELU lets channels be permuted, no more); the head
-        ("nano_gpt", 3),  # q, k, v are one MatMul, so that the values have none of their own; the head is tied
+        ("nano_gpt", 3),  # q, k, v are one MatMul, so that the values have no separate one; the head is tied
     ],
 )
 def test_smoothing_changes_no_logits(name, groups, exported, computed):

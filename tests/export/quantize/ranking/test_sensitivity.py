@@ -1,4 +1,4 @@
-"""What each matrix costs in int8: one graph with switches, against graphs that were quantized in the plain way."""
+"""The cost of each matrix in int8: one graph with switches, against graphs that were quantized in the plain way."""
 
 from __future__ import annotations
 

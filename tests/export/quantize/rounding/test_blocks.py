@@ -1,4 +1,4 @@
-"""Matrices in blocks of 8 and 4 bits: what a round trip costs, the edges of the range, and ONNX's own operators."""
+"""Matrices in blocks of 8 and 4 bits: the error of a round trip, the edges of the range, and ONNX's own operators."""
 
 from __future__ import annotations
 
@@ -289,6 +289,6 @@ def test_a_portable_bundle_computes_what_matmulnbits_does(build, precision, tmp_
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21)]
         onnx.checker.check_model(path)
         assert sum(node.op_type == "DequantizeLinear" for node in model.graph.node) >= 3
-    # The definition multiplies activations in float32, where the kernels take them in int8.
+    # The definition multiplies activations in float32, where the kernels read them in int8.
     off = np.abs(reference_logits(bundle, IDS) - logits["portable"]).max() / np.abs(logits["portable"]).max()
     assert off < 0.03

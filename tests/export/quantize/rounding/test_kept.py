@@ -38,7 +38,7 @@ def test_the_blocks_of_each_type_are_the_numbers_of_the_gguf_library_in_any_orde
     if blocks.offsets is not None:
         stored += blocks.offsets.factors.nbytes + (0 if blocks.offsets.codes is None else blocks.offsets.codes.nbytes)
     in_file = 8 * raw.nbytes / weights.size
-    # Bits of a weight: as in the file, but that 5 and 6 bits take 8, 3 take 4, and factors of codes are float32.
+    # Bits of a weight: as in the file, but that 5 and 6 bits need 8, 3 need 4, and factors of codes are float32.
     assert 8 * stored / weights.size <= in_file + {"Q3_K": 1.3, "Q5_0": 3, "Q5_1": 3, "Q5_K": 3.3, "Q6_K": 2.1}.get(
         kind, 0.3
     )

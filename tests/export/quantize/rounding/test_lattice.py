@@ -13,7 +13,7 @@ PLAIN = np.random.default_rng(0).normal(0, 0.02, (96, 256)).astype(np.float32)
 
 
 def on_lattice(bits: int, group: int, scales: torch.dtype, stored_in: torch.dtype, top: float) -> np.ndarray:
-    """What quantization-aware training leaves: integers times a scale for each group, in the type of the checkpoint."""
+    """Of quantization-aware training: integers times a scale for each group, in the type of the checkpoint."""
     groups = torch.from_numpy(PLAIN).view(96, -1, group)
     scale = (groups.abs().amax(-1, keepdim=True) / top).to(scales).float()
     most = 1 << (bits - 1)

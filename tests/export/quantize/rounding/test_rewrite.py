@@ -57,7 +57,7 @@ PRODUCTS: dict[str, dict[str, Array]] = {
 def test_every_form_of_a_product_is_quantized(body):
     weights = PRODUCTS[body]
     model, expected = graph_of(body, **weights), X @ W + weights.get("b", 0)
-    if weights["w"].shape[0] == 23:  # x has K columns whichever way the weight lies
+    if weights["w"].shape[0] == 23:  # x has K columns whichever axis order the weight has
         model.graph.inputs[0].shape = ir.Shape([2, 50])
     quantize(model)
     operators = [node.op_type for node in model.graph]
@@ -98,7 +98,7 @@ def test_a_tied_table_is_stored_once_for_both_uses_or_kept_for_both():
 
 
 def error_of_product(output: str, columns: int) -> float:
-    """RMS error of int8 activations (1, 2, columns) times an int8 matrix, over the RMS of what that makes."""
+    """RMS error of int8 activations (1, 2, columns) times an int8 matrix, over the RMS of the product."""
     rng = np.random.default_rng(1)
     matrix, x = (rng.normal(size=shape).astype(np.float32) for shape in ((columns, 40), (1, 2, columns)))
     model = graph_of(f"{output} = MatMul(x, w)", output, "1,2", w=matrix)
@@ -133,7 +133,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 
 def test_scales_of_many_matrices_are_computed_together_and_each_gets_its_own():
-    """In several steps, since the sizes stand in the graph itself."""
+    """In several steps, since the sizes are in the graph itself."""
     weights = {f"w{i}": RNG.normal(size=(50, 3 + i % 4)).astype(np.float32) * (i + 1) for i in range(70)}
     body = " ".join(f"a{i} = MatMul(x{i}, w{i})" for i in range(70))
     inputs = ", ".join([f"float[2,50] x{i}" for i in range(70)] + [f"float[50,{3 + i % 4}] w{i}" for i in range(70)])

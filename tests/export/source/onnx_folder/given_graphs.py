@@ -19,13 +19,13 @@ VOCABULARY, WIDTH, HEADS, KV_HEADS, SIZE, LAYERS, CONTEXT = 61, 64, 4, 2, 16, 2,
 
 @dataclass(frozen=True)
 class Kind:
-    """What the decoder has of those that people export."""
+    """The form of the decoder, of those that people export."""
 
     window: int | None = None
     counts_positions: bool = False  # from the length of past, without an input position_ids, as optimum's Gemma 2
-    learned: bool = False  # positions in an embedding, and Gemm in place of MatMul, as GPT-2
+    learned: bool = False  # positions in an embedding, and Gemm instead of MatMul, as GPT-2
     bias: bool = False  # a bias on scores by distance (ALiBi)
-    masked: bool = True  # whether it takes attention_mask
+    masked: bool = True  # whether it has attention_mask
     softcap: float | None = None
 
 

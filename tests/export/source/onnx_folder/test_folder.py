@@ -119,7 +119,7 @@ REFUSED: dict[str, Refused] = {
     "no float32": (partial(rename, name="model_fp16.onnx"), MissingFileError, r"no weights: expected model\.saf"),
     "an encoder-decoder": (partial(configure, is_encoder_decoder=True), InputError, "holds an encoder-decoder: "),
     "no context": (partial(configure, max_position_embeddings=None), InputError, "give it with --context N"),
-    "no configuration": (lambda f: (f / "config.json").unlink(), MissingFileError, r"has no config\.json beside it"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), MissingFileError, r"has no config\.json next to it"),
     "a link": (partial(link_out, name="model.onnx"), InputError, r"model\.onnx leads out of"),
     "a link of weights": (link_weights, InputError, r"weights\.bin leads out of"),
     "another model's tokenizer": (lengthen_the_tokenizer, InputError, f"token ids up to {VOCABULARY}, but the model"),
@@ -207,7 +207,7 @@ def test_rotary_keys_can_be_shifted_and_counted_positions_cannot(counts, tmp_pat
 
 
 def test_an_unread_input_of_positions_is_no_position(tmp_path):
-    """Otherwise keys that the graph turns by its own count would be taken for keys without positions."""
+    """Otherwise keys that the graph turns by its own count would pass as keys without positions."""
     model = onnx.load(write_graph(tmp_path / "model.onnx", Kind(counts_positions=True)))
     axes = ["batch_size", "sequence_length"]
     model.graph.input.append(make_tensor_value_info("position_ids", onnx.TensorProto.INT64, axes))

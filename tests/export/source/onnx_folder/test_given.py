@@ -1,4 +1,4 @@
-"""Graphs that other programs exported: what is read of them, what is refused, pastkey's form, and their attention."""
+"""Graphs that other programs exported: the parts that are read, refusals, pastkey's form, and their attention."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ ADDED = """
     present.0.key = Concat <axis = 2> (past_key_values.0.key, wide)
     present.0.value = Concat <axis = 2> (past_key_values.0.value, wide)
 """
-BODY = f"logits = Gather (table, input_ids) {ADDED}"  # logits of the embedding alone
-_QUOTED = re.compile(r"[A-Za-z_]\w*(?:[.]\w+)+")  # names that onnx's parser takes in quotes
+BODY = f"logits = Gather (table, input_ids) {ADDED}"  # logits of only the embedding
+_QUOTED = re.compile(r"[A-Za-z_]\w*(?:[.]\w+)+")  # names that onnx's parser accepts in quotes
 _OF_TRANSFORMERS = (
     ("past_key_values", "input.cache.layers"), ("present", "output.cache.layers"),
     (".key", ".keys"), (".value", ".values"),
@@ -76,7 +76,7 @@ def renamed(text: str, *pairs: tuple[str, str]) -> str:
     return text
 
 
-# What the graph has otherwise, words of the sentence, and whether it tells how to export the model again.
+# The difference of the graph, words of the sentence, and whether it tells how to export the model again.
 REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
     "no past": (
         {"inputs": IDS, "outputs": LOGITS, "body": "logits = Gather (table, input_ids)"},
@@ -330,7 +330,7 @@ def read_past_elsewhere(model: ir.Model) -> None:
 UNRECOGNISED: dict[str, tuple[Kind, Callable[[ir.Model], None], str]] = {
     "a bias": (Kind(bias=True), lambda model: None, "scores have a bias"),
     "other scores": (Kind(), exponentiate_scores, "scores of layer 0 become weights in"),
-    "past read elsewhere": (Kind(), read_past_elsewhere, "ReduceSum reads past beside attention"),
+    "past read elsewhere": (Kind(), read_past_elsewhere, "ReduceSum reads past outside attention"),
 }
 
 

@@ -1,6 +1,6 @@
 """Quantizes the matrices of a tiny Llama and writes them as GPTQ and AWQ do, in loops over single codes.
 
-A second program beside the reader of pastkey: it was written from AutoGPTQ's and AutoAWQ's layouts.
+A second program, independent of pastkey's reader: it was written from AutoGPTQ's and AutoAWQ's layouts.
 """
 
 from __future__ import annotations

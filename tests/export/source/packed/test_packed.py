@@ -223,7 +223,7 @@ def test_torchao(kind, llama_folder, tmp_path):
     assert_is(source.packed[0], read(source.packed[0]))
 
 
-# --- torchao for GPUs: its libraries write these nowhere else -------------------------------------------------------
+# --- torchao for GPUs: its libraries write these only there ---------------------------------------------------------
 def in_torchao(matrix: Matrix) -> tuple[dict[str, Tensor], Tensor]:
     """The parts, and weights with zero points that are no integers."""
     codes, scales, _, group = matrix
@@ -270,7 +270,9 @@ def test_weights_of_a_module(kind, tmp_path):
     state = {f"up.{part}": tensor for part, tensor in parts.items()}
     save_file(state | {f"norm.{name}": t for name, t in net.norm.state_dict().items()}, tmp_path / "w.safetensors")
     opening = Opening(weights=tmp_path / "w.safetensors", context_length=8)
-    with pytest.raises(InputError, match=r"nothing beside it says how: put the config\.json or quantize_config\.json"):
+    with pytest.raises(
+        InputError, match=r"no file next to it describes them: put the config\.json or quantize_config\.json"
+    ):
         open_source(net, opening)
     settings = AWQ if kind == "awq" else {"bits": 4, "group_size": 32, "checkpoint_format": kind}
     write(tmp_path / "quantize_config.json", settings)
@@ -281,7 +283,7 @@ def test_weights_of_a_module(kind, tmp_path):
 
 # --- refused ------------------------------------------------------------------------------------------------------
 def spoilt(part: str, value: Any) -> Any:
-    """Writes a part over: None takes it out, a function gets it."""
+    """Overwrites a part: None removes it, a function gets it."""
 
     def spoil(folder: Path) -> None:
         name = f"{Q}.{part}"

@@ -58,7 +58,7 @@ def test_ids_may_leave_gaps_longer_entries_are_special_and_an_unknown_character_
         ({"stoi": {"a": 0, "b": 0}}, "one id to 'a' and 'b'"),
         (["a", "b", "a"], "gives 'a' twice"),
         ({"stoi": {}}, "is empty"),
-        ({"stoi": {"a": 0}, "itos": {"0": "b"}}, "stoi and itos of mine.json do not say the same"),
+        ({"stoi": {"a": 0}, "itos": {"0": "b"}}, "stoi and itos of mine.json differ"),
         (["<pad>", "<eos>"], "has no entry of one character"),
         ({"who": 0, "hunts": 2}, "has ids up to 2 and no word for 1"),
         (["who", "hunts at"], "'hunts at' has a space"),
@@ -185,7 +185,7 @@ def test_files_that_do_not_belong_together_are_told(trained, tmp_path):
     with pytest.raises(InputError, match=r"has no token for 255 of the 256 bytes"):
         from_gpt2({"a": 0, "bc": 1}, file)
     (tmp_path / "vocab.bpe").unlink()
-    with pytest.raises(MissingFileError, match=r"put GPT-2's vocab.bpe or merges.txt beside it"):
+    with pytest.raises(MissingFileError, match=r"put GPT-2's vocab.bpe or merges.txt next to it"):
         from_gpt2(content, file)
 
 

@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE, WORD, CHARACTER = range(1, 5)
 
 
-# --- a model written by hand ----------------------------------------------------------------------------------------
+# --- a model of the test's own --------------------------------------------------------------------------------------
 def varint(value: int) -> bytes:
     value &= (1 << 64) - 1
     found = bytearray()

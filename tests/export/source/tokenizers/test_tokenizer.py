@@ -1,4 +1,4 @@
-"""What --tokenizer takes, and what becomes of it."""
+"""The values of --tokenizer, and their results."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def secret(file: Path) -> None:
 
 
 GPT2 = {"a": 0, "b": 1, "ab": 2}
-# what a folder has beside, or in the place of, tokenizer.json
+# the files of a folder in addition to, or instead of, tokenizer.json
 REFUSED: dict[str, tuple[dict[str, Any], type[PastkeyError], str]] = {
     "nothing": ({names.TOKENIZER: None}, MissingFileError, "no such tokenizer: .*tokenizer.json does not exist"),
     "an object": ({names.TOKENIZER: "{}"}, IntegrityError, "is not a tokenizer.json that can be read"),
@@ -182,7 +182,7 @@ def test_an_eos_that_is_given_takes_the_place_of_the_own(word_tokenizer, tmp_pat
     assert source.eos_token_ids == (3, 5)
     check_tokenizer(source, 61, (3, 5))
     assert opened(PLAIN, tokenizer=path, eos=("<end>", 5)).eos_token_ids == (60, 5)
-    assert "'<EOS>' is no token of the tokenizer" in refusal(InputError, PLAIN, tokenizer=path, eos=("<EOS>",))
+    assert "'<EOS>' is not a token of the tokenizer" in refusal(InputError, PLAIN, tokenizer=path, eos=("<EOS>",))
     assert "'<end>' is the name of a token, and there is no" in refusal(InputError, PLAIN, eos=("<end>",))
-    with pytest.raises(InputError, match="--eos 61 is no token of Plain, which has 61 embeddings"):
+    with pytest.raises(InputError, match="--eos 61 is not a token of Plain, which has 61 embeddings"):
         check_tokenizer(source, 61, (3, 61))

@@ -112,8 +112,8 @@ def test_along_channels_it_is_as_in_torch(function):
     assert len(value.time_axes(NEW)) == 1 or function not in SHAPES
 
 
-# What is refused along positions, by which kind of cause, and in which words.
-AHEAD, OVER_ALL = Kind.LOOK_AHEAD, "over all positions, later ones too"
+# The refusals along positions, by which kind of cause, and in which words.
+AHEAD, OVER_ALL = Kind.LOOK_AHEAD, "over all positions, including later ones"
 REFUSED = [
     (lambda x: x - x.mean(1, keepdim=True), AHEAD, "averages " + OVER_ALL),
     (lambda x: x.softmax(1), AHEAD, "computes softmax " + OVER_ALL),
@@ -234,7 +234,7 @@ def keys_first(x):
 
 
 def sunk(weights_of_keys, *, at):
-    """A further column of scores takes its share of the weights, and goes by `weights_of_keys`."""
+    """A further column of scores has its share of the weights, and is removed by `weights_of_keys`."""
 
     def attention(x):
         scores = (x @ x.mT).masked_fill(future(x), -torch.inf)

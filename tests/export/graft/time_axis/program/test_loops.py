@@ -1,4 +1,4 @@
-"""Loops over tokens: what is rolled up computes what the loop computes, and the rest is refused with its line."""
+"""Loops over tokens: a rolled-up loop computes the same as the loop, and the rest is refused with its line."""
 
 import inspect
 
@@ -128,7 +128,7 @@ def test_layers_inside_a_loop_come_apart_into_a_recurrence_each():
 
 
 def test_a_loop_with_another_order_is_another_program():
-    """What differs by one operator or by one token gives other numbers, here and as the author computes it."""
+    """A body that differs by one operator or by one token gives other numbers, here and as the author computes it."""
 
     def later(x):
         h, out = torch.zeros(1, WIDTH), []

@@ -1,4 +1,4 @@
-"""Two traces become one program of numbers a·T + b; what has no such form is refused."""
+"""Two traces become one program of numbers a·T + b; other numbers are refused."""
 
 import pytest
 import torch

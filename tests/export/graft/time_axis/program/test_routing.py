@@ -1,4 +1,4 @@
-"""Functions that choose rows by numbers give the same where all rows are taken, in real runs and in a trace."""
+"""Functions that choose rows by numbers give the same where all rows are computed, in real runs and in a trace."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the weights of an attention are is seen from numbers alone."""
+"""The form of an attention's weights is found only from numbers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A module of its author's becomes one of the contract, with what is known of its attention."""
+"""A module of its author's becomes one of the contract, with the known form of its attention."""
 
 import linecache
 
@@ -124,11 +124,11 @@ def convolved(x, kernel, before):
     return F.conv1d(F.pad(x.mT, (before, kernel - 1 - before)), weights, groups=WIDTH).mT
 
 
-SCORES = "over the scores of later tokens too, before the mask"
+SCORES = "over all scores before the mask hides those of later"
 EARLIER = "moves rows of later tokens to earlier ones"
 REFUSED = {  # by the words of the cause, and of its line
     "a mask that is off by one": (ahead, "see that at", "softmax"),
-    "rows that come back nowhere": (lambda x: x[:, 1:], "reads a part of the positions", "nowhere"),
+    "rows that come back nowhere": (lambda x: x[:, 1:], "reads a part of the positions", "never the rest"),
     "below the largest": (
         lambda x: attending(x, lambda s: s.masked_fill(s < s.amax(-1, keepdim=True) - 40, -1e9)),
         f"computes amax {SCORES}",
