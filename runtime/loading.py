@@ -80,7 +80,7 @@ def load(
             it begins. `lm.memory.estimate(tokens)` returns the size of a cache. None for no limit.
         prefix_bytes: Limit in bytes for cached prefixes of `reuse_prefix` and conversations. The least recently used
             prefix is evicted first.
-        max_batch: The largest number of requests that are decoded in one step. With 1 they take turns.
+        max_batch: The largest number of requests that are decoded in one step. With 1 they alternate.
         max_queue: The largest number of requests that wait for a place in `max_batch`. One more raises QueueFullError
             at once. A request is a call, or a stream until its end. Of a batch call each prompt counts, and only its
             first one may be rejected. None for no limit.

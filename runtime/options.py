@@ -129,7 +129,7 @@ _OF_A_TEXT: Final[Mapping[str, tuple[Option, ...]]] = {
         Option("top_p", Part, 1.0, "draw from the fewest likeliest tokens that together have probability P", "P"),
         Option("min_p", Share, 0.0, "drop tokens below P times the likeliest one's probability", "P"),
         Option("seed", Annotated[int, Between(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"], None,
-               "the same seed draws the same text; without one, each text is another", "N"),
+               "the same seed draws the same text; without one, each text differs", "N"),
     ),
     "penalties": (
         Option("repetition_penalty", Annotated[float, Between(_LEAST, _MOST), "above 0 and at most 2**127"], 1.0,
@@ -220,7 +220,7 @@ CHECKED: Final[Mapping[str, Option]] = {**OPTIONS, **{name: Option(name, kind) f
 def options_of(call: str, options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The options of a call without those that are None. Raises as `require_known` and `require_valid`.
 
-    A class as `json_schema` becomes its schema, which other processes can read too.
+    A class as `json_schema` becomes its schema, which other processes can also read.
     """
     require_known(call, options, known)
     require_valid(options)

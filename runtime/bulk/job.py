@@ -176,6 +176,6 @@ def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], out: Path
         before, now = found.get(name), wanted.get(name)
         if before != now:
             raise InputError(
-                f"{out} is of a job that was begun with {name} {shown(before, 40)}, and now it is {shown(now, 40)}: "
+                f"{out} belongs to a job with {name} {shown(before, 40)}, and now it is {shown(now, 40)}: "
                 f"give the same, choose another --out, or {_ANEW}"
             )

@@ -83,7 +83,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _parsed(line: bytes, where: str) -> dict[str, Any] | str:
     if len(line) > MOST_JSON:
-        return f"{where} has more than {MOST_JSON:,} bytes: no row does"
+        return f"{where} has more than {MOST_JSON:,} bytes, the limit of a row"
     try:
         content = parse_json(line, where)
     except PastkeyError as error:

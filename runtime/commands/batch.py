@@ -40,7 +40,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.epilog = (
         "The same command continues a job that was stopped. A field of a row with the name of a setting "
-        "(max_new_tokens, temperature, ...) wins. Each row draws by a seed made of --seed (0) and its id."
+        "(max_new_tokens, temperature, ...) overrides it. Each row draws by a seed made of --seed (0) and its id."
     )
 
 

@@ -41,8 +41,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(models)
     add_device(parser)
     parser.epilog = (
-        "Without --prompt, each line of standard input is a question, or a command: /help lists them. Tokens are drawn "
-        "as the model's authors set it in generation_config.json, where they did; a flag wins."
+        "Without --prompt, each line of standard input is a question, or a command: /help lists them. The "
+        "sampling options of the model's generation_config.json are the defaults; a flag overrides them."
     )
 
 
@@ -97,7 +97,7 @@ def _with_defaults(options: ChatOptions, defaults: ChatOptions) -> ChatOptions:
     used = {name: value for name, value in defaults.items() if name not in options}
     if used:
         shown = ", ".join(f"{name} {value}" for name, value in used.items())
-        say(f"as the model's generation_config.json has it: {shown} (--temperature 0 chooses the likeliest token)")
+        say(f"from the model's generation_config.json: {shown} (--temperature 0 chooses the likeliest token)")
     return cast(ChatOptions, {**used, **options})
 
 

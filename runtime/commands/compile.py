@@ -126,7 +126,7 @@ def _require_static(bundle: Bundle, provider: str) -> None:
     manifest = bundle.manifest
     if manifest.compiled is not None:
         raise InputError(
-            f"{bundle.path} is compiled already, for {manifest.compiled}: compile the bundle that it came of"
+            f"{bundle.path} is compiled already, for {manifest.compiled}: compile the bundle that it was made from"
         )
     if manifest.static is None:
         target = provider if row_of(provider).npu else "qnn"

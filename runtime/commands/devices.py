@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
         *((row.short_name, "available" if row.available else "absent", _told(row)) for row in rows),
     )
     if native is not None:
-        slow = ": onnxruntime's run, which read prompts faster, unless these are asked for" if native.slow else ""
+        slow = ": by default onnxruntime's run, which read prompts faster" if native.slow else ""
         print(f"native kernels: {native.refused or f'{native.version}, {native.level}{slow}'}")
     if sentence := overlapping():
         say(f"note: {sentence}")

@@ -123,7 +123,7 @@ class LimitedGenerator:
         try:
             return parse(kind, parse_json(bytes(line), "an answer"), "an answer")
         except (InputError, IntegrityError) as error:
-            self._process.fail(f"gave an answer that is none ({error}), and was ended")
+            self._process.fail(f"gave an invalid answer ({error}), and was ended")
 
     def _send(self) -> None:
         if len(self._open) > WINDOW + MAX_ROWS:

@@ -160,7 +160,7 @@ def _act(name: str, argument: str, chat: Chat) -> None:
         raise InputError(f"{name} has no argument: leave {argument!r:.60} out, or ask the model with /{name} ...")
     else:
         raise InputError(
-            f"there is no command {name}: /help lists them, and //... asks the model a text that begins so"
+            f"there is no command {name}: /help lists them, and //... asks the model a text that begins with /"
         )
 
 

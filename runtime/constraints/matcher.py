@@ -101,7 +101,7 @@ class Matcher:
         if not followed or (self._matcher.is_error() and not self._matcher.is_accepting()):
             raise InputError(
                 "the grammar leads to a place where this model's vocabulary cannot continue, or which is too complex "
-                f"({first_sentence(self._matcher.get_error()) or 'no token may follow'}): ask for less, or for other "
+                f"({first_sentence(self._matcher.get_error()) or 'no token may follow'}): simplify it, or use other "
                 "characters"
             )
 

@@ -36,7 +36,7 @@ class Vocabulary:
     def __init__(
         self, tokens: Sequence[bytes], special: Collection[int], eos_ids: Collection[int], encode: ExactEncoder
     ) -> None:
-        """Takes about 10 µs per token at the first call.
+        """The first call needs about 10 µs per token.
 
         Args:
             tokens: The bytes that each id adds to a text, (V,), V as in the logits; for a special token its name.
@@ -113,7 +113,7 @@ class Vocabulary:
             )
         if not Matcher(compiled, self.size, self.eos_ids).can_begin:
             raise InputError(
-                f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: mend it"
+                f"no text can meet {constraint.kind}, or none that this model's vocabulary can write: correct it"
             )
         return compiled
 

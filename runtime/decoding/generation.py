@@ -298,7 +298,7 @@ class Generation:
             self.kept.make_room(engine, 1)
             draft = self._speculator.draft(self.ids, self._room)
             try:
-                ids = np.array([[*missing, *draft]]) if draft else missing[0]  # to make an array takes 15 us
+                ids = np.array([[*missing, *draft]]) if draft else missing[0]  # making an array costs 15 us
                 logits = engine.run(ids, keep=1 + len(draft))
             except NumericsError:
                 if not draft:

@@ -47,7 +47,7 @@ class KeptTokens:
         if not self.block and len(ids) > context and not self._engine.manifest.shift.refused:
             raise InputError(
                 f"the prompt has {len(ids)} tokens; the context is {context}: shorten the text, export with a larger "
-                "--context, or let its oldest tokens go (--context-overflow shift)"
+                "--context, or drop its oldest tokens (--context-overflow shift)"
             )
         if not self.block or len(ids) <= context:
             found: list[int] = self._engine.checked(ids, ndim=1, start=0).tolist()

@@ -35,8 +35,8 @@ def token_ids(prompt: Iterable[Any], vocab_size: int, name: str = "prompt") -> l
     """
     if several(prompt):
         raise InputError(
-            f"{name} is {shown(prompt)}; it must be one text, or its token ids: give each alone, or all to generate() "
-            "or, where the model has it, stream_many()"
+            f"{name} is {shown(prompt)}; it must be one text, or its token ids: give each separately, or all to "
+            "generate() or, where the model has it, stream_many()"
         )
     unordered_or_bytes = isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set)
     require(not unordered_or_bytes, name, prompt, _PROMPT)

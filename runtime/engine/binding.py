@@ -56,7 +56,7 @@ class Binding(onnxruntime.IOBinding):  # type: ignore[misc]
         if callable(value):
             value(memory)
         elif isinstance(value, int) and len(memory) == 1:
-            memory[0] = value  # behind a run, numpy takes ten times as long
+            memory[0] = value  # after a run, numpy is ten times as slow
         else:
             array[...] = value
         if new:

@@ -72,11 +72,11 @@ class Golden:
                 golden = cls(content["ids"], content["ends"], content["logits"], float(content["limit"]))
             rows, vocab_size = golden.logits.shape
             if not rows or rows != len(golden.ends) or golden.ends[-1] != len(golden.ids):
-                raise ValueError("its arrays do not go together")
+                raise ValueError("its arrays do not fit together")
             if vocab_size != bundle.manifest.vocab_size:
                 raise ValueError(f"it has logits of {vocab_size} tokens")
             if golden.ids.min() < 0 or golden.ids.max() >= vocab_size:
-                raise ValueError("its ids are none of the model's")
+                raise ValueError("its ids are outside the model's vocabulary")
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise IntegrityError(f"{path} cannot be read ({error}): export the bundle again") from None
         return golden
@@ -149,8 +149,8 @@ def _require_device(engine: Engine, bundle: Bundle) -> None:
         engine.graph.one_by_one = True
         name = ep.short_name(engine.providers[0])
         warnings.warn(
-            f"the execution provider {name!r} computes a prefill wrong on this device, or too far off to be told from "
-            "that, and single tokens right: the prompt is read token by token, which is slow; "
+            f"the execution provider {name!r} computes a prefill wrong on this device, or too inexactly to tell, and "
+            "single tokens right: the prompt is read token by token, which is slow; "
             f"{ep.other_graph(name, engine.manifest)}",
             FallbackWarning,
             stacklevel=3,

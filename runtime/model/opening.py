@@ -49,7 +49,7 @@ class Prompted(Scheduled):
         self.parts.require_open()
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """Takes a cache with the same beginning from another prompt of the call or from the store."""
+        """Copies a cache with the same beginning from another prompt of the call or from the store."""
         scheduler, memory, found = self.parts.scheduler, self.parts.memory, None
         graph, ids = self.parts.engine.graph, generation.kept_ids
         reuse = self._reuse and not self._anew
@@ -211,7 +211,7 @@ def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _bad_words(codec: TextCodec | None, options: Mapping[str, Any]) -> Sequence[Sequence[int]]:
-    """The ids of all bad words. Each text is encoded alone and after a space."""
+    """The ids of all bad words. Each text is encoded by itself and after a space."""
     given = options["bad_words_ids"]
     texts = _texts(options["bad_words"])
     if not texts:

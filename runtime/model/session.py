@@ -228,7 +228,7 @@ class Session:
             self._parts.scheduler.exclusively(lambda: None)  # the scheduler removes the closed generation first
         if self._generation is not None:
             raise InputError(
-                "this session has a stream that is not at its end: read it to its end or close it (stream.close()) "
+                "this session has an unfinished stream: read it to its end or close it (stream.close()) "
                 "first, or continue in a fork"
             )
         return self._engine

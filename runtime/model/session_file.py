@@ -48,7 +48,7 @@ def read_session(path: Path, bundle: Bundle, engine: Engine) -> list[int]:
         try:
             found = {**np.load(file)}
         except OSError as error:  # zipfile goes to places that a damaged file tells
-            raise ValueError(f"it is no .npz file ({error})") from None
+            raise ValueError(f"it is not an .npz file ({error})") from None
         digest, ids, lengths = str(found.pop("bundle")), found.pop("ids"), found.pop("lengths")
         if digest != _digest(bundle, engine):
             if digest.partition("+")[0] == bundle_digest(bundle):

@@ -165,7 +165,7 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
     expected = _expected_static(session, manifest, path) if manifest.static else _expected(found, manifest, path)
     for name, shape in expected.items():
         if name not in found:
-            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest speaks of: export it again")
+            raise IntegrityError(f"{path} has no tensor {name!r}, which the manifest names: export it again")
         # Sizes must agree. Names of dynamic axes may differ.
         same_rank = len(found[name]) == len(shape)
         if not same_rank or any(isinstance(b, int) and a != b for a, b in zip(found[name], shape, strict=True)):
@@ -173,7 +173,7 @@ def _cross_check(session: Any, manifest: Manifest, path: Path) -> None:
                 f"{name!r} is {_show(found[name])} in {path} and {_show(shape)} in the manifest: export it again"
             )
     for name in sorted(set(found) - set(expected)):
-        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not speak of: export it again")
+        raise IntegrityError(f"{path} has the tensor {name!r}, which the manifest does not name: export it again")
 
 
 Shapes = dict[str, list[int | str]]

@@ -80,8 +80,8 @@ def resolve(
         if graph == "fused" and graph not in row.graphs:
             remedy = f", or {row.remedy}" if row.remedy else ""
             raise ProviderError(
-                f"{reason}this bundle has the fused graph, which the execution provider {asked!r} was never seen "
-                f"to run: use the provider 'cpu'{remedy}"
+                f"{reason}this bundle has the fused graph, which is not known to run on the execution provider "
+                f"{asked!r}: use the provider 'cpu'{remedy}"
             )
         own = options_of_target or {} if row.short == provider_of(target) else {}
         chosen[name] = {**row.options, **own, **options}
@@ -120,7 +120,7 @@ def for_compiled(choice: Choice | Sequence[Choice] | None, compiled: Compiled) -
     choices = [choice] if choice is None or isinstance(choice, str) or _is_pair(choice) else [*choice]
     first = choices[0] if choices else None
     asked, options = first if isinstance(first, tuple) else (first or compiled.provider, {})
-    again = "load the bundle that it came of, or compile that again"
+    again = "load the bundle that it was made from, or compile that again"
     if full_name(asked) != full_name(compiled.provider):
         raise ProviderError(f"this bundle was compiled for {compiled}, and {asked!r} was asked for: {again}")
     for key, value in options.items():
@@ -176,8 +176,8 @@ def require_active(wanted: Placement, active: Sequence[str]) -> None:
 def not_started(name: str, active: Sequence[str]) -> StartError:
     """The error for a provider that did not start; `active`: those that did."""
     return StartError(
-        f"onnxruntime could not start the execution provider {short_name(name)!r}, for want of a driver or a library "
-        f"(its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
+        f"onnxruntime could not start the execution provider {short_name(name)!r}, because a driver or a library is "
+        f"missing (its own message says which); ask for one that starts: {', '.join(map(short_name, active))}"
     )
 
 

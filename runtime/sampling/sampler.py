@@ -95,8 +95,8 @@ class Sampler:
         largest = int(logits.argmax())
         if logits[largest] == -np.inf:
             raise InputError(
-                "the settings ban every token at this place: of logit_bias, bad_words_ids, no_repeat_ngram_size, "
-                "min_new_tokens, suppress_tokens, forced tokens and logits_processor, leave one that may come"
+                "the settings ban every token at this place: relax one of logit_bias, bad_words_ids, "
+                "no_repeat_ngram_size, min_new_tokens, suppress_tokens, forced tokens and logits_processor"
             )
         if not self.config.temperature:
             return largest

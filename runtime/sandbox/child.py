@@ -77,8 +77,8 @@ def main(lifeline: int) -> None:
                 raise missing_extra(error, job["run"].split(".")[1]) from None
             if is_out_of_memory(error):
                 raise UntrustedBundleError(
-                    f"the process of the untrusted bundle {job['name']} has not the memory ({first_line(error)}); "
-                    f"{in_force}: do not use it, or raise memory where it is known to be good"
+                    f"the process of the untrusted bundle {job['name']} has too little memory ({first_line(error)}); "
+                    f"{in_force}: do not use it, or raise memory if you trust it"
                 ) from None
             raise
 

@@ -143,7 +143,7 @@ class LimitedProcess:
                 continue
             kind, content = frame
             if kind == INVALID or (kind == LIMITS and self._begun):
-                self.fail("answered with a message that is none, and was ended")
+                self.fail("sent an invalid message, and was ended")
             if kind != LIMITS:
                 return kind, content
             self._begin(content)
@@ -153,7 +153,7 @@ class LimitedProcess:
         try:
             self.in_force = parse(LimitsInForce, parse_json(content, "its limits"), "its limits")
         except (InputError, IntegrityError) as error:
-            self.fail(f"gave an answer that is none ({error}), and was ended")
+            self.fail(f"gave an invalid answer ({error}), and was ended")
         if self.in_force.missing:
             warnings.warn(f"{self._name}: {self.in_force}", LimitWarning, stacklevel=2)
         self._begun = True
@@ -171,7 +171,7 @@ class LimitedProcess:
         try:
             found = self._process.wait(_ENDING)
         except subprocess.TimeoutExpired:
-            self.fail("lives on after its end, and was ended")
+            self.fail("did not end after its last answer, and was ended")
         if interrupted and (found < 0 or found == 128 + signal.SIGTERM):
             return 130
         if found < 0:
@@ -183,7 +183,7 @@ class LimitedProcess:
     def fail(self, reason: str, *, limit: bool = False) -> NoReturn:
         """Ends it. Raises UntrustedBundleError. `limit`: a higher one of time or memory may help."""
         self.close()
-        higher = ", or try again with higher limits where it is known to be good" if limit else ""
+        higher = ", or try again with higher limits if you trust it" if limit else ""
         raise UntrustedBundleError(
             f"the process of the untrusted bundle {self._name} {reason}; {self.in_force}: do not use it{higher}"
         )

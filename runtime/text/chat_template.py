@@ -44,8 +44,8 @@ class ChatTemplate:
 
         if len(source) > MAX_SOURCE:
             raise InputError(
-                f"the chat template cannot be compiled: it has {len(source):,} characters, and {MAX_SOURCE:,} "
-                "are the most"
+                f"the chat template cannot be compiled: it has {len(source):,} characters; at most "
+                f"{MAX_SOURCE:,} are allowed"
             )
         self.source = source
         self._special_tokens = dict(special_tokens or {})

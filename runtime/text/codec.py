@@ -48,7 +48,7 @@ class TextCodec:
         self._byte_level: bool | None = None
         # Whether the text of ids is that of each, joined, where each has whole characters.
         self.joins = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its text alone
+        self._alone: dict[tuple[int, bool], str] = {}  # (token, whether special tokens are shown) -> its own text
         self._named: set[int] = set()  # tokens that are known to have a text
         self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         named = ((tokenizer.token_to_id(token), byte) for token, byte in _BYTE_TOKENS.items())
@@ -231,7 +231,7 @@ class TextStream:
         self._emitted = 0  # number of characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """Takes the next token; returns the new text that later tokens cannot change, or ""."""
+        """Adds the next token; returns the new text that later tokens cannot change, or ""."""
         if not self._codec.has_text(token, keep_special_tokens=self._keep):
             return ""
         self._window.append(token)

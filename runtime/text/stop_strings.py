@@ -24,7 +24,7 @@ class StopStrings:
         self.found: str | None = None  # the stop string that ended the text
 
     def push(self, text: str) -> str:
-        """Takes more text; returns the part that no stop string can include, and "" once one is `found`."""
+        """Adds text; returns the part that no stop string can include, and "" once one is `found`."""
         if self.found is not None:
             return ""
         if not self._stops:

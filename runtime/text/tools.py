@@ -72,7 +72,7 @@ def _schema(tool: Any) -> dict[str, Any]:
         if hint is None:
             raise InputError(
                 f"the tool {tool.__name__} cannot be described: its argument {name} is {shown(hints[name])}, which is "
-                "none of JSON's types; give the tool's JSON schema"
+                "not a type of JSON; give the tool's JSON schema"
             )
         properties[name] = hint | ({"description": told[name]} if name in told else {})
         if parameter.default is parameter.empty:

@@ -1,4 +1,4 @@
-"""The fixtures of the runtime's tests: bundles of the tiny decoder, and what is compared with it."""
+"""The fixtures of the runtime's tests: bundles of the tiny decoder, and its references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pastkey.runtime import Engine, load
 
 from .tiny_decoder import ALPHABET, Array, Tiny, V, write_bundle
 
-# The same examples each time, and as long as they take on a busy machine.
+# The same examples each time, and as long as they need on a busy machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -51,7 +51,7 @@ def metaspace() -> Tokenizer:
 
 
 def stopped(*_: Any, **__: Any) -> Any:
-    """In place of a function within which Ctrl-C is pressed."""
+    """Instead of a function within which Ctrl-C is pressed."""
     raise KeyboardInterrupt
 
 
@@ -62,7 +62,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tiny_odd():
-    """Head sizes that only the standard graph takes."""
+    """Head sizes that only the standard graph supports."""
     return Tiny.random([(5, 3), (6, 6)], context_length=24)
 
 
@@ -123,7 +123,7 @@ def runs_of(
 ) -> list[tuple[int, int]]:
     """The shapes (rows, tokens) of all runs of a graph from now on.
 
-    Each takes so many seconds more, and calls `before` with its ids.
+    Each needs so many seconds more, and calls `before` with its ids.
     """
     run, shapes = graph.run, list[tuple[int, int]]()
 

@@ -1,11 +1,11 @@
-"""A download cache of the Hub, whose files are links to a store beside them."""
+"""A download cache of the Hub, whose files are links to a store next to them."""
 
 import os
 import shutil
 
 
 def linked_to_blobs(source, folder):
-    """The files of `source`, each a link to a blob, as such caches lay them out. Returns it."""
+    """The files of `source`, each a link to a blob, as in such caches. Returns it."""
     blobs, snapshot = folder / "models--a--b" / "blobs", folder / "models--a--b" / "snapshots" / "0123"
     blobs.mkdir(parents=True)
     for number, path in enumerate(path for path in source.rglob("*") if path.is_file()):

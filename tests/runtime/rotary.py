@@ -1,6 +1,6 @@
-"""The tiny decoder with rotary positions in place of learned ones, and the same in numpy with keys that are not turned.
+"""The tiny decoder with rotary positions instead of learned ones, and the same in numpy with keys that are not turned.
 
-The reference is what a context shift must equal: it keeps keys as they were before any rotation, and turns them at each
+The reference, which a context shift must equal, keeps keys as they were before any rotation, and turns them at each
 step by their place in the cache (Xiao et al., https://arxiv.org/abs/2309.17453).
 """
 
@@ -45,7 +45,7 @@ class RotaryTiny(Tiny):
 
     @property
     def shift(self) -> CacheShift:
-        """What an export would write."""
+        """The manifest's entry of an export."""
         layers = tuple(range(len(self.layers)))
         return CacheShift(rotations=(KeyRotation(layers, 0, self.interleaved, tuple(self.angles.tolist())),))
 

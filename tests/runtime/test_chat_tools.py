@@ -1,4 +1,4 @@
-"""Conversations with tools, documents and other variables, going on, going back, and kept in a file."""
+"""Conversations with tools, documents and other variables, continued, undone, and kept in a file."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_user_cannot_end_a_message(make_model, letters, says):
     assert marks_of(calls[3]) == marks * 3
 
 
-# --- going on -----------------------------------------------------------------------------------------------------
+# --- continued ----------------------------------------------------------------------------------------------------
 def test_an_answer_that_was_cut_goes_on(model):
     whole, chat = model.chat().ask("hello", max_new_tokens=20).text, model.chat()
     text = chat.ask("hello", max_new_tokens=8).text + chat.ask(max_new_tokens=12).text
@@ -330,7 +330,7 @@ def test_undo_and_drop(model):
     chat.drop()
     chat.drop()
     assert chat.messages == [SYSTEM]
-    roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]  # what a tool said goes with its question
+    roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]  # a result leaves with its question
     chat.messages = [{"role": role, "content": "a"} for role in roles]
     chat.drop()
     assert chat.messages == said("a", "a")

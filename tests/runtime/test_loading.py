@@ -1,4 +1,4 @@
-"""A bundle is opened wherever it lies, and taken along by other processes; what an import brings."""
+"""A bundle is opened at any place, and by other processes; the modules of an import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected(lm):
 
 
 def written_by(program: str) -> str:
-    """What a Python of its own writes."""
+    """The output of a separate Python."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     return done.stdout if done.returncode == 0 else done.stderr
 
@@ -176,7 +176,7 @@ print(folder.exists())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_leaves_the_unpacked_files_where_they_are(speaking_bundle, expected, tmp_path):
-    """Whether it closes the model or ends; in a process of its own, for the atexit handlers of pytest."""
+    """Whether it closes the model or ends; in a separate process, for the atexit handlers of pytest."""
     (tmp_path / "b.zip").write_bytes(zipped(speaking_bundle.path))
     program = FORKS.format(path=str(tmp_path / "b.zip"), settings=DRAWN, expected=expected)
     assert written_by(program) == "True\nTrue\nTrue\nFalse\n"
@@ -196,7 +196,7 @@ def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected
         task = asyncio.create_task(pastkey.aload(speaking_bundle.path, threads=1))
         while not began.is_set():
             await asyncio.sleep(0.001)
-        go_on.set()  # which a loop that stands still would not come to
+        go_on.set()  # which a blocked loop would not reach
         with await task as model:
             return (await model.agenerate("abc", **DRAWN)).ids
 
@@ -205,7 +205,7 @@ def test_an_event_loop_goes_on_while_a_model_is_loaded(speaking_bundle, expected
         asyncio.run(pastkey.aload(speaking_bundle.path, threads="a"))  # type: ignore[arg-type]
 
 
-# --- what an import brings ----------------------------------------------------------------------------------------
+# --- the modules of an import ---------------------------------------------------------------------------------------
 # Prints what the loop's own thread imports, and then what there is.
 IMPORTS_BESIDE = """
 import asyncio, sys, threading
@@ -247,7 +247,7 @@ BROUGHT = "import sys, {before}; before = set(sys.modules); import {module}; pri
 @pytest.mark.parametrize(
     ("module", "before", "limit"),
     [
-        ("pastkey", "sys", 60),  # 6 to 38 by what Python itself has imported at its start
+        ("pastkey", "sys", 60),  # 6 to 38, depending on the modules that Python itself imports at its start
         ("pastkey.runtime", "sys", 60),
         ("pastkey.runtime.model.language_model", "numpy, onnxruntime, tokenizers", 192),  # 80 of them pastkey's
     ],

@@ -124,7 +124,7 @@ TEXT: tuple[Any, ...] = (b"a", 1, ["a", 1], {"a": 1})
 TEXTS: tuple[Any, ...] = ("", [""], [1], b"a", {"a": 1})
 IDS: tuple[Any, ...] = ("ab", b"ab", {1: 2}, [True], [1.5], [-1], 1.5)
 
-# Options, and values that Python would take for it in silence, and values out of its range.
+# Options, and values that Python would silently accept for it, and values out of its range.
 WRONG: list[tuple[str, tuple[Any, ...]]] = [
     ("allow_fallback native verify prompt_logprobs prompt_lookup draft reuse_prefix exact", SWITCH),
     ("keep_special_tokens normalize special_tokens_as_text", SWITCH),

@@ -1,6 +1,6 @@
 """Sixteen threads do everything that a model can do at the same time: right texts, and nothing that grows.
 
-Each text is compared with that of the same call alone. Beside the threads the main one is interrupted, and forks.
+Each text is compared with that of the same call run separately. Meanwhile the main thread is interrupted, and forks.
 PASTKEY_SOAK_MINUTES=30 does it for half an hour.
 """
 
@@ -32,7 +32,7 @@ SAMPLES = 200  # of the memory, over the whole time
 
 
 class Soak:
-    """One model under load, and another one of the same bundle for what its texts should be."""
+    """One model under load, and another one of the same bundle for the expected texts."""
 
     def __init__(self, model: LanguageModel, alone: LanguageModel, folder: Path) -> None:
         """`folder` is for saved sessions."""

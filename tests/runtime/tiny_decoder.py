@@ -1,4 +1,4 @@
-"""A tiny decoder as a bundle, written out by hand in ONNX's textual syntax, and the same function in numpy.
+"""A tiny decoder as a bundle, written in ONNX's textual syntax, and the same function in numpy.
 
 The runtime is tested against this, so that its tests need neither torch nor the exporter. Learned positions, H query
 heads over K key/value heads, two attention calls, no normalisation: x += attention(x); logits = x · embedding.
@@ -86,7 +86,7 @@ class Tiny:
         return ids[len(prompt) :]
 
     def hidden_states(self, ids: Sequence[int] | Array) -> Array:
-        """What is multiplied for them, (T, E)."""
+        """The factor of their multiplication, (T, E)."""
         w = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
         x = w["embedding"][list(ids)] + w["position"][: len(ids)]  # (T, E)
         for i in range(len(self.layers)):
@@ -150,7 +150,7 @@ STANDARD_MASK = """
     bias3 = Where(allowed, nought, minus)
     bias = Unsqueeze(bias3, axis1)
 """
-# A group's query heads stand below one another, (B, K, H/K * T, D), so that keys and values need no repetition.
+# A group's query heads are below one another, (B, K, H/K * T, D), so that keys and values need no repetition.
 STANDARD_ATTENTION = """
     qs{i} = Constant <value_ints = [0, 0, {H}, {D}]> ()
     ks{i} = Constant <value_ints = [0, 0, {K}, {D}]> ()
@@ -184,7 +184,7 @@ STANDARD_ATTENTION = """
 """
 
 
-# The mask is given, and what was computed of new tokens alone is what is given back.
+# The mask is given, and only the values of new tokens are returned.
 STATIC_ATTENTION = (
     STANDARD_ATTENTION.replace("present.{i}.key", "keys{i}")
     .replace("present.{i}.value", "values{i}")
@@ -273,10 +273,10 @@ def adapter_graph(tiny: Tiny, graph: str) -> tuple[str, dict[str, str]]:
 
 
 def write_bundle(folder: Path, tiny: Tiny, graph: str, **fields: Any) -> Bundle:
-    """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are taken in.
+    """Writes `tiny` as a bundle; `fields` replace the manifest's. Files already in the folder are listed.
 
-    With `adapters=True`, there is the graph that takes LoRA adapters, and with `golden=True` there are golden logits.
-    With `data_file=NAME`, the weights lie in that file beside the graphs, and with `hidden_size=E` the graphs of last
+    With `adapters=True`, there is the graph for LoRA adapters, and with `golden=True` there are golden logits.
+    With `data_file=NAME`, the weights are in that file next to the graphs, and with `hidden_size=E` the graphs of last
     positions give the last hidden states. A static one needs `chunk`.
     """
     (folder / "onnx").mkdir(parents=True)

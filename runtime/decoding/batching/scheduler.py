@@ -9,7 +9,7 @@
    thread that reads several streams, still form batches. After STALLED more steps an unread request leaves the Slab.
    Each adapter has a separate graph, and so separate batches. The batch of the request that has waited longest is next.
 5. A request decodes outside the batch, with drafts, if it is alone, if it is one of two whose drafts pay (TURNS), or if
-   it cannot share a run: standard or static graph, another device than the CPU. Such requests take turns, one step
+   it cannot share a run: standard or static graph, another device than the CPU. Such requests alternate, one step
    each.
 6. `leave` removes a closed request between two steps: it leaves the Slab and its cache goes to the PrefixStore.
 
@@ -37,9 +37,9 @@ from ..generation import Generation
 from .activity import TOTALS, Activity
 from .prefix_cache import PrefixStore
 
-MAX_ROWS = 16  # largest batch; further requests take turns
+MAX_ROWS = 16  # largest batch; further requests alternate
 AHEAD = 4  # tokens that a batch may decode before they are read
-TURNS = 3.0  # tokens per step with drafts from which two rows take turns: a batch of two decodes 1.8 times one's tokens
+TURNS = 3.0  # tokens per step with drafts from which two rows alternate: a batch of two decodes 1.8 times one's tokens
 STALLED = 16  # steps without a token after which a sequence leaves the slab
 PREFILL_BESIDE = 64  # prompt tokens per step while other requests decode
 LOOK_SECONDS = 0.5  # a waiting thread looks again after this time: an interrupt may have lost its notification
@@ -201,8 +201,8 @@ class Scheduler:
     def _require_outside(self) -> None:
         if self._leader == threading.get_ident():
             raise InputError(
-                "the model was asked for something within one of its own steps, which would wait for itself: let a "
-                "logits_processor use another model, or none"
+                "the model was asked for something within one of its own steps, which would wait for itself: use "
+                "another model in the logits_processor, or none"
             )
 
     def wake(self) -> None:

@@ -60,7 +60,7 @@ class SharedPrefill:
         self._kept: Engine | None = None  # holds only a prompt; the memory is reserved for this group
 
     def agree(self, ids: Sequence[int]) -> None:
-        """Takes in the beginning of one more prompt."""
+        """Adds the beginning of one more prompt."""
         pairs = zip(self._ids[: self.common], ids, strict=False)
         self.common = next(
             (place for place, (one, other) in enumerate(pairs) if one != other), min(self.common, len(ids))

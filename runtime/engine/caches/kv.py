@@ -221,7 +221,7 @@ class KVCache:
         self._marks.add(self.length, [*kept, *states], stays=stays)
 
     def share_marks(self, other: KVCache, length: int) -> None:
-        """Takes the marks of another cache up to `length` tokens."""
+        """Copies the marks of another cache up to `length` tokens."""
         self._marks = other._marks.up_to(length)
 
     def _restore(self, length: int, arrays: Sequence[npt.NDArray[Any]]) -> None:

@@ -70,7 +70,7 @@ class States:
             binding.bind_ortvalue_output(names.present_of(name), value(after[:rows]))
 
     def advance(self, length: int) -> None:
-        """Takes the states that the last run wrote; `length` tokens came before it."""
+        """Adopts the states that the last run wrote; `length` tokens came before it."""
         self.now, self.undo = 1 - self.now, length
 
     def at(self, length: int, cached: int) -> Arrays:

@@ -85,7 +85,7 @@ class Chat:
         self._variables = dict(template_variables or {})
         for name in _OURS:
             if name in self._variables:
-                raise OptionError(f"chat() has no option {shown(name)}: a conversation gives it to the template itself")
+                raise OptionError(f"chat() has no option {shown(name)}: a conversation sets it itself")
         self.format = model.chat_format(template, tools=bool(tools), special_tokens_as_text=as_text)
         self._renderer = ChatRenderer(self.format)
         self._notice_what_is_left_out(stacklevel=5)  # through LanguageModel.chat
@@ -168,7 +168,7 @@ class Chat:
         call = next((call for call in open_calls if name in (None, call["function"]["name"])), None)
         if call is None and (name is None or call_id is not None):
             which = "that waits for a result" if call_id is None else shown(call_id)
-            raise InputError(f"there is no tool call {which}: name the tool that gives this one (name=)")
+            raise InputError(f"there is no tool call {which}: name the tool that returned this result (name=)")
         if not isinstance(content, str):
             try:
                 content = json.dumps(plain(content), ensure_ascii=False, allow_nan=False)
@@ -334,7 +334,7 @@ class Chat:
                 _warn("the chat template leaves the system text out: begin the first question with it", stacklevel)
         for name, given in (("tools", self.tools), ("documents", self.documents)):
             if given and whole == rendered(self.system, **{name: None}):
-                _warn(f"the chat template leaves the {name} out, so that the model is not told of them", stacklevel)
+                _warn(f"the chat template leaves the {name} out, so the model does not see them", stacklevel)
         for name in self._variables:
             if name not in self.format.variables:
                 _warn(f"the chat template does not read the variable {shown(name)}", stacklevel)

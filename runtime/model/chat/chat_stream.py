@@ -12,13 +12,13 @@ from ...text.tool_call_stream import ToolCallReader
 
 
 class Turn:
-    """Takes an answer as it is written. This one keeps nothing; a Chat has its own."""
+    """Receives an answer as it is written. This one keeps nothing; a Chat has its own."""
 
     def take(self, text: str) -> None:
-        """Takes the text of a chunk."""
+        """Receives the text of a chunk."""
 
     def end(self, completion: Completion) -> None:
-        """Takes the whole answer."""
+        """Receives the whole answer."""
 
     def fail(self) -> None:
         """Forgets the answer, which an error ended."""

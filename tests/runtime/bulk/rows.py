@@ -15,7 +15,7 @@ def plain_rows(count: int) -> list[Any]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    """JSON lines; a text is a line as it stands."""
+    """JSON lines; a text is a line, unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""A generator answers each row as a call of its own would, whoever is beside it, in batches of lists and of arrays."""
+"""A generator answers each row as a separate call would, with any other rows, in batches of lists and of arrays."""
 
 import multiprocessing
 import pickle
@@ -90,7 +90,7 @@ def test_arrays_and_missing_values_are_as_lists_and_none(made):
 
 def test_conversations_are_answered_as_by_the_chat(made, model):
     longer = [*HI, {"role": "assistant", "content": "no"}, {"role": "user", "content": "so"}]
-    talks = {"a": HI, "b": longer, "c": longer[:2]}  # the last: an answer that goes on
+    talks = {"a": HI, "b": longer, "c": longer[:2]}  # the last: an answer that continues
     found = made(**DRAWN)({"id": [*talks], "messages": [*talks.values()]})
     for (identity, messages), text in zip(talks.items(), found["text"], strict=True):
         chat = model.chat()

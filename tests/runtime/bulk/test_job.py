@@ -1,4 +1,4 @@
-"""A job goes on where it was ended, has each answer once, and refuses what would mix two."""
+"""A job continues where it was ended, has each answer once, and refuses changes that would mix two."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def out(tmp_path):
 
 
 def answer(job, most=100):
-    """Answers rows, in an order of its own, the fourth with an error; returns how many."""
+    """Answers rows, in another order, the fourth with an error; returns how many."""
     rows = [*job.rows()][:most]
     for row in reversed(rows):
         job.add(row, error_of("bad") if row.id == 3 else {"text": f"of {row.id}", "error": None})
@@ -65,7 +65,7 @@ def test_rows_are_answered_once_whatever_the_stops(source, out):
     assert json.loads(job_file(out).read_text())["temperature"] == 0.5
 
 
-SPOILT = {  # what is done to an output of four rows -> how many are still there, or None where it is refused
+SPOILT = {  # the change of an output of four rows -> how many are still there, or None where it is refused
     "cut in a line": (lambda content: content[:-5], 3),
     "without its last line's end": (lambda content: content[:-1], 3),
     "cut in the first line": (lambda content: content[:9], 0),
@@ -99,8 +99,8 @@ def test_an_output_that_was_spoilt_goes_on_from_its_whole_lines_or_is_refused_an
 
 
 CHANGED = [
-    ({"bundle": "c"}, "was begun with bundle 'b', and now it is 'c': give the same"),
-    ({"shard": "1/2"}, "was begun with shard '', and now it is '1/2'"),
+    ({"bundle": "c"}, "belongs to a job with bundle 'b', and now it is 'c': give the same"),
+    ({"shard": "1/2"}, "belongs to a job with shard '', and now it is '1/2'"),
 ]
 
 
@@ -172,7 +172,7 @@ def change_the_input(source, out, job):
     write_rows(source, plain_rows(11))
 
 
-MEANWHILE = [  # what happens after two rows, the error, and how many rows are still to be answered
+MEANWHILE = [  # the event after two rows, the error, and how many rows are still to be answered
     (run_it_again, InUseError, "is being written by another process: wait", 8),
     (change_the_input, InputError, "was changed while the job ran", None),
     (fill_the_disk, OSError, "no space", 8),

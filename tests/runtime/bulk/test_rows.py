@@ -1,4 +1,4 @@
-"""Rows as they are read, what each asks for, what is wrong with one that cannot be answered, and its line of output."""
+"""Rows as they are read, the options of each, the error of one that cannot be answered, and its line of output."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A model to talk with, and a command with what is piped into it, or at a terminal."""
+"""A model to talk with, and a command with piped input, or at a terminal."""
 
 import io
 import os
@@ -58,7 +58,7 @@ def fails(result, *words):
 
 
 class Terminal:
-    """A command on a terminal of its own."""
+    """A command on a separate terminal."""
 
     def __init__(self, *arguments):
         import pty
@@ -72,7 +72,7 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, "-c", code, *map(str, arguments)], environment)
 
     def until(self, text):
-        """What was shown up to and with `text`, since the last time."""
+        """The output up to and with `text`, since the last time."""
         end = time.monotonic() + 90
         while text not in self.seen:
             assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], self.seen

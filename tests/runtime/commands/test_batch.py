@@ -111,7 +111,7 @@ def test_a_jobs_settings_stand_in_its_file(batch, tmp_path, out):
     assert (written["exact"], written["temperature"], written["seed"]) == (True, 1.0, 0)
     template.write_text("another")
     status, _, err = batch(plain_rows(4), *flags)
-    assert (status, "was begun with template" in err) == (2, True)
+    assert (status, "belongs to a job with template" in err) == (2, True)
 
 
 def test_a_full_disk_is_told_with_what_was_answered(batch, monkeypatch):

@@ -14,7 +14,7 @@ from pastkey.runtime.commands.terminal import interruptions, print_answer
 from ..conftest import TEMPLATE
 from .conftest import FLAGS, SETTINGS, Terminal, fails
 
-AUTHORS = "as the model's generation_config.json has it: temperature 1.3, top_k 9 (--temperature 0 chooses the likeli"
+AUTHORS = "from the model's generation_config.json: temperature 1.3, top_k 9 (--temperature 0 chooses the likeli"
 DRAWN = [
     ((), {"temperature": 1.3, "top_k": 9}, AUTHORS),
     (("--temperature", "0.5", "--top-k", "0"), {"temperature": 0.5}, ""),
@@ -134,7 +134,7 @@ def test_an_interrupt_ends_an_answer_and_keeps_it(model, capsys, monkeypatch):
         print_answer(conversation, "abc", interrupted, **SETTINGS)
     assert capsys.readouterr().out == whole[:3] + "\n"
     assert conversation.messages[-1] == {"role": "assistant", "content": whole[:3]}
-    # The cache of what was said is whole: all of it is found again, but the letter that was not fed.
+    # The cache of the conversation is whole: all of it is found again, but the letter that was not fed.
     assert conversation.ask("b", **SETTINGS).cached_tokens == len("<user>abc.<assistant>") + 2
 
 
@@ -166,7 +166,7 @@ def test_at_a_terminal(talking, model, tmp_path, flags, ending):
     else:
         typed.type(f"/save {tmp_path / 'talk.json'}\n")
         typed.until("4 messages\n> ")
-        typed.press()  # what was typed was an answer to the first
+        typed.press()  # the typed line was an answer to the first
         typed.until("Ctrl-C once more ends")
         typed.until("> ")
         typed.press()

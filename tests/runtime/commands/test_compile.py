@@ -1,4 +1,4 @@
-"""Compiling and signing a bundle: what is written, what is refused. The real compilation is in tests/programs."""
+"""Compiling and signing a bundle: written files, and refusals. The real compilation is in tests/programs."""
 
 import dataclasses
 import shutil
@@ -28,7 +28,7 @@ def static(make_bundle, tiny):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """What each session was opened with, on a device that writes its binaries as onnxruntime does."""
+    """The arguments of each opened session, on a device that writes its binaries as onnxruntime does."""
     calls = []
 
     def open_session(path, manifest, **given):

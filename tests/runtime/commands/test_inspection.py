@@ -1,4 +1,4 @@
-"""`pastkey inspect`, `pastkey bench` and `pastkey devices`: what a bundle has, its speed, and where it may run."""
+"""`pastkey inspect`, `pastkey bench` and `pastkey devices`: the content of a bundle, its speed, and its devices."""
 
 import functools
 import importlib.metadata
@@ -176,7 +176,10 @@ def test_a_plugin_that_does_not_load_is_absent_and_says_why(monkeypatch):
 @pytest.mark.usefixtures("packages_are_looked_at_once")
 def test_portable_kernels_are_said_to_wait_for_a_request(command, monkeypatch):
     monkeypatch.delenv("PASTKEY_KERNELS", raising=False)
-    for level, told in (("avx2", "avx2\n"), ("portable", "portable: onnxruntime's run, which read prompts faster")):
+    for level, told in (
+        ("avx2", "avx2\n"),
+        ("portable", "portable: by default onnxruntime's run, which read prompts faster"),
+    ):
         here = NativeKernels("0.1.0", 1, level, "/library.so")
         monkeypatch.setattr("pastkey.runtime.providers.native.native_kernels", lambda here=here: here)
         assert f"native kernels: 0.1.0, {told}" in command("devices")[1]

@@ -1,4 +1,4 @@
-"""What is typed wrong is one sentence, exit status 2, and no file."""
+"""A typing mistake gives one sentence, exit status 2, and no file."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Commands with --untrusted: each runs in a process with limits, and its parent passes on what it prints."""
+"""Commands with --untrusted: each runs in a process with limits, and its parent passes on its output."""
 
 import argparse
 import contextlib
@@ -87,7 +87,7 @@ def interrupting(times):
 
 
 STAYS = "print('begun', flush=True); time.sleep(99)"
-INTERRUPTED = {  # the number of interrupts, the status, and what is printed
+INTERRUPTED = {  # the number of interrupts, the status, and the output
     f"try: {STAYS}\nexcept KeyboardInterrupt: print('again', flush=True)": (1, 0, "begun\nagain\n"),
     f"signal.signal(signal.SIGINT, signal.SIG_IGN); {STAYS}": (3, 130, "begun\n"),  # the third ends here
     f"signal.signal(signal.SIGINT, signal.SIG_DFL); {STAYS}": (1, 130, "begun\n"),  # before there is a handler
@@ -105,7 +105,7 @@ def test_an_interrupt_reaches_the_process_and_is_not_the_bundles_fault(command, 
     assert "the untrusted bundle" not in found[2]
 
 
-# --- a process that was taken over --------------------------------------------------------------------------------
+# --- a hijacked process -------------------------------------------------------------------------------------------
 def test_what_a_terminal_would_act_on_is_not_printed(command, talking, acting):
     acting("print('a\\x1b[31mé\\x9b\\r', flush=True); print('b\\x07', file=sys.stderr, flush=True); os._exit(1)")
     assert command("inspect", talking, "--untrusted") == (1, "a�[31mé��\n", "b�\n")
@@ -163,10 +163,10 @@ TAKEN_OVER = [
     ("", "left rows without an answer"),
     (f"print(json.dumps({HONEST.replace('line-1', 'line-3')}))", "answered a row that was not asked for"),
     (f"print(json.dumps({HONEST})); print(json.dumps({HONEST}))", "answered a row that was not asked for"),
-    (f"print(json.dumps({HONEST.replace('text=', 'b=5, text=')}))", "gave an answer that is none (an answer has"),
+    (f"print(json.dumps({HONEST.replace('text=', 'b=5, text=')}))", "gave an invalid answer (an answer has"),
     (f"print(json.dumps({HONEST.replace(repr('line-1'), '[1]')}))", "answered a row that was not asked for"),
     ("print('x' * 17_000_000)", "gave an answer of more than 16,000,000 bytes"),
-    ("print('{', flush=True); time.sleep(99)", "gave an answer that is none ("),
+    ("print('{', flush=True); time.sleep(99)", "gave an invalid answer ("),
     ("time.sleep(99)", "gave no answer within 2 s"),
 ]
 

@@ -16,7 +16,7 @@ from pastkey.runtime.text.codec import TextCodec
 
 from .vocabularies import characters
 
-# What JSON is made of: 36 tokens and one id that is none, as many as the tiny decoder has.
+# The parts of JSON: 36 tokens and one id that is none, as many as the tiny decoder has.
 LETTERS = [*'{}[]":, -.0123456789aeflnrstuyé', '{"', '": ', '", "', "tr"]
 
 
@@ -96,7 +96,7 @@ def test_forced_tokens_of_a_stream_are_run_together(lm):
 
 
 def test_the_logits_behind_forced_tokens_are_those_of_the_text(lm):
-    """The greedy text is what a loop over uncached logits with the same masks gives."""
+    """The greedy text is that of a loop over uncached logits with the same masks."""
     done = lm.generate("ta", json_schema=SCHEMA, max_new_tokens=200)
     following = lm.vocabulary.matcher({"json_schema": SCHEMA})
     prompt = lm.prompt_ids("ta")

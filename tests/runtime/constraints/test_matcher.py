@@ -26,7 +26,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 @dataclass(frozen=True)
 class Make:
-    """A vocabulary and what its ids say."""
+    """A vocabulary and the texts of its ids."""
 
     codec: TextCodec
     vocabulary: Any
@@ -36,7 +36,7 @@ class Make:
         return self.vocabulary.matcher(Constraint.of(options))
 
     def written(self, seed, most=300, *, jump=True, **options):
-        """What random logits write; None where they are not at an end after so many tokens."""
+        """The text of random logits; None where they are not at an end after so many tokens."""
         rng, following, ids = np.random.default_rng(seed), self.matcher(**options), list[int]()
         while True:
             ids += following.forced(most - len(ids)) if jump else []
@@ -57,7 +57,7 @@ class Make:
         return self.text(ids)
 
     def text(self, ids):
-        """As it stands behind another text."""
+        """As after another text."""
         encode, decode = self.codec.encode, self.codec.decode
         before = encode("\n" if self.codec.begins_word(encode("a")[0]) else "a", add_special_tokens=False)
         return decode(before + ids)[len(decode(before)) :]
@@ -197,7 +197,7 @@ def test_eos_is_allowed_only_where_the_grammar_is_met():
 
 
 def test_a_draft_is_cut_where_it_may_not_go_on():
-    """And the state stays where it stood."""
+    """And the state stays the same."""
     following, ids, logits = BYTES.matcher(regex="abab[0-9]*"), BYTES.codec.encode, np.zeros(BYTES.vocabulary.size)
     assert following.allowed_draft([]) == following.allowed_draft(ids("x")) == []
     assert following.allowed_draft(ids("abab12x3")) == ids("abab12")

@@ -1,4 +1,4 @@
-"""Tokenizers of every make, and what a constraint sees of them."""
+"""Tokenizers of every kind, as a constraint sees them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """Words with their space in front, bytes for what is in no word: the way of Llama's vocabulary and llama2.c's."""
+    """Words with their space in front, bytes for the rest: the way of Llama's vocabulary and llama2.c's."""
     letters, merges = ["▁", *'{":thesab'], [("h", "e"), ("▁", "t"), ("▁t", "he"), ("{", '"'), ('"', ":"), ("a", "b")]
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *(left + right for left, right in merges)]
     vocabulary = {word: i for i, word in enumerate(words)}

@@ -1,4 +1,4 @@
-"""A text that is longer than the context: an error, or the oldest tokens go, wherever the text is made."""
+"""A text that is longer than the context: an error, or the oldest tokens are dropped, wherever the text is made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gone_of(count: int) -> int:
 
 
 def continued(tiny: RotaryTiny, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens by the reference, which drops half of what is no sink where the context is full."""
+    """The likeliest tokens by the reference, which drops half of the tokens that are no sink if the context is full."""
     reference, rows, ids = tiny.reference(), len(prompt), list[int]()
     logits = reference.feed(prompt)[-1]
     while len(ids) < count:
@@ -105,7 +105,7 @@ def test_a_cut_prompt_continues_as_its_kept_tokens(lm, rotary):
     assert (completion.prompt_tokens, len(completion.logprobs)) == (500, 60)
     first = lm.generate(ids, max_new_tokens=5, reuse_prefix=True, **SHIFT)
     again = lm.generate([*ids, *first.ids], max_new_tokens=5, reuse_prefix=True, **SHIFT)
-    assert again.cached_tokens == len(kept) + 3  # what is cut as the last prompt was is computed once
+    assert again.cached_tokens == len(kept) + 3  # a text that is cut like the last prompt is computed once
 
 
 def test_a_fault_within_a_shift_ends_the_texts_of_its_step(lm, monkeypatch):

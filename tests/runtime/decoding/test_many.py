@@ -1,4 +1,4 @@
-"""A text by an engine alone, and several prompts in one call: each as if alone, the results in order."""
+"""A text by only an engine, and several prompts in one call: each as in a separate call, the results in order."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_closing_and_cancelling_keep_what_there_is(speaking_bundle, lm, end):
     assert (model.activity.running, model.activity.waiting, model.scheduler.live) == (0, 0, 0)
 
 
-# --- by an engine alone ---------------------------------------------------------------------------------------------
+# --- by only an engine ---------------------------------------------------------------------------------------------
 PROMPT = [5, 6, 7]
 
 

@@ -1,4 +1,4 @@
-"""A stream ends in many ways: each within one step, with what was generated, and with a model that goes on."""
+"""A stream ends in many ways: each within one step, with the text so far, and with a model that continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def elsewhere(call: Callable[[], object]) -> None:
 
 
 class Gate:
-    """Stands still, as a processor of logits or in a run, until it is let through."""
+    """Waits, as a processor of logits or in a run, until it is let through."""
 
     def __init__(self) -> None:
         self.inside, self.open = threading.Event(), threading.Event()
@@ -101,7 +101,7 @@ def test_a_long_prefill_is_cancelled_within_a_chunk(lm, graph, monkeypatch):
 
 
 class Clock:
-    """In place of `time`: a second passes in each step."""
+    """Instead of `time`: a second passes in each step."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -193,7 +193,7 @@ def test_many_tasks_get_the_texts_of_calls_alone(lm):
 
 @pytest.mark.parametrize("call", ["astream", "agenerate"])
 def test_a_cancelled_task_stops_within_one_run(lm, graph, monkeypatch, call):
-    """It does not wait for the run, which is the first of three of a prefill, and the loop goes on meanwhile."""
+    """It does not wait for the run, which is the first of three of a prefill, and the loop continues meanwhile."""
     gate = Gate()
 
     async def read() -> None:

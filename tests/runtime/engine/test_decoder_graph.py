@@ -1,4 +1,4 @@
-"""What a graph can do; the inputs of its runs, their sizes, and the lock around them."""
+"""The abilities of a graph; the inputs of its runs, their sizes, and the lock around them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_is_left_of_it():
     assert padding.first(0) is None
 
 
-# --- an input is what its array held when it was given --------------------------------------------------------------
+# --- an input has the values that its array had when given ----------------------------------------------------------
 GRAPH = '<ir_version: 10, opset_import: ["": 21]> g (int64[N, M] x) => (int64[N, M] y) { y = Identity(x) }'
 
 

@@ -1,4 +1,4 @@
-"""Several rows, what is refused, and what a failed run leaves. `caches/test_caches.py` has the ways of one row."""
+"""Several rows, refusals, and the state after a failed run. `caches/test_caches.py` has the ways of one row."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_prefill_after_keep_prefix_equals_fresh_prefill(session, tiny, wanted, k
     session.decode(9)
     resets = session.resets
     assert session.keep_prefix(wanted) == kept == session.length
-    assert session.resets == resets + 1  # whoever else used the cache can tell
+    assert session.resets == resets + 1  # another user of the cache can tell
     require_close(session.prefill(wanted[kept:]), tiny(wanted)[-1])
     assert session.keep_prefix([*wanted, 3]) == len(wanted) - 1
 

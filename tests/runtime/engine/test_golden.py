@@ -129,7 +129,7 @@ def test_a_device_with_wrong_prefill_runs_single_tokens(fused_bundle):
     for _ in range(2):  # the second time from memory
         engine = on(fused_bundle, off=0.1)
         (told,) = proved(engine, fused_bundle)
-        assert "prefill wrong on this device, or too far off to be told from that, and single tokens right" in told
+        assert "prefill wrong on this device, or too inexactly to tell, and single tokens right" in told
         assert (engine.graph.one_by_one, engine.graph.supports_drafts) == (True, False)
         engine.runs.clear()
         require_close(engine.prefill([5, 6, 7, 8]), expected, 1e-5)
@@ -225,7 +225,7 @@ def test_a_native_graph_that_cannot_be_opened_falls_back(wrong_native):
 
 @pytest.mark.parametrize(("offs", "taken"), [([0.04, 0.03, 0.02, 0.01], 2), ([0.09, 0.05, 0.06, 0.08], 1)])
 def test_golden_ids_are_not_decided_by_rounding(offs, taken, fused_bundle):
-    """The limit follows from what rounding does to the sequence: exact products are `offs` from the golden logits."""
+    """The limit follows from the rounding error of the sequence: exact products are `offs` from the golden logits."""
     engine = Engine(fused_bundle, threads=1)
     found = Golden.computed(engine, 3, 0.05, cast("Engine", Exact(engine, offs)))
     np.testing.assert_array_equal(found.ids, np.random.default_rng(taken).integers(0, 37, len(found.ids)))

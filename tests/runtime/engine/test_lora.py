@@ -1,4 +1,4 @@
-"""Adapters as peft saves them, what is refused of them, and how the names in them are matched."""
+"""Adapters as peft saves them, refusals, and how the names in them are matched."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def bfloat16(array: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(("form", "rank"), [(half, 2), (bfloat16, 2), (half, 0)])
 def test_other_forms_of_matrices_are_read(form, rank, lm, tiny, tmp_path):
-    """A matrix of a form, and what it is in float32."""
+    """A matrix of a form, and its float32 numbers."""
     (a, read_a), (b, read_b) = map(form, lora(tiny, ["wk0"], rank=rank)["model.wk0"])
     folder = write_adapter(tmp_path / "a", {"model.wk0": (a, b)}, lora_alpha=2)
     require_merged(lm, folder, merged(tiny, {"model.wk0": (read_a, read_b)}))
 
 
 def tensors(name: str, array: Any) -> Any:
-    """Puts one tensor in the place of the adapter's."""
+    """Replaces one tensor of the adapter."""
     return lambda file: write_safetensors(file, {f"base_model.model.model.{name}": array})
 
 

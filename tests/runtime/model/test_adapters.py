@@ -27,7 +27,7 @@ ADAPTED = {"one": ["wq0", "wv0", "wo1"], "two": ["wk1", "wo0"]}
 
 @pytest.fixture(scope="module", params=["fused", "standard"])
 def folder(request, tiny, tmp_path_factory):
-    """A bundle, with its adapters beside it."""
+    """A bundle, with its adapters next to it."""
     made = tmp_path_factory.mktemp(request.param)
     write_bundle(made / "bundle", tiny, request.param, adapters=True)
     for seed, (name, weights) in enumerate(ADAPTED.items()):
@@ -60,7 +60,7 @@ def test_each_request_has_the_text_and_the_logits_of_its_merged_model(lm, expect
 
 def test_the_eos_token_of_an_adapters_tokenizer_ends_its_texts_alone(tiny, letters, tmp_path):
     whole, base = (decoder.greedy(PROMPT, 12) for decoder in (merged(tiny, lora(tiny, ADAPTED["one"])), tiny))
-    end = next(token for token in whole[2:] if token in base)  # the base model goes on behind it
+    end = next(token for token in whole[2:] if token in base)  # the base model continues after it
     write_bundle(tmp_path / "bundle", tiny, "fused", adapters=True, tokenizer=letters)
     folder = write_adapter(tmp_path / "one", lora(tiny, ADAPTED["one"]), lora_alpha=2, r=2)
     write_json(folder / "tokenizer_config.json", {"eos_token": {"content": letters.id_to_token(end)}})

@@ -1,4 +1,4 @@
-"""A model with a draft model: every way to generate gives the text of the model alone."""
+"""A model with a draft model: every way to generate gives the text of the model without it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_call_gives_the_text_of_the_model_alone(drafted, lm):
 
 
 def test_a_session_goes_on_in_both_caches(drafted, lm, monkeypatch):
-    """The draft model reads no more of the text than what is new to it."""
+    """The draft model reads only the part of the text that is new to it."""
     read = runs_of(drafted.draft.model.parts.require_open().graph, monkeypatch)
     with drafted.session() as session, lm.session() as other:
         for text in ("abcdefgh" * 10, "ij", "kl"):

@@ -37,7 +37,7 @@ def unit(vectors: Any) -> Any:
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("length", [1, 2, 9, 40])
 def test_one_text_has_what_the_head_multiplies_pooled(embedder, tiny, pooling, length, monkeypatch):
-    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 16)  # so that the longest takes three runs
+    monkeypatch.setattr(decoder_graph, "PREFILL_CHUNK", 16)  # so that the longest needs three runs
     ids = ids_of(length)
     expected = POOLINGS[pooling](tiny.hidden_states(ids))
     plain = embedder.embed(ids, pooling=pooling, normalize=False)

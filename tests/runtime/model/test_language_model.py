@@ -86,7 +86,7 @@ MANY_BYTES = "a日é🙂."
 
 @pytest.fixture(scope="module")
 def byte_model(tiny, make_bundle):
-    """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it has a chat template, too."""
+    """Says MANY_BYTES after a prompt of one token, a token for each byte, and ends; it also has a chat template."""
     said = [f"<0x{byte:02X}>" for byte in MANY_BYTES.encode()] + ["<end>"]
     pieces = sorted({*said, f"<0x{ord('?'):02X}>"})
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
@@ -170,7 +170,7 @@ def test_logits_of_no_tokens_are_refused(lm):
 
 # --- the sampling that a model's authors name -------------------------------------------------------------------------
 ALL = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.05}
-COUNTS: list[tuple[dict[str, Any], dict[str, float]]] = [  # generation_config.json, and what counts of it
+COUNTS: list[tuple[dict[str, Any], dict[str, float]]] = [  # generation_config.json, and the fields of it that count
     ({}, {}),
     ({"do_sample": True}, {"temperature": 1.0}),
     ({"do_sample": True, **ALL}, ALL),

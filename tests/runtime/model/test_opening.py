@@ -1,4 +1,4 @@
-"""What a call's options do to its text, what comes back with it, and the score of a text."""
+"""The effect of a call's options on its text, the other results, and the score of a text."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_what_was_yielded_stands_in_the_session(model):
         next(stream)
         assert session.ids == [*prompt, *expected[:count]]
     for call in (session.generate, session.fork, lambda: session.trim(0), lambda: session.append("x")):
-        with pytest.raises(InputError, match="this session has a stream that is not at its end"):
+        with pytest.raises(InputError, match="this session has an unfinished stream"):
             call()
     stream.close()
     assert session.ids == [*prompt, *expected[:3]]
@@ -168,7 +168,7 @@ def test_what_fails_leaves_a_session_as_it_was(tiny, letters, make_bundle, monke
     session.save(tmp_path / "saved")
     for one in (session, model.load_session(tmp_path / "saved")):
         assert one.generate(" upon", max_new_tokens=5).ids == model.generate("once upon", max_new_tokens=5).ids
-    yielded: list[list[int]] = []  # which stands, as in a stream that is closed
+    yielded: list[list[int]] = []  # which stays, as in a stream that is closed
     with pytest.raises(NumericsError):
         yielded.extend(session.ids for _ in session.stream(max_new_tokens=30))
     assert session.ids == yielded[-1]
@@ -177,7 +177,7 @@ def test_what_fails_leaves_a_session_as_it_was(tiny, letters, make_bundle, monke
 
 # --- in a file: read back by the bundle that wrote it, and by no other, whole or not at all -------------------------
 def begun(model: Any) -> Any:
-    """A session of a text and what came of it."""
+    """A session of a text and its result."""
     session = model.session()
     session.generate("once upon", **DRAWN)
     return session

@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "another manifest": (altered(MANIFEST, lambda old: old.replace(b'"tiny"', b'"tony"')), IntegrityError, "altered"),
     "a longer signature": (altered(SIGNATURE, lambda old: old + b"\n"), IntegrityError, "has 65 bytes and not 64"),
     "another signature": (altered(SIGNATURE, lambda _: bytes(64)), IntegrityError, "is not a signature"),
-    "a large signature": (altered(SIGNATURE, lambda _: bytes(20_000)), InputError, "10,000 are the most"),
+    "a large signature": (altered(SIGNATURE, lambda _: bytes(20_000)), InputError, "at most 10,000 are allowed"),
     "no signature": (lambda folder: (folder / SIGNATURE).unlink(), MissingFileError, "is not signed"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), MissingFileError, r"without its pastkey\.json"),
     "no bundle": (shutil.rmtree, MissingFileError, "no such bundle"),
@@ -112,7 +112,7 @@ NO_KEY = {
     "of openssh": (private_pem(format=serialization.PrivateFormat.OpenSSH), "cannot be read as an Ed25519PrivateKey"),
     "empty": (b"", "cannot be read as an Ed25519PrivateKey .*pastkey sign --new-key FILE writes a pair"),
     "damaged": (private_pem().replace(b"\nMC4", b"\nMA4"), "cannot be read"),
-    "large": (bytes(20_000), "has 20,000 bytes, and 10,000 are the most"),
+    "large": (bytes(20_000), "has 20,000 bytes; at most 10,000 are allowed"),
 }
 
 

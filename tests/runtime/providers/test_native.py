@@ -15,7 +15,7 @@ SOURCE = "__version__ = '0.1.0'\ndef library_path():\n    return __file__.replac
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Installs a package of the name, of this source, in the place of any other. Returns its folder."""
+    """Installs a package of the name, of this source, instead of any other. Returns its folder."""
 
     def install(source):
         (tmp_path / PACKAGE).mkdir()

@@ -1,4 +1,4 @@
-"""What stands between a bundle's files and a session that runs: versions, providers, links, and the manifest's word."""
+"""The checks between a bundle's files and a session that runs: versions, providers, links, and the manifest's word."""
 
 import importlib.metadata
 import os
@@ -75,7 +75,7 @@ def test_a_path_that_is_no_text_is_told(fused_bundle, tmp_path):
 
 
 WEBGPU_FAILS = ort.OrtError[0]("Failed to finalize the graph. Code: 1002\nat line 7")
-FAILED_STARTS = [  # the bundle's target, the provider, what onnxruntime raises, the error and its words
+FAILED_STARTS = [  # the bundle's target, the provider, onnxruntime's exception, the error and its words
     ("webgpu", "webgpu", WEBGPU_FAILS, ProviderError,
      r"Code: 1002; export the model again if an older pastkey wrote this bundle, or use the provider 'cpu'"),
     ("cpu", "webgpu", WEBGPU_FAILS, ProviderError,
@@ -108,7 +108,7 @@ def test_threads(bundle):
 
 
 def test_a_download_cache_of_links_is_loaded(tiny, make_bundle, tmp_path):
-    """Weights beside the graph."""
+    """Weights next to the graph."""
     if ort.onnxruntime.__version__ == "1.24.1":
         pytest.skip("this release takes no weights that are links")
     source = make_bundle(tiny, "fused", data_file=names.weights_file("model.onnx"))
@@ -247,7 +247,7 @@ def test_telemetry_that_cannot_be_turned_off_any_more_is_said_once(before, warni
     assert done.stdout.count("RuntimeWarning") == done.stdout.count("set ORT_DISABLE_TELEMETRY=1") == warnings
 
 
-# None makes the import fail; an empty module is what a half uninstalled wheel leaves.
+# None makes the import fail; a half uninstalled wheel leaves an empty module.
 @pytest.mark.parametrize("stub", ["None", "types.ModuleType('onnxruntime')"])
 def test_without_onnxruntime_the_command_to_type_is_named(stub):
     program = f"import sys, types\nsys.modules['onnxruntime'] = {stub}\nfrom pastkey.__main__ import main\n"

@@ -106,7 +106,7 @@ def test_the_command_that_installs_another_wheel(wheels):
         (("onnxruntime",), "qnn", "pip install onnxruntime onnxruntime-qnn"),
         (("onnxruntime",), "coreml", "pip install onnxruntime on macOS"),
         (("onnxruntime",), "xnnpack", "onnxruntime built from source with --use_xnnpack"),
-        # The files of the wanted one lie under the other's: pip would find it installed, and bring nothing back.
+        # The other's files replaced those of the wanted one: pip would find it installed, and restore nothing.
         (both, "cuda", f"pip uninstall onnxruntime-webgpu onnxruntime-gpu  and then  {gpu}"),
         (
             both,
@@ -144,7 +144,7 @@ def test_absent_and_unknown_providers_are_refused(asked, target, words):
 @pytest.mark.parametrize("full", [*NEVER_FUSED, "NewExecutionProvider"])
 def test_the_fused_graph_is_refused_where_it_was_not(full, here):
     here(full)
-    sentence = "this bundle has the fused graph, which the execution provider '.*' was never seen to run"
+    sentence = "this bundle has the fused graph, which is not known to run on the execution provider '.*'"
     for choice in (full, [providers.short_name(full), "cpu"], (full, {"device": "0"})):
         with pytest.raises(ProviderError, match=f"{sentence}: use the provider 'cpu'"):
             providers.resolve(choice, graph="fused")

@@ -218,7 +218,7 @@ def test_the_generator_gives_the_published_answers(counter, key, answer):
 
 
 def test_the_numbers_and_seeds_of_the_documentation():
-    """In docs/bundle-format.md, for whoever writes the stream in another language."""
+    """In docs/bundle-format.md, for those who write the stream in another language."""
     assert uniform(0, 0) == 0.41845711022987275
     assert uniform(0, 1) == 0.3146817218764961
     assert uniform(1, 5) == 0.49113639551488

@@ -174,7 +174,7 @@ STAGES = {
 @settings(max_examples=50)
 @given(logits=logit_arrays | with_bans, factor=st.sampled_from([1.0, 1e4, 1e300]))
 def test_a_stage_drops_tokens_and_changes_none(stage, logits, factor):
-    """What is banned stays so, one token stays, nothing is written into, and no warning is given."""
+    """A banned token stays banned, one token stays, no input is written into, and no warning is given."""
     if np.isneginf(logits).all():
         logits[0] = 1.0
     logits = logits.astype(np.float64) * factor if factor != 1 else logits

@@ -40,7 +40,7 @@ class Vector:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings as a SamplingConfig takes them."""
+        """The settings as fields of a SamplingConfig."""
         bias = {int(token): value for token, value in self.settings.get("logit_bias", {}).items()}
         return {**self.settings, "seed": self.seed, **({"logit_bias": bias} if bias else {})}
 

@@ -1,4 +1,4 @@
-"""Bundles as a hostile author makes them: whole, with every hash right; and processes that were taken over."""
+"""Bundles as a hostile author makes them: whole, with every hash right; and hijacked processes."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def hooked(hook):
 
 @pytest.fixture
 def acting(monkeypatch):
-    """acting(PROGRAM): under its limits the process runs this in place of what it was asked for.
+    """acting(PROGRAM): under its limits the process runs this instead of its request.
 
     `raw` writes bytes where frames are expected, and `frame` a frame of any kind.
     """

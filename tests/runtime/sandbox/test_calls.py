@@ -1,4 +1,4 @@
-"""Each call gives what the model gives that is opened here, and a process that was taken over is not believed."""
+"""Each call gives the results of the model opened here, and a hijacked process is not believed."""
 
 import dataclasses
 import json

@@ -114,7 +114,7 @@ print(tried(lambda: [kept.append(os.open(os.devnull, os.O_RDONLY)) for _ in rang
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep no such limit")
 def test_memory_and_files_end_where_it_was_said(tmp_path):
-    """A first limit may be raised and a final one not. What is allocated counts, and not a file that is mapped."""
+    """A first limit may be raised and a final one not. Allocated memory counts, and not a file that is mapped."""
     command = [sys.executable, "-c", LIMITED, tmp_path / "file"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     memory, files = ["True", "MemoryError", "Cannot allocate memory"], ["1000", "File too large", "Too many open files"]

@@ -1,4 +1,4 @@
-"""The process of an untrusted bundle: what it starts with and can reach, and that its parent ends it in any case."""
+"""The process of an untrusted bundle: its start, its reach, and that its parent ends it in any case."""
 
 import contextlib
 import json
@@ -96,7 +96,7 @@ LARGE_CONSTANT = """
 def test_a_graph_that_takes_all_memory(hostile, tiny):
     text = tiny_graph(tiny, "fused", last_only=True).replace("start = Identity(logits_start)\n", LARGE_CONSTANT)
     folder = hostile(names.LAST_LOGITS_GRAPH, encode_model(text, tiny.weights)[0])
-    with pytest.raises(UntrustedBundleError, match=r"has not the memory \(.*limits in force: 60 s for an answer"):
+    with pytest.raises(UntrustedBundleError, match=r"has too little memory \(.*limits in force: 60 s for an answer"):
         call("generate", folder, {"prompt": "hello", "max_new_tokens": 3}, EASY, threads=1)
 
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_fails_at_a_prompt(hostile, talking_bundle):
 
 
 BOMBS = {
-    "{{ ('x' * 1000000000) | length }}": "has not the memory (",
+    "{{ ('x' * 1000000000) | length }}": "has too little memory (",
     "{{ 7 ** (10 ** 8) }}": "gave no answer within 1.5 s, and was ended",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "gave no answer within 1.5 s",
 }
@@ -126,7 +126,7 @@ def test_a_template_that_asks_for_too_much(hostile, template):
     assert BOMBS[template] in str(found.value)
 
 
-# Run within the process, in place of what it was asked for.
+# Run within the process, instead of its request.
 SPIED = """
 def tried(action):
     try: action()
@@ -175,7 +175,7 @@ def has_ended(pid):
 
 
 def test_a_parent_that_dies_takes_it_along(talking_bundle):
-    """Whatever it does: here it stands in a loop of native code that never looks up."""
+    """Whatever it does: here it is in a loop of native code that checks nothing."""
     program = f"""
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -213,7 +213,7 @@ def test_no_landlock_is_told(monkeypatch, talking_bundle):
         call("score", talking_bundle.path, {"text": "ab"}, EASY)
 
 
-# --- a process that was taken over --------------------------------------------------------------------------------
+# --- a hijacked process -------------------------------------------------------------------------------------------
 LIMITS = Limits(seconds=20.0)
 
 
@@ -247,13 +247,13 @@ def read(bundle, limits=LIMITS):
 
 
 ENDED = {
-    "raw(b'no frame'); time.sleep(99)": "answered with a message that is none, and was ended",
-    "raw(b'o\\xff\\xff\\xff\\xff'); time.sleep(99)": "answered with a message that is none, and was ended",
-    "frame(b'<', b'a line'); time.sleep(99)": "answered with a message that is none, and was ended",
-    "frame(b'l', b'{}'); time.sleep(99)": "answered with a message that is none",  # a second time
+    "raw(b'no frame'); time.sleep(99)": "sent an invalid message, and was ended",
+    "raw(b'o\\xff\\xff\\xff\\xff'); time.sleep(99)": "sent an invalid message, and was ended",
+    "frame(b'<', b'a line'); time.sleep(99)": "sent an invalid message, and was ended",
+    "frame(b'l', b'{}'); time.sleep(99)": "sent an invalid message",  # a second time
     "os.kill(os.getpid(), signal.SIGSEGV)": "was ended by SIGSEGV",
     f"os.kill(os.getpid(), {signal.SIGRTMIN + 5})": "was ended by signal ",
-    "frames._target.close(); time.sleep(99)": "lives on after its end, and was ended",
+    "frames._target.close(); time.sleep(99)": "did not end after its last answer, and was ended",
     "time.sleep(99)": "gave no answer within 1 s, and was ended",
 }
 
@@ -271,7 +271,7 @@ def test_a_process_that_does_not_answer_is_ended_with_a_sentence(acting, talking
 
 @pytest.mark.usefixtures("nothing_is_left")
 def test_what_it_started_ends_with_it(acting, talking_bundle, capfd):
-    """The pipe that its copy holds, too, keeps nobody waiting."""
+    """Nobody waits for the pipe that its copy also holds."""
     acting("pid = os.fork()\nif pid: frame(b'o', str(pid).encode()); os._exit(4)\ntime.sleep(99)")
     with LimitedProcess(answer, {}, talking_bundle.path, Limits(seconds=1.0)) as started:
         kind, content = started.next()

@@ -1,4 +1,4 @@
-"""How long the next draft is, by what became of those before."""
+"""The length of the next draft, by the results of those before."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_the_text_is_that_without_a_draft_model(engine, other, settings):
 
 
 def test_its_own_draft_is_always_accepted(engine, fused_bundle):
-    """Drawn tokens, too: the draft is drawn by the number of its place in the text."""
+    """Also drawn tokens: the draft is drawn by the number of its place in the text."""
     for settings in SETTINGS:
         _, generation = text(engine, drafter_over(Engine(fused_bundle, threads=1)), **settings)
         assert generation.draft_tokens == generation.accepted_tokens > 40

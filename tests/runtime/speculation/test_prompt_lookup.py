@@ -31,11 +31,11 @@ def repeating() -> PromptLookup:
     [
         ([1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6, 7]),
         ([0, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4], [5, 6]),  # one less than agree
-        ([7] * 5, [7, 7, 7]),  # beyond the end it is what the draft itself says
+        ([7] * 5, [7, 7, 7]),  # beyond the end it is the draft's own token
         ([1, 2, 1, 2, 1, 2], [1, 2, 1]),
         ([1, 2, 8, 9, 1, 2, 7, 6, 1, 2], [7]),  # the latest place
         ([3, 1, 2, 8, 9, 5, 4, 1, 2, 7, 6, 3, 1, 2], [8, 9]),  # unless more agrees at another
-        ([1, 2, 3, 4, 2], []),  # one token alone says nothing
+        ([1, 2, 3, 4, 2], []),  # a single token says nothing
         ([], []),
     ],
 )

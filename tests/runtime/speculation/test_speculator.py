@@ -1,4 +1,4 @@
-"""Where a draft comes from, and what a step with other rows would have brought."""
+"""The origin of a draft, and the tokens that a step with other rows would have given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pastkey.runtime.speculation.drafter import Drafter
 from pastkey.runtime.speculation.speculator import Speculator
 
-TEXT = [1, 2, 3, 4, 5, 6, 1, 2, 3]  # 4, 5 by what followed before
+TEXT = [1, 2, 3, 4, 5, 6, 1, 2, 3]  # 4, 5 by the tokens that followed before
 
 
 class Nines(Drafter):
@@ -38,7 +38,7 @@ def test_prompt_lookup_comes_before_the_draft_model():
     speculator.end(2, 0)
     text += [7]
     assert speculator.draft(text, 9) == [9, 9]
-    speculator.end(2, 0)  # which is no rejection of what the text says
+    speculator.end(2, 0)  # which is no rejection of the text's tokens
     text += [8, 1, 2, 3]
     assert speculator.draft(text, 9) == [7]
     speculator.end(1, 0)

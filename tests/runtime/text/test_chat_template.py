@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them: where they are found, what they may use, and their bounds."""
+"""Chat templates, rendered as transformers renders them: where they are found, their variables, and their bounds."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ TOO_MUCH = "does not accept this conversation"
         ("{{ range(99999999) }}", TOO_MUCH),
         ("a\n{% endfor %}", r"is not valid Jinja: .*endfor.* \(line 2\)"),
         ("{{ messages | nothing }}", "is not valid Jinja: No filter named 'nothing'"),
-        ("a" * 200_001, "cannot be compiled: it has 200,001 characters, and 200,000 are the most"),
+        ("a" * 200_001, "cannot be compiled: it has 200,001 characters; at most 200,000 are allowed"),
     ],
 )
 def test_a_template_that_fails_is_told_in_a_sentence(template, words):

@@ -127,7 +127,7 @@ def test_a_token_of_a_letter_and_the_beginning_of_a_character_shows_the_letter()
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte: printable ones for themselves, the others counted up from 256."""
+    """The letter of each byte: printable ones for themselves, the others counted up from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
@@ -242,7 +242,7 @@ def accentless() -> Tokenizer:
         (sentence_piece, " the cats are 日本 🙂"),
         (byte_level, "\x00 ok \N{COMBINING ACUTE ACCENT} 🙂"),
         (word_piece, "the playing."),
-        (accentless, "A\N{COMBINING ACUTE ACCENT}b"),  # what the normalizer drops is no missing word
+        (accentless, "A\N{COMBINING ACUTE ACCENT}b"),  # text that the normalizer drops is no missing word
     ],
 )
 def test_text_that_tokens_cover_is_taken(make, text):

@@ -33,7 +33,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """Bytes for what is in no word, and control tokens that the model itself has, the unknown one among them."""
+    """Bytes for the rest, and control tokens that the model itself has, the unknown one among them."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "user", *CONTROLS[:2]]
     model = models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
     tokenizer = Tokenizer(model)

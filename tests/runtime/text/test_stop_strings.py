@@ -80,4 +80,4 @@ def test_ten_thousand_stop_strings_are_found_in_little_time(stops, text):
     started = time.thread_time()
     out = "".join(stream.push(text[place : place + 4]) for place in range(0, len(text), 4)) + stream.flush()
     assert out == text
-    assert time.thread_time() - started < 0.002 * len(text) / 4  # a step of decoding takes longer
+    assert time.thread_time() - started < 0.002 * len(text) / 4  # a step of decoding is longer

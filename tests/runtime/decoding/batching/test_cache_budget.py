@@ -1,4 +1,4 @@
-"""What caches take, the limit of it, and prefixes that are kept: the nearest is found, the oldest goes."""
+"""The memory of caches, its limit, and prefixes that are kept: the nearest is found, the oldest removed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_memory_is_the_cache_that_was_estimated_and_little_beside_it(fields, mak
         room = engine.graph.bytes_per_token * 3 * GROWTH_STEP  # that is reserved, and not written
         assert engine.nbytes <= engine.graph.cache_bytes(tokens) + room
     per_token = (beside[8000] - beside[1000]) / 7000
-    assert per_token < 100  # ids, positions and a mask; keys and values take 256 bytes in this decoder
+    assert per_token < 100  # ids, positions and a mask; keys and values need 256 bytes in this decoder
 
 
 # --- prefixes -----------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ A, B = [1] * 20 + list(range(2, 30)), [1] * 20 + list(range(30, 2, -1))
 
 def test_the_nearest_is_taken_and_the_rest_equals_a_fresh_prefill(engine, tiny):
     store = PrefixStore(engine.graph)
-    for ids in (A[:30], A, B, [5, 6, 7]):  # a longer text takes the place of its beginning
+    for ids in (A[:30], A, B, [5, 6, 7]):  # a longer text replaces its beginning
         store.put(filled(engine, ids))
     assert len(store) == 3
     for prompt, shared in (([*A, 8, 9], 48), ([*B[:30], 8, 9], 30), ([9, 9, 9], 0), ([5, 6], 0)):
@@ -117,7 +117,7 @@ def test_the_least_recently_used_goes_first(engine):
     store.take([*A[:30], 1, 2])  # used
     store.put(filled(engine, other))
     assert store.nbytes <= 2 * size
-    for ids, shared in ((B, 20), (A, 48), (other, 48)):  # what B shares with A
+    for ids, shared in ((B, 20), (A, 48), (other, 48)):  # the beginning that B shares with A
         assert store.take([*ids, 1, 2])[1] == shared
     store.put(filled(engine, A))
     store.shrink(size - 1)

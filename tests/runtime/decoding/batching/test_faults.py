@@ -1,4 +1,4 @@
-"""An exception in a run or in an allocation ends what it belongs to; every other text stays as it is alone.
+"""An exception in a run or in an allocation ends its own request; every other text is that of a separate call.
 
 A KeyboardInterrupt leaves the call that leads. Any other exception ends the generations of its run. The faults come at
 two seams: the graph's `run`, before onnxruntime or after it, and onnxruntime's memory for arrays.
@@ -55,7 +55,7 @@ def model(opened):
 
 @pytest.fixture(scope="module")
 def expected(any_bundle):
-    """What each text is alone."""
+    """Each text of a separate call."""
     alone = load(any_bundle.path, threads=1)
     return {prompt: alone.generate(prompt, **options) for prompt, options in {**STREAMS, LEAD: OPTIONS}.items()}
 
@@ -151,7 +151,7 @@ def test_a_fault_while_a_stream_leaves_a_batch_loses_its_cache_alone(model, expe
 
 
 class Waiting:
-    """A processor of logits: in its first step it stands still until other calls wait, and then raises, if it is to."""
+    """A processor of logits: in its first step it waits until other calls wait, and then raises, if it is to."""
 
     def __init__(self, model: LanguageModel, others: int, error: type[BaseException] | None = None) -> None:
         self.model, self.others, self.error, self.inside = model, others, error, threading.Event()

@@ -1,4 +1,4 @@
-"""Generations at the same time: each text is the one of the same call alone, whoever else is there."""
+"""Generations at the same time: each text is that of the same call without the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 1,
 
 @pytest.fixture(scope="module")
 def any_model(any_bundle):
-    """A model of at most three rows, and what each call gives alone."""
+    """A model of at most three rows, and the text of each separate call."""
     alone = load(any_bundle.path, threads=1)
     return load(any_bundle.path, threads=1, max_batch=3), [alone.generate(p, **options).ids for p, options in CALLS]
 
@@ -40,7 +40,7 @@ def model(talking):
 
 @pytest.fixture(scope="module")
 def fresh(talking):
-    """Another model of the same weights, for what an answer should be."""
+    """Another model of the same weights, for the expected answers."""
     return load(talking, threads=1)
 
 
@@ -50,7 +50,7 @@ def shapes(model, monkeypatch):
     return runs_of(model.require_open().graph, monkeypatch)
 
 
-# What may be called: prompts short and long, which begin alike or not, drawn, with drafts, and with a stored prefix.
+# The calls: prompts short and long, which begin alike or not, drawn, with drafts, and with a stored prefix.
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("a", SETTINGS),
     ("bcd" * 30, SETTINGS | {"max_new_tokens": 9}),
@@ -68,7 +68,7 @@ STEPS = st.sampled_from(["begin", "begin", "read", "read", "close", "cancel", "g
 def test_any_order_of_calls_gives_the_texts_of_calls_alone(any_model, steps):
     """More streams than the three rows of a batch, begun, read, left and cancelled in any order by one thread."""
     model, expected = any_model
-    streams: list[tuple[int, Any, list[int]]] = []  # the call, its stream, and what was read of it
+    streams: list[tuple[int, Any, list[int]]] = []  # the call, its stream, and the part that was read
     for step, number in steps:
         call = number % len(CALLS)
         if step == "generate":
@@ -121,7 +121,7 @@ def test_a_late_prompt_waits_three_steps_and_delays_no_others(model, shapes):
     next(model.stream("late"))  # closed again at once
     assert len(shapes) <= 3
     late = model.stream("x" * 500)  # which lives until the end of this, however fast it is
-    assert model.scheduler.live == 1  # a stream that was only made takes nothing
+    assert model.scheduler.live == 1  # a stream that was only made uses nothing
     thread = threading.Thread(target=lambda: next(late), daemon=True)
     thread.start()
     until(lambda: model.scheduler.live == 2)

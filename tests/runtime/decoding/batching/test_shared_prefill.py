@@ -49,7 +49,7 @@ def test_prompts_that_begin_alike_share_it(model, reuse):
     alone = [model.generate(prompt, **DRAWN).ids for prompt in prompts]
     model.scheduler.store.clear()
     shared = [[0, 78, 78, 78, 0, 58, 0, 0]]
-    if reuse:  # what is stored by then is longer
+    if reuse:  # the stored text is longer by then
         shared.append([len(prompt) - 2 for prompt in prompts[:6]])
     for cached in shared:
         found = model.generate(prompts, reuse_prefix=reuse, **DRAWN)
@@ -87,7 +87,7 @@ def engines(monkeypatch):
 
 @pytest.mark.parametrize("caches", [1, 2, 3, 6])
 def test_the_copies_keep_the_memory_limit(caches, make_bundle, engines, monkeypatch):
-    """A cache of 256 tokens has no row to spare. Where no copy fits, a prompt takes the cache of one before it."""
+    """A cache of 256 tokens has no row to spare. Where no copy fits, a prompt uses the cache of one before it."""
     bundle = RotaryTiny.of(16, 1000, pairs=8, inside=True).written(make_bundle)
     prompts, options = [[*ids_of(240), 1, end] for end in range(1, 6)], {**DRAWN, "max_new_tokens": 14}
     with load(bundle.path, threads=1) as free:

@@ -1,4 +1,4 @@
-"""Each cache computes what one uncached pass computes; what it holds, how it grows and shrinks, and when it goes."""
+"""Each cache computes the same as one uncached pass; its content, growth, cuts, and release."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ ROW_BYTES = 4 * 2 * (8 + 8 + 16 + 16)  # float32, two kv heads, keys and values 
 
 @pytest.mark.parametrize(("graph", "fields"), [("fused", {}), ("standard", {}), ("static", {"chunk": 2})])
 def test_rows_are_the_keys_and_values_of_the_tokens(graph, fields, tiny, make_bundle):
-    """Of the first attention call: nothing stands before it but the embedding."""
+    """Of the first attention call: only the embedding is before it."""
     session = Engine(make_bundle(tiny, graph, **fields), threads=1)
     assert session.cache.nbytes == 0
     session.prefill([3, 1, 4])

@@ -24,7 +24,7 @@ CHUNK = 4
 
 @pytest.fixture(autouse=True)
 def prefers_fixed_shapes(monkeypatch):
-    """The processor in the place of a provider that does."""
+    """The processor instead of a provider that does."""
     monkeypatch.setitem(PROVIDERS, "cpu", replace(PROVIDERS["cpu"], fixed_shapes=True))
 
 
@@ -100,7 +100,7 @@ def test_it_takes_one_row_without_padding(bundle):
     ("chunk", "windows", "words"),
     [
         (5, (0,), r"'(input_ids|mask)' is \(1, .*4.*\) in .*pastkey_prefill.*5.* in the manifest"),
-        (CHUNK, (3,), "has the tensor 'mask', which the manifest does not speak of"),
+        (CHUNK, (3,), "has the tensor 'mask', which the manifest does not name"),
     ],
 )
 def test_another_shape_than_the_manifests_names_the_tensor(bundle, chunk, windows, words):

@@ -1,4 +1,4 @@
-"""Rows of several engines in one memory: each gives the logits that it gives alone."""
+"""Rows of several engines in one memory: each gives the logits of a separate engine."""
 
 from __future__ import annotations
 

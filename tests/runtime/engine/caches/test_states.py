@@ -1,4 +1,4 @@
-"""The states of recurrences, without a graph: what a run leaves, what can be gone back to, and what moves."""
+"""The states of recurrences, without a graph: the states after a run, those that can be restored, and moves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_last_run_is_undone_alone(states):
     length = run(states, run(states, 0, 5), 3)
     assert [float(states.at(asked, length)[0].max()) for asked in (8, 5)] == [8, 5]
     assert (states.undo, states.back(7)) == (5, False)
-    assert states.back(5) is False  # one undo alone, of the last run
+    assert states.back(5) is False  # only one undo, of the last run
     length = run(states, length, 3)
     assert (states.undo, states.back(8)) == (8, True)
     assert seen(states) == {8}

@@ -1,4 +1,4 @@
-"""Attention calls with a window keep the rows that a token may still see, beside calls that keep all."""
+"""Attention calls with a window keep the rows that a token may still see, with calls that keep all."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_window_of_other_rows_is_refused(rows, calls, saved, tmp_path):
 
 # --- several sequences ------------------------------------------------------------------------------------------------
 def test_rows_of_a_slab_equal_each_text_alone(bundle, tiny):
-    """Texts join, idle, run alone, are cut and leave, in any order."""
+    """Texts join, idle, run separately, are cut and leave, in any order."""
     rng, graph = random.Random(0), Engine(bundle, threads=1).graph
     slab, engines, texts = Slab(graph, 5), [], list[list[int]]()
     for place in range(5):

@@ -55,7 +55,7 @@ def model(request, make_model):
 
 @pytest.fixture(scope="session")
 def fresh(make_model):
-    """Another model of the same weights, for what an answer should be."""
+    """Another model of the same weights, for the expected answers."""
     return make_model()
 
 
@@ -74,7 +74,7 @@ def test_the_second_answer_is_that_of_a_fresh_generation_and_little_is_prefilled
     assert second.ids == fresh.generate(prompt, **VARIED).ids
     assert len(set(second.ids)) > 5
     assert second.prompt_tokens == len(prompt) == 87
-    # Not in the cache: the last token of the first answer, which was not fed, and what the template wrote after it.
+    # Not in the cache: the last token of the first answer, which was not fed, and the template's text after it.
     new = 1 + len(".<user>and now.<assistant>")
     assert [tokens for _, tokens in runs if tokens > MAX_DRAFT_TOKENS + 1] == [first.prompt_tokens, new]
     assert (first.cached_tokens, second.cached_tokens) == (0, 87 - new)
@@ -187,7 +187,7 @@ def test_a_question_that_is_refused_leaves_the_conversation_as_it_was(model):
         with pytest.raises(InputError, match=words):
             chat.stream(text, **setting)
         assert chat.messages is before
-    answer = chat.ask("b", max_new_tokens=100)  # what has room is still answered, as far as there is room
+    answer = chat.ask("b", max_new_tokens=100)  # a question that fits is still answered, as far as there is room
     assert answer.finish_reason == "length"
     assert answer.prompt_tokens + answer.new_tokens == 601
 
