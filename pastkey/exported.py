@@ -48,7 +48,7 @@ def exported(source: str, *, untrusted: bool = False, chats: bool = False) -> st
             return str(cache / _names(source)[1])
         raise InputError(
             f"{source} is a model to export, and --untrusted opens only a bundle: an export reads the model's files "
-            f"outside the child process with limits; where you trust them so far, {_by_hand(source)}"
+            f"outside the child process with limits; if you trust them, {_by_hand(source)}"
         )
     if cache is None:
         raise ResourceError(f"there is no home folder to keep the export of {source} in: {_by_hand(source)}")
@@ -140,8 +140,8 @@ def _export(source: str, target: Path) -> None:
         raise
     if status < 0:
         raise ResourceError(
-            f"the export of {source} was ended by signal {-status}, as where memory is short: end other programs, or "
-            + _by_hand(source)
+            f"the export of {source} was ended by signal {-status}, often because memory is short: end other "
+            "programs, or " + _by_hand(source)
         )
     if status and not target.exists():  # where there are no locks, another process may have been first
         raise SystemExit(status)

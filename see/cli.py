@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
         text["at"] = arguments.position - 1 - text["first"]
         if not 0 <= text["at"] < len(text["surprise"]):
             shown = f"{text['first'] + 1} to {text['first'] + len(text['surprise'])}"
-            raise InputError(f"--position {arguments.position} is none of the tokens that are shown, {shown}")
+            raise InputError(f"--position {arguments.position} is not one of the shown tokens, {shown}")
     from .inline import page
 
     content = page(panels, arguments.title).encode()

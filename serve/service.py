@@ -124,7 +124,7 @@ class Service:
         return self._model is not None
 
     def loaded(self, model: LanguageModel) -> None:
-        """Takes the model. Raises IntegrityError for a generation_config.json that is not valid."""
+        """Stores the model. Raises IntegrityError for a generation_config.json that is not valid."""
         # The file sets the sampling, and without `do_sample` it is greedy. Without it, OpenAI's temperature.
         temperature = 0.0 if GENERATION_CONFIG in model.manifest.files else 1.0
         self.defaults = {"temperature": temperature, **model.sampling_defaults, **self.settings.defaults}
@@ -143,7 +143,7 @@ class Service:
         if name and name not in names:
             known = " or ".join(repr(one) for one in names)
             raise RequestError(
-                f"the model {name!r} is not here; this server has {known}",
+                f"the model {name!r} is not available; this server has {known}",
                 status=404,
                 param="model",
                 code="model_not_found",

@@ -59,7 +59,7 @@ def supervise(
     as the limit of time says, or whose step is longer.
     """
     if os.name != "posix":
-        raise InputError("--untrusted serves on Linux and macOS only: another system hands no socket over")
+        raise InputError("--untrusted serves on Linux and macOS only: other systems cannot pass a socket to a process")
     salt = secrets.token_hex(16)
     given, _ = limited_arguments(arguments)
     given |= {
@@ -85,7 +85,7 @@ def supervise(
             try:
                 health = parse(_Health, parse_json(content, "health"), "health")
             except (InputError, IntegrityError) as error:
-                process.fail(f"gave an answer that is none ({error}), and was ended")
+                process.fail(f"gave an invalid answer ({error}), and was ended")
             if not health.busy or health.steps != steps:
                 steps, moved = health.steps, time.monotonic()
             if time.monotonic() - moved > limits.seconds:

@@ -225,7 +225,7 @@ class Run:
         return Tokens(folder / TOKENS_TRAIN, self.info, context), Tokens(folder / TOKENS_VAL, self.info, context)
 
     def go(self) -> dict[str, Any]:
-        """Takes the remaining steps. Returns the final figures, in the first process."""
+        """Runs the remaining steps. Returns the final figures, in the first process."""
         first = self.ranks.first
         try:
             with (
@@ -289,7 +289,7 @@ class Run:
         self.config = dataclasses.replace(self.config, steps=int(told.item()))
 
     def _one_step(self) -> dict[str, Any]:
-        """Takes an optimizer step: clipped gradients of `accumulate` batches, at the step's learning rate."""
+        """Runs an optimizer step: clipped gradients of `accumulate` batches, at the step's learning rate."""
         share = schedule(self.config, self.step)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = share * group["peak"]

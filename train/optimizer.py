@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Takes a step with the gradients of the matrices."""
+        """Runs a step with the gradients of the matrices."""
         assert closure is None
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for group in self.param_groups:

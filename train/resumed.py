@@ -60,7 +60,7 @@ def _check_tokens(file: Path, info: DataInfo, tokens: int, context: int, vocab_s
     enough = tokens >= 2 and (info.row_length is not None or file.name != Path(TOKENS_TRAIN).name or tokens > context)
     if tokens * np.dtype(info.dtype).itemsize != size or not enough or tokens % rows or rows > context + 1:
         raise IntegrityError(
-            f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest speaks of, or too few "
+            f"{file} has {size:,} bytes, which are not the {tokens:,} tokens that the manifest lists, or too few "
             "to train on: it was altered, copy the checkpoint again"
         )
     ids = np.memmap(file, info.dtype, "r")

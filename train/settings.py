@@ -98,7 +98,7 @@ class TrainConfig:
     """The settings of training, and the flags of `pastkey train`. Sizes that are None are the preset's."""
 
     init: str | None = _setting(None, _INIT, "a checkpoint, a Hugging Face folder or a GGUF file to fine-tune", "MODEL")
-    lora: bool = _setting(False, _INIT, "train a LoRA adapter, which `export` merges, and not all weights")
+    lora: bool = _setting(False, _INIT, "train a LoRA adapter, which `export` merges, instead of all weights")
     lora_rank: Size = _setting(16, _INIT, "rank of the adapter; alpha is twice as large")
     preset: str = _setting("llama", _MODEL, _KINDS, "NAME")
     context: Size | None = _setting(None, _MODEL, "context length in tokens")

@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 shutil.copyfile(content, target)
     if slow_on_cpu(bundle):
         say(
-            "slow on a CPU, where a browser dequantizes these weights at every token. It does so once for a bundle of "
+            "slow on a CPU, where a browser dequantizes these weights at every token. To dequantize them once, use "
             " pastkey export SOURCE --out BUNDLE --target portable"
         )
     say(f"{out}: try it with  python -m http.server -d {shlex.quote(str(out))}  at http://localhost:8000")

@@ -64,8 +64,8 @@ def _wanted(bundle: Bundle) -> Iterator[str]:
     """The bundle's files that a browser downloads: the graph with the logits of every position, and the tokenizer."""
     if bundle.manifest.states:
         raise InputError(
-            f"{bundle.path} keeps the states of recurrences, whose operators were not run in a browser: give a decoder "
-            "that has only attention"
+            f"{bundle.path} keeps the states of recurrences, whose operators are not tested in a browser: give a "
+            "decoder that has only attention"
         )
     graph, files = bundle.all_logits_graph.relative_to(bundle.path).as_posix(), bundle.manifest.files
     weights = (name for name in files if names.is_weights_file(name, graph))

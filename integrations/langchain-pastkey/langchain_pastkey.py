@@ -47,7 +47,7 @@ class ChatPastkey(BaseChatModel):
     options: dict[str, Any] = Field(default_factory=dict)
 
     def __init__(self, bundle: str | Path | pastkey.LanguageModel, **given: Any) -> None:
-        """Takes fields of this class, and options of a call."""
+        """Accepts fields of this class, and options of a call."""
         own = {name: given.pop(name) for name in [*given] if name in type(self).model_fields}
         super().__init__(bundle=bundle, **{**own, "options": given | own.get("options", {})})
 
@@ -68,7 +68,7 @@ class ChatPastkey(BaseChatModel):
 
     # --- answers: LangChain calls these -------------------------------------------------------------------------------
     def _arguments(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-        """What the model's calls take."""
+        """The options of the model's calls."""
         options = self.options | ({"stop": stop} if stop else {}) | given
         for name in ("stream", "ls_structured_output_format"):  # LangChain's own
             options.pop(name, None)
@@ -138,7 +138,7 @@ class ChatPastkey(BaseChatModel):
         """Constrains the answer to a JSON schema, or to one of a Pydantic class, which the answer becomes.
 
         The model is not told of the schema: the prompt should ask for what it describes. `method` and `strict`, which
-        other models take, change nothing.
+        other models accept, change nothing.
         """
         for name in ("method", "strict"):
             given.pop(name, None)
@@ -156,7 +156,7 @@ class ChatPastkey(BaseChatModel):
 
 # --- pastkey's results in LangChain's form ---------------------------------------------------------------------------
 def _told(completion: pastkey.Completion) -> dict[str, Any]:
-    """The fields of an AIMessage beside its content."""
+    """The fields of an AIMessage other than its content."""
     read, new = completion.prompt_tokens, completion.new_tokens
     details = {"cache_read": completion.cached_tokens}
     usage = UsageMetadata(input_tokens=read, output_tokens=new, total_tokens=read + new, input_token_details=details)

@@ -61,7 +61,7 @@ class _Bundle:
         self.model_id, self.folder = f"pastkey/{name}", folder
 
     def _open(self, prompt: llm.Prompt, calls: tuple[str, str]) -> Any:
-        """The stream of an answer, by the method of the model that answers messages, or the one that goes on."""
+        """The stream of an answer, by the method of the model that answers messages, or by that for texts."""
         lm, messages = loaded(self.folder), messages_of(prompt)
         options = prompt.options.model_dump(exclude_none=True)
         if prompt.schema:
@@ -106,7 +106,7 @@ class AsyncPastkey(_Bundle, llm.AsyncModel):
 
 
 def _record(response: Any, completion: Any) -> None:
-    """Tells llm what the answer took, and the calls in it."""
+    """Tells llm the tokens of the answer, and the calls in it."""
     response.set_usage(
         input=completion.prompt_tokens,
         output=completion.new_tokens,
@@ -118,7 +118,7 @@ def _record(response: Any, completion: Any) -> None:
 
 
 def messages_of(prompt: llm.Prompt) -> list[dict[str, Any]]:
-    """The conversation in OpenAI's form, which `lm.stream_chat` takes."""
+    """The conversation in OpenAI's form, which `lm.stream_chat` accepts."""
     found: list[dict[str, Any]] = []
     for message in prompt.messages:
         text = "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
@@ -183,7 +183,7 @@ def register_commands(cli: click.Group) -> None:
     def add(path: Path, name: str | None) -> None:
         """Register a bundle, or a folder of bundles"""
         if not [*path.glob("pastkey.json"), *path.glob("*/pastkey.json")]:
-            raise click.ClickException(f"{path} is no bundle and holds none: pastkey.json was expected in it")
+            raise click.ClickException(f"{path} is not a bundle and contains none: pastkey.json was expected in it")
         _write(registered() | {name or path.name: str(path)})
         click.echo("\n".join(f"pastkey/{one}" for one, folder in bundles().items() if folder.is_relative_to(path)))
 

@@ -267,7 +267,7 @@ def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> None:
 
 
 def _take(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Returns whether a lock was taken, now or with `wait` when it is free; None if there are no locks."""
+    """Returns whether a lock was acquired, now or with `wait` when it is free; None if there are no locks."""
     if sys.platform == "win32":
         return None
     try:

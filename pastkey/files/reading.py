@@ -89,7 +89,7 @@ def require_regular(path: Path) -> os.stat_result:
             f"{path} is a pipe, which can be read once and may never end: write its output to a file first"
         )
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path} is a device, which need not end: give a regular file")
+        raise InputError(f"{path} is a device, which may never end: give a regular file")
     return found
 
 
@@ -97,7 +97,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     """Returns a regular file's content. Raises InputError if it is larger than `most` bytes, or MissingFileError."""
     size = require_regular(path).st_size
     if size > most:
-        raise InputError(f"{path} has {size:,} bytes, and {most:,} are the most that are read of such a file")
+        raise InputError(f"{path} has {size:,} bytes; at most {most:,} are allowed")
     with path.open("rb") as file:
         return file.read(most + 1)[:most]  # it may grow meanwhile
 

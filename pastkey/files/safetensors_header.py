@@ -45,9 +45,9 @@ def read_header(file: Path) -> Mapping[str, StoredTensor]:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise HeaderError(f"it has {size:,} bytes, its header alone would have {length:,}")
+            raise HeaderError(f"it has {size:,} bytes, fewer than its header: {length:,}")
         if length > MOST_JSON:
-            raise HeaderError(f"its header has {length:,} bytes, and {MOST_JSON:,} are the most")
+            raise HeaderError(f"its header has {length:,} bytes; at most {MOST_JSON:,} are allowed")
         content = opened.read(length)
     try:
         found = parse_json(content, file)

@@ -23,8 +23,8 @@ def open_tokenizer(kind: type[T], content: bytes, source: object) -> T:
     """Opens a `tokenizers.Tokenizer` without truncation and padding. Raises IntegrityError naming `source`."""
     if len(content) > MOST_BYTES:
         raise IntegrityError(
-            f"{source} is not a tokenizer.json that can be read: it has {len(content):,} bytes, and {MOST_BYTES:,} are "
-            "the most"
+            f"{source} is not a tokenizer.json that can be read: it has {len(content):,} bytes; at most {MOST_BYTES:,} "
+            "are allowed"
         )
     try:
         with panics_as_errors():

@@ -1,4 +1,4 @@
-"""`chat` and `run` export a source once, in a process of its own, and open that bundle from then on."""
+"""`chat` and `run` export a source once, in a separate process, and open that bundle from then on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def exports(monkeypatch, cache):
-    """What was exported, by something quick in the place of an export."""
+    """The exported sources, by something quick instead of an export."""
     found: Exports = []
 
     def quickly(source: str, target: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(expor
     write(Path(file), "two", 1)
     write(Path("folder", ".hidden"), "", 1)
     write(Path("folder", "bundle", "pastkey.json"), "", 1)
-    assert exported(source) == first  # the same size at the same time, and what an export does not read
+    assert exported(source) == first  # the same size at the same time, and files that an export does not read
     write(Path(file), "two", 2)
     second = exported(source)
     assert len(exports) == 2
@@ -109,7 +109,7 @@ def test_a_source_that_changed_is_exported_again_and_the_older_one_removed(expor
 
 
 def test_several_processes_export_once(exports, capsys):
-    """Locks are of open files: threads stand for processes."""
+    """Locks are of open files: threads represent processes."""
     with ThreadPoolExecutor(4) as threads:
         assert len({*threads.map(exported, ["org/name"] * 4)}) == 1
     assert len(exports) == 1
@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written(exports, cache, monkeypatch):
 
 
 def child(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Runs this program in the place of an export; its last argument is the target."""
+    """Runs this program instead of an export; its last argument is the target."""
 
     def instead(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return POPEN([sys.executable, "-c", program, command[-1]], **options)

@@ -18,7 +18,7 @@ def page(name: str) -> str:
 
 
 def test_export_and_runtime_name_a_provider_in_no_branch():
-    """Commands aside, which name one in an advice; the CPU is what proves every bundle."""
+    """Except commands, which name one in an advice; the CPU proves every bundle."""
     named = {*PROVIDERS, *TARGETS, *(row.name for row in PROVIDERS.values())} - {"cpu", PROVIDERS["cpu"].name}
     found = [
         f"{file.relative_to(ROOT)}:{node.lineno} has {node.value!r}"

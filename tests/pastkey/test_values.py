@@ -1,4 +1,4 @@
-"""What is asked of a value."""
+"""The checks of a value."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def page(tmp_path):
 
 @pytest.fixture
 def look(command, page):
-    """look(SOURCE, *FLAGS): what was said, and the data of the page."""
+    """look(SOURCE, *FLAGS): the output, and the data of the page."""
 
     def run(source, *flags):
         status, out, err = command("see", source, *flags, "--out", page)
@@ -60,7 +60,7 @@ MISTAKES = {
     "--layers 2": "there is no layer 2: this decoder has 1, from 1 on",
     "--layers 0": "argument --layers: '0' is not a list of numbers from 1, such as 1,2,3",
     "--heads x": "argument --heads: 'x' is not a list of token ids such as 1,2,3",
-    "--position 9": "--position 9 is none of the tokens that are shown, 1 to 5",
+    "--position 9": "--position 9 is not one of the shown tokens, 1 to 5",
     "--last 257": "--last is 257, and a page shows 256 tokens at most",
     "--top-p 0": "argument --top-p: '0' was given; it must be above 0 and at most 1",
     "--reference nowhere": "no such source: nowhere",

@@ -1,4 +1,4 @@
-"""What the panels show is what was computed; the text is the runtime's, and so is every stage of the sampler."""
+"""The panels show the computed numbers; the text is the runtime's, and so is every stage of the sampler."""
 
 import base64
 import hashlib

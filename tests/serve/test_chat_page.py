@@ -69,7 +69,7 @@ def texts(page):
 
 
 def answers(page, text, tokens=60):
-    """Answers the next questions in the place of the model."""
+    """Answers the next questions instead of the model."""
     pieces = [{"choices": [{"delta": {"content": text[at : at + 7]}}]} for at in range(0, len(text), 7)]
     last = [
         {"choices": [{"delta": {}, "finish_reason": "stop"}]},

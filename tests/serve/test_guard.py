@@ -68,7 +68,7 @@ def test_each_route_but_health_needs_a_key(locked, headers, status):
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 POST = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: QZ\r\n".encode()
 CHUNK = b"1f4\r\n" + b"x" * 500 + b"\r\n"
-SENT = {  # what is sent, and what the server sends until it closes
+SENT = {  # the bytes sent, and those of the server until it closes
     "a large body": (POST + b"Content-Length: 1001\r\n\r\n" + b"x" * 1001, rb"HTTP/1.1 413 .*"),
     "a body of a length without end": (POST + b"Content-Length: 99999999999999999999\r\n\r\n", rb"HTTP/1.1 413 .*"),
     "a large body in chunks": (POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNK * 3, rb"HTTP/1.1 413 .*"),

@@ -75,7 +75,7 @@ def test_after_its_time_the_end_comes_anyway(gated):
 
 
 def test_sigterm_ends_the_command_with_success(tmp_path):
-    """And what is wrong with a chat template is told at the start."""
+    """And the fault of a chat template is printed at the start."""
     authors, config = {"do_sample": True, "top_k": 5}, {"chat_template": "{% for %}"}
     bundle = write_tiny(tmp_path / "b", generation_config=authors, tokenizer_config=config)
     flags = ("--port", "0", "--threads", "1", "--alias", "a", "--default", "temperature=0")

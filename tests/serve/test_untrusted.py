@@ -1,4 +1,4 @@
-"""serve --untrusted: a process with limits serves, and its parent ends one that stands still, whatever it says."""
+"""serve --untrusted: a process with limits serves, and its parent ends one without progress, whatever it reports."""
 
 import contextlib
 import re
@@ -55,7 +55,7 @@ def test_a_reader_that_takes_nothing_makes_no_model_busy(bundle, monkeypatch):
         thread.join()
 
 
-# A server of the process, in place of what it was asked for: `say(STATUS, BODY)` answers one question.
+# A server of the process, instead of the real one: `say(STATUS, BODY)` answers one question.
 SERVING = """
 listening = socket.socket(fileno=arguments.socket)
 client, _ = listening.accept()
@@ -69,8 +69,8 @@ LYING = {
     "health(busy=True); client.close(); time.sleep(99)": "gave no answer within 2 s",
     "while True: say(503, '{}')": "gave no answer within 2 s",
     "while True: health(busy=True, steps=7)": "made no step within 2 s",
-    "while True: health(busy=-1)": "gave an answer that is none (busy is -1",
-    "say(200, 'x' * 10**6); time.sleep(99)": "gave an answer that is none (health",
+    "while True: health(busy=-1)": "gave an invalid answer (busy is -1",
+    "say(200, 'x' * 10**6); time.sleep(99)": "gave an invalid answer (health",
     "while True: print('x' * 10_000)": "printed more than 1,000,000 bytes",
     "os._exit(7)": "ended with status 7",
     "socket.create_server(('127.0.0.1', 0))": "Permission denied",

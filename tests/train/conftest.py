@@ -1,4 +1,4 @@
-"""What the tests of training share: a cache folder of their own, a text, and one finished run."""
+"""Shared by the tests of training: a separate cache folder, a text, and one finished run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The run of `tiny()`, finished. Its text is beside it."""
+    """The run of `tiny()`, finished. Its text is next to it."""
     folder = tmp_path_factory.mktemp("whole")
     loop.train(tiny(), folder / "c", data=[write_corpus(folder / "text.txt")])
     return folder / "c"

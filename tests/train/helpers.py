@@ -44,7 +44,7 @@ def tiny(**changes: Any) -> TrainConfig:
 
 
 def bare_checkpoint(folder: Path) -> Path:
-    """A folder with stand-ins for the files that a save expects to be there."""
+    """A folder with stand-ins for the files that a save needs."""
     (folder / "training").mkdir(parents=True)
     for name in (names.TOKENIZER, names.TOKENIZER_CONFIG):
         (folder / name).write_text("{}", encoding="utf-8")

@@ -80,7 +80,7 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
 
 
 def listed(name: str, content: bytes) -> Callable[[Path], None]:
-    """Puts another file in the place of one, as the manifest says."""
+    """Replaces a file by another, as the manifest states."""
 
     def spoil(folder: Path) -> None:
         (folder / name).write_bytes(content)
@@ -147,7 +147,7 @@ def test_the_model_loads_without_the_training_state_which_training_asks_for(save
 # --- ended at any operation ---------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Adapter:
-    """A model with a layout of its own."""
+    """A model with another layout."""
 
     seed: int
     layout: str = module.PEFT

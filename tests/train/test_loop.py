@@ -1,4 +1,4 @@
-"""A run learns, is the same every time, and goes on after any interruption as if there had been none."""
+"""A run learns, is the same every time, and continues after any interruption as if there had been none."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_minutes_plan_the_steps(text, tmp_path, monkeypatch):
         loop.resume(tmp_path / "c", {})
     assert loop.resume(tmp_path / "c", {"minutes": 0.3})["step"] > figures["step"]
     config = dataclasses.replace(tiny(save_every=1000), minutes=0.05)
-    assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step takes more than the time
+    assert loop.train(config, tmp_path / "slow", data=[text])["step"] < 5  # a step needs more than the time
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_processes_get_the_words_that_python_gave(monkeypatch):
         (["--resume", "--force"], "not allowed with argument"),
         (["--data", "text.txt", "--context", "100000"], "give more text, or a smaller --context"),
         (["--data", "text.txt", "--shard"], "--shard divides a model among processes"),
-        (["--preset", "classic", "--tokenizer", "bpe"], "learnt by words"),
+        (["--preset", "classic", "--tokenizer", "bpe"], "tokenized by words"),
         (["--preset", "classic", "--context", "3"], "too short"),
     ],
 )

@@ -28,7 +28,7 @@ def state(folder: Path) -> tuple[int, int]:
 
 @pytest.fixture
 def old(copy, tmp_path):
-    """A finished run of seed 0, alone in its folder."""
+    """A finished run of seed 0, the only one in its folder."""
     (tmp_path / "place").mkdir()
     return copy.rename(tmp_path / "place" / "c")
 

@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Beside the kinds: YaRN with every optional key, and with pairs that all turn too seldom.
+# In addition to the kinds: YaRN with every optional key, and with pairs that all turn too seldom.
 SCALINGS = {
     "linear": RopeScaling("linear", 3.0),
     "dynamic": RopeScaling("dynamic", 2.0),

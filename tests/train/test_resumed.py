@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training is checked before a step is taken."""
+"""The training state of a checkpoint is checked before the first step."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "tokens of objects": ("data", {"dtype": "|O"}, r"dtype is '\|O'; it must be one of <u2, <u4"),
     "fewer tokens": ("data", {"train_tokens": 5}, "which are not the 5 tokens"),
     "more tokens": ("data", {"val_tokens": 10**6}, "which are not the 1,000,000 tokens"),
-    "rows of another length": ("data", {"row_length": 31}, "tokens that the manifest speaks of"),
-    "rows longer than the context": ("data", {"row_length": 10**6}, "tokens that the manifest speaks of"),
+    "rows of another length": ("data", {"row_length": 31}, "tokens that the manifest lists"),
+    "rows longer than the context": ("data", {"row_length": 10**6}, "tokens that the manifest lists"),
     "sources that do not add up": ("data", {"sources": [{"name": "a", "tokens": 3}]}, "do not add up"),
     "an end token beyond the model": ("data", {"end": 10**6}, "holds the token id 1000000"),
     "a begin token beyond the model": ("data", {"begin": 10**6}, "holds the token id 1000000"),

@@ -115,7 +115,7 @@ def test_transformers_reads_the_same_prompt(tokenizer, tmp_path):
 def test_an_existing_tokenizer_is_read_with_its_own_end_token(tmp_path):
     lesson_tokenizer().save(tmp_path)
     found = make_tokenizer(str(tmp_path / "tokenizer.json"), [], 0)
-    assert (found.begin, found.end) == (None, 4)  # what it adds stands behind the prompt
+    assert (found.begin, found.end) == (None, 4)  # its additions are after the prompt
     with pytest.raises(MissingFileError, match="bpe, char, word or the path"):
         make_tokenizer("bpee", [], 0)
     (tmp_path / "bad.json").write_text("{}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Queue
 
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-# The page may fetch from this server alone; transformers.js makes workers and modules of blobs.
+# The page may fetch only from this server; transformers.js makes workers and modules of blobs.
 CONFINED = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:"}
 FLAGS = (  # root cannot have a sandbox
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

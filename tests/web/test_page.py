@@ -29,7 +29,7 @@ trained, bundles = exported.trained, exported.bundles
 pytestmark = pytest.mark.slow
 
 PROMPT, NEW_TOKENS = "Zoë had", 24
-# A WebGPU for processors, which Chromium brings.
+# A WebGPU for processors, which Chromium includes.
 SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
 ROOT = Path(pastkey.__file__).parent.parent
 PASTKEY_JS, DOCS = ROOT / "web" / "page" / "pastkey.js", ROOT / "docs" / "web.md"
@@ -229,7 +229,7 @@ def test_the_server_of_the_docs_isolates_and_the_page_takes_all_threads(page, ta
 
 def test_the_program_of_the_docs_writes_the_text_of_python(page, talking):
     expected = pastkey.load(talking, "cpu").generate("abc", temperature=0.8, seed=7, max_new_tokens=64)
-    program = of_docs("javascript").replace("Once upon a time", "abc")  # this model has letters alone
+    program = of_docs("javascript").replace("Once upon a time", "abc")  # this model has only letters
     files = {f"page/{name}": content for name, content in site(talking).items()}
     body = f'<body><script type="module">{program};document.title = "written"</script>'
     with serving(files | {"index.html": body.encode()}) as (address, _):

@@ -97,7 +97,7 @@ class PackedExamples(TokenWriter):
                 "must write a special token of the tokenizer behind the assistant's text, inside {% generation %} if "
                 f"it has this mark{longer}"
             )
-        # Beside conversations there may be texts, which end otherwise: a chat must stop.
+        # Texts among conversations end in another way: a chat must stop.
         end = self.tokenizer.end
         if self.turn_ends and end not in self.turn_ends:
             end = self.turn_ends.most_common(1)[0][0]

@@ -106,7 +106,7 @@ def require_same_data(data: Sequence[str | Path], info: DataInfo) -> None:
 def _check_lesson(config: TrainConfig) -> None:
     if config.tokenizer != "word":
         raise InputError(
-            f"the classic lesson is learnt by words, not with --tokenizer {config.tokenizer}: leave it out"
+            f"the classic lesson is tokenized by words, not with --tokenizer {config.tokenizer}: leave it out"
         )
     needed = max(len(row.split()) for row in LESSON)
     if config.context is not None and config.context < needed:

@@ -128,10 +128,10 @@ def choose_device(config: TrainConfig, local_rank: int) -> Device:
     if kind == "cuda":
         cards = torch.cuda.device_count()
         if cards == 0:
-            raise InputError("--device is cuda, and torch sees no CUDA device: use --device cpu, or mend the driver")
+            raise InputError("--device is cuda, and torch sees no CUDA device: use --device cpu, or repair the driver")
         if local_rank >= cards:
             raise InputError(
-                f"process {local_rank} of this machine has no own card, there are {cards}: "
+                f"process {local_rank} of this machine has no card for itself, there are {cards}: "
                 f"start at most {cards} processes per machine"
             )
         torch.cuda.set_device(local_rank)

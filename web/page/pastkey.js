@@ -329,7 +329,7 @@ export class Model {
    *
    * A prompt that begins with the tokens of the last call reuses their keys and values.
    *
-   * Options, beside those of Sampler: `maxNewTokens` (64), `stop` (a list of texts, before which the text ends),
+   * Options, as well as those of Sampler: `maxNewTokens` (64), `stop` (a list of texts, before which the text ends),
    * `endIds` (the bundle's), `signal` (an AbortSignal, heeded after each run).
    *
    * @param {string | number[]} prompt

@@ -1,4 +1,4 @@
-// The model, beside the page, which so can paint and stop it: { id, call, argument } -> { id, value | error }.
+// The model, in its own thread, so that the page can paint and stop it: { id, call, argument } -> { id, value | error }.
 import { Model } from "./pastkey.js";
 
 /** @type {Model} */

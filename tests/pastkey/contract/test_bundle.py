@@ -1,4 +1,4 @@
-"""What a manifest may say, and the names in a bundle."""
+"""The allowed fields of a manifest, and the names in a bundle."""
 
 from __future__ import annotations
 

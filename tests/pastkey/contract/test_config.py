@@ -77,7 +77,7 @@ def test_a_rope_scaling_that_cannot_be_computed_is_named(scaling, name):
         ModelConfig.from_json(WRITTEN | {"rope_scaling": {"rope_type": "linear", "factor": 2, **scaling}})
 
 
-# --- what an export reads of a folder or a file, and what it does not ----------------------------------------------
+# --- the fields that an export reads of a folder or a file, and others ---------------------------------------------
 def test_a_folder_has_its_own_files_and_those_of_its_graphs_and_a_file_its_neighbours(tmp_path):
     graph, plain = {"model.onnx", "model.onnx_data"}, {"config.json", "merges.txt"}
     others = "a.gguf b[1].gguf nohup.out log.txt .config.json onnx/model.onnx runs/a.json"

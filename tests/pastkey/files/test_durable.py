@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there, what dead processes left goes, and a lock ends with its process."""
+"""Files and folders are whole or absent, leftovers of dead processes are removed, and a lock ends with its process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every place of an ONNX graph that may name a file is found, and only listed files beside the graph are taken."""
+"""Every place of an ONNX graph that may name a file is found, and only listed files next to the graph are accepted."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ PLACES = (
 
 
 def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
-    """A bundle's folder with this graph and 64 bytes beside it."""
+    """A bundle's folder with this graph and 64 bytes next to it."""
     (folder / "onnx").mkdir(parents=True)
     (folder / GRAPH).write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     (folder / "onnx" / DATA).write_bytes(bytes(64))
@@ -78,7 +78,7 @@ def write(folder: Path, model: onnx.ModelProto | bytes) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Checks the graph; the manifest lists every file of the folder, and what is no file."""
+    """Checks the graph; the manifest lists every file of the folder, and an entry that is no file."""
     listed = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     records = {name: file_record(folder / name) for name in listed}
     check_external_data(folder, records | {f"onnx/{MEMORY}": FileRecord(64, "")})
@@ -152,7 +152,7 @@ def cut_field_number() -> bytes:
 
 NO_TEXT = model_of(initializer=[tensor("???")]).SerializeToString().replace(b"???", b"\xed\xa0\x80")
 ELSEWHERE = (MEMORY, "/etc/passwd", "a/../../x", "a\\b", "C:x", ".", "unlisted", "x\0")
-# what is spoilt: (a tensor or a whole file, a key word)
+# the damage: (a tensor or a whole file, a key word)
 REFUSED: dict[str, tuple[onnx.TensorProto | bytes, str]] = {
     **{f"at {location!r}": (tensor(location), "reads weights from") for location in ELSEWHERE},
     "not UTF-8": (NO_TEXT, "not valid text"),
@@ -196,7 +196,7 @@ def test_inline_weights_are_skipped(tmp_path):
 
 # --- against protobuf itself --------------------------------------------------------------------------------------
 def locations(message: Any) -> Iterator[tuple[str, ...]]:
-    """Every value that protobuf reads under external_data, wherever it stands."""
+    """Every value that protobuf reads under external_data, at any place."""
     for part, value in message.ListFields():
         if part.name == "external_data":
             yield tuple(entry.value for entry in value if entry.key == "location")
@@ -208,7 +208,7 @@ def locations(message: Any) -> Iterator[tuple[str, ...]]:
 INLINE = model_of(initializer=[helper.make_tensor("i", 1, [2], [1.0, 2.0])])
 # A message after another is merged with it.
 WHOLE = b"".join(model.SerializeToString() for model in (INLINE, *(hidden(each, tensor()) for each in PLACES[:9])))
-# What is put in the place of so many bytes: other bytes, or a copy of 40 from elsewhere.
+# The replacement of so many bytes: other bytes, or a copy of 40 from elsewhere.
 changes = st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255), st.binary(max_size=4) | st.integers(0, 255))
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_graph_is_refused_or_read_as_protobuf_reads_it(tmp_path_factor
         return
     try:
         model = onnx.ModelProto.FromString(file.read_bytes())
-    except Exception:  # protobuf refuses more, what is no text for one
+    except Exception:  # protobuf refuses more, such as bytes that are not text
         return
     assert {location for said in locations(model) for location in said} <= found
 

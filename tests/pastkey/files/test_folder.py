@@ -1,4 +1,4 @@
-"""What a manifest lists is checked: paths stay inside the folder, sizes and hashes are those that were written."""
+"""The list of a manifest is checked: paths stay inside the folder, sizes and hashes are those that were written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INSIDE = [
     ("../../blobs/etag", "models--org--name/snapshots/1/a"),  # which is a link to the store of all repositories
     ("real", "bundle/snapshots/1/a"),
 ]
-# The last ones: one too many, beside the repository; absolute; links to another folder and to another one's content.
+# The last ones: one too many, next to the repository; absolute; links to another folder and to another one's content.
 OUTSIDE = (
     "../../../secret", f"../../other/{HASH}", f"../../models--org--name/blobs/{HASH}", f"../../../blobs/{HASH}",
     f"/models--org--name/blobs/{HASH}", "../../blobs/elsewhere", "../../blobs/wrong",

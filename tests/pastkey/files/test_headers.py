@@ -47,7 +47,7 @@ def test_a_panic_while_it_is_opened_is_a_sentence():
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     with pytest.raises(IntegrityError, match=r"is not a tokenizer\.json that can be read"):
         opened(model=model | {"continuing_subword_prefix": "########"})
-    with pytest.raises(IntegrityError, match="100,000,000 are the most"):
+    with pytest.raises(IntegrityError, match="at most 100,000,000 are allowed"):
         open_tokenizer(Tokenizer, bytes(100_000_001), "t.json")
 
 
@@ -99,12 +99,12 @@ def test_a_header_that_cannot_be_true_is_refused(header, words, tmp_path):
 
 
 def test_lengths_are_at_most_what_the_file_has(tmp_path):
-    with pytest.raises(HeaderError, match="its header alone would have"):
+    with pytest.raises(HeaderError, match="fewer than its header"):
         read_header(written(tmp_path / "x", HEADER, length=2**63))
     with (tmp_path / "x").open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little"))
         file.truncate(300_000_000)
-    with pytest.raises(HeaderError, match="100,000,000 are the most"):
+    with pytest.raises(HeaderError, match="at most 100,000,000 are allowed"):
         read_header(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"123")
     with pytest.raises(HeaderError, match="it has 3 bytes"):

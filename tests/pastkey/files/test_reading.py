@@ -1,4 +1,4 @@
-"""Untrusted files: what is no regular file, what is too large, and what a library says of damaged bytes."""
+"""Untrusted files: those that are not regular, those that are too large, and a library's errors for damaged bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_pipe_a_device_and_a_folder_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in (
         (tmp_path / "pipe", "is a pipe, which can be read once"),
-        (Path(os.devnull), "is a device, which need not end"),
+        (Path(os.devnull), "is a device, which may never end"),
         (tmp_path, "is a folder; a file was expected"),
         (tmp_path / "a\0b", "is not the name of a file"),
     ):
@@ -33,7 +33,7 @@ def test_a_file_without_content_is_not_read_for_its_size(tmp_path):
     file = tmp_path / "large.json"
     with file.open("wb") as opened:
         opened.truncate(1 << 40)
-    with pytest.raises(InputError, match="100,000,000 are the most"):
+    with pytest.raises(InputError, match="at most 100,000,000 are allowed"):
         read_json(file)
     with pytest.raises(OSError, match="of memory and"):
         read_text(file)
@@ -111,7 +111,7 @@ def test_available_memory_is_less_than_the_machine_has():
     assert 0 < found <= int(total.split()[1]) << 10
 
 
-# --- the fields of a message by the wire format alone ---------------------------------------------------------------
+# --- the fields of a message only by the wire format ----------------------------------------------------------------
 def test_each_field_is_told_with_its_place():
     content = bytes([0x08, 0x96, 0x01, 0x12, 0x02]) + b"ab" + bytes([0x1D, 1, 0, 0, 0])
     found = list(fields(content, 0, len(content)))

@@ -7,7 +7,7 @@ from ..conftest import CHAT, COMPLETIONS, HI, running, write_tiny
 GREEDY = {"temperature": 0.0}
 DRAWING = {"do_sample": True, "top_k": 3}
 NOT_DRAWING = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.9}
-CASES = {  # the authors' own, the flags' -> what requests ask for, and what they get
+CASES = {  # the authors' own, the flags' -> the fields of requests, and the options that they get
     "no file": (None, {"temperature": 0.5}, [({}, {"temperature": 0.5})]),
     "an empty file": ({}, {}, [({}, GREEDY)]),
     "authors who do not draw": (NOT_DRAWING, {}, [

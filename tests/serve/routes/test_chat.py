@@ -1,4 +1,4 @@
-"""Chat completions and responses: what strict clients want, whole and as events."""
+"""Chat completions and responses: the fields of strict clients, whole and as events."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is wrong with a request is told by the field: a table of each route."""
+"""The error of a request names the wrong field: a table of each route."""
 
 import importlib.util
 from typing import Any
@@ -17,7 +17,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [1]},
 }
 ANY = {"type": "object", "minProperties": 2, "maxProperties": 1}
-# What is changed, the status, the field that the error names, and a key word.
+# The change, the status, the field that the error names, and a key word.
 REFUSED: dict[str, list[tuple[dict[str, Any], int, str | None, str]]] = {
     CHAT: [
         ({"functions": []}, 400, "functions", "not known, or not supported"),
@@ -29,7 +29,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], int, str | None, str]]] = {
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content", "image_url"),
         ({"messages": [{"role": "user", "content": "hi" * 600}]}, 400, "messages", "maximum context length is 600"),
         ({"messages": [{"role": "user", "content": "日"}]}, 400, None, "no token covers"),
-        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not here"),
+        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not available"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
         ({"logit_bias": {"99": 1}}, 400, "logit_bias", "99"),
         ({"n": 0}, 400, "n", "greater than or equal to 1"),
@@ -81,7 +81,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], int, str | None, str]]] = {
         ({"input": []}, 400, "input", ""),
         ({"input": [[1], [-1]]}, 400, "input.1.0", "input.1.0: Input should be greater than or equal to 0"),
         ({"input": "a" * 700}, 400, None, "context"),
-        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not here"),
+        ({"model": "gpt-9"}, 404, "model", "'gpt-9' is not available"),
     ],
     "/tokenize": [({"with_pieces": "yes"}, 400, "with_pieces", "valid boolean")],
     "/detokenize": [({"tokens": [99]}, 400, None, "from 0 to 36"), ({"tokens": [10**20]}, 400, None, "")],

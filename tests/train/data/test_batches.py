@@ -39,9 +39,9 @@ def test_a_step_draws_the_same_batch_whatever_came_before(tmp_path):
 def test_a_window_begins_and_ends_with_its_document(ends, tmp_path):
     documents = [f"{number}\n" + "d" * (number % 60) for number in range(100, 300)]
     tokenizer = train_char(documents)
-    if ends == "without a begin":  # the end of the document before it stands there
+    if ends == "without a begin":  # the end of the document before it is there
         tokenizer = dataclasses.replace(tokenizer, begin=None)
-    elif ends == "with another end":  # as that of a turn, which may stand in a text
+    elif ends == "with another end":  # as that of a turn, which may be in a text
         tokenizer = dataclasses.replace(tokenizer, end=tokenizer.encode("\n")[0])
     begins, whole = set[int](), 0
     for row, wanted in drawn(tmp_path, documents, 40, 200, tokenizer):

@@ -87,7 +87,7 @@ def test_the_trained_text_of_an_example_is_shown(terminal, no_color, coloured, t
     assert ("<|im_start|>assistant\n[[hel\ufffdlo<|im_end|>]]" in said) != coloured
 
 
-# --- a second run on the same files and tokenizer takes the tokens of the first, and any other one does not --------
+# --- a second run on the same files and tokenizer reuses the tokens of the first, and any other one does not -------
 FILES = ("tokenizer.json", "tokenizer_config.json", TOKENS_TRAIN, TOKENS_VAL)
 
 

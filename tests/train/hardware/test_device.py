@@ -34,7 +34,7 @@ def test_a_device_that_is_missing_is_one_sentence(monkeypatch):
         tiny(device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(InputError, match="has no own card, there are 2: start at most 2 processes"):
+    with pytest.raises(InputError, match="has no card for itself, there are 2: start at most 2 processes"):
         choose_device(tiny(), 2)
 
 
