@@ -92,7 +92,7 @@ matrix:  ## By hand: every case of each table, every Python here, every release 
 	$(BIN)/python -m tools.versions
 	$(BIN)/python -m tools.aarch64
 
-# One end to end of each extra, with the oldest release of every package. An old one may warn of a newer one beside it.
+# One end to end of each extra, with the oldest release of every package. An old one may warn of a newer one next to it.
 oldest: $(ENVIRONMENTS)/oldest/installed
 	$(ENVIRONMENTS)/oldest/bin/python $(call TESTS,oldest) -W default -m oldest $(shell grep -rl "mark.oldest" tests --include="test_*.py") $(PYTEST_ARGS)
 
@@ -120,7 +120,7 @@ runtime-oldest runtime-newest: $(VENV)/installed
 	cd $(ENVIRONMENTS)/$@/away && ../bin/python $(call TESTS,$@) \
 		-m "not $(if $(filter %newest,$@),matrix,slow)" $(PYTEST_ARGS)
 
-bench: $(VENV)/installed  ## pastkey beside other engines, then many streams: benchmarks/results.md, docs/performance.md
+bench: $(VENV)/installed  ## pastkey and other engines, then many streams: benchmarks/results.md, docs/performance.md
 	$(BIN)/python -m benchmarks peers --page benchmarks/results.md $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks streams --page docs/performance.md
 	$(BIN)/python -m benchmarks pictures

@@ -1,4 +1,4 @@
-"""Questions about what quantization and training give: accuracy beside size and speed."""
+"""Questions about what quantization and training give: accuracy, size and speed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def calibration(bundle: Path, text: TextFile, *, windows: int = 4, length: int =
     from pastkey.precisions import PRECISIONS
 
     with tempfile.TemporaryDirectory() as temporary:
-        # A copy: graphs that are tried stand beside the weights meanwhile.
+        # A copy: graphs under test are next to the weights meanwhile.
         copied = open_bundle(shutil.copytree(bundle, Path(temporary) / "bundle"))
         if copied.manifest.precision != "fp32" or copied.tokenizer is None:
             raise InputError(f"{bundle} is not a float32 bundle with a tokenizer: export with --precision fp32")
@@ -165,7 +165,7 @@ def demo(demo: Path, *, rounds: int = 11, count: int = 200) -> Answer:
 
 
 def _import_seconds(module: str, beforehand: str) -> float:
-    """Median seconds that importing a module takes in a fresh process, after `beforehand`."""
+    """Median seconds of importing a module in a fresh process, after `beforehand`."""
     code = (
         f"import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'; import {beforehand}, time; t = time.perf_counter(); "
         f"import {module}; print(time.perf_counter() - t)"

@@ -1,4 +1,4 @@
-"""Questions about pastkey alone, each a function: its arms, and the table of what they measured."""
+"""Questions about only pastkey, each a function: its arms, and the table of what they measured."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ SCHEMA = {"type": "object", "properties": FIELDS, "required": [*FIELDS], "additi
 def constrained(bundle: Path, *, threads: int = 2, rounds: int = 9) -> Answer:
     """Arms: free text with and without prompt lookup, a schema, a mask. Metric: seconds per token, prompt included.
 
-    The mask is a pattern that allows every text, which shows its cost alone.
+    The mask is a pattern that allows every text, which shows only its cost.
     """
     off: dict[str, Any] = {"prompt_lookup": False}
     kinds: dict[str, dict[str, Any]] = {
@@ -267,7 +267,7 @@ def batch(bundle: Path, *, threads: int = 2, rounds: int = 2, count: int = 32, n
     yield facts_of(generator.model.bundle, threads)
 
 
-# --- one graph beside the runtime ---------------------------------------------------------------------------------
+# --- one graph against the runtime ---------------------------------------------------------------------------------
 Run = Callable[[list[int], int, SamplingConfig], list[int]]
 
 

@@ -1,10 +1,10 @@
-"""What an application feels beside a model that generates: its event loop, its own work, and a second model.
+"""The effect of a generating model on an application: its event loop, its own work, and a second model.
 
 - ticks: an event loop sleeps 2 ms again and again while streams of `astream` run. Measured is the share of ticks that
   come at most 5 ms later than 99 % of an idle loop's.
-- work: a thread that hashes, without Python's lock, beside one generation; with onnxruntime's threads that stop when a
+- work: a thread that hashes, without Python's lock, during one generation; with onnxruntime's threads that stop when a
   run ends, as pastkey sets it, and that spin on.
-- turns: two models that generate one token each in turn, against one alone; stopped and spinning.
+- turns: two models that generate one token each in turn, against a single one; stopped and spinning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAYS = {"stop": {}, "spin": {"session.force_spinning_stop": "0"}}
 
 
 def application(bundle: Path, *, threads: int = 2, ticks: int = 3000, rounds: int = 5, new_tokens: int = 64) -> Answer:
-    """Arms: threads of onnxruntime that stop and that spin. Metric: ticks in time; time of a token over one alone."""
+    """Arms: threads of onnxruntime that stop and that spin. Metric: ticks in time; time of a token over one model's."""
     options: SessionOptions = {
         "max_new_tokens": new_tokens,
         "min_new_tokens": new_tokens,
@@ -120,7 +120,7 @@ class _Hashing:
 
 
 def _work(models: list[LanguageModel], options: SessionOptions, _: int) -> tuple[float, ...]:
-    """How much longer a token takes beside a thread that hashes, and the share of its speed that the thread keeps."""
+    """The slowdown of a token while another thread hashes, and the share of its speed that the thread keeps."""
     with _Hashing() as alone:
         time.sleep(0.5)
     token = _token(models[0], options)
@@ -130,7 +130,7 @@ def _work(models: list[LanguageModel], options: SessionOptions, _: int) -> tuple
 
 
 def _turns(models: list[LanguageModel], options: SessionOptions, _: int) -> tuple[float, ...]:
-    """How long a token takes where two models take turns, over one alone."""
+    """The time of a token where two models run in turn, over that of a single one."""
     alone = _token(models[0], options)
     streams = [model.stream(_prompt(model, 1), **options) for model in models]
     for stream in streams:

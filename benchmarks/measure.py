@@ -1,4 +1,4 @@
-"""What all questions share: interleaved rounds, paired ratios with their range, tables, and facts of the machine.
+"""Shared by all questions: interleaved rounds, paired ratios with their range, tables, and facts of the machine.
 
 Slim imports: a process whose memory is measured imports this.
 """
@@ -48,7 +48,7 @@ class BenchmarkError(Exception):
 
 # --- rounds -------------------------------------------------------------------------------------------------------
 class Spread(NamedTuple):
-    """The median of what the rounds measured, and their range."""
+    """The median of the rounds, and their range."""
 
     median: float
     low: float
@@ -73,7 +73,7 @@ def always(_: str, make: Callable[[], Any]) -> Any:
 def interleaved(
     arms: Mapping[str, Callable[[int], Result]], rounds: int, what: str, *, warm: bool = True, once: Once = always
 ) -> list[dict[str, Result]]:
-    """What each arm returns in each round, in an order that rotates, so that a noisy machine affects all alike.
+    """The return values of each arm in each round, in an order that rotates, so that a noisy machine affects all alike.
 
     Each arm is called with the number of the round. `warm` calls every arm once before.
     """
@@ -92,12 +92,12 @@ def interleaved(
 
 
 def paired(rounds: Sequence[Mapping[str, float]], above: str, below: str) -> Spread:
-    """The ratio of two arms, taken within each round."""
+    """The ratio of two arms within each round."""
     return Spread.of(one[above] / one[below] for one in rounds)
 
 
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long a call takes by this clock."""
+    """The time of a call by this clock."""
     started = clock()
     work()
     return clock() - started
@@ -114,7 +114,7 @@ def steps(items: Sequence[Item], description: str) -> Iterator[Item]:
 
 
 def fresh(work: Callable[..., Result], *arguments: Any) -> Result:
-    """What `work` returns in a fresh Python, which imports its module alone and ends with it."""
+    """The return value of `work` in a fresh Python, which imports only its module and ends with it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -166,7 +166,7 @@ def named(settings: Mapping[str, Any]) -> str:
 
 # --- facts --------------------------------------------------------------------------------------------------------
 def facts_of(bundle: Bundle, threads: int | None = None) -> str:
-    """What was measured, for the end of an answer."""
+    """The facts of the measurement, for the end of an answer."""
     manifest = bundle.manifest
     cache = "shared cache buffer" if manifest.graph == "fused" else f"{manifest.graph} graph"
     level = "" if manifest.precision.startswith("fp") else ", accuracy level 4"

@@ -38,7 +38,7 @@ def passes() -> Answer:
 
 
 class Counts:
-    """What an export ran and opened."""
+    """The runs and opened files of an export."""
 
     def __init__(self) -> None:
         self.stage = ""

@@ -1,4 +1,4 @@
-"""Clients that ask a server at the same time, by HTTP: `pastkey serve` beside llama.cpp's llama-server."""
+"""Clients that ask a server at the same time, by HTTP: `pastkey serve` compared with llama.cpp's llama-server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SERVERS = (
 
 
 class Reply(NamedTuple):
-    """What came of one request, in seconds from its beginning."""
+    """The result of one request, in seconds from its beginning."""
 
     status: int  # 0 where the connection failed
     tokens: int  # as the server counts them; 0 unless the stream came to its end
@@ -45,7 +45,7 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """What came of the requests of one round."""
+    """The results of the requests of one round."""
 
     replies: Sequence[Reply]
     seconds: float  # from the first request to the last reply
@@ -98,7 +98,7 @@ def serve(
     only: Sequence[str] | None = None,
     work: Path = WORK,
 ) -> Answer:
-    """Arms: a server each, in a process of its own. Metric: tokens per second, waits, requests rejected and lost.
+    """Arms: a server each, in a separate process. Metric: tokens per second, waits, requests rejected and lost.
 
     Without a bundle it is the int8 export of SmolLM2-135M-Instruct, whose weights llama-server gets in any case. Each
     client sends its requests one after another, on one connection.

@@ -1,11 +1,11 @@
-"""What drafts bring: speed with prompt lookup and a draft model over one token a step, and how often they are accepted.
+"""The gain of drafts: speed with prompt lookup and a draft model over one token a step, and their acceptance.
 
-Speeds are of decoding alone, in CPU time of one thread, so that others on the machine count little. The tasks go on
-from several places of a text; copy a passage, as two examples do, which a model of any size does word for word, and
-which is what prompt lookup is for; and ask a conversational model to repeat one, which a small one paraphrases.
+Speeds are of decoding only, in CPU time of one thread, so that others on the machine count little. The tasks continue
+from several places of a text; copy a passage, as two examples do, which a model of any size does word for word, the
+case for prompt lookup; and ask a conversational model to repeat one, which a small one paraphrases.
 
-Acceptance is of a draft token at each place of the text: what coupling by the place's random number gives, which keeps
-a seed's text as it is, and what rejection sampling would give, which does not: the sum of the smaller probabilities.
+Acceptance is of a draft token at each place of the text: by coupling with the place's random number, which keeps a
+seed's text unchanged, and by rejection sampling, which does not: the sum of the smaller probabilities.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finished steps on disk, so that a run that was interrupted goes on where it stopped."""
+"""Finished steps on disk, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Text:
 
 
 def open_text(given: Path | None, bundle: Bundle, threads: int, once: Once, *, own: int, most: int) -> Text:
-    """Windows of a file: --text, or wikitext-2 beside the checkout, `most` at most. Or `own` that the model writes.
+    """Windows of a file: --text, or wikitext-2 next to the checkout, `most` at most. Or `own` that the model writes.
 
     Raises MissingFileError or InputError.
     """

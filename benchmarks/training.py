@@ -1,4 +1,4 @@
-"""Training beside nanoGPT's recipe for a CPU, which is the program that people begin with."""
+"""Training compared with nanoGPT's recipe for a CPU, the program that people begin with."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print(nats / (whole * 64))
 def training(nanogpt: Path, texts: Sequence[Path], *, threads: int = 2, rounds: int = 1, work: Path = WORK) -> Answer:
     """Arms: nanoGPT, a checkout of which is given, and `pastkey train --minutes` for as long. Metric: bits per byte.
 
-    Both train on the first nine tenths of each text and are judged on the last tenth, of which ours takes 200,000
+    Both train on the first nine tenths of each text and are judged on the last tenth, of which ours uses 200,000
     characters at most.
     """
     store = Store(work)

@@ -1,5 +1,5 @@
 """A GPT as nanoGPT writes it: positions made inside, fused qkv, GELU, tied head; without targets it gives the logits of
-the last position alone, and always a loss beside them. Not a line of it is changed to export it:
+only the last position, and always a loss with them. Not a line of it is changed to export it:
 
 pastkey export examples/nano_gpt.py:make --context 128 --out nano_gpt_bundle
 """

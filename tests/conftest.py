@@ -1,4 +1,4 @@
-"""What tests of several stages share."""
+"""Shared by tests of several stages."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def processors() -> list[int]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each of the side-by-side processes that run the tests processors of its own.
+    """Gives each of the side-by-side processes that run the tests separate processors.
 
-    Threads that wait for one another are slow where another process takes their core. torch and onnxruntime start as
+    Threads that wait for one another are slow where another process uses their core. torch and onnxruntime start as
     many as there are processors for them, and so do the commands that tests run.
     """
     worker = getattr(config, "workerinput", None)
@@ -50,7 +50,7 @@ TESTS = Path(__file__).parent
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks tests by their place, and what only `make matrix` runs as slow."""
+    """Marks tests by their place, and those of only `make matrix` as slow."""
     for item in items:
         if item.get_closest_marker("matrix"):
             item.add_marker("slow")
@@ -65,7 +65,7 @@ def own_cache_folder(tmp_path_factory):
     """Keeps what a load remembers out of the home folder. Exports keep nothing: a test must not depend on another."""
     cache = tmp_path_factory.mktemp("cache")
     (cache / "pastkey").mkdir()
-    (cache / "pastkey" / "exports").touch()  # a file in place of their folder
+    (cache / "pastkey" / "exports").touch()  # a file instead of their folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
@@ -73,7 +73,7 @@ def own_cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pastkey_command():
-    """Runs the `pastkey` command in a process of its own, as a user would."""
+    """Runs the `pastkey` command in a separate process, as a user would."""
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pastkey", *map(str, arguments)]
@@ -142,7 +142,7 @@ def classic(pastkey_command, made_once):
     return made_once("classic", make)
 
 
-# A skip whose reason begins so is for want of what it names. PASTKEY_REQUIRE=kernels,node makes it a failure.
+# A skip whose reason begins so lacks the thing that it names. PASTKEY_REQUIRE=kernels,node makes it a failure.
 WANTING = {
     "kernels": ("the native kernels", "no C++ compiler"),
     "node": ("node", "npm"),
@@ -151,7 +151,7 @@ WANTING = {
 
 
 def pytest_sessionfinish(session):
-    """Fails a run that skipped a test for want of what PASTKEY_REQUIRE names."""
+    """Fails a run that skipped a test because a thing that PASTKEY_REQUIRE names is missing."""
     if (reporter := session.config.pluginmanager.get_plugin("terminalreporter")) is None:
         return  # one of the processes whose reports come together elsewhere
     reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", [])}

@@ -20,7 +20,7 @@ OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir") 
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no operation succeeds after it, so that nothing cleans up."""
+    """Represents SIGKILL: no operation succeeds after it, so that nothing cleans up."""
 
 
 def run_until(limit: int, error: BaseException, save: Callable[[], object]) -> tuple[bool, list[str]]:
@@ -59,7 +59,7 @@ def at_every_operation(
     base: Path, make: Callable[[Path], object], save: Callable[[Path], object], error: BaseException
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yields for each operation of `save` a folder that `make` filled and whose `save` ended there; at last one that
-    `save` finished. Beside each: the operations that were tried."""
+    `save` finished. With each: the operations that were tried."""
     for limit in itertools.count():
         folder = base / f"stop-{limit}"
         folder.mkdir()

@@ -59,7 +59,7 @@ class LoopbackHub:
         return self.repositories[name]
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables of a process that takes this for the Hub, with a home of its own."""
+        """The variables of a process that uses this as the Hub, with a separate home."""
         own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home / "huggingface"), "HOME": str(home)}
         own |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
         return own | {"XDG_CACHE_HOME": str(home / "cache")}

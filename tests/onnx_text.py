@@ -36,7 +36,7 @@ def encode_model(
 ) -> tuple[bytes, bytes]:  # fmt: skip
     """The ModelProto of `text` with `weights` as initializers, and the content of `data_file`, where that is named.
 
-    `data_file` lies beside the graph and holds the weights one after another; without it they stand in the graph.
+    `data_file` is next to the graph and holds the weights one after another; without it they are in the graph.
     `first` are encoded fields of the graph that come before all others, `functions` further ones of the model.
     """
     matched = _MODEL.fullmatch(text)

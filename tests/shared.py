@@ -1,4 +1,4 @@
-"""What tests of several folders share: trained models beside the checkout, and how much of a table each run takes."""
+"""Shared by tests of several folders: trained models next to the checkout, and a table's part for each run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def shared(path: str) -> Path:
-    """`path` in ../shared. Skips the test where it is absent; a git worktree looks beside its main checkout too."""
+    """`path` in ../shared. Skips the test where it is absent; a git worktree also looks next to its main checkout."""
     places = [ROOT.parent / "shared" / path]
     command = ["git", "rev-parse", "--path-format=absolute", "--git-common-dir"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -33,7 +33,7 @@ def ran(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def divided(cases: Iterable[Any], *, quick: Collection[Any] = (), ci: Collection[Any] = ()) -> list[Any]:
-    """Cases for `parametrize`: `make test` runs those of `quick`, CI those of `ci` too, `make matrix` all.
+    """Cases for `parametrize`: `make test` runs those of `quick`, CI also those of `ci`, `make matrix` all.
 
     A case is a value, or a tuple of several.
     """

@@ -1,6 +1,6 @@
 """Short exports in tests: an equal decoder is traced once a run, calibration runs on short windows, on one thread.
 
-torch's trace takes nine tenths of the export of a tiny decoder. Its graph depends on the module and on the observation
+torch's trace is nine tenths of the export of a tiny decoder. Its graph depends on the module and on the observation
 of it alone, so the second export of an equal module gets a copy of the first graph.
 """
 
@@ -26,12 +26,12 @@ from pastkey.export.graph.stored import stored_weights
 from pastkey.export.quantize.calibrate import calibration
 from pastkey.files.durable import write_whole
 
-_CALIBRATION_LENGTH = 64  # tokens of a window, in place of 256
+_CALIBRATION_LENGTH = 64  # tokens of a window, instead of 256
 _LARGEST = 4_000_000  # bytes of weights of a decoder whose graph is kept
 
 
 class _Key(pickle.Pickler):
-    """Pickles a module with the bytes of its tensors, and the code of its classes, in place of their names alone."""
+    """Pickles a module with the bytes of its tensors, and the code of its classes, instead of only their names."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -66,7 +66,7 @@ def _key(*values: object) -> str | None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Modules this small are slower on several threads, and much slower beside other work."""
+    """Modules this small are slower on several threads, and much slower during other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

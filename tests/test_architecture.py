@@ -24,7 +24,7 @@ FOLDERS = ("pastkey", *STAGES)
 
 @dataclass(frozen=True)
 class Rule:
-    """What a folder may import: `ours` across folders, `anywhere` at any place, `inside` only in functions."""
+    """The imports of a folder: `ours` across folders, `anywhere` at any place, `inside` only in functions."""
 
     ours: Set[str]
     anywhere: Set[str] = frozenset()
@@ -117,7 +117,7 @@ def test_every_import_is_in_the_table(folder):
         assert allowed, f"{where(file, found)}, which {folder} may not{' here' if top in rule.inside else ''}"
 
 
-# The rooms of export/, from the bottom up: each may import those before it. Two stand beside them.
+# The rooms of export/, from the bottom up: each may import those before it. Two are outside this order.
 ROOMS = ("graph", "graft", "source", "measure", "quantize")
 ROOM_RULES = {room: frozenset(ROOMS[: number + 1]) for number, room in enumerate(ROOMS)} | {
     "generation": frozenset({"generation", "graph", "source"}),
@@ -127,7 +127,7 @@ LEAVES = frozenset({"settings", "resources", "progress", "compare"})  # free to 
 
 
 def target_of(file: Path, found: Import) -> tuple[str, ...]:
-    """What a relative import names, as parts below its stage: ("graph", "edit")."""
+    """The module of a relative import, as parts below its stage: ("graph", "edit")."""
     folder = file.relative_to(ROOT).parts[1:-1]
     kept = folder[: len(folder) - (found.relative - 1)]
     return (*kept, *(part for part in found.module.split(".") if part))
@@ -145,8 +145,8 @@ def test_the_rooms_of_export_are_in_order_and_its_leaves_import_none():
     assert crossings > 20  # the walk finds them at all
 
 
-# The floors of runtime/, and of pastkey/ beside the stages, from the bottom up. A room or file imports those below its
-# own floor, at import or later, and for annotations too.
+# The floors of runtime/, and of pastkey/ outside the stages, from the bottom up. A room or file imports those below its
+# own floor, at import or later, and also for annotations.
 RUNTIME_FLOORS = (
     "options", "settings", "text sampling providers", "constraints engine", "speculation", "decoding", "model",
     "loading", "async_loading bulk sandbox", "commands",
@@ -155,7 +155,7 @@ PASTKEY_FLOORS = (
     "version errors", "lazy values precisions providers quiet", "typed", "files", "contract", "command", "exported",
     "__main__",
 )  # fmt: skip
-MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, beside its lazy names
+MOST_TYPING_IMPORTS = 13  # of our own modules in runtime/, in addition to its lazy names
 
 
 @pytest.mark.parametrize(("folder", "floors"), [("runtime", RUNTIME_FLOORS), ("pastkey", PASTKEY_FLOORS)])

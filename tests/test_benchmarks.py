@@ -44,13 +44,13 @@ def byte_level() -> Tokenizer:
 # --- the questions ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """tiny/, of random weights, which takes any text."""
+    """tiny/, of random weights, which accepts any text."""
     folder = tmp_path_factory.mktemp("bundles")
     byte_bundle(folder / "tiny", context=1200, tokenizer=byte_level(), hidden_size=decoder.E)
     return folder
 
 
-# Those that ask the tiny bundle alone.
+# Those that ask only the tiny bundle.
 IN_CI = ("step-cost", "batch", "speculation")
 ASKED = {
     "step-cost": "tiny --threads 1 --rounds 1 --new-tokens 4",

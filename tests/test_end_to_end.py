@@ -1,4 +1,4 @@
-"""text -> checkpoint/ -> bundle/ -> text, by the commands; and what the wheel holds."""
+"""text -> checkpoint/ -> bundle/ -> text, by the commands; and the content of the wheel."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def commands(file: Path) -> list[str]:
-    """What the docstring says to type after `pastkey`."""
+    """The arguments of `pastkey` in the docstring."""
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return re.findall(r"^pastkey (export .*)$", docstring, re.MULTILINE)
 
@@ -81,7 +81,7 @@ def test_a_recurrent_example_learns_the_lessons_and_keeps_them_exported(name, no
 # --- programs that use a bundle -----------------------------------------------------------------------------------
 @pytest.fixture
 def bundle(tmp_path):
-    """A decoder of random weights that takes any text and holds conversations."""
+    """A decoder of random weights that accepts any text and holds conversations."""
     config = {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}"}
     return byte_bundle(tmp_path / "b", tokenizer_config=config).path
 

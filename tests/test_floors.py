@@ -7,7 +7,7 @@ import tomllib
 
 from .shared import ROOT
 
-# Wheels for hardware that CI has not got; each brings the module that `cpu` brings.
+# Wheels for hardware that CI has not got; each installs the module that `cpu` installs.
 OTHER_WHEELS = {"gpu", "openvino", "webgpu", "qnn"}
 
 

@@ -1,4 +1,4 @@
-"""The tests of a room, which is a folder of the package, stand in the folder of tests of that name."""
+"""The tests of a room, which is a folder of the package, are in the folder of tests of that name."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .shared import divided, ran
 
 pytestmark = pytest.mark.slow
 
-# Read by Python at its start: an attempt is written down, since whoever makes it may catch the error.
+# Read by Python at its start: an attempt is written down, since the caller may catch the error.
 REFUSING = """
 import os, sys
 def refuse(event, arguments):

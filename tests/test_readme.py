@@ -271,7 +271,7 @@ def fits(block: str, told: str) -> str:
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize("page", divided(TYPED, ci=["README.md"]))
 def test_the_commands_and_programs_of_a_page_run_in_turn(page, folder_of_a_chat_model, tmp_path):
-    """With a tiny model in the place of SmolLM2, from a Hub on loopback, and a training of a few steps."""
+    """With a tiny model instead of SmolLM2, from a Hub on loopback, and a training of a few steps."""
     (tmp_path / MODEL).parent.mkdir(parents=True)
     (tmp_path / MODEL).symlink_to(folder_of_a_chat_model)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -50,7 +50,7 @@ def whole(scene: Scene, nursery: Nursery, library: Path | None) -> Outcome:
     return outcome
 
 
-# CI has a file and a folder; `make matrix` has a job, too.
+# CI has a file and a folder; `make matrix` also has a job.
 NAMES = divided(SCENES, ci=("session", "bundle"))
 
 

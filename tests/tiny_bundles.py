@@ -1,4 +1,4 @@
-"""Bundles of random weights that have a tokenizer, and so take a text."""
+"""Bundles of random weights that have a tokenizer, and so accept a text."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _wrong(hint: Any) -> Iterator[Any]:
 
 
 def _right(hint: Any) -> Any:
-    """Some value of this type, as it stands in JSON."""
+    """Some value of this type, as in JSON."""
     origin, given = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return type(_right(given[0]))(given[1].least)

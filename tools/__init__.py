@@ -1,1 +1,1 @@
-"""Tools to run by hand: `python -m tools.NAME`."""
+"""Tools to run manually: `python -m tools.NAME`."""

@@ -1,7 +1,7 @@
 """Runs the bundles of tools/versions.py on another architecture, emulated by qemu.
 
 apt fetches Debian's Python for arm64 and its libraries into a separate folder, where they are unpacked; the system does
-not change. The wheels for arm64 come from the package index. Run it by hand, on Debian: it takes a few minutes.
+not change. The wheels for arm64 come from the package index. Run it manually, on Debian: it needs a few minutes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def answers(release: str) -> Answers:
     """Returns this release's results for the bundles on arm64."""
     install(PACKAGES, f"onnxruntime=={release}", "numpy", "tokenizers", build_wheel(PLACE / "wheel"))
     command = [*EMULATED, ROOT / "tools" / "versions.py", "--answer", BUNDLES, PLACE / "answers.npz"]
-    command.append(PROMPTS[0])  # the long one takes too long under emulation
+    command.append(PROMPTS[0])  # the long one is too slow under emulation
     environment = os.environ | {"PYTHONPATH": str(PACKAGES), "XDG_CACHE_HOME": str(PLACE / "home")}
     subprocess.run(list(map(str, command)), cwd=PLACE, env=environment, check=True)
     return Answers.of(PLACE / "answers.npz")

@@ -4,7 +4,7 @@
     python -m tools.families bert gemma3n_text # these, again
     python -m tools.families --docs            # writes them into docs/export.md
 
-Each type has a process of its own with a time limit, and one line of JSON in tests/export/families.jsonl.
+Each type has a separate process with a time limit, and one line of JSON in tests/export/families.jsonl.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _by_cause(found: Iterable[dict[str, Any]]) -> str:
 
 
 def _cause(row: dict[str, Any]) -> str:
-    """Returns the cause without what belongs to one type alone: its names and its lines."""
+    """Returns the cause without the names and lines that belong to one type only."""
     told = re.sub(r"some layers of \S+ \(\w+(?:: ([^)]*))?\)", r"some layers (\1)", row["detail"]).replace(" ()", "")
     told = re.sub(r"\w+\.py:\d+(-\d+)? ?", "its code ", told).replace(row["class"], "it").replace("|", "\\|")
     told = re.sub(r"^it cannot be given a cache(, for \d+ reasons)?: +", "", " ".join(told.split()))
@@ -178,7 +178,7 @@ def _child(kind: str, sender: Any) -> None:
 
 
 def run(kind: str) -> tuple[str, str]:
-    """Judges a type in a process of its own."""
+    """Judges a type in a separate process."""
     context = multiprocessing.get_context("fork")  # the imports are made once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(kind, sender), daemon=True)

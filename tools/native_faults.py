@@ -111,7 +111,7 @@ def _order(graph: _Graph) -> bool:
 
 @_fault("X is rounded toward zero")
 def _toward_zero(graph: _Graph) -> bool:
-    """X becomes what its truncated codes stand for, which rounds to these codes."""
+    """X becomes the numbers of its truncated codes, which round to these codes."""
     for node, _, _ in _products(graph):
         blocks = graph.add(node, "Reshape", node.input[0], graph.constant(np.array([0, 0, -1, _BLOCK])))
         most = graph.add(node, "ReduceMax", graph.add(node, "Abs", blocks), graph.constant(np.array([3])))

@@ -163,7 +163,7 @@ FAULTS: dict[str, Fault] = {}
 
 
 def enters(faults: dict[str, Fault]) -> Callable[[str], Callable[[Fault], Fault]]:
-    """The decorator of these faults, which takes what a fault does."""
+    """The decorator of these faults; its argument is the effect of a fault."""
 
     def named(what: str) -> Callable[[Fault], Fault]:
         return lambda function: faults.setdefault(what, function)

@@ -25,7 +25,7 @@ from pathlib import Path
 from . import web_assets
 from .wheel import ROOT, build, build_wheel, copy_source, source_date
 
-# What README's commands need beside the wheel: they export a Hugging Face folder, and the test makes a small one.
+# README's commands also need these: they export a Hugging Face folder, and the test makes a small one.
 TRIED = ("pastkey[all]", "pastkey-kernels", "pytest>=8.3", "hypothesis")
 AROUND = ("README.md", "CONTRIBUTING.md", "pyproject.toml", "docs", "examples", "benchmarks", "tests")
 

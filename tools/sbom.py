@@ -1,7 +1,7 @@
 """Writes for each extra of pyproject.toml a CycloneDX document of all packages that pip would install with it here.
 
-pip resolves an extra without installing it, and reports the files' names, releases and sha256. cyclonedx-py, in an
-environment of its own, writes the document.
+pip resolves an extra without installing it, and reports the files' names, releases and sha256. cyclonedx-py, in a
+separate environment, writes the document.
 """
 
 from __future__ import annotations

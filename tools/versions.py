@@ -1,8 +1,8 @@
 """Loads and runs bundles of the newest onnxruntime here with every release from the oldest supported on.
 
-Each release is installed alone, beside numpy, tokenizers and the wheel of this checkout. It continues two prompts
+Each release is installed with only numpy, tokenizers and the wheel of this checkout. It continues two prompts
 greedily from each bundle, and its logits are compared with the newest release's. tools/aarch64.py does the same on
-another architecture. Run both by hand: they fetch releases from the package index.
+another architecture. Run both manually: they fetch releases from the package index.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def run_release(release: str, base: Path) -> Answers:
     if not (folder / "onnxruntime").exists():
         pip("install", "--quiet", "--no-deps", "--target", folder, f"onnxruntime=={release}")
     environment = os.environ | {"PYTHONPATH": f"{base}{os.pathsep}{folder}", "XDG_CACHE_HOME": str(PLACE / "cache")}
-    # Without the packages of this environment, and without the tests beside this file.
+    # Without the packages of this environment, and without the other files of this folder.
     command = [sys.executable, "-S", "-P", __file__, "--answer", str(BUNDLES), str(out)]
     subprocess.run(command, cwd=PLACE, env=environment, check=True)
     return Answers.of(out)

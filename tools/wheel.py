@@ -33,7 +33,7 @@ def copy_source(target: Path) -> None:
 
 
 def without_links(readme: str) -> str:
-    """Drops pictures of the checkout and links into it: on a package index they lead nowhere."""
+    """Drops pictures of the checkout and links into it: on a package index they have no target."""
     readme = re.sub(r"^!\[[^]]*\]\((?!https?:)[^)]*\)\n\n", "", readme, flags=re.MULTILINE)
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", readme)
 

@@ -1,1 +1,1 @@
-"""pastkey beside other engines on the same weights, each in its own environment: quality, speed, load and memory."""
+"""pastkey and other engines on the same weights, each in its own environment: quality, speed, load and memory."""

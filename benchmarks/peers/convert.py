@@ -1,4 +1,4 @@
-"""Each engine in an environment of its own, and the same weights in its format, made by its own converter.
+"""Each engine in a separate environment, and the same weights in its format, made by its own converter.
 
 What converters print goes to logs.
 """
@@ -29,7 +29,7 @@ from .engines import FILES, WORKERS, Engine, Files, Prepared
 
 
 class Environment(NamedTuple):
-    """What pip installs for one engine, in .environments/peers-NAME."""
+    """The packages that pip installs for one engine, in .environments/peers-NAME."""
 
     arguments: tuple[str, ...]  # of pip install
     shown: tuple[str, ...]  # the packages whose versions belong to a result
@@ -79,7 +79,7 @@ def python_of(runtime: str) -> Path:
 
 
 def versions_of(runtime: str, python: Path) -> dict[str, str]:
-    """package -> version, of what is measured. Of pastkey its source files have one as well."""
+    """package -> version, of the measured packages. Of pastkey its source files have one as well."""
     code = (
         "import json, sys; from importlib.metadata import version; "
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
@@ -243,7 +243,7 @@ def _convert(files: Files, source: Source, python: Path, out: Path, store: Store
 
 
 def _huggingface(source: Source, store: Store) -> Path:
-    """A Hugging Face folder of float32 weights: what those converters read that cannot read GGUF."""
+    """A Hugging Face folder of float32 weights, for the converters that cannot read GGUF."""
     out = store.models / "huggingface"
 
     def make() -> None:

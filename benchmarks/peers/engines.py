@@ -59,7 +59,7 @@ class Engine(NamedTuple):
         return FILES[self.files].runtime
 
 
-# What quality is compared with.
+# The reference of quality.
 REFERENCE = Engine("pastkey-fp32", "pastkey fp32", "pastkey-fp32")
 STEPS = "pastkey int8, without prompt lookup"
 WITHOUT = "generate(prompt_lookup=False)"
@@ -131,7 +131,7 @@ class Prepared:
 
 
 class Worker:
-    """An engine in a process of its own, which starts at the first request."""
+    """An engine in a separate process, which starts at the first request."""
 
     def __init__(self, prepared: Prepared, *, threads: int, context: int, logs: Path) -> None:
         """`context` is the most tokens that any request will need. What the engine prints goes to a file in `logs`."""
@@ -179,7 +179,7 @@ class Worker:
             self.load_seconds = self._reply()["load_seconds"]
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """What the worker replies to one request of workers/protocol.py. Raises BenchmarkError when it dies of it."""
+        """The reply of the worker to one request of workers/protocol.py. Raises BenchmarkError when it dies of it."""
         self.start()
         assert self._process is not None
         stdin: IO[str] | None = self._process.stdin

@@ -1,6 +1,6 @@
-"""pastkey beside other engines on the same weights: quality, speed, load and memory.
+"""pastkey and other engines on the same weights: quality, speed, load and memory.
 
-Every engine has a process of its own. All run once in each round, on prompts that begin at another place of the text in
+Every engine has a separate process. All run once in each round, on prompts that begin at another place of the text in
 each: how far an engine that looks ahead guesses right differs from one place to the other.
 """
 
@@ -60,8 +60,8 @@ def peers(
 ) -> Answer:
     """Arms: a process per engine. Metric: speed over the fastest int8 peer, KL divergence, load, peak memory.
 
-    With --contexts: speeds alone, behind prompts of these lengths. A GGUF of a shorter context is said to have a longer
-    one: what it writes there makes no sense, and its speed is what it is.
+    With --contexts: only speeds, after prompts of these lengths. A GGUF of a shorter context is declared with a
+    longer one: its text makes no sense there, and only its speed counts.
     """
     wanted = [Shape(length, AFTER) for length in sorted(set(contexts))] if contexts else SHAPES
     engines, windows = chosen(ENGINES, only, full, ENGINES[0] if contexts else REFERENCE), 24 if full else 6
@@ -131,7 +131,7 @@ def peers(
 
 
 def _legend(passages: Text, shapes: Sequence[Shape], rounds: int, windows: int) -> str:
-    """What the columns of the table are; without `windows` there are only speeds."""
+    """The columns of the table; without `windows` there are only speeds."""
     places = len({number * STRIDE % len(passages.windows) for number in range(rounds)})
     decode = ", and ".join(f"of {shape.new} tokens after {shape.prompt}" for shape in shapes)
     speed = f"Speeds: medians; prompts begin at {places} places of {{}}; decode {decode}."

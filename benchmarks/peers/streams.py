@@ -1,4 +1,4 @@
-"""Several streams that begin at the same moment: pastkey beside other engines, each as an application embeds it."""
+"""Several streams that begin at the same moment: pastkey and other engines, each as an application embeds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .convert import chosen, described, of_bundle, open_source, prepare, prepare
 from .engines import STREAM_ENGINES, Engine, Prepared, Worker
 
 Served = dict[str, float]
-Rounds = list[dict[str, Served]]  # engine -> what came of its streams
+Rounds = list[dict[str, Served]]  # engine -> the result of its streams
 
 
 def streams(

@@ -1,6 +1,6 @@
 """The README's picture, drawn from the table of benchmarks/results.md: speed, error and size side by side.
 
-SVG by hand: bars and words need no library, and stay sharp at every size.
+SVG without a library: bars and words are few elements, and stay sharp at every size.
 """
 
 from __future__ import annotations

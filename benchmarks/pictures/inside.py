@@ -40,7 +40,7 @@ def decoder_pictures(html: TextFile, folder: Path) -> Answer:
 
 
 def _alone(page: str, panel: str, at: int) -> str:
-    """The page with one panel, at one position. Its policy goes, since it allows the page's own script alone."""
+    """The page with one panel, at one position. Its policy is removed, since it allows only the page's own script."""
     _, policy, rest = page.partition('<meta http-equiv="Content-Security-Policy"')
     style = f"header, nav, main > :not(#{panel}) {{ display: none !important }}"
     return (

@@ -1,4 +1,4 @@
-"""The picture of docs/how-it-works.md: the scores of a text of five tokens, and what a step computes of them."""
+"""The picture of docs/how-it-works.md: the scores of a text of five tokens, and the part that a step computes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw() -> str:
 
 
 def _keys() -> Iterator[str]:
-    """k as a line of cells over the scores, v as a column of cells beside them."""
+    """k as a line of cells over the scores, v as a column of cells next to them."""
     for token in range(TOKENS):
         fill, ink = (NEW, "#ffffff") if token >= PAST else (CACHED, INK)
         yield _cell(SCORES + CELL * token, TOP - 48, f"k{_small(token)}", fill, ink, height=32)

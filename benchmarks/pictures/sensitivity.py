@@ -1,8 +1,8 @@
-"""What each matrix costs in int8 or int4: every layer's matrices as a heat map, the ten worst as bars.
+"""The cost of each matrix in int8 or int4: every layer's matrices as a heat map, the ten worst as bars.
 
     python -m benchmarks sensitivity-chart TABLE CHART
 
-TABLE is what `pastkey export --sensitivity TABLE` writes, and CHART the name of a .png.
+TABLE is the file of `pastkey export --sensitivity TABLE`, and CHART the name of a .png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def sensitivity_chart(table: TextFile, chart: Path) -> Answer:
-    """The table is what `pastkey export --sensitivity` writes, and the chart a .png."""
+    """The table is the file of `pastkey export --sensitivity`, and the chart a .png."""
     costs = read_json(table)
     draw(chart, [Row(row["weight"], row["kl_divergence"]) for row in costs["matrices"]], costs["kl_divergence"])
     yield f"Drawn: {chart}."
@@ -49,7 +49,7 @@ def place(weight: str) -> tuple[int, str] | None:
 
 
 def draw(path: Path, rows: Sequence[Row], together: float) -> None:
-    """Writes a PNG of rows, worst first, and what all of them cost `together`."""
+    """Writes a PNG of rows, worst first, and the cost of all `together`."""
     worst = rows[:_BARS]
     placed = [(row, *where) for row in rows if (where := place(row.weight)) is not None]
     layers, kinds = sorted({layer for _, layer, _ in placed}), _kinds(placed)

@@ -1,4 +1,4 @@
-"""The picture of a terminal in README: its commands for a decoder of one's own, run here, and what they print."""
+"""The picture of a terminal in README: its commands for your own decoder, run here, and their output."""
 
 from __future__ import annotations
 

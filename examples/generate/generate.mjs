@@ -5,7 +5,7 @@
 //
 //     import * as ort from "onnxruntime-node"; // in a browser onnxruntime-web
 //     import { generate } from "./generate.mjs";
-//     const session = await ort.InferenceSession.create("bundle/onnx/generate.onnx"); // its weights lie beside it
+//     const session = await ort.InferenceSession.create("bundle/onnx/generate.onnx"); // its weights are next to it
 //     const ids = await generate(ort, session, [1, 2, 3], { temperature: 0.8, seed: 7 });
 //
 // onnxruntime-web takes files as bytes: (await read("generate.onnx"), { externalData: [{ path, data }] }) with the name

@@ -1,4 +1,4 @@
-"""The bundles of the conformance suite: one row each, with what it can do."""
+"""The bundles of the conformance suite: one row each, with its abilities."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def short(short_exports):
 
 @pytest.fixture(scope="session")
 def made(made_once):
-    """made(NAME): the row of that name. A native one takes the bundle of its twin without."""
+    """made(NAME): the row of that name. A native one uses the bundle of its twin without."""
 
     @functools.cache
     def make(name: str) -> Made:

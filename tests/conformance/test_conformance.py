@@ -77,7 +77,7 @@ def test_decode_after_trim_equals_fresh_prefill(this):
 
 @rows("cut")
 def test_a_rejected_draft_costs_the_run_that_it_was_in_at_most(this):
-    """What `cut` keeps goes on as a fresh text; a cache that trims no tokens still has those before the last run."""
+    """After `cut`, it continues as a fresh text; a cache that trims no tokens still has those before the last run."""
     ids, more = this.ids(20), this.ids(4, seed=1)
     for engine in this.engines():
         engine.prefill(ids)
@@ -109,7 +109,7 @@ def test_a_run_whose_logits_are_refused_leaves_the_states(this, monkeypatch):
 
 @rows("shift")
 def test_a_shifted_cache_holds_the_keys_of_the_new_positions(this):
-    """Layer 0 reads embeddings alone: its keys are those of a cache that never held the evicted tokens."""
+    """Layer 0 reads only embeddings: its keys are those of a cache that never held the evicted tokens."""
     ids, keep, gone = this.ids(24), 3, 8
     kept = ids[:keep] + ids[keep + gone :]
     for engine in this.engines():
@@ -194,7 +194,7 @@ def test_rows_that_join_idle_run_alone_and_are_cut_equal_each_alone(this):
             one = Engine.over(graph)
             texts[one] = this.ids(rng.choice([2, 9, 20]), seed=step)
             this.require_close(one.prefill(texts[one]), this.expected(texts[one])[-1])
-        elif action < 0.5:  # a token of its own, behind a text that may have been cut
+        elif action < 0.5:  # a separate token, after a text that may have been cut
             texts[row] = [*texts[row][: len(texts[row]) - rng.choice([0, 0, 1, 3])], rng.randrange(size)]
             row.cut(len(texts[row]) - 1)
             this.require_close(row.append(texts[row][row.length :]), this.expected(texts[row])[-1])

@@ -1,4 +1,4 @@
-"""What is in a bundle, or was written of one: the manifest, the graph, the tokenizer, sessions; and people's texts."""
+"""The files in a bundle, or written from one: the manifest, the graph, the tokenizer, sessions; and people's texts."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Target:
     """A reader."""
 
     read: Callable[[bytes], object]
-    valid: Callable[[], bytes]  # a file that it takes
+    valid: Callable[[], bytes]  # a file that it accepts
     mutate: Mutation
 
 
@@ -95,7 +95,7 @@ MOST_SECONDS = 2.0  # of processor time, for files below 1 MB
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input: "value", "sentence", "traceback" or "slow"."""
+    """The outcome of one input: "value", "sentence", "traceback" or "slow"."""
 
     kind: str
     told: str = ""
@@ -112,7 +112,7 @@ def input_of(target: Target, seed: int) -> bytes:
 
 
 def outcome(target: Target, content: bytes) -> Outcome:
-    """Reads `content`. What the reader prints is dropped."""
+    """Reads `content`. The reader's output is dropped."""
     started = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""What valid files are made of, and small ones of formats that no package here writes."""
+"""The parts of valid files, and small ones of formats that no package here writes."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _index(file: Path) -> object:
 
 @functools.cache
 def _onnx_folder() -> Path:
-    """As optimum writes it, with the weights beside the graph, so that most bytes of the graph mean something."""
+    """As optimum writes it, with the weights next to the graph, so that most bytes of the graph mean something."""
     folder = write_folder(workplace() / "onnx")
     model = onnx.load(folder / "model.onnx")
     onnx.save_model(

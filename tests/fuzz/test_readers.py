@@ -1,7 +1,7 @@
 """Every reader gives a value or a sentence on whatever bytes: so many inputs each, the same every time.
 
 PASTKEY_FUZZ=20000 in the environment tries so many more of each. The last input stays in build/fuzz/TARGET, also where
-it ended the process. An input that was a finding once stands in regressions/TARGET/.
+it ended the process. An input that was a finding once is in regressions/TARGET/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .sources import CHECKPOINTS, SOURCES
 REGRESSIONS = Path(__file__).parent / "regressions"
 TARGETS = {**BUNDLES, **CHECKPOINTS, **SOURCES, **TEXTS}  # in each, every other file is valid, and every hash is right
 MORE = int(os.environ.get("PASTKEY_FUZZ", 0))
-FIRST, FURTHER = range(20), range(20, 70 + MORE)  # seeds: `make test` takes the first and CI the further ones, too
+FIRST, FURTHER = range(20), range(20, 70 + MORE)  # seeds: `make test` uses the first, and CI also the others
 LAST = ROOT / "build" / "fuzz"
 
 pytestmark = pytest.mark.filterwarnings("ignore")

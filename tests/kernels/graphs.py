@@ -123,7 +123,7 @@ FORMS = ("int8", "int4", "int4 without zero points", "int8 in halves", "int8 wit
 
 @dataclass(frozen=True)
 class Weights:
-    """What the operators take as W [N, K / 32, 4 bits] and bias [N], and the other inputs in several ways.
+    """The operators' inputs W [N, K / 32, 4 bits] and bias [N], and the other inputs in several ways.
 
     4 bits may have zero points [N, K / 64 rounded up]. Scales are of 32 weights, or of 16; offsets of 32.
     """

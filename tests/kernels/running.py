@@ -1,4 +1,4 @@
-"""Runs graphs of the native operators, each level of the kernels in a process of its own.
+"""Runs graphs of the native operators, each level of the kernels in a separate process.
 
 As a program: `python running.py FOLDER LIBRARY` runs the cases there, see `run_at`.
 """

@@ -47,7 +47,7 @@ WINDOWED: dict[str, Inputs] = {
     for length, new in ((300, 1), (140, 140))
 }
 SAME = HEADS | FEATURES | WINDOWED
-# Prompts over a float16 cache: the level amx has products of its own for more than 8 new tokens.
+# Prompts over a float16 cache: the level amx has separate products for more than 8 new tokens.
 PROMPTS: dict[str, Inputs] = {
     f"prompt, {name}": (draw(lengths, new, heads, d, **{"form": "float16", **more}), attributes)
     for name, lengths, new, heads, d, more, attributes in (
@@ -79,7 +79,7 @@ EVICTED: dict[str, tuple[dict[str, Array], dict[str, Any], tuple[int, ...]]] = {
         ([300], 9, 1, (291,)),
     )
 }
-SAME_BITS = 8  # new tokens; more have rounding of their own at the level amx over a float16 cache
+SAME_BITS = 8  # new tokens; more have another rounding at the level amx over a float16 cache
 LENGTHS = {"decode": ([300], 1), "drafts": ([300], 8), "rows": ([300, 9, 128], 1), "chunk": ([300], 40)}
 PROMPT = 290  # more than two parts of 128
 CAPS = (1e-30, 0.1, 5.0, 50.0, 1e3, 1e5, 1e8, 1e30)
@@ -102,7 +102,7 @@ def native(feeds: list[dict[str, Array]], threads: int = 1, **attributes: Any) -
 
 
 def step(feed: dict[str, Array], i: int, keys: Array, values: Array) -> dict[str, Array]:
-    """Token i of a prompt alone, over a cache."""
+    """Only token i of a prompt, over a cache."""
     lengths = {"seqlens_k": np.full_like(feed["seqlens_k"], i), "total_sequence_length": np.array(i + 1, np.int32)}
     return feed | lengths | {"query": feed["query"][:, i : i + 1], "past_key": keys, "past_value": values}
 
@@ -158,7 +158,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def outcomes(run):
-    """The outcomes of all cases at a level, run once, and of tokens alone over the caches of prompts."""
+    """The outcomes of all cases at a level, run once, and of single tokens over the caches of prompts."""
 
     @functools.cache
     def once(level):

@@ -1,4 +1,4 @@
-"""A bundle on the native kernels: the same model, whatever runs beside it, and however its cache is held."""
+"""A bundle on the native kernels: the same model, with every parallel run and every form of its cache."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bundle(request, tmp_path_factory):
 
 
 def test_a_text_is_the_same_alone_among_others_with_drafts_and_from_a_cached_prefix(bundle):
-    """Up to eight rows take the path of one."""
+    """Up to eight rows use the path of one."""
     prompts = [IDS[start : start + 20].tolist() for start in range(0, 50, 10)]
     with load(bundle.path, native=True) as lm:
         assert lm.kernels.startswith("native ")

@@ -1,4 +1,4 @@
-"""The library's choice of a token is that of the sampling vectors, at each level in a process of its own.
+"""The library's choice of a token is that of the sampling vectors, at each level in a separate process.
 
 As a program: checks the level that PASTKEY_KERNELS names.
 """
@@ -52,7 +52,7 @@ def check_level() -> None:
         return made(logits.astype(np.float32), np.array(text, np.int64), u)
 
     made = NativeDraw.of(library, SamplingConfig(temperature=1.0, top_k=1))
-    rows = np.zeros((3, SIZE), np.float32)  # as of a run with drafts: each in a place of its own
+    rows = np.zeros((3, SIZE), np.float32)  # as of a run with drafts: each in a separate place
     rows[[0, 1, 2], [7, 9, 4000]] = 5
     assert [made(row, None, 0.5) for row in rows] == [7, 9, 4000]
     assert [made(rows[2:][0], None, 0.5), made(rows[:1][0], None, 0.5)] == [4000, 7]

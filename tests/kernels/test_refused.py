@@ -1,4 +1,4 @@
-"""Graphs and inputs that no export makes: each is refused by one sentence, and a cache is left alone.
+"""Graphs and inputs that no export makes: each is refused by one sentence, and a cache stays unchanged.
 
 With a library built with PASTKEY_SANITIZE (kernels/README.md), a read or write out of bounds ends the process.
 """
@@ -166,7 +166,7 @@ def norm(arrays: Mapping[str, Array], **attributes: Any) -> bytes:
     return norm_matmul(BIASED | GAMMA | arrays, skip=True, beta="beta" in arrays, summed=True, **attributes)
 
 
-# Name -> graph, inputs beside or in place of X, and a part of the message.
+# Name -> graph, inputs in addition to or instead of X, and a part of the message.
 PRODUCTS: dict[str, tuple[bytes, dict[str, Array], str]] = {
     "x of rank 0": (plain(), {"x": ones()}, "X has shape [], expected [..., 96]"),
     "x too short": (plain(), {"x": X[:, :64]}, "X has shape [2, 64], expected [..., 96]"),

@@ -69,7 +69,7 @@ def test_a_rendering_is_that_of_transformers(name):
         more |= variables | TOKENS
         try:
             rendered = render_jinja_template([messages], chat_template=TEMPLATES[name], **more)
-        except (exceptions.TemplateError, TypeError):  # what the template does not take, nobody takes
+        except (exceptions.TemplateError, TypeError):  # a message that the template does not accept, nobody accepts
             with pytest.raises(InputError, match="the chat template does not accept this conversation"):
                 template.render(messages, **more)
             return

@@ -1,4 +1,4 @@
-"""The bundles that the other programs load: each is made once, and what several are made of is trained once."""
+"""The bundles that the other programs load: each is made once, and their common sources are trained once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..export.graft.own import biases, blocks
 from ..shared import shared
 from ..short_exports import one_thread
 
-# Short documents, so that the decoders learn to end; after name and number there is one way to go on, so that few
+# Short documents, so that the decoders learn to end; after name and number there is one continuation, so that few
 # calls are close.
 TEXT = END_OF_TEXT.join(
     f"{name} had {number} {colour} {things}. {name} said: “{word}!”"
@@ -30,7 +30,7 @@ TEXT = END_OF_TEXT.join(
 
 
 OWN = biases.DECODERS | blocks.DECODERS
-Checkpoint = Callable[..., Path]  # (preset, **settings): what `pastkey train` makes of the sentences in seconds
+Checkpoint = Callable[..., Path]  # (preset, **settings): `pastkey train` makes it of the sentences in seconds
 PRESETS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def source_of(name: str, trained: Checkpoint) -> tuple[Any, dict[str, Any]]:
-    """What is exported: of a preset, of random weights, or of others; and the options that it needs."""
+    """The exported source: a preset, random weights, or others; and the options that it needs."""
     if name in PRESETS:
         return trained(**{"preset": name} | PRESETS[name]), {}
     if name in OWN:
@@ -87,7 +87,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-webgpu-fp16": ("gpt2", WEBGPU | {"precision": "fp16"}),
     "soft-cap-fp32": ("soft_cap", FP32),
     "soft-cap-webgpu-int8": ("soft_cap", WEBGPU),
-    "short-conv": ("short_conv", FP32),  # which keeps rows beside keys and values
+    "short-conv": ("short_conv", FP32),  # which keeps rows in addition to keys and values
     "llama-qnn": ("llama", FP32 | QNN),
     "llama-qnn-int8": ("llama", QNN),
     "gpt2-qnn": ("gpt2", FP32 | QNN),

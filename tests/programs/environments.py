@@ -1,4 +1,4 @@
-"""What the tests run other programs in, kept in .environments/ of the checkout between runs.
+"""The environments of other programs, kept in .environments/ of the checkout between runs.
 
 A system package is installed only where PASTKEY_INSTALL=1 asks for it, as CI does.
 """
@@ -28,17 +28,17 @@ _IN_JAVA = re.compile(
     r"|native/lib/(tokenizers.properties|linux-x86_64/libtokenizers.so)"
 )
 
-# Its own, since no one environment can hold it all: each brings another onnxruntime or another transformers.
+# Separate ones, since one environment cannot hold all: each has another onnxruntime or another transformers.
 GENAI = ("genai", ["onnxruntime-genai", "numpy"])
 # This checkout with its own extra for optimum, as the README tells users to install it.
 OPTIMUM = ("optimum", ["pytest", "hypothesis"], "[cpu,export,gguf,optimum]")
-# The runtime from this checkout beside one wheel of onnxruntime, as its extra brings it.
+# The runtime from this checkout with one wheel of onnxruntime, as its extra installs it.
 OPENVINO = ("openvino", ["onnxruntime-openvino>=1.24.1", "numpy", "tokenizers"])
 WEBGPU = ("webgpu", ["onnxruntime-webgpu>=1.27", "numpy", "tokenizers"])
 QNN = ("qnn", ["onnxruntime>=1.26", "onnxruntime-qnn>=2", "numpy", "tokenizers"])
-# Ray Data, and Hugging Face's datasets, beside the runtime as its extra brings it; the second has every lower bound.
+# Ray Data, and Hugging Face's datasets, with the runtime as its extra installs it; the second has every lower bound.
 RAY = ("ray", ["datasets"], "[cpu,ray]")
-# Ray 2.44 writes JSON by what pandas 3 has no more, and the newest pyarrow needs numpy 2.
+# Ray 2.44 writes JSON by a function that pandas 3 lacks, and the newest pyarrow needs numpy 2.
 _OLDEST = ["--constraint", str(ROOT / "tests" / "constraints-oldest.txt")]
 RAY_OLDEST = ("ray-oldest", ["datasets", "pandas<3", "pyarrow==17", *_OLDEST], "[cpu,ray]")
 
@@ -49,7 +49,7 @@ ANDROID_JSON = Path("/usr/share/java/com.android.json.jar")
 
 
 def had(found: Found | None, what: str) -> Found:
-    """What was found. Skips the test where there is none."""
+    """The found path. Skips the test where there is none."""
     if found is None:
         pytest.skip(f"{what} not installed; PASTKEY_INSTALL=1 installs Debian's")
     return found
@@ -159,7 +159,7 @@ def java_binding() -> Path | None:
 @one_at_a_time
 def install_kotlin() -> Path | None:
     """The Java that Kotlin's compiler runs on, from Debian's packages; None where they cannot be had."""
-    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # what the compiler of Debian 13 was built with, and needs
+    java = Path("/usr/lib/jvm/java-21-openjdk-amd64")  # the library that Debian 13's compiler was built with, and needs
     return java if _program("kotlinc", "kotlin", "openjdk-21-jre-headless", others=[java]) else None
 
 

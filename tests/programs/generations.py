@@ -1,4 +1,4 @@
-"""Generations that programs of other languages are asked for, and what pastkey's own runtime makes of them."""
+"""Generations that programs of other languages are asked for, and the texts of pastkey's own runtime."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Call:
         return made[: end + 1]
 
     def settings(self) -> dict[str, Any]:
-        """As examples/generate/generate.mjs takes them."""
+        """In the form of examples/generate/generate.mjs."""
         given: dict[str, Any] = {name: getattr(self.sampling, name) for name in ("top_k", *names.GENERATE_NUMBERS)}
         given |= {"seed": str(self.sampling.seed), "max_new_tokens": self.new_tokens, "end_ids": self.ends}
         return {re.sub("_(.)", lambda found: found[1].upper(), name): value for name, value in given.items()}
 
     def words(self) -> list[str]:
-        """As the command lines of the other examples take them."""
+        """In the form of the other examples' command lines."""
         s = self.sampling
         numbers = [self.new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty, s.seed]
         return [*map(str, numbers), " ".join(map(str, self.ends)), *map(str, self.prompt)]

@@ -23,7 +23,7 @@ from ..runtime.sampling.vectors import sampling_vectors
 from ..shared import ran
 from .generations import library
 
-Program = Sequence[str | Path]  # the command; it takes an address, a folder and a hash
+Program = Sequence[str | Path]  # the command; its arguments are an address, a folder and a hash
 
 
 @dataclass
@@ -97,7 +97,7 @@ def check_vectors(program: Program, url: str, folder: Path) -> None:
 
 
 def check_download(program: Program, bundle: Path, folder: Path) -> None:
-    """A folder is whole or has no pastkey.json; what is right already is not asked for again."""
+    """A folder is whole or has no pastkey.json; a file that is right already is not fetched again."""
     sha256 = hashlib.sha256((bundle / "pastkey.json").read_bytes()).hexdigest()
     with serving(bundle) as served:
         (refused,) = answers(program, served.url, folder, sha256="0" * 64)

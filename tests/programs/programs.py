@@ -1,4 +1,4 @@
-"""The other programs: each continues prompts greedily from a bundle's folder, in an environment of its own."""
+"""The other programs: each continues prompts greedily from a bundle's folder, in a separate environment."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OFFLINE = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program makes of a prompt."""
+    """The output of a program for a prompt."""
 
     prompt_ids: list[int]  # as it tokenizes the prompt
     ids: list[int]  # the new tokens; some programs give the EOS token too
 
 
 def onnxruntime(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
-    """onnxruntime alone, in a loop."""
+    """Only onnxruntime, in a loop."""
     return _answers([sys.executable, _HERE / "greedy_onnxruntime.py", bundle, new_tokens, *prompts])
 
 
@@ -46,7 +46,7 @@ def optimum(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answe
 def node(bundle: Path, prompts: Sequence[str], new_tokens: int) -> list[Answer]:
     """transformers.js in Node."""
     folder = node_environment(_HERE / "package.json")
-    for name in ("greedy.mjs", "greedy_node.mjs"):  # Node looks for packages beside the script
+    for name in ("greedy.mjs", "greedy_node.mjs"):  # Node looks for packages in the script's folder
         shutil.copy(_HERE / name, folder)
     return _answers(["node", folder / "greedy_node.mjs", bundle, new_tokens, *prompts])
 

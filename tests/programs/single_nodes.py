@@ -1,7 +1,7 @@
-"""Runs graphs of one node each on an execution provider, and nowhere else.
+"""Runs graphs of one node each on one execution provider only.
 
 python single_nodes.py PROVIDER FOLDER: of each NAME.onnx with its inputs NAME.in.npz in the folder, writes NAME.out.npz
-with the outputs in their order, or nothing where the provider does not take the node.
+with the outputs in their order, or nothing where the provider does not support the node.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Wheels of onnxruntime for other hardware, each in an environment of its own: the CPU's tokens, or one sentence."""
+"""Wheels of onnxruntime for other hardware, each in a separate environment: the CPU's tokens, or one sentence."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_webgpu_runs_its_own_graph_whole(bundles, tmp_path, name):
     assert answered(done) == expected(bundle)
     assert "leaves" not in done.stderr
     # Debian's lavapipe prefills wrong, beyond a few tokens: that is found, and told at each load.
-    assert "computes a prefill wrong on this device, or too far off to be told from that, and single" in done.stderr
+    assert "computes a prefill wrong on this device, or too inexactly to tell, and single" in done.stderr
     again = run(WEBGPU, bundle, home=tmp_path)
     assert answered(again) == expected(bundle)
     assert "single tokens right" in again.stderr
@@ -143,7 +143,7 @@ def test_qnn_takes_no_sizes_that_change(bundles):
     assert "export the model again with --target qnn, or use the provider 'cpu'" in done.stderr
 
 
-# Of the first two a trained decoder knows how they go on; a module without a tokenizer takes ids.
+# A trained decoder can continue the first two; a module without a tokenizer accepts ids.
 PROMPTS = {"--prompt": (PROMPT, "Tom had 2 red", "Anna"), "--prompt-ids": ("1,2,3", "40,7,91,3,22,9,50,5", "77")}
 ON_HTP = ["own-qnn", "qwen2-qnn", "gemma2-qnn"]
 
@@ -180,7 +180,7 @@ def test_a_compiled_bundle_gives_the_same_tokens_and_is_of_its_chip(bundles, tmp
 
 
 def test_int8_on_the_emulated_htp_predicts_what_float32_predicts(bundles):
-    """What a processor makes of the same graph says little: this is measured where it runs."""
+    """The result of a processor for the same graph says little: this is measured where it runs."""
     exact = Engine(open_bundle(bundles("llama-qnn")), providers="cpu", graph="all_logits")
     texts = self_generated_texts(exact, 0, 8, 63, batch=1)
     likeliest = []

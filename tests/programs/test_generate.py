@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def node(package: str) -> Path:
-    """The folder of a package for Node, with the example beside it."""
+    """The folder of a package for Node, with the example in it."""
     if package == "onnxruntime-web":
         folder = had(web_assets.install(), "npm is")
     else:
@@ -36,7 +36,7 @@ def node(package: str) -> Path:
 
 
 def in_node(package: str, graph: Path, wanted: Sequence[tuple[list[int], dict[str, Any], int]]) -> list[dict[str, Any]]:
-    """What each call of (prompt, settings, chunk) gives; a chunk of 0 is a call of the whole generation."""
+    """The result of each call of (prompt, settings, chunk); a chunk of 0 is a call of the whole generation."""
     script = node(package) / "generate_example.mjs"
     done = ran("node", script, package, graph, json.dumps(wanted), timeout=300)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -54,7 +54,7 @@ def test_one_call_and_streamed_chunks_in_node_give_the_ids_of_python(bundles, pa
         assert [answer.get("ids", answer) for answer in answers] == expected(bundle) * len(chunks)
 
 
-# What the graph says of a call (prompt, settings, chunk), and what the program says that would be taken in silence.
+# The graph's error for a call (prompt, settings, chunk), and the program's for one that the graph would accept.
 BAD: dict[str, tuple[list[int], dict[str, Any], int]] = {
     "Name:'temperature must be a number from 0 to 2**127'": ([5], {"temperature": -1}, 0),
     "Name:'top_k must be 0 or more'": ([5], {"topK": -1}, 0),
@@ -84,7 +84,7 @@ def test_bad_input_is_a_sentence_in_node(bundles):
 
 @pytest.fixture(scope="module")
 def c_program(tmp_path_factory):
-    """examples/generate/generate.c, compiled, with the library beside it."""
+    """examples/generate/generate.c, compiled, with the library next to it."""
     had(shutil.which("gcc"), "gcc is")
     header = had(onnxruntime_header(), "onnxruntime's header is")
     folder = tmp_path_factory.mktemp("c")

@@ -1,4 +1,4 @@
-"""The packages of integrations/, each by its own tests in an environment of its own."""
+"""The packages of integrations/, each by its own tests in a separate environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """A decoder of random weights that takes any text, with a chat template and without."""
+    """A decoder of random weights that accepts any text, with a chat template and without."""
     folder = tmp_path_factory.mktemp("bundles")
     for name, config in (("chat", {"chat_template": TEMPLATE}), ("plain", {})):
         byte_bundle(folder / name, [(8, 8), (16, 16)], tokenizer_config=config)

@@ -1,4 +1,4 @@
-"""Decoders that optimum exports in an environment of its own: pastkey's bundle of the folder, which optimum loads."""
+"""Decoders that optimum exports in a separate environment: pastkey's bundle of the folder, which optimum loads."""
 
 from __future__ import annotations
 

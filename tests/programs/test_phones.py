@@ -69,7 +69,7 @@ def test_ktlint_finds_nothing(kotlin):
 
 
 def check_texts(program: Program, bundle: Path, folder: Path, prompts: tuple[str, str], long: str) -> None:
-    """The program writes Python's texts, up to where it is stopped or the context ends; what is wrong is a sentence."""
+    """The program writes Python's texts, up to where it is stopped or the context ends; each mistake is a sentence."""
     calls = [call(prompt, **changes) for changes in SAMPLED for prompt in prompts]
     ends = [call(prompts[1], stop_after=2), call(long, max_new_tokens=99), call(long * 40), call(prompts[1], top_p=0)]
     with serving(bundle) as served, load(bundle, threads=1) as lm:
@@ -105,7 +105,7 @@ def test_a_bundle_is_brought_whole_or_not_at_all(program, letters_bundle, tmp_pa
 # --- iOS -------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def letters_bundle(tmp_path_factory):
-    """A decoder of random weights over letters, whose weights lie beside the graph."""
+    """A decoder of random weights over letters, whose weights are next to the graph."""
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(decoder.ALPHABET)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -143,6 +143,6 @@ def test_ios_writes_the_texts_of_python(ios, letters_bundle, tmp_path):
 
 @pytest.mark.parametrize("file", [*IOS.rglob("*.swift"), ROOT / "examples/generate/Generate.swift"], ids=str)
 def test_swift_reads_every_source(file):
-    """The view, too, which needs Apple's frameworks to be compiled."""
+    """Also the view, which needs Apple's frameworks to be compiled."""
     had(environments.install_swift(), "Swift is")
     ran("swiftc", "-frontend", "-parse", file)

@@ -1,4 +1,4 @@
-"""pastkey.Generator in Ray Data and in Hugging Face's datasets, each with an environment of its own."""
+"""pastkey.Generator in Ray Data and in Hugging Face's datasets, each in a separate environment."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(which: str, program: str, bundle: Path, folder: Path) -> None:
 
 
 def expected(bundle: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What this process answers, all rows at once."""
+    """The answers of this process, all rows at once."""
     from pastkey import Generator
 
     made = Generator(bundle, threads=1, max_new_tokens=6)({name: [row[name] for row in rows] for name in rows[0]})

@@ -1,4 +1,4 @@
-"""Clients of OpenAI's API on `pastkey serve`, each in an environment of its own. CI runs the openai package here."""
+"""Clients of OpenAI's API on `pastkey serve`, each in a separate environment. CI runs the openai package here."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def address(bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(bundle):
-    """What the runtime itself answers, as JSON."""
+    """The answers of the runtime itself, as JSON."""
     from pastkey.runtime import load
 
     with load(bundle, threads=1) as lm:

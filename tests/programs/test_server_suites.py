@@ -64,7 +64,7 @@ metric_list:
 def test_lm_eval_scores_as_the_eval_command_does(bundle, tmp_path, pastkey_command):
     """A document of each window: its first token is given, the others are scored, as in `pastkey eval`."""
     sentences = " ".join(f"No. {place}: we sow corn, you mix cool drinks." for place in range(20))
-    letters = enumerate(sentences[: WINDOW * WINDOWS])  # lm_eval moves a space at a beginning to what is scored
+    letters = enumerate(sentences[: WINDOW * WINDOWS])  # lm_eval moves a space at a beginning to the scored text
     text = "".join("_" if letter == " " and not place % WINDOW else letter for place, letter in letters)
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     windows = [text[place : place + WINDOW] for place in range(0, len(text), WINDOW)]

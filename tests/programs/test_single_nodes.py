@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 WHEELS = {"webgpu": WEBGPU, "openvino": OPENVINO, "qnn": QNN}
-# max |difference| over max |output|. The emulated HTP computes in float16. The CPU takes int8 activations where
+# max |difference| over max |output|. The emulated HTP computes in float16. The CPU uses int8 activations where
 # accuracy_level is 4, and OpenVINO whatever it is.
 LIMITS = {F32: 1e-4, F16: 2e-2}
 INT8_ACTIVATIONS = 3e-2
@@ -41,7 +41,7 @@ class Node:
     operator: str
     inputs: Sequence[Array | None]
     always: Mapping[str, Any]
-    changes: Sequence[Mapping[str, Any]]  # what is tried is the first attribute of each
+    changes: Sequence[Mapping[str, Any]]  # the first attribute of each is tried
     constant: Sequence[int] = ()  # inputs that are initializers
     outputs: int = 1
     domain: str = ""
@@ -81,7 +81,7 @@ def blocks(columns: int, size: int, bits: int, *, zeros: bool, dtype: np.dtype[A
     weights = RANDOM.integers(0, 256, (rows, count, size * bits // 8), dtype=np.uint8)
     scales = (0.01 + 0.1 * RANDOM.random((rows, count))).astype(dtype)
     zero_points = RANDOM.integers(0, 256, (rows, -(-count * bits // 8)), dtype=np.uint8)
-    for new in (1, 17):  # each has kernels of its own
+    for new in (1, 17):  # each has separate kernels
         inputs = [normal(1, new, columns, dtype=dtype), weights, scales, *([zero_points] if zeros else [])]
         always, constant = {"K": columns, "N": rows, "bits": bits, "block_size": size}, range(1, len(inputs))
         yield Node("MatMulNBits", inputs, always, [{"accuracy_level": 4}], constant, domain=MICROSOFT)
@@ -133,7 +133,7 @@ def others(dtype: np.dtype[Any]) -> Iterator[Node]:
 
 def nodes(dtype: np.dtype[Any]) -> Iterator[Node]:
     for heads, kv_heads, size in ((4, 2, 16), (3, 1, 64), (4, 4, 8)):
-        # Three tokens are as many as some devices' attention takes at once without leaving out keys (`misses_keys`).
+        # Three tokens are as many as some devices' attention reads at once without leaving out keys (`misses_keys`).
         for new, past in ((1, 3), (1, 40), (3, 0)):
             yield from attention(heads, kv_heads, size, new, past, dtype)
     for bits in (4, 8):
@@ -145,7 +145,7 @@ def nodes(dtype: np.dtype[Any]) -> Iterator[Node]:
 
 # --- running them -------------------------------------------------------------------------------------------------
 def graph(node: Node, attributes: Mapping[str, Any]) -> tuple[bytes, dict[str, Array]]:
-    """A model of the node, and what it is fed with."""
+    """A model of the node, and its inputs."""
     given = {f"input_{i}": value for i, value in enumerate(node.inputs) if value is not None}
     fed = {name: value for name, value in given.items() if int(name.removeprefix("input_")) not in node.constant}
     outputs = [f"output_{i}" for i in range(attributes.get("num_outputs", node.outputs))]
@@ -178,7 +178,7 @@ def apart(found: Sequence[Array], expected: Sequence[Array]) -> float:
 
 
 class Tried(NamedTuple):
-    """One node with one attribute set, and what the CPU makes of it."""
+    """One node with one attribute set, and the CPU's result."""
 
     node: Node
     attribute: str  # "" where none is set
@@ -186,7 +186,7 @@ class Tried(NamedTuple):
 
 
 def write(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tried]:
-    """Writes all nodes for the program, those without a change too. Returns them by their files' names."""
+    """Writes all nodes for the program, including those without a change. Returns them by their files' names."""
     tried: dict[str, Tried] = {}
     seen: set[tuple[str, str]] = set()  # on the CPU
     for node in nodes(dtype):
@@ -200,7 +200,7 @@ def write(folder: Path, dtype: np.dtype[Any]) -> dict[str, Tried]:
                 seen.add((node.operator, attribute))
             name = f"{len(tried):04}_{node.operator}_{attribute}"
             (folder / f"{name}.onnx").write_bytes(content)
-            np.savez(folder / f"{name}.in.npz", **fed)  # type: ignore[arg-type]  # taken for a switch of savez
+            np.savez(folder / f"{name}.in.npz", **fed)  # type: ignore[arg-type]  # mypy reads it as a switch of savez
             tried[name] = made
     unseen = {(made.node.operator, made.attribute) for made in tried.values() if made.attribute} - seen
     assert unseen <= {("MatMulNBits", "accuracy_level"), ("Reshape", "allowzero")}, unseen

@@ -9,7 +9,7 @@ A mutant changes one comparison, constant or branch within a function, or drops 
 of a room follows its lines. TREE is a checkout that is changed, so not the one that you work in. `cover` runs all
 tests once, with a mark in each line to be changed; a mark that a fixture or a child process of a test passes counts
 for that test. `run` starts the tests that pass a mutant's line, the quickest first, then the others of their files, up
-to the first failure. Each result is appended to RESULTS, so that a run goes on where one stopped.
+to the first failure. Each result is appended to RESULTS, so that a run continues where one stopped.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def run(mutants: list[Mutant], hits: Path, results: Path, tree: Path, minutes: f
 
 
 def show(mutants: list[Mutant], results: list[Path]) -> None:
-    """Killed by room, and the survivors, of one run or of several beside one another."""
+    """Killed by room, and the survivors, of one run or of several parallel ones."""
     found = [{row["id"]: row for row in map(json.loads, path.read_text().splitlines())} for path in results]
     for room in [*sorted({mutant["room"] for mutant in mutants}), ""]:
         here = [mutant for mutant in mutants if room in ("", mutant["room"])]

@@ -35,7 +35,7 @@ def hit(mutant: int) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Writes how long each test takes."""
+    """Writes the time of each test."""
     if "MUTANT_HITS" in os.environ and report.when == "call" and "PYTEST_XDIST_WORKER" not in os.environ:
         with Path(os.environ["MUTANT_HITS"]).open("a") as file:
             file.write(f"seconds\t{report.nodeid}\t{report.duration:.3f}\t{report.outcome}\n")
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Fails a test that takes far longer than it does, as in a loop without an end; begins none after the limit."""
+    """Fails a test that runs far longer than usual, as in a loop without an end; begins none after the limit."""
     if "MUTANT_TESTS" not in os.environ:
         return (yield)
     order = json.loads(Path(os.environ["MUTANT_TESTS"]).read_text())

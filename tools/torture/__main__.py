@@ -1,7 +1,7 @@
 """Interrupts commands: by SIGKILL at random moments, and by a disk that fails at each call that changes it.
 
-A nursery is a process that has imported everything. It forks a child for each command, so that a thousand commands take
-minutes. `Nursery.run` takes the arguments of the pastkey command, or a function by its name, and the fault. The caller
+A nursery is a process that has imported everything. It forks a child for each command, so that a thousand commands need
+minutes. `Nursery.run` gets the arguments of the pastkey command, or a function by its name, and the fault. The caller
 then checks the disk.
 """
 

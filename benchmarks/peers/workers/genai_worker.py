@@ -16,7 +16,7 @@ class Genai:
     def __init__(self, model: str, threads: int, context: int) -> None:
         vocab_size = json.loads((Path(model) / "genai_config.json").read_text())["model"]["vocab_size"]
         config = og.Config(model)
-        # An end token must not end a run early: the least likely id takes its place.
+        # An end token must not end a run early: the least likely id replaces it.
         options = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"eos_token_id": vocab_size - 1, "decoder": options}}))
         self._model = og.Model(config)
@@ -47,7 +47,7 @@ class Genai:
 
 
 class GeneratorEach(Genai):
-    """A Generator for each stream over one Model, each in a thread of its own."""
+    """A Generator for each stream over one Model, each in a separate thread."""
 
     def _stream(self, ids: list[int], new_tokens: int) -> Iterator[int]:
         generator = self._fresh(len(ids) + new_tokens)

@@ -1,4 +1,4 @@
-"""mistral.rs, by its class `Runner`, which takes and gives text and tells no logits of a prompt."""
+"""mistral.rs, by its class `Runner`, which accepts and returns text and gives no logits of a prompt."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class OpenVino:
         return self._next()
 
     def _next(self) -> int:
-        while not self._tokens:  # a prompt takes several steps
+        while not self._tokens:  # a prompt needs several steps
             self._pipeline.step()
             while self._answer.can_read():
                 (found,) = self._answer.read().values()
@@ -54,7 +54,7 @@ class OpenVino:
         return self._tokens.pop(0)
 
     def logits(self, ids: list[int]) -> Any:
-        """Of the same graph without the pipeline, which keeps the last position's alone."""
+        """Of the same graph without the pipeline, which keeps only the last position's."""
         graph = ov.Core().compile_model(self._graph, "CPU", self._settings)
         count = len(ids)
         inputs = {

@@ -1,4 +1,4 @@
-"""What every engine's worker speaks, in its own environment: one JSON request a line in, one JSON reply a line out.
+"""The protocol of every engine's worker, in its own environment: one JSON request a line in, one JSON reply a line out.
 
     {"do": "generate", "ids": [...], "new_tokens": N}  ->  {"prefill_seconds", "decode_seconds", "ids": [N new ids]}
     {"do": "logits", "ids": [...], "out": "file.npy"}  ->  {}, and (T, V) float32 in that file
@@ -6,7 +6,7 @@
     {"do": "streams", "prompts": [[...], ...], "new_tokens": N}
         ->  {"first_seconds", "last_seconds", "ids"}, each a list of one for each prompt: all begin at the same moment
 
-Generation is greedy and goes on behind end tokens. Its prefill ends with the first new token known, and its decode
+Generation is greedy and continues after end tokens. Its prefill ends with the first new token known, and its decode
 feeds N tokens, one by one. The first line out, before any request, holds load_seconds. By its --way, a worker answers
 "generate" and "logits", or "streams".
 """
@@ -135,7 +135,7 @@ def _streams(model: Streams, prompts: list[list[int]], new_tokens: int) -> dict[
 
 
 def peak_rss_bytes() -> int:
-    """VmHWM: what ru_maxrss says, without what the parent held before this process became its own program."""
+    """VmHWM: ru_maxrss, without the memory that the parent held before this process became its own program."""
     lines = Path("/proc/self/status").read_text().splitlines()
     line = next(line for line in lines if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What the programs beside ask a server for, and what the runtime itself answers: ADDRESS, JSON."""
+"""The requests of this folder's programs to a server, and the answers of the runtime itself: ADDRESS, JSON."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What langchain-openai reads from a server. In an environment of its own."""
+"""The fields that langchain-openai reads from a server. In a separate environment."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What litellm reads from a server. In an environment of its own."""
+"""The fields that litellm reads from a server. In a separate environment."""
 
 import json
 import os

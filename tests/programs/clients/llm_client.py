@@ -1,4 +1,4 @@
-"""What the llm package reads from a server. In an environment of its own, with its settings in $LLM_USER_PATH."""
+"""The fields that llm reads from a server. In a separate environment, with its settings in $LLM_USER_PATH."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the openai package reads from a server: one program for its major versions. In an environment of its own."""
+"""The fields that openai reads from a server: one program for its major versions. In a separate environment."""
 
 import contextlib
 import json

@@ -24,7 +24,7 @@ struct Manifest: Decodable {
         guard precision != "fp16" else { throw WriterError.halfPrecision }
     }
 
-    /// One file with its weights, or the graph for every program, with onnx/….onnx_data beside it.
+    /// One file with its weights, or the graph for every program, with onnx/….onnx_data next to it.
     func graph() throws -> String {
         let found = files["onnx/pastkey.ort"] != nil ? "onnx/pastkey.ort" : paths(#"^onnx/model\w*\.onnx$"#).first
         guard let found else { throw WriterError.noGraph }

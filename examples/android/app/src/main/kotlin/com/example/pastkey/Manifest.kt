@@ -16,7 +16,7 @@ class Manifest(text: String) {
         }
     }
 
-    /** One file with its weights, or the graph for every program, with `onnx/…onnx_data` beside it. */
+    /** One file with its weights, or the graph for every program, with `onnx/…onnx_data` next to it. */
     val graph: String
 
     /** The files that the application loads. */
