@@ -49,7 +49,7 @@ class Prompted(Scheduled):
         self.parts.require_open()
 
     def provide(self, generation: Generation) -> tuple[Engine, int]:
-        """Copies a cache with the same beginning from another prompt of the call or from the store."""
+        """Gets a cache with the same beginning from another prompt of the call or from the store."""
         scheduler, memory, found = self.parts.scheduler, self.parts.memory, None
         graph, ids = self.parts.engine.graph, generation.kept_ids
         reuse = self._reuse and not self._anew

@@ -36,7 +36,7 @@ _ADVICE = {
     Kind.ROWS: "texts of a batch are independent of one another in a decoder; trained this way, the model cannot be "
     "decoded with a cache",
     Kind.LOOK_AHEAD: "a decoder generates token by token, and later ones do not exist yet; trained this way, the "
-    "model cannot be decoded with a cache: train it without looking ahead",
+    "model cannot be decoded with a cache (one that does not look ahead is a different model)",
     Kind.FIXED: "read the length from the ids, ids.size(1), and use as many rows of a table",
     Kind.RECURRENCE: "a state is kept from token to token where each token computes it from the one before, all in the "
     "same way: by a loop over all tokens in their order, cumsum, nn.GRU, nn.LSTM or nn.RNN",
