@@ -12,6 +12,7 @@ from pastkey.contract import names
 from pastkey.contract.bundle import open_bundle
 from pastkey.errors import ContractError
 from pastkey.export import export
+from pastkey.export.graft.streamed import product
 from pastkey.export.measure.hidden_states import head_input
 from pastkey.export.measure.metrics import cosine_distance
 from pastkey.export.measure.verify import verify
@@ -38,13 +39,14 @@ class Headed(nn.Module):
             "tied": lambda: hidden @ self.embedding.weight.T,
             "einsum": lambda: torch.einsum("bth,vh->btv", hidden, weight),
             "batched": lambda: torch.bmm(hidden, weight.T[None]),
+            "streamed": lambda: product(hidden[0], weight, self.head.bias)[None],
             "softcap": lambda: 5 * torch.tanh(self.head(hidden) / 5),
             "by_hand": lambda: (hidden[:, :, None] * weight).sum(-1),
         }
         return ways[self.way]()
 
 
-@pytest.mark.parametrize("way", ["linear", "tied", "einsum", "batched", "softcap"])
+@pytest.mark.parametrize("way", ["linear", "tied", "einsum", "batched", "streamed", "softcap"])
 def test_the_heads_input_is_seen_where_it_is_multiplied(way):
     module = Headed(way)
     expected = torch.tanh(module.embedding(torch.tensor(IDS))).detach().numpy()
