@@ -9,7 +9,7 @@
 //     const ids = await generate(ort, session, [1, 2, 3], { temperature: 0.8, seed: 7 });
 //
 // onnxruntime-web takes files as bytes: (await read("generate.onnx"), { externalData: [{ path, data }] }) with the name
-// and the bytes of the weights, as in ../web/greedy.mjs.
+// and the bytes of the weights, as in tests/programs/generate_example.mjs.
 
 /** The new ids behind those of `prompt`. A seed is a number, or a BigInt of up to 2n ** 63n - 1n. */
 export async function generate(ort, session, prompt, settings = {}) {
