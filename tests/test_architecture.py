@@ -214,7 +214,7 @@ def test_every_package_is_listed_and_typed():
 # which mechanism goes, or why both stay.
 BUDGET = {
     "pastkey": 2_320, "train": 3_440, "export": 19_180, "runtime": 10_380, "serve": 1_670, "see": 620,
-    "web": 130, "tests": 34_260, "tools": 1_650,
+    "web": 130, "tests": 34_280, "tools": 1_650,
 }  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

@@ -32,7 +32,8 @@ def head_input(module: nn.Module, ids: Ids) -> HiddenStates:
 
     aten = torch.ops.aten
     left = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.matmul: 0, aten.addmm: 1, aten.baddbmm: 1}
-    left[getattr(torch.ops.mkldnn, "_linear_pointwise", None)] = 0  # of stored weights: graft/streamed.py
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # of stored weights: graft/streamed.py
+        left[torch.ops.mkldnn._linear_pointwise] = 0
     seen: list[tuple[torch.Tensor, torch.Size]] = []
 
     class ProductsWatch(TorchDispatchMode):

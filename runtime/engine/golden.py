@@ -88,7 +88,7 @@ class Golden:
         Products of activations that are rounded to int8 amplify the last bits of the layers before. So two right
         kernels are about as far apart as either is from exact products: .01 to .04, more in a wide model. The limit
         is ROUNDINGS of that distance, if this is more than `limit`. At a few places of a text rounding decides the
-        logits, up to their largest. So of a few sequences it uses the first that is no such place, or the best.
+        logits, up to their largest. So of a few sequences it uses the first that does not end at one, or the best.
 
         Args:
             engine: Computes the logits.
@@ -99,13 +99,18 @@ class Golden:
         manifest = engine.manifest
         length = min(TOKENS, manifest.context_length)
         ends = sorted({max(1, length // part) for part in ENDS[: max(LEAST_ROWS, rows)]})
-        found: list[tuple[float, Golden]] = []
+        found: list[tuple[float, Ids, Logits]] = []
         while not found or (found[-1][0] > limit / ROUNDINGS and len(found) < SEQUENCES):
             ids = np.random.default_rng(len(found)).integers(0, manifest.vocab_size, length)
-            logits = list(_after(engine, ids, ends))
-            off = 0.0 if exact is None else max(map(_apart, _together(exact, ids, ends), logits))
-            found.append((off, cls(ids, np.array(ends), np.stack(logits), max(limit, ROUNDINGS * off))))
-        return min(found, key=lambda pair: pair[0])[1]
+            whole = next(_after(engine, ids, [length]))
+            off = 0.0 if exact is None else _apart(next(_after(exact, ids, [length])), whole)
+            found.append((off, ids, whole))
+        off, ids, whole = min(found, key=lambda one: one[0])
+        *beginnings, _ = ends
+        logits = [*_after(engine, ids, beginnings), whole]
+        if exact is not None:
+            off = max([off, *map(_apart, _after(exact, ids, beginnings), logits)])
+        return cls(ids, np.array(ends), np.stack(logits), max(limit, ROUNDINGS * off))
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
@@ -205,12 +210,6 @@ def _after(engine: Engine, ids: Ids, ends: Sequence[int]) -> Iterator[Logits]:
     for end in ends:
         engine.reset()
         yield engine.prefill(ids[:end], end)
-
-
-def _together(engine: Engine, ids: Ids, ends: Sequence[int]) -> Logits:
-    """As `_after`, by one run: exact products need most of a run for float32 weights, whatever its tokens."""
-    engine.reset()
-    return engine.all_logits(ids)[np.array(ends) - 1]
 
 
 def _beginnings(golden: Golden) -> Iterator[tuple[int, Logits]]:
