@@ -211,7 +211,7 @@ def write_page(page: Path, question: Question, section: str) -> None:
 def _wrapped(line: str) -> str:
     """A line of prose as several; one of a table stays."""
     indent = "  " if line.startswith("- ") else ""
-    return line if line.startswith("|") else textwrap.fill(line, 120, subsequent_indent=indent)
+    return line if line.startswith("|") else textwrap.fill(line, 120, subsequent_indent=indent, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -189,17 +189,22 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
 
+    ending, main = False, threading.get_ident()
+
     def end(number: int, _: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # another signal would interrupt the removal
-        raise _TerminatedError(128 + number)
+        nonlocal ending
+        if not ending:  # another signal would interrupt the removal
+            ending = True
+            raise _TerminatedError(128 + number)
+
+    def again(number: int) -> None:
+        nonlocal ending
+        ending = False
+        signal.pthread_kill(main, number)
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
-        if isinstance(unraisable.exc_value, _TerminatedError):
-            number = unraisable.exc_value.args[0] - 128
-            signal.signal(number, end)
-            again = threading.Timer(0.01, signal.pthread_kill, [threading.get_ident(), number])
-            again.start()  # and it is sent when the finalizer has ended
+        if isinstance(unraisable.exc_value, _TerminatedError):  # a signal during this hook would be dropped as well
+            threading.Timer(0.01, again, [unraisable.exc_value.args[0] - 128]).start()
         else:
             hook(unraisable)
 
@@ -213,7 +218,7 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
-            if signal.getsignal(number) is end:  # otherwise the command ends now, and says why
+            if not ending:  # otherwise the command ends now, and says why
                 signal.signal(number, handler)
 
 

@@ -191,11 +191,11 @@ def _difference(file: Path, operators: TextOperators) -> str | None:
                 continue
             ids = encode(np.array([text], object))[0].tolist()
             if ids != expected:
-                return f"{text!r} has the ids {expected[:8]}, and they are {ids[:8]} there"
+                return f"{text!r} has the ids {expected[:8]}, and the graph returns {ids[:8]}"
             stream = TextStream(codec, after_text=True)
             spoken = "".join([*map(stream.push, expected), stream.flush()])
             if (written := str(decode(np.array(expected, np.int64))[0])) != spoken:
-                return f"the ids {expected[:8]} decode to {spoken!r}, and to {written!r} there"
+                return f"the ids {expected[:8]} decode to {spoken!r}, and the graph returns {written!r}"
     except OrtError as error:
         return first_line(error)
     return None

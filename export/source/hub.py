@@ -269,7 +269,7 @@ def _sentence(name: str, error: Exception) -> PastkeyError:
     host, endpoint = _host(), _library().constants.ENDPOINT
     if isinstance(error, errors.GatedRepoError):
         return InputError(
-            f"{name} is gated, and your account at {host} has no access: accept its conditions at {endpoint}/{name}, "
+            f"{name} is gated, and {host} gave no access: accept its conditions at {endpoint}/{name}, "
             f"make a token at {endpoint}/settings/tokens, and set it as HF_TOKEN or type  hf auth login"
         )
     if isinstance(error, errors.RepositoryNotFoundError):

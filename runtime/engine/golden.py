@@ -88,7 +88,8 @@ class Golden:
         Products of activations that are rounded to int8 amplify the last bits of the layers before. So two right
         kernels are about as far apart as either is from exact products: .01 to .04, more in a wide model. The limit
         is ROUNDINGS of that distance, if this is more than `limit`. At a few places of a text rounding decides the
-        logits, up to their largest. So of a few sequences it uses the first that does not end at one, or the best.
+        logits, up to their largest. So of a few sequences it uses the first that does not end at one, or the best, and
+        leaves out prefixes that end at one.
 
         Args:
             engine: Computes the logits.
@@ -107,10 +108,12 @@ class Golden:
             found.append((off, ids, whole))
         off, ids, whole = min(found, key=lambda one: one[0])
         *beginnings, _ = ends
-        logits = [*_after(engine, ids, beginnings), whole]
-        if exact is not None:
-            off = max([off, *map(_apart, _after(exact, ids, beginnings), logits)])
-        return cls(ids, np.array(ends), np.stack(logits), max(limit, ROUNDINGS * off))
+        logits = list(_after(engine, ids, beginnings))
+        offs = [0.0] * len(logits) if exact is None else list(map(_apart, _after(exact, ids, beginnings), logits))
+        off = max(off, min(offs, default=0.0))  # one prefix is kept at least
+        kept = [i for i, one in enumerate(offs) if one <= max(off, limit / ROUNDINGS)]
+        ends, rows = [*(beginnings[i] for i in kept), length], [*(logits[i] for i in kept), whole]
+        return cls(ids, np.array(ends), np.stack(rows), max(limit, ROUNDINGS * off))
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:

@@ -227,10 +227,11 @@ def test_a_native_graph_that_cannot_be_opened_falls_back(wrong_native):
 def test_golden_ids_are_not_decided_by_rounding(offs, taken, fused_bundle):
     """The limit follows from the rounding error of the sequence: exact products are `offs` from the golden logits."""
     engine = Engine(fused_bundle, threads=1)
-    beginnings = [0.01, 0.045]
-    found = Golden.computed(engine, 3, 0.05, cast("Engine", Exact(engine, [*offs, *beginnings])))
+    found = Golden.computed(engine, 3, 0.05, cast("Engine", Exact(engine, [*offs, 0.45, 0.045])))
     np.testing.assert_array_equal(found.ids, np.random.default_rng(taken).integers(0, 37, len(found.ids)))
-    assert found.limit == pytest.approx(2 * max(offs[taken], *beginnings))
+    assert found.limit == pytest.approx(2 * max(offs[taken], 0.045))
+    assert len(found.ends) == len(found.logits) == 2  # without the prefix that is 0.45 apart
+    np.testing.assert_array_equal(found.logits[0], Engine(fused_bundle, threads=1).prefill(found.ids[: found.ends[0]]))
 
 
 class Exact:

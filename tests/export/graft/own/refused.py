@@ -190,9 +190,7 @@ REFUSED = {
         lambda: WithStartPos(CacheInPlace), CacheInPlace, r"writes into the buffers blocks\.0\.attn\.cache_k", 2
     ),
     "scaled_by_length": Refused(lambda: Gpt(attending(scores=scaled_by_length)), scaled_by_length, OF_LENGTH),
-    "learned_keys": Refused(
-        lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows more than the text has tokens of the text"
-    ),
+    "learned_keys": Refused(lambda: Gpt(LearnedKeys), LearnedKeys, "has 2 rows more than the text has tokens"),
     "skewed": Refused(lambda: NoPositions(Skewed), Skewed, "multiplies by rows that are counted from the end"),
     "places_of_the_largest": Refused(
         lambda: Gpt(attending(places_of_the_largest)),
