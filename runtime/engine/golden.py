@@ -112,8 +112,8 @@ class Golden:
         offs = [0.0] * len(logits) if exact is None else list(map(_apart, _after(exact, ids, beginnings), logits))
         off = max(off, min(offs, default=0.0))  # one prefix is kept at least
         kept = [i for i, one in enumerate(offs) if one <= max(off, limit / ROUNDINGS)]
-        ends, rows = [*(beginnings[i] for i in kept), length], [*(logits[i] for i in kept), whole]
-        return cls(ids, np.array(ends), np.stack(rows), max(limit, ROUNDINGS * off))
+        ends, logits = [*(beginnings[i] for i in kept), length], [*(logits[i] for i in kept), whole]
+        return cls(ids, np.array(ends), np.stack(logits), max(limit, ROUNDINGS * off))
 
 
 def require_golden(engine: Engine, bundle: Bundle) -> None:
