@@ -218,7 +218,7 @@ def _cleaning_up_when_terminated() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():
-            if not ending:  # otherwise the command ends now, and says why
+            if signal.getsignal(number) is end and not ending:  # otherwise the command ends now, and says why
                 signal.signal(number, handler)
 
 
