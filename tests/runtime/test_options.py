@@ -222,7 +222,7 @@ REFUSED: list[tuple[Call, str, tuple[Any, ...]]] = [
     (lambda w, x: w.lm.logits(x), "token ids", ("ab", b"ab", {1: 2}, {1}, [True], [1.5], [[1]])),
     (lambda w, x: w.lm.score(x), "^text is", (b"ab", {1: 2}, ["a", "b"])),
     (lambda w, x: w.lm.stream(x), r"^prompt is .* all to generate\(\) or.* stream_many\(\)", (["a", "b"], [[1], [2]])),
-    (lambda w, x: w.session.append(x), "^text is .* each alone", (["a", "b"], [[1], [2]])),
+    (lambda w, x: w.session.append(x), "^text is .* each separately", (["a", "b"], [[1], [2]])),
     (lambda w, x: w.lm.embed("a", normalize=x), "normalize", SWITCH),
     (lambda w, x: w.lm.memory.estimate(x), "tokens", WHOLE),
     (lambda w, x: w.session.append("a", num_sink_tokens=x), "num_sink_tokens", WHOLE),
